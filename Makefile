@@ -1,0 +1,78 @@
+# `make demo` and `make test` need Python and make, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# processes that run the tests; 0: all in one
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# what runs under the other Python and JAX
+CORE_TESTS ?= tests/unit tests/property
+
+VENV312 := .venv312
+# A python3.12 on the PATH may be a shim that cannot run, so each candidate is tried.
+FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python3.12; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done; true
+
+PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-peers test-py312 lint format format-check types lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
+	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer" $(PYTEST_ARGS)
+
+test-peers: $(VENV)/.installed-peers
+	$(BIN)/python -m pytest -m peer $(PYTEST_ARGS)
+
+test-py312:
+	@python="$$($(FIND312))"; \
+	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
+	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
+	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer" $(PYTEST_ARGS) $(CORE_TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+# Resolves every dependency anew under both Pythons and pins what came out.
+lock:
+	@python="$$($(FIND312))"; [ -n "$$python" ] || { echo "make lock needs a working python3.12"; exit 1; }; \
+	$(PYTHON) .ci/lock.py constraints.txt "$(PYTHON)" "$$python"
+
+clean:
+	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find jaxllm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxllm needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Installing jaxllm into $(VENV)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@echo "Installing what $* needs into $(VENV)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$*]'
+	@touch $@
+
+$(VENV312)/.installed-smoke: pyproject.toml constraints.txt
+	@echo "Installing jaxllm into $(VENV312), with $(PYTHON312)"
+	@$(VENV312)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON312) -m venv --clear $(VENV312)
+	@$(VENV312)/bin/python -m pip install $(PIP_FLAGS) --editable '.[smoke]'
+	@touch $@

@@ -1,0 +1,248 @@
+"""vLLM's engine arguments that jaxllm does not act on: what happens to each, as data.
+
+Three kinds: refused because the capability is not there yet, refused because the design leaves no room for it, and
+accepted although it changes nothing here, which is said in one line of the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxllm.errors import ValidationError
+
+logger = logging.getLogger(__name__)
+
+#: capability -> its arguments, each with the values that ask for nothing. None and empty values never ask for anything
+NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
+    "parallelism": {
+        "tensor_parallel_size": (1,),
+        "pipeline_parallel_size": (1,),
+        "data_parallel_size": (1,),
+        "data_parallel_size_local": (1,),
+        "data_parallel_rank": (0,),
+        "data_parallel_backend": (),
+        "data_parallel_address": (),
+        "decode_context_parallel_size": (1,),
+        "prefill_context_parallel_size": (1,),
+        "nnodes": (1,),
+        "node_rank": (0,),
+        "enable_expert_parallel": (False,),
+        "enable_eplb": (False,),
+        "eplb_config": (),
+    },
+    "quantization": {
+        # what a GGUF file holds is dequantised at load, whether this says so or not
+        "quantization": ("gguf",),
+        "quantization_config": (),
+        "kv_cache_dtype": ("auto",),
+        "calculate_kv_scales": (False,),
+    },
+    "speculative decoding": {
+        "speculative_config": (),
+        "speculative_model": (),
+        "num_speculative_tokens": (0,),
+        "ngram_prompt_lookup_max": (),
+        "ngram_prompt_lookup_min": (),
+        "speculative_draft_tensor_parallel_size": (1,),
+        "speculative_max_model_len": (),
+        "spec_method": (),
+        "spec_model": (),
+        "spec_tokens": (0,),
+    },
+    "LoRA": {
+        "enable_lora": (False,),
+        "max_loras": (1,),
+        "max_lora_rank": (16,),
+        "max_cpu_loras": (),
+        "lora_dtype": ("auto",),
+        "fully_sharded_loras": (False,),
+        "lora_target_modules": (),
+        "default_mm_loras": (),
+    },
+    "multimodal input": {
+        "limit_mm_per_prompt": (),
+        "allowed_local_media_path": (),
+        "allowed_media_domains": (),
+        "mm_processor_kwargs": (),
+        "mm_processor_cache_gb": (0, 4),
+        "mm_processor_cache_type": ("lru",),
+        "mm_encoder_tp_mode": ("weights",),
+        "media_io_kwargs": (),
+        "interleave_mm_strings": (False,),
+        "skip_mm_profiling": (False,),
+        "disable_chunked_mm_input": (False,),
+        "enable_prompt_embeds": (False,),
+    },
+    "structured output": {
+        "structured_outputs_config": (),
+        "guided_decoding_backend": ("auto",),
+        "reasoning_parser": (),
+    },
+    "pooling": {
+        "runner": ("auto", "generate"),
+        "task": ("auto", "generate"),
+        "convert": ("auto", "none"),
+        "pooler_config": (),
+        "override_pooler_config": (),
+    },
+    "offloading": {
+        "cpu_offload_gb": (0,),
+        "cpu_offload_params": (),
+        "offload_group_size": (0,),
+        "offload_num_in_group": (1,),
+        "offload_prefetch_step": (1,),
+        "offload_params": (),
+        "offload_backend": ("auto",),
+        "kv_offloading_size": (0,),
+        "kv_offloading_backend": ("native",),
+        "kv_transfer_config": (),
+        "kv_events_config": (),
+    },
+    "sleep mode": {"enable_sleep_mode": (False,)},
+    "logits processors": {"logits_processors": (), "logits_processor_pattern": ()},
+    "the tokenizer pool": {
+        "tokenizer_pool_size": (0,),
+        "tokenizer_pool_type": (),
+        "tokenizer_pool_extra_config": (),
+        "renderer_num_workers": (1,),
+        "tokenizer_mode": ("auto", "hf"),
+    },
+    "this scheduling option": {
+        "performance_mode": ("balanced",),
+        "long_prefill_token_threshold_adaptive": (False,),
+        "max_num_partial_prefills": (1,),
+        "max_long_partial_prefills": (1,),
+        "num_lookahead_slots": (0,),
+        "preemption_mode": ("recompute",),
+        "prefill_schedule_interval": (1,),
+        "watermark": (0,),
+        "stream_interval": (1,),
+        "max_num_active_seqs": (),
+        "max_num_queued_reqs": (),
+        "max_num_queued_tokens": (),
+        "scheduler_cls": (),
+    },
+    "profiling and tracing": {
+        "profiler_config": (),
+        "otlp_traces_endpoint": (),
+        "collect_detailed_traces": (),
+        "kv_cache_metrics": (False,),
+        "custom_histogram_buckets": (),
+    },
+    "this loading option": {
+        "download_dir": (),
+        "config_format": ("auto", "hf"),
+        "hf_config_path": (),
+        "model_loader_extra_config": (),
+        "ignore_patterns": ("original/**/*", ["original/**/*"]),
+        "disable_sliding_window": (False,),
+    },
+}
+
+
+class Never(NamedTuple):
+    accepted: tuple[Any, ...]
+    why: str
+
+
+NEVER: dict[str, Never] = {
+    "trust_remote_code": Never((False,), "jaxllm runs no code from checkpoints"),
+    "code_revision": Never((), "jaxllm runs no code from checkpoints"),
+    "model_impl": Never(("auto",), "jaxllm has its own definition of every model"),
+    "distributed_executor_backend": Never(("uni",), "jaxllm is one process, without workers"),
+    "worker_use_ray": Never((False,), "jaxllm is one process, without workers"),
+    "worker_cls": Never(("auto",), "jaxllm is one process, without workers"),
+    "worker_extension_cls": Never((), "jaxllm is one process, without workers"),
+    "rope_scaling": Never((), "it is part of the model's config: hf_overrides={'rope_scaling': ...}"),
+    "rope_theta": Never((), "it is part of the model's config: hf_overrides={'rope_theta': ...}"),
+}
+
+
+class NoEffect(NamedTuple):
+    why: str
+    #: values not worth a word
+    quiet: tuple[Any, ...] = ()
+
+
+_NO_GRAPHS = "there are no CUDA graphs, XLA compiles every step"
+_ONE_KERNEL = "jaxllm picks its kernels itself"
+
+#: accepted with any value
+NO_EFFECT: dict[str, NoEffect] = {
+    "use_v2_block_manager": NoEffect("there is one block manager"),
+    "swap_space": NoEffect("preempted requests are recomputed, not swapped"),
+    "num_scheduler_steps": NoEffect("async_scheduling keeps the device busy between steps", (1,)),
+    "multi_step_stream_outputs": NoEffect("async_scheduling keeps the device busy between steps"),
+    "disable_async_output_proc": NoEffect("async_scheduling decides what overlaps", (False,)),
+    "disable_custom_all_reduce": NoEffect("XLA does the reductions", (False,)),
+    "max_seq_len_to_capture": NoEffect(_NO_GRAPHS),
+    "max_context_len_to_capture": NoEffect(_NO_GRAPHS),
+    "cudagraph_capture_sizes": NoEffect(_NO_GRAPHS),
+    "cuda_graph_sizes": NoEffect(_NO_GRAPHS),
+    "max_cudagraph_capture_size": NoEffect(_NO_GRAPHS),
+    "cudagraph_metrics": NoEffect(_NO_GRAPHS, (False,)),
+    "compilation_config": NoEffect("XLA compiles every step; enforce_eager=True compiles least"),
+    "optimization_level": NoEffect("XLA compiles every step; enforce_eager=True compiles least"),
+    "attention_backend": NoEffect(_ONE_KERNEL),
+    "attention_config": NoEffect(_ONE_KERNEL),
+    "disable_cascade_attn": NoEffect(_ONE_KERNEL, (False,)),
+    "kernel_config": NoEffect(_ONE_KERNEL),
+    "disable_hybrid_kv_cache_manager": NoEffect("layers of all kinds share one pool of blocks", (False,)),
+    "prefix_caching_hash_algo": NoEffect("blocks are always hashed with BLAKE2b"),
+    "disable_log_stats": NoEffect("statistics are always collected", (False,)),
+    "disable_log_requests": NoEffect("requests are not logged", (True,)),
+    "served_model_name": NoEffect("there is no server"),
+    "enable_log_requests": NoEffect("requests are not logged", (False,)),
+    "max_parallel_loading_workers": NoEffect("there is one process"),
+    "ray_workers_use_nsight": NoEffect("there is one process", (False,)),
+    "disable_nccl_for_dp_synchronization": NoEffect("there is one process"),
+    "data_parallel_rpc_port": NoEffect("there is one process"),
+    "pt_load_map_location": NoEffect("no torch is involved", ("cpu",)),
+}
+
+
+def known_names() -> set[str]:
+    """The names of all three kinds."""
+    return {name for names in NOT_YET.values() for name in names} | NEVER.keys() | NO_EFFECT.keys()
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Raise `ValidationError` for the first of the refused arguments that asks for something."""
+    for capability, names in NOT_YET.items():
+        for name, accepted in names.items():
+            if name in arguments and not _inert(arguments[name], accepted):
+                raise ValidationError(
+                    f"{name}={arguments[name]!r} is not supported yet: jaxllm does not have {capability} so far. "
+                    f"{_remedy(accepted)}"
+                )
+    for name, (accepted, why) in NEVER.items():
+        if name in arguments and not _inert(arguments[name], accepted):
+            raise ValidationError(f"{name}={arguments[name]!r} is not supported: {why}. {_remedy(accepted)}")
+
+
+def report_without_effect(arguments: Mapping[str, Any]) -> None:
+    """Log, in one line, which of `arguments` change nothing and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, (why, quiet) in NO_EFFECT.items():
+        if name in arguments and not _inert(arguments[name], quiet):
+            reasons.setdefault(why, []).append(name)
+    quantization = arguments.get("quantization")
+    if isinstance(quantization, str) and quantization.lower() == "gguf":
+        reasons["GGUF weights are dequantised to dtype when loaded"] = ["quantization"]
+    if reasons:
+        text = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+        logger.warning("These arguments have no effect in jaxllm: %s.", text)
+
+
+def _inert(value: Any, accepted: tuple[Any, ...]) -> bool:
+    """Whether `value` asks for nothing beyond what jaxllm does anyway."""
+    if value is None or (isinstance(value, (str, list, tuple, dict, set)) and not value):
+        return True
+    return (value.lower() if isinstance(value, str) else value) in accepted
+
+
+def _remedy(accepted: tuple[Any, ...]) -> str:
+    values = " or ".join(repr(value) for value in accepted)
+    return f"Leave it out, or pass {values}." if values else "Leave it out."

@@ -1,0 +1,81 @@
+"""Defaults that depend on the machine and on the model, and the checks that need them."""
+
+from __future__ import annotations
+
+import logging
+
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.errors import ValidationError
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+#: XLA:CPU's matmuls are at their best rate from about 512 rows on (measured): longer steps add latency, not throughput
+CPU_LIMITS = (512, 256)
+#: device memory from this many bytes on -> (max_num_batched_tokens, max_num_seqs); vLLM's offline defaults
+GPU_LIMITS = ((70 * _GIB, (16384, 1024)), (0, (8192, 256)))
+
+
+def scheduler_config(
+    args: EngineArgs, *, max_model_len: int, platform: str, device_memory_bytes: int | None = None
+) -> SchedulerConfig:
+    """The scheduler's limits.
+
+    Args:
+        args: None in `max_num_seqs` and `max_num_batched_tokens` stands for the platform's default.
+        max_model_len: decided already, in tokens.
+        platform: JAX's name for it, "cpu", "gpu" or "cuda".
+        device_memory_bytes: of one device; None: unknown, which gets the small GPUs' defaults.
+
+    Raises:
+        ValidationError: limits that contradict each other; the text says which values would work.
+    """
+    if args.long_prefill_token_threshold > max_model_len:
+        raise ValidationError(
+            f"long_prefill_token_threshold ({args.long_prefill_token_threshold}) cannot be greater than the "
+            f"max_model_len ({max_model_len})."
+        )
+    default_tokens, default_seqs = platform_limits(platform, device_memory_bytes)
+    num_seqs, num_tokens = args.max_num_seqs, args.max_num_batched_tokens
+    if num_seqs is None:
+        num_seqs = default_seqs if num_tokens is None else min(default_seqs, num_tokens)
+    most_useful = num_seqs * max_model_len
+    if num_tokens is None:
+        num_tokens = max(default_tokens, num_seqs)
+        if not args.enable_chunked_prefill:
+            num_tokens = max(num_tokens, max_model_len)
+        num_tokens = min(num_tokens, most_useful)
+    elif num_tokens > most_useful:
+        logger.warning(
+            "max_num_batched_tokens (%d) exceeds max_num_seqs * max_model_len (%d), more than a step can ever hold; "
+            "using %d.",
+            num_tokens,
+            most_useful,
+            most_useful,
+        )
+        num_tokens = most_useful
+    if not args.enable_chunked_prefill and num_tokens < max_model_len:
+        raise ValidationError(
+            f"max_num_batched_tokens ({num_tokens}) is smaller than max_model_len ({max_model_len}), and without "
+            f"chunked prefill a prompt has to fit into one step. Set max_num_batched_tokens to at least "
+            f"{max_model_len}, max_model_len to at most {num_tokens}, or enable_chunked_prefill=True."
+        )
+    return SchedulerConfig(
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_tokens,
+        max_model_len=max_model_len,
+        long_prefill_token_threshold=args.long_prefill_token_threshold,
+        policy=args.scheduling_policy,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        async_scheduling=args.async_scheduling,
+        reserve_full_prompt=args.scheduler_reserve_full_isl,
+    )
+
+
+def platform_limits(platform: str, device_memory_bytes: int | None = None) -> tuple[int, int]:
+    """The default (`max_num_batched_tokens`, `max_num_seqs`)."""
+    if platform == "cpu":
+        return CPU_LIMITS
+    return next(limits for least, limits in GPU_LIMITS if (device_memory_bytes or 0) >= least)

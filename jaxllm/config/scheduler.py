@@ -1,0 +1,22 @@
+"""What the scheduler is told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step (`max_num_batched_tokens`, `max_num_seqs`) and of one request (`max_model_len`)."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    #: at most this many prompt tokens of one request a step while others run or wait; 0: no limit
+    long_prefill_token_threshold: int = 0
+    #: "fcfs" or "priority" (smaller value first, then arrival)
+    policy: str = "fcfs"
+    enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
+    #: admit a prompt only when all of it fits into the free blocks
+    reserve_full_prompt: bool = True

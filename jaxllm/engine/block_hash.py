@@ -1,0 +1,93 @@
+"""Hashes that name the contents of full blocks, chained, so that one hash stands for a whole prefix.
+
+BLAKE2b with 16 bytes of digest over the parent's digest, the packed token ids and the extra keys: about 1 us a block,
+several times faster than pickling the tokens for SHA-256, the same in every process, and still cryptographic, which
+matters because a collision would give one user another's keys and values (a birthday attack costs 2**64 hashes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxllm.engine.request import Request
+
+DIGEST_BYTES = 16
+#: the parent of every first block; fixed, so that hashes agree between processes
+NONE_HASH = hashlib.blake2b(b"jaxllm: no parent block", digest_size=DIGEST_BYTES).digest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtraKey:
+    """Something besides the token ids that keys and values depend on.
+
+    A LoRA adapter is ``ExtraKey(kind="lora", value=name)`` and holds for every block. An image at positions 5 to 260 is
+    ``ExtraKey(kind="mm", value=content_hash, start=5, stop=261)`` and holds for the blocks that it touches.
+    """
+
+    kind: str
+    value: str | int | bytes
+    #: first position; None: the whole request
+    start: int | None = None
+    #: the position behind the last one
+    stop: int | None = None
+
+
+class BlockHasher:
+    """Hashes the full blocks of `block_size` tokens of requests."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        # Little-endian whatever the machine, so that hashes can be compared between machines.
+        self._pack = struct.Struct(f"<{block_size}I").pack
+
+    def hash_block(self, parent: bytes, token_ids: list[int], extra_keys: tuple[object, ...] = ()) -> bytes:
+        """The hash of one full block.
+
+        Args:
+            parent: hash of the block before, or `NONE_HASH`.
+            token_ids: `block_size` ids in [0, 2**32).
+            extra_keys: nested tuples of str, int and bytes, whose `repr` is unambiguous.
+        """
+        # Parent and tokens have fixed lengths, so where the extra keys begin is never in doubt.
+        packed = parent + self._pack(*token_ids)
+        if extra_keys:
+            packed += repr(extra_keys).encode()
+        return hashlib.blake2b(packed, digest_size=DIGEST_BYTES).digest()
+
+    def extend(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Make `request.block_hashes` at least `num_blocks` long and return it.
+
+        The request must know at least ``num_blocks * block_size`` tokens.
+        """
+        hashes = request.block_hashes
+        size = self.block_size
+        plain = request.cache_salt is None and not request.extra_keys
+        while len(hashes) < num_blocks:
+            index = len(hashes)
+            hashes.append(
+                self.hash_block(
+                    hashes[-1] if index else NONE_HASH,
+                    request.all_token_ids[index * size : (index + 1) * size],
+                    () if plain else self._extra_keys(request, index),
+                )
+            )
+        return hashes
+
+    def _extra_keys(self, request: Request, index: int) -> tuple[object, ...]:
+        start = index * self.block_size
+        stop = start + self.block_size
+        keys: list[object] = []
+        for key in request.extra_keys:
+            if key.start is None:
+                keys.append((key.kind, key.value))
+            elif key.start < stop and (key.stop is None or key.stop > start):
+                # Where the content lies in the block matters: the same image one position later is another block.
+                keys.append((key.kind, key.value, key.start - start))
+        # The chain carries the salt of block 0 to every later block.
+        if index == 0 and request.cache_salt is not None:
+            keys.append(("cache_salt", request.cache_salt))
+        return tuple(keys)

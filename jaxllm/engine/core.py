@@ -1,0 +1,112 @@
+"""The host loop: schedule, launch, read, update; one step launched before the last one is read."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from jaxllm.engine.output_processor import OutputProcessor
+from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.config.cache import CacheConfig
+    from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.metrics import EngineMetrics, Metric
+    from jaxllm.outputs import RequestOutput
+    from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture
+
+
+class EngineCore:
+    """Requests in, outputs out, one `step` at a time. Not thread-safe: one thread drives it.
+
+    Args:
+        runner: launches the steps; the engine owns and shuts it down.
+    """
+
+    def __init__(
+        self,
+        scheduler_config: SchedulerConfig,
+        cache_config: CacheConfig,
+        runner: ModelRunner,
+        tokenizer: PreTrainedTokenizerBase | None,
+        metrics: EngineMetrics,
+    ):
+        self.scheduler = Scheduler(scheduler_config, cache_config)
+        self._runner = runner
+        self._outputs = OutputProcessor(tokenizer)
+        self._metrics = metrics
+        #: steps launched and not read
+        self._in_flight: collections.deque[tuple[SchedulerOutput, StepFuture]] = collections.deque()
+        self._depth = 2 if scheduler_config.async_scheduling else 1
+
+    def add_request(self, request: Request, text: str | None) -> None:
+        """Queue a request. Raises ValidationError when it can never run."""
+        self.scheduler.add_request(request)
+        self._outputs.add(request, text)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests; what they hold is free for the next step. Unknown ids are passed over."""
+        for request in self.scheduler.abort(request_ids):
+            self._outputs.drop(request.request_id)
+            self._metrics.record_finished(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """Launch what can be launched, then read the oldest step that nothing else waits for.
+
+        An error of the device or of a model ends every request, since the cache's contents are lost with the failed step, and leaves the engine
+        usable; it is raised to the caller.
+        """
+        try:
+            scheduled = self.scheduler.schedule()
+            if scheduled.rows:
+                self._in_flight.append((scheduled, self._runner.execute(scheduled)))
+                self._metrics.record_step(scheduled.num_tokens)
+                if len(self._in_flight) < self._depth:
+                    return []
+            return self._read() if self._in_flight else []
+        except BaseException:
+            self._recover()
+            raise
+
+    def _read(self) -> list[RequestOutput]:
+        scheduled, future = self._in_flight.popleft()
+        output = future.result()
+        updates = self.scheduler.update_from_output(scheduled, output)
+        outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
+        self._metrics.record_updates(updates)
+        return outputs
+
+    def _recover(self) -> None:
+        self._in_flight.clear()
+        for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
+            self._metrics.record_finished(request)
+        self._outputs.clear()
+        self.scheduler.reset_prefix_cache()
+        self._runner.reset()
+
+    def drain(self) -> None:
+        """Read what is in flight; its tokens go to the requests that still live."""
+        while self._in_flight:
+            self._read()
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.reset_prefix_cache()
+
+    def metrics(self) -> list[Metric]:
+        stats = self.scheduler.kv_cache_manager.prefix_cache_stats
+        return self._metrics.snapshot(self.scheduler.stats(), stats)
+
+    def shutdown(self) -> None:
+        """End every request and free the device; idempotent."""
+        self._in_flight.clear()
+        self.scheduler.finish_all(RequestStatus.FINISHED_ABORTED)
+        self._outputs.clear()
+        self._runner.shutdown()

@@ -1,0 +1,79 @@
+"""Text from tokens as they come, and the stop strings in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from jaxllm.sampling_params import SamplingParams
+
+#: prompt tokens that a stream starts from: some decoders treat the first token of a text differently
+PRIMING_TOKENS = 6
+
+
+class Detokenizer:
+    """The text of one request's output.
+
+    Text is only ever appended: bytes that are not yet a whole character wait for the tokens that complete it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = params.skip_special_tokens
+        self._stream = DecodeStream(ids=prompt_token_ids[-PRIMING_TOKENS:], skip_special_tokens=params.skip_special_tokens)
+        self._stop: list[str] = list(params.stop or ())
+        self._include_stop = params.include_stop_str_in_output
+        #: characters that may turn out to be the beginning of a stop string
+        self._held = 0 if self._include_stop else max(map(len, self._stop), default=1) - 1
+        self.text = ""
+        self._delivered = 0
+
+    def append(self, token_id: int, *, find_stop: bool = True) -> str | None:
+        """Take one more token; returns the stop string that it completes, with `text` cut there."""
+        piece = self._piece(token_id)
+        if not piece:
+            return None
+        before = len(self.text)
+        self.text += piece
+        if not self._stop or not find_stop:
+            return None
+        found = self._find_stop(before)
+        if found is None:
+            return None
+        end, stop = found
+        self.text = self.text[: end if self._include_stop else end - len(stop)]
+        return stop
+
+    def _find_stop(self, before: int) -> tuple[int, str] | None:
+        """The stop string that ends first in the text behind `before`; of those that end together the longest."""
+        best = None
+        for stop in self._stop:
+            at = self.text.find(stop, max(0, before - len(stop) + 1))
+            if at >= 0 and (best is None or (at + len(stop), -len(stop)) < (best[0], -len(best[1]))):
+                best = (at + len(stop), stop)
+        return best
+
+    def _piece(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception as error:  # the library raises a bare Exception
+            if "Invalid prefix" not in str(error):
+                raise
+            # a token that changes the text before it: start anew from it
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self._stream.step(self._tokenizer, token_id)
+
+    def delta(self, finished: bool) -> str:
+        """Text that has not been delivered yet, without what may still become a stop string."""
+        end = len(self.text) if finished else max(len(self.text) - self._held, self._delivered)
+        piece = self.text[self._delivered : end]
+        self._delivered = end
+        return piece
+
+    def visible(self, finished: bool) -> str:
+        """All text so far, without what may still become a stop string."""
+        return self.text if finished or not self._held else self.text[: max(0, len(self.text) - self._held)]

@@ -1,0 +1,41 @@
+"""Ctrl-C between steps, not inside one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class DeferredInterrupt:
+    """While active in the main thread, the first Ctrl-C waits for `check`; a second one interrupts at once.
+
+    An interrupt in the middle of a step would leave half-made bookkeeping behind; between steps all requests can be aborted cleanly.
+    """
+
+    def __init__(self) -> None:
+        self._pending = False
+        self._previous = None
+        self._active = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> DeferredInterrupt:
+        # something else than Python's own handler is somebody's decision
+        self._active = self._active and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._active:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._pending:
+            signal.default_int_handler(number, frame)
+        self._pending = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt when Ctrl-C has come."""
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt

@@ -1,0 +1,150 @@
+"""From sampled tokens to `RequestOutput`s."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from jaxllm.engine.detokenizer import Detokenizer
+from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from jaxllm.sampling_params import RequestOutputKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+    from jaxllm.runner.interface import LogprobArrays
+
+
+class OutputState:
+    """What the caller has been, and will be, told of one request."""
+
+    def __init__(self, request: Request, text: str | None, tokenizer: PreTrainedTokenizerBase | None):
+        self.request = request
+        self.text = text
+        self.created = time.time()
+        self.tokenizer = tokenizer
+        self.kind = request.params.output_kind
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.detokenizer = None
+        if request.params.detokenize and backend is not None:
+            self.detokenizer = Detokenizer(backend, request.prompt_token_ids, request.params)
+        self.logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
+        self.cumulative_logprob = 0.0
+        self._delivered_tokens = 0
+
+    def append(self, token_id: int, arrays: LogprobArrays | None, index: int) -> str | None:
+        """Take one token; returns the stop string that it completes."""
+        if self.logprobs is not None and arrays is not None:
+            self.logprobs.append(self._position(token_id, arrays, index))
+            self.cumulative_logprob += float(arrays.sampled[index])
+        if self.detokenizer is None:
+            return None
+        request = self.request
+        stopped_by_token = request.is_finished and request.finish_reason == "stop"
+        if stopped_by_token and not request.params.include_stop_str_in_output:
+            return None  # an end token is not part of the text
+        return self.detokenizer.append(token_id, find_stop=request.num_output_tokens >= request.params.min_tokens)
+
+    def _position(self, token_id: int, arrays: LogprobArrays, index: int) -> PositionLogprobs:
+        count = self.request.params.logprobs or 0
+        top = arrays.top_ids[index] if count == -1 else arrays.top_ids[index, :count]
+        entries = {
+            token_id: Logprob(float(arrays.sampled[index]), int(arrays.rank[index]), self._decode(token_id))
+        }
+        for rank, other in enumerate(top.tolist(), start=1):
+            entries.setdefault(other, Logprob(float(arrays.top[index, rank - 1]), rank, self._decode(other)))
+        return entries
+
+    def _decode(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token_id])
+
+    def output(self) -> RequestOutput | None:
+        """What to deliver now; None when there is nothing new of the kind that was asked for."""
+        request = self.request
+        finished = request.is_finished
+        if self.kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        tokens, logprobs = request.output_token_ids, self.logprobs
+        text = ""
+        if self.kind is RequestOutputKind.DELTA:
+            text = self.detokenizer.delta(finished) if self.detokenizer else ""
+            new = slice(self._delivered_tokens, None)
+            self._delivered_tokens = len(tokens)
+            tokens, logprobs = tokens[new], logprobs[new] if logprobs is not None else None
+        elif self.detokenizer is not None:
+            text = self.detokenizer.visible(finished)
+        completion = CompletionOutput(
+            index=0,
+            text=text,
+            token_ids=tokens,
+            cumulative_logprob=None if logprobs is None else self.cumulative_logprob,
+            logprobs=logprobs if logprobs is None else list(logprobs),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self.text,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            finished=finished,
+            metrics=self._metrics(),
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        request = self.request
+        first = request.first_token_ts
+        return RequestMetrics(
+            num_generation_tokens=request.num_output_tokens,
+            arrival_time=self.created,
+            queued_ts=request.queued_ts,
+            scheduled_ts=request.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=request.last_token_ts,
+            first_token_latency=first - request.arrival_time if first else 0.0,
+            num_preemptions=request.num_preemptions,
+        )
+
+
+class OutputProcessor:
+    """All requests' output states, and the stop strings that end requests from here."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self._tokenizer = tokenizer
+        self._states: dict[str, OutputState] = {}
+
+    def add(self, request: Request, text: str | None) -> None:
+        self._states[request.request_id] = OutputState(request, text, self._tokenizer)
+
+    def drop(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+
+    def clear(self) -> None:
+        self._states.clear()
+
+    def process(
+        self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler
+    ) -> list[RequestOutput]:
+        """Outputs of one step's updates; ends requests whose stop string has come."""
+        outputs = []
+        for request, token_ids, index, _ in updates:
+            state = self._states.get(request.request_id)
+            if state is None:
+                continue
+            for token_id in token_ids:
+                stop = state.append(token_id, logprobs, index)
+                if stop is not None:
+                    if request.is_finished:
+                        # the token that fills the length may also complete a stop string, which says more
+                        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
+                    else:
+                        scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
+            output = state.output()
+            if request.is_finished:
+                self.drop(request.request_id)
+            if output is not None:
+                outputs.append(output)
+        return outputs

@@ -1,0 +1,197 @@
+"""One request, from its arrival to its end, as the host sees it."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jaxllm.engine.block_hash import ExtraKey
+    from jaxllm.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.IntEnum):
+    """Where a request is. Everything above `PREEMPTED` is final."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOPPED = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORTED = 5
+    FINISHED_ERROR = 6
+
+    @property
+    def is_finished(self) -> bool:
+        return self > RequestStatus.PREEMPTED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop", "length", "abort" or "error"; None while the request is not finished."""
+        return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+
+
+class Request:
+    """A prompt, its outputs so far, and what scheduler and KV-cache manager know about it.
+
+    Args:
+        request_id: unique among the unfinished requests.
+        prompt_token_ids: at least one token id.
+        params: how to sample, checked already.
+        eos_token_ids: the model's own ends of generation.
+        seed: the seed of its sampling, decided already.
+        priority: smaller runs first under the "priority" policy.
+        arrival_time: seconds of `time.monotonic()`; None: now.
+        cache_salt: requests with different salts never share cached blocks.
+        extra_keys: what else the keys and values depend on (LoRA adapter, images).
+        skip_reading_prefix_cache: compute the whole prompt even where the cache has it; None: what `params` say.
+    """
+
+    __slots__ = (
+        "all_token_ids",
+        "arrival_order",
+        "arrival_time",
+        "bad_words",
+        "block_hashes",
+        "block_tables",
+        "cache_salt",
+        "eos_token_ids",
+        "extra_keys",
+        "first_live_blocks",
+        "first_token_ts",
+        "last_token_ts",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_output_placeholders",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_slots",
+        "params",
+        "priority",
+        "prompt_token_ids",
+        "queued_ts",
+        "register_at",
+        "request_id",
+        "row",
+        "scheduled_ts",
+        "seed",
+        "skip_reading_prefix_cache",
+        "status",
+        "stop_reason",
+        "stop_token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        seed: int = 0,
+        priority: int = 0,
+        arrival_time: float | None = None,
+        cache_salt: str | None = None,
+        extra_keys: tuple[ExtraKey, ...] = (),
+        skip_reading_prefix_cache: bool | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids)
+        #: prompt, then the outputs that the host has read
+        self.all_token_ids = list(prompt_token_ids)
+        self.params = params
+        #: token sequences that must not be generated, made from `params.bad_words` by the input processor
+        self.bad_words: tuple[tuple[int, ...], ...] = ()
+        self.eos_token_ids = frozenset(eos_token_ids)
+        #: every id that the device masks until `min_tokens`: as in vLLM, EOS is among them even under `ignore_eos`
+        self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
+        self.seed = seed
+        self.priority = priority
+        self.arrival_time = time.monotonic() if arrival_time is None else arrival_time
+        self.cache_salt = cache_salt
+        self.extra_keys = extra_keys
+        if skip_reading_prefix_cache is None:
+            skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache)
+        self.skip_reading_prefix_cache = skip_reading_prefix_cache
+
+        self.status = RequestStatus.WAITING
+        #: the stop string or token id that ended it; None for EOS and every other end
+        self.stop_reason: int | str | None = None
+        #: device row, -1 when not running
+        self.row = -1
+        #: tokens with keys and values in the cache once every step scheduled so far has run
+        self.num_computed_tokens = 0
+        #: tokens that scheduled steps sample and that the host has not read
+        self.num_output_placeholders = 0
+        #: prefix hits at the first admission, in tokens; -1 before it
+        self.num_cached_tokens = -1
+        self.num_preemptions = 0
+
+        # The scheduler's.
+        #: generation ends when prompt and outputs are this many tokens
+        self.max_total_tokens = sys.maxsize
+        #: breaks ties between equal arrival times
+        self.arrival_order = 0
+
+        # The KV-cache manager's.
+        #: hashes of the leading full blocks, as far as somebody asked
+        self.block_hashes: list[bytes] = []
+        #: per group the block ids, in order of position, 0 where the window has passed; () when not running
+        self.block_tables: tuple[list[int], ...] = ()
+        #: per group the index of the first block in the table that the window has not passed
+        self.first_live_blocks: list[int] = []
+        #: tokens that the block tables have room for
+        self.num_slots = 0
+        #: leading blocks that the prefix cache knows
+        self.num_registered_blocks = 0
+        #: number of tokens at which the next block is full and goes into the prefix cache
+        self.register_at = sys.maxsize
+
+        # seconds of time.monotonic(); 0.0 where it has not happened
+        self.queued_ts = 0.0
+        self.scheduled_ts = 0.0
+        self.first_token_ts = 0.0
+        self.last_token_ts = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the host knows: prompt and outputs read."""
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the outputs read so far."""
+        return self.all_token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status > RequestStatus.PREEMPTED
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.status.finish_reason
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.name}, prompt={self.num_prompt_tokens}, "
+            f"outputs={self.num_output_tokens}+{self.num_output_placeholders}, computed={self.num_computed_tokens})"
+        )

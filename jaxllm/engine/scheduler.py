@@ -1,0 +1,360 @@
+"""Which tokens of which requests the next step computes.
+
+There are no phases. A request has tokens (prompt and outputs) and computed tokens; each step gives it some until the
+second number has caught up with the first, and the step that catches up samples one more. Prefill, decode, prefix
+hits and resumed requests are all this one case.
+
+Steps may be scheduled before the outputs of earlier ones are read, any number of them: computed tokens advance when a
+step is scheduled, and ``num_output_placeholders`` stands for the tokens that are sampled but not read.
+Every `SchedulerOutput` with entries has to be executed, in order; if that fails, what the prefix cache was told about
+it is false, and `finish_all` followed by `reset_prefix_cache` is the way out.
+
+A request that is alone always gets on: `add_request` refuses a prompt that the whole pool cannot hold, and a request
+that grows to what the whole pool can hold ends there with ``FINISHED_LENGTH``, as if ``max_model_len`` were that small.
+So the one request that has nobody but itself to preempt never lacks a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxllm.engine.kv_cache_manager import KVCacheManager
+from jaxllm.engine.length_limits import LengthLimits
+from jaxllm.engine.preemption import PreemptionLog, Shortage, unschedule
+from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.stop_check import check_stop
+from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
+from jaxllm.errors import ValidationError
+from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
+
+if TYPE_CHECKING:
+    from jaxllm.config.cache import CacheConfig
+    from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.runner.interface import StepOutput
+
+_PREEMPTED = int(RequestStatus.PREEMPTED)
+
+
+class RequestUpdate(NamedTuple):
+    """What a step brought one request."""
+
+    request: Request
+    new_token_ids: list[int]
+    #: the request's row in the step's `LogprobArrays`
+    index: int
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    num_running: int
+    num_waiting: int
+    #: preemptions since the start
+    num_preemptions: int
+    #: computed tokens given up by them
+    num_preempted_tokens: int
+    #: share of the KV cache in use, in [0, 1]
+    kv_cache_usage: float
+
+
+class Scheduler:
+    """Continuous batching over the rows and blocks of one runner.
+
+    Raises:
+        ValueError: the limits contradict each other, or the pool does not hold two tokens.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache_config: CacheConfig) -> None:
+        if config.policy not in ("fcfs", "priority"):
+            raise ValueError(f'policy must be "fcfs" or "priority", got {config.policy!r}')
+        self.config = config
+        self.kv_cache_manager = KVCacheManager(cache_config, max_chunk=config.max_num_batched_tokens)
+        self._limits = LengthLimits(config, self.kv_cache_manager)
+        self.waiting: WaitingQueue = PriorityQueue() if config.policy == "priority" else FCFSQueue()
+        self.running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        # A stack with row 0 on top: few requests stay in the low rows.
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._preemptions = PreemptionLog(self.kv_cache_manager)
+        self._num_arrived = 0
+        self._step = 0
+
+    # Requests come and go.
+
+    def add_request(self, request: Request) -> None:
+        """Put a request into the waiting queue.
+
+        Raises:
+            ValidationError: its prompt can never run, or its id is taken.
+        """
+        self._limits.check_prompt(request.num_prompt_tokens)
+        if request.request_id in self._requests:
+            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
+        request.max_total_tokens = self._limits.end_of(request)
+        request.queued_ts = time.monotonic()
+        request.arrival_order = self._num_arrived
+        self._num_arrived += 1
+        self._requests[request.request_id] = request
+        self.waiting.push(request)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Request]:
+        """End requests with ``FINISHED_ABORTED`` and return them; unknown and finished ids are passed over."""
+        found = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        return [request for request in found if self.finish(request, RequestStatus.FINISHED_ABORTED)]
+
+    def finish(self, request: Request, status: RequestStatus, stop_reason: int | str | None = None) -> bool:
+        """End a request now: its row and blocks are free for the next step, what it still samples is dropped.
+
+        Returns False, and changes nothing, when it has finished already.
+        """
+        if request.is_finished:
+            return False
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        self._end(request, status, stop_reason)
+        return True
+
+    def finish_all(self, status: RequestStatus) -> list[Request]:
+        """End every request, as after a failed step, and return them in order of arrival."""
+        requests = sorted(self._requests.values(), key=lambda request: request.arrival_order)
+        self.running.clear()
+        for request in requests:
+            self._end(request, status, None)
+        return requests
+
+    def _end(self, request: Request, status: RequestStatus, stop_reason: int | str | None) -> None:
+        """End a request that is not in `running` any more."""
+        was_waiting = request.status is not RequestStatus.RUNNING
+        request.status = status
+        request.stop_reason = stop_reason
+        del self._requests[request.request_id]
+        if was_waiting:
+            self.waiting.discard_finished(request)
+        else:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.kv_cache_manager.free(request)
+        self._free_rows.append(request.row)
+        request.row = -1
+
+    # One step.
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step. It may be empty: then there is nothing to do before outputs are read or requests come.
+
+        Running requests come first, in the order of their admission; others are admitted only when nothing had to be
+        preempted for the running ones.
+        """
+        output = SchedulerOutput(
+            step=self._step, admitted=[], rows=[], starts=[], counts=[], samples=[], new_blocks=[], requests=[]
+        )
+        self._step += 1
+        budget = self.config.max_num_batched_tokens
+        limit = budget
+        threshold = self.config.long_prefill_token_threshold
+        if threshold > 0 and self.config.enable_chunked_prefill and len(self.running) + len(self.waiting) > 1:
+            limit = min(limit, threshold)
+        preempted_before = self._preemptions.count
+        budget = self._schedule_running(output, budget, limit)
+        if self._preemptions.count == preempted_before:
+            self._schedule_waiting(output, budget, limit)
+        return output
+
+    def _schedule_running(self, output: SchedulerOutput, budget: int, limit: int) -> int:
+        """Give the running requests their tokens, preempting where blocks lack; returns the budget left."""
+        running = self.running
+        rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
+        requests, new_blocks = output.requests, output.new_blocks
+        full: list[Request] = []
+        shortage: Shortage | None = None
+        position = 0
+        while position < len(running) and budget > 0:
+            request = running[position]
+            position += 1
+            num_tokens = len(request.all_token_ids) + request.num_output_placeholders
+            if num_tokens >= request.max_total_tokens:
+                # Its last token is sampled already and needs only to be read.
+                continue
+            start = request.num_computed_tokens
+            count = num_tokens - start
+            if count > 1:
+                count = min(count, limit, budget)
+            end = start + count
+            if end > request.num_slots:
+                first = request.num_slots // self.kv_cache_manager.block_size
+                added = self.kv_cache_manager.allocate_slots(request, count)
+                while added is None:
+                    if shortage is None:
+                        shortage = Shortage.measure(self.kv_cache_manager, running, position - 1)
+                    victim = self._choose_victim()
+                    index = running.index(victim)
+                    if index < position:
+                        position -= 1
+                    budget += unschedule(output, victim)
+                    self._preempt(victim, index, shortage)
+                    if victim is request:
+                        break
+                    added = self.kv_cache_manager.allocate_slots(request, count)
+                if added is None:
+                    continue
+                for group, ids in enumerate(added):
+                    new_blocks.append((request.row, group, first, ids))
+            sample = end == num_tokens
+            rows.append(request.row)
+            starts.append(start)
+            counts.append(count)
+            samples.append(sample)
+            requests.append(request)
+            request.num_computed_tokens = end
+            if sample:
+                request.num_output_placeholders += 1
+            if end >= request.register_at:
+                full.append(request)
+            budget -= count
+        # Only now: a victim that was scheduled and taken back has filled no blocks.
+        for request in full:
+            self.kv_cache_manager.cache_full_blocks(request)
+        return budget
+
+    def _schedule_waiting(self, output: SchedulerOutput, budget: int, limit: int) -> None:
+        """Admit requests in the queue's order until one does not fit."""
+        manager = self.kv_cache_manager
+        now = time.monotonic()
+        while budget > 0 and self._free_rows and self.waiting:
+            request = self.waiting.peek()
+            if request.num_output_placeholders:
+                # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
+                break
+            hit = manager.get_computed_blocks(request)
+            start = hit.num_tokens
+            num_tokens = len(request.all_token_ids)
+            count = min(num_tokens - start, limit)
+            if count > budget:
+                if not self.config.enable_chunked_prefill:
+                    break
+                count = budget
+            if self.config.reserve_full_prompt and not manager.can_fit(request, hit):
+                break
+            if manager.allocate_slots(request, count, hit) is None:
+                break
+            self.waiting.pop()
+            manager.prefix_cache_stats.record(num_tokens, start, resumed=request.num_preemptions > 0)
+            if request.num_cached_tokens < 0:
+                request.num_cached_tokens = start
+                request.scheduled_ts = now
+            request.status = RequestStatus.RUNNING
+            request.row = self._free_rows.pop()
+            request.num_computed_tokens = start + count
+            sample = start + count == num_tokens
+            if sample:
+                request.num_output_placeholders = 1
+            self.running.append(request)
+            manager.cache_full_blocks(request)
+            budget -= count
+            output.admitted.append(
+                AdmittedRequest(
+                    row=request.row,
+                    request_id=request.request_id,
+                    token_ids=list(request.all_token_ids),
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    num_computed_tokens=start,
+                    params=request.params,
+                    seed=request.seed,
+                    stop_token_ids=request.stop_token_ids,
+                    block_ids=tuple(list(table) for table in request.block_tables),
+                    bad_words=request.bad_words,
+                )
+            )
+            output.rows.append(request.row)
+            output.starts.append(start)
+            output.counts.append(count)
+            output.samples.append(sample)
+            output.requests.append(request)
+
+    def _choose_victim(self) -> Request:
+        """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""
+        return max(self.running, key=priority_key) if self.config.policy == "priority" else self.running[-1]
+
+    def _preempt(self, victim: Request, index: int, shortage: Shortage) -> None:
+        """Take row and blocks from ``running[index]``; its tokens are computed again when it comes back."""
+        usage = self.kv_cache_manager.usage
+        del self.running[index]
+        self._release(victim)
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_preemptions += 1
+        self._preemptions.record(victim, shortage, usage)
+        victim.num_computed_tokens = 0
+        self.waiting.push_front(victim)
+
+    def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestUpdate]:
+        """Take in what a step sampled; steps are read in the order in which they were scheduled.
+
+        Tokens of requests that have finished meanwhile are dropped; a preempted request keeps its token.
+
+        Returns:
+            One update per request that got a token, in the step's order.
+
+        Raises:
+            ValueError: the output has another number of entries than the step.
+        """
+        now = time.monotonic()
+        updates: list[RequestUpdate] = []
+        finished_running = False
+        index = -1
+        for request, sample, token_id in zip(scheduled.requests, scheduled.samples, output.token_ids, strict=True):
+            index += 1
+            if not sample:
+                continue
+            request.num_output_placeholders -= 1
+            if request.status > _PREEMPTED:
+                continue
+            token_ids = request.all_token_ids
+            token_ids.append(token_id)
+            request.last_token_ts = now
+            if not request.first_token_ts:
+                request.first_token_ts = now
+            num_tokens = len(token_ids)
+            if num_tokens >= request.register_at:
+                self.kv_cache_manager.cache_full_blocks(request)
+            status = None
+            if num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids:
+                status, stop_reason = check_stop(request, token_id)
+                if status is not None:
+                    finished_running = finished_running or request.row >= 0
+                    self._end(request, status, stop_reason)
+            updates.append(RequestUpdate(request, [token_id], index, status is not None))
+        if finished_running:
+            self.running = [request for request in self.running if request.status <= _PREEMPTED]
+        return updates
+
+    # What others ask.
+
+    @property
+    def max_tokens_per_request(self) -> int:
+        """Most tokens of one request that the whole pool can hold."""
+        return self._limits.max_tokens_per_request
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_preemptions=self._preemptions.count,
+            num_preempted_tokens=self._preemptions.tokens_lost,
+            kv_cache_usage=self.kv_cache_manager.usage,
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Does nothing and returns False while requests run."""
+        return self.kv_cache_manager.reset_prefix_cache()

@@ -1,0 +1,86 @@
+"""The command ``jaxllm``. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import jaxllm
+from jaxllm.entrypoints.options import add_engine_options, add_sampling_options, with_hyphens
+from jaxllm.errors import JaxLLMError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit status."""
+    parser = build_parser()
+    arguments = parser.parse_args(with_hyphens(sys.argv[1:] if argv is None else argv))
+    try:
+        return arguments.run(arguments)
+    except JaxLLMError as error:
+        print(f"jaxllm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("jaxllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough; the interpreter's last flush must not fail on it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
+    parser = argparse.ArgumentParser(prog="jaxllm", description="An LLM inference engine compiled by XLA.")
+    parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    fetch = commands.add_parser("fetch", help="bring named models onto this machine")
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="a named model, such as smollm2-135m-instruct")
+    fetch.set_defaults(run=_fetch)
+
+    generate = commands.add_parser("generate", help="complete prompts")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input, one prompt a line")
+    generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    add_engine_options(generate)
+    add_sampling_options(generate, max_tokens=128, temperature=0.0)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a model; answers are shown as they are generated")
+    chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
+    add_engine_options(chat)
+    add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
+    chat.set_defaults(run=_chat)
+
+    demo = commands.add_parser("demo", help="answer a batch of questions, and sum up how it went")
+    add_engine_options(demo)
+    add_sampling_options(demo, max_tokens=64, temperature=0.0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from jaxllm.weights.fetch import fetch
+
+    for name in arguments.names:
+        print(fetch(name))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.generate import run
+
+    return run(arguments)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.chat import run
+
+    return run(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.demo import run
+
+    return run(arguments)

@@ -1,0 +1,285 @@
+"""`LLM`: the engine as a library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.engine.core import EngineCore
+from jaxllm.engine.input_processor import InputProcessor, Prompt
+from jaxllm.engine.interrupt import DeferredInterrupt
+from jaxllm.engine.progress import Progress
+from jaxllm.errors import ValidationError
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.startup import start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.metrics import Metric
+    from jaxllm.runner.memory import MemoryPlan
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+
+class LLM:
+    """A model and the engine that runs it, with vLLM's interface.
+
+    Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the device.
+
+    Args:
+        model: a named model (``smollm2-135m-instruct``), a local directory, a ``.gguf`` file, or a hub id.
+        **kwargs: vLLM's engine arguments; see `jaxllm.config.engine_args`.
+
+    Raises:
+        TypeError: an argument does not exist.
+        ValidationError: an argument's value cannot be honoured, or the model does not fit into memory; the text says what would.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        self._core: EngineCore | None = None
+        args: EngineArgs = engine_args(model, **kwargs)
+        started = start(args)
+        self._core = started.core
+        self._inputs: InputProcessor = started.inputs
+        self._tokenizer = started.tokenizer
+        self._chat_template = args.chat_template
+        self._default_params: SamplingParams = started.default_params
+        self._checkpoint = started.checkpoint
+        self._runner = started.runner
+        #: what the device's memory holds, in bytes; prints as a table
+        self.memory_plan: MemoryPlan = started.memory_plan
+        #: seconds of each start-up phase
+        self.startup_times: dict[str, float] = started.times
+        self._num_requests = 0
+
+    # Generation.
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+        on_error: str = "raise",
+    ) -> list[RequestOutput]:
+        """Complete prompts; the outputs come in the prompts' order.
+
+        Args:
+            prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, ``cache_salt``), or many of them.
+            sampling_params: one for all, or one each; None: the model's own defaults.
+            priority: smaller runs first, with ``scheduling_policy="priority"``.
+            on_error: "raise" refuses the whole call when one prompt is refused; "return" gives that prompt an output with
+                ``finish_reason="error"`` and its reason in ``error``, and runs the others.
+
+        Raises:
+            ValidationError: a prompt or its parameters are refused; nothing of the call has run then.
+        """
+        return self._run(_as_prompts(prompts), sampling_params, priority, use_tqdm, on_error, special_tokens=True)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_error: str = "raise",
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many: lists of messages with ``role`` and ``content``."""
+        conversations = _as_conversations(messages)
+        rendered = [
+            self._render(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self._run(rendered, sampling_params, priority, use_tqdm, on_error, special_tokens=False)
+
+    def stream_chat(self, messages: Conversation, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to one conversation, piece by piece as it is generated. Closing the iterator ends the request."""
+        params = (sampling_params or self._default_params).clone()
+        params.output_kind = RequestOutputKind.DELTA
+        prompt = self._render(messages, add_generation_prompt=True)
+        core = self._engine()
+        request, text = self._inputs.request(self._next_id(), prompt, params, special_tokens=False)
+        core.add_request(request, text)
+        try:
+            while not request.is_finished:
+                for output in core.step():
+                    if output.request_id == request.request_id and output.outputs[0].text:
+                        yield output.outputs[0].text
+        finally:
+            core.abort([request.request_id])
+            core.drain()
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
+        use_tqdm: bool,
+        on_error: str,
+        *,
+        special_tokens: bool,
+    ) -> list[RequestOutput]:
+        if on_error not in ("raise", "return"):
+            raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
+        core = self._engine()
+        params = _one_each("params", sampling_params or self._default_params, len(prompts))
+        priorities = _one_each("priority", priority or 0, len(prompts))
+        ids = [self._next_id() for _ in prompts]
+        done: dict[str, RequestOutput] = {}
+        try:
+            with DeferredInterrupt() as interrupt:
+                for request_id, prompt, p, rank in zip(ids, prompts, params, priorities, strict=True):
+                    self._add(request_id, prompt, p, rank, special_tokens, on_error, done)
+                    interrupt.check()
+                with Progress(len(ids), len(done), enabled=use_tqdm) as progress:
+                    while len(done) < len(ids):
+                        for output in core.step():
+                            if output.finished:
+                                done[output.request_id] = output
+                                progress.finished(output)
+                        interrupt.check()
+        finally:
+            core.abort(ids)
+            core.drain()
+        return [done[request_id] for request_id in ids]
+
+    def _add(self, request_id, prompt, params, priority, special_tokens, on_error, done) -> None:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        params = params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        try:
+            request, text = self._inputs.request(
+                request_id, prompt, params, priority=priority, special_tokens=special_tokens
+            )
+            self._engine().add_request(request, text)
+        except ValidationError as error:
+            if on_error == "raise":
+                raise
+            done[request_id] = _refused(request_id, prompt, str(error))
+
+    def _render(self, conversation: Conversation, *, chat_template: str | None = None, **kwargs: Any) -> str:
+        tokenizer = self.get_tokenizer()
+        template = chat_template or self._chat_template
+        if template is None and not tokenizer.chat_template:
+            raise ValidationError("the model has no chat template: pass chat_template, or use generate()")
+        if template is not None and Path(template).is_file():
+            template = Path(template).read_text()
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in conversation], chat_template=template, tokenize=False, **kwargs
+        )  # pyright: ignore[reportReturnType]
+
+    def _next_id(self) -> str:
+        self._num_requests += 1
+        return str(self._num_requests - 1)
+
+    # What the engine tells.
+
+    def get_metrics(self) -> list[Metric]:
+        """A snapshot of all counters, gauges and histograms, by vLLM's names."""
+        return self._engine().metrics()
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without sampling_params uses: the model's generation_config.json, else vLLM's defaults."""
+        return self._default_params.clone()
+
+    # The engine's life.
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns False, and does nothing, while requests run."""
+        return self._engine().reset_prefix_cache()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""
+        from jaxllm.weights import orbax
+
+        self._engine()
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        orbax.save(folder, self._runner.params)
+        (folder / "config.json").write_text(json.dumps(self._checkpoint.config, indent=2))
+        if self._checkpoint.generation_config:
+            (folder / "generation_config.json").write_text(json.dumps(self._checkpoint.generation_config, indent=2))
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(str(folder))
+
+    def shutdown(self) -> None:
+        """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
+        core, self._core = getattr(self, "_core", None), None
+        if core is not None:
+            core.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        self.shutdown()
+
+    def _engine(self) -> EngineCore:
+        if self._core is None:
+            raise RuntimeError("the engine has been shut down; make a new LLM")
+        return self._core
+
+
+def _as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # pyright: ignore[reportReturnType]
+    return listed  # pyright: ignore[reportReturnType]
+
+
+def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    listed = list(messages)
+    if listed and isinstance(listed[0], Mapping):
+        return [listed]  # pyright: ignore[reportReturnType]
+    return listed  # pyright: ignore[reportReturnType]
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValidationError(f"The lengths of prompts ({count}) and {name} ({len(value)}) must be the same.")
+    return list(value)
+
+
+def _refused(request_id: str, prompt: Prompt, reason: str) -> RequestOutput:
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput(
+        request_id=request_id, prompt=text, prompt_token_ids=[], outputs=[completion], finished=True, error=reason
+    )

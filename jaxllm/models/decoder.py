@@ -1,0 +1,177 @@
+"""The dense decoder that the families share: pre-norm attention and a gated MLP, stacked by layer and scanned.
+
+A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are called;
+what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and `attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
+from jaxllm.layers.linear import linear, linear_f32
+from jaxllm.layers.norm import rms_norm
+from jaxllm.layers.rope import apply_rope, rope_tables
+
+#: a window wider than any context
+UNLIMITED = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shapes and choices of one model. Hashable: a compiled step is made for one of these."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_position_embeddings: int
+    #: one tuple of inverse frequencies [head_dim // 2] a kind of rotary embedding
+    rope_frequencies: tuple[tuple[float, ...], ...]
+    #: which of them each layer uses
+    layer_rope: tuple[int, ...]
+    #: sliding window of each layer, in tokens, itself included; None: all
+    layer_window: tuple[int | None, ...]
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    #: RMS norm over each head of queries and keys
+    qk_norm: bool = False
+    #: norms after attention and MLP too (Gemma)
+    post_norms: bool = False
+    #: added to norm weights
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    attention_scale: float
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+
+
+@flax.struct.dataclass
+class Layers:
+    """Weights of all layers, stacked on the first axis. L layers, d hidden, H heads, K KV heads, D head_dim, F intermediate."""
+
+    attention_norm: jax.Array  # [L, d]
+    qkv: jax.Array  # [L, (H + 2K) * D, d]
+    qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
+    query_norm: jax.Array | None  # [L, D]
+    key_norm: jax.Array | None  # [L, D]
+    output: jax.Array  # [L, d, H * D]
+    post_attention_norm: jax.Array | None  # [L, d]
+    mlp_norm: jax.Array  # [L, d]
+    gate_up: jax.Array  # [L, 2F, d]
+    down: jax.Array  # [L, d, F]
+    post_mlp_norm: jax.Array | None  # [L, d]
+
+
+@flax.struct.dataclass
+class Params:
+    embedding: jax.Array  # [V, d]
+    layers: Layers
+    norm: jax.Array  # [d]
+    head: jax.Array | None  # [V, d]; None: the embedding
+
+
+def forward(
+    config: DecoderConfig,
+    groups: tuple[KVCacheGroup, ...],
+    params: Params,
+    tokens: jax.Array,
+    cache: jax.Array,
+    batch: AttentionBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """One step through all layers.
+
+    Args:
+        groups: which layers share a block table; decides where in the cache a layer's pages are.
+        tokens: i32 [T], within the vocabulary.
+        cache: the KV cache of all layers (`layers.attention`); donate it.
+        batch: where each token belongs.
+
+    Returns:
+        (cache, hidden): hidden [T, d] after the final norm.
+    """
+    frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
+    cos, sin = jax.vmap(lambda f: rope_tables(batch.positions, f))(frequencies)
+    x = params.embedding[tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+
+    def layer(carry, scanned):
+        x, cache = carry
+        weights, layout, rope = scanned
+        x, cache = _attention_block(config, weights, layout, cos[rope], sin[rope], x, cache, batch)
+        return (_mlp_block(config, weights, x), cache), None
+
+    scanned = (params.layers, layouts(config, groups, cache.shape[0]), jnp.asarray(config.layer_rope, jnp.int32))
+    (x, cache), _ = lax.scan(layer, (x, cache), scanned)
+    return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
+
+
+def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
+    scores = linear_f32(hidden, params.embedding if params.head is None else params.head)
+    cap = config.logits_softcap
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def layouts(config: DecoderConfig, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
+    """Where each layer's keys and values are, arrays [L]: the i-th layer of a group has pages ``i * num_blocks ...``."""
+    num_blocks = pages // max(len(group.layers) for group in groups)
+    group, offset = np.zeros((2, config.num_layers), np.int32)
+    for g, members in enumerate(groups):
+        for i, layer in enumerate(members.layers):
+            group[layer], offset[layer] = g, i * num_blocks
+    window = np.array([w or UNLIMITED for w in config.layer_window], np.int32)
+    return Layout(group=jnp.asarray(group), page_offset=jnp.asarray(offset), window=jnp.asarray(window))
+
+
+def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: AttentionBatch):
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    normed = rms_norm(x, w.attention_norm, config.norm_eps, offset=config.norm_offset)
+    qkv = linear(normed, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
+    query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+    if w.query_norm is not None and w.key_norm is not None:
+        query = rms_norm(query, w.query_norm, config.norm_eps, offset=config.norm_offset)
+        key = rms_norm(key, w.key_norm, config.norm_eps, offset=config.norm_offset)
+    query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+    cache = write_kv(cache, key, value, layout, batch)
+    attended = attention(
+        query, cache, layout, batch, scale=config.attention_scale, softcap=config.attention_softcap
+    )
+    y = linear(attended.reshape(-1, heads * dim), w.output)
+    if w.post_attention_norm is not None:
+        y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)
+    return x + y, cache
+
+
+def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
+    normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
+    gate, up = jnp.split(linear(normed, w.gate_up), 2, axis=-1)
+    y = linear(ACTIVATIONS[config.activation](gate) * up, w.down)
+    if w.post_mlp_norm is not None:
+        y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
+    return x + y
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def attention_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)

@@ -1,0 +1,52 @@
+"""Gemma 3, text only: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025, arXiv:2503.19786)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.llama import common_fields, frequencies
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    fields = common_fields({**hf, "hidden_act": hf.get("hidden_activation", "gelu_pytorch_tanh")})
+    layers, head_dim = fields["num_layers"], fields["head_dim"]
+    kinds = hf.get("layer_types") or _layer_types(layers, hf.get("sliding_window_pattern", 6))
+    local = [kind == "sliding_attention" for kind in kinds]
+    return DecoderConfig(
+        **{
+            **fields,
+            "rope_frequencies": _rope_frequencies(hf, head_dim),
+            "layer_rope": tuple(1 if is_local else 0 for is_local in local),
+            "layer_window": tuple(hf["sliding_window"] if is_local else None for is_local in local),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+            "qk_norm": True,
+            "post_norms": True,
+            "norm_offset": 1.0,
+            "embedding_scale": fields["hidden_size"] ** 0.5,
+            "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
+            "attention_softcap": hf.get("attn_logit_softcapping"),
+            "logits_softcap": hf.get("final_logit_softcapping"),
+        }
+    )
+
+
+def _layer_types(num_layers: int, pattern: int) -> list[str]:
+    """Every `pattern`-th layer sees everything."""
+    return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
+
+
+def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(global, local). Older configs have two thetas at the top level, newer ones `rope_parameters` by layer type."""
+    parameters = hf.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        whole, local = parameters["full_attention"], parameters["sliding_attention"]
+        return (
+            frequencies(head_dim, whole["rope_theta"], whole),
+            frequencies(head_dim, local["rope_theta"], local),
+        )
+    return (
+        frequencies(head_dim, hf.get("rope_theta", 1e6), hf.get("rope_scaling")),
+        frequencies(head_dim, hf.get("rope_local_base_freq", 1e4), None),
+    )

@@ -1,0 +1,64 @@
+"""Llama 2 and 3, and the fields of a Hugging Face config that the dense families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.errors import ValidationError
+from jaxllm.layers.rope import inverse_frequencies
+from jaxllm.models.decoder import ACTIVATIONS, DecoderConfig, attention_scale
+
+
+def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of `DecoderConfig` for a Llama-like config.json.
+
+    Raises:
+        ValidationError: a field is missing or has a value that the decoder cannot compute.
+    """
+    try:
+        layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+        activation = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
+        if activation not in ACTIVATIONS:
+            raise ValidationError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        return {
+            "vocab_size": hf["vocab_size"],
+            "hidden_size": hf["hidden_size"],
+            "intermediate_size": hf["intermediate_size"],
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": hf.get("num_key_value_heads") or heads,
+            "head_dim": head_dim,
+            "norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "max_position_embeddings": hf["max_position_embeddings"],
+            "rope_frequencies": (frequencies(head_dim, rope_theta(hf), rope_scaling(hf)),),
+            "layer_rope": (0,) * layers,
+            "layer_window": (None,) * layers,
+            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "activation": activation,
+            "attention_scale": attention_scale(head_dim),
+        }
+    except KeyError as error:
+        raise ValidationError(f"config.json has no field {error.args[0]!r}") from None
+
+
+def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
+    return tuple(inverse_frequencies(head_dim, theta, scaling).tolist())
+
+
+def rope_theta(hf: Mapping[str, Any], default: float = 10000.0) -> float:
+    """`rope_theta`, where older (top level) or newer (`rope_parameters`) configs have it."""
+    return hf.get("rope_theta") or (hf.get("rope_parameters") or {}).get("rope_theta") or default
+
+
+def rope_scaling(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return hf.get("rope_scaling") or hf.get("rope_parameters")
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    if hf.get("mlp_bias"):
+        raise ValidationError("mlp_bias=true is not supported for LlamaForCausalLM")
+    if hf.get("attention_bias"):
+        raise ValidationError("attention_bias=true is not supported for LlamaForCausalLM")
+    return DecoderConfig(**common_fields(hf))

@@ -1,0 +1,15 @@
+"""Mistral: Llama with a sliding window in every layer (Jiang et al. 2023, arXiv:2310.06825)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.llama import common_fields
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    fields = common_fields(hf)
+    fields["layer_window"] = (hf.get("sliding_window"),) * fields["num_layers"]
+    return DecoderConfig(**fields)

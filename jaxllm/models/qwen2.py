@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values; optionally a sliding window in the upper layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.llama import common_fields
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    fields = common_fields(hf)
+    return DecoderConfig(**{**fields, "qkv_bias": True, "layer_window": layer_windows(hf, fields["num_layers"])})
+
+
+def layer_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """With `use_sliding_window`, layers from `max_window_layers` on (or those that `layer_types` names) have a window."""
+    if not hf.get("use_sliding_window"):
+        return (None,) * num_layers
+    kinds = hf.get("layer_types")
+    if kinds is not None:
+        return tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
+    full = hf.get("max_window_layers", num_layers)
+    return tuple(None if layer < full else hf["sliding_window"] for layer in range(num_layers))

@@ -1,0 +1,75 @@
+"""Where each weight of the decoder comes from: Hugging Face tensor names, stacked by layer and fused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxllm.models.decoder import DecoderConfig, Layers, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint, [rows, ...]; `name` holds ``{layer}`` when there is one a layer."""
+
+    name: str
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One array of `Params`: its parts joined along their first axis, stacked over `layers` (None: not stacked)."""
+
+    parts: tuple[Part, ...]
+    layers: int | None
+    columns: int | None = None
+    #: norms start at one minus this in a randomly initialised model; None: a matrix, drawn at random
+    norm_offset: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        leading = () if self.layers is None else (self.layers,)
+        trailing = () if self.columns is None else (self.columns,)
+        return (*leading, sum(part.rows for part in self.parts), *trailing)
+
+    def names(self) -> list[str]:
+        """Every tensor that this array is made of."""
+        layers = range(self.layers) if self.layers is not None else (0,)
+        return [part.name.format(layer=layer) for layer in layers for part in self.parts]
+
+
+def decoder_sources(c: DecoderConfig) -> Params:
+    """A `Params` tree of `Source`s. Linear weights are [out, in], as checkpoints have them."""
+    prefix, d = "model.layers.{layer}.", c.hidden_size
+    query, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def matrix(columns: int, **rows: int) -> Source:
+        parts = tuple(Part(f"{prefix}{name.replace('__', '.')}.weight", n) for name, n in rows.items())
+        return Source(parts, c.num_layers, columns)
+
+    def norm(name: str, size: int = d) -> Source:
+        return Source((Part(f"{prefix}{name}.weight", size),), c.num_layers, norm_offset=c.norm_offset)
+
+    bias = Source(
+        tuple(Part(f"{prefix}self_attn.{n}_proj.bias", size) for n, size in (("q", query), ("k", kv), ("v", kv))),
+        c.num_layers,
+    )
+    layers = Layers(
+        attention_norm=norm("input_layernorm"),
+        qkv=matrix(d, self_attn__q_proj=query, self_attn__k_proj=kv, self_attn__v_proj=kv),
+        qkv_bias=bias if c.qkv_bias else None,
+        query_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+        key_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
+        output=matrix(query, self_attn__o_proj=d),
+        # Llama's "post attention" norm is the one before the MLP; with norms on both sides the name means what it says
+        post_attention_norm=norm("post_attention_layernorm") if c.post_norms else None,
+        mlp_norm=norm("pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"),
+        gate_up=matrix(d, mlp__gate_proj=c.intermediate_size, mlp__up_proj=c.intermediate_size),
+        down=matrix(c.intermediate_size, mlp__down_proj=d),
+        post_mlp_norm=norm("post_feedforward_layernorm") if c.post_norms else None,
+    )
+    return Params(
+        embedding=Source((Part("model.embed_tokens.weight", c.vocab_size),), None, d),
+        layers=layers,
+        norm=Source((Part("model.norm.weight", d),), None, norm_offset=c.norm_offset),
+        head=None if c.tie_word_embeddings else Source((Part("lm_head.weight", c.vocab_size),), None, d),
+    )

@@ -1,0 +1,131 @@
+"""What a request returns: vLLM's outputs, with its field names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+_SHOWN_CHARACTERS = 60
+_SHOWN_TOKENS = 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability at one position.
+
+    `rank` counts from 1, the likeliest token of the vocabulary.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+#: one position: token id -> log-probability. The sampled token is always there: `logprobs` = k gives k or k + 1 entries
+PositionLogprobs = dict[int, Logprob]
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestMetrics:
+    """When things happened to a request.
+
+    `arrival_time` is wall-clock time (`time.time()`); the names that end in `_ts` are monotonic (`time.monotonic()`),
+    0.0 until they happen. Seconds all.
+    """
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    #: seconds from arrival to the first token
+    first_token_latency: float = 0.0
+    num_preemptions: int = 0
+
+
+#: vLLM's name for it
+RequestStateStats = RequestMetrics
+
+
+@dataclasses.dataclass(kw_only=True, repr=False)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    #: among the request's completions
+    index: int
+    text: str
+    token_ids: list[int]
+    #: sum over the generated tokens; None when no logprobs were asked for
+    cumulative_logprob: float | None = None
+    #: one entry a generated token
+    logprobs: list[PositionLogprobs] | None = None
+    #: "stop", "length", "abort", "error"; None while running
+    finish_reason: str | None = None
+    #: the stop string or the stop token id that ended it; None for the model's own end of sequence
+    stop_reason: int | str | None = None
+    lora_request: Any = None
+
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        parts = [
+            f"index={self.index}",
+            f"text={_short_text(self.text)}",
+            f"token_ids={_short_tokens(self.token_ids)}",
+            f"finish_reason={self.finish_reason!r}",
+        ]
+        if self.stop_reason is not None:
+            parts.append(f"stop_reason={self.stop_reason!r}")
+        if self.cumulative_logprob is not None:
+            parts.append(f"cumulative_logprob={self.cumulative_logprob:.4f}")
+        return f"CompletionOutput({', '.join(parts)})"
+
+
+@dataclasses.dataclass(kw_only=True, repr=False)
+class RequestOutput:
+    """A prompt and its completions."""
+
+    request_id: str
+    #: None when the prompt came as token ids
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    #: one entry a prompt token, the first None; None when not asked for
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
+    #: prompt tokens that the prefix cache had
+    num_cached_tokens: int = 0
+    #: why the request was refused, when its finish_reason is "error"
+    error: str | None = None
+    lora_request: Any = None
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        parts = [
+            f"request_id={self.request_id!r}",
+            f"prompt={_short_text(self.prompt)}",
+            f"prompt_token_ids={_short_tokens(self.prompt_token_ids)}",
+            f"outputs={self.outputs!r}",
+            f"finished={self.finished}",
+        ]
+        if self.num_cached_tokens:
+            parts.append(f"num_cached_tokens={self.num_cached_tokens}")
+        return f"RequestOutput({', '.join(parts)})"
+
+
+def _short_text(text: str | None) -> str:
+    if text is None or len(text) <= _SHOWN_CHARACTERS:
+        return repr(text)
+    return f"{text[:_SHOWN_CHARACTERS]!r}... ({len(text)} characters)"
+
+
+def _short_tokens(ids: list[int]) -> str:
+    if len(ids) <= _SHOWN_TOKENS:
+        return repr(list(ids))
+    return f"[{', '.join(map(str, ids[:_SHOWN_TOKENS]))}, ...] ({len(ids)} tokens)"

@@ -1,0 +1,260 @@
+"""From a checkpoint and its configuration to a runner: plan the memory, compile, load, allocate, in this order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_concurrency
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.errors import ValidationError
+from jaxllm.layers.attention import STORAGE
+from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.sources import decoder_sources
+from jaxllm.runner.buckets import make_buckets
+from jaxllm.runner.memory import CPU_CACHE_LIMIT, GIB, MemoryPlan, device_memory, quantize_blocks
+from jaxllm.runner.programs import Programs
+from jaxllm.runner.runner import Runner
+from jaxllm.runner.step import State, StepConfig
+from jaxllm.weights.loader import shapes
+
+if TYPE_CHECKING:
+    from jaxllm.weights.checkpoint import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """What a runner is built from. `groups` must be those of `model`."""
+
+    model: DecoderConfig
+    groups: tuple[KVCacheGroup, ...]
+    scheduler: SchedulerConfig
+    dtype: str
+    device: jax.Device
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    enable_prefix_caching: bool
+    enforce_eager: bool
+    num_logprobs: int
+    logprobs_mode: str
+    seed: int
+    compile_cache: Path | None
+    progress: bool
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        return jax.sharding.SingleDeviceSharding(self.device)
+
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest request."""
+        return -(-self.scheduler.max_model_len // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        return math.prod(self.page_shape) * np.dtype(self.cache_dtype).itemsize * self.layers_per_group
+
+    @property
+    def layers_per_group(self) -> int:
+        return max(len(group.layers) for group in self.groups)
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        return 2, self.model.num_kv_heads, self.block_size, self.model.head_dim
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        dtype = jnp.dtype(self.dtype)
+        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.device.platform == "cpu" else dtype
+
+    def state(self, num_blocks: int) -> State:
+        """Shapes of what lives on the device between steps."""
+        limits = self.scheduler
+        return State(
+            cache=jax.ShapeDtypeStruct(
+                (self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype, sharding=self.sharding
+            ),
+            tokens=jax.ShapeDtypeStruct(
+                (limits.max_num_seqs + 1, limits.max_model_len), jnp.int32, sharding=self.sharding
+            ),
+        )
+
+    def cache_config(self, num_blocks: int) -> CacheConfig:
+        return CacheConfig(
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            groups=self.groups,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )
+
+
+def build_runner(
+    config: RunnerConfig, checkpoint: Checkpoint, record: Callable[[str, float], None]
+) -> tuple[Runner, CacheConfig, MemoryPlan]:
+    """Build a runner, ready for its first step.
+
+    Args:
+        record: told each start-up phase and its seconds.
+
+    Raises:
+        ValidationError: the KV cache does not hold one request; the text says what would.
+        WeightsError: the checkpoint does not fit the model.
+    """
+    clock = _Clock(record)
+    sources = decoder_sources(config.model)
+    params = shapes(sources, jnp.dtype(config.dtype), config.sharding)
+    programs, num_blocks, plan = plan_memory(config, params)
+    clock.lap("plan")
+    weights = checkpoint.load(
+        sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
+    )
+    clock.lap("load weights")
+    programs.compile_all(config.progress)
+    clock.lap("compile")
+    runner = Runner(
+        weights,
+        programs,
+        config.state(num_blocks),
+        num_groups=len(config.groups),
+        table_width=config.table_width,
+        vocab_size=config.model.vocab_size,
+    )
+    runner.warm_up()
+    clock.lap("warm up")
+    return runner, config.cache_config(num_blocks), plan
+
+
+def plan_memory(config: RunnerConfig, params: Params) -> tuple[Programs, int, MemoryPlan]:
+    """Compile the largest step for a guessed cache, ask the compiler what it needs, and fit the cache into what is left.
+
+    The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is compiled again only when the
+    guess was wrong.
+    """
+    total, free = device_memory(config.device)
+    weight_bytes = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
+    state_bytes = math.prod(config.state(1).tokens.shape) * 4
+    budget = min(total * config.gpu_memory_utilization, free) - weight_bytes - state_bytes
+    num_blocks = _num_blocks(config, budget)
+    while True:
+        programs = _programs(config, params, num_blocks)
+        activations = programs.activation_bytes()
+        fitting = _num_blocks(config, budget - activations)
+        if fitting >= num_blocks:
+            break
+        num_blocks = fitting
+    limits = config.scheduler
+    cache = config.cache_config(num_blocks)
+    needed = blocks_per_request(
+        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+    if num_blocks - 1 < needed:
+        raise ValidationError(_too_small(config, num_blocks, needed))
+    concurrency = max_concurrency(cache, limits.max_model_len, max_chunk=limits.max_num_batched_tokens)
+    plan = MemoryPlan(
+        device=config.device.device_kind,
+        total_bytes=total,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        weight_bytes=weight_bytes,
+        activation_bytes=activations,
+        state_bytes=state_bytes,
+        kv_cache_bytes=num_blocks * config.block_bytes,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_tokens=int(concurrency * limits.max_model_len),
+        max_concurrency=concurrency,
+    )
+    return programs, num_blocks, plan
+
+
+def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs:
+    platform = config.device.platform
+    return Programs(
+        StepConfig(
+            model=config.model,
+            groups=config.groups,
+            num_logprobs=config.num_logprobs,
+            logprobs_mode=config.logprobs_mode,
+        ),
+        make_buckets(
+            config.scheduler.max_num_batched_tokens,
+            config.scheduler.max_num_seqs,
+            smallest=1 if config.dtype == "float32" or platform != "cpu" else 2,
+            eager=config.enforce_eager,
+        ),
+        config.table_width,
+        params,
+        config.state(num_blocks),
+        platform=platform,
+        cache_dir=config.compile_cache,
+    )
+
+
+def _num_blocks(config: RunnerConfig, budget: float) -> int:
+    """Blocks for a cache of `budget` bytes, as far as the user left it to us; block 0 included."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        return max(config.kv_cache_memory_bytes // config.block_bytes, 1)
+    limits = config.scheduler
+    most = 1 + limits.max_num_seqs * blocks_per_request(
+        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+    one = 1 + (most - 1) // limits.max_num_seqs
+    if config.device.platform == "cpu":
+        budget = min(budget, max(CPU_CACHE_LIMIT, one * config.block_bytes))
+    blocks = max(int(budget // config.block_bytes), 1)
+    return most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks))
+
+
+def _too_small(config: RunnerConfig, num_blocks: int, needed: int) -> str:
+    limits = config.scheduler
+
+    def fits(length: int) -> bool:
+        chunk = limits.max_num_batched_tokens
+        return blocks_per_request(config.groups, config.block_size, length, max_chunk=chunk) < num_blocks
+
+    low, high = 0, limits.max_model_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    need, have = (needed + 1) * config.block_bytes, num_blocks * config.block_bytes
+    knob = "gpu_memory_utilization"
+    if config.num_gpu_blocks_override is not None:
+        knob = f"num_gpu_blocks_override to {needed + 1}"
+    elif config.kv_cache_memory_bytes is not None:
+        knob = f"kv_cache_memory_bytes to {need}"
+    if low < 1:
+        return (
+            "No available memory for the cache blocks. "
+            f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing {knob} when "
+            "initializing the engine, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
+        )
+    return (
+        f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV cache is "
+        f"needed, which is larger than the available KV cache memory ({have / GIB:.3f} GiB). Based on the available memory, the "
+        f"estimated maximum model length is {low}. Try increasing {knob} or decreasing max_model_len to at most {low}."
+    )
+
+
+class _Clock:
+    def __init__(self, record: Callable[[str, float], None]):
+        self._record, self._last = record, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._record(phase, now - self._last)
+        self._last = now

@@ -1,0 +1,106 @@
+"""What the engine (host) and the runner (device) say to each other. No jax here.
+
+The engine decides, in terms of *rows*: every running request owns one row in ``[0, max_num_seqs)`` from its admission
+to its end. The runner keeps per-row state (block tables, sampling parameters, token ids) and turns a `SchedulerOutput`
+into one launch of the compiled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jaxllm.sampling_params import SamplingParams
+
+#: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of several tokens
+MAX_BIASES = 320
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 8
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AdmittedRequest:
+    """A request that enters a row: new, or resumed after a preemption."""
+
+    row: int
+    request_id: str
+    #: every token known so far: prompt, then the outputs of a resumed request
+    token_ids: list[int]
+    num_prompt_tokens: int
+    #: tokens whose keys and values are in the cache already (prefix hits)
+    num_computed_tokens: int
+    params: SamplingParams
+    #: the request's own seed, decided by the engine when the user gave none
+    seed: int
+    #: ids that end generation; masked while fewer than `min_tokens` outputs exist
+    stop_token_ids: frozenset[int]
+    #: one list of block ids per KV-cache group
+    block_ids: tuple[list[int], ...]
+    #: token sequences that must not be generated (`SamplingParams.bad_words`, tokenized)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class SchedulerOutput:
+    """One step's work. `rows`, `starts`, `counts` and `samples` are parallel lists, one entry a scheduled request.
+
+    Entry i computes the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1`` of the request in ``rows[i]``, and, when
+    ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not know yet is one
+    that an earlier step sampled: the runner finds it on the device.
+    """
+
+    step: int
+    admitted: list[AdmittedRequest]
+    rows: list[int]
+    starts: list[int]
+    counts: list[int]
+    samples: list[bool]
+    #: (row, group, index of the first new block in the row's table, block ids) appended this step to rows already admitted
+    new_blocks: list[tuple[int, int, int, list[int]]]
+    #: the engine's own handle of each entry; the runner passes over it
+    requests: list
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LogprobArrays:
+    """Log-probabilities of a step, one row an entry of the `SchedulerOutput`."""
+
+    sampled: np.ndarray  # f32 [N]
+    rank: np.ndarray  # i32 [N], 1 = the most likely token
+    top_ids: np.ndarray  # i32 [N, K], most likely first
+    top: np.ndarray  # f32 [N, K]
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class StepOutput:
+    token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled
+    logprobs: LogprobArrays | None = None
+
+
+class StepFuture(Protocol):
+    def result(self) -> StepOutput:
+        """Wait for the step and read what it sampled."""
+        ...
+
+
+class ModelRunner(Protocol):
+    """All that the engine knows of the device."""
+
+    def execute(self, scheduled: SchedulerOutput) -> StepFuture:
+        """Launch one step; does not wait for it."""
+        ...
+
+    def reset(self) -> None:
+        """Make the device state usable again after a failed step; the cache's contents are lost."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free every device array."""
+        ...

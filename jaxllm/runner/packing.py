@@ -1,0 +1,84 @@
+"""One int32 buffer carries everything that a program needs to know: a launch costs per argument, and an upload per array.
+
+Floats travel as their bits. `Packing` holds the offsets of the fields; `views` lays numpy views over a fresh host buffer, `unpack` takes the same
+fields out of the device's buffer inside the compiled program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxllm.runner.buckets import Bucket
+
+#: per-row sampling parameters, float32
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+#: per-row sampling parameters, int32
+INTS = ("top_k", "seed_low", "seed_high", "prompt_length")
+#: which parts of the sampler any row needs, 0 or 1
+FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
+
+
+class Packing:
+    """Named fields of one int32 buffer.
+
+    Args:
+        shapes: name -> shape, in the order of the buffer.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self._fields: dict[str, tuple[int, tuple[int, ...]]] = {}
+        #: int32 words of the buffer
+        self.size = 0
+        for name, shape in shapes.items():
+            self._fields[name] = (self.size, shape)
+            self.size += math.prod(shape)
+
+    def views(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A zeroed buffer int32 [size] and a view of it for each field. Never reused: the device may read it in place."""
+        buffer = np.zeros(self.size, np.int32)
+        views = {}
+        for name, (offset, shape) in self._fields.items():
+            view = buffer[offset : offset + math.prod(shape)].reshape(shape)
+            views[name] = view.view(np.float32) if name in FLOATS else view
+        return buffer, views
+
+    def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
+        """The fields of a device buffer, inside jit."""
+        fields = {}
+        for name, (offset, shape) in self._fields.items():
+            field = buffer[offset : offset + math.prod(shape)].reshape(shape)
+            fields[name] = lax.bitcast_convert_type(field, np.float32) if name in FLOATS else field
+        return fields
+
+
+def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+    """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table row."""
+    tokens, seqs = bucket
+    return Packing(
+        {
+            "num_decodes": (),
+            "num_seqs": (),
+            # tokens: id (-1: sampled by an earlier step), position, sequence
+            "token_ids": (tokens,),
+            "positions": (tokens,),
+            "token_seq": (tokens,),
+            # sequences: their row, first token, context length
+            "rows": (seqs,),
+            "query_start": (seqs + 1,),
+            "kv_lens": (seqs,),
+            "block_tables": (num_groups, seqs, table_width),
+            # the i-th sampled token comes from the last token of sequence sample_seq[i]
+            "sample_seq": (seqs,),
+        }
+    )
+
+
+def sample_packing(max_num_seqs: int) -> Packing:
+    """What `step.sample_step` reads; entry i is the i-th sampled token. One layout for all buckets."""
+    per_row = dict.fromkeys(("rows", "positions", *FLOATS, *INTS), (max_num_seqs,))
+    return Packing({"num_samples": (), **dict.fromkeys(FLAGS, ()), **per_row})

@@ -1,0 +1,179 @@
+"""Compiled steps: every bucket ahead of time, in threads, through JAX's persistent cache."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.models.decoder import Params
+from jaxllm.runner.packing import forward_packing, sample_packing
+from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, write_tokens
+
+#: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the widening of *all*
+#: stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at 8 rows, 432 MB more).
+CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+#: rows whose logits exist at once; a block costs its size, so few rows take a small one
+SAMPLE_ROWS_CPU = (8, 32)
+SAMPLE_ROWS_GPU = (8, 64, 256)
+
+#: key of the program that runs `write_tokens`
+WRITER = "write tokens"
+#: tokens that one launch of it carries
+WRITE_TOKENS = 1024
+
+
+class Programs:
+    """The compiled programs of one engine: a forward step for every bucket, sampling for a few sizes of block.
+
+    Asking for one that was not compiled is an error, never a silent compile.
+    """
+
+    def __init__(
+        self,
+        config: StepConfig,
+        buckets: tuple[Bucket, ...],
+        table_width: int,
+        params: Params,
+        state: State,
+        *,
+        platform: str,
+        cache_dir: Path | None,
+    ):
+        """
+        Args:
+            params, state: trees of `jax.ShapeDtypeStruct` with shardings.
+            cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
+        """
+        self._config = config
+        self._params, self._state = params, state
+        self._options = CPU_OPTIONS if platform == "cpu" else None
+        self._cache_dir = cache_dir
+        self.packings = {b: forward_packing(b, len(config.groups), table_width) for b in buckets}
+        self.max_num_seqs = state.tokens.shape[0] - 1
+        smallest = buckets[0].seqs
+        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
+        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (smallest, *sizes)})
+        #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
+        self._variants = (True,) if platform == "cpu" else (True, False)
+        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+
+    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing = self.packings[bucket]
+        function = jax.jit(functools.partial(forward_step, self._config, bucket, packing), donate_argnums=(1,))
+        return function.lower(self._params, self._state, self._words(packing.size))
+
+    def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
+        packing = sample_packing(self.max_num_seqs)
+        function = jax.jit(functools.partial(sample_step, self._config, rows, packing), donate_argnums=(1,))
+        size = (self.max_num_seqs, self._config.model.hidden_size)
+        hidden = jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self._state.tokens.sharding)
+        shape = ConstraintShape(self._config.model.vocab_size)
+        constraints = self._words(self.max_num_seqs, shape.row_size) if full else None
+        head = head_params(self._params)
+        return function.lower(head, self._state.tokens, hidden, self._words(packing.size), constraints)
+
+    def lower_writer(self) -> jax.stages.Lowered:
+        return jax.jit(write_tokens, donate_argnums=(0,)).lower(self._state.tokens, self._words(3 + WRITE_TOKENS))
+
+    def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._state.tokens.sharding)
+
+    def activation_bytes(self) -> int:
+        """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
+        keys = (self.largest, (self._sample_rows[-1], True))
+        self._compile(keys, progress=False)
+        needed = []
+        for key in keys:
+            memory = self._compiled[key].memory_analysis()
+            if memory is None:
+                raise RuntimeError("the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override")
+            needed.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+        return max(needed)
+
+    def compile_all(self, progress: bool) -> None:
+        """Compile what is missing."""
+        samplers = [(rows, full) for rows in self._sample_rows for full in self._variants]
+        self._compile((*samplers, *self.packings, WRITER), progress)
+
+    def _compile(self, keys: Iterable[Hashable], progress: bool) -> None:
+        """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
+        missing = [key for key in keys if key not in self._compiled]
+        bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
+        with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
+            for future in concurrent.futures.as_completed(futures):
+                self._compiled[futures[future]] = future.result()
+                bar.update()
+
+    def _lower(self, key: Hashable) -> jax.stages.Lowered:
+        if key == WRITER:
+            return self.lower_writer()
+        return self.lower_forward(key) if isinstance(key, Bucket) else self.lower_sampler(*key)  # pyright: ignore
+
+    def _get(self, key: Hashable) -> jax.stages.Compiled:
+        try:
+            return self._compiled[key]
+        except KeyError:
+            raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
+
+    def forward(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(bucket)
+
+    def sampler(self, num_samples: int, full: bool) -> tuple[jax.stages.Compiled, bool]:
+        """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely token."""
+        full = full or False not in self._variants
+        rows = next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
+        return self._get((rows, full)), full
+
+    @property
+    def writer(self) -> jax.stages.Compiled:
+        return self._get(WRITER)
+
+    @property
+    def largest(self) -> Bucket:
+        return next(reversed(self.packings))
+
+
+def head_params(params: Params) -> Params:
+    """What sampling needs of the weights: few arguments make quick launches."""
+    return params.replace(layers=None, norm=None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def compile_cache(folder: Path | None) -> Iterator[None]:
+    """Use `folder` as JAX's persistent compile cache inside; the user's own configuration is left as it was."""
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    wanted = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+            yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -1,0 +1,156 @@
+"""The host's copy of what the device must know of each running request, kept by row; one step's part of it is packed by fancy indexing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jaxllm.runner.constraints import ConstraintShape, RowConstraints
+from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
+from jaxllm.runner.packing import FLOATS, INTS, Packing, sample_packing
+
+
+@dataclasses.dataclass(slots=True)
+class PackedStep:
+    """What one step uploads, and how to read what it returns."""
+
+    forward: np.ndarray  # int32, `forward_packing`'s fields
+    sampling: np.ndarray | None  # int32, `sample_packing`'s fields; None: nothing is sampled
+    constraints: np.ndarray | None  # int32 [max_num_seqs, row_size]; None: no row needs any
+    full: bool  # some row needs more than its most likely token
+    want_logprobs: bool
+    #: index of the SchedulerOutput's entry that each sampled token belongs to
+    sampled_entries: np.ndarray
+
+
+class RowTable:
+    """State of all rows: block tables, sampling parameters, the tokens that the host knows."""
+
+    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, shape: ConstraintShape):
+        self._shape = shape
+        self._sample_packing = sample_packing(max_num_seqs)
+        self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
+        self._floats = {name: np.zeros(max_num_seqs, np.float32) for name in FLOATS}
+        self._ints = {name: np.zeros(max_num_seqs, np.int32) for name in INTS}
+        self._tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
+        self._known = np.zeros(max_num_seqs, np.int64)
+        self._logprobs = np.zeros(max_num_seqs, bool)
+        self._full = np.zeros(max_num_seqs, bool)
+        self._constraints: dict[int, RowConstraints] = {}
+
+    def admit(self, request: AdmittedRequest) -> None:
+        row, params = request.row, request.params
+        self._tables[:, row] = 0
+        for group, blocks in enumerate(request.block_ids):
+            self._tables[group, row, : len(blocks)] = blocks
+        self._tokens[row] = np.asarray(request.token_ids, np.int32)
+        self._known[row] = len(request.token_ids)
+        greedy = params.is_greedy
+        for name in FLOATS:
+            self._floats[name][row] = getattr(params, name)
+        if greedy:
+            self._floats["temperature"][row] = 0.0
+        self._ints["top_k"][row] = max(params.top_k, 0)
+        self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
+        self._ints["prompt_length"][row] = request.num_prompt_tokens
+        self._logprobs[row] = params.logprobs is not None
+        self._constraints.pop(row, None)
+        if RowConstraints.needed(request):
+            self._constraints[row] = RowConstraints(self._shape, request)
+        self._full[row] = not greedy or self.needs_history(request) or params.logprobs is not None or row in self._constraints
+
+    @staticmethod
+    def needs_history(request: AdmittedRequest) -> bool:
+        """Whether the sampler looks at the request's earlier tokens."""
+        return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
+
+    def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
+        self._tables[group, row, start : start + len(blocks)] = blocks
+
+    def pack(self, step: SchedulerOutput, packing: Packing) -> PackedStep:
+        """Fill the buffers of a step; `packing` is its bucket's."""
+        rows = np.asarray(step.rows, np.int32)
+        starts = np.asarray(step.starts, np.int32)
+        counts = np.asarray(step.counts, np.int32)
+        samples = np.asarray(step.samples, bool)
+        lengths = starts + counts
+        # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row costs
+        order = np.lexsort((-lengths, counts > 1))
+        rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
+        n, total = len(rows), int(counts.sum())
+        sampled = np.flatnonzero(samples[order])
+
+        buffer, fields = packing.views()
+        fields["num_decodes"][...] = np.count_nonzero(counts == 1)
+        fields["num_seqs"][...] = n
+        first = np.cumsum(counts) - counts
+        fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
+        fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
+        fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
+        fields["rows"][:n] = rows
+        fields["query_start"][:n] = first
+        fields["query_start"][n:] = total
+        fields["kv_lens"][:n] = lengths
+        fields["block_tables"][:, :n] = self._tables[:, rows]
+        fields["sample_seq"][: len(sampled)] = sampled
+
+        full = bool(self._full[rows[sampled]].any())
+        packed = PackedStep(buffer, None, None, full, False, order[sampled])
+        if len(sampled):
+            self._pack_sampling(packed, rows[sampled], lengths[sampled])
+        return packed
+
+    def _pack_sampling(self, packed: PackedStep, rows: np.ndarray, positions: np.ndarray) -> None:
+        packed.sampling, fields = self._sample_packing.views()
+        count = len(rows)
+        fields["num_samples"][...] = count
+        fields["rows"][:count] = rows
+        fields["positions"][:count] = positions
+        for name in FLOATS:
+            fields[name][:count] = self._floats[name][rows]
+        for name in INTS:
+            fields[name][:count] = self._ints[name][rows]
+        if packed.full:
+            packed.want_logprobs = bool(self._logprobs[rows].any())
+            fields["want_logprobs"][...] = packed.want_logprobs
+            packed.constraints = self._flags(fields, rows, positions)
+
+    def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
+        ids = np.full(total, -1, np.int32)
+        for i in np.flatnonzero(starts < self._known[rows]):
+            known = self._tokens[rows[i]][starts[i] : starts[i] + counts[i]]
+            ids[first[i] : first[i] + len(known)] = known
+        return ids
+
+    def _flags(self, fields, rows, positions) -> np.ndarray | None:
+        """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""
+        get = {name: self._floats[name][rows] for name in FLOATS}
+        random = get["temperature"] > 0
+        truncated = (self._ints["top_k"][rows] > 0) | (get["top_p"] < 1) | (get["min_p"] > 0)
+        penalised = (get["repetition_penalty"] != 1) | (get["presence_penalty"] != 0) | (get["frequency_penalty"] != 0)
+        fields["any_random"][...] = random.any()
+        fields["any_truncation"][...] = (random & truncated).any()
+        fields["any_penalty"][...] = penalised.any()
+        if not self._constraints:
+            return None
+        buffer = None
+        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            constraints = self._constraints.get(row)
+            if constraints is None:
+                continue
+            masks = constraints.masks(position)
+            if not (masks or constraints.has_bias or constraints.has_bad_words):
+                continue
+            if buffer is None:
+                buffer = self._shape.empty(len(fields["rows"]))
+            constraints.write(buffer[i], position)
+            fields["any_bias"][...] |= constraints.has_bias
+            fields["any_mask"][...] |= masks
+            fields["any_bad_words"][...] |= constraints.has_bad_words
+        return buffer
+
+
+def _words(seed: int) -> np.ndarray:
+    """(low, high) 32-bit words of a 64-bit seed, as int32."""
+    return np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)

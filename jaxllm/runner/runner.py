@@ -1,0 +1,151 @@
+"""The device side of the engine: takes what the scheduler decided, launches the compiled step, gives back sampled tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
+from jaxllm.runner.packing import sample_packing
+from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
+from jaxllm.runner.rows import PackedStep, RowTable
+from jaxllm.runner.step import Sampled, State
+
+
+class StepResult:
+    """A launched step (`interface.StepFuture`)."""
+
+    def __init__(self, sampled: Sampled | None, packed: PackedStep, num_entries: int):
+        self._sampled, self._packed, self._num_entries = sampled, packed, num_entries
+        if sampled is not None:
+            for array in jax.tree.leaves(sampled if packed.want_logprobs else sampled.token_ids):
+                array.copy_to_host_async()
+
+    def result(self) -> StepOutput:
+        entries, sampled = self._packed.sampled_entries, self._sampled
+        ids = np.full(self._num_entries, -1, np.int32)
+        logprobs = None
+        if sampled is not None:
+            ids[entries] = np.asarray(sampled.token_ids)[: len(entries)]
+            if self._packed.want_logprobs and sampled.logprobs is not None:
+                values = jax.tree.map(lambda x: self._scatter(np.asarray(x)), sampled.logprobs)
+                logprobs = LogprobArrays(
+                    sampled=values.sampled, rank=values.rank, top_ids=values.top_ids, top=values.top
+                )
+        return StepOutput(token_ids=ids.tolist(), logprobs=logprobs)
+
+    def _scatter(self, array: np.ndarray) -> np.ndarray:
+        entries = self._packed.sampled_entries
+        out = np.zeros((self._num_entries, *array.shape[1:]), array.dtype)
+        out[entries] = array[: len(entries)]
+        return out
+
+
+class Runner:
+    """One model on its devices (`interface.ModelRunner`).
+
+    Args:
+        params: the model's weights, on the device.
+        programs: compiled for the shapes of `params` and of `state`.
+        state: shapes, dtypes and shardings of what lives between steps; allocated here.
+    """
+
+    def __init__(self, params, programs: Programs, state: State, *, num_groups: int, table_width: int, vocab_size: int):
+        self.params = params
+        self._programs = programs
+        self._state_shape = state
+        self._sharding = state.tokens.sharding
+        self._shape = ConstraintShape(vocab_size)
+        self._max_num_seqs = state.tokens.shape[0] - 1
+        self._rows = RowTable(self._max_num_seqs, num_groups, table_width, self._shape)
+        self._buckets = tuple(programs.packings)
+        self._state: State | None = self._allocate()
+        self._head = head_params(params)
+        self._no_constraints = jax.device_put(self._shape.empty(self._max_num_seqs), self._sharding)
+
+    def _allocate(self) -> State:
+        return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self._state_shape)
+
+    def warm_up(self) -> None:
+        """Run every program once on padding alone, so that nothing is left for the first request to load or allocate."""
+        sample_buffer, _ = sample_packing(self._max_num_seqs).views()
+        for bucket in self._buckets:
+            buffer, _ = self._programs.packings[bucket].views()
+            hidden = self._forward(bucket, buffer)
+            for full in (True, False):
+                self._sample(hidden, sample_buffer, None, bucket.seqs, full)
+        self._write_tokens(self._max_num_seqs, 0, np.zeros(1, np.int32))
+        jax.block_until_ready(self._live())
+
+    def execute(self, scheduled: SchedulerOutput) -> StepResult:
+        for request in scheduled.admitted:
+            self._admit(request)
+        for row, group, start, blocks in scheduled.new_blocks:
+            self._rows.append_blocks(row, group, start, blocks)
+        bucket = pick_bucket(self._buckets, scheduled.num_tokens, len(scheduled.rows))
+        packed = self._rows.pack(scheduled, self._programs.packings[bucket])
+        hidden = self._forward(bucket, packed.forward)
+        sampled = None
+        if packed.sampling is not None:
+            count = len(packed.sampled_entries)
+            sampled = self._sample(hidden, packed.sampling, packed.constraints, count, packed.full)
+        return StepResult(sampled, packed, len(scheduled.rows))
+
+    def _live(self) -> State:
+        if self._state is None:
+            raise RuntimeError("the engine has been shut down")
+        return self._state
+
+    def _forward(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
+        program = self._programs.forward(bucket)
+        self._state, hidden = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
+        return hidden
+
+    def _sample(self, hidden: jax.Array, buffer: np.ndarray, constraints: np.ndarray | None, count: int, full: bool) -> Sampled:
+        program, full = self._programs.sampler(count, full)
+        state = self._live()
+        given = None
+        if full:
+            given = self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
+        tokens, sampled = program(self._head, state.tokens, hidden, jax.device_put(buffer, self._sharding), given)
+        self._state = State(cache=state.cache, tokens=tokens)
+        return sampled
+
+    def _admit(self, request: AdmittedRequest) -> None:
+        self._rows.admit(request)
+        if request.num_computed_tokens and RowTable.needs_history(request):
+            self._write_tokens(request.row, 0, np.asarray(request.token_ids[: request.num_computed_tokens], np.int32))
+
+    def _write_tokens(self, row: int, position: int, ids: np.ndarray) -> None:
+        state = self._live()
+        tokens = state.tokens
+        for first in range(0, len(ids), WRITE_TOKENS):
+            part = ids[first : first + WRITE_TOKENS]
+            buffer = np.zeros(3 + WRITE_TOKENS, np.int32)
+            buffer[:3] = row, position + first, len(part)
+            buffer[3 : 3 + len(part)] = part
+            tokens = self._programs.writer(tokens, jax.device_put(buffer, self._sharding))
+        self._state = State(cache=state.cache, tokens=tokens)
+
+    def reset(self) -> None:
+        """Allocate the state anew: a failed step may have consumed what was donated to it."""
+        self._free_state()
+        self._state = self._allocate()
+
+    def _free_state(self) -> None:
+        if self._state is not None:
+            for array in jax.tree.leaves(self._state):
+                if not array.is_deleted():
+                    array.delete()
+            self._state = None
+
+    def shutdown(self) -> None:
+        """Free every device array; idempotent."""
+        self._free_state()
+        for array in (*jax.tree.leaves(self.params), self._no_constraints):
+            if not array.is_deleted():
+                array.delete()
+        self.params = self._head = None

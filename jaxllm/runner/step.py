@@ -1,0 +1,164 @@
+"""The compiled step, for every kind of request: tokens in, keys and values written, tokens out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.attention import AttentionBatch
+from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
+from jaxllm.sampling.batch import SamplingBatch
+from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.sampling.sampler import sample, sample_greedy
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step is compiled for, besides its bucket."""
+
+    model: DecoderConfig
+    groups: tuple[KVCacheGroup, ...]
+    #: alternatives whose log-probabilities a step returns when any request wants them
+    num_logprobs: int
+    logprobs_mode: str
+
+
+@flax.struct.dataclass
+class State:
+    """What stays on the device between steps; donated to every step. R = max_num_seqs, M = max_model_len."""
+
+    cache: jax.Array  # layers.attention's layout
+    #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
+    tokens: jax.Array
+
+
+@flax.struct.dataclass
+class Sampled:
+    """A step's result; entry i belongs to the i-th sampled sequence. R = max_num_seqs."""
+
+    token_ids: jax.Array  # i32 [R]
+    logprobs: Logprobs | None  # [R, ...]; None from the greedy-only program
+
+
+def forward_step(
+    config: StepConfig, bucket: Bucket, packing: Packing, params: Params, state: State, buffer: jax.Array
+) -> tuple[State, jax.Array]:
+    """Compute the scheduled tokens and write their keys and values.
+
+    Args:
+        config, bucket, packing: static.
+        buffer: int32, `forward_packing`'s fields.
+
+    Returns:
+        (state, hidden): hidden [R, d] holds, first, the last token of every sequence that samples.
+    """
+    fields = packing.unpack(buffer)
+    batch = _attention_batch(fields, bucket)
+    trash = state.tokens.shape[0] - 1
+    row = jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
+    ids = fields["token_ids"]
+    known = ids >= 0
+    tokens = state.tokens.at[jnp.where(known, row, trash), batch.positions].set(jnp.maximum(ids, 0))
+    ids = jnp.where(known, ids, tokens[row, batch.positions])
+    cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
+    last = hidden[batch.query_start[fields["sample_seq"] + 1] - 1]
+    padded = jnp.zeros((trash, hidden.shape[1]), hidden.dtype).at[: last.shape[0]].set(last)
+    return State(cache=cache, tokens=tokens), padded
+
+
+def _attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
+    token = jnp.arange(bucket.tokens, dtype=jnp.int32)
+    return AttentionBatch(
+        token_seq=fields["token_seq"],
+        positions=fields["positions"],
+        token_valid=token < fields["query_start"][-1],
+        query_start=fields["query_start"],
+        kv_lens=fields["kv_lens"],
+        block_tables=fields["block_tables"],
+        num_decodes=fields["num_decodes"],
+        num_seqs=fields["num_seqs"],
+    )
+
+
+def sample_step(
+    config: StepConfig,
+    rows: int,
+    packing: Packing,
+    params: Params,
+    tokens: jax.Array,
+    hidden: jax.Array,
+    buffer: jax.Array,
+    constraints: jax.Array | None,
+) -> tuple[jax.Array, Sampled]:
+    """Logits and sampling of what a forward step left, in blocks of rows, as many as are needed.
+
+    So neither padding nor a wide vocabulary costs memory, and one program serves every bucket: this is why the step is two programs.
+
+    Args:
+        config, rows (of a block), packing: static.
+        tokens: `State.tokens`, donated; the sampled ids are added to it.
+        hidden: [R, d].
+        buffer: int32, `sample_packing`'s fields.
+        constraints: int32 [R, row_size] (`ConstraintShape`); None makes the greedy-only program.
+    """
+    fields = packing.unpack(buffer)
+    capacity = hidden.shape[0]
+    rows = min(rows, capacity)
+
+    def block(i: jax.Array, out: Sampled) -> Sampled:
+        first = jnp.minimum(i * rows, capacity - rows)
+        scores = logits(config.model, params, lax.dynamic_slice_in_dim(hidden, first, rows))
+        if constraints is None:
+            new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
+        else:
+            batch = _sampling_batch(config, fields, constraints, tokens, first, rows)
+            result = sample(scores, batch, num_logprobs=config.num_logprobs, logprobs_mode=config.logprobs_mode)
+            new = Sampled(token_ids=result.token_ids, logprobs=result.logprobs)
+        return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
+
+    out = Sampled(
+        token_ids=jnp.zeros(capacity, jnp.int32),
+        logprobs=None if constraints is None else Logprobs.zeros(capacity, config.num_logprobs),
+    )
+    out = lax.fori_loop(0, (fields["num_samples"] + rows - 1) // rows, block, out)
+    trash = tokens.shape[0] - 1
+    row = jnp.where(jnp.arange(capacity, dtype=jnp.int32) < fields["num_samples"], fields["rows"], trash)
+    return tokens.at[row, fields["positions"]].set(out.token_ids, mode="drop"), out
+
+
+def _sampling_batch(config, fields, constraints, tokens, first, rows) -> SamplingBatch:
+    def block(array: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(array, first, rows)
+
+    per_row = {name: block(fields[name]) for name in ("rows", "positions", *FLOATS, *INTS)}
+    row, length = per_row.pop("rows"), per_row.pop("positions")
+    seed = jnp.stack([per_row.pop("seed_high"), per_row.pop("seed_low")], axis=1)
+    flags = {name: fields[name] != 0 for name in FLAGS}
+    return SamplingBatch(
+        **per_row,
+        **flags,
+        **ConstraintShape(config.model.vocab_size).unpack(block(constraints)),
+        seed=lax.bitcast_convert_type(seed, jnp.uint32),
+        position=length,
+        length=length,
+        history=lax.cond(
+            flags["any_penalty"] | flags["any_bad_words"],
+            lambda: tokens[row],
+            lambda: jnp.zeros((rows, tokens.shape[1]), tokens.dtype),
+        ),
+    )
+
+
+def write_tokens(tokens: jax.Array, buffer: jax.Array) -> jax.Array:
+    """Put known tokens into a row of `State.tokens` without computing them: buffer int32 [3 + N] is (row, position, count, ids)."""
+    row, position, count, ids = buffer[0], buffer[1], buffer[2], buffer[3:]
+    lane = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    target = jnp.where(lane < count, position + lane, tokens.shape[1])
+    return tokens.at[row, target].set(ids, mode="drop")

@@ -1,0 +1,258 @@
+"""From a step's logits to its tokens, inside the compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxllm.sampling import blocks as blk
+from jaxllm.sampling.batch import SamplingBatch
+from jaxllm.sampling.constraints import apply_bad_words, apply_bias, apply_mask
+from jaxllm.sampling.distribution import Cut, Distribution
+from jaxllm.sampling.draw import draw_nucleus, invert, uniforms
+from jaxllm.sampling.logprobs import MODES, Logprobs, gather_logprobs
+from jaxllm.sampling.penalties import apply_penalties
+from jaxllm.sampling.truncation import Head, head_of, top_k_cut, top_p_cut
+
+# Rows that are computed together on CPU.
+ROWS = 8
+
+
+@struct.dataclass
+class SampleResult:
+    #: i32[R]
+    token_ids: jax.Array
+    #: zeros when the batch's `want_logprobs` is False
+    logprobs: Logprobs
+
+
+def sample_greedy(logits: jax.Array) -> jax.Array:
+    """The most likely token of each row, the lowest id among equals.
+
+    Args:
+        logits: f32[R, V].
+
+    Returns:
+        i32[R]. 0 for a row that holds a NaN or nothing but -inf.
+    """
+    return blk.argmax(blk.to_blocks(logits))[1]
+
+
+def sample(
+    logits: jax.Array, batch: SamplingBatch, *, num_logprobs: int, logprobs_mode: str = "raw_logprobs"
+) -> SampleResult:
+    """Sample one token per row, in vLLM V1's order.
+
+    Allowed-token mask, bad words, logit bias, penalties; then the most likely token (temperature 0), or temperature, min_p,
+    top_k, top_p of what is left, and a draw. A row's token and log-probabilities depend on that row alone, to the bit.
+
+    Args:
+        logits: f32[R, V].
+        batch: of R rows.
+        num_logprobs: how many of the most likely tokens' log-probabilities to return, at most V; 0 = none but the sampled one's.
+        logprobs_mode: raw_* = before any of the above, processed_* = after all of it (before temperature for greedy rows);
+            *_logprobs = normalised, *_logits = as they are.
+
+    Returns:
+        Tokens and log-probabilities. A row that holds a NaN, or in which nothing is allowed, gets token 0.
+
+    Raises:
+        ValueError: for an unknown mode, more log-probabilities than tokens, or a mask of another vocabulary.
+    """
+    vocab = logits.shape[1]
+    if logprobs_mode not in MODES:
+        raise ValueError(f"logprobs_mode is {logprobs_mode!r}; it must be one of {', '.join(MODES)}.")
+    if not 0 <= num_logprobs <= vocab:
+        raise ValueError(f"num_logprobs is {num_logprobs}; it must be between 0 and the vocabulary's size, {vocab}.")
+    words = batch.mask_words.shape[1]
+    if words not in (0, -(-vocab // 32)):
+        raise ValueError(f"mask_words has {words} words a row; {vocab} tokens need {-(-vocab // 32)} (or 0 for no masks).")
+
+    def rows_at_once(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
+        return sample_rows(logits, batch, num_logprobs, logprobs_mode)
+
+    return lax.platform_dependent(
+        logits, batch, cpu=lambda *args: _in_blocks(rows_at_once, *args), default=rows_at_once
+    )
+
+
+def _in_blocks(
+    rows_at_once: Callable[[jax.Array, SamplingBatch], SampleResult], logits: jax.Array, batch: SamplingBatch
+) -> SampleResult:
+    """Eight rows at a time, so that every row is always computed by the same code.
+
+    XLA:CPU compiles one expression to different arithmetic for different shapes (the order of a sum, the evaluation of an
+    exponential), so without this a row's bits would depend on the number of rows. It is also as fast or faster: the logits of
+    eight rows stay in the cache, and only the blocks that need a feature pay for it.
+    """
+    rows = logits.shape[0]
+
+    def split(leaf: jax.Array) -> jax.Array:
+        padded = jnp.pad(leaf, ((0, -rows % ROWS), *[(0, 0)] * (leaf.ndim - 1))) if rows % ROWS else leaf
+        return padded.reshape(-1, ROWS, *leaf.shape[1:])
+
+    leaves, structure = jax.tree.flatten((logits, batch))
+    is_row = [leaf.ndim > 0 for leaf in leaves]
+
+    def block(row_leaves: list[jax.Array]) -> SampleResult:
+        following = iter(row_leaves)
+        every = [next(following) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
+        logits, batch = jax.tree.unflatten(structure, every)
+        return rows_at_once(logits, batch.narrowed())
+
+    result = lax.map(block, [split(leaf) for leaf, row in zip(leaves, is_row, strict=True) if row])
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:rows], result)
+
+
+def sample_rows(
+    logits: jax.Array, batch: SamplingBatch, num_logprobs: int, logprobs_mode: str = "raw_logprobs"
+) -> SampleResult:
+    """`sample` with all rows at once, which suits an accelerator; arguments must be valid."""
+    rows, vocab = logits.shape
+    processed = blk.to_blocks(_adjust(logits, batch))
+    peak, greedy = blk.argmax(processed)
+    random = (batch.temperature > 0.0) & (peak > -jnp.inf)
+    distribution = Distribution(
+        logits=processed,
+        peak=peak,
+        temperature=jnp.where(random, batch.temperature, 1.0),
+        log_min_p=jnp.where(random, jnp.log(batch.min_p), -jnp.inf),
+    )
+    token = lax.cond(
+        batch.any_random & jnp.any(random), lambda: _draw_rows(distribution, batch, random, greedy, vocab), lambda: greedy
+    )
+
+    def logprobs() -> Logprobs:
+        if logprobs_mode.startswith("raw"):
+            values = blk.to_blocks(logits)
+        else:
+            values = lax.cond(
+                batch.any_random, lambda: _remaining_logits(distribution, batch, random, vocab), lambda: processed
+            )
+        return gather_logprobs(values, token, num_logprobs, normalize=logprobs_mode.endswith("logprobs"))
+
+    return SampleResult(
+        token_ids=token, logprobs=lax.cond(batch.want_logprobs, logprobs, lambda: Logprobs.zeros(rows, num_logprobs))
+    )
+
+
+def _adjust(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """f32[R, V]: everything that changes single logits. One branch around all, as each branch may copy the logits."""
+    has_mask = batch.mask_words.shape[1] > 0
+    has_bad_words = batch.bad_words.size > 0 and batch.history.shape[1] > 0
+    has_bias = batch.bias_ids.shape[1] > 0
+    has_penalty = batch.history.shape[1] > 0
+
+    def adjusted() -> jax.Array:
+        values = logits
+        if has_mask:
+            values = lax.cond(batch.any_mask, lambda x: apply_mask(x, batch.mask_words, batch.use_mask), _same, values)
+        if has_bad_words:
+            values = lax.cond(
+                batch.any_bad_words,
+                lambda x: apply_bad_words(x, batch.bad_words, batch.history, batch.length),
+                _same,
+                values,
+            )
+        if has_bias:
+            values = lax.cond(batch.any_bias, lambda x: apply_bias(x, batch.bias_ids, batch.bias_values), _same, values)
+        if has_penalty:
+            values = lax.cond(batch.any_penalty, lambda x: apply_penalties(x, batch), _same, values)
+        return values
+
+    if not (has_mask or has_bad_words or has_bias or has_penalty):
+        return logits
+    wanted = batch.any_mask | batch.any_bad_words | batch.any_bias | batch.any_penalty
+    return lax.cond(wanted, adjusted, lambda: logits)
+
+
+def _same(logits: jax.Array) -> jax.Array:
+    return logits
+
+
+def _limit(batch: SamplingBatch, vocab: int, size: int) -> jax.Array:
+    """i32[R]: top-k as a number of tokens; `size`, the padded vocabulary, for none."""
+    return jnp.where((batch.top_k > 0) & (batch.top_k < vocab), batch.top_k, size)
+
+
+def _draw_rows(
+    distribution: Distribution, batch: SamplingBatch, random: jax.Array, greedy: jax.Array, vocab: int
+) -> jax.Array:
+    """i32[R]: a draw for every random row, the greedy token for the others.
+
+    Three ways, chosen by each row for itself, so that the others in its batch cannot change its result: among the head's
+    tokens when the head holds all that truncation leaves; from the whole vocabulary when nothing is truncated; from the
+    whole vocabulary with a border that must be searched. What no row needs is skipped.
+    """
+    rows = random.shape[0]
+    size = distribution.logits.shape[1] * blk.BLOCK
+    limit = _limit(batch, vocab, size)
+    unlimited = limit == size
+    everything = Cut.none(rows)
+
+    def truncating() -> tuple[jax.Array, jax.Array, jax.Array]:
+        truncated = random & batch.truncated
+        head = head_of(distribution, limit)
+        sums = maybe_sums(random & ~(truncated & head.closed))
+        kept, known = head.nucleus(batch.top_p, jnp.where(unlimited, jnp.sum(sums, axis=-1), jnp.inf))
+        by_head = truncated & known
+        return _draw_from_head(head, kept, batch), by_head, sums
+
+    def whole() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return greedy, jnp.zeros((rows,), bool), distribution.block_sums(everything)
+
+    def maybe_sums(needed: jax.Array) -> jax.Array:
+        return lax.cond(
+            jnp.any(needed),
+            lambda: distribution.block_sums(everything),
+            lambda: jnp.zeros(distribution.logits.shape[:2], jnp.float32),
+        )
+
+    token, by_head, sums = lax.cond(batch.any_truncation, truncating, whole)
+    searched = random & ~by_head
+
+    def searching() -> jax.Array:
+        by_count = searched & ~unlimited
+
+        def limited() -> tuple[Cut, jax.Array]:
+            found = top_k_cut(distribution.logits, limit, by_count)
+            cut = jax.tree.map(lambda a, b: jnp.where(by_count, a, b), found, everything)
+            return cut, jnp.where(by_count[:, None], distribution.block_sums(cut), sums)
+
+        cut, cut_sums = lax.cond(jnp.any(by_count), limited, lambda: (everything, sums))
+        top_p = jnp.where(searched, batch.top_p, 1.0)
+        return draw_nucleus(distribution, cut_sums, cut, top_p, batch.seed, batch.position)
+
+    searched_token = lax.cond(jnp.any(searched), searching, lambda: greedy)
+    return jnp.where(by_head, token, jnp.where(searched, searched_token, greedy))
+
+
+def _draw_from_head(head: Head, kept: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """i32[R]: a draw among the first `kept` (i32[R]) tokens of the head."""
+    within = lax.iota(jnp.int32, head.ids.shape[1]) < kept[:, None]
+    index = invert(jnp.where(within, head.weights, 0.0), uniforms(batch.seed, batch.position, 0)[:, 0])
+    return jnp.take_along_axis(head.ids, index[:, None], axis=1, mode="clip")[:, 0]
+
+
+def _remaining_logits(distribution: Distribution, batch: SamplingBatch, random: jax.Array, vocab: int) -> jax.Array:
+    """f32[R, N, 64]: logits / temperature of the tokens that truncation leaves, -inf for the others."""
+    logits = distribution.logits
+    limit = _limit(batch, vocab, logits.shape[1] * blk.BLOCK)
+    size = logits.shape[1] * blk.BLOCK
+    everything = Cut.none(random.shape[0])
+    by_count = random & (limit < size)
+    by_mass = random & (batch.top_p < 1.0)
+    cut = _where(by_count, top_k_cut(logits, limit, by_count), everything)
+    cut = _where(by_mass, top_p_cut(distribution, cut, batch.top_p, by_mass), cut)
+    keep = cut.keeps(logits, blk.token_ids(logits)) & (
+        distribution.scaled(logits) >= distribution.log_min_p[:, None, None]
+    )
+    return jnp.where(keep, logits / distribution.temperature[:, None, None], -jnp.inf)
+
+
+def _where(rows: jax.Array, cut: Cut, other: Cut) -> Cut:
+    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), cut, other)

@@ -1,0 +1,186 @@
+"""From engine arguments to a running engine, phase by phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxllm.cache_folder import cache_folder
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.resolve import scheduler_config
+from jaxllm.engine.core import EngineCore
+from jaxllm.engine.input_processor import InputProcessor
+from jaxllm.engine.metrics import EngineMetrics
+from jaxllm.errors import ValidationError
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.registry import model_config
+from jaxllm.runner.build import RunnerConfig, build_runner
+from jaxllm.runner.memory import MemoryPlan, device_memory
+from jaxllm.runner.runner import Runner
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("jaxllm")
+
+#: fields of generation_config.json that are sampling parameters
+_GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Started:
+    """A running engine and what its facade needs to know."""
+
+    core: EngineCore
+    inputs: InputProcessor
+    runner: Runner
+    tokenizer: PreTrainedTokenizerBase | None
+    checkpoint: Checkpoint
+    default_params: SamplingParams
+    memory_plan: MemoryPlan
+    times: dict[str, float]
+
+
+def start(args: EngineArgs) -> Started:
+    """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does."""
+    times: dict[str, float] = {}
+    clock = time.perf_counter()
+    progress = sys.stderr.isatty()
+    path = resolve(args.model, revision=args.revision, token=args.hf_token)
+    checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
+    model = model_config(checkpoint.config)
+    device = find_device(args.device)
+    times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
+
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        tokenizer = load_tokenizer(resolve(args.tokenizer) if args.tokenizer else path)
+    times["load tokenizer"] = time.perf_counter() - clock
+
+    groups = kv_cache_groups(model.layer_window)
+    limits = scheduler_config(
+        args,
+        max_model_len=_max_model_len(args, model),
+        platform=device.platform,
+        device_memory_bytes=device_memory(device)[0],
+    )
+    config = RunnerConfig(
+        model=model,
+        groups=groups,
+        scheduler=limits,
+        dtype=_dtype(args.dtype, checkpoint.dtype, device.platform),
+        device=device,
+        block_size=args.block_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        num_gpu_blocks_override=args.num_gpu_blocks_override,
+        enable_prefix_caching=args.enable_prefix_caching,
+        enforce_eager=args.enforce_eager,
+        num_logprobs=model.vocab_size if args.max_logprobs == -1 else args.max_logprobs,
+        logprobs_mode=args.logprobs_mode,
+        seed=args.seed,
+        compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
+        progress=progress,
+    )
+    runner, cache, plan = build_runner(config, checkpoint, times.__setitem__)
+    for line in plan.vllm_lines():
+        logger.info(line)
+    generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
+    metrics = EngineMetrics(str(args.model))
+    core = EngineCore(limits, cache, runner, tokenizer, metrics)
+    inputs = InputProcessor(
+        tokenizer,
+        vocab_size=model.vocab_size,
+        eos_token_ids=_eos_token_ids(checkpoint, generation, tokenizer),
+        max_logprobs=args.max_logprobs,
+        seed=args.seed,
+    )
+    return Started(
+        core=core,
+        inputs=inputs,
+        runner=runner,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        default_params=_default_params(generation),
+        memory_plan=plan,
+        times=times,
+    )
+
+
+def find_device(name: str) -> jax.Device:
+    """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
+    if name == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
+    except RuntimeError as error:
+        raise ValidationError(
+            f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
+        ) from error
+
+
+def _dtype(asked: str, stored: str, platform: str) -> str:
+    if asked != "auto":
+        return asked
+    # float16 has no fast products on XLA:CPU, and float32 checkpoints hold no more than bfloat16 was trained to need
+    return "float16" if "float16" in stored.split("bfloat16") and platform != "cpu" else "bfloat16"
+
+
+def _max_model_len(args: EngineArgs, model: DecoderConfig) -> int:
+    longest = model.max_position_embeddings
+    if args.max_model_len is None or args.max_model_len == -1:
+        return longest
+    if args.max_model_len > longest:
+        raise ValidationError(
+            f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "
+            f"(max_position_embeddings={longest}). Set max_model_len <= {longest}."
+        )
+    return args.max_model_len
+
+
+def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:
+    if args.generation_config == "vllm":
+        return {}
+    if args.generation_config == "auto":
+        return checkpoint.generation_config
+    return Checkpoint.read_generation_config(args.generation_config)
+
+
+def _default_params(generation: dict[str, Any]) -> SamplingParams:
+    given = {
+        ours: generation[theirs] for theirs, ours in _GENERATION_FIELDS.items() if generation.get(theirs) is not None
+    }
+    if given:
+        logger.info("Default sampling parameters from the model's generation config: %s", given)
+    return SamplingParams(**given)
+
+
+def _eos_token_ids(
+    checkpoint: Checkpoint, generation: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
+    """Ends of generation that any of the model's files names."""
+    found: set[int] = set()
+    for value in (
+        checkpoint.config.get("eos_token_id"),
+        generation.get("eos_token_id"),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)

@@ -1,0 +1,208 @@
+"""Tokenizers built from the metadata of a GGUF file, giving the ids that the model was trained on.
+
+Two kinds exist in the supported architectures: byte-level BPE (``tokenizer.ggml.model`` ``gpt2``) with merges and
+one of several ways to split the text first, and SentencePiece BPE (``llama``) whose merges are ordered by the scores
+of their results and whose unknown characters fall back to bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from jaxllm.tokenization.gguf_pre_tokenizers import pre_tokenization
+from jaxllm.weights.errors import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_MODELS = ("gpt2", "llama")
+# SentencePiece's mark for a space.
+_SPACE = "\u2581"
+
+
+class _Vocabulary:
+    """The checked ``tokenizer.ggml.*`` entries that both kinds share."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        self.tokens = self._list("tokens", str)
+        # An added token may not be empty, and llama.cpp names such entries this way.
+        self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self.tokens)]
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(self.ids) != len(self.tokens):
+            double = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
+            raise WeightsError(f"tokenizer.ggml.tokens holds {double!r} twice; every token must have one id")
+        self.types = self._list("token_type", int) if self._has("token_type") else [_NORMAL] * len(self.tokens)
+        if len(self.types) != len(self.tokens):
+            raise WeightsError(f"tokenizer.ggml.token_type has {len(self.types)} entries for {len(self.tokens)} tokens")
+
+    def value(self, name: str, kind: type, default: Any) -> Any:
+        """``tokenizer.ggml.name``, which must be a ``kind`` if it is there."""
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        if value is not default and type(value) is not kind:
+            raise WeightsError(f"tokenizer.ggml.{name} is {value!r:.80}, expected a value of type {kind.__name__}")
+        return value
+
+    def special(self, name: str) -> str | None:
+        """The token whose id is ``tokenizer.ggml.name_token_id``, or ``None`` where the file names none."""
+        index = self.value(f"{name}_token_id", int, None)
+        if index is None:
+            return None
+        if not 0 <= index < len(self.tokens):
+            raise WeightsError(f"tokenizer.ggml.{name}_token_id is {index}, outside the {len(self.tokens)} tokens")
+        return self.tokens[index]
+
+    def merges(self) -> list[tuple[str, str]]:
+        """The merges of byte-level BPE, best first, stored as two parts around a space."""
+        pairs = []
+        for line in self._list("merges", str):
+            split = line.find(" ", 1)
+            left, right = line[:split], line[split + 1 :]
+            if split < 1 or not right:
+                raise WeightsError(f"tokenizer.ggml.merges holds {line!r}, expected two parts separated by a space")
+            pairs.append((left, right))
+        return pairs
+
+    def scores(self) -> list[float]:
+        """One score per token: SentencePiece merges the pair with the highest-scored result first."""
+        scores = self._list("scores", float)
+        if len(scores) != len(self.tokens):
+            raise WeightsError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(self.tokens)} tokens")
+        return scores
+
+    def added_tokens(self) -> list[AddedToken]:
+        """Tokens recognised in the text before anything else: control and unknown ones (special), user-defined ones."""
+        return [
+            AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+            for token, kind in zip(self.tokens, self.types, strict=True)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+
+    def _has(self, name: str) -> bool:
+        return f"tokenizer.ggml.{name}" in self.metadata
+
+    def _list(self, name: str, kind: type) -> list[Any]:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            seen = "is missing" if value is None else f"is {type(value).__name__}"
+            raise WeightsError(f"tokenizer.ggml.{name} {seen}, expected a list of {kind.__name__}")
+        return value
+
+
+def backend_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The ``tokenizers.Tokenizer`` that the metadata describes, without beginning or end tokens added.
+
+    Raises ``WeightsError`` for an unknown tokenizer model or pre-tokenizer, and for malformed entries.
+    """
+    vocabulary = _Vocabulary(metadata)
+    model = vocabulary.value("model", str, None)
+    if model not in _MODELS:
+        raise WeightsError(f"the tokenizer model tokenizer.ggml.model = {model!r} is not known; known are gpt2, llama")
+    tokenizer = _byte_level_bpe(vocabulary) if model == "gpt2" else _sentencepiece_bpe(vocabulary)
+    tokenizer.add_tokens(vocabulary.added_tokens())
+    return tokenizer
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The transformers tokenizer that the metadata describes: special tokens, begin/end rule and chat template too.
+
+    ``model_max_length`` is the model's context length. Raises ``WeightsError`` as ``backend_from_gguf`` does, and when
+    a beginning or end token is to be added that the file does not name.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _Vocabulary(metadata)
+    tokenizer = backend_from_gguf(metadata)
+    is_bpe = vocabulary.value("model", str, None) == "gpt2"
+    add_bos = pre_tokenization(_pre(vocabulary)).add_bos if is_bpe else True
+    special = {
+        "bos_token": vocabulary.special("bos"),
+        "eos_token": vocabulary.special("eos"),
+        "unk_token": vocabulary.special("unknown"),
+        "pad_token": vocabulary.special("padding"),
+    }
+    added = {
+        "add_bos_token": vocabulary.value("add_bos_token", bool, add_bos),
+        "add_eos_token": vocabulary.value("add_eos_token", bool, False),
+    }
+    for flag, token in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        if added[flag] and special[token] is None:
+            raise WeightsError(f"tokenizer.ggml.{flag} is on but the file names no {token}_id")
+    architecture = metadata.get("general.architecture")
+    context = metadata.get(f"{architecture}.context_length")
+    extra = {"model_max_length": context} if type(context) is int else {}
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise WeightsError(f"tokenizer.chat_template is of type {type(template).__name__}, expected a string")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+        **added,
+        **extra,
+    )
+
+
+def _pre(vocabulary: _Vocabulary) -> str:
+    return vocabulary.value("pre", str, "default")
+
+
+def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
+    pre = pre_tokenization(_pre(vocabulary))
+    tokenizer = Tokenizer(_bpe(vocabulary, vocabulary.merges(), ignore_merges=pre.ignore_merges))
+    normalizer = pre.normalizer()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(vocabulary: _Vocabulary) -> Tokenizer:
+    has_bytes = _BYTE in vocabulary.types
+    unknown = vocabulary.special("unknown")
+    merges = _merges_by_score(vocabulary)
+    tokenizer = Tokenizer(_bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes))
+    add_space = vocabulary.value("add_space_prefix", bool, True)
+    # Prepending acts on every stretch of text between added tokens, which is where llama.cpp adds the space too.
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend(_SPACE)] if add_space else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    parts: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_space:
+        parts.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others, best-scored result first.
+
+    Control, unknown and byte tokens are never the result or part of a merge.
+    """
+    mergeable = {
+        token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (_NORMAL, _USER_DEFINED, _UNUSED)
+    }
+    found: list[tuple[float, tuple[str, str]]] = []
+    for token, score in zip(vocabulary.tokens, vocabulary.scores(), strict=True):
+        if token not in mergeable:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in mergeable and right in mergeable:
+                found.append((-score, (left, right)))
+    found.sort(key=lambda entry: entry[0])
+    return [pair for _, pair in found]
+
+
+def _bpe(vocabulary: _Vocabulary, merges: list[tuple[str, str]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab=vocabulary.ids, merges=merges, **options)
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise WeightsError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error

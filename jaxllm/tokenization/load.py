@@ -1,0 +1,54 @@
+"""One way to a tokenizer, whatever form the model comes in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.weights.errors import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout.
+
+    Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
+    cannot be built, or when transformers cannot load the directory's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        with _without_framework_advice():
+            from transformers import AutoTokenizer
+        try:
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file or directory; a tokenizer comes from a .gguf file or a directory")
+    from jaxllm.tokenization.gguf import tokenizer_from_gguf
+    from jaxllm.weights.gguf import read_metadata
+
+    metadata = read_metadata(path)
+    with _without_framework_advice():
+        try:
+            return tokenizer_from_gguf(metadata)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_framework_advice() -> Iterator[None]:
+    """Import transformers without its advice that models need PyTorch: here they do not."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,106 @@
+"""A model on disk, whatever its form: its config, its weights, its tokenizer's place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import ValidationError
+from jaxllm.models.decoder import Params
+from jaxllm.weights import loader, orbax
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.gguf import GGUFReader
+from jaxllm.weights.safetensors import SafetensorsReader
+
+FORMATS = ("gguf", "safetensors", "orbax", "dummy")
+
+
+class Checkpoint:
+    """A .gguf file, or a directory with config.json and safetensors or an orbax tree.
+
+    Args:
+        path: the file or directory.
+        load_format: "auto" takes what is there; "dummy" needs only the config.
+        overrides: replace fields of the config.
+
+    Raises:
+        WeightsError: the config cannot be read.
+        ValidationError: the format does not fit the path.
+    """
+
+    def __init__(self, path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None):
+        self.path = path
+        self.is_gguf = path.is_file()
+        found = self._found()
+        if load_format == "auto":
+            load_format = found
+        elif load_format not in FORMATS:
+            raise ValidationError(f"load_format must be auto, {', '.join(FORMATS)}; got {load_format!r}.")
+        elif load_format != "dummy" and load_format != found:
+            raise ValidationError(f"load_format={load_format!r}, but {path} holds {found} weights.")
+        self.load_format = load_format
+        self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
+
+    def _found(self) -> str:
+        if self.is_gguf:
+            return "gguf"
+        return "orbax" if (self.path / orbax.FOLDER).is_dir() else "safetensors"
+
+    def _config(self) -> dict[str, Any]:
+        if self.is_gguf:
+            with GGUFReader(self.path) as reader:
+                return reader.config()
+        config = _json(self.path / "config.json")
+        if config is None:
+            raise WeightsError(f"{self.path}: there is no config.json")
+        return config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or {}."""
+        return {} if self.is_gguf else self.read_generation_config(self.path)
+
+    @staticmethod
+    def read_generation_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """A directory's generation_config.json; {} when it has none."""
+        return _json(Path(directory) / "generation_config.json") or {}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the weights were trained or stored in, "" when the config does not say."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+
+    def load(
+        self, sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, seed: int, progress: bool
+    ) -> Params:
+        """The model's weights on its devices. Raises WeightsError (see `loader.load`)."""
+        if self.load_format == "dummy":
+            return loader.dummy(sources, dtype, sharding, seed)
+        if self.load_format == "orbax":
+            return orbax.load(self.path, loader.shapes(sources, dtype, sharding))
+        with self._reader() as reader:
+            return loader.load(reader, sources, dtype, sharding, progress=progress)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[loader.WeightReader]:
+        with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:
+            yield reader
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

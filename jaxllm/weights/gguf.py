@@ -1,0 +1,120 @@
+"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time, through a memory map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.gguf_config import MetadataView, hf_config
+from jaxllm.weights.gguf_header import GGUFHeader, TensorInfo, parse_header
+from jaxllm.weights.gguf_names import ROPE_FREQS, StoredTensor, stored_rows, tensor_map
+from jaxllm.weights.gguf_quants import dequantize_rows
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
+    return _map_file(Path(path))[1].metadata
+
+
+class GGUFReader:
+    """A GGUF file under HF tensor names. A context manager; nothing is read but the header and what is asked for.
+
+    Raises ``WeightsError`` when the file cannot be opened, is not GGUF version 2 or 3, is truncated or malformed,
+    or has an unknown architecture, tensor or tensor type.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        data, header = _map_file(self.path)
+        self._data: np.ndarray | None = data
+        self.metadata: dict[str, Any] = header.metadata
+        self._tensors: dict[str, TensorInfo] = header.tensors
+        view = MetadataView(header.metadata, str(self.path))
+        heads = view.count("attention.head_count")
+        kv_heads = view.count("attention.head_count_kv", heads)
+        self._map = tensor_map(view.architecture, header.tensors, heads, kv_heads, str(self.path))
+        for stored in self._map.values():
+            self._check_rope_rows(stored)
+
+    def __enter__(self) -> GGUFReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the memory map; ``metadata``, names, shapes and dtypes stay readable."""
+        self._data = None
+
+    def config(self) -> dict[str, Any]:
+        """The HF-style ``config.json``; see ``gguf_config.hf_config``."""
+        info = self._tensors.get(ROPE_FREQS)
+        freqs = None if info is None else self._dequantize(info, slice(None)).astype(np.float32)
+        return hf_config(self.metadata, self._tensors, freqs, str(self.path))
+
+    def names(self) -> Iterable[str]:
+        """HF names of all weights, in the file's order."""
+        return self._map.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """HF orientation: linear weights are ``(out_features, in_features)``, embeddings ``(vocab, hidden)``."""
+        return self._find(name)[1].shape
+
+    def dtype(self, name: str) -> str:
+        """The stored type, for example ``Q4_1`` or ``F32``."""
+        return self._find(name)[1].kind.name
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The weight as HF's checkpoint has it, dequantised; a copy.
+
+        ``rows`` slices the first axis, and only those rows' bytes are touched. Float16 and bfloat16 weights keep
+        their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after ``close``.
+        """
+        stored, info = self._find(name)
+        wanted = slice(None) if rows is None else rows
+        index = stored_rows(info.shape[0], stored.rope_heads)[wanted] if stored.rope_heads else wanted
+        values = self._dequantize(info, index)
+        if stored.subtract:
+            return values.astype(np.float32) - np.float32(stored.subtract)
+        return values
+
+    def _find(self, name: str) -> tuple[StoredTensor, TensorInfo]:
+        stored = self._map.get(name)
+        if stored is None:
+            raise WeightsError(f"{self.path}: there is no tensor {name!r} among its {len(self._map)} weights")
+        return stored, self._tensors[stored.name]
+
+    def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
+        if self._data is None:
+            raise WeightsError(f"{self.path}: tensor {info.name!r} was asked for after the reader was closed")
+        raw = self._data[info.offset : info.offset + info.nbytes]
+        if len(info.shape) == 1 and info.kind.block > 1:
+            # A quantised vector's blocks straddle its elements: unpack it whole.
+            return dequantize_rows(raw.reshape(1, -1), info.kind)[0][rows]
+        picked = raw.reshape(info.shape[0], -1)[rows]
+        return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
+
+    def _check_rope_rows(self, stored: StoredTensor) -> None:
+        info = self._tensors[stored.name]
+        if stored.rope_heads and info.shape[0] % (2 * stored.rope_heads):
+            raise WeightsError(
+                f"{self.path}: tensor {stored.name!r} has {info.shape[0]} rows, "
+                f"expected a multiple of twice its {stored.rope_heads} heads"
+            )
+
+
+def _map_file(path: Path) -> tuple[np.ndarray, GGUFHeader]:
+    try:
+        size = path.stat().st_size
+        data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be opened: {error.strerror or error}") from error
+    return data, parse_header(data.data, path)

@@ -1,0 +1,110 @@
+"""Tensor names of GGUF files in Hugging Face's terms, and what llama.cpp's converter changed in each tensor.
+
+llama.cpp renames every tensor, stores the ``llama`` architecture's Q and K rows in the order that interleaved rotary
+embedding wants, and adds 1 to Gemma's RMS norm weights. ``tensor_map`` says how to undo all three.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxllm.weights.errors import WeightsError
+
+# The rotary frequency divisors of Llama 3's rope scaling: configuration, not a weight (see gguf_config).
+ROPE_FREQS = "rope_freqs.weight"
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LLAMA = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_LAYER_NAMES = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA | _QK_NORM,
+    "gemma3": _LLAMA
+    | _QK_NORM
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+KNOWN_ARCHITECTURES = tuple(_LAYER_NAMES)
+
+_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where an HF tensor is in the file: ``name`` there, what to ``subtract`` from its values, and, when its rows were
+    reordered for interleaved rope, the ``rope_heads`` they belong to (0: rows are in HF's order)."""
+
+    name: str
+    subtract: float = 0.0
+    rope_heads: int = 0
+
+
+def tensor_map(
+    architecture: str, names: Iterable[str], heads: int, kv_heads: int, source: str
+) -> dict[str, StoredTensor]:
+    """Map HF names to stored tensors, for the file ``source`` with GGUF tensor ``names``.
+
+    ``heads``, ``kv_heads``: attention heads of Q and of K. Raises ``WeightsError`` for an unknown architecture
+    or a tensor that the architecture does not have.
+    """
+    layer_names = _LAYER_NAMES.get(architecture)
+    if layer_names is None:
+        raise unknown_architecture(architecture, source)
+    result: dict[str, StoredTensor] = {}
+    for name in names:
+        if name == ROPE_FREQS:
+            continue
+        match = _LAYER_TENSOR.fullmatch(name)
+        hf_part = layer_names.get(match[2]) if match else None
+        if match and hf_part:
+            hf_name = f"model.layers.{match[1]}.{hf_part}.{match[3]}"
+        elif name in _TOP:
+            hf_name = _TOP[name]
+        else:
+            raise WeightsError(
+                f"{source}: tensor {name!r} is not one that architecture {architecture!r} has; "
+                f"per layer it has {', '.join(layer_names)}, besides them {', '.join(_TOP)}"
+            )
+        rope_heads = {"attn_q": heads, "attn_k": kv_heads}.get(match[2], 0) if match and architecture == "llama" else 0
+        shifted = architecture == "gemma3" and name.endswith("norm.weight")
+        result[hf_name] = StoredTensor(name=name, subtract=1.0 if shifted else 0.0, rope_heads=rope_heads)
+    return result
+
+
+def unknown_architecture(architecture: str, source: str) -> WeightsError:
+    """The error for an architecture that is not in ``KNOWN_ARCHITECTURES``."""
+    return WeightsError(
+        f"{source}: the architecture {architecture!r} is not supported; known are {', '.join(KNOWN_ARCHITECTURES)}"
+    )
+
+
+def stored_rows(rows: int, heads: int) -> np.ndarray:
+    """For each HF row of a Q or K projection, the row where llama.cpp stores it; int64 ``(rows,)``.
+
+    A head's D rows are stored as pairs (j, j + D/2) side by side: HF row ``t * D/2 + j`` is stored row ``2 * j + t``.
+    """
+    per_head = rows // heads
+    pairs = np.arange(rows).reshape(heads, per_head // 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)

@@ -1,0 +1,120 @@
+"""Checkpoints into device arrays: each array is filled slice by slice, in place, in the form its devices hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxllm.models.decoder import Params
+from jaxllm.models.sources import Source
+from jaxllm.weights.errors import WeightsError
+
+#: XLA:CPU uses a host buffer in place when it is aligned so
+ALIGNMENT = 64
+
+
+class WeightReader(Protocol):
+    """A checkpoint, one tensor at a time, under Hugging Face's names and in its orientation."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
+
+
+def shapes(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Params:
+    """`Params` of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source
+    )
+
+
+def load(
+    reader: WeightReader, sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, progress: bool
+) -> Params:
+    """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
+
+    Raises:
+        WeightsError: a tensor is missing, or has another shape than the config says; nothing has been read then.
+    """
+    check(reader, sources)
+    bar = tqdm(total=len(jax.tree.leaves(sources, is_leaf=_is_source)), desc="Loading weights", disable=not progress, leave=False)
+
+    def one(source: Source) -> jax.Array:
+        array = jax.make_array_from_callback(source.shape, sharding, lambda index: _read(reader, source, index, dtype))
+        bar.update()
+        return array
+
+    with bar:
+        return jax.tree.map(one, sources, is_leaf=_is_source)
+
+
+def check(reader: WeightReader, sources: Params) -> None:
+    """Compare every tensor's name and shape with what the model needs."""
+    names = set(reader.names())
+    for source in jax.tree.leaves(sources, is_leaf=_is_source):
+        for layer in range(source.layers) if source.layers is not None else (0,):
+            for part in source.parts:
+                name = part.name.format(layer=layer)
+                if name not in names:
+                    raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
+                wanted = (part.rows,) if source.columns is None else (part.rows, source.columns)
+                if reader.shape(name) != wanted:
+                    raise WeightsError(
+                        f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {wanted}"
+                    )
+
+
+def _read(reader: WeightReader, source: Source, index: tuple[slice, ...], dtype: jnp.dtype) -> np.ndarray:
+    """The slice `index` of a source, [layers, rows, columns] (without what it does not have)."""
+    shape = source.shape
+    index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+    out = _aligned(tuple(s.stop - s.start for s in index), dtype)
+    if source.layers is None:
+        _fill(reader, source, 0, index, out)
+    else:
+        for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            _fill(reader, source, layer, index[1:], out[i])
+    return out
+
+
+def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """One layer's part of a slice: the rows of each fused tensor that fall into it."""
+    wanted, offset = index[0], 0
+    for part in source.parts:
+        start, stop = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
+        if start < stop:
+            name = part.name.format(layer=layer)
+            rows = None if stop - start == part.rows else slice(start - offset, stop - offset)
+            tensor = reader.read(name, rows)
+            out[start - wanted.start : stop - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
+        offset += part.rows
+
+
+def dummy(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, seed: int = 0) -> Params:
+    """Random weights made on the device: normal with deviation 0.02, norms that change nothing."""
+
+    def one(key: jax.Array, source: Source) -> jax.Array:
+        if source.norm_offset is not None:
+            return jnp.full(source.shape, 1.0 - source.norm_offset, dtype)
+        return (jax.random.normal(key, source.shape, jnp.float32) * 0.02).astype(dtype)
+
+    leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    make = jax.jit(one, static_argnums=1, out_shardings=sharding)
+    return jax.tree.unflatten(tree, [make(key, source) for key, source in zip(keys, leaves, strict=True)])
+
+
+def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _is_source(x: object) -> bool:
+    return isinstance(x, Source)

@@ -1,0 +1,355 @@
+"""Scheduler, pool and prefix cache under random traffic, against a device that checks every slot it reads."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+from fake_device import VOCAB_SIZE, Done, FakeDevice, generate
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.engine.block_pool import NULL_BLOCK_ID
+from jaxllm.engine.kv_cache_capacity import blocks_per_request
+from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduler import Scheduler
+from jaxllm.errors import ValidationError
+from jaxllm.runner.interface import SchedulerOutput
+from jaxllm.sampling_params import SamplingParams
+
+EOS = frozenset({0})
+GROUPS = (
+    (None,),
+    (None,),
+    (1,),
+    (3,),
+    (6,),
+    (None, 4),
+    (7, None),
+    (2, 5),
+    (None, 3, 8),
+    (None, None),
+)
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
+    """A scheduler's and a cache's configuration, mostly too small, and the number of steps in flight."""
+    groups = tuple(
+        KVCacheGroup(layers=(index,), sliding_window=window)
+        for index, window in enumerate(draw(st.sampled_from(GROUPS)))
+    )
+    block_size = draw(st.integers(1, 4))
+    max_model_len = draw(st.integers(2, 40))
+    chunked = draw(st.sampled_from((True, True, True, False)))
+    max_num_seqs = draw(st.integers(1, 6))
+    max_num_batched_tokens = draw(st.integers(max_num_seqs, 24)) if chunked else max_model_len + draw(st.integers(0, 9))
+    longest = draw(st.integers(max(1, max_model_len // 2), max_model_len))
+    smallest = blocks_per_request(groups, block_size, longest, max_chunk=max_num_batched_tokens)
+    scheduler = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 3))),
+        policy=draw(st.sampled_from(("fcfs", "priority"))),
+        enable_chunked_prefill=chunked,
+        reserve_full_prompt=draw(st.booleans()),
+    )
+    cache = CacheConfig(
+        block_size=block_size,
+        num_blocks=1 + smallest + draw(st.integers(0, 6)),
+        groups=groups,
+        enable_prefix_caching=draw(st.sampled_from((True, True, True, False))),
+    )
+    return scheduler, cache, draw(st.integers(0, 3))
+
+
+def shared_prompt(family: int, length: int) -> list[int]:
+    """The first tokens of one of three texts."""
+    return [1 + (family + index * index) % (VOCAB_SIZE - 1) for index in range(length)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    scheduler: Scheduler
+
+    @initialize(engine=engines())
+    def build(self, engine: tuple[SchedulerConfig, CacheConfig, int]) -> None:
+        self.setup(*engine)
+
+    def setup(self, config: SchedulerConfig, cache: CacheConfig, depth: int) -> None:
+        self.config, self.cache, self.depth = config, cache, depth
+        self.scheduler = Scheduler(self.config, self.cache)
+        self.device = FakeDevice(self.cache, self.config)
+        self.in_flight: collections.deque[tuple[SchedulerOutput, Done]] = collections.deque()
+        self.requests: list[Request] = []
+        self.outputs: dict[str, list[int]] = {}
+        self.last_first_admission = -1
+        #: preemptions of requests that the step had given tokens already
+        self.num_taken_back = 0
+
+    # What can happen.
+
+    @rule(
+        burst=st.lists(
+            st.fixed_dictionaries(
+                {
+                    "family": st.integers(0, 2),
+                    "shared": st.integers(0, 24),
+                    "own": st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=6),
+                    "max_tokens": st.one_of(st.none(), st.integers(1, 24)),
+                    "ignore_eos": st.booleans(),
+                    "stop_token_ids": st.sampled_from(([], [], [3])),
+                    "skip": st.sampled_from((None, None, None, True)),
+                    "priority": st.integers(0, 3),
+                    "salt": st.sampled_from((None, None, None, "a")),
+                }
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    def add(self, burst: list[dict[str, Any]]) -> None:
+        for new in burst:
+            params = SamplingParams(
+                max_tokens=new["max_tokens"],
+                ignore_eos=new["ignore_eos"],
+                stop_token_ids=new["stop_token_ids"],
+                skip_reading_prefix_cache=new["skip"],
+            )
+            self.add_one(shared_prompt(new["family"], new["shared"]) + new["own"], params, new["priority"], new["salt"])
+
+    @precondition(lambda self: any(request.is_finished for request in self.requests))
+    @rule(data=st.data(), own=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3))
+    def follow_up(self, data: st.DataObject, own: list[int]) -> None:
+        """The next turn of a conversation: its prompt ends in tokens that the engine generated."""
+        before = data.draw(st.sampled_from([request for request in self.requests if request.is_finished]))
+        self.add_one(before.all_token_ids + own, SamplingParams(max_tokens=4), 0, before.cache_salt)
+
+    def add_one(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None) -> None:
+        request = Request(
+            f"r{len(self.requests)}", prompt, params, eos_token_ids=EOS, priority=priority, cache_salt=salt
+        )
+        fits = 0 < len(prompt) < self.config.max_model_len and len(prompt) <= self.scheduler.max_tokens_per_request
+        try:
+            self.scheduler.add_request(request)
+        except ValidationError:
+            assert not fits
+            return
+        assert fits
+        self.device.salts[request.request_id] = salt
+        self.requests.append(request)
+        self.outputs[request.request_id] = []
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.check_step()
+
+    def check_step(self) -> None:
+        self.step()
+        self.every_request_is_in_one_place()
+        self.every_block_is_in_one_place()
+        self.windows_hold_no_more_than_promised()
+
+    def step(self) -> None:
+        """Schedule and launch a step, then read the oldest ones until no more than `depth` are in flight."""
+        oldest = self.scheduler.running[0] if self.scheduler.running else None
+        preempted_before = self.scheduler.stats().num_preemptions
+        computed = [(request, request.num_preemptions) for request in self.scheduler.running]
+        scheduled = self.scheduler.schedule()
+        victims = [index for index, (request, before) in enumerate(computed) if request.num_preemptions > before]
+        survivors = [index for index, (request, _) in enumerate(computed) if request in scheduled.requests]
+        self.num_taken_back += sum(any(index < other for other in survivors) for index in victims)
+        if self.config.policy == "fcfs" and oldest is not None:
+            assert oldest.status is RequestStatus.RUNNING, "the oldest request is never the victim"
+        if self.scheduler.stats().num_preemptions > preempted_before:
+            assert not scheduled.admitted
+        self._check_admissions(scheduled)
+        if scheduled.rows:
+            assert [request.row for request in scheduled.requests] == scheduled.rows
+            self.in_flight.append((scheduled, self.device.execute(scheduled)))
+        else:
+            assert self.in_flight or not self.scheduler.has_unfinished, "requests wait, and nothing will happen"
+            self.read()
+        while len(self.in_flight) > self.depth:
+            self.read()
+
+    def _check_admissions(self, scheduled: SchedulerOutput) -> None:
+        by_id = {request.request_id: request for request in scheduled.requests}
+        for new in scheduled.admitted:
+            request = by_id[new.request_id]
+            expected = request.prompt_token_ids + self._expected(request)[0]
+            assert new.token_ids == expected[: len(new.token_ids)]
+            assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id])
+            if request.num_preemptions == 0 and self.config.policy == "fcfs":
+                assert request.arrival_order > self.last_first_admission, "first come, first served"
+                self.last_first_admission = request.arrival_order
+        if self.config.policy == "priority" and scheduled.admitted:
+            last = max((by_id[new.request_id] for new in scheduled.admitted), key=lambda request: request.priority)
+            left = [request.priority for request in self.requests if self._waits(request)]
+            assert all(last.priority <= priority for priority in left), "a more urgent request was passed over"
+
+    def read(self) -> None:
+        if not self.in_flight:
+            return
+        scheduled, future = self.in_flight.popleft()
+        assert not self.in_flight or scheduled.step < self.in_flight[0][0].step
+        for update in self.scheduler.update_from_output(scheduled, future.result()):
+            outputs = self.outputs[update.request.request_id]
+            outputs += update.new_token_ids
+            assert scheduled.requests[update.index] is update.request
+            assert outputs == update.request.output_token_ids
+            tokens, reason, stop_reason = self._expected(update.request)
+            assert outputs == tokens[: len(outputs)]
+            assert update.finished == update.request.is_finished == (len(outputs) == len(tokens))
+            if update.finished:
+                assert (update.request.finish_reason, update.request.stop_reason) == (reason, stop_reason)
+
+    def _expected(self, request: Request) -> tuple[list[int], str, int | None]:
+        params = request.params
+        longest = min(self.config.max_model_len, self.scheduler.max_tokens_per_request + 1)
+        if params.max_tokens is not None:
+            longest = min(longest, request.num_prompt_tokens + params.max_tokens)
+        eos = frozenset() if params.ignore_eos else EOS
+        stops = frozenset(params.stop_token_ids or ())
+        return generate(request.prompt_token_ids, request.cache_salt, longest, eos, stops)
+
+    @precondition(lambda self: any(not request.is_finished for request in self.requests))
+    @rule(data=st.data(), stop_string=st.booleans())
+    def end(self, data: st.DataObject, stop_string: bool) -> None:
+        """The caller gives a request up, or the output processor finds a stop string in its text."""
+        request = data.draw(st.sampled_from([request for request in self.requests if not request.is_finished]))
+        if stop_string:
+            assert self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED, "stop here")
+            assert not self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+            assert (request.finish_reason, request.stop_reason) == ("stop", "stop here")
+        else:
+            assert self.scheduler.abort([request.request_id, "unknown"]) == [request]
+            assert request.finish_reason == "abort"
+
+    @rule(chance=st.integers(0, 9))
+    def disturb(self, chance: int) -> None:
+        if chance == 0 and self.in_flight:
+            self.fail()
+        elif chance < 4:
+            self.reset_prefix_cache()
+        else:
+            self.read()
+
+    def reset_prefix_cache(self) -> None:
+        idle = not self.scheduler.running
+        assert self.scheduler.reset_prefix_cache() == idle
+        if idle:
+            # Whoever reads one of these slots again reads what is not there.
+            self.device.reset()
+
+    def fail(self) -> None:
+        """A step raises: everything ends, and the device's cache is lost."""
+        ended = self.scheduler.finish_all(RequestStatus.FINISHED_ERROR)
+        assert all(request.finish_reason == "error" for request in ended)
+        assert self.scheduler.reset_prefix_cache()
+        self.in_flight.clear()
+        self.device.reset()
+
+    # What always holds.
+
+    def _waits(self, request: Request) -> bool:
+        return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+    @invariant()
+    def every_request_is_in_one_place(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        running = [request for request in self.requests if request.status is RequestStatus.RUNNING]
+        waiting = [request for request in self.requests if self._waits(request)]
+        assert sorted(map(id, running)) == sorted(map(id, self.scheduler.running))
+        assert len(waiting) == len(self.scheduler.waiting)
+        assert self.scheduler.num_unfinished == len(running) + len(waiting)
+        assert len(running) <= self.config.max_num_seqs
+        rows = [request.row for request in running]
+        assert sorted(rows + self.scheduler._free_rows) == list(range(self.config.max_num_seqs))
+        sampled = collections.Counter(
+            request.request_id
+            for scheduled, _ in self.in_flight
+            for request, sample in zip(scheduled.requests, scheduled.samples, strict=True)
+            if sample
+        )
+        for request in running + waiting:
+            assert request.num_output_placeholders == sampled[request.request_id]
+        assert all(
+            request.row == -1 and not request.block_tables for request in self.requests if request not in running
+        )
+
+    @invariant()
+    def every_block_is_in_one_place(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        pool = self.scheduler.kv_cache_manager.pool
+        held = collections.Counter(
+            block_id
+            for request in self.scheduler.running
+            for table in request.block_tables
+            for block_id in table
+            if block_id != NULL_BLOCK_ID
+        )
+        free = [block.block_id for block in pool.free_queue]
+        assert len(set(free)) == len(free) == pool.num_free
+        assert NULL_BLOCK_ID not in free
+        for block in pool.blocks[1:]:
+            assert block.ref_count == held[block.block_id]
+            assert (block.ref_count == 0) == (block.block_id in free)
+        assert pool.num_used == len(held)
+        assert math.isclose(pool.usage, len(held) / (self.cache.num_blocks - 1))
+        known = [block for cached in pool._cached for same in cached.values() for block in same]
+        assert len(known) == len(set(known))
+        assert set(known) == {block for block in pool.blocks if block.block_hash is not None}
+        for group, cached in enumerate(pool._cached):
+            for block_hash, same in cached.items():
+                assert all(block.block_hash == block_hash and block.group == group for block in same)
+
+    @invariant()
+    def windows_hold_no_more_than_promised(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        manager = self.scheduler.kv_cache_manager
+        for request in self.scheduler.running:
+            held = sum(block_id != NULL_BLOCK_ID for table in request.block_tables for block_id in table)
+            assert held <= manager.blocks_needed(request.num_slots)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(20_000):
+            if not self.scheduler.has_unfinished:
+                break
+            self.step()
+        else:
+            raise AssertionError("the requests never end")
+        while self.in_flight:
+            self.read()
+        self.every_request_is_in_one_place()
+        self.every_block_is_in_one_place()
+        for request in self.requests:
+            tokens, reason, stop_reason = self._expected(request)
+            assert request.is_finished
+            assert self.outputs[request.request_id] == request.output_token_ids
+            if request.stop_reason != "stop here" and request.finish_reason in ("stop", "length"):
+                assert (request.output_token_ids, request.finish_reason) == (tokens, reason)
+                assert request.stop_reason == stop_reason
+            else:
+                assert request.output_token_ids == tokens[: request.num_output_tokens]
+        assert self.scheduler.kv_cache_manager.pool.num_used == 0
+        assert self.scheduler.reset_prefix_cache()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)

@@ -1,0 +1,116 @@
+"""The scheduler machine under long, heavy traffic in pools that are too small for it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from fake_device import VOCAB_SIZE, FakeDevice
+from test_scheduler_machine import EOS, SchedulerMachine, shared_prompt
+
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.engine.kv_cache_capacity import blocks_per_request
+from jaxllm.engine.request import Request
+from jaxllm.engine.scheduler import Scheduler
+from jaxllm.sampling_params import SamplingParams
+
+WINDOWS = {
+    "full": (None,),
+    "window": (5,),
+    "hybrid": (None, 6),
+    "three": (4, None, 9),
+}
+
+
+def groups_of(windows: tuple[int | None, ...]) -> tuple[KVCacheGroup, ...]:
+    return tuple(KVCacheGroup(layers=(index,), sliding_window=window) for index, window in enumerate(windows))
+
+
+@pytest.mark.parametrize("depth", (0, 1, 3))
+@pytest.mark.parametrize("policy", ("fcfs", "priority"))
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_every_request_survives_a_pool_that_holds_two(
+    windows: tuple[int | None, ...], policy: str, depth: int
+) -> None:
+    rng = random.Random(f"{windows} {policy} {depth}")
+    groups = groups_of(windows)
+    config = SchedulerConfig(max_num_seqs=12, max_num_batched_tokens=20, max_model_len=48, policy=policy)
+    num_blocks = 1 + 2 * blocks_per_request(groups, 3, 26, max_chunk=20)
+    machine = SchedulerMachine()
+    machine.setup(config, CacheConfig(block_size=3, num_blocks=num_blocks, groups=groups), depth)
+    for _ in range(200):
+        prompt = shared_prompt(rng.randrange(3), rng.randrange(16))
+        prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 5))]
+        params = SamplingParams(max_tokens=rng.randrange(1, 28), ignore_eos=rng.random() < 0.7)
+        machine.add_one(prompt, params, priority=rng.randrange(4), salt=rng.choice((None, None, "a")))
+        if rng.random() < 0.1:
+            machine.scheduler.abort([rng.choice(machine.requests).request_id])
+        for _ in range(rng.randrange(5)):
+            machine.check_step()
+    machine.teardown()
+    stats = machine.scheduler.stats()
+    assert stats.num_preemptions > 10
+    assert stats.num_preempted_tokens > 50
+    assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 50
+    if policy == "priority":
+        # Victims that the step had given tokens before: the case that takes a step's entries back.
+        assert machine.num_taken_back > 0
+
+
+REQUESTS = 50
+
+
+def outputs_under(order: list[int], cache: CacheConfig, config: SchedulerConfig, depth: int) -> dict[int, list[int]]:
+    """The 50 requests' outputs, whatever the engine's configuration and their order of arrival."""
+    rng = random.Random(7)
+    prompts = [
+        shared_prompt(rng.randrange(3), rng.randrange(30)) + [rng.randrange(1, VOCAB_SIZE)] for _ in range(REQUESTS)
+    ]
+    scheduler = Scheduler(config, cache)
+    device = FakeDevice(cache, config)
+    requests = {}
+    for index in order:
+        params = SamplingParams(max_tokens=5 + index % 20)
+        requests[index] = Request(str(index), prompts[index], params, eos_token_ids=EOS)
+        device.salts[str(index)] = None
+        scheduler.add_request(requests[index])
+    in_flight = []
+    while scheduler.has_unfinished:
+        scheduled = scheduler.schedule()
+        if scheduled.rows:
+            in_flight.append((scheduled, device.execute(scheduled)))
+        if len(in_flight) > depth or not scheduled.rows:
+            scheduled, future = in_flight.pop(0)
+            scheduler.update_from_output(scheduled, future.result())
+    return {index: request.output_token_ids for index, request in requests.items()}
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_no_configuration_changes_a_token(windows: tuple[int | None, ...]) -> None:
+    """Pool size, budget, prefix caching, steps in flight and order of arrival are nobody's business but the host's."""
+    groups = groups_of(windows)
+
+    def cache(num_blocks: int, caching: bool = True) -> CacheConfig:
+        return CacheConfig(block_size=4, num_blocks=num_blocks, groups=groups, enable_prefix_caching=caching)
+
+    def config(budget: int, threshold: int = 0) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_num_seqs=16,
+            max_num_batched_tokens=budget,
+            max_model_len=64,
+            long_prefill_token_threshold=threshold,
+        )
+
+    order = list(range(REQUESTS))
+    ample, tiny = cache(2000), cache(1 + blocks_per_request(groups, 4, 64, max_chunk=16))
+    expected = outputs_under(order, ample, config(4096), 0)
+    assert sum(map(len, expected.values())) > 300
+    for budget, depth in ((16, 0), (16, 1), (64, 1), (4096, 2)):
+        assert outputs_under(order, ample, config(budget), depth) == expected
+    assert outputs_under(order, tiny, config(16), 1) == expected
+    assert outputs_under(order, cache(2000, caching=False), config(64), 1) == expected
+    assert outputs_under(order, ample, config(64, threshold=5), 1) == expected
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(order, REQUESTS)
+        assert outputs_under(shuffled, tiny, config(16), 1) == expected

@@ -1,0 +1,253 @@
+"""The commands, with a recording stand-in for the engine: what they ask of it, and what they print of its answers."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jaxllm.entrypoints import demo, options
+from jaxllm.entrypoints.cli import main
+from jaxllm.errors import ValidationError
+from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxllm.sampling_params import SamplingParams
+
+
+class FakeLLM:
+    """Answers in upper case, and records how it was called."""
+
+    made: list[FakeLLM] = []
+    #: raised by stream_chat after its first piece, or before it
+    interruption: BaseException | None = None
+    refusal: Exception | None = None
+
+    def __init__(self, model: str, **arguments: Any) -> None:
+        self.model, self.arguments = model, arguments
+        self.calls: list[tuple[Any, SamplingParams]] = []
+        self.closed = False
+        self.startup_times = {"weights": 1.0, "compile": 2.5}
+        self.memory_plan = "KV cache: 12 blocks"
+        FakeLLM.made.append(self)
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def generate(self, prompts: list[str], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
+        self.calls.append((prompts, sampling_params))
+        return [self._output(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def chat(self, messages: list[Any], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
+        self.calls.append((messages, sampling_params))
+        return [self._output(i, conversation[-1]["content"]) for i, conversation in enumerate(messages)]
+
+    def stream_chat(self, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Iterator[str]:
+        self.calls.append(([dict(message) for message in messages], sampling_params))
+        if FakeLLM.refusal:
+            raise FakeLLM.refusal
+        text = messages[-1]["content"].upper()
+        yield text[:3]
+        if FakeLLM.interruption:
+            raise FakeLLM.interruption
+        yield text[3:]
+
+    @staticmethod
+    def _output(index: int, prompt: str) -> RequestOutput:
+        return RequestOutput(
+            request_id=str(index),
+            prompt=prompt,
+            prompt_token_ids=[1] * 10,
+            outputs=[CompletionOutput(index=0, text=prompt.upper(), token_ids=[1, 2], finish_reason="length")],
+            finished=True,
+            num_cached_tokens=4,
+            metrics=RequestMetrics(first_token_latency=0.1 * (index + 1), num_preemptions=index % 2),
+        )
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    module = types.ModuleType("jaxllm.llm")
+    module.__dict__["LLM"] = FakeLLM
+    monkeypatch.setitem(sys.modules, "jaxllm.llm", module)
+    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setattr(FakeLLM, "interruption", None)
+    monkeypatch.setattr(FakeLLM, "refusal", None)
+    return FakeLLM
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_generate_passes_only_what_was_given(engine: type[FakeLLM], capsys: pytest.CaptureFixture[str]):
+    argv = ["generate", "hello", "--model", "m_m", "--max_num_seqs=4", "--no-enable-prefix-caching", "--enforce_eager"]
+    argv += ["--max-model-len", "1k", "--kv-cache-memory-bytes", "1G", "--gpu-memory-utilization", "0.5"]
+    argv += ["--top-k", "5", "--stop", "a_b", "--stop", "c", "--seed", "3", "--max-tokens", "7", "--temperature", "1"]
+    assert main(argv) == 0
+    (llm,) = engine.made
+    assert llm.model == "m_m" and llm.closed
+    assert llm.arguments == {
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "max_model_len": 1000,
+        "kv_cache_memory_bytes": 2**30,
+        "gpu_memory_utilization": 0.5,
+    }
+    prompts, params = llm.calls[0]
+    assert prompts == ["hello"]
+    assert params == SamplingParams(top_k=5, stop=["a_b", "c"], seed=3, max_tokens=7, temperature=1)
+    assert capsys.readouterr().out == "HELLO\n"
+
+
+def test_generate_reads_prompts_from_standard_input(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    say(monkeypatch, "one", "", "two ")
+    assert main(["generate", "--json"]) == 0
+    assert engine.made[0].model == "smollm2-135m-instruct"
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["text"] for record in records] == ["ONE", "TWO "]
+    assert records[0] == {
+        "prompt": "one",
+        "text": "ONE",
+        "finish_reason": "length",
+        "prompt_tokens": 10,
+        "output_tokens": 2,
+    }
+
+
+def test_several_texts_are_told_apart(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a", "b"]) == 0
+    assert capsys.readouterr().out == "=== a\nA\n\n=== b\nB\n\n"
+
+
+def test_bad_values_end_before_the_engine_is_built(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", "x", "--temperature", "nan"]) == 1
+    assert "jaxllm: error: temperature must be a finite number, got nan." in capsys.readouterr().err
+    say(monkeypatch)
+    assert main(["generate"]) == 1
+    assert "There are no prompts" in capsys.readouterr().err
+    assert engine.made == []
+
+
+@pytest.mark.parametrize("argv", [["generate", "--max-model-len", "1.5"], ["generate", "--no-such"], [], ["nothing"]])
+def test_bad_command_lines_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as refusal:
+        main(argv)
+    assert refusal.value.code == 2
+    assert "usage: jaxllm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("12", 12), ("-1", -1), ("1k", 1000), ("1K", 1024), ("25.6k", 25600), ("2M", 2 << 20), ("0.5g", 5 * 10**8)],
+)
+def test_counts(text: str, number: int):
+    assert options.count(text) == number
+
+
+def test_words_after_two_hyphens_are_prompts(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "--", "--a_b"]) == 0
+    assert capsys.readouterr().out == "--A_B\n"
+
+
+def test_chat_keeps_the_conversation(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    say(monkeypatch, "hello", "", "again", "/clear", "fresh", "/exit", "never")
+    assert main(["chat", "--system-prompt", "Be brief.", "--max-tokens", "5"]) == 0
+    (llm,) = engine.made
+    system = {"role": "system", "content": "Be brief."}
+    first = [system, {"role": "user", "content": "hello"}]
+    assert [messages for messages, _ in llm.calls] == [
+        first,
+        [*first, {"role": "assistant", "content": "HELLO"}, {"role": "user", "content": "again"}],
+        [system, {"role": "user", "content": "fresh"}],
+    ]
+    assert llm.calls[0][1].max_tokens == 5
+    assert llm.closed
+    assert capsys.readouterr().out == "HELLO\nAGAIN\nFRESH\n"
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    say(monkeypatch, "hello", "again")
+    engine.interruption = KeyboardInterrupt()
+    assert main(["chat"]) == 0
+    assert engine.made[0].calls[1][0][1] == {"role": "assistant", "content": "HEL"}
+    assert "HEL [stopped]" in capsys.readouterr().out
+
+
+def test_a_refused_message_does_not_end_the_conversation(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    say(monkeypatch, "too long", "short")
+    engine.refusal = ValidationError("The prompt is longer than max_model_len.")
+    assert main(["chat"]) == 0
+    assert engine.made[0].calls[1][0] == [{"role": "user", "content": "short"}]
+    assert "longer than max_model_len" in capsys.readouterr().err
+
+
+def test_demo_asks_one_batch_and_sums_it_up(
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["demo", "--max-num-seqs", "8"]) == 0
+    (llm,) = engine.made
+    assert llm.arguments == {"max_num_seqs": 8}
+    ((conversations, params),) = llm.calls
+    assert len(conversations) >= 16 and len({str(conversation) for conversation in conversations}) == len(conversations)
+    assert params.is_greedy
+    printed = capsys.readouterr().out
+    # Lines are wrapped to the terminal, so only words are looked for.
+    for question in demo.QUESTIONS:
+        assert question.split()[-1].upper() in printed
+    count = len(demo.QUESTIONS)
+    assert f"Requests:             {count} in " in printed
+    assert f"Prompt tokens:        {10 * count} (" in printed
+    assert f"Output tokens:        {2 * count} (" in printed
+    assert f"Prefix cache hits:    {4 * count} tokens (40.0%)" in printed
+    assert f"Preemptions:          {count // 2}" in printed
+    assert "Start:                3.5 s (weights 1.0 s, compile 2.5 s)" in printed
+    assert "KV cache: 12 blocks" in printed
+
+
+def test_summary_rates_and_latencies():
+    outputs = [FakeLLM._output(i, "p") for i in range(3)]
+    summary = demo.Summary.of(outputs, seconds=2.0)
+    assert summary.mean_ttft == pytest.approx(0.2) and summary.max_ttft == pytest.approx(0.3)
+    assert "30 (15.0 tokens/s)" in str(summary) and "6 (3.0 tokens/s)" in str(summary)
+    assert "mean 200 ms, longest 300 ms" in str(summary)
+
+
+def test_fetch_refuses_unknown_names(capsys: pytest.CaptureFixture[str]):
+    assert main(["fetch", "nothing-like-it"]) == 1
+    assert "There is no model named 'nothing-like-it'." in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command():
+    result = subprocess.run([sys.executable, "-m", "jaxllm", "--version"], capture_output=True, text=True, check=False)
+    assert result.stdout == "jaxllm 0.1.0\n", result.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Any):
+    # The reader is gone before anything is written, as in `jaxllm ... | head -0`.
+    code = "import sys; from jaxllm.entrypoints import cli; cli._fetch = lambda _: print('x' * 10**6, flush=True); "
+    code += "sys.exit(cli.main(['fetch', 'x']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -1,0 +1,319 @@
+"""Engine arguments: every one of vLLM's is honoured, named in the log, or refused; nothing is swallowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
+from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.config.resolve import platform_limits, scheduler_config
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.errors import ValidationError
+
+FIELDS = {field.name for field in dataclasses.fields(EngineArgs)}
+
+#: vLLM 0.33's LLM(): its own arguments and defaults, where they differ from None
+VLLM_DEFAULTS: dict[str, Any] = {
+    "runner": "auto",
+    "convert": "auto",
+    "tokenizer_mode": "auto",
+    "skip_tokenizer_init": False,
+    "trust_remote_code": False,
+    "allowed_local_media_path": "",
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
+    "dtype": "auto",
+    "seed": 0,
+    "gpu_memory_utilization": 0.92,
+    "cpu_offload_gb": 0,
+    "offload_group_size": 0,
+    "offload_num_in_group": 1,
+    "offload_prefetch_step": 1,
+    "enforce_eager": False,
+    "disable_custom_all_reduce": False,
+    "kv_cache_dtype": "auto",
+    "max_logprobs": 20,
+    "logprobs_mode": "raw_logprobs",
+    "load_format": "auto",
+    "generation_config": "auto",
+    "override_generation_config": {},
+    "scheduling_policy": "fcfs",
+    "long_prefill_token_threshold": 0,
+    "long_prefill_token_threshold_adaptive": False,
+    "scheduler_reserve_full_isl": True,
+    "stream_interval": 1,
+    "watermark": 0.0,
+    "prefill_schedule_interval": 1,
+    "disable_chunked_mm_input": False,
+    "enable_expert_parallel": False,
+    "enable_eplb": False,
+    "enable_lora": False,
+    "max_loras": 1,
+    "max_lora_rank": 16,
+    "lora_dtype": "auto",
+    "fully_sharded_loras": False,
+    "limit_mm_per_prompt": {},
+    "mm_processor_cache_gb": 4,
+    "mm_processor_cache_type": "lru",
+    "mm_encoder_tp_mode": "weights",
+    "skip_mm_profiling": False,
+    "kv_cache_metrics": False,
+    "cudagraph_metrics": False,
+    "performance_mode": "balanced",
+    "kv_offloading_backend": "native",
+    "enable_sleep_mode": False,
+}
+
+
+def scheduler(max_model_len: int = 2048, platform: str = "cpu", gib: float | None = None, **kwargs: Any):
+    memory = None if gib is None else int(gib * 2**30)
+    return scheduler_config(
+        engine_args("m", **kwargs), max_model_len=max_model_len, platform=platform, device_memory_bytes=memory
+    )
+
+
+def limits(config: SchedulerConfig) -> tuple[int, int]:
+    return config.max_num_batched_tokens, config.max_num_seqs
+
+
+def test_vllms_defaults_are_taken_without_a_word(caplog: pytest.LogCaptureFixture):
+    args = engine_args("m", **VLLM_DEFAULTS)
+    assert caplog.records == []
+    assert dataclasses.replace(args, gpu_memory_utilization=0.9) == EngineArgs(model="m")
+
+
+def test_none_is_the_default_everywhere(caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", **dict.fromkeys((FIELDS | known_names()) - {"model"})) == EngineArgs(model="m")
+    assert caplog.records == []
+
+
+def test_defaults():
+    args = EngineArgs(model="m")
+    assert (args.block_size, args.gpu_memory_utilization, args.max_logprobs, args.seed) == (16, 0.9, 20, 0)
+    assert args.enable_chunked_prefill and args.enable_prefix_caching and args.async_scheduling
+    assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_model_len", "1k", 1000),
+        ("max_model_len", "8K", 8192),
+        ("max_model_len", "25.6k", 25600),
+        ("max_model_len", "4096", 4096),
+        ("max_model_len", np.int64(128), 128),
+        ("max_model_len", -1, -1),
+        ("max_model_len", "-1", -1),
+        ("max_model_len", "auto", -1),
+        # 1.001 * 1000 is 1000.9999999999999 in floats
+        ("max_num_batched_tokens", "1.001k", 1001),
+        ("kv_cache_memory_bytes", "2G", 2**31),
+        ("dtype", "half", "float16"),
+        ("dtype", "float", "float32"),
+        ("dtype", "BFloat16", "bfloat16"),
+        ("dtype", np.float32, "float32"),
+        ("dtype", np.dtype("float16"), "float16"),
+        ("device", "cuda", "gpu"),
+        ("load_format", "GGUF", "gguf"),
+        ("seed", -(2**63), -(2**63)),
+        ("gpu_memory_utilization", 1, 1.0),
+        ("generation_config", Path("some") / "place", str(Path("some") / "place")),
+        ("tokenizer", Path("some"), Path("some")),
+        ("max_logprobs", -1, -1),
+        ("enable_chunked_prefill", False, False),
+        ("hf_token", True, True),
+    ],
+)
+def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
+    found = getattr(engine_args("m", **{name: value}), name)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("max_model_len", 0, "at least 1.* got 0"),
+        ("max_model_len", "1.5", r"'1\.5'"),
+        ("max_model_len", "12 apples", "'12 apples'"),
+        ("max_model_len", 10.0, "integer, got 10.0"),
+        ("max_num_seqs", 0, "at least 1, got 0"),
+        ("max_num_seqs", True, "integer, got True"),
+        ("max_num_batched_tokens", -5, "at least 1, got -5"),
+        ("long_prefill_token_threshold", -1, "at least 0, got -1"),
+        ("block_size", 24, "8, 16, 32, 64 or 128 tokens, got 24"),
+        ("block_size", 256, "got 256"),
+        ("gpu_memory_utilization", 0, r"in \(0, 1\], got 0"),
+        ("gpu_memory_utilization", 1.01, r"in \(0, 1\], got 1.01"),
+        ("gpu_memory_utilization", float("nan"), "nan"),
+        ("num_gpu_blocks_override", 1, "at least 2, got 1"),
+        ("kv_cache_memory_bytes", 0, "at least 1, got 0"),
+        ("dtype", "float8", "float32.*'float8'"),
+        ("load_format", "pt", "safetensors.*'pt'"),
+        ("scheduling_policy", "lifo", "fcfs, priority; got 'lifo'"),
+        ("logprobs_mode", "raw", "raw_logprobs.*'raw'"),
+        ("device", "tpu", "cpu.*'tpu'"),
+        ("enforce_eager", 1, "True or False, got 1"),
+        ("max_logprobs", -2, "-1 for the whole vocabulary, got -2"),
+        ("seed", 2**64, "64 bits"),
+        ("hf_overrides", [1], r"dict.*\[1\]"),
+        ("override_generation_config", {1: 2}, "string keys"),
+        ("chat_template", 3, "got 3"),
+        ("revision", "", "non-empty"),
+        ("tokenizer", "", "path, got ''"),
+    ],
+)
+def test_bad_values_are_refused_by_name(name: str, value: Any, text: str):
+    with pytest.raises(ValidationError, match=f"^{name} .*{text}"):
+        engine_args("m", **{name: value})
+
+
+@pytest.mark.parametrize("model", [None, "", 7, b"m"])
+def test_model_must_be_a_name_or_a_path(model: Any):
+    with pytest.raises(ValidationError, match="^model must be"):
+        engine_args(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("max_num_seq", "max_num_seqs"), ("tensor_parallel", "tensor_parallel_size"), ("qqq", None)]
+)
+def test_unknown_arguments_are_refused_by_name(name: str, close: str | None):
+    with pytest.raises(TypeError) as error:
+        engine_args("m", **{name: 1})
+    hint = f" Did you mean {close!r}?" if close else ""
+    assert str(error.value) == f"LLM() got an unexpected keyword argument {name!r}.{hint}"
+
+
+@pytest.mark.parametrize("name", sorted(name for names in NOT_YET.values() for name in names))
+def test_later_capabilities_are_refused(name: str):
+    with pytest.raises(ValidationError, match=f"^{name}='something' is not supported yet: "):
+        engine_args("m", **{name: "something"})
+
+
+@pytest.mark.parametrize("name", sorted(NEVER))
+def test_what_jaxllm_will_not_do_is_refused(name: str):
+    with pytest.raises(ValidationError, match=f"^{name}='something' is not supported: "):
+        engine_args("m", **{name: "something"})
+
+
+def test_refusals_say_what_would_work():
+    with pytest.raises(ValidationError, match="tensor_parallel_size=2 is not supported yet.* pass 1"):
+        engine_args("m", tensor_parallel_size=2)
+    with pytest.raises(ValidationError, match="jaxllm runs no code from checkpoints.* pass False"):
+        engine_args("m", trust_remote_code=True)
+    with pytest.raises(ValidationError, match=r"speculative_model='\[ngram\]'.*speculative decoding"):
+        engine_args("m", speculative_model="[ngram]", num_speculative_tokens=5)
+
+
+@pytest.mark.parametrize("name", sorted(NO_EFFECT))
+def test_arguments_without_effect_are_named_in_one_line(name: str, caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", **{name: 77}) == EngineArgs(model="m")
+    [record] = caplog.records
+    assert name in record.getMessage() and NO_EFFECT[name].why in record.getMessage()
+
+
+def test_one_line_for_all_of_them(caplog: pytest.LogCaptureFixture):
+    engine_args("m", swap_space=4, use_v2_block_manager=True, max_seq_len_to_capture=8192, quantization="GGUF")
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    for part in ("swap_space (", "use_v2_block_manager (", "max_seq_len_to_capture (", "quantization (", "dequantised"):
+        assert part in record.getMessage()
+
+
+def test_every_name_has_one_fate():
+    groups = [FIELDS, *(set(names) for names in NOT_YET.values()), set(NEVER), set(NO_EFFECT)]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_the_hubs_token_is_not_printed():
+    assert "secret" not in repr(engine_args("m", hf_token="secret"))
+
+
+# The scheduler's limits; expected values are vLLM's offline defaults, the CPU's jaxllm's own.
+
+
+@pytest.mark.parametrize(
+    ("platform", "gib", "expected"),
+    [
+        ("cpu", 1000, (512, 256)),
+        ("gpu", 139, (16384, 1024)),
+        ("cuda", 70, (16384, 1024)),
+        ("gpu", 69.9, (8192, 256)),
+        ("gpu", None, (8192, 256)),
+    ],
+)
+def test_platform_defaults(platform: str, gib: float | None, expected: tuple[int, int]):
+    config = scheduler(131072, platform, gib)
+    assert limits(config) == expected == platform_limits(platform, int(gib * 2**30) if gib else None)
+    assert config.max_model_len == 131072
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "max_model_len", "expected"),
+    [
+        # no step can hold more than every sequence at its longest
+        ({"max_num_seqs": 4}, 100, (400, 4)),
+        ({"max_num_seqs": 1}, 1, (1, 1)),
+        # at least one token for every running request
+        ({"max_num_seqs": 1000}, 2048, (1000, 1000)),
+        ({"max_num_batched_tokens": 16}, 2048, (16, 16)),
+        ({"max_num_batched_tokens": 4096}, 2048, (4096, 256)),
+        ({"max_num_batched_tokens": 64, "max_num_seqs": 64}, 2048, (64, 64)),
+        # without chunks the longest prompt has to fit
+        ({"enable_chunked_prefill": False}, 2048, (2048, 256)),
+        ({"enable_chunked_prefill": False}, 300, (512, 256)),
+        ({"enable_chunked_prefill": False, "max_num_seqs": 1}, 300, (300, 1)),
+    ],
+)
+def test_limits_that_were_not_given_follow_those_that_were(
+    kwargs: dict[str, Any], max_model_len: int, expected: tuple[int, int], caplog: pytest.LogCaptureFixture
+):
+    assert limits(scheduler(max_model_len, **kwargs)) == expected
+    assert caplog.records == []
+
+
+def test_more_tokens_than_a_step_can_hold_are_capped_aloud(caplog: pytest.LogCaptureFixture):
+    assert limits(scheduler(100, max_num_seqs=4, max_num_batched_tokens=401)) == (400, 4)
+    [record] = caplog.records
+    assert "max_num_batched_tokens (401) exceeds max_num_seqs * max_model_len (400)" in record.getMessage()
+
+
+def test_contradictions_are_refused_with_values_that_work():
+    with pytest.raises(ValidationError, match=r"max_num_batched_tokens \(8\) must be .* max_num_seqs \(9\)"):
+        engine_args("m", max_num_batched_tokens=8, max_num_seqs=9)
+    with pytest.raises(ValidationError, match=r"long_prefill_token_threshold \(101\).* max_model_len \(100\)"):
+        scheduler(100, long_prefill_token_threshold=101)
+    with pytest.raises(ValidationError, match=r"max_num_batched_tokens \(99\) is smaller than max_model_len \(100\)"):
+        scheduler(100, max_num_batched_tokens=99, enable_chunked_prefill=False)
+    assert scheduler(100, max_num_batched_tokens=100, enable_chunked_prefill=False).max_num_batched_tokens == 100
+    assert scheduler(100, long_prefill_token_threshold=100).long_prefill_token_threshold == 100
+
+
+def test_the_rest_is_handed_on():
+    config = scheduler(
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        long_prefill_token_threshold=32,
+        scheduling_policy="priority",
+        enable_chunked_prefill=True,
+        async_scheduling=False,
+        scheduler_reserve_full_isl=False,
+    )
+    assert config == SchedulerConfig(
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=2048,
+        long_prefill_token_threshold=32,
+        policy="priority",
+        enable_chunked_prefill=True,
+        async_scheduling=False,
+        reserve_full_prompt=False,
+    )

@@ -1,0 +1,427 @@
+"""Sampling against a float64 numpy oracle, its distribution, and its independence from the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from sampling_oracle import Row, adjusted, log_softmax, log_weights, make_batch, probabilities, ranking
+from scipy import stats
+
+from jaxllm.sampling import blocks, penalties, truncation
+from jaxllm.sampling.draw import invert, uniforms
+from jaxllm.sampling.sampler import SampleResult, sample, sample_greedy, sample_rows
+
+INF = float("inf")
+
+
+VOCAB = 300
+
+
+@functools.cache
+def compiled(num_logprobs: int, mode: str = "raw_logprobs") -> Any:
+    return jax.jit(functools.partial(sample, num_logprobs=num_logprobs, logprobs_mode=mode))
+
+
+def run(logits: np.ndarray, rows: list[Row], num_logprobs: int = 5, mode: str = "raw_logprobs", **kw: Any) -> SampleResult:
+    """`sample` of the rows, filled up to 16 greedy ones so that most tests share one compiled program."""
+    count, vocab = logits.shape
+    filled = np.zeros((max(16, count), vocab), np.float32)
+    filled[:count] = logits
+    batch = make_batch(rows + [Row()] * (16 - count), vocab, **kw)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], compiled(num_logprobs, mode)(filled, batch))
+
+
+def normal(rows: int, vocab: int, scale: float = 3.0, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, (rows, vocab)).astype(np.float32)
+
+
+# --- greedy ---
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 257, 1000])
+def test_greedy_is_argmax_with_ties_to_the_lowest_id(vocab: int) -> None:
+    logits = np.round(normal(9, vocab))
+    np.testing.assert_array_equal(jax.jit(sample_greedy)(logits), logits.argmax(axis=1))
+
+
+def test_greedy_of_rows_that_are_no_distribution() -> None:
+    logits = normal(6, VOCAB)
+    logits[0, 150] = np.nan
+    logits[1, :] = -INF
+    logits[2, [77, 99]] = INF
+    logits[3, 3] = -INF
+    logits[4, :] = np.nan
+    logits[5, [10, 20]] = INF, np.nan
+    expected = [0, 0, 77, logits[3].argmax(), 0, 0]
+    np.testing.assert_array_equal(jax.jit(sample_greedy)(logits), expected)
+    np.testing.assert_array_equal(run(logits, [Row()] * 6).token_ids, expected)
+    sampled = run(logits, [Row(temperature=1e-6, top_p=0.9)] * 6).token_ids
+    assert sampled[2] in (77, 99)
+    np.testing.assert_array_equal(np.delete(sampled, 2), np.delete(expected, 2))
+
+
+def test_a_row_of_nan_leaves_the_others_alone() -> None:
+    logits = normal(4, VOCAB)
+    rows = [Row(temperature=1.5, top_p=0.99, seed=i) for i in range(4)]
+    clean = run(logits, rows)
+    logits[2] = np.nan
+    dirty = run(logits, rows)
+    assert dirty.token_ids[2] == 0
+    np.testing.assert_array_equal(np.delete(dirty.token_ids, 2), np.delete(clean.token_ids, 2))
+    np.testing.assert_array_equal(np.delete(dirty.logprobs.top, 2, 0), np.delete(clean.logprobs.top, 2, 0))
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 200])
+def test_largest_is_a_stable_sort(k: int) -> None:
+    logits = np.round(normal(3, 1000) * 2) / 2
+    logits[1, ::3] = -INF
+    values, ids = jax.jit(lambda x: blocks.largest(blocks.to_blocks(x), k))(logits)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, order, 1))
+
+
+# --- what changes single logits ---
+
+ADJUSTMENTS = {
+    "nothing": Row(),
+    "mask": Row(allowed={0, 31, 32, 299, 150}),
+    "one token allowed": Row(allowed={299}),
+    "bias": Row(bias={0: 5.0, 299: -100.0, 17: 0.25}),
+    "repetition": Row(repetition_penalty=1.3, prompt=[1, 2, 2, 3], outputs=[3, 4]),
+    "repetition below 1": Row(repetition_penalty=0.7, prompt=[1, 2, 2, 3], outputs=[3, 4]),
+    "presence": Row(presence_penalty=1.5, prompt=[1, 2], outputs=[2, 7, 7, 7]),
+    "frequency": Row(frequency_penalty=-0.5, prompt=[1, 2], outputs=[2, 7, 7, 7]),
+    "no outputs yet": Row(repetition_penalty=2.0, frequency_penalty=1.0, presence_penalty=1.0, prompt=[5, 299]),
+    "bad word of one token": Row(bad_words=[[42]]),
+    "bad word that begins": Row(bad_words=[[8, 9], [1, 9, 50]], prompt=[1], outputs=[8]),
+    "bad word that ends": Row(bad_words=[[8, 9, 50], [9, 51], [7, 9, 52]], prompt=[3], outputs=[8, 9]),
+    "bad word longer than the history": Row(bad_words=[[8, 9, 50]], outputs=[9]),
+    "all": Row(
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        prompt=[4, 5, 6],
+        outputs=[6, 8, 8],
+        bias={8: 3.0, 6: -2.0},
+        allowed=set(range(0, 300, 2)),
+        bad_words=[[8, 10]],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def adjusted_rows() -> tuple[np.ndarray, SampleResult]:
+    logits = normal(len(ADJUSTMENTS), VOCAB)
+    return logits, run(logits, list(ADJUSTMENTS.values()), VOCAB, "processed_logits")
+
+
+@pytest.mark.parametrize("name", ADJUSTMENTS)
+def test_adjusted_logits(name: str, adjusted_rows: tuple[np.ndarray, SampleResult]) -> None:
+    logits, result = adjusted_rows
+    index = list(ADJUSTMENTS).index(name)
+    expected = adjusted(logits[index], ADJUSTMENTS[name])
+    seen = np.empty(VOCAB)
+    seen[result.logprobs.top_ids[index]] = result.logprobs.top[index]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6, atol=1e-6)
+    assert result.token_ids[index] == expected.argmax()
+    if name == "nothing":
+        np.testing.assert_array_equal(seen.astype(np.float32), logits[index], "must not be touched by its neighbours' features")
+
+
+def test_nothing_allowed_gives_token_0() -> None:
+    rows = [Row(allowed=set()), Row(allowed=set(), temperature=1.0), Row(allowed=set(), temperature=1.0, top_p=0.5)]
+    np.testing.assert_array_equal(run(normal(3, VOCAB), rows).token_ids, [0, 0, 0])
+
+
+def test_counts_cross_chunks_of_the_history() -> None:
+    capacity, vocab = 700, 50
+    assert capacity % penalties.CHUNK
+    generator = np.random.default_rng(0)
+    rows = []
+    for prompt, outputs in [(0, 700), (300, 400), (511, 2), (512, 0), (700, 0), (0, 0), (255, 258)]:
+        tokens = generator.integers(0, vocab, 700).tolist()
+        rows.append(Row(repetition_penalty=1.1, prompt=tokens[:prompt], outputs=tokens[prompt : prompt + outputs]))
+    rows.append(dataclasses.replace(rows[1], repetition_penalty=1.0))
+    rows.append(dataclasses.replace(rows[1], repetition_penalty=1.0, presence_penalty=0.1))
+    batch = make_batch(rows, vocab, capacity=capacity)
+    counts = np.asarray(jax.jit(penalties.history_counts, static_argnums=1)(batch, vocab))
+    for row, seen in zip(rows, counts, strict=True):
+        expected = np.zeros(vocab, int)
+        if row.repetition_penalty != 1.0 or row.presence_penalty:
+            np.add.at(expected, row.outputs, 1)
+        if row.repetition_penalty != 1.0:
+            expected[list(set(row.prompt))] += 1 << 24
+        np.testing.assert_array_equal(seen, expected)
+
+
+# --- distribution ---
+
+FLAT = 0.7
+RANDOM = {
+    "temperature 1": (3.0, Row(temperature=1.0)),
+    "temperature 0.5, flat": (FLAT, Row(temperature=0.5)),
+    "temperature 2": (3.0, Row(temperature=2.0)),
+    "top_k in the head": (FLAT, Row(temperature=0.8, top_k=20)),
+    "top_k beyond the head": (FLAT, Row(temperature=1.0, top_k=150)),
+    "top_p in the head": (3.0, Row(temperature=0.9, top_p=0.8)),
+    "top_p beyond the head": (FLAT, Row(temperature=1.0, top_p=0.7)),
+    "small top_p beyond the head": (0.01, Row(temperature=1.0, top_p=0.33)),
+    "top_k and top_p in the head": (1.5, Row(temperature=1.0, top_k=40, top_p=0.9)),
+    "top_k and top_p beyond the head": (FLAT, Row(temperature=1.3, top_k=150, top_p=0.85)),
+    "min_p in the head": (3.0, Row(temperature=1.0, min_p=0.05)),
+    "min_p beyond the head": (FLAT, Row(temperature=1.0, min_p=0.12)),
+    "min_p and top_p beyond the head": (FLAT, Row(temperature=1.0, min_p=0.12, top_p=0.9)),
+    "all": (1.0, Row(temperature=0.7, min_p=0.01, top_k=30, top_p=0.95)),
+}
+
+
+draw_all = jax.jit(functools.partial(sample_rows, num_logprobs=0))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_draws_follow_the_distribution(name: str) -> None:
+    rows, repeats, vocab = 2000, 50, 400
+    scale, row = RANDOM[name]
+    logits = np.tile(normal(1, vocab, scale, seed=7), (rows, 1))
+    batch = make_batch([row] * rows, vocab, want_logprobs=False)
+    device_logits = jnp.asarray(logits)
+    counts = np.zeros(vocab, int)
+    for repeat in range(repeats):
+        position = jnp.arange(rows, dtype=jnp.int32) + repeat * rows
+        drawn = draw_all(device_logits, dataclasses.replace(batch, position=position)).token_ids
+        counts += np.bincount(np.asarray(drawn), minlength=vocab)
+    expected = probabilities(logits[0], row) * rows * repeats
+    assert counts[expected == 0].sum() == 0, "drew a token that truncation removes"
+    common = expected >= 10
+    seen, wanted = [*counts[common]], [*expected[common]]
+    if rare := expected[~common].sum():
+        seen.append(counts[~common].sum())
+        wanted.append(rare)
+    assert len(wanted) > 3
+    assert stats.chisquare(seen, np.asarray(wanted) * sum(seen) / sum(wanted)).pvalue > 1e-3
+
+
+def test_invert_never_picks_weight_0() -> None:
+    weights = np.zeros((3, 64), np.float32)
+    weights[0, [3, 60]] = 1e-38, 1.0
+    weights[1, 5] = 1.0
+    weights[2, ::2] = np.random.default_rng(0).random(32)
+    for uniform in (0.0, 1e-30, 0.5, 1 - 2.0**-24):
+        picked = np.asarray(invert(jnp.asarray(weights), jnp.full(3, uniform, jnp.float32)))
+        assert (weights[range(3), picked] > 0).all()
+
+
+def test_uniforms_are_uniform_and_independent() -> None:
+    count = 50_000
+    seed = jnp.tile(jnp.asarray([[1, 2]], jnp.uint32), (count, 1))
+    numbers = np.asarray(jax.jit(uniforms)(seed, jnp.arange(count), 0))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    for column in range(3):
+        assert stats.kstest(numbers[:, column], "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(3)).max() < 0.02
+    again = np.asarray(jax.jit(uniforms)(seed, jnp.arange(count), 1))
+    assert not (numbers == again).all(axis=1).any()
+
+
+def test_seeds_and_positions_give_different_draws() -> None:
+    seeds = [0, 1, 1 << 32, 2**64 - 1]
+    rows = [Row(temperature=1.0, seed=seed, position=position) for seed in seeds for position in range(500)]
+    logits = np.zeros((len(rows), 400), np.float32)
+    batch = make_batch(rows, 400, want_logprobs=False)
+    tokens = np.asarray(draw_all(logits, batch).token_ids)
+    # of 500 independent pairs of draws among 400 tokens about 1.25 are equal
+    by_seed = tokens.reshape(4, 500)
+    for a, b in itertools.combinations(range(4), 2):
+        assert (by_seed[a] == by_seed[b]).sum() < 10
+    assert (by_seed[:, 1:] == by_seed[:, :-1]).sum() < 25
+    np.testing.assert_array_equal(draw_all(logits, batch).token_ids, tokens)
+
+
+def test_top_k_1_is_greedy_also_on_ties() -> None:
+    logits = np.round(normal(16, VOCAB) / 3)
+    rows = [Row(temperature=1.0, top_k=1, seed=i) for i in range(16)]
+    np.testing.assert_array_equal(run(logits, rows).token_ids, logits.argmax(1))
+
+
+# --- a row does not see its batch ---
+
+
+def varied_rows(count: int) -> list[Row]:
+    """Rows of every kind, each kind of draw several times."""
+    kinds = [row for _, row in RANDOM.values()] + [Row()]
+    return [
+        dataclasses.replace(kinds[i % len(kinds)], seed=i * 977, position=i, prompt=[1, 2, i], outputs=[i, i + 1])
+        if i % 4
+        else dataclasses.replace(kinds[i % len(kinds)], seed=i, position=i, repetition_penalty=1.2, outputs=[i], bias={i: 2.0})
+        for i in range(count)
+    ]
+
+
+def test_a_row_alone_is_the_row_in_any_batch() -> None:
+    count, vocab = 33, 1000
+    rows, logits = varied_rows(count), normal(count, vocab, 1.0)
+    batch = make_batch(rows, vocab)
+    whole = compiled(5)(logits, batch)
+    order = np.random.default_rng(0).permutation(count)
+    shuffled = compiled(5)(*jax.tree.map(lambda leaf: leaf[order] if leaf.ndim else leaf, (logits, batch)))
+    parts = [compiled(5)(logits[i : i + 1], make_batch(rows[i : i + 1], vocab)) for i in range(count)]
+    alone = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    for other in (jax.tree.map(lambda leaf: leaf[np.argsort(order)], shuffled), alone):
+        jax.tree.map(np.testing.assert_array_equal, other, whole)
+    at_once = jax.jit(functools.partial(sample_rows, num_logprobs=5))(logits, batch)
+    np.testing.assert_array_equal(at_once.token_ids, whole.token_ids, "blocks of rows are the rows")
+    np.testing.assert_allclose(at_once.logprobs.top, whole.logprobs.top, rtol=1e-5)
+
+
+# --- log-probabilities ---
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
+def test_logprobs(mode: str) -> None:
+    vocab, k = VOCAB, 5
+    rows = [
+        Row(),
+        Row(temperature=0.7, seed=3),
+        Row(temperature=1.5, top_k=9, seed=4),
+        Row(temperature=1.5, top_k=20, bias={3: 4.0}, seed=5),
+        Row(bias={3: 8.0}),
+    ]
+    logits = np.round(normal(len(rows), vocab) * 4) / 4
+    result = run(logits, rows, k, mode)
+    for i, row in enumerate(rows):
+        values = logits[i].astype(np.float64)
+        if mode.startswith("processed"):
+            values = adjusted(logits[i], row)
+            if row.temperature:
+                removed = np.full(vocab, True)
+                removed[ranking(values)[: row.top_k or vocab]] = False
+                values = np.where(removed, -INF, values / row.temperature)
+        if mode.endswith("logprobs"):
+            values = log_softmax(values)
+        token, logprobs = result.token_ids[i], result.logprobs
+        np.testing.assert_allclose(logprobs.sampled[i], values[token], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logprobs.top[i], values[ranking(values)[:k]], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(logprobs.top_ids[i], ranking(values)[:k])
+        assert logprobs.rank[i] == 1 + (values > values[token]).sum()
+
+
+def test_logprobs_that_nobody_wants_are_zeros() -> None:
+    logits = normal(2, VOCAB)
+    result = run(logits, [Row()] * 2, want_logprobs=False)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(result.logprobs))
+    assert run(logits, [Row()] * 2, 0).logprobs.top.shape == (2, 0)
+    np.testing.assert_allclose(
+        run(logits, [Row()] * 2, 0).logprobs.sampled, [log_softmax(row).max() for row in logits], rtol=1e-5
+    )
+
+
+# --- the program ---
+
+
+def primitives(jaxpr: Any) -> list[tuple[str, int]]:
+    """(name, largest size of an operand or result) of every primitive, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append((equation.primitive.name, max(v.aval.size for v in [*equation.invars, *equation.outvars])))
+        for inner in jaxprs_in_params(equation.params):
+            found += primitives(inner)
+    return found
+
+
+def test_no_sort_of_the_vocabulary_and_no_random_number_per_token() -> None:
+    rows, vocab = 4, 100_000
+    batch = make_batch([Row()] * rows, vocab)
+    program = jax.make_jaxpr(functools.partial(sample, num_logprobs=20))(jnp.zeros((rows, vocab)), batch)
+    seen = primitives(program.jaxpr)
+    for name in ("sort", "top_k", "random_fold_in"):
+        sizes = [size for primitive, size in seen if primitive == name]
+        assert sizes and max(sizes) < rows * vocab / 10, name
+    assert not [name for name, _ in seen if name.startswith("random_bits")]
+
+
+def test_lowers_for_cuda() -> None:
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_batch([Row()] * 8, 32_000))
+    logits = jax.ShapeDtypeStruct((8, 32_000), jnp.float32)
+    lowered = compiled(20).trace(logits, specs).lower(lowering_platforms=("cuda",))
+    assert "stablehlo.while" in lowered.as_text()
+
+
+def test_features_of_size_0_are_left_out() -> None:
+    logits = normal(2, VOCAB)
+    logits = np.tile(logits, (8, 1))
+    batch = make_batch([Row(), Row(temperature=1.0, top_p=0.9)] * 8, VOCAB)
+    slim = dataclasses.replace(
+        batch,
+        history=batch.history[:, :0],
+        bias_ids=batch.bias_ids[:, :0],
+        bias_values=batch.bias_values[:, :0],
+        mask_words=batch.mask_words[:, :0],
+        bad_words=batch.bad_words[:, :0],
+    ).with_flags()
+    jax.tree.map(np.testing.assert_array_equal, compiled(5)(logits, slim), compiled(5)(logits, batch))
+    assert "scatter" not in compiled(5).lower(logits, slim).as_text()
+
+
+def test_flags_of_a_batch() -> None:
+    def flags(row: Row) -> set[str]:
+        batch = make_batch([Row(), row], 64)
+        return {field.name for field in dataclasses.fields(batch) if field.name.startswith("any_") and getattr(batch, field.name)}
+
+    assert flags(Row()) == set()
+    assert flags(Row(top_k=5, top_p=0.5)) == set(), "a greedy row needs no truncation"
+    assert flags(Row(temperature=1.0)) == {"any_random"}
+    assert flags(Row(temperature=1.0, min_p=0.1)) == {"any_random", "any_truncation"}
+    assert flags(Row(frequency_penalty=0.1)) == {"any_penalty"}
+    assert flags(Row(bias={1: 0.5})) == {"any_bias"}
+    assert flags(Row(allowed={1})) == {"any_mask"}
+    assert flags(Row(bad_words=[[1]])) == {"any_bad_words"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(num_logprobs=1, logprobs_mode="logits"), "logprobs_mode is 'logits'; it must be one of raw_logprobs"),
+        (dict(num_logprobs=101), "num_logprobs is 101; it must be between 0 and the vocabulary's size, 100"),
+        (dict(num_logprobs=-1), "num_logprobs is -1"),
+    ],
+)
+def test_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(jnp.zeros((1, 100)), make_batch([Row()], 100), **kwargs)
+
+
+def test_mask_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_words has 4 words a row; 200 tokens need 7"):
+        sample(jnp.zeros((1, 200)), make_batch([Row()], 100), num_logprobs=0)
+
+
+# --- searching the border in the whole vocabulary ---
+
+
+@pytest.mark.parametrize("limit", [1, 63, 64, 65, 200, 999, 1000])
+def test_top_k_cut_keeps_exactly_k(limit: int) -> None:
+    logits = normal(5, 1000)
+    logits[1] = np.round(logits[1])
+    logits[2] = 0.0
+    logits[3] *= 1e30
+    logits[4, 10:] = -INF
+    blocked = blocks.to_blocks(jnp.asarray(logits))
+    cut = jax.jit(truncation.top_k_cut)(blocked, jnp.full(5, limit), jnp.full(5, True))
+    keeps = np.asarray(cut.keeps(blocked, blocks.token_ids(blocked))).reshape(5, -1)[:, :1000]
+    for row in range(5):
+        assert set(np.flatnonzero(keeps[row])) == set(ranking(logits[row])[:limit])
+
+
+def test_the_oracle_weighs_as_softmax_does() -> None:
+    logits = normal(1, 50)[0]
+    weights = np.exp(log_weights(logits, 0.7))
+    np.testing.assert_allclose(weights / weights.sum(), np.asarray(jax.nn.softmax(logits / 0.7)), rtol=1e-5)

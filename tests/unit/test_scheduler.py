@@ -1,0 +1,291 @@
+"""The scheduler's decisions, step by step, in the order that vLLM's V1 scheduler takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+from jaxllm.errors import ValidationError
+from jaxllm.runner.interface import SchedulerOutput, StepOutput
+from jaxllm.sampling_params import SamplingParams
+
+EOS = frozenset({2})
+
+
+def scheduler(num_blocks: int = 100, block_size: int = 4, window: int | None = None, **kwargs: Any) -> Scheduler:
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
+    groups = (KVCacheGroup(layers=(0,), sliding_window=window),)
+    cache = CacheConfig(num_blocks=num_blocks, block_size=block_size, groups=groups)
+    return Scheduler(dataclasses.replace(config, **kwargs), cache)
+
+
+def add(engine: Scheduler, name: str, length: int, priority: int = 0, **params: Any) -> Request:
+    start = 1000 * (ord(name[0]) - ord("a") + 1)
+    params.setdefault("max_tokens", 30)
+    new = Request(
+        name,
+        list(range(start, start + length)),
+        SamplingParams(**params),
+        eos_token_ids=EOS,
+        priority=priority,
+    )
+    engine.add_request(new)
+    return new
+
+
+def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[RequestUpdate]:
+    """Read a step: the given tokens where it samples; by default all sevens."""
+    given = iter(tokens)
+    return engine.update_from_output(
+        step, StepOutput(token_ids=[next(given, 7) if sample else -1 for sample in step.samples])
+    )
+
+
+def work(step: SchedulerOutput) -> dict[str, tuple[int, int, bool]]:
+    entries = zip(step.requests, step.starts, step.counts, step.samples, strict=True)
+    return {request.request_id: (start, count, sample) for request, start, count, sample in entries}
+
+
+def test_prefill_then_decode() -> None:
+    engine = scheduler()
+    a = add(engine, "a", 6)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 6, True)}
+    (new,) = step.admitted
+    assert (new.row, new.num_computed_tokens, new.num_prompt_tokens) == (0, 0, 6)
+    assert new.block_ids == ([1, 2],)
+    assert new.stop_token_ids == EOS
+    assert read(engine, step, 50) == [RequestUpdate(a, [50], 0, False)]
+    assert a.output_token_ids == [50]
+    step = engine.schedule()
+    assert work(step) == {"a": (6, 1, True)}
+    assert step.admitted == step.new_blocks == []
+    read(engine, step)
+    read(engine, engine.schedule())
+    # Position 8 is the first of the third block.
+    step = engine.schedule()
+    assert work(step) == {"a": (8, 1, True)}
+    assert step.new_blocks == [(0, 0, 2, [3])]
+
+
+def test_running_requests_come_first_and_prompts_fill_the_rest_in_chunks() -> None:
+    engine = scheduler(max_num_batched_tokens=10)
+    add(engine, "a", 4)
+    add(engine, "b", 15)
+    add(engine, "c", 5)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 4, True), "b": (0, 6, False)}
+    assert [update.request.request_id for update in read(engine, step)] == ["a"]
+    step = engine.schedule()
+    assert work(step) == {"a": (4, 1, True), "b": (6, 9, True)}
+    read(engine, step)
+    assert work(engine.schedule()) == {"a": (5, 1, True), "b": (15, 1, True), "c": (0, 5, True)}
+
+
+def test_without_chunked_prefill_a_prompt_waits_for_a_budget_that_holds_it() -> None:
+    engine = scheduler(max_num_batched_tokens=64, enable_chunked_prefill=False)
+    add(engine, "a", 40)
+    add(engine, "b", 30)
+    add(engine, "c", 2)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 40, True)}, "and nobody overtakes it"
+    read(engine, step)
+    assert work(engine.schedule()) == {"a": (40, 1, True), "b": (0, 30, True), "c": (0, 2, True)}
+
+
+def test_long_prefill_threshold_holds_only_in_company() -> None:
+    engine = scheduler(long_prefill_token_threshold=5)
+    add(engine, "a", 20)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 20, True)}
+    read(engine, step)
+    add(engine, "b", 12)
+    step = engine.schedule()
+    assert work(step) == {"a": (20, 1, True), "b": (0, 5, False)}
+    read(engine, step)
+    engine.abort(["a"])
+    assert work(engine.schedule()) == {"b": (5, 7, True)}
+
+
+def test_max_num_seqs_and_rows() -> None:
+    engine = scheduler(max_num_seqs=2)
+    for name in "abc":
+        add(engine, name, 3)
+    step = engine.schedule()
+    assert step.rows == [0, 1]
+    read(engine, step, 2, 7)
+    step = engine.schedule()
+    assert [(request.request_id, row) for request, row in zip(step.requests, step.rows, strict=True)] == [
+        ("b", 1),
+        ("c", 0),
+    ]
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (2, 0)
+
+
+def test_a_prompt_is_admitted_only_whole_unless_told_otherwise() -> None:
+    for reserve, expected in ((True, ["a"]), (False, ["a", "b"])):
+        engine = scheduler(num_blocks=11, max_num_batched_tokens=26, reserve_full_prompt=reserve)
+        add(engine, "a", 20)
+        add(engine, "b", 21)
+        assert list(work(engine.schedule())) == expected, "five blocks are left, b needs six but only two now"
+
+
+def test_same_step_prefix_hits() -> None:
+    engine = scheduler()
+    a = add(engine, "a", 9)
+    twin = Request("twin", list(a.prompt_token_ids), SamplingParams())
+    engine.add_request(twin)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 9, True), "twin": (8, 1, True)}
+    assert step.admitted[1].num_computed_tokens == 8
+    assert step.admitted[1].block_ids == ([1, 2, 4],)
+    assert (a.num_cached_tokens, twin.num_cached_tokens) == (0, 8)
+    stats = engine.kv_cache_manager.prefix_cache_stats
+    assert (stats.queries, stats.hits, stats.hit_rate) == (18, 8, 8 / 18)
+
+
+def test_steps_are_scheduled_before_earlier_ones_are_read() -> None:
+    engine = scheduler()
+    a = add(engine, "a", 4, max_tokens=3)
+    first, second, third, fourth = (engine.schedule() for _ in range(4))
+    assert [work(step) for step in (first, second, third)] == [
+        {"a": (0, 4, True)},
+        {"a": (4, 1, True)},
+        {"a": (5, 1, True)},
+    ]
+    assert fourth.rows == [], "three tokens are on their way, and three are wanted"
+    assert a.num_output_placeholders == 3
+    assert engine.has_unfinished
+    updates = [read(engine, step, token) for step, token in ((first, 10), (second, 11), (third, 12))]
+    assert [update[0].finished for update in updates] == [False, False, True]
+    assert (a.output_token_ids, a.finish_reason) == ([10, 11, 12], "length")
+    assert not engine.has_unfinished
+
+
+def test_what_a_finished_request_sampled_later_is_dropped() -> None:
+    engine = scheduler()
+    a, b = add(engine, "a", 4), add(engine, "b", 4)
+    first, second, third = engine.schedule(), engine.schedule(), engine.schedule()
+    read(engine, first, 2, 20)
+    assert (a.finish_reason, a.stop_reason, a.output_token_ids) == ("stop", None, [2])
+    assert engine.kv_cache_manager.pool.num_used == 2, "a's blocks are free while its later steps run"
+    assert [update.request for update in read(engine, second)] == [b]
+    engine.abort(["b"])
+    assert read(engine, third) == []
+    assert b.finish_reason == "abort"
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "expected"),
+    [
+        ({}, 2, ("stop", None)),
+        ({"ignore_eos": True}, 2, (None, None)),
+        ({"stop_token_ids": [9]}, 9, ("stop", 9)),
+        ({"stop_token_ids": [2]}, 2, ("stop", None)),
+        ({"stop_token_ids": [2], "ignore_eos": True}, 2, ("stop", 2)),
+        ({"max_tokens": 1}, 2, ("stop", None)),
+        ({"max_tokens": 1, "stop_token_ids": [9]}, 9, ("stop", 9)),
+        ({"max_tokens": 1}, 8, ("length", None)),
+        ({"max_tokens": 1, "ignore_eos": True}, 2, ("length", None)),
+        ({}, 8, (None, None)),
+    ],
+)
+def test_stops(params: dict[str, Any], token: int, expected: tuple[str | None, int | None]) -> None:
+    engine = scheduler()
+    a = add(engine, "a", 4, **params)
+    assert read(engine, engine.schedule(), token)[0].finished == (expected[0] is not None)
+    assert (a.finish_reason, a.stop_reason) == expected
+    assert a.output_token_ids == [token]
+
+
+def test_a_request_ends_at_max_model_len() -> None:
+    engine = scheduler(max_model_len=8)
+    a = add(engine, "a", 5, max_tokens=None)
+    while engine.has_unfinished:
+        step = engine.schedule()
+        assert step.starts[0] + step.counts[0] < 8
+        read(engine, step)
+    assert (a.num_tokens, a.finish_reason) == (8, "length")
+
+
+def test_a_request_that_outgrows_the_pool_ends_as_if_at_max_model_len() -> None:
+    engine = scheduler(num_blocks=4)
+    assert engine.max_tokens_per_request == 12
+    a = add(engine, "a", 12, max_tokens=None)
+    b = add(engine, "b", 3, max_tokens=None)
+    for _ in range(100):
+        if not engine.has_unfinished:
+            break
+        read(engine, engine.schedule())
+    # Twelve tokens fit, and the thirteenth needs no keys.
+    assert (a.num_tokens, a.finish_reason) == (13, "length")
+    assert (b.num_tokens, b.finish_reason) == (13, "length")
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [
+        (0, "The decoder prompt cannot be empty"),
+        (64, r"The decoder prompt \(length 64\) is longer than the maximum model length of 64.*max_model_len >= 65"),
+        (41, r"length 41\) does not fit into the KV cache.*at most 40 tokens.*num_gpu_blocks_override >= 12"),
+    ],
+)
+def test_prompts_that_can_never_run_are_refused(length: int, text: str) -> None:
+    engine = scheduler(num_blocks=11)
+    with pytest.raises(ValidationError, match=text):
+        add(engine, "a", length)
+    assert not engine.has_unfinished
+    add(engine, "a", 40)
+    with pytest.raises(ValidationError, match="Request id 'a' is in use"):
+        add(engine, "a", 3)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"policy": "lifo"}, "policy must be"),
+        ({"enable_chunked_prefill": False}, r"max_num_batched_tokens \(32\) is smaller than max_model_len \(64\)"),
+        ({"num_blocks": 1}, "num_blocks must be at least 2"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(kwargs: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        scheduler(**kwargs)
+
+
+def test_a_pool_with_fewer_blocks_than_groups_is_refused() -> None:
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
+    groups = tuple(KVCacheGroup(layers=(index,)) for index in range(3))
+    with pytest.raises(ValueError, match=r"3 blocks of 16 tokens.*3 KV-cache groups.*num_gpu_blocks_override >= 4"):
+        Scheduler(config, CacheConfig(num_blocks=3, groups=groups))
+    assert Scheduler(config, CacheConfig(num_blocks=4, groups=groups)).max_tokens_per_request == 16
+
+
+def test_after_a_failed_step_everything_can_be_ended() -> None:
+    engine = scheduler(num_blocks=6)
+    requests = [add(engine, name, 8) for name in "abc"]
+    engine.schedule()
+    assert not engine.reset_prefix_cache()
+    assert engine.finish_all(RequestStatus.FINISHED_ERROR) == requests
+    assert [request.finish_reason for request in requests] == ["error"] * 3
+    assert engine.reset_prefix_cache()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+    add(engine, "a", 8)
+    assert work(engine.schedule()) == {"a": (0, 8, True)}
+
+
+def test_times_are_in_order() -> None:
+    engine = scheduler()
+    a = add(engine, "a", 4)
+    assert a.scheduled_ts == a.first_token_ts == 0.0
+    read(engine, engine.schedule())
+    first = a.first_token_ts
+    read(engine, engine.schedule())
+    assert 0 < a.arrival_time <= a.queued_ts <= a.scheduled_ts <= first == a.first_token_ts <= a.last_token_ts
