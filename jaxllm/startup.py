@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxllm.cache_folder import cache_folder
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import FIT_TO_MEMORY, EngineArgs
 from jaxllm.config.resolve import scheduler_config
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
@@ -71,7 +72,7 @@ def start(args: EngineArgs) -> Started:
 
     tokenizer = None
     if not args.skip_tokenizer_init:
-        tokenizer = load_tokenizer(resolve(args.tokenizer) if args.tokenizer else path)
+        tokenizer = load_tokenizer(_tokenizer_path(args, path))
     times["load tokenizer"] = time.perf_counter() - clock
 
     groups = kv_cache_groups(model.layer_window)
@@ -93,18 +94,29 @@ def start(args: EngineArgs) -> Started:
         num_gpu_blocks_override=args.num_gpu_blocks_override,
         enable_prefix_caching=args.enable_prefix_caching,
         enforce_eager=args.enforce_eager,
+        fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
         num_logprobs=model.vocab_size if args.max_logprobs == -1 else args.max_logprobs,
         logprobs_mode=args.logprobs_mode,
         seed=args.seed,
         compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
         progress=progress,
     )
-    runner, cache, plan = build_runner(config, checkpoint, times.__setitem__)
+    built = build_runner(config, checkpoint, times.__setitem__)
+    plan, cache = built.plan, built.cache
     for line in plan.vllm_lines():
         logger.info(line)
     generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
-    metrics = EngineMetrics(str(args.model))
-    core = EngineCore(limits, cache, runner, tokenizer, metrics)
+    metrics = EngineMetrics(
+        str(args.model),
+        max_model_len=plan.max_model_len,
+        cache_info={
+            "block_size": cache.block_size,
+            "num_gpu_blocks": cache.num_blocks,
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+            "enable_prefix_caching": cache.enable_prefix_caching,
+        },
+    )
+    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics)
     inputs = InputProcessor(
         tokenizer,
         vocab_size=model.vocab_size,
@@ -115,7 +127,7 @@ def start(args: EngineArgs) -> Started:
     return Started(
         core=core,
         inputs=inputs,
-        runner=runner,
+        runner=built.runner,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
         default_params=_default_params(generation),
@@ -136,6 +148,12 @@ def find_device(name: str) -> jax.Device:
         ) from error
 
 
+def _tokenizer_path(args: EngineArgs, model: Path) -> Path:
+    if args.tokenizer is None and args.tokenizer_revision is None:
+        return model
+    return resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
+
+
 def _dtype(asked: str, stored: str, platform: str) -> str:
     if asked != "auto":
         return asked
@@ -145,7 +163,7 @@ def _dtype(asked: str, stored: str, platform: str) -> str:
 
 def _max_model_len(args: EngineArgs, model: DecoderConfig) -> int:
     longest = model.max_position_embeddings
-    if args.max_model_len is None or args.max_model_len == -1:
+    if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
         return longest
     if args.max_model_len > longest:
         raise ValidationError(

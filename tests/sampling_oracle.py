@@ -119,7 +119,7 @@ def log_weights(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def kept_bounds(logits: np.ndarray, row: Row, tolerance: float = 1e-4) -> tuple[int, int]:
-    """Fewest and most tokens of `ranking` that may remain after min_p, top_k and top_p, for borders hit within `tolerance`."""
+    """Fewest and most tokens of `ranking` that may remain after min_p, top_k, top_p, for borders within `tolerance`."""
     scaled = log_weights(logits, row.temperature)[ranking(logits)]
     bounds = []
     for slack in (-tolerance, tolerance):

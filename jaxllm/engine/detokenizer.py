@@ -24,7 +24,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
-        self._stream = DecodeStream(ids=prompt_token_ids[-PRIMING_TOKENS:], skip_special_tokens=params.skip_special_tokens)
+        self._stream = DecodeStream(
+            ids=prompt_token_ids[-PRIMING_TOKENS:], skip_special_tokens=params.skip_special_tokens
+        )
         self._stop: list[str] = list(params.stop or ())
         self._include_stop = params.include_stop_str_in_output
         #: characters that may turn out to be the beginning of a stop string

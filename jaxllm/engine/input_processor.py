@@ -104,7 +104,9 @@ class InputProcessor:
             ids = list(ids)
             wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
         except TypeError:
-            raise ValidationError(f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}") from None
+            raise ValidationError(
+                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}"
+            ) from None
         if wrong is not None:
             raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
         return [int(i) for i in ids]

@@ -50,9 +50,7 @@ class OutputState:
     def _position(self, token_id: int, arrays: LogprobArrays, index: int) -> PositionLogprobs:
         count = self.request.params.logprobs or 0
         top = arrays.top_ids[index] if count == -1 else arrays.top_ids[index, :count]
-        entries = {
-            token_id: Logprob(float(arrays.sampled[index]), int(arrays.rank[index]), self._decode(token_id))
-        }
+        entries = {token_id: Logprob(float(arrays.sampled[index]), int(arrays.rank[index]), self._decode(token_id))}
         for rank, other in enumerate(top.tolist(), start=1):
             entries.setdefault(other, Logprob(float(arrays.top[index, rank - 1]), rank, self._decode(other)))
         return entries

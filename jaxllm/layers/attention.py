@@ -68,7 +68,15 @@ def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout,
     return flat.reshape(cache.shape)
 
 
-def attention(query: jax.Array, cache: jax.Array, layout: Layout, batch: AttentionBatch, *, scale: float, softcap: float | None = None) -> jax.Array:
+def attention(
+    query: jax.Array,
+    cache: jax.Array,
+    layout: Layout,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
     """Causal attention of every query token over its sequence's pages (this step's keys and values included).
 
     Args:
@@ -96,7 +104,9 @@ def _decode_tiles(query, out, cache, layout, batch, scale, softcap):
     def tile(i, out):
         row = jnp.minimum(i * rows, seqs - rows) + lane
         active = row < batch.num_decodes
-        attended = _attend(query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, scale, softcap)
+        attended = _attend(
+            query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, scale, softcap
+        )
         return out.at[jnp.where(active, row, out.shape[0])].set(attended.reshape(rows, *out.shape[1:]), mode="drop")
 
     return lax.fori_loop(0, cdiv(batch.num_decodes, rows), tile, out)
@@ -156,17 +166,23 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap):
         at = c * context + jnp.arange(context, dtype=jnp.int32)
         visible = (at <= position[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
         # a weight of zero does not silence a NaN that a page's former owner left behind
-        written = (at < jnp.max(position, axis=1, keepdims=True) + 1) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
+        written = (at < jnp.max(position, axis=1, keepdims=True) + 1) & (
+            at >= jnp.min(seen_from, axis=1, keepdims=True)
+        )
         v = jnp.where(written[:, None, :, None], v, 0)
         scores = jnp.einsum("bkqd,bkcd->bkqc", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        visible = jnp.broadcast_to(visible[:, None, :, None], (blocks, 1, length, groups, context)).reshape(blocks, 1, length * groups, context)
+        visible = jnp.broadcast_to(visible[:, None, :, None], (blocks, 1, length, groups, context)).reshape(
+            blocks, 1, length * groups, context
+        )
         scores = jnp.where(visible, scores, NEVER)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_maximum)
         keep = jnp.exp(maximum - new_maximum)
-        added = jnp.einsum("bkqc,bkcd->bkqd", weights.astype(compute), v, precision=precision, preferred_element_type=jnp.float32)
+        added = jnp.einsum(
+            "bkqc,bkcd->bkqd", weights.astype(compute), v, precision=precision, preferred_element_type=jnp.float32
+        )
         return new_maximum, total * keep + jnp.sum(weights, axis=-1, keepdims=True), accumulated * keep + added
 
     shape = (blocks, kv_heads, length * groups)

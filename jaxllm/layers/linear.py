@@ -22,7 +22,11 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
 def linear_f32(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits)."""
     return lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
     )
 
 

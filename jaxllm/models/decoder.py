@@ -148,9 +148,7 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
         key = rms_norm(key, w.key_norm, config.norm_eps, offset=config.norm_offset)
     query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
     cache = write_kv(cache, key, value, layout, batch)
-    attended = attention(
-        query, cache, layout, batch, scale=config.attention_scale, softcap=config.attention_softcap
-    )
+    attended = attention(query, cache, layout, batch, scale=config.attention_scale, softcap=config.attention_softcap)
     y = linear(attended.reshape(-1, heads * dim), w.output)
     if w.post_attention_norm is not None:
         y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)

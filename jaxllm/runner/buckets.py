@@ -15,7 +15,9 @@ class Bucket(NamedTuple):
         return f"{self.tokens} tokens x {self.seqs} seqs"
 
 
-def make_buckets(max_num_batched_tokens: int, max_num_seqs: int, *, smallest: int = 8, eager: bool = False) -> tuple[Bucket, ...]:
+def make_buckets(
+    max_num_batched_tokens: int, max_num_seqs: int, *, smallest: int = 8, eager: bool = False
+) -> tuple[Bucket, ...]:
     """Buckets in ascending order, the last one holding the largest step.
 
     Powers of two, so that padding at most doubles a step. A bucket takes as many sequences as it can hold: what is done for each sequence

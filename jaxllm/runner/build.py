@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
-from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_concurrency
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_concurrency, max_tokens_per_request
 from jaxllm.errors import ValidationError
 from jaxllm.layers.attention import STORAGE
 from jaxllm.models.decoder import DecoderConfig, Params
@@ -29,6 +30,8 @@ from jaxllm.weights.loader import shapes
 
 if TYPE_CHECKING:
     from jaxllm.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger("jaxllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class RunnerConfig:
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
     enforce_eager: bool
+    #: reduce max_model_len to what fits, rather than fail
+    fit_max_model_len: bool
     num_logprobs: int
     logprobs_mode: str
     seed: int
@@ -99,10 +104,18 @@ class RunnerConfig:
         )
 
 
-def build_runner(
-    config: RunnerConfig, checkpoint: Checkpoint, record: Callable[[str, float], None]
-) -> tuple[Runner, CacheConfig, MemoryPlan]:
-    """Build a runner, ready for its first step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """A runner, ready for its first step, and what the engine must know of it."""
+
+    runner: Runner
+    scheduler: SchedulerConfig
+    cache: CacheConfig
+    plan: MemoryPlan
+
+
+def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[[str, float], None]) -> Built:
+    """Build a runner.
 
     Args:
         record: told each start-up phase and its seconds.
@@ -114,7 +127,7 @@ def build_runner(
     clock = _Clock(record)
     sources = decoder_sources(config.model)
     params = shapes(sources, jnp.dtype(config.dtype), config.sharding)
-    programs, num_blocks, plan = plan_memory(config, params)
+    config, programs, plan = plan_memory(config, params)
     clock.lap("plan")
     weights = checkpoint.load(
         sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
@@ -125,21 +138,21 @@ def build_runner(
     runner = Runner(
         weights,
         programs,
-        config.state(num_blocks),
+        config.state(plan.num_blocks),
         num_groups=len(config.groups),
         table_width=config.table_width,
         vocab_size=config.model.vocab_size,
     )
     runner.warm_up()
     clock.lap("warm up")
-    return runner, config.cache_config(num_blocks), plan
+    return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
-def plan_memory(config: RunnerConfig, params: Params) -> tuple[Programs, int, MemoryPlan]:
+def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Programs, MemoryPlan]:
     """Compile the largest step for a guessed cache, ask the compiler what it needs, and fit the cache into what is left.
 
     The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is compiled again only when the
-    guess was wrong.
+    guess was wrong. The configuration that is returned differs from the given one when `max_model_len` was fitted.
     """
     total, free = device_memory(config.device)
     weight_bytes = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
@@ -159,7 +172,16 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[Programs, int, Me
         config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
     )
     if num_blocks - 1 < needed:
-        raise ValidationError(_too_small(config, num_blocks, needed))
+        longest = _longest(config, num_blocks)
+        if not config.fit_max_model_len or longest < 1:
+            raise ValidationError(_too_small(config, num_blocks, needed, longest))
+        logger.info(
+            "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
+            limits.max_model_len,
+            longest,
+        )
+        fitted = dataclasses.replace(limits, max_model_len=longest)
+        return plan_memory(dataclasses.replace(config, scheduler=fitted), params)
     concurrency = max_concurrency(cache, limits.max_model_len, max_chunk=limits.max_num_batched_tokens)
     plan = MemoryPlan(
         device=config.device.device_kind,
@@ -177,7 +199,7 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[Programs, int, Me
         num_tokens=int(concurrency * limits.max_model_len),
         max_concurrency=concurrency,
     )
-    return programs, num_blocks, plan
+    return config, programs, plan
 
 
 def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs:
@@ -199,6 +221,7 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
         params,
         config.state(num_blocks),
         platform=platform,
+        eager=config.enforce_eager,
         cache_dir=config.compile_cache,
     )
 
@@ -220,24 +243,23 @@ def _num_blocks(config: RunnerConfig, budget: float) -> int:
     return most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks))
 
 
-def _too_small(config: RunnerConfig, num_blocks: int, needed: int) -> str:
+def _longest(config: RunnerConfig, num_blocks: int) -> int:
+    """Most tokens of one request that a cache of `num_blocks` holds, at most max_model_len."""
     limits = config.scheduler
+    return max_tokens_per_request(
+        config.cache_config(num_blocks), max_chunk=limits.max_num_batched_tokens, limit=limits.max_model_len
+    )
 
-    def fits(length: int) -> bool:
-        chunk = limits.max_num_batched_tokens
-        return blocks_per_request(config.groups, config.block_size, length, max_chunk=chunk) < num_blocks
 
-    low, high = 0, limits.max_model_len
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int) -> str:
+    limits = config.scheduler
     need, have = (needed + 1) * config.block_bytes, num_blocks * config.block_bytes
     knob = "gpu_memory_utilization"
     if config.num_gpu_blocks_override is not None:
         knob = f"num_gpu_blocks_override to {needed + 1}"
     elif config.kv_cache_memory_bytes is not None:
         knob = f"kv_cache_memory_bytes to {need}"
-    if low < 1:
+    if longest < 1:
         return (
             "No available memory for the cache blocks. "
             f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing {knob} when "
@@ -246,7 +268,7 @@ def _too_small(config: RunnerConfig, num_blocks: int, needed: int) -> str:
     return (
         f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV cache is "
         f"needed, which is larger than the available KV cache memory ({have / GIB:.3f} GiB). Based on the available memory, the "
-        f"estimated maximum model length is {low}. Try increasing {knob} or decreasing max_model_len to at most {low}."
+        f"estimated maximum model length is {longest}. Try increasing {knob} or decreasing max_model_len to at most {longest}."
     )
 
 

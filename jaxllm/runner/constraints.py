@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxllm.runner.interface import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, AdmittedRequest
 
+
 @dataclasses.dataclass(frozen=True)
 class ConstraintShape:
     """Words of one row: bias ids, bias values, whether the mask counts, the mask, banned sequences."""

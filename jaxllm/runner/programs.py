@@ -7,16 +7,17 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
-from jaxllm.models.decoder import Params
 from jaxllm.runner.packing import forward_packing, sample_packing
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, write_tokens
 
@@ -28,8 +29,9 @@ CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 SAMPLE_ROWS_CPU = (8, 32)
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
-#: key of the program that runs `write_tokens`
-WRITER = "write tokens"
+#: what a program does, then for which shapes
+Key = tuple[Any, ...]
+WRITER: Key = ("write tokens",)
 #: tokens that one launch of it carries
 WRITE_TOKENS = 1024
 
@@ -49,11 +51,13 @@ class Programs:
         state: State,
         *,
         platform: str,
+        eager: bool,
         cache_dir: Path | None,
     ):
         """
         Args:
             params, state: trees of `jax.ShapeDtypeStruct` with shardings.
+            eager: one sampler instead of one for each size of block.
             cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
         """
         self._config = config
@@ -62,12 +66,13 @@ class Programs:
         self._cache_dir = cache_dir
         self.packings = {b: forward_packing(b, len(config.groups), table_width) for b in buckets}
         self.max_num_seqs = state.tokens.shape[0] - 1
-        smallest = buckets[0].seqs
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
-        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (smallest, *sizes)})
+        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (buckets[0].seqs, *sizes)})
+        if eager:
+            self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" else (True, False)
-        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self._compiled: dict[jax.stages.Compiled] = {}
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -92,22 +97,24 @@ class Programs:
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        keys = (self.largest, (self._sample_rows[-1], True))
+        keys = (("forward", self.largest), ("sample", self._sample_rows[-1], True))
         self._compile(keys, progress=False)
         needed = []
         for key in keys:
             memory = self._compiled[key].memory_analysis()
             if memory is None:
-                raise RuntimeError("the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override")
+                raise RuntimeError(
+                    "the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override"
+                )
             needed.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
         return max(needed)
 
     def compile_all(self, progress: bool) -> None:
         """Compile what is missing."""
-        samplers = [(rows, full) for rows in self._sample_rows for full in self._variants]
-        self._compile((*samplers, *self.packings, WRITER), progress)
+        samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        self._compile((*samplers, *(("forward", bucket) for bucket in self.packings), WRITER), progress)
 
-    def _compile(self, keys: Iterable[Hashable], progress: bool) -> None:
+    def _compile(self, keys: Iterable[Key], progress: bool) -> None:
         """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
         missing = [key for key in keys if key not in self._compiled]
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
@@ -117,25 +124,24 @@ class Programs:
                 self._compiled[futures[future]] = future.result()
                 bar.update()
 
-    def _lower(self, key: Hashable) -> jax.stages.Lowered:
-        if key == WRITER:
-            return self.lower_writer()
-        return self.lower_forward(key) if isinstance(key, Bucket) else self.lower_sampler(*key)  # pyright: ignore
+    def _lower(self, key: Key) -> jax.stages.Lowered:
+        lower = {"forward": self.lower_forward, "sample": self.lower_sampler, "write tokens": self.lower_writer}
+        return lower[key[0]](*key[1:])
 
-    def _get(self, key: Hashable) -> jax.stages.Compiled:
+    def _get(self, key: Key) -> jax.stages.Compiled:
         try:
             return self._compiled[key]
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
 
     def forward(self, bucket: Bucket) -> jax.stages.Compiled:
-        return self._get(bucket)
+        return self._get(("forward", bucket))
 
     def sampler(self, num_samples: int, full: bool) -> tuple[jax.stages.Compiled, bool]:
         """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely token."""
         full = full or False not in self._variants
         rows = next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
-        return self._get((rows, full)), full
+        return self._get(("sample", rows, full)), full
 
     @property
     def writer(self) -> jax.stages.Compiled:

@@ -58,7 +58,9 @@ class RowTable:
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
-        self._full[row] = not greedy or self.needs_history(request) or params.logprobs is not None or row in self._constraints
+        self._full[row] = (
+            not greedy or self.needs_history(request) or params.logprobs is not None or row in self._constraints
+        )
 
     @staticmethod
     def needs_history(request: AdmittedRequest) -> bool:

@@ -104,7 +104,9 @@ class Runner:
         self._state, hidden = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
         return hidden
 
-    def _sample(self, hidden: jax.Array, buffer: np.ndarray, constraints: np.ndarray | None, count: int, full: bool) -> Sampled:
+    def _sample(
+        self, hidden: jax.Array, buffer: np.ndarray, constraints: np.ndarray | None, count: int, full: bool
+    ) -> Sampled:
         program, full = self._programs.sampler(count, full)
         state = self._live()
         given = None

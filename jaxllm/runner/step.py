@@ -19,6 +19,7 @@ from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.sampling.sampler import sample, sample_greedy
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """What a step is compiled for, besides its bucket."""

@@ -80,7 +80,7 @@ class SamplingBatch:
         return self.replace(**self._needs())  # pyright: ignore[reportAttributeAccessIssue]
 
     def narrowed(self) -> SamplingBatch:
-        """The same batch with those `any_*` flags that are True recomputed; for some rows taken out of a larger batch."""
+        """The same batch with those `any_*` flags that are True recomputed; for rows taken out of a larger batch."""
         flags = {name: getattr(self, name) & need for name, need in self._needs().items()}
         return self.replace(**flags)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -68,12 +68,14 @@ def largest(blocks: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     Args:
         blocks: f32[R, N, 64] without NaN.
-        k: at most N * 64.
+        k: 0 to N * 64.
 
     Returns:
         (f32[R, k] values, i32[R, k] token ids).
     """
     rows, number, _ = blocks.shape
+    if k == 0:
+        return jnp.zeros((rows, 0), blocks.dtype), jnp.zeros((rows, 0), jnp.int32)
     if k < number:
         _, chosen = lax.top_k(jnp.max(blocks, axis=-1), k)
         # ascending, so that top_k's preference for low positions is a preference for low token ids

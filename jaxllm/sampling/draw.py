@@ -13,12 +13,15 @@ from jax import lax
 from jaxllm.sampling import blocks as blk
 from jaxllm.sampling.distribution import Cut, Distribution
 
+# attempts made, bool[R] rows still to draw, i32[R] tokens, f32[R, N] block sums of what may be drawn, and its cut
+_State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cut]
+
 
 def uniforms(seed: jax.Array, position: jax.Array, attempt: jax.Array | int) -> jax.Array:
     """Three independent uniform numbers per row.
 
-    The words of fold_in(fold_in(seed, position), counter) are threefry's output for that counter, so they are random bits
-    themselves; unlike those of `jax.random.uniform` they are the same under every jax version and configuration.
+    The words of fold_in(fold_in(seed, position), counter) are threefry's output for that counter, so they are random
+    bits themselves; unlike those of `jax.random.uniform` they are the same under every jax version and configuration.
 
     Args:
         seed: u32[R, 2].
@@ -41,8 +44,8 @@ def uniforms(seed: jax.Array, position: jax.Array, attempt: jax.Array | int) -> 
 def invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The index at which the cumulative sum of the weights passes `uniform` of their total.
 
-    N is small, so each cumulative sum is a masked sum of its own: a scan is slow to compile, and a parallel one may step by a
-    rounding error where the weight is 0.
+    N is small, so each cumulative sum is a masked sum of its own: a scan is slow to compile, and a parallel one may step
+    by a rounding error where the weight is 0.
 
     Args:
         weights: f32[R, N], none negative, at least one positive per row.
@@ -87,18 +90,18 @@ def draw_nucleus(
     seed: jax.Array,
     position: jax.Array,
 ) -> jax.Array:
-    """Draw from the smallest set of most likely tokens within `cut` whose weight is `top_p` of the cut's; top_p >= 1 = all of it.
+    """Draw from the smallest set of most likely tokens within `cut` whose weight is `top_p` of the cut's.
 
     By rejection, which needs no search for the set's border: a drawn token belongs to the set exactly when the tokens
-    ranked before it weigh less than top_p of the whole. Otherwise neither it nor any token ranked after it does, and the
-    next draw is from those before it, whose block sums the test has just computed. One pass over the logits per
-    attempt, at least top_p of the rows accepted by each.
+    ranked before it weigh less than top_p of the whole. Otherwise neither it nor any token ranked after it does, and
+    the next draw is from those before it, whose block sums the test has just computed. One pass over the logits per
+    attempt, and each attempt of a row succeeds with a probability of at least top_p.
 
     Args:
         distribution: of R rows.
         sums: f32[R, N], `distribution.block_sums(cut)`.
         cut: top-k.
-        top_p: f32[R].
+        top_p: f32[R]; 1 and above = all of the cut.
         seed: u32[R, 2].
         position: i32[R].
 
@@ -107,9 +110,8 @@ def draw_nucleus(
     """
     target = top_p * jnp.sum(sums, axis=-1)
     rows = top_p.shape[0]
-    State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cut]
 
-    def attempt(state: State) -> State:
+    def attempt(state: _State) -> _State:
         count, is_open, token, sums, cut = state
         token = jnp.where(is_open, draw(distribution, sums, cut, uniforms(seed, position, count)), token)
         before = Cut(blk.take_token(distribution.logits, token), token - 1)

@@ -38,8 +38,8 @@ def apply_penalties(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
 def history_counts(batch: SamplingBatch, vocab: int) -> jax.Array:
     """How often each token occurs in the outputs of each penalised row, plus 2**24 when it occurs in the prompt.
 
-    Scatters cost about 0.1 us per token on CPU, so they run over chunks of 256 positions and no further than the longest
-    row that needs them: the prompts only for a repetition penalty, and rows without penalties not at all.
+    Scatters cost about 0.1 us per token on CPU, so they run over chunks of 256 positions and no further than the
+    longest row that needs them: the prompts only for a repetition penalty, and rows without penalties not at all.
 
     Returns:
         i32[R, V]; the prompt's part only in rows with a repetition penalty.
@@ -61,7 +61,9 @@ def history_counts(batch: SamplingBatch, vocab: int) -> jax.Array:
         return jnp.where(valid, tokens, vocab)
 
     def mark_prompt(index: jax.Array, counts: jax.Array) -> jax.Array:
-        return counts.at[row_index, chunk_at(index, jnp.zeros_like(prompt_end), prompt_end)].set(_IN_PROMPT, mode="drop")
+        return counts.at[row_index, chunk_at(index, jnp.zeros_like(prompt_end), prompt_end)].set(
+            _IN_PROMPT, mode="drop"
+        )
 
     def count_outputs(index: jax.Array, counts: jax.Array) -> jax.Array:
         return counts.at[row_index, chunk_at(index, output_start, output_end)].add(1, mode="drop")

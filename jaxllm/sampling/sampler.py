@@ -47,15 +47,15 @@ def sample(
 ) -> SampleResult:
     """Sample one token per row, in vLLM V1's order.
 
-    Allowed-token mask, bad words, logit bias, penalties; then the most likely token (temperature 0), or temperature, min_p,
-    top_k, top_p of what is left, and a draw. A row's token and log-probabilities depend on that row alone, to the bit.
+    Allowed-token mask, bad words, logit bias, penalties; then the most likely token (temperature 0), or temperature,
+    min_p, top_k, top_p of what is left, and a draw. A row's token and log-probabilities depend on that row alone, to the bit.
 
     Args:
         logits: f32[R, V].
         batch: of R rows.
-        num_logprobs: how many of the most likely tokens' log-probabilities to return, at most V; 0 = none but the sampled one's.
-        logprobs_mode: raw_* = before any of the above, processed_* = after all of it (before temperature for greedy rows);
-            *_logprobs = normalised, *_logits = as they are.
+        num_logprobs: of how many most likely tokens to return log-probabilities beside the sampled one's, 0 to V.
+        logprobs_mode: raw_* = before any of the above, processed_* = after all of it (greedy rows have a temperature of
+            1 there); *_logprobs = normalised, *_logits = as they are.
 
     Returns:
         Tokens and log-probabilities. A row that holds a NaN, or in which nothing is allowed, gets token 0.
@@ -70,7 +70,9 @@ def sample(
         raise ValueError(f"num_logprobs is {num_logprobs}; it must be between 0 and the vocabulary's size, {vocab}.")
     words = batch.mask_words.shape[1]
     if words not in (0, -(-vocab // 32)):
-        raise ValueError(f"mask_words has {words} words a row; {vocab} tokens need {-(-vocab // 32)} (or 0 for no masks).")
+        raise ValueError(
+            f"mask_words has {words} words a row; {vocab} tokens need {-(-vocab // 32)} (or 0 for no masks)."
+        )
 
     def rows_at_once(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
         return sample_rows(logits, batch, num_logprobs, logprobs_mode)
@@ -85,15 +87,15 @@ def _in_blocks(
 ) -> SampleResult:
     """Eight rows at a time, so that every row is always computed by the same code.
 
-    XLA:CPU compiles one expression to different arithmetic for different shapes (the order of a sum, the evaluation of an
-    exponential), so without this a row's bits would depend on the number of rows. It is also as fast or faster: the logits of
-    eight rows stay in the cache, and only the blocks that need a feature pay for it.
+    XLA:CPU compiles one expression to different arithmetic for different shapes (the order of a sum, the evaluation of
+    an exponential), so without this a row's bits would depend on the number of rows. It is also as fast or faster: the
+    logits of eight rows stay in the cache, and only the blocks that need a feature pay for it.
     """
     rows = logits.shape[0]
 
     def split(leaf: jax.Array) -> jax.Array:
         padded = jnp.pad(leaf, ((0, -rows % ROWS), *[(0, 0)] * (leaf.ndim - 1))) if rows % ROWS else leaf
-        return padded.reshape(-1, ROWS, *leaf.shape[1:])
+        return padded.reshape(padded.shape[0] // ROWS, ROWS, *leaf.shape[1:])
 
     leaves, structure = jax.tree.flatten((logits, batch))
     is_row = [leaf.ndim > 0 for leaf in leaves]
@@ -105,7 +107,7 @@ def _in_blocks(
         return rows_at_once(logits, batch.narrowed())
 
     result = lax.map(block, [split(leaf) for leaf, row in zip(leaves, is_row, strict=True) if row])
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:rows], result)
+    return jax.tree.map(lambda leaf: lax.collapse(leaf, 0, 2)[:rows], result)
 
 
 def sample_rows(
@@ -123,7 +125,9 @@ def sample_rows(
         log_min_p=jnp.where(random, jnp.log(batch.min_p), -jnp.inf),
     )
     token = lax.cond(
-        batch.any_random & jnp.any(random), lambda: _draw_rows(distribution, batch, random, greedy, vocab), lambda: greedy
+        batch.any_random & jnp.any(random),
+        lambda: _draw_rows(distribution, batch, random, greedy, vocab),
+        lambda: greedy,
     )
 
     def logprobs() -> Logprobs:
@@ -184,9 +188,9 @@ def _draw_rows(
 ) -> jax.Array:
     """i32[R]: a draw for every random row, the greedy token for the others.
 
-    Three ways, chosen by each row for itself, so that the others in its batch cannot change its result: among the head's
-    tokens when the head holds all that truncation leaves; from the whole vocabulary when nothing is truncated; from the
-    whole vocabulary with a border that must be searched. What no row needs is skipped.
+    Three ways, chosen by each row for itself, so that the others in its batch cannot change its result: among the
+    head's tokens when the head holds all that truncation leaves; from the whole vocabulary when nothing is truncated;
+    from the whole vocabulary with a border that must be searched. What no row needs is skipped.
     """
     rows = random.shape[0]
     size = distribution.logits.shape[1] * blk.BLOCK

@@ -1,8 +1,9 @@
 """top-k, top-p and min-p without a sort: where the most likely tokens of a row end.
 
-All three keep the first tokens of the order (logit descending, token id ascending), so exactly k tokens survive top-k and
-top_k=1 is greedy, ties or not. Almost always the border is among the row's 64 largest logits, and then these are all that
-is looked at (`Head`). Otherwise `find_cut` searches the border in the whole vocabulary.
+All three keep the first tokens of the order (logit descending, token id ascending): exactly k tokens survive top-k, and
+top_k=1 is greedy, ties or not. Almost always the border is among the row's 64 largest logits, and then these are all
+that is looked at (`Head`). Otherwise `find_cut` searches the border in the whole vocabulary, or `draw_nucleus` does
+without knowing it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def top_k_cut(logits: jax.Array, limit: jax.Array, active: jax.Array) -> Cut:
 
 
 def top_p_cut(distribution: Distribution, cut: Cut, top_p: jax.Array, active: jax.Array) -> Cut:
-    """The smallest cut inside of `cut` (and min_p) that has at least `top_p` (f32[R], below 1 in active rows) of its weight."""
+    """The smallest cut inside of `cut` and min_p with at least `top_p` (f32[R], below 1 in active rows) of its weight."""
     logits = distribution.logits
     weights = distribution.weights(logits, blk.token_ids(logits), cut)
 
@@ -107,9 +108,7 @@ def top_p_cut(distribution: Distribution, cut: Cut, top_p: jax.Array, active: ja
     return find_cut(logits, mass, top_p * mass(jnp.full(logits.shape, True)), active)
 
 
-def find_cut(
-    logits: jax.Array, measure: Callable[[jax.Array], jax.Array], target: jax.Array, active: jax.Array
-) -> Cut:
+def find_cut(logits: jax.Array, measure: Callable[[jax.Array], jax.Array], target: jax.Array, active: jax.Array) -> Cut:
     """The smallest cut whose measure reaches the target, by bisection.
 
     First over the value of the last token, on integers ordered like the floats, with the float's own midpoint in every

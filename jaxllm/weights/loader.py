@@ -28,9 +28,7 @@ class WeightReader(Protocol):
 
 def shapes(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Params:
     """`Params` of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source
-    )
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source)
 
 
 def load(
@@ -42,7 +40,12 @@ def load(
         WeightsError: a tensor is missing, or has another shape than the config says; nothing has been read then.
     """
     check(reader, sources)
-    bar = tqdm(total=len(jax.tree.leaves(sources, is_leaf=_is_source)), desc="Loading weights", disable=not progress, leave=False)
+    bar = tqdm(
+        total=len(jax.tree.leaves(sources, is_leaf=_is_source)),
+        desc="Loading weights",
+        disable=not progress,
+        leave=False,
+    )
 
     def one(source: Source) -> jax.Array:
         array = jax.make_array_from_callback(source.shape, sharding, lambda index: _read(reader, source, index, dtype))

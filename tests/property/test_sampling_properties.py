@@ -49,19 +49,21 @@ def make_logits(generator: np.random.Generator, kind: str, vocab: int) -> np.nda
     return values
 
 
-KINDS = st.sampled_from(["normal", "ties", "equal", "nearly equal", "holes", "huge", "tiny", "spike", "infinite", "flat"])
+KINDS = st.sampled_from(
+    ["normal", "ties", "equal", "nearly equal", "holes", "huge", "tiny", "spike", "infinite", "flat"]
+)
 ROWS = st.builds(
     Row,
     temperature=st.sampled_from([0.01, 0.3, 1.0, 2.0]),
     top_k=st.one_of(st.integers(-1, 5), st.integers(50, 70), st.integers(1, 2000)),
     top_p=st.one_of(st.just(1.0), st.floats(0.015625, 1.0, width=32)),
-    min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0, width=32)),
+    min_p=st.one_of(st.just(0.0), st.floats(2.0**-20, 1.0, width=32)),
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**20),
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), shape=st.sampled_from(SHAPES), number=st.integers(0, 2**32 - 1))
 def test_truncation_keeps_what_the_oracle_keeps(data: st.DataObject, shape: tuple[int, int], number: int) -> None:
     count, vocab = shape
@@ -82,7 +84,7 @@ def test_truncation_keeps_what_the_oracle_keeps(data: st.DataObject, shape: tupl
         assert log_weights(logits[i], row.temperature)[token] > -88, "a token of probability 0"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), shape=st.sampled_from(SHAPES), number=st.integers(0, 2**32 - 1))
 def test_adjusted_logits_are_the_oracles(data: st.DataObject, shape: tuple[int, int], number: int) -> None:
     count, vocab = shape

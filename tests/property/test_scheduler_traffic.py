@@ -17,9 +17,9 @@ from jaxllm.sampling_params import SamplingParams
 
 WINDOWS = {
     "full": (None,),
-    "window": (5,),
-    "hybrid": (None, 6),
-    "three": (4, None, 9),
+    "window": (11,),
+    "hybrid": (None, 8),
+    "three": (7, None, 12),
 }
 
 
@@ -27,35 +27,49 @@ def groups_of(windows: tuple[int | None, ...]) -> tuple[KVCacheGroup, ...]:
     return tuple(KVCacheGroup(layers=(index,), sliding_window=window) for index, window in enumerate(windows))
 
 
-@pytest.mark.parametrize("depth", (0, 1, 3))
-@pytest.mark.parametrize("policy", ("fcfs", "priority"))
-@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
-def test_every_request_survives_a_pool_that_holds_two(
-    windows: tuple[int | None, ...], policy: str, depth: int
-) -> None:
-    rng = random.Random(f"{windows} {policy} {depth}")
+def drive(windows: tuple[int | None, ...], policy: str, depth: int, reserve: bool) -> SchedulerMachine:
+    """Run 60 requests to their end in a pool that holds one of the longest, checking after every step."""
+    rng = random.Random(f"{windows} {policy} {depth} {reserve}")
     groups = groups_of(windows)
-    config = SchedulerConfig(max_num_seqs=12, max_num_batched_tokens=20, max_model_len=48, policy=policy)
-    num_blocks = 1 + 2 * blocks_per_request(groups, 3, 26, max_chunk=20)
+    config = SchedulerConfig(
+        max_num_seqs=12,
+        max_num_batched_tokens=16,
+        max_model_len=48,
+        policy=policy,
+        reserve_full_prompt=reserve,
+    )
+    num_blocks = 1 + blocks_per_request(groups, 3, 48, max_chunk=16)
     machine = SchedulerMachine()
     machine.setup(config, CacheConfig(block_size=3, num_blocks=num_blocks, groups=groups), depth)
-    for _ in range(200):
-        prompt = shared_prompt(rng.randrange(3), rng.randrange(16))
-        prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 5))]
-        params = SamplingParams(max_tokens=rng.randrange(1, 28), ignore_eos=rng.random() < 0.7)
-        machine.add_one(prompt, params, priority=rng.randrange(4), salt=rng.choice((None, None, "a")))
-        if rng.random() < 0.1:
+    for _ in range(60):
+        prompt = shared_prompt(rng.randrange(3), rng.randrange(14))
+        prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 4))]
+        params = SamplingParams(max_tokens=rng.randrange(4, 30), ignore_eos=rng.random() < 0.8)
+        machine.add_one(prompt, params, priority=rng.randrange(4), salt=rng.choice((None, None, None, "a")))
+        if rng.random() < 0.05:
             machine.scheduler.abort([rng.choice(machine.requests).request_id])
-        for _ in range(rng.randrange(5)):
+        for _ in range(rng.randrange(6)):
             machine.check_step()
     machine.teardown()
-    stats = machine.scheduler.stats()
-    assert stats.num_preemptions > 10
-    assert stats.num_preempted_tokens > 50
-    assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 50
-    if policy == "priority":
-        # Victims that the step had given tokens before: the case that takes a step's entries back.
-        assert machine.num_taken_back > 0
+    return machine
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_every_request_survives_a_pool_that_holds_one_of_the_longest(windows: tuple[int | None, ...]) -> None:
+    machines = [
+        drive(windows, policy, depth, reserve)
+        for policy in ("fcfs", "priority")
+        for depth in (0, 1, 3)
+        for reserve in (True, False)
+    ]
+    # That the traffic was as heavy as it is meant to be: without these the test could pass by doing nothing.
+    stats = [machine.scheduler.stats() for machine in machines]
+    prefixes = [machine.scheduler.kv_cache_manager.prefix_cache_stats for machine in machines]
+    assert sum(stat.num_preemptions for stat in stats) > 100
+    assert sum(prefix.hits for prefix in prefixes) > 200
+    assert sum(prefix.preempted_hits for prefix in prefixes) > 200
+    # Victims that the step had given tokens before: the case that takes a step's entries back.
+    assert sum(machine.num_taken_back for machine in machines) > 2
 
 
 REQUESTS = 50
