@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ Conversation = Sequence[Message]
 class LLM:
     """A model and the engine that runs it, with vLLM's interface.
 
-    Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the device.
+    Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the
+    device.
 
     Args:
         model: a named model (``smollm2-135m-instruct``), a local directory, a ``.gguf`` file, or a hub id.
@@ -42,7 +43,8 @@ class LLM:
 
     Raises:
         TypeError: an argument does not exist.
-        ValidationError: an argument's value cannot be honoured, or the model does not fit into memory; the text says what would.
+        ValidationError: an argument's value cannot be honoured, or the model does not fit into memory; the text says
+        what would.
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
@@ -79,7 +81,8 @@ class LLM:
             prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, ``cache_salt``), or many of them.
             sampling_params: one for all, or one each; None: the model's own defaults.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
-            on_error: "raise" refuses the whole call when one prompt is refused; "return" gives that prompt an output with
+            on_error: "raise" refuses the whole call when one prompt is refused; "return" gives that prompt an output
+            with
                 ``finish_reason="error"`` and its reason in ``error``, and runs the others.
 
         Raises:
@@ -116,7 +119,9 @@ class LLM:
         ]
         return self._run(rendered, sampling_params, priority, use_tqdm, on_error, special_tokens=False)
 
-    def stream_chat(self, messages: Conversation, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_chat(
+        self, messages: Conversation, sampling_params: SamplingParams | None = None
+    ) -> Generator[str, None, None]:
         """The answer to one conversation, piece by piece as it is generated. Closing the iterator ends the request."""
         params = (sampling_params or self._default_params).clone()
         params.output_kind = RequestOutputKind.DELTA
@@ -135,7 +140,7 @@ class LLM:
 
     def _run(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int] | None,
         use_tqdm: bool,
@@ -222,10 +227,12 @@ class LLM:
         """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""
         from jaxllm.weights import orbax
 
-        self._engine()
+        params = self._runner.params
+        if params is None:
+            raise RuntimeError("the engine has been shut down; make a new LLM")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        orbax.save(folder, self._runner.params)
+        orbax.save(folder, params)
         (folder / "config.json").write_text(json.dumps(self._checkpoint.config, indent=2))
         if self._checkpoint.generation_config:
             (folder / "generation_config.json").write_text(json.dumps(self._checkpoint.generation_config, indent=2))
@@ -253,9 +260,9 @@ class LLM:
         return self._core
 
 
-def _as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+def _as_prompts(prompts: Prompt | Iterable[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, (str, Mapping)):
-        return [prompts]
+        return [prompts]  # pyright: ignore[reportReturnType]
     listed = list(prompts)
     if listed and all(isinstance(item, int) for item in listed):
         return [listed]  # pyright: ignore[reportReturnType]

@@ -136,7 +136,7 @@ def start(args: EngineArgs) -> Started:
     )
 
 
-def find_device(name: str) -> jax.Device:
+def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
     if name == "auto":
         return jax.devices()[0]

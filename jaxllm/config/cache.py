@@ -34,8 +34,8 @@ def kv_cache_groups(windows: tuple[int | None, ...]) -> tuple[KVCacheGroup, ...]
     Args:
         windows: one entry a layer; None: the layer sees everything.
 
-    The group size is the smallest number of layers that share a window; a kind with more layers fills several groups (the last one perhaps
-    not whole). When the kinds are nearly equal in number, the larger number wastes less.
+    The group size is the smallest number of layers that share a window; a kind with more layers fills several groups
+    (the last one perhaps not whole). When the kinds are nearly equal in number, the larger number wastes less.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):

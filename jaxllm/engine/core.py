@@ -61,8 +61,8 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Launch what can be launched, then read the oldest step that nothing else waits for.
 
-        An error of the device or of a model ends every request, since the cache's contents are lost with the failed step, and leaves the engine
-        usable; it is raised to the caller.
+        An error of the device or of a model ends every request, since the cache's contents are lost with the failed
+        step, and leaves the engine usable; it is raised to the caller.
         """
         try:
             scheduled = self.scheduler.schedule()

@@ -79,7 +79,8 @@ class InputProcessor:
             unknown = [key for key in prompt if key not in _PROMPT_KEYS]
             if unknown:
                 raise ValidationError(
-                    f"the prompt has the key {unknown[0]!r}, which is not supported yet; supported: {', '.join(_PROMPT_KEYS)}"
+                    f"the prompt has the key {unknown[0]!r}, which is not supported yet; "
+                    f"supported: {', '.join(_PROMPT_KEYS)}"
                 )
             salt = prompt.get("cache_salt")
             if salt is not None and not (isinstance(salt, str) and salt):
@@ -117,7 +118,8 @@ class InputProcessor:
         for token in (max(ids), min(ids)):
             if not 0 <= token < self._vocab_size:
                 raise ValidationError(
-                    f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, 0 to {self._vocab_size - 1}"
+                    f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, "
+                    f"0 to {self._vocab_size - 1}"
                 )
 
     def _check_params(self, params: SamplingParams) -> None:

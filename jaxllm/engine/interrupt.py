@@ -10,7 +10,8 @@ from types import FrameType
 class DeferredInterrupt:
     """While active in the main thread, the first Ctrl-C waits for `check`; a second one interrupts at once.
 
-    An interrupt in the middle of a step would leave half-made bookkeeping behind; between steps all requests can be aborted cleanly.
+    An interrupt in the middle of a step would leave half-made bookkeeping behind; between steps all requests can be
+    aborted cleanly.
     """
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ class OutputState:
         return entries
 
     def _decode(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token_id])
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
     def output(self) -> RequestOutput | None:
         """What to deliver now; None when there is nothing new of the kind that was asked for."""

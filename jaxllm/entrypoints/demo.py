@@ -124,7 +124,7 @@ def _print_summary(llm: LLM, summary: Summary, model: str) -> None:
     print(f"\n{_bold('Summary')}: {model}")
     print(summary)
     print(_table((("Start", f"{sum(phases.values()):.1f} s ({start})"),)))
-    print(f"\n{_bold('Memory plan')}\n{textwrap.indent(str(llm.memory_plan), '  ')}")
+    print(f"\n{llm.memory_plan}")
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

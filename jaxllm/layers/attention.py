@@ -1,12 +1,14 @@
 """Paged attention over a ragged batch: what the models call, and its plain XLA implementation.
 
-The cache is one array for all layers, ``[layers_per_group * num_blocks, 2, kv_heads, block_size, head_dim]``: a page holds keys, then
-values, head-major, so that one page row of one head is contiguous and gathers straight into ``[.., kv_heads, positions, head_dim]``.
-A layer's pages are at ``layer * num_blocks + block id``. Page 0 is trash: padding tokens write there and it is never read.
+The cache is one array for all layers, ``[layers_per_group * num_blocks, 2, kv_heads, block_size, head_dim]``: a page
+holds keys, then values, head-major, so that one page row of one head is contiguous and gathers straight into ``[..,
+kv_heads, positions, head_dim]``. A layer's pages are at ``layer * num_blocks + block id``. Page 0 is trash: padding
+tokens write there and it is never read.
 
-The XLA implementation runs in tiles. A tile is a block of sequences with one query each (decode) or a block of runs of consecutive queries
-(chunks and prompts); it walks the context in pieces with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), and both loops have
-true, data-dependent lengths: neither padding tokens nor the padded width of the block table costs anything.
+The XLA implementation runs in tiles. A tile is a block of sequences with one query each (decode) or a block of runs
+of consecutive queries (chunks and prompts); it walks the context in pieces with a running softmax (Milakov and
+Gimelshein 2018, arXiv:1805.02867), and both loops have true, data-dependent lengths: neither padding tokens nor the
+padded width of the block table costs anything.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free o
 class AttentionBatch:
     """Where each token of a step belongs. T: token bucket, S: sequence bucket, G: KV-cache groups, W: table width.
 
-    Sequences with one query token come first, in the order of their tokens: token i belongs to sequence i for i < num_decodes.
+    Sequences with one query token come first, in the order of their tokens: token i belongs to sequence i for i <
+    num_decodes.
     """
 
     token_seq: jax.Array  # i32 [T] sequence of each token; padding: 0
@@ -55,7 +58,9 @@ class Layout:
 
 
 def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch) -> jax.Array:
-    """Write this step's keys and values [T, kv_heads, head_dim] into their pages, in place when the cache is donated."""
+    """Write this step's keys and values [T, kv_heads, head_dim] into their pages, in place when the cache is
+    donated.
+    """
     pages, _, heads, block_size, dim = cache.shape
     tokens = key.shape[0]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]

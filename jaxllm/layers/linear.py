@@ -10,8 +10,8 @@ from jax import lax
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
-    Weights keep the checkpoint's orientation. XLA:CPU has native bf16 products only with a float32 result, and is slow when the
-    left side has a single row, so such a row is doubled there.
+    Weights keep the checkpoint's orientation. XLA:CPU has native bf16 products only with a float32 result, and is
+    slow when the left side has a single row, so such a row is doubled there.
     """
     y = linear_f32(x, weight)
     if bias is not None:

@@ -1,7 +1,8 @@
 """The dense decoder that the families share: pre-norm attention and a gated MLP, stacked by layer and scanned.
 
-A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are called;
-what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and `attention`.
+A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are
+called; what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and
+`attention`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Layers:
-    """Weights of all layers, stacked on the first axis. L layers, d hidden, H heads, K KV heads, D head_dim, F intermediate."""
+    """Weights of all layers, stacked on the first axis. L layers, d hidden, H heads, K KV heads, D head_dim, F
+    intermediate.
+    """
 
     attention_norm: jax.Array  # [L, d]
     qkv: jax.Array  # [L, (H + 2K) * D, d]
@@ -128,7 +131,9 @@ def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Arra
 
 
 def layouts(config: DecoderConfig, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
-    """Where each layer's keys and values are, arrays [L]: the i-th layer of a group has pages ``i * num_blocks ...``."""
+    """Where each layer's keys and values are, arrays [L]: the i-th layer of a group has pages ``i * num_blocks
+    ...``.
+    """
     num_blocks = pages // max(len(group.layers) for group in groups)
     group, offset = np.zeros((2, config.num_layers), np.int32)
     for g, members in enumerate(groups):

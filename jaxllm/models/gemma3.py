@@ -1,4 +1,6 @@
-"""Gemma 3, text only: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025, arXiv:2503.19786)."""
+"""Gemma 3, text only: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025,
+arXiv:2503.19786).
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def layer_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    """With `use_sliding_window`, layers from `max_window_layers` on (or those that `layer_types` names) have a window."""
+    """With `use_sliding_window`, layers from `max_window_layers` on (or those that `layer_types` names) have a
+    window.
+    """
     if not hf.get("use_sliding_window"):
         return (None,) * num_layers
     kinds = hf.get("layer_types")

@@ -1,4 +1,6 @@
 """Where each weight of the decoder comes from: Hugging Face tensor names, stacked by layer and fused."""
+# A tree of sources has the form of `Params`, with other leaves.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

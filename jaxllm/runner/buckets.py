@@ -20,8 +20,8 @@ def make_buckets(
 ) -> tuple[Bucket, ...]:
     """Buckets in ascending order, the last one holding the largest step.
 
-    Powers of two, so that padding at most doubles a step. A bucket takes as many sequences as it can hold: what is done for each sequence
-    (logits, sampling) has a true length inside the step, so padded sequences cost nothing.
+    Powers of two, so that padding at most doubles a step. A bucket takes as many sequences as it can hold: what is
+    done for each sequence (logits, sampling) has a true length inside the step, so padded sequences cost nothing.
 
     Args:
         smallest: tokens of the first bucket. XLA:CPU multiplies a single bf16 row slowly: 2 there.

@@ -1,4 +1,6 @@
-"""From a checkpoint and its configuration to a runner: plan the memory, compile, load, allocate, in this order."""
+"""From a checkpoint and its configuration to a runner: plan the memory, load, allocate, compile, in this order."""
+# Trees of shapes have the form of `Params` and `State`, with other leaves.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ class RunnerConfig:
     groups: tuple[KVCacheGroup, ...]
     scheduler: SchedulerConfig
     dtype: str
-    device: jax.Device
+    device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
     block_size: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
@@ -79,7 +81,7 @@ class RunnerConfig:
         return 2, self.model.num_kv_heads, self.block_size, self.model.head_dim
 
     @property
-    def cache_dtype(self) -> jnp.dtype:
+    def cache_dtype(self) -> np.dtype:
         dtype = jnp.dtype(self.dtype)
         return jnp.dtype(STORAGE.get(dtype, dtype)) if self.device.platform == "cpu" else dtype
 
@@ -133,8 +135,7 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
     )
     clock.lap("load weights")
-    programs.compile_all(config.progress)
-    clock.lap("compile")
+    # allocation is asynchronous: the cache's pages are touched while the compiler works
     runner = Runner(
         weights,
         programs,
@@ -143,16 +144,20 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         table_width=config.table_width,
         vocab_size=config.model.vocab_size,
     )
+    programs.compile_all(config.progress)
+    clock.lap("compile")
     runner.warm_up()
     clock.lap("warm up")
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
 def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Programs, MemoryPlan]:
-    """Compile the largest step for a guessed cache, ask the compiler what it needs, and fit the cache into what is left.
+    """Compile the largest step for a guessed cache, ask the compiler what it needs, and fit the cache into what is
+    left.
 
-    The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is compiled again only when the
-    guess was wrong. The configuration that is returned differs from the given one when `max_model_len` was fitted.
+    The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is
+    compiled again only when the guess was wrong. The configuration that is returned differs from the given one when
+    `max_model_len` was fitted.
     """
     total, free = device_memory(config.device)
     weight_bytes = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
@@ -262,13 +267,14 @@ def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int)
     if longest < 1:
         return (
             "No available memory for the cache blocks. "
-            f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing {knob} when "
-            "initializing the engine, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
+            f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing "
+            f"{knob} when initializing the engine, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
         )
     return (
-        f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV cache is "
-        f"needed, which is larger than the available KV cache memory ({have / GIB:.3f} GiB). Based on the available memory, the "
-        f"estimated maximum model length is {longest}. Try increasing {knob} or decreasing max_model_len to at most {longest}."
+        f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV "
+        f"cache is needed, which is larger than the available KV cache memory ({have / GIB:.3f} GiB). Based on the "
+        f"available memory, the estimated maximum model length is {longest}. Try increasing {knob} or decreasing "
+        f"max_model_len to at most {longest}."
     )
 
 

@@ -1,7 +1,7 @@
 """What some requests ask of the sampler beyond a few numbers: biases, allowed tokens, banned words.
 
-These are wide (a mask has a bit for every token of the vocabulary), so they travel in a second buffer, and only in steps where a row
-needs one. `ConstraintShape` is its layout; `RowConstraints` is one request's part of it.
+These are wide (a mask has a bit for every token of the vocabulary), so they travel in a second buffer, and only in
+steps where a row needs one. `ConstraintShape` is its layout; `RowConstraints` is one request's part of it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from jaxllm.sampling_params import SamplingParams
 
-#: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of several tokens
+#: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of
+#: several tokens
 MAX_BIASES = 320
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
@@ -47,9 +48,9 @@ class AdmittedRequest:
 class SchedulerOutput:
     """One step's work. `rows`, `starts`, `counts` and `samples` are parallel lists, one entry a scheduled request.
 
-    Entry i computes the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1`` of the request in ``rows[i]``, and, when
-    ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not know yet is one
-    that an earlier step sampled: the runner finds it on the device.
+    Entry i computes the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1`` of the request in ``rows[i]``,
+    and, when ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not
+    know yet is one that an earlier step sampled: the runner finds it on the device.
     """
 
     step: int
@@ -58,7 +59,8 @@ class SchedulerOutput:
     starts: list[int]
     counts: list[int]
     samples: list[bool]
-    #: (row, group, index of the first new block in the row's table, block ids) appended this step to rows already admitted
+    #: (row, group, index of the first new block in the row's table, block ids) appended this step to rows already
+    #: admitted
     new_blocks: list[tuple[int, int, int, list[int]]]
     #: the engine's own handle of each entry; the runner passes over it
     requests: list

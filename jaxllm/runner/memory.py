@@ -59,7 +59,7 @@ class MemoryPlan:
         ]
 
 
-def device_memory(device: jax.Device) -> tuple[int, int]:
+def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[reportInvalidTypeForm]
     """(total, free) bytes of a device; on CPU both are what the machine, or the container's limit, has available."""
     if device.platform == "cpu":
         available = min(psutil.virtual_memory().available, _container_headroom())
@@ -79,7 +79,8 @@ def _container_headroom() -> int:
 
 
 def quantize_blocks(num_blocks: int) -> int:
-    """Round down to six significant bits: free memory differs a little from start to start, and the cache's size is part of every compiled step, so that an
-    exact number would defeat the compile cache. Costs at most 1/32 of the blocks."""
+    """Round down to six significant bits: free memory differs a little from start to start, and the cache's size is
+    part of every compiled step, so that an exact number would defeat the compile cache. Costs at most 1/32 of the
+    blocks."""
     step = 1 << max(0, num_blocks.bit_length() - 6)
     return num_blocks // step * step

@@ -1,7 +1,8 @@
-"""One int32 buffer carries everything that a program needs to know: a launch costs per argument, and an upload per array.
+"""One int32 buffer carries everything that a program needs to know: a launch costs per argument, and an upload per
+array.
 
-Floats travel as their bits. `Packing` holds the offsets of the fields; `views` lays numpy views over a fresh host buffer, `unpack` takes the same
-fields out of the device's buffer inside the compiled program.
+Floats travel as their bits. `Packing` holds the offsets of the fields; `views` lays numpy views over a fresh host
+buffer, `unpack` takes the same fields out of the device's buffer inside the compiled program.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Packing:
             self.size += math.prod(shape)
 
     def views(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A zeroed buffer int32 [size] and a view of it for each field. Never reused: the device may read it in place."""
+        """A zeroed buffer int32 [size] and a view of it for each field. Never reused: the device may read it in
+        place.
+        """
         buffer = np.zeros(self.size, np.int32)
         views = {}
         for name, (offset, shape) in self._fields.items():
@@ -57,7 +60,9 @@ class Packing:
 
 
 def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
-    """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table row."""
+    """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
+    row.
+    """
     tokens, seqs = bucket
     return Packing(
         {

@@ -21,9 +21,10 @@ from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.packing import forward_packing, sample_packing
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, write_tokens
 
-#: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the widening of *all*
-#: stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at 8 rows, 432 MB more).
-CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+#: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
+#: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
+#: 8 rows, 432 MB more).
+CPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one
 SAMPLE_ROWS_CPU = (8, 32)
@@ -72,7 +73,7 @@ class Programs:
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" else (True, False)
-        self._compiled: dict[jax.stages.Compiled] = {}
+        self._compiled: dict[Key, jax.stages.Compiled] = {}
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -97,7 +98,7 @@ class Programs:
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        keys = (("forward", self.largest), ("sample", self._sample_rows[-1], True))
+        keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True))
         self._compile(keys, progress=False)
         needed = []
         for key in keys:
@@ -138,7 +139,9 @@ class Programs:
         return self._get(("forward", bucket))
 
     def sampler(self, num_samples: int, full: bool) -> tuple[jax.stages.Compiled, bool]:
-        """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely token."""
+        """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely
+        token.
+        """
         full = full or False not in self._variants
         rows = next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
         return self._get(("sample", rows, full)), full
@@ -160,7 +163,7 @@ def head_params(params: Params) -> Params:
 @contextlib.contextmanager
 def compile_cache(folder: Path | None) -> Iterator[None]:
     """Use `folder` as JAX's persistent compile cache inside; the user's own configuration is left as it was."""
-    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         yield
         return
     from jax.experimental.compilation_cache import compilation_cache

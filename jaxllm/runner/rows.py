@@ -1,4 +1,6 @@
-"""The host's copy of what the device must know of each running request, kept by row; one step's part of it is packed by fancy indexing."""
+"""The host's copy of what the device must know of each running request, kept by row; one step's part of it is packed
+by fancy indexing.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ class RowTable:
         counts = np.asarray(step.counts, np.int32)
         samples = np.asarray(step.samples, bool)
         lengths = starts + counts
-        # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row costs
+        # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row
+        # costs
         order = np.lexsort((-lengths, counts > 1))
         rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
         n, total = len(rows), int(counts.sum())

@@ -1,4 +1,6 @@
-"""The device side of the engine: takes what the scheduler decided, launches the compiled step, gives back sampled tokens."""
+"""The device side of the engine: takes what the scheduler decided, launches the compiled step, gives back sampled
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class Runner:
         return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self._state_shape)
 
     def warm_up(self) -> None:
-        """Run every program once on padding alone, so that nothing is left for the first request to load or allocate."""
+        """Run every program once on padding alone, so that nothing is left for the first request to load or
+        allocate.
+        """
         sample_buffer, _ = sample_packing(self._max_num_seqs).views()
         for bucket in self._buckets:
             buffer, _ = self._programs.packings[bucket].views()

@@ -100,7 +100,8 @@ def sample_step(
 ) -> tuple[jax.Array, Sampled]:
     """Logits and sampling of what a forward step left, in blocks of rows, as many as are needed.
 
-    So neither padding nor a wide vocabulary costs memory, and one program serves every bucket: this is why the step is two programs.
+    So neither padding nor a wide vocabulary costs memory, and one program serves every bucket: this is why the step
+    is two programs.
 
     Args:
         config, rows (of a block), packing: static.
@@ -158,7 +159,9 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
 
 
 def write_tokens(tokens: jax.Array, buffer: jax.Array) -> jax.Array:
-    """Put known tokens into a row of `State.tokens` without computing them: buffer int32 [3 + N] is (row, position, count, ids)."""
+    """Put known tokens into a row of `State.tokens` without computing them: buffer int32 [3 + N] is (row, position,
+    count, ids).
+    """
     row, position, count, ids = buffer[0], buffer[1], buffer[2], buffer[3:]
     lane = jnp.arange(ids.shape[0], dtype=jnp.int32)
     target = jnp.where(lane < count, position + lane, tokens.shape[1])

@@ -44,8 +44,8 @@ def uniforms(seed: jax.Array, position: jax.Array, attempt: jax.Array | int) -> 
 def invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The index at which the cumulative sum of the weights passes `uniform` of their total.
 
-    N is small, so each cumulative sum is a masked sum of its own: a scan is slow to compile, and a parallel one may step
-    by a rounding error where the weight is 0.
+    N is small, so each cumulative sum is a masked sum of its own: a scan is slow to compile, and a parallel one may
+    step by a rounding error where the weight is 0.
 
     Args:
         weights: f32[R, N], none negative, at least one positive per row.
@@ -118,7 +118,7 @@ def draw_nucleus(
         unsure = is_open & (top_p < 1.0)
         sums = lax.cond(jnp.any(unsure), lambda: distribution.block_sums(before), lambda: sums)
         mass = jnp.sum(sums, axis=-1)
-        return count + 1, unsure & (mass >= target) & (mass > 0.0), token, sums, before
+        return count + 1, unsure & (mass >= 1.1 * target) & (mass > 0.0), token, sums, before
 
     start = (jnp.int32(0), jnp.full((rows,), True), jnp.zeros((rows,), jnp.int32), sums, cut)
     return lax.while_loop(lambda state: jnp.any(state[1]), attempt, start)[2]

@@ -48,7 +48,8 @@ def sample(
     """Sample one token per row, in vLLM V1's order.
 
     Allowed-token mask, bad words, logit bias, penalties; then the most likely token (temperature 0), or temperature,
-    min_p, top_k, top_p of what is left, and a draw. A row's token and log-probabilities depend on that row alone, to the bit.
+    min_p, top_k, top_p of what is left, and a draw. On CPU a row's token and log-probabilities depend on it alone,
+    to the bit.
 
     Args:
         logits: f32[R, V].

@@ -98,7 +98,7 @@ def top_k_cut(logits: jax.Array, limit: jax.Array, active: jax.Array) -> Cut:
 
 
 def top_p_cut(distribution: Distribution, cut: Cut, top_p: jax.Array, active: jax.Array) -> Cut:
-    """The smallest cut inside of `cut` and min_p with at least `top_p` (f32[R], below 1 in active rows) of its weight."""
+    """The smallest cut inside of `cut` and min_p with `top_p` (f32[R], below 1 in active rows) of its weight."""
     logits = distribution.logits
     weights = distribution.weights(logits, blk.token_ids(logits), cut)
 

@@ -48,7 +48,10 @@ def load(
     )
 
     def one(source: Source) -> jax.Array:
-        array = jax.make_array_from_callback(source.shape, sharding, lambda index: _read(reader, source, index, dtype))
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return _read(reader, source, index or (), dtype)
+
+        array = jax.make_array_from_callback(source.shape, sharding, part)
         bar.update()
         return array
 

@@ -16,7 +16,8 @@ INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsReader:
-    """A directory's safetensors under their own names. A context manager; the files stay memory-mapped while it is open.
+    """A directory's safetensors under their own names. A context manager; the files stay memory-mapped while it is
+    open.
 
     Raises ``WeightsError`` when a file is missing, truncated or corrupt, or when the index and the shards disagree.
     """
