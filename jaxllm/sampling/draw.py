@@ -118,7 +118,7 @@ def draw_nucleus(
         unsure = is_open & (top_p < 1.0)
         sums = lax.cond(jnp.any(unsure), lambda: distribution.block_sums(before), lambda: sums)
         mass = jnp.sum(sums, axis=-1)
-        return count + 1, unsure & (mass >= 1.1 * target) & (mass > 0.0), token, sums, before
+        return count + 1, unsure & (mass >= target) & (mass > 0.0), token, sums, before
 
     start = (jnp.int32(0), jnp.full((rows,), True), jnp.zeros((rows,), jnp.int32), sums, cut)
     return lax.while_loop(lambda state: jnp.any(state[1]), attempt, start)[2]
