@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,12 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        self._core: EngineCore | None = None
         args: EngineArgs = engine_args(model, **kwargs)
         started = start(args)
-        self._core = started.core
+        self._core: EngineCore | None = started.core
+        self._free = weakref.finalize(self, started.core.shutdown)
+        # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
+        self._free.atexit = False
         self._inputs: InputProcessor = started.inputs
         self._tokenizer = started.tokenizer
         self._chat_template = args.chat_template
@@ -241,17 +244,13 @@ class LLM:
 
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
-        core, self._core = getattr(self, "_core", None), None
-        if core is not None:
-            core.shutdown()
+        self._core = None
+        self._free()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.shutdown()
-
-    def __del__(self) -> None:
         self.shutdown()
 
     def _engine(self) -> EngineCore:

@@ -15,25 +15,21 @@ class Bucket(NamedTuple):
         return f"{self.tokens} tokens x {self.seqs} seqs"
 
 
-def make_buckets(
-    max_num_batched_tokens: int, max_num_seqs: int, *, smallest: int = 8, eager: bool = False
-) -> tuple[Bucket, ...]:
+def make_buckets(max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool = False) -> tuple[Bucket, ...]:
     """Buckets in ascending order, the last one holding the largest step.
 
-    Powers of two, so that padding at most doubles a step. A bucket takes as many sequences as it can hold: what is
-    done for each sequence (logits, sampling) has a true length inside the step, so padded sequences cost nothing.
+    One token, then powers of two from 8: padding at most doubles a step of more. A bucket takes as many sequences as
+    it can hold: what is done for each sequence (attention, sampling) has a true length inside the step, so padded
+    sequences cost nothing.
 
     Args:
-        smallest: tokens of the first bucket. XLA:CPU multiplies a single bf16 row slowly: 2 there.
         eager: only two buckets, a small and the largest one: quick start, slower steps.
     """
-    sizes = {max_num_batched_tokens}
+    sizes = {1, max_num_batched_tokens}
     size = 8
     while size < max_num_batched_tokens:
         sizes.add(size)
         size *= 2
-    if smallest < 8 and smallest < max_num_batched_tokens:
-        sizes.add(smallest)
     if eager:
         sizes = {min(s for s in sizes if s >= min(32, max_num_batched_tokens)), max_num_batched_tokens}
     return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes))

@@ -219,7 +219,6 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
         make_buckets(
             config.scheduler.max_num_batched_tokens,
             config.scheduler.max_num_seqs,
-            smallest=1 if config.dtype == "float32" or platform != "cpu" else 2,
             eager=config.enforce_eager,
         ),
         config.table_width,
