@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from jaxllm.engine.input_processor import InputProcessor, Prompt
 from jaxllm.engine.interrupt import DeferredInterrupt
 from jaxllm.engine.progress import Progress
 from jaxllm.errors import ValidationError
+from jaxllm.log import show_log
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.startup import start
@@ -49,6 +51,7 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        show_log()
         args: EngineArgs = engine_args(model, **kwargs)
         started = start(args)
         self._core: EngineCore | None = started.core
@@ -66,6 +69,8 @@ class LLM:
         #: seconds of each start-up phase
         self.startup_times: dict[str, float] = started.times
         self._num_requests = 0
+        #: who takes the outputs of each unfinished request
+        self._receivers: dict[str, Callable[[RequestOutput], object]] = {}
 
     # Generation.
 
@@ -132,14 +137,18 @@ class LLM:
         core = self._engine()
         request, text = self._inputs.request(self._next_id(), prompt, params, special_tokens=False)
         core.add_request(request, text)
+        pieces: collections.deque[str] = collections.deque()
+        self._receivers[request.request_id] = lambda output: pieces.append(output.outputs[0].text)
         try:
-            while not request.is_finished:
-                for output in core.step():
-                    if output.request_id == request.request_id and output.outputs[0].text:
-                        yield output.outputs[0].text
+            while pieces or not request.is_finished:
+                if not pieces:
+                    self._deliver(core.step())
+                elif piece := pieces.popleft():
+                    yield piece
+            if request.finish_reason not in ("stop", "length"):
+                raise RuntimeError("the answer is cut short: the engine failed in another call, or was shut down")
         finally:
-            core.abort([request.request_id])
-            core.drain()
+            self._end(core, [request.request_id])
 
     def _run(
         self,
@@ -164,23 +173,37 @@ class LLM:
                     self._add(request_id, prompt, p, rank, special_tokens, on_error, done)
                     interrupt.check()
                 with Progress(len(ids), len(done), enabled=use_tqdm) as progress:
+
+                    def receive(output: RequestOutput) -> None:
+                        done[output.request_id] = output
+                        progress.finished(output)
+
+                    self._receivers.update(dict.fromkeys(ids, receive))
                     while len(done) < len(ids):
-                        for output in core.step():
-                            if output.finished:
-                                done[output.request_id] = output
-                                progress.finished(output)
+                        self._deliver(core.step())
                         interrupt.check()
         finally:
-            core.abort(ids)
-            core.drain()
+            self._end(core, ids)
         return [done[request_id] for request_id in ids]
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Hand each output to the call that waits for it: a stream may be open while `generate` drives the engine."""
+        for output in outputs:
+            self._receivers[output.request_id](output)
+
+    def _end(self, core: EngineCore, request_ids: list[str]) -> None:
+        """Leave nothing of these requests behind, finished or not."""
+        core.abort(request_ids)
+        for request_id in request_ids:
+            self._receivers.pop(request_id, None)
+        self._deliver(core.drain())
 
     def _add(self, request_id, prompt, params, priority, special_tokens, on_error, done) -> None:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
-        params = params.clone()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
         try:
+            params = params.clone()
+            params.output_kind = RequestOutputKind.FINAL_ONLY
             request, text = self._inputs.request(
                 request_id, prompt, params, priority=priority, special_tokens=special_tokens
             )

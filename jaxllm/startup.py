@@ -105,6 +105,8 @@ def start(args: EngineArgs) -> Started:
     plan, cache = built.plan, built.cache
     for line in plan.vllm_lines():
         logger.info(line)
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
+    logger.info("init engine took %.1f s (%s)", sum(times.values()), phases)
     generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
     metrics = EngineMetrics(
         str(args.model),

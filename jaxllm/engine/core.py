@@ -92,10 +92,16 @@ class EngineCore:
         self.scheduler.reset_prefix_cache()
         self._runner.reset()
 
-    def drain(self) -> None:
-        """Read what is in flight; its tokens go to the requests that still live."""
-        while self._in_flight:
-            self._read()
+    def drain(self) -> list[RequestOutput]:
+        """Read what is in flight and return its outputs, of requests that still live. Fails as `step` does."""
+        outputs = []
+        try:
+            while self._in_flight:
+                outputs += self._read()
+        except BaseException:
+            self._recover()
+            raise
+        return outputs
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()

@@ -26,9 +26,11 @@ class DeferredInterrupt:
             self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._active:
             signal.signal(signal.SIGINT, self._previous)
+        if kind is None:
+            self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._pending:

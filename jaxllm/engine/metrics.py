@@ -175,6 +175,8 @@ class EngineMetrics:
             "vllm:num_requests_running": scheduler.num_running,
             "vllm:num_requests_waiting": scheduler.num_waiting,
             "vllm:kv_cache_usage_perc": scheduler.kv_cache_usage,
+            # of the last 1000 requests; vLLM had it as a gauge before it left the division to Prometheus
+            "vllm:gpu_prefix_cache_hit_rate": prefix_cache.hit_rate,
         }
         counters = {
             "vllm:prefix_cache_queries": prefix_cache.queries,

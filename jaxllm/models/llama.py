@@ -14,33 +14,39 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments of `DecoderConfig` for a Llama-like config.json.
 
     Raises:
-        ValidationError: a field is missing or has a value that the decoder cannot compute.
+        KeyError: a field is missing.
+        ValidationError: a field has a value that the decoder cannot compute.
     """
-    try:
-        layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-        activation = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
-        if activation not in ACTIVATIONS:
-            raise ValidationError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        return {
-            "vocab_size": hf["vocab_size"],
-            "hidden_size": hf["hidden_size"],
-            "intermediate_size": hf["intermediate_size"],
-            "num_layers": layers,
-            "num_heads": heads,
-            "num_kv_heads": hf.get("num_key_value_heads") or heads,
-            "head_dim": head_dim,
-            "norm_eps": hf.get("rms_norm_eps", 1e-6),
-            "max_position_embeddings": hf["max_position_embeddings"],
-            "rope_frequencies": (frequencies(head_dim, rope_theta(hf), rope_scaling(hf)),),
-            "layer_rope": (0,) * layers,
-            "layer_window": (None,) * layers,
-            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-            "activation": activation,
-            "attention_scale": attention_scale(head_dim),
-        }
-    except KeyError as error:
-        raise ValidationError(f"config.json has no field {error.args[0]!r}") from None
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    activation = hf.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        raise ValidationError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    for name in ("attention_bias", "mlp_bias"):
+        if hf.get(name):
+            raise ValidationError(f"{name}=true is not supported")
+    if heads % kv_heads:
+        raise ValidationError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if head_dim % 2:
+        raise ValidationError(f"head_dim={head_dim} is odd; rotary embeddings need an even one")
+    return {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": hf["max_position_embeddings"],
+        "rope_frequencies": (frequencies(head_dim, rope_theta(hf), rope_scaling(hf)),),
+        "layer_rope": (0,) * layers,
+        "layer_window": (None,) * layers,
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "activation": activation,
+        "attention_scale": attention_scale(head_dim),
+    }
 
 
 def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
@@ -57,8 +63,4 @@ def rope_scaling(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    if hf.get("mlp_bias"):
-        raise ValidationError("mlp_bias=true is not supported for LlamaForCausalLM")
-    if hf.get("attention_bias"):
-        raise ValidationError("attention_bias=true is not supported for LlamaForCausalLM")
     return DecoderConfig(**common_fields(hf))

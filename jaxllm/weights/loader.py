@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -16,6 +17,12 @@ from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
 ALIGNMENT = 64
+#: elements that are read at once, on their way into such a buffer
+PIECE = 2**24
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+#: what old Llama checkpoints keep of the rotary embedding; follows from the config
+_DERIVED = ".rotary_emb.inv_freq"
 
 
 class WeightReader(Protocol):
@@ -36,8 +43,11 @@ def load(
 ) -> Params:
     """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
 
+    At most `PIECE` elements are in host memory a second time.
+
     Raises:
-        WeightsError: a tensor is missing, or has another shape than the config says; nothing has been read then.
+        WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
+            use it; nothing has been read then.
     """
     check(reader, sources)
     bar = tqdm(
@@ -61,18 +71,26 @@ def load(
 
 def check(reader: WeightReader, sources: Params) -> None:
     """Compare every tensor's name and shape with what the model needs."""
-    names = set(reader.names())
+    unused = set(reader.names())
+    layers = 0
     for source in jax.tree.leaves(sources, is_leaf=_is_source):
+        layers = max(layers, source.layers or 0)
         for layer in range(source.layers) if source.layers is not None else (0,):
             for part in source.parts:
                 name = part.name.format(layer=layer)
-                if name not in names:
+                if name not in unused:
                     raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
+                unused.remove(name)
                 wanted = (part.rows,) if source.columns is None else (part.rows, source.columns)
                 if reader.shape(name) != wanted:
                     raise WeightsError(
                         f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {wanted}"
                     )
+    for name in sorted(unused):
+        # more layers than the config has are left out on purpose; more in a layer means that it computes something else
+        match = _LAYER.search(name)
+        if match and int(match[1]) < layers and not name.endswith(_DERIVED):
+            raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 
 def _read(reader: WeightReader, source: Source, index: tuple[slice, ...], dtype: jnp.dtype) -> np.ndarray:
@@ -91,13 +109,14 @@ def _read(reader: WeightReader, source: Source, index: tuple[slice, ...], dtype:
 def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, ...], out: np.ndarray) -> None:
     """One layer's part of a slice: the rows of each fused tensor that fall into it."""
     wanted, offset = index[0], 0
+    piece = max(PIECE // (source.columns or 1), 1)
     for part in source.parts:
+        name = part.name.format(layer=layer)
         start, stop = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
-        if start < stop:
-            name = part.name.format(layer=layer)
-            rows = None if stop - start == part.rows else slice(start - offset, stop - offset)
-            tensor = reader.read(name, rows)
-            out[start - wanted.start : stop - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
+        for first in range(start, stop, piece):
+            last = min(first + piece, stop)
+            tensor = reader.read(name, slice(first - offset, last - offset))
+            out[first - wanted.start : last - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
         offset += part.rows
 
 
