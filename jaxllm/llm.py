@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import numbers
 import os
+import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm import checks
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor, Prompt
@@ -47,13 +50,18 @@ class LLM:
     Raises:
         TypeError: an argument does not exist.
         ValidationError: an argument's value cannot be honoured, or the model does not fit into memory; the text says
-        what would.
+            what would.
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
         show_log()
         args: EngineArgs = engine_args(model, **kwargs)
-        started = start(args)
+        try:
+            started = start(args)
+        except BaseException as error:
+            # whoever keeps the exception (a notebook does) would keep the arrays in its frames
+            traceback.clear_frames(error.__traceback__)
+            raise
         self._core: EngineCore | None = started.core
         self._free = weakref.finalize(self, started.core.shutdown)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
@@ -90,8 +98,7 @@ class LLM:
             sampling_params: one for all, or one each; None: the model's own defaults.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
             on_error: "raise" refuses the whole call when one prompt is refused; "return" gives that prompt an output
-            with
-                ``finish_reason="error"`` and its reason in ``error``, and runs the others.
+                with ``finish_reason="error"`` and its reason in ``error``, and runs the others.
 
         Raises:
             ValidationError: a prompt or its parameters are refused; nothing of the call has run then.
@@ -205,7 +212,11 @@ class LLM:
             params = params.clone()
             params.output_kind = RequestOutputKind.FINAL_ONLY
             request, text = self._inputs.request(
-                request_id, prompt, params, priority=priority, special_tokens=special_tokens
+                request_id,
+                prompt,
+                params,
+                priority=checks.integer("priority", priority),
+                special_tokens=special_tokens,
             )
             self._engine().add_request(request, text)
         except ValidationError as error:
@@ -285,17 +296,34 @@ class LLM:
 def _as_prompts(prompts: Prompt | Iterable[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]  # pyright: ignore[reportReturnType]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValidationError(
+            f"prompts must be text, token ids, a mapping, or a list of these; got {prompts!r:.80} of type "
+            f"{type(prompts).__name__}"
+        )
     listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
+    if listed and all(isinstance(item, numbers.Integral) for item in listed):
         return [listed]  # pyright: ignore[reportReturnType]
     return listed  # pyright: ignore[reportReturnType]
 
 
 def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    listed = list(messages)
-    if listed and isinstance(listed[0], Mapping):
-        return [listed]  # pyright: ignore[reportReturnType]
-    return listed  # pyright: ignore[reportReturnType]
+    conversations = list(messages) if isinstance(messages, Iterable) else [messages]
+    if conversations and isinstance(conversations[0], Mapping):
+        conversations = [conversations]
+    for conversation in conversations:
+        listed = isinstance(conversation, (list, tuple))
+        wrong = [m for m in conversation if not _is_message(m)] if listed else [conversation]
+        if wrong:
+            raise ValidationError(
+                "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
+                f"got {wrong[0]!r:.80}"
+            )
+    return conversations  # pyright: ignore[reportReturnType]
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

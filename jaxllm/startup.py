@@ -74,6 +74,8 @@ def start(args: EngineArgs) -> Started:
     if not args.skip_tokenizer_init:
         tokenizer = load_tokenizer(_tokenizer_path(args, path))
     times["load tokenizer"] = time.perf_counter() - clock
+    generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
+    default_params = _default_params(generation)
 
     groups = kv_cache_groups(model.layer_window)
     limits = scheduler_config(
@@ -107,7 +109,6 @@ def start(args: EngineArgs) -> Started:
         logger.info(line)
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
     logger.info("init engine took %.1f s (%s)", sum(times.values()), phases)
-    generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
     metrics = EngineMetrics(
         str(args.model),
         max_model_len=plan.max_model_len,
@@ -132,7 +133,7 @@ def start(args: EngineArgs) -> Started:
         runner=built.runner,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        default_params=_default_params(generation),
+        default_params=default_params,
         memory_plan=plan,
         times=times,
     )

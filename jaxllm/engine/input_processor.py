@@ -40,7 +40,8 @@ class InputProcessor:
     ):
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        # some checkpoints name ends that their vocabulary does not have
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._max_logprobs = max_logprobs
         self._seed = seed
         self._count = 0
@@ -102,6 +103,8 @@ class InputProcessor:
     @staticmethod
     def _ids(ids: Any) -> list[int]:
         try:
+            if isinstance(ids, (bytes, bytearray)):
+                raise TypeError
             ids = list(ids)
             wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
         except TypeError:

@@ -228,10 +228,9 @@ class KVCacheManager:
         request.register_at = (full + 1) * self.block_size
 
     def free(self, request: Request) -> None:
-        """Give back all blocks of a request; full ones stay in the prefix cache until they are handed out again."""
+        """Give back all blocks of a request; registered ones can be hit until they are handed out again."""
         if not request.block_tables:
             return
-        self.cache_full_blocks(request)
         if self._num_groups == 1:
             self.pool.free(request.block_tables[0])
         else:

@@ -34,8 +34,8 @@ NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free o
 class AttentionBatch:
     """Where each token of a step belongs. T: token bucket, S: sequence bucket, G: KV-cache groups, W: table width.
 
-    Sequences with one query token come first, in the order of their tokens: token i belongs to sequence i for i <
-    num_decodes.
+    Sequences with one query token come first, in the order of their tokens: for i < num_decodes token i belongs to
+    sequence i.
     """
 
     token_seq: jax.Array  # i32 [T] sequence of each token; padding: 0
@@ -58,9 +58,7 @@ class Layout:
 
 
 def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch) -> jax.Array:
-    """Write this step's keys and values [T, kv_heads, head_dim] into their pages, in place when the cache is
-    donated.
-    """
+    """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
     pages, _, heads, block_size, dim = cache.shape
     tokens = key.shape[0]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]

@@ -10,22 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.errors import ValidationError
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> np.ndarray:
     """Inverse frequencies, float32 [head_dim // 2], with the scaling that a Hugging Face config names.
 
     Types: "default", "linear" (position interpolation, arXiv:2306.15595), "llama3" (Llama 3.1's banded interpolation).
-    Raises ValueError for any other type.
+    Raises ValidationError for any other type.
     """
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    if (scaling or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValidationError("partial_rotary_factor is not supported: rotary embeddings turn whole heads")
     if scaling is None or kind == "default":
         return frequencies.astype(np.float32)
     if kind == "linear":
         return (frequencies / scaling["factor"]).astype(np.float32)
     if kind == "llama3":
         return _llama3(frequencies, scaling).astype(np.float32)
-    raise ValueError(f"rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
+    raise ValidationError(f"rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
 
 
 def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -62,8 +62,9 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Layers:
-    """Weights of all layers, stacked on the first axis. L layers, d hidden, H heads, K KV heads, D head_dim, F
-    intermediate.
+    """Weights of all layers, stacked on the first axis.
+
+    L layers, d hidden size, H heads, K KV heads, D head_dim, F intermediate size.
     """
 
     attention_norm: jax.Array  # [L, d]

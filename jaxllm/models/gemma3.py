@@ -7,21 +7,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.llama import common_fields, frequencies
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    fields = common_fields({**hf, "hidden_act": hf.get("hidden_activation", "gelu_pytorch_tanh")})
+    if hf.get("use_bidirectional_attention"):
+        raise ValidationError("use_bidirectional_attention=true is not supported: the decoder is causal")
+    activation = hf.get("hidden_activation") or "gelu_pytorch_tanh"
+    fields = common_fields({"head_dim": 256, **hf, "hidden_act": activation})
     layers, head_dim = fields["num_layers"], fields["head_dim"]
     kinds = hf.get("layer_types") or _layer_types(layers, hf.get("sliding_window_pattern", 6))
+    window = hf.get("sliding_window", 4096)
     local = [kind == "sliding_attention" for kind in kinds]
     return DecoderConfig(
         **{
             **fields,
             "rope_frequencies": _rope_frequencies(hf, head_dim),
             "layer_rope": tuple(1 if is_local else 0 for is_local in local),
-            "layer_window": tuple(hf["sliding_window"] if is_local else None for is_local in local),
+            "layer_window": tuple(window if is_local else None for is_local in local),
             "tie_word_embeddings": hf.get("tie_word_embeddings", True),
             "qk_norm": True,
             "post_norms": True,
@@ -41,14 +46,12 @@ def _layer_types(num_layers: int, pattern: int) -> list[str]:
 
 def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(global, local). Older configs have two thetas at the top level, newer ones `rope_parameters` by layer type."""
-    parameters = hf.get("rope_parameters") or {}
-    if "full_attention" in parameters:
-        whole, local = parameters["full_attention"], parameters["sliding_attention"]
-        return (
-            frequencies(head_dim, whole["rope_theta"], whole),
-            frequencies(head_dim, local["rope_theta"], local),
-        )
+    parameters = hf.get("rope_parameters") or {
+        "full_attention": {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 1e6)},
+        "sliding_attention": {"rope_theta": hf.get("rope_local_base_freq", 1e4)},
+    }
+    whole, local = parameters["full_attention"], parameters["sliding_attention"]
     return (
-        frequencies(head_dim, hf.get("rope_theta", 1e6), hf.get("rope_scaling")),
-        frequencies(head_dim, hf.get("rope_local_base_freq", 1e4), None),
+        frequencies(head_dim, whole.get("rope_theta", 1e6), whole),
+        frequencies(head_dim, local.get("rope_theta", 1e4), local),
     )

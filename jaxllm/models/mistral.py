@@ -11,5 +11,5 @@ from jaxllm.models.llama import common_fields
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields(hf)
-    fields["layer_window"] = (hf.get("sliding_window"),) * fields["num_layers"]
+    fields["layer_window"] = (hf.get("sliding_window", 4096),) * fields["num_layers"]
     return DecoderConfig(**fields)

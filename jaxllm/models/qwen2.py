@@ -15,13 +15,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def layer_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    """With `use_sliding_window`, layers from `max_window_layers` on (or those that `layer_types` names) have a
-    window.
-    """
+    """With `use_sliding_window`, layers have a window from `max_window_layers` on, or where `layer_types` says so."""
     if not hf.get("use_sliding_window"):
         return (None,) * num_layers
     kinds = hf.get("layer_types")
     if kinds is not None:
         return tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
-    full = hf.get("max_window_layers", num_layers)
+    full = hf.get("max_window_layers", 28)
     return tuple(None if layer < full else hf["sliding_window"] for layer in range(num_layers))

@@ -11,12 +11,11 @@ from jaxllm.models.qwen2 import layer_windows
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    fields = common_fields(hf)
+    fields = common_fields({"head_dim": 128, **hf})
     return DecoderConfig(
         **{
             **fields,
             "qk_norm": True,
-            "qkv_bias": bool(hf.get("attention_bias")),
             "layer_window": layer_windows(hf, fields["num_layers"]),
         }
     )

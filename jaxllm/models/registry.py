@@ -20,8 +20,9 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 
 
 def model_config(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a config.json describes. Raises ValidationError for an unknown architecture, listing the known
-    ones.
+    """The model that a config.json describes.
+
+    Raises ValidationError for an unknown architecture, listing the known ones.
     """
     names: Sequence[str] = hf.get("architectures") or ()
     for name in names:

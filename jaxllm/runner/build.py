@@ -164,6 +164,8 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
     state_bytes = math.prod(config.state(1).tokens.shape) * 4
     budget = min(total * config.gpu_memory_utilization, free) - weight_bytes - state_bytes
     num_blocks = _num_blocks(config, budget)
+    if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
+        config = _fit(config, num_blocks)  # known before anything is compiled
     while True:
         programs = _programs(config, params, num_blocks)
         activations = programs.activation_bytes()
@@ -171,22 +173,11 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
         if fitting >= num_blocks:
             break
         num_blocks = fitting
+    fitted = _fit(config, num_blocks)
+    if fitted is not config:
+        return plan_memory(fitted, params)
     limits = config.scheduler
     cache = config.cache_config(num_blocks)
-    needed = blocks_per_request(
-        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
-    )
-    if num_blocks - 1 < needed:
-        longest = _longest(config, num_blocks)
-        if not config.fit_max_model_len or longest < 1:
-            raise ValidationError(_too_small(config, num_blocks, needed, longest))
-        logger.info(
-            "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
-            limits.max_model_len,
-            longest,
-        )
-        fitted = dataclasses.replace(limits, max_model_len=longest)
-        return plan_memory(dataclasses.replace(config, scheduler=fitted), params)
     concurrency = max_concurrency(cache, limits.max_model_len, max_chunk=limits.max_num_batched_tokens)
     plan = MemoryPlan(
         device=config.device.device_kind,
@@ -205,6 +196,26 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
         max_concurrency=concurrency,
     )
     return config, programs, plan
+
+
+def _fit(config: RunnerConfig, num_blocks: int) -> RunnerConfig:
+    """The configuration itself when one request of max_model_len tokens fits into the cache; otherwise, where that is
+    allowed, one with a max_model_len that fits. Raises ValidationError."""
+    limits = config.scheduler
+    needed = blocks_per_request(
+        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+    if num_blocks - 1 >= needed:
+        return config
+    longest = _longest(config, num_blocks)
+    if not config.fit_max_model_len or longest < 1:
+        raise ValidationError(_too_small(config, num_blocks, needed, longest))
+    logger.info(
+        "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
+        limits.max_model_len,
+        longest,
+    )
+    return dataclasses.replace(config, scheduler=dataclasses.replace(limits, max_model_len=longest))
 
 
 def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs:

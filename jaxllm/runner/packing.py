@@ -1,8 +1,7 @@
-"""One int32 buffer carries everything that a program needs to know: a launch costs per argument, and an upload per
-array.
+"""One int32 buffer carries all that a step needs to know: a launch costs per argument, and an upload per array.
 
-Floats travel as their bits. `Packing` holds the offsets of the fields; `views` lays numpy views over a fresh host
-buffer, `unpack` takes the same fields out of the device's buffer inside the compiled program.
+It holds the fields of `forward_packing`, then those of `sample_packing`, which the forward program passes on. Floats
+travel as their bits. `Packing` knows the offsets of the fields, on the host and inside the compiled program.
 """
 
 from __future__ import annotations
@@ -39,16 +38,13 @@ class Packing:
             self._fields[name] = (self.size, shape)
             self.size += math.prod(shape)
 
-    def views(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A zeroed buffer int32 [size] and a view of it for each field. Never reused: the device may read it in
-        place.
-        """
-        buffer = np.zeros(self.size, np.int32)
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """A view for each field of a host buffer int32 [size]."""
         views = {}
         for name, (offset, shape) in self._fields.items():
             view = buffer[offset : offset + math.prod(shape)].reshape(shape)
             views[name] = view.view(np.float32) if name in FLOATS else view
-        return buffer, views
+        return views
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The fields of a device buffer, inside jit."""

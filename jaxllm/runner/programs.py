@@ -78,7 +78,8 @@ class Programs:
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = jax.jit(functools.partial(forward_step, self._config, bucket, packing), donate_argnums=(1,))
-        return function.lower(self._params, self._state, self._words(packing.size))
+        size = packing.size + sample_packing(self.max_num_seqs).size
+        return function.lower(self._params, self._state, self._words(size))
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = sample_packing(self.max_num_seqs)

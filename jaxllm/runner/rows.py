@@ -17,8 +17,7 @@ from jaxllm.runner.packing import FLOATS, INTS, Packing, sample_packing
 class PackedStep:
     """What one step uploads, and how to read what it returns."""
 
-    forward: np.ndarray  # int32, `forward_packing`'s fields
-    sampling: np.ndarray | None  # int32, `sample_packing`'s fields; None: nothing is sampled
+    buffer: np.ndarray  # int32, `forward_packing`'s fields, then `sample_packing`'s
     constraints: np.ndarray | None  # int32 [max_num_seqs, row_size]; None: no row needs any
     full: bool  # some row needs more than its most likely token
     want_logprobs: bool
@@ -86,7 +85,9 @@ class RowTable:
         n, total = len(rows), int(counts.sum())
         sampled = np.flatnonzero(samples[order])
 
-        buffer, fields = packing.views()
+        # never reused: the device may read it in place
+        buffer = np.zeros(packing.size + self._sample_packing.size, np.int32)
+        fields = packing.views(buffer[: packing.size])
         fields["num_decodes"][...] = np.count_nonzero(counts == 1)
         fields["num_seqs"][...] = n
         first = np.cumsum(counts) - counts
@@ -101,13 +102,13 @@ class RowTable:
         fields["sample_seq"][: len(sampled)] = sampled
 
         full = bool(self._full[rows[sampled]].any())
-        packed = PackedStep(buffer, None, None, full, False, order[sampled])
+        packed = PackedStep(buffer, None, full, False, order[sampled])
         if len(sampled):
-            self._pack_sampling(packed, rows[sampled], lengths[sampled])
+            fields = self._sample_packing.views(buffer[packing.size :])
+            self._pack_sampling(packed, fields, rows[sampled], lengths[sampled])
         return packed
 
-    def _pack_sampling(self, packed: PackedStep, rows: np.ndarray, positions: np.ndarray) -> None:
-        packed.sampling, fields = self._sample_packing.views()
+    def _pack_sampling(self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray) -> None:
         count = len(rows)
         fields["num_samples"][...] = count
         fields["rows"][:count] = rows

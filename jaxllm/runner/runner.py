@@ -75,12 +75,12 @@ class Runner:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
         allocate.
         """
-        sample_buffer, _ = sample_packing(self._max_num_seqs).views()
+        sample_size = sample_packing(self._max_num_seqs).size
         for bucket in self._buckets:
-            buffer, _ = self._programs.packings[bucket].views()
-            hidden = self._forward(bucket, buffer)
+            size = self._programs.packings[bucket].size + sample_size
+            hidden, sampling = self._forward(bucket, np.zeros(size, np.int32))
             for full in (True, False):
-                self._sample(hidden, sample_buffer, None, bucket.seqs, full)
+                self._sample(hidden, sampling, None, bucket.seqs, full)
         self._write_tokens(self._max_num_seqs, 0, np.zeros(1, np.int32))
         jax.block_until_ready(self._live())
 
@@ -91,11 +91,10 @@ class Runner:
             self._rows.append_blocks(row, group, start, blocks)
         bucket = pick_bucket(self._buckets, scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, self._programs.packings[bucket])
-        hidden = self._forward(bucket, packed.forward)
+        hidden, sampling = self._forward(bucket, packed.buffer)
         sampled = None
-        if packed.sampling is not None:
-            count = len(packed.sampled_entries)
-            sampled = self._sample(hidden, packed.sampling, packed.constraints, count, packed.full)
+        if count := len(packed.sampled_entries):
+            sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
         return StepResult(sampled, packed, len(scheduled.rows))
 
     def _live(self) -> State:
@@ -103,20 +102,21 @@ class Runner:
             raise RuntimeError("the engine has been shut down")
         return self._state
 
-    def _forward(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
+    def _forward(self, bucket: Bucket, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
         program = self._programs.forward(bucket)
-        self._state, hidden = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
-        return hidden
+        self._state, *passed_on = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
+        hidden, sampling = passed_on
+        return hidden, sampling
 
     def _sample(
-        self, hidden: jax.Array, buffer: np.ndarray, constraints: np.ndarray | None, count: int, full: bool
+        self, hidden: jax.Array, sampling: jax.Array, constraints: np.ndarray | None, count: int, full: bool
     ) -> Sampled:
         program, full = self._programs.sampler(count, full)
         state = self._live()
         given = None
         if full:
             given = self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
-        tokens, sampled = program(self._head, state.tokens, hidden, jax.device_put(buffer, self._sharding), given)
+        tokens, sampled = program(self._head, state.tokens, hidden, sampling, given)
         self._state = State(cache=state.cache, tokens=tokens)
         return sampled
 

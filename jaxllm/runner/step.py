@@ -50,15 +50,16 @@ class Sampled:
 
 def forward_step(
     config: StepConfig, bucket: Bucket, packing: Packing, params: Params, state: State, buffer: jax.Array
-) -> tuple[State, jax.Array]:
+) -> tuple[State, jax.Array, jax.Array]:
     """Compute the scheduled tokens and write their keys and values.
 
     Args:
         config, bucket, packing: static.
-        buffer: int32, `forward_packing`'s fields.
+        buffer: int32, `forward_packing`'s fields, then `sample_packing`'s.
 
     Returns:
-        (state, hidden): hidden [R, d] holds, first, the last token of every sequence that samples.
+        (state, hidden, sampling): hidden [R, d] holds, first, the last token of every sequence that samples; sampling
+        is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
     batch = _attention_batch(fields, bucket)
@@ -71,7 +72,7 @@ def forward_step(
     cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
     last = hidden[batch.query_start[fields["sample_seq"] + 1] - 1]
     padded = jnp.zeros((trash, hidden.shape[1]), hidden.dtype).at[: last.shape[0]].set(last)
-    return State(cache=cache, tokens=tokens), padded
+    return State(cache=cache, tokens=tokens), padded, buffer[packing.size :]
 
 
 def _attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:

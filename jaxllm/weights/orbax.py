@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,41 +16,60 @@ from jaxllm.weights.errors import WeightsError
 
 #: the arrays' folder inside a model's directory, beside config.json
 FOLDER = "orbax"
-
-
-def _checkpointer():
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError:
-        raise JaxLLMError("orbax-checkpoint is not installed: pip install 'jaxllm[orbax]'") from None
-    return ocp.StandardCheckpointer()
+#: arrays are stored and read in pieces of this many bytes: a piece is in host memory several times while it is unpacked
+CHUNK_BYTES = 2**27
 
 
 def save(directory: Path, params: Params) -> None:
-    """Write the arrays into ``directory/orbax``, which must not exist."""
-    with _checkpointer() as checkpointer:
-        checkpointer.save((directory / FOLDER).absolute(), _tree(params))
+    """Write the arrays into ``directory/orbax``. Raises WeightsError when that exists."""
+    folder = (directory / FOLDER).absolute()
+    if folder.exists():
+        raise WeightsError(f"{folder} exists already; save into another directory, or remove it first")
+    tree = _tree(params)
+    with _checkpointer() as (checkpointer, ocp):
+        how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in tree}
+        checkpointer.save(folder, args=ocp.args.StandardSave(tree, save_args=how))
 
 
 def load(directory: Path, shapes: Params) -> Params:
-    """Read arrays with the shapes, dtypes and shardings of `shapes`. Raises WeightsError when they do not match."""
+    """Read arrays with the shapes, dtypes and shardings of `shapes`.
+
+    Raises:
+        WeightsError: the stored arrays have other names or shapes, or cannot be read.
+    """
     wanted, structure = jax.tree.flatten(shapes)
-    with _checkpointer() as checkpointer:
-        folder = (directory / FOLDER).absolute()
+    tree = _tree(shapes)
+    folder = (directory / FOLDER).absolute()
+    # one array at a time; orbax's own default reads them all at once
+    largest = max(math.prod(array.shape) * array.dtype.itemsize for array in wanted)
+    with _checkpointer(in_flight_bytes=largest) as (checkpointer, ocp):
         try:
             stored = checkpointer.metadata(folder).item_metadata.tree
         except (OSError, ValueError, AttributeError) as error:
             raise WeightsError(f"{folder}: not a readable orbax checkpoint: {error}") from error
-        names = list(_tree(shapes))
-        for name, shape in zip(names, wanted, strict=True):
-            found = stored.get(name)
-            if found is None or tuple(found.shape) != tuple(shape.shape):
+        for name in sorted(tree.keys() | stored.keys()):
+            shape, found = (tuple(t[name].shape) if name in t else None for t in (tree, stored))
+            if shape != found:
                 raise WeightsError(
-                    f"{folder}: tensor {name!r} has shape {None if found is None else tuple(found.shape)}, "
-                    f"the model's config asks for {tuple(shape.shape)}"
+                    f"{folder}: tensor {name!r} has shape {found}, the model's config asks for {shape} (None: absent)"
                 )
-        arrays = checkpointer.restore(folder, _tree(shapes))
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+        try:
+            arrays = checkpointer.restore(folder, args=ocp.args.StandardRestore(tree))
+        except Exception as error:  # what orbax raises for unreadable data is a bare Exception
+            names = [name for name in tree if f"'{name}/'" in str(error)]
+            raise WeightsError(f"{folder}: tensor {', '.join(names)} cannot be read: {error!r:.300}") from error
+    return jax.tree.unflatten(structure, [arrays[name] for name in tree])
+
+
+@contextlib.contextmanager
+def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError:
+        raise JaxLLMError("orbax-checkpoint is not installed: pip install 'jaxllm[orbax]'") from None
+    gigabytes = in_flight_bytes * 1e-9
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as checkpointer:
+        yield checkpointer, ocp
 
 
 def _tree(params: Params) -> dict[str, jax.Array]:

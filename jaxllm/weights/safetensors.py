@@ -1,7 +1,7 @@
 """Safetensors directories as weights: one file, or shards with an index.
 
 The format (https://github.com/huggingface/safetensors#format) is a little-endian u64, that many bytes of JSON which say
-each tensor's dtype, shape and place, and the tensors, one after the other. It is read here with plain reads rather than a
+each tensor's dtype, shape and place, and the tensors, one after the other. It is read with plain reads, not through a
 memory map: the pages of a map count as the process's memory, and the model would be there twice while it loads.
 """
 
@@ -131,7 +131,9 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         size = path.stat().st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES + length:
-            raise WeightsError(f"{path}: truncated or not safetensors: {size} bytes, of which its header needs {length}")
+            raise WeightsError(
+                f"{path}: truncated or not safetensors: {size} bytes, of which its header needs {length}"
+            )
         header = json.loads(file.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _tensor(file, entry, _LENGTH_BYTES + length) for name, entry in entries.items()}
