@@ -1,0 +1,75 @@
+"""The memory plan is exact, and when nothing fits its error names values that do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxllm import LLM
+from jaxllm.errors import ValidationError
+from jaxllm.models.registry import model_config
+from jaxllm.weights.checkpoint import Checkpoint
+
+ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 32}
+
+
+def refused(model: Path, **kwargs) -> str:
+    with pytest.raises(ValidationError) as error:
+        LLM(model, **ARGUMENTS, **kwargs)
+    return str(error.value)
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found[1])
+
+
+def test_the_plan_counts_what_is_allocated(tiny_model: Path):
+    before = {id(array) for array in jax.live_arrays()}
+    with LLM(tiny_model, **ARGUMENTS, max_model_len=256, num_gpu_blocks_override=40) as llm:
+        plan = llm.memory_plan
+        held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+        # besides the plan's parts there is only the empty constraint buffer of four rows
+        known = plan.weight_bytes + plan.kv_cache_bytes + plan.state_bytes
+        assert known <= held <= known + 64 * 1024
+        config = model_config(Checkpoint(tiny_model).config)
+        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+        assert plan.kv_cache_bytes == 40 * 16 * per_token
+        assert plan.num_tokens == 39 * 16
+        assert plan.max_concurrency == pytest.approx(39 * 16 / 256)
+        assert "GPU KV cache size: 624 tokens, Maximum concurrency for 256 tokens per request: 2.44x" in str(plan)
+
+
+def test_too_few_blocks_name_the_longest_length_and_the_number_of_blocks_that_fit(tiny_model: Path):
+    text = refused(tiny_model, max_model_len=512, num_gpu_blocks_override=11)
+    longest = number(r"estimated maximum model length is (\d+)", text)
+    blocks = number(r"increasing num_gpu_blocks_override to (\d+)", text)
+    assert longest == 160
+    LLM(tiny_model, **ARGUMENTS, max_model_len=longest, num_gpu_blocks_override=11).shutdown()
+    refused(tiny_model, max_model_len=longest + 1, num_gpu_blocks_override=11)
+    LLM(tiny_model, **ARGUMENTS, max_model_len=512, num_gpu_blocks_override=blocks).shutdown()
+    refused(tiny_model, max_model_len=512, num_gpu_blocks_override=blocks - 1)
+
+
+def test_too_few_bytes_name_the_bytes_that_fit(tiny_model: Path):
+    text = refused(tiny_model, max_model_len=512, kv_cache_memory_bytes=100_000)
+    enough = number(r"increasing kv_cache_memory_bytes to (\d+)", text)
+    LLM(tiny_model, **ARGUMENTS, max_model_len=512, kv_cache_memory_bytes=enough).shutdown()
+
+
+def test_no_block_at_all_says_so(tiny_model: Path):
+    text = refused(tiny_model, max_model_len=512, kv_cache_memory_bytes=100)
+    assert text.startswith("No available memory for the cache blocks.")
+
+
+def test_a_length_of_minus_one_is_fitted(tiny_model: Path):
+    with LLM(tiny_model, **ARGUMENTS, max_model_len=-1, num_gpu_blocks_override=11) as llm:
+        assert llm.memory_plan.max_model_len == 160
+
+
+def test_longer_than_the_model_can_is_refused(tiny_model: Path):
+    assert "max_position_embeddings=512" in refused(tiny_model, max_model_len=513)

@@ -1,0 +1,63 @@
+"""Buckets hold every step that the scheduler may make, and packing loses nothing on its way to the device."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.runner.buckets import Bucket, make_buckets, pick_bucket
+from jaxllm.runner.packing import FLOATS, forward_packing, sample_packing
+
+LIMITS = st.tuples(st.integers(1, 20_000), st.integers(1, 1024)).filter(lambda pair: pair[0] >= pair[1])
+
+
+@given(LIMITS, st.booleans(), st.data())
+def test_every_step_within_the_limits_has_a_bucket(limits: tuple[int, int], eager: bool, data: st.DataObject):
+    max_tokens, max_seqs = limits
+    buckets = make_buckets(max_tokens, max_seqs, eager=eager)
+    assert list(buckets) == sorted(set(buckets)) and len(buckets) <= (2 if eager else 17)
+    seqs = data.draw(st.integers(1, max_seqs))
+    tokens = data.draw(st.integers(seqs, max_tokens))
+    bucket = pick_bucket(buckets, tokens, seqs)
+    assert bucket.tokens >= tokens and bucket.seqs >= seqs
+    if not eager and tokens > 8:
+        assert bucket.tokens < 2 * tokens, "padding more than doubles the step"
+
+
+def test_a_step_beyond_the_limits_is_an_error_with_the_numbers():
+    with pytest.raises(ValueError, match="no bucket holds 65 tokens of 2 sequences; the largest is 64 tokens x 4 seqs"):
+        pick_bucket(make_buckets(64, 4), 65, 2)
+
+
+@pytest.mark.parametrize(
+    "packing", [forward_packing(Bucket(16, 4), 3, 7), sample_packing(5)], ids=["forward", "sample"]
+)
+def test_the_device_reads_what_the_host_wrote(packing):
+    buffer = np.zeros(packing.size, np.int32)
+    random = np.random.default_rng(0)
+    written = {}
+    for name, view in packing.views(buffer).items():
+        view[...] = random.standard_normal(view.shape) if name in FLOATS else random.integers(-5, 2**31 - 1, view.shape)
+        written[name] = view.copy()
+    read = jax.jit(packing.unpack)(buffer)
+    assert read.keys() == written.keys()
+    for name, value in written.items():
+        np.testing.assert_array_equal(np.asarray(read[name]), value, err_msg=name)
+
+
+@given(st.lists(st.sampled_from([None, 8, 16]), min_size=1, max_size=40))
+def test_groups_hold_every_layer_once_with_its_window(windows: list[int | None]):
+    groups = kv_cache_groups(tuple(windows))
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
+    for group in groups:
+        assert {windows[layer] for layer in group.layers} == {group.sliding_window}
+
+
+def test_gemma_3_1bs_layers_share_the_pool_in_groups_of_four():
+    windows = tuple(None if (i + 1) % 6 == 0 else 512 for i in range(26))
+    groups = kv_cache_groups(windows)
+    assert [(len(g.layers), g.sliding_window) for g in groups] == [(4, 512)] * 5 + [(2, 512), (4, None)]
