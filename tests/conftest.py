@@ -1,21 +1,36 @@
-"""Fixtures that every test may use: real weights, fetched once into the user's cache."""
+"""Fixtures that every test may use: real weights, fetched once into the user's cache, and compiled programs likewise."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-from jaxllm.weights import fetch
+from jaxllm.cache_folder import cache_folder
+
+# Tests compile the same small programs again and again. JAX reads these when it is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# the machines are shared and compiling takes its time: slowness is no failure
+settings.register_profile("jaxllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jaxllm")
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, the embedded default model."""
+    from jaxllm.weights import fetch
+
     return fetch.fetch("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def qwen25_gguf() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct."""
+    from jaxllm.weights import fetch
+
     return fetch.fetch("qwen2.5-coder-0.5b-instruct")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.sampling.batch import SamplingBatch
+from jaxllm.sampling.sampler import SampleResult, sample
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -150,3 +153,23 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     values = logits.astype(np.float64)
     peak = values.max()
     return values - peak - np.log(np.exp(values - peak).sum())
+
+
+@functools.cache
+def compiled(num_logprobs: int, mode: str = "raw_logprobs") -> Any:
+    return jax.jit(functools.partial(sample, num_logprobs=num_logprobs, logprobs_mode=mode))
+
+
+def run(
+    logits: np.ndarray, rows: list[Row], num_logprobs: int = 5, mode: str = "raw_logprobs", **kw: Any
+) -> SampleResult:
+    """`sample` of the rows, filled up to 16 greedy ones so that most tests share one compiled program."""
+    count, vocab = logits.shape
+    filled = np.zeros((max(16, count), vocab), np.float32)
+    filled[:count] = logits
+    batch = make_batch(rows + [Row()] * (16 - count), vocab, **kw)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], compiled(num_logprobs, mode)(filled, batch))
+
+
+def normal(rows: int, vocab: int, scale: float = 3.0, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, (rows, vocab)).astype(np.float32)

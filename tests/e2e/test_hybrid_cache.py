@@ -1,4 +1,4 @@
-"""Models with sliding windows through the whole engine, against transformers: windows crossed, blocks freed and reused."""
+"""Sliding windows through the whole engine, against transformers: windows crossed, blocks freed and reused."""
 
 from __future__ import annotations
 
