@@ -22,11 +22,16 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 def model_config(hf: Mapping[str, Any]) -> DecoderConfig:
     """The model that a config.json describes.
 
-    Raises ValidationError for an unknown architecture, listing the known ones.
+    Raises:
+        ValidationError: an unknown architecture (the text lists the known ones), a missing field, or a value that
+            the decoder cannot compute.
     """
     names: Sequence[str] = hf.get("architectures") or ()
     for name in names:
         if name in ARCHITECTURES:
-            return ARCHITECTURES[name](hf)
+            try:
+                return ARCHITECTURES[name](hf)
+            except KeyError as error:
+                raise ValidationError(f"config.json has no field {error.args[0]!r}, which {name} needs") from None
     shown = ", ".join(names) or f"none (model_type {hf.get('model_type')!r})"
     raise ValidationError(f"Model architectures [{shown}] are not supported. Supported: {', '.join(ARCHITECTURES)}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ SAMPLE_ROWS_GPU = (8, 64, 256)
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
 WRITER: Key = ("write tokens",)
+ALLOCATOR: Key = ("allocate",)
 #: tokens that one launch of it carries
 WRITE_TOKENS = 1024
 
@@ -94,6 +96,17 @@ class Programs:
     def lower_writer(self) -> jax.stages.Lowered:
         return jax.jit(write_tokens, donate_argnums=(0,)).lower(self._state.tokens, self._words(3 + WRITE_TOKENS))
 
+    def lower_allocator(self) -> jax.stages.Lowered:
+        def zeros() -> State:
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
+
+        return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
+
+    def allocate(self) -> State:
+        """The state, zeroed, each device's part in its place."""
+        self._compile((ALLOCATOR,), progress=False)
+        return self._get(ALLOCATOR)()
+
     def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._state.tokens.sharding)
 
@@ -119,6 +132,8 @@ class Programs:
     def _compile(self, keys: Iterable[Key], progress: bool) -> None:
         """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
         missing = [key for key in keys if key not in self._compiled]
+        if not missing:
+            return
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
         with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
@@ -127,7 +142,12 @@ class Programs:
                 bar.update()
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
-        lower = {"forward": self.lower_forward, "sample": self.lower_sampler, "write tokens": self.lower_writer}
+        lower = {
+            "forward": self.lower_forward,
+            "sample": self.lower_sampler,
+            "write tokens": self.lower_writer,
+            "allocate": self.lower_allocator,
+        }
         return lower[key[0]](*key[1:])
 
     def _get(self, key: Key) -> jax.stages.Compiled:

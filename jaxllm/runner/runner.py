@@ -5,7 +5,6 @@ tokens.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.runner.buckets import Bucket, pick_bucket
@@ -58,18 +57,14 @@ class Runner:
     def __init__(self, params, programs: Programs, state: State, *, num_groups: int, table_width: int, vocab_size: int):
         self.params = params
         self._programs = programs
-        self._state_shape = state
         self._sharding = state.tokens.sharding
         self._shape = ConstraintShape(vocab_size)
         self._max_num_seqs = state.tokens.shape[0] - 1
         self._rows = RowTable(self._max_num_seqs, num_groups, table_width, self._shape)
         self._buckets = tuple(programs.packings)
-        self._state: State | None = self._allocate()
+        self._state: State | None = programs.allocate()
         self._head = head_params(params)
         self._no_constraints = jax.device_put(self._shape.empty(self._max_num_seqs), self._sharding)
-
-    def _allocate(self) -> State:
-        return jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self._state_shape)
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
@@ -139,7 +134,7 @@ class Runner:
     def reset(self) -> None:
         """Allocate the state anew: a failed step may have consumed what was donated to it."""
         self._free_state()
-        self._state = self._allocate()
+        self._state = self._programs.allocate()
 
     def _free_state(self) -> None:
         if self._state is not None:

@@ -123,29 +123,28 @@ def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, 
 
 
 def dummy(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, seed: int = 0) -> Params:
-    """Random weights made on the device: normal with deviation 0.02, norms that change nothing.
-
-    Drawn `PIECE` elements at a time: what draws them needs several times their memory.
-    """
-
-    def one(key: jax.Array, source: Source) -> jax.Array:
-        shape = source.shape
-        if source.norm_offset is not None:
-            return jnp.full(shape, 1.0 - source.norm_offset, dtype)
-        pieces = min(-(-math.prod(shape) // PIECE), shape[0])
-        while shape[0] % pieces:
-            pieces += 1
-        piece = (shape[0] // pieces, *shape[1:])
-        drawn = lax.map(lambda k: (0.02 * jax.random.normal(k, piece)).astype(dtype), jax.random.split(key, pieces))
-        return drawn.reshape(shape)
-
+    """Random weights made on the device: normal with deviation 0.02, norms that change nothing."""
     leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
     # XLA's own generator: several times faster than JAX's default
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    make = jax.jit(one, static_argnums=1, out_shardings=sharding)
-    return jax.tree.unflatten(
-        tree, [jax.block_until_ready(make(key, source)) for key, source in zip(keys, leaves, strict=True)]
-    )
+    draw = jax.jit(_draw, static_argnums=(1, 2), out_shardings=sharding)
+
+    def one(key: jax.Array, source: Source) -> jax.Array:
+        if source.norm_offset is not None:
+            return jnp.full(source.shape, 1.0 - source.norm_offset, dtype, device=sharding)
+        return jax.block_until_ready(draw(key, source.shape, dtype))
+
+    return jax.tree.unflatten(tree, [one(key, source) for key, source in zip(keys, leaves, strict=True)])
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Normal numbers, about `PIECE` at a time: drawing them needs several times their memory."""
+    pieces = min(-(-math.prod(shape) // PIECE), shape[0])
+    while shape[0] % pieces:
+        pieces += 1
+    piece = (shape[0] // pieces, *shape[1:])
+    drawn = lax.map(lambda k: (0.02 * jax.random.normal(k, piece)).astype(dtype), jax.random.split(key, pieces))
+    return drawn.reshape(shape)
 
 
 def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:

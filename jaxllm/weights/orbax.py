@@ -40,13 +40,15 @@ def load(directory: Path, shapes: Params) -> Params:
     wanted, structure = jax.tree.flatten(shapes)
     tree = _tree(shapes)
     folder = (directory / FOLDER).absolute()
-    # one array at a time; orbax's own default reads them all at once
+    # about one array at a time (an array as large as the limit would be refused); orbax's own default reads all at once
     largest = max(math.prod(array.shape) * array.dtype.itemsize for array in wanted)
-    with _checkpointer(in_flight_bytes=largest) as (checkpointer, ocp):
+    with _checkpointer(in_flight_bytes=largest + CHUNK_BYTES) as (checkpointer, ocp):
         try:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-        except (OSError, ValueError, AttributeError) as error:
+            stored = getattr(checkpointer.metadata(folder).item_metadata, "tree", {})
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{folder}: not a readable orbax checkpoint: {error}") from error
+        if not stored:
+            raise WeightsError(f"{folder}: not a readable orbax checkpoint")
         for name in sorted(tree.keys() | stored.keys()):
             shape, found = (tuple(t[name].shape) if name in t else None for t in (tree, stored))
             if shape != found:
@@ -67,7 +69,7 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
         import orbax.checkpoint as ocp
     except ImportError:
         raise JaxLLMError("orbax-checkpoint is not installed: pip install 'jaxllm[orbax]'") from None
-    gigabytes = in_flight_bytes * 1e-9
+    gigabytes: Any = in_flight_bytes * 1e-9  # declared to be whole, but only ever multiplied
     with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as checkpointer:
         yield checkpointer, ocp
 

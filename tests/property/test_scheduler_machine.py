@@ -6,7 +6,7 @@ import collections
 import math
 from typing import Any
 
-from fake_device import VOCAB_SIZE, Done, FakeDevice, generate
+from fake_device import VOCAB_SIZE, Done, FakeDevice, generate, prefix_hashes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -87,6 +87,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: collections.deque[tuple[SchedulerOutput, Done]] = collections.deque()
         self.requests: list[Request] = []
         self.outputs: dict[str, list[int]] = {}
+        #: block hash -> index of the block in its request, and the device's hashes of its tokens
+        self.contents: dict[bytes, tuple[int, list[int]]] = {}
         self.last_first_admission = -1
         #: preemptions of requests that the step had given tokens already
         self.num_taken_back = 0
@@ -153,6 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.step()
         self.every_request_is_in_one_place()
         self.every_block_is_in_one_place()
+        self.the_prefix_cache_tells_the_truth()
         self.windows_hold_no_more_than_promised()
 
     def step(self) -> None:
@@ -188,6 +191,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if request.num_preemptions == 0 and self.config.policy == "fcfs":
                 assert request.arrival_order > self.last_first_admission, "first come, first served"
                 self.last_first_admission = request.arrival_order
+                preempted = [other for other in self.requests if other.status is RequestStatus.PREEMPTED]
+                assert not preempted, "a new request overtook one that had to give up its blocks"
         if self.config.policy == "priority" and scheduled.admitted:
             last = max((by_id[new.request_id] for new in scheduled.admitted), key=lambda request: request.priority)
             left = [request.priority for request in self.requests if self._waits(request)]
@@ -312,6 +317,25 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert all(block.block_hash == block_hash and block.group == group for block in same)
 
     @invariant()
+    def the_prefix_cache_tells_the_truth(self) -> None:
+        """What the cache says that a block holds, the device has written into it."""
+        if not hasattr(self, "scheduler"):
+            return
+        size = self.cache.block_size
+        for request in self.requests:
+            if request.block_hashes and request.block_hashes[-1] not in self.contents:
+                hashes = prefix_hashes(request.all_token_ids, request.cache_salt)
+                for index, block_hash in enumerate(request.block_hashes):
+                    self.contents[block_hash] = (index, hashes[index * size : (index + 1) * size])
+        for block in self.scheduler.kv_cache_manager.pool.blocks:
+            if block.block_hash is None:
+                continue
+            index, hashes = self.contents[block.block_hash]
+            for offset, token_hash in enumerate(hashes):
+                expected = (block.group, index * size + offset, token_hash)
+                assert self.device.slots.get((block.block_id, offset)) == expected, "a prefix hit would read rubbish"
+
+    @invariant()
     def windows_hold_no_more_than_promised(self) -> None:
         if not hasattr(self, "scheduler"):
             return
@@ -348,7 +372,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=200,
+    max_examples=120,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -27,9 +27,11 @@ def groups_of(windows: tuple[int | None, ...]) -> tuple[KVCacheGroup, ...]:
     return tuple(KVCacheGroup(layers=(index,), sliding_window=window) for index, window in enumerate(windows))
 
 
-def drive(windows: tuple[int | None, ...], policy: str, depth: int, reserve: bool) -> SchedulerMachine:
+def drive(
+    windows: tuple[int | None, ...], policy: str, depth: int, reserve: bool, block_size: int = 3, seed: int = 0
+) -> SchedulerMachine:
     """Run 60 requests to their end in a pool that holds one of the longest, checking after every step."""
-    rng = random.Random(f"{windows} {policy} {depth} {reserve}")
+    rng = random.Random(f"{windows} {policy} {depth} {reserve} {block_size} {seed}")
     groups = groups_of(windows)
     config = SchedulerConfig(
         max_num_seqs=12,
@@ -37,10 +39,12 @@ def drive(windows: tuple[int | None, ...], policy: str, depth: int, reserve: boo
         max_model_len=48,
         policy=policy,
         reserve_full_prompt=reserve,
+        # Prompts take several steps, so that victims are found in the middle of one, too.
+        long_prefill_token_threshold=4,
     )
-    num_blocks = 1 + blocks_per_request(groups, 3, 48, max_chunk=16)
+    num_blocks = 1 + blocks_per_request(groups, block_size, 48, max_chunk=16)
     machine = SchedulerMachine()
-    machine.setup(config, CacheConfig(block_size=3, num_blocks=num_blocks, groups=groups), depth)
+    machine.setup(config, CacheConfig(block_size=block_size, num_blocks=num_blocks, groups=groups), depth)
     for _ in range(60):
         prompt = shared_prompt(rng.randrange(3), rng.randrange(14))
         prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 4))]
@@ -72,6 +76,15 @@ def test_every_request_survives_a_pool_that_holds_one_of_the_longest(windows: tu
     assert sum(machine.num_taken_back for machine in machines) > 2
 
 
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_a_victim_leaves_nothing_in_the_prefix_cache_that_its_step_did_not_compute(
+    windows: tuple[int | None, ...],
+) -> None:
+    """With blocks of one token every victim taken back would have filled some; the machine looks after every step."""
+    machines = [drive(windows, "priority", 0, False, block_size=1, seed=seed) for seed in range(5)]
+    assert sum(machine.num_taken_back for machine in machines) > 10
+
+
 REQUESTS = 50
 
 
@@ -90,13 +103,17 @@ def outputs_under(order: list[int], cache: CacheConfig, config: SchedulerConfig,
         device.salts[str(index)] = None
         scheduler.add_request(requests[index])
     in_flight = []
-    while scheduler.has_unfinished:
+    for _ in range(20_000):
+        if not scheduler.has_unfinished:
+            break
         scheduled = scheduler.schedule()
+        assert scheduled.rows or in_flight, "requests wait, and nothing will happen"
         if scheduled.rows:
             in_flight.append((scheduled, device.execute(scheduled)))
         if len(in_flight) > depth or not scheduled.rows:
             scheduled, future = in_flight.pop(0)
             scheduler.update_from_output(scheduled, future.result())
+    assert not scheduler.has_unfinished, "the requests never end"
     return {index: request.output_token_ids for index, request in requests.items()}
 
 

@@ -85,6 +85,7 @@ def test_a_token_that_is_known_but_not_computed_is_not_cached() -> None:
     running = request(7)
     admit(kv, running)
     running.all_token_ids.append(99)
+    kv.cache_full_blocks(running)
     kv.free(running)
     assert kv.get_computed_blocks(request([*range(7), 99, 1])).num_tokens == 4
 

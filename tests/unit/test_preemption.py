@@ -85,6 +85,41 @@ def test_a_victim_that_has_its_tokens_already_gives_them_back(length: int, num_b
     assert engine.kv_cache_manager.pool.num_used == 5
 
 
+def test_the_tokens_that_a_victim_gives_back_go_to_the_requests_behind_it() -> None:
+    engine = scheduler(num_blocks=8, max_num_batched_tokens=6, policy="priority", reserve_full_prompt=False)
+    add(engine, "a", 5, priority=5)
+    read(engine, engine.schedule())
+    add(engine, "b", 8, priority=1)
+    for _ in range(5):
+        read(engine, engine.schedule())
+    add(engine, "c", 20, priority=1)
+    step = engine.schedule()
+    assert work(step) == {"a": (10, 1, True), "b": (11, 1, True), "c": (0, 4, False)}
+    read(engine, step)
+    # a gets a token, b a block of a's: of the six tokens five are left for c, not four.
+    assert work(engine.schedule()) == {"b": (12, 1, True), "c": (4, 5, False)}
+
+
+def test_what_a_victim_did_not_get_to_compute_is_no_prefix_hit() -> None:
+    engine = scheduler(num_blocks=8, policy="priority", long_prefill_token_threshold=8, reserve_full_prompt=False)
+    add(engine, "a", 27, priority=5)
+    add(engine, "z", 3, priority=9)
+    read(engine, engine.schedule())
+    engine.abort(["z"])
+    add(engine, "b", 4, priority=1)
+    step = engine.schedule()
+    assert work(step) == {"a": (8, 8, False), "b": (0, 4, True)}
+    read(engine, step)
+    # a was to fill blocks 4 and 5 in this step; b takes one of them, and the other has a's tokens only in name.
+    step = engine.schedule()
+    assert work(step) == {"b": (4, 1, True)}
+    read(engine, step)
+    engine.abort(["b"])
+    step = engine.schedule()
+    assert work(step) == {"a": (16, 11, True)}
+    assert step.admitted[0].num_computed_tokens == 16
+
+
 def test_a_preempted_request_keeps_what_is_on_its_way_and_waits_for_it() -> None:
     engine = scheduler(num_blocks=6)
     a, b = add(engine, "a", 8), add(engine, "b", 8)

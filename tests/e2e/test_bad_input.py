@@ -1,0 +1,283 @@
+"""Bad input: a text that says what is wrong, and nobody else is harmed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.weights.errors import WeightsError
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "enforce_eager": True,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+GOOD: list[Any] = ["A good prompt", [1, 2, 3, 4, 5] * 9, {"prompt_token_ids": [200]}]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_model, **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(engine: LLM) -> list[list[int]]:
+    """What the good prompts give when each is the only one."""
+    return [engine.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids for prompt in GOOD]
+
+
+def assert_idle(llm: LLM) -> None:
+    core = llm._engine()
+    assert not core.has_unfinished and not core._in_flight
+    assert core.scheduler.kv_cache_manager.pool.num_used == 0
+
+
+def changed(**fields: Any) -> SamplingParams:
+    """Parameters whose fields were set after construction, which does not check them."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    for name, value in fields.items():
+        setattr(params, name, value)
+    return params
+
+
+BAD_PROMPTS: dict[str, tuple[Any, str]] = {
+    "empty text": ("", "prompt cannot be empty"),
+    "no token ids": ([], "prompt cannot be empty"),
+    "empty mapping": ({}, "must have 'prompt' or 'prompt_token_ids'"),
+    "mapping of no ids": ({"prompt_token_ids": []}, "prompt cannot be empty"),
+    "id too large": ([1, 257, 3], "Token id 257 is out of vocabulary: the model has 257 tokens, 0 to 256"),
+    "huge id": ([2**70], "Token id 1180591620717411303424 is out of vocabulary"),
+    "negative id": ([1, -1], "Token id -1 is out of vocabulary"),
+    "float id": ([1, 2.0], "token ids must be integers, got 2.0"),
+    "boolean id": ([True, 5], "token ids must be integers, got True"),
+    "text among ids": ([1, "2"], "token ids must be integers, got '2'"),
+    "none": (None, "a prompt must be text or token ids, got NoneType"),
+    "a number": (3.5, "a prompt must be text or token ids, got float"),
+    "bytes": (b"abc", "a prompt must be text or token ids, got bytes"),
+    "mapping of a number": ({"prompt": 3}, "a prompt must be text or token ids, got int"),
+    "too long": ([7] * 256, r"(length 256) is longer than the maximum model length of 256"),
+    "far too long": ("x" * 5000, r"(length 5000) is longer than the maximum model length of 256"),
+    "unknown key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
+    "salt": ({"prompt": "a", "cache_salt": 3}, "cache_salt must be a non-empty string, got 3"),
+}
+
+BAD_PARAMS: dict[str, tuple[SamplingParams, str]] = {
+    "nan temperature": (changed(temperature=math.nan), "temperature must be a finite number, got nan"),
+    "negative temperature": (changed(temperature=-1), "temperature must be in [0, 2], got -1"),
+    "text as top_p": (changed(top_p="0.9"), "top_p must be a number, got '0.9' of type str"),
+    "no tokens": (changed(max_tokens=0), "max_tokens must be at least 1, got 0"),
+    "bias outside": (changed(logit_bias={300: 1.0}), "logit_bias contains out-of-vocabulary token ids [300]"),
+    "nan bias": (changed(logit_bias={3: math.nan}), "logit_bias[3] must be a finite number, got nan"),
+    "too many biases": (changed(logit_bias=dict.fromkeys(range(321), 1.0)), "out-of-vocabulary"),
+    "allowed outside": (changed(allowed_token_ids=[1, 257]), "out-of-vocabulary token ids [257]"),
+    "nothing allowed": (changed(allowed_token_ids=[]), "allowed_token_ids must not be empty"),
+    "long bad word": (changed(bad_words=["123456789"]), "a bad word has 10 tokens; at most 8 are supported"),
+    "many bad words": (changed(bad_words=[f"w{i}" for i in range(40)]), "bad_words make 80 token sequences"),
+    "too many logprobs": (changed(logprobs=21), "greater than max allowed: 20"),
+    "several completions": (changed(n=2, temperature=1.0), "n > 1 is not supported yet"),
+    "prompt logprobs": (changed(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
+}
+
+CASES = [pytest.param(prompt, GREEDY, words, id=name) for name, (prompt, words) in BAD_PROMPTS.items()]
+CASES += [pytest.param("fine", params, words, id=name) for name, (params, words) in BAD_PARAMS.items()]
+
+
+@pytest.mark.parametrize(("prompt", "params", "words"), CASES)
+def test_a_bad_request_fails_alone(engine: LLM, alone: list[list[int]], prompt: Any, params: Any, words: str):
+    for place in (0, 2, 3):
+        prompts, all_params = list(GOOD), [GREEDY] * 3
+        prompts.insert(place, prompt)
+        all_params.insert(place, params)
+        outputs = engine.generate(prompts, all_params, use_tqdm=False, on_error="return")
+        bad = outputs.pop(place)
+        assert bad.outputs[0].finish_reason == "error" and bad.finished and not bad.outputs[0].token_ids
+        assert words in (bad.error or "")
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        assert all(output.error is None for output in outputs)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(("prompt", "params", "words"), CASES)
+def test_a_bad_request_stops_its_call_before_anything_has_run(
+    engine: LLM, alone: list[list[int]], prompt: Any, params: Any, words: str
+):
+    steps = engine._engine().scheduler._step
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        engine.generate([*GOOD, prompt], [GREEDY] * 3 + [params], use_tqdm=False)
+    assert engine._engine().scheduler._step == steps
+    assert_idle(engine)
+
+
+def test_the_good_ones_are_as_alone_after_all_that(engine: LLM, alone: list[list[int]]):
+    outputs = engine.generate(GOOD, GREEDY, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == alone
+
+
+CALLS: dict[str, tuple[Callable[[LLM], Any], type[Exception], str]] = {
+    "number as prompts": (lambda e: e.generate(5), ValidationError, "prompts must be .* got 5 of type int"),
+    "none as prompts": (lambda e: e.generate(None), ValidationError, "prompts must be .* got None"),
+    "params of another type": (lambda e: e.generate("a", {"n": 1}), TypeError, "must be SamplingParams, got dict"),
+    "number of params": (lambda e: e.generate(["a"], [GREEDY] * 2), ValidationError, r"prompts \(1\) and params \(2\)"),
+    "number of priorities": (lambda e: e.generate("a", GREEDY, priority=[1, 2]), ValidationError, r"priority \(2\)"),
+    "priority": (lambda e: e.generate("a", GREEDY, priority="high"), ValidationError, "priority must be an integer"),
+    "on_error": (lambda e: e.generate("a", GREEDY, on_error="ignore"), ValidationError, "on_error must be"),
+    "argument": (lambda e: e.generate("a", GREEDY, lora_request=1), TypeError, "lora_request"),
+    "messages": (lambda e: e.chat("hello"), ValidationError, "messages must be"),
+    "number as messages": (lambda e: e.chat(3), ValidationError, "messages must be"),
+    "number as conversation": (lambda e: e.chat([3]), ValidationError, "messages must be"),
+    "message": (lambda e: e.chat([["hello"]]), ValidationError, "messages must be"),
+    "message without role": (lambda e: e.chat([{"content": "a"}]), ValidationError, "'role'"),
+    "nan": (lambda e: SamplingParams(temperature=math.nan), ValidationError, "temperature must be a finite number"),
+    "close name": (lambda e: SamplingParams(temprature=1), TypeError, "did you mean 'temperature'"),  # pyright: ignore
+    "removed name": (lambda e: SamplingParams(best_of=2), TypeError, "best_of"),  # pyright: ignore
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_bad_call_says_what_is_wrong(engine: LLM, call: tuple[Callable[[LLM], Any], type[Exception], str]):
+    function, kind, words = call
+    with pytest.raises(kind, match=words):
+        function(engine)
+    assert_idle(engine)
+
+
+def test_no_prompts_give_no_outputs(engine: LLM):
+    assert engine.generate([], GREEDY, use_tqdm=False) == []
+
+
+# The constructor.
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "close name": ({"max_num_seq": 4}, TypeError, "unexpected keyword argument 'max_num_seq'. Did you mean 'max_num_s"),
+    "unknown name": ({"banana": 1}, TypeError, "unexpected keyword argument 'banana'"),
+    "not yet": ({"tensor_parallel_size": 2}, ValidationError, "tensor_parallel_size=2 is not supported yet"),
+    "never": ({"trust_remote_code": True}, ValidationError, "runs no code from checkpoints"),
+    "text": ({"max_num_seqs": "many"}, ValidationError, "max_num_seqs must be a whole number such as"),
+    "float": ({"max_model_len": 1.5}, ValidationError, "max_model_len must be an integer, got 1.5 of type float"),
+    "too long": ({"max_model_len": 513}, ValidationError, "Set max_model_len <= 512"),
+    "share": ({"gpu_memory_utilization": 1.5}, ValidationError, r"must be in \(0, 1\], got 1.5"),
+    "contradiction": ({"max_num_seqs": 64}, ValidationError, r"max_num_batched_tokens \(32\) must be greater than"),
+    "dtype": ({"dtype": "float8"}, ValidationError, "dtype must be one of .* got 'float8'"),
+    "format": ({"load_format": "gguf"}, ValidationError, "holds safetensors weights"),
+    "default params": (
+        {"override_generation_config": {"temperature": 9}},
+        ValidationError,
+        r"temperature must be in \[0, 2\], got 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_a_bad_argument_says_what_is_wrong(tiny_model: Path, case: tuple[dict[str, Any], type[Exception], str]):
+    arguments, kind, words = case
+    with pytest.raises(kind, match=words):
+        LLM(tiny_model, **{**SMALL, **arguments})
+
+
+def test_a_model_that_is_not_there(tmp_path: Path):
+    for missing in (tmp_path / "none.gguf", str(tmp_path / "folder" / "model"), "./nothing.gguf"):
+        with pytest.raises(ModelNotFoundError, match="does not exist"):
+            LLM(missing)
+    with pytest.raises(FileNotFoundError):
+        LLM(tmp_path / "none.gguf")
+    with pytest.raises(ModelNotFoundError, match="neither config.json nor a .gguf file"):
+        LLM(tmp_path)
+    with pytest.raises(ValidationError, match="Did you mean 'smollm2-135m-instruct'"):
+        LLM("smollm2-135m")
+    with pytest.raises(ValidationError, match="model must be a name or a path, got 5"):
+        LLM(5)  # pyright: ignore[reportArgumentType]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+GGUF_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "nothing": (lambda data: b"", "truncated"),
+    "another file": (lambda data: b"PK\x03\x04" + data[4:4096], "GGUF"),
+    "header cut": (lambda data: data[:1000], "truncated|ends"),
+    "weights cut": (cut, "truncated|ends"),
+    "version": (lambda data: data[:4] + b"\x63\0\0\0" + data[8:4096], "version 99"),
+    "absurd count": (lambda data: data[:8] + b"\xff" * 8 + data[16:4096], "."),
+    "scrambled": (lambda data: data[:24] + bytes(reversed(data[24:4096])), "."),
+}
+
+
+@pytest.mark.parametrize("damage", GGUF_DAMAGE.values(), ids=GGUF_DAMAGE)
+def test_a_corrupt_gguf_file(smollm2_gguf: Path, tmp_path: Path, damage: tuple[Callable[[bytes], bytes], str]):
+    change, words = damage
+    file = tmp_path / "model.gguf"
+    file.write_bytes(change(smollm2_gguf.read_bytes()))
+    with pytest.raises(WeightsError, match=words) as caught:
+        LLM(file)
+    assert str(file) in str(caught.value)
+    assert isinstance(caught.value, JaxLLMError)
+
+
+def with_header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def rename(header: dict[str, Any]) -> None:
+    header["model.layers.1.mlp.up_proj.weight.old"] = header.pop("model.layers.1.mlp.up_proj.weight")
+
+
+def reshape(header: dict[str, Any]) -> None:
+    header["model.layers.0.mlp.down_proj.weight"]["shape"] = [128, 64]
+
+
+SAFETENSORS_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "nothing": (lambda data: b"", "truncated|corrupt|not safetensors"),
+    "length": (lambda data: b"\xff" * 8 + data[8:], "truncated|corrupt|not safetensors"),
+    "json": (lambda data: data[:8] + b"}" + data[9:], "truncated|corrupt|not safetensors"),
+    "cut": (cut, "truncated|corrupt|not safetensors"),
+    "a tensor less": (lambda data: with_header(data, rename), "'model.layers.1.mlp.up_proj.weight'"),
+    "another shape": (
+        lambda data: with_header(data, reshape),
+        r"'model.layers.0.mlp.down_proj.weight' has shape \(128, 64\), the model's config asks for \(64, 128\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SAFETENSORS_DAMAGE.values(), ids=SAFETENSORS_DAMAGE)
+def test_corrupt_safetensors(tiny_model: Path, tmp_path: Path, damage: tuple[Callable[[bytes], bytes], str]):
+    change, words = damage
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    file = model / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(WeightsError, match=words):
+        LLM(model, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        ("{", WeightsError, "not readable JSON"),
+        ("[]", WeightsError, "expected a JSON object, found list"),
+        ("{}", ValidationError, "architectures"),
+        ('{"architectures": ["BertModel"]}', ValidationError, "BertModel.*LlamaForCausalLM"),
+        ('{"architectures": ["LlamaForCausalLM"]}', ValidationError, "config.json has no field"),
+    ],
+)
+def test_a_corrupt_config(tmp_path: Path, text: str, kind: type[Exception], words: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(kind, match=words):
+        LLM(tmp_path, skip_tokenizer_init=True, load_format="dummy")

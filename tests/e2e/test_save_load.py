@@ -1,0 +1,42 @@
+"""`LLM.save`, and `LLM` of what it saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["one", "two and two", "a longer line that fills more than one block of the cache"]
+SMALL = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "num_gpu_blocks_override": 64}
+
+
+def answers(llm: LLM) -> list[tuple[str, list[int]]]:
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    return [(output.outputs[0].text, list(output.outputs[0].token_ids)) for output in outputs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, dtype: str):
+    with LLM(tiny_model, dtype=dtype, **SMALL) as llm:
+        before = answers(llm)
+        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm._runner.params)]
+        llm.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    with LLM(tmp_path / "saved", dtype=dtype, **SMALL) as llm:
+        assert llm._checkpoint.load_format == "orbax"
+        for saved, loaded in zip(weights, jax.tree.leaves(llm._runner.params), strict=True):
+            assert saved.tobytes() == np.asarray(loaded).tobytes()
+        assert answers(llm) == before
+
+
+def test_dummy_weights_need_no_weight_file(tiny_model: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    with LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, **SMALL) as llm:
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 5

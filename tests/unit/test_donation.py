@@ -1,0 +1,115 @@
+"""The KV cache is never copied: every step writes into the buffer that it was given. By the compiler's own account."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.layers.attention import STORAGE
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.runner.buckets import make_buckets
+from jaxllm.runner.programs import CPU_OPTIONS, Programs
+from jaxllm.runner.step import State, StepConfig
+from jaxllm.weights.loader import shapes
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN = 16, 6, 128
+
+
+def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
+    """Programs of a model with two groups of layers, not compiled yet."""
+    model = dataclasses.replace(model_config(LLAMA), layer_window=(32, None, 32))
+    groups = kv_cache_groups(model.layer_window)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    pages = num_blocks * max(len(group.layers) for group in groups)
+    page = (2, model.num_kv_heads, BLOCK_SIZE, model.head_dim)
+    stored = STORAGE.get(jnp.dtype(dtype), jnp.dtype(dtype))
+    state = State(
+        cache=jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding),  # pyright: ignore[reportArgumentType]
+        tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
+    )
+    programs = Programs(
+        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        make_buckets(64, MAX_NUM_SEQS, eager=True),
+        MAX_MODEL_LEN // BLOCK_SIZE,
+        shapes(decoder_sources(model), jnp.dtype(dtype), sharding),
+        state,
+        platform="cpu",
+        eager=True,
+        cache_dir=None,
+    )
+    return programs, state
+
+
+def size(shape: Any) -> int:
+    return math.prod(shape.shape) * shape.dtype.itemsize
+
+
+def test_every_program_writes_in_place():
+    programs, state = make_programs("bfloat16", 40)
+    programs.compile_all(progress=False)
+    kinds = set()
+    for (kind, *_), program in programs._compiled.items():
+        expected = size(state.cache) + size(state.tokens) if kind == "forward" else size(state.tokens)
+        assert program.memory_analysis().alias_size_in_bytes == expected
+        kinds.add(kind)
+    assert kinds == {"forward", "sample", "write tokens"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_needs_no_more_memory_for_a_larger_cache(dtype: str):
+    temporaries = []
+    for num_blocks in (40, 2000):
+        programs, state = make_programs(dtype, num_blocks)
+        memory = programs.lower_forward(programs.largest).compile(compiler_options=CPU_OPTIONS).memory_analysis()
+        assert memory.alias_size_in_bytes == size(state.cache) + size(state.tokens)
+        temporaries.append(memory.temp_size_in_bytes)
+    few, many = temporaries
+    assert few == many
+    assert many < size(state.cache) / 4, "the cache is large enough for a copy of it to show"
+
+
+def test_the_buffer_stays_where_it_is(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with LLM(
+        tmp_path,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=64,
+        enforce_eager=True,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_NUM_SEQS,
+    ) as llm:
+        places = set()
+        core, runner = llm._engine(), llm._runner
+        params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
+        for i, length in enumerate((1, 70, 12, 100, 33)):
+            core.add_request(*llm._inputs.request(str(i), list(range(length)), params))
+        while core.has_unfinished:
+            core.step()
+            state = runner._live()
+            places.add((state.cache.unsafe_buffer_pointer(), state.tokens.unsafe_buffer_pointer()))
+        assert core.scheduler._step > 10
+        assert len(places) == 1

@@ -1,0 +1,395 @@
+"""Checkpoints into `Params`: every value in its place, in every form that a checkpoint and a destination can have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxllm.errors import ValidationError
+from jaxllm.models.decoder import Params
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.weights import loader
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.errors import WeightsError
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 36,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+HEADS, KV = 16, 8  # rows of queries, and of keys or values
+LAYER = {
+    "input_layernorm.weight": (16,),
+    "post_attention_layernorm.weight": (16,),
+    "self_attn.q_proj.weight": (HEADS, 16),
+    "self_attn.k_proj.weight": (KV, 16),
+    "self_attn.v_proj.weight": (KV, 16),
+    "self_attn.q_proj.bias": (HEADS,),
+    "self_attn.k_proj.bias": (KV,),
+    "self_attn.v_proj.bias": (KV,),
+    "self_attn.o_proj.weight": (16, HEADS),
+    "mlp.gate_proj.weight": (20, 16),
+    "mlp.up_proj.weight": (20, 16),
+    "mlp.down_proj.weight": (16, 20),
+}
+SHAPES = {
+    "model.embed_tokens.weight": (36, 16),
+    "model.norm.weight": (16,),
+    "lm_head.weight": (36, 16),
+    **{f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in LAYER.items()},
+}
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def weights(dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def write(directory: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
+    return directory
+
+
+def load(directory: Path, dtype: Any = jnp.float32, load_format: str = "auto") -> Params:
+    checkpoint = Checkpoint(directory, load_format)
+    sources = decoder_sources(model_config(checkpoint.config))
+    return checkpoint.load(sources, jnp.dtype(dtype), DEVICE, seed=0, progress=False)
+
+
+def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each array should hold, joined and stacked."""
+
+    def stacked(*names: str) -> np.ndarray:
+        return np.stack([np.concatenate([tensors[f"model.layers.{i}.{n}"] for n in names]) for i in range(4)])
+
+    return {
+        "embedding": tensors["model.embed_tokens.weight"],
+        "norm": tensors["model.norm.weight"],
+        "head": tensors["lm_head.weight"],
+        "attention_norm": stacked("input_layernorm.weight"),
+        "mlp_norm": stacked("post_attention_layernorm.weight"),
+        "qkv": stacked(*(f"self_attn.{n}_proj.weight" for n in "qkv")),
+        "qkv_bias": stacked(*(f"self_attn.{n}_proj.bias" for n in "qkv")),
+        "output": stacked("self_attn.o_proj.weight"),
+        "gate_up": stacked("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "down": stacked("mlp.down_proj.weight"),
+    }
+
+
+def check_equal(params: Params, expected: dict[str, np.ndarray], dtype: Any = np.float32) -> None:
+    leaves, _ = jax.tree.flatten_with_path(params)
+    arrays = {path[-1].name: np.asarray(leaf) for path, leaf in leaves}
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.dtype == dtype, name
+        np.testing.assert_array_equal(array, expected[name].astype(dtype), err_msg=name)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 2**24])
+def test_every_tensor_lands_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int):
+    monkeypatch.setattr(loader, "PIECE", piece)
+    tensors = weights()
+    check_equal(load(write(tmp_path, tensors)), by_hand(tensors))
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("loaded", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_stored_types_become_the_models_type(tmp_path: Path, stored: Any, loaded: Any):
+    tensors = weights(stored)
+    check_equal(load(write(tmp_path, tensors), loaded), by_hand(tensors), loaded)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"])
+def test_what_transformers_saves_is_loaded(tmp_path: Path, max_shard_size: str):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    fields = {name: value for name, value in CONFIG.items() if name != "architectures"}
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields, pad_token_id=None))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_size == "4KB")
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    check_equal(load(tmp_path), by_hand(tensors))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path, name: str):
+    tensors = weights()
+    del tensors[name]
+    with pytest.raises(WeightsError, match=rf"no tensor '{name}'"):
+        load(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.embed_tokens.weight", (35, 16)),
+        ("model.layers.2.self_attn.k_proj.weight", (16, 8)),  # transposed
+        ("model.layers.0.self_attn.q_proj.bias", (16, 1)),
+        ("model.layers.1.mlp.down_proj.weight", (320,)),
+    ],
+)
+def test_a_wrong_shape_is_refused_by_name(tmp_path: Path, name: str, shape: tuple[int, ...]):
+    with pytest.raises(WeightsError) as caught:
+        load(write(tmp_path, weights() | {name: np.zeros(shape, np.float32)}))
+    assert f"tensor {name!r} has shape {shape}, the model's config asks for {SHAPES[name]}" in str(caught.value)
+
+
+def test_a_tensor_that_a_layer_has_no_use_for_is_refused(tmp_path: Path):
+    extra = {"model.layers.1.self_attn.o_proj.bias": np.zeros(16, np.float32)}
+    with pytest.raises(
+        WeightsError, match=r"'model\.layers\.1\.self_attn\.o_proj\.bias', which the model's config has no"
+    ):
+        load(write(tmp_path, weights() | extra))
+
+
+def test_fewer_layers_than_the_checkpoint_has_may_be_taken(tmp_path: Path):
+    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
+    params = load(write(tmp_path, weights() | derived, num_hidden_layers=2))
+    assert params.layers.qkv.shape == (2, HEADS + 2 * KV, 16)
+
+
+def test_tied_embeddings_leave_a_stored_head_alone(tmp_path: Path):
+    assert load(write(tmp_path, weights(), tie_word_embeddings=True)).head is None
+
+
+class CountingReader:
+    """A checkpoint in memory that remembers what was read of it."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self._tensors = tensors
+        self.rows: dict[str, int] = dict.fromkeys(tensors, 0)
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        part = self._tensors[name][slice(None) if rows is None else rows]
+        self.rows[name] += len(part)
+        return part
+
+
+def test_each_row_is_read_once():
+    reader = CountingReader(weights())
+    loader.load(reader, decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
+    assert reader.rows == {name: shape[0] for name, shape in SHAPES.items()}
+
+
+def test_nothing_is_read_of_a_checkpoint_that_does_not_fit():
+    tensors = weights()
+    del tensors["lm_head.weight"]  # the last that the check comes to
+    reader = CountingReader(tensors)
+    with pytest.raises(WeightsError):
+        loader.load(reader, decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
+    assert not any(reader.rows.values())
+
+
+def test_a_slice_reads_only_the_rows_in_it():
+    tensors = weights()
+    reader = CountingReader(tensors)
+    source = decoder_sources(model_config(CONFIG)).layers.qkv
+    index = (slice(1, 3), slice(12, 20), slice(4, 8))
+    part = loader._read(reader, source, index, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(part, by_hand(tensors)["qkv"][index])
+    read = {name: rows for name, rows in reader.rows.items() if rows}
+    prefix = "model.layers.{}.self_attn.{}_proj.weight"
+    assert read == {prefix.format(layer, part): 4 for layer in (1, 2) for part in "qk"}
+
+
+SHARDED = """
+import jax, json, sys
+import jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.weights import loader
+sys.path.insert(0, sys.argv[1])
+from test_loader import CONFIG, CountingReader, SHAPES, by_hand, weights
+
+assert len(jax.devices()) == 4
+mesh = jax.make_mesh((4,), ("x",))
+tensors = weights()
+expected = by_hand(tensors)
+for axis in range(3):
+    sources = decoder_sources(model_config(CONFIG))
+    named = {path[-1].name: s for path, s in jax.tree.flatten_with_path(sources, is_leaf=loader._is_source)[0]}
+    named = {name: s for name, s in named.items() if len(s.shape) > axis}
+    reader = CountingReader(tensors)
+    for name, source in named.items():
+        sharding = NamedSharding(mesh, P(*[None] * axis, "x"))
+        index = {device: i for device, i in sharding.devices_indices_map(source.shape).items()}
+        array = jax.make_array_from_callback(
+            source.shape, sharding, lambda i, s=source: loader._read(reader, s, i, jnp.dtype(np.float32))
+        )
+        np.testing.assert_array_equal(np.asarray(array), expected[name])
+        for shard in array.addressable_shards:
+            assert shard.data.shape == tuple(n // 4 if i == axis else n for i, n in enumerate(source.shape))
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[name][index[shard.device]])
+    # over columns every device reads the rows that it takes a part of
+    for name, source in named.items():
+        for tensor in source.names():
+            columns = axis == len(source.shape) - 1 and source.columns is not None
+            assert reader.rows[tensor] == SHAPES[tensor][0] * (4 if columns else 1), (axis, tensor)
+
+whole = loader.load(CountingReader(tensors), decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32),
+                    NamedSharding(mesh, P("x")), progress=False)
+leaves = {path[-1].name: leaf for path, leaf in jax.tree.flatten_with_path(whole)[0]}
+assert all(np.array_equal(np.asarray(leaf), expected[name]) for name, leaf in leaves.items())
+replicated = loader.load(reader := CountingReader(tensors), decoder_sources(model_config(CONFIG)),
+                         jnp.dtype(np.float32), NamedSharding(mesh, P()), progress=False)
+assert reader.rows == {name: shape[0] for name, shape in SHAPES.items()}
+random = loader.dummy(decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), NamedSharding(mesh, P("x")))
+assert random.embedding.addressable_shards[0].data.shape == (9, 16)
+print("sharded as asked")
+"""
+
+
+def python(script: str, *arguments: str, **environment: str) -> str:
+    """Run Python in a process of its own; its output."""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_each_device_gets_its_slice_and_reads_no_more():
+    assert "sharded as asked" in python(SHARDED, str(Path(__file__).parent), JAX_NUM_CPU_DEVICES="4")
+
+
+# A dozen layers of a small model, 384 MiB in bfloat16.
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+PEAK = """
+import jax, jax.numpy as jnp, sys
+from pathlib import Path
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.weights.checkpoint import Checkpoint
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+checkpoint = Checkpoint(Path(sys.argv[1]), sys.argv[2])
+sources = decoder_sources(model_config(checkpoint.config))
+device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+jnp.zeros(1).block_until_ready()
+before = status("VmRSS")
+params = checkpoint.load(sources, jnp.dtype(jnp.bfloat16), device, seed=0, progress=False)
+jax.block_until_ready(params)
+print(status("VmHWM") - before, sum(array.nbytes for array in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize("stored", ["BF16", "F32", "dummy"])
+def test_weights_are_never_twice_in_host_memory(tmp_path: Path, stored: str, record_property):
+    """The peak: the weights, a piece on its way as it was stored and as it becomes, and what the process grows by."""
+    (tmp_path / "config.json").write_text(json.dumps(LARGE | ({"num_hidden_layers": 4} if stored == "dummy" else {})))
+    if stored != "dummy":
+        write_zeros(tmp_path, stored)
+    peak, size = map(int, python(PEAK, str(tmp_path), "dummy" if stored == "dummy" else "auto").split())
+    record_property("peak_bytes", peak)
+    print(f"{stored}: {size / 2**20:.0f} MiB of weights, peak {peak / 2**20:.0f} MiB")
+    assert size > 200 * 2**20
+    assert peak < size + 2 * 4 * loader.PIECE + 2**25
+
+
+def write_zeros(directory: Path, dtype: str) -> None:
+    """A checkpoint whose tensors are a hole in the file: it takes no room on the disk, and its full size in memory."""
+    header, end = {}, 0
+    for source in jax.tree.leaves(decoder_sources(model_config(LARGE)), is_leaf=loader._is_source):
+        for layer in range(source.layers or 1):
+            for part in source.parts:
+                shape = [part.rows] if source.columns is None else [part.rows, source.columns]
+                size = int(np.prod(shape)) * {"BF16": 2, "F32": 4}[dtype]
+                name = part.name.format(layer=layer)
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+                end += size
+    raw = json.dumps(header).encode()
+    path = directory / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    os.truncate(path, 8 + len(raw) + end)
+
+
+def test_dummy_weights_need_only_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "PIECE", 100)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(WeightsError, match=r"there is no \.safetensors file"):
+        load(tmp_path)
+    params = load(tmp_path, load_format="dummy")
+    again = load(tmp_path, load_format="dummy")
+    drawn = {}
+    for (path, leaf), same in zip(jax.tree.flatten_with_path(params)[0], jax.tree.leaves(again), strict=True):
+        values = drawn[path[-1].name] = np.asarray(leaf)
+        np.testing.assert_array_equal(values, np.asarray(same))
+        if "norm" in path[-1].name:
+            assert (values == 1).all()
+        else:
+            assert 0.01 < values.std() < 0.03 and len(np.unique(values)) > 0.99 * values.size
+    assert {name: array.shape for name, array in drawn.items()} == {
+        name: array.shape for name, array in by_hand(weights()).items()
+    }
+
+
+def test_dummy_norms_of_gemma_change_nothing():
+    gemma = {**CONFIG, "architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "sliding_window": 8}
+    params = loader.dummy(decoder_sources(model_config(gemma)), jnp.dtype(jnp.bfloat16), DEVICE)
+    assert not np.asarray(params.layers.post_mlp_norm).any() and not np.asarray(params.norm).any()
+
+
+@pytest.mark.parametrize(
+    ("files", "load_format", "error", "message"),
+    [
+        ({}, "auto", WeightsError, "there is no config.json"),
+        ({"config.json": "{"}, "auto", WeightsError, "config.json: not readable JSON"),
+        ({"config.json": "[]"}, "auto", WeightsError, "expected a JSON object, found list"),
+        ({"config.json": "{}"}, "pt", ValidationError, "load_format must be auto, gguf, safetensors, orbax, dummy"),
+        ({"config.json": "{}"}, "gguf", ValidationError, "load_format='gguf', but .* holds safetensors weights"),
+    ],
+)
+def test_what_cannot_be_a_checkpoint_is_refused(tmp_path: Path, files, load_format: str, error, message: str):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        Checkpoint(tmp_path, load_format)

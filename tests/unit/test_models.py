@@ -1,0 +1,146 @@
+"""Config.json into `DecoderConfig`, in transformers' older and newer spelling, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jaxllm.errors import ValidationError
+from jaxllm.models.registry import ARCHITECTURES, model_config
+
+BASE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def config(architecture: str, **fields: Any):
+    return model_config({**BASE, "architectures": [architecture], **fields})
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones():
+    with pytest.raises(ValidationError) as caught:
+        config("MambaForCausalLM")
+    for name in ("MambaForCausalLM", *ARCHITECTURES):
+        assert name in str(caught.value)
+    with pytest.raises(ValidationError, match="none"):
+        model_config({**BASE, "model_type": "mamba"})
+
+
+def test_the_first_known_architecture_is_taken():
+    fields = {**BASE, "architectures": ["Unknown", "Qwen2ForCausalLM", "LlamaForCausalLM"]}
+    assert model_config(fields).qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("architecture", "old", "new"),
+    [
+        (
+            "LlamaForCausalLM",
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}},
+        ),
+        (
+            "Qwen2ForCausalLM",
+            {"rope_theta": 1e6, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4},
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention"] * 4 + ["sliding_attention"] * 2,
+            },
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {
+                "sliding_window": 8,
+                "sliding_window_pattern": 3,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            {
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
+    ],
+)
+def test_both_spellings_mean_the_same(architecture: str, old: dict[str, Any], new: dict[str, Any]):
+    ours = config(architecture, **old)
+    assert ours == config(architecture, **new)
+    assert ours != config(architecture)
+
+
+def test_windows_are_the_layers_own():
+    assert config("LlamaForCausalLM", sliding_window=8).layer_window == (None,) * 6
+    assert config("MistralForCausalLM", sliding_window=8).layer_window == (8,) * 6
+    assert config("MistralForCausalLM", sliding_window=None).layer_window == (None,) * 6
+    assert config("Qwen3ForCausalLM", sliding_window=8, max_window_layers=0).layer_window == (None,) * 6
+    gemma = config("Gemma3ForCausalLM", sliding_window=8)
+    assert gemma.layer_window == (8, 8, 8, 8, 8, None) and gemma.layer_rope == (1, 1, 1, 1, 1, 0)
+
+
+def test_missing_fields_have_transformers_defaults():
+    """As in config files that transformers itself wrote without them."""
+    transformers = pytest.importorskip("transformers")
+    fields = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_attention_heads")}
+    for name in ARCHITECTURES:
+        kind = {"Gemma3": "Gemma3Text"}.get(family := name.removesuffix("ForCausalLM"), family)
+        full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
+        ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
+        del full["architectures"]
+        assert ours == config(name, **full), name
+        if family in ("Qwen3", "Gemma3"):
+            without = {key: value for key, value in BASE.items() if key != "head_dim"}
+            assert model_config({**without, "architectures": [name]}).head_dim == full["head_dim"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=true is not supported"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Gemma3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
+        ("LlamaForCausalLM", {"head_dim": 15}, "head_dim=15 is odd"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
+        ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_refused(architecture: str, fields: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        config(architecture, **fields)
+
+
+@pytest.mark.parametrize("field", [name for name in BASE if name not in ("head_dim", "num_key_value_heads")])
+def test_a_missing_field_is_named(field: str):
+    fields = {name: value for name, value in BASE.items() if name != field and name != "head_dim"}
+    with pytest.raises(ValidationError, match=f"no field '{field}', which LlamaForCausalLM needs"):
+        model_config({**fields, "architectures": ["LlamaForCausalLM"]})
