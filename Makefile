@@ -17,23 +17,27 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-peers test-py312 lint format format-check types lock clean
+.PHONY: demo test test-peers test-py312 compile-cuda lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
 	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large" $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.installed-peers
-	$(BIN)/python -m pytest -m peer $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "peer or large" $(PYTEST_ARGS)
 
 test-py312:
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
-	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer" $(PYTEST_ARGS) $(CORE_TESTS)
+	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large" $(PYTEST_ARGS) $(CORE_TESTS)
+
+# JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own.
+compile-cuda: $(VENV)/.installed-test .cuda-compiler/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -55,7 +59,7 @@ lock:
 	$(PYTHON) .ci/lock.py constraints.txt "$(PYTHON)" "$$python"
 
 clean:
-	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv312 .cuda-compiler build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jaxllm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -75,4 +79,11 @@ $(VENV312)/.installed-smoke: pyproject.toml constraints.txt
 	@echo "Installing jaxllm into $(VENV312), with $(PYTHON312)"
 	@$(VENV312)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON312) -m venv --clear $(VENV312)
 	@$(VENV312)/bin/python -m pip install $(PIP_FLAGS) --editable '.[smoke]'
+	@touch $@
+
+.cuda-compiler/.installed: $(VENV)/.installed
+	@echo "Installing JAX's CUDA compiler into .cuda-compiler"
+	@version="$$($(BIN)/python -c 'import jax; print(jax.__version__)')"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .cuda-compiler \
+		jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version
 	@touch $@

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: real weights, fetched once into the user's cache, and compiled programs likewise."""
+"""What every test may use: real weights and compiled programs, kept in the user's cache."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class PagedModel:
         *,
         block_size: int,
         max_len: int,
+        buckets: Sequence[int],
         num_seqs: int = 8,
-        buckets: Sequence[int] = (64, 320),
         cache_dtype: jnp.dtype | type = jnp.float32,
         seed: int = 0,
     ):

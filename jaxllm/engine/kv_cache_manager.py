@@ -14,9 +14,9 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
+from jaxllm.config.capacity import blocks_per_request, max_tokens_per_request, window_bound
 from jaxllm.engine.block_hash import BlockHasher
 from jaxllm.engine.block_pool import NULL_BLOCK_ID, BlockPool
-from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_tokens_per_request, window_bound
 from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_concurrency, max_tokens_per_request
 from jaxllm.errors import ValidationError
 from jaxllm.layers.attention import STORAGE
 from jaxllm.models.decoder import DecoderConfig, Params

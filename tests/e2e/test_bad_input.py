@@ -126,7 +126,7 @@ def test_the_good_ones_are_as_alone_after_all_that(engine: LLM, alone: list[list
     assert [output.outputs[0].token_ids for output in outputs] == alone
 
 
-CALLS: dict[str, tuple[Callable[[LLM], Any], type[Exception], str]] = {
+CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "number as prompts": (lambda e: e.generate(5), ValidationError, "prompts must be .* got 5 of type int"),
     "none as prompts": (lambda e: e.generate(None), ValidationError, "prompts must be .* got None"),
     "params of another type": (lambda e: e.generate("a", {"n": 1}), TypeError, "must be SamplingParams, got dict"),
@@ -147,7 +147,7 @@ CALLS: dict[str, tuple[Callable[[LLM], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_bad_call_says_what_is_wrong(engine: LLM, call: tuple[Callable[[LLM], Any], type[Exception], str]):
+def test_a_bad_call_says_what_is_wrong(engine: LLM, call: tuple[Callable[[Any], Any], type[Exception], str]):
     function, kind, words = call
     with pytest.raises(kind, match=words):
         function(engine)

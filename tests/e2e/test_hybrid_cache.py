@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, Mis
 from jaxllm import LLM, SamplingParams
 
 WINDOW = 24
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 48,
     "intermediate_size": 96,

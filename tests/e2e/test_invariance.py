@@ -225,37 +225,47 @@ class Traffic:
         return [self.requests[index].output_token_ids for index in range(len(REQUESTS))]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
-@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
-def test_a_pool_so_small_that_every_request_is_preempted(
-    tiny_model: Path, check: Any, asynchronous: bool, caching: bool
-):
-    """More urgent requests come while a request runs: each takes one block at first, and together they take all of the
-    pool when, two tokens later, each needs another one.
+def harass(traffic: Traffic, sampling: dict[str, Any], usable: int) -> None:
+    """Run all requests; while each of them runs, more urgent ones come. Each of those takes one block at first, and
+    two tokens later needs another one: together they take all the usable blocks of the pool.
     """
-    usable, urgent = 24, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    rng = random.Random(4)
+    urgent = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    for index in range(len(REQUESTS)):
+        traffic.step_until(lambda: traffic.core.scheduler.num_unfinished <= 2)
+        request = traffic.add(index, sampling)
+        while request.row < 0:
+            traffic.step()
+        for _ in range(rng.randrange(REQUESTS[index][1] // 2)):
+            traffic.step()
+        prompts = [[rng.randrange(256) for _ in range(15)] for _ in range(usable // 2)]
+        others = [traffic.add_prompt(prompt, urgent, priority=-1) for prompt in prompts]
+        while not all(other.is_finished for other in others):
+            traffic.step()
+    traffic.finish()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"enable_prefix_caching": False, "long_prefill_token_threshold": 5}],
+    ids=["caching", "no caching, short chunks"],
+)
+def test_a_pool_so_small_that_every_request_is_preempted(
+    tiny_model: Path, check: Any, asynchronous: bool, options: dict[str, Any]
+):
+    usable = 24
     arguments = {
         "num_gpu_blocks_override": usable + 1,
         "max_num_batched_tokens": 256,
         "scheduling_policy": "priority",
         "async_scheduling": asynchronous,
-        "enable_prefix_caching": caching,
+        **options,
     }
     with LLM(tiny_model, **{**BASE, **arguments}) as llm:
         for sampling in ({}, SAMPLED):
-            rng = random.Random(4)
             traffic = Traffic(llm)
-            for index in range(len(REQUESTS)):
-                traffic.step_until(lambda: traffic.core.scheduler.num_unfinished <= 2)
-                request = traffic.add(index, sampling)
-                traffic.step_until(lambda: request.row >= 0)  # noqa: B023
-                for _ in range(rng.randrange(REQUESTS[index][1] // 2)):
-                    traffic.step()
-                prompts = [[rng.randrange(256) for _ in range(15)] for _ in range(usable // 2)]
-                others = [traffic.add_prompt(prompt, urgent, priority=-1) for prompt in prompts]
-                traffic.step_until(lambda: all(other.is_finished for other in others))  # noqa: B023
-            traffic.finish()
-            unharmed = [index for index, request in traffic.requests.items() if not request.num_preemptions]
-            assert not unharmed
+            harass(traffic, sampling, usable)
+            assert not [index for index, request in traffic.requests.items() if not request.num_preemptions]
             check(traffic.tokens(), sampling)
             assert llm._engine().scheduler.kv_cache_manager.pool.num_used == 0

@@ -190,13 +190,13 @@ def test_an_error_after_the_donation_of_the_cache(
 ):
     forward, count = Runner._forward, iter(range(1, 10**6))
 
-    def lose_the_cache(self: Runner, *args: Any) -> jax.Array:
-        hidden = forward(self, *args)
+    def lose_the_cache(self: Runner, *args: Any) -> Any:
+        result = forward(self, *args)
         if next(count) == 3:
             for array in jax.tree.leaves(self._state):
                 array.delete()
             fail()
-        return hidden
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_forward", lose_the_cache)

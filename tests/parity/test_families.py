@@ -236,7 +236,7 @@ def mixed_chunks(case: Case) -> Iterator[Step]:
 
 @pytest.mark.parametrize("schedule", [whole_prompts, mixed_chunks])
 def test_logits_equal_transformers(case: Case, schedule: Callable[[Case], Iterator[Step]], record_property):
-    model = PagedModel(case.config, case.params, block_size=case.family.block_size, max_len=MAX_LEN)
+    model = PagedModel(case.config, case.params, block_size=case.family.block_size, max_len=MAX_LEN, buckets=(320,))
     got = {name: [] for name in case.tokens}
     for step in schedule(case):
         for name, scores in model.step(step).items():
@@ -251,9 +251,7 @@ def test_logits_equal_transformers(case: Case, schedule: Callable[[Case], Iterat
     assert worst < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("name", "cache_dtype"), [("llama3", jnp.uint16), ("gemma3", jnp.uint16), ("qwen2", jnp.bfloat16)]
-)
+@pytest.mark.parametrize(("name", "cache_dtype"), [("gemma3", jnp.uint16), ("qwen2", jnp.bfloat16)])
 def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name: str, cache_dtype: Any, tmp_path: Path):
     """Both round, at different places: neither is the other's reference, float32 over the same rounded weights is."""
     family = FAMILIES[name]

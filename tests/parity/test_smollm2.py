@@ -1,7 +1,8 @@
 """Real weights, end to end: greedy tokens and log-probabilities of SmolLM2-135M-Instruct against transformers.
 
 ``data/smollm2_greedy_transformers.json`` holds, for 20 prompts, the ids of 64 tokens that transformers generates one
-prompt at a time in float32, and the distance between the two highest logits at each. ``python tests/parity/test_smollm2.py FILE.gguf`` writes it anew.
+prompt at a time in float32, and the distance between the two highest logits at each.
+``python tests/parity/test_smollm2.py FILE.gguf`` writes it anew.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.block_pool import NULL_BLOCK_ID
-from jaxllm.engine.kv_cache_capacity import blocks_per_request
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError

@@ -9,8 +9,8 @@ from fake_device import VOCAB_SIZE, FakeDevice
 from test_scheduler_machine import EOS, SchedulerMachine, shared_prompt
 
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.engine.kv_cache_capacity import blocks_per_request
 from jaxllm.engine.request import Request
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.sampling_params import SamplingParams

@@ -72,7 +72,8 @@ def test_every_program_writes_in_place():
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
         expected = size(state.cache) + size(state.tokens) if kind == "forward" else size(state.tokens)
-        assert program.memory_analysis().alias_size_in_bytes == expected
+        memory = program.memory_analysis()
+        assert memory is not None and memory.alias_size_in_bytes == expected
         kinds.add(kind)
     assert kinds == {"forward", "sample", "write tokens"}
 
@@ -83,7 +84,7 @@ def test_a_step_needs_no_more_memory_for_a_larger_cache(dtype: str):
     for num_blocks in (40, 2000):
         programs, state = make_programs(dtype, num_blocks)
         memory = programs.lower_forward(programs.largest).compile(compiler_options=CPU_OPTIONS).memory_analysis()
-        assert memory.alias_size_in_bytes == size(state.cache) + size(state.tokens)
+        assert memory is not None and memory.alias_size_in_bytes == size(state.cache) + size(state.tokens)
         temporaries.append(memory.temp_size_in_bytes)
     few, many = temporaries
     assert few == many

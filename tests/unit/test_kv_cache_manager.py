@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
-from jaxllm.engine.kv_cache_capacity import blocks_per_request, max_concurrency, max_tokens_per_request, window_bound
+from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request, window_bound
 from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
 from jaxllm.engine.request import Request
@@ -78,6 +78,22 @@ def test_generated_tokens_are_cached_once_they_are_known() -> None:
     running.all_token_ids += [70, 71]
     kv.cache_full_blocks(running)
     assert kv.get_computed_blocks(follow_up).num_tokens == 8
+
+
+def test_a_block_that_the_window_passed_before_its_tokens_were_read_is_not_cached() -> None:
+    kv = manager(2, block_size=1)
+    running = request(2)
+    admit(kv, running)
+    for _ in range(4):
+        assert kv.allocate_slots(running, 1) is not None
+        advance(kv, running, 1)
+    assert running.block_tables[0][:4] == [0, 0, 0, 0]
+    running.all_token_ids += [70, 71, 72, 73]
+    kv.cache_full_blocks(running)
+    hashes = kv._hasher.extend(running, 6)
+    assert [kv.pool.cached_block(block_hash, 0) for block_hash in hashes[2:4]] == [None, None]
+    assert [kv.pool.cached_block(block_hash, 0) for block_hash in hashes[4:]] == running.block_tables[0][4:]
+    assert kv.pool.blocks[0].block_hash is None
 
 
 def test_a_token_that_is_known_but_not_computed_is_not_cached() -> None:
@@ -183,6 +199,19 @@ def test_the_groups_shrink_the_prefix_until_all_agree() -> None:
     forget(kv, hashes[1], group=1)
     # 12 tokens need blocks 1 and 2, 8 need 0 and 1, 4 need only block 0.
     assert kv.get_computed_blocks(request(25)).num_tokens == 4
+
+
+def test_a_group_that_agreed_is_asked_again_when_another_shrinks_the_prefix() -> None:
+    kv = manager(5, 5, num_blocks=40)
+    old = request(24)
+    admit(kv, old)
+    kv.free(old)
+    hashes = kv._hasher.extend(request(24), 6)
+    for group, index in ((0, 5), (0, 2), (1, 4), (1, 3)):
+        forget(kv, hashes[index], group)
+    # Each group needs the block before the prefix's end. 6 blocks: group 0 lacks 5; 5 and 4: group 1 lacks 4 and 3;
+    # 3: group 0, content with 5 before, lacks 2; 2: both have block 1.
+    assert kv.get_computed_blocks(request(25)).num_tokens == 8
 
 
 def forget(kv: KVCacheManager, block_hash: bytes, group: int) -> None:
