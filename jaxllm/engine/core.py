@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxllm.engine.output_processor import OutputProcessor
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduler import Scheduler
+from jaxllm.errors import ValidationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,11 @@ class EngineCore:
 
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run."""
+        if request.priority and self.scheduler.config.policy != "priority":
+            raise ValidationError(
+                f"Got priority {request.priority} but priority scheduling is not enabled. "
+                'Set scheduling_policy="priority" when making the LLM.'
+            )
         self.scheduler.add_request(request)
         self._outputs.add(request, text)
 

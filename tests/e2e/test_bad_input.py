@@ -133,6 +133,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "number of params": (lambda e: e.generate(["a"], [GREEDY] * 2), ValidationError, r"prompts \(1\) and params \(2\)"),
     "number of priorities": (lambda e: e.generate("a", GREEDY, priority=[1, 2]), ValidationError, r"priority \(2\)"),
     "priority": (lambda e: e.generate("a", GREEDY, priority="high"), ValidationError, "priority must be an integer"),
+    "priority under fcfs": (lambda e: e.generate("a", GREEDY, priority=1), ValidationError, 'scheduling_policy="prio'),
     "on_error": (lambda e: e.generate("a", GREEDY, on_error="ignore"), ValidationError, "on_error must be"),
     "argument": (lambda e: e.generate("a", GREEDY, lora_request=1), TypeError, "lora_request"),
     "messages": (lambda e: e.chat("hello"), ValidationError, "messages must be"),
