@@ -9,7 +9,6 @@ HOST_CORE = (
     "request",
     "block_hash",
     "block_pool",
-    "kv_cache_capacity",
     "kv_cache_manager",
     "prefix_cache_stats",
     "waiting_queue",
