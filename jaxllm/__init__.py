@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
     from jaxllm.outputs import CompletionOutput, RequestOutput
-    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "RequestOutputKind", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "jaxllm.llm",
     "CompletionOutput": "jaxllm.outputs",
     "RequestOutput": "jaxllm.outputs",
+    "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
 }
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
 import numbers
 import os
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -24,17 +24,13 @@ from jaxllm.log import show_log
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.startup import start
+from jaxllm.tokenization.chat import ChatRenderer, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.engine.metrics import Metric
     from jaxllm.runner.memory import MemoryPlan
-
-logger = logging.getLogger(__name__)
-
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
 
 
 class LLM:
@@ -68,7 +64,7 @@ class LLM:
         self._free.atexit = False
         self._inputs: InputProcessor = started.inputs
         self._tokenizer = started.tokenizer
-        self._chat_template = args.chat_template
+        self._renderer = ChatRenderer(started.tokenizer, args.chat_template)
         self._default_params: SamplingParams = started.default_params
         self._checkpoint = started.checkpoint
         self._runner = started.runner
@@ -79,6 +75,8 @@ class LLM:
         self._num_requests = 0
         #: who takes the outputs of each unfinished request
         self._receivers: dict[str, Callable[[RequestOutput], object]] = {}
+        #: one thread at a time drives the engine; the others wait
+        self._lock = threading.RLock()
 
     # Generation.
 
@@ -88,28 +86,36 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: None = None,
+        mm_processor_kwargs: None = None,
         on_error: str = "raise",
     ) -> list[RequestOutput]:
-        """Complete prompts; the outputs come in the prompts' order.
+        """Complete prompts; the outputs come in the prompts' order. Calls from several threads run one after another.
 
         Args:
             prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, ``cache_salt``), or many of them.
             sampling_params: one for all, or one each; None: the model's own defaults.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
+            lora_request, tokenization_kwargs, mm_processor_kwargs: vLLM's; not supported yet.
             on_error: "raise" refuses the whole call when one prompt is refused; "return" gives that prompt an output
                 with ``finish_reason="error"`` and its reason in ``error``, and runs the others.
 
         Raises:
             ValidationError: a prompt or its parameters are refused; nothing of the call has run then.
         """
-        return self._run(_as_prompts(prompts), sampling_params, priority, use_tqdm, on_error, special_tokens=True)
+        _refuse(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
+        return self._run(_as_prompts(prompts), None, sampling_params, priority, use_tqdm, on_error)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
         *,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
@@ -119,20 +125,23 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: str = "raise",
     ) -> list[RequestOutput]:
-        """Answer one conversation, or many: lists of messages with ``role`` and ``content``."""
-        conversations = _as_conversations(messages)
-        rendered = [
-            self._render(
+        """Answer one conversation, or many: lists of messages with ``role`` and ``content`` (text, or parts of text).
+
+        The arguments are those of `generate`, and of the chat template (``tools``, ``chat_template_kwargs``, ...).
+        """
+        _refuse(lora_request=lora_request)
+
+        def render(conversation: Conversation) -> str:
+            return self._renderer.render(
                 conversation,
-                chat_template=chat_template,
+                template=chat_template,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
                 tools=tools,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
-        return self._run(rendered, sampling_params, priority, use_tqdm, on_error, special_tokens=False)
+
+        return self._run(_as_conversations(messages), render, sampling_params, priority, use_tqdm, on_error)
 
     def stream_chat(
         self, messages: Conversation, sampling_params: SamplingParams | None = None
@@ -140,16 +149,19 @@ class LLM:
         """The answer to one conversation, piece by piece as it is generated. Closing the iterator ends the request."""
         params = (sampling_params or self._default_params).clone()
         params.output_kind = RequestOutputKind.DELTA
-        prompt = self._render(messages, add_generation_prompt=True)
+        prompt = self._renderer.render(messages, add_generation_prompt=True)
         core = self._engine()
-        request, text = self._inputs.request(self._next_id(), prompt, params, special_tokens=False)
-        core.add_request(request, text)
         pieces: collections.deque[str] = collections.deque()
-        self._receivers[request.request_id] = lambda output: pieces.append(output.outputs[0].text)
+        with self._lock:
+            request, text = self._inputs.request(self._next_id(), prompt, params, special_tokens=False)
+            core.add_request(request, text)
+            self._receivers[request.request_id] = lambda output: pieces.append(output.outputs[0].text)
         try:
             while pieces or not request.is_finished:
                 if not pieces:
-                    self._deliver(core.step())
+                    with self._lock:
+                        # another thread's call may have driven the request while this one waited
+                        self._deliver(core.step() if not (pieces or request.is_finished) else ())
                 elif piece := pieces.popleft():
                     yield piece
             if request.finish_reason not in ("stop", "length"):
@@ -159,38 +171,39 @@ class LLM:
 
     def _run(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Any],
+        render: Callable[[Any], str] | None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int] | None,
         use_tqdm: bool,
         on_error: str,
-        *,
-        special_tokens: bool,
     ) -> list[RequestOutput]:
+        """Run prompts to their end; `render` makes prompts of what is none yet (conversations)."""
         if on_error not in ("raise", "return"):
             raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
-        core = self._engine()
-        params = _one_each("params", sampling_params or self._default_params, len(prompts))
-        priorities = _one_each("priority", priority or 0, len(prompts))
-        ids = [self._next_id() for _ in prompts]
+        params = _one_each("params", self._default_params if sampling_params is None else sampling_params, len(prompts))
+        priorities = _one_each("priority", 0 if priority is None else priority, len(prompts))
         done: dict[str, RequestOutput] = {}
-        try:
-            with DeferredInterrupt() as interrupt:
-                for request_id, prompt, p, rank in zip(ids, prompts, params, priorities, strict=True):
-                    self._add(request_id, prompt, p, rank, special_tokens, on_error, done)
-                    interrupt.check()
-                with Progress(len(ids), len(done), enabled=use_tqdm) as progress:
-
-                    def receive(output: RequestOutput) -> None:
-                        done[output.request_id] = output
-                        progress.finished(output)
-
-                    self._receivers.update(dict.fromkeys(ids, receive))
-                    while len(done) < len(ids):
-                        self._deliver(core.step())
+        with self._lock:
+            core = self._engine()
+            ids = [self._next_id() for _ in prompts]
+            try:
+                with DeferredInterrupt() as interrupt:
+                    for request_id, prompt, p, rank in zip(ids, prompts, params, priorities, strict=True):
+                        self._add(request_id, prompt, render, p, rank, on_error, done)
                         interrupt.check()
-        finally:
-            self._end(core, ids)
+                    with Progress(len(ids), len(done), enabled=use_tqdm) as progress:
+
+                        def receive(output: RequestOutput) -> None:
+                            done[output.request_id] = output
+                            progress.finished(output)
+
+                        self._receivers.update(dict.fromkeys(ids, receive))
+                        while len(done) < len(ids):
+                            self._deliver(core.step())
+                            interrupt.check()
+            finally:
+                self._end(core, ids)
         return [done[request_id] for request_id in ids]
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
@@ -200,12 +213,13 @@ class LLM:
 
     def _end(self, core: EngineCore, request_ids: list[str]) -> None:
         """Leave nothing of these requests behind, finished or not."""
-        core.abort(request_ids)
-        for request_id in request_ids:
-            self._receivers.pop(request_id, None)
-        self._deliver(core.drain())
+        with self._lock:
+            core.abort(request_ids)
+            for request_id in request_ids:
+                self._receivers.pop(request_id, None)
+            self._deliver(core.drain())
 
-    def _add(self, request_id, prompt, params, priority, special_tokens, on_error, done) -> None:
+    def _add(self, request_id, prompt, render, params, priority, on_error, done) -> None:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         try:
@@ -213,27 +227,17 @@ class LLM:
             params.output_kind = RequestOutputKind.FINAL_ONLY
             request, text = self._inputs.request(
                 request_id,
-                prompt,
+                prompt if render is None else render(prompt),
                 params,
                 priority=checks.integer("priority", priority),
-                special_tokens=special_tokens,
+                # a chat template writes them itself
+                special_tokens=render is None,
             )
             self._engine().add_request(request, text)
         except ValidationError as error:
             if on_error == "raise":
                 raise
             done[request_id] = _refused(request_id, prompt, str(error))
-
-    def _render(self, conversation: Conversation, *, chat_template: str | None = None, **kwargs: Any) -> str:
-        tokenizer = self.get_tokenizer()
-        template = chat_template or self._chat_template
-        if template is None and not tokenizer.chat_template:
-            raise ValidationError("the model has no chat template: pass chat_template, or use generate()")
-        if template is not None and Path(template).is_file():
-            template = Path(template).read_text()
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in conversation], chat_template=template, tokenize=False, **kwargs
-        )  # pyright: ignore[reportReturnType]
 
     def _next_id(self) -> str:
         self._num_requests += 1
@@ -258,7 +262,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Returns False, and does nothing, while requests run."""
-        return self._engine().reset_prefix_cache()
+        with self._lock:
+            return self._engine().reset_prefix_cache()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""
@@ -278,8 +283,9 @@ class LLM:
 
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
-        self._core = None
-        self._free()
+        with self._lock:
+            self._core = None
+            self._free()
 
     def __enter__(self) -> LLM:
         return self
@@ -291,6 +297,13 @@ class LLM:
         if self._core is None:
             raise RuntimeError("the engine has been shut down; make a new LLM")
         return self._core
+
+
+def _refuse(**arguments: Any) -> None:
+    """Refuse what later capabilities will take."""
+    for name, value in arguments.items():
+        if value:
+            raise ValidationError(f"{name} is not supported yet")
 
 
 def _as_prompts(prompts: Prompt | Iterable[Prompt]) -> Sequence[Prompt]:

@@ -35,8 +35,8 @@ _REMOVED = {
     "early_stopping": "it belonged to beam search, which is no longer a sampling parameter",
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
     "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
-    "truncate_prompt_tokens": "pass tokenization_kwargs={'truncate_prompt_tokens': ...} to generate()",
-    "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
+    "truncate_prompt_tokens": "truncation is not supported yet, shorten the prompt",
+    "guided_decoding": "its successor structured_outputs is not supported yet",
 }
 
 

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+#: vLLM's others
+_LATER_KEYS = (
+    "prompt_embeds",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "encoder_prompt",
+    "decoder_prompt",
+)
 
 
 class InputProcessor:
@@ -72,17 +81,18 @@ class InputProcessor:
             cache_salt=salt,
         )
         request.bad_words = self._bad_words(params)
+        self._check_something_is_allowed(request)
         return request, text
 
     def _prompt(self, prompt: Prompt, special_tokens: bool) -> tuple[str | None, list[int], str | None]:
         salt = None
         if isinstance(prompt, Mapping):
-            unknown = [key for key in prompt if key not in _PROMPT_KEYS]
-            if unknown:
-                raise ValidationError(
-                    f"the prompt has the key {unknown[0]!r}, which is not supported yet; "
-                    f"supported: {', '.join(_PROMPT_KEYS)}"
-                )
+            for key in prompt:
+                if key not in _PROMPT_KEYS:
+                    why = "is not supported yet" if key in _LATER_KEYS else "does not exist"
+                    raise ValidationError(
+                        f"the prompt has the key {key!r}, which {why}; supported: {', '.join(_PROMPT_KEYS)}"
+                    )
             salt = prompt.get("cache_salt")
             if salt is not None and not (isinstance(salt, str) and salt):
                 raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
@@ -98,7 +108,16 @@ class InputProcessor:
     def _tokenize(self, text: str, special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True): give prompt_token_ids")
-        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens))
+        return self._encode(text, special_tokens)
+
+    def _encode(self, text: str, special_tokens: bool) -> list[int]:
+        assert self.tokenizer is not None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValidationError(f"text with a lone surrogate ({error}) cannot be tokenized: {text!r:.80}") from None
+        # not verbose: how long a prompt may be is the engine's to say
+        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens, verbose=False))
 
     @staticmethod
     def _ids(ids: Any) -> list[int]:
@@ -145,7 +164,7 @@ class InputProcessor:
         if self.tokenizer is None:
             raise ValidationError("bad_words need a tokenizer, and skip_tokenizer_init=True: use logit_bias")
         spelled = [variant for word in params.bad_words for variant in (word.lstrip(), " " + word.lstrip())]
-        encoded = (tuple(self.tokenizer.encode(variant, add_special_tokens=False)) for variant in spelled)
+        encoded = (tuple(self._encode(variant, False)) for variant in spelled)
         found = tuple(dict.fromkeys(ids for ids in encoded if ids))
         longest = max(map(len, found), default=0)
         if longest > MAX_BAD_WORD_TOKENS:
@@ -157,6 +176,21 @@ class InputProcessor:
                 "(a word makes up to two, with and without a leading space)"
             )
         return found
+
+    @staticmethod
+    def _check_something_is_allowed(request: Request) -> None:
+        """Refuse masks that leave no token at all."""
+        params = request.params
+        if params.allowed_token_ids is None:
+            return
+        left = set(params.allowed_token_ids) - {words[0] for words in request.bad_words if len(words) == 1}
+        if params.min_tokens:
+            left -= request.stop_token_ids
+        if not left:
+            raise ValidationError(
+                f"allowed_token_ids={params.allowed_token_ids[:8]}, bad_words and min_tokens together leave no token "
+                "to generate"
+            )
 
     def _request_seed(self, params: SamplingParams) -> int:
         """The caller's seed, or one that depends on the engine's seed and on how many requests came before."""

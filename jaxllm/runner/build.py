@@ -69,6 +69,10 @@ class RunnerConfig:
         return -(-self.scheduler.max_model_len // self.block_size)
 
     @property
+    def has_explicit_cache(self) -> bool:
+        return self.num_gpu_blocks_override is not None or self.kv_cache_memory_bytes is not None
+
+    @property
     def block_bytes(self) -> int:
         return math.prod(self.page_shape) * np.dtype(self.cache_dtype).itemsize * self.layers_per_group
 
@@ -152,8 +156,7 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
 
 
 def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Programs, MemoryPlan]:
-    """Compile the largest step for a guessed cache, ask the compiler what it needs, and fit the cache into what is
-    left.
+    """Compile the largest step for a guessed cache, ask the compiler what it needs, fit the cache into what is left.
 
     The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is
     compiled again only when the guess was wrong. The configuration that is returned differs from the given one when
@@ -164,8 +167,9 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
     state_bytes = math.prod(config.state(1).tokens.shape) * 4
     budget = min(total * config.gpu_memory_utilization, free) - weight_bytes - state_bytes
     num_blocks = _num_blocks(config, budget)
-    if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
-        config = _fit(config, num_blocks)  # known before anything is compiled
+    if config.has_explicit_cache:  # known before anything is compiled
+        _check_explicit_cache(config, num_blocks, total, weight_bytes + state_bytes)
+        config = _fit(config, num_blocks, total, weight_bytes + state_bytes)
     while True:
         programs = _programs(config, params, num_blocks)
         activations = programs.activation_bytes()
@@ -173,7 +177,7 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
         if fitting >= num_blocks:
             break
         num_blocks = fitting
-    fitted = _fit(config, num_blocks)
+    fitted = _fit(config, num_blocks, total, weight_bytes + state_bytes + activations)
     if fitted is not config:
         return plan_memory(fitted, params)
     limits = config.scheduler
@@ -187,6 +191,7 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
         activation_bytes=activations,
         state_bytes=state_bytes,
         kv_cache_bytes=num_blocks * config.block_bytes,
+        kv_cache_limit=CPU_CACHE_LIMIT if config.device.platform == "cpu" and not config.has_explicit_cache else None,
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_model_len=limits.max_model_len,
@@ -198,9 +203,36 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
     return config, programs, plan
 
 
-def _fit(config: RunnerConfig, num_blocks: int) -> RunnerConfig:
-    """The configuration itself when one request of max_model_len tokens fits into the cache; otherwise, where that is
-    allowed, one with a max_model_len that fits. Raises ValidationError."""
+def _check_explicit_cache(config: RunnerConfig, num_blocks: int, total: int, other_bytes: int) -> None:
+    """Refuse a cache that the user asked for and the device cannot hold."""
+    most = min(_addressable_blocks(config), max(total - other_bytes, 0) // config.block_bytes)
+    if num_blocks > most:
+        raise ValidationError(
+            f"a KV cache of {num_blocks} blocks ({num_blocks * config.block_bytes / GIB:.2f} GiB) does not fit: the "
+            f"device has {total / GIB:.2f} GiB, of which {other_bytes / GIB:.2f} GiB are for weights and state. Set "
+            f"num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= {most * config.block_bytes}."
+        )
+
+
+def _addressable_blocks(config: RunnerConfig) -> int:
+    """Blocks whose rows (one key or value of one head) have int32 indices."""
+    rows = config.layers_per_group * math.prod(config.page_shape[:-1])
+    return (2**31 - 1) // rows
+
+
+def _fit(config: RunnerConfig, num_blocks: int, total: int, other_bytes: int) -> RunnerConfig:
+    """Make one request of max_model_len tokens fit into the cache.
+
+    Args:
+        total: bytes of the device.
+        other_bytes: what is not the cache's.
+
+    Returns:
+        The configuration itself when one fits; otherwise, where that is allowed, one with a max_model_len that does.
+
+    Raises:
+        ValidationError: it does not fit; the text says what would.
+    """
     limits = config.scheduler
     needed = blocks_per_request(
         config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
@@ -209,7 +241,8 @@ def _fit(config: RunnerConfig, num_blocks: int) -> RunnerConfig:
         return config
     longest = _longest(config, num_blocks)
     if not config.fit_max_model_len or longest < 1:
-        raise ValidationError(_too_small(config, num_blocks, needed, longest))
+        share = ((needed + 1) * config.block_bytes + other_bytes) / total
+        raise ValidationError(_too_small(config, num_blocks, needed, longest, share))
     logger.info(
         "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
         limits.max_model_len,
@@ -254,7 +287,7 @@ def _num_blocks(config: RunnerConfig, budget: float) -> int:
     one = 1 + (most - 1) // limits.max_num_seqs
     if config.device.platform == "cpu":
         budget = min(budget, max(CPU_CACHE_LIMIT, one * config.block_bytes))
-    blocks = max(int(budget // config.block_bytes), 1)
+    blocks = max(min(int(budget // config.block_bytes), _addressable_blocks(config)), 1)
     return most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks))
 
 
@@ -266,10 +299,13 @@ def _longest(config: RunnerConfig, num_blocks: int) -> int:
     )
 
 
-def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int) -> str:
+def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int, share: float) -> str:
+    """`share`: of the device's memory that would be enough."""
     limits = config.scheduler
     need, have = (needed + 1) * config.block_bytes, num_blocks * config.block_bytes
-    knob = "gpu_memory_utilization"
+    knob = f"gpu_memory_utilization to {math.ceil(share * 1000 + 1) / 1000:g}"
+    if share > 1:
+        knob = "the device's memory"
     if config.num_gpu_blocks_override is not None:
         knob = f"num_gpu_blocks_override to {needed + 1}"
     elif config.kv_cache_memory_bytes is not None:

@@ -27,6 +27,8 @@ class MemoryPlan:
     #: token ids and other state that lives as long as the engine
     state_bytes: int
     kv_cache_bytes: int
+    #: what the cache was not allowed to exceed, in bytes, though there was more; None: nothing
+    kv_cache_limit: int | None
     num_blocks: int
     block_size: int
     max_model_len: int
@@ -39,6 +41,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         gib = lambda b: f"{b / GIB:8.3f} GiB"  # noqa: E731
+        limit = self.kv_cache_limit
+        note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
@@ -46,7 +50,8 @@ class MemoryPlan:
                 f"  weights      {gib(self.weight_bytes)}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
                 f"  state        {gib(self.state_bytes)}  (token ids of {self.max_num_seqs} rows)",
-                f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens)",
+                f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
+                f"one of them for padding{note})",
                 *self.vllm_lines(),
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.packing import forward_packing, sample_packing
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, write_tokens
+
+logger = logging.getLogger("jaxllm")
 
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
@@ -134,6 +137,7 @@ class Programs:
         missing = [key for key in keys if key not in self._compiled]
         if not missing:
             return
+        logger.info("Compiling %d programs, or loading them from the compile cache", len(missing))
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
         with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
@@ -195,7 +199,17 @@ def compile_cache(folder: Path | None) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in wanted}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.warning(
+            "No compile cache: cannot write to %s. Set JAXLLM_CACHE to a folder that can be written.", folder
+        )
+        yield
+        return
     for name, value in wanted.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -54,6 +54,9 @@ def changed(**fields: Any) -> SamplingParams:
 
 
 BAD_PROMPTS: dict[str, tuple[Any, str]] = {
+    "lone surrogate": ("a\ud800b", "lone surrogate"),
+    "unknown key": ({"promt": "a"}, "the prompt has the key 'promt', which does not exist"),
+    "later key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
     "empty text": ("", "prompt cannot be empty"),
     "no token ids": ([], "prompt cannot be empty"),
     "empty mapping": ({}, "must have 'prompt' or 'prompt_token_ids'"),
@@ -88,6 +91,7 @@ BAD_PARAMS: dict[str, tuple[SamplingParams, str]] = {
     "many bad words": (changed(bad_words=[f"w{i}" for i in range(40)]), "bad_words make 80 token sequences"),
     "too many logprobs": (changed(logprobs=21), "greater than max allowed: 20"),
     "several completions": (changed(n=2, temperature=1.0), "n > 1 is not supported yet"),
+    "nothing allowed": (changed(allowed_token_ids=[40], bad_words=["I"]), "together leave no token to generate"),
     "prompt logprobs": (changed(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
 }
 
@@ -135,7 +139,33 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "priority": (lambda e: e.generate("a", GREEDY, priority="high"), ValidationError, "priority must be an integer"),
     "priority under fcfs": (lambda e: e.generate("a", GREEDY, priority=1), ValidationError, 'scheduling_policy="prio'),
     "on_error": (lambda e: e.generate("a", GREEDY, on_error="ignore"), ValidationError, "on_error must be"),
-    "argument": (lambda e: e.generate("a", GREEDY, lora_request=1), TypeError, "lora_request"),
+    "argument of a later capability": (
+        lambda e: e.generate("a", GREEDY, lora_request=1),
+        ValidationError,
+        "lora_request is not supported yet",
+    ),
+    "argument": (lambda e: e.generate("a", GREEDY, lora=1), TypeError, "lora"),
+    "no params": (lambda e: e.generate(["a"], []), ValidationError, r"prompts \(1\) and params \(0\)"),
+    "template path": (
+        lambda e: e.chat([{"role": "user", "content": "a"}], chat_template="/no/such.jinja"),
+        ValidationError,
+        "neither an existing file nor a Jinja template",
+    ),
+    "broken template": (
+        lambda e: e.chat([{"role": "user", "content": "a"}], chat_template="{% for %}"),
+        ValidationError,
+        "chat template cannot render",
+    ),
+    "image": (
+        lambda e: e.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        ValidationError,
+        "'image_url', which is not supported yet",
+    ),
+    "no content": (
+        lambda e: e.chat([{"role": "user"}]),
+        ValidationError,
+        "content of message 0 must be text, got None",
+    ),
     "messages": (lambda e: e.chat("hello"), ValidationError, "messages must be"),
     "number as messages": (lambda e: e.chat(3), ValidationError, "messages must be"),
     "number as conversation": (lambda e: e.chat([3]), ValidationError, "messages must be"),
@@ -282,3 +312,18 @@ def test_a_corrupt_config(tmp_path: Path, text: str, kind: type[Exception], word
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(kind, match=words):
         LLM(tmp_path, skip_tokenizer_init=True, load_format="dummy")
+
+
+def test_parts_of_text_are_one_message(engine: LLM):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    outputs = engine.chat(
+        [[{"role": "user", "content": parts}], [{"role": "user", "content": "one\ntwo"}]], GREEDY, use_tqdm=False
+    )
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids
+
+
+def test_a_bad_conversation_fails_alone(engine: LLM):
+    good = [{"role": "user", "content": "a"}]
+    outputs = engine.chat([good, [{"role": "user", "content": 5}], good], GREEDY, use_tqdm=False, on_error="return")
+    assert [output.error is None for output in outputs] == [True, False, True]
+    assert outputs[0].outputs[0].token_ids == outputs[2].outputs[0].token_ids

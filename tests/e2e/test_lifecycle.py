@@ -355,3 +355,40 @@ def test_a_start_that_breaks_off_at_its_very_end(
     error = failing(tiny_model)
     assert live() <= before
     assert isinstance(error, kind)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(tiny_model: Path):
+    with LLM(tiny_model, **SMALL) as llm:
+        alone = [tokens(llm, [prompt])[0] for prompt in PROMPTS]
+        results: dict[int, list[list[int]]] = {}
+
+        def call(i: int) -> None:
+            results[i] = [tokens(llm, [PROMPTS[i]])[0] for _ in range(3)]
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(len(PROMPTS))]
+        stream = llm.stream_chat([{"role": "user", "content": "hello"}], LONG)
+        next(stream)
+        for thread in threads:
+            thread.start()
+        rest = list(stream)
+        for thread in threads:
+            thread.join(timeout=120)
+        assert rest
+        assert results == {i: [expected] * 3 for i, expected in enumerate(alone)}
+        assert_idle(llm)
+
+
+def test_without_a_writable_cache_folder_the_engine_still_starts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("JAXLLM_CACHE", str(file / "cache"))
+    configured = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with LLM(tiny_model, **SMALL) as llm:
+            assert tokens(llm)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", configured)
+    assert "No compile cache: cannot write to" in caplog.text

@@ -73,3 +73,16 @@ def test_a_length_of_minus_one_is_fitted(tiny_model: Path):
 
 def test_longer_than_the_model_can_is_refused(tiny_model: Path):
     assert "max_position_embeddings=512" in refused(tiny_model, max_model_len=513)
+
+
+@pytest.mark.parametrize("cache", [{"kv_cache_memory_bytes": 10**15}, {"num_gpu_blocks_override": 10**9}])
+def test_more_cache_than_the_device_has_names_what_it_has(tiny_model: Path, cache: dict[str, int]):
+    text = refused(tiny_model, max_model_len=256, **cache)
+    assert number(r"kv_cache_memory_bytes <= (\d+)", text) == number(r"num_gpu_blocks_override <= (\d+)", text) * 8192
+
+
+def test_too_small_a_share_of_the_memory_names_one_that_is_enough(tiny_model: Path):
+    text = refused(tiny_model, max_model_len=256, gpu_memory_utilization=1e-9)
+    found = re.search(r"increasing gpu_memory_utilization to ([0-9.]+)", text)
+    assert found, text
+    LLM(tiny_model, **ARGUMENTS, max_model_len=256, gpu_memory_utilization=float(found[1])).shutdown()

@@ -1,0 +1,88 @@
+"""Conversations into prompts, by the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.errors import ValidationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+
+def load_chat_template(template: str | None) -> str | None:
+    """The text of a Jinja template given as itself or as a file.
+
+    Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
+    """
+    if template is None or "{" in template or "\n" in template:
+        return template
+    path = Path(template).expanduser()
+    if path.is_file():
+        return path.read_text()
+    raise ValidationError(
+        f"The chat template {template!r} is neither an existing file nor a Jinja template (it holds no '{{')."
+    )
+
+
+class ChatRenderer:
+    """Renders conversations for one tokenizer.
+
+    Args:
+        tokenizer: None when the engine was built without one; then nothing can be rendered.
+        template: a Jinja template, or its file, in place of the model's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None):
+        self._tokenizer = tokenizer
+        self._template = load_chat_template(template)
+
+    def render(self, conversation: Conversation, *, template: str | None = None, **kwargs: Any) -> str:
+        """The prompt's text, special tokens included.
+
+        Raises:
+            ValidationError: no template, a message that is none, or one that the template refuses.
+        """
+        if self._tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, and skip_tokenizer_init=True: use generate()")
+        messages = [_message(index, message) for index, message in enumerate(conversation)]
+        if not messages:
+            raise ValidationError("a conversation needs at least one message")
+        template = load_chat_template(template) or self._template
+        if template is None and not self._tokenizer.chat_template:
+            raise ValidationError("the model has no chat template: pass chat_template, or use generate()")
+        from jinja2 import TemplateError
+
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValidationError(f"the chat template cannot render the conversation: {error}") from error
+
+
+def _message(index: int, message: Message) -> dict[str, Any]:
+    """A message with its content as text, which is what templates of text models expect."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValidationError(f"message {index} must have a 'role' and a 'content', got {message!r:.80}")
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "\n".join(_text(index, part) for part in content)
+    if not isinstance(content, str):
+        raise ValidationError(f"the content of message {index} must be text, got {content!r:.80}")
+    return {**message, "content": content}
+
+
+def _text(index: int, part: Any) -> str:
+    """OpenAI's content parts, as far as they are text."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ValidationError(f"message {index} has a content part of type {kind!r}, which is not supported yet: only text")
