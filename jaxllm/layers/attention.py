@@ -23,7 +23,7 @@ from jaxllm.layers.linear import matmul_precision
 #: pages hold bf16 as uint16 on CPU: XLA:CPU's bf16 scatter converts the whole cache
 STORAGE = {jnp.dtype(jnp.bfloat16): jnp.uint16}
 
-DECODE_ROWS = 16
+DECODE_ROWS = 8
 PREFILL_QUERIES = 32
 PREFILL_ROWS = 4
 CONTEXT = 128  # positions of one piece of context; a multiple of every block size up to itself

@@ -73,7 +73,6 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "mapping of a number": ({"prompt": 3}, "a prompt must be text or token ids, got int"),
     "too long": ([7] * 256, r"(length 256) is longer than the maximum model length of 256"),
     "far too long": ("x" * 5000, r"(length 5000) is longer than the maximum model length of 256"),
-    "unknown key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
     "salt": ({"prompt": "a", "cache_salt": 3}, "cache_salt must be a non-empty string, got 3"),
 }
 
@@ -91,7 +90,7 @@ BAD_PARAMS: dict[str, tuple[SamplingParams, str]] = {
     "many bad words": (changed(bad_words=[f"w{i}" for i in range(40)]), "bad_words make 80 token sequences"),
     "too many logprobs": (changed(logprobs=21), "greater than max allowed: 20"),
     "several completions": (changed(n=2, temperature=1.0), "n > 1 is not supported yet"),
-    "nothing allowed": (changed(allowed_token_ids=[40], bad_words=["I"]), "together leave no token to generate"),
+    "nothing left": (changed(allowed_token_ids=[40], bad_words=["I"]), "together leave no token to generate"),
     "prompt logprobs": (changed(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
 }
 
