@@ -116,7 +116,7 @@ class Programs:
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
         keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True))
-        self._compile(keys, progress=False)
+        self._compile((*keys, ALLOCATOR), progress=False)
         needed = []
         for key in keys:
             memory = self._compiled[key].memory_analysis()
@@ -137,7 +137,7 @@ class Programs:
         missing = [key for key in keys if key not in self._compiled]
         if not missing:
             return
-        logger.info("Compiling %d programs, or loading them from the compile cache", len(missing))
+        logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
         with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
