@@ -160,8 +160,12 @@ def _tokenizer_path(args: EngineArgs, model: Path) -> Path:
 def _dtype(asked: str, stored: str, platform: str) -> str:
     if asked != "auto":
         return asked
-    # float16 has no fast products on XLA:CPU, and float32 checkpoints hold no more than bfloat16 was trained to need
-    return "float16" if "float16" in stored.split("bfloat16") and platform != "cpu" else "bfloat16"
+    stored = stored.removeprefix("torch.")
+    # float16 has no fast products on XLA:CPU
+    chosen = "float16" if stored == "float16" and platform != "cpu" else "bfloat16"
+    if stored and stored != chosen:
+        logger.info("The checkpoint is %s and runs in %s; pass dtype=%r to keep it", stored, chosen, stored)
+    return chosen
 
 
 def _max_model_len(args: EngineArgs, model: DecoderConfig) -> int:

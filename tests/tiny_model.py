@@ -35,6 +35,14 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": EOS,
     "torch_dtype": "float32",
 }
+#: engine arguments that compile little
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "enforce_eager": True,
+}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 

@@ -24,6 +24,7 @@ from jaxllm.layers.attention import STORAGE
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
+from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, GIB, MemoryPlan, device_memory, quantize_blocks
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner
@@ -164,7 +165,8 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
     """
     total, free = device_memory(config.device)
     weight_bytes = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
-    state_bytes = math.prod(config.state(1).tokens.shape) * 4
+    constraint_words = config.scheduler.max_num_seqs * ConstraintShape(config.model.vocab_size).row_size
+    state_bytes = (math.prod(config.state(1).tokens.shape) + constraint_words) * 4
     budget = min(total * config.gpu_memory_utilization, free) - weight_bytes - state_bytes
     num_blocks = _num_blocks(config, budget)
     if config.has_explicit_cache:  # known before anything is compiled
@@ -191,7 +193,7 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
         activation_bytes=activations,
         state_bytes=state_bytes,
         kv_cache_bytes=num_blocks * config.block_bytes,
-        kv_cache_limit=CPU_CACHE_LIMIT if config.device.platform == "cpu" and not config.has_explicit_cache else None,
+        kv_cache_limit=_binding_limit(config, num_blocks),
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_model_len=limits.max_model_len,
@@ -234,9 +236,7 @@ def _fit(config: RunnerConfig, num_blocks: int, total: int, other_bytes: int) ->
         ValidationError: it does not fit; the text says what would.
     """
     limits = config.scheduler
-    needed = blocks_per_request(
-        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
-    )
+    needed = _blocks_of_one(config)
     if num_blocks - 1 >= needed:
         return config
     longest = _longest(config, num_blocks)
@@ -280,15 +280,31 @@ def _num_blocks(config: RunnerConfig, budget: float) -> int:
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
         return max(config.kv_cache_memory_bytes // config.block_bytes, 1)
-    limits = config.scheduler
-    most = 1 + limits.max_num_seqs * blocks_per_request(
-        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
-    )
-    one = 1 + (most - 1) // limits.max_num_seqs
+    most, one = _most_blocks(config), 1 + _blocks_of_one(config)
     if config.device.platform == "cpu":
         budget = min(budget, max(CPU_CACHE_LIMIT, one * config.block_bytes))
     blocks = max(min(int(budget // config.block_bytes), _addressable_blocks(config)), 1)
     return most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks))
+
+
+def _blocks_of_one(config: RunnerConfig) -> int:
+    """Blocks of one request of max_model_len tokens."""
+    limits = config.scheduler
+    return blocks_per_request(
+        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+
+
+def _most_blocks(config: RunnerConfig) -> int:
+    """Blocks that as many of the longest requests as can run at once would fill; more are of no use."""
+    return 1 + config.scheduler.max_num_seqs * _blocks_of_one(config)
+
+
+def _binding_limit(config: RunnerConfig, num_blocks: int) -> int | None:
+    """The CPU's limit on the cache, when it is what kept the cache from being larger."""
+    if config.device.platform != "cpu" or config.has_explicit_cache or num_blocks >= _most_blocks(config):
+        return None
+    return CPU_CACHE_LIMIT if num_blocks * config.block_bytes <= CPU_CACHE_LIMIT else None
 
 
 def _longest(config: RunnerConfig, num_blocks: int) -> int:

@@ -24,7 +24,7 @@ class MemoryPlan:
     weight_bytes: int
     #: temporaries and outputs of the largest compiled step
     activation_bytes: int
-    #: token ids and other state that lives as long as the engine
+    #: token ids and the empty constraint buffer, which live as long as the engine
     state_bytes: int
     kv_cache_bytes: int
     #: what the cache was not allowed to exceed, in bytes, though there was more; None: nothing
@@ -49,7 +49,7 @@ class MemoryPlan:
                 f"gpu_memory_utilization={self.gpu_memory_utilization:g})",
                 f"  weights      {gib(self.weight_bytes)}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
-                f"  state        {gib(self.state_bytes)}  (token ids of {self.max_num_seqs} rows)",
+                f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
                 f"one of them for padding{note})",
                 *self.vllm_lines(),

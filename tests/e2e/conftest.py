@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_model import write_tiny_model
+from tiny_model import SMALL, write_tiny_model
+
+from jaxllm import LLM
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `tiny_model`'s checkpoint."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[LLM]:
+    """A small engine, one for each file."""
+    with LLM(tiny_model, **SMALL) as llm:
+        yield llm

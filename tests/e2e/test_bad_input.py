@@ -6,31 +6,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.errors import WeightsError
 
-SMALL: dict[str, Any] = {
-    "dtype": "float32",
-    "max_model_len": 256,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "enforce_eager": True,
-}
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 GOOD: list[Any] = ["A good prompt", [1, 2, 3, 4, 5] * 9, {"prompt_token_ids": [200]}]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[LLM]:
-    with LLM(tiny_model, **SMALL) as llm:
-        yield llm
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.progress import Progress
@@ -20,13 +21,6 @@ from jaxllm.runner.runner import Runner, StepResult
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.safetensors import SafetensorsReader
 
-SMALL: dict[str, Any] = {
-    "dtype": "float32",
-    "max_model_len": 256,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "enforce_eager": True,
-}
 PROMPTS = [
     list(range(first, first + length)) for first, length in ((1, 5), (7, 40), (90, 17), (60, 1), (30, 70), (3, 9))
 ]
@@ -61,12 +55,6 @@ def live() -> set[int]:
     """Addresses of the buffers of all live arrays."""
     gc.collect()
     return {array.unsafe_buffer_pointer() for array in jax.live_arrays() if not array.is_deleted()}
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[LLM]:
-    with LLM(tiny_model, **SMALL) as llm:
-        yield llm
 
 
 @pytest.fixture(scope="module")
