@@ -99,8 +99,10 @@ class RequestOutput:
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
     #: prompt tokens that the prefix cache had
     num_cached_tokens: int = 0
-    #: why the request was refused, when its finish_reason is "error"
+    #: why the request was refused or failed, when its finish_reason is "error"
     error: str | None = None
+    #: position of the prompt among those of the call
+    index: int = 0
     lora_request: Any = None
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
@@ -117,6 +119,22 @@ class RequestOutput:
         if self.num_cached_tokens:
             parts.append(f"num_cached_tokens={self.num_cached_tokens}")
         return f"RequestOutput({', '.join(parts)})"
+
+
+def failed_output(
+    request_id: str, prompt: str | None, reason: str, *, finish_reason: str = "error", index: int = 0
+) -> RequestOutput:
+    """What a request gets that was refused ("error") or could not be finished ("abort")."""
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason=finish_reason)
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_token_ids=[],
+        outputs=[completion],
+        finished=True,
+        error=reason,
+        index=index,
+    )
 
 
 def _short_text(text: str | None) -> str:

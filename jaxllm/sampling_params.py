@@ -318,7 +318,6 @@ def _checked_bias(bias: Any) -> dict[int, float]:
 def unsupported(params: SamplingParams) -> str | None:
     """Name the first field that asks for what the engine cannot do yet; None when it can do all that is asked."""
     asked = {
-        "n > 1": params.n > 1,
         "prompt_logprobs": params.prompt_logprobs is not None,
         "logprob_token_ids": params.logprob_token_ids is not None,
         "flat_logprobs": params.flat_logprobs,

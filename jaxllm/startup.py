@@ -25,6 +25,7 @@ from jaxllm.runner.build import RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.resolve import resolve
@@ -122,6 +123,7 @@ def start(args: EngineArgs) -> Started:
     core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics)
     inputs = InputProcessor(
         tokenizer,
+        ChatRenderer(tokenizer, args.chat_template),
         vocab_size=model.vocab_size,
         eos_token_ids=_eos_token_ids(checkpoint, generation, tokenizer),
         max_logprobs=args.max_logprobs,

@@ -48,6 +48,8 @@ class EngineArgs:
     #: as `model`, for the tokenizer alone; None: the model's
     tokenizer: str | os.PathLike[str] | None = None
     skip_tokenizer_init: bool = False
+    #: threads that tokenize while the engine runs; 0: the caller's own
+    tokenizer_pool_size: int = 1
     #: branch, tag or commit; hub ids only
     revision: str | None = None
     tokenizer_revision: str | None = None
@@ -244,6 +246,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "model": _place,
     "tokenizer": _place,
     "skip_tokenizer_init": checks.boolean,
+    "tokenizer_pool_size": _at_least(0),
     "revision": _text,
     "tokenizer_revision": _text,
     "hf_token": _token,

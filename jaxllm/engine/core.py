@@ -54,11 +54,17 @@ class EngineCore:
         self.scheduler.add_request(request)
         self._outputs.add(request, text)
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """End requests; what they hold is free for the next step. Unknown ids are passed over."""
+    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """End requests and return what there is of them; what they hold is free for the next step. Unknown ids are
+        passed over.
+        """
+        outputs = []
         for request in self.scheduler.abort(request_ids):
-            self._outputs.drop(request.request_id)
             self._metrics.record_finished(request)
+            output = self._outputs.end(request)
+            if output is not None:
+                outputs.append(output)
+        return outputs
 
     @property
     def has_unfinished(self) -> bool:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from jaxllm.engine.prompts import PreparedPrompt, Prompt, PromptReader
 from jaxllm.engine.request import Request
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
 from jaxllm.sampling_params import SamplingParams, unsupported
+from jaxllm.tokenization.pool import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-#: vLLM's others
-_LATER_KEYS = (
-    "prompt_embeds",
-    "multi_modal_data",
-    "multi_modal_uuids",
-    "mm_processor_kwargs",
-    "encoder_prompt",
-    "decoder_prompt",
-)
+    from jaxllm.tokenization.chat import ChatRenderer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckedParams:
+    """Sampling parameters that this model can honour; shared by all requests of a call."""
+
+    params: SamplingParams
+    #: token sequences that must not be generated
+    bad_words: tuple[tuple[int, ...], ...]
 
 
 class InputProcessor:
@@ -41,6 +42,7 @@ class InputProcessor:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
+        renderer: ChatRenderer,
         *,
         vocab_size: int,
         eos_token_ids: frozenset[int],
@@ -48,6 +50,8 @@ class InputProcessor:
         seed: int,
     ):
         self.tokenizer = tokenizer
+        #: reads prompts; several threads may use it
+        self.reader = PromptReader(tokenizer, renderer, vocab_size)
         self._vocab_size = vocab_size
         # some checkpoints name ends that their vocabulary does not have
         self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -55,94 +59,50 @@ class InputProcessor:
         self._seed = seed
         self._count = 0
 
+    def check(self, params: SamplingParams) -> CheckedParams:
+        """A checked copy of the caller's parameters.
+
+        Raises:
+            TypeError: they are something else.
+            ValidationError: anything in them that cannot be honoured.
+        """
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        params = params.clone()
+        self._check_params(params)
+        checked = CheckedParams(params, self._bad_words(params))
+        self._check_something_is_allowed(checked)
+        return checked
+
     def request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, special_tokens: bool = True
+        self,
+        request_id: str,
+        prompt: Prompt | PreparedPrompt,
+        params: SamplingParams | CheckedParams,
+        priority: int = 0,
     ) -> tuple[Request, str | None]:
         """A checked request and the prompt's text, None when it came as token ids.
-
-        Args:
-            prompt: text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and optionally ``cache_salt``.
-            special_tokens: whether the tokenizer adds its own (BOS); chat templates have them already.
 
         Raises:
             ValidationError: anything in the prompt or the parameters that cannot be honoured.
         """
-        text, ids, salt = self._prompt(prompt, special_tokens)
-        self._check_ids(ids)
-        params = params.clone()
-        self._check_params(params)
+        if not isinstance(prompt, PreparedPrompt):
+            (read,) = self.reader.read([prompt])
+            if isinstance(read, ValidationError):
+                raise read
+            prompt = read
+        checked = params if isinstance(params, CheckedParams) else self.check(params)
         request = Request(
             request_id,
-            ids,
-            params,
+            prompt.token_ids,
+            checked.params,
             eos_token_ids=self._eos_token_ids,
-            seed=self._request_seed(params),
+            seed=self._request_seed(checked.params),
             priority=priority,
-            cache_salt=salt,
+            cache_salt=prompt.cache_salt,
         )
-        request.bad_words = self._bad_words(params)
-        self._check_something_is_allowed(request)
-        return request, text
-
-    def _prompt(self, prompt: Prompt, special_tokens: bool) -> tuple[str | None, list[int], str | None]:
-        salt = None
-        if isinstance(prompt, Mapping):
-            for key in prompt:
-                if key not in _PROMPT_KEYS:
-                    why = "is not supported yet" if key in _LATER_KEYS else "does not exist"
-                    raise ValidationError(
-                        f"the prompt has the key {key!r}, which {why}; supported: {', '.join(_PROMPT_KEYS)}"
-                    )
-            salt = prompt.get("cache_salt")
-            if salt is not None and not (isinstance(salt, str) and salt):
-                raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
-            if prompt.get("prompt_token_ids") is not None:
-                return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt
-            if "prompt" not in prompt:
-                raise ValidationError(f"the prompt must have 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, self._tokenize(prompt, special_tokens), salt
-        return None, self._ids(prompt), salt
-
-    def _tokenize(self, text: str, special_tokens: bool) -> list[int]:
-        if self.tokenizer is None:
-            raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True): give prompt_token_ids")
-        return self._encode(text, special_tokens)
-
-    def _encode(self, text: str, special_tokens: bool) -> list[int]:
-        assert self.tokenizer is not None
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValidationError(f"text with a lone surrogate ({error}) cannot be tokenized: {text!r:.80}") from None
-        # not verbose: how long a prompt may be is the engine's to say
-        return list(self.tokenizer.encode(text, add_special_tokens=special_tokens, verbose=False))
-
-    @staticmethod
-    def _ids(ids: Any) -> list[int]:
-        try:
-            if isinstance(ids, (bytes, bytearray)):
-                raise TypeError
-            ids = list(ids)
-            wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
-        except TypeError:
-            raise ValidationError(
-                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}"
-            ) from None
-        if wrong is not None:
-            raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
-        return [int(i) for i in ids]
-
-    def _check_ids(self, ids: list[int]) -> None:
-        if not ids:
-            raise ValidationError("The decoder prompt cannot be empty")
-        for token in (max(ids), min(ids)):
-            if not 0 <= token < self._vocab_size:
-                raise ValidationError(
-                    f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, "
-                    f"0 to {self._vocab_size - 1}"
-                )
+        request.bad_words = checked.bad_words
+        return request, prompt.text
 
     def _check_params(self, params: SamplingParams) -> None:
         reason = unsupported(params)
@@ -164,8 +124,8 @@ class InputProcessor:
         if self.tokenizer is None:
             raise ValidationError("bad_words need a tokenizer, and skip_tokenizer_init=True: use logit_bias")
         spelled = [variant for word in params.bad_words for variant in (word.lstrip(), " " + word.lstrip())]
-        encoded = (tuple(self._encode(variant, False)) for variant in spelled)
-        found = tuple(dict.fromkeys(ids for ids in encoded if ids))
+        encoded = encode(self.tokenizer, spelled, special_tokens=False)
+        found = tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
         longest = max(map(len, found), default=0)
         if longest > MAX_BAD_WORD_TOKENS:
             raise ValidationError(f"a bad word has {longest} tokens; at most {MAX_BAD_WORD_TOKENS} are supported")
@@ -177,15 +137,14 @@ class InputProcessor:
             )
         return found
 
-    @staticmethod
-    def _check_something_is_allowed(request: Request) -> None:
+    def _check_something_is_allowed(self, checked: CheckedParams) -> None:
         """Refuse masks that leave no token at all."""
-        params = request.params
+        params = checked.params
         if params.allowed_token_ids is None:
             return
-        left = set(params.allowed_token_ids) - {words[0] for words in request.bad_words if len(words) == 1}
+        left = set(params.allowed_token_ids) - {words[0] for words in checked.bad_words if len(words) == 1}
         if params.min_tokens:
-            left -= request.stop_token_ids
+            left -= self._eos_token_ids.union(params.stop_token_ids or ())
         if not left:
             raise ValidationError(
                 f"allowed_token_ids={params.allowed_token_ids[:8]}, bad_words and min_tokens together leave no token "

@@ -117,8 +117,10 @@ class OutputProcessor:
     def add(self, request: Request, text: str | None) -> None:
         self._states[request.request_id] = OutputState(request, text, self._tokenizer)
 
-    def drop(self, request_id: str) -> None:
-        self._states.pop(request_id, None)
+    def end(self, request: Request) -> RequestOutput | None:
+        """The last output of a request that was ended from outside."""
+        state = self._states.pop(request.request_id, None)
+        return None if state is None else state.output()
 
     def clear(self) -> None:
         self._states.clear()
@@ -142,7 +144,7 @@ class OutputProcessor:
                         scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
             output = state.output()
             if request.is_finished:
-                self.drop(request.request_id)
+                del self._states[request.request_id]
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -12,7 +12,7 @@ from jaxllm.outputs import RequestOutput
 class Progress:
     """Counts finished requests and shows the speed of input and output."""
 
-    def __init__(self, total: int, done: int, *, enabled: bool):
+    def __init__(self, total: int | None, done: int, *, enabled: bool):
         self._bar = tqdm(
             total=total, initial=done, desc="Processed prompts", unit="req", dynamic_ncols=True, disable=not enabled
         )

@@ -168,6 +168,23 @@ class Request:
         self.first_token_ts = 0.0
         self.last_token_ts = 0.0
 
+    def fork(self, request_id: str, params: SamplingParams, seed: int) -> Request:
+        """The same prompt as another request that has not begun."""
+        fork = Request(
+            request_id,
+            self.prompt_token_ids,
+            params,
+            eos_token_ids=self.eos_token_ids,
+            seed=seed,
+            priority=self.priority,
+            arrival_time=self.arrival_time,
+            cache_salt=self.cache_salt,
+            extra_keys=self.extra_keys,
+            skip_reading_prefix_cache=self.skip_reading_prefix_cache,
+        )
+        fork.bad_words = self.bad_words
+        return fork
+
     @property
     def num_tokens(self) -> int:
         """Tokens that the host knows: prompt and outputs read."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
+CONTENT_FORMATS = ("auto", "string", "openai")
+
 
 def load_chat_template(template: str | None) -> str | None:
     """The text of a Jinja template given as itself or as a file.
@@ -42,15 +44,32 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._template = load_chat_template(template)
 
-    def render(self, conversation: Conversation, *, template: str | None = None, **kwargs: Any) -> str:
+    def render(
+        self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
+    ) -> str:
         """The prompt's text, special tokens included.
+
+        Args:
+            content_format: what the template expects as a message's content: "string" (and "auto"), or "openai", a
+                list of parts.
 
         Raises:
             ValidationError: no template, a message that is none, or one that the template refuses.
         """
+        if content_format not in CONTENT_FORMATS:
+            raise ValidationError(
+                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}; got {content_format!r}."
+            )
         if self._tokenizer is None:
             raise ValidationError("chat needs a tokenizer, and skip_tokenizer_init=True: use generate()")
+        if isinstance(conversation, (str, Mapping)) or not isinstance(conversation, Sequence):
+            raise ValidationError(
+                "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
+                f"got {conversation!r:.80}"
+            )
         messages = [_message(index, message) for index, message in enumerate(conversation)]
+        if content_format == "openai":
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
         template = load_chat_template(template) or self._template

@@ -47,7 +47,7 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "later key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
     "empty text": ("", "prompt cannot be empty"),
     "no token ids": ([], "prompt cannot be empty"),
-    "empty mapping": ({}, "must have 'prompt' or 'prompt_token_ids'"),
+    "empty mapping": ({}, "must have 'prompt', 'prompt_token_ids' or 'messages'"),
     "mapping of no ids": ({"prompt_token_ids": []}, "prompt cannot be empty"),
     "id too large": ([1, 257, 3], "Token id 257 is out of vocabulary: the model has 257 tokens, 0 to 256"),
     "huge id": ([2**70], "Token id 1180591620717411303424 is out of vocabulary"),
@@ -77,7 +77,6 @@ BAD_PARAMS: dict[str, tuple[SamplingParams, str]] = {
     "long bad word": (changed(bad_words=["123456789"]), "a bad word has 10 tokens; at most 8 are supported"),
     "many bad words": (changed(bad_words=[f"w{i}" for i in range(40)]), "bad_words make 80 token sequences"),
     "too many logprobs": (changed(logprobs=21), "greater than max allowed: 20"),
-    "several completions": (changed(n=2, temperature=1.0), "n > 1 is not supported yet"),
     "nothing left": (changed(allowed_token_ids=[40], bad_words=["I"]), "together leave no token to generate"),
     "prompt logprobs": (changed(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
 }
@@ -156,7 +155,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "messages": (lambda e: e.chat("hello"), ValidationError, "messages must be"),
     "number as messages": (lambda e: e.chat(3), ValidationError, "messages must be"),
     "number as conversation": (lambda e: e.chat([3]), ValidationError, "messages must be"),
-    "message": (lambda e: e.chat([["hello"]]), ValidationError, "messages must be"),
+    "message": (lambda e: e.chat([["hello"]]), ValidationError, "must have a .role. and a .content."),
     "message without role": (lambda e: e.chat([{"content": "a"}]), ValidationError, "'role'"),
     "nan": (lambda e: SamplingParams(temperature=math.nan), ValidationError, "temperature must be a finite number"),
     "close name": (lambda e: SamplingParams(temprature=1), TypeError, "did you mean 'temperature'"),  # pyright: ignore

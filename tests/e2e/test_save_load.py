@@ -25,12 +25,12 @@ def answers(llm: LLM) -> list[tuple[str, list[int]]]:
 def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, dtype: str):
     with LLM(tiny_model, dtype=dtype, **SMALL) as llm:
         before = answers(llm)
-        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm._runner.params)]
+        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm._started.runner.params)]
         llm.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     with LLM(tmp_path / "saved", dtype=dtype, **SMALL) as llm:
-        assert llm._checkpoint.load_format == "orbax"
-        for saved, loaded in zip(weights, jax.tree.leaves(llm._runner.params), strict=True):
+        assert llm._started.checkpoint.load_format == "orbax"
+        for saved, loaded in zip(weights, jax.tree.leaves(llm._started.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()
         assert answers(llm) == before
 

@@ -104,7 +104,7 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         max_num_seqs=MAX_NUM_SEQS,
     ) as llm:
         places = set()
-        core, runner = llm._engine(), llm._runner
+        core, runner = llm._engine(), llm._started.runner
         params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
         for i, length in enumerate((1, 70, 12, 100, 33)):
             core.add_request(*llm._inputs.request(str(i), list(range(length)), params))

@@ -1,0 +1,138 @@
+"""Who drives the engine, and who gets what comes out of it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from jaxllm.engine.parallel_sampling import ParallelSampling
+from jaxllm.outputs import RequestOutput, failed_output
+
+if TYPE_CHECKING:
+    from jaxllm.engine.core import EngineCore
+    from jaxllm.engine.request import Request
+
+Receiver = Callable[[RequestOutput], object]
+
+
+class EngineClient:
+    """The engine core behind a lock, with a receiver for every request.
+
+    Any number of threads may add requests and call `step`: one of them runs a step at a time, and what it brings goes
+    to whoever waits for it. So the calls of several threads share the engine's batches.
+    """
+
+    def __init__(self, core: EngineCore):
+        self._core: EngineCore | None = core
+        #: held while the engine works
+        self.lock = threading.RLock()
+        self._receivers: dict[str, Receiver] = {}
+        #: ids of the children of requests with n > 1
+        self._children: dict[str, list[str]] = {}
+        self._num_requests = 0
+
+    @property
+    def core(self) -> EngineCore:
+        """Raises RuntimeError after `close`."""
+        if self._core is None:
+            raise RuntimeError("the engine has been shut down; make a new LLM")
+        return self._core
+
+    def next_id(self) -> str:
+        """A request id that was not in use."""
+        with self.lock:
+            self._num_requests += 1
+            return str(self._num_requests - 1)
+
+    def add(self, request: Request, text: str | None, receive: Receiver) -> None:
+        """Queue a request; `receive` gets its outputs, in the thread whose step brings them.
+
+        Raises:
+            ValidationError: it can never run.
+        """
+        with self.lock:
+            if request.params.n == 1:
+                self.core.add_request(request, text)
+                self._receivers[request.request_id] = receive
+                return
+            parent_id = request.request_id
+
+            def receive_whole(output: RequestOutput) -> None:
+                if output.finished:
+                    self._children.pop(parent_id, None)
+                receive(output)
+
+            family = ParallelSampling(request, receive_whole)
+            ids = self._children[parent_id] = []
+            try:
+                for index, child in enumerate(family.children):
+                    self.core.add_request(child, text)
+                    self._receivers[child.request_id] = functools.partial(family.take, index)
+                    ids.append(child.request_id)
+            except BaseException:
+                self.end([parent_id])
+                raise
+
+    def step(self) -> None:
+        """Run one step of the engine and deliver what it brings.
+
+        An error of the device ends every request: this call raises it, and the receivers of all requests get an output
+        that says so.
+        """
+        with self.lock:
+            try:
+                outputs = self.core.step()
+            except BaseException as error:
+                self._fail_all(f"the engine failed: {error!r}")
+                raise
+            self._deliver(outputs)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._receivers)
+
+    def end(self, request_ids: Iterable[str]) -> None:
+        """Leave nothing of these requests behind, finished or not; nothing of them is delivered any more."""
+        with self.lock:
+            ids = [i for request_id in request_ids for i in self._children.pop(request_id, (request_id,))]
+            ids = [i for i in ids if self._receivers.pop(i, None)]
+            if ids and self._core is not None:
+                self._core.abort(ids)
+                if not self._receivers:
+                    self._deliver(self._core.drain())
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests; their receivers get what there is, with ``finish_reason="abort"``."""
+        with self.lock:
+            ids = [i for request_id in request_ids for i in self._children.get(request_id, (request_id,))]
+            self._deliver(self.core.abort(ids))
+
+    def abort_all(self) -> None:
+        """End every request, as `abort` does."""
+        with self.lock:
+            self.abort(list(self._receivers))
+            self._deliver(self.core.drain())
+
+    def close(self) -> None:
+        """Let go of the engine, which the caller shuts down; whoever still waits is told."""
+        with self.lock:
+            self._core = None
+            self._fail_all("the engine was shut down")
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            receive = self._receivers.get(output.request_id)
+            if receive is None:
+                continue
+            if output.finished:
+                del self._receivers[output.request_id]
+            receive(output)
+
+    def _fail_all(self, reason: str) -> None:
+        waiting, self._receivers = self._receivers, {}
+        self._children.clear()
+        for request_id, receive in waiting.items():
+            # "abort", not "error": it is not the request's fault
+            receive(failed_output(request_id, None, reason, finish_reason="abort"))

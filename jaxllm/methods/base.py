@@ -1,0 +1,65 @@
+"""What every kind of method of an `LLM` may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.engine.feed import Feed
+from jaxllm.engine.prompts import TokenizationOptions
+from jaxllm.errors import ValidationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.client import EngineClient
+    from jaxllm.engine.input_processor import InputProcessor
+    from jaxllm.runner.memory import MemoryPlan
+    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.startup import Started
+    from jaxllm.tokenization.pool import TokenizerPool
+
+
+class EngineMethods:
+    """A running engine. `LLM` is made of its subclasses, one for each kind of method."""
+
+    _client: EngineClient
+    _inputs: InputProcessor
+    _pool: TokenizerPool
+    _tokenizer: PreTrainedTokenizerBase | None
+    _default_params: SamplingParams
+    _started: Started
+    #: what the device's memory holds, in bytes; prints as a table
+    memory_plan: MemoryPlan
+
+    def _feed(
+        self,
+        prompts: Iterable[Any],
+        params: SamplingParams | Iterable[SamplingParams] | None,
+        *,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Feed:
+        """A `Feed` for prompts of one call."""
+        scheduler = self._client.core.scheduler.config
+        # the scheduler sorts by priority only what it has
+        window = max(2 * scheduler.max_num_seqs, 256)
+        if scheduler.policy == "priority" and isinstance(prompts, Sized):
+            window = max(window, len(prompts))
+        return Feed(
+            self._client,
+            self._inputs,
+            self._pool,
+            prompts,
+            self._default_params if params is None else params,
+            window=window,
+            options=TokenizationOptions.of(tokenization_kwargs, max_model_len=scheduler.max_model_len),
+            **kwargs,
+        )
+
+
+def refuse(**arguments: Any) -> None:
+    """Refuse what later capabilities will take."""
+    for name, value in arguments.items():
+        if value:
+            raise ValidationError(f"{name} is not supported yet")

@@ -1,0 +1,62 @@
+"""One prompt or many: what a call's first argument means."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxllm.engine.prompts import Prompt
+from jaxllm.errors import ValidationError
+from jaxllm.tokenization.chat import Conversation
+
+
+def as_prompts(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
+    """The prompts of a call: one text, mapping or list of token ids stands for a list of one.
+
+    Iterators are not read beyond their first item.
+
+    Raises:
+        ValidationError: something that is no prompt and holds none.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValidationError(
+            f"prompts must be text, token ids, a mapping, or a list of these; got {prompts!r:.80} of type "
+            f"{type(prompts).__name__}"
+        )
+    if isinstance(prompts, Iterator):
+        first = list(itertools.islice(prompts, 1))
+        if first and isinstance(first[0], numbers.Integral):
+            return [[*first, *prompts]]  # pyright: ignore[reportReturnType]
+        return itertools.chain(first, prompts)  # pyright: ignore[reportReturnType]
+    listed: Sequence[Any] = prompts if isinstance(prompts, (list, tuple)) else _as_sequence(prompts)
+    if listed and all(isinstance(item, numbers.Integral) for item in listed):
+        return [list(listed)]
+    return listed
+
+
+def _as_sequence(prompts: Iterable[Any]) -> Sequence[Any]:
+    """What has a length and is no list (an array, a column of a table, a data set, a dict's view)."""
+    return list(prompts)
+
+
+def as_conversations(messages: Any) -> Iterable[Conversation]:
+    """The conversations of a call: one list of messages stands for a list of one. Each is checked when it is rendered.
+
+    Raises:
+        ValidationError: something that is neither.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise ValidationError(
+            "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
+            f"got {messages!r:.80}"
+        )
+    if isinstance(messages, Iterator):
+        first = list(itertools.islice(messages, 1))
+        rest = itertools.chain(first, messages)
+        return [list(rest)] if first and isinstance(first[0], Mapping) else rest
+    conversations = list(messages)
+    return [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
