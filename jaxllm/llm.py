@@ -14,7 +14,10 @@ from jaxllm.engine.client import EngineClient
 from jaxllm.engine.core import EngineCore
 from jaxllm.errors import ValidationError
 from jaxllm.log import show_log
+from jaxllm.methods.beam_search import BeamSearchMethods
+from jaxllm.methods.control import ControlMethods
 from jaxllm.methods.generation import GenerationMethods
+from jaxllm.methods.queueing import QueueingMethods
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.startup import Started, start
 from jaxllm.tokenization.pool import TokenizerPool
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.metrics import Metric
 
 
-class LLM(GenerationMethods):
+class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods):
     """A model and the engine that runs it, with vLLM's interface.
 
     Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the
@@ -55,6 +58,7 @@ class LLM(GenerationMethods):
         self._inputs = started.inputs
         self._tokenizer = started.tokenizer
         self._default_params = started.default_params
+        self._enqueued = []
         self._pool = TokenizerPool(args.tokenizer_pool_size)
         self.memory_plan = started.memory_plan
         #: seconds of each start-up phase
@@ -79,11 +83,6 @@ class LLM(GenerationMethods):
         return self._default_params.clone()
 
     # The engine's life.
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. Returns False, and does nothing, while requests run."""
-        with self._client.lock:
-            return self._engine().reset_prefix_cache()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""

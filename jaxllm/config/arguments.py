@@ -100,7 +100,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_transfer_config": (),
         "kv_events_config": (),
     },
-    "sleep mode": {"enable_sleep_mode": (False,)},
     "logits processors": {"logits_processors": (), "logits_processor_pattern": ()},
     "other tokenizers": {"tokenizer_mode": ("auto", "hf", "fast")},
     "this scheduling option": {
@@ -192,6 +191,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "tokenizer_pool_type": NoEffect("the tokenizer pool's workers are threads", ("thread",)),
     "tokenizer_pool_extra_config": NoEffect("the tokenizer pool's workers are threads"),
     "renderer_num_workers": NoEffect("tokenizer_pool_size is the number of threads that render and tokenize", (1,)),
+    "enable_sleep_mode": NoEffect("every engine can sleep", (False, True)),
     "max_parallel_loading_workers": NoEffect("there is one process"),
     "ray_workers_use_nsight": NoEffect("there is one process", (False,)),
     "disable_nccl_for_dp_synchronization": NoEffect("there is one process"),

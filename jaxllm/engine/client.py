@@ -115,6 +115,21 @@ class EngineClient:
             self.abort(list(self._receivers))
             self._deliver(self.core.drain())
 
+    def preempt_all(self) -> None:
+        """Put every running request back into the queue; it will be computed anew."""
+        with self.lock:
+            self._deliver(self.core.drain())
+            self.core.scheduler.preempt_all()
+
+    def pause(self, mode: str) -> None:
+        """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" preempts them."""
+        with self.lock:
+            if mode == "abort":
+                self.abort_all()
+            while mode == "wait" and self._receivers:
+                self.step()
+            self.preempt_all()
+
     def close(self) -> None:
         """Let go of the engine, which the caller shuts down; whoever still waits is told."""
         with self.lock:

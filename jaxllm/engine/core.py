@@ -42,10 +42,13 @@ class EngineCore:
         self._metrics = metrics
         #: steps launched and not read
         self._in_flight: collections.deque[tuple[SchedulerOutput, StepFuture]] = collections.deque()
+        #: what `sleep` has put away
+        self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
 
     def add_request(self, request: Request, text: str | None) -> None:
-        """Queue a request. Raises ValidationError when it can never run."""
+        """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
+        self.check_awake()
         if request.priority and self.scheduler.config.policy != "priority":
             raise ValidationError(
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
@@ -76,6 +79,7 @@ class EngineCore:
         An error of the device or of a model ends every request, since the cache's contents are lost with the failed
         step, and leaves the engine usable; it is raised to the caller.
         """
+        self.check_awake()
         try:
             scheduled = self.scheduler.schedule()
             if scheduled.rows:
@@ -114,6 +118,39 @@ class EngineCore:
             self._recover()
             raise
         return outputs
+
+    # Sleep. Requests are at rest: ended, or back in the queue.
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._asleep)
+
+    def check_awake(self) -> None:
+        """Raise RuntimeError while anything sleeps."""
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake_up() first")
+
+    def sleep(self, level: int, *, kv_cache: bool = False) -> None:
+        """Free the device's memory. Level 0: nothing, 1: weights to the host, 2: weights dropped; `kv_cache` (always
+        from level 1 on): the cache.
+        """
+        if kv_cache or level:
+            self.scheduler.reset_prefix_cache()
+            self._runner.free_cache()
+            self._asleep.add("kv_cache")
+        if level and "weights" not in self._asleep:
+            self._runner.free_weights(keep_on_host=level == 1)
+            self._asleep.add("weights")
+        self._asleep.add("scheduling")
+
+    def wake_up(self, tags: set[str]) -> bool:
+        """Bring back what `tags` name of what sleeps; returns whether nothing sleeps any more."""
+        if "weights" in tags & self._asleep:
+            self._runner.restore_weights()
+        if "kv_cache" in tags & self._asleep:
+            self._runner.reset()
+        self._asleep -= tags
+        return not self._asleep
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()

@@ -86,13 +86,13 @@ class Feed:
         #: request id -> index of its prompt
         self._running: dict[str, int] = {}
         # two counters: steps of other threads finish prompts, this call's thread reads them
-        self._num_read = self._num_finished = 0
+        self.num_read = self._num_finished = 0
         #: outputs that nobody has taken, in the order of completion
         self.finished: collections.deque[RequestOutput] = collections.deque()
 
     @property
     def _unfinished(self) -> int:
-        return self._num_read - self._num_finished
+        return self.num_read - self._num_finished
 
     @property
     def done(self) -> bool:
@@ -117,6 +117,20 @@ class Feed:
                         self._client.step()
         if self._raise:
             self._raise_failures()
+
+    def submit(self) -> list[str]:
+        """Read and add every prompt, without running anything; the window has to hold them all.
+
+        Returns:
+            The request ids, in the order of the prompts.
+
+        Raises:
+            ValidationError: a prompt is refused.
+        """
+        self._read()
+        self._check_first = True
+        self._add_ready()
+        return list(self._running)
 
     def close(self) -> None:
         """End what runs. What is in the pool is dropped when it is ready."""
@@ -145,7 +159,7 @@ class Feed:
                 batch.append(job)
                 # a slow source: let the engine work in between
                 slow = time.perf_counter() - start > _PATIENCE and not self._check_first
-            self._num_read += len(batch)
+            self.num_read += len(batch)
             if batch:
                 self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
             if slow:

@@ -54,7 +54,7 @@ class InputProcessor:
         self.reader = PromptReader(tokenizer, renderer, vocab_size)
         self._vocab_size = vocab_size
         # some checkpoints name ends that their vocabulary does not have
-        self._eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._max_logprobs = max_logprobs
         self._seed = seed
         self._count = 0
@@ -96,7 +96,7 @@ class InputProcessor:
             request_id,
             prompt.token_ids,
             checked.params,
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             seed=self._request_seed(checked.params),
             priority=priority,
             cache_salt=prompt.cache_salt,
@@ -144,7 +144,7 @@ class InputProcessor:
             return
         left = set(params.allowed_token_ids) - {words[0] for words in checked.bad_words if len(words) == 1}
         if params.min_tokens:
-            left -= self._eos_token_ids.union(params.stop_token_ids or ())
+            left -= self.eos_token_ids.union(params.stop_token_ids or ())
         if not left:
             raise ValidationError(
                 f"allowed_token_ids={params.allowed_token_ids[:8]}, bad_words and min_tokens together leave no token "

@@ -290,6 +290,16 @@ class Scheduler:
         victim.num_computed_tokens = 0
         self.waiting.push_front(victim)
 
+    def preempt_all(self) -> None:
+        """Take rows and blocks from every running request, after all steps have been read."""
+        while self.running:
+            victim = self.running.pop()
+            self._release(victim)
+            victim.status = RequestStatus.PREEMPTED
+            victim.num_preemptions += 1
+            victim.num_computed_tokens = 0
+            self.waiting.push_front(victim)
+
     def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestUpdate]:
         """Take in what a step sampled; steps are read in the order in which they were scheduled.
 

@@ -38,12 +38,14 @@ class EngineMethods:
         params: SamplingParams | Iterable[SamplingParams] | None,
         *,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
         **kwargs: Any,
     ) -> Feed:
         """A `Feed` for prompts of one call."""
         scheduler = self._client.core.scheduler.config
         # the scheduler sorts by priority only what it has
-        window = max(2 * scheduler.max_num_seqs, 256)
+        if window is None:
+            window = max(2 * scheduler.max_num_seqs, 256)
         if scheduler.policy == "priority" and isinstance(prompts, Sized):
             window = max(window, len(prompts))
         return Feed(

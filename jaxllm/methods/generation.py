@@ -86,7 +86,7 @@ class GenerationMethods(EngineMethods):
         """
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         convert = functools.partial(
-            _chat_prompt,
+            chat_prompt,
             chat_template=chat_template,
             chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
@@ -130,7 +130,7 @@ class GenerationMethods(EngineMethods):
         self, messages: Conversation, sampling_params: SamplingParams | None = None, **chat_options: Any
     ) -> Generator[str, None, None]:
         """The answer to one conversation, piece by piece; `chat_options` are those of `chat`."""
-        return self.stream(_chat_prompt(messages, **chat_options), sampling_params)
+        return self.stream(chat_prompt(messages, **chat_options), sampling_params)
 
     def _run(
         self,
@@ -167,6 +167,6 @@ def _taken(feed: Feed) -> Iterator[RequestOutput]:
         yield feed.finished.popleft()
 
 
-def _chat_prompt(messages: Any, **options: Any) -> Prompt:
-    """A conversation as a prompt."""
+def chat_prompt(messages: Any, **options: Any) -> Prompt:
+    """A conversation as a prompt; `options` are those of `GenerationMethods.chat`."""
     return {"messages": messages, **options}

@@ -136,13 +136,19 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     params = shapes(sources, jnp.dtype(config.dtype), config.sharding)
     config, programs, plan = plan_memory(config, params)
     clock.lap("plan")
-    weights = checkpoint.load(
-        sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
-    )
+
+    def load() -> Params:
+        return checkpoint.load(
+            sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
+        )
+
+    weights = load()
     clock.lap("load weights")
+
     # allocation is asynchronous: the cache's pages are touched while the compiler works
     runner = Runner(
         weights,
+        load,
         programs,
         config.state(plan.num_blocks),
         num_groups=len(config.groups),

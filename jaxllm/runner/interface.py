@@ -103,6 +103,18 @@ class ModelRunner(Protocol):
         """Make the device state usable again after a failed step; the cache's contents are lost."""
         ...
 
+    def free_cache(self) -> None:
+        """Free the device state; `reset` makes it anew."""
+        ...
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        """Free the weights' memory on the device."""
+        ...
+
+    def restore_weights(self) -> None:
+        """Undo `free_weights`: from the host, or from where they were first read."""
+        ...
+
     def shutdown(self) -> None:
         """Free every device array."""
         ...

@@ -1,0 +1,151 @@
+"""Sleep, weights and the calls that reach into the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import SMALL, write_tiny_model
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import ValidationError
+from jaxllm.outputs import RequestOutput
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+PROMPTS = ["one prompt", "another, longer prompt " * 3]
+
+
+@pytest.fixture
+def llm(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_model, **SMALL) as llm:
+        yield llm
+
+
+def texts(llm: LLM) -> list[str]:
+    return [output.outputs[0].text for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_slept_wakes_up_the_same(llm: LLM, level: int):
+    before = texts(llm)
+    runner = llm._started.runner
+    llm.sleep(level)
+    assert llm.is_sleeping
+    assert (runner._state is None) == (level > 0)
+    assert (runner.params is None) == (level == 2)
+    with pytest.raises(RuntimeError, match="wake_up"):
+        llm.generate("hello", GREEDY, use_tqdm=False)
+    assert llm.wake_up()
+    assert texts(llm) == before
+
+
+def test_waking_up_in_parts(llm: LLM):
+    before = texts(llm)
+    llm.sleep(2)
+    assert not llm.wake_up(["weights"]) and llm.is_sleeping
+    assert not llm.wake_up(["kv_cache"])
+    assert llm.wake_up("scheduling")
+    assert texts(llm) == before
+    llm.release_kv_cache_memory()
+    assert llm._started.runner._state is None and llm._started.runner.params is not None
+    assert llm.wake_up()
+    assert texts(llm) == before
+
+
+def begin(llm: LLM, steps: int) -> None:
+    llm.enqueue(PROMPTS, GREEDY)
+    for _ in range(steps):
+        llm._client.step()
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+def test_requests_are_brought_to_rest_before_the_engine_sleeps(llm: LLM, mode: str):
+    before = texts(llm)
+    begin(llm, 6)
+    llm.sleep(1, mode=mode)
+    assert llm._client.core.scheduler.kv_cache_manager.pool.num_used == 0
+    llm.wake_up()
+    outputs = llm.wait_for_completion(RequestOutput, use_tqdm=False)
+    reasons = {output.outputs[0].finish_reason for output in outputs}
+    found = [output.outputs[0].text for output in outputs]
+    if mode == "abort":
+        assert reasons == {"abort"}
+        assert any(found) and all(whole.startswith(text) for whole, text in zip(before, found, strict=True))
+        assert found != before
+    else:
+        assert reasons == {"length"} and found == before
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda llm: llm.sleep(3), ValidationError, "level must be 0, 1 or 2, got 3"),
+        (lambda llm: llm.sleep(mode="nap"), ValidationError, "got 'nap'"),
+        (lambda llm: llm.wake_up(["weight"]), ValidationError, "'weight'"),
+        (lambda llm: llm.collective_rpc("dance"), ValidationError, "no method 'dance'; it has .*reload_weights"),
+        (lambda llm: llm.collective_rpc("_sample"), ValidationError, "no method '_sample'"),
+        (lambda llm: llm.wait_for_completion(dict, use_tqdm=False), TypeError, "RequestOutput"),
+    ],
+)
+def test_bad_calls_say_what_is_wrong(engine: LLM, call: Any, kind: type[Exception], words: str):
+    engine.enqueue("hello", GREEDY)
+    with pytest.raises(kind, match=words):
+        call(engine)
+    engine.wait_for_completion(use_tqdm=False)
+
+
+def test_weights_are_a_pytree_that_can_be_replaced(llm: LLM, tmp_path: Path):
+    mine = texts(llm)
+    (params,) = llm.apply_model(lambda params: params)
+    with LLM(write_tiny_model(tmp_path, seed=1), **SMALL) as other:
+        theirs = texts(other)
+        (others,) = other.apply_model(lambda params: jax.tree.map(np.asarray, params))
+        assert theirs != mine
+        llm.update_weights(others)
+    assert texts(llm) == theirs
+    llm.update_weights(params)
+    assert texts(llm) == mine
+    assert llm.collective_rpc(lambda runner, scale: scale * len(jax.tree.leaves(runner.params)), args=(2,))[0] > 0
+    llm.update_weights(others)
+    llm.collective_rpc("reload_weights")
+    assert texts(llm) == mine
+    # what the caller gave is the caller's: it has not been deleted
+    assert np.isfinite(np.asarray(jax.tree.leaves(params)[0])).all()
+
+
+def test_weights_of_another_shape_are_refused_by_name(llm: LLM):
+    (params,) = llm.apply_model(lambda params: params)
+    wrong = params.replace(embedding=params.embedding[:, :8])
+    with pytest.raises(ValidationError, match=r"params.embedding must be float32\[257, 64\], got float32\[257, 8\]"):
+        llm.update_weights(wrong)
+    begin(llm, 1)
+    with pytest.raises(RuntimeError, match="while requests run"):
+        llm.update_weights(params)
+
+
+def test_the_prefix_cache_is_reset_under_running_requests(llm: LLM):
+    before = texts(llm)
+    begin(llm, 6)
+    assert not llm.reset_prefix_cache()
+    assert llm.reset_prefix_cache(reset_running_requests=True)
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == before
+    assert all(output.metrics.num_preemptions == 1 for output in outputs)
+
+
+def test_enqueued_requests_come_back_in_their_order(engine: LLM):
+    alone = [engine.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].text for prompt in PROMPTS]
+    short = SamplingParams(temperature=0.0, max_tokens=2)
+    ids = engine.enqueue(PROMPTS, [GREEDY, short])
+    chat = engine.enqueue_chat([{"role": "user", "content": "hi"}], short)
+    with pytest.raises(ValidationError, match="empty"):
+        engine.enqueue(["fine", []], GREEDY)
+    outputs = engine.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == ids + chat
+    assert outputs[0].outputs[0].text == alone[0] and alone[1].startswith(outputs[1].outputs[0].text)
+    assert outputs[2].prompt == "user: hi\n"
+    assert engine.wait_for_completion(use_tqdm=False) == []
