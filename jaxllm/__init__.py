@@ -9,21 +9,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxllm.async_llm import AsyncLLM
+    from jaxllm.beam_search import BeamSearchParams
+    from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
     from jaxllm.outputs import CompletionOutput, RequestOutput
-    from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+    from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "RequestOutputKind", "SamplingParams", "__version__"]
-
 _HOMES = {
     "LLM": "jaxllm.llm",
+    "AsyncLLM": "jaxllm.async_llm",
+    "BeamSearchParams": "jaxllm.beam_search",
     "CompletionOutput": "jaxllm.outputs",
+    "EngineArgs": "jaxllm.config.engine_args",
     "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
+    "StructuredOutputsParams": "jaxllm.output_constraints",
 }
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineArgs",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,222 @@
+"""`AsyncLLM`: the engine for asyncio programs."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxllm.engine.prompts import PreparedPrompt, Prompt, TokenizationOptions
+from jaxllm.errors import ValidationError
+from jaxllm.llm import LLM
+from jaxllm.methods.generation import chat_prompt
+from jaxllm.outputs import RequestOutput
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenization.chat import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.metrics import Metric
+
+logger = logging.getLogger("jaxllm")
+
+Result = TypeVar("Result")
+
+
+class AsyncLLM:
+    """An engine that a thread of its own drives, so that the event loop never waits for a step.
+
+    Any number of coroutines may generate at the same time; their requests share the engine's batches. Outputs come as
+    ``sampling_params.output_kind`` says: all text so far (the default), or only what is new.
+
+    The constructor blocks until the engine has started; `start` does not. The arguments are `LLM`'s.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        #: the engine's other methods; those that run requests share the engine with this object's
+        self.llm = LLM(model, **kwargs)
+        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._drive, name="jaxllm engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
+        """An engine, started in a thread."""
+        return await asyncio.to_thread(lambda: cls(model, **kwargs))
+
+    # Requests.
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one prompt as they come, the last of them ``finished``. Leaving the loop ends the request.
+
+        Args:
+            request_id: for `abort`; None: one is made.
+
+        Raises:
+            ValidationError: prompt or parameters are refused, or the id is in use.
+            RuntimeError: the engine failed or was shut down.
+        """
+        llm = self.llm
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        options = TokenizationOptions.of(
+            tokenization_kwargs, max_model_len=llm._client.core.scheduler.config.max_model_len
+        )
+        # batches of one: the engine's thread, not this one, may be waiting for the interpreter
+        (prepared,) = await asyncio.wrap_future(llm._pool.submit(llm._inputs.reader.read, [prompt], options))
+        if isinstance(prepared, ValidationError):
+            raise prepared
+        params = llm._default_params if sampling_params is None else sampling_params
+        name = llm._client.next_id() if request_id is None else request_id
+
+        def receive(output: RequestOutput) -> None:
+            # a loop that has been closed has nobody left who waits
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        await self._call(lambda: self._add(name, prepared, params, priority, receive))
+        try:
+            finished = False
+            while not finished:
+                output = await outputs.get()
+                finished = output.finished
+                if output.error is not None:
+                    refused = output.outputs[0].finish_reason == "error"
+                    raise (ValidationError if refused else RuntimeError)(output.error)
+                yield output
+        finally:
+            self._post(lambda: llm._client.end([name]))
+
+    def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        **chat_options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """`generate` for a conversation; `chat_options` are those of `LLM.chat`."""
+        return self.generate(chat_prompt(messages, **chat_options), sampling_params, request_id, priority=priority)
+
+    def _add(
+        self,
+        request_id: str,
+        prompt: PreparedPrompt,
+        params: SamplingParams,
+        priority: int,
+        receive: Callable[[RequestOutput], object],
+    ) -> None:
+        request, text = self.llm._inputs.request(request_id, prompt, params, priority)
+        self.llm._client.add(request, text, receive)
+
+    async def abort(self, request_id: str | list[str]) -> None:
+        """End requests: their generators yield what there is, with ``finish_reason="abort"``."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        await self._call(lambda: self.llm._client.abort(ids))
+
+    # The engine.
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """As `LLM.reset_prefix_cache`."""
+        return await self._call(lambda: self.llm.reset_prefix_cache(reset_running_requests))
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """As `LLM.sleep`."""
+        await self._call(lambda: self.llm.sleep(level, mode))
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        """As `LLM.wake_up`."""
+        return await self._call(lambda: self.llm.wake_up(tags))
+
+    async def is_sleeping(self) -> bool:
+        return self.llm.is_sleeping
+
+    async def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.llm.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """As `LLM.get_metrics`."""
+        return self.llm.get_metrics()
+
+    @property
+    def is_running(self) -> bool:
+        return not self._closing
+
+    def shutdown(self) -> None:
+        """End every request and free the device; idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self.llm.shutdown()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    # The engine's thread.
+
+    def _post(self, work: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps."""
+        with self._wake:
+            if not self._closing:
+                self._work.append(work)
+                self._wake.notify()
+
+    async def _call(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns or raises, done by the engine's thread between two steps."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self._closing:
+            raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
+        self._post(run)
+        return await asyncio.wrap_future(future)
+
+    def _drive(self) -> None:
+        client = self.llm._client
+        while True:
+            with self._wake:
+                while not (self._closing or self._work or self._can_step()):
+                    self._wake.wait()
+                if self._closing:
+                    return
+            while self._work:
+                self._work.popleft()()
+            if self._can_step():
+                try:
+                    client.step()
+                except Exception:
+                    # whoever waits for a request has been told
+                    logger.exception("a step of the engine failed; its requests are ended")
+
+    def _can_step(self) -> bool:
+        client = self.llm._client
+        return client.has_unfinished and not client.core.is_sleeping

@@ -1,0 +1,162 @@
+"""The engine under asyncio: against what the synchronous one gives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_model import SMALL
+
+from jaxllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm.errors import ValidationError
+
+PROMPTS = [f"prompt number {i} " * (i % 3 + 1) for i in range(9)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10)
+DELTA = SamplingParams(temperature=0.0, max_tokens=10, output_kind=RequestOutputKind.DELTA)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[AsyncLLM]:
+    engine = AsyncLLM(tiny_model, **SMALL)
+    yield engine
+    engine.shutdown()
+
+
+async def collect(engine: AsyncLLM, prompt: str, params: SamplingParams, **options: str) -> list[RequestOutput]:
+    return [output async for output in engine.generate(prompt, params, **options)]
+
+
+def test_many_coroutines_share_the_engine(engine: AsyncLLM):
+    expected = [output.outputs[0].text for output in engine.llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+    async def main() -> list[list[RequestOutput]]:
+        return await asyncio.gather(*(collect(engine, prompt, GREEDY) for prompt in PROMPTS))
+
+    found = asyncio.run(main())
+    assert [outputs[-1].outputs[0].text for outputs in found] == expected
+    for outputs in found:
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        texts = [output.outputs[0].text for output in outputs]
+        assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+        assert len(outputs) == 10
+    assert not engine.llm._client.has_unfinished
+
+
+def test_deltas_add_up_to_the_text(engine: AsyncLLM):
+    expected = engine.llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0]
+
+    async def main() -> list[RequestOutput]:
+        return await collect(engine, PROMPTS[0], DELTA)
+
+    outputs = asyncio.run(main())
+    assert "".join(output.outputs[0].text for output in outputs) == expected.text
+    assert [i for output in outputs for i in output.outputs[0].token_ids] == expected.token_ids
+
+
+def test_children_stream_side_by_side(engine: AsyncLLM):
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=6, n=3, output_kind=RequestOutputKind.DELTA)
+    single = [SamplingParams(temperature=1.0, seed=3 + i, max_tokens=6) for i in range(3)]
+    expected = [o.outputs[0].text for o in engine.llm.generate(["tell me"] * 3, single, use_tqdm=False)]
+
+    async def main() -> list[RequestOutput]:
+        return await collect(engine, "tell me", params, request_id="mine")
+
+    outputs = asyncio.run(main())
+    texts = ["", "", ""]
+    for output in outputs:
+        assert output.request_id == "mine" and len(output.outputs) == 1
+        texts[output.outputs[0].index] += output.outputs[0].text
+    assert texts == expected
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+def test_abort_gives_what_there_is(engine: AsyncLLM):
+    long = SamplingParams(temperature=0.0, max_tokens=100)
+
+    async def main() -> list[RequestOutput]:
+        outputs = []
+        async for output in engine.generate("go on", long, "to be ended"):
+            outputs.append(output)
+            if len(outputs) == 3:
+                await engine.abort("to be ended")
+        return outputs
+
+    last = asyncio.run(main())[-1]
+    assert last.finished and last.outputs[0].finish_reason == "abort"
+    assert 3 <= len(last.outputs[0].token_ids) < 100
+
+
+def test_leaving_the_loop_or_being_cancelled_ends_the_request(engine: AsyncLLM):
+    long = SamplingParams(temperature=0.0, max_tokens=200)
+
+    async def main() -> None:
+        async for _ in engine.generate("first", long):
+            break
+        task = asyncio.create_task(collect(engine, "second", long))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # what is posted is done in order: the ends of both come before this
+        await engine.reset_prefix_cache()
+        assert not engine.llm._client.has_unfinished
+        assert engine.llm._client.core.scheduler.kv_cache_manager.pool.num_used == 0
+
+    asyncio.run(main())
+
+
+def test_a_bad_request_fails_alone(engine: AsyncLLM):
+    async def main() -> None:
+        good = asyncio.create_task(collect(engine, PROMPTS[1], GREEDY))
+        with pytest.raises(ValidationError, match="empty"):
+            await collect(engine, "", GREEDY)
+        with pytest.raises(ValidationError, match="logprobs of 99"):
+            await collect(engine, "x", SamplingParams(logprobs=99))
+        first = engine.generate("x", GREEDY, "same")
+        await anext(first)
+        with pytest.raises(ValidationError, match="'same' is in use"):
+            await collect(engine, "y", GREEDY, request_id="same")
+        await first.aclose()
+        assert (await good)[-1].finished
+
+    asyncio.run(main())
+
+
+def test_other_methods_run_beside_it(engine: AsyncLLM):
+    async def main() -> None:
+        chat = [o async for o in engine.chat([{"role": "user", "content": "hi"}], GREEDY)]
+        assert chat[-1].prompt == "user: hi\n"
+        stream = asyncio.create_task(collect(engine, PROMPTS[2], GREEDY))
+        together = await asyncio.to_thread(lambda: engine.llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+        assert (await stream)[-1].outputs[0].text == together[2].outputs[0].text
+        await engine.sleep(1)
+        assert await engine.is_sleeping()
+        with pytest.raises(RuntimeError, match="wake_up"):
+            await collect(engine, "x", GREEDY)
+        assert await engine.wake_up()
+        assert (await collect(engine, PROMPTS[2], GREEDY))[-1].outputs[0].text == together[2].outputs[0].text
+
+    asyncio.run(main())
+
+
+def test_shutdown_tells_who_waits(tiny_model: Path):
+    async def main() -> None:
+        async with await AsyncLLM.start(tiny_model, **SMALL) as engine:
+            stream = engine.generate("hello", SamplingParams(temperature=0.0, max_tokens=200))
+            await anext(stream)
+        with pytest.raises(RuntimeError, match="shut down"):
+            async for _ in stream:
+                pass
+        with pytest.raises(RuntimeError, match="shut down"):
+            await collect(engine, "x", GREEDY)
+
+    asyncio.run(main())
+
+
+def test_the_synchronous_engine_works_inside_a_running_loop(engine: AsyncLLM):
+    async def main() -> int:
+        return len(engine.llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+
+    assert asyncio.run(main()) == len(PROMPTS)

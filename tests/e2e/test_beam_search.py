@@ -1,0 +1,95 @@
+"""Beam search against transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import SMALL
+from transformers import AutoModelForCausalLM
+
+from jaxllm import LLM, BeamSearchParams
+from jaxllm.errors import ValidationError
+
+PROMPTS = ["the first one", "a second prompt, longer than the first one"]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_beams_are_transformers_beams(tiny_model: Path, engine: LLM, width: int, length_penalty: float):
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    params = BeamSearchParams(beam_width=width, max_tokens=8, ignore_eos=True, length_penalty=length_penalty)
+    outputs = engine.beam_search(PROMPTS, params)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([engine.get_tokenizer().encode(prompt)])
+        expected = model.generate(
+            ids, num_beams=width, num_return_sequences=width, max_new_tokens=8, min_new_tokens=8, do_sample=False,
+            length_penalty=length_penalty, output_scores=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        assert [sequence.tokens for sequence in output.sequences] == expected.sequences.tolist()
+        if width > 1:
+            scores = [sequence.score(length_penalty) for sequence in output.sequences]
+            assert scores == pytest.approx(expected.sequences_scores.tolist(), abs=1e-4)
+        for sequence in output.sequences:
+            assert sequence.finish_reason == "length" and len(sequence.logprobs) == 8
+            assert sequence.text == engine.get_tokenizer().decode(sequence.tokens)
+
+
+def test_what_is_searched_together_is_what_is_found_alone(engine: LLM):
+    params = BeamSearchParams(beam_width=3, max_tokens=6)
+    together = engine.beam_search(PROMPTS * 2, params)
+    one_by_one = engine.beam_search(PROMPTS * 2, params, concurrency_limit=1)
+    found = [[s.tokens for s in output.sequences] for output in together]
+    assert found == [[s.tokens for s in output.sequences] for output in one_by_one]
+    assert found[:2] == found[2:]
+
+
+def test_an_end_of_sequence_completes_a_beam(tiny_model: Path):
+    # the token that the best beam generates third is made the end
+    with LLM(tiny_model, **SMALL) as llm:
+        best = llm.beam_search(PROMPTS[0], BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True))[0]
+    prompt_length = len(best.sequences[0].tokens) - 6
+    eos = best.sequences[0].tokens[prompt_length + 2]
+    with LLM(tiny_model, hf_overrides={"eos_token_id": eos}, **SMALL) as llm:
+        for included in (False, True):
+            params = BeamSearchParams(beam_width=2, max_tokens=6, include_stop_str_in_output=included)
+            (output,) = llm.beam_search(PROMPTS[0], params)
+            assert len(output.sequences) == 2
+            stopped = [s for s in output.sequences if s.finish_reason == "stop"]
+            assert stopped and all(s.stop_reason == eos for s in stopped)
+            for sequence in stopped:
+                assert (sequence.tokens[-1] == eos) == included
+                assert len(sequence.logprobs) == len(sequence.tokens) - prompt_length + (not included)
+
+
+def test_a_full_context_ends_the_search(engine: LLM):
+    (output,) = engine.beam_search([list(range(250))], BeamSearchParams(beam_width=2, max_tokens=20))
+    assert all(len(sequence.tokens) == 256 for sequence in output.sequences)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"beam_width": 0, "max_tokens": 1}, "beam_width must be at least 1, got 0"),
+        ({"beam_width": 1, "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"beam_width": 1, "max_tokens": 1, "temperature": 3.0}, r"temperature must be in \[0, 2\], got 3.0"),
+        ({"beam_width": 1.5, "max_tokens": 1}, "beam_width must be an integer, got 1.5"),
+        ({"beam_width": 1, "max_tokens": 1, "length_penalty": "long"}, "length_penalty must be a number"),
+    ],
+)
+def test_bad_parameters_are_refused(values: dict, words: str):
+    with pytest.raises(ValidationError, match=words):
+        BeamSearchParams(**values)
+
+
+def test_bad_calls_are_refused(engine: LLM):
+    with pytest.raises(ValidationError, match="logprobs of 22, which is greater than max allowed: 20"):
+        engine.beam_search("x", BeamSearchParams(beam_width=11, max_tokens=2))
+    with pytest.raises(ValidationError, match="empty"):
+        engine.beam_search(["x", ""], BeamSearchParams(beam_width=2, max_tokens=2))
+    with pytest.raises(ValidationError, match="concurrency_limit must be at least 1, got 0"):
+        engine.beam_search("x", BeamSearchParams(beam_width=2, max_tokens=2), concurrency_limit=0)
+    with pytest.raises(TypeError, match="must be BeamSearchParams, got dict"):
+        engine.beam_search("x", {"beam_width": 2})  # pyright: ignore[reportArgumentType]
