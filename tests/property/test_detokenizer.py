@@ -1,0 +1,104 @@
+"""Text as it is streamed: pieces add up to the whole, and stop strings end it where they first appear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+
+from jaxllm.engine.detokenizer import Detokenizer
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenization.load import load_tokenizer
+
+TEXTS = [
+    "plain words, and more of them",
+    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 between words 🎉",
+    "漢字とひらがなとカタカナ、그리고 한국어",
+    "naïve café – “quotes” … ½",
+    "العربية हिन्दी ไทย",
+    "  leading and   inner   spaces\n\ttabs\r\nlines\n",
+    "zero width \u200b joiner \u200d and \ufffd itself",
+]
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's and Gemma's: words of a few letters, everything else as bytes."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁"] + [chr(c) for c in range(97, 123)]
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level(smollm2_gguf: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_gguf).backend_tokenizer
+
+
+def stream(tokenizer: Tokenizer, prompt: str, ids: list[int], params: SamplingParams) -> tuple[list[str], str]:
+    """The pieces as they are delivered, and the stop string that was found."""
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt).ids, params)
+    pieces: list[str] = []
+    for position, token in enumerate(ids):
+        stop = detokenizer.append(token)
+        finished = stop is not None or position == len(ids) - 1
+        pieces.append(detokenizer.delta(finished))
+        if stop is not None:
+            return pieces, stop
+    return pieces, ""
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_pieces_add_up_to_the_text(byte_level: Tokenizer, kind: str, text: str):
+    tokenizer = byte_level if kind == "byte level" else byte_fallback()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    pieces, _ = stream(tokenizer, "a prompt", ids, SamplingParams())
+    whole = tokenizer.decode(tokenizer.encode("a prompt").ids + ids)
+    assert "".join(pieces) == whole[len(tokenizer.decode(tokenizer.encode("a prompt").ids)) :]
+    assert "".join(pieces).strip() == text.strip()
+    if max(text) < "\u2e80":
+        return
+    assert any(not piece for piece in pieces), "some token is only a part of a character"
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(
+    text=st.text(alphabet="ab😀é ", max_size=40),
+    stops=st.lists(st.text(alphabet="ab😀é ", min_size=1, max_size=4), max_size=3),
+    include=st.booleans(),
+)
+def test_stop_strings_end_the_text_where_they_first_end(text: str, stops: list[str], include: bool):
+    tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    ids = list(text.encode())
+    params = SamplingParams(stop=stops, include_stop_str_in_output=include)
+    pieces, found = stream(tokenizer, "", ids, params) if ids else ([], "")
+    # the oracle: characters come one at a time, and after each the text ends if it ends with a stop string
+    expected, stopped = text, ""
+    for end in range(1, len(text) + 1):
+        ending = max((stop for stop in stops if text[:end].endswith(stop)), key=len, default="")
+        if ending:
+            expected, stopped = text[: end if include else end - len(ending)], ending
+            break
+    assert ("".join(pieces), found) == (expected, stopped)
+
+
+@given(text=st.text(alphabet="abc", max_size=30), stop=st.text(alphabet="abc", min_size=1, max_size=5))
+def test_nothing_is_delivered_that_a_stop_string_takes_back(text: str, stop: str):
+    tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(tokenizer, [], SamplingParams(stop=[stop]))
+    delivered = ""
+    for token in text.encode():
+        if detokenizer.append(token) is not None:
+            break
+        delivered += detokenizer.delta(False)
+        assert delivered == detokenizer.visible(False)
+    assert detokenizer.text.startswith(delivered)
