@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import traceback
@@ -53,6 +54,7 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods)
             # whoever keeps the exception (a notebook does) would keep the arrays in its frames
             traceback.clear_frames(error.__traceback__)
             raise
+        self._model = args.model
         self._started: Started = started
         self._client = EngineClient(started.core)
         self._inputs = started.inputs
@@ -66,6 +68,20 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods)
         self._free = weakref.finalize(self, _free, started.core, self._pool)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLM:
+        """An engine from arguments that are checked already."""
+        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def __repr__(self) -> str:
+        plan = self.memory_plan
+        return (
+            f"LLM({str(self._model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
+            f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
+            f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
+        )
 
     # What the engine tells.
 

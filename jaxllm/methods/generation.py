@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -16,11 +17,17 @@ from jaxllm.outputs import RequestOutput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import Conversation
 
+logger = logging.getLogger("jaxllm")
+
+_DEFAULT_MAX_TOKENS = SamplingParams().max_tokens or 0
+
 OnOutput = Callable[[RequestOutput], object]
 
 
 class GenerationMethods(EngineMethods):
     """generate, chat, and their streams."""
+
+    _told_of_default = False
 
     def generate(
         self,
@@ -151,13 +158,22 @@ class GenerationMethods(EngineMethods):
         self, feed: Feed, prompts: Iterable[Any], use_tqdm: bool | Callable[..., Any]
     ) -> Generator[RequestOutput, None, None]:
         total = len(prompts) if isinstance(prompts, Sized) else None
+        cut_at_default = True
         try:
             with Progress(total, 0, enabled=bool(use_tqdm)) as progress:
                 while not feed.done:
                     feed.advance()
                     for output in _taken(feed):
                         progress.finished(output)
+                        cut_at_default = cut_at_default and _cut_at_default(output)
                         yield output
+            if feed.num_read and cut_at_default and not self._told_of_default:
+                self._told_of_default = True
+                logger.info(
+                    "Every output was cut at %d tokens, the default of max_tokens; SamplingParams(max_tokens=...) asks "
+                    "for longer ones.",
+                    _DEFAULT_MAX_TOKENS,
+                )
         finally:
             feed.close()
 
@@ -165,6 +181,13 @@ class GenerationMethods(EngineMethods):
 def _taken(feed: Feed) -> Iterator[RequestOutput]:
     while feed.finished:
         yield feed.finished.popleft()
+
+
+def _cut_at_default(output: RequestOutput) -> bool:
+    return all(
+        completion.finish_reason == "length" and len(completion.token_ids) == _DEFAULT_MAX_TOKENS
+        for completion in output.outputs
+    )
 
 
 def chat_prompt(messages: Any, **options: Any) -> Prompt:

@@ -1,0 +1,39 @@
+"""Prompts that are more than a text: vLLM's mappings, and one for conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+
+class TextPrompt(TypedDict):
+    """A text."""
+
+    prompt: str
+    #: requests with different salts never share cached blocks
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """Token ids."""
+
+    prompt_token_ids: list[int]
+    #: shown in the output; not tokenized
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+class ChatPrompt(TypedDict):
+    """A conversation, rendered by the model's chat template where prompts are tokenized."""
+
+    messages: list[dict[str, Any]]
+    tools: NotRequired[list[dict[str, Any]]]
+    chat_template: NotRequired[str]
+    chat_template_kwargs: NotRequired[dict[str, Any]]
+    chat_template_content_format: NotRequired[str]
+    add_generation_prompt: NotRequired[bool]
+    continue_final_message: NotRequired[bool]
+    cache_salt: NotRequired[str]
+
+
+PromptType = str | Sequence[int] | TextPrompt | TokensPrompt | ChatPrompt | Mapping[str, Any]
