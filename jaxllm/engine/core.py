@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.engine_stats import EngineStats
     from jaxllm.engine.metrics import EngineMetrics, Metric
+    from jaxllm.engine.step_observer import StepObserver
     from jaxllm.outputs import RequestOutput
     from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture
 
@@ -45,6 +47,8 @@ class EngineCore:
         #: what `sleep` has put away
         self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
+        #: who is told of each step
+        self.observers: tuple[StepObserver, ...] = ()
 
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
@@ -54,7 +58,11 @@ class EngineCore:
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
                 'Set scheduling_policy="priority" when making the LLM.'
             )
-        self.scheduler.add_request(request)
+        try:
+            self.scheduler.add_request(request)
+        except ValidationError:
+            self._metrics.record_rejection("invalid")
+            raise
         self._outputs.add(request, text)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
@@ -81,23 +89,37 @@ class EngineCore:
         """
         self.check_awake()
         try:
+            for observer in self.observers:
+                observer.turn_begins()
             scheduled = self.scheduler.schedule()
+            for observer in self.observers:
+                observer.scheduled(scheduled)
             if scheduled.rows:
                 self._in_flight.append((scheduled, self._runner.execute(scheduled)))
                 self._metrics.record_step(scheduled.num_tokens)
-                if len(self._in_flight) < self._depth:
-                    return []
-            return self._read() if self._in_flight else []
+                for observer in self.observers:
+                    observer.launched(scheduled)
+            filling = scheduled.rows and len(self._in_flight) < self._depth
+            outputs = self._read() if self._in_flight and not filling else []
+            for observer in self.observers:
+                observer.turn_ends()
+            return outputs
         except BaseException:
             self._recover()
             raise
 
     def _read(self) -> list[RequestOutput]:
         scheduled, future = self._in_flight.popleft()
+        for observer in self.observers:
+            observer.read_begins(scheduled)
         output = future.result()
+        for observer in self.observers:
+            observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
         outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
+        for observer in self.observers:
+            observer.updated(scheduled, updates)
         return outputs
 
     def _recover(self) -> None:
@@ -105,6 +127,8 @@ class EngineCore:
         for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
             self._metrics.record_finished(request)
         self._outputs.clear()
+        for observer in self.observers:
+            observer.failed()
         self.scheduler.reset_prefix_cache()
         self._runner.reset()
 
@@ -156,8 +180,13 @@ class EngineCore:
         return self.scheduler.reset_prefix_cache()
 
     def metrics(self) -> list[Metric]:
+        """Everything that is counted and measured; any thread may ask."""
         stats = self.scheduler.kv_cache_manager.prefix_cache_stats
         return self._metrics.snapshot(self.scheduler.stats(), stats)
+
+    def stats(self) -> EngineStats:
+        """The few numbers of it that are shown while the engine runs; any thread may ask."""
+        return self._metrics.stats(self.scheduler.stats(), self.scheduler.kv_cache_manager.prefix_cache_stats)
 
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""

@@ -1,16 +1,17 @@
 """What the engine counts and measures, under vLLM's names.
 
-Recording is meant for the host loop: one dictionary access per token, the rest per step or per request.
+Recording is meant for the host loop: one dictionary access per token, the rest per step or per request. Any thread may
+take a snapshot meanwhile.
 """
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
-import itertools
+import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.engine.engine_stats import EngineStats
+from jaxllm.engine.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
 from jaxllm.engine.request import RequestStatus
 
 if TYPE_CHECKING:
@@ -18,44 +19,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.request import Request
     from jaxllm.engine.scheduler import RequestUpdate, SchedulerStats
 
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """One value, or one family of them, at the time of the snapshot."""
-
-    name: str
-    labels: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Counter(Metric):
-    """Only ever grows."""
-
-    value: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Gauge(Metric):
-    """Goes up and down."""
-
-    value: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Vector(Metric):
-    """Counters in order, such as one per position of a draft."""
-
-    values: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Histogram(Metric):
-    """`buckets`: upper bound (included), as the text of a float -> observations up to it; the last one is "+Inf"."""
-
-    count: int
-    sum: float
-    buckets: dict[str, int]
-
+__all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 
 # vLLM's bounds; seconds
 _FIRST_TOKEN = (
@@ -73,32 +37,10 @@ _REQUEST = (
 # tokens
 _STEP = (1, *(2**power for power in range(3, 15)))
 
+_COUNTS = (1, 2, 5, 10, 20)
+
 #: requests that ran to their end; the others' times and lengths say nothing about the model
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH)
-
-
-def one_two_five(most: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50, ... up to `most`; vLLM's bounds for numbers of tokens."""
-    series = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    return tuple(itertools.takewhile(lambda bound: bound <= most, series))
-
-
-class _Observations:
-    """A histogram that is being filled."""
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self._bounds = tuple(float(bound) for bound in bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float, times: int = 1) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def histogram(self, name: str, labels: dict[str, str]) -> Histogram:
-        cumulative = list(itertools.accumulate(self._counts))
-        buckets = dict(zip((*map(str, self._bounds), "+Inf"), cumulative, strict=True))
-        return Histogram(name, labels, cumulative[-1], self._sum, buckets)
 
 
 class EngineMetrics:
@@ -117,23 +59,37 @@ class EngineMetrics:
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
+        #: held while numbers that belong together change, and while they are read
+        self._lock = threading.Lock()
         self._prompt_tokens = 0
+        self._prompt_tokens_cached = 0
         self._generation_tokens = 0
         self._finished = {status: 0 for status in RequestStatus if status.is_finished}
+        self._rejections: dict[str, int] = {}
         #: when each request that runs got its last token
         self._last_token_ts: dict[str, float] = {}
         lengths = one_two_five(max_model_len)
-        self._step_tokens = _Observations(_STEP)
-        self._first_token = _Observations(_FIRST_TOKEN)
-        self._between_tokens = _Observations(_BETWEEN_TOKENS)
-        self._latency = _Observations(_REQUEST)
-        self._queue_time = _Observations(_REQUEST)
-        self._prompt_lengths = _Observations(lengths)
-        self._output_lengths = _Observations(lengths)
+        self._step_tokens = Observations(_STEP)
+        self._first_token = Observations(_FIRST_TOKEN)
+        self._between_tokens = Observations(_BETWEEN_TOKENS)
+        self._time_per_output_token = Observations(_BETWEEN_TOKENS)
+        self._latency = Observations(_REQUEST)
+        self._queue_time = Observations(_REQUEST)
+        self._inference_time = Observations(_REQUEST)
+        self._prefill_time = Observations(_REQUEST)
+        self._decode_time = Observations(_REQUEST)
+        self._prompt_lengths = Observations(lengths)
+        self._output_lengths = Observations(lengths)
+        self._longest_outputs = Observations(lengths)
+        self._computed_lengths = Observations(lengths)
+        self._max_tokens = Observations(lengths)
+        self._n = Observations(_COUNTS)
+        self._preemptions = Observations((0, *_COUNTS))
 
     def record_step(self, num_scheduled_tokens: int) -> None:
         """Count a step that was launched."""
-        self._step_tokens.add(num_scheduled_tokens)
+        with self._lock:
+            self._step_tokens.add(num_scheduled_tokens)
 
     def record_updates(self, updates: Iterable[RequestUpdate]) -> None:
         """Count what one step brought, after stop strings have been looked for.
@@ -143,67 +99,158 @@ class EngineMetrics:
         last_token_ts = self._last_token_ts
         # the requests of a step mostly came through the step before as well: few distinct intervals, many requests
         intervals: dict[float, int] = {}
-        for update in updates:
-            request = update.request
-            self._generation_tokens += len(update.new_token_ids)
-            now = request.last_token_ts
-            before = last_token_ts.get(request.request_id)
-            if before is None:
-                self._prompt_tokens += request.num_prompt_tokens
-                self._first_token.add(now - request.arrival_time)
-            else:
-                intervals[now - before] = intervals.get(now - before, 0) + 1
-            last_token_ts[request.request_id] = now
-            if request.is_finished:
-                self.record_finished(request)
-        for interval, times in intervals.items():
-            self._between_tokens.add(interval, times)
+        with self._lock:
+            for update in updates:
+                request = update.request
+                self._generation_tokens += len(update.new_token_ids)
+                now = request.last_token_ts
+                before = last_token_ts.get(request.request_id)
+                if before is None:
+                    self._prompt_tokens += request.num_prompt_tokens
+                    self._prompt_tokens_cached += _num_cached(request)
+                    self._first_token.add(now - request.arrival_time)
+                else:
+                    intervals[now - before] = intervals.get(now - before, 0) + 1
+                last_token_ts[request.request_id] = now
+                if request.is_finished:
+                    self._finish(request)
+            for interval, times in intervals.items():
+                self._between_tokens.add(interval, times)
 
     def record_finished(self, request: Request) -> None:
         """Count the end of a request, once. Aborted and failed ones are counted, but not measured."""
+        with self._lock:
+            self._finish(request)
+
+    def record_rejection(self, reason: str) -> None:
+        """Count a request that was refused before it became one of the engine's."""
+        with self._lock:
+            self._rejections[reason] = self._rejections.get(reason, 0) + 1
+
+    def record_completed_prompt(self, n: int, longest_output: int) -> None:
+        """Count a prompt all of whose `n` completions have ended, `longest_output` tokens the longest of them.
+
+        Requests that stand for a whole prompt (``params.n == 1``) are counted by themselves.
+        """
+        with self._lock:
+            self._n.add(n)
+            self._longest_outputs.add(longest_output)
+
+    def _finish(self, request: Request) -> None:
         self._last_token_ts.pop(request.request_id, None)
         self._finished[request.status] += 1
-        if request.status in _COMPLETED:
-            self._latency.add(request.last_token_ts - request.arrival_time)
-            self._queue_time.add(request.scheduled_ts - request.queued_ts)
-            self._prompt_lengths.add(request.num_prompt_tokens)
-            self._output_lengths.add(request.num_output_tokens)
+        if request.status not in _COMPLETED:
+            return
+        first, last, outputs = request.first_token_ts, request.last_token_ts, request.num_output_tokens
+        self._latency.add(last - request.arrival_time)
+        self._queue_time.add(request.scheduled_ts - request.queued_ts)
+        self._inference_time.add(last - request.scheduled_ts)
+        self._prefill_time.add(first - request.scheduled_ts)
+        self._decode_time.add(last - first)
+        self._time_per_output_token.add((last - first) / (outputs - 1) if outputs > 1 else 0.0)
+        self._prompt_lengths.add(request.num_prompt_tokens)
+        self._output_lengths.add(outputs)
+        self._computed_lengths.add(request.num_prompt_tokens - _num_cached(request))
+        self._preemptions.add(request.num_preemptions)
+        if request.params.max_tokens is not None:
+            self._max_tokens.add(request.params.max_tokens)
+        if request.params.n == 1:
+            self._n.add(1)
+            self._longest_outputs.add(outputs)
+
+    def stats(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> EngineStats:
+        """The few numbers that are shown while the engine runs."""
+        with self._lock:
+            return EngineStats(
+                scheduler=scheduler,
+                prompt_tokens=self._prompt_tokens,
+                prompt_tokens_cached=self._prompt_tokens_cached,
+                generation_tokens=self._generation_tokens,
+                prefix_cache_queries=prefix_cache.queries,
+                prefix_cache_hits=prefix_cache.hits,
+                prefix_cache_hit_rate=prefix_cache.hit_rate,
+            )
 
     def snapshot(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
-        """All metrics as they are now; later recording does not change them."""
-        gauges: dict[str, float] = {
+        """All metrics as they are now; later recording does not change them. Safe from any thread."""
+        with self._lock:
+            return self._gauges(scheduler, prefix_cache) + self._counters(scheduler, prefix_cache) + self._histograms()
+
+    def _gauges(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
+        values: dict[str, float] = {
             "vllm:num_requests_running": scheduler.num_running,
             "vllm:num_requests_waiting": scheduler.num_waiting,
             "vllm:kv_cache_usage_perc": scheduler.kv_cache_usage,
+            # vLLM's name for it until 0.9
+            "vllm:gpu_cache_usage_perc": scheduler.kv_cache_usage,
             # of the last 1000 requests; vLLM had it as a gauge before it left the division to Prometheus
             "vllm:gpu_prefix_cache_hit_rate": prefix_cache.hit_rate,
         }
-        counters = {
+        metrics: list[Metric] = [Gauge(name, self._with(), value) for name, value in values.items()]
+        # whatever waits, waits for a row, blocks or the step's budget
+        metrics += [
+            Gauge("vllm:num_requests_waiting_by_reason", self._with(reason=reason), value)
+            for reason, value in (("capacity", scheduler.num_waiting), ("deferred", 0))
+        ]
+        if self._cache_info:
+            metrics.append(Gauge("vllm:cache_config_info", self._with(**self._cache_info), 1))
+        return metrics
+
+    def _counters(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
+        values = {
             "vllm:prefix_cache_queries": prefix_cache.queries,
             "vllm:prefix_cache_hits": prefix_cache.hits,
             "vllm:num_preemptions": scheduler.num_preemptions,
             "vllm:prompt_tokens": self._prompt_tokens,
+            "vllm:prompt_tokens_cached": self._prompt_tokens_cached,
             "vllm:generation_tokens": self._generation_tokens,
         }
-        histograms = {
-            "vllm:iteration_tokens_total": self._step_tokens,
-            "vllm:time_to_first_token_seconds": self._first_token,
-            "vllm:inter_token_latency_seconds": self._between_tokens,
-            "vllm:e2e_request_latency_seconds": self._latency,
-            "vllm:request_queue_time_seconds": self._queue_time,
-            "vllm:request_prompt_tokens": self._prompt_lengths,
-            "vllm:request_generation_tokens": self._output_lengths,
+        by_source = {
+            "local_compute": self._prompt_tokens - self._prompt_tokens_cached,
+            "local_cache_hit": self._prompt_tokens_cached,
         }
-        metrics: list[Metric] = [Gauge(name, self._with(), value) for name, value in gauges.items()]
-        if self._cache_info:
-            metrics.append(Gauge("vllm:cache_config_info", self._with(**self._cache_info), 1))
-        metrics += [Counter(name, self._with(), value) for name, value in counters.items()]
+        metrics: list[Metric] = [Counter(name, self._with(), value) for name, value in values.items()]
+        metrics += [
+            Counter("vllm:prompt_tokens_by_source", self._with(source=source), value)
+            for source, value in by_source.items()
+        ]
         metrics += [
             Counter("vllm:request_success", self._with(finished_reason=str(status.finish_reason)), count)
             for status, count in self._finished.items()
         ]
-        metrics += [observed.histogram(name, self._with()) for name, observed in histograms.items()]
+        metrics += [
+            Counter("vllm:admission_rejections", self._with(reason=reason), count)
+            for reason, count in self._rejections.items()
+        ]
         return metrics
+
+    def _histograms(self) -> list[Metric]:
+        observed = {
+            "vllm:iteration_tokens_total": self._step_tokens,
+            "vllm:time_to_first_token_seconds": self._first_token,
+            "vllm:inter_token_latency_seconds": self._between_tokens,
+            # vLLM's name for it until 0.10
+            "vllm:time_per_output_token_seconds": self._between_tokens,
+            "vllm:request_time_per_output_token_seconds": self._time_per_output_token,
+            "vllm:e2e_request_latency_seconds": self._latency,
+            "vllm:request_queue_time_seconds": self._queue_time,
+            "vllm:request_inference_time_seconds": self._inference_time,
+            "vllm:request_prefill_time_seconds": self._prefill_time,
+            "vllm:request_decode_time_seconds": self._decode_time,
+            "vllm:request_prompt_tokens": self._prompt_lengths,
+            "vllm:request_generation_tokens": self._output_lengths,
+            "vllm:request_max_num_generation_tokens": self._longest_outputs,
+            "vllm:request_prefill_kv_computed_tokens": self._computed_lengths,
+            "vllm:request_params_max_tokens": self._max_tokens,
+            "vllm:request_params_n": self._n,
+            "vllm:request_num_preemptions": self._preemptions,
+        }
+        return [observations.histogram(name, self._with()) for name, observations in observed.items()]
 
     def _with(self, **labels: str) -> dict[str, str]:
         return {**self._labels, **labels}
+
+
+def _num_cached(request: Request) -> int:
+    """Prompt tokens that the prefix cache had; -1 stands for a request that was never admitted."""
+    return max(request.num_cached_tokens, 0)

@@ -45,7 +45,9 @@ class PrefixCacheStats:
     @property
     def hit_rate(self) -> float:
         """Share of the most recent requests' tokens that the cache had, in [0, 1]; 0.0 before the first request."""
-        return self._recent_hits / self._recent_queries if self._recent_queries else 0.0
+        # once: another thread may ask while the cache is reset
+        queries = self._recent_queries
+        return self._recent_hits / queries if queries else 0.0
 
     def forget_recent(self) -> None:
         """Start the hit rate anew, as after a reset of the cache; the counters stay."""

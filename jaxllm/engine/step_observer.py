@@ -1,0 +1,45 @@
+"""Who watches the engine's steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.runner.interface import SchedulerOutput
+
+
+class StepObserver:
+    """Is told how each step gets on, by the thread that drives the engine; does nothing by itself.
+
+    One turn of the engine calls, in this order: `turn_begins`, `scheduled`; `launched` unless there is nothing to
+    launch; `read_begins`, `read` and `updated` of an earlier or the same step unless the turn only fills the queue;
+    `turn_ends`. When the remaining steps are drained, `read_begins`, `read` and `updated` come without a turn around
+    them. An observer does not raise.
+    """
+
+    def turn_begins(self) -> None:
+        """The scheduler is about to be asked."""
+
+    def scheduled(self, step: SchedulerOutput) -> None:
+        """It has decided; an empty step is not launched."""
+
+    def launched(self, step: SchedulerOutput) -> None:
+        """The device has got the step."""
+
+    def read_begins(self, step: SchedulerOutput) -> None:
+        """The host waits for a launched step."""
+
+    def read(self, step: SchedulerOutput) -> None:
+        """Its sampled tokens are on the host."""
+
+    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+        """They belong to their requests now, and stop strings have been looked for."""
+
+    def turn_ends(self) -> None:
+        """The outputs go to the callers."""
+
+    def failed(self) -> None:
+        """A step has failed: everything in flight is lost and every request has ended."""
