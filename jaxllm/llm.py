@@ -19,6 +19,7 @@ from jaxllm.methods.beam_search import BeamSearchMethods
 from jaxllm.methods.control import ControlMethods
 from jaxllm.methods.generation import GenerationMethods
 from jaxllm.methods.queueing import QueueingMethods
+from jaxllm.methods.watching import WatchingMethods
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.startup import Started, start
 from jaxllm.tokenization.pool import TokenizerPool
@@ -26,10 +27,9 @@ from jaxllm.tokenization.pool import TokenizerPool
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.metrics import Metric
 
 
-class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods):
+class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
     """A model and the engine that runs it, with vLLM's interface.
 
     Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the
@@ -68,6 +68,11 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods)
         self._free = weakref.finalize(self, _free, started.core, self._pool)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
+        try:
+            self._start_watching(args)
+        except BaseException:
+            self.shutdown()
+            raise
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
@@ -82,12 +87,6 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods)
             f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
             f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
         )
-
-    # What the engine tells.
-
-    def get_metrics(self) -> list[Metric]:
-        """A snapshot of all counters, gauges and histograms, by vLLM's names."""
-        return self._engine().metrics()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -121,6 +120,7 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods)
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
         with self._client.lock:
+            self._stop_watching()
             self._client.close()
             self._free()
 

@@ -18,6 +18,7 @@ from jaxllm.config.resolve import scheduler_config
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
+from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
@@ -65,6 +66,7 @@ def start(args: EngineArgs) -> Started:
     times: dict[str, float] = {}
     clock = time.perf_counter()
     progress = sys.stderr.isatty()
+    log_interval = None if args.disable_log_stats else stats_interval()
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
     checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
     model = model_config(checkpoint.config)
@@ -121,6 +123,8 @@ def start(args: EngineArgs) -> Started:
         },
     )
     core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics)
+    if log_interval is not None:
+        core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
     inputs = InputProcessor(
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),

@@ -118,7 +118,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "scheduler_cls": (),
     },
     "profiling and tracing": {
-        "profiler_config": (),
         "otlp_traces_endpoint": (),
         "collect_detailed_traces": (),
         "kv_cache_metrics": (False,),
@@ -184,7 +183,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "kernel_config": NoEffect(_ONE_KERNEL),
     "disable_hybrid_kv_cache_manager": NoEffect("layers of all kinds share one pool of blocks", (False,)),
     "prefix_caching_hash_algo": NoEffect("blocks are always hashed with BLAKE2b"),
-    "disable_log_stats": NoEffect("statistics are always collected", (False,)),
     "disable_log_requests": NoEffect("requests are not logged", (True,)),
     "served_model_name": NoEffect("there is no server"),
     "enable_log_requests": NoEffect("requests are not logged", (False,)),

@@ -94,6 +94,12 @@ class EngineArgs:
     chat_template: str | None = None
     #: "auto", "cpu" or "gpu"
     device: str = "auto"
+    #: False logs a line of statistics every 10 seconds while requests run; metrics are collected in any case
+    disable_log_stats: bool = True
+    #: serve Prometheus' metrics on this port of the loopback interface, 0 on any free one; None: nowhere
+    metrics_port: int | None = None
+    #: where `start_profile` writes: {"torch_profiler_dir": directory}
+    profiler_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -225,6 +231,29 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _port(name: str, value: Any) -> int:
+    number = checks.integer(name, value)
+    if not 0 <= number < 2**16:
+        raise ValidationError(f"{name} must be a TCP port, 0 (any free one) to 65535, got {number}.")
+    return number
+
+
+def _profiler_config(name: str, value: Any) -> dict[str, Any]:
+    """vLLM's; the torch profiler's name stands for the only profiler that there is, JAX's."""
+    config = _mapping(name, value)
+    for key, setting in config.items():
+        if key == "profiler":
+            _one_of({choice: choice for choice in ("torch", "jax")})(f"{name}['profiler']", setting)
+        elif key == "torch_profiler_dir":
+            config[key] = _path_text(f"{name}['torch_profiler_dir']", setting)
+        else:
+            raise ValidationError(
+                f"{name} takes 'torch_profiler_dir' (where traces go) and 'profiler' ('jax', or 'torch', which means "
+                f"the same here); got {key!r}."
+            )
+    return config
+
+
 def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         choice = choices.get(value.strip().lower()) if isinstance(value, str) else None
@@ -275,4 +304,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "override_generation_config": _mapping,
     "chat_template": _path_text,
     "device": _one_of(DEVICES),
+    "disable_log_stats": checks.boolean,
+    "metrics_port": _port,
+    "profiler_config": _profiler_config,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.engine.engine_stats import EngineStats
     from jaxllm.engine.metrics import EngineMetrics, Metric
-    from jaxllm.engine.step_observer import StepObserver
     from jaxllm.outputs import RequestOutput
     from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture
+    from jaxllm.runner.step_observer import StepObserver
 
 
 class EngineCore:
@@ -47,8 +48,9 @@ class EngineCore:
         #: what `sleep` has put away
         self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
-        #: who is told of each step
-        self.observers: tuple[StepObserver, ...] = ()
+        #: who is told of each step; replaced as a whole, since any thread may do so
+        self._observers: tuple[StepObserver, ...] = ()
+        self._observers_lock = threading.Lock()
 
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
@@ -89,19 +91,19 @@ class EngineCore:
         """
         self.check_awake()
         try:
-            for observer in self.observers:
+            for observer in self._observers:
                 observer.turn_begins()
             scheduled = self.scheduler.schedule()
-            for observer in self.observers:
+            for observer in self._observers:
                 observer.scheduled(scheduled)
             if scheduled.rows:
                 self._in_flight.append((scheduled, self._runner.execute(scheduled)))
                 self._metrics.record_step(scheduled.num_tokens)
-                for observer in self.observers:
+                for observer in self._observers:
                     observer.launched(scheduled)
             filling = scheduled.rows and len(self._in_flight) < self._depth
             outputs = self._read() if self._in_flight and not filling else []
-            for observer in self.observers:
+            for observer in self._observers:
                 observer.turn_ends()
             return outputs
         except BaseException:
@@ -110,15 +112,15 @@ class EngineCore:
 
     def _read(self) -> list[RequestOutput]:
         scheduled, future = self._in_flight.popleft()
-        for observer in self.observers:
+        for observer in self._observers:
             observer.read_begins(scheduled)
         output = future.result()
-        for observer in self.observers:
+        for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
         outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
-        for observer in self.observers:
+        for observer in self._observers:
             observer.updated(scheduled, updates)
         return outputs
 
@@ -127,7 +129,7 @@ class EngineCore:
         for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
             self._metrics.record_finished(request)
         self._outputs.clear()
-        for observer in self.observers:
+        for observer in self._observers:
             observer.failed()
         self.scheduler.reset_prefix_cache()
         self._runner.reset()
@@ -176,6 +178,16 @@ class EngineCore:
         self._asleep -= tags
         return not self._asleep
 
+    def observe(self, observer: StepObserver) -> None:
+        """Tell `observer` of every step from now on; any thread may ask for it."""
+        with self._observers_lock:
+            self._observers += (observer,)
+
+    def stop_observing(self, observer: StepObserver) -> None:
+        """Tell it no more. Does nothing when it is not there; any thread may ask for it."""
+        with self._observers_lock:
+            self._observers = tuple(other for other in self._observers if other is not observer)
+
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()
 
@@ -194,3 +206,6 @@ class EngineCore:
         self.scheduler.finish_all(RequestStatus.FINISHED_ABORTED)
         self._outputs.clear()
         self._runner.shutdown()
+        observers, self._observers = self._observers, ()
+        for observer in observers:
+            observer.engine_ends()

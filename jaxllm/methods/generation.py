@@ -50,6 +50,7 @@ class GenerationMethods(EngineMethods):
             prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
                 or any iterable of them. Iterators are read as the engine has room, so they may be endless.
             sampling_params: one for all, or one each; None: the model's own defaults.
+            use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
             tokenization_kwargs: ``add_special_tokens``, ``truncate_prompt_tokens`` and ``truncation_side``.
             lora_request, mm_processor_kwargs: vLLM's; not supported yet.
@@ -160,9 +161,10 @@ class GenerationMethods(EngineMethods):
         total = len(prompts) if isinstance(prompts, Sized) else None
         cut_at_default = True
         try:
-            with Progress(total, 0, enabled=bool(use_tqdm)) as progress:
+            with Progress(total, enabled=use_tqdm, stats=self._client.core.stats) as progress:
                 while not feed.done:
                     feed.advance()
+                    progress.tick()
                     for output in _taken(feed):
                         progress.finished(output)
                         cut_at_default = cut_at_default and _cut_at_default(output)

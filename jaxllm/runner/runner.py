@@ -104,13 +104,17 @@ class Runner:
             self._admit(request)
         for row, group, start, blocks in scheduled.new_blocks:
             self._rows.append_blocks(row, group, start, blocks)
-        bucket = pick_bucket(self._buckets, scheduled.num_tokens, len(scheduled.rows))
+        bucket = self.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, self._programs.packings[bucket])
         hidden, sampling = self._forward(bucket, packed.buffer)
         sampled = None
         if count := len(packed.sampled_entries):
             sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
         return StepResult(sampled, packed, len(scheduled.rows))
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """The one that a step of this size runs in."""
+        return pick_bucket(self._buckets, num_tokens, num_seqs)
 
     def _live(self) -> State:
         if self._state is None:

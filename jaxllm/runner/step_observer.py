@@ -43,3 +43,6 @@ class StepObserver:
 
     def failed(self) -> None:
         """A step has failed: everything in flight is lost and every request has ended."""
+
+    def engine_ends(self) -> None:
+        """The engine is shut down; no step follows."""
