@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Wong's palette (Nature Methods, 2011), which the colour-blind tell apart as well
 _PREFILL, _DECODE, _RUNNING, _WAITING = "#E69F00", "#0072B2", "#009E73", "#999999"
-_CACHE, _DEVICE, _HOST, _PREEMPTION = "#56B4E9", "#0072B2", "#E69F00", "#D55E00"
+_CACHE, _DEVICE, _HOST, _PREEMPTION = "#56B4E9", "#0072B2", "#E69F00", "black"
 
 
 class TraceFigure(Figure):
@@ -28,7 +28,7 @@ class TraceFigure(Figure):
 
 
 def plot(trace: Trace) -> Figure:
-    """Four panels over time: tokens a step, requests, KV cache, milliseconds a step; preemptions are red lines."""
+    """Four panels over time: tokens a step, requests, KV cache, milliseconds a step; triangles for preemptions."""
     figure = TraceFigure(figsize=(9, 7.5), layout="constrained")
     panels = list(figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 2)))
     steps = trace.arrays()
@@ -81,7 +81,10 @@ def _times(panel: Axes, edges: np.ndarray, steps: dict[str, np.ndarray]) -> None
 
 def _preemptions(panels: list[Axes], steps: dict[str, np.ndarray]) -> None:
     times = steps["start"][steps["num_preemptions"] > 0]
+    if not len(times):
+        return
     for panel in panels[:3]:
-        for number, time in enumerate(times):
-            label = "preemption" if panel is panels[2] and not number else None
-            panel.axvline(float(time), color=_PREEMPTION, linewidth=1, alpha=0.8, label=label)
+        # x in seconds, y as a share of the panel's height
+        heights, transform = [0.97] * len(times), panel.get_xaxis_transform()
+        panel.plot(times, heights, "v", color=_PREEMPTION, transform=transform, clip_on=False, label="preemption")
+        panel.vlines(times, 0, 1, color=_PREEMPTION, linewidth=0.6, alpha=0.4, transform=transform)
