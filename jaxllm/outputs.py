@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxllm.output_html import request_html
+
 _SHOWN_CHARACTERS = 60
 _SHOWN_TOKENS = 6
 
@@ -42,6 +44,31 @@ class RequestMetrics:
     #: seconds from arrival to the first token
     first_token_latency: float = 0.0
     num_preemptions: int = 0
+
+    @property
+    def queue_time(self) -> float:
+        """Seconds from its arrival in the engine until it first ran; 0.0 before that."""
+        return self.scheduled_ts - self.queued_ts if self.scheduled_ts else 0.0
+
+    @property
+    def prefill_time(self) -> float:
+        """Seconds from its first step to its first token; 0.0 before that."""
+        return self.first_token_ts - self.scheduled_ts if self.first_token_ts else 0.0
+
+    @property
+    def decode_time(self) -> float:
+        """Seconds from its first token to its newest one."""
+        return self.last_token_ts - self.first_token_ts
+
+    @property
+    def inference_time(self) -> float:
+        """Seconds from its first step to its newest token."""
+        return self.prefill_time + self.decode_time
+
+    @property
+    def time_per_output_token(self) -> float:
+        """Mean seconds a token after the first; 0.0 while there is one at most."""
+        return self.decode_time / (self.num_generation_tokens - 1) if self.num_generation_tokens > 1 else 0.0
 
 
 #: vLLM's name for it
@@ -119,6 +146,9 @@ class RequestOutput:
         if self.num_cached_tokens:
             parts.append(f"num_cached_tokens={self.num_cached_tokens}")
         return f"RequestOutput({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return request_html(self)
 
 
 def failed_output(

@@ -62,6 +62,8 @@ class EngineClient:
             def receive_whole(output: RequestOutput) -> None:
                 if output.finished:
                     self._children.pop(parent_id, None)
+                    if self._core is not None:
+                        self._core.record_completed_prompt(request.params.n, family.longest)
                 receive(output)
 
             family = ParallelSampling(request, receive_whole)

@@ -60,11 +60,7 @@ class EngineCore:
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
                 'Set scheduling_policy="priority" when making the LLM.'
             )
-        try:
-            self.scheduler.add_request(request)
-        except ValidationError:
-            self._metrics.record_rejection("invalid")
-            raise
+        self.scheduler.add_request(request)
         self._outputs.add(request, text)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
@@ -177,6 +173,16 @@ class EngineCore:
             self._runner.reset()
         self._asleep -= tags
         return not self._asleep
+
+    # What others count and watch.
+
+    def record_rejection(self, reason: str) -> None:
+        """Count a prompt that was refused; any thread may do so."""
+        self._metrics.record_rejection(reason)
+
+    def record_completed_prompt(self, n: int, longest_output: int) -> None:
+        """Count a prompt all of whose `n` > 1 completions have ended."""
+        self._metrics.record_completed_prompt(n, longest_output)
 
     def observe(self, observer: StepObserver) -> None:
         """Tell `observer` of every step from now on; any thread may ask for it."""

@@ -196,6 +196,7 @@ class Feed:
             self._client.add(request, text, self._receive)
         except ValidationError as error:
             self._running.pop(request_id, None)
+            self._client.core.record_rejection("invalid")
             if self._raise:
                 raise
             text = job.prompt if isinstance(job.prompt, str) else None

@@ -128,10 +128,7 @@ class EngineMetrics:
             self._rejections[reason] = self._rejections.get(reason, 0) + 1
 
     def record_completed_prompt(self, n: int, longest_output: int) -> None:
-        """Count a prompt all of whose `n` completions have ended, `longest_output` tokens the longest of them.
-
-        Requests that stand for a whole prompt (``params.n == 1``) are counted by themselves.
-        """
+        """Count a prompt all of whose `n` > 1 completions have ended, `longest_output` tokens the longest of them."""
         with self._lock:
             self._n.add(n)
             self._longest_outputs.add(longest_output)
@@ -154,7 +151,7 @@ class EngineMetrics:
         self._preemptions.add(request.num_preemptions)
         if request.params.max_tokens is not None:
             self._max_tokens.add(request.params.max_tokens)
-        if request.params.n == 1:
+        if not request.is_child:
             self._n.add(1)
             self._longest_outputs.add(outputs)
 

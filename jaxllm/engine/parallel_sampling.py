@@ -29,6 +29,8 @@ class ParallelSampling:
         self._receive = receive
         self._final_only = parent.params.output_kind is RequestOutputKind.FINAL_ONLY
         self._ended: dict[int, RequestOutput] = {}
+        #: tokens of the longest completion that has ended
+        self.longest = 0
         params = dataclasses.replace(parent.params, n=1)
         # the prompt is the same for all
         others = dataclasses.replace(params, prompt_logprobs=None)
@@ -43,6 +45,7 @@ class ParallelSampling:
         output.outputs[0].index = index
         if output.finished:
             self._ended[index] = output
+            self.longest = max(self.longest, output.metrics.num_generation_tokens)
         all_ended = len(self._ended) == len(self.children)
         if not self._final_only:
             output.finished = all_ended

@@ -71,6 +71,7 @@ class Request:
         "extra_keys",
         "first_live_blocks",
         "first_token_ts",
+        "is_child",
         "last_token_ts",
         "max_total_tokens",
         "num_cached_tokens",
@@ -128,6 +129,8 @@ class Request:
         if skip_reading_prefix_cache is None:
             skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache)
         self.skip_reading_prefix_cache = skip_reading_prefix_cache
+        #: one of several completions of a prompt
+        self.is_child = False
 
         self.status = RequestStatus.WAITING
         #: the stop string or token id that ended it; None for EOS and every other end
@@ -169,7 +172,7 @@ class Request:
         self.last_token_ts = 0.0
 
     def fork(self, request_id: str, params: SamplingParams, seed: int) -> Request:
-        """The same prompt as another request that has not begun."""
+        """The same prompt as another request, a child, that has not begun."""
         fork = Request(
             request_id,
             self.prompt_token_ids,
@@ -183,6 +186,7 @@ class Request:
             skip_reading_prefix_cache=self.skip_reading_prefix_cache,
         )
         fork.bad_words = self.bad_words
+        fork.is_child = True
         return fork
 
     @property

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import psutil
 
+from jaxllm.runner.memory_html import plan_html
+
 GIB = 2**30
 #: on CPU the cache competes with everything else that runs; ask for more with kv_cache_memory_bytes
 CPU_CACHE_LIMIT = 2 * GIB
@@ -55,6 +57,9 @@ class MemoryPlan:
                 *self.vllm_lines(),
             ]
         )
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
 
     def vllm_lines(self) -> list[str]:
         """The capacity in vLLM's words."""
