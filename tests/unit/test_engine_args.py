@@ -317,3 +317,29 @@ def test_the_rest_is_handed_on():
         async_scheduling=False,
         reserve_full_prompt=False,
     )
+
+
+def test_arguments_about_watching():
+    args = engine_args("m")
+    assert (args.disable_log_stats, args.metrics_port, args.profiler_config) == (True, None, {})
+    args = engine_args("m", disable_log_stats=False, metrics_port=0, profiler_config={"torch_profiler_dir": Path("p")})
+    assert (args.disable_log_stats, args.metrics_port) == (False, 0)
+    assert args.profiler_config == {"torch_profiler_dir": "p"}
+    assert engine_args("m", profiler_config={"profiler": "torch"}).profiler_config == {"profiler": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"disable_log_stats": "no"}, "disable_log_stats"),
+        ({"metrics_port": 65536}, "metrics_port must be a TCP port, 0 .* to 65535, got 65536"),
+        ({"metrics_port": -1}, "metrics_port must be a TCP port"),
+        ({"metrics_port": 8000.0}, "metrics_port must be an integer"),
+        ({"profiler_config": {"profiler": "cuda"}}, r"profiler_config\['profiler'\] must be one of torch, jax"),
+        ({"profiler_config": {"delay_iterations": 3}}, "profiler_config takes 'torch_profiler_dir' .*got 'delay_iter"),
+        ({"profiler_config": "p"}, "profiler_config must be a dict"),
+    ],
+)
+def test_wrong_arguments_about_watching(arguments: dict[str, Any], text: str):
+    with pytest.raises(ValidationError, match=text):
+        engine_args("m", **arguments)

@@ -53,12 +53,16 @@ def steps(histogram: Histogram) -> dict[str, int]:
     return {bound: count - last for (bound, count), last in zip(counts, before, strict=False) if count != last}
 
 
-def successes(metrics: EngineMetrics) -> dict[str, int]:
+def labelled(metrics: EngineMetrics, name: str, label: str) -> dict[str, int]:
     return {
-        metric.labels["finished_reason"]: metric.value
+        metric.labels[label]: metric.value
         for metric in metrics.snapshot(IDLE, PrefixCacheStats())
-        if isinstance(metric, Counter) and metric.name == "vllm:request_success"
+        if isinstance(metric, Counter) and metric.name == name
     }
+
+
+def successes(metrics: EngineMetrics) -> dict[str, int]:
+    return labelled(metrics, "vllm:request_success", "finished_reason")
 
 
 def two_requests() -> EngineMetrics:
@@ -66,6 +70,8 @@ def two_requests() -> EngineMetrics:
     metrics = EngineMetrics("tiny", max_model_len=64)
     a = arrived("a", 12, at=100.0, scheduled=100.25)
     b = arrived("b", 3, at=100.25, scheduled=101.0)
+    a.num_cached_tokens, b.num_preemptions = 8, 2
+    a.params.max_tokens = 20
     metrics.record_step(15)
     metrics.record_updates([got_token(a, at=100.5)])
     metrics.record_step(1)
@@ -79,7 +85,9 @@ def two_requests() -> EngineMetrics:
 def test_tokens_and_ends_are_counted():
     metrics = two_requests()
     assert counter(metrics, "vllm:prompt_tokens") == 15
+    assert counter(metrics, "vllm:prompt_tokens_cached") == 8
     assert counter(metrics, "vllm:generation_tokens") == 4
+    assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {"local_compute": 7, "local_cache_hit": 8}
     assert successes(metrics) == {"stop": 1, "length": 1, "abort": 0, "error": 0}
 
 
@@ -94,6 +102,19 @@ def test_tokens_and_ends_are_counted():
         ("vllm:e2e_request_latency_seconds", 2.75, {"1.5": 2}),
         # a from 100.125 to 100.25, b from 100.375 to 101
         ("vllm:request_queue_time_seconds", 0.75, {"0.3": 1, "0.8": 1}),
+        # a from 100.25 to 100.5 to 101.5, b from 101 to 101.5 and no further
+        ("vllm:request_prefill_time_seconds", 0.75, {"0.3": 1, "0.5": 1}),
+        ("vllm:request_decode_time_seconds", 1.0, {"0.3": 1, "1.0": 1}),
+        ("vllm:request_inference_time_seconds", 1.75, {"0.5": 1, "1.5": 1}),
+        # a: two tokens in 1 s after the first; b has only one
+        ("vllm:request_time_per_output_token_seconds", 0.5, {"0.01": 1, "0.5": 1}),
+        ("vllm:time_per_output_token_seconds", 1.0, {"0.3": 1, "0.75": 1}),
+        # a found 8 of its 12 tokens
+        ("vllm:request_prefill_kv_computed_tokens", 7.0, {"5.0": 2}),
+        ("vllm:request_params_max_tokens", 20.0 + 16.0, {"20.0": 2}),
+        ("vllm:request_params_n", 2.0, {"1.0": 2}),
+        ("vllm:request_max_num_generation_tokens", 4.0, {"1.0": 1, "5.0": 1}),
+        ("vllm:request_num_preemptions", 2.0, {"0.0": 1, "2.0": 1}),
         ("vllm:request_prompt_tokens", 15.0, {"5.0": 1, "20.0": 1}),
         ("vllm:request_generation_tokens", 4.0, {"1.0": 1, "5.0": 1}),
         ("vllm:iteration_tokens_total", 20.0, {"1.0": 1, "8.0": 1, "16.0": 1}),
@@ -135,6 +156,30 @@ def test_aborted_and_failed_requests_are_counted_but_not_measured():
     assert counter(metrics, "vllm:prompt_tokens") == 9
 
 
+def test_refusals_are_counted_by_reason():
+    metrics = EngineMetrics("tiny")
+    assert labelled(metrics, "vllm:admission_rejections", "reason") == {}
+    for reason in ("invalid", "full", "invalid"):
+        metrics.record_rejection(reason)
+    assert labelled(metrics, "vllm:admission_rejections", "reason") == {"invalid": 2, "full": 1}
+
+
+def test_the_completions_of_a_prompt_count_as_one_prompt():
+    metrics = EngineMetrics("tiny")
+    parent = arrived("p", 5, at=0.0, scheduled=1.0)
+    children = [parent.fork(f"{i}_p", SamplingParams(), i) for i in range(3)]
+    for child in children:
+        metrics.record_updates([got_token(child, at=2.0, status=RequestStatus.FINISHED_LENGTH)])
+    assert histogram(metrics, "vllm:request_generation_tokens").count == 3
+    assert histogram(metrics, "vllm:request_params_n").count == 0
+    metrics.record_completed_prompt(3, 40)
+    assert (histogram(metrics, "vllm:request_params_n").count, histogram(metrics, "vllm:request_params_n").sum) == (
+        1,
+        3,
+    )
+    assert histogram(metrics, "vllm:request_max_num_generation_tokens").sum == 40
+
+
 def test_what_others_count_is_passed_on():
     prefix_cache = PrefixCacheStats()
     prefix_cache.record(20, 16, resumed=False)
@@ -143,11 +188,16 @@ def test_what_others_count_is_passed_on():
         num_running=3, num_waiting=2, num_preemptions=7, num_preempted_tokens=90, kv_cache_usage=0.25
     )
     metrics = EngineMetrics("tiny", cache_info={"block_size": 16, "enable_prefix_caching": True})
-    found = {metric.name: metric for metric in metrics.snapshot(scheduler, prefix_cache)}
+    metrics_now = metrics.snapshot(scheduler, prefix_cache)
+    found = {metric.name: metric for metric in metrics_now}
+    waiting = "vllm:num_requests_waiting_by_reason"
+    by_reason = {m.labels["reason"]: m.value for m in metrics_now if m.name == waiting and isinstance(m, Gauge)}
+    assert by_reason == {"capacity": 2, "deferred": 0}
     labels = {"model_name": "tiny", "engine": "0"}
     assert found["vllm:num_requests_running"] == Gauge("vllm:num_requests_running", labels, 3)
     assert found["vllm:num_requests_waiting"] == Gauge("vllm:num_requests_waiting", labels, 2)
     assert found["vllm:kv_cache_usage_perc"] == Gauge("vllm:kv_cache_usage_perc", labels, 0.25)
+    assert found["vllm:gpu_cache_usage_perc"] == Gauge("vllm:gpu_cache_usage_perc", labels, 0.25)
     assert found["vllm:num_preemptions"] == Counter("vllm:num_preemptions", labels, 7)
     assert found["vllm:prefix_cache_queries"] == Counter("vllm:prefix_cache_queries", labels, 20)
     assert found["vllm:prefix_cache_hits"] == Counter("vllm:prefix_cache_hits", labels, 16)
