@@ -48,7 +48,11 @@ class Page(HTMLParser):
     def handle_comment(self, data: str) -> None:
         raise AssertionError("a comment")
 
-    handle_decl = handle_pi = handle_comment
+    def handle_decl(self, decl: str) -> None:
+        raise AssertionError("a declaration")
+
+    def handle_pi(self, data: str) -> None:
+        raise AssertionError("a processing instruction")
 
 
 def output(prompt: str | None, *completions: CompletionOutput, error: str | None = None) -> RequestOutput:

@@ -26,10 +26,11 @@ class Traced(FakeEngine):
         self.steps: dict[int, tuple[int, int, dict[str, tuple[int, int]]]] = {}
         execute = self.device.execute
 
-        def wrapped(step: SchedulerOutput) -> Any:
-            entries = {r.request_id: (s, n) for r, s, n in zip(step.requests, step.starts, step.counts, strict=True)}
-            self.steps[step.step] = (sum(step.counts), len(step.rows), entries)
-            return execute(step)
+        def wrapped(scheduled: SchedulerOutput) -> Any:
+            requests, starts, counts = scheduled.requests, scheduled.starts, scheduled.counts
+            entries = {r.request_id: (s, n) for r, s, n in zip(requests, starts, counts, strict=True)}
+            self.steps[scheduled.step] = (sum(counts), len(scheduled.rows), entries)
+            return execute(scheduled)
 
         self.device.execute = wrapped
         self.recorders: list[TraceRecorder] = []
