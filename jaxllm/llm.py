@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-
 class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
     """A model and the engine that runs it, with vLLM's interface.
 

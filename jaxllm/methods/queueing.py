@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxllm.engine.feed import Feed
@@ -77,7 +77,10 @@ class QueueingMethods(EngineMethods):
         return ids
 
     def wait_for_completion(
-        self, output_type: type[Any] | tuple[type[Any], ...] | None = None, *, use_tqdm: bool = True
+        self,
+        output_type: type[Any] | tuple[type[Any], ...] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
     ) -> list[RequestOutput]:
         """Run what was enqueued to its end; the outputs come in the order of submission.
 
@@ -87,12 +90,14 @@ class QueueingMethods(EngineMethods):
         feeds, self._enqueued = self._enqueued, []
         outputs: list[RequestOutput] = []
         try:
-            with Progress(sum(feed.num_read for feed in feeds), 0, enabled=use_tqdm) as progress:
+            total = sum(feed.num_read for feed in feeds)
+            with Progress(total, enabled=use_tqdm, stats=self._client.core.stats) as progress:
                 for feed in feeds:
                     found: list[RequestOutput] = []
                     while not feed.done or feed.finished:
                         if not feed.finished:
                             feed.advance()
+                            progress.tick()
                         while feed.finished:
                             found.append(feed.finished.popleft())
                             progress.finished(found[-1])
