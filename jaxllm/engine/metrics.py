@@ -163,8 +163,8 @@ class EngineMetrics:
                 prompt_tokens=self._prompt_tokens,
                 prompt_tokens_cached=self._prompt_tokens_cached,
                 generation_tokens=self._generation_tokens,
-                prefix_cache_queries=prefix_cache.queries,
                 prefix_cache_hits=prefix_cache.hits,
+                prefix_cache_queries=prefix_cache.queries,
                 prefix_cache_hit_rate=prefix_cache.hit_rate,
             )
 
@@ -194,9 +194,11 @@ class EngineMetrics:
         return metrics
 
     def _counters(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
+        # before the queries, which are counted first: another thread never sees more hits than queries
+        hits = prefix_cache.hits
         values = {
             "vllm:prefix_cache_queries": prefix_cache.queries,
-            "vllm:prefix_cache_hits": prefix_cache.hits,
+            "vllm:prefix_cache_hits": hits,
             "vllm:num_preemptions": scheduler.num_preemptions,
             "vllm:prompt_tokens": self._prompt_tokens,
             "vllm:prompt_tokens_cached": self._prompt_tokens_cached,

@@ -86,5 +86,6 @@ def _preemptions(panels: list[Axes], steps: dict[str, np.ndarray]) -> None:
     for panel in panels[:3]:
         # x in seconds, y as a share of the panel's height
         heights, transform = [0.97] * len(times), panel.get_xaxis_transform()
-        panel.plot(times, heights, "v", color=_PREEMPTION, transform=transform, clip_on=False, label="preemption")
+        label = "preemption" if panel is panels[2] else None
+        panel.plot(times, heights, "v", color=_PREEMPTION, transform=transform, clip_on=False, label=label)
         panel.vlines(times, 0, 1, color=_PREEMPTION, linewidth=0.6, alpha=0.4, transform=transform)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import subprocess
 import sys
 from typing import Any
 
+import pytest
 from tqdm import tqdm
 
 from jaxllm.engine.engine_stats import EngineStats
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.scheduler import SchedulerStats
+from jaxllm.log import LogHandler
 from jaxllm.outputs import CompletionOutput, RequestOutput
 
 
@@ -129,6 +132,19 @@ def test_tqdm_itself_with_an_unknown_total():
     last = text.getvalue().rsplit("\r", 1)[-1]
     assert last.startswith("Processed prompts: 3req [")
     assert "est. speed input: 8.00 toks/s, output: 2.00 toks/s" in last
+
+
+def test_a_line_of_the_log_is_no_part_of_the_bar(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    handler = LogHandler()
+    bar = functools.partial(tqdm, ncols=60, mininterval=0, miniters=1)
+    with Progress(2, enabled=bar) as progress:
+        progress.tick()
+        handler.emit(logging.LogRecord("jaxllm", logging.INFO, "", 0, "said in between", None, None))
+    lines = [line.split("\r")[-1] for line in terminal.getvalue().split("\n")]
+    assert lines[0] == "said in between"
+    assert lines[1].startswith("Processed prompts")
 
 
 def test_without_a_bar_nothing_is_asked_or_written(capsys):
