@@ -111,6 +111,15 @@ class FakeDevice:
     def reset(self) -> None:
         self.slots.clear()
 
+    def free_cache(self) -> None:
+        self.slots.clear()
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        """There are none."""
+
+    def restore_weights(self) -> None:
+        """There are none."""
+
     def shutdown(self) -> None:
         self.reset()
         self.rows.clear()
