@@ -87,9 +87,10 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     #: one entry a generated token
     logprobs: list[PositionLogprobs] | None = None
-    #: "stop", "length", "abort", "error"; None while running
+    #: "stop", "length", "repetition", "abort", "error"; None while running
     finish_reason: str | None = None
-    #: the stop string or the stop token id that ended it; None for the model's own end of sequence
+    #: the stop string or the stop token id that ended it, "repetition_detected"; None for the model's own end of
+    #: sequence
     stop_reason: int | str | None = None
     lora_request: Any = None
 

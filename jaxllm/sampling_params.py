@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import enum
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxllm import checks
 from jaxllm.errors import ValidationError
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+_Part = TypeVar("_Part", StructuredOutputsParams, RepetitionDetectionParams)
 
 #: below this a temperature means greedy
 GREEDY_TEMPERATURE = 1e-5
@@ -36,7 +37,7 @@ _REMOVED = {
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
     "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
     "truncate_prompt_tokens": "truncation is not supported yet, shorten the prompt",
-    "guided_decoding": "its successor structured_outputs is not supported yet",
+    "guided_decoding": "use structured_outputs=StructuredOutputsParams(...), whose fields have the same names",
 }
 
 
@@ -139,6 +140,10 @@ class SamplingParams:
             setattr(self, name, checks.boolean(name, getattr(self, name)))
         if self.skip_reading_prefix_cache is not None:
             self.skip_reading_prefix_cache = checks.boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+        self.structured_outputs = _from_fields("structured_outputs", StructuredOutputsParams, self.structured_outputs)
+        self.repetition_detection = _from_fields(
+            "repetition_detection", RepetitionDetectionParams, self.repetition_detection
+        )
         for name, kind in (
             ("output_kind", RequestOutputKind),
             ("structured_outputs", StructuredOutputsParams | None),
@@ -186,7 +191,8 @@ class SamplingParams:
             self.thinking_token_budget = checks.integer("thinking_token_budget", self.thinking_token_budget)
             if self.thinking_token_budget < -1:
                 raise ValidationError(
-                    f"thinking_token_budget must be non-negative, or -1 for no limit, got {self.thinking_token_budget}."
+                    "`thinking_token_budget` must be a non-negative integer or -1 for unlimited, "
+                    f"got {self.thinking_token_budget}."
                 )
         if self.seed is not None:
             self.seed = checks.integer("seed", self.seed)
@@ -301,6 +307,17 @@ class SamplingParams:
                 )
 
 
+def _from_fields(name: str, kind: type[_Part], value: Any) -> _Part | None:
+    """`value`, or what a dict of the fields makes."""
+    if not isinstance(value, dict):
+        return value
+    names = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    wrong = next((key for key in value if key not in names), None)
+    if wrong is not None:
+        raise ValidationError(f"{name} has no field {wrong!r}; its fields are {', '.join(names)}.")
+    return kind(**value)
+
+
 def _checked_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, dict):
         raise ValidationError(f"logit_bias must map token ids to numbers, got {bias!r} of type {type(bias).__name__}.")
@@ -321,10 +338,6 @@ def unsupported(params: SamplingParams) -> str | None:
         "prompt_logprobs": params.prompt_logprobs is not None,
         "logprob_token_ids": params.logprob_token_ids is not None,
         "flat_logprobs": params.flat_logprobs,
-        "stream_interval > 1": params.stream_interval is not None and params.stream_interval > 1,
-        "structured_outputs": params.structured_outputs is not None,
-        "thinking_token_budget": params.thinking_token_budget not in (None, -1),
-        "repetition_detection": params.repetition_detection is not None,
         "extra_args": bool(params.extra_args),
     }
     return next((f"{name} is not supported yet" for name, is_asked in asked.items() if is_asked), None)

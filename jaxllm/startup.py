@@ -19,6 +19,7 @@ from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
 from jaxllm.engine.stats_log import StatsLog, stats_interval
+from jaxllm.engine.token_constraints import TokenConstraints
 from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
@@ -26,6 +27,7 @@ from jaxllm.runner.build import RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.structured.compiler import GrammarCompiler
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -122,16 +124,19 @@ def start(args: EngineArgs) -> Started:
             "enable_prefix_caching": cache.enable_prefix_caching,
         },
     )
-    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics)
+    eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
+    constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
+    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints)
     if log_interval is not None:
         core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
     inputs = InputProcessor(
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),
         vocab_size=model.vocab_size,
-        eos_token_ids=_eos_token_ids(checkpoint, generation, tokenizer),
+        eos_token_ids=eos_token_ids,
         max_logprobs=args.max_logprobs,
         seed=args.seed,
+        constraints=constraints,
     )
     return Started(
         core=core,
@@ -155,6 +160,23 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         raise ValidationError(
             f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
         ) from error
+
+
+def _token_constraints(
+    args: EngineArgs, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos_token_ids: frozenset[int]
+) -> TokenConstraints:
+    config, reasoning = args.structured_outputs_config, args.reasoning_config
+    parser = args.reasoning_parser or reasoning.reasoning_parser or config.reasoning_parser
+    compiler = None
+    if tokenizer is not None:
+        compiler = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, config=config)
+    return TokenConstraints(
+        compiler,
+        tokenizer,
+        vocab_size=vocab_size,
+        config=config,
+        reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),
+    )
 
 
 def _tokenizer_path(args: EngineArgs, model: Path) -> Path:

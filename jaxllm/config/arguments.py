@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxllm.config.structured_outputs import BACKENDS
 from jaxllm.errors import ValidationError
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "disable_chunked_mm_input": (False,),
         "enable_prompt_embeds": (False,),
     },
-    "structured output": {
-        "structured_outputs_config": (),
-        "guided_decoding_backend": ("auto",),
-        "reasoning_parser": (),
-    },
     "pooling": {
         "runner": ("auto", "generate"),
         "task": ("auto", "generate"),
@@ -111,7 +107,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "preemption_mode": ("recompute",),
         "prefill_schedule_interval": (1,),
         "watermark": (0,),
-        "stream_interval": (1,),
         "max_num_active_seqs": (),
         "max_num_queued_reqs": (),
         "max_num_queued_tokens": (),
@@ -147,6 +142,7 @@ NEVER: dict[str, Never] = {
     "worker_use_ray": Never((False,), "jaxllm is one process, without workers"),
     "worker_cls": Never(("auto",), "jaxllm is one process, without workers"),
     "worker_extension_cls": Never((), "jaxllm is one process, without workers"),
+    "guided_decoding_backend": Never(BACKENDS, "jaxllm has one backend for structured outputs, guidance (llguidance)"),
     "rope_scaling": Never((), "it is part of the model's config: hf_overrides={'rope_scaling': ...}"),
     "rope_theta": Never((), "it is part of the model's config: hf_overrides={'rope_theta': ...}"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxllm import checks
 from jaxllm.config.arguments import known_names, refuse, report_without_effect
+from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 from jaxllm.errors import ValidationError
 
 #: `max_model_len` that asks for the longest one that fits into memory
@@ -84,6 +85,14 @@ class EngineArgs:
     num_gpu_blocks_override: int | None = None
     #: compile as little as possible
     enforce_eager: bool = False
+    #: tokens between two outputs of a streamed request; a request may ask for more
+    stream_interval: int = 1
+    #: a dict of its fields will do
+    structured_outputs_config: StructuredOutputsConfig = dataclasses.field(default_factory=StructuredOutputsConfig)
+    #: a dict of its fields will do
+    reasoning_config: ReasoningConfig = dataclasses.field(default_factory=ReasoningConfig)
+    #: names the marks around the model's reasoning, as in the two configurations
+    reasoning_parser: str = ""
     #: most `logprobs` that a request may ask for; -1: the vocabulary
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
@@ -264,6 +273,30 @@ def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
     return check
 
 
+def _fields_of(kind: type) -> Callable[[str, Any], Any]:
+    """An instance of a dataclass, or a mapping with its fields."""
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        given = _mapping(name, value)
+        # what asks for nothing may be there as well
+        wrong = next((key for key in given if key not in names and given[key]), None)
+        if wrong is not None:
+            raise ValidationError(f"{name} has no field {wrong!r}; its fields are {', '.join(names)}.")
+        return kind(**{key: given[key] for key in names if given.get(key) is not None})
+
+    return check
+
+
+def _parser(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValidationError(f"{name} must be a string, got {value!r} of type {type(value).__name__}.")
+    check_parser(value)
+    return value
+
+
 def _dtype(name: str, value: Any) -> str:
     # numpy, jax.numpy and torch each print theirs in another way; none of them is imported here
     if not isinstance(value, str):
@@ -298,6 +331,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     # block 0 is trash, so one block would hold nothing
     "num_gpu_blocks_override": _at_least(2),
     "enforce_eager": checks.boolean,
+    "stream_interval": _at_least(1),
+    "structured_outputs_config": _fields_of(StructuredOutputsConfig),
+    "reasoning_config": _fields_of(ReasoningConfig),
+    "reasoning_parser": _parser,
     "max_logprobs": _max_logprobs,
     "logprobs_mode": _one_of(LOGPROBS_MODES),
     "generation_config": _path_text,

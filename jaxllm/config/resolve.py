@@ -71,6 +71,7 @@ def scheduler_config(
         enable_chunked_prefill=args.enable_chunked_prefill,
         async_scheduling=args.async_scheduling,
         reserve_full_prompt=args.scheduler_reserve_full_isl,
+        stream_interval=args.stream_interval,
     )
 
 

@@ -20,3 +20,5 @@ class SchedulerConfig:
     async_scheduling: bool = True
     #: admit a prompt only when all of it fits into the free blocks
     reserve_full_prompt: bool = True
+    #: tokens between two outputs of a streamed request
+    stream_interval: int = 1

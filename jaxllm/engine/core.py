@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxllm.engine.output_processor import OutputProcessor
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import Scheduler
+from jaxllm.engine.scheduler import RequestUpdate, Scheduler
 from jaxllm.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.engine.engine_stats import EngineStats
     from jaxllm.engine.metrics import EngineMetrics, Metric
+    from jaxllm.engine.token_constraints import TokenConstraints
     from jaxllm.outputs import RequestOutput
     from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture
     from jaxllm.runner.step_observer import StepObserver
@@ -29,6 +30,7 @@ class EngineCore:
 
     Args:
         runner: launches the steps; the engine owns and shuts it down.
+        constraints: follows the requests whose tokens are restricted; None: there are none.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class EngineCore:
         runner: ModelRunner,
         tokenizer: PreTrainedTokenizerBase | None,
         metrics: EngineMetrics,
+        constraints: TokenConstraints | None = None,
     ):
         self.scheduler = Scheduler(scheduler_config, cache_config)
         self._runner = runner
-        self._outputs = OutputProcessor(tokenizer)
+        self._outputs = OutputProcessor(tokenizer, scheduler_config.stream_interval)
         self._metrics = metrics
+        self._constraints = constraints
         #: steps launched and not read
         self._in_flight: collections.deque[tuple[SchedulerOutput, StepFuture]] = collections.deque()
         #: what `sleep` has put away
@@ -62,6 +66,8 @@ class EngineCore:
             )
         self.scheduler.add_request(request)
         self._outputs.add(request, text)
+        if self._constraints is not None:
+            self._constraints.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests and return what there is of them; what they hold is free for the next step. Unknown ids are
@@ -89,22 +95,47 @@ class EngineCore:
         try:
             for observer in self._observers:
                 observer.turn_begins()
+            outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
             scheduled = self.scheduler.schedule()
             for observer in self._observers:
                 observer.scheduled(scheduled)
             if scheduled.rows:
-                self._in_flight.append((scheduled, self._runner.execute(scheduled)))
-                self._metrics.record_step(scheduled.num_tokens)
-                for observer in self._observers:
-                    observer.launched(scheduled)
+                outputs += self._launch(scheduled)
             filling = scheduled.rows and len(self._in_flight) < self._depth
-            outputs = self._read() if self._in_flight and not filling else []
+            if self._in_flight and not filling:
+                outputs += self._read()
+            elif not outputs and not scheduled.rows and self._constraints is not None:
+                self._constraints.wait()
             for observer in self._observers:
                 observer.turn_ends()
             return outputs
         except BaseException:
             self._recover()
             raise
+
+    def _launch(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
+        """Launch a step; returns what had to be read for it."""
+        constraints = self._constraints
+        if constraints is not None:
+            scheduled.masked_rows = constraints.masked_rows(scheduled)
+        if constraints is None or not scheduled.masked_rows:
+            self._in_flight.append((scheduled, self._runner.execute(scheduled)))
+            self._tell_launched(scheduled)
+            return []
+        launched = self._runner.forward(scheduled)
+        self._tell_launched(scheduled)
+        outputs = []
+        while self._in_flight:
+            outputs += self._read()
+        masks, lost = constraints.masks(scheduled)
+        outputs += self._fail(lost)
+        self._in_flight.append((scheduled, self._runner.sample(launched, masks)))
+        return outputs
+
+    def _tell_launched(self, scheduled: SchedulerOutput) -> None:
+        self._metrics.record_step(scheduled.num_tokens)
+        for observer in self._observers:
+            observer.launched(scheduled)
 
     def _read(self) -> list[RequestOutput]:
         scheduled, future = self._in_flight.popleft()
@@ -114,11 +145,26 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
+        if self._constraints is not None:
+            lost, complete = self._constraints.advance(updates)
+            for request in lost:
+                self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
+            for request in complete:
+                self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
         outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
             observer.updated(scheduled, updates)
         return outputs
+
+    def _fail(self, requests: list[Request]) -> list[RequestOutput]:
+        """End requests whose `error` says why, outside of any step."""
+        for request in requests:
+            self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
+            self._metrics.record_finished(request)
+        return self._outputs.process(
+            [RequestUpdate(request, [], -1, True) for request in requests], None, self.scheduler
+        )
 
     def _recover(self) -> None:
         self._in_flight.clear()
@@ -211,6 +257,8 @@ class EngineCore:
         self._in_flight.clear()
         self.scheduler.finish_all(RequestStatus.FINISHED_ABORTED)
         self._outputs.clear()
+        if self._constraints is not None:
+            self._constraints.shutdown()
         self._runner.shutdown()
         observers, self._observers = self._observers, ()
         for observer in observers:

@@ -16,6 +16,7 @@ from jaxllm.tokenization.pool import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.engine.token_constraints import TokenConstraints
     from jaxllm.tokenization.chat import ChatRenderer
 
 
@@ -37,6 +38,7 @@ class InputProcessor:
         eos_token_ids: the model's own ends of generation.
         max_logprobs: most alternatives a request may ask for; -1: the vocabulary.
         seed: the engine's seed, from which requests without one get theirs.
+        constraints: judges structured outputs and thinking budgets.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class InputProcessor:
         eos_token_ids: frozenset[int],
         max_logprobs: int,
         seed: int,
+        constraints: TokenConstraints | None = None,
     ):
         self.tokenizer = tokenizer
         #: reads prompts; several threads may use it
@@ -57,6 +60,7 @@ class InputProcessor:
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._max_logprobs = max_logprobs
         self._seed = seed
+        self._constraints = constraints
         self._count = 0
 
     def check(self, params: SamplingParams) -> CheckedParams:
@@ -109,6 +113,8 @@ class InputProcessor:
         if reason:
             raise ValidationError(reason)
         params.check_against(vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        if self._constraints is not None:
+            self._constraints.check(params)
         if params.stop and self.tokenizer is None:
             raise ValidationError("stop strings need a tokenizer, and skip_tokenizer_init=True: use stop_token_ids")
         if len(params.logit_bias or ()) > MAX_BIASES:

@@ -40,7 +40,7 @@ _STEP = (1, *(2**power for power in range(3, 15)))
 _COUNTS = (1, 2, 5, 10, 20)
 
 #: requests that ran to their end; the others' times and lengths say nothing about the model
-_COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH)
+_COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_REPETITION)
 
 
 class EngineMetrics:
@@ -102,6 +102,9 @@ class EngineMetrics:
         with self._lock:
             for update in updates:
                 request = update.request
+                if not update.new_token_ids:  # it failed where its token should have come
+                    self._finish(request)
+                    continue
                 self._generation_tokens += len(update.new_token_ids)
                 now = request.last_token_ts
                 before = last_token_ts.get(request.request_id)

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 class OutputState:
     """What the caller has been, and will be, told of one request."""
 
-    def __init__(self, request: Request, text: str | None, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(
+        self, request: Request, text: str | None, tokenizer: PreTrainedTokenizerBase | None, stream_interval: int = 1
+    ):
         self.request = request
         self.text = text
         self.created = time.time()
         self.tokenizer = tokenizer
         self.kind = request.params.output_kind
+        self._interval = max(request.params.stream_interval or 1, stream_interval)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.detokenizer = None
         if request.params.detokenize and backend is not None:
@@ -64,12 +67,15 @@ class OutputState:
         finished = request.is_finished
         if self.kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
+        delivered = self._delivered_tokens
+        if not finished and delivered and request.num_output_tokens - delivered < self._interval:
+            return None
         tokens, logprobs = request.output_token_ids, self.logprobs
+        self._delivered_tokens = len(tokens)
         text = ""
         if self.kind is RequestOutputKind.DELTA:
             text = self.detokenizer.delta(finished) if self.detokenizer else ""
-            new = slice(self._delivered_tokens, None)
-            self._delivered_tokens = len(tokens)
+            new = slice(delivered, None)
             tokens, logprobs = tokens[new], logprobs[new] if logprobs is not None else None
         elif self.detokenizer is not None:
             text = self.detokenizer.visible(finished)
@@ -90,6 +96,7 @@ class OutputState:
             finished=finished,
             metrics=self._metrics(),
             num_cached_tokens=max(request.num_cached_tokens, 0),
+            error=request.error,
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -110,12 +117,17 @@ class OutputState:
 class OutputProcessor:
     """All requests' output states, and the stop strings that end requests from here."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stream_interval: int = 1):
+        """
+        Args:
+            stream_interval: tokens between two outputs of a request, at least; the first and the last always come.
+        """
         self._tokenizer = tokenizer
+        self._stream_interval = stream_interval
         self._states: dict[str, OutputState] = {}
 
     def add(self, request: Request, text: str | None) -> None:
-        self._states[request.request_id] = OutputState(request, text, self._tokenizer)
+        self._states[request.request_id] = OutputState(request, text, self._tokenizer, self._stream_interval)
 
     def end(self, request: Request) -> RequestOutput | None:
         """The last output of a request that was ended from outside."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from concurrent.futures import Future
 
     from jaxllm.engine.block_hash import ExtraKey
     from jaxllm.sampling_params import SamplingParams
+    from jaxllm.structured.compiler import Grammar
+    from jaxllm.structured.matcher import Matcher
 
 
 class RequestStatus(enum.IntEnum):
@@ -24,6 +27,7 @@ class RequestStatus(enum.IntEnum):
     FINISHED_LENGTH = 4
     FINISHED_ABORTED = 5
     FINISHED_ERROR = 6
+    FINISHED_REPETITION = 7
 
     @property
     def is_finished(self) -> bool:
@@ -31,7 +35,7 @@ class RequestStatus(enum.IntEnum):
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length", "abort" or "error"; None while the request is not finished."""
+        """ "stop", "length", "abort", "error" or "repetition"; None while the request is not finished."""
         return _FINISH_REASONS.get(self)
 
 
@@ -40,6 +44,7 @@ _FINISH_REASONS = {
     RequestStatus.FINISHED_LENGTH: "length",
     RequestStatus.FINISHED_ABORTED: "abort",
     RequestStatus.FINISHED_ERROR: "error",
+    RequestStatus.FINISHED_REPETITION: "repetition",
 }
 
 
@@ -68,11 +73,14 @@ class Request:
         "block_tables",
         "cache_salt",
         "eos_token_ids",
+        "error",
         "extra_keys",
         "first_live_blocks",
         "first_token_ts",
+        "grammar",
         "is_child",
         "last_token_ts",
+        "matcher",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -86,6 +94,7 @@ class Request:
         "prompt_token_ids",
         "queued_ts",
         "register_at",
+        "repetition",
         "request_id",
         "row",
         "scheduled_ts",
@@ -121,6 +130,9 @@ class Request:
         self.eos_token_ids = frozenset(eos_token_ids)
         #: every id that the device masks until `min_tokens`: as in vLLM, EOS is among them even under `ignore_eos`
         self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
+        #: ends that only the pattern of the last tokens can tell; None: not asked for
+        repetition = params.repetition_detection
+        self.repetition = repetition if repetition is not None and repetition.max_pattern_size else None
         self.seed = seed
         self.priority = priority
         self.arrival_time = time.monotonic() if arrival_time is None else arrival_time
@@ -135,6 +147,12 @@ class Request:
         self.status = RequestStatus.WAITING
         #: the stop string or token id that ended it; None for EOS and every other end
         self.stop_reason: int | str | None = None
+        #: why it ended with "error"
+        self.error: str | None = None
+        #: the grammar that is being compiled; the request waits for it
+        self.grammar: Future[Grammar] | None = None
+        #: what its outputs have to be, as far as they have come; None: anything
+        self.matcher: Matcher | None = None
         #: device row, -1 when not running
         self.row = -1
         #: tokens with keys and values in the cache once every step scheduled so far has run

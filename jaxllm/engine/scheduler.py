@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from jaxllm.runner.interface import StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)
+NOTHING_ALLOWED = (
+    "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
+    "leaves no token to generate"
+)
 
 
 class RequestUpdate(NamedTuple):
@@ -224,8 +228,13 @@ class Scheduler:
         """Admit requests in the queue's order until one does not fit."""
         manager = self.kv_cache_manager
         now = time.monotonic()
+        skipped: list[Request] = []
         while budget > 0 and self._free_rows and self.waiting:
             request = self.waiting.peek()
+            if request.grammar is not None:
+                # not compiled yet: others go first, and it keeps its place
+                skipped.append(self.waiting.pop())
+                continue
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
@@ -274,6 +283,8 @@ class Scheduler:
             output.counts.append(count)
             output.samples.append(sample)
             output.requests.append(request)
+        for request in reversed(skipped):
+            self.waiting.push_front(request)
 
     def _choose_victim(self) -> Request:
         """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""
@@ -322,6 +333,12 @@ class Scheduler:
             request.num_output_placeholders -= 1
             if request.status > _PREEMPTED:
                 continue
+            if token_id < 0:
+                finished_running = finished_running or request.row >= 0
+                request.error = NOTHING_ALLOWED
+                self._end(request, RequestStatus.FINISHED_ERROR, None)
+                updates.append(RequestUpdate(request, [], index, True))
+                continue
             token_ids = request.all_token_ids
             token_ids.append(token_id)
             request.last_token_ts = now
@@ -331,7 +348,11 @@ class Scheduler:
             if num_tokens >= request.register_at:
                 self.kv_cache_manager.cache_full_blocks(request)
             status = None
-            if num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids:
+            if (
+                num_tokens >= request.max_total_tokens
+                or token_id in request.stop_token_ids
+                or request.repetition is not None
+            ):
                 status, stop_reason = check_stop(request, token_id)
                 if status is not None:
                     finished_running = finished_running or request.row >= 0

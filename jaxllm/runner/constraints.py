@@ -29,6 +29,15 @@ class ConstraintShape:
     def row_size(self) -> int:
         return 2 * MAX_BIASES + 1 + self.mask_words + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS
 
+    @property
+    def mask(self) -> slice:
+        """The mask among a row's words; the word before it says whether it counts."""
+        return slice(2 * MAX_BIASES + 1, 2 * MAX_BIASES + 1 + self.mask_words)
+
+    def full_mask(self) -> np.ndarray:
+        """int32 [mask_words] with the bits of all tokens, and no others."""
+        return _bits(np.arange(self.mask_words * 32) < self.vocab_size)
+
     def empty(self, rows: int) -> np.ndarray:
         """A buffer int32 [rows, row_size] that constrains nothing."""
         buffer = np.zeros((rows, self.row_size), np.int32)
@@ -64,7 +73,7 @@ class RowConstraints:
         allowed = np.zeros(shape.mask_words * 32, bool)
         allowed[params.allowed_token_ids if params.allowed_token_ids is not None else slice(shape.vocab_size)] = True
         allowed[list(banned)] = False
-        self._mask = slice(2 * MAX_BIASES + 1, 2 * MAX_BIASES + 1 + shape.mask_words)
+        self._mask = shape.mask
         self._words[self._mask] = _bits(allowed)
         allowed[list(request.stop_token_ids)] = False
         self._early_mask = _bits(allowed)

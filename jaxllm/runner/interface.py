@@ -8,7 +8,8 @@ into one launch of the compiled step.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,8 @@ class SchedulerOutput:
     new_blocks: list[tuple[int, int, int, list[int]]]
     #: the engine's own handle of each entry; the runner passes over it
     requests: list
+    #: rows that sample in this step and whose tokens the engine restricts with a mask, see `ModelRunner.sample`
+    masked_rows: frozenset[int] = frozenset()
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +85,7 @@ class LogprobArrays:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StepOutput:
-    token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled
+    token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled, or nothing was allowed
     logprobs: LogprobArrays | None = None
 
 
@@ -97,6 +100,23 @@ class ModelRunner(Protocol):
 
     def execute(self, scheduled: SchedulerOutput) -> StepFuture:
         """Launch one step; does not wait for it."""
+        ...
+
+    def forward(self, scheduled: SchedulerOutput) -> Any:
+        """Launch a step's first part, which computes the scheduled tokens; does not wait for it.
+
+        The returned handle goes to `sample`, before any other step is launched. Meanwhile the engine may read earlier
+        steps, and find out what this one's `masked_rows` may sample.
+        """
+        ...
+
+    def sample(self, launched: Any, masks: Mapping[int, np.ndarray]) -> StepFuture:
+        """Launch the second part of a step, which samples.
+
+        Args:
+            masks: masked row -> int32 [ceil(vocab_size / 32)]: token t is allowed when bit t % 32 of word t // 32 is
+                set. A masked row without a mask may sample anything.
+        """
         ...
 
     def reset(self) -> None:

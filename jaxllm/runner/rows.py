@@ -5,6 +5,7 @@ by fancy indexing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class PackedStep:
     want_logprobs: bool
     #: index of the SchedulerOutput's entry that each sampled token belongs to
     sampled_entries: np.ndarray
+    #: masked row -> its place in `constraints`
+    masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 class RowTable:
@@ -39,6 +42,7 @@ class RowTable:
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
         self._constraints: dict[int, RowConstraints] = {}
+        self._full_mask = shape.full_mask()
 
     def admit(self, request: AdmittedRequest) -> None:
         row, params = request.row, request.params
@@ -101,12 +105,40 @@ class RowTable:
         fields["block_tables"][:, :n] = self._tables[:, rows]
         fields["sample_seq"][: len(sampled)] = sampled
 
-        full = bool(self._full[rows[sampled]].any())
+        full = bool(step.masked_rows) or bool(self._full[rows[sampled]].any())
         packed = PackedStep(buffer, None, full, False, order[sampled])
         if len(sampled):
             fields = self._sample_packing.views(buffer[packing.size :])
             self._pack_sampling(packed, fields, rows[sampled], lengths[sampled])
+            self._add_masks(packed, fields, rows[sampled], step.masked_rows)
         return packed
+
+    def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:
+        """Make room for the masks that `restrict` brings."""
+        if not masked:
+            return
+        fields["any_mask"][...] = 1
+        if packed.constraints is None:
+            packed.constraints = self._shape.empty(len(fields["rows"]))
+        for i, row in enumerate(rows.tolist()):
+            if row not in masked:
+                continue
+            packed.masked[row] = i
+            words = packed.constraints[i]
+            if not words[self._shape.mask.start - 1]:
+                words[self._shape.mask.start - 1] = 1
+                words[self._shape.mask] = self._full_mask
+
+    def restrict(self, packed: PackedStep, masks: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Add the engine's masks to a step's constraints; returns the entries of rows that no token is left to."""
+        lost = []
+        for row, mask in masks.items():
+            assert packed.constraints is not None
+            words = packed.constraints[packed.masked[row], self._shape.mask]
+            words &= mask
+            if not words.any():
+                lost.append(packed.sampled_entries[packed.masked[row]])
+        return np.asarray(lost, np.int64)
 
     def _pack_sampling(self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray) -> None:
         count = len(rows)

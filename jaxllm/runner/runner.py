@@ -4,7 +4,8 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,11 +21,20 @@ from jaxllm.runner.rows import PackedStep, RowTable
 from jaxllm.runner.step import Sampled, State
 
 
+class LaunchedStep(NamedTuple):
+    """A step whose forward program is launched, and whose sampler is not."""
+
+    hidden: jax.Array
+    sampling: jax.Array
+    packed: PackedStep
+    num_entries: int
+
+
 class StepResult:
     """A launched step (`interface.StepFuture`)."""
 
-    def __init__(self, sampled: Sampled | None, packed: PackedStep, num_entries: int):
-        self._sampled, self._packed, self._num_entries = sampled, packed, num_entries
+    def __init__(self, sampled: Sampled | None, packed: PackedStep, num_entries: int, lost: np.ndarray | None = None):
+        self._sampled, self._packed, self._num_entries, self._lost = sampled, packed, num_entries, lost
         if sampled is not None:
             for array in jax.tree.leaves(sampled if packed.want_logprobs else sampled.token_ids):
                 array.copy_to_host_async()
@@ -35,6 +45,8 @@ class StepResult:
         logprobs = None
         if sampled is not None:
             ids[entries] = np.asarray(sampled.token_ids)[: len(entries)]
+            if self._lost is not None:
+                ids[self._lost] = -1
             if self._packed.want_logprobs and sampled.logprobs is not None:
                 values = jax.tree.map(lambda x: self._scatter(np.asarray(x)), sampled.logprobs)
                 logprobs = LogprobArrays(
@@ -100,6 +112,9 @@ class Runner:
         jax.block_until_ready(self._live())
 
     def execute(self, scheduled: SchedulerOutput) -> StepResult:
+        return self.sample(self.forward(scheduled), {})
+
+    def forward(self, scheduled: SchedulerOutput) -> LaunchedStep:
         for request in scheduled.admitted:
             self._admit(request)
         for row, group, start, blocks in scheduled.new_blocks:
@@ -107,10 +122,15 @@ class Runner:
         bucket = self.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, self._programs.packings[bucket])
         hidden, sampling = self._forward(bucket, packed.buffer)
+        return LaunchedStep(hidden, sampling, packed, len(scheduled.rows))
+
+    def sample(self, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> StepResult:
+        hidden, sampling, packed, num_entries = launched
+        lost = self._rows.restrict(packed, masks) if masks else None
         sampled = None
         if count := len(packed.sampled_entries):
             sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
-        return StepResult(sampled, packed, len(scheduled.rows))
+        return StepResult(sampled, packed, num_entries, lost)
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""

@@ -1,0 +1,83 @@
+"""Which tokens may come next, for one request: what every constraint offers, and the grammar's."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import llguidance
+import numpy as np
+
+#: characters of a line of an error; it may quote the whole grammar
+LINE = 200
+
+
+class Matcher(Protocol):
+    """Follows one request's outputs, token by token."""
+
+    def may_constrain(self, num_unread: int) -> bool:
+        """Whether the next token may need a mask, when `num_unread` sampled tokens have not been read yet.
+
+        True more often than needed only costs time.
+        """
+        ...
+
+    def fill_mask(self, out: np.ndarray) -> str | None:
+        """Clear in `out` (int32 [words], token t is bit t % 32 of word t // 32) what must not come next.
+
+        Bits may be set that were not only where the vocabulary has no tokens. Returns why the request cannot go on, if
+        it cannot.
+        """
+        ...
+
+    def advance(self, token_id: int) -> str | None:
+        """Take the token that came; returns why it must not have come, None when all is well."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow but the end of the text."""
+        ...
+
+
+class GrammarMatcher:
+    """A compiled grammar at one point of one text.
+
+    Args:
+        matcher: this request's own.
+        num_words: words of the mask that llguidance writes, for its own vocabulary.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, num_words: int):
+        self._matcher = matcher
+        self._words = np.zeros(num_words, np.int32)
+
+    def may_constrain(self, num_unread: int) -> bool:
+        return True
+
+    def fill_mask(self, out: np.ndarray) -> str | None:
+        words = self._words
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            return f"the grammar cannot be followed any further: {explain(self._matcher.get_error())}"
+        count = min(len(out), len(words))
+        out[:count] &= words[:count]
+        out[count:] = 0
+        return None
+
+    def advance(self, token_id: int) -> str | None:
+        # an end token behind the end of the text
+        if self._matcher.is_stopped() or self._matcher.consume_token(token_id):
+            return None
+        return f"the grammar does not allow token {token_id}: {explain(self._matcher.get_error())}"
+
+    @property
+    def is_complete(self) -> bool:
+        return self._matcher.is_stopped()
+
+
+def explain(error: str) -> str:
+    """What a user can do something with of llguidance's error: where and what, not the parser's state."""
+    if error.startswith("NoExtension"):
+        return "no text matches it that the model's tokens can spell."
+    text = error.split("\n<state>")[0].split("\n<non-verbose/>")[0]
+    return "\n".join(line if len(line) <= LINE else line[:LINE] + "..." for line in text.strip().split("\n"))
