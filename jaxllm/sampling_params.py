@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import enum
 import logging
+import numbers
 from typing import Any, TypeVar
 
 from jaxllm import checks
@@ -188,12 +189,13 @@ class SamplingParams:
             if self.stream_interval < 1:
                 raise ValidationError(f"stream_interval must be at least 1, got {self.stream_interval}.")
         if self.thinking_token_budget is not None:
-            self.thinking_token_budget = checks.integer("thinking_token_budget", self.thinking_token_budget)
-            if self.thinking_token_budget < -1:
+            budget = self.thinking_token_budget
+            if isinstance(budget, bool) or not isinstance(budget, numbers.Integral) or budget < -1:
                 raise ValidationError(
                     "`thinking_token_budget` must be a non-negative integer or -1 for unlimited, "
-                    f"got {self.thinking_token_budget}."
+                    f"got {budget!r} of type {type(budget).__name__}."
                 )
+            self.thinking_token_budget = None if budget == -1 else int(budget)
         if self.seed is not None:
             self.seed = checks.integer("seed", self.seed)
             if not -(2**63) <= self.seed < 2**64:

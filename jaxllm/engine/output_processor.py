@@ -45,7 +45,7 @@ class OutputState:
         if self.detokenizer is None:
             return None
         request = self.request
-        stopped_by_token = request.is_finished and request.finish_reason == "stop"
+        stopped_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
         if stopped_by_token and not request.params.include_stop_str_in_output:
             return None  # an end token is not part of the text
         return self.detokenizer.append(token_id, find_stop=request.num_output_tokens >= request.params.min_tokens)

@@ -56,7 +56,7 @@ class TokenConstraints:
 
     def check(self, params: SamplingParams) -> None:
         """Refuse what cannot be honoured, as far as that is quickly found. Raises ValidationError."""
-        if _budget(params) is not None:
+        if params.thinking_token_budget is not None:
             reasoning_marks(self._tokenizer, self._reasoning)
         if params.structured_outputs is not None:
             if self._compiler is None:
@@ -72,7 +72,7 @@ class TokenConstraints:
             request.grammar = self._compiler.compile(structured)
             self._waiting[request.request_id] = request
             self._settle(request)
-        elif _budget(request.params) is not None:
+        elif request.params.thinking_token_budget is not None:
             request.matcher = self._thinking(request)
 
     def _settle(self, request: Request) -> bool:
@@ -91,13 +91,13 @@ class TokenConstraints:
             return True
         request.grammar = None
         reasons = self._reasoning.is_set and not self._config.enable_in_reasoning
-        if reasons or _budget(request.params) is not None:
+        if reasons or request.params.thinking_token_budget is not None:
             request.matcher = self._thinking(request)
         return True
 
     def _thinking(self, request: Request) -> ThinkingMatcher:
         marks = reasoning_marks(self._tokenizer, self._reasoning)
-        return ThinkingMatcher(marks, _budget(request.params), request.prompt_token_ids, request.matcher)
+        return ThinkingMatcher(marks, request.params.thinking_token_budget, request.prompt_token_ids, request.matcher)
 
     def failed(self) -> list[Request]:
         """Requests whose grammar turned out wrong since the last call; what is compiled by now can be scheduled."""
@@ -160,7 +160,3 @@ class TokenConstraints:
         self._waiting.clear()
         if self._compiler is not None:
             self._compiler.shutdown()
-
-
-def _budget(params: SamplingParams) -> int | None:
-    return None if params.thinking_token_budget == -1 else params.thinking_token_budget

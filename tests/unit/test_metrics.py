@@ -88,7 +88,7 @@ def test_tokens_and_ends_are_counted():
     assert counter(metrics, "vllm:prompt_tokens_cached") == 8
     assert counter(metrics, "vllm:generation_tokens") == 4
     assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {"local_compute": 7, "local_cache_hit": 8}
-    assert successes(metrics) == {"stop": 1, "length": 1, "abort": 0, "error": 0}
+    assert successes(metrics) == {"stop": 1, "length": 1, "abort": 0, "error": 0, "repetition": 0}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_aborted_and_failed_requests_are_counted_but_not_measured():
     a.status, b.status = RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR
     metrics.record_finished(a)
     metrics.record_finished(b)
-    assert successes(metrics) == {"stop": 0, "length": 0, "abort": 1, "error": 1}
+    assert successes(metrics) == {"stop": 0, "length": 0, "abort": 1, "error": 1, "repetition": 0}
     assert histogram(metrics, "vllm:e2e_request_latency_seconds").count == 0
     assert histogram(metrics, "vllm:request_queue_time_seconds").sum == 0.0
     # a's id may come again, and is a new request then

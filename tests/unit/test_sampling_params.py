@@ -59,6 +59,14 @@ VLLM_DEFAULTS = {
 }
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """A JSON schema with as many objects and arrays inside each other."""
+    schema: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        schema = {"items": schema}
+    return schema
+
+
 def build(arguments: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**arguments)
 
@@ -112,13 +120,36 @@ def test_defaults_are_vllms():
         ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1 of type int."),
         ({"output_kind": "delta"}, "output_kind must be RequestOutputKind, got 'delta' of type str."),
         ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs must be StructuredOutputsParams | None"),
+        ({"structured_outputs": "a"}, "structured_outputs must be StructuredOutputsParams | None"),
+        (
+            {"structured_outputs": {"regexp": "a"}},
+            "structured_outputs has no field 'regexp'; its fields are json, regex",
+        ),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex must be a string, got 5 of type int"),
+        ({"structured_outputs": {"regex": "a\x00"}}, "structured_outputs.regex must not contain a NUL character"),
+        ({"structured_outputs": {"choice": []}}, "Choice '[]' cannot be an empty list"),
+        ({"structured_outputs": {"choice": "yes"}}, "structured_outputs.choice must be a list of strings"),
+        ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice must contain only strings, got 1"),
+        ({"structured_outputs": {"grammar": " "}}, "structured_outputs.grammar cannot be an empty string"),
+        ({"structured_outputs": {"json": ""}}, "structured_outputs.json cannot be an empty string"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json is not JSON"),
+        ({"structured_outputs": {"json": {"a": {1}}}}, "structured_outputs.json is not JSON"),
+        ({"structured_outputs": {"json": nested(65)}}, "objects and arrays may nest at most 64 levels"),
+        ({"structured_outputs": {"json": "[" * 9999 + "]" * 9999}}, "objects and arrays may nest at most 64 levels"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object must be True if set"),
+        (
+            {"structured_outputs": {"structural_tag": " "}},
+            "structured_outputs.structural_tag cannot be an empty string",
+        ),
+        ({"repetition_detection": {"max_pattern_size": 3, "min_count": 1}}, "min_count must be >= 2 to detect"),
+        ({"repetition_detection": {"min_pattern_size": 3}}, "max_pattern_size, min_pattern_size must be >=0"),
+        ({"thinking_token_budget": 1.5}, "`thinking_token_budget` must be a non-negative integer or -1"),
         ({"logit_bias": [1]}, "logit_bias must map token ids to numbers, got [1] of type list."),
         ({"logit_bias": {1: float("nan")}}, "logit_bias[1] must be a finite number, got nan."),
         ({"logit_bias": {"a": 1.0}}, "logit_bias must contain only integers, got 'a' of type str."),
         ({"allowed_token_ids": []}, "allowed_token_ids must not be empty"),
         ({"bad_words": [""]}, "bad_words cannot contain an empty string."),
-        ({"thinking_token_budget": -2}, "thinking_token_budget must be non-negative"),
+        ({"thinking_token_budget": -2}, "`thinking_token_budget` must be a non-negative integer or -1"),
         ({"extra_args": [1]}, "extra_args must be dict | None"),
     ],
 )
@@ -144,6 +175,15 @@ def test_bad_values_are_refused_by_name(arguments: dict[str, Any], text: str):
         ({"logprobs": True}, "logprobs", 1),
         ({"logprobs": False}, "logprobs", None),
         ({"ignore_eos": np.bool_(True)}, "ignore_eos", True),
+        ({"thinking_token_budget": -1}, "thinking_token_budget", None),
+        ({"thinking_token_budget": np.int64(3)}, "thinking_token_budget", 3),
+        (
+            {"structured_outputs": {"choice": ("a", "b")}},
+            "structured_outputs",
+            StructuredOutputsParams(choice=["a", "b"]),
+        ),
+        ({"structured_outputs": {"json": nested(64)}}, "structured_outputs", StructuredOutputsParams(json=nested(64))),
+        ({"repetition_detection": {}}, "repetition_detection", RepetitionDetectionParams()),
         ({"logit_bias": {"5": 200, 6: float("-inf")}}, "logit_bias", {5: 100.0, 6: -100.0}),
     ],
 )
@@ -258,13 +298,7 @@ def test_what_is_accepted_lies_within_the_limits(arguments: dict[str, Any]):
         ({"prompt_logprobs": 0}, "prompt_logprobs is not supported yet"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids is not supported yet"),
         ({"flat_logprobs": True}, "flat_logprobs is not supported yet"),
-        ({"stream_interval": 2}, "stream_interval > 1 is not supported yet"),
-        ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured_outputs is not supported yet"),
-        ({"thinking_token_budget": 5}, "thinking_token_budget is not supported yet"),
-        (
-            {"repetition_detection": RepetitionDetectionParams(max_pattern_size=4)},
-            "repetition_detection is not supported yet",
-        ),
+        ({"stream_interval": 2, "thinking_token_budget": 5, "structured_outputs": {"regex": "a"}}, None),
         ({"extra_args": {"a": 1}}, "extra_args is not supported yet"),
         ({}, None),
         ({"stop": ["a"], "logprobs": 5, "skip_reading_prefix_cache": True, "stream_interval": 1}, None),
@@ -299,7 +333,7 @@ def test_structured_outputs_take_exactly_one_kind():
         StructuredOutputsParams(regex="a", choice=["b"])
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 2), (3, 4, 2), (3, 1, 1)])
+@pytest.mark.parametrize("sizes", [(0, 1, 2), (3, 4, 2), (3, 1, 1), (-1, 0, 2), (2, -1, 2)])
 def test_repetition_detection_limits(sizes: tuple[int, int, int]):
     most, least, count = sizes
     with pytest.raises(ValidationError):
