@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxllm.sampling_params import SamplingParams
     from jaxllm.structured.compiler import GrammarCompiler
 
+#: masks that are worth the threads; one takes about 20 us (measured, vocabularies of 49k and 151k)
+FILLED_TOGETHER = 64
 #: seconds that a wait for a grammar may take before Ctrl-C is looked for
 PATIENCE = 0.05
 
@@ -126,9 +128,16 @@ class TokenConstraints:
         """The masks of a step, now that everything before it is read; and the requests that cannot go on."""
         masks: dict[int, np.ndarray] = {}
         lost = []
-        for row, request in zip(scheduled.rows, scheduled.requests, strict=True):
-            if row not in scheduled.masked_rows or request.is_finished:
-                continue
+        masked = [
+            (row, request)
+            for row, request in zip(scheduled.rows, scheduled.requests, strict=True)
+            if row in scheduled.masked_rows and not request.is_finished
+        ]
+        grammars = [request.matcher.grammar for _, request in masked]
+        grammars = [grammar for grammar in grammars if grammar is not None]
+        if len(grammars) >= FILLED_TOGETHER and self._compiler is not None:
+            self._compiler.fill_together(grammars)
+        for row, request in masked:
             mask = np.full(self._num_words, -1, np.int32)
             request.error = request.matcher.fill_mask(mask)
             if request.error is not None:

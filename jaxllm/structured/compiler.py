@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ class GrammarCompiler:
         self._config = config
         self._trie: llguidance.LLTokenizer | None = None
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._executor: llguidance.LLExecutor | None = None
         self._grammars: collections.OrderedDict[str, Future[Grammar]] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._trie_lock = threading.Lock()
@@ -101,6 +103,12 @@ class GrammarCompiler:
                     self._grammars.popitem(last=False)
             self._grammars.move_to_end(text)
         return future
+
+    def fill_together(self, matchers: Sequence[GrammarMatcher]) -> None:
+        """Compute the next masks of this compiler's matchers in threads."""
+        if self._executor is None:
+            self._executor = llguidance.LLExecutor()
+        GrammarMatcher.fill_together(matchers, self._executor)
 
     def shutdown(self) -> None:
         """Stop the threads; idempotent."""

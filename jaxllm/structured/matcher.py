@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import llguidance
@@ -38,6 +39,11 @@ class Matcher(Protocol):
         """Whether nothing can follow but the end of the text."""
         ...
 
+    @property
+    def grammar(self) -> GrammarMatcher | None:
+        """The grammar that decides on the next token; None when something else does."""
+        ...
+
 
 class GrammarMatcher:
     """A compiled grammar at one point of one text.
@@ -50,13 +56,25 @@ class GrammarMatcher:
     def __init__(self, matcher: llguidance.LLMatcher, num_words: int):
         self._matcher = matcher
         self._words = np.zeros(num_words, np.int32)
+        self._is_filled = False
+
+    @staticmethod
+    def fill_together(matchers: Sequence[GrammarMatcher], executor: llguidance.LLExecutor) -> None:
+        """Compute the masks of several matchers of one compiler in threads; `fill_mask` finds them then."""
+        words = np.zeros((len(matchers), len(matchers[0]._words)), np.int32)
+        jobs = [(matcher._matcher, i) for i, matcher in enumerate(matchers)]
+        executor.unsafe_compute_mask_ptr(jobs, words.ctypes.data, words.strides[0], len(words))
+        for matcher, filled in zip(matchers, words, strict=True):
+            matcher._words, matcher._is_filled = filled, True
 
     def may_constrain(self, num_unread: int) -> bool:
         return True
 
     def fill_mask(self, out: np.ndarray) -> str | None:
         words = self._words
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if not self._is_filled:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._is_filled = False
         if self._matcher.is_error():
             return f"the grammar cannot be followed any further: {explain(self._matcher.get_error())}"
         count = min(len(out), len(words))
@@ -73,6 +91,10 @@ class GrammarMatcher:
     @property
     def is_complete(self) -> bool:
         return self._matcher.is_stopped()
+
+    @property
+    def grammar(self) -> GrammarMatcher | None:
+        return self
 
 
 def explain(error: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.config.structured_outputs import ReasoningConfig
-    from jaxllm.structured.matcher import Matcher
+    from jaxllm.structured.matcher import GrammarMatcher, Matcher
 
 Tokens = tuple[int, ...]
 
@@ -127,6 +127,10 @@ class ThinkingMatcher:
     @property
     def is_complete(self) -> bool:
         return self._answers and self._grammar is not None and self._grammar.is_complete
+
+    @property
+    def grammar(self) -> GrammarMatcher | None:
+        return self._grammar.grammar if self._answers and self._grammar is not None else None
 
     def _force_if_spent(self) -> None:
         if self._inside and self._budget is not None and self._used >= self._budget:

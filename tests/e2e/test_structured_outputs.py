@@ -13,6 +13,7 @@ import pytest
 from tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.engine import token_constraints
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput
 
@@ -93,9 +94,15 @@ def test_outputs_fit(alone: list[RequestOutput]):
     ids=["as it is", "synchronous", "small chunks", "preemptions"],
 )
 def test_neighbours_and_scheduling_change_nothing(
-    engine: LLM, tiny_model: Path, alone: list[RequestOutput], arguments: dict[str, Any]
+    engine: LLM,
+    tiny_model: Path,
+    alone: list[RequestOutput],
+    arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     prompts, params = workload()
+    if "max_num_seqs" in arguments:
+        monkeypatch.setattr(token_constraints, "FILLED_TOGETHER", 2)
     if not arguments:
         # the second time the prompts come from the prefix cache
         for _ in range(2):

@@ -8,11 +8,13 @@ prompt at a time in float32, and the distance between the two highest logits at 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -145,6 +147,33 @@ def test_logprobs(engine: LLM, reference: Any):
             ranks.add(position[token].rank)
         assert completion.cumulative_logprob == pytest.approx(total)
     assert ranks > {1}, "some sampled token is not the likeliest"
+
+
+def test_structured_outputs(engine: LLM):
+    """A real vocabulary, whose tokens run across the borders of what a grammar knows."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "inhabitants": {"type": "integer"}},
+        "required": ["city", "inhabitants"],
+        "additionalProperties": False,
+    }
+    asked = [
+        ("Describe Paris as JSON.", {"json": schema}),
+        ("Is the sky blue? Answer with yes or no.", {"choice": ["yes", "no"]}),
+        ("When did the second world war end? Answer with a year.", {"regex": r"(18|19|20)\d{2}"}),
+        ("Is the sky blue?", None),
+    ]
+    params = [
+        SamplingParams(temperature=0, max_tokens=48, structured_outputs=constraint)  # pyright: ignore
+        for _, constraint in asked
+    ]
+    prompts = [CHAT.format(question) for question, _ in asked]
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    place, answer, year, free = (output.outputs[0].text for output in outputs)
+    assert [output.outputs[0].finish_reason for output in outputs[:3]] == ["stop"] * 3
+    jsonschema.validate(json.loads(place), schema)
+    assert "Paris" in place and answer in ("yes", "no") and re.fullmatch(r"(18|19|20)\d{2}", year)
+    assert free == engine.generate(prompts[3], params[3], use_tqdm=False)[0].outputs[0].text
 
 
 def record(path: Path) -> None:

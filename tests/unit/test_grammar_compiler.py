@@ -317,6 +317,18 @@ def test_matchers_of_one_grammar_do_not_disturb_each_other(compiler: GrammarComp
     assert set(allowed(second)) == {a, c}
 
 
+def test_masks_computed_together_are_those_computed_alone(compiler: GrammarCompiler, tokenizer):
+    grammars = [compiler.compile(StructuredOutputsParams(regex=regex)).result() for regex in ("a+", "[0-9]b", "x|yz")]
+    alone, together = ([grammar.matcher() for grammar in grammars] for _ in range(2))
+    for text in ("a0y", "ab\0"):
+        compiler.fill_together(together)
+        for first, second, character in zip(alone, together, text, strict=True):
+            assert allowed(first) == allowed(second)
+            if character != "\0":
+                for matcher in (first, second):
+                    assert matcher.advance(tokenizer.convert_tokens_to_ids(character)) is None
+
+
 def test_a_slow_tokenizer_is_refused():
     class Slow:
         all_special_tokens: list[str] = []
