@@ -103,7 +103,8 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     #: tokens between two streamed outputs
     stream_interval: int | None = None
-    structured_outputs: StructuredOutputsParams | None = None
+    #: a dict of its fields will do
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
     #: token id -> added to its logit; values are held within [-100, 100]
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -111,7 +112,8 @@ class SamplingParams:
     bad_words: list[str] | None = None
     #: -1 or None: unlimited
     thinking_token_budget: int | None = None
-    repetition_detection: RepetitionDetectionParams | None = None
+    #: a dict of its fields will do
+    repetition_detection: RepetitionDetectionParams | dict[str, Any] | None = None
     #: True: compute the whole prompt even where the prefix cache has it
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = None

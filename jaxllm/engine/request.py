@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from jaxllm.output_constraints import RepetitionDetectionParams
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from concurrent.futures import Future
@@ -131,8 +133,9 @@ class Request:
         #: every id that the device masks until `min_tokens`: as in vLLM, EOS is among them even under `ignore_eos`
         self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
         #: ends that only the pattern of the last tokens can tell; None: not asked for
-        repetition = params.repetition_detection
-        self.repetition = repetition if repetition is not None and repetition.max_pattern_size else None
+        self.repetition: RepetitionDetectionParams | None = None
+        if isinstance(params.repetition_detection, RepetitionDetectionParams):
+            self.repetition = params.repetition_detection if params.repetition_detection.max_pattern_size else None
         self.seed = seed
         self.priority = priority
         self.arrival_time = time.monotonic() if arrival_time is None else arrival_time

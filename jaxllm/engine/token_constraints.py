@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxllm.errors import ValidationError
+from jaxllm.output_constraints import StructuredOutputsParams
 from jaxllm.structured.thinking import ThinkingMatcher, reasoning_marks
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class TokenConstraints:
         """Refuse what cannot be honoured, as far as that is quickly found. Raises ValidationError."""
         if params.thinking_token_budget is not None:
             reasoning_marks(self._tokenizer, self._reasoning)
-        if params.structured_outputs is not None:
+        if isinstance(params.structured_outputs, StructuredOutputsParams):
             if self._compiler is None:
                 raise ValidationError(
                     "Structured outputs requires a tokenizer so it can't be used with 'skip_tokenizer_init'"
@@ -70,7 +71,7 @@ class TokenConstraints:
     def add(self, request: Request) -> None:
         """Take a request that `check` has passed; its grammar is compiled from now on."""
         structured = request.params.structured_outputs
-        if structured is not None and self._compiler is not None:
+        if isinstance(structured, StructuredOutputsParams) and self._compiler is not None:
             request.grammar = self._compiler.compile(structured)
             self._waiting[request.request_id] = request
             self._settle(request)

@@ -16,6 +16,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.engine import token_constraints
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput
+from jaxllm.sampling_params import StructuredOutputsParams
 
 SCHEMA = {
     "type": "object",
@@ -110,14 +111,13 @@ def test_neighbours_and_scheduling_change_nothing(
         return
     with LLM(tiny_model, **SMALL | arguments) as llm:
         assert tokens(llm.generate(prompts, params, use_tqdm=False)) == tokens(alone)
-        preempted = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")  # pyright: ignore
+        preempted = llm._client.core.scheduler.stats().num_preemptions
         assert bool(preempted) is ("num_gpu_blocks_override" in arguments)
 
 
 def test_only_steps_with_masks_wait_for_tokens(engine: LLM, monkeypatch: pytest.MonkeyPatch):
     """Free requests run two steps deep; a constrained one samples its step after the one before has been read."""
-    core = engine._core
-    assert core is not None
+    core = engine._client.core
     runner, depths, masked = core._runner, [], []
     execute, sample = runner.execute, runner.sample
 
@@ -207,7 +207,7 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ):
     with LLM(tiny_model, **SMALL, scheduling_policy=policy) as llm:
-        constraints = llm._core._constraints  # pyright: ignore[reportOptionalMemberAccess]
+        constraints = llm._client.core._constraints
         compiler = constraints._compiler  # pyright: ignore[reportOptionalMemberAccess]
         compile_really = compiler.compile  # pyright: ignore[reportOptionalMemberAccess]
         compiling: Future = Future()
@@ -215,9 +215,10 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
         def finish() -> None:
             # the engine waits only when there is nothing else to do
             if not compiling.done():
-                compiling.set_result(compile_really(bound.structured_outputs).result())
+                compiling.set_result(compile_really(constraint).result())
 
-        bound = SamplingParams(structured_outputs={"choice": ["abc"]})
+        constraint = StructuredOutputsParams(choice=["abc"])
+        bound = SamplingParams(structured_outputs=constraint)
         monkeypatch.setattr(compiler, "compile", lambda params: compiling)
         monkeypatch.setattr(constraints, "wait", finish)
         outputs = llm.generate(["first", "second", "third"], [bound, SamplingParams(), bound], use_tqdm=False)
@@ -227,12 +228,20 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
         # aborted while it waits
         compiling = Future()
         request, text = llm._inputs.request("waits", "p", bound)
-        core = llm._core
-        assert core is not None
+        core = llm._client.core
         core.add_request(request, text)
         core.abort(["waits"])
-        compiling.set_result(compile_really(bound.structured_outputs).result())  # pyright: ignore
+        compiling.set_result(compile_really(constraint).result())
         assert core.step() == [] and not core.has_unfinished
+
+
+def test_several_completions_of_a_prompt(engine: LLM):
+    params = SamplingParams(n=3, seed=4, max_tokens=100, structured_outputs={"regex": REGEX})
+    outputs = engine.generate(["a", "b"], params, use_tqdm=False)
+    texts = [completion.text for output in outputs for completion in output.outputs]
+    assert len(texts) == 6 and all(re.fullmatch(REGEX, text) for text in texts) and len(set(texts)) > 2
+    one = SamplingParams(seed=5, max_tokens=100, structured_outputs={"regex": REGEX})
+    assert engine.generate("a", one, use_tqdm=False)[0].outputs[0].text == texts[1]
 
 
 def test_streaming(engine: LLM):
@@ -244,8 +253,8 @@ def test_streaming(engine: LLM):
 def test_without_a_tokenizer_it_is_refused(tiny_model: Path):
     with LLM(tiny_model, **SMALL, skip_tokenizer_init=True) as llm:
         for params, text in (
-            ({"structured_outputs": {"regex": "a"}}, "requires a tokenizer"),
-            ({"thinking_token_budget": 1}, "thinking_token_budget needs a tokenizer"),
+            (SamplingParams(structured_outputs={"regex": "a"}), "requires a tokenizer"),
+            (SamplingParams(thinking_token_budget=1), "thinking_token_budget needs a tokenizer"),
         ):
             with pytest.raises(ValidationError, match=text):
-                llm.generate([1, 2], SamplingParams(**params), use_tqdm=False)  # pyright: ignore
+                llm.generate([1, 2], params, use_tqdm=False)

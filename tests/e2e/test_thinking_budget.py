@@ -54,7 +54,7 @@ def test_reasoning_that_is_generated_has_a_budget_as_well(thinker: LLM):
 def test_a_grammar_begins_behind_the_reasoning(thinker: LLM, budget: int | None):
     params = SamplingParams(
         thinking_token_budget=budget,
-        structured_outputs={"choice": ["yes", "no"]},  # pyright: ignore
+        structured_outputs={"choice": ["yes", "no"]},
         # without a budget the model is made to end its reasoning itself, after which the bias counts no more
         logit_bias=discourage(thinker, ").") if budget else dict.fromkeys(thinker.get_tokenizer().encode(")."), 9.0),
         max_tokens=200,
@@ -71,7 +71,7 @@ def test_a_grammar_in_the_reasoning_as_well(tiny_model: Path):
     with LLM(
         tiny_model, **SMALL, reasoning_config=MARKS, structured_outputs_config={"enable_in_reasoning": True}
     ) as llm:
-        params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})  # pyright: ignore
+        params = SamplingParams(structured_outputs={"choice": ["yes", "no"]})
         assert llm.generate("q (", params, use_tqdm=False)[0].outputs[0].text in ("yes", "no")
 
 
@@ -83,7 +83,7 @@ def test_marks_that_nobody_named(engine: LLM):
 def test_repetition_ends_a_request(engine: LLM):
     free = SamplingParams(allowed_token_ids=engine.get_tokenizer().encode("a"), max_tokens=30)
     params = free.clone()
-    params.repetition_detection = {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 3}  # pyright: ignore
+    params.repetition_detection = {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 3}
     outputs = engine.generate(["q", "q"], [params, free], use_tqdm=False)
     completion = outputs[0].outputs[0]
     assert (completion.text, completion.finish_reason, completion.stop_reason) == (

@@ -163,10 +163,7 @@ def test_structured_outputs(engine: LLM):
         ("When did the second world war end? Answer with a year.", {"regex": r"(18|19|20)\d{2}"}),
         ("Is the sky blue?", None),
     ]
-    params = [
-        SamplingParams(temperature=0, max_tokens=48, structured_outputs=constraint)  # pyright: ignore
-        for _, constraint in asked
-    ]
+    params = [SamplingParams(temperature=0, max_tokens=48, structured_outputs=constraint) for _, constraint in asked]
     prompts = [CHAT.format(question) for question, _ in asked]
     outputs = engine.generate(prompts, params, use_tqdm=False)
     place, answer, year, free = (output.outputs[0].text for output in outputs)

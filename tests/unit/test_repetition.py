@@ -56,7 +56,7 @@ def test_the_prompt_does_not_count(prompt: list[int], outputs: list[int]):
     ],
 )
 def test_other_ends_come_first(arguments: dict, tokens: list[int], expected: tuple):
-    params = SamplingParams(repetition_detection={"max_pattern_size": 1, "min_count": 2}, **arguments)  # pyright: ignore
+    params = SamplingParams(repetition_detection={"max_pattern_size": 1, "min_count": 2}, **arguments)
     request = Request("a", [1], params, eos_token_ids=[9])
     request.max_total_tokens = 1 + (params.max_tokens or 16)
     request.all_token_ids += tokens

@@ -294,7 +294,6 @@ def test_what_is_accepted_lies_within_the_limits(arguments: dict[str, Any]):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"n": 2}, "n > 1 is not supported yet"),
         ({"prompt_logprobs": 0}, "prompt_logprobs is not supported yet"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids is not supported yet"),
         ({"flat_logprobs": True}, "flat_logprobs is not supported yet"),
