@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.errors import ValidationError
 from jaxllm.output_constraints import StructuredOutputsParams
-from jaxllm.structured.thinking import ThinkingMatcher, reasoning_marks
+from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher, reasoning_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,7 @@ class TokenConstraints:
         self._tokenizer = tokenizer
         self._config = config
         self._reasoning = reasoning
+        self._marks: ReasoningMarks | None = None
         self._num_words = -(-vocab_size // 32)
         #: requests whose grammar is being compiled
         self._waiting: dict[str, Request] = {}
@@ -60,7 +61,7 @@ class TokenConstraints:
     def check(self, params: SamplingParams) -> None:
         """Refuse what cannot be honoured, as far as that is quickly found. Raises ValidationError."""
         if params.thinking_token_budget is not None:
-            reasoning_marks(self._tokenizer, self._reasoning)
+            self._reasoning_marks()
         if isinstance(params.structured_outputs, StructuredOutputsParams):
             if self._compiler is None:
                 raise ValidationError(
@@ -98,9 +99,15 @@ class TokenConstraints:
             request.matcher = self._thinking(request)
         return True
 
+    def _reasoning_marks(self) -> ReasoningMarks:
+        if self._marks is None:
+            self._marks = reasoning_marks(self._tokenizer, self._reasoning)
+        return self._marks
+
     def _thinking(self, request: Request) -> ThinkingMatcher:
-        marks = reasoning_marks(self._tokenizer, self._reasoning)
-        return ThinkingMatcher(marks, request.params.thinking_token_budget, request.prompt_token_ids, request.matcher)
+        return ThinkingMatcher(
+            self._reasoning_marks(), request.params.thinking_token_budget, request.prompt_token_ids, request.matcher
+        )
 
     def failed(self) -> list[Request]:
         """Requests whose grammar turned out wrong since the last call; what is compiled by now can be scheduled."""

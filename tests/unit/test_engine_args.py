@@ -343,3 +343,45 @@ def test_arguments_about_watching():
 def test_wrong_arguments_about_watching(arguments: dict[str, Any], text: str):
     with pytest.raises(ValidationError, match=text):
         engine_args("m", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"structured_outputs_config": {"backend": "xgrammar"}},
+            "has one backend, guidance .* pass 'auto' or 'guidance'",
+        ),
+        ({"structured_outputs_config": {"beckend": "auto"}}, "no field 'beckend'; its fields are backend, disable_any"),
+        ({"structured_outputs_config": {"disable_any_whitespace": 1}}, "disable_any_whitespace must be True or False"),
+        ({"structured_outputs_config": "guidance"}, "structured_outputs_config must be a dict"),
+        ({"structured_outputs_config": {"reasoning_parser": "gpt"}}, "reasoning_parser='gpt' is not supported"),
+        ({"structured_outputs_config": {"reasoning_parser_plugin": "a.py"}}, "no field 'reasoning_parser_plugin'"),
+        ({"guided_decoding_backend": "outlines"}, "has one backend for structured outputs.*'auto' or 'guidance'"),
+        ({"reasoning_parser": "gpt"}, "reasoning_config="),
+        ({"reasoning_config": {"reasoning_start_str": 1}}, "reasoning_config.reasoning_start_str must be a string"),
+        ({"stream_interval": 0}, "stream_interval must be at least 1"),
+    ],
+)
+def test_structured_outputs_and_reasoning_are_checked(arguments: dict[str, Any], text: str):
+    with pytest.raises(ValidationError, match=text):
+        engine_args("m", **arguments)
+
+
+def test_structured_outputs_and_reasoning_come_as_dicts():
+    args = engine_args(
+        "m",
+        structured_outputs_config={
+            "backend": "guidance",
+            "disable_any_whitespace": True,
+            "reasoning_parser_plugin": "",
+        },
+        reasoning_config={"reasoning_parser": "mistral", "reasoning_end_str": "Enough.[/THINK]"},
+        guided_decoding_backend="guidance",
+    )
+    assert args.structured_outputs_config.disable_any_whitespace
+    reasoning = args.reasoning_config
+    assert (reasoning.start, reasoning.end, reasoning.natural_end) == ("[THINK]", "Enough.[/THINK]", "[/THINK]")
+    assert engine_args("m", structured_outputs_config=args.structured_outputs_config) == engine_args(
+        "m", structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True}
+    )

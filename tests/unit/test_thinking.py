@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher
+from jaxllm.config.structured_outputs import ReasoningConfig
+from jaxllm.errors import ValidationError
+from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher, reasoning_marks
 
 VOCAB = 40
 SINGLE = ReasoningMarks(start=(1,), end=(2,), forced_end=(2,))
@@ -95,6 +97,37 @@ def test_reasoning_that_the_prompt_has_open_counts(prompt: list[int], budget: in
         assert len(allowed(matcher)) == VOCAB
         matcher.advance(6)
     assert forced_at is None
+
+
+class Vocabulary:
+    """What of a tokenizer the marks need: single characters, and ``<think>`` and ``</think>`` where it has them."""
+
+    def __init__(self, reasons: bool):
+        self._vocabulary = {"<think>": 900, "</think>": 901} if reasons else {"a": 1}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocabulary
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        if text in self._vocabulary:
+            return [self._vocabulary[text]]
+        return [ord(character) for character in text]
+
+
+def test_where_the_marks_come_from():
+    def marks(reasons: bool, **config: str) -> ReasoningMarks:
+        return reasoning_marks(Vocabulary(reasons), ReasoningConfig(**config))  # pyright: ignore[reportArgumentType]
+
+    assert marks(True) == ReasoningMarks(start=(900,), end=(901,), forced_end=(901,))
+    with pytest.raises(ValidationError, match="no tokens '<think>' and '</think>'"):
+        marks(False)
+    assert marks(True, reasoning_parser="qwen3", reasoning_end_str="!") == ReasoningMarks(
+        start=(900,), end=(901,), forced_end=(33,)
+    )
+    assert marks(False, reasoning_start_str="((", reasoning_end_str=")") == ReasoningMarks(
+        start=(40, 40), end=(41,), forced_end=(41,)
+    )
 
 
 class Digits:
