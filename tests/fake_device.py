@@ -7,6 +7,9 @@ modulo the vocabulary. So a wrong block, a stale one, a lost token or a token ou
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
@@ -107,6 +110,13 @@ class FakeDevice:
             sampled.append(token_id)
         self.num_steps += 1
         return Done(StepOutput(token_ids=sampled))
+
+    def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        return scheduled
+
+    def sample(self, launched: SchedulerOutput, masks: Mapping[int, np.ndarray]) -> Done:
+        assert not masks, "the model has one next token, and no other"
+        return self.execute(launched)
 
     def reset(self) -> None:
         self.slots.clear()
