@@ -91,8 +91,11 @@ class SamplingParams:
     min_tokens: int = 0
     #: alternatives reported per generated token; -1: the vocabulary
     logprobs: int | None = None
+    #: alternatives reported per prompt token, as `logprobs`; the prefix cache is not read then
     prompt_logprobs: int | None = None
+    #: report exactly these, and the sampled token, in place of the most likely ones
     logprob_token_ids: list[int] | None = None
+    #: return `jaxllm.logprobs.FlatLogprobs`, which is quicker for many alternatives
     flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -139,6 +142,11 @@ class SamplingParams:
             setattr(self, name, checks.boolean(name, getattr(self, name)))
         if self.skip_reading_prefix_cache is not None:
             self.skip_reading_prefix_cache = checks.boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+        if self.prompt_logprobs is not None and self.skip_reading_prefix_cache is False:
+            raise ValidationError(
+                f"prompt_logprobs={self.prompt_logprobs} needs the whole prompt to be computed, so "
+                "skip_reading_prefix_cache cannot be False; leave it None."
+            )
         for name, kind in (
             ("output_kind", RequestOutputKind),
             ("structured_outputs", StructuredOutputsParams | None),
@@ -246,6 +254,12 @@ class SamplingParams:
                     f"logprob_token_ids can hold at most {MAX_LOGPROB_TOKEN_IDS} ids, "
                     f"got {len(self.logprob_token_ids)}."
                 )
+            if self.logprobs is not None and self.logprobs != len(self.logprob_token_ids):
+                raise ValidationError(
+                    "When both logprobs and logprob_token_ids are set, logprobs must equal len(logprob_token_ids), "
+                    f"got logprobs={self.logprobs} and {len(self.logprob_token_ids)} ids. Leave logprobs out: only "
+                    "the ids are reported."
+                )
         if self.logit_bias is not None:
             self.logit_bias = _checked_bias(self.logit_bias)
 
@@ -253,6 +267,13 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported per generated token, by likelihood or by id; -1: the vocabulary; None: no report."""
+        if self.logprobs is not None:
+            return self.logprobs
+        return len(self.logprob_token_ids) if self.logprob_token_ids else None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -318,9 +339,6 @@ def _checked_bias(bias: Any) -> dict[int, float]:
 def unsupported(params: SamplingParams) -> str | None:
     """Name the first field that asks for what the engine cannot do yet; None when it can do all that is asked."""
     asked = {
-        "prompt_logprobs": params.prompt_logprobs is not None,
-        "logprob_token_ids": params.logprob_token_ids is not None,
-        "flat_logprobs": params.flat_logprobs,
         "stream_interval > 1": params.stream_interval is not None and params.stream_interval > 1,
         "structured_outputs": params.structured_outputs is not None,
         "thinking_token_budget": params.thinking_token_budget not in (None, -1),

@@ -81,10 +81,12 @@ def start(args: EngineArgs) -> Started:
     default_params = _default_params(generation)
 
     groups = kv_cache_groups(model.layer_window)
+    num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
     limits = scheduler_config(
         args,
         max_model_len=_max_model_len(args, model),
         platform=device.platform,
+        num_logprobs=num_logprobs,
         device_memory_bytes=device_memory(device)[0],
     )
     config = RunnerConfig(
@@ -100,7 +102,7 @@ def start(args: EngineArgs) -> Started:
         enable_prefix_caching=args.enable_prefix_caching,
         enforce_eager=args.enforce_eager,
         fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
-        num_logprobs=model.vocab_size if args.max_logprobs == -1 else args.max_logprobs,
+        num_logprobs=num_logprobs,
         logprobs_mode=args.logprobs_mode,
         seed=args.seed,
         compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",

@@ -130,6 +130,11 @@ class FakeDevice:
         assert len(set(scheduled.rows)) == len(scheduled.rows), "a row is scheduled twice"
         assert all(0 <= row < self.scheduler.max_num_seqs for row in scheduled.rows)
         assert all(count > 0 for count in scheduled.counts)
+        assert sum(scheduled.scored) <= self.scheduler.max_scored_tokens
+        for start, count, sample, scored in zip(
+            scheduled.starts, scheduled.counts, scheduled.samples, scheduled.scored, strict=True
+        ):
+            assert 0 <= scored <= count - sample, f"{scored} of {count} tokens from {start} have a known successor"
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
         for new in scheduled.admitted:

@@ -114,6 +114,7 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
+        self._outputs.take_prompt_logprobs(scheduled, output)
         outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:

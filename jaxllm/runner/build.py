@@ -265,6 +265,7 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
             groups=config.groups,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
+            max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
         make_buckets(
             config.scheduler.max_num_batched_tokens,

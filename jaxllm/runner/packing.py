@@ -55,9 +55,9 @@ class Packing:
         return fields
 
 
-def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
     """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
-    row.
+    row, at most T scored tokens.
     """
     tokens, seqs = bucket
     return Packing(
@@ -73,8 +73,9 @@ def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packin
             "query_start": (seqs + 1,),
             "kv_lens": (seqs,),
             "block_tables": (num_groups, seqs, table_width),
-            # the i-th sampled token comes from the last token of sequence sample_seq[i]
-            "sample_seq": (seqs,),
+            # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
+            "sampled_tokens": (seqs,),
+            "scored_tokens": (min(tokens, max_scored_tokens),),
         }
     )
 

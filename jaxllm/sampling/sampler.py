@@ -138,11 +138,11 @@ def sample_rows(
             values = lax.cond(
                 batch.any_random, lambda: _remaining_logits(distribution, batch, random, vocab), lambda: processed
             )
-        return gather_logprobs(values, token, num_logprobs, normalize=logprobs_mode.endswith("logprobs"))
+        normalize = logprobs_mode.endswith("logprobs")
+        return gather_logprobs(values, token, num_logprobs, normalize=normalize, chosen_ids=batch.logprob_ids)
 
-    return SampleResult(
-        token_ids=token, logprobs=lax.cond(batch.want_logprobs, logprobs, lambda: Logprobs.zeros(rows, num_logprobs))
-    )
+    nothing = Logprobs.zeros(rows, num_logprobs, batch.logprob_ids.shape[1])
+    return SampleResult(token_ids=token, logprobs=lax.cond(batch.want_logprobs, logprobs, lambda: nothing))
 
 
 def _adjust(logits: jax.Array, batch: SamplingBatch) -> jax.Array:

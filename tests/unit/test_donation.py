@@ -50,7 +50,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
     )
     programs = Programs(
-        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         make_buckets(64, MAX_NUM_SEQS, eager=True),
         MAX_MODEL_LEN // BLOCK_SIZE,
         shapes(decoder_sources(model), jnp.dtype(dtype), sharding),
@@ -71,11 +71,11 @@ def test_every_program_writes_in_place():
     programs.compile_all(progress=False)
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
-        expected = size(state.cache) + size(state.tokens) if kind == "forward" else size(state.tokens)
+        expected = {"forward": size(state.cache) + size(state.tokens), "score": 0}.get(kind, size(state.tokens))
         memory = program.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == expected
         kinds.add(kind)
-    assert kinds == {"forward", "sample", "write tokens"}
+    assert kinds == {"forward", "sample", "score", "write tokens"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

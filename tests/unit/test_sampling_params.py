@@ -255,9 +255,6 @@ def test_what_is_accepted_lies_within_the_limits(arguments: dict[str, Any]):
     ("arguments", "text"),
     [
         ({"n": 2}, "n > 1 is not supported yet"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs is not supported yet"),
-        ({"logprob_token_ids": [1]}, "logprob_token_ids is not supported yet"),
-        ({"flat_logprobs": True}, "flat_logprobs is not supported yet"),
         ({"stream_interval": 2}, "stream_interval > 1 is not supported yet"),
         ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured_outputs is not supported yet"),
         ({"thinking_token_budget": 5}, "thinking_token_budget is not supported yet"),
@@ -267,6 +264,8 @@ def test_what_is_accepted_lies_within_the_limits(arguments: dict[str, Any]):
         ),
         ({"extra_args": {"a": 1}}, "extra_args is not supported yet"),
         ({}, None),
+        ({"prompt_logprobs": 0, "flat_logprobs": True}, None),
+        ({"logprob_token_ids": [1]}, None),
         ({"stop": ["a"], "logprobs": 5, "skip_reading_prefix_cache": True, "stream_interval": 1}, None),
         ({"logit_bias": {1: 1.0}, "bad_words": ["x"], "allowed_token_ids": [1], "min_tokens": 3, "seed": 1}, None),
     ],
