@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxllm.beam_search import BeamSearchParams
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
+    from jaxllm.logits_processor import LogitsProcessor
     from jaxllm.outputs import CompletionOutput, RequestOutput
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "jaxllm.llm",
+    "LogitsProcessor": "jaxllm.logits_processor",
     "AsyncLLM": "jaxllm.async_llm",
     "BeamSearchParams": "jaxllm.beam_search",
     "CompletionOutput": "jaxllm.outputs",

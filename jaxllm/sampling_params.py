@@ -34,7 +34,7 @@ _REMOVED = {
     "use_beam_search": "beam search is no longer a sampling parameter",
     "early_stopping": "it belonged to beam search, which is no longer a sampling parameter",
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
-    "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
+    "logits_processors": "pass them to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or bad_words",
     "truncate_prompt_tokens": "truncation is not supported yet, shorten the prompt",
     "guided_decoding": "its successor structured_outputs is not supported yet",
 }
@@ -115,6 +115,7 @@ class SamplingParams:
     repetition_detection: RepetitionDetectionParams | None = None
     #: True: compute the whole prompt even where the prefix cache has it
     skip_reading_prefix_cache: bool | None = None
+    #: name -> number, for the engine's logits processors (`jaxllm.LogitsProcessor`)
     extra_args: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -343,6 +344,5 @@ def unsupported(params: SamplingParams) -> str | None:
         "structured_outputs": params.structured_outputs is not None,
         "thinking_token_budget": params.thinking_token_budget not in (None, -1),
         "repetition_detection": params.repetition_detection is not None,
-        "extra_args": bool(params.extra_args),
     }
     return next((f"{name} is not supported yet" for name, is_asked in asked.items() if is_asked), None)

@@ -20,11 +20,13 @@ from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.errors import ValidationError
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.runner.build import RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.runner import Runner
+from jaxllm.sampling.processors import check_processors
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
@@ -89,6 +91,7 @@ def start(args: EngineArgs) -> Started:
         num_logprobs=num_logprobs,
         device_memory_bytes=device_memory(device)[0],
     )
+    check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
     config = RunnerConfig(
         model=model,
         groups=groups,
@@ -104,6 +107,7 @@ def start(args: EngineArgs) -> Started:
         fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
         num_logprobs=num_logprobs,
         logprobs_mode=args.logprobs_mode,
+        processors=args.logits_processors,
         seed=args.seed,
         compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
         progress=progress,
@@ -133,6 +137,7 @@ def start(args: EngineArgs) -> Started:
         vocab_size=model.vocab_size,
         eos_token_ids=_eos_token_ids(checkpoint, generation, tokenizer),
         max_logprobs=args.max_logprobs,
+        extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
         seed=args.seed,
     )
     return Started(

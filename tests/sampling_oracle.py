@@ -82,6 +82,7 @@ def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs:
         mask_words=jnp.asarray(words),
         bad_words=jnp.asarray(bad_words),
         logprob_ids=jnp.asarray(logprob_ids),
+        extra_args=jnp.zeros((count, 0), jnp.float32),
         any_random=no,
         any_truncation=no,
         any_penalty=no,

@@ -13,6 +13,7 @@ from typing import Any
 from jaxllm import checks
 from jaxllm.config.arguments import known_names, refuse, report_without_effect
 from jaxllm.errors import ValidationError
+from jaxllm.logits_processor import LogitsProcessor, logits_processors
 
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1
@@ -87,6 +88,9 @@ class EngineArgs:
     #: most `logprobs` that a request may ask for; -1: the vocabulary
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    #: jax functions ``(logits, state) -> logits`` that run inside every step, or ``module:name`` of them; see
+    #: `jaxllm.LogitsProcessor`
+    logits_processors: tuple[LogitsProcessor, ...] = ()
     #: where sampling defaults come from: "auto" (the model), "vllm" (nowhere), or a directory
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -299,6 +303,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_gpu_blocks_override": _at_least(2),
     "enforce_eager": checks.boolean,
     "max_logprobs": _max_logprobs,
+    "logits_processors": logits_processors,
     "logprobs_mode": _one_of(LOGPROBS_MODES),
     "generation_config": _path_text,
     "override_generation_config": _mapping,

@@ -21,6 +21,7 @@ from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_toke
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
 from jaxllm.layers.attention import STORAGE
+from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
@@ -56,6 +57,7 @@ class RunnerConfig:
     fit_max_model_len: bool
     num_logprobs: int
     logprobs_mode: str
+    processors: tuple[LogitsProcessor, ...]
     seed: int
     compile_cache: Path | None
     progress: bool
@@ -153,7 +155,6 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         config.state(plan.num_blocks),
         num_groups=len(config.groups),
         table_width=config.table_width,
-        vocab_size=config.model.vocab_size,
     )
     programs.compile_all(config.progress)
     clock.lap("compile")
@@ -265,6 +266,7 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
             groups=config.groups,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
+            processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
         make_buckets(

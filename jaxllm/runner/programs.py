@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
@@ -75,22 +76,23 @@ class Programs:
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
         }
         self.max_num_seqs = state.tokens.shape[0] - 1
+        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (buckets[0].seqs, *sizes)})
         if eager:
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
-        self._variants = (True,) if platform == "cpu" else (True, False)
+        self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = jax.jit(functools.partial(forward_step, self.config, bucket, packing), donate_argnums=(1,))
-        size = packing.size + sample_packing(self.max_num_seqs).size
+        size = packing.size + self.sample_packing.size
         return function.lower(self._params, self._state, self._words(size))
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
-        packing = sample_packing(self.max_num_seqs)
+        packing = self.sample_packing
         function = jax.jit(functools.partial(sample_step, self.config, rows, packing), donate_argnums=(1,))
         hidden = self._hidden(self.max_num_seqs)
         shape = ConstraintShape(self.config.model.vocab_size)

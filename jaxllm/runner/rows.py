@@ -8,9 +8,11 @@ import dataclasses
 
 import numpy as np
 
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.runner.constraints import ConstraintShape, RowConstraints
 from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
-from jaxllm.runner.packing import FLOATS, INTS, Packing, sample_packing
+from jaxllm.runner.packing import FLOATS, INTS, Packing
+from jaxllm.runner.step import StepConfig
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,12 +33,14 @@ class PackedStep:
 class RowTable:
     """State of all rows: block tables, sampling parameters, the tokens that the host knows."""
 
-    def __init__(
-        self, max_num_seqs: int, num_groups: int, table_width: int, max_scored_tokens: int, shape: ConstraintShape
-    ):
-        self._shape = shape
-        self._max_scored_tokens = max_scored_tokens
-        self._sample_packing = sample_packing(max_num_seqs)
+    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, config: StepConfig, packing: Packing):
+        """`packing` is that of the sampler."""
+        self._shape = ConstraintShape(config.model.vocab_size)
+        self._max_scored_tokens = config.max_scored_tokens
+        self._sample_packing = packing
+        self._has_processors = bool(config.processors)
+        self._extra_defaults = extra_arg_defaults(config.processors)
+        self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
         self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
         self._floats = {name: np.zeros(max_num_seqs, np.float32) for name in FLOATS}
         self._ints = {name: np.zeros(max_num_seqs, np.int32) for name in INTS}
@@ -62,14 +66,17 @@ class RowTable:
         self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
         self._ints["prompt_length"][row] = request.num_prompt_tokens
         self._logprobs[row] = params.num_logprobs is not None
+        given = params.extra_args or {}
+        self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
         self._full[row] = not greedy or self.needs_history(request) or self._logprobs[row] or row in self._constraints
 
-    @staticmethod
-    def needs_history(request: AdmittedRequest) -> bool:
+    def needs_history(self, request: AdmittedRequest) -> bool:
         """Whether the sampler looks at the request's earlier tokens."""
+        if self._has_processors:
+            return True
         return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
 
     def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
@@ -126,6 +133,7 @@ class RowTable:
             fields[name][:count] = self._floats[name][rows]
         for name in INTS:
             fields[name][:count] = self._ints[name][rows]
+        fields["extra_args"][:count] = self._extra_args[rows]
         if packed.full:
             packed.want_logprobs = bool(self._logprobs[rows].any())
             fields["want_logprobs"][...] = packed.want_logprobs

@@ -16,7 +16,6 @@ from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
-from jaxllm.runner.packing import sample_packing
 from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
 from jaxllm.runner.rows import PackedStep, RowTable
 from jaxllm.runner.step import Hidden, Sampled, State
@@ -94,7 +93,6 @@ class Runner:
         *,
         num_groups: int,
         table_width: int,
-        vocab_size: int,
     ):
         self.params: Params | None = params
         self._reload = reload
@@ -104,10 +102,10 @@ class Runner:
         self._on_host: Params | None = None
         self._programs = programs
         self._sharding = state.tokens.sharding
-        self._shape = ConstraintShape(vocab_size)
+        self._shape = ConstraintShape(programs.config.model.vocab_size)
         self._max_num_seqs = state.tokens.shape[0] - 1
         self._max_scored_tokens = programs.config.max_scored_tokens
-        self._rows = RowTable(self._max_num_seqs, num_groups, table_width, self._max_scored_tokens, self._shape)
+        self._rows = RowTable(self._max_num_seqs, num_groups, table_width, programs.config, programs.sample_packing)
         self._buckets = tuple(programs.packings)
         self._state: State | None = programs.allocate()
         self._head = head_params(params)
@@ -117,7 +115,7 @@ class Runner:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
         allocate.
         """
-        sample_size = sample_packing(self._max_num_seqs).size
+        sample_size = self._programs.sample_packing.size
         for bucket in self._buckets:
             size = self._programs.packings[bucket].size + sample_size
             hidden, sampling = self._forward(bucket, np.zeros(size, np.int32))
@@ -173,7 +171,7 @@ class Runner:
 
     def _admit(self, request: AdmittedRequest) -> None:
         self._rows.admit(request)
-        if request.num_computed_tokens and RowTable.needs_history(request):
+        if request.num_computed_tokens and self._rows.needs_history(request):
             self._write_tokens(request.row, 0, np.asarray(request.token_ids[: request.num_computed_tokens], np.int32))
 
     def _write_tokens(self, row: int, position: int, ids: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import AttentionBatch
+from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
@@ -33,6 +34,8 @@ class StepConfig:
     logprobs_mode: str
     #: prompt tokens of a step whose successors' log-probabilities can be asked for
     max_scored_tokens: int
+    #: the user's part of the sampler
+    processors: tuple[LogitsProcessor, ...] = ()
 
 
 @flax.struct.dataclass
@@ -138,7 +141,13 @@ def sample_step(
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:
             batch = _sampling_batch(config, fields, constraints, tokens, first, rows)
-            result = sample(scores, batch, num_logprobs=config.num_logprobs, logprobs_mode=config.logprobs_mode)
+            result = sample(
+                scores,
+                batch,
+                num_logprobs=config.num_logprobs,
+                logprobs_mode=config.logprobs_mode,
+                processors=config.processors,
+            )
             new = Sampled(token_ids=result.token_ids, logprobs=result.logprobs)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
 
@@ -156,7 +165,7 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
     def block(array: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, first, rows)
 
-    per_row = {name: block(fields[name]) for name in ("rows", "positions", *FLOATS, *INTS)}
+    per_row = {name: block(fields[name]) for name in ("rows", "positions", "extra_args", *FLOATS, *INTS)}
     row, length = per_row.pop("rows"), per_row.pop("positions")
     seed = jnp.stack([per_row.pop("seed_high"), per_row.pop("seed_low")], axis=1)
     flags = {name: fields[name] != 0 for name in FLAGS}
@@ -168,7 +177,7 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
         position=length,
         length=length,
         history=lax.cond(
-            flags["any_penalty"] | flags["any_bad_words"],
+            flags["any_penalty"] | flags["any_bad_words"] | bool(config.processors),
             lambda: tokens[row],
             lambda: jnp.zeros((rows, tokens.shape[1]), tokens.dtype),
         ),

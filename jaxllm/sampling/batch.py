@@ -52,6 +52,8 @@ class SamplingBatch:
     bad_words: jax.Array
     #: i32[R, C]; token ids whose log-probabilities are wanted, besides the most likely ones'; -1 = none
     logprob_ids: jax.Array
+    #: f32[R, A]; the extra arguments of the logits processors, in their order
+    extra_args: jax.Array
     #: bool[]; some row has a temperature above 0
     any_random: jax.Array
     #: bool[]; some row has a top_k, top_p or min_p
