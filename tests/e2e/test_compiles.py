@@ -69,7 +69,9 @@ def make_params(rng: random.Random) -> SamplingParams:
         min_tokens=maybe(3, 0),
         stop_token_ids=maybe(some_ids[:5]),
         stop=maybe(["e", "zz"]),
-        logprobs=maybe(rng.choice((0, 1, 20))),
+        **rng.choice(({}, {}, {"logprobs": rng.choice((0, 1, 20))}, {"logprob_token_ids": some_ids[:9]})),
+        prompt_logprobs=maybe(rng.choice((0, 3))),
+        flat_logprobs=maybe(True, False),
         skip_reading_prefix_cache=maybe(True),
         max_tokens=rng.randint(3, 20),
     )

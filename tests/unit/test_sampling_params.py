@@ -109,6 +109,18 @@ def test_defaults_are_vllms():
         ({"logprobs": -2}, "logprobs must be non-negative or -1, got -2."),
         ({"prompt_logprobs": -2}, "prompt_logprobs must be non-negative or -1, got -2."),
         ({"logprob_token_ids": list(range(129))}, "logprob_token_ids can hold at most 128 ids, got 129."),
+        (
+            {"logprob_token_ids": [1, 2], "logprobs": 3},
+            "When both logprobs and logprob_token_ids are set, logprobs must equal len(logprob_token_ids), got "
+            "logprobs=3 and 2 ids. Leave logprobs out: only the ids are reported.",
+        ),
+        (
+            {"prompt_logprobs": 1, "skip_reading_prefix_cache": False},
+            "prompt_logprobs=1 needs the whole prompt to be computed, so skip_reading_prefix_cache cannot be False; "
+            "leave it None.",
+        ),
+        ({"flat_logprobs": 1}, "flat_logprobs must be True or False, got 1 of type int."),
+        ({"extra_args": ["a"]}, "extra_args must be dict | None, got ['a'] of type list."),
         ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1 of type int."),
         ({"output_kind": "delta"}, "output_kind must be RequestOutputKind, got 'delta' of type str."),
         ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
