@@ -21,11 +21,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "jaxllm.llm",
-    "LogitsProcessor": "jaxllm.logits_processor",
     "AsyncLLM": "jaxllm.async_llm",
     "BeamSearchParams": "jaxllm.beam_search",
     "CompletionOutput": "jaxllm.outputs",
     "EngineArgs": "jaxllm.config.engine_args",
+    "LogitsProcessor": "jaxllm.logits_processor",
     "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
@@ -38,6 +38,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
+    "LogitsProcessor",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

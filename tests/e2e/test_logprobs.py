@@ -58,7 +58,7 @@ def check(output: RequestOutput, prompt: list[int], model: Any, params: Sampling
     assert output.prompt_logprobs is not None and completion.logprobs is not None
     assert len(output.prompt_logprobs) == len(prompt) and output.prompt_logprobs[0] is None
     for i, token in enumerate(prompt[1:], start=1):
-        check_position(output.prompt_logprobs[i], token, expected[i - 1], params.prompt_logprobs or 0)
+        check_position(output.prompt_logprobs[i] or {}, token, expected[i - 1], params.prompt_logprobs or 0)
     assert len(completion.logprobs) == len(completion.token_ids)
     for i, token in enumerate(completion.token_ids):
         check_position(completion.logprobs[i], token, expected[len(prompt) + i - 1], params.logprobs or 0)
