@@ -23,8 +23,9 @@ from jaxllm.errors import ValidationError
 from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
-from jaxllm.runner.build import RunnerConfig, build_runner
+from jaxllm.runner.build import Built, RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
+from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling.processors import check_processors
 from jaxllm.sampling_params import SamplingParams
@@ -55,7 +56,7 @@ class Started:
 
     core: EngineCore
     inputs: InputProcessor
-    runner: Runner
+    runner: Runner | NullRunner
     tokenizer: PreTrainedTokenizerBase | None
     checkpoint: Checkpoint
     default_params: SamplingParams
@@ -72,7 +73,8 @@ def start(args: EngineArgs) -> Started:
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
     checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
     model = model_config(checkpoint.config)
-    device = find_device(args.device)
+    is_null = args.load_format == "null"
+    device = find_device("cpu" if is_null else args.device)
     times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
 
     tokenizer = None
@@ -112,7 +114,12 @@ def start(args: EngineArgs) -> Started:
         compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
         progress=progress,
     )
-    built = build_runner(config, checkpoint, times.__setitem__)
+    eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
+    if is_null:
+        runner, plan = null_runner(config, ordinary_tokens(tokenizer, model.vocab_size, eos_token_ids))
+        built = Built(runner=runner, scheduler=limits, cache=config.cache_config(plan.num_blocks), plan=plan)
+    else:
+        built = build_runner(config, checkpoint, times.__setitem__)
     plan, cache = built.plan, built.cache
     for line in plan.vllm_lines():
         logger.info(line)
@@ -135,7 +142,7 @@ def start(args: EngineArgs) -> Started:
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),
         vocab_size=model.vocab_size,
-        eos_token_ids=_eos_token_ids(checkpoint, generation, tokenizer),
+        eos_token_ids=eos_token_ids,
         max_logprobs=args.max_logprobs,
         extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
         seed=args.seed,

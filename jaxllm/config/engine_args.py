@@ -26,7 +26,7 @@ DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
-LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy")}
+LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy", "null")}
 POLICIES = {name: name for name in ("fcfs", "priority")}
 LOGPROBS_MODES = {name: name for name in ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")}
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
@@ -60,6 +60,7 @@ class EngineArgs:
     hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: "auto", "float32", "bfloat16" or "float16", of weights, activations and KV cache
     dtype: str = "auto"
+    #: "dummy": random weights; "null": no model at all, to measure the host (`jaxllm.runner.null`)
     load_format: str = "auto"
     #: of the dummy weights, and of requests without one of their own
     seed: int = 0

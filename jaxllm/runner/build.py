@@ -27,6 +27,7 @@ from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, GIB, MemoryPlan, device_memory, quantize_blocks
+from jaxllm.runner.null import NullRunner
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
@@ -117,7 +118,7 @@ class RunnerConfig:
 class Built:
     """A runner, ready for its first step, and what the engine must know of it."""
 
-    runner: Runner
+    runner: Runner | NullRunner
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
