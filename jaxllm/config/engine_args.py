@@ -125,6 +125,11 @@ class EngineArgs:
             )
 
 
+def argument_names() -> set[str]:
+    """The arguments that the engine acts on."""
+    return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
     """`EngineArgs` from vLLM's arguments. Those that have no effect here are named in one line of the log.
 
@@ -132,7 +137,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         TypeError: an argument that does not exist.
         ValidationError: a value that cannot be used, or an argument of a capability that jaxllm does not have yet.
     """
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    fields = argument_names()
     known = fields | known_names()
     for name in arguments:
         if name not in known:

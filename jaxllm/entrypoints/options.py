@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
 import re
-from collections.abc import Sequence
+import types
+import typing
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET
+from jaxllm.config.engine_args import EngineArgs
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -24,28 +32,64 @@ def count(text: str) -> int:
     return int(number)
 
 
-#: name, type (None: a switch with a --no- form), help
-_ENGINE: tuple[tuple[str, Any, str], ...] = (
-    ("tokenizer", str, "tokenizer's directory or hub id, when it is not the model's"),
-    ("dtype", str, "of weights and activations: auto, float32, bfloat16, float16"),
-    ("load_format", str, "auto, safetensors, gguf, orbax, dummy"),
-    ("revision", str, "branch, tag or commit of a hub model"),
-    ("chat_template", str, "a Jinja template, or its file, in place of the model's"),
-    ("max_model_len", count, "longest prompt and output together, in tokens"),
-    ("max_num_seqs", count, "most requests in one step"),
-    ("max_num_batched_tokens", count, "most tokens in one step"),
-    ("gpu_memory_utilization", float, "share of the device's memory that may be used, in (0, 1]"),
-    ("kv_cache_memory_bytes", count, "size of the KV cache, in place of gpu_memory_utilization"),
-    ("num_gpu_blocks_override", count, "number of KV-cache blocks, in place of planning them"),
-    ("block_size", count, "tokens in a KV-cache block"),
-    ("long_prefill_token_threshold", count, "most prompt tokens of one request in a step; 0: no limit"),
-    ("scheduling_policy", str, "fcfs or priority"),
-    ("enable_prefix_caching", None, "share the KV cache of equal prompt beginnings"),
-    ("enable_chunked_prefill", None, "split long prompts over several steps"),
-    ("async_scheduling", None, "schedule a step while the one before runs"),
-    ("enforce_eager", None, "compile as little as possible: starts sooner, runs slower"),
-)
+def _length(text: str) -> int | str:
+    return "auto" if text.strip().lower() == "auto" else count(text)
 
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"rope_theta\": 10000}}'")
+    return value
+
+
+def _value(text: str) -> Any:
+    """For vLLM's arguments without a type here: JSON where it is JSON, text elsewhere."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+#: engine argument -> help; the types are those of `EngineArgs`
+ENGINE_HELP: dict[str, str] = {
+    "tokenizer": "tokenizer's directory or hub id, when it is not the model's",
+    "skip_tokenizer_init": "run without a tokenizer: prompts are token ids",
+    "dtype": "of weights and activations: auto, float32, bfloat16, float16",
+    "load_format": "auto, safetensors, gguf, orbax, dummy (random weights), null (no model: measures the host)",
+    "revision": "branch, tag or commit of a hub model",
+    "tokenizer_revision": "as --revision, of the tokenizer",
+    "hf_token": "the hub's access token",
+    "hf_overrides": "entries of config.json to replace",
+    "seed": "the engine's seed, from which every request gets its own",
+    "chat_template": "a Jinja template, or its file, in place of the model's",
+    "generation_config": "where sampling defaults come from: auto (the model), vllm (nowhere), or a directory",
+    "override_generation_config": "entries of generation_config.json to replace",
+    "max_model_len": "longest prompt and output together, in tokens; auto: what fits into memory",
+    "max_num_seqs": "most requests in one step",
+    "max_num_batched_tokens": "most tokens in one step",
+    "gpu_memory_utilization": "share of the device's memory that may be used, in (0, 1]",
+    "kv_cache_memory_bytes": "size of the KV cache, in place of gpu_memory_utilization",
+    "num_gpu_blocks_override": "number of KV-cache blocks, in place of planning them",
+    "block_size": "tokens in a KV-cache block",
+    "long_prefill_token_threshold": "most prompt tokens of one request in a step; 0: no limit",
+    "scheduling_policy": "fcfs or priority",
+    "scheduler_reserve_full_isl": "admit a prompt only when all of it fits into the free blocks",
+    "enable_prefix_caching": "share the KV cache of equal prompt beginnings",
+    "enable_chunked_prefill": "split long prompts over several steps",
+    "async_scheduling": "schedule a step while the one before runs",
+    "enforce_eager": "compile as little as possible: starts sooner, runs slower",
+    "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
+    "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
+    "device": "auto, cpu or gpu",
+}
+
+_SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+
+#: name, type (None: a switch with a --no- form), help
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", count, "most tokens to generate"),
     ("min_tokens", count, "fewest tokens to generate"),
@@ -56,61 +100,121 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("repetition_penalty", float, "above 1: discourage tokens of prompt and output"),
     ("presence_penalty", float, "above 0: discourage tokens generated before"),
     ("frequency_penalty", float, "above 0: discourage tokens by how often they were generated"),
-    ("seed", int, "make sampling repeatable"),
     ("ignore_eos", None, "do not stop at the end-of-sequence token"),
 )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model`` and the engine's arguments; those not given are left to the engine's own defaults."""
+    """Add ``--config``, ``--model`` and the engine's arguments; those not given are left to the engine's defaults.
+
+    vLLM's other arguments are taken as well, without being listed: the engine says what becomes of them.
+    """
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="engine arguments from a YAML file, or a shipped configuration's name (latency, throughput, ...); what "
+        "the command line says wins",
+    )
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
-        help="a named model, a local directory, a .gguf file, or a hub id (default: %(default)s)",
+        default=argparse.SUPPRESS,
+        help=f"a named model, a local directory, a .gguf file, or a hub id (default: the configuration's, or "
+        f"{DEFAULT_MODEL})",
     )
-    _add(parser.add_argument_group("engine options"), _ENGINE)
+    group = parser.add_argument_group("engine options")
+    for name, kind in _engine_types().items():
+        _add(group, name, kind, ENGINE_HELP.get(name, ""))
+    for name, values in _unlisted().items():
+        kind = None if values and all(isinstance(value, bool) for value in values) else _value
+        _add(group, name, kind, argparse.SUPPRESS, short=_SHORT.get(name))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the sampling parameters. `defaults` are this command's own, where they differ from `SamplingParams`."""
     group = parser.add_argument_group("sampling options")
-    _add(group, _SAMPLING, defaults)
+    for name, kind, text in _SAMPLING:
+        _add(group, name, kind, text, default=defaults.get(name, argparse.SUPPRESS))
     group.add_argument(
         "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help="end at this text (may be repeated)"
     )
 
 
-def _add(
-    group: argparse._ArgumentGroup, options: tuple[tuple[str, Any, str], ...], defaults: dict[str, Any] | None = None
-) -> None:
-    for name, kind, text in options:
-        default = (defaults or {}).get(name, argparse.SUPPRESS)
-        shown = "" if default is argparse.SUPPRESS else f" (default: {default})"
-        flag = f"--{name.replace('_', '-')}"
-        if kind is None:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+def _engine_types() -> dict[str, Callable[[str], Any] | None]:
+    """Engine argument -> what reads its text; None: a switch. `model` is an option of its own."""
+    readers: dict[type, Callable[[str], Any]] = {int: count, float: float, dict: _mapping, str: str, os.PathLike: str}
+    found: dict[str, Callable[[str], Any] | None] = {}
+    for name, hint in typing.get_type_hints(EngineArgs).items():
+        members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        kinds = [typing.get_origin(member) or member for member in members if member is not type(None)]
+        if kinds == [bool]:
+            found[name] = None
         else:
-            group.add_argument(
-                flag, type=kind, default=default, help=text + shown, metavar="TEXT" if kind is str else "N"
-            )
+            # a type that says more than text is tried first; JSON is for what is neither
+            found[name] = next((reader for kind, reader in readers.items() if kind in kinds), _value)
+    del found["model"]
+    found["max_model_len"] = _length
+    return found
+
+
+def _unlisted() -> dict[str, tuple[Any, ...]]:
+    """vLLM's arguments that are no fields of `EngineArgs` -> values that ask for nothing, which tell their type."""
+    found = {name: values for names in NOT_YET.values() for name, values in names.items()}
+    found.update({name: never.accepted for name, never in NEVER.items()})
+    found.update({name: no_effect.quiet for name, no_effect in NO_EFFECT.items()})
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    return {name: values for name, values in found.items() if name not in fields}
+
+
+def _add(
+    group: argparse._ArgumentGroup,
+    name: str,
+    kind: Any,
+    text: str,
+    *,
+    default: Any = argparse.SUPPRESS,
+    short: str | None = None,
+) -> None:
+    flags = [*([short] if short else []), f"--{name.replace('_', '-')}"]
+    if kind is None:
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, help=text, dest=name)
+        return
+    shown = "" if default is argparse.SUPPRESS else f" (default: {default})"
+    metavar = "JSON" if kind is _mapping else "TEXT" if kind is str else "N"
+    help_text = text if text is argparse.SUPPRESS else text + shown
+    group.add_argument(*flags, type=kind, default=default, help=help_text, metavar=metavar, dest=name)
+
+
+def engine_arguments(arguments: argparse.Namespace, **defaults: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and the engine arguments that the command line and its ``--config`` describe.
+
+    Args:
+        defaults: this command's own, for what neither of them gives.
+
+    Raises ValidationError for a configuration that is none.
+    """
+    from jaxllm.config.files import load_config
+
+    given = {**defaults, **(load_config(arguments.config) if arguments.config else {})}
+    for name in ("model", *_engine_types(), *_unlisted()):
+        if hasattr(arguments, name):
+            given[name] = getattr(arguments, name)
+    return given.pop("model", DEFAULT_MODEL), given
 
 
 def build_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
     """The engine that the command line describes. `defaults` are this command's own, for what was not given."""
     from jaxllm.llm import LLM
 
-    return LLM(arguments.model, **{**defaults, **_given(arguments, _ENGINE)})
+    model, given = engine_arguments(arguments, **defaults)
+    return LLM(model, **given)
 
 
 def build_sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """The sampling parameters that the command line describes. Raises `ValidationError` for values out of range."""
     from jaxllm.sampling_params import SamplingParams
 
-    return SamplingParams(**_given(arguments, (*_SAMPLING, ("stop", str, ""))))
-
-
-def _given(arguments: argparse.Namespace, options: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name, _, _ in options if hasattr(arguments, name)}
+    names = (*(name for name, _, _ in _SAMPLING), "stop")
+    return SamplingParams(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
 
 
 def with_hyphens(argv: Sequence[str]) -> list[str]:

@@ -101,10 +101,11 @@ def test_generate_passes_only_what_was_given(engine: type[FakeLLM], capsys: pyte
         "max_model_len": 1000,
         "kv_cache_memory_bytes": 2**30,
         "gpu_memory_utilization": 0.5,
+        "seed": 3,
     }
     prompts, params = llm.calls[0]
     assert prompts == ["hello"]
-    assert params == SamplingParams(top_k=5, stop=["a_b", "c"], seed=3, max_tokens=7, temperature=1)
+    assert params == SamplingParams(top_k=5, stop=["a_b", "c"], max_tokens=7, temperature=1)
     assert capsys.readouterr().out == "HELLO\n"
 
 
