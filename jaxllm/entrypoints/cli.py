@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import jaxllm
+from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.options import add_engine_options, add_sampling_options, with_hyphens
 from jaxllm.errors import JaxLLMError
 
@@ -47,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
     generate.set_defaults(run=_generate)
 
+    batch = commands.add_parser("run-batch", help="run a file of OpenAI API calls; resumable")
+    add_batch_options(batch)
+    add_engine_options(batch)
+    batch.set_defaults(run=_run_batch)
+
     chat = commands.add_parser("chat", help="talk to a model; answers are shown as they are generated")
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
@@ -70,6 +76,12 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.generate import run
+
+    return run(arguments)
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.batch.run import run
 
     return run(arguments)
 

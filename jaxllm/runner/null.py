@@ -132,8 +132,8 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
             num_blocks = max(min(num_blocks, 1 + limits.max_num_seqs * needed), 1 + needed)
     if num_blocks - 1 < needed:
         raise ValidationError(
-            f"A request of max_model_len={limits.max_model_len} tokens needs {needed + 1} blocks of KV cache, and there "
-            f"are {num_blocks}. Set num_gpu_blocks_override to {needed + 1}, or a smaller max_model_len."
+            f"A request of max_model_len={limits.max_model_len} tokens needs {needed + 1} blocks of KV cache, and "
+            f"there are {num_blocks}. Set num_gpu_blocks_override to {needed + 1}, or a smaller max_model_len."
         )
     logger.warning(
         'load_format="null": there is no model and no device work, so outputs are meaningless; this measures the host.'
