@@ -18,7 +18,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.entrypoints.batch.digests import DigestSet
 from jaxllm.entrypoints.batch.journal import DUPLICATE, Journal
@@ -38,7 +38,7 @@ from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, translate
 from jaxllm.entrypoints.openai.responses import response_body
 from jaxllm.entrypoints.options import engine_arguments
 from jaxllm.entrypoints.tables import SUFFIXES, is_table
-from jaxllm.errors import ValidationError
+from jaxllm.errors import JaxLLMError, ValidationError
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -155,18 +155,24 @@ class Batch:
         running: dict[int, tuple[_Pending, int]] = {}
         positions = itertools.count()
 
-        def feed() -> Iterator[tuple[Any, SamplingParams | None]]:
+        def feed() -> Iterator[tuple[Any, Call]]:
             for line in lines:
                 for part, prompt in enumerate(line.call.prompts):
                     running[next(positions)] = line, part
-                    yield prompt, line.call.params
+                    yield prompt, line.call
 
-        prompts, params = itertools.tee(feed())
+        prompts, params, priorities = itertools.tee(feed(), 3)
         outputs = self._llm.as_completed(
-            (prompt for prompt, _ in prompts), (own for _, own in params), on_error="return"
+            (prompt for prompt, _ in prompts),
+            cast("Iterator[SamplingParams]", (call.params for _, call in params)),
+            priority=(call.priority for _, call in priorities),
+            on_error="return",
         )
         for output in outputs:
             line, part = running.pop(output.index)
+            if any(completion.finish_reason == "abort" for completion in output.outputs):
+                # not the request's fault: it has no result, and runs again with --resume
+                raise JaxLLMError(f"The engine ended a request: {output.error or 'it was aborted'}.")
             self._take(line, part, output)
 
     def _embed(self, lines: Iterator[_Pending]) -> None:

@@ -36,7 +36,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "priority": (0,),
     "truncate_prompt_tokens": (),
     "mm_processor_kwargs": (),
     "kv_transfer_params": (),
@@ -45,7 +44,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _WHY = {
     "stream": "a batch is not streamed",
-    "priority": "the lines of a batch have one priority",
     "store": "jaxllm keeps nothing",
 }
 

@@ -29,6 +29,8 @@ class Call:
     prompts: list[Any]
     #: None for embeddings
     params: SamplingParams | None = None
+    #: smaller runs first, with scheduling_policy="priority"
+    priority: int = 0
     #: alternatives a token in the answer; None: no log-probabilities
     top_logprobs: int | None = None
     #: the prompt comes back before the completion
@@ -66,7 +68,7 @@ def translate(url: str, body: Any, *, model_names: Sequence[str], defaults: Samp
         raise APIError(str(error)) from error
 
 
-_OUTPUT_FORM = frozenset(("model", "return_token_ids", "return_tokens_as_token_ids", "cache_salt"))
+_OUTPUT_FORM = frozenset(("model", "priority", "return_token_ids", "return_tokens_as_token_ids", "cache_salt"))
 _CHAT = _OUTPUT_FORM | frozenset(
     (
         *("messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice"),
@@ -85,6 +87,22 @@ _CHAT_REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "verbosity": ("medium",),
 }
+#: arguments of the rendering itself
+_NOT_FOR_TEMPLATES = frozenset(
+    (
+        *(
+            "template",
+            "chat_template",
+            "conversation",
+            "messages",
+            "tools",
+            "tokenize",
+            "return_dict",
+            "return_tensors",
+        ),
+        *("return_tensors", "add_generation_prompt", "continue_final_message", "content_format", "self"),
+    )
+)
 _COMPLETION = _OUTPUT_FORM | frozenset(("prompt", "echo", "logprobs", "max_tokens"))
 _COMPLETION_REFUSED: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": (), "add_special_tokens": (True,)}
 
@@ -115,10 +133,7 @@ def _chat(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call
                 param="continue_final_message",
             )
         prompt["add_generation_prompt"] = False
-    options = dict(body.get("chat_template_kwargs") or {})
-    # as in vLLM, these are for the template
-    options.update({name: body[name] for name in ("documents", "reasoning_effort") if body.get(name) is not None})
-    if options:
+    if options := _template_options(body):
         prompt["chat_template_kwargs"] = options
     return Call(
         url=CHAT,
@@ -128,6 +143,22 @@ def _chat(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call
         top_logprobs=top,
         **_form(body),
     )
+
+
+def _template_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets besides the messages."""
+    options = _or(body.get("chat_template_kwargs"), {})
+    if not isinstance(options, Mapping):
+        raise APIError(f"chat_template_kwargs must be an object, got {options!r:.80}.", param="chat_template_kwargs")
+    for name in options:
+        if name in _NOT_FOR_TEMPLATES:
+            raise APIError(
+                f"chat_template_kwargs cannot set {name!r}, which has a parameter of its own.",
+                param="chat_template_kwargs",
+            )
+    # as in vLLM, these are for the template
+    given = {name: body[name] for name in ("documents", "reasoning_effort") if body.get(name) is not None}
+    return {**options, **given}
 
 
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
@@ -189,9 +220,11 @@ _TRANSLATORS: dict[str, Callable[[Mapping[str, Any], str, SamplingParams], Call]
 }
 
 
-def _form(body: Mapping[str, Any]) -> dict[str, bool]:
+def _form(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What both kinds of completions say of the call itself."""
     names = {"return_token_ids": "return_token_ids", "return_tokens_as_token_ids": "tokens_as_ids"}
-    return {ours: checks.boolean(theirs, _or(body.get(theirs), False)) for theirs, ours in names.items()}
+    form: dict[str, Any] = {ours: checks.boolean(name, _or(body.get(name), False)) for name, ours in names.items()}
+    return form | {"priority": checks.integer("priority", _or(body.get("priority"), 0))}
 
 
 def _prompts(name: str, value: Any) -> list[Any]:
