@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import sys
-import uuid
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
@@ -34,8 +33,9 @@ from jaxllm.entrypoints.batch.lines import (
 from jaxllm.entrypoints.batch.rows import read_table
 from jaxllm.entrypoints.batch.summary import Tally
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, translate
-from jaxllm.entrypoints.openai.responses import response_body
+from jaxllm.entrypoints.openai.responses import new_id, response_body
 from jaxllm.entrypoints.options import engine_arguments
 from jaxllm.entrypoints.tables import SUFFIXES, is_table
 from jaxllm.errors import JaxLLMError, ValidationError
@@ -114,7 +114,7 @@ class Batch:
     def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str]):
         self._llm, self._journal, self._tally = llm, journal, tally
         self._model_names = model_names
-        self._defaults = llm.get_default_sampling_params()
+        self._sampling = SamplingReader(llm.get_default_sampling_params())
         self._seen = DigestSet()
         self._embeds = "embed" in getattr(llm, "supported_tasks", ())
 
@@ -137,7 +137,7 @@ class Batch:
             if self._journal.is_finished(custom_id):
                 self._tally.skip()
                 return None
-            call = translate(request.url, request.body, model_names=self._model_names, defaults=self._defaults)
+            call = translate(request.url, request.body, model_names=self._model_names, sampling=self._sampling)
             if (call.url == EMBEDDINGS) != self._embeds:
                 raise APIError(f"The model does not support {call.url}.", param="url")
         except APIError as error:
@@ -203,5 +203,5 @@ class Batch:
     def _write(
         self, number: int, custom_id: str | None, status: int, body: dict[str, Any], error: dict[str, Any] | None
     ) -> None:
-        response = {"status_code": int(status), "request_id": uuid.uuid4().hex, "body": body}
+        response = {"status_code": int(status), "request_id": new_id(), "body": body}
         self._journal.write(number, {"custom_id": custom_id, "response": response, "error": error})

@@ -42,6 +42,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "logits_processors": (),
 }
+#: different sets of parameters that are remembered
+_KEPT = 64
 _WHY = {
     "stream": "a batch is not streamed",
     "store": "jaxllm keeps nothing",
@@ -67,28 +69,44 @@ def check_names(body: Mapping[str, Any], own: frozenset[str], refused: Mapping[s
             raise APIError(f"{name}={value!r:.80} is refused: {why}.", param=name)
 
 
-def sampling_params(
-    body: Mapping[str, Any], defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
-) -> SamplingParams:
-    """The body's sampling parameters; those not given are `defaults`, which come from the model.
+class SamplingReader:
+    """Reads the sampling parameters of bodies; those not given are `defaults`, which come from the model.
 
-    Args:
-        max_tokens: as the endpoint understands it; None: until the context is full. As in vLLM, a `max_new_tokens` of
-            the model's generation config limits it.
-        logprobs: alternatives a token.
-
-    Raises APIError for a value that cannot be used.
+    The lines of a batch mostly ask for the same, so what was read last is kept.
     """
-    given: dict[str, Any] = {name: value for name, value in body.items() if name in SAMPLING and value is not None}
-    try:
-        given["structured_outputs"] = _structured_outputs(body)
-        if body.get("repetition_detection") is not None:
-            given["repetition_detection"] = RepetitionDetectionParams(**_mapping(body, "repetition_detection"))
-        given["logprobs"] = logprobs
-        given["max_tokens"] = _limited(max_tokens, defaults)
-        return dataclasses.replace(defaults, **given)
-    except (ValidationError, TypeError) as error:
-        raise APIError(str(error)) from error
+
+    def __init__(self, defaults: SamplingParams):
+        self._defaults = defaults
+        self._known: dict[str, SamplingParams] = {}
+
+    def read(self, body: Mapping[str, Any], *, max_tokens: Any, **own: Any) -> SamplingParams:
+        """The body's parameters, which nobody must change.
+
+        Args:
+            max_tokens: as the endpoint understands it; None: until the context is full. As in vLLM, a `max_new_tokens`
+                of the model's generation config limits it.
+            own: what the endpoint reads in its own way.
+
+        Raises APIError for a value that cannot be used.
+        """
+        given = {name: value for name, value in body.items() if name in SAMPLING and value is not None}
+        given |= {"max_tokens": _limited(max_tokens, self._defaults), **own}
+        shaped = {name: body[name] for name in _SHAPED if body.get(name) is not None}
+        key = repr((given, shaped))
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = self._build(given, shaped)
+        return self._known[key]
+
+    def _build(self, given: dict[str, Any], shaped: dict[str, Any]) -> SamplingParams:
+        try:
+            given["structured_outputs"] = _structured_outputs(shaped)
+            if "repetition_detection" in shaped:
+                given["repetition_detection"] = RepetitionDetectionParams(**_mapping(shaped, "repetition_detection"))
+            return dataclasses.replace(self._defaults, **given)
+        except (ValidationError, TypeError) as error:
+            raise APIError(str(error)) from error
 
 
 def _limited(max_tokens: Any, defaults: SamplingParams) -> Any:

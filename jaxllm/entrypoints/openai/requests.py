@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxllm import checks
 from jaxllm.entrypoints.openai.errors import APIError
-from jaxllm.entrypoints.openai.parameters import check_names, sampling_params
+from jaxllm.entrypoints.openai.parameters import SamplingReader, check_names
 from jaxllm.errors import ValidationError
 from jaxllm.sampling_params import SamplingParams
 
@@ -44,12 +44,12 @@ class Call:
     base64: bool = False
 
 
-def translate(url: str, body: Any, *, model_names: Sequence[str], defaults: SamplingParams) -> Call:
+def translate(url: str, body: Any, *, model_names: Sequence[str], sampling: SamplingReader) -> Call:
     """The call to `url` with `body`.
 
     Args:
         model_names: what this engine's model is called; the first one is told where the body names none.
-        defaults: sampling parameters of the model.
+        sampling: knows the sampling parameters of the model.
 
     Raises APIError for whatever cannot be honoured.
     """
@@ -63,7 +63,7 @@ def translate(url: str, body: Any, *, model_names: Sequence[str], defaults: Samp
     elif model not in model_names:
         raise APIError(f"The model `{model}` does not exist.", status=HTTPStatus.NOT_FOUND, param="model")
     try:
-        return _TRANSLATORS[url](body, model, defaults)
+        return _TRANSLATORS[url](body, model, sampling)
     except ValidationError as error:
         raise APIError(str(error)) from error
 
@@ -107,7 +107,7 @@ _COMPLETION = _OUTPUT_FORM | frozenset(("prompt", "echo", "logprobs", "max_token
 _COMPLETION_REFUSED: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": (), "add_special_tokens": (True,)}
 
 
-def _chat(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call:
+def _chat(body: Mapping[str, Any], model: str, sampling: SamplingReader) -> Call:
     check_names(body, _CHAT, _CHAT_REFUSED)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -139,7 +139,7 @@ def _chat(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call
         url=CHAT,
         model=model,
         prompts=[prompt],
-        params=sampling_params(body, defaults, max_tokens=max_tokens, logprobs=top),
+        params=sampling.read(body, max_tokens=max_tokens, logprobs=top),
         top_logprobs=top,
         **_form(body),
     )
@@ -172,7 +172,7 @@ def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
     return top if asked else None
 
 
-def _completion(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call:
+def _completion(body: Mapping[str, Any], model: str, sampling: SamplingReader) -> Call:
     check_names(body, _COMPLETION, _COMPLETION_REFUSED)
     prompts = _prompts("prompt", body.get("prompt"))
     echo = checks.boolean("echo", _or(body.get("echo"), False))
@@ -183,9 +183,8 @@ def _completion(body: Mapping[str, Any], model: str, defaults: SamplingParams) -
         top = checks.integer("logprobs", top)
     max_tokens = _or(body.get("max_tokens"), COMPLETION_MAX_TOKENS)
     echo_only = echo and max_tokens == 0
-    params = sampling_params(body, defaults, max_tokens=1 if echo_only else max_tokens, logprobs=top)
-    if echo and top is not None:
-        params.prompt_logprobs = top
+    own = {"prompt_logprobs": top} if echo and top is not None else {}
+    params = sampling.read(body, max_tokens=1 if echo_only else max_tokens, logprobs=top, **own)
     salt = body.get("cache_salt")
     if salt is not None:
         prompts = [{**({"prompt": p} if isinstance(p, str) else p), "cache_salt": salt} for p in prompts]
@@ -201,7 +200,7 @@ def _completion(body: Mapping[str, Any], model: str, defaults: SamplingParams) -
     )
 
 
-def _embedding(body: Mapping[str, Any], model: str, defaults: SamplingParams) -> Call:
+def _embedding(body: Mapping[str, Any], model: str, sampling: SamplingReader) -> Call:
     known = ("model", "input", "user", "encoding_format")
     for name, value in body.items():
         if name not in known and value is not None:
@@ -213,7 +212,7 @@ def _embedding(body: Mapping[str, Any], model: str, defaults: SamplingParams) ->
     return Call(url=EMBEDDINGS, model=model, prompts=prompts, base64=encoding == "base64")
 
 
-_TRANSLATORS: dict[str, Callable[[Mapping[str, Any], str, SamplingParams], Call]] = {
+_TRANSLATORS: dict[str, Callable[[Mapping[str, Any], str, SamplingReader], Call]] = {
     CHAT: _chat,
     COMPLETIONS: _completion,
     EMBEDDINGS: _embedding,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import random
 import struct
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +47,14 @@ def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
     return body
 
 
+def new_id() -> str:
+    """128 random bits, as 32 hexadecimal digits."""
+    return f"{random.getrandbits(128):032x}"
+
+
 def _head(prefix: str, kind: str, call: Call) -> dict[str, Any]:
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": f"{prefix}-{new_id()}",
         "object": kind,
         "created": int(time.time()),
         "model": call.model,
