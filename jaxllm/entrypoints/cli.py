@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="complete prompts")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input, one prompt a line")
+    generate.add_argument(
+        "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
+    )
+    generate.add_argument("--prompt-column", metavar="NAME", help="of a CSV or Parquet file (default: prompt)")
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
