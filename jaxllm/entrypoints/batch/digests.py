@@ -23,6 +23,11 @@ class DigestSet:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self._slots.nbytes
+
     def __contains__(self, text: str) -> bool:
         digest = _digest(text)
         return self._slots[self._find(digest)] == digest

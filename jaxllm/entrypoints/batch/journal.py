@@ -50,26 +50,22 @@ class Journal:
         self._ids = DigestSet()
         self._numbers = DigestSet()
         self._lock = threading.Lock()
-        self._is_file = path != "-"
-        if not self._is_file:
-            if resume:
-                raise ValidationError("--resume needs an output file; standard output cannot be read again.")
-            self._file: BinaryIO = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-            return
         place = Path(path).expanduser()
-        if place.exists() and place.stat().st_size and not (resume or overwrite):
+        #: what can be cut off, read again and forced to a disk; not standard output, a pipe or /dev/null
+        self._is_file = path != "-" and (place.is_file() or not place.exists())
+        if resume and not self._is_file:
+            raise ValidationError(f"--resume needs an output file; {path!r} cannot be read again.")
+        if self._is_file and place.exists() and place.stat().st_size and not (resume or overwrite):
             raise ValidationError(
                 f"The output {path!r} exists. --resume finishes what it lacks, --overwrite begins anew."
             )
+        self._file = _open(path, place, self._is_file)
         try:
-            self._file = open(place, "r+b" if place.exists() else "x+b", buffering=0)
-        except OSError as error:
-            raise JaxLLMError(f"The output {path!r} cannot be written: {error.strerror}.") from error
-        try:
-            self._lock_file()
+            if self._is_file:
+                self._lock_file()
             if resume:
                 self._take_up()
-            else:
+            elif self._is_file:
                 self._file.truncate(0)
         except BaseException:
             self._file.close()
@@ -161,6 +157,16 @@ class Journal:
             if self._is_file:
                 with contextlib.suppress(OSError):
                     self._sync()
+
+
+def _open(path: str, place: Path, is_file: bool) -> BinaryIO:
+    try:
+        if path == "-":
+            return os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+        mode = "wb" if not is_file else "r+b" if place.exists() else "x+b"
+        return open(place, mode, buffering=0)
+    except OSError as error:
+        raise JaxLLMError(f"The output {path!r} cannot be written: {error.strerror}.") from error
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
