@@ -60,6 +60,7 @@ ENGINE_HELP: dict[str, str] = {
     "skip_tokenizer_init": "run without a tokenizer: prompts are token ids",
     "dtype": "of weights and activations: auto, float32, bfloat16, float16",
     "load_format": "auto, safetensors, gguf, orbax, dummy (random weights), null (no model: measures the host)",
+    "tokenizer_pool_size": "threads that tokenize",
     "revision": "branch, tag or commit of a hub model",
     "tokenizer_revision": "as --revision, of the tokenizer",
     "hf_token": "the hub's access token",

@@ -84,6 +84,15 @@ class NullRunner:
     def reset(self) -> None:
         self._rows_with_logprobs.clear()
 
+    def free_cache(self) -> None:
+        """There is none."""
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        """There are none."""
+
+    def restore_weights(self) -> None:
+        """There are none."""
+
     def shutdown(self) -> None:
         self.reset()
 

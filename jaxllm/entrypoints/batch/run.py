@@ -176,9 +176,11 @@ class Batch:
             self._take(line, part, output)
 
     def _embed(self, lines: Iterator[_Pending]) -> None:
+        # only an engine that embeds has the method
+        llm: Any = self._llm
         parts = ((line, part, prompt) for line in lines for part, prompt in enumerate(line.call.prompts))
         while group := list(itertools.islice(parts, _EMBED_TOGETHER)):
-            outputs = self._llm.embed([prompt for _, _, prompt in group], on_error="return", use_tqdm=False)
+            outputs = llm.embed([prompt for _, _, prompt in group], on_error="return", use_tqdm=False)
             for (line, part, _), output in zip(group, outputs, strict=True):
                 self._take(line, part, output)
 

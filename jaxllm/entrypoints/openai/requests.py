@@ -86,6 +86,9 @@ _CHAT_REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": ("none",),
     "verbosity": ("medium",),
+    "moderation": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
 }
 #: arguments of the rendering itself
 _NOT_FOR_TEMPLATES = frozenset(
