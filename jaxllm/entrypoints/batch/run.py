@@ -62,11 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
         from jaxllm.llm import LLM
 
         model, given = engine_arguments(arguments)
-        names = given.pop("served_model_name", None) or str(model)
+        served = given.pop("served_model_name", None) or model
+        names = [str(name) for name in (served if isinstance(served, list) else [served])]
         with LLM(model, **given) as llm:
             total = None if is_table(arguments.input_file) else count_lines(arguments.input_file)
             tally = Tally(total, show=sys.stderr.isatty())
-            batch = Batch(llm, journal, tally, [names] if isinstance(names, str) else list(names))
+            batch = Batch(llm, journal, tally, names)
             try:
                 batch.run(lines)
             except BaseException:
