@@ -86,6 +86,9 @@ ENGINE_HELP: dict[str, str] = {
     "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
     "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
     "device": "auto, cpu or gpu",
+    "disable_log_stats": "do not log a line of statistics every ten seconds",
+    "metrics_port": "serve Prometheus metrics at this port of the local machine",
+    "profiler_config": "where profiles go, as in vLLM",
 }
 
 _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}

@@ -10,12 +10,13 @@ stop token ids do.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from jaxllm.config.capacity import blocks_per_request, max_concurrency
 from jaxllm.errors import ValidationError
+from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
 
@@ -30,6 +31,7 @@ logger = logging.getLogger("jaxllm")
 
 #: tokens that the answers cycle through
 _CYCLE = 64
+_NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 
 
 class NullStep:
@@ -49,9 +51,6 @@ class NullRunner:
         token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
         num_logprobs: alternatives in the log-probabilities of a step; all of them are 0.
     """
-
-    #: there are none; `Runner` has them under this name
-    params = None
 
     def __init__(self, token_ids: Sequence[int], num_logprobs: int):
         self._token_ids = tuple(token_ids)
@@ -83,6 +82,19 @@ class NullRunner:
 
     def reset(self) -> None:
         self._rows_with_logprobs.clear()
+
+    @property
+    def params(self) -> NoReturn:
+        """`Runner` has its weights under this name. Raises ValidationError."""
+        raise ValidationError(_NO_WEIGHTS)
+
+    def set_params(self, params: object) -> NoReturn:
+        """Raises ValidationError."""
+        raise ValidationError(_NO_WEIGHTS)
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """The size itself: nothing is compiled, so nothing is padded."""
+        return Bucket(num_tokens, num_seqs)
 
     def free_cache(self) -> None:
         """There is none."""

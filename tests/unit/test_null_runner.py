@@ -26,8 +26,14 @@ def test_outputs_are_ordinary_tokens_of_the_asked_length(model: Path, caplog: py
         again = llm.generate(["a" * 100, "b", "c"], params, use_tqdm=False)
         metrics = {metric.name: metric for metric in llm.get_metrics()}
         assert llm.memory_plan.weight_bytes == 0
-        with pytest.raises(RuntimeError):
-            llm.save(model / "copy")
+        for use in (lambda: llm.save(model / "copy"), lambda: llm.apply_model(len), lambda: llm.update_weights({})):
+            with pytest.raises(ValidationError, match="has no weights"):
+                use()
+        llm.sleep(level=1)
+        assert llm.wake_up()
+        with llm.trace() as trace:
+            llm.generate("abc", SamplingParams(max_tokens=2), use_tqdm=False)
+        assert len(trace.steps) == 2
     assert "outputs are meaningless" in caplog.text
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
     for output, other in zip(outputs, again, strict=True):

@@ -13,11 +13,7 @@ from jaxllm.entrypoints import options
 from jaxllm.entrypoints.options import ENGINE_HELP, add_engine_options, engine_arguments
 from jaxllm.errors import ValidationError
 
-EXAMPLES = {
-    "max_model_len": ("auto", "auto"),
-    "hf_overrides": ('{"a": [1]}', {"a": [1]}),
-    "override_generation_config": ('{"top_k": 1}', {"top_k": 1}),
-}
+EXAMPLES = {"max_model_len": ("auto", "auto")}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +39,9 @@ def test_every_engine_argument_reaches_the_engine(parser: argparse.ArgumentParse
             assert engine_arguments(parser.parse_args([flag]))[1] == {field.name: True}
             assert engine_arguments(parser.parse_args([f"--no-{flag[2:]}"]))[1] == {field.name: False}
             continue
-        text, value = EXAMPLES.get(field.name, (None, None))
-        if text is None:
-            is_text = field.type.startswith("str") if isinstance(field.type, str) else False
-            text, value = ("x", "x") if is_text else ("1", 1)
+        kinds = (("str", ("x", "x")), ("dict", ('{"a": [1]}', {"a": [1]})), ("", ("1", 1)))
+        by_type = next(example for kind, example in kinds if str(field.type).startswith(kind))
+        text, value = EXAMPLES.get(field.name, by_type)
         assert engine_arguments(parser.parse_args([flag, text]))[1] == {field.name: value}
     assert engine_arguments(parser.parse_args([]))[1] == {}
 
