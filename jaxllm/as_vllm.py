@@ -36,7 +36,7 @@ _POOLING = {
     )
 }
 _BEAM_SEARCH = {name: "jaxllm.beam_search" for name in ("BeamSearchParams", "BeamSearchOutput", "BeamSearchSequence")}
-_PARSER = {"FlexibleArgumentParser": "jaxllm.entrypoints.options"}
+_PARSER = {"FlexibleArgumentParser": "jaxllm.config.command_line"}
 
 #: module of vLLM -> name -> the module of jaxllm that has it
 MODULES: dict[str, dict[str, str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -128,6 +129,25 @@ class EngineArgs:
 def argument_names() -> set[str]:
     """The arguments that the engine acts on."""
     return {field.name for field in dataclasses.fields(EngineArgs)}
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
+        from jaxllm.config.command_line import add_engine_arguments
+
+        parser.add_argument("--model", help="a named model, a local directory, a .gguf file, or a hub id")
+        add_engine_arguments(parser, defaults=True)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
+        """The arguments that a parser with `add_cli_args` has read."""
+        given = {name: value for name, value in vars(arguments).items() if name in known_names() | _fields(cls)}
+        return engine_args(given.pop("model"), **given)
+
+
+def _fields(kind: type[EngineArgs]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import jaxllm
+from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
-from jaxllm.entrypoints.options import add_engine_options, add_sampling_options, with_hyphens
+from jaxllm.entrypoints.bench.options import add_tokenizer_bench_options
+from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
 from jaxllm.errors import JaxLLMError
 
 
@@ -63,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
     chat.set_defaults(run=_chat)
 
+    bench = commands.add_parser("bench", help="measure").add_subparsers(
+        title="benchmarks", metavar="NAME", required=True
+    )
+    tokenizer = bench.add_parser("tokenizer", help="tokens tokenized per second, by the number of the pool's workers")
+    add_tokenizer_bench_options(tokenizer)
+    tokenizer.set_defaults(run=_bench_tokenizer)
+
     demo = commands.add_parser("demo", help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
     add_sampling_options(demo, max_tokens=64, temperature=0.0)
@@ -92,6 +101,12 @@ def _run_batch(arguments: argparse.Namespace) -> int:
 
 def _chat(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.chat import run
+
+    return run(arguments)
+
+
+def _bench_tokenizer(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.tokenizer import run
 
     return run(arguments)
 

@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 
 from jaxllm.config.arguments import known_names, refuse
+from jaxllm.config.command_line import ENGINE_HELP, with_hyphens
 from jaxllm.config.engine_args import EngineArgs, argument_names
-from jaxllm.entrypoints import options
-from jaxllm.entrypoints.options import ENGINE_HELP, add_engine_options, engine_arguments
+from jaxllm.entrypoints.options import add_engine_options, engine_arguments
 from jaxllm.errors import ValidationError
 
 EXAMPLES = {"max_model_len": ("auto", "auto")}
@@ -63,4 +63,4 @@ def test_values_of_another_type_are_refused(parser: argparse.ArgumentParser, arg
 
 
 def test_values_keep_their_underscores():
-    assert options.with_hyphens(["--a_b=c_d", "e_f"]) == ["--a-b=c_d", "e_f"]
+    assert with_hyphens(["--a_b=c_d", "e_f"]) == ["--a-b=c_d", "e_f"]
