@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxllm.beam_search import BeamSearchParams
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
+    from jaxllm.logits_processor import LogitsProcessor
     from jaxllm.outputs import CompletionOutput, RequestOutput
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -24,6 +25,7 @@ _HOMES = {
     "BeamSearchParams": "jaxllm.beam_search",
     "CompletionOutput": "jaxllm.outputs",
     "EngineArgs": "jaxllm.config.engine_args",
+    "LogitsProcessor": "jaxllm.logits_processor",
     "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
@@ -36,6 +38,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
+    "LogitsProcessor",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

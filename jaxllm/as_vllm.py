@@ -36,7 +36,7 @@ _POOLING = {
     )
 }
 _BEAM_SEARCH = {name: "jaxllm.beam_search" for name in ("BeamSearchParams", "BeamSearchOutput", "BeamSearchSequence")}
-_PARSER = {"FlexibleArgumentParser": "jaxllm.entrypoints.options"}
+_PARSER = {"FlexibleArgumentParser": "jaxllm.config.command_line"}
 
 #: module of vLLM -> name -> the module of jaxllm that has it
 MODULES: dict[str, dict[str, str]] = {
@@ -62,7 +62,7 @@ MODULES: dict[str, dict[str, str]] = {
     "vllm.entrypoints": {},
     "vllm.entrypoints.llm": {"LLM": "jaxllm.llm"},
     "vllm.inputs": _PROMPTS,
-    "vllm.logprobs": {"Logprob": "jaxllm.outputs"},
+    "vllm.logprobs": dict.fromkeys(("FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"), "jaxllm.logprobs"),
     "vllm.outputs": {**_OUTPUTS, **_POOLING},
     "vllm.pooling_params": {"PoolingParams": "jaxllm.pooling_params"},
     "vllm.sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.beam_search"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.config.files import merged
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.core import EngineCore
 from jaxllm.errors import ValidationError
@@ -78,6 +79,15 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods,
         """An engine from arguments that are checked already."""
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def from_config(cls, path_or_name: str | os.PathLike[str], /, **overrides: Any) -> LLM:
+        """An engine from a YAML file of engine arguments, or a shipped one's name ("throughput"); `overrides` win.
+
+        Raises ValidationError for a file that is not one, and what the constructor raises.
+        """
+        model, arguments = merged(path_or_name, overrides)
+        return cls(model, **arguments)
 
     def __repr__(self) -> str:
         plan = self.memory_plan

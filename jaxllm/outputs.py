@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxllm.logprobs import FlatLogprobs, Logprob, PositionLogprobs, PromptLogprobs, SampleLogprobs
 from jaxllm.output_html import request_html
+
+__all__ = [
+    "CompletionOutput",
+    "FlatLogprobs",
+    "Logprob",
+    "PositionLogprobs",
+    "PromptLogprobs",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestStateStats",
+    "SampleLogprobs",
+]
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_TOKENS = 6
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Logprob:
-    """One token's log-probability at one position.
-
-    `rank` counts from 1, the likeliest token of the vocabulary.
-    """
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-#: one position: token id -> log-probability. The sampled token is always there: `logprobs` = k gives k or k + 1 entries
-PositionLogprobs = dict[int, Logprob]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,7 +83,7 @@ class CompletionOutput:
     #: sum over the generated tokens; None when no logprobs were asked for
     cumulative_logprob: float | None = None
     #: one entry a generated token
-    logprobs: list[PositionLogprobs] | None = None
+    logprobs: SampleLogprobs | None = None
     #: "stop", "length", "repetition", "abort", "error"; None while running
     finish_reason: str | None = None
     #: the stop string or the stop token id that ended it, "repetition_detected"; None for the model's own end of
@@ -122,8 +119,9 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    #: one entry a prompt token, the first None; None when not asked for
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    #: one entry a prompt token, the first None; None when not asked for. Of a request's outputs of kind DELTA the first
+    #: has all of them and the others none
+    prompt_logprobs: PromptLogprobs | None = None
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
     #: prompt tokens that the prefix cache had
     num_cached_tokens: int = 0

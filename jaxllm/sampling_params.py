@@ -18,7 +18,6 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
-    "unsupported",
 ]
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ _REMOVED = {
     "use_beam_search": "beam search is no longer a sampling parameter",
     "early_stopping": "it belonged to beam search, which is no longer a sampling parameter",
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
-    "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
+    "logits_processors": "pass them to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or bad_words",
     "truncate_prompt_tokens": "truncation is not supported yet, shorten the prompt",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...), whose fields have the same names",
 }
@@ -93,8 +92,11 @@ class SamplingParams:
     min_tokens: int = 0
     #: alternatives reported per generated token; -1: the vocabulary
     logprobs: int | None = None
+    #: alternatives reported per prompt token, as `logprobs`; the prefix cache is not read then
     prompt_logprobs: int | None = None
+    #: report exactly these, and the sampled token, in place of the most likely ones
     logprob_token_ids: list[int] | None = None
+    #: return `jaxllm.logprobs.FlatLogprobs`, which is quicker for many alternatives
     flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -116,6 +118,7 @@ class SamplingParams:
     repetition_detection: RepetitionDetectionParams | dict[str, Any] | None = None
     #: True: compute the whole prompt even where the prefix cache has it
     skip_reading_prefix_cache: bool | None = None
+    #: name -> number, for the engine's logits processors (`jaxllm.LogitsProcessor`)
     extra_args: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -147,6 +150,11 @@ class SamplingParams:
         self.repetition_detection = _from_fields(
             "repetition_detection", RepetitionDetectionParams, self.repetition_detection
         )
+        if self.prompt_logprobs is not None and self.skip_reading_prefix_cache is False:
+            raise ValidationError(
+                f"prompt_logprobs={self.prompt_logprobs} needs the whole prompt to be computed, so "
+                "skip_reading_prefix_cache cannot be False; leave it None."
+            )
         for name, kind in (
             ("output_kind", RequestOutputKind),
             ("structured_outputs", StructuredOutputsParams | None),
@@ -256,6 +264,12 @@ class SamplingParams:
                     f"logprob_token_ids can hold at most {MAX_LOGPROB_TOKEN_IDS} ids, "
                     f"got {len(self.logprob_token_ids)}."
                 )
+            if self.logprobs is not None and self.logprobs != len(self.logprob_token_ids):
+                raise ValidationError(
+                    "When both logprobs and logprob_token_ids are set, logprobs must equal len(logprob_token_ids), "
+                    f"got logprobs={self.logprobs} and {len(self.logprob_token_ids)} ids. Leave logprobs out: only "
+                    "the ids are reported."
+                )
         if self.logit_bias is not None:
             self.logit_bias = _checked_bias(self.logit_bias)
 
@@ -263,6 +277,13 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported per generated token, by likelihood or by id; -1: the vocabulary; None: no report."""
+        if self.logprobs is not None:
+            return self.logprobs
+        return len(self.logprob_token_ids) if self.logprob_token_ids else None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -334,14 +355,3 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         number = checks.real_or_infinite(f"logit_bias[{token_id}]", value)
         checked[token_id] = min(max(number, -LOGIT_BIAS_LIMIT), LOGIT_BIAS_LIMIT)
     return checked
-
-
-def unsupported(params: SamplingParams) -> str | None:
-    """Name the first field that asks for what the engine cannot do yet; None when it can do all that is asked."""
-    asked = {
-        "prompt_logprobs": params.prompt_logprobs is not None,
-        "logprob_token_ids": params.logprob_token_ids is not None,
-        "flat_logprobs": params.flat_logprobs,
-        "extra_args": bool(params.extra_args),
-    }
-    return next((f"{name} is not supported yet" for name, is_asked in asked.items() if is_asked), None)

@@ -21,11 +21,14 @@ from jaxllm.engine.metrics import EngineMetrics
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.engine.token_constraints import TokenConstraints
 from jaxllm.errors import ValidationError
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
-from jaxllm.runner.build import RunnerConfig, build_runner
+from jaxllm.runner.build import Built, RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
+from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
 from jaxllm.runner.runner import Runner
+from jaxllm.sampling.processors import check_processors
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.structured.compiler import GrammarCompiler
 from jaxllm.tokenization.chat import ChatRenderer
@@ -55,7 +58,7 @@ class Started:
 
     core: EngineCore
     inputs: InputProcessor
-    runner: Runner
+    runner: Runner | NullRunner
     tokenizer: PreTrainedTokenizerBase | None
     checkpoint: Checkpoint
     default_params: SamplingParams
@@ -72,7 +75,8 @@ def start(args: EngineArgs) -> Started:
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
     checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
     model = model_config(checkpoint.config)
-    device = find_device(args.device)
+    is_null = args.load_format == "null"
+    device = find_device("cpu" if is_null else args.device)
     times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
 
     tokenizer = None
@@ -83,12 +87,15 @@ def start(args: EngineArgs) -> Started:
     default_params = _default_params(generation)
 
     groups = kv_cache_groups(model.layer_window)
+    num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
     limits = scheduler_config(
         args,
         max_model_len=_max_model_len(args, model),
         platform=device.platform,
+        num_logprobs=num_logprobs,
         device_memory_bytes=device_memory(device)[0],
     )
+    check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
     config = RunnerConfig(
         model=model,
         groups=groups,
@@ -102,13 +109,19 @@ def start(args: EngineArgs) -> Started:
         enable_prefix_caching=args.enable_prefix_caching,
         enforce_eager=args.enforce_eager,
         fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
-        num_logprobs=model.vocab_size if args.max_logprobs == -1 else args.max_logprobs,
+        num_logprobs=num_logprobs,
         logprobs_mode=args.logprobs_mode,
+        processors=args.logits_processors,
         seed=args.seed,
         compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
         progress=progress,
     )
-    built = build_runner(config, checkpoint, times.__setitem__)
+    eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
+    if is_null:
+        runner, plan = null_runner(config, ordinary_tokens(tokenizer, model.vocab_size, eos_token_ids))
+        built = Built(runner=runner, scheduler=limits, cache=config.cache_config(plan.num_blocks), plan=plan)
+    else:
+        built = build_runner(config, checkpoint, times.__setitem__)
     plan, cache = built.plan, built.cache
     for line in plan.vllm_lines():
         logger.info(line)
@@ -135,6 +148,7 @@ def start(args: EngineArgs) -> Started:
         vocab_size=model.vocab_size,
         eos_token_ids=eos_token_ids,
         max_logprobs=args.max_logprobs,
+        extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
         seed=args.seed,
         constraints=constraints,
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.runner.interface import SchedulerOutput, StepOutput
+from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
 VOCAB_SIZE = 12
 _MASK = (1 << 61) - 1
@@ -38,6 +38,11 @@ def _mix(state: int, value: int) -> int:
 
 def next_token(prefix_hash: int) -> int:
     return (prefix_hash >> 7) % VOCAB_SIZE
+
+
+def score(prefix_hash: int, token_id: int) -> float:
+    """The model's log-probability of a token behind a prefix; a float64 holds it."""
+    return -float(_mix(prefix_hash, token_id + 5000) % 2**50)
 
 
 def generate(
@@ -109,7 +114,23 @@ class FakeDevice:
                 state.token_ids.append(token_id)
             sampled.append(token_id)
         self.num_steps += 1
-        return Done(StepOutput(token_ids=sampled))
+        return Done(StepOutput(token_ids=sampled, prompt_logprobs=self._scores(scheduled, hashes)))
+
+    def _scores(self, scheduled: SchedulerOutput, hashes: dict[int, list[int]]) -> LogprobArrays | None:
+        scored = [
+            (hashes[row][position], self.rows[row].token_ids[position + 1])
+            for row, start, count in zip(scheduled.rows, scheduled.starts, scheduled.scored, strict=True)
+            for position in range(start, start + count)
+        ]
+        if not scored:
+            return None
+        nothing = np.zeros((len(scored), 0))
+        return LogprobArrays(
+            sampled=np.array([score(prefix, token_id) for prefix, token_id in scored]),
+            rank=np.ones(len(scored), int),
+            top_ids=nothing.astype(int),
+            top=nothing,
+        )
 
     def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         return scheduled
@@ -140,6 +161,11 @@ class FakeDevice:
         assert len(set(scheduled.rows)) == len(scheduled.rows), "a row is scheduled twice"
         assert all(0 <= row < self.scheduler.max_num_seqs for row in scheduled.rows)
         assert all(count > 0 for count in scheduled.counts)
+        assert sum(scheduled.scored) <= self.scheduler.max_scored_tokens
+        for start, count, sample, scored in zip(
+            scheduled.starts, scheduled.counts, scheduled.samples, scheduled.scored, strict=True
+        ):
+            assert 0 <= scored <= count - sample, f"{scored} of {count} tokens from {start} have a known successor"
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
         for new in scheduled.admitted:

@@ -33,6 +33,7 @@ class Row:
     bias: dict[int, float] = dataclasses.field(default_factory=dict)
     allowed: set[int] | None = None
     bad_words: list[list[int]] = dataclasses.field(default_factory=list)
+    logprob_ids: list[int] = dataclasses.field(default_factory=list)
 
 
 def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs: bool = True) -> SamplingBatch:
@@ -44,6 +45,7 @@ def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs:
     bias_values = garbage.normal(size=(count, 4)).astype(np.float32)
     words = garbage.integers(0, 2**32, (count, -(-vocab // 32)), dtype=np.uint64).astype(np.uint32)
     bad_words = np.full((count, 3, 3), -1, np.int32)
+    logprob_ids = np.full((count, 4), -1, np.int32)
     for i, row in enumerate(rows):
         tokens = row.prompt + row.outputs
         history[i, : len(tokens)] = tokens
@@ -55,6 +57,7 @@ def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs:
                 words[i, token // 32] |= np.uint32(1 << (token % 32))
         for j, word in enumerate(row.bad_words):
             bad_words[i, j, 3 - len(word) :] = word
+        logprob_ids[i, : len(row.logprob_ids)] = row.logprob_ids
 
     def column(name: str, dtype: Any) -> Any:
         return jnp.asarray([getattr(row, name) for row in rows], dtype)
@@ -78,6 +81,8 @@ def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs:
         use_mask=jnp.asarray([row.allowed is not None for row in rows]),
         mask_words=jnp.asarray(words),
         bad_words=jnp.asarray(bad_words),
+        logprob_ids=jnp.asarray(logprob_ids),
+        extra_args=jnp.zeros((count, 0), jnp.float32),
         any_random=no,
         any_truncation=no,
         any_penalty=no,

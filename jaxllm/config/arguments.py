@@ -96,7 +96,7 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_transfer_config": (),
         "kv_events_config": (),
     },
-    "logits processors": {"logits_processors": (), "logits_processor_pattern": ()},
+    "logits processors by name pattern": {"logits_processor_pattern": ()},
     "other tokenizers": {"tokenizer_mode": ("auto", "hf", "fast")},
     "this scheduling option": {
         "performance_mode": ("balanced",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -14,6 +15,7 @@ from jaxllm import checks
 from jaxllm.config.arguments import known_names, refuse, report_without_effect
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 from jaxllm.errors import ValidationError
+from jaxllm.logits_processor import LogitsProcessor, logits_processors
 
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1
@@ -26,7 +28,7 @@ DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
-LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy")}
+LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy", "null")}
 POLICIES = {name: name for name in ("fcfs", "priority")}
 LOGPROBS_MODES = {name: name for name in ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")}
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
@@ -60,6 +62,7 @@ class EngineArgs:
     hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: "auto", "float32", "bfloat16" or "float16", of weights, activations and KV cache
     dtype: str = "auto"
+    #: "dummy": random weights; "null": no model at all, to measure the host (`jaxllm.runner.null`)
     load_format: str = "auto"
     #: of the dummy weights, and of requests without one of their own
     seed: int = 0
@@ -96,6 +99,9 @@ class EngineArgs:
     #: most `logprobs` that a request may ask for; -1: the vocabulary
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    #: jax functions ``(logits, state) -> logits`` that run inside every step, or ``module:name`` of them; see
+    #: `jaxllm.LogitsProcessor`
+    logits_processors: tuple[LogitsProcessor, ...] = ()
     #: where sampling defaults come from: "auto" (the model), "vllm" (nowhere), or a directory
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -129,6 +135,30 @@ class EngineArgs:
             )
 
 
+def argument_names() -> set[str]:
+    """The arguments that the engine acts on."""
+    return {field.name for field in dataclasses.fields(EngineArgs)}
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
+        from jaxllm.config.command_line import add_engine_arguments
+
+        parser.add_argument("--model", help="a named model, a local directory, a .gguf file, or a hub id")
+        add_engine_arguments(parser, defaults=True)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
+        """The arguments that a parser with `add_cli_args` has read."""
+        given = {name: value for name, value in vars(arguments).items() if name in known_names() | _fields(cls)}
+        return engine_args(given.pop("model"), **given)
+
+
+def _fields(kind: type[EngineArgs]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
     """`EngineArgs` from vLLM's arguments. Those that have no effect here are named in one line of the log.
 
@@ -136,7 +166,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         TypeError: an argument that does not exist.
         ValidationError: a value that cannot be used, or an argument of a capability that jaxllm does not have yet.
     """
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    fields = argument_names()
     known = fields | known_names()
     for name in arguments:
         if name not in known:
@@ -336,6 +366,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "reasoning_config": _fields_of(ReasoningConfig),
     "reasoning_parser": _parser,
     "max_logprobs": _max_logprobs,
+    "logits_processors": logits_processors,
     "logprobs_mode": _one_of(LOGPROBS_MODES),
     "generation_config": _path_text,
     "override_generation_config": _mapping,

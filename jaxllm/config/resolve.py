@@ -17,9 +17,19 @@ CPU_LIMITS = (512, 256)
 #: device memory from this many bytes on -> (max_num_batched_tokens, max_num_seqs); vLLM's offline defaults
 GPU_LIMITS = ((70 * _GIB, (16384, 1024)), (0, (8192, 256)))
 
+#: prompt tokens of a step that get log-probabilities, at most: each costs every step a row of the hidden size
+CPU_SCORED_TOKENS, GPU_SCORED_TOKENS = 256, 1024
+#: id and value of each of their alternatives leave the device together
+SCORED_BYTES = 64 * 2**20
+
 
 def scheduler_config(
-    args: EngineArgs, *, max_model_len: int, platform: str, device_memory_bytes: int | None = None
+    args: EngineArgs,
+    *,
+    max_model_len: int,
+    platform: str,
+    num_logprobs: int = 20,
+    device_memory_bytes: int | None = None,
 ) -> SchedulerConfig:
     """The scheduler's limits.
 
@@ -27,6 +37,7 @@ def scheduler_config(
         args: None in `max_num_seqs` and `max_num_batched_tokens` stands for the platform's default.
         max_model_len: decided already, in tokens.
         platform: JAX's name for it, "cpu", "gpu" or "cuda".
+        num_logprobs: most alternatives of a token that a request may ask for.
         device_memory_bytes: of one device; None: unknown, which gets the small GPUs' defaults.
 
     Raises:
@@ -62,12 +73,14 @@ def scheduler_config(
             f"chunked prefill a prompt has to fit into one step. Set max_num_batched_tokens to at least "
             f"{max_model_len}, max_model_len to at most {num_tokens}, or enable_chunked_prefill=True."
         )
+    scored_tokens = CPU_SCORED_TOKENS if platform == "cpu" else GPU_SCORED_TOKENS
     return SchedulerConfig(
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_tokens,
         max_model_len=max_model_len,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
         policy=args.scheduling_policy,
+        max_scored_tokens=max(1, min(scored_tokens, SCORED_BYTES // (8 * max(num_logprobs, 1)), num_tokens)),
         enable_chunked_prefill=args.enable_chunked_prefill,
         async_scheduling=args.async_scheduling,
         reserve_full_prompt=args.scheduler_reserve_full_isl,

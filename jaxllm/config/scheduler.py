@@ -16,6 +16,9 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     #: "fcfs" or "priority" (smaller value first, then arrival)
     policy: str = "fcfs"
+    #: at most this many prompt tokens of a step get log-probabilities; a prompt that wants them is computed in chunks
+    #: of no more, whatever `enable_chunked_prefill` says
+    max_scored_tokens: int = 256
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
     #: admit a prompt only when all of it fits into the free blocks

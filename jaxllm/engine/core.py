@@ -145,6 +145,7 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
+        self._outputs.take_prompt_logprobs(scheduled, output)
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:

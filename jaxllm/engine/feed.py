@@ -78,6 +78,8 @@ class Feed:
         self._options = options
         self._convert = convert
         self._check_first = check_first and self._raise
+        #: equal parameters, one after the other, are checked once: these, and what came of them
+        self._last: tuple[SamplingParams, CheckedParams] | None = None
         #: parameters that all prompts share are checked once
         self._shared = self._check(params) if isinstance(params, SamplingParams) else None
         self._preparing: collections.deque[tuple[list[Job], Future[list[PreparedPrompt | ValidationError]]]]
@@ -203,10 +205,15 @@ class Feed:
             self._finish(failed_output(request_id, text, str(error)), job.index)
 
     def _check(self, params: SamplingParams) -> CheckedParams:
-        if isinstance(params, SamplingParams):
-            params = params.clone()
-            params.output_kind = RequestOutputKind.FINAL_ONLY
-        return self._inputs.check(params)
+        if not isinstance(params, SamplingParams):
+            return self._inputs.check(params)
+        if self._last is not None and params == self._last[0]:
+            return self._last[1]
+        own, final = params.clone(), params.clone()
+        final.output_kind = RequestOutputKind.FINAL_ONLY
+        checked = self._inputs.check(final)
+        self._last = own, checked
+        return checked
 
     # Outputs out.
 

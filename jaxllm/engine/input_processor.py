@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from jaxllm.engine.prompts import PreparedPrompt, Prompt, PromptReader
 from jaxllm.engine.request import Request
 from jaxllm.errors import ValidationError
+from jaxllm.logits_processor import float32
 from jaxllm.runner.interface import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
-from jaxllm.sampling_params import SamplingParams, unsupported
+from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.pool import encode
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class InputProcessor:
         vocab_size: token ids must be below it.
         eos_token_ids: the model's own ends of generation.
         max_logprobs: most alternatives a request may ask for; -1: the vocabulary.
+        extra_args: the names that logits processors declare.
         seed: the engine's seed, from which requests without one get theirs.
         constraints: judges structured outputs and thinking budgets.
     """
@@ -49,6 +51,7 @@ class InputProcessor:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         max_logprobs: int,
+        extra_args: frozenset[str],
         seed: int,
         constraints: TokenConstraints | None = None,
     ):
@@ -59,6 +62,7 @@ class InputProcessor:
         # some checkpoints name ends that their vocabulary does not have
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._max_logprobs = max_logprobs
+        self._extra_args = extra_args
         self._seed = seed
         self._constraints = constraints
         self._count = 0
@@ -109,9 +113,7 @@ class InputProcessor:
         return request, prompt.text
 
     def _check_params(self, params: SamplingParams) -> None:
-        reason = unsupported(params)
-        if reason:
-            raise ValidationError(reason)
+        self._check_extra_args(params)
         params.check_against(vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
         if self._constraints is not None:
             self._constraints.check(params)
@@ -122,6 +124,16 @@ class InputProcessor:
                 f"logit_bias has {len(params.logit_bias or ())} entries; at most {MAX_BIASES} are supported. "
                 "To forbid or allow many tokens use allowed_token_ids."
             )
+
+    def _check_extra_args(self, params: SamplingParams) -> None:
+        for name, value in (params.extra_args or {}).items():
+            if name not in self._extra_args:
+                declared = ", ".join(sorted(self._extra_args)) or "none"
+                raise ValidationError(
+                    f"extra_args has {name!r}, which no logits processor declares (declared: {declared}). Leave it "
+                    "out, or declare it: logits_processors=[LogitsProcessor(function, extra_args={name: default})]."
+                )
+            float32(f"extra_args[{name!r}]", value)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the banned words, each as it is spelled at the start and after a space."""

@@ -6,42 +6,48 @@ import time
 from typing import TYPE_CHECKING
 
 from jaxllm.engine.detokenizer import Detokenizer
+from jaxllm.engine.logprobs import RequestLogprobs, TokenTexts
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.engine.scheduler import RequestUpdate, Scheduler
-    from jaxllm.runner.interface import LogprobArrays
+    from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
 
 class OutputState:
     """What the caller has been, and will be, told of one request."""
 
     def __init__(
-        self, request: Request, text: str | None, tokenizer: PreTrainedTokenizerBase | None, stream_interval: int = 1
+        self,
+        request: Request,
+        text: str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: TokenTexts | None,
+        stream_interval: int = 1,
     ):
         self.request = request
         self.text = text
         self.created = time.time()
-        self.tokenizer = tokenizer
         self.kind = request.params.output_kind
         self._interval = max(request.params.stream_interval or 1, stream_interval)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.detokenizer = None
         if request.params.detokenize and backend is not None:
             self.detokenizer = Detokenizer(backend, request.prompt_token_ids, request.params)
-        self.logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
-        self.cumulative_logprob = 0.0
+        self.logprobs = RequestLogprobs(
+            request.params, request.prompt_token_ids, texts if request.params.detokenize else None
+        )
+        self._prompt_logprobs_delivered = False
         self._delivered_tokens = 0
 
     def append(self, token_id: int, arrays: LogprobArrays | None, index: int) -> str | None:
         """Take one token; returns the stop string that it completes."""
-        if self.logprobs is not None and arrays is not None:
-            self.logprobs.append(self._position(token_id, arrays, index))
-            self.cumulative_logprob += float(arrays.sampled[index])
+        if arrays is not None:
+            self.logprobs.append(arrays, index, self.request.all_token_ids)
         if self.detokenizer is None:
             return None
         request = self.request
@@ -49,17 +55,6 @@ class OutputState:
         if stopped_by_token and not request.params.include_stop_str_in_output:
             return None  # an end token is not part of the text
         return self.detokenizer.append(token_id, find_stop=request.num_output_tokens >= request.params.min_tokens)
-
-    def _position(self, token_id: int, arrays: LogprobArrays, index: int) -> PositionLogprobs:
-        count = self.request.params.logprobs or 0
-        top = arrays.top_ids[index] if count == -1 else arrays.top_ids[index, :count]
-        entries = {token_id: Logprob(float(arrays.sampled[index]), int(arrays.rank[index]), self._decode(token_id))}
-        for rank, other in enumerate(top.tolist(), start=1):
-            entries.setdefault(other, Logprob(float(arrays.top[index, rank - 1]), rank, self._decode(other)))
-        return entries
-
-    def _decode(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
     def output(self) -> RequestOutput | None:
         """What to deliver now; None when there is nothing new of the kind that was asked for."""
@@ -70,21 +65,24 @@ class OutputState:
         delivered = self._delivered_tokens
         if not finished and delivered and request.num_output_tokens - delivered < self._interval:
             return None
-        tokens, logprobs = request.output_token_ids, self.logprobs
+        tokens, logprobs, prompt_logprobs = request.output_token_ids, self.logprobs.sample, self.logprobs.prompt
         self._delivered_tokens = len(tokens)
         text = ""
         if self.kind is RequestOutputKind.DELTA:
             text = self.detokenizer.delta(finished) if self.detokenizer else ""
             new = slice(delivered, None)
             tokens, logprobs = tokens[new], logprobs[new] if logprobs is not None else None
+            if prompt_logprobs is not None and self._prompt_logprobs_delivered:
+                prompt_logprobs = []
+            self._prompt_logprobs_delivered = True
         elif self.detokenizer is not None:
             text = self.detokenizer.visible(finished)
         completion = CompletionOutput(
             index=0,
             text=text,
             token_ids=tokens,
-            cumulative_logprob=None if logprobs is None else self.cumulative_logprob,
-            logprobs=logprobs if logprobs is None else list(logprobs),
+            cumulative_logprob=None if logprobs is None else self.logprobs.cumulative,
+            logprobs=None if logprobs is None else logprobs[:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -94,6 +92,7 @@ class OutputState:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[completion],
             finished=finished,
+            prompt_logprobs=prompt_logprobs,
             metrics=self._metrics(),
             num_cached_tokens=max(request.num_cached_tokens, 0),
             error=request.error,
@@ -123,11 +122,14 @@ class OutputProcessor:
             stream_interval: tokens between two outputs of a request, at least; the first and the last always come.
         """
         self._tokenizer = tokenizer
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._stream_interval = stream_interval
         self._states: dict[str, OutputState] = {}
 
     def add(self, request: Request, text: str | None) -> None:
-        self._states[request.request_id] = OutputState(request, text, self._tokenizer, self._stream_interval)
+        self._states[request.request_id] = OutputState(
+            request, text, self._tokenizer, self._texts, self._stream_interval
+        )
 
     def end(self, request: Request) -> RequestOutput | None:
         """The last output of a request that was ended from outside."""
@@ -136,6 +138,16 @@ class OutputProcessor:
 
     def clear(self) -> None:
         self._states.clear()
+
+    def take_prompt_logprobs(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """What a step found about prompts, of the requests that still live."""
+        arrays, index = output.prompt_logprobs, 0
+        if arrays is None:
+            return
+        for request, start, count in zip(scheduled.requests, scheduled.starts, scheduled.scored, strict=True):
+            if count and (state := self._states.get(request.request_id)) is not None and state.request is request:
+                state.logprobs.take_prompt(arrays, index, start, count)
+            index += count
 
     def process(
         self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler

@@ -41,7 +41,7 @@ def unschedule(output: SchedulerOutput, victim: Request) -> int:
     victim.num_computed_tokens = output.starts[index]
     if output.samples[index]:
         victim.num_output_placeholders -= 1
-    for entries in (output.rows, output.starts, output.counts, output.samples, output.requests):
+    for entries in (output.rows, output.starts, output.counts, output.samples, output.scored, output.requests):
         del entries[index]
     output.new_blocks[:] = [entry for entry in output.new_blocks if entry[0] != victim.row]
     return count

@@ -90,6 +90,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_scored_tokens",
         "num_slots",
         "params",
         "priority",
@@ -127,6 +128,8 @@ class Request:
         #: prompt, then the outputs that the host has read
         self.all_token_ids = list(prompt_token_ids)
         self.params = params
+        #: leading tokens whose successors' log-probabilities are wanted: all of the prompt but its last token
+        self.num_scored_tokens = 0 if params.prompt_logprobs is None else self.num_prompt_tokens - 1
         #: token sequences that must not be generated, made from `params.bad_words` by the input processor
         self.bad_words: tuple[tuple[int, ...], ...] = ()
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -142,7 +145,8 @@ class Request:
         self.cache_salt = cache_salt
         self.extra_keys = extra_keys
         if skip_reading_prefix_cache is None:
-            skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache)
+            # what the cache has is not computed, so that nothing could be said of it
+            skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None
         self.skip_reading_prefix_cache = skip_reading_prefix_cache
         #: one of several completions of a prompt
         self.is_child = False

@@ -154,7 +154,15 @@ class Scheduler:
         preempted for the running ones.
         """
         output = SchedulerOutput(
-            step=self._step, admitted=[], rows=[], starts=[], counts=[], samples=[], new_blocks=[], requests=[]
+            step=self._step,
+            admitted=[],
+            rows=[],
+            starts=[],
+            counts=[],
+            samples=[],
+            scored=[],
+            new_blocks=[],
+            requests=[],
         )
         self._step += 1
         budget = self.config.max_num_batched_tokens
@@ -187,6 +195,11 @@ class Scheduler:
             count = num_tokens - start
             if count > 1:
                 count = min(count, limit, budget)
+            scored = 0
+            if start < request.num_scored_tokens:
+                count, scored = self._limit_scored(output, request, start, count)
+                if count == 0:
+                    continue
             end = start + count
             if end > request.num_slots:
                 first = request.num_slots // self.kv_cache_manager.block_size
@@ -212,6 +225,7 @@ class Scheduler:
             starts.append(start)
             counts.append(count)
             samples.append(sample)
+            output.scored.append(scored)
             requests.append(request)
             request.num_computed_tokens = end
             if sample:
@@ -246,6 +260,9 @@ class Scheduler:
                 if not self.config.enable_chunked_prefill:
                     break
                 count = budget
+            count, scored = self._limit_scored(output, request, start, count)
+            if count == 0:
+                break
             if self.config.reserve_full_prompt and not manager.can_fit(request, hit):
                 break
             if manager.allocate_slots(request, count, hit) is None:
@@ -282,9 +299,18 @@ class Scheduler:
             output.starts.append(start)
             output.counts.append(count)
             output.samples.append(sample)
+            output.scored.append(scored)
             output.requests.append(request)
         for request in reversed(skipped):
             self.waiting.push_front(request)
+
+    def _limit_scored(self, output: SchedulerOutput, request: Request, start: int, count: int) -> tuple[int, int]:
+        """(tokens, how many of them are scored): as many of `count` as the step has room to score."""
+        wanted = min(start + count, request.num_scored_tokens) - start
+        if wanted <= 0:
+            return count, 0
+        room = self.config.max_scored_tokens - sum(output.scored)
+        return (count, wanted) if wanted <= room else (room, room)
 
     def _choose_victim(self) -> Request:
         """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""

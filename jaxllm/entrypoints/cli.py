@@ -8,7 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import jaxllm
-from jaxllm.entrypoints.options import add_engine_options, add_sampling_options, with_hyphens
+from jaxllm.config.command_line import with_hyphens
+from jaxllm.entrypoints.batch.options import add_batch_options
+from jaxllm.entrypoints.bench.options import add_tokenizer_bench_options
+from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
 from jaxllm.errors import JaxLLMError
 
 
@@ -42,16 +45,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="complete prompts")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input, one prompt a line")
+    generate.add_argument(
+        "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
+    )
+    generate.add_argument("--prompt-column", metavar="NAME", help="of a CSV or Parquet file (default: prompt)")
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
     generate.set_defaults(run=_generate)
+
+    batch = commands.add_parser("run-batch", help="run a file of OpenAI API calls; resumable")
+    add_batch_options(batch)
+    add_engine_options(batch)
+    batch.set_defaults(run=_run_batch)
 
     chat = commands.add_parser("chat", help="talk to a model; answers are shown as they are generated")
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
     add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
     chat.set_defaults(run=_chat)
+
+    bench = commands.add_parser("bench", help="measure").add_subparsers(
+        title="benchmarks", metavar="NAME", required=True
+    )
+    tokenizer = bench.add_parser("tokenizer", help="tokens tokenized per second, by the number of the pool's workers")
+    add_tokenizer_bench_options(tokenizer)
+    tokenizer.set_defaults(run=_bench_tokenizer)
 
     demo = commands.add_parser("demo", help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
@@ -74,8 +93,20 @@ def _generate(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _run_batch(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.batch.run import run
+
+    return run(arguments)
+
+
 def _chat(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.chat import run
+
+    return run(arguments)
+
+
+def _bench_tokenizer(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.tokenizer import run
 
     return run(arguments)
 

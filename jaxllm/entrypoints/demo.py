@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxllm.entrypoints.options import build_llm, build_sampling_params
+from jaxllm.entrypoints.options import build_llm, build_sampling_params, engine_arguments
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         for question, output in zip(QUESTIONS, outputs, strict=True):
             print(_exchange(question, output))
-        _print_summary(llm, Summary.of(outputs, seconds), arguments.model)
+        _print_summary(llm, Summary.of(outputs, seconds), str(engine_arguments(arguments)[0]))
     return 0
 
 

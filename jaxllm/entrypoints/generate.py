@@ -1,33 +1,68 @@
-"""``jaxllm generate``: complete prompts from the command line or from standard input."""
+"""``jaxllm generate``: complete prompts from the command line, from a file or from standard input."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jaxllm.entrypoints.options import build_llm, build_sampling_params
+from jaxllm.entrypoints.prompt_files import read_prompts, read_stdin
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput
 
+#: exit status when some prompts were refused and the others completed
+SOME_FAILED = 3
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Complete all prompts as one batch; print the texts in the order of the prompts."""
+    """Complete all prompts as one batch; print each text as soon as it and those of the prompts before it are there."""
     sampling_params = build_sampling_params(arguments)
-    prompts = arguments.prompts or _prompts_from_stdin()
-    if not prompts:
-        raise ValidationError("There are no prompts: give them as arguments, or on standard input, one a line.")
+    prompts = _prompts(arguments)
+    beginning = list(itertools.islice(prompts, 2))
+    if not beginning:
+        raise ValidationError(
+            "There are no prompts: give them as arguments, with --input-file, or on standard input, one a line."
+        )
+    prompts = itertools.chain(beginning, prompts)
+    # a bar and texts on one terminal would overwrite each other
+    shows_bar = sys.stderr.isatty() and not sys.stdout.isatty()
+    num_refused = 0
     with build_llm(arguments) as llm:
-        outputs = llm.generate(prompts, sampling_params, use_tqdm=sys.stderr.isatty())
+        outputs = llm.as_completed(prompts, sampling_params, on_error="return", use_tqdm=shows_bar)
+        for output in in_order(outputs):
+            if output.error is not None:
+                num_refused += 1
+                print(f"jaxllm: error: prompt {output.index + 1}: {output.error}", file=sys.stderr)
+            if arguments.json:
+                print(_as_json(output), flush=True)
+            elif output.error is None:
+                print(_as_text(output, alone=len(beginning) == 1), flush=True)
+    return SOME_FAILED if num_refused else 0
+
+
+def in_order(outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
+    """Outputs by their index, each as soon as all before it have come."""
+    waiting: dict[int, RequestOutput] = {}
+    turn = 0
     for output in outputs:
-        print(_as_json(output) if arguments.json else _as_text(output, alone=len(outputs) == 1))
-    return 0
+        waiting[output.index] = output
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
 
 
-def _prompts_from_stdin() -> list[str]:
-    if sys.stdin.isatty():
-        print("Reading prompts from the keyboard, one a line; Ctrl-D ends them.", file=sys.stderr)
-    return [line for line in (line.rstrip("\r\n") for line in sys.stdin) if line.strip()]
+def _prompts(arguments: argparse.Namespace) -> Iterator[Any]:
+    if arguments.prompt_column and not arguments.input_file:
+        raise ValidationError("--prompt-column is for --input-file with a CSV or Parquet file.")
+    if arguments.input_file:
+        if arguments.prompts:
+            raise ValidationError("Give prompts as arguments or with --input-file, not both.")
+        return read_prompts(arguments.input_file, arguments.prompt_column)
+    return iter(arguments.prompts) if arguments.prompts else read_stdin()
 
 
 def _as_text(output: RequestOutput, *, alone: bool) -> str:
@@ -44,4 +79,6 @@ def _as_json(output: RequestOutput) -> str:
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": len(completion.token_ids),
     }
+    if output.error is not None:
+        record["error"] = output.error
     return json.dumps(record, ensure_ascii=False)

@@ -21,11 +21,13 @@ from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_toke
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
 from jaxllm.layers.attention import STORAGE
+from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, GIB, MemoryPlan, device_memory, quantize_blocks
+from jaxllm.runner.null import NullRunner
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
@@ -56,6 +58,7 @@ class RunnerConfig:
     fit_max_model_len: bool
     num_logprobs: int
     logprobs_mode: str
+    processors: tuple[LogitsProcessor, ...]
     seed: int
     compile_cache: Path | None
     progress: bool
@@ -115,7 +118,7 @@ class RunnerConfig:
 class Built:
     """A runner, ready for its first step, and what the engine must know of it."""
 
-    runner: Runner
+    runner: Runner | NullRunner
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
@@ -153,7 +156,6 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         config.state(plan.num_blocks),
         num_groups=len(config.groups),
         table_width=config.table_width,
-        vocab_size=config.model.vocab_size,
     )
     programs.compile_all(config.progress)
     clock.lap("compile")
@@ -265,6 +267,8 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
             groups=config.groups,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
+            processors=config.processors,
+            max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
         make_buckets(
             config.scheduler.max_num_batched_tokens,

@@ -1,4 +1,5 @@
-"""What some requests ask of the sampler beyond a few numbers: biases, allowed tokens, banned words.
+"""What some requests ask of the sampler beyond a few numbers: biases, allowed tokens, banned words, and
+tokens whose log-probabilities are wanted.
 
 These are wide (a mask has a bit for every token of the vocabulary), so they travel in a second buffer, and only in
 steps where a row needs one. `ConstraintShape` is its layout; `RowConstraints` is one request's part of it.
@@ -13,11 +14,14 @@ import numpy as np
 from jax import lax
 
 from jaxllm.runner.interface import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, AdmittedRequest
+from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstraintShape:
-    """Words of one row: bias ids, bias values, whether the mask counts, the mask, banned sequences."""
+    """Words of one row: bias ids, bias values, whether the mask counts, the mask, banned sequences, tokens to
+    report.
+    """
 
     vocab_size: int
 
@@ -27,7 +31,7 @@ class ConstraintShape:
 
     @property
     def row_size(self) -> int:
-        return 2 * MAX_BIASES + 1 + self.mask_words + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS
+        return 2 * MAX_BIASES + 1 + self.mask_words + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS + MAX_LOGPROB_TOKEN_IDS
 
     @property
     def mask(self) -> slice:
@@ -48,13 +52,14 @@ class ConstraintShape:
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """Fields of a device buffer int32 [R, row_size], by `SamplingBatch`'s names."""
         mask = 2 * MAX_BIASES + 1
-        words = buffer[:, mask + self.mask_words :]
+        words = buffer[:, mask + self.mask_words : -MAX_LOGPROB_TOKEN_IDS]
         return {
             "bias_ids": buffer[:, :MAX_BIASES],
             "bias_values": lax.bitcast_convert_type(buffer[:, MAX_BIASES : 2 * MAX_BIASES], np.float32),
             "use_mask": buffer[:, mask - 1] != 0,
             "mask_words": lax.bitcast_convert_type(buffer[:, mask : mask + self.mask_words], np.uint32),
             "bad_words": words.reshape(-1, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+            "logprob_ids": buffer[:, -MAX_LOGPROB_TOKEN_IDS:],
         }
 
 
@@ -67,6 +72,7 @@ class RowConstraints:
         sequences = [words for words in request.bad_words if len(words) > 1]
         self.has_bias = bool(params.logit_bias)
         self.has_bad_words = bool(sequences)
+        self.has_logprob_ids = bool(params.logprob_token_ids)
         self.always_masks = bool(banned) or params.allowed_token_ids is not None
         self.min_length = request.num_prompt_tokens + params.min_tokens if request.stop_token_ids else 0
         self._words = shape.empty(1)[0]
@@ -80,7 +86,9 @@ class RowConstraints:
         for i, (token, value) in enumerate((params.logit_bias or {}).items()):
             self._words[i] = token
             self._words[MAX_BIASES + i] = np.float32(value).view(np.int32)
-        table = self._words[self._mask.stop :].reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
+        reported = params.logprob_token_ids or []
+        self._words[len(self._words) - MAX_LOGPROB_TOKEN_IDS :][: len(reported)] = reported
+        table = self._words[self._mask.stop : -MAX_LOGPROB_TOKEN_IDS].reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
         for i, words in enumerate(sequences):
             table[i, MAX_BAD_WORD_TOKENS - len(words) :] = words
 
@@ -89,8 +97,12 @@ class RowConstraints:
         params = request.params
         return bool(
             params.logit_bias or params.allowed_token_ids is not None or request.bad_words
-            or (params.min_tokens and request.stop_token_ids)
+            or (params.min_tokens and request.stop_token_ids) or params.logprob_token_ids
         )  # fmt: skip
+
+    def needs(self, position: int) -> bool:
+        """Whether the token at `position` needs any of it."""
+        return self.has_bias or self.has_bad_words or self.has_logprob_ids or self.masks(position)
 
     def masks(self, position: int) -> bool:
         """Whether the mask counts for the token at `position`."""

@@ -47,11 +47,13 @@ class AdmittedRequest:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class SchedulerOutput:
-    """One step's work. `rows`, `starts`, `counts` and `samples` are parallel lists, one entry a scheduled request.
+    """One step's work. `rows`, `starts`, `counts`, `samples` and `scored` are parallel lists, one entry a scheduled
+    request.
 
     Entry i computes the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1`` of the request in ``rows[i]``,
     and, when ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not
-    know yet is one that an earlier step sampled: the runner finds it on the device.
+    know yet is one that an earlier step sampled: the runner finds it on the device. The first ``scored[i]`` of the
+    positions also say how likely they found the token that follows them, which is a token of the prompt.
     """
 
     step: int
@@ -60,6 +62,8 @@ class SchedulerOutput:
     starts: list[int]
     counts: list[int]
     samples: list[bool]
+    #: together at most `SchedulerConfig.max_scored_tokens`
+    scored: list[int]
     #: (row, group, index of the first new block in the row's table, block ids) appended this step to rows already
     #: admitted
     new_blocks: list[tuple[int, int, int, list[int]]]
@@ -75,18 +79,23 @@ class SchedulerOutput:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class LogprobArrays:
-    """Log-probabilities of a step, one row an entry of the `SchedulerOutput`."""
+    """Log-probabilities of N positions: of the token that is there, of the most likely ones, of those asked for."""
 
     sampled: np.ndarray  # f32 [N]
     rank: np.ndarray  # i32 [N], 1 = the most likely token
     top_ids: np.ndarray  # i32 [N, K], most likely first
     top: np.ndarray  # f32 [N, K]
+    #: f32 [N, MAX_LOGPROB_TOKEN_IDS]: of the request's `logprob_token_ids`, in their order; None: no request has any
+    chosen: np.ndarray | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StepOutput:
     token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled, or nothing was allowed
+    #: N = the entries of the SchedulerOutput
     logprobs: LogprobArrays | None = None
+    #: N = the scored positions, entry after entry, each entry's in ascending order; `sampled` is the prompt's token
+    prompt_logprobs: LogprobArrays | None = None
 
 
 class StepFuture(Protocol):

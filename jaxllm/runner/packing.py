@@ -19,6 +19,8 @@ from jaxllm.runner.buckets import Bucket
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 #: per-row sampling parameters, int32
 INTS = ("top_k", "seed_low", "seed_high", "prompt_length")
+#: fields of float32
+FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 #: which parts of the sampler any row needs, 0 or 1
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
@@ -43,7 +45,7 @@ class Packing:
         views = {}
         for name, (offset, shape) in self._fields.items():
             view = buffer[offset : offset + math.prod(shape)].reshape(shape)
-            views[name] = view.view(np.float32) if name in FLOATS else view
+            views[name] = view.view(np.float32) if name in FLOAT_FIELDS else view
         return views
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
@@ -51,13 +53,13 @@ class Packing:
         fields = {}
         for name, (offset, shape) in self._fields.items():
             field = buffer[offset : offset + math.prod(shape)].reshape(shape)
-            fields[name] = lax.bitcast_convert_type(field, np.float32) if name in FLOATS else field
+            fields[name] = lax.bitcast_convert_type(field, np.float32) if name in FLOAT_FIELDS else field
         return fields
 
 
-def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
     """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
-    row.
+    row, at most T scored tokens.
     """
     tokens, seqs = bucket
     return Packing(
@@ -73,13 +75,15 @@ def forward_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packin
             "query_start": (seqs + 1,),
             "kv_lens": (seqs,),
             "block_tables": (num_groups, seqs, table_width),
-            # the i-th sampled token comes from the last token of sequence sample_seq[i]
-            "sample_seq": (seqs,),
+            # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
+            "sampled_tokens": (seqs,),
+            "scored_tokens": (min(tokens, max_scored_tokens),),
         }
     )
 
 
-def sample_packing(max_num_seqs: int) -> Packing:
+def sample_packing(max_num_seqs: int, num_extra_args: int) -> Packing:
     """What `step.sample_step` reads; entry i is the i-th sampled token. One layout for all buckets."""
     per_row = dict.fromkeys(("rows", "positions", *FLOATS, *INTS), (max_num_seqs,))
-    return Packing({"num_samples": (), **dict.fromkeys(FLAGS, ()), **per_row})
+    extra = {"extra_args": (max_num_seqs, num_extra_args)}
+    return Packing({"num_samples": (), **dict.fromkeys(FLAGS, ()), **per_row, **extra})

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.packing import forward_packing, sample_packing
-from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, write_tokens
+from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 
 logger = logging.getLogger("jaxllm")
 
@@ -37,6 +38,7 @@ SAMPLE_ROWS_GPU = (8, 64, 256)
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
 WRITER: Key = ("write tokens",)
+SCORER: Key = ("score",)
 ALLOCATOR: Key = ("allocate",)
 #: tokens that one launch of it carries
 WRITE_TOKENS = 1024
@@ -66,35 +68,42 @@ class Programs:
             eager: one sampler instead of one for each size of block.
             cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
         """
-        self._config = config
+        self.config = config
         self._params, self._state = params, state
         self._options = CPU_OPTIONS if platform == "cpu" else None
         self._cache_dir = cache_dir
-        self.packings = {b: forward_packing(b, len(config.groups), table_width) for b in buckets}
+        self.packings = {
+            b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
+        }
         self.max_num_seqs = state.tokens.shape[0] - 1
+        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (buckets[0].seqs, *sizes)})
         if eager:
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
-        self._variants = (True,) if platform == "cpu" else (True, False)
+        self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
-        function = jax.jit(functools.partial(forward_step, self._config, bucket, packing), donate_argnums=(1,))
-        size = packing.size + sample_packing(self.max_num_seqs).size
+        function = jax.jit(functools.partial(forward_step, self.config, bucket, packing), donate_argnums=(1,))
+        size = packing.size + self.sample_packing.size
         return function.lower(self._params, self._state, self._words(size))
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
-        packing = sample_packing(self.max_num_seqs)
-        function = jax.jit(functools.partial(sample_step, self._config, rows, packing), donate_argnums=(1,))
-        size = (self.max_num_seqs, self._config.model.hidden_size)
-        hidden = jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self._state.tokens.sharding)
-        shape = ConstraintShape(self._config.model.vocab_size)
+        packing = self.sample_packing
+        function = jax.jit(functools.partial(sample_step, self.config, rows, packing), donate_argnums=(1,))
+        hidden = self._hidden(self.max_num_seqs)
+        shape = ConstraintShape(self.config.model.vocab_size)
         constraints = self._words(self.max_num_seqs, shape.row_size) if full else None
         head = head_params(self._params)
         return function.lower(head, self._state.tokens, hidden, self._words(packing.size), constraints)
+
+    def lower_scorer(self) -> jax.stages.Lowered:
+        capacity = self.config.max_scored_tokens
+        function = jax.jit(functools.partial(score_step, self.config, self._sample_rows[-1]))
+        return function.lower(head_params(self._params), self._hidden(capacity), self._words(1 + capacity))
 
     def lower_writer(self) -> jax.stages.Lowered:
         return jax.jit(write_tokens, donate_argnums=(0,)).lower(self._state.tokens, self._words(3 + WRITE_TOKENS))
@@ -113,9 +122,13 @@ class Programs:
     def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._state.tokens.sharding)
 
+    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        size = (rows, self.config.model.hidden_size)
+        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self._state.tokens.sharding)
+
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True))
+        keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER)
         self._compile((*keys, ALLOCATOR), progress=False)
         needed = []
         for key in keys:
@@ -130,7 +143,7 @@ class Programs:
     def compile_all(self, progress: bool) -> None:
         """Compile what is missing."""
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
-        self._compile((*samplers, *(("forward", bucket) for bucket in self.packings), WRITER), progress)
+        self._compile((*samplers, SCORER, *(("forward", bucket) for bucket in self.packings), WRITER), progress)
 
     def _compile(self, keys: Iterable[Key], progress: bool) -> None:
         """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
@@ -149,6 +162,7 @@ class Programs:
         lower = {
             "forward": self.lower_forward,
             "sample": self.lower_sampler,
+            "score": self.lower_scorer,
             "write tokens": self.lower_writer,
             "allocate": self.lower_allocator,
         }
@@ -170,6 +184,10 @@ class Programs:
         full = full or False not in self._variants
         rows = next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
         return self._get(("sample", rows, full)), full
+
+    @property
+    def scorer(self) -> jax.stages.Compiled:
+        return self._get(SCORER)
 
     @property
     def writer(self) -> jax.stages.Compiled:

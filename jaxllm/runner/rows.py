@@ -9,9 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.runner.constraints import ConstraintShape, RowConstraints
 from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
-from jaxllm.runner.packing import FLOATS, INTS, Packing, sample_packing
+from jaxllm.runner.packing import FLOATS, INTS, Packing
+from jaxllm.runner.step import StepConfig
 
 
 @dataclasses.dataclass(slots=True)
@@ -22,8 +24,11 @@ class PackedStep:
     constraints: np.ndarray | None  # int32 [max_num_seqs, row_size]; None: no row needs any
     full: bool  # some row needs more than its most likely token
     want_logprobs: bool
+    want_chosen: bool  # some row has `logprob_token_ids`
     #: index of the SchedulerOutput's entry that each sampled token belongs to
     sampled_entries: np.ndarray
+    #: int32 [1 + max_scored_tokens], as `step.score_step` takes it; None: nothing is scored
+    targets: np.ndarray | None
     #: masked row -> its place in `constraints`
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -31,9 +36,14 @@ class PackedStep:
 class RowTable:
     """State of all rows: block tables, sampling parameters, the tokens that the host knows."""
 
-    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, shape: ConstraintShape):
-        self._shape = shape
-        self._sample_packing = sample_packing(max_num_seqs)
+    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, config: StepConfig, packing: Packing):
+        """`packing` is that of the sampler."""
+        self._shape = ConstraintShape(config.model.vocab_size)
+        self._max_scored_tokens = config.max_scored_tokens
+        self._sample_packing = packing
+        self._has_processors = bool(config.processors)
+        self._extra_defaults = extra_arg_defaults(config.processors)
+        self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
         self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
         self._floats = {name: np.zeros(max_num_seqs, np.float32) for name in FLOATS}
         self._ints = {name: np.zeros(max_num_seqs, np.int32) for name in INTS}
@@ -42,7 +52,7 @@ class RowTable:
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
         self._constraints: dict[int, RowConstraints] = {}
-        self._full_mask = shape.full_mask()
+        self._full_mask = self._shape.full_mask()
 
     def admit(self, request: AdmittedRequest) -> None:
         row, params = request.row, request.params
@@ -59,17 +69,18 @@ class RowTable:
         self._ints["top_k"][row] = max(params.top_k, 0)
         self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
         self._ints["prompt_length"][row] = request.num_prompt_tokens
-        self._logprobs[row] = params.logprobs is not None
+        self._logprobs[row] = params.num_logprobs is not None
+        given = params.extra_args or {}
+        self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
-        self._full[row] = (
-            not greedy or self.needs_history(request) or params.logprobs is not None or row in self._constraints
-        )
+        self._full[row] = not greedy or self.needs_history(request) or self._logprobs[row] or row in self._constraints
 
-    @staticmethod
-    def needs_history(request: AdmittedRequest) -> bool:
+    def needs_history(self, request: AdmittedRequest) -> bool:
         """Whether the sampler looks at the request's earlier tokens."""
+        if self._has_processors:
+            return True
         return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
 
     def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
@@ -103,10 +114,15 @@ class RowTable:
         fields["query_start"][n:] = total
         fields["kv_lens"][:n] = lengths
         fields["block_tables"][:, :n] = self._tables[:, rows]
-        fields["sample_seq"][: len(sampled)] = sampled
+        fields["sampled_tokens"][: len(sampled)] = (first + counts - 1)[sampled]
+        targets = None
+        if any(step.scored):
+            position = np.empty(n, np.int32)
+            position[order] = first
+            targets = self._targets(step, fields["scored_tokens"], position)
 
         full = bool(step.masked_rows) or bool(self._full[rows[sampled]].any())
-        packed = PackedStep(buffer, None, full, False, order[sampled])
+        packed = PackedStep(buffer, None, full, False, False, order[sampled], targets)
         if len(sampled):
             fields = self._sample_packing.views(buffer[packing.size :])
             self._pack_sampling(packed, fields, rows[sampled], lengths[sampled])
@@ -149,10 +165,26 @@ class RowTable:
             fields[name][:count] = self._floats[name][rows]
         for name in INTS:
             fields[name][:count] = self._ints[name][rows]
+        fields["extra_args"][:count] = self._extra_args[rows]
         if packed.full:
             packed.want_logprobs = bool(self._logprobs[rows].any())
             fields["want_logprobs"][...] = packed.want_logprobs
-            packed.constraints = self._flags(fields, rows, positions)
+            packed.constraints = self._flags(packed, fields, rows, positions)
+
+    def _targets(self, step: SchedulerOutput, tokens: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """The step's scored tokens, entry after entry, into `tokens`; returns what follows each.
+
+        Args:
+            first: int [entries]; each entry's first token in the step.
+        """
+        targets = np.zeros(1 + self._max_scored_tokens, np.int32)
+        done = 0
+        for row, start, count, at in zip(step.rows, step.starts, step.scored, first, strict=True):
+            tokens[done : done + count] = np.arange(at, at + count)
+            targets[1 + done : 1 + done + count] = self._tokens[row][start + 1 : start + 1 + count]
+            done += count
+        targets[0] = done
+        return targets
 
     def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
         ids = np.full(total, -1, np.int32)
@@ -161,7 +193,7 @@ class RowTable:
             ids[first[i] : first[i] + len(known)] = known
         return ids
 
-    def _flags(self, fields, rows, positions) -> np.ndarray | None:
+    def _flags(self, packed: PackedStep, fields, rows, positions) -> np.ndarray | None:
         """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""
         get = {name: self._floats[name][rows] for name in FLOATS}
         random = get["temperature"] > 0
@@ -177,15 +209,16 @@ class RowTable:
             constraints = self._constraints.get(row)
             if constraints is None:
                 continue
-            masks = constraints.masks(position)
-            if not (masks or constraints.has_bias or constraints.has_bad_words):
+            if not constraints.needs(position):
                 continue
+            masks = constraints.masks(position)
             if buffer is None:
                 buffer = self._shape.empty(len(fields["rows"]))
             constraints.write(buffer[i], position)
             fields["any_bias"][...] |= constraints.has_bias
             fields["any_mask"][...] |= masks
             fields["any_bad_words"][...] |= constraints.has_bad_words
+            packed.want_chosen |= constraints.has_logprob_ids
         return buffer
 
 

@@ -4,8 +4,9 @@ tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,16 +16,16 @@ from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
-from jaxllm.runner.packing import sample_packing
 from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
 from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.runner.step import Sampled, State
+from jaxllm.runner.step import Hidden, Sampled, State
+from jaxllm.sampling.logprobs import Logprobs
 
 
 class LaunchedStep(NamedTuple):
     """A step whose forward program is launched, and whose sampler is not."""
 
-    hidden: jax.Array
+    hidden: Hidden
     sampling: jax.Array
     packed: PackedStep
     num_entries: int
@@ -33,11 +34,29 @@ class LaunchedStep(NamedTuple):
 class StepResult:
     """A launched step (`interface.StepFuture`)."""
 
-    def __init__(self, sampled: Sampled | None, packed: PackedStep, num_entries: int, lost: np.ndarray | None = None):
-        self._sampled, self._packed, self._num_entries, self._lost = sampled, packed, num_entries, lost
+    def __init__(
+        self,
+        sampled: Sampled | None,
+        scores: Logprobs | None,
+        packed: PackedStep,
+        num_entries: int,
+        lost: np.ndarray | None = None,
+    ):
+        self._sampled, self._scores, self._packed = sampled, scores, packed
+        self._num_entries, self._lost = num_entries, lost
+        wanted: list[Any] = [scores]
         if sampled is not None:
-            for array in jax.tree.leaves(sampled if packed.want_logprobs else sampled.token_ids):
-                array.copy_to_host_async()
+            wanted += [sampled.token_ids, self._logprobs]
+        for array in jax.tree.leaves(wanted):
+            array.copy_to_host_async()
+
+    @property
+    def _logprobs(self) -> Logprobs | None:
+        """What somebody wants of the step's log-probabilities."""
+        if self._sampled is None or self._sampled.logprobs is None or not self._packed.want_logprobs:
+            return None
+        found = self._sampled.logprobs
+        return found if self._packed.want_chosen else dataclasses.replace(found, chosen=None)  # pyright: ignore
 
     def result(self) -> StepOutput:
         entries, sampled = self._packed.sampled_entries, self._sampled
@@ -47,18 +66,31 @@ class StepResult:
             ids[entries] = np.asarray(sampled.token_ids)[: len(entries)]
             if self._lost is not None:
                 ids[self._lost] = -1
-            if self._packed.want_logprobs and sampled.logprobs is not None:
-                values = jax.tree.map(lambda x: self._scatter(np.asarray(x)), sampled.logprobs)
-                logprobs = LogprobArrays(
-                    sampled=values.sampled, rank=values.rank, top_ids=values.top_ids, top=values.top
-                )
-        return StepOutput(token_ids=ids.tolist(), logprobs=logprobs)
+            if (found := self._logprobs) is not None:
+                logprobs = _arrays(jax.tree.map(lambda x: self._scatter(np.asarray(x)), found))
+        return StepOutput(token_ids=ids.tolist(), logprobs=logprobs, prompt_logprobs=self._prompt_logprobs())
+
+    def _prompt_logprobs(self) -> LogprobArrays | None:
+        scores, targets = self._scores, self._packed.targets
+        if scores is None or targets is None:
+            return None
+        return _arrays(jax.tree.map(lambda x: np.asarray(x)[: targets[0]], scores))
 
     def _scatter(self, array: np.ndarray) -> np.ndarray:
         entries = self._packed.sampled_entries
         out = np.zeros((self._num_entries, *array.shape[1:]), array.dtype)
         out[entries] = array[: len(entries)]
         return out
+
+
+def _arrays(found: Logprobs) -> LogprobArrays:
+    return LogprobArrays(
+        sampled=np.asarray(found.sampled),
+        rank=np.asarray(found.rank),
+        top_ids=np.asarray(found.top_ids),
+        top=np.asarray(found.top),
+        chosen=None if found.chosen is None else np.asarray(found.chosen),
+    )
 
 
 class Runner:
@@ -80,7 +112,6 @@ class Runner:
         *,
         num_groups: int,
         table_width: int,
-        vocab_size: int,
     ):
         self.params: Params | None = params
         self._reload = reload
@@ -90,9 +121,10 @@ class Runner:
         self._on_host: Params | None = None
         self._programs = programs
         self._sharding = state.tokens.sharding
-        self._shape = ConstraintShape(vocab_size)
+        self._shape = ConstraintShape(programs.config.model.vocab_size)
         self._max_num_seqs = state.tokens.shape[0] - 1
-        self._rows = RowTable(self._max_num_seqs, num_groups, table_width, self._shape)
+        self._max_scored_tokens = programs.config.max_scored_tokens
+        self._rows = RowTable(self._max_num_seqs, num_groups, table_width, programs.config, programs.sample_packing)
         self._buckets = tuple(programs.packings)
         self._state: State | None = programs.allocate()
         self._head = head_params(params)
@@ -102,12 +134,13 @@ class Runner:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
         allocate.
         """
-        sample_size = sample_packing(self._max_num_seqs).size
+        sample_size = self._programs.sample_packing.size
         for bucket in self._buckets:
             size = self._programs.packings[bucket].size + sample_size
             hidden, sampling = self._forward(bucket, np.zeros(size, np.int32))
             for full in (True, False):
                 self._sample(hidden, sampling, None, bucket.seqs, full)
+            self._score(hidden, np.zeros(1 + self._max_scored_tokens, np.int32))
         self._write_tokens(self._max_num_seqs, 0, np.zeros(1, np.int32))
         jax.block_until_ready(self._live())
 
@@ -130,7 +163,8 @@ class Runner:
         sampled = None
         if count := len(packed.sampled_entries):
             sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
-        return StepResult(sampled, packed, num_entries, lost)
+        scores = None if packed.targets is None else self._score(hidden, packed.targets)
+        return StepResult(sampled, scores, packed, num_entries, lost)
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""
@@ -141,27 +175,30 @@ class Runner:
             raise RuntimeError("the engine has been shut down")
         return self._state
 
-    def _forward(self, bucket: Bucket, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def _forward(self, bucket: Bucket, buffer: np.ndarray) -> tuple[Hidden, jax.Array]:
         program = self._programs.forward(bucket)
         self._state, *passed_on = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
         hidden, sampling = passed_on
         return hidden, sampling
 
     def _sample(
-        self, hidden: jax.Array, sampling: jax.Array, constraints: np.ndarray | None, count: int, full: bool
+        self, hidden: Hidden, sampling: jax.Array, constraints: np.ndarray | None, count: int, full: bool
     ) -> Sampled:
         program, full = self._programs.sampler(count, full)
         state = self._live()
         given = None
         if full:
             given = self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
-        tokens, sampled = program(self._head, state.tokens, hidden, sampling, given)
+        tokens, sampled = program(self._head, state.tokens, hidden.sampled, sampling, given)
         self._state = State(cache=state.cache, tokens=tokens)
         return sampled
 
+    def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:
+        return self._programs.scorer(self._head, hidden.scored, jax.device_put(targets, self._sharding))
+
     def _admit(self, request: AdmittedRequest) -> None:
         self._rows.admit(request)
-        if request.num_computed_tokens and RowTable.needs_history(request):
+        if request.num_computed_tokens and self._rows.needs_history(request):
             self._write_tokens(request.row, 0, np.asarray(request.token_ids[: request.num_computed_tokens], np.int32))
 
     def _write_tokens(self, row: int, position: int, ids: np.ndarray) -> None:

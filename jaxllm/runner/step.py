@@ -11,13 +11,16 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import AttentionBatch
+from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
 from jaxllm.sampling.batch import SamplingBatch
-from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.sampling.blocks import to_blocks
+from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import sample, sample_greedy
+from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,10 @@ class StepConfig:
     #: alternatives whose log-probabilities a step returns when any request wants them
     num_logprobs: int
     logprobs_mode: str
+    #: prompt tokens of a step whose successors' log-probabilities can be asked for
+    max_scored_tokens: int
+    #: the user's part of the sampler
+    processors: tuple[LogitsProcessor, ...] = ()
 
 
 @flax.struct.dataclass
@@ -41,6 +48,14 @@ class State:
 
 
 @flax.struct.dataclass
+class Hidden:
+    """Where a forward step's logits come from, after the final norm; the rest of each array is zeros."""
+
+    sampled: jax.Array  # [R, d]: tokens to sample from
+    scored: jax.Array  # [E, d]: prompt tokens whose successors' log-probabilities are wanted; E = max_scored_tokens
+
+
+@flax.struct.dataclass
 class Sampled:
     """A step's result; entry i belongs to the i-th sampled sequence. R = max_num_seqs."""
 
@@ -50,7 +65,7 @@ class Sampled:
 
 def forward_step(
     config: StepConfig, bucket: Bucket, packing: Packing, params: Params, state: State, buffer: jax.Array
-) -> tuple[State, jax.Array, jax.Array]:
+) -> tuple[State, Hidden, jax.Array]:
     """Compute the scheduled tokens and write their keys and values.
 
     Args:
@@ -58,8 +73,7 @@ def forward_step(
         buffer: int32, `forward_packing`'s fields, then `sample_packing`'s.
 
     Returns:
-        (state, hidden, sampling): hidden [R, d] holds, first, the last token of every sequence that samples; sampling
-        is the buffer's second part, for `sample_step`.
+        (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
     batch = _attention_batch(fields, bucket)
@@ -70,9 +84,14 @@ def forward_step(
     tokens = state.tokens.at[jnp.where(known, row, trash), batch.positions].set(jnp.maximum(ids, 0))
     ids = jnp.where(known, ids, tokens[row, batch.positions])
     cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
-    last = hidden[batch.query_start[fields["sample_seq"] + 1] - 1]
-    padded = jnp.zeros((trash, hidden.shape[1]), hidden.dtype).at[: last.shape[0]].set(last)
-    return State(cache=cache, tokens=tokens), padded, buffer[packing.size :]
+
+    def rows(tokens: jax.Array, capacity: int) -> jax.Array:
+        return jnp.zeros((capacity, hidden.shape[1]), hidden.dtype).at[: tokens.shape[0]].set(hidden[tokens])
+
+    wanted = Hidden(
+        sampled=rows(fields["sampled_tokens"], trash), scored=rows(fields["scored_tokens"], config.max_scored_tokens)
+    )
+    return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
 
 
 def _attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
@@ -122,13 +141,19 @@ def sample_step(
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:
             batch = _sampling_batch(config, fields, constraints, tokens, first, rows)
-            result = sample(scores, batch, num_logprobs=config.num_logprobs, logprobs_mode=config.logprobs_mode)
+            result = sample(
+                scores,
+                batch,
+                num_logprobs=config.num_logprobs,
+                logprobs_mode=config.logprobs_mode,
+                processors=config.processors,
+            )
             new = Sampled(token_ids=result.token_ids, logprobs=result.logprobs)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
 
     out = Sampled(
         token_ids=jnp.zeros(capacity, jnp.int32),
-        logprobs=None if constraints is None else Logprobs.zeros(capacity, config.num_logprobs),
+        logprobs=None if constraints is None else Logprobs.zeros(capacity, config.num_logprobs, MAX_LOGPROB_TOKEN_IDS),
     )
     out = lax.fori_loop(0, (fields["num_samples"] + rows - 1) // rows, block, out)
     trash = tokens.shape[0] - 1
@@ -140,7 +165,7 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
     def block(array: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, first, rows)
 
-    per_row = {name: block(fields[name]) for name in ("rows", "positions", *FLOATS, *INTS)}
+    per_row = {name: block(fields[name]) for name in ("rows", "positions", "extra_args", *FLOATS, *INTS)}
     row, length = per_row.pop("rows"), per_row.pop("positions")
     seed = jnp.stack([per_row.pop("seed_high"), per_row.pop("seed_low")], axis=1)
     flags = {name: fields[name] != 0 for name in FLAGS}
@@ -152,11 +177,37 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
         position=length,
         length=length,
         history=lax.cond(
-            flags["any_penalty"] | flags["any_bad_words"],
+            flags["any_penalty"] | flags["any_bad_words"] | bool(config.processors),
             lambda: tokens[row],
             lambda: jnp.zeros((rows, tokens.shape[1]), tokens.dtype),
         ),
     )
+
+
+def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array, targets: jax.Array) -> Logprobs:
+    """How likely the model found tokens of the prompt, in blocks of rows as `sample_step`: the logits of no more than
+    one block exist at once, however long the prompt is.
+
+    Args:
+        config, rows (of a block): static.
+        hidden: [E, d], `Hidden.scored`.
+        targets: int32 [1 + E]: how many rows count, then the token that follows each.
+
+    Returns:
+        [E, ...]: `sampled` and `rank` are the target's.
+    """
+    capacity = hidden.shape[0]
+    rows = min(rows, capacity)
+    normalize = config.logprobs_mode.endswith("logprobs")
+
+    def block(i: jax.Array, out: Logprobs) -> Logprobs:
+        first = jnp.minimum(i * rows, capacity - rows)
+        scores = to_blocks(logits(config.model, params, lax.dynamic_slice_in_dim(hidden, first, rows)))
+        target = lax.dynamic_slice_in_dim(targets, 1 + first, rows)
+        new = gather_logprobs(scores, target, config.num_logprobs, normalize=normalize)
+        return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
+
+    return lax.fori_loop(0, (targets[0] + rows - 1) // rows, block, Logprobs.zeros(capacity, config.num_logprobs))
 
 
 def write_tokens(tokens: jax.Array, buffer: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import struct
 class SamplingBatch:
     """Sampling parameters of R rows over a vocabulary of V tokens.
 
-    L, NB, NW and LW are bucket sizes and may be 0, which removes the feature from the program. The scalar flags say
+    L, NB, NW, LW and C are bucket sizes and may be 0, which removes the feature from the program. The scalar flags say
     whether any row needs a feature: the sampler branches on them, so a feature that nobody uses costs nothing at run
     time. `with_flags` computes them; a flag that is True without need only costs time.
     """
@@ -50,6 +50,10 @@ class SamplingBatch:
     mask_words: jax.Array
     #: i32[R, NW, LW]; banned sequences, padded with -1 on the left; a sequence of -1 alone is none
     bad_words: jax.Array
+    #: i32[R, C]; token ids whose log-probabilities are wanted, besides the most likely ones'; -1 = none
+    logprob_ids: jax.Array
+    #: f32[R, A]; the extra arguments of the logits processors, in their order
+    extra_args: jax.Array
     #: bool[]; some row has a temperature above 0
     any_random: jax.Array
     #: bool[]; some row has a top_k, top_p or min_p

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.sampling import blocks as blk
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.constraints import apply_bad_words, apply_bias, apply_mask
@@ -16,6 +17,7 @@ from jaxllm.sampling.distribution import Cut, Distribution
 from jaxllm.sampling.draw import draw_nucleus, invert, uniforms
 from jaxllm.sampling.logprobs import MODES, Logprobs, gather_logprobs
 from jaxllm.sampling.penalties import apply_penalties
+from jaxllm.sampling.processors import apply_processors
 from jaxllm.sampling.truncation import Head, head_of, top_k_cut, top_p_cut
 
 # Rows that are computed together on CPU.
@@ -43,13 +45,18 @@ def sample_greedy(logits: jax.Array) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, batch: SamplingBatch, *, num_logprobs: int, logprobs_mode: str = "raw_logprobs"
+    logits: jax.Array,
+    batch: SamplingBatch,
+    *,
+    num_logprobs: int,
+    logprobs_mode: str = "raw_logprobs",
+    processors: Sequence[LogitsProcessor] = (),
 ) -> SampleResult:
     """Sample one token per row, in vLLM V1's order.
 
-    Allowed-token mask, bad words, logit bias, penalties; then the most likely token (temperature 0), or temperature,
-    min_p, top_k, top_p of what is left, and a draw. On CPU a row's token and log-probabilities depend on it alone,
-    to the bit.
+    Allowed-token mask, bad words, logit bias, the user's processors, penalties; then the most likely token (temperature
+    0), or temperature, min_p, top_k, top_p of what is left, and a draw. On CPU a row's token and log-probabilities
+    depend on it alone, to the bit.
 
     Args:
         logits: f32[R, V].
@@ -57,6 +64,7 @@ def sample(
         num_logprobs: of how many most likely tokens to return log-probabilities beside the sampled one's, 0 to V.
         logprobs_mode: raw_* = before any of the above, processed_* = after all of it (greedy rows have a temperature of
             1 there); *_logprobs = normalised, *_logits = as they are.
+        processors: the user's own; they need the batch's `history` and `extra_args`.
 
     Returns:
         Tokens and log-probabilities. A row that holds a NaN, or in which nothing is allowed, gets token 0.
@@ -76,7 +84,7 @@ def sample(
         )
 
     def rows_at_once(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
-        return sample_rows(logits, batch, num_logprobs, logprobs_mode)
+        return sample_rows(logits, batch, num_logprobs, logprobs_mode, processors)
 
     return lax.platform_dependent(
         logits, batch, cpu=lambda *args: _in_blocks(rows_at_once, *args), default=rows_at_once
@@ -112,11 +120,15 @@ def _in_blocks(
 
 
 def sample_rows(
-    logits: jax.Array, batch: SamplingBatch, num_logprobs: int, logprobs_mode: str = "raw_logprobs"
+    logits: jax.Array,
+    batch: SamplingBatch,
+    num_logprobs: int,
+    logprobs_mode: str = "raw_logprobs",
+    processors: Sequence[LogitsProcessor] = (),
 ) -> SampleResult:
     """`sample` with all rows at once, which suits an accelerator; arguments must be valid."""
     rows, vocab = logits.shape
-    processed = blk.to_blocks(_adjust(logits, batch))
+    processed = blk.to_blocks(_adjust(logits, batch, processors))
     peak, greedy = blk.argmax(processed)
     random = (batch.temperature > 0.0) & (peak > -jnp.inf)
     distribution = Distribution(
@@ -138,14 +150,14 @@ def sample_rows(
             values = lax.cond(
                 batch.any_random, lambda: _remaining_logits(distribution, batch, random, vocab), lambda: processed
             )
-        return gather_logprobs(values, token, num_logprobs, normalize=logprobs_mode.endswith("logprobs"))
+        normalize = logprobs_mode.endswith("logprobs")
+        return gather_logprobs(values, token, num_logprobs, normalize=normalize, chosen_ids=batch.logprob_ids)
 
-    return SampleResult(
-        token_ids=token, logprobs=lax.cond(batch.want_logprobs, logprobs, lambda: Logprobs.zeros(rows, num_logprobs))
-    )
+    nothing = Logprobs.zeros(rows, num_logprobs, batch.logprob_ids.shape[1])
+    return SampleResult(token_ids=token, logprobs=lax.cond(batch.want_logprobs, logprobs, lambda: nothing))
 
 
-def _adjust(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+def _adjust(logits: jax.Array, batch: SamplingBatch, processors: Sequence[LogitsProcessor]) -> jax.Array:
     """f32[R, V]: everything that changes single logits. One branch around all, as each branch may copy the logits."""
     has_mask = batch.mask_words.shape[1] > 0
     has_bad_words = batch.bad_words.size > 0 and batch.history.shape[1] > 0
@@ -165,10 +177,14 @@ def _adjust(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
             )
         if has_bias:
             values = lax.cond(batch.any_bias, lambda x: apply_bias(x, batch.bias_ids, batch.bias_values), _same, values)
+        if processors:
+            values = apply_processors(values, batch, processors)
         if has_penalty:
             values = lax.cond(batch.any_penalty, lambda x: apply_penalties(x, batch), _same, values)
         return values
 
+    if processors:
+        return adjusted()
     if not (has_mask or has_bad_words or has_bias or has_penalty):
         return logits
     wanted = batch.any_mask | batch.any_bad_words | batch.any_bias | batch.any_penalty

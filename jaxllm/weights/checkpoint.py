@@ -19,7 +19,9 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.gguf import GGUFReader
 from jaxllm.weights.safetensors import SafetensorsReader
 
-FORMATS = ("gguf", "safetensors", "orbax", "dummy")
+FORMATS = ("gguf", "safetensors", "orbax", "dummy", "null")
+#: these need only the config
+_WITHOUT_WEIGHTS = ("dummy", "null")
 
 
 class Checkpoint:
@@ -27,7 +29,7 @@ class Checkpoint:
 
     Args:
         path: the file or directory.
-        load_format: "auto" takes what is there; "dummy" needs only the config.
+        load_format: "auto" takes what is there; "dummy" and "null" (no model at all) need only the config.
         overrides: replace fields of the config.
 
     Raises:
@@ -43,7 +45,7 @@ class Checkpoint:
             load_format = found
         elif load_format not in FORMATS:
             raise ValidationError(f"load_format must be auto, {', '.join(FORMATS)}; got {load_format!r}.")
-        elif load_format != "dummy" and load_format != found:
+        elif load_format not in _WITHOUT_WEIGHTS and load_format != found:
             raise ValidationError(f"load_format={load_format!r}, but {path} holds {found} weights.")
         self.load_format = load_format
         self.config: dict[str, Any] = {**self._config(), **(overrides or {})}

@@ -68,7 +68,9 @@ def main(config: str, max_num_batched_tokens: int, max_num_seqs: int, max_model_
             tokens=jax.ShapeDtypeStruct((max_num_seqs + 1, max_model_len), jnp.int32, sharding=sharding),  # pyright: ignore
         )
         programs = Programs(
-            StepConfig(model=model, groups=groups, num_logprobs=20, logprobs_mode="raw_logprobs"),
+            StepConfig(
+                model=model, groups=groups, num_logprobs=20, logprobs_mode="raw_logprobs", max_scored_tokens=1024
+            ),
             make_buckets(max_num_batched_tokens, max_num_seqs, eager=True),
             -(-max_model_len // BLOCK_SIZE),
             shapes(decoder_sources(model), jnp.dtype(jnp.bfloat16), sharding),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_model import SMALL
@@ -24,7 +25,7 @@ def engine(tiny_model: Path) -> Iterator[AsyncLLM]:
     engine.shutdown()
 
 
-async def collect(engine: AsyncLLM, prompt: str, params: SamplingParams, **options: str) -> list[RequestOutput]:
+async def collect(engine: AsyncLLM, prompt: str, params: SamplingParams, **options: Any) -> list[RequestOutput]:
     return [output async for output in engine.generate(prompt, params, **options)]
 
 

@@ -78,7 +78,15 @@ BAD_PARAMS: dict[str, tuple[SamplingParams, str]] = {
     "many bad words": (changed(bad_words=[f"w{i}" for i in range(40)]), "bad_words make 80 token sequences"),
     "too many logprobs": (changed(logprobs=21), "greater than max allowed: 20"),
     "nothing left": (changed(allowed_token_ids=[40], bad_words=["I"]), "together leave no token to generate"),
-    "prompt logprobs": (changed(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
+    "too many prompt logprobs": (changed(prompt_logprobs=21), "Requested prompt logprobs of 21"),
+    "all prompt logprobs": (changed(prompt_logprobs=-1), "Requested prompt logprobs of 257"),
+    "logprobs of no token": (changed(logprob_token_ids=[257]), "logprob_token_ids contains out-of-vocabulary"),
+    "logprobs of too many tokens": (changed(logprob_token_ids=[1] * 129), "at most 128 ids, got 129"),
+    "two kinds of logprobs": (changed(logprobs=3, logprob_token_ids=[1]), "must equal len(logprob_token_ids)"),
+    "uncomputed prompt logprobs": (
+        changed(prompt_logprobs=1, skip_reading_prefix_cache=False),
+        "skip_reading_prefix_cache cannot be False",
+    ),
 }
 
 CASES = [pytest.param(prompt, GREEDY, words, id=name) for name, (prompt, words) in BAD_PROMPTS.items()]

@@ -54,6 +54,9 @@ def make_params(rng: random.Random) -> SamplingParams:
         return value if rng.random() < 0.25 else otherwise
 
     some_ids = rng.sample(range(256), 30)
+    reports: dict[str, Any] = rng.choice(
+        ({}, {}, {"logprobs": 0}, {"logprobs": 20}, {"logprob_token_ids": some_ids[:9]})
+    )
     return SamplingParams(
         temperature=rng.choice((0.0, 0.0, 0.5, 1.0, 2.0)),
         top_k=maybe(rng.choice((1, 5, 200)), 0),
@@ -69,7 +72,9 @@ def make_params(rng: random.Random) -> SamplingParams:
         min_tokens=maybe(3, 0),
         stop_token_ids=maybe(some_ids[:5]),
         stop=maybe(["e", "zz"]),
-        logprobs=maybe(rng.choice((0, 1, 20))),
+        **reports,
+        prompt_logprobs=maybe(rng.choice((0, 3))),
+        flat_logprobs=maybe(True, False),
         skip_reading_prefix_cache=maybe(True),
         max_tokens=rng.randint(3, 20),
     )

@@ -32,7 +32,7 @@ def texts(llm: LLM) -> list[str]:
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_what_slept_wakes_up_the_same(llm: LLM, level: int):
     before = texts(llm)
-    runner = llm._started.runner
+    runner: Any = llm._started.runner
     llm.sleep(level)
     assert llm.is_sleeping
     assert (runner._state is None) == (level > 0)
@@ -51,7 +51,8 @@ def test_waking_up_in_parts(llm: LLM):
     assert llm.wake_up("scheduling")
     assert texts(llm) == before
     llm.release_kv_cache_memory()
-    assert llm._started.runner._state is None and llm._started.runner.params is not None
+    runner: Any = llm._started.runner
+    assert runner._state is None and runner.params is not None
     assert llm.wake_up()
     assert texts(llm) == before
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.outputs import RequestOutput
 from jaxllm.weights.gguf import GGUFReader
 
 RECORDED = Path(__file__).parent.parent / "data" / "smollm2_greedy_transformers.json"
@@ -123,8 +124,8 @@ def test_the_recording_is_what_transformers_says_today(reference: Any, recorded:
 
 def test_logprobs(engine: LLM, reference: Any):
     params = [
-        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=5),
-        SamplingParams(temperature=1.5, seed=7, max_tokens=6, ignore_eos=True, logprobs=20),
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=5, prompt_logprobs=4),
+        SamplingParams(temperature=1.5, seed=7, max_tokens=6, ignore_eos=True, logprobs=20, prompt_logprobs=0),
         SamplingParams(temperature=0.7, seed=8, max_tokens=6, ignore_eos=True, logprobs=0, presence_penalty=1.0),
     ]
     outputs = engine.generate([PROMPTS[i] for i in LIVE], params, use_tqdm=False)
@@ -133,6 +134,7 @@ def test_logprobs(engine: LLM, reference: Any):
         (completion,) = output.outputs
         logits = reference_logits(reference, output.prompt_token_ids, completion.token_ids)
         expected = logits.log_softmax(-1)
+        check_prompt_logprobs(output, reference)
         assert completion.logprobs is not None and len(completion.logprobs) == 6
         total = 0.0
         for row, token, position in zip(expected, completion.token_ids, completion.logprobs, strict=True):
@@ -171,6 +173,19 @@ def test_structured_outputs(engine: LLM):
     jsonschema.validate(json.loads(place), schema)
     assert "Paris" in place and answer in ("yes", "no") and re.fullmatch(r"(18|19|20)\d{2}", year)
     assert free == engine.generate(prompts[3], params[3], use_tqdm=False)[0].outputs[0].text
+
+
+def check_prompt_logprobs(output: RequestOutput, reference: Any) -> None:
+    if output.prompt_logprobs is None:
+        return
+    tokens = output.prompt_token_ids
+    expected = reference_logits(reference, tokens[:1], tokens[1:]).log_softmax(-1)
+    assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(tokens) > 3
+    for row, token, position in zip(expected, tokens[1:], output.prompt_logprobs[1:], strict=True):
+        assert position is not None and token in position
+        for other, logprob in position.items():
+            assert logprob.logprob == pytest.approx(float(row[other]), abs=1e-4)
+            assert logprob.rank == 1 + int((row > row[other]).sum())
 
 
 def record(path: Path) -> None:

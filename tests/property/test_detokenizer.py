@@ -38,7 +38,7 @@ def byte_fallback() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_level(smollm2_gguf: Path) -> Tokenizer:
-    return load_tokenizer(smollm2_gguf).backend_tokenizer
+    return load_tokenizer(smollm2_gguf).backend_tokenizer  # pyright: ignore[reportReturnType]
 
 
 def stream(tokenizer: Tokenizer, prompt: str, ids: list[int], params: SamplingParams) -> tuple[list[str], str]:

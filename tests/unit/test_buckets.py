@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.runner.buckets import Bucket, make_buckets, pick_bucket
-from jaxllm.runner.packing import FLOATS, forward_packing, sample_packing
+from jaxllm.runner.packing import FLOAT_FIELDS, forward_packing, sample_packing
 
 LIMITS = st.tuples(st.integers(1, 20_000), st.integers(1, 1024)).filter(lambda pair: pair[0] >= pair[1])
 
@@ -34,14 +34,16 @@ def test_a_step_beyond_the_limits_is_an_error_with_the_numbers():
 
 
 @pytest.mark.parametrize(
-    "packing", [forward_packing(Bucket(16, 4), 3, 7), sample_packing(5)], ids=["forward", "sample"]
+    "packing", [forward_packing(Bucket(16, 4), 3, 7, 9), sample_packing(5, 2)], ids=["forward", "sample"]
 )
 def test_the_device_reads_what_the_host_wrote(packing):
     buffer = np.zeros(packing.size, np.int32)
     random = np.random.default_rng(0)
     written = {}
     for name, view in packing.views(buffer).items():
-        view[...] = random.standard_normal(view.shape) if name in FLOATS else random.integers(-5, 2**31 - 1, view.shape)
+        view[...] = (
+            random.standard_normal(view.shape) if name in FLOAT_FIELDS else random.integers(-5, 2**31 - 1, view.shape)
+        )
         written[name] = view.copy()
     read = jax.jit(packing.unpack)(buffer)
     assert read.keys() == written.keys()

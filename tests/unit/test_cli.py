@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from jaxllm.entrypoints import demo, options
 from jaxllm.entrypoints.cli import main
 from jaxllm.errors import ValidationError
-from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, failed_output
 from jaxllm.sampling_params import SamplingParams
 
 
@@ -41,9 +42,17 @@ class FakeLLM:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def generate(self, prompts: list[str], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
-        self.calls.append((prompts, sampling_params))
-        return [self._output(i, prompt) for i, prompt in enumerate(prompts)]
+    def as_completed(
+        self, prompts: Iterable[str], sampling_params: SamplingParams, on_error: str, use_tqdm: bool
+    ) -> Iterator[RequestOutput]:
+        """Prompts that hold "bad" are refused, and the last one finishes first."""
+        assert on_error == "return"
+        listed = list(prompts)
+        self.calls.append((listed, sampling_params))
+        for i, prompt in reversed(list(enumerate(listed))):
+            output = failed_output(str(i), prompt, "no good") if "bad" in prompt else self._output(i, prompt)
+            output.index = i
+            yield output
 
     def chat(self, messages: list[Any], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
         self.calls.append((messages, sampling_params))
@@ -101,10 +110,11 @@ def test_generate_passes_only_what_was_given(engine: type[FakeLLM], capsys: pyte
         "max_model_len": 1000,
         "kv_cache_memory_bytes": 2**30,
         "gpu_memory_utilization": 0.5,
+        "seed": 3,
     }
     prompts, params = llm.calls[0]
     assert prompts == ["hello"]
-    assert params == SamplingParams(top_k=5, stop=["a_b", "c"], seed=3, max_tokens=7, temperature=1)
+    assert params == SamplingParams(top_k=5, stop=["a_b", "c"], max_tokens=7, temperature=1)
     assert capsys.readouterr().out == "HELLO\n"
 
 
@@ -128,6 +138,50 @@ def test_generate_reads_prompts_from_standard_input(
 def test_several_texts_are_told_apart(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "a", "b"]) == 0
     assert capsys.readouterr().out == "=== a\nA\n\n=== b\nB\n\n"
+
+
+def test_a_refused_prompt_leaves_the_others(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a", "bad", "c"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == "=== a\nA\n\n=== c\nC\n\n"
+    assert "jaxllm: error: prompt 2: no good" in printed.err
+    assert main(["generate", "a", "bad", "--json"]) == 3
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record.get("error") for record in records] == [None, "no good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "one\r\n\ntwo\n"),
+        ("p.jsonl", '"one"\n\n"two"\n'),
+        ("p.csv", 'prompt,other\n"one",1\ntwo,2\n'),
+    ],
+)
+def test_generate_reads_prompts_from_a_file(
+    engine: type[FakeLLM], tmp_path: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / name).write_text(text, newline="")
+    assert main(["generate", "--input-file", str(tmp_path / name)]) == 0
+    assert engine.made[0].calls[0][0] == ["one", "two"]
+    assert capsys.readouterr().out == "=== one\nONE\n\n=== two\nTWO\n\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--input-file", "f.txt"], "not both"),
+        (["--input-file", "nowhere.txt"], "cannot be read"),
+        (["--input-file", "f.txt", "--prompt-column", "p"], "is for CSV and Parquet"),
+        (["--prompt-column", "p"], "is for --input-file"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
+    engine: type[FakeLLM], argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", *argv]) == 1
+    assert message in capsys.readouterr().err
+    assert engine.made == []
 
 
 def test_bad_values_end_before_the_engine_is_built(

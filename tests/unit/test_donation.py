@@ -19,6 +19,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.programs import CPU_OPTIONS, Programs
+from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes
 
@@ -50,7 +51,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
     )
     programs = Programs(
-        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         make_buckets(64, MAX_NUM_SEQS, eager=True),
         MAX_MODEL_LEN // BLOCK_SIZE,
         shapes(decoder_sources(model), jnp.dtype(dtype), sharding),
@@ -71,11 +72,11 @@ def test_every_program_writes_in_place():
     programs.compile_all(progress=False)
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
-        expected = size(state.cache) + size(state.tokens) if kind == "forward" else size(state.tokens)
+        expected = {"forward": size(state.cache) + size(state.tokens), "score": 0}.get(kind, size(state.tokens))
         memory = program.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == expected
         kinds.add(kind)
-    assert kinds == {"forward", "sample", "write tokens"}
+    assert kinds == {"forward", "sample", "score", "write tokens"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,6 +106,7 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
     ) as llm:
         places = set()
         core, runner = llm._engine(), llm._started.runner
+        assert isinstance(runner, Runner)
         params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
         for i, length in enumerate((1, 70, 12, 100, 33)):
             core.add_request(*llm._inputs.request(str(i), list(range(length)), params))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_oracle import Row, compiled, make_batch, normal, probabilities, run
+from sampling_oracle import Row, adjusted, compiled, make_batch, normal, probabilities, run
 from scipy import stats
 
 from jaxllm.sampling.draw import invert, uniforms
@@ -33,15 +34,54 @@ RANDOM = {
     "min_p and top_p beyond the head": (FLAT, Row(temperature=1.0, min_p=0.12, top_p=0.9)),
     "all": (1.0, Row(temperature=0.7, min_p=0.01, top_k=30, top_p=0.95)),
 }
+SEEN: dict[str, Any] = {"prompt": [3, 7, 7, 11], "outputs": [7, 20, 20, 20]}
+#: what changes single logits decides which tokens truncation leaves, and how likely they are
+ADJUSTED = {
+    "presence and frequency penalties": (
+        FLAT,
+        Row(temperature=1.1, presence_penalty=1.5, frequency_penalty=-0.8, **SEEN),
+    ),
+    "penalties and top_k": (
+        FLAT,
+        Row(temperature=1.0, repetition_penalty=0.5, frequency_penalty=-1.0, top_k=25, **SEEN),
+    ),
+    "penalties and min_p": (
+        1.5,
+        Row(temperature=0.6, presence_penalty=-2.0, repetition_penalty=1.3, min_p=0.1, **SEEN),
+    ),
+    "bias": (FLAT, Row(temperature=1.0, bias={0: 4.0, 399: 3.0, 17: -100.0, 150: 2.0})),
+    "bias and top_p": (FLAT, Row(temperature=1.2, bias={0: 4.0, 399: 3.0, 17: -9.0}, top_p=0.6)),
+    "bad words, allowed tokens and top_k": (
+        FLAT,
+        Row(temperature=0.8, allowed=set(range(0, 400, 3)), bad_words=[[20, 21], [20, 0], [3]], top_k=60, **SEEN),
+    ),
+    "everything": (
+        1.0,
+        Row(
+            temperature=0.8,
+            top_k=90,
+            top_p=0.9,
+            min_p=0.02,
+            repetition_penalty=1.2,
+            presence_penalty=0.4,
+            frequency_penalty=0.3,
+            bias={20: 5.0, 7: 3.0, 5: 2.0},
+            allowed=set(range(300)),
+            bad_words=[[20, 40], [6]],
+            **SEEN,
+        ),
+    ),
+}
 
 
 draw_all = jax.jit(functools.partial(sample_rows, num_logprobs=0))
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", [*RANDOM, *ADJUSTED])
 def test_draws_follow_the_distribution(name: str) -> None:
-    rows, repeats, vocab = 2000, 25, 400
-    scale, row = RANDOM[name]
+    """100 000 draws against the formula in float64 numpy, by their chi-square and their total variation."""
+    rows, repeats, vocab = 2000, 50, 400
+    scale, row = (RANDOM | ADJUSTED)[name]
     logits = np.tile(normal(1, vocab, scale, seed=7), (rows, 1))
     batch = make_batch([row] * rows, vocab, want_logprobs=False)
     device_logits = jnp.asarray(logits)
@@ -50,7 +90,7 @@ def test_draws_follow_the_distribution(name: str) -> None:
         position = jnp.arange(rows, dtype=jnp.int32) + repeat * rows
         drawn = draw_all(device_logits, dataclasses.replace(batch, position=position)).token_ids
         counts += np.bincount(np.asarray(drawn), minlength=vocab)
-    expected = probabilities(logits[0], row) * rows * repeats
+    expected = probabilities(adjusted(logits[0], row), row) * rows * repeats
     assert counts[expected == 0].sum() == 0, "drew a token that truncation removes"
     common = expected >= 10
     seen, wanted = [*counts[common]], [*expected[common]]
@@ -58,6 +98,10 @@ def test_draws_follow_the_distribution(name: str) -> None:
         seen.append(counts[~common].sum())
         wanted.append(rare)
     assert len(wanted) > 3
+    # the distance is sqrt(tokens / (2 pi draws)) at most on average, and deviates by 1 / sqrt(4 draws) at most
+    draws, support = rows * repeats, (expected > 0).sum()
+    distance = np.abs(counts - expected).sum() / 2 / draws
+    assert distance < np.sqrt(support / (2 * np.pi * draws)) + 4 / np.sqrt(4 * draws)
     assert stats.chisquare(seen, np.asarray(wanted) * sum(seen) / sum(wanted)).pvalue > 1e-3
 
 

@@ -20,7 +20,6 @@ from jaxllm.sampling_params import (
     RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
-    unsupported,
 )
 
 VLLM_DEFAULTS = {
@@ -117,6 +116,18 @@ def test_defaults_are_vllms():
         ({"logprobs": -2}, "logprobs must be non-negative or -1, got -2."),
         ({"prompt_logprobs": -2}, "prompt_logprobs must be non-negative or -1, got -2."),
         ({"logprob_token_ids": list(range(129))}, "logprob_token_ids can hold at most 128 ids, got 129."),
+        (
+            {"logprob_token_ids": [1, 2], "logprobs": 3},
+            "When both logprobs and logprob_token_ids are set, logprobs must equal len(logprob_token_ids), got "
+            "logprobs=3 and 2 ids. Leave logprobs out: only the ids are reported.",
+        ),
+        (
+            {"prompt_logprobs": 1, "skip_reading_prefix_cache": False},
+            "prompt_logprobs=1 needs the whole prompt to be computed, so skip_reading_prefix_cache cannot be False; "
+            "leave it None.",
+        ),
+        ({"flat_logprobs": 1}, "flat_logprobs must be True or False, got 1 of type int."),
+        ({"extra_args": ["a"]}, "extra_args must be dict | None, got ['a'] of type list."),
         ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1 of type int."),
         ({"output_kind": "delta"}, "output_kind must be RequestOutputKind, got 'delta' of type str."),
         ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
@@ -289,23 +300,6 @@ def test_what_is_accepted_lies_within_the_limits(arguments: dict[str, Any]):
     assert params.min_tokens >= 0 and (params.max_tokens is None or 1 <= params.max_tokens >= params.min_tokens)
     assert all(i >= 0 and -100.0 <= v <= 100.0 for i, v in (params.logit_bias or {}).items())
     assert params.clone() == params
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"prompt_logprobs": 0}, "prompt_logprobs is not supported yet"),
-        ({"logprob_token_ids": [1]}, "logprob_token_ids is not supported yet"),
-        ({"flat_logprobs": True}, "flat_logprobs is not supported yet"),
-        ({"stream_interval": 2, "thinking_token_budget": 5, "structured_outputs": {"regex": "a"}}, None),
-        ({"extra_args": {"a": 1}}, "extra_args is not supported yet"),
-        ({}, None),
-        ({"stop": ["a"], "logprobs": 5, "skip_reading_prefix_cache": True, "stream_interval": 1}, None),
-        ({"logit_bias": {1: 1.0}, "bad_words": ["x"], "allowed_token_ids": [1], "min_tokens": 3, "seed": 1}, None),
-    ],
-)
-def test_unsupported_names_what_the_engine_cannot_do(arguments: dict[str, Any], text: str | None):
-    assert unsupported(SamplingParams(**arguments)) == text
 
 
 @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids"])

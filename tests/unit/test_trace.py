@@ -131,8 +131,8 @@ class ByHand:
 
     def step(self, number: int, start: int, count: int) -> SchedulerOutput:
         return SchedulerOutput(
-            step=number, admitted=[], rows=[0], starts=[start], counts=[count], samples=[True], new_blocks=[],
-            requests=[self.request],
+            step=number, admitted=[], rows=[0], starts=[start], counts=[count], samples=[True], scored=[0],
+            new_blocks=[], requests=[self.request],
         )  # fmt: skip
 
     def launch(self, step: SchedulerOutput, begin: float, decided: float, launched: float) -> None:

@@ -8,7 +8,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.tokenization.load import load_tokenizer
@@ -17,16 +16,6 @@ from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="pool sizes to compare")
-    parser.add_argument("--num-prompts", type=int, default=2000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--input-len", type=int, default=256, metavar="N", help="tokens a prompt (default: %(default)s)"
-    )
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs, alternating (default: %(default)s)")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the numbers there")
 
 
 def run(arguments: argparse.Namespace) -> int:

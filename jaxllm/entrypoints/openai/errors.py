@@ -1,0 +1,44 @@
+"""How a refused API call is told: OpenAI's error object, with vLLM's types."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+
+
+class APIError(Exception):
+    """An API call that cannot be answered.
+
+    Args:
+        message: for the person who sent it.
+        status: HTTP's status code.
+        param: the parameter at fault.
+        code: a word for programs; None: the status.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message)
+        self.message = message
+        self.status = int(status)
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The response's body."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, _TYPES[400]),
+                "param": self.param,
+                "code": self.code or self.status,
+            }
+        }

@@ -1,0 +1,128 @@
+"""From what the engine returned to the body of OpenAI's answer."""
+
+from __future__ import annotations
+
+import base64
+import random
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs, raw_logprobs
+from jaxllm.entrypoints.openai.requests import CHAT, EMBEDDINGS, Call
+from jaxllm.outputs import CompletionOutput, RequestOutput
+
+
+def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
+    """The answer to `call`.
+
+    Args:
+        outputs: one for each of the call's prompts, in their order: `RequestOutput`, or what `LLM.embed` returns.
+
+    Raises APIError when one of them was refused by the engine.
+    """
+    for position, output in enumerate(outputs):
+        if getattr(output, "error", None) is not None:
+            where = f"prompt {position}: " if len(outputs) > 1 else ""
+            raise APIError(f"{where}{output.error}")
+    if call.url == EMBEDDINGS:
+        return _embeddings(call, outputs)
+    choice = _chat_choice if call.url == CHAT else _completion_choice
+    per_prompt = max(len(output.outputs) for output in outputs)
+    choices = [
+        choice(call, output, completion) | {"index": position * per_prompt + completion.index}
+        for position, output in enumerate(outputs)
+        for completion in output.outputs
+    ]
+    kind, prefix = ("chat.completion", "chatcmpl") if call.url == CHAT else ("text_completion", "cmpl")
+    body = {**_head(prefix, kind, call), "choices": choices, "usage": _usage(call, outputs)}
+    if call.url == CHAT:
+        # in completions each choice has its own
+        if call.return_token_ids:
+            body["prompt_token_ids"] = outputs[0].prompt_token_ids
+        if outputs[0].prompt_logprobs is not None:
+            body["prompt_logprobs"] = raw_logprobs(outputs[0].prompt_logprobs)
+    return body
+
+
+def new_id() -> str:
+    """128 random bits, as 32 hexadecimal digits."""
+    return f"{random.getrandbits(128):032x}"
+
+
+def _head(prefix: str, kind: str, call: Call) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{new_id()}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": call.model,
+    }
+
+
+def _chat_choice(call: Call, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    logprobs = None
+    if call.top_logprobs is not None:
+        logprobs = chat_logprobs(
+            completion.token_ids, completion.logprobs or (), call.top_logprobs, as_ids=call.tokens_as_ids
+        )
+    choice: dict[str, Any] = {
+        "index": completion.index,
+        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if call.return_token_ids:
+        choice["token_ids"] = list(completion.token_ids)
+    return choice
+
+
+def _completion_choice(call: Call, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    token_ids = [] if call.echo_only else list(completion.token_ids)
+    positions: list[Any] = [] if call.echo_only else list(completion.logprobs or ())
+    text = "" if call.echo_only else completion.text
+    if call.echo:
+        text = (output.prompt or "") + text
+        token_ids = [*output.prompt_token_ids, *token_ids]
+        positions = [*(output.prompt_logprobs or ()), *positions]
+    logprobs = None
+    if call.top_logprobs is not None:
+        logprobs = completion_logprobs(token_ids, positions, as_ids=call.tokens_as_ids)
+    choice: dict[str, Any] = {
+        "index": completion.index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if output.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = raw_logprobs(output.prompt_logprobs)
+    if call.return_token_ids:
+        choice["token_ids"] = list(completion.token_ids)
+        choice["prompt_token_ids"] = output.prompt_token_ids
+    return choice
+
+
+def _usage(call: Call, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    completion = sum(len(one.token_ids) for output in outputs for one in output.outputs) if not call.echo_only else 0
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+    }
+
+
+def _embeddings(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
+    data = []
+    for position, output in enumerate(outputs):
+        vector: Any = [float(value) for value in output.outputs.embedding]
+        if call.base64:
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"index": position, "object": "embedding", "embedding": vector})
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0}
+    return {**_head("embd", "list", call), "data": data, "usage": usage}

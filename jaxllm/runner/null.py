@@ -1,0 +1,194 @@
+"""The null model: everything of the engine but the model, for measuring the host (``load_format="null"``).
+
+Tokenizer, scheduler, block manager, detokenizer and outputs are the real ones and do their full work. A step computes
+nothing: it answers at once, with one ordinary token of the vocabulary after the other. What is generated is
+meaningless, and so is everything that a model would have decided: log-probabilities are 0, sampling parameters that
+change the distribution change nothing. Tokens never end a request by themselves; its length, its stop strings and its
+stop token ids do.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from jaxllm.config.capacity import blocks_per_request, max_concurrency
+from jaxllm.errors import ValidationError
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
+from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.runner.build import RunnerConfig
+
+logger = logging.getLogger("jaxllm")
+
+#: tokens that the answers cycle through
+_CYCLE = 64
+_NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
+
+
+class NullStep:
+    """A step that was over when it was launched (`interface.StepFuture`)."""
+
+    def __init__(self, output: StepOutput):
+        self._output = output
+
+    def result(self) -> StepOutput:
+        return self._output
+
+
+class NullRunner:
+    """No device and no weights (`interface.ModelRunner`).
+
+    Args:
+        token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
+        num_logprobs: alternatives in the log-probabilities of a step; all of them are 0.
+    """
+
+    def __init__(self, token_ids: Sequence[int], num_logprobs: int):
+        self._token_ids = tuple(token_ids)
+        self._num_logprobs = num_logprobs
+        self._rows_with_logprobs: set[int] = set()
+
+    def execute(self, scheduled: SchedulerOutput) -> NullStep:
+        return self.sample(self.forward(scheduled), {})
+
+    def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        for request in scheduled.admitted:
+            if request.params.logprobs is None:
+                self._rows_with_logprobs.discard(request.row)
+            else:
+                self._rows_with_logprobs.add(request.row)
+        return scheduled
+
+    def sample(self, launched: SchedulerOutput, masks: Mapping[int, np.ndarray]) -> NullStep:
+        """A row with a mask gets its first allowed token."""
+        scheduled = launched
+        cycle, period = self._token_ids, len(self._token_ids)
+        entries = zip(scheduled.starts, scheduled.counts, scheduled.samples, strict=True)
+        sampled = [cycle[(start + count) % period] if sample else -1 for start, count, sample in entries]
+        for entry, row in enumerate(scheduled.rows):
+            if row in masks and scheduled.samples[entry]:
+                allowed = np.flatnonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))
+                sampled[entry] = int(allowed[0]) if len(allowed) else -1
+        logprobs = None
+        if self._rows_with_logprobs and not self._rows_with_logprobs.isdisjoint(scheduled.rows):
+            logprobs = self._logprobs(len(sampled))
+        return NullStep(StepOutput(token_ids=sampled, logprobs=logprobs))
+
+    def _logprobs(self, count: int) -> LogprobArrays:
+        shape = count, self._num_logprobs
+        return LogprobArrays(
+            sampled=np.zeros(count, np.float32),
+            rank=np.ones(count, np.int32),
+            top_ids=np.broadcast_to(np.arange(self._num_logprobs, dtype=np.int32), shape),
+            top=np.zeros(shape, np.float32),
+        )
+
+    def reset(self) -> None:
+        self._rows_with_logprobs.clear()
+
+    @property
+    def params(self) -> NoReturn:
+        """`Runner` has its weights under this name. Raises ValidationError."""
+        raise ValidationError(_NO_WEIGHTS)
+
+    def set_params(self, params: object) -> NoReturn:
+        """Raises ValidationError."""
+        raise ValidationError(_NO_WEIGHTS)
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """The size itself: nothing is compiled, so nothing is padded."""
+        return Bucket(num_tokens, num_seqs)
+
+    def free_cache(self) -> None:
+        """There is none."""
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        """There are none."""
+
+    def restore_weights(self) -> None:
+        """There are none."""
+
+    def shutdown(self) -> None:
+        self.reset()
+
+
+def ordinary_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, end_token_ids: Collection[int]
+) -> list[int]:
+    """The first ids that neither end a request nor are special, and that decode to printable ASCII text.
+
+    Raises ValidationError when the vocabulary has none.
+    """
+    special = set(end_token_ids) | set(getattr(tokenizer, "all_special_ids", ()))
+    found: list[int] = []
+    for token_id in range(vocab_size):
+        if token_id in special:
+            continue
+        if tokenizer is not None:
+            text = str(tokenizer.decode([token_id]))
+            if not text.strip() or not (text.isascii() and text.isprintable()):
+                continue
+        found.append(token_id)
+        if len(found) == _CYCLE:
+            break
+    if not found:
+        raise ValidationError('load_format="null" needs an ordinary token, and the vocabulary has none.')
+    return found
+
+
+def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRunner, MemoryPlan]:
+    """A runner without a model, and the plan of the memory that the host believes it has.
+
+    The cache has as many blocks as `num_gpu_blocks_override` or `kv_cache_memory_bytes` say, by default those of 2 GiB,
+    and no memory is taken for them.
+
+    Raises:
+        ValidationError: the blocks do not hold one request of max_model_len tokens.
+    """
+    limits = config.scheduler
+    needed = blocks_per_request(
+        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+    num_blocks = config.num_gpu_blocks_override
+    if num_blocks is None:
+        num_blocks = (config.kv_cache_memory_bytes or CPU_CACHE_LIMIT) // config.block_bytes
+        if config.kv_cache_memory_bytes is None:
+            num_blocks = max(min(num_blocks, 1 + limits.max_num_seqs * needed), 1 + needed)
+    if num_blocks - 1 < needed:
+        raise ValidationError(
+            f"A request of max_model_len={limits.max_model_len} tokens needs {needed + 1} blocks of KV cache, and "
+            f"there are {num_blocks}. Set num_gpu_blocks_override to {needed + 1}, or a smaller max_model_len."
+        )
+    logger.warning(
+        'load_format="null": there is no model and no device work, so outputs are meaningless; this measures the host.'
+    )
+    concurrency = max_concurrency(
+        config.cache_config(num_blocks), limits.max_model_len, max_chunk=limits.max_num_batched_tokens
+    )
+    plan = MemoryPlan(
+        device="no device (null model)",
+        total_bytes=0,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        weight_bytes=0,
+        activation_bytes=0,
+        state_bytes=0,
+        kv_cache_bytes=0,
+        kv_cache_limit=None,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_tokens=int(concurrency * limits.max_model_len),
+        max_concurrency=concurrency,
+    )
+    return NullRunner(token_ids, config.num_logprobs), plan

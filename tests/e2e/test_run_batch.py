@@ -1,0 +1,341 @@
+"""``jaxllm run-batch`` on a real engine, and on one without a model where only the host matters."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.entrypoints.batch.journal import Journal
+from jaxllm.entrypoints.batch.lines import read_lines
+from jaxllm.entrypoints.batch.run import Batch
+from jaxllm.entrypoints.batch.summary import Tally
+from jaxllm.entrypoints.cli import main
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def line(custom_id: str, url: str = COMPLETIONS, **body: Any) -> str:
+    body = body or {"prompt": custom_id, "max_tokens": 3}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body})
+
+
+class Folder:
+    """A batch's files, and the command that runs it."""
+
+    def __init__(self, path: Path, model: Path):
+        self.path, self._model = path, model
+        self.input, self.output = path / "in.jsonl", path / "out.jsonl"
+
+    def run(self, *argv: str, text: str | None = None, model: str = "null", source: Path | str | None = None) -> int:
+        if text is not None:
+            self.input.write_text(text)
+        engine = ["--model", str(self._model), "--max-model-len", "256", "--max-num-seqs", "16"]
+        engine += ["--load-format", "null"] if model == "null" else []
+        files = ["-i", str(source or self.input), "-o", str(self.output)]
+        return main(["run-batch", *files, *engine, *argv])
+
+    def results(self) -> dict[Any, dict[str, Any]]:
+        """By custom_id; those without one by their id."""
+        records = [json.loads(text) for text in self.output.read_text().splitlines()]
+        found = {record["custom_id"] or record["id"]: record for record in records}
+        assert len(found) == len(records)
+        return found
+
+    def texts(self) -> dict[Any, str]:
+        found = {}
+        for name, record in self.results().items():
+            if record["error"] is None:
+                choice = record["response"]["body"]["choices"][0]
+                found[name] = choice["text"] if "text" in choice else choice["message"]["content"]
+        return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Path) -> Folder:
+    return Folder(tmp_path, tiny_model)
+
+
+def test_results_are_those_of_the_library(folder: Folder, engine: LLM, monkeypatch: pytest.MonkeyPatch):
+    """The real (tiny) model: the same texts, log-probabilities and token counts as `generate` and `chat` give."""
+    import jaxllm.llm
+
+    class Shared:
+        """In place of a second engine."""
+
+        def __new__(cls, model: str, **arguments: Any) -> Any:
+            assert arguments == {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16}
+            return Shared.of
+
+        of: Any = None
+
+    Shared.of = type("Entered", (), {"__enter__": lambda _: engine, "__exit__": lambda *_: None})()
+    monkeypatch.setattr(jaxllm.llm, "LLM", Shared)
+    messages = [{"role": "user", "content": "What?"}]
+    sampled: dict[str, Any] = {"temperature": 1, "seed": 5, "max_tokens": 6}
+    text = "\n".join(
+        [
+            line("greedy", prompt="Hello", max_tokens=6, temperature=0, logprobs=2),
+            line("sampled", prompt=["One", "Two"], **sampled),
+            line("chat", CHAT, messages=messages, **sampled),
+            line("several", prompt="Hello", n=2, **sampled),
+        ]
+    )
+    assert folder.run("--enforce-eager", text=text, model="real") == 0
+    bodies = {name: record["response"]["body"] for name, record in folder.results().items()}
+    params = SamplingParams(**sampled)
+
+    (greedy,) = engine.generate("Hello", SamplingParams(temperature=0, max_tokens=6, logprobs=2), use_tqdm=False)
+    choice = bodies["greedy"]["choices"][0]
+    assert choice["text"] == greedy.outputs[0].text
+    assert greedy.outputs[0].logprobs is not None
+    pairs = zip(greedy.outputs[0].token_ids, greedy.outputs[0].logprobs, strict=True)
+    expected = [position[token_id].logprob for token_id, position in pairs]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected)
+    assert bodies["greedy"]["usage"]["prompt_tokens"] == len(greedy.prompt_token_ids)
+
+    both = engine.generate(["One", "Two"], params, use_tqdm=False)
+    assert [c["text"] for c in bodies["sampled"]["choices"]] == [o.outputs[0].text for o in both]
+    (answer,) = engine.chat(messages, params, use_tqdm=False)
+    assert bodies["chat"]["choices"][0]["message"]["content"] == answer.outputs[0].text
+    (several,) = engine.generate("Hello", SamplingParams(temperature=1, seed=5, max_tokens=6, n=2), use_tqdm=False)
+    assert [c["text"] for c in bodies["several"]["choices"]] == [c.text for c in several.outputs]
+
+
+def test_a_bad_line_fails_alone(folder: Folder, capfd: pytest.CaptureFixture[str]):
+    deep = "[" * 100_000
+    bad = {
+        "batch_req_2": "{not json",
+        "batch_req_4": "[1, 2]",
+        "batch_req_5": '{"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}',
+        "batch_req_6": '{"custom_id": 7, "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}',
+        "method": '{"custom_id": "method", "method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}}',
+        "key": '{"custom_id": "key", "method": "POST", "url": "/v1/completions", "bdy": {"prompt": "x"}}',
+        "url": line("url", "/v1/images", prompt="x"),
+        "embed": line("embed", "/v1/embeddings", input="x"),
+        "param": line("param", prompt="x", tempreature=1),
+        "empty": line("empty", prompt=""),
+        "long": line("long", prompt="x" * 300),
+        "ids": line("ids", prompt=[5000]),
+        "one of two": line("one of two", prompt=["fine", ""]),
+        "role": line("role", CHAT, messages=[{"content": "x"}]),
+        "model": line("model", prompt="x", model="gpt"),
+        "batch_req_18": deep,
+        "batch_req_19": '{"custom_id": "\\ud800", "method": 1',
+    }
+    broken = list(bad.values())
+    text = [
+        line("first"),
+        broken[0],
+        "   ",
+        *broken[1:],
+        line("last", CHAT, messages=[{"role": "user", "content": "é"}]),
+    ]
+    folder.input.write_bytes(b"\xef\xbb\xbf" + "\n".join(text).encode() + b"\n\xff\xfe\n")
+    assert folder.run() == 3
+    results = folder.results()
+    assert folder.texts().keys() == {"first", "last"}
+    assert results.keys() == {"first", "last", *bad, "batch_req_21"}
+    for name in bad:
+        record = results[name]
+        assert record["response"]["status_code"] == (404 if name == "model" else 400), name
+        assert record["error"]["message"] == record["response"]["body"]["error"]["message"]
+        if record["custom_id"] is None:
+            assert f"line {name.removeprefix('batch_req_')}: " in record["error"]["message"]
+    assert "longer than the maximum model length" in results["long"]["error"]["message"]
+    assert f"2 completed, {len(bad) + 1} failed" in capfd.readouterr().err
+
+
+def test_the_second_of_two_equal_custom_ids_is_an_error(folder: Folder):
+    text = "\n".join([line("a"), line("b"), line("a"), line("b")])
+    for argv in ([], ["--resume"]):
+        assert folder.run(*argv, text=text) == 3
+        records = [json.loads(text) for text in folder.output.read_text().splitlines()]
+        assert sorted((r["custom_id"], r["id"], r["response"]["status_code"]) for r in records) == [
+            ("a", "batch_req_1", 200),
+            ("a", "batch_req_3", 400),
+            ("b", "batch_req_2", 200),
+            ("b", "batch_req_4", 400),
+        ]
+
+
+def test_resuming_runs_what_is_missing(folder: Folder, capfd: pytest.CaptureFixture[str]):
+    text = "\n".join([*(line(f"r{i}") for i in range(20)), "broken", line("bad", prompt="x", n=0)])
+    assert folder.run(text=text) == 3
+    whole = folder.texts()
+    kept = folder.output.read_bytes().splitlines(keepends=True)
+    folder.output.write_bytes(b"".join(kept[:9]) + kept[9][:-7])
+    assert folder.run("--resume") == 3
+    assert folder.texts() == whole and len(folder.results()) == 22
+    assert folder.output.read_bytes().startswith(b"".join(kept[:9]))
+    assert "9 finished before" in capfd.readouterr().err
+    before = folder.output.read_bytes()
+    assert folder.run("--resume") == 3  # nothing is left to do, and what failed has failed
+    assert folder.output.read_bytes() == before
+    assert folder.run("--overwrite", text=line("new")) == 0
+    assert folder.results().keys() == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "exists. --resume finishes what it lacks"),
+        (["--resume", "--overwrite"], "not both"),
+        (["-o", "-", "--resume"], "--resume needs an output file"),
+        (["-i", "https://host/in.jsonl"], "is a URL"),
+        (["-o", "s3://host/out.jsonl"], "is a URL"),
+        (["-i", "nowhere.jsonl", "--overwrite"], "cannot be read: No such file"),
+        (["-o", "out.csv"], "would be JSONL"),
+        (["--body", "{}", "--overwrite"], "--body is for CSV and Parquet"),
+    ],
+)
+def test_what_is_refused_before_the_model_is_loaded(
+    folder: Folder, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    folder.output.write_text('{"id": "batch_req_1", "custom_id": "a", "error": null}\n')
+    assert folder.run("--model", "no/such/model", *argv, text=line("a")) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_input_is_not_overwritten(folder: Folder, capsys: pytest.CaptureFixture[str]):
+    assert folder.run("-o", str(folder.input), "--overwrite", text=line("a")) == 1
+    assert "are the same file" in capsys.readouterr().err
+    assert folder.input.read_text() == line("a")
+
+
+def test_standard_input_and_output(folder: Folder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{line('a')}\n{line('b')}".encode())))
+    assert folder.run("-i", "-", "-o", "-") == 0
+    assert {json.loads(text)["custom_id"] for text in capfd.readouterr().out.splitlines()} == {"a", "b"}
+
+
+def test_served_model_names(folder: Folder):
+    text = "\n".join([line("a", prompt="x", model="mine"), line("b", prompt="x", model="other")])
+    assert folder.run("--served-model-name", "mine", text=text) == 3
+    results = folder.results()
+    assert results["a"]["response"]["body"]["model"] == "mine"
+    assert results["b"]["response"]["status_code"] == 404
+
+
+def test_tables(folder: Folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import csv, parquet
+
+    prompts = ["1", 'two, "quoted"\nlines', "drei é"]
+    table = pyarrow.table({"prompt": prompts, "name": ["x", "y", "z"], "other": [1, 2, 3]})
+    csv.write_csv(table, folder.path / "p.csv")
+    parquet.write_table(table, folder.path / "p.parquet")
+    folder.run(text="\n".join(line(f"row-{i + 1}", prompt=prompt, max_tokens=2) for i, prompt in enumerate(prompts)))
+    expected = folder.texts()
+    for name in ("p.csv", "p.parquet"):
+        source = folder.path / name
+        assert folder.run("--overwrite", "--body", '{"max_tokens": 2}', source=source) == 0
+        assert folder.texts() == expected
+        assert folder.run("--overwrite", "--id-column", "name", source=source) == 0
+        assert folder.texts().keys() == {"x", "y", "z"}
+
+
+def test_conversations_in_tables(folder: Folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import csv, parquet
+
+    talks = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b", "name": "n"}]]
+    parquet.write_table(pyarrow.table({"talk": talks}), folder.path / "p.parquet")
+    csv.write_csv(pyarrow.table({"talk": [*map(json.dumps, talks), "oops"]}), folder.path / "p.csv")
+    folder.run(text="\n".join(line(f"row-{i + 1}", CHAT, messages=talk) for i, talk in enumerate(talks)))
+    expected = folder.texts()
+    assert folder.run("--overwrite", "--messages-column", "talk", source=folder.path / "p.parquet") == 0
+    assert folder.texts() == expected
+    assert folder.run("--overwrite", "--messages-column", "talk", source=folder.path / "p.csv") == 3
+    assert folder.texts() == expected
+    assert "messages must be a non-empty list" in folder.results()["row-3"]["error"]["message"]
+    # a column of prompts, as conversations of one message
+    csv.write_csv(pyarrow.table({"q": ["a", "b"]}), folder.path / "q.csv")
+    chat = ["--prompt-column", "q", "--url", CHAT]
+    assert folder.run("--overwrite", *chat, source=folder.path / "q.csv") == 0
+    assert folder.texts() == expected
+
+
+def test_tables_without_their_columns(folder: Folder, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("pyarrow")
+    (folder.path / "p.csv").write_text("text\nhello\n")
+    assert folder.run(source=folder.path / "p.csv") == 1
+    assert "has no column 'prompt'; its columns are text" in capsys.readouterr().err
+    monkey = pytest.MonkeyPatch()
+    monkey.setitem(sys.modules, "pyarrow", None)
+    with monkey.context():
+        assert folder.run(source=folder.path / "p.csv") == 1
+    monkey.undo()
+    assert "pip install 'jaxllm[tables]'" in capsys.readouterr().err
+
+
+def test_embeddings_run_in_groups(tmp_path: Path):
+    """A stand-in for an engine that embeds: a text becomes its length, and "bad" is refused."""
+    calls: list[list[Any]] = []
+
+    class Embedder:
+        supported_tasks = ("embed",)
+
+        def get_default_sampling_params(self) -> SamplingParams:
+            return SamplingParams()
+
+        def embed(self, prompts: list[Any], *, on_error: str, use_tqdm: bool) -> list[Any]:
+            assert (on_error, use_tqdm) == ("return", False)
+            calls.append(prompts)
+            return [
+                SimpleNamespace(
+                    outputs=SimpleNamespace(embedding=[float(len(prompt))]),
+                    prompt_token_ids=[1] * len(prompt),
+                    error="no good" if prompt == "bad" else None,
+                )
+                for prompt in prompts
+            ]
+
+    url = "/v1/embeddings"
+    texts = [line(f"r{i}", url, input=["x" * i, "xx"]) for i in range(1, 301)]
+    texts += [line("bad", url, input=["fine", "bad"]), line("chat", CHAT, messages=[{"role": "user", "content": "x"}])]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(texts))
+    output = tmp_path / "out.jsonl"
+    tally = Tally(None, show=False)
+    with Journal(str(output)) as journal:
+        Batch(cast(LLM, Embedder()), journal, tally, ["m"]).run(read_lines(str(source)))
+    assert [len(group) for group in calls] == [256, 256, 90]
+    records = {record["custom_id"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert (tally.completed, tally.failed, len(records)) == (300, 2, 302)
+    data = records["r200"]["response"]["body"]["data"]
+    assert [entry["embedding"] for entry in data] == [[200.0], [2.0]]
+    assert records["bad"]["error"]["message"] == "prompt 1: no good"
+    assert "does not support /v1/chat/completions" in records["chat"]["error"]["message"]
+
+
+def test_memory_does_not_grow_with_the_input(folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    """Living objects are counted while 20,000 lines run: one that a line left behind would be seen."""
+    counts: list[tuple[int, int]] = []
+    original, written = Journal.write, 0
+
+    def write(self: Journal, number: int, record: dict[str, Any]) -> None:
+        nonlocal written
+        original(self, number, record)
+        written += 1
+        if written % 2500 == 0:
+            gc.collect()
+            counts.append((written, sys.getallocatedblocks()))
+
+    monkeypatch.setattr(Journal, "write", write)
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    with open(folder.input, "w") as file:
+        for i in range(20_000):
+            file.write(line(f"r{i}", CHAT, **chat) if i % 2 else line(f"r{i}", prompt=f"{i}", max_tokens=2))
+            file.write("\n")
+    assert folder.run("--max-num-seqs", "128") == 0
+    early = min(blocks for count, blocks in counts if 5_000 <= count < 10_000)
+    late = min(blocks for count, blocks in counts if count >= 15_000)
+    assert late - early < 0.2 * 10_000, counts

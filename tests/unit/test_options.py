@@ -1,0 +1,66 @@
+"""Every engine argument, and every one of vLLM's, is an option of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from jaxllm.config.arguments import known_names, refuse
+from jaxllm.config.command_line import ENGINE_HELP, with_hyphens
+from jaxllm.config.engine_args import EngineArgs, argument_names
+from jaxllm.entrypoints.options import add_engine_options, engine_arguments
+from jaxllm.errors import ValidationError
+
+EXAMPLES = {"max_model_len": ("auto", "auto")}
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_engine_options(parser)
+    return parser
+
+
+def test_every_engine_argument_has_its_help():
+    assert ENGINE_HELP.keys() == argument_names() - {"model"}
+
+
+def test_every_engine_argument_reaches_the_engine(parser: argparse.ArgumentParser):
+    """Each option alone gives the argument, as a value of the field's own type."""
+    defaults = EngineArgs(model="m")
+    for field in dataclasses.fields(EngineArgs):
+        if field.name == "model":
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        default = getattr(defaults, field.name)
+        if isinstance(default, bool):
+            assert engine_arguments(parser.parse_args([flag]))[1] == {field.name: True}
+            assert engine_arguments(parser.parse_args([f"--no-{flag[2:]}"]))[1] == {field.name: False}
+            continue
+        kinds = (("str", ("x", "x")), ("dict", ('{"a": [1]}', {"a": [1]})), ("", ("1", 1)))
+        by_type = next(example for kind, example in kinds if str(field.type).startswith(kind))
+        text, value = EXAMPLES.get(field.name, by_type)
+        assert engine_arguments(parser.parse_args([flag, text]))[1] == {field.name: value}
+    assert engine_arguments(parser.parse_args([]))[1] == {}
+
+
+def test_vllms_other_arguments_are_taken_and_told_about(parser: argparse.ArgumentParser):
+    for name in sorted(known_names() - argument_names()):
+        assert f"--{name.replace('_', '-')}" in parser._option_string_actions, name
+    _, given = engine_arguments(parser.parse_args(["-tp", "4", "--swap-space", "8", "--enable-lora"]))
+    assert given == {"tensor_parallel_size": 4, "swap_space": 8, "enable_lora": True}
+    with pytest.raises(ValidationError, match="tensor_parallel_size=4|enable_lora=True"):
+        refuse(given)
+    assert "--swap-space" not in parser.format_help()
+
+
+@pytest.mark.parametrize("argv", [["--hf-overrides", "[1]"], ["--hf-overrides", "{"], ["--max-model-len", "long"]])
+def test_values_of_another_type_are_refused(parser: argparse.ArgumentParser, argv: list[str]):
+    with pytest.raises(SystemExit):
+        parser.parse_args(argv)
+
+
+def test_values_keep_their_underscores():
+    assert with_hyphens(["--a_b=c_d", "e_f"]) == ["--a-b=c_d", "e_f"]
