@@ -208,7 +208,8 @@ class Request:
             arrival_time=self.arrival_time,
             cache_salt=self.cache_salt,
             extra_keys=self.extra_keys,
-            skip_reading_prefix_cache=self.skip_reading_prefix_cache,
+            # only the child that has the prompt's log-probabilities computes a cached prompt for them
+            skip_reading_prefix_cache=None if self.num_scored_tokens else self.skip_reading_prefix_cache,
         )
         fork.bad_words = self.bad_words
         fork.is_child = True

@@ -19,6 +19,7 @@ from jaxllm.errors import ValidationError
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
+from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -62,7 +63,7 @@ class NullRunner:
 
     def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         for request in scheduled.admitted:
-            if request.params.logprobs is None:
+            if request.params.num_logprobs is None:
                 self._rows_with_logprobs.discard(request.row)
             else:
                 self._rows_with_logprobs.add(request.row)
@@ -81,7 +82,9 @@ class NullRunner:
         logprobs = None
         if self._rows_with_logprobs and not self._rows_with_logprobs.isdisjoint(scheduled.rows):
             logprobs = self._logprobs(len(sampled))
-        return NullStep(StepOutput(token_ids=sampled, logprobs=logprobs))
+        scored = sum(scheduled.scored)
+        prompt_logprobs = self._logprobs(scored) if scored else None
+        return NullStep(StepOutput(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs))
 
     def _logprobs(self, count: int) -> LogprobArrays:
         shape = count, self._num_logprobs
@@ -90,6 +93,7 @@ class NullRunner:
             rank=np.ones(count, np.int32),
             top_ids=np.broadcast_to(np.arange(self._num_logprobs, dtype=np.int32), shape),
             top=np.zeros(shape, np.float32),
+            chosen=np.broadcast_to(np.float32(0), (count, MAX_LOGPROB_TOKEN_IDS)),
         )
 
     def reset(self) -> None:

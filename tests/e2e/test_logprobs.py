@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_the_prefix_cache_is_not_read_but_filled(engine: LLM, model: Any):
     run(engine, [prompt], BOTH)
     (plain,) = run(engine, [prompt], SamplingParams(**GREEDY, max_tokens=1))
     assert plain.num_cached_tokens == 80
+
+
+def test_of_several_completions_one_computes_the_prompt(engine: LLM, model: Any):
+    def hits() -> int:
+        return next(m.value for m in engine.get_metrics() if m.name == "vllm:prefix_cache_hits")  # pyright: ignore
+
+    prompt, params = PROMPTS[-1], BOTH.clone()
+    params.n, params.temperature = 3, 1.0
+    run(engine, [prompt], BOTH)
+    before = hits()
+    (output,) = run(engine, [prompt], params)
+    assert hits() - before == 2 * 80
+    for completion in output.outputs:
+        check(dataclasses.replace(output, outputs=[completion]), prompt, model)
 
 
 def test_the_whole_vocabulary(tight: LLM, model: Any):

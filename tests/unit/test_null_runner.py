@@ -64,6 +64,16 @@ def test_logprobs_and_stops(model: Path):
     )
 
 
+def test_logprobs_of_prompts_and_of_chosen_tokens(model: Path):
+    params = SamplingParams(max_tokens=3, prompt_logprobs=2, logprob_token_ids=[5, 200])
+    with LLM(model, load_format="null", max_num_batched_tokens=16, max_num_seqs=2) as llm:
+        (output,) = llm.generate("a" * 50, params, use_tqdm=False)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 50
+    assert [len(position or {}) for position in output.prompt_logprobs] == [0] + [3] * 49
+    (completion,) = output.outputs
+    assert [set(p) for p in completion.logprobs or []] == [{token, 5, 200} for token in completion.token_ids]
+
+
 def test_the_cache_has_the_blocks_that_were_asked_for(model: Path):
     """The plan counts blocks as for a real cache: 2 layers, keys and values of 2 heads of 16 in bfloat16."""
     with LLM(model, load_format="null", kv_cache_memory_bytes=2**24) as llm:
