@@ -27,6 +27,8 @@ _CHAT_KEYS = (
     "add_generation_prompt",
     "continue_final_message",
 )
+#: names that `ChatRenderer.render` gets from other keys
+_RENDER_OPTIONS = ("template", "content_format", "add_generation_prompt", "continue_final_message", "tools")
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages", "cache_salt")
 #: vLLM's others
 _LATER_KEYS = (
@@ -194,6 +196,12 @@ class PromptReader:
     def _render(self, prompt: Mapping[str, Any]) -> str:
         continues = checks.boolean("continue_final_message", prompt.get("continue_final_message", False))
         generates = checks.boolean("add_generation_prompt", prompt.get("add_generation_prompt", True))
+        options = prompt.get("chat_template_kwargs") or {}
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ValidationError(f"chat_template_kwargs must be a dict with string keys, got {options!r:.80}")
+        taken = [name for name in options if name in _RENDER_OPTIONS]
+        if taken:
+            raise ValidationError(f"chat_template_kwargs has {taken[0]!r}, which is an argument of its own")
         return self._renderer.render(
             prompt["messages"],
             template=prompt.get("chat_template"),
@@ -201,7 +209,7 @@ class PromptReader:
             add_generation_prompt=generates and not continues,
             continue_final_message=continues,
             tools=prompt.get("tools"),
-            **(prompt.get("chat_template_kwargs") or {}),
+            **options,
         )
 
     def _prepared(

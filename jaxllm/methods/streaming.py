@@ -44,6 +44,8 @@ def stream_text(
                 while outputs:
                     output = outputs.popleft()
                     finished = output.finished
+                    if output.error is not None and output.outputs[0].finish_reason == "error":
+                        raise ValidationError(output.error)
                     if output.error is not None:
                         raise RuntimeError(f"the text is cut short: {output.error}")
                     if output.outputs[0].text:

@@ -130,6 +130,11 @@ def test_bad_prompts_among_good_ones(engine: LLM, expected: list[str]):
     conversations: list[Any] = [[{"role": "user", "content": "hi"}], [{"content": "who am I?"}], []]
     outputs = engine.chat(conversations, GREEDY, use_tqdm=False, on_error="return")
     assert [output.error is None for output in outputs] == [True, False, False]
+    hi = {"messages": [{"role": "user", "content": "hi"}]}
+    wrong: list[Any] = [{**hi, "chat_template_kwargs": value} for value in (3, {"tools": []}, {4: 5})]
+    outputs = engine.generate([hi, *wrong], GREEDY, use_tqdm=False, on_error="return")
+    assert [output.error is None for output in outputs] == [True, False, False, False]
+    assert all("chat_template_kwargs" in (output.error or "") for output in outputs[1:])
     with pytest.raises(ValidationError, match="role"):
         engine.chat(conversations, GREEDY, use_tqdm=False)
 
