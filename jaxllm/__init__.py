@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxllm.beam_search import BeamSearchParams
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
+    from jaxllm.llm_engine import LLMEngine
     from jaxllm.logits_processor import LogitsProcessor
     from jaxllm.outputs import CompletionOutput, RequestOutput
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "jaxllm.llm",
     "AsyncLLM": "jaxllm.async_llm",
+    "LLMEngine": "jaxllm.llm_engine",
     "BeamSearchParams": "jaxllm.beam_search",
     "CompletionOutput": "jaxllm.outputs",
     "EngineArgs": "jaxllm.config.engine_args",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "LLMEngine",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

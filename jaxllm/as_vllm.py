@@ -43,6 +43,7 @@ MODULES: dict[str, dict[str, str]] = {
     "vllm": {
         "__version__": "jaxllm",
         "LLM": "jaxllm.llm",
+        "LLMEngine": "jaxllm.llm_engine",
         "EngineArgs": "jaxllm.config.engine_args",
         "AsyncEngineArgs": "jaxllm.config.engine_args",
         "PoolingParams": "jaxllm.pooling_params",
@@ -59,6 +60,7 @@ MODULES: dict[str, dict[str, str]] = {
         "EngineArgs": "jaxllm.config.engine_args",
         "AsyncEngineArgs": "jaxllm.config.engine_args",
     },
+    "vllm.engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "vllm.entrypoints": {},
     "vllm.entrypoints.llm": {"LLM": "jaxllm.llm"},
     "vllm.inputs": _PROMPTS,

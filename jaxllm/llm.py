@@ -28,6 +28,8 @@ from jaxllm.tokenization.pool import TokenizerPool
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.llm_engine import LLMEngine
+
 
 class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
     """A model and the engine that runs it, with vLLM's interface.
@@ -88,6 +90,15 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods,
         """
         model, arguments = merged(path_or_name, overrides)
         return cls(model, **arguments)
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """This engine, to be driven step by step."""
+        from jaxllm.llm_engine import LLMEngine
+
+        engine = LLMEngine.__new__(LLMEngine)
+        engine._use(self)
+        return engine
 
     def __repr__(self) -> str:
         plan = self.memory_plan

@@ -1,0 +1,109 @@
+"""`LLMEngine`: the engine one step at a time, for programs with a loop of their own."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.engine.prompts import Prompt
+from jaxllm.llm import LLM
+from jaxllm.outputs import RequestOutput
+from jaxllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.metric import Metric
+
+
+class LLMEngine:
+    """Requests in by `add_request`, outputs out by `step`, as in vLLM's class of this name.
+
+    The arguments are `LLM`'s. Outputs come as ``sampling_params.output_kind`` says: all text so far (the default), only
+    what is new, or one output at the end.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        self._use(LLM(model, **kwargs))
+
+    def _use(self, llm: LLM) -> None:
+        #: the engine's other methods
+        self.llm = llm
+        self._outputs: list[RequestOutput] = []
+        self._unfinished: set[str] = set()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
+        """An engine from arguments that are checked already."""
+        engine = cls.__new__(cls)
+        engine._use(LLM.from_engine_args(engine_args))
+        return engine
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> str:
+        """Queue a request and return its id.
+
+        Raises:
+            ValidationError: prompt or parameters are refused, or the id is in use.
+        """
+        llm = self.llm
+        request, text = llm._inputs.request(
+            request_id, prompt, llm._default_params if params is None else params, priority
+        )
+        llm._client.add(request, text, self._take)
+        self._unfinished.add(request_id)
+        return request_id
+
+    def _take(self, output: RequestOutput) -> None:
+        if output.finished:
+            self._unfinished.discard(output.request_id)
+        self._outputs.append(output)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step of the engine; returns what it brought, which may be nothing."""
+        if not self._outputs:
+            self.llm._client.step()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def abort_request(self, request_ids: str | list[str]) -> None:
+        """End requests; nothing of them comes any more."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        self.llm._client.end(ids)
+        self._unfinished.difference_update(ids)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._unfinished or self._outputs)
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._unfinished)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """As `LLM.reset_prefix_cache`."""
+        return self.llm.reset_prefix_cache(reset_running_requests)
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """As `LLM.sleep`."""
+        self.llm.sleep(level, mode)
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """As `LLM.wake_up`."""
+        return self.llm.wake_up(tags)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.llm.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """As `LLM.get_metrics`."""
+        return self.llm.get_metrics()
+
+    def shutdown(self) -> None:
+        """Free everything on the device; idempotent."""
+        self.llm.shutdown()
