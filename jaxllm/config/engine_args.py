@@ -134,11 +134,6 @@ class EngineArgs:
                 f"max_num_seqs ({self.max_num_seqs}): a step gives every running request at least one token."
             )
 
-
-def argument_names() -> set[str]:
-    """The arguments that the engine acts on."""
-    return {field.name for field in dataclasses.fields(EngineArgs)}
-
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
@@ -151,12 +146,13 @@ def argument_names() -> set[str]:
     @classmethod
     def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
         """The arguments that a parser with `add_cli_args` has read."""
-        given = {name: value for name, value in vars(arguments).items() if name in known_names() | _fields(cls)}
+        given = {name: value for name, value in vars(arguments).items() if name in known_names() | argument_names()}
         return engine_args(given.pop("model"), **given)
 
 
-def _fields(kind: type[EngineArgs]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
+def argument_names() -> set[str]:
+    """The arguments that the engine acts on."""
+    return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:

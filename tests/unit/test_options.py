@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 
 from jaxllm.config.arguments import known_names, refuse
-from jaxllm.config.command_line import ENGINE_HELP, with_hyphens
-from jaxllm.config.engine_args import EngineArgs, argument_names
+from jaxllm.config.command_line import ENGINE_HELP, FlexibleArgumentParser, with_hyphens
+from jaxllm.config.engine_args import EngineArgs, argument_names, engine_args
 from jaxllm.entrypoints.options import add_engine_options, engine_arguments
 from jaxllm.errors import ValidationError
 
@@ -64,3 +64,17 @@ def test_values_of_another_type_are_refused(parser: argparse.ArgumentParser, arg
 
 def test_values_keep_their_underscores():
     assert with_hyphens(["--a_b=c_d", "e_f"]) == ["--a-b=c_d", "e_f"]
+
+
+def test_a_script_may_build_its_parser_from_the_engine_arguments():
+    parser = FlexibleArgumentParser()
+    EngineArgs.add_cli_args(parser)
+    parser.set_defaults(model="m")
+    parser.add_argument("--my-own", type=int)
+    arguments = parser.parse_args(["--max_num_seqs", "4", "--no-enable-prefix-caching", "--my-own", "3"])
+    assert arguments.max_model_len is None and arguments.gpu_memory_utilization == 0.9
+    args = EngineArgs.from_cli_args(arguments)
+    assert args == EngineArgs(model="m", max_num_seqs=4, enable_prefix_caching=False)
+    given = vars(arguments)
+    assert given.pop("my_own") == 3
+    assert engine_args(**given) == args
