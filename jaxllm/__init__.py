@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from jaxllm.llm_engine import LLMEngine
     from jaxllm.logits_processor import LogitsProcessor
     from jaxllm.outputs import CompletionOutput, RequestOutput
+    from jaxllm.pooling_outputs import (
+        ClassificationRequestOutput,
+        EmbeddingRequestOutput,
+        PoolingRequestOutput,
+        ScoringRequestOutput,
+    )
+    from jaxllm.pooling_params import PoolingParams
     from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -29,6 +36,11 @@ _HOMES = {
     "EngineArgs": "jaxllm.config.engine_args",
     "LogitsProcessor": "jaxllm.logits_processor",
     "RequestOutput": "jaxllm.outputs",
+    "ClassificationRequestOutput": "jaxllm.pooling_outputs",
+    "EmbeddingRequestOutput": "jaxllm.pooling_outputs",
+    "PoolingRequestOutput": "jaxllm.pooling_outputs",
+    "ScoringRequestOutput": "jaxllm.pooling_outputs",
+    "PoolingParams": "jaxllm.pooling_params",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
     "StructuredOutputsParams": "jaxllm.output_constraints",
@@ -39,12 +51,17 @@ __all__ = [
     "AsyncLLM",
     "LLMEngine",
     "BeamSearchParams",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "LogitsProcessor",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "__version__",
 ]

@@ -53,7 +53,7 @@ MODULES: dict[str, dict[str, str]] = {
         **_PROMPTS,
     },
     "vllm.beam_search": _BEAM_SEARCH,
-    "vllm.config": {"PoolerConfig": "jaxllm.pooling_params"},
+    "vllm.config": {"PoolerConfig": "jaxllm.config.pooler"},
     "vllm.distributed": {"cleanup_dist_env_and_memory": "jaxllm.as_vllm"},
     "vllm.engine": {},
     "vllm.engine.arg_utils": {

@@ -19,6 +19,7 @@ from jaxllm.log import show_log
 from jaxllm.methods.beam_search import BeamSearchMethods
 from jaxllm.methods.control import ControlMethods
 from jaxllm.methods.generation import GenerationMethods
+from jaxllm.methods.pooling import PoolingMethods
 from jaxllm.methods.queueing import QueueingMethods
 from jaxllm.methods.watching import WatchingMethods
 from jaxllm.sampling_params import SamplingParams
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from jaxllm.llm_engine import LLMEngine
 
 
-class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
+class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
     """A model and the engine that runs it, with vLLM's interface.
 
     Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the
@@ -134,6 +135,9 @@ class LLM(GenerationMethods, QueueingMethods, BeamSearchMethods, ControlMethods,
             (folder / "generation_config.json").write_text(
                 json.dumps(self._started.checkpoint.generation_config, indent=2)
             )
+        for name in self._started.pooling_files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes((self._started.checkpoint.path / name).read_bytes())
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))
 

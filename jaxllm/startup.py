@@ -14,19 +14,24 @@ import jax
 from jaxllm.cache_folder import cache_folder
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import FIT_TO_MEMORY, EngineArgs
+from jaxllm.config.pooler import Pooler, PoolerConfig
 from jaxllm.config.resolve import scheduler_config
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
+from jaxllm.engine.pooling_inputs import PoolingInputs
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.engine.token_constraints import TokenConstraints
 from jaxllm.errors import ValidationError
 from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.registry import model_config
+from jaxllm.models.model import ModelConfig
+from jaxllm.models.pooling_setup import make_pooler, runner_type
+from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.runner.build import Built, RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
+from jaxllm.runner.pooling_runner import PoolingRunner
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling.processors import check_processors
 from jaxllm.sampling_params import SamplingParams
@@ -35,6 +40,7 @@ from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.resolve import resolve
+from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +64,11 @@ class Started:
 
     core: EngineCore
     inputs: InputProcessor
-    runner: Runner | NullRunner
+    #: None: the engine generates
+    pooling_inputs: PoolingInputs | None
+    #: sentence-transformers' files of the model, relative to its directory
+    pooling_files: tuple[str, ...]
+    runner: Runner | PoolingRunner | NullRunner
     tokenizer: PreTrainedTokenizerBase | None
     checkpoint: Checkpoint
     default_params: SamplingParams
@@ -74,8 +84,16 @@ def start(args: EngineArgs) -> Started:
     log_interval = None if args.disable_log_stats else stats_interval()
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
     checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
-    model = model_config(checkpoint.config)
+    pooling = sentence_transformers_config(path)
+    runner_kind, convert = runner_type(args, checkpoint.config, has_pooling_files=pooling is not None)
     is_null = args.load_format == "null"
+    pooler = None
+    if runner_kind == "pooling":
+        if is_null:
+            raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
+        model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
+    else:
+        model = model_config(checkpoint.config)
     device = find_device("cpu" if is_null else args.device)
     times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -90,7 +108,7 @@ def start(args: EngineArgs) -> Started:
     num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
     limits = scheduler_config(
         args,
-        max_model_len=_max_model_len(args, model),
+        max_model_len=_max_model_len(args, model, pooling),
         platform=device.platform,
         num_logprobs=num_logprobs,
         device_memory_bytes=device_memory(device)[0],
@@ -98,9 +116,10 @@ def start(args: EngineArgs) -> Started:
     check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
     config = RunnerConfig(
         model=model,
+        pooler=pooler,
         groups=groups,
         scheduler=limits,
-        dtype=_dtype(args.dtype, checkpoint.dtype, device.platform),
+        dtype=_dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None),
         device=device,
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -138,8 +157,10 @@ def start(args: EngineArgs) -> Started:
         },
     )
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
-    constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
-    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints)
+    constraints = None
+    if pooler is None:
+        constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
+    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints, pools=pooler is not None)
     if log_interval is not None:
         core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
     inputs = InputProcessor(
@@ -152,9 +173,22 @@ def start(args: EngineArgs) -> Started:
         seed=args.seed,
         constraints=constraints,
     )
+    pooling_inputs = None
+    if pooler is not None:
+        pooling_inputs = PoolingInputs(
+            inputs.reader,
+            tokenizer,
+            pooler,
+            model=str(args.model),
+            hidden_size=model.hidden_size,
+            max_model_len=plan.max_model_len,
+            lower_case=pooling is not None and pooling.do_lower_case,
+        )
     return Started(
         core=core,
         inputs=inputs,
+        pooling_inputs=pooling_inputs,
+        pooling_files=pooling.files if pooling is not None else (),
         runner=built.runner,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
@@ -199,10 +233,46 @@ def _tokenizer_path(args: EngineArgs, model: Path) -> Path:
     return resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
 
 
-def _dtype(asked: str, stored: str, platform: str) -> str:
+def _for_pooling(
+    args: EngineArgs,
+    hf: dict[str, Any],
+    files: SentenceTransformersConfig | None,
+    convert: str,
+) -> tuple[ModelConfig, EngineArgs, Pooler]:
+    """The model, the arguments and the pooler of a pooling engine."""
+    if args.logits_processors:
+        raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
+    model = pooling_model_config(hf)
+    if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
+        model = dataclasses.replace(model, causal=False)
+    if not model.causal:
+        longest = args.max_model_len or 0
+        if args.max_num_batched_tokens is not None and longest > args.max_num_batched_tokens:
+            raise ValidationError(
+                f"max_num_batched_tokens ({args.max_num_batched_tokens}) is smaller than max_model_len ({longest}), "
+                "and a model that sees whole prompts computes each in one step. Set max_num_batched_tokens to at least "
+                f"{longest}, or max_model_len to at most {args.max_num_batched_tokens}."
+            )
+        logger.info("Every token sees the whole prompt: prompts are not chunked, and prefixes not cached")
+        args = dataclasses.replace(args, enable_chunked_prefill=False, enable_prefix_caching=False)
+    pooler = make_pooler(
+        args.pooler_config or PoolerConfig(),
+        hf,
+        convert=convert,
+        pooling_type=files.pooling_type if files else None,
+        normalize=files.normalize if files else None,
+    )
+    logger.info("Pooling: %s", pooler)
+    return model, args, pooler
+
+
+def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
     if asked != "auto":
         return asked
     stored = stored.removeprefix("torch.")
+    # embeddings are compared with others' to many digits, and such models are small; torch's own default is float32
+    if pools and platform == "cpu" and stored in ("", "float32"):
+        return "float32"
     # float16 has no fast products on XLA:CPU
     chosen = "float16" if stored == "float16" and platform != "cpu" else "bfloat16"
     if stored and stored != chosen:
@@ -210,10 +280,11 @@ def _dtype(asked: str, stored: str, platform: str) -> str:
     return chosen
 
 
-def _max_model_len(args: EngineArgs, model: DecoderConfig) -> int:
+def _max_model_len(args: EngineArgs, model: ModelConfig, pooling: SentenceTransformersConfig | None) -> int:
     longest = model.max_position_embeddings
     if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
-        return longest
+        trained = pooling.max_seq_length if pooling is not None else None
+        return min(trained or longest, longest)
     if args.max_model_len > longest:
         raise ValidationError(
             f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "

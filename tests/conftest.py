@@ -29,6 +29,14 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a folder."""
+    from jaxllm.weights import fetch
+
+    return fetch.fetch("all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session")
 def qwen25_gguf() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct."""
     from jaxllm.weights import fetch

@@ -76,13 +76,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "disable_chunked_mm_input": (False,),
         "enable_prompt_embeds": (False,),
     },
-    "pooling": {
-        "runner": ("auto", "generate"),
-        "task": ("auto", "generate"),
-        "convert": ("auto", "none"),
-        "pooler_config": (),
-        "override_pooler_config": (),
-    },
     "offloading": {
         "cpu_offload_gb": (0,),
         "cpu_offload_params": (),

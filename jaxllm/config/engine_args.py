@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxllm import checks
 from jaxllm.config.arguments import known_names, refuse, report_without_effect
+from jaxllm.config.pooler import PoolerConfig, pooler_config
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 from jaxllm.errors import ValidationError
 from jaxllm.logits_processor import LogitsProcessor, logits_processors
@@ -31,6 +32,9 @@ DTYPES = {
 LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy", "null")}
 POLICIES = {name: name for name in ("fcfs", "priority")}
 LOGPROBS_MODES = {name: name for name in ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")}
+RUNNERS = {name: name for name in ("auto", "generate", "pooling")}
+CONVERSIONS = {name: name for name in ("auto", "none", "embed", "classify")}
+TASKS = {name: name for name in ("auto", "generate", "embed", "embedding", "classify", "score")}
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -107,6 +111,15 @@ class EngineArgs:
     override_generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: a Jinja template or its file, in place of the model's
     chat_template: str | None = None
+    #: "auto", "generate" or "pooling": whether the engine generates text or makes vectors and classes
+    runner: str = "auto"
+    #: how a model is made to pool: "auto", "none", "embed" or "classify"
+    convert: str = "auto"
+    #: older form of `runner` and `convert`: "auto", "generate", "embed", "classify" or "score"
+    task: str | None = None
+    pooler_config: PoolerConfig | None = None
+    #: older name of `pooler_config`
+    override_pooler_config: PoolerConfig | None = None
     #: "auto", "cpu" or "gpu"
     device: str = "auto"
     #: False logs a line of statistics every 10 seconds while requests run; metrics are collected in any case
@@ -124,6 +137,11 @@ class EngineArgs:
             if value is not None or field.name == "model":
                 value = _CHECKS[field.name](field.name, value)
             object.__setattr__(self, field.name, value)
+        if self.override_pooler_config is not None:
+            if self.pooler_config is not None:
+                raise ValidationError("pooler_config and override_pooler_config are two names of one thing; set one.")
+            object.__setattr__(self, "pooler_config", self.override_pooler_config)
+            object.__setattr__(self, "override_pooler_config", None)
         if (
             self.max_num_batched_tokens is not None
             and self.max_num_seqs is not None
@@ -367,6 +385,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "generation_config": _path_text,
     "override_generation_config": _mapping,
     "chat_template": _path_text,
+    "runner": _one_of(RUNNERS),
+    "convert": _one_of(CONVERSIONS),
+    "task": _one_of(TASKS),
+    "pooler_config": pooler_config,
+    "override_pooler_config": pooler_config,
     "device": _one_of(DEVICES),
     "disable_log_stats": checks.boolean,
     "metrics_port": _port,

@@ -53,7 +53,7 @@ class EngineClient:
             ValidationError: it can never run.
         """
         with self.lock:
-            if request.params.n == 1:
+            if request.pools or request.params.n == 1:
                 self.core.add_request(request, text)
                 self._receivers[request.request_id] = receive
                 return

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.engine.output_processor import OutputProcessor
+from jaxllm.engine.pooling_processor import PoolingProcessor
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduler import RequestUpdate, Scheduler
 from jaxllm.errors import ValidationError
@@ -31,6 +32,7 @@ class EngineCore:
     Args:
         runner: launches the steps; the engine owns and shuts it down.
         constraints: follows the requests whose tokens are restricted; None: there are none.
+        pools: the requests are to be pooled, not continued.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerBase | None,
         metrics: EngineMetrics,
         constraints: TokenConstraints | None = None,
+        *,
+        pools: bool = False,
     ):
         self.scheduler = Scheduler(scheduler_config, cache_config)
         self._runner = runner
-        self._outputs = OutputProcessor(tokenizer, scheduler_config.stream_interval)
+        self._pools = pools
+        self._outputs = PoolingProcessor() if pools else OutputProcessor(tokenizer, scheduler_config.stream_interval)
         self._metrics = metrics
         self._constraints = constraints
         #: steps launched and not read
@@ -59,6 +64,12 @@ class EngineCore:
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
         self.check_awake()
+        if request.pools != self._pools:
+            kind, runner = ("generative", "generate") if self._pools else ("pooling", "pooling")
+            raise ValidationError(
+                f"This engine takes {'pooling' if self._pools else 'generation'} requests only: what was asked for is "
+                f"only supported for {kind} models. Try passing `--runner {runner}`."
+            )
         if request.priority and self.scheduler.config.policy != "priority":
             raise ValidationError(
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
@@ -145,14 +156,13 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
-        self._outputs.take_prompt_logprobs(scheduled, output)
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             for request in complete:
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
-        outputs = self._outputs.process(updates, output.logprobs, self.scheduler)
+        outputs: list[Any] = self._outputs.process(updates, scheduled, output, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
             observer.updated(scheduled, updates)

@@ -14,6 +14,7 @@ from jaxllm.engine.interrupt import DeferredInterrupt
 from jaxllm.engine.prompts import PreparedPrompt, Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput, failed_output
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.tokenization.pool import BATCH, TokenizerPool
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from jaxllm.engine.client import EngineClient
+    from jaxllm.engine.pooling_inputs import PoolingInputs
 
 #: seconds that reading prompts may keep a working engine waiting
 _PATIENCE = 0.005
@@ -57,10 +59,10 @@ class Feed:
     def __init__(
         self,
         client: EngineClient,
-        inputs: InputProcessor,
+        inputs: InputProcessor | PoolingInputs,
         pool: TokenizerPool,
         prompts: Iterable[Any],
-        params: SamplingParams | Iterable[SamplingParams],
+        params: SamplingParams | PoolingParams | Iterable[SamplingParams | PoolingParams],
         *,
         priority: int | Iterable[int] | None = None,
         window: int,
@@ -81,7 +83,7 @@ class Feed:
         #: equal parameters, one after the other, are checked once: these, and what came of them
         self._last: tuple[SamplingParams, CheckedParams] | None = None
         #: parameters that all prompts share are checked once
-        self._shared = self._check(params) if isinstance(params, SamplingParams) else None
+        self._shared = self._check(params) if isinstance(params, (SamplingParams, PoolingParams)) else None
         self._preparing: collections.deque[tuple[list[Job], Future[list[PreparedPrompt | ValidationError]]]]
         self._preparing = collections.deque()
         self._exhausted = False
@@ -204,14 +206,15 @@ class Feed:
             text = job.prompt if isinstance(job.prompt, str) else None
             self._finish(failed_output(request_id, text, str(error)), job.index)
 
-    def _check(self, params: SamplingParams) -> CheckedParams:
+    def _check(self, params: Any) -> Any:
         if not isinstance(params, SamplingParams):
             return self._inputs.check(params)
         if self._last is not None and params == self._last[0]:
             return self._last[1]
         own, final = params.clone(), params.clone()
         final.output_kind = RequestOutputKind.FINAL_ONLY
-        checked = self._inputs.check(final)
+        inputs: Any = self._inputs
+        checked = inputs.check(final)
         self._last = own, checked
         return checked
 

@@ -41,11 +41,20 @@ class LengthLimits:
         #: prompt and outputs together; the last token's keys and values are never needed
         self.max_total_tokens = min(config.max_model_len, self.max_tokens_per_request + 1)
 
-    def check_prompt(self, length: int) -> None:
-        """Raise `ValidationError` for a prompt that can never run."""
+    def check_prompt(self, length: int, *, pools: bool = False) -> None:
+        """Raise `ValidationError` for a prompt that can never run.
+
+        Args:
+            pools: nothing is generated after it.
+        """
         if not length:
             raise ValidationError("The decoder prompt cannot be empty")
-        if length >= self._max_model_len:
+        if pools and length > self._max_model_len:
+            raise ValidationError(
+                f"The prompt (length {length}) is longer than the maximum model length of {self._max_model_len}. "
+                "Shorten it, or let it be cut with tokenization_kwargs={'truncate_prompt_tokens': -1}."
+            )
+        if not pools and length >= self._max_model_len:
             raise ValidationError(
                 f"The decoder prompt (length {length}) is longer than the maximum model length of "
                 f"{self._max_model_len}, of which one token must be left to generate. Shorten the prompt, or set "
@@ -60,6 +69,8 @@ class LengthLimits:
 
     def end_of(self, request: Request) -> int:
         """Prompt and output tokens at which the request ends."""
+        if request.pools:
+            return request.num_prompt_tokens + 1
         if request.params.max_tokens is None:
             return self.max_total_tokens
         return min(self.max_total_tokens, request.num_prompt_tokens + request.params.max_tokens)

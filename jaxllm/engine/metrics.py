@@ -152,7 +152,7 @@ class EngineMetrics:
         self._output_lengths.add(outputs)
         self._computed_lengths.add(request.num_prompt_tokens - _num_cached(request))
         self._preemptions.add(request.num_preemptions)
-        if request.params.max_tokens is not None:
+        if not request.pools and request.params.max_tokens is not None:
             self._max_tokens.add(request.params.max_tokens)
         if not request.is_child:
             self._n.add(1)

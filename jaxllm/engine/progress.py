@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.engine.engine_stats import EngineStats
     from jaxllm.outputs import RequestOutput
+    from jaxllm.pooling_outputs import PoolingRequestOutput
 
 #: seconds between two looks of the bar; a batch of small requests finishes thousands a second
 REFRESH_INTERVAL = 0.1
@@ -59,12 +60,13 @@ class Progress:
             self._show()
             self._bar.close()
 
-    def finished(self, output: RequestOutput) -> None:
+    def finished(self, output: RequestOutput | PoolingRequestOutput) -> None:
         """Count a request, all of whose completions have ended."""
         if self._bar is not None:
             self._finished += 1
             self._input += len(output.prompt_token_ids)
-            self._output += sum(len(completion.token_ids) for completion in output.outputs)
+            if isinstance(output.outputs, list):
+                self._output += sum(len(completion.token_ids) for completion in output.outputs)
             self.tick()
 
     def tick(self) -> None:

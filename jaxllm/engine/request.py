@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.output_constraints import RepetitionDetectionParams
+from jaxllm.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +57,7 @@ class Request:
     Args:
         request_id: unique among the unfinished requests.
         prompt_token_ids: at least one token id.
-        params: how to sample, checked already.
+        params: how to sample or pool, checked already. A request that pools ends when its prompt is computed.
         eos_token_ids: the model's own ends of generation.
         seed: the seed of its sampling, decided already.
         priority: smaller runs first under the "priority" policy.
@@ -93,6 +94,7 @@ class Request:
         "num_scored_tokens",
         "num_slots",
         "params",
+        "pools",
         "priority",
         "prompt_token_ids",
         "queued_ts",
@@ -112,7 +114,7 @@ class Request:
         self,
         request_id: str,
         prompt_token_ids: list[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         eos_token_ids: Iterable[int] = (),
         seed: int = 0,
@@ -127,18 +129,22 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         #: prompt, then the outputs that the host has read
         self.all_token_ids = list(prompt_token_ids)
-        self.params = params
+        self.params: Any = params
+        self.pools = isinstance(params, PoolingParams)
         #: leading tokens whose successors' log-probabilities are wanted: all of the prompt but its last token
-        self.num_scored_tokens = 0 if params.prompt_logprobs is None else self.num_prompt_tokens - 1
+        self.num_scored_tokens = 0
+        if not isinstance(params, PoolingParams) and params.prompt_logprobs is not None:
+            self.num_scored_tokens = self.num_prompt_tokens - 1
         #: token sequences that must not be generated, made from `params.bad_words` by the input processor
         self.bad_words: tuple[tuple[int, ...], ...] = ()
         self.eos_token_ids = frozenset(eos_token_ids)
         #: every id that the device masks until `min_tokens`: as in vLLM, EOS is among them even under `ignore_eos`
-        self.stop_token_ids = self.eos_token_ids.union(params.stop_token_ids or ())
+        self.stop_token_ids = self.eos_token_ids.union(getattr(params, "stop_token_ids", None) or ())
         #: ends that only the pattern of the last tokens can tell; None: not asked for
         self.repetition: RepetitionDetectionParams | None = None
-        if isinstance(params.repetition_detection, RepetitionDetectionParams):
-            self.repetition = params.repetition_detection if params.repetition_detection.max_pattern_size else None
+        detection = getattr(params, "repetition_detection", None)
+        if isinstance(detection, RepetitionDetectionParams) and detection.max_pattern_size:
+            self.repetition = detection
         self.seed = seed
         self.priority = priority
         self.arrival_time = time.monotonic() if arrival_time is None else arrival_time
@@ -146,7 +152,7 @@ class Request:
         self.extra_keys = extra_keys
         if skip_reading_prefix_cache is None:
             # what the cache has is not computed, so that nothing could be said of it
-            skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None
+            skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache) or self.num_scored_tokens > 0
         self.skip_reading_prefix_cache = skip_reading_prefix_cache
         #: one of several completions of a prompt
         self.is_child = False

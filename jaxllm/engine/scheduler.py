@@ -94,7 +94,7 @@ class Scheduler:
         Raises:
             ValidationError: its prompt can never run, or its id is taken.
         """
-        self._limits.check_prompt(request.num_prompt_tokens)
+        self._limits.check_prompt(request.num_prompt_tokens, pools=request.pools)
         if request.request_id in self._requests:
             raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         request.max_total_tokens = self._limits.end_of(request)
@@ -359,17 +359,19 @@ class Scheduler:
             request.num_output_placeholders -= 1
             if request.status > _PREEMPTED:
                 continue
+            request.last_token_ts = now
+            if not request.first_token_ts:
+                request.first_token_ts = now
             if token_id < 0:
+                # a request that pools has nothing to sample
+                request.error = None if request.pools else NOTHING_ALLOWED
+                status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
                 finished_running = finished_running or request.row >= 0
-                request.error = NOTHING_ALLOWED
-                self._end(request, RequestStatus.FINISHED_ERROR, None)
+                self._end(request, status, None)
                 updates.append(RequestUpdate(request, [], index, True))
                 continue
             token_ids = request.all_token_ids
             token_ids.append(token_id)
-            request.last_token_ts = now
-            if not request.first_token_ts:
-                request.first_token_ts = now
             num_tokens = len(token_ids)
             if num_tokens >= request.register_at:
                 self.kv_cache_manager.cache_full_blocks(request)

@@ -46,6 +46,8 @@ class AttentionBatch:
     block_tables: jax.Array  # i32 [G, S, W]
     num_decodes: jax.Array  # i32 []
     num_seqs: jax.Array  # i32 []
+    #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
+    segment_starts: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -79,14 +81,16 @@ def attention(
     *,
     scale: float,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Causal attention of every query token over its sequence's pages (this step's keys and values included).
+    """Attention of every query token over its sequence's pages (this step's keys and values included).
 
     Args:
         query: [T, heads, head_dim]; heads is a multiple of the cache's kv_heads.
         cache: see the module's docstring.
         scale: factor on the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
+        causal: a token sees itself and those before it; otherwise the whole sequence, which this step must complete.
 
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
@@ -95,11 +99,11 @@ def attention(
     kv_heads = cache.shape[2]
     out = jnp.zeros((tokens, heads, dim), query.dtype)
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
-    args = (cache, layout, batch, scale, softcap)
+    args = (cache, layout, batch, scale, softcap, causal)
     return _prefill_tiles(grouped, _decode_tiles(grouped, out, *args), *args)
 
 
-def _decode_tiles(query, out, cache, layout, batch, scale, softcap):
+def _decode_tiles(query, out, cache, layout, batch, *how):
     seqs = batch.kv_lens.shape[0]
     rows = min(DECODE_ROWS, seqs)
     lane = jnp.arange(rows, dtype=jnp.int32)
@@ -107,15 +111,13 @@ def _decode_tiles(query, out, cache, layout, batch, scale, softcap):
     def tile(i, out):
         row = jnp.minimum(i * rows, seqs - rows) + lane
         active = row < batch.num_decodes
-        attended = _attend(
-            query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, scale, softcap
-        )
+        attended = _attend(query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, *how)
         return out.at[jnp.where(active, row, out.shape[0])].set(attended.reshape(rows, *out.shape[1:]), mode="drop")
 
     return lax.fori_loop(0, cdiv(batch.num_decodes, rows), tile, out)
 
 
-def _prefill_tiles(query, out, cache, layout, batch, scale, softcap):
+def _prefill_tiles(query, out, cache, layout, batch, *how):
     tokens, seqs = query.shape[0], batch.kv_lens.shape[0]
     if tokens < 2:
         return out
@@ -136,14 +138,14 @@ def _prefill_tiles(query, out, cache, layout, batch, scale, softcap):
         valid = active[:, None] & (token < batch.query_start[row + 1][:, None])
         token = jnp.clip(token, 0, tokens - 1)
         position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
-        attended = _attend(query[token], position, row, active, cache, layout, batch, scale, softcap)
+        attended = _attend(query[token], position, row, active, cache, layout, batch, *how)
         target = jnp.where(valid, token, tokens).reshape(-1)
         return out.at[target].set(attended.reshape(-1, *out.shape[1:]), mode="drop")
 
     return lax.fori_loop(0, cdiv(ends[-1], PREFILL_ROWS), tile, out)
 
 
-def _attend(query, position, row, active, cache, layout, batch, scale, softcap):
+def _attend(query, position, row, active, cache, layout, batch, scale, softcap, causal):
     """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads * G * D]."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
@@ -155,7 +157,8 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap):
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
     seen_from = jnp.maximum(position - layout.window + 1, 0)  # [B, Q]
     first = jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)) // context
-    last = cdiv(jnp.max(jnp.where(active[:, None], position + 1, 0)), context)
+    seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)  # [B, Q]
+    last = cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     precision = matmul_precision(compute)
 
@@ -167,11 +170,9 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap):
         k = _load(flat[index], compute).reshape(blocks, kv_heads, context, dim)
         v = _load(flat[index + kv_heads], compute).reshape(blocks, kv_heads, context, dim)
         at = c * context + jnp.arange(context, dtype=jnp.int32)
-        visible = (at <= position[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
+        visible = (at < seen_to[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
         # a weight of zero does not silence a NaN that a page's former owner left behind
-        written = (at < jnp.max(position, axis=1, keepdims=True) + 1) & (
-            at >= jnp.min(seen_from, axis=1, keepdims=True)
-        )
+        written = (at < jnp.max(seen_to, axis=1, keepdims=True)) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
         v = jnp.where(written[:, None, :, None], v, 0)
         scores = jnp.einsum("bkqd,bkcd->bkqc", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
         if softcap is not None:

@@ -22,3 +22,20 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, offset: float = 0.0
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis, computed in float32 (Ba et al. 2016, arXiv:1607.06450).
+
+    Args:
+        x: [..., d].
+        weight, bias: [d].
+        eps: added to the variance.
+
+    Returns:
+        [..., d] in x's dtype.
+    """
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scale = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -32,6 +32,14 @@ class EngineMethods:
     #: what the device's memory holds, in bytes; prints as a table
     memory_plan: MemoryPlan
 
+    def _require_generation(self, method: str) -> None:
+        """Refuse a method that continues prompts on an engine that pools them."""
+        if self._started.pooling_inputs is not None:
+            raise ValidationError(
+                f"LLM.{method}() is only supported for generative models. Try passing `--runner generate` to use the "
+                "model as a generative model."
+            )
+
     def _feed(
         self,
         prompts: Iterable[Any],

@@ -79,6 +79,7 @@ class BeamSearchMethods(EngineMethods):
         Raises:
             ValidationError: a prompt is refused, or ``2 * beam_width`` is more than the engine's ``max_logprobs``.
         """
+        self._require_generation("beam_search")
         refuse(lora_request=lora_request)
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")

@@ -62,6 +62,7 @@ class GenerationMethods(EngineMethods):
         Raises:
             ValidationError: a prompt or its parameters are refused.
         """
+        self._require_generation("generate")
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         return self._run(
             as_prompts(prompts), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
@@ -92,6 +93,7 @@ class GenerationMethods(EngineMethods):
         The arguments are those of `generate`, and of the chat template (``tools``, ``chat_template_kwargs``, ...),
         which writes the special tokens: the tokenizer adds none.
         """
+        self._require_generation("chat")
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         convert = functools.partial(
             chat_prompt,
@@ -122,6 +124,7 @@ class GenerationMethods(EngineMethods):
         The arguments are those of `generate`. The engine works while the next output is asked for. Closing the
         iterator ends what still runs.
         """
+        self._require_generation("as_completed")
         listed = as_prompts(prompts)
         feed = self._feed(
             listed, sampling_params, priority=priority, on_error=on_error, tokenization_kwargs=tokenization_kwargs,
@@ -131,6 +134,7 @@ class GenerationMethods(EngineMethods):
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
         """The completion of one prompt, piece by piece as it is generated. Closing the iterator ends the request."""
+        self._require_generation("stream")
         params = self._default_params if sampling_params is None else sampling_params
         return stream_text(self._client, self._inputs, prompt, params)
 

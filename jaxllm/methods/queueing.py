@@ -39,6 +39,7 @@ class QueueingMethods(EngineMethods):
         Raises:
             ValidationError: a prompt or its parameters are refused; nothing of the call is queued then.
         """
+        self._require_generation("enqueue")
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         return self._enqueue(as_prompts(prompts), sampling_params, priority, tokenization_kwargs)
 
@@ -53,6 +54,7 @@ class QueueingMethods(EngineMethods):
         **chat_options: Any,
     ) -> list[str]:
         """`enqueue` for conversations; `chat_options` are the chat template's, as in `chat`."""
+        self._require_generation("enqueue_chat")
         refuse(lora_request=lora_request)
         prompts = [chat_prompt(conversation, **chat_options) for conversation in as_conversations(messages)]
         return self._enqueue(prompts, sampling_params, priority, tokenization_kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -58,6 +59,17 @@ class DecoderConfig:
     attention_scale: float
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    #: whether a token sees only those before it; False: an embedding model made of a decoder
+    causal: bool = True
+
+
+class HasLayers(Protocol):
+    """What the layers' places in the cache depend on."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def layer_window(self) -> tuple[int | None, ...]: ...
 
 
 @flax.struct.dataclass
@@ -131,7 +143,7 @@ def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Arra
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def layouts(config: DecoderConfig, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
+def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
     """Where each layer's keys and values are, arrays [L]: the i-th layer of a group has pages ``i * num_blocks
     ...``.
     """
@@ -154,7 +166,15 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
         key = rms_norm(key, w.key_norm, config.norm_eps, offset=config.norm_offset)
     query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
     cache = write_kv(cache, key, value, layout, batch)
-    attended = attention(query, cache, layout, batch, scale=config.attention_scale, softcap=config.attention_softcap)
+    attended = attention(
+        query,
+        cache,
+        layout,
+        batch,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        causal=config.causal,
+    )
     y = linear(attended.reshape(-1, heads * dim), w.output)
     if w.post_attention_norm is not None:
         y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxllm.errors import ValidationError
-from jaxllm.models import gemma3, llama, mistral, qwen2, qwen3
+from jaxllm.models import bert, gemma3, llama, mistral, qwen2, qwen3
+from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 
 #: HF class name -> the family's reading of config.json
@@ -18,20 +19,50 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "Gemma3ForCausalLM": gemma3.config_from_hf,
 }
 
+CLASSIFIER_SUFFIX = "ForSequenceClassification"
+#: what can only be pooled: the bare models, and those with a classification head
+POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
+    **{
+        f"{family}{suffix}": ARCHITECTURES[f"{family}ForCausalLM"]
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+        for suffix in ("Model", CLASSIFIER_SUFFIX)
+    },
+    **{f"Bert{suffix}": bert.config_from_hf for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)},
+}
+
+
+def is_encoder(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a model whose tokens see those behind them too."""
+    names = hf.get("architectures") or ()
+    return any(POOLING_ARCHITECTURES.get(name) is bert.config_from_hf for name in names)
+
 
 def model_config(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a config.json describes.
+    """The generating model that a config.json describes.
 
     Raises:
         ValidationError: an unknown architecture (the text lists the known ones), a missing field, or a value that
-            the decoder cannot compute.
+            the model cannot compute.
     """
+    return _read(hf, ARCHITECTURES)
+
+
+def pooling_model_config(hf: Mapping[str, Any]) -> DecoderConfig | BertConfig:
+    """As `model_config`, of a model that is to be pooled: its body."""
+    return _read(hf, {**ARCHITECTURES, **POOLING_ARCHITECTURES})
+
+
+Config = TypeVar("Config")
+
+
+def _read(hf: Mapping[str, Any], known: Mapping[str, Callable[[Mapping[str, Any]], Config]]) -> Config:
     names: Sequence[str] = hf.get("architectures") or ()
     for name in names:
-        if name in ARCHITECTURES:
+        if name in known:
             try:
-                return ARCHITECTURES[name](hf)
+                return known[name](hf)
             except KeyError as error:
                 raise ValidationError(f"config.json has no field {error.args[0]!r}, which {name} needs") from None
     shown = ", ".join(names) or f"none (model_type {hf.get('model_type')!r})"
-    raise ValidationError(f"Model architectures [{shown}] are not supported. Supported: {', '.join(ARCHITECTURES)}.")
+    supported = ", ".join({**ARCHITECTURES, **POOLING_ARCHITECTURES})
+    raise ValidationError(f"Model architectures [{shown}] are not supported. Supported: {supported}.")

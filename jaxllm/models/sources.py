@@ -1,4 +1,4 @@
-"""Where each weight of the decoder comes from: Hugging Face tensor names, stacked by layer and fused."""
+"""Where each weight comes from: Hugging Face tensor names, stacked by layer and fused."""
 # A tree of sources has the form of `Params`, with other leaves.
 # pyright: reportArgumentType=false
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 
 
@@ -74,4 +75,45 @@ def decoder_sources(c: DecoderConfig) -> Params:
         layers=layers,
         norm=Source((Part("model.norm.weight", d),), None, norm_offset=c.norm_offset),
         head=None if c.tie_word_embeddings else Source((Part("lm_head.weight", c.vocab_size),), None, d),
+    )
+
+
+def bert_sources(c: BertConfig) -> BertParams:
+    """A `BertParams` tree of `Source`s."""
+    prefix, d, f = "bert.encoder.layer.{layer}.", c.hidden_size, c.intermediate_size
+
+    def matrix(columns: int, rows: int, *names: str) -> Source:
+        return Source(tuple(Part(f"{prefix}{name}.weight", rows) for name in names), c.num_layers, columns)
+
+    def bias(rows: int, *names: str) -> Source:
+        return Source(tuple(Part(f"{prefix}{name}.bias", rows) for name in names), c.num_layers, norm_offset=1.0)
+
+    def norm(name: str) -> Source:
+        return Source((Part(f"{prefix}{name}.weight", d),), c.num_layers, norm_offset=0.0)
+
+    def table(name: str, rows: int) -> Source:
+        return Source((Part(f"bert.embeddings.{name}.weight", rows),), None, d)
+
+    attention = ("attention.self.query", "attention.self.key", "attention.self.value")
+    layers = BertLayers(
+        qkv=matrix(d, d, *attention),
+        qkv_bias=bias(d, *attention),
+        output=matrix(d, d, "attention.output.dense"),
+        output_bias=bias(d, "attention.output.dense"),
+        attention_norm=norm("attention.output.LayerNorm"),
+        attention_norm_bias=bias(d, "attention.output.LayerNorm"),
+        up=matrix(d, f, "intermediate.dense"),
+        up_bias=bias(f, "intermediate.dense"),
+        down=matrix(f, d, "output.dense"),
+        down_bias=bias(d, "output.dense"),
+        mlp_norm=norm("output.LayerNorm"),
+        mlp_norm_bias=bias(d, "output.LayerNorm"),
+    )
+    return BertParams(
+        embedding=table("word_embeddings", c.vocab_size),
+        position_embedding=table("position_embeddings", c.max_position_embeddings),
+        type_embedding=table("token_type_embeddings", c.type_vocab_size),
+        embedding_norm=Source((Part("bert.embeddings.LayerNorm.weight", d),), None, norm_offset=0.0),
+        embedding_norm_bias=Source((Part("bert.embeddings.LayerNorm.bias", d),), None, norm_offset=1.0),
+        layers=layers,
     )

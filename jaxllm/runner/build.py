@@ -9,27 +9,28 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.cache import CacheConfig
 from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
-from jaxllm.layers.attention import STORAGE
-from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.model import base_prefix
+from jaxllm.models.pooler import PoolingModel
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, GIB, MemoryPlan, device_memory, quantize_blocks
 from jaxllm.runner.null import NullRunner
+from jaxllm.runner.pooling_programs import PoolingPrograms
+from jaxllm.runner.pooling_rows import PoolingRows
+from jaxllm.runner.pooling_runner import PoolingRunner
+from jaxllm.runner.pooling_step import PoolingState, PoolingStepConfig
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner
+from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes
 
@@ -40,85 +41,10 @@ logger = logging.getLogger("jaxllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunnerConfig:
-    """What a runner is built from. `groups` must be those of `model`."""
-
-    model: DecoderConfig
-    groups: tuple[KVCacheGroup, ...]
-    scheduler: SchedulerConfig
-    dtype: str
-    device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
-    block_size: int
-    gpu_memory_utilization: float
-    kv_cache_memory_bytes: int | None
-    num_gpu_blocks_override: int | None
-    enable_prefix_caching: bool
-    enforce_eager: bool
-    #: reduce max_model_len to what fits, rather than fail
-    fit_max_model_len: bool
-    num_logprobs: int
-    logprobs_mode: str
-    processors: tuple[LogitsProcessor, ...]
-    seed: int
-    compile_cache: Path | None
-    progress: bool
-
-    @property
-    def sharding(self) -> jax.sharding.Sharding:
-        return jax.sharding.SingleDeviceSharding(self.device)
-
-    @property
-    def table_width(self) -> int:
-        """Blocks of the longest request."""
-        return -(-self.scheduler.max_model_len // self.block_size)
-
-    @property
-    def has_explicit_cache(self) -> bool:
-        return self.num_gpu_blocks_override is not None or self.kv_cache_memory_bytes is not None
-
-    @property
-    def block_bytes(self) -> int:
-        return math.prod(self.page_shape) * np.dtype(self.cache_dtype).itemsize * self.layers_per_group
-
-    @property
-    def layers_per_group(self) -> int:
-        return max(len(group.layers) for group in self.groups)
-
-    @property
-    def page_shape(self) -> tuple[int, ...]:
-        return 2, self.model.num_kv_heads, self.block_size, self.model.head_dim
-
-    @property
-    def cache_dtype(self) -> np.dtype:
-        dtype = jnp.dtype(self.dtype)
-        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.device.platform == "cpu" else dtype
-
-    def state(self, num_blocks: int) -> State:
-        """Shapes of what lives on the device between steps."""
-        limits = self.scheduler
-        return State(
-            cache=jax.ShapeDtypeStruct(
-                (self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype, sharding=self.sharding
-            ),
-            tokens=jax.ShapeDtypeStruct(
-                (limits.max_num_seqs + 1, limits.max_model_len), jnp.int32, sharding=self.sharding
-            ),
-        )
-
-    def cache_config(self, num_blocks: int) -> CacheConfig:
-        return CacheConfig(
-            block_size=self.block_size,
-            num_blocks=num_blocks,
-            groups=self.groups,
-            enable_prefix_caching=self.enable_prefix_caching,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Built:
     """A runner, ready for its first step, and what the engine must know of it."""
 
-    runner: Runner | NullRunner
+    runner: Runner | PoolingRunner | NullRunner
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
@@ -135,28 +61,26 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         WeightsError: the checkpoint does not fit the model.
     """
     clock = _Clock(record)
-    sources = decoder_sources(config.model)
+    sources = config.sources()
     params = shapes(sources, jnp.dtype(config.dtype), config.sharding)
     config, programs, plan = plan_memory(config, params)
     clock.lap("plan")
 
-    def load() -> Params:
+    def load() -> Params | PoolingModel:
         return checkpoint.load(
-            sources, jnp.dtype(config.dtype), config.sharding, seed=config.seed, progress=config.progress
+            sources,
+            jnp.dtype(config.dtype),
+            config.sharding,
+            prefix=base_prefix(config.model),
+            seed=config.seed,
+            progress=config.progress,
         )
 
     weights = load()
     clock.lap("load weights")
 
     # allocation is asynchronous: the cache's pages are touched while the compiler works
-    runner = Runner(
-        weights,
-        load,
-        programs,
-        config.state(plan.num_blocks),
-        num_groups=len(config.groups),
-        table_width=config.table_width,
-    )
+    runner = _runner(config, weights, load, programs, plan.num_blocks)
     programs.compile_all(config.progress)
     clock.lap("compile")
     runner.warm_up()
@@ -164,7 +88,33 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
-def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Programs, MemoryPlan]:
+def _runner(
+    config: RunnerConfig,
+    weights: Any,
+    load: Callable[[], Any],
+    programs: Programs | PoolingPrograms,
+    num_blocks: int,
+) -> Runner | PoolingRunner:
+    if isinstance(programs, PoolingPrograms):
+        rows = PoolingRows(
+            config.scheduler.max_num_seqs, len(config.groups), config.table_width, config.model.hidden_size
+        )
+        return PoolingRunner(weights, load, programs, rows)
+    state = config.state(num_blocks)
+    assert isinstance(state, State)
+    return Runner(
+        weights,
+        load,
+        programs,
+        state,
+        num_groups=len(config.groups),
+        table_width=config.table_width,
+    )
+
+
+def plan_memory(
+    config: RunnerConfig, params: Params | PoolingModel
+) -> tuple[RunnerConfig, Programs | PoolingPrograms, MemoryPlan]:
     """Compile the largest step for a guessed cache, ask the compiler what it needs, fit the cache into what is left.
 
     The temporaries do not depend on the cache's size (it is never copied), so one look is enough; the step is
@@ -173,8 +123,7 @@ def plan_memory(config: RunnerConfig, params: Params) -> tuple[RunnerConfig, Pro
     """
     total, free = device_memory(config.device)
     weight_bytes = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
-    constraint_words = config.scheduler.max_num_seqs * ConstraintShape(config.model.vocab_size).row_size
-    state_bytes = (math.prod(config.state(1).tokens.shape) + constraint_words) * 4
+    state_bytes = config.state_bytes
     budget = min(total * config.gpu_memory_utilization, free) - weight_bytes - state_bytes
     num_blocks = _num_blocks(config, budget)
     if config.has_explicit_cache:  # known before anything is compiled
@@ -259,8 +208,22 @@ def _fit(config: RunnerConfig, num_blocks: int, total: int, other_bytes: int) ->
     return dataclasses.replace(config, scheduler=dataclasses.replace(limits, max_model_len=longest))
 
 
-def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs:
-    platform = config.device.platform
+def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PoolingPrograms:
+    platform, state, limits = config.device.platform, config.state(num_blocks), config.scheduler
+    buckets = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager)
+    if config.pooler is not None:
+        assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
+        return PoolingPrograms(
+            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler),
+            buckets,
+            config.table_width,
+            params,
+            state,
+            limits.max_num_seqs,
+            platform=platform,
+            cache_dir=config.compile_cache,
+        )
+    assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.model, DecoderConfig)
     return Programs(
         StepConfig(
             model=config.model,
@@ -270,14 +233,10 @@ def _programs(config: RunnerConfig, params: Params, num_blocks: int) -> Programs
             processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
-        make_buckets(
-            config.scheduler.max_num_batched_tokens,
-            config.scheduler.max_num_seqs,
-            eager=config.enforce_eager,
-        ),
+        buckets,
         config.table_width,
         params,
-        config.state(num_blocks),
+        state,
         platform=platform,
         eager=config.enforce_eager,
         cache_dir=config.compile_cache,
@@ -307,6 +266,11 @@ def _blocks_of_one(config: RunnerConfig) -> int:
 
 def _most_blocks(config: RunnerConfig) -> int:
     """Blocks that as many of the longest requests as can run at once would fill; more are of no use."""
+    if not config.model.causal:
+        # a prompt is computed in one step; two steps are under way at once
+        limits = config.scheduler
+        full = -(-limits.max_num_batched_tokens // config.block_size) + limits.max_num_seqs
+        return 1 + max(2 * full, _blocks_of_one(config)) * len(config.groups)
     return 1 + config.scheduler.max_num_seqs * _blocks_of_one(config)
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from jaxllm.sampling_params import SamplingParams
 
 #: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of
 #: several tokens
@@ -34,7 +33,8 @@ class AdmittedRequest:
     num_prompt_tokens: int
     #: tokens whose keys and values are in the cache already (prefix hits)
     num_computed_tokens: int
-    params: SamplingParams
+    #: `SamplingParams`; `PoolingParams` for a runner that pools
+    params: Any
     #: the request's own seed, decided by the engine when the user gave none
     seed: int
     #: ids that end generation; masked while fewer than `min_tokens` outputs exist
@@ -96,6 +96,8 @@ class StepOutput:
     logprobs: LogprobArrays | None = None
     #: N = the scored positions, entry after entry, each entry's in ascending order; `sampled` is the prompt's token
     prompt_logprobs: LogprobArrays | None = None
+    #: of a pooling engine, one per entry: f32 [size], or [tokens, size] for a token task; None where nothing ended
+    pooled: list[np.ndarray | None] | None = None
 
 
 class StepFuture(Protocol):

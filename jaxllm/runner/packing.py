@@ -58,28 +58,44 @@ class Packing:
 
 
 def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
-    """What `step.forward_step` reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
-    row, at most T scored tokens.
-    """
-    tokens, seqs = bucket
+    """What `step.forward_step` reads."""
     return Packing(
         {
-            "num_decodes": (),
-            "num_seqs": (),
-            # tokens: id (-1: sampled by an earlier step), position, sequence
-            "token_ids": (tokens,),
-            "positions": (tokens,),
-            "token_seq": (tokens,),
-            # sequences: their row, first token, context length
-            "rows": (seqs,),
-            "query_start": (seqs + 1,),
-            "kv_lens": (seqs,),
-            "block_tables": (num_groups, seqs, table_width),
+            **forward_fields(bucket, num_groups, table_width),
             # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
-            "sampled_tokens": (seqs,),
-            "scored_tokens": (min(tokens, max_scored_tokens),),
+            "sampled_tokens": (bucket.seqs,),
+            "scored_tokens": (min(bucket.tokens, max_scored_tokens),),
         }
     )
+
+
+def forward_fields(bucket: Bucket, num_groups: int, table_width: int) -> dict[str, tuple[int, ...]]:
+    """What every forward pass reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
+    row.
+    """
+    tokens, seqs = bucket
+    return {
+        "num_decodes": (),
+        "num_seqs": (),
+        # tokens: id (-1: sampled by an earlier step), position, sequence
+        "token_ids": (tokens,),
+        "positions": (tokens,),
+        "token_seq": (tokens,),
+        # sequences: their row, first token, context length
+        "rows": (seqs,),
+        "query_start": (seqs + 1,),
+        "kv_lens": (seqs,),
+        "block_tables": (num_groups, seqs, table_width),
+    }
+
+
+def pooling_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+    """What `pooling_step` reads: `forward_fields`, and some of each sequence.
+
+    Those are the components of its embedding, whether to normalise or activate, and where its second segment begins.
+    """
+    per_seq = dict.fromkeys(("dimensions", "activate", "segment_starts"), (bucket.seqs,))
+    return Packing({**forward_fields(bucket, num_groups, table_width), **per_seq})
 
 
 def sample_packing(max_num_seqs: int, num_extra_args: int) -> Packing:

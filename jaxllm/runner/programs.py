@@ -44,11 +44,68 @@ ALLOCATOR: Key = ("allocate",)
 WRITE_TOKENS = 1024
 
 
-class Programs:
-    """The compiled programs of one engine: a forward step for every bucket, sampling for a few sizes of block.
+class Compiler:
+    """Compiles programs ahead of time and keeps them. Asking for one that was not compiled is an error, never a silent
+    compile.
 
-    Asking for one that was not compiled is an error, never a silent compile.
+    Args:
+        state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
+        cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
     """
+
+    def __init__(self, state: Any, *, platform: str, cache_dir: Path | None):
+        self._state = state
+        self.sharding = jax.tree.leaves(state)[0].sharding
+        self._options = CPU_OPTIONS if platform == "cpu" else None
+        self._cache_dir = cache_dir
+        self._compiled: dict[Key, jax.stages.Compiled] = {}
+
+    def lower_allocator(self) -> jax.stages.Lowered:
+        def zeros() -> Any:
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
+
+        return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
+
+    def allocate(self) -> Any:
+        """The state, zeroed, each device's part in its place."""
+        self._compile((ALLOCATOR,), progress=False)
+        return self._get(ALLOCATOR)()
+
+    def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.sharding)
+
+    def _needed_bytes(self, key: Key) -> int:
+        """Temporaries and outputs of a compiled program."""
+        memory = self._compiled[key].memory_analysis()
+        if memory is None:
+            raise RuntimeError("the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override")
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    def _compile(self, keys: Iterable[Key], progress: bool) -> None:
+        """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
+        missing = [key for key in keys if key not in self._compiled]
+        if not missing:
+            return
+        logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
+        bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
+        with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
+            for future in concurrent.futures.as_completed(futures):
+                self._compiled[futures[future]] = future.result()
+                bar.update()
+
+    def _lower(self, key: Key) -> jax.stages.Lowered:
+        raise NotImplementedError
+
+    def _get(self, key: Key) -> jax.stages.Compiled:
+        try:
+            return self._compiled[key]
+        except KeyError:
+            raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
+
+
+class Programs(Compiler):
+    """The compiled programs of one engine: a forward step for every bucket, sampling for a few sizes of block."""
 
     def __init__(
         self,
@@ -68,10 +125,9 @@ class Programs:
             eager: one sampler instead of one for each size of block.
             cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
         """
+        super().__init__(state, platform=platform, cache_dir=cache_dir)
         self.config = config
-        self._params, self._state = params, state
-        self._options = CPU_OPTIONS if platform == "cpu" else None
-        self._cache_dir = cache_dir
+        self._params = params
         self.packings = {
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
         }
@@ -83,7 +139,6 @@ class Programs:
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
-        self._compiled: dict[Key, jax.stages.Compiled] = {}
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -108,55 +163,20 @@ class Programs:
     def lower_writer(self) -> jax.stages.Lowered:
         return jax.jit(write_tokens, donate_argnums=(0,)).lower(self._state.tokens, self._words(3 + WRITE_TOKENS))
 
-    def lower_allocator(self) -> jax.stages.Lowered:
-        def zeros() -> State:
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
-
-        return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
-
-    def allocate(self) -> State:
-        """The state, zeroed, each device's part in its place."""
-        self._compile((ALLOCATOR,), progress=False)
-        return self._get(ALLOCATOR)()
-
-    def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._state.tokens.sharding)
-
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         size = (rows, self.config.model.hidden_size)
-        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self._state.tokens.sharding)
+        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self.sharding)
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
         keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER)
         self._compile((*keys, ALLOCATOR), progress=False)
-        needed = []
-        for key in keys:
-            memory = self._compiled[key].memory_analysis()
-            if memory is None:
-                raise RuntimeError(
-                    "the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override"
-                )
-            needed.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-        return max(needed)
+        return max(self._needed_bytes(key) for key in keys)
 
     def compile_all(self, progress: bool) -> None:
         """Compile what is missing."""
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
         self._compile((*samplers, SCORER, *(("forward", bucket) for bucket in self.packings), WRITER), progress)
-
-    def _compile(self, keys: Iterable[Key], progress: bool) -> None:
-        """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
-        missing = [key for key in keys if key not in self._compiled]
-        if not missing:
-            return
-        logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
-        bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
-        with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
-            for future in concurrent.futures.as_completed(futures):
-                self._compiled[futures[future]] = future.result()
-                bar.update()
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         lower = {
@@ -167,12 +187,6 @@ class Programs:
             "allocate": self.lower_allocator,
         }
         return lower[key[0]](*key[1:])
-
-    def _get(self, key: Key) -> jax.stages.Compiled:
-        try:
-            return self._compiled[key]
-        except KeyError:
-            raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
 
     def forward(self, bucket: Bucket) -> jax.stages.Compiled:
         return self._get(("forward", bucket))

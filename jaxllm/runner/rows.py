@@ -33,34 +33,83 @@ class PackedStep:
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-class RowTable:
-    """State of all rows: block tables, sampling parameters, the tokens that the host knows."""
+class ForwardRows:
+    """What a forward pass needs of all rows: block tables and the tokens that the host knows."""
+
+    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int):
+        self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
+        self._tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
+        self._known = np.zeros(max_num_seqs, np.int64)
+
+    def admit(self, request: AdmittedRequest) -> None:
+        row = request.row
+        self._tables[:, row] = 0
+        for group, blocks in enumerate(request.block_ids):
+            self._tables[group, row, : len(blocks)] = blocks
+        self._tokens[row] = np.asarray(request.token_ids, np.int32)
+        self._known[row] = len(request.token_ids)
+
+    def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
+        self._tables[group, row, start : start + len(blocks)] = blocks
+
+    def pack_forward(self, step: SchedulerOutput, fields) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Fill the fields of `packing.forward_fields`.
+
+        Returns:
+            Of each sequence, in the device's order: its entry in the step, row, number of tokens, and length so far.
+        """
+        rows = np.asarray(step.rows, np.int32)
+        starts = np.asarray(step.starts, np.int32)
+        counts = np.asarray(step.counts, np.int32)
+        lengths = starts + counts
+        # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row
+        # costs
+        order = np.lexsort((-lengths, counts > 1))
+        rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
+        n, total = len(rows), int(counts.sum())
+        fields["num_decodes"][...] = np.count_nonzero(counts == 1)
+        fields["num_seqs"][...] = n
+        first = np.cumsum(counts) - counts
+        fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
+        fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
+        fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
+        fields["rows"][:n] = rows
+        fields["query_start"][:n] = first
+        fields["query_start"][n:] = total
+        fields["kv_lens"][:n] = lengths
+        fields["block_tables"][:, :n] = self._tables[:, rows]
+        return order, rows, counts, lengths
+
+    def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
+        ids = np.full(total, -1, np.int32)
+        for i in np.flatnonzero(starts < self._known[rows]):
+            known = self._tokens[rows[i]][starts[i] : starts[i] + counts[i]]
+            ids[first[i] : first[i] + len(known)] = known
+        return ids
+
+
+class RowTable(ForwardRows):
+    """State of all rows: what the forward pass needs, and sampling parameters."""
 
     def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, config: StepConfig, packing: Packing):
         """`packing` is that of the sampler."""
+        super().__init__(max_num_seqs, num_groups, table_width)
         self._shape = ConstraintShape(config.model.vocab_size)
         self._max_scored_tokens = config.max_scored_tokens
         self._sample_packing = packing
         self._has_processors = bool(config.processors)
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
-        self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
         self._floats = {name: np.zeros(max_num_seqs, np.float32) for name in FLOATS}
         self._ints = {name: np.zeros(max_num_seqs, np.int32) for name in INTS}
-        self._tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
-        self._known = np.zeros(max_num_seqs, np.int64)
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
         self._constraints: dict[int, RowConstraints] = {}
         self._full_mask = self._shape.full_mask()
 
     def admit(self, request: AdmittedRequest) -> None:
+        super().admit(request)
         row, params = request.row, request.params
-        self._tables[:, row] = 0
-        for group, blocks in enumerate(request.block_ids):
-            self._tables[group, row, : len(blocks)] = blocks
-        self._tokens[row] = np.asarray(request.token_ids, np.int32)
-        self._known[row] = len(request.token_ids)
         greedy = params.is_greedy
         for name in FLOATS:
             self._floats[name][row] = getattr(params, name)
@@ -83,41 +132,18 @@ class RowTable:
             return True
         return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
 
-    def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
-        self._tables[group, row, start : start + len(blocks)] = blocks
-
     def pack(self, step: SchedulerOutput, packing: Packing) -> PackedStep:
         """Fill the buffers of a step; `packing` is its bucket's."""
-        rows = np.asarray(step.rows, np.int32)
-        starts = np.asarray(step.starts, np.int32)
-        counts = np.asarray(step.counts, np.int32)
-        samples = np.asarray(step.samples, bool)
-        lengths = starts + counts
-        # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row
-        # costs
-        order = np.lexsort((-lengths, counts > 1))
-        rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
-        n, total = len(rows), int(counts.sum())
-        sampled = np.flatnonzero(samples[order])
-
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size + self._sample_packing.size, np.int32)
         fields = packing.views(buffer[: packing.size])
-        fields["num_decodes"][...] = np.count_nonzero(counts == 1)
-        fields["num_seqs"][...] = n
+        order, rows, counts, lengths = self.pack_forward(step, fields)
+        sampled = np.flatnonzero(np.asarray(step.samples, bool)[order])
         first = np.cumsum(counts) - counts
-        fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
-        fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
-        fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
-        fields["rows"][:n] = rows
-        fields["query_start"][:n] = first
-        fields["query_start"][n:] = total
-        fields["kv_lens"][:n] = lengths
-        fields["block_tables"][:, :n] = self._tables[:, rows]
         fields["sampled_tokens"][: len(sampled)] = (first + counts - 1)[sampled]
         targets = None
         if any(step.scored):
-            position = np.empty(n, np.int32)
+            position = np.empty(len(order), np.int32)
             position[order] = first
             targets = self._targets(step, fields["scored_tokens"], position)
 
@@ -185,13 +211,6 @@ class RowTable:
             done += count
         targets[0] = done
         return targets
-
-    def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
-        ids = np.full(total, -1, np.int32)
-        for i in np.flatnonzero(starts < self._known[rows]):
-            known = self._tokens[rows[i]][starts[i] : starts[i] + counts[i]]
-            ids[first[i] : first[i] + len(known)] = known
-        return ids
 
     def _flags(self, packed: PackedStep, fields, rows, positions) -> np.ndarray | None:
         """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""

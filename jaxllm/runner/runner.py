@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.device_memory import DeviceMemory
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
 from jaxllm.runner.rows import PackedStep, RowTable
@@ -93,7 +93,7 @@ def _arrays(found: Logprobs) -> LogprobArrays:
     )
 
 
-class Runner:
+class Runner(DeviceMemory[Params, State]):
     """One model on its devices (`interface.ModelRunner`).
 
     Args:
@@ -113,21 +113,13 @@ class Runner:
         num_groups: int,
         table_width: int,
     ):
-        self.params: Params | None = params
-        self._reload = reload
-        #: whether nobody else holds the weights' arrays, so that they may be deleted
-        self._owns_params = True
-        #: copies in the host's memory, while the device's are freed
-        self._on_host: Params | None = None
+        super().__init__(params, reload, programs)
         self._programs = programs
-        self._sharding = state.tokens.sharding
         self._shape = ConstraintShape(programs.config.model.vocab_size)
         self._max_num_seqs = state.tokens.shape[0] - 1
         self._max_scored_tokens = programs.config.max_scored_tokens
         self._rows = RowTable(self._max_num_seqs, num_groups, table_width, programs.config, programs.sample_packing)
         self._buckets = tuple(programs.packings)
-        self._state: State | None = programs.allocate()
-        self._head = head_params(params)
         self._no_constraints = jax.device_put(self._shape.empty(self._max_num_seqs), self._sharding)
 
     def warm_up(self) -> None:
@@ -170,11 +162,6 @@ class Runner:
         """The one that a step of this size runs in."""
         return pick_bucket(self._buckets, num_tokens, num_seqs)
 
-    def _live(self) -> State:
-        if self._state is None:
-            raise RuntimeError("the engine has been shut down")
-        return self._state
-
     def _forward(self, bucket: Bucket, buffer: np.ndarray) -> tuple[Hidden, jax.Array]:
         program = self._programs.forward(bucket)
         self._state, *passed_on = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
@@ -212,75 +199,10 @@ class Runner:
             tokens = self._programs.writer(tokens, jax.device_put(buffer, self._sharding))
         self._state = State(cache=state.cache, tokens=tokens)
 
-    def reset(self) -> None:
-        """Allocate the state anew: a failed step may have consumed what was donated to it."""
-        self._free_state()
-        self._state = self._programs.allocate()
-
-    def free_cache(self) -> None:
-        """Free the device state; `reset` makes it anew."""
-        self._free_state()
-
-    def free_weights(self, *, keep_on_host: bool) -> None:
-        """Free the weights' memory on the device, where it is not the host's own."""
-        params, sharding = self.params, self._sharding
-        on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
-        if params is None or (keep_on_host and on_cpu):
-            return
-        on_host = jax.device_get(params) if keep_on_host else None
-        self._delete_params()
-        self._on_host = on_host
-
-    def restore_weights(self) -> None:
-        """Undo `free_weights`: from the host, or from where they were first read."""
-        if self.params is None:
-            params = self._reload() if self._on_host is None else jax.device_put(self._on_host, self._sharding)
-            self._use(params, owned=True)
-
-    def reload_weights(self) -> None:
-        """Read the weights anew from where they were first read."""
-        self.free_weights(keep_on_host=False)
-        self.restore_weights()
-
-    def set_params(self, params: Params) -> None:
-        """Use other weights: a tree of the same structure, shapes and dtypes.
-
-        Raises:
-            ValidationError: it differs; the text names the first difference.
-        """
-        if self.params is None:
-            raise RuntimeError("the weights sleep: call wake_up() first")
-        ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (self.params, params))
-        for path in {**ours, **theirs}:
-            old, new = ours.get(path), theirs.get(path)
-            same = old is not None and new is not None and old.shape == np.shape(new) and old.dtype == new.dtype
-            if not same:
-                shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
-                raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
-        self._use(jax.device_put(params, self._sharding), owned=False)
-
-    def _use(self, params: Params, *, owned: bool) -> None:
-        self.params, self._head = params, head_params(params)
-        self._owns_params, self._on_host = owned, None
-
-    def _delete_params(self) -> None:
-        if self._owns_params:
-            self._delete(self.params)
-        self.params = self._head = self._on_host = None
-
-    @staticmethod
-    def _delete(tree) -> None:
-        for array in jax.tree.leaves(tree):
-            if not array.is_deleted():
-                array.delete()
-
-    def _free_state(self) -> None:
-        if self._state is not None:
-            self._delete(self._state)
-            self._state = None
+    def _heads(self) -> None:
+        self._head = None if self.params is None else head_params(self.params)
 
     def shutdown(self) -> None:
         """Free every device array; idempotent."""
-        self._free_state()
+        super().shutdown()
         self._delete(self._no_constraints)
-        self._delete_params()

@@ -76,7 +76,7 @@ def forward_step(
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
-    batch = _attention_batch(fields, bucket)
+    batch = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row = jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
     ids = fields["token_ids"]
@@ -94,7 +94,8 @@ def forward_step(
     return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
 
 
-def _attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
+def attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
+    """What attention must know of the fields of a step's buffer."""
     token = jnp.arange(bucket.tokens, dtype=jnp.int32)
     return AttentionBatch(
         token_seq=fields["token_seq"],

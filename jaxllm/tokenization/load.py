@@ -25,9 +25,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         with _without_framework_advice():
             from transformers import AutoTokenizer
         try:
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # tokenizer.json may say both, from training; how long prompts are is the caller's to say
+            backend.no_truncation()
+            backend.no_padding()
+        return tokenizer
     if not path.exists():
         raise WeightsError(f"{path}: no such file or directory; a tokenizer comes from a .gguf file or a directory")
     from jaxllm.tokenization.gguf import tokenizer_from_gguf

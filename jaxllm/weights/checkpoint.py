@@ -7,21 +7,25 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ValidationError
-from jaxllm.models.decoder import Params
 from jaxllm.weights import loader, orbax
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.gguf import GGUFReader
+from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.safetensors import SafetensorsReader
+
+#: a model's weights, or something else of each
+Tree = TypeVar("Tree")
 
 FORMATS = ("gguf", "safetensors", "orbax", "dummy", "null")
 #: these need only the config
 _WITHOUT_WEIGHTS = ("dummy", "null")
+_JSON_NAMES = {dict: "object", list: "list"}
 
 
 class Checkpoint:
@@ -59,7 +63,7 @@ class Checkpoint:
         if self.is_gguf:
             with GGUFReader(self.path) as reader:
                 return reader.config()
-        config = _json(self.path / "config.json")
+        config = read_json(self.path / "config.json")
         if config is None:
             raise WeightsError(f"{self.path}: there is no config.json")
         return config
@@ -72,7 +76,7 @@ class Checkpoint:
     @staticmethod
     def read_generation_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         """A directory's generation_config.json; {} when it has none."""
-        return _json(Path(directory) / "generation_config.json") or {}
+        return read_json(Path(directory) / "generation_config.json") or {}
 
     @property
     def dtype(self) -> str:
@@ -80,15 +84,26 @@ class Checkpoint:
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
 
     def load(
-        self, sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, seed: int, progress: bool
-    ) -> Params:
-        """The model's weights on its devices. Raises WeightsError (see `loader.load`)."""
+        self,
+        sources: Tree,
+        dtype: jnp.dtype,
+        sharding: jax.sharding.Sharding,
+        *,
+        prefix: str = "model.",
+        seed: int,
+        progress: bool,
+    ) -> Tree:
+        """The model's weights on its devices. Raises WeightsError (see `loader.load`).
+
+        Args:
+            prefix: see `naming.CommonNames`.
+        """
         if self.load_format == "dummy":
             return loader.dummy(sources, dtype, sharding, seed)
         if self.load_format == "orbax":
             return orbax.load(self.path, loader.shapes(sources, dtype, sharding))
         with self._reader() as reader:
-            return loader.load(reader, sources, dtype, sharding, progress=progress)
+            return loader.load(CommonNames(reader, prefix), sources, dtype, sharding, progress=progress)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:
@@ -96,13 +111,18 @@ class Checkpoint:
             yield reader
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a JSON file holds, None when there is no such file.
+
+    Raises:
+        WeightsError: it is not readable, or holds something else than a `kind`.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise WeightsError(f"{path}: expected a JSON {_JSON_NAMES[kind]}, found {type(value).__name__}")
     return value

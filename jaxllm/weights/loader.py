@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from jaxllm.models.decoder import Params
 from jaxllm.models.sources import Source
 from jaxllm.weights.errors import WeightsError
 
@@ -22,9 +21,13 @@ ALIGNMENT = 64
 #: elements that are read at once, on their way into such a buffer
 PIECE = 2**24
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 #: what old Llama checkpoints keep of the rotary embedding; follows from the config
 _DERIVED = ".rotary_emb.inv_freq"
+
+
+#: a model's sources, or something else of each
+Tree = TypeVar("Tree")
 
 
 class WeightReader(Protocol):
@@ -35,14 +38,14 @@ class WeightReader(Protocol):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
 
 
-def shapes(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Params:
-    """`Params` of `jax.ShapeDtypeStruct`."""
+def shapes(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Tree:
+    """`jax.ShapeDtypeStruct`s of a model's arrays."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source)
 
 
 def load(
-    reader: WeightReader, sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, progress: bool
-) -> Params:
+    reader: WeightReader, sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, progress: bool
+) -> Tree:
     """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
 
     At most `PIECE` elements are in host memory a second time.
@@ -71,7 +74,7 @@ def load(
         return jax.tree.map(one, sources, is_leaf=_is_source)
 
 
-def check(reader: WeightReader, sources: Params) -> None:
+def check(reader: WeightReader, sources: object) -> None:
     """Compare every tensor's name and shape with what the model needs."""
     unused = set(reader.names())
     layers = 0
@@ -122,7 +125,7 @@ def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, 
         offset += part.rows
 
 
-def dummy(sources: Params, dtype: jnp.dtype, sharding: jax.sharding.Sharding, seed: int = 0) -> Params:
+def dummy(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding, seed: int = 0) -> Tree:
     """Random weights made on the device: normal with deviation 0.02, norms that change nothing."""
     leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
     # XLA's own generator: several times faster than JAX's default

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from jaxllm.errors import JaxLLMError
-from jaxllm.models.decoder import Params
 from jaxllm.weights.errors import WeightsError
 
 #: the arrays' folder inside a model's directory, beside config.json
@@ -20,7 +19,7 @@ FOLDER = "orbax"
 CHUNK_BYTES = 2**27
 
 
-def save(directory: Path, params: Params) -> None:
+def save(directory: Path, params: Any) -> None:
     """Write the arrays into ``directory/orbax``. Raises WeightsError when that exists."""
     folder = (directory / FOLDER).absolute()
     if folder.exists():
@@ -31,7 +30,7 @@ def save(directory: Path, params: Params) -> None:
         checkpointer.save(folder, args=ocp.args.StandardSave(tree, save_args=how))
 
 
-def load(directory: Path, shapes: Params) -> Params:
+def load(directory: Path, shapes: Any) -> Any:
     """Read arrays with the shapes, dtypes and shardings of `shapes`.
 
     Raises:
@@ -74,7 +73,7 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
         yield checkpointer, ocp
 
 
-def _tree(params: Params) -> dict[str, jax.Array]:
+def _tree(params: Any) -> dict[str, jax.Array]:
     """Leaves by their path, such as ``layers.qkv``."""
     leaves, _ = jax.tree.flatten_with_path(params)
     return {".".join(str(getattr(key, "name", key)) for key in path): leaf for path, leaf in leaves}

@@ -298,7 +298,7 @@ def test_corrupt_safetensors(tiny_model: Path, tmp_path: Path, damage: tuple[Cal
         ("{", WeightsError, "not readable JSON"),
         ("[]", WeightsError, "expected a JSON object, found list"),
         ("{}", ValidationError, "architectures"),
-        ('{"architectures": ["BertModel"]}', ValidationError, "BertModel.*LlamaForCausalLM"),
+        ('{"architectures": ["T5Model"]}', ValidationError, "T5Model.*LlamaForCausalLM"),
         ('{"architectures": ["LlamaForCausalLM"]}', ValidationError, "config.json has no field"),
     ],
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_readmes_python_works_as_pasted(smollm2_gguf: Path, tmp_path: Path):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_readmes_python_works_as_pasted(smollm2_gguf: Path, minilm: Path, tmp_path: Path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     script = tmp_path / "pasted.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}

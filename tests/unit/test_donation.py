@@ -113,6 +113,7 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         while core.has_unfinished:
             core.step()
             state = runner._live()
+            assert isinstance(state, State)
             places.add((state.cache.unsafe_buffer_pointer(), state.tokens.unsafe_buffer_pointer()))
         assert core.scheduler._step > 10
         assert len(places) == 1

@@ -1,0 +1,151 @@
+"""BERT, an encoder: post-norm layers, learned positions, every token sees all of its sequence (Devlin et al. 2019,
+arXiv:1810.04805).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.config.cache import KVCacheGroup
+from jaxllm.errors import ValidationError
+from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
+from jaxllm.layers.linear import linear
+from jaxllm.layers.norm import layer_norm
+from jaxllm.models.decoder import ACTIVATIONS, attention_scale, layouts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Shapes and choices of one encoder. Hashable: a compiled step is made for one of these."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    max_position_embeddings: int
+    type_vocab_size: int
+    activation: str
+    causal: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def layer_window(self) -> tuple[None, ...]:
+        return (None,) * self.num_layers
+
+
+@flax.struct.dataclass
+class BertLayers:
+    """Weights of all layers, stacked on the first axis. L layers, d hidden size, F intermediate size."""
+
+    qkv: jax.Array  # [L, 3d, d]
+    qkv_bias: jax.Array  # [L, 3d]
+    output: jax.Array  # [L, d, d]
+    output_bias: jax.Array  # [L, d]
+    attention_norm: jax.Array  # [L, d]
+    attention_norm_bias: jax.Array  # [L, d]
+    up: jax.Array  # [L, F, d]
+    up_bias: jax.Array  # [L, F]
+    down: jax.Array  # [L, d, F]
+    down_bias: jax.Array  # [L, d]
+    mlp_norm: jax.Array  # [L, d]
+    mlp_norm_bias: jax.Array  # [L, d]
+
+
+@flax.struct.dataclass
+class BertParams:
+    embedding: jax.Array  # [V, d]
+    position_embedding: jax.Array  # [P, d]
+    type_embedding: jax.Array  # [2, d]
+    embedding_norm: jax.Array  # [d]
+    embedding_norm_bias: jax.Array  # [d]
+    layers: BertLayers
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
+    """The model of a BERT config.json.
+
+    Raises:
+        KeyError: a field is missing.
+        ValidationError: a field has a value that this encoder cannot compute.
+    """
+    activation = hf.get("hidden_act") or "gelu"
+    if activation not in ACTIVATIONS:
+        raise ValidationError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    kind = hf.get("position_embedding_type") or "absolute"
+    if kind != "absolute":
+        raise ValidationError(f"position_embedding_type {kind!r} is not supported; supported: absolute")
+    if hf.get("is_decoder"):
+        raise ValidationError("is_decoder=true is not supported: BERT runs as an encoder")
+    if hf["hidden_size"] % hf["num_attention_heads"]:
+        raise ValidationError(
+            f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={hf['num_attention_heads']}"
+        )
+    return BertConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        norm_eps=hf.get("layer_norm_eps", 1e-12),
+        max_position_embeddings=hf["max_position_embeddings"],
+        type_vocab_size=hf.get("type_vocab_size", 2),
+        activation=activation,
+    )
+
+
+def forward(
+    config: BertConfig,
+    groups: tuple[KVCacheGroup, ...],
+    params: BertParams,
+    tokens: jax.Array,
+    cache: jax.Array,
+    batch: AttentionBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """One step through all layers, with the arguments and results of `decoder.forward`.
+
+    Every sequence of the step must be in it from its first token to its last.
+    """
+    types = jnp.zeros_like(tokens)
+    if batch.segment_starts is not None:
+        types = (batch.positions >= batch.segment_starts[batch.token_seq]).astype(jnp.int32)
+    x = params.embedding[tokens] + params.type_embedding[types] + params.position_embedding[batch.positions]
+    x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
+
+    def layer(carry, scanned):
+        x, cache = carry
+        weights, layout = scanned
+        x, cache = _attention_block(config, weights, layout, x, cache, batch)
+        return (_mlp_block(config, weights, x), cache), None
+
+    (x, cache), _ = lax.scan(layer, (x, cache), (params.layers, layouts(config, groups, cache.shape[0])))
+    return cache, x
+
+
+def _attention_block(config: BertConfig, w: BertLayers, layout: Layout, x, cache, batch: AttentionBatch):
+    heads, dim = config.num_heads, config.head_dim
+    query, key, value = jnp.split(linear(x, w.qkv, w.qkv_bias).reshape(-1, 3 * heads, dim), 3, axis=1)
+    cache = write_kv(cache, key, value, layout, batch)
+    attended = attention(query, cache, layout, batch, scale=attention_scale(dim), causal=False)
+    y = linear(attended.reshape(-1, heads * dim), w.output, w.output_bias)
+    return layer_norm(x + y, w.attention_norm, w.attention_norm_bias, config.norm_eps), cache
+
+
+def _mlp_block(config: BertConfig, w: BertLayers, x: jax.Array) -> jax.Array:
+    y = linear(ACTIVATIONS[config.activation](linear(x, w.up, w.up_bias)), w.down, w.down_bias)
+    return layer_norm(x + y, w.mlp_norm, w.mlp_norm_bias, config.norm_eps)

@@ -1,0 +1,43 @@
+"""What every family of models offers: a configuration, a forward pass, and where its weights come from."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.attention import AttentionBatch
+from jaxllm.models import bert, decoder
+from jaxllm.models.bert import BertConfig, BertParams
+from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.sources import bert_sources, decoder_sources
+
+ModelConfig = DecoderConfig | BertConfig
+ModelParams = Params | BertParams
+
+
+def forward(
+    config: ModelConfig,
+    groups: tuple[KVCacheGroup, ...],
+    params: ModelParams,
+    tokens: jax.Array,
+    cache: jax.Array,
+    batch: AttentionBatch,
+) -> tuple[jax.Array, jax.Array]:
+    """One step through all layers: `decoder.forward`, or what the family has in its place."""
+    if isinstance(config, BertConfig):
+        assert isinstance(params, BertParams)
+        return bert.forward(config, groups, params, tokens, cache, batch)
+    assert isinstance(params, Params)
+    return decoder.forward(config, groups, params, tokens, cache, batch)
+
+
+def body_sources(config: ModelConfig) -> ModelParams:
+    """The tree of `Source`s of everything but a head over the vocabulary."""
+    if isinstance(config, BertConfig):
+        return bert_sources(config)
+    return decoder_sources(config).replace(head=None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def base_prefix(config: ModelConfig) -> str:
+    """What the names of the body's tensors begin with; checkpoints of the bare model leave it out."""
+    return "bert." if isinstance(config, BertConfig) else "model."

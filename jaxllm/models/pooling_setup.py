@@ -1,0 +1,128 @@
+"""Whether a model generates or pools, and how it pools: by the user's arguments, config.json and the model's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.pooler import Pooler, PoolerConfig
+from jaxllm.errors import ValidationError
+from jaxllm.models.registry import CLASSIFIER_SUFFIX, POOLING_ARCHITECTURES, is_encoder
+
+#: older `task` -> (runner, convert)
+_TASKS = {
+    "generate": ("generate", "none"),
+    "embed": ("pooling", "embed"),
+    "embedding": ("pooling", "embed"),
+    "classify": ("pooling", "classify"),
+    "score": ("pooling", "auto"),
+}
+#: torch's activation modules by their class's name
+_MODULES = {"Identity": "identity", "Sigmoid": "sigmoid", "Softmax": "softmax"}
+
+
+def runner_type(args: EngineArgs, hf: Mapping[str, Any], *, has_pooling_files: bool) -> tuple[str, str]:
+    """("generate", "none"), or "pooling" with "embed" or "classify".
+
+    Args:
+        has_pooling_files: the model comes with sentence-transformers' files.
+
+    Raises:
+        ValidationError: the arguments contradict each other, or the model.
+    """
+    runner, convert = args.runner, args.convert
+    if args.task is not None and args.task != "auto":
+        wanted, conversion = _TASKS[args.task]
+        for name, value, other in (("runner", runner, wanted), ("convert", convert, conversion)):
+            if "auto" not in (value, other) and value != other:
+                raise ValidationError(f"task={args.task!r} contradicts {name}={value!r}.")
+        runner = wanted
+        convert = conversion if convert == "auto" else convert
+    if convert in ("embed", "classify") and runner == "generate":
+        raise ValidationError(f"convert={convert!r} makes a pooling model; it contradicts runner='generate'.")
+    architecture = next(iter(hf.get("architectures") or ()), "")
+    classifies = architecture.endswith(CLASSIFIER_SUFFIX)
+    generates = architecture not in POOLING_ARCHITECTURES
+    if runner == "auto":
+        pools = has_pooling_files or not generates or convert in ("embed", "classify") or bool(args.pooler_config)
+        runner = "pooling" if pools else "generate"
+    if runner == "generate":
+        if not generates:
+            raise ValidationError(
+                f"This model does not support `--runner generate`: {architecture} has no head for it."
+            )
+        return "generate", "none"
+    if convert == "none" and generates:
+        raise ValidationError(
+            f"{architecture} generates; to pool it set convert='embed' or convert='classify', or leave convert out."
+        )
+    if convert in ("auto", "none"):
+        convert = "classify" if classifies else "embed"
+    return "pooling", convert
+
+
+def make_pooler(
+    given: PoolerConfig,
+    hf: Mapping[str, Any],
+    *,
+    convert: str,
+    pooling_type: str | None,
+    normalize: bool | None,
+) -> Pooler:
+    """How a model pools.
+
+    Args:
+        given: the user's wishes, which come first.
+        convert: "embed" or "classify".
+        pooling_type, normalize: what the model's sentence-transformers files say; None: nothing.
+
+    Without either, causal models pool their last token and BERT its first (CLS), and embeddings are normalised.
+    """
+    encoder = is_encoder(hf)
+    labels = num_labels(hf) if convert == "classify" else 0
+    use_activation = given.use_activation
+    if use_activation is None:
+        use_activation = True if labels or normalize is None else normalize
+    return Pooler(
+        seq_pooling_type=given.seq_pooling_type or pooling_type or ("CLS" if encoder else "LAST"),
+        tok_pooling_type=given.tok_pooling_type or "ALL",
+        num_labels=labels,
+        has_dense=encoder and labels > 0,
+        activation=_activation(hf, labels) if labels else "identity",
+        logit_mean=0.0 if given.logit_mean is None else given.logit_mean,
+        logit_sigma=1.0 if given.logit_sigma is None else given.logit_sigma,
+        use_activation=use_activation,
+        dimensions=given.dimensions,
+        step_tag_id=given.step_tag_id,
+        returned_token_ids=None if given.returned_token_ids is None else tuple(given.returned_token_ids),
+        task=given.task,
+        is_matryoshka=bool(hf.get("is_matryoshka") or hf.get("matryoshka_dimensions")),
+        matryoshka_dimensions=tuple(hf.get("matryoshka_dimensions") or ()),
+    )
+
+
+def num_labels(hf: Mapping[str, Any]) -> int:
+    """Classes of a ForSequenceClassification model; transformers' default is 2."""
+    return int(hf.get("num_labels") or len(hf.get("id2label") or ()) or 2)
+
+
+def _activation(hf: Mapping[str, Any], labels: int) -> str:
+    """What makes probabilities of class scores: the function that sentence-transformers noted, else the problem's."""
+    noted = (hf.get("sentence_transformers") or {}).get("activation_fn") or hf.get(
+        "sbert_ce_default_activation_function"
+    )
+    if noted:
+        name = str(noted).rsplit(".", 1)[-1]
+        if name not in _MODULES:
+            raise ValidationError(
+                f"config.json asks for the activation {noted!r}, which is not supported; supported: "
+                f"{', '.join(_MODULES)}."
+            )
+        return _MODULES[name]
+    problem = hf.get("problem_type")
+    if problem == "regression":
+        return "identity"
+    if problem == "multi_label_classification" or labels == 1:
+        return "sigmoid"
+    return "softmax"

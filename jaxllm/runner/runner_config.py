@@ -1,0 +1,120 @@
+"""What a runner is built from."""
+# Trees of shapes have the form of `Params` and `State`, with other leaves.
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.pooler import Pooler
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.attention import STORAGE
+from jaxllm.logits_processor import LogitsProcessor
+from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.model import ModelConfig
+from jaxllm.models.pooler import PoolingModel, pooling_sources
+from jaxllm.models.sources import decoder_sources
+from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.pooling_step import PoolingState
+from jaxllm.runner.step import State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """What a runner is built from. `groups` must be those of `model`."""
+
+    model: ModelConfig
+    #: None: the model generates
+    pooler: Pooler | None = None
+    groups: tuple[KVCacheGroup, ...]
+    scheduler: SchedulerConfig
+    dtype: str
+    device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    enable_prefix_caching: bool
+    enforce_eager: bool
+    #: reduce max_model_len to what fits, rather than fail
+    fit_max_model_len: bool
+    num_logprobs: int
+    logprobs_mode: str
+    processors: tuple[LogitsProcessor, ...]
+    seed: int
+    compile_cache: Path | None
+    progress: bool
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        return jax.sharding.SingleDeviceSharding(self.device)
+
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest request."""
+        return -(-self.scheduler.max_model_len // self.block_size)
+
+    @property
+    def has_explicit_cache(self) -> bool:
+        return self.num_gpu_blocks_override is not None or self.kv_cache_memory_bytes is not None
+
+    @property
+    def block_bytes(self) -> int:
+        return math.prod(self.page_shape) * np.dtype(self.cache_dtype).itemsize * self.layers_per_group
+
+    @property
+    def layers_per_group(self) -> int:
+        return max(len(group.layers) for group in self.groups)
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        return 2, self.model.num_kv_heads, self.block_size, self.model.head_dim
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        dtype = jnp.dtype(self.dtype)
+        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.device.platform == "cpu" else dtype
+
+    def state(self, num_blocks: int) -> State | PoolingState:
+        """Shapes of what lives on the device between steps."""
+        rows = self.scheduler.max_num_seqs + 1
+
+        def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+
+        cache = array((self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype)
+        if self.pooler is None:
+            return State(cache=cache, tokens=array((rows, self.scheduler.max_model_len), jnp.int32))
+        keeps = self.pooler.seq_pooling_type != "LAST"
+        return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the state without the cache, and of the empty constraint buffer."""
+        state = self.state(1)
+        words = jax.tree.leaves(state.tokens if isinstance(state, State) else state.pooled)
+        constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
+        return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
+
+    def sources(self) -> Params | PoolingModel:
+        """Where the model's weights come from."""
+        if self.pooler is not None:
+            return pooling_sources(self.model, self.pooler)
+        assert isinstance(self.model, DecoderConfig)
+        return decoder_sources(self.model)
+
+    def cache_config(self, num_blocks: int) -> CacheConfig:
+        return CacheConfig(
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            groups=self.groups,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )

@@ -1,0 +1,91 @@
+"""Pooling engines end to end: who may call what, errors, preemption, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import SMALL
+
+from jaxllm import LLM, PoolingParams
+
+PROMPTS = ["one", "two and three", "x" * 100, "the last one"]
+
+
+@pytest.fixture(scope="module")
+def pooling(tiny_model: Path) -> Iterator[LLM]:
+    """Room for 13 blocks: long prompts push each other out."""
+    with LLM(tiny_model, runner="pooling", **SMALL, num_gpu_blocks_override=17) as llm:
+        yield llm
+
+
+def vectors(llm: LLM, prompts: object, **kwargs: object) -> np.ndarray:
+    return np.array([o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False, **kwargs)])  # pyright: ignore
+
+
+def test_only_what_the_engine_is_for(pooling: LLM, engine: LLM) -> None:
+    for call in (pooling.generate, pooling.enqueue, pooling.stream):
+        with pytest.raises(ValueError, match=r"LLM\.\w+\(\) is only supported for generative models"):
+            call("x")
+    with pytest.raises(ValueError, match="only supported for generative models"):
+        pooling.chat([{"role": "user", "content": "x"}])
+    for call in (engine.embed, engine.classify, lambda text: engine.encode(text, pooling_task="embed")):
+        with pytest.raises(ValueError, match=r"LLM\.\w+\(\) is only supported for pooling models"):
+            call("x")
+    with pytest.raises(ValueError, match="pooling_task required"):
+        pooling.encode("x")
+    with pytest.raises(ValueError, match="Classification API is not supported"):
+        pooling.classify("x")
+    assert pooling.generate.__name__ == "generate" and vectors(pooling, "x").shape == (1, 64)
+
+
+def test_one_bad_prompt_fails_alone(pooling: LLM) -> None:
+    outputs = pooling.embed(["a", [999], "b" * 300, "c"], use_tqdm=False, on_error="return")
+    assert [bool(o.error) for o in outputs] == [False, True, True, False]
+    assert outputs[1].outputs.embedding == []
+    np.testing.assert_array_equal([outputs[3].outputs.embedding], vectors(pooling, "c"))
+    with pytest.raises(ValueError, match="out of vocabulary"):
+        pooling.embed(["a", [999]], use_tqdm=False)
+    assert vectors(pooling, "y" * 256).shape == (1, 64)  # all of max_model_len
+
+
+def test_long_prompts_wait_for_room(pooling: LLM) -> None:
+    prompts = [character * 250 for character in "abcdefgh"]
+    together = vectors(pooling, prompts)
+    alone = np.concatenate([vectors(pooling, prompt) for prompt in prompts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    tokens = pooling.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+    assert {o.outputs.data.shape for o in tokens} == {(250, 64)}
+    np.testing.assert_allclose([o.outputs.data[-1] for o in tokens], alone, atol=1e-6)
+
+
+def test_scores_one_with_many_and_pairs(pooling: LLM) -> None:
+    many = [o.outputs.score for o in pooling.score(PROMPTS[0], PROMPTS, use_tqdm=False)]
+    pairs = [o.outputs.score for o in pooling.score([PROMPTS[0]] * 4, PROMPTS, use_tqdm=False)]
+    expected = vectors(pooling, PROMPTS)
+    np.testing.assert_allclose(many, expected @ expected[0], atol=1e-6)
+    assert many == pairs
+    with pytest.raises(ValueError, match="1:1, 1:N or N:N"):
+        pooling.score(PROMPTS[:2], PROMPTS, use_tqdm=False)
+
+
+def test_dimensions(tiny_model: Path, pooling: LLM) -> None:
+    whole = np.array(
+        [o.outputs.data for o in pooling.encode(PROMPTS, PoolingParams(normalize=False), pooling_task="embed")]
+    )
+    with LLM(tiny_model, task="embed", hf_overrides={"is_matryoshka": True}, **SMALL) as llm:
+        cut = vectors(llm, PROMPTS, pooling_params=PoolingParams(dimensions=10))
+    expected = whole[:, :10] / np.linalg.norm(whole[:, :10], axis=1, keepdims=True)
+    np.testing.assert_allclose(cut, expected, atol=1e-6)
+
+
+def test_saved_models_pool_as_before(minilm: Path, tmp_path: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    small = {"max_num_seqs": 2, "max_model_len": 32, "enforce_eager": True}
+    with LLM(minilm, **small) as llm:
+        before = vectors(llm, PROMPTS[:2])
+        llm.save(tmp_path / "saved")
+    with LLM(tmp_path / "saved", **small) as llm:
+        np.testing.assert_array_equal(vectors(llm, PROMPTS[:2]), before)

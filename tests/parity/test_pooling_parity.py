@@ -1,0 +1,230 @@
+"""Embeddings, classes and scores against transformers on torch: all-MiniLM-L6-v2, and small random models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm import LLM, PoolingParams
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "enforce_eager": True}
+SENTENCES = [
+    "A cat sits on the mat.",
+    "A feline rests on a rug.",
+    "Stock markets fell sharply on Tuesday.",
+    "hi",
+    "naïve résumé 日本語 😀",
+    " ".join(["a long text of several words, again and again"] * 20),
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def engine(minilm: Path) -> Iterator[LLM]:
+    with LLM("all-minilm-l6-v2", max_num_seqs=8, enforce_eager=True) as llm:
+        yield llm
+
+
+def embeddings(llm: LLM, prompts: Any, **kwargs: Any) -> np.ndarray:
+    return np.array([o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False, **kwargs)])
+
+
+def reference(folder: Path, texts: list[str], max_length: int = 256) -> np.ndarray:
+    """Mean of the last hidden states, normalised, as the model's card says."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+
+
+def test_minilm_embeddings(engine: LLM, minilm: Path) -> None:
+    ours, theirs = embeddings(engine, SENTENCES), reference(minilm, SENTENCES)
+    assert ours.shape == (len(SENTENCES), 384)
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_minilm_is_the_same_alone_and_in_any_batch(engine: LLM) -> None:
+    together = embeddings(engine, SENTENCES)
+    alone = np.concatenate([embeddings(engine, text) for text in SENTENCES])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_minilm_truncates_as_transformers_does(engine: LLM, minilm: Path) -> None:
+    text = " ".join(SENTENCES * 4)
+    ours = embeddings(engine, text, tokenization_kwargs={"truncate_prompt_tokens": -1})
+    assert np.abs(ours - reference(minilm, [text])).max() < 1e-5
+    (output,) = engine.embed(text, use_tqdm=False, pooling_params=PoolingParams(truncate_prompt_tokens=12))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    assert output.prompt_token_ids == tokenizer.encode(text, truncation=True, max_length=12)
+    with pytest.raises(ValueError, match="longer than the maximum model length of 256"):
+        engine.embed(text, use_tqdm=False)
+
+
+def test_minilm_scores_similar_sentences_higher(engine: LLM) -> None:
+    query, *others = SENTENCES[:3]
+    similar, different = (o.outputs.score for o in engine.score(query, others, use_tqdm=False))
+    assert similar > 0.5 > 0.2 > different
+    vectors = embeddings(engine, SENTENCES[:3])
+    np.testing.assert_allclose([similar, different], vectors[1:] @ vectors[0], atol=1e-6)
+
+
+def test_minilm_tokens_and_raw_means(engine: LLM, minilm: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    with torch.no_grad():
+        hidden = model(**tokenizer(SENTENCES[0], return_tensors="pt")).last_hidden_state[0].numpy()
+    raw = PoolingParams(use_activation=False)
+    (tokens,) = engine.encode(SENTENCES[0], raw, pooling_task="token_embed", use_tqdm=False)
+    (mean,) = engine.encode(SENTENCES[0], raw, pooling_task="embed", use_tqdm=False)
+    np.testing.assert_allclose(tokens.outputs.data, hidden, atol=1e-5)
+    np.testing.assert_allclose(mean.outputs.data, hidden.mean(0), atol=1e-5)
+
+
+# Decoders, small and random.
+
+DECODER = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+PROMPTS = [np.random.default_rng(n).integers(3, 300, size=n).tolist() for n in (1, 2, 31, 33, 64, 100, 199)]
+
+
+def save(folder: Path, name: str, seed: int = 0, **fields: Any) -> Any:
+    """A random model of transformers' class `name`, saved into `folder`; norms and biases are drawn too."""
+    config = getattr(transformers, f"{name.split('For')[0].removesuffix('Model')}Config")(**fields, pad_token_id=0)
+    model = getattr(transformers, name)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+            base = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + base)
+    model.save_pretrained(folder)
+    return model
+
+
+def hidden_states(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).last_hidden_state[0].numpy() for ids in prompts]
+
+
+def normalized(vectors: list[np.ndarray]) -> np.ndarray:
+    stacked = np.stack(vectors)
+    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Model", "LlamaModel", "Qwen3Model"])
+def test_decoder_embeddings_of_the_last_token(name: str, tmp_path: Path) -> None:
+    model = save(tmp_path, name, **DECODER)
+    expected = normalized([hidden[-1] for hidden in hidden_states(model, PROMPTS)])
+    # chunks of 32 tokens
+    with LLM(tmp_path, **SMALL, max_num_batched_tokens=32, skip_tokenizer_init=True) as llm:
+        ours = embeddings(llm, PROMPTS)
+        assert np.abs(ours - expected).max() < 1e-5
+        again = llm.embed(PROMPTS, use_tqdm=False)
+        assert [o.num_cached_tokens for o in again] == [0, 0, 16, 32, 48, 96, 192]
+        np.testing.assert_allclose([o.outputs.embedding for o in again], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["MEAN", "CLS"])
+def test_decoder_pooling_of_several_tokens_does_not_depend_on_chunks(kind: str, tmp_path: Path) -> None:
+    model = save(tmp_path, "LlamaForCausalLM", **DECODER)
+    states = hidden_states(model.model, PROMPTS)
+    expected = normalized([hidden.mean(0) if kind == "MEAN" else hidden[0] for hidden in states])
+    common = {**SMALL, "skip_tokenizer_init": True, "pooler_config": {"pooling_type": kind}, "convert": "embed"}
+    found = []
+    for tokens in (32, 512):
+        with LLM(tmp_path, **common, max_num_batched_tokens=tokens) as llm:
+            for _ in range(2):  # the second time there is a prefix cache to leave alone
+                outputs = llm.embed(PROMPTS, use_tqdm=False)
+                assert not any(o.num_cached_tokens for o in outputs)
+                found.append(np.array([o.outputs.embedding for o in outputs]))
+                assert np.abs(found[-1] - expected).max() < 1e-5
+            raw = PoolingParams(use_activation=False)
+            tokens_of = llm.encode(PROMPTS, raw, pooling_task="token_embed", use_tqdm=False)
+            for output, hidden in zip(tokens_of, states, strict=True):
+                np.testing.assert_allclose(output.outputs.data, hidden, atol=2e-5)
+
+
+def test_classes_of_decoders(tmp_path: Path) -> None:
+    model = save(tmp_path, "Qwen2ForSequenceClassification", num_labels=3, **DECODER)
+    with torch.no_grad():
+        logits = torch.stack([model(torch.tensor([ids])).logits[0] for ids in PROMPTS])
+    with LLM(tmp_path, **SMALL, max_num_batched_tokens=32, skip_tokenizer_init=True) as llm:
+        ours = [o.outputs.probs for o in llm.classify(PROMPTS, use_tqdm=False)]
+        np.testing.assert_allclose(ours, logits.softmax(-1).numpy(), atol=1e-5)
+        raw = llm.classify(PROMPTS, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+        np.testing.assert_allclose([o.outputs.probs for o in raw], logits.numpy(), atol=1e-5)
+        (tokens,) = llm.encode([PROMPTS[3]], pooling_task="token_classify", use_tqdm=False)
+        with torch.no_grad():
+            every = model.score(model.model(torch.tensor([PROMPTS[3]])).last_hidden_state)[0]
+        np.testing.assert_allclose(tokens.outputs.data, every.softmax(-1).numpy(), atol=1e-5)
+        with pytest.raises(ValueError, match="Embedding API is not supported by this model"):
+            llm.embed(PROMPTS, use_tqdm=False)
+        with pytest.raises(ValueError, match="num_labels == 1"):
+            llm.score("a", "b", use_tqdm=False)
+
+
+def test_bidirectional_decoders(tmp_path: Path) -> None:
+    """A config with is_causal=false, against the same computation written out with transformers' own layers."""
+    model = save(tmp_path, "LlamaModel", **DECODER)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    expected = []
+    for ids in PROMPTS:
+        everything = torch.zeros(1, 1, len(ids), len(ids))
+        with torch.no_grad():
+            expected.append(model(torch.tensor([ids]), attention_mask=everything).last_hidden_state[0].mean(0).numpy())
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True, pooler_config={"pooling_type": "MEAN"}) as llm:
+        assert np.abs(embeddings(llm, PROMPTS) - normalized(expected)).max() < 1e-5
+
+
+# BERT as a cross-encoder.
+
+BERT = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(tmp_path)
+    model = save(tmp_path, "BertForSequenceClassification", vocab_size=30522, num_labels=labels, **BERT)
+    pairs = [("How many people live in Berlin?", text) for text in (*SENTENCES[:5], "word " * 100)]
+    batch = tokenizer(pairs, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    with LLM(tmp_path, **SMALL) as llm:
+        truncate = {"truncate_prompt_tokens": -1}
+        if labels == 1:
+            query, texts = pairs[0][0], [text for _, text in pairs]
+            outputs = llm.score(query, texts, use_tqdm=False, tokenization_kwargs=truncate)
+            np.testing.assert_allclose([o.outputs.score for o in outputs], logits.sigmoid()[:, 0].numpy(), atol=1e-5)
+            assert outputs[-1].prompt_token_ids == batch["input_ids"][-1].tolist()
+        single = tokenizer(SENTENCES[:5], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            scores = model(**single).logits
+        expected = scores.sigmoid() if labels == 1 else scores.softmax(-1)
+        ours = [o.outputs.probs for o in llm.classify(SENTENCES[:5], use_tqdm=False)]
+        np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
