@@ -156,13 +156,14 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
+        self._outputs.take(scheduled, output)
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             for request in complete:
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
-        outputs: list[Any] = self._outputs.process(updates, scheduled, output, self.scheduler)
+        outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
             observer.updated(scheduled, updates)
@@ -173,9 +174,9 @@ class EngineCore:
         for request in requests:
             self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             self._metrics.record_finished(request)
-        return self._outputs.process(
-            [RequestUpdate(request, [], -1, True) for request in requests], None, self.scheduler
-        )
+        updates = [RequestUpdate(request, [], -1, True) for request in requests]
+        outputs: list[Any] = self._outputs.process(updates, None, self.scheduler)
+        return outputs
 
     def _recover(self) -> None:
         self._in_flight.clear()

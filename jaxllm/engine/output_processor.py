@@ -139,8 +139,8 @@ class OutputProcessor:
     def clear(self) -> None:
         self._states.clear()
 
-    def _take_prompt_logprobs(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
-        """What a step found about prompts, of the requests that still live."""
+    def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """Take what a step found about prompts, of the requests that still live."""
         arrays, index = output.prompt_logprobs, 0
         if arrays is None:
             return
@@ -150,11 +150,9 @@ class OutputProcessor:
             index += count
 
     def process(
-        self, updates: list[RequestUpdate], scheduled: SchedulerOutput, output: StepOutput, scheduler: Scheduler
+        self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler
     ) -> list[RequestOutput]:
         """Outputs of one step's updates; ends requests whose stop string has come."""
-        self._take_prompt_logprobs(scheduled, output)
-        logprobs = output.logprobs
         outputs = []
         for request, token_ids, index, _ in updates:
             state = self._states.get(request.request_id)
@@ -168,9 +166,9 @@ class OutputProcessor:
                         request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
                     else:
                         scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
-            made = state.output()
+            output = state.output()
             if request.is_finished:
                 del self._states[request.request_id]
-            if made is not None:
-                outputs.append(made)
+            if output is not None:
+                outputs.append(output)
         return outputs

@@ -14,7 +14,7 @@ from jaxllm.pooling_params import PoolingParams
 if TYPE_CHECKING:
     from jaxllm.engine.request import Request
     from jaxllm.engine.scheduler import RequestUpdate, Scheduler
-    from jaxllm.runner.interface import SchedulerOutput, StepOutput
+    from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
 
 class PoolingProcessor:
@@ -23,6 +23,8 @@ class PoolingProcessor:
     def __init__(self) -> None:
         #: wall-clock time of each unfinished request's arrival
         self._arrivals: dict[str, float] = {}
+        #: of the step that is being read, one per entry
+        self._pooled: list[np.ndarray | None] = []
 
     def add(self, request: Request, text: str | None) -> None:
         self._arrivals[request.request_id] = time.time()
@@ -36,15 +38,19 @@ class PoolingProcessor:
     def clear(self) -> None:
         self._arrivals.clear()
 
+    def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """Take a step's results; `process` hands them out."""
+        assert output.pooled is not None
+        self._pooled = output.pooled
+
     def process(
-        self, updates: list[RequestUpdate], scheduled: SchedulerOutput, output: StepOutput, scheduler: Scheduler
+        self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Outputs of one step's updates, every one of which ends its request."""
-        assert output.pooled is not None
         outputs = []
         for update in updates:
             request, arrival = update.request, self._arrivals.pop(update.request.request_id, None)
-            data = output.pooled[update.index]
+            data = self._pooled[update.index]
             if arrival is not None and data is not None:
                 outputs.append(_output(request, data, arrival))
         return outputs

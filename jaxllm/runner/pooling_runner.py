@@ -4,7 +4,7 @@ and classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -71,6 +71,13 @@ class PoolingRunner(DeviceMemory[PoolingModel, PoolingState]):
         return pick_bucket(self._buckets, num_tokens, num_seqs)
 
     def execute(self, scheduled: SchedulerOutput) -> PoolingResult:
+        return self.forward(scheduled)
+
+    def sample(self, launched: PoolingResult, masks: Mapping[int, np.ndarray]) -> PoolingResult:
+        """Nothing is left to do: a pooling step is one program, and there is nothing that a mask could restrict."""
+        return launched
+
+    def forward(self, scheduled: SchedulerOutput) -> PoolingResult:
         for request in scheduled.admitted:
             self._rows.admit(request)
         for row, group, start, blocks in scheduled.new_blocks:
