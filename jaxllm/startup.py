@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxllm.cache_folder import cache_folder
+from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.config.engine_args import FIT_TO_MEMORY, EngineArgs
+from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.pooler import Pooler, PoolerConfig
 from jaxllm.config.resolve import scheduler_config
 from jaxllm.engine.core import EngineCore

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduler import SchedulerStats
+    from jaxllm.engine.scheduler_stats import SchedulerStats
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

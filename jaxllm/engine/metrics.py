@@ -17,7 +17,8 @@ from jaxllm.engine.request import RequestStatus
 if TYPE_CHECKING:
     from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduler import RequestUpdate, SchedulerStats
+    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.scheduler_stats import SchedulerStats
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 

@@ -16,19 +16,20 @@ So the one request that has nobody but itself to preempt never lacks a block.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxllm.engine.admission import admission
 from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.length_limits import LengthLimits
 from jaxllm.engine.preemption import PreemptionLog, Shortage, unschedule
 from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.engine.stop_check import check_stop
 from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
 from jaxllm.errors import ValidationError
-from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
+from jaxllm.runner.interface import SchedulerOutput
 
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
@@ -50,18 +51,6 @@ class RequestUpdate(NamedTuple):
     #: the request's row in the step's `LogprobArrays`
     index: int
     finished: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    num_running: int
-    num_waiting: int
-    #: preemptions since the start
-    num_preemptions: int
-    #: computed tokens given up by them
-    num_preempted_tokens: int
-    #: share of the KV cache in use, in [0, 1]
-    kv_cache_usage: float
 
 
 class Scheduler:
@@ -281,20 +270,7 @@ class Scheduler:
             self.running.append(request)
             manager.cache_full_blocks(request)
             budget -= count
-            output.admitted.append(
-                AdmittedRequest(
-                    row=request.row,
-                    request_id=request.request_id,
-                    token_ids=list(request.all_token_ids),
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    num_computed_tokens=start,
-                    params=request.params,
-                    seed=request.seed,
-                    stop_token_ids=request.stop_token_ids,
-                    block_ids=tuple(list(table) for table in request.block_tables),
-                    bad_words=request.bad_words,
-                )
-            )
+            output.admitted.append(admission(request, start))
             output.rows.append(request.row)
             output.starts.append(start)
             output.counts.append(count)
@@ -319,23 +295,22 @@ class Scheduler:
     def _preempt(self, victim: Request, index: int, shortage: Shortage) -> None:
         """Take row and blocks from ``running[index]``; its tokens are computed again when it comes back."""
         usage = self.kv_cache_manager.usage
-        del self.running[index]
-        self._release(victim)
-        victim.status = RequestStatus.PREEMPTED
-        victim.num_preemptions += 1
+        self._put_back(index)
         self._preemptions.record(victim, shortage, usage)
         victim.num_computed_tokens = 0
-        self.waiting.push_front(victim)
 
     def preempt_all(self) -> None:
         """Take rows and blocks from every running request, after all steps have been read."""
         while self.running:
-            victim = self.running.pop()
-            self._release(victim)
-            victim.status = RequestStatus.PREEMPTED
-            victim.num_preemptions += 1
-            victim.num_computed_tokens = 0
-            self.waiting.push_front(victim)
+            self._put_back(-1).num_computed_tokens = 0
+
+    def _put_back(self, index: int) -> Request:
+        victim = self.running.pop(index)
+        self._release(victim)
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_preemptions += 1
+        self.waiting.push_front(victim)
+        return victim
 
     def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestUpdate]:
         """Take in what a step sampled; steps are read in the order in which they were scheduled.

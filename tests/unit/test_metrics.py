@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxllm.engine.metrics import Counter, EngineMetrics, Gauge, Histogram, Metric, one_two_five
 from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import RequestUpdate, SchedulerStats
+from jaxllm.engine.scheduler import RequestUpdate
+from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.sampling_params import SamplingParams
 
 IDLE = SchedulerStats(num_running=0, num_waiting=0, num_preemptions=0, num_preempted_tokens=0, kv_cache_usage=0.0)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxllm.engine.engine_stats import EngineStats
 from jaxllm.engine.progress import Progress
-from jaxllm.engine.scheduler import SchedulerStats
+from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.log import LogHandler
 from jaxllm.outputs import CompletionOutput, RequestOutput
 

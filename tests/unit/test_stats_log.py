@@ -8,7 +8,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from jaxllm.engine.engine_stats import EngineStats
-from jaxllm.engine.scheduler import SchedulerStats
+from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.errors import ValidationError
 
