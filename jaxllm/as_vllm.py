@@ -70,6 +70,7 @@ MODULES: dict[str, dict[str, str]] = {
     "vllm.sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.beam_search"},
     "vllm.utils": _PARSER,
     "vllm.utils.argparse_utils": _PARSER,
+    "vllm.utils.print_utils": {"print_embeddings": "jaxllm.as_vllm"},
     "vllm.v1": {},
     "vllm.v1.engine": {},
     "vllm.v1.engine.async_llm": {"AsyncLLM": "jaxllm.async_llm"},
@@ -84,6 +85,12 @@ _RENAMED = {"AsyncEngineArgs": "EngineArgs"}
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
     """vLLM's scripts call it between two engines. There is nothing to clean up: `LLM.shutdown` frees everything."""
+
+
+def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:
+    """vLLM's examples print embeddings with it: the first four numbers, and how many there are."""
+    shown = ", ".join([*map(str, embeds[:4]), *(["..."] if len(embeds) > 4 else [])])
+    print(f"{prefix}: [{shown}] (size={len(embeds)})")
 
 
 class _Module(ModuleType):

@@ -7,15 +7,17 @@ import collections
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxllm.engine.prompts import PreparedPrompt, Prompt, TokenizationOptions
+from jaxllm.engine.prompts import Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
 from jaxllm.llm import LLM
 from jaxllm.methods.generation import chat_prompt
 from jaxllm.outputs import RequestOutput
+from jaxllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import Conversation
 
@@ -54,14 +56,14 @@ class AsyncLLM:
 
     # Requests.
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
-        tokenization_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one prompt as they come, the last of them ``finished``. Leaving the loop ends the request.
 
@@ -73,32 +75,64 @@ class AsyncLLM:
             RuntimeError: the engine failed or was shut down.
         """
         llm = self.llm
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        llm._require_generation("generate")
         options = TokenizationOptions.of(
             tokenization_kwargs, max_model_len=llm._client.core.scheduler.config.max_model_len
         )
-        # batches of one: the engine's thread, not this one, may be waiting for the interpreter
-        (prepared,) = await asyncio.wrap_future(llm._pool.submit(llm._inputs.reader.read, [prompt], options))
+        params = llm._default_params if sampling_params is None else sampling_params
+        return self._run(llm._inputs, prompt, params, request_id, priority, options)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        pooling_task: str | None = None,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """The one output of a prompt that is pooled; the arguments are those of `LLM.encode`, and of `generate`."""
+        inputs, params = self.llm._pooling_request("encode", pooling_task, pooling_params)
+        options = inputs.options(tokenization_kwargs, [params])
+        return self._run(inputs, prompt, params, request_id, priority, options)
+
+    async def _run(
+        self,
+        inputs: Any,
+        prompt: Prompt,
+        params: Any,
+        request_id: str | None,
+        priority: int,
+        options: TokenizationOptions,
+    ) -> AsyncGenerator[Any, None]:
+        """Outputs of a request that `inputs` makes."""
+        llm = self.llm
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        (prepared,) = await asyncio.wrap_future(llm._pool.submit(inputs.reader.read, [prompt], options))
         if isinstance(prepared, ValidationError):
             raise prepared
-        params = llm._default_params if sampling_params is None else sampling_params
         name = llm._client.next_id() if request_id is None else request_id
 
-        def receive(output: RequestOutput) -> None:
+        def receive(output: Any) -> None:
             # a loop that has been closed has nobody left who waits
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        await self._call(lambda: self._add(name, prepared, params, priority, receive))
+        def add() -> None:
+            request, text = inputs.request(name, prepared, inputs.check(params), priority)
+            llm._client.add(request, text, receive)
+
+        await self._call(add)
         try:
             finished = False
             while not finished:
                 output = await outputs.get()
                 finished = output.finished
                 if output.error is not None:
-                    refused = output.outputs[0].finish_reason == "error"
-                    raise (ValidationError if refused else RuntimeError)(output.error)
+                    cut = isinstance(output, RequestOutput) and output.outputs[0].finish_reason != "error"
+                    raise (RuntimeError if cut else ValidationError)(output.error)
                 yield output
         finally:
             self._post(lambda: llm._client.end([name]))
@@ -114,17 +148,6 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """`generate` for a conversation; `chat_options` are those of `LLM.chat`."""
         return self.generate(chat_prompt(messages, **chat_options), sampling_params, request_id, priority=priority)
-
-    def _add(
-        self,
-        request_id: str,
-        prompt: PreparedPrompt,
-        params: SamplingParams,
-        priority: int,
-        receive: Callable[[RequestOutput], object],
-    ) -> None:
-        request, text = self.llm._inputs.request(request_id, prompt, params, priority)
-        self.llm._client.add(request, text, receive)
 
     async def abort(self, request_id: str | list[str]) -> None:
         """End requests: their generators yield what there is, with ``finish_reason="abort"``."""

@@ -105,19 +105,7 @@ class PoolingMethods(EngineMethods):
                 a token.
         """
         refuse(lora_request=lora_request)
-        inputs = self._pooling("encode")
-        task = pooling_task or inputs.pooler.task
-        if task is None:
-            raise ValidationError(
-                "pooling_task required for `LLM.encode`\n"
-                "Please use one of the more specific methods or set the pooling_task when using `LLM.encode`:\n"
-                '  - For embeddings, use `LLM.embed(...)` or `pooling_task="embed"`.\n'
-                '  - For classification logits, use `LLM.classify(...)` or `pooling_task="classify"`.\n'
-                "  - For similarity scores, use `LLM.score(...)`.\n"
-                '  - For rewards, `pooling_task="classify"` or `pooling_task="token_classify"`.\n'
-                '  - For token classification, use `pooling_task="token_classify"`.\n'
-                '  - For multi-vector retrieval, use `pooling_task="token_embed"`.'
-            )
+        task = self._task(pooling_task)
         return self._pool_all(
             prompts, "encode", task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
         )
@@ -171,6 +159,31 @@ class PoolingMethods(EngineMethods):
         if inputs is None:
             return ("generate",)
         return inputs.pooler.tasks if inputs.pooler.num_labels > 1 else (*inputs.pooler.tasks, "score")
+
+    def _task(self, pooling_task: str | None) -> str:
+        """What `encode` is asked for."""
+        task = pooling_task or self._pooling("encode").pooler.task
+        if task is None:
+            raise ValidationError(
+                "pooling_task required for `LLM.encode`\n"
+                "Please use one of the more specific methods or set the pooling_task when using `LLM.encode`:\n"
+                '  - For embeddings, use `LLM.embed(...)` or `pooling_task="embed"`.\n'
+                '  - For classification logits, use `LLM.classify(...)` or `pooling_task="classify"`.\n'
+                "  - For similarity scores, use `LLM.score(...)`.\n"
+                '  - For rewards, `pooling_task="classify"` or `pooling_task="token_classify"`.\n'
+                '  - For token classification, use `pooling_task="token_classify"`.\n'
+                '  - For multi-vector retrieval, use `pooling_task="token_embed"`.'
+            )
+        return task
+
+    def _pooling_request(
+        self, method: str, task: str | None, params: PoolingParams | None
+    ) -> tuple[PoolingInputs, PoolingParams]:
+        """What makes a pooling request, and its parameters. Raises ValidationError for a task that cannot be done."""
+        inputs, task = self._pooling(method), self._task(task)
+        if task not in inputs.pooler.tasks:
+            raise ValidationError(_unsupported(task, inputs))
+        return inputs, _with_task(PoolingParams() if params is None else params, task)
 
     def _pooling(self, method: str) -> PoolingInputs:
         inputs = self._started.pooling_inputs

@@ -161,3 +161,22 @@ def test_the_synchronous_engine_works_inside_a_running_loop(engine: AsyncLLM):
         return len(engine.llm.generate(PROMPTS, GREEDY, use_tqdm=False))
 
     assert asyncio.run(main()) == len(PROMPTS)
+
+
+def test_a_pooling_engine_encodes(tiny_model: Path):
+    async def main() -> None:
+        async with await AsyncLLM.start(tiny_model, runner="pooling", **SMALL) as engine:
+            expected = [output.outputs.embedding for output in engine.llm.embed(PROMPTS, use_tqdm=False)]
+
+            async def embed(prompt: str) -> Any:
+                (output,) = [o async for o in engine.encode(prompt, pooling_task="embed", request_id=prompt)]
+                assert output.finished and output.request_id == prompt
+                return output.outputs.data.tolist()
+
+            assert await asyncio.gather(*map(embed, PROMPTS)) == expected
+            with pytest.raises(ValidationError, match="only supported for generative models"):
+                engine.generate("x")
+            with pytest.raises(ValidationError, match="Classification API is not supported"):
+                engine.encode("x", pooling_task="classify")
+
+    asyncio.run(main())
