@@ -33,10 +33,10 @@ def plot(trace: Trace) -> Figure:
     panels = list(figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 2)))
     steps = trace.arrays()
     if trace.steps:
-        # a step is as wide as the time until the next one; the last lasts until its result is there
+        # where the device runs it, until it has the next one; the host decides on a step while another one runs
         import numpy as np
 
-        edges = np.append(steps["start"], steps["read_start"][-1] + steps["wait_time"][-1])
+        edges = np.append(steps["device_start"], steps["device_start"][-1] + steps["device_time"][-1])
         _tokens(panels[0], edges, steps)
         _requests(panels[1], edges, steps)
         _cache(panels[2], edges, steps)
@@ -80,7 +80,7 @@ def _times(panel: Axes, edges: np.ndarray, steps: dict[str, np.ndarray]) -> None
 
 
 def _preemptions(panels: list[Axes], steps: dict[str, np.ndarray]) -> None:
-    times = steps["start"][steps["num_preemptions"] > 0]
+    times = steps["device_start"][steps["num_preemptions"] > 0]
     if not len(times):
         return
     for panel in panels[:3]:

@@ -32,7 +32,12 @@ class LaunchedStep(NamedTuple):
 
 
 class StepResult:
-    """A launched step (`interface.StepFuture`)."""
+    """A launched step (`interface.StepFuture`).
+
+    Args:
+        lost: entries whose masks could not be made, bool.
+        computed: is ready when the step is done, also where nobody samples.
+    """
 
     def __init__(
         self,
@@ -40,10 +45,11 @@ class StepResult:
         scores: Logprobs | None,
         packed: PackedStep,
         num_entries: int,
-        lost: np.ndarray | None = None,
+        lost: np.ndarray | None,
+        computed: jax.Array,
     ):
         self._sampled, self._scores, self._packed = sampled, scores, packed
-        self._num_entries, self._lost = num_entries, lost
+        self._num_entries, self._lost, self._computed = num_entries, lost, computed
         wanted: list[Any] = [scores]
         if sampled is not None:
             wanted += [sampled.token_ids, self._logprobs]
@@ -60,6 +66,9 @@ class StepResult:
 
     def result(self) -> StepOutput:
         entries, sampled = self._packed.sampled_entries, self._sampled
+        if sampled is None:
+            # else the host would run ahead through a long prompt: steps would pile up, and a trace could not time them
+            self._computed.block_until_ready()
         ids = np.full(self._num_entries, -1, np.int32)
         logprobs = None
         if sampled is not None:
@@ -156,7 +165,7 @@ class Runner(DeviceMemory[Params, State]):
         if count := len(packed.sampled_entries):
             sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
         scores = None if packed.targets is None else self._score(hidden, packed.targets)
-        return StepResult(sampled, scores, packed, num_entries, lost)
+        return StepResult(sampled, scores, packed, num_entries, lost, hidden.sampled)
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""
