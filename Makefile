@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+NOTEBOOKS ?= notebooks/*.ipynb
 # what runs under the other Python and JAX
 CORE_TESTS ?= tests/unit tests/property
 
@@ -17,7 +18,7 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-peers test-py312 compile-cuda lint format format-check types lock clean
+.PHONY: demo test notebooks test-peers test-py312 compile-cuda lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
@@ -25,6 +26,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large" $(PYTEST_ARGS)
+
+# Runs the notebooks and writes their outputs into them.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python tests/run_notebooks.py $(NOTEBOOKS)
 
 test-peers: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "peer or large" $(PYTEST_ARGS)

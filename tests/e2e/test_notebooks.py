@@ -1,0 +1,58 @@
+"""The notebooks run as they are, and show what they ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from run_notebooks import HASH_NAME, ROOT, code_cells, code_hash, execute, output_forms
+
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+AGAIN = "run `make notebooks`"
+#: bytes; what is read in a browser has to come through a network first
+LARGEST = 300_000
+
+
+def test_all_notebooks_are_there():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_committed_outputs_are_of_the_committed_code(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.get(HASH_NAME) == code_hash(notebook), f"{path.name} has changed since it ran: {AGAIN}"
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), f"{path.name}: {AGAIN}"
+    assert not any(cell.metadata for cell in notebook.cells), f"{path.name} tells of the machine that ran it: {AGAIN}"
+    forms = [form for cell in cells for form in output_forms(cell)]
+    assert not [form for form in forms if form[0] == "error" or form == ("stream", "stderr")]
+    assert any("image/png" in form for form in forms)
+    assert path.stat().st_size <= LARGEST
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path):
+    committed = nbformat.read(path, as_version=4)
+    fresh = execute(path)
+    assert code_hash(fresh) == code_hash(committed)
+    for number, (now, then) in enumerate(zip(code_cells(fresh), code_cells(committed), strict=True), start=1):
+        assert output_forms(now) == output_forms(then), f"cell {number} of {path.name} shows something else: {AGAIN}"
+
+
+def test_an_error_in_a_cell_is_an_error(tmp_path: Path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(notebook, tmp_path / "wrong.ipynb")
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        execute(tmp_path / "wrong.ipynb")
+
+
+def test_code_that_has_changed_is_noticed():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_markdown_cell("text")])
+    before = code_hash(notebook)
+    notebook.cells[1].source = "other text"
+    assert code_hash(notebook) == before
+    notebook.cells[0].source = "2"
+    assert code_hash(notebook) != before
