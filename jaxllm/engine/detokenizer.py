@@ -27,6 +27,12 @@ class Detokenizer:
         self._stream = DecodeStream(
             ids=prompt_token_ids[-PRIMING_TOKENS:], skip_special_tokens=params.skip_special_tokens
         )
+        #: special token -> its text, where no space is to stand between two of them
+        self._specials: dict[int, str] = {}
+        if not (params.spaces_between_special_tokens or params.skip_special_tokens):
+            added = tokenizer.get_added_tokens_decoder()
+            self._specials = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._after_special = False
         self._stop: list[str] = list(params.stop or ())
         self._include_stop = params.include_stop_str_in_output
         #: characters that may turn out to be the beginning of a stop string
@@ -60,6 +66,17 @@ class Detokenizer:
         return best
 
     def _piece(self, token_id: int) -> str | None:
+        piece = self._decoded(token_id)
+        if not self._specials:
+            return piece
+        special, self._after_special, after = (
+            self._specials.get(token_id),
+            token_id in self._specials,
+            self._after_special,
+        )
+        return special if special is not None and after else piece
+
+    def _decoded(self, token_id: int) -> str | None:
         try:
             return self._stream.step(self._tokenizer, token_id)
         except Exception as error:  # the library raises a bare Exception

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordPiece
 
 from jaxllm.engine.detokenizer import Detokenizer
 from jaxllm.sampling_params import SamplingParams
@@ -102,3 +102,15 @@ def test_nothing_is_delivered_that_a_stop_string_takes_back(text: str, stop: str
         delivered += detokenizer.delta(False)
         assert delivered == detokenizer.visible(False)
     assert detokenizer.text.startswith(delivered)
+
+
+@pytest.mark.parametrize(("spaces", "text"), [(True, "[A] [B] ab [A]"), (False, "[A][B] ab [A]")])
+def test_spaces_between_special_tokens(spaces: bool, text: str):
+    tokenizer = Tokenizer(WordPiece({"ab": 0, "[UNK]": 1}, unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.add_special_tokens(["[A]", "[B]"])
+    ids = [2, 3, 0, 2]
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    pieces, _ = stream(tokenizer, "", ids, params)
+    assert "".join(pieces) == text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "[A] [B] ab [A]"
