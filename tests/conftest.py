@@ -15,6 +15,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# torch, the reference, computes in every worker: threads that wait for each other's cores cost it a factor of ten
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # the machines are shared and compiling takes its time: slowness is no failure
 settings.register_profile("jaxllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxllm")

@@ -70,10 +70,11 @@ def test_greedy_tokens_equal_transformers(pair):
     prompts = [rng.integers(3, 211, length).tolist() for length in (1, 7, 23, 24, 25, 60, 110)]
     prompts.append(prompts[-1][:80] + [5, 6, 7])  # shares a prefix that is longer than the window
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    expected = [greedy(reference, prompt, 40) for prompt in prompts]
     for _ in range(2):  # the second time out of the prefix cache
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            assert output.outputs[0].token_ids == greedy(reference, prompt, 40), f"prompt of {len(prompt)} tokens"
+        for prompt, output, ids in zip(prompts, outputs, expected, strict=True):
+            assert output.outputs[0].token_ids == ids, f"prompt of {len(prompt)} tokens"
     assert outputs[-1].num_cached_tokens >= 64
     assert llm._engine().scheduler.kv_cache_manager.usage == 0.0
 
