@@ -10,59 +10,88 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxllm.async_llm import AsyncLLM
-    from jaxllm.beam_search import BeamSearchParams
+    from jaxllm.beam_search import BeamSearchOutput, BeamSearchParams
+    from jaxllm.config.command_line import FlexibleArgumentParser
     from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.inputs import ChatPrompt, TextPrompt, TokensPrompt
     from jaxllm.llm import LLM
     from jaxllm.llm_engine import LLMEngine
     from jaxllm.logits_processor import LogitsProcessor
-    from jaxllm.outputs import CompletionOutput, RequestOutput
+    from jaxllm.output_constraints import RepetitionDetectionParams, StructuredOutputsParams
+    from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxllm.pooling_outputs import (
+        ClassificationOutput,
         ClassificationRequestOutput,
+        EmbeddingOutput,
         EmbeddingRequestOutput,
+        PoolingOutput,
         PoolingRequestOutput,
+        ScoringOutput,
         ScoringRequestOutput,
     )
     from jaxllm.pooling_params import PoolingParams
-    from jaxllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+    from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "jaxllm.llm",
     "AsyncLLM": "jaxllm.async_llm",
-    "LLMEngine": "jaxllm.llm_engine",
+    "BeamSearchOutput": "jaxllm.beam_search",
     "BeamSearchParams": "jaxllm.beam_search",
-    "CompletionOutput": "jaxllm.outputs",
-    "EngineArgs": "jaxllm.config.engine_args",
-    "LogitsProcessor": "jaxllm.logits_processor",
-    "RequestOutput": "jaxllm.outputs",
+    "ChatPrompt": "jaxllm.inputs",
+    "ClassificationOutput": "jaxllm.pooling_outputs",
     "ClassificationRequestOutput": "jaxllm.pooling_outputs",
+    "CompletionOutput": "jaxllm.outputs",
+    "EmbeddingOutput": "jaxllm.pooling_outputs",
     "EmbeddingRequestOutput": "jaxllm.pooling_outputs",
-    "PoolingRequestOutput": "jaxllm.pooling_outputs",
-    "ScoringRequestOutput": "jaxllm.pooling_outputs",
+    "EngineArgs": "jaxllm.config.engine_args",
+    "FlexibleArgumentParser": "jaxllm.config.command_line",
+    "LLM": "jaxllm.llm",
+    "LLMEngine": "jaxllm.llm_engine",
+    "LogitsProcessor": "jaxllm.logits_processor",
+    "Logprob": "jaxllm.outputs",
+    "PoolingOutput": "jaxllm.pooling_outputs",
     "PoolingParams": "jaxllm.pooling_params",
+    "PoolingRequestOutput": "jaxllm.pooling_outputs",
+    "RepetitionDetectionParams": "jaxllm.output_constraints",
+    "RequestOutput": "jaxllm.outputs",
     "RequestOutputKind": "jaxllm.sampling_params",
     "SamplingParams": "jaxllm.sampling_params",
+    "ScoringOutput": "jaxllm.pooling_outputs",
+    "ScoringRequestOutput": "jaxllm.pooling_outputs",
     "StructuredOutputsParams": "jaxllm.output_constraints",
+    "TextPrompt": "jaxllm.inputs",
+    "TokensPrompt": "jaxllm.inputs",
 }
 
 __all__ = [
-    "LLM",
     "AsyncLLM",
-    "LLMEngine",
+    "BeamSearchOutput",
     "BeamSearchParams",
+    "ChatPrompt",
+    "ClassificationOutput",
     "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineArgs",
+    "FlexibleArgumentParser",
+    "LLM",
+    "LLMEngine",
     "LogitsProcessor",
+    "Logprob",
+    "PoolingOutput",
     "PoolingParams",
     "PoolingRequestOutput",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
     "ScoringRequestOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
@@ -76,4 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -11,6 +11,7 @@ runs a script that way without changing it.
 from __future__ import annotations
 
 import importlib
+import logging
 import runpy
 import sys
 from types import ModuleType
@@ -44,6 +45,7 @@ MODULES: dict[str, dict[str, str]] = {
         "__version__": "jaxllm",
         "LLM": "jaxllm.llm",
         "LLMEngine": "jaxllm.llm_engine",
+        "AsyncLLMEngine": "jaxllm.async_llm",
         "EngineArgs": "jaxllm.config.engine_args",
         "AsyncEngineArgs": "jaxllm.config.engine_args",
         "PoolingParams": "jaxllm.pooling_params",
@@ -53,17 +55,22 @@ MODULES: dict[str, dict[str, str]] = {
         **_PROMPTS,
     },
     "vllm.beam_search": _BEAM_SEARCH,
-    "vllm.config": {"PoolerConfig": "jaxllm.config.pooler"},
+    "vllm.config": {
+        "StructuredOutputsConfig": "jaxllm.config.structured_outputs",
+        "PoolerConfig": "jaxllm.config.pooler",
+    },
     "vllm.distributed": {"cleanup_dist_env_and_memory": "jaxllm.as_vllm"},
     "vllm.engine": {},
     "vllm.engine.arg_utils": {
         "EngineArgs": "jaxllm.config.engine_args",
         "AsyncEngineArgs": "jaxllm.config.engine_args",
     },
+    "vllm.engine.async_llm_engine": {"AsyncLLMEngine": "jaxllm.async_llm"},
     "vllm.engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "vllm.entrypoints": {},
     "vllm.entrypoints.llm": {"LLM": "jaxllm.llm"},
     "vllm.inputs": _PROMPTS,
+    "vllm.logger": {"init_logger": "jaxllm.as_vllm"},
     "vllm.logprobs": dict.fromkeys(("FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"), "jaxllm.logprobs"),
     "vllm.outputs": {**_OUTPUTS, **_POOLING},
     "vllm.pooling_params": {"PoolingParams": "jaxllm.pooling_params"},
@@ -73,6 +80,7 @@ MODULES: dict[str, dict[str, str]] = {
     "vllm.utils.print_utils": {"print_embeddings": "jaxllm.as_vllm"},
     "vllm.v1": {},
     "vllm.v1.engine": {},
+    "vllm.v1.engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "vllm.v1.engine.async_llm": {"AsyncLLM": "jaxllm.async_llm"},
     "vllm.v1.metrics": {},
     "vllm.v1.metrics.reader": {
@@ -80,11 +88,16 @@ MODULES: dict[str, dict[str, str]] = {
     },
 }
 #: vLLM's name -> jaxllm's, where they differ
-_RENAMED = {"AsyncEngineArgs": "EngineArgs"}
+_RENAMED = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
     """vLLM's scripts call it between two engines. There is nothing to clean up: `LLM.shutdown` frees everything."""
+
+
+def init_logger(name: str) -> logging.Logger:
+    """vLLM's way to a logger."""
+    return logging.getLogger(name)
 
 
 def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:

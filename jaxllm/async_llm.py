@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.prompts import Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
 from jaxllm.llm import LLM
@@ -41,8 +42,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        self._use(LLM(model, **kwargs))
+
+    def _use(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
-        self.llm = LLM(model, **kwargs)
+        self.llm = llm
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -53,6 +57,13 @@ class AsyncLLM:
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
         """An engine, started in a thread."""
         return await asyncio.to_thread(lambda: cls(model, **kwargs))
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
+        """An engine from arguments that are checked already."""
+        engine = cls.__new__(cls)
+        engine._use(LLM.from_engine_args(engine_args))
+        return engine
 
     # Requests.
 
@@ -177,6 +188,16 @@ class AsyncLLM:
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""
         return self.llm.get_metrics()
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError when the engine has been shut down."""
+        if self._closing:
+            raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
+
+    @property
+    def errored(self) -> bool:
+        """False: a step that fails ends its requests and leaves the engine usable."""
+        return False
 
     @property
     def is_running(self) -> bool:

@@ -128,7 +128,6 @@ class Never(NamedTuple):
 
 
 NEVER: dict[str, Never] = {
-    "trust_remote_code": Never((False,), "jaxllm runs no code from checkpoints"),
     "code_revision": Never((), "jaxllm runs no code from checkpoints"),
     "model_impl": Never(("auto",), "jaxllm has its own definition of every model"),
     "distributed_executor_backend": Never(("uni",), "jaxllm is one process, without workers"),
@@ -152,6 +151,7 @@ _ONE_KERNEL = "jaxllm picks its kernels itself"
 
 #: accepted with any value
 NO_EFFECT: dict[str, NoEffect] = {
+    "trust_remote_code": NoEffect("jaxllm runs no code from checkpoints, it has its own models", (False,)),
     "use_v2_block_manager": NoEffect("there is one block manager"),
     "swap_space": NoEffect("preempted requests are recomputed, not swapped"),
     "num_scheduler_steps": NoEffect("async_scheduling keeps the device busy between steps", (1,)),

@@ -46,12 +46,25 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
 
 
+def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with `overrides` in place of its own arguments.
+
+    Its `long_prefill_token_threshold` does not survive a `max_model_len` below it, where it would limit nothing.
+    """
+    arguments = {**config, **overrides}
+    threshold, length = config.get("long_prefill_token_threshold"), overrides.get("max_model_len")
+    if isinstance(threshold, int) and isinstance(length, int) and 0 < length < threshold:
+        if "long_prefill_token_threshold" not in overrides:
+            del arguments["long_prefill_token_threshold"]
+    return arguments
+
+
 def merged(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model and the other arguments of a configuration, with `overrides` in place of its own.
 
     Raises what `load_config` does, and ValidationError when neither names a model.
     """
-    arguments = {**load_config(path_or_name), **overrides}
+    arguments = with_overrides(load_config(path_or_name), overrides)
     model = arguments.pop("model", None)
     if model is None:
         raise ValidationError(f"The configuration {os.fspath(path_or_name)!r} names no model: pass model=...")
@@ -59,7 +72,7 @@ def merged(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any]) -
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:
-    text = os.fspath(path_or_name)
+    text = os.fspath(path_or_name) if isinstance(path_or_name, str | os.PathLike) else ""
     if not isinstance(text, str) or not text.strip():
         raise ValidationError(f"A configuration is a YAML file or a shipped one's name; got {path_or_name!r}.")
     path = Path(text).expanduser()

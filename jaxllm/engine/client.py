@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ class EngineClient:
         self._receivers: dict[str, Receiver] = {}
         #: ids of the children of requests with n > 1
         self._children: dict[str, list[str]] = {}
-        self._num_requests = 0
+        # counting needs no lock: an event loop asks for ids while the engine works
+        self._ids = itertools.count()
 
     @property
     def core(self) -> EngineCore:
@@ -42,9 +44,7 @@ class EngineClient:
 
     def next_id(self) -> str:
         """A request id that was not in use."""
-        with self.lock:
-            self._num_requests += 1
-            return str(self._num_requests - 1)
+        return str(next(self._ids))
 
     def add(self, request: Request, text: str | None, receive: Receiver) -> None:
         """Queue a request; `receive` gets its outputs, in the thread whose step brings them.

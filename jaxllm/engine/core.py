@@ -229,7 +229,11 @@ class EngineCore:
             self._runner.restore_weights()
         if "kv_cache" in tags & self._asleep:
             self._runner.reset()
+        woken = tags & self._asleep
         self._asleep -= tags
+        if woken and self._asleep == {"scheduling"}:
+            # what could run has come back in parts
+            self._asleep.clear()
         return not self._asleep
 
     # What others count and watch.

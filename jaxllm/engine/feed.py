@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxllm import checks
 from jaxllm.engine.input_processor import CheckedParams, InputProcessor
 from jaxllm.engine.interrupt import DeferredInterrupt
+from jaxllm.engine.prompt_source import ReadySource, WaitingSource
 from jaxllm.engine.prompts import PreparedPrompt, Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput, failed_output
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.pooling_inputs import PoolingInputs
 
-#: seconds that reading prompts may keep a working engine waiting
-_PATIENCE = 0.005
 _END = object()
 
 
@@ -44,7 +43,7 @@ class Feed:
     At most `window` prompts are read and unfinished at any time, so an endless source needs bounded memory.
 
     Args:
-        prompts: read on the thread that calls `advance`.
+        prompts: what has no length is read by a thread of its own.
         params: one for all, or one each.
         priority: one for all, or one each.
         window: prompts.
@@ -74,19 +73,20 @@ class Feed:
         if on_error not in ("raise", "return"):
             raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
         self._client, self._inputs, self._pool = client, inputs, pool
-        self._jobs = _jobs(prompts, params, 0 if priority is None else priority)
+        jobs = _jobs(prompts, params, 0 if priority is None else priority)
+        ready = isinstance(prompts, Sized)
+        self._source = ReadySource(jobs) if ready else WaitingSource(jobs, window)
         self._window = window
         self._raise = on_error == "raise"
         self._options = options
         self._convert = convert
-        self._check_first = check_first and self._raise
+        self._check_first = check_first and self._raise and ready
         #: equal parameters, one after the other, are checked once: these, and what came of them
         self._last: tuple[SamplingParams, CheckedParams] | None = None
         #: parameters that all prompts share are checked once
         self._shared = self._check(params) if isinstance(params, (SamplingParams, PoolingParams)) else None
         self._preparing: collections.deque[tuple[list[Job], Future[list[PreparedPrompt | ValidationError]]]]
         self._preparing = collections.deque()
-        self._exhausted = False
         #: request id -> index of its prompt
         self._running: dict[str, int] = {}
         # two counters: steps of other threads finish prompts, this call's thread reads them
@@ -101,7 +101,7 @@ class Feed:
     @property
     def done(self) -> bool:
         """Whether every prompt has been read and has its output."""
-        return self._exhausted and not self._unfinished
+        return self._source.exhausted and not self._unfinished
 
     def advance(self) -> None:
         """Read and add what there is room for, then run one step of the engine.
@@ -111,6 +111,7 @@ class Feed:
             RuntimeError: the engine failed or was shut down by another thread.
         """
         self._read()
+        self._wait_for_first()
         # an interrupt in the middle of a step would leave half-made bookkeeping behind
         with DeferredInterrupt():
             self._add_ready()
@@ -131,14 +132,16 @@ class Feed:
         Raises:
             ValidationError: a prompt is refused.
         """
-        self._read()
         self._check_first = True
+        while not self._source.exhausted:
+            self._read()
+        self._wait_for_first()
         self._add_ready()
         return list(self._running)
 
     def close(self) -> None:
         """End what runs. What is in the pool is dropped when it is ready."""
-        self._exhausted = True
+        self._source.close()
         for _, future in self._preparing:
             future.cancel()
         self._preparing.clear()
@@ -149,25 +152,20 @@ class Feed:
     # Prompts in.
 
     def _read(self) -> None:
-        """Read prompts into the pool, a batch at a time, while there is room and they come without delay."""
-        start = time.perf_counter()
-        while not self._exhausted and self._unfinished < self._window:
-            batch: list[Job] = []
-            room = min(BATCH, self._window - self._unfinished)
-            slow = False
-            while len(batch) < room and not slow:
-                job = next(self._jobs, None)
-                if job is None:
-                    self._exhausted = True
-                    break
-                batch.append(job)
-                # a slow source: let the engine work in between
-                slow = time.perf_counter() - start > _PATIENCE and not self._check_first
-            self.num_read += len(batch)
-            if batch:
-                self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
-            if slow:
+        """Give prompts to the pool, a batch at a time, while there is room; wait for one only when nothing runs."""
+        while not self._source.exhausted and self._unfinished < self._window:
+            idle = not (self._running or self._preparing or self.finished)
+            batch = self._source.take(min(BATCH, self._window - self._unfinished), wait=idle)
+            if not batch:
                 return
+            self.num_read += len(batch)
+            self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
+
+    def _wait_for_first(self) -> None:
+        """Wait for the pool when there is nothing else to do."""
+        for _, future in self._preparing if self._check_first else itertools.islice(self._preparing, 1):
+            if self._check_first or not self._running:
+                concurrent.futures.wait([future])
 
     def _prepare(self, jobs: Sequence[Job]) -> list[PreparedPrompt | ValidationError]:
         prompts = [job.prompt for job in jobs]
@@ -176,15 +174,11 @@ class Feed:
         return self._inputs.reader.read(prompts, self._options)
 
     def _add_ready(self) -> None:
-        """Add the prompts that the pool is through with; wait for some when there is nothing else to do."""
-        while self._preparing:
-            jobs, future = self._preparing[0]
-            if not (future.done() or not self._running or self._check_first):
-                break
-            prepared = future.result()
-            self._preparing.popleft()
+        """Add the prompts that the pool is through with."""
+        while self._preparing and self._preparing[0][1].done():
+            jobs, future = self._preparing.popleft()
             with self._client.lock:
-                for job, prompt in zip(jobs, prepared, strict=True):
+                for job, prompt in zip(jobs, future.result(), strict=True):
                     self._add(job, prompt)
         self._check_first = False
 
@@ -230,6 +224,7 @@ class Feed:
         output.index = index
         self._num_finished += 1
         self.finished.append(output)
+        self._source.finished()
 
     def _raise_failures(self) -> None:
         for output in self.finished:

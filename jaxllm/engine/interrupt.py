@@ -29,7 +29,8 @@ class DeferredInterrupt:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._active:
             signal.signal(signal.SIGINT, self._previous)
-        if kind is None:
+        # an interrupt says more than the error that it may have met
+        if kind is None or issubclass(kind, Exception):
             self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

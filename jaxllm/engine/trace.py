@@ -158,8 +158,17 @@ class Trace:
         }
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The steps as a table, indexed by step. Needs pandas."""
-        import pandas
+        """The steps as a table, indexed by step.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas() needs pandas: `pip install pandas`. arrays() has the same columns."
+            ) from error
 
         return pandas.DataFrame(self.arrays()).set_index("step")
 

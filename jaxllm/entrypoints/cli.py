@@ -39,12 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    fetch = commands.add_parser("fetch", help="bring named models onto this machine")
+    fetch = commands.add_parser("fetch", allow_abbrev=False, help="bring named models onto this machine")
     fetch.add_argument("names", nargs="+", metavar="NAME", help="a named model, such as smollm2-135m-instruct")
     fetch.set_defaults(run=_fetch)
 
-    generate = commands.add_parser("generate", help="complete prompts")
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input, one prompt a line")
+    generate = commands.add_parser("generate", allow_abbrev=False, help="complete prompts")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="-, or none: standard input, one prompt a line")
     generate.add_argument(
         "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
     )
@@ -54,25 +54,29 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
     generate.set_defaults(run=_generate)
 
-    batch = commands.add_parser("run-batch", help="run a file of OpenAI API calls; resumable")
+    batch = commands.add_parser("run-batch", allow_abbrev=False, help="run a file of OpenAI API calls; resumable")
     add_batch_options(batch)
     add_engine_options(batch)
     batch.set_defaults(run=_run_batch)
 
-    chat = commands.add_parser("chat", help="talk to a model; answers are shown as they are generated")
+    chat = commands.add_parser(
+        "chat", allow_abbrev=False, help="talk to a model; answers are shown as they are generated"
+    )
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
     add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
     chat.set_defaults(run=_chat)
 
-    bench = commands.add_parser("bench", help="measure").add_subparsers(
+    bench = commands.add_parser("bench", allow_abbrev=False, help="measure").add_subparsers(
         title="benchmarks", metavar="NAME", required=True
     )
-    tokenizer = bench.add_parser("tokenizer", help="tokens tokenized per second, by the number of the pool's workers")
+    tokenizer = bench.add_parser(
+        "tokenizer", allow_abbrev=False, help="tokens tokenized per second, by the number of the pool's workers"
+    )
     add_tokenizer_bench_options(tokenizer)
     tokenizer.set_defaults(run=_bench_tokenizer)
 
-    demo = commands.add_parser("demo", help="answer a batch of questions, and sum up how it went")
+    demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
     add_sampling_options(demo, max_tokens=64, temperature=0.0)
     demo.set_defaults(run=_demo)

@@ -62,7 +62,7 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[Any]:
         if arguments.prompts:
             raise ValidationError("Give prompts as arguments or with --input-file, not both.")
         return read_prompts(arguments.input_file, arguments.prompt_column)
-    return iter(arguments.prompts) if arguments.prompts else read_stdin()
+    return read_stdin() if arguments.prompts in ([], ["-"]) else iter(arguments.prompts)
 
 
 def _as_text(output: RequestOutput, *, alone: bool) -> str:

@@ -66,12 +66,11 @@ def engine_arguments(arguments: argparse.Namespace, **defaults: Any) -> tuple[An
 
     Raises ValidationError for a configuration that is none.
     """
-    from jaxllm.config.files import load_config
+    from jaxllm.config.files import load_config, with_overrides
 
-    given = {**defaults, **(load_config(arguments.config) if arguments.config else {})}
-    for name in ("model", *engine_types(), *unlisted()):
-        if hasattr(arguments, name):
-            given[name] = getattr(arguments, name)
+    config = {**defaults, **(load_config(arguments.config) if arguments.config else {})}
+    names = ("model", *engine_types(), *unlisted())
+    given = with_overrides(config, {name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
     return given.pop("model", DEFAULT_MODEL), given
 
 

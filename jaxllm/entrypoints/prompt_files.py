@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxllm.entrypoints.tables import is_table, read_rows
+from jaxllm.entrypoints.tables import BadRow, is_table, read_rows
 from jaxllm.errors import JaxLLMError, ValidationError
 
 
@@ -33,10 +33,17 @@ def read_prompts(path: str, column: str | None) -> Iterator[Any]:
     """
     if is_table(path):
         name = column or "prompt"
-        return (row[name] for row in read_rows(path, [name]))
+        return _cells(path, name)
     if column:
         raise ValidationError(f"--prompt-column is for CSV and Parquet files, and the input is {path!r}.")
     return _file(Path(path))
+
+
+def _cells(path: str, name: str) -> Iterator[Any]:
+    for number, row in enumerate(read_rows(path, [name]), start=1):
+        if isinstance(row, BadRow):
+            raise ValidationError(f"{path}, row {number}: {row}")
+        yield row[name]
 
 
 def _file(path: Path) -> Iterator[Any]:

@@ -1,7 +1,8 @@
-"""Prompts from CSV and Parquet files, through pyarrow, a piece at a time."""
+"""Prompts from CSV and Parquet files (the latter through pyarrow), a piece at a time."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,51 +16,62 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".parquet")
 #: rows of Parquet in memory at once
 _ROWS = 1024
-#: bytes of CSV in memory at once; a row must fit in
-_BLOCK = 16 << 20
+#: characters of a CSV field, at most: far beyond any context
+_FIELD = 1 << 30
+
+
+class BadRow(str):
+    """Why a row of a CSV file is none."""
 
 
 def is_table(path: str) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
     """The rows of a CSV (first line: names; all values are text) or Parquet file.
+
+    Bytes of a CSV file that are no UTF-8 come as lone surrogates, which no tokenizer takes: that row is refused, alone.
 
     Args:
         wanted: columns that must be there.
         optional: columns that are read where they are there.
 
     Raises:
-        JaxLLMError: pyarrow is not installed, or the file cannot be read.
-        ValidationError: a column is missing.
+        JaxLLMError: the file cannot be read, or it is Parquet and pyarrow is not installed.
+        ValidationError: a column is missing, or there twice.
     """
+    place = Path(path).expanduser()
+    if place.suffix.lower() == ".csv":
+        try:
+            yield from _csv(place, tuple(wanted), tuple(optional))
+        except (OSError, csv.Error) as error:
+            raise JaxLLMError(f"The table {path!r} cannot be read: {error}") from error
+        return
     try:
         import pyarrow
     except ImportError as error:
         raise JaxLLMError(
             f"Reading {path!r} needs pyarrow: `pip install 'jaxllm[tables]'` (or write the prompts as JSONL)."
         ) from error
-    place = Path(path).expanduser()
-    batches = _csv if place.suffix.lower() == ".csv" else _parquet
     try:
-        for batch in batches(place, tuple(wanted), tuple(optional)):
+        for batch in _parquet(place, tuple(wanted), tuple(optional)):
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise JaxLLMError(f"The table {path!r} cannot be read: {error}") from error
 
 
-def _csv(path: Path, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[pyarrow.RecordBatch]:
-    import pyarrow
-    from pyarrow import csv
-
-    read, parse = csv.ReadOptions(block_size=_BLOCK), csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, read_options=read, parse_options=parse) as names:
-        columns = _columns(path, names.schema.names, wanted, optional)
-    # of no other type, however much the first rows look like numbers
-    convert = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pyarrow.string()))
-    with csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as reader:
-        yield from reader
+def _csv(path: Path, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+    csv.field_size_limit(_FIELD)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        names = next(reader, [])
+        places = {name: names.index(name) for name in _columns(path, names, wanted, optional)}
+        for row in reader:
+            if len(row) == len(names):
+                yield {name: row[place] for name, place in places.items()}
+            elif row:
+                yield BadRow(f"the row has {len(row)} values, and there are {len(names)} columns")
 
 
 def _parquet(path: Path, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[pyarrow.RecordBatch]:
@@ -70,10 +82,13 @@ def _parquet(path: Path, wanted: tuple[str, ...], optional: tuple[str, ...]) -> 
         yield from file.iter_batches(batch_size=_ROWS, columns=columns)
 
 
-def _columns(path: Path, there: Sequence[str], wanted: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+def _columns(path: Path, there: list[str], wanted: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ValidationError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(there)}.")
+    twice = [name for name in (*wanted, *optional) if there.count(name) > 1]
+    if twice:
+        raise ValidationError(f"{path} has the column {twice[0]!r} {there.count(twice[0])} times; rename one.")
     return [*wanted, *(name for name in optional if name in there and name not in wanted)]
 
 

@@ -48,7 +48,8 @@ class GenerationMethods(EngineMethods):
 
         Args:
             prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
-                or any iterable of them. Iterators are read as the engine has room, so they may be endless.
+                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
+                may be endless, and it may be slow.
             sampling_params: one for all, or one each; None: the model's own defaults.
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.

@@ -48,6 +48,8 @@ def stream_text(
                         raise ValidationError(output.error)
                     if output.error is not None:
                         raise RuntimeError(f"the text is cut short: {output.error}")
+                    if output.outputs[0].finish_reason == "abort":
+                        raise RuntimeError("the text is cut short: the request was aborted")
                     if output.outputs[0].text:
                         yield output.outputs[0].text
         finally:

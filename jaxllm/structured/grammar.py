@@ -22,6 +22,10 @@ _SCHEMAS = (
 )
 
 
+#: characters that mean something in a regex
+_META = frozenset("\\.+*?()|[]{}^$")
+
+
 def serialize(
     params: StructuredOutputsParams, config: StructuredOutputsConfig, special_tokens: frozenset[str] = frozenset()
 ) -> str:
@@ -40,8 +44,8 @@ def serialize(
     if params.regex is not None:
         return llguidance.LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        alternatives = " | ".join(_quoted(text) for text in params.choice)
-        return llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}")
+        # one expression: thousands of a grammar's alternatives would be more than its parser follows at once
+        return llguidance.LLMatcher.grammar_from_regex("|".join(_literal(text) for text in params.choice))
     if params.grammar is not None:
         return llguidance.LLMatcher.grammar_from_lark(_lark(params.grammar))
     return _structural_tag(params, config, special_tokens)
@@ -86,12 +90,13 @@ def _forbid_additional_properties(schema: Any) -> None:
         schema["additionalProperties"] = False
 
 
-def _quoted(text: str) -> str:
+def _literal(text: str) -> str:
+    """A regex that matches `text` alone."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValidationError(f"structured_outputs.choice has a lone surrogate: {text!r:.80}") from None
-    return json.dumps(text, ensure_ascii=False)
+    return "".join(f"\\{character}" if character in _META else character for character in text)
 
 
 def _lark(grammar: str) -> str:

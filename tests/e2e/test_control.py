@@ -47,8 +47,7 @@ def test_waking_up_in_parts(llm: LLM):
     before = texts(llm)
     llm.sleep(2)
     assert not llm.wake_up(["weights"]) and llm.is_sleeping
-    assert not llm.wake_up(["kv_cache"])
-    assert llm.wake_up("scheduling")
+    assert llm.wake_up(["kv_cache"]) and not llm.is_sleeping
     assert texts(llm) == before
     llm.release_kv_cache_memory()
     runner: Any = llm._started.runner

@@ -266,12 +266,13 @@ def test_conversations_in_tables(folder: Folder):
 def test_tables_without_their_columns(folder: Folder, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("pyarrow")
     (folder.path / "p.csv").write_text("text\nhello\n")
+    (folder.path / "p.parquet").write_bytes(b"")
     assert folder.run(source=folder.path / "p.csv") == 1
     assert "has no column 'prompt'; its columns are text" in capsys.readouterr().err
     monkey = pytest.MonkeyPatch()
     monkey.setitem(sys.modules, "pyarrow", None)
     with monkey.context():
-        assert folder.run(source=folder.path / "p.csv") == 1
+        assert folder.run(source=folder.path / "p.parquet") == 1
     monkey.undo()
     assert "pip install 'jaxllm[tables]'" in capsys.readouterr().err
 

@@ -44,7 +44,9 @@ def test_a_script_runs_unchanged(tmp_path: Path):
     )
     first, second = done.stdout.splitlines()
     assert first.startswith("jaxllm.llm 3 ") and first.endswith(" ['--flag', 'x']")
-    assert second == "jaxllm has no vllm.config.ModelConfig; of this module it has: PoolerConfig"
+    assert (
+        second == "jaxllm has no vllm.config.ModelConfig; of this module it has: PoolerConfig, StructuredOutputsConfig"
+    )
 
 
 def test_the_real_one_is_not_replaced(tmp_path: Path):

@@ -317,7 +317,8 @@ def test_the_picture_shows_the_numbers(preempting: tuple[Traced, Trace], tmp_pat
     (marks,) = [line for line in cache.lines if line.get_label() == "preemption"]
     np.testing.assert_array_equal(marks.get_xdata(), arrays["device_start"][arrays["num_preemptions"] > 0])
     # as wide as the device was busy with it
-    edges = [patch for patch in tokens.patches if patch.get_label() == "decode"][0].get_data().edges
+    drawn: Any = next(patch for patch in tokens.patches if patch.get_label() == "decode")
+    edges = drawn.get_data().edges
     np.testing.assert_array_equal(edges[:-1], arrays["device_start"])
     figure.savefig(tmp_path / "trace.png")
     assert figure._repr_png_().startswith(b"\x89PNG")  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,6 +25,7 @@ from jaxllm.errors import JaxLLMError, ValidationError
 _SYNC_SECONDS = 5.0
 _ID = "batch_req_"
 #: errors of lines that have no custom_id of their own: these are known by their line number
+_BEGINNING = b'{"id": "batch_req_'
 INVALID_LINE, DUPLICATE = "invalid_line", "duplicate_custom_id"
 
 
@@ -128,7 +129,8 @@ class Journal:
             for position, line in enumerate(lines, start=1):
                 record = _record(line)
                 if record is None:
-                    if line.endswith(b"\n") and lines.peek(1):
+                    # what was torn has no newline, and begins as every result does
+                    if line.endswith(b"\n") or not _BEGINNING.startswith(line[: len(_BEGINNING)]):
                         raise ValidationError(
                             f"Line {position} of {self.path!r} is not a result of run-batch, so --resume cannot go on "
                             f"with it: {line[:80]!r}. Is it the right file?"

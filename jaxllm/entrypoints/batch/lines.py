@@ -12,10 +12,11 @@ from typing import Any
 
 from jaxllm.entrypoints.batch.journal import INVALID_LINE
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.tables import BadRow
 from jaxllm.errors import JaxLLMError, ValidationError
 
 #: a line of input: its number, from 1, and what it holds
-NumberedLine = tuple[int, bytes | Mapping[str, Any]]
+NumberedLine = tuple[int, bytes | Mapping[str, Any] | BadRow]
 _KEYS = ("custom_id", "method", "url", "body")
 
 
@@ -62,8 +63,10 @@ def count_lines(path: str) -> int | None:
     return newlines + (last != b"\n")
 
 
-def parse_line(number: int, line: bytes | Mapping[str, Any]) -> BatchLine:
+def parse_line(number: int, line: bytes | Mapping[str, Any] | BadRow) -> BatchLine:
     """The request in a line of input. Raises APIError, with the line's number in its message."""
+    if isinstance(line, BadRow):
+        raise _invalid(number, line)
     try:
         record = json.loads(line) if isinstance(line, bytes) else line
     except (ValueError, RecursionError) as error:

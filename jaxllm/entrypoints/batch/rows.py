@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxllm.entrypoints.batch.lines import NumberedLine
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS
-from jaxllm.entrypoints.tables import as_messages, read_rows
+from jaxllm.entrypoints.tables import BadRow, as_messages, read_rows
 from jaxllm.errors import ValidationError
 
 ID_COLUMN = "custom_id"
@@ -31,6 +31,9 @@ def read_table(path: str, arguments: argparse.Namespace) -> Iterator[NumberedLin
     id_column = arguments.id_column or ID_COLUMN
     required = [column, id_column] if arguments.id_column else [column]
     for number, row in enumerate(read_rows(path, required, [id_column]), start=1):
+        if isinstance(row, BadRow):
+            yield number, row
+            continue
         custom_id = row.get(id_column)
         yield (
             number,

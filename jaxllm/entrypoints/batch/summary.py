@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -20,23 +21,28 @@ class Tally:
 
         self.completed = self.failed = self.skipped = 0
         self.prompt_tokens = self.output_tokens = 0
+        # lines are refused where they are read, and completed where the engine is driven
+        self._lock = threading.Lock()
         self._start = self._shown = time.monotonic()
         self._bar = tqdm(total=total, unit=" lines", desc="run-batch", disable=not show, dynamic_ncols=True)
 
     def skip(self) -> None:
         """A line that an earlier run finished."""
-        self.skipped += 1
-        self._advance()
+        with self._lock:
+            self.skipped += 1
+            self._advance()
 
     def fail(self) -> None:
-        self.failed += 1
-        self._advance()
+        with self._lock:
+            self.failed += 1
+            self._advance()
 
     def complete(self, usage: dict[str, Any]) -> None:
-        self.completed += 1
-        self.prompt_tokens += usage["prompt_tokens"]
-        self.output_tokens += usage["completion_tokens"]
-        self._advance()
+        with self._lock:
+            self.completed += 1
+            self.prompt_tokens += usage["prompt_tokens"]
+            self.output_tokens += usage["completion_tokens"]
+            self._advance()
 
     def _advance(self) -> None:
         if self._bar.disable:

@@ -25,20 +25,21 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, as_ids: bool, offset: int = 0
+    token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, as_ids: bool, first: str = ""
 ) -> dict[str, Any]:
     """The form of completions: parallel lists. A position without log-probabilities (a prompt's first) has None.
 
     Args:
-        offset: characters before the first token.
+        first: text of a position without log-probabilities.
     """
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
+    offset = 0
     for token_id, position in zip(token_ids, positions, strict=False):
         if position is None:
-            text, value, alternatives = _text(token_id, None, as_ids), None, None
+            text, value, alternatives = _text(token_id, None, as_ids) or first, None, None
         else:
             text, value = _text(token_id, position[token_id], as_ids), _finite(position[token_id])
             alternatives = {_text(other, logprob, as_ids): _finite(logprob) for other, logprob in position.items()}
@@ -48,6 +49,16 @@ def completion_logprobs(
         offsets.append(offset)
         offset += len(text)
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def first_text(prompt: str | None, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> str:
+    """The text of a prompt's first token, which has no log-probability to bring it: what the others leave of it."""
+    rest = "".join(
+        _text(token_id, position[token_id], False)
+        for token_id, position in zip(token_ids, positions, strict=True)
+        if position is not None
+    )
+    return prompt[: len(prompt) - len(rest)] if prompt is not None and prompt.endswith(rest) else ""
 
 
 def raw_logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -24,29 +24,26 @@ SAMPLING = frozenset(
     )
 )
 #: read here, by name
-_SHAPED = frozenset(("response_format", "structured_outputs", "repetition_detection"))
+_SHAPED = frozenset(("response_format", "structured_outputs", "repetition_detection", "vllm_xargs"))
 #: the caller's own notes, which no answer depends on
-_LABELS = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key"))
+_LABELS = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id", "store"))
 #: parameter -> values that ask for nothing; others are refused. None always asks for nothing
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
-    "store": (False,),
     "service_tier": ("auto", "default"),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "truncate_prompt_tokens": (),
-    "mm_processor_kwargs": (),
+    "mm_processor_kwargs": ({},),
     "kv_transfer_params": (),
-    "vllm_xargs": (),
     "logits_processors": (),
 }
 #: different sets of parameters that are remembered
 _KEPT = 64
 _WHY = {
     "stream": "a batch is not streamed",
-    "store": "jaxllm keeps nothing",
 }
 
 
@@ -104,6 +101,8 @@ class SamplingReader:
             given["structured_outputs"] = _structured_outputs(shaped)
             if "repetition_detection" in shaped:
                 given["repetition_detection"] = RepetitionDetectionParams(**_mapping(shaped, "repetition_detection"))
+            if "vllm_xargs" in shaped:
+                given["extra_args"] = _mapping(shaped, "vllm_xargs")
             return dataclasses.replace(self._defaults, **given)
         except (ValidationError, TypeError) as error:
             raise APIError(str(error)) from error

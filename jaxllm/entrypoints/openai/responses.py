@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.entrypoints.openai.errors import APIError
-from jaxllm.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs, raw_logprobs
+from jaxllm.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs, first_text, raw_logprobs
 from jaxllm.entrypoints.openai.requests import CHAT, EMBEDDINGS, Call
 from jaxllm.outputs import CompletionOutput, RequestOutput
 
@@ -89,7 +89,12 @@ def _completion_choice(call: Call, output: RequestOutput, completion: Completion
         positions = [*(output.prompt_logprobs or ()), *positions]
     logprobs = None
     if call.top_logprobs is not None:
-        logprobs = completion_logprobs(token_ids, positions, as_ids=call.tokens_as_ids)
+        first = (
+            first_text(output.prompt, output.prompt_token_ids, output.prompt_logprobs)
+            if (call.echo and output.prompt_logprobs)
+            else ""
+        )
+        logprobs = completion_logprobs(token_ids, positions, as_ids=call.tokens_as_ids, first=first)
     choice: dict[str, Any] = {
         "index": completion.index,
         "text": text,
