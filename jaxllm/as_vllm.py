@@ -56,8 +56,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "vllm.beam_search": _BEAM_SEARCH,
     "vllm.config": {
-        "StructuredOutputsConfig": "jaxllm.config.structured_outputs",
         "PoolerConfig": "jaxllm.config.pooler",
+        "StructuredOutputsConfig": "jaxllm.config.structured_outputs",
     },
     "vllm.distributed": {"cleanup_dist_env_and_memory": "jaxllm.as_vllm"},
     "vllm.engine": {},
