@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,5 +179,29 @@ def test_a_pooling_engine_encodes(tiny_model: Path):
                 engine.generate("x")
             with pytest.raises(ValidationError, match="Classification API is not supported"):
                 engine.encode("x", pooling_task="classify")
+
+    asyncio.run(main())
+
+
+def test_the_event_loop_does_not_wait_for_steps(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
+    """A request is submitted while a step holds the engine: the loop goes on meanwhile."""
+    stepping, go_on = threading.Event(), threading.Event()
+    step = engine.llm._client.core.step
+
+    def slow_step() -> Any:
+        stepping.set()
+        assert go_on.wait(60)
+        return step()
+
+    async def main() -> None:
+        monkeypatch.setattr(engine.llm._client.core, "step", slow_step)
+        first = asyncio.create_task(collect(engine, "first", GREEDY))
+        await asyncio.to_thread(stepping.wait, 60)
+        second = asyncio.create_task(collect(engine, "second", GREEDY))
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        assert not second.done(), "the loop got here although the step has not ended"
+        go_on.set()
+        assert (await first)[-1].finished and (await second)[-1].finished
 
     asyncio.run(main())

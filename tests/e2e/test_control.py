@@ -149,3 +149,12 @@ def test_enqueued_requests_come_back_in_their_order(engine: LLM):
     assert outputs[0].outputs[0].text == alone[0] and alone[1].startswith(outputs[1].outputs[0].text)
     assert outputs[2].prompt == "user: hi\n"
     assert engine.wait_for_completion(use_tqdm=False) == []
+
+
+def test_a_stream_that_is_cut_short_says_so(engine: LLM):
+    stream = engine.stream("hello", SamplingParams(temperature=0.0, max_tokens=50))
+    next(stream)
+    engine.sleep(0)
+    engine.wake_up()
+    with pytest.raises(RuntimeError, match="cut short"):
+        list(stream)

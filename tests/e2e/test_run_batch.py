@@ -263,6 +263,18 @@ def test_conversations_in_tables(folder: Folder):
     assert folder.texts() == expected
 
 
+def test_a_bad_row_of_a_table_fails_alone(folder: Folder):
+    (folder.path / "p.csv").write_bytes(b"prompt\nfine\noops, a comma\nmore\ncaf\xe9\n")
+    assert folder.run("--body", '{"max_tokens": 3}', source=folder.path / "p.csv") == 3
+    lines = [json.loads(text) for text in folder.output.read_text().splitlines()]
+    failed = sorted(str(record["error"]["message"]) for record in lines if record["error"])
+    assert len(lines) == 4 and len(failed) == 2
+    assert "line 2: the row has 2 values, and there are 1 columns" in failed[0]
+    assert "lone surrogate" in failed[1]
+    assert folder.run("--resume", "--body", '{"max_tokens": 3}', source=folder.path / "p.csv") == 3
+    assert len(folder.output.read_text().splitlines()) == 4
+
+
 def test_tables_without_their_columns(folder: Folder, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("pyarrow")
     (folder.path / "p.csv").write_text("text\nhello\n")

@@ -65,11 +65,14 @@ def test_a_file_that_is_there_is_neither_overwritten_nor_continued_unasked(tmp_p
 @pytest.mark.parametrize("line", ["hello", "[1]", '{"id": 1}', '{"id": "x", "custom_id": 5}', "\0\0"])
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path, line: str):
     path = tmp_path / "out.jsonl"
-    path.write_text(f'{line}\n{{"id": "batch_req_1", "custom_id": "a", "error": null}}\n')
-    before = path.read_bytes()
-    with pytest.raises(ValidationError, match="Line 1 of .* is not a result of run-batch"):
-        Journal(str(path), resume=True)
-    assert path.read_bytes() == before
+    good = '{"id": "batch_req_1", "custom_id": "a", "error": null}\n'
+    # before results, behind them, alone, and without a newline
+    for text in (f"{line}\n{good}", f"{good}{line}\n", f"{line}\n", line):
+        path.write_text(text)
+        before = path.read_bytes()
+        with pytest.raises(ValidationError, match="Line [12] of .* is not a result of run-batch"):
+            Journal(str(path), resume=True)
+        assert path.read_bytes() == before
 
 
 def test_lines_without_an_id_of_their_own_are_known_by_their_number(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm.config.arguments import NOT_YET
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.config.files import load_config, merged, shipped_configs
+from jaxllm.config.files import load_config, merged, shipped_configs, with_overrides
 from jaxllm.config.resolve import scheduler_config
 from jaxllm.entrypoints.options import add_engine_options, engine_arguments
 from jaxllm.errors import ValidationError
@@ -132,3 +132,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_command():
     assert EngineArgs(model=model, **arguments).device == "cpu"
     given = parser.parse_args(["--config", "smollm2-cpu", "--model", "other"])
     assert engine_arguments(given)[0] == "other"
+
+
+def test_a_shorter_model_len_drops_the_files_threshold():
+    config = {"long_prefill_token_threshold": 1024, "max_num_seqs": 4}
+    assert with_overrides(config, {"max_model_len": 512}) == {"max_num_seqs": 4, "max_model_len": 512}
+    assert with_overrides(config, {"max_model_len": 2048}) == {**config, "max_model_len": 2048}
+    asked = {"max_model_len": 512, "long_prefill_token_threshold": 700}
+    assert with_overrides(config, asked) == {"max_num_seqs": 4, **asked}

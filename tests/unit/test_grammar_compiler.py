@@ -144,6 +144,11 @@ def test_choice(tokenizer, compiler: GrammarCompiler, seed: int):
     assert walk(tokenizer, matcher_of(compiler, choice=choice), seed) in choice
 
 
+def test_choice_of_thousands(tokenizer, compiler: GrammarCompiler):
+    choice = [f"{i} (of 4000)." for i in range(4000)]
+    assert walk(tokenizer, matcher_of(compiler, choice=choice), 0) in choice
+
+
 LARK = """
 start: sum
 sum: term (("+" | "-") term)*

@@ -72,6 +72,10 @@ def test_echo():
     assert whole["text"] == "OhHeé0"
     assert whole["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, -0.5, -9999.0]
     assert whole["logprobs"]["top_logprobs"][0] is None
+    # the first token has no log-probability that would bring its text: it is what the others leave of the prompt
+    first = answer(COMPLETIONS, output(prompt="Ohxy", prompt_logprobs=prompt), top_logprobs=1, echo=True)["choices"][0]
+    assert first["logprobs"]["tokens"][:3] == ["Oh", "x", "y"]
+    assert first["logprobs"]["text_offset"][:4] == [0, 2, 3, 4]
     only = answer(COMPLETIONS, output(prompt_logprobs=prompt), top_logprobs=1, echo=True, echo_only=True)
     assert only["choices"][0]["text"] == "Oh"
     assert only["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
