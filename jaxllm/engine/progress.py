@@ -38,7 +38,7 @@ class Progress:
         self._bar: Any = None
         if not enabled:
             return
-        make = enabled if callable(enabled) else _tqdm()
+        make = enabled if callable(enabled) else bar_class()
         self._clock, self._stats = clock, stats
         self._before = stats() if stats else None
         self._input = self._output = self._finished = 0
@@ -102,7 +102,7 @@ class Progress:
         )
 
 
-def _tqdm() -> Callable[..., Any]:
+def bar_class() -> Callable[..., Any]:
     """tqdm's notebook bar where a notebook can show it, else the one of text."""
     import warnings
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-from tqdm.auto import tqdm
+from typing import Any
 
 from jaxllm import checks
 from jaxllm.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from jaxllm.engine.progress import bar_class
 from jaxllm.engine.prompts import PreparedPrompt, Prompt
 from jaxllm.errors import ValidationError
 from jaxllm.methods.base import EngineMethods, refuse
@@ -93,7 +93,7 @@ class BeamSearchMethods(EngineMethods):
             searches.append(_Search(prompt))
         limit = concurrency_limit or max(len(searches), 1)
         total = -(-len(searches) // limit) * params.max_tokens
-        with tqdm(total=total, desc="Beam search", unit="token", disable=not use_tqdm) as bar:
+        with bar_class()(total=total, desc="Beam search", unit="token", disable=not use_tqdm) as bar:
             for first in range(0, len(searches), limit):
                 self._search(searches[first : first + limit], params, priority, bar)
         outputs = [BeamSearchOutput(sequences=search.sequences(params)) for search in searches]
@@ -104,7 +104,7 @@ class BeamSearchMethods(EngineMethods):
                 )
         return outputs
 
-    def _search(self, searches: list[_Search], params: BeamSearchParams, priority: int | None, bar: tqdm) -> None:
+    def _search(self, searches: list[_Search], params: BeamSearchParams, priority: int | None, bar: Any) -> None:
         one_token = SamplingParams(
             max_tokens=1, temperature=params.temperature, logprobs=2 * params.beam_width, detokenize=False
         )
