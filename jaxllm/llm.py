@@ -14,6 +14,7 @@ from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import merged
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.progress import bar_class
 from jaxllm.errors import ValidationError
 from jaxllm.log import show_log
 from jaxllm.methods.beam_search import BeamSearchMethods
@@ -50,6 +51,8 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
         show_log()
+        # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
+        bar_class()
         args: EngineArgs = engine_args(model, **kwargs)
         try:
             started = start(args)
