@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,7 @@ def test_a_failed_step_ends_the_requests_of_the_trace():
 
 
 def test_arrays_table_and_dictionary_agree(preempting: tuple[Traced, Trace]):
+    pytest.importorskip("pandas")
     _, trace = preempting
     arrays = trace.arrays()
     assert arrays["num_decode_tokens"].dtype == np.int64 and arrays["wait_time"].dtype == np.float64
@@ -217,6 +219,12 @@ def test_arrays_table_and_dictionary_agree(preempting: tuple[Traced, Trace]):
     requests = [{**r, "preempted": tuple(map(tuple, r["preempted"]))} for r in as_dict["requests"]]
     assert [RequestRecord(**request) for request in requests] == trace.requests
     assert repr(trace).startswith(f"Trace({len(trace.steps)} steps and 5 requests in ")
+
+
+def test_a_table_needs_pandas(preempting: tuple[Traced, Trace], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        preempting[1].to_pandas()
 
 
 # The Trace Event Format.
