@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.config.pooler import Pooler
-from jaxllm.layers.attention import cdiv
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
 from jaxllm.models.pooler import Head, PoolingModel, finish
@@ -126,6 +125,10 @@ def add_tokens(hidden: jax.Array, sums: jax.Array, query_start: jax.Array, num_s
                 acc = jnp.where(valid[:, k, None], acc + x[:, k], acc)
             return acc
 
-        return out.at[row].set(lax.fori_loop(0, cdiv(jnp.max(count), SUM_TOKENS), piece, sums[row]))
+        return out.at[row].set(lax.fori_loop(0, _cdiv(jnp.max(count), SUM_TOKENS), piece, sums[row]))
 
-    return lax.fori_loop(0, cdiv(num_seqs, rows), tile, sums)
+    return lax.fori_loop(0, _cdiv(num_seqs, rows), tile, sums)
+
+
+def _cdiv(a: jax.Array, b: int) -> jax.Array:
+    return (a + (b - 1)) // b

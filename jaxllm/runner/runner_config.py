@@ -16,7 +16,6 @@ import numpy as np
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.pooler import Pooler
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.layers.attention import STORAGE
 from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
@@ -25,6 +24,7 @@ from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.pooling_step import PoolingState
 from jaxllm.runner.step import State
+from pallas_kernels.storage import STORAGE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

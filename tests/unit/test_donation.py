@@ -14,7 +14,6 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.layers.attention import STORAGE
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
@@ -22,6 +21,7 @@ from jaxllm.runner.programs import CPU_OPTIONS, Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes
+from pallas_kernels.storage import STORAGE
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

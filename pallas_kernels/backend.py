@@ -1,0 +1,44 @@
+"""Which implementation of the operations a program is compiled with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
+#: Pallas' Triton lowering needs tensor cores for bf16
+LEAST_COMPUTE_CAPABILITY = (8, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The choice of implementations for one device. Static: a program is compiled with one of these."""
+
+    #: one of `IMPLEMENTATIONS`; an operation that has no such implementation for a shape takes the next best
+    implementation: str = "xla"
+    #: the device's name as JAX has it ("NVIDIA H200"): picks tile sizes
+    device_kind: str = ""
+    #: run kernels in Pallas' interpreter, on any device
+    interpret: bool = False
+
+    def __post_init__(self) -> None:
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {self.implementation!r}")
+
+    @classmethod
+    def of(cls, *, platform: str, device_kind: str = "", compute_capability: tuple[int, int] | None = None) -> Backend:
+        """What is fastest on a device: the kernels on NVIDIA GPUs from Ampere on, plain XLA elsewhere."""
+        is_gpu = platform in ("cuda", "gpu")
+        kernels = is_gpu and (compute_capability is None or compute_capability >= LEAST_COMPUTE_CAPABILITY)
+        return cls(implementation="triton" if kernels else "xla", device_kind=device_kind)
+
+
+def device_backend(device: jax.Device) -> Backend:  # pyright: ignore[reportInvalidTypeForm]
+    """`Backend.of` a device of JAX's, present or described by a topology."""
+    capability = getattr(device, "compute_capability", None)
+    return Backend.of(
+        platform=device.platform,
+        device_kind=device.device_kind,
+        compute_capability=tuple(map(int, str(capability).split("."))) if capability else None,  # pyright: ignore
+    )

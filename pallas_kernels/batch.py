@@ -1,0 +1,40 @@
+"""The ragged metadata of one step, which every operation on pages reads."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+
+from pallas_kernels.backend import Backend
+
+
+@flax.struct.dataclass
+class AttentionBatch:
+    """Where each token of a step belongs. T: token bucket, S: sequence bucket, G: KV-cache groups, W: table width.
+
+    Sequences with one query token come first, in the order of their tokens: for i < num_decodes token i belongs to
+    sequence i.
+    """
+
+    token_seq: jax.Array  # i32 [T] sequence of each token; padding: 0
+    positions: jax.Array  # i32 [T] position in its sequence; padding: 0
+    token_valid: jax.Array  # bool [T]
+    query_start: jax.Array  # i32 [S + 1] first token of each sequence
+    kv_lens: jax.Array  # i32 [S] tokens in the cache after this step; padding: 0
+    block_tables: jax.Array  # i32 [G, S, W]
+    num_decodes: jax.Array  # i32 []
+    num_seqs: jax.Array  # i32 []
+    #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
+    segment_starts: jax.Array | None = None
+    backend: Backend = flax.struct.field(pytree_node=False, default=Backend())
+    #: the step has single tokens only: num_decodes == num_seqs
+    decode_only: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class Layout:
+    """Where one layer's keys and values are. Traced, so that one compiled layer serves all."""
+
+    group: jax.Array  # i32 [] which block table
+    page_offset: jax.Array  # i32 [] layer's first page
+    window: jax.Array  # i32 [] positions a query sees, itself included

@@ -1,0 +1,37 @@
+"""Writing keys and values, as one indexed assignment. The specification."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.storage import quantize, to_storage
+
+
+def write_kv(
+    cache: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    layout: Layout,
+    batch: AttentionBatch,
+    kv_scales: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Write this step's keys and values to their positions' places in the pages; padding tokens go to page 0.
+
+    Args:
+        cache: see `pallas_kernels.storage`.
+        key, value: [T, kv_heads, head_dim].
+        kv_scales: f32 [pages, 2, kv_heads, block_size], of int8 and float8 pages; written too.
+
+    Returns:
+        (cache, kv_scales).
+    """
+    block_size = cache.shape[3]
+    block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
+    page = jnp.where(batch.token_valid, block + layout.page_offset, 0)
+    new, slot = jnp.stack([key, value], axis=1), batch.positions % block_size  # [T, 2, kv_heads, head_dim]
+    if kv_scales is None:
+        return cache.at[page, :, :, slot].set(to_storage(new, cache.dtype)), None
+    stored, scales = quantize(new, cache.dtype)
+    return cache.at[page, :, :, slot].set(stored), kv_scales.at[page, :, :, slot].set(scales)

@@ -1,0 +1,1 @@
+"""Attention of a ragged batch of queries over keys and values in pages."""

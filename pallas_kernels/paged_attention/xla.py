@@ -1,0 +1,146 @@
+"""Paged attention in plain XLA, in tiles. A tile is a block of sequences with one query each (decode) or a block of
+runs of consecutive queries (chunks and prompts); it walks the context in pieces with a running softmax (Milakov and
+Gimelshein 2018, arXiv:1805.02867), and both loops have true, data-dependent lengths: neither padding tokens nor the
+padded width of the block table costs anything.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.storage import compute_dtype, from_storage
+
+DECODE_ROWS = 8
+PREFILL_QUERIES = 32
+PREFILL_ROWS = 4
+CONTEXT = 128  # positions of one piece of context; a multiple of every block size up to itself
+NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
+
+
+def paged_attention(
+    query: jax.Array,
+    cache: jax.Array,
+    layout: Layout,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = True,
+    sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
+) -> jax.Array:
+    """As `reference.paged_attention`."""
+    tokens, heads, dim = query.shape
+    kv_heads = cache.shape[2]
+    out = jnp.zeros((tokens, heads, dim), query.dtype)
+    grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
+    args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales)
+    return _prefill_tiles(grouped, _decode_tiles(grouped, out, *args), *args)
+
+
+def _decode_tiles(query, out, cache, layout, batch, *how):
+    seqs = batch.kv_lens.shape[0]
+    rows = min(DECODE_ROWS, seqs)
+    lane = jnp.arange(rows, dtype=jnp.int32)
+
+    def tile(i, out):
+        row = jnp.minimum(i * rows, seqs - rows) + lane
+        active = row < batch.num_decodes
+        attended = _attend(query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, *how)
+        return out.at[jnp.where(active, row, out.shape[0])].set(attended.reshape(rows, *out.shape[1:]), mode="drop")
+
+    return lax.fori_loop(0, _cdiv(batch.num_decodes, rows), tile, out)
+
+
+def _prefill_tiles(query, out, cache, layout, batch, *how):
+    tokens, seqs = query.shape[0], batch.kv_lens.shape[0]
+    if tokens < 2:
+        return out
+    length = min(PREFILL_QUERIES, tokens)
+    # runs of `length` queries, numbered through the sequences that are not decodes
+    seq = jnp.arange(seqs, dtype=jnp.int32)
+    prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
+    runs = jnp.where(prefill, _cdiv(jnp.diff(batch.query_start), length), 0)
+    ends = jnp.cumsum(runs)
+    lane = jnp.arange(PREFILL_ROWS, dtype=jnp.int32)
+
+    def tile(i, out):
+        run = i * PREFILL_ROWS + lane
+        row = jnp.minimum(jnp.searchsorted(ends, run, side="right").astype(jnp.int32), seqs - 1)
+        active = run < ends[-1]
+        first = batch.query_start[row] + (run - (ends[row] - runs[row])) * length
+        token = first[:, None] + jnp.arange(length, dtype=jnp.int32)
+        valid = active[:, None] & (token < batch.query_start[row + 1][:, None])
+        token = jnp.clip(token, 0, tokens - 1)
+        position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
+        attended = _attend(query[token], position, row, active, cache, layout, batch, *how)
+        target = jnp.where(valid, token, tokens).reshape(-1)
+        return out.at[target].set(attended.reshape(-1, *out.shape[1:]), mode="drop")
+
+    return lax.fori_loop(0, _cdiv(ends[-1], PREFILL_ROWS), tile, out)
+
+
+def _attend(query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
+    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads * G * D]."""
+    blocks, length, kv_heads, groups, dim = query.shape
+    pages, _, _, block_size, _ = cache.shape
+    context = max(CONTEXT, block_size)
+    width = context // block_size
+    flat = cache.reshape(pages * 2 * kv_heads, block_size * dim)
+    table = batch.block_tables[layout.group]
+    scales = None if kv_scales is None else kv_scales.reshape(pages * 2 * kv_heads, block_size)
+    compute = compute_dtype(cache.dtype)
+    q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
+    seen_from = jnp.maximum(position - layout.window + 1, 0)  # [B, Q]
+    first = jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)) // context
+    seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)  # [B, Q]
+    last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    precision = lax.Precision.HIGHEST if compute == jnp.float32 else None
+
+    def load(index):
+        stored = from_storage(flat[index], compute).reshape(blocks, kv_heads, context, dim)
+        return stored if scales is None else stored * scales[index].reshape(blocks, kv_heads, context, 1)
+
+    def piece(c, state):
+        maximum, total, accumulated = state
+        column = jnp.minimum(c * width + jnp.arange(width, dtype=jnp.int32), table.shape[1] - 1)
+        page = table[row[:, None], column] + layout.page_offset  # [B, width]
+        index = page[:, None, :] * (2 * kv_heads) + head
+        k, v = load(index), load(index + kv_heads)
+        at = c * context + jnp.arange(context, dtype=jnp.int32)
+        visible = (at < seen_to[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
+        # a weight of zero does not silence a NaN that a page's former owner left behind
+        written = (at < jnp.max(seen_to, axis=1, keepdims=True)) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
+        v = jnp.where(written[:, None, :, None], v, 0)
+        scores = jnp.einsum("bkqd,bkcd->bkqc", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        visible = jnp.broadcast_to(visible[:, None, :, None], (blocks, 1, length, groups, context)).reshape(
+            blocks, 1, length * groups, context
+        )
+        scores = jnp.where(visible, scores, NEVER)
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_maximum)
+        keep = jnp.exp(maximum - new_maximum)
+        added = jnp.einsum(
+            "bkqc,bkcd->bkqd", weights.astype(compute), v, precision=precision, preferred_element_type=jnp.float32
+        )
+        return new_maximum, total * keep + jnp.sum(weights, axis=-1, keepdims=True), accumulated * keep + added
+
+    shape = (blocks, kv_heads, length * groups)
+    highest, total = jnp.full((*shape, 1), NEVER), jnp.zeros((*shape, 1))
+    if sinks is not None:  # as if a position of this score, and no value, came first
+        sink = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, groups), (1, length))
+        highest, total = jnp.broadcast_to(sink[None, :, :, None], highest.shape), jnp.ones((*shape, 1))
+    state = (highest, total, jnp.zeros((*shape, dim)))
+    _, total, accumulated = lax.fori_loop(first, last, piece, state)
+    attended = (accumulated / jnp.maximum(total, 1e-30)).astype(query.dtype)
+    return jnp.swapaxes(attended.reshape(blocks, kv_heads, length, groups, dim), 1, 2)
+
+
+def _cdiv(a, b: int):
+    return (a + (b - 1)) // b
