@@ -81,19 +81,21 @@ class EngineClient:
         """Run one step of the engine and deliver what it brings.
 
         An error of the device ends every request: this call raises it, and the receivers of all requests get an output
-        that says so.
+        that says so. While the engine sleeps, a RuntimeError is raised that ends none of them.
         """
         with self.lock:
-            try:
-                outputs = self.core.step()
-            except BaseException as error:
-                self._fail_all(f"the engine failed: {error!r}")
-                raise
-            self._deliver(outputs)
+            self.core.check_awake()
+            self._deliver_all(self.core.step)
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._receivers)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether there is something to run and the engine is awake; takes no lock, and may be asked after `close`."""
+        core = self._core
+        return core is not None and self.has_unfinished and not core.is_sleeping
 
     def end(self, request_ids: Iterable[str]) -> None:
         """Leave nothing of these requests behind, finished or not; nothing of them is delivered any more."""
@@ -103,7 +105,7 @@ class EngineClient:
             if ids and self._core is not None:
                 self._core.abort(ids)
                 if not self._receivers:
-                    self._deliver(self._core.drain())
+                    self._deliver_all(self._core.drain)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests; their receivers get what there is, with ``finish_reason="abort"``."""
@@ -115,12 +117,12 @@ class EngineClient:
         """End every request, as `abort` does."""
         with self.lock:
             self.abort(list(self._receivers))
-            self._deliver(self.core.drain())
+            self._deliver_all(self.core.drain)
 
     def preempt_all(self) -> None:
         """Put every running request back into the queue; it will be computed anew."""
         with self.lock:
-            self._deliver(self.core.drain())
+            self._deliver_all(self.core.drain)
             self.core.scheduler.preempt_all()
 
     def pause(self, mode: str) -> None:
@@ -137,6 +139,15 @@ class EngineClient:
         with self.lock:
             self._core = None
             self._fail_all("the engine was shut down")
+
+    def _deliver_all(self, work: Callable[[], Iterable[RequestOutput]]) -> None:
+        """Deliver what `work` brings; when it fails, every request has ended."""
+        try:
+            outputs = work()
+        except BaseException as error:
+            self._fail_all(f"the engine failed: {error!r}")
+            raise
+        self._deliver(outputs)
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:

@@ -6,6 +6,7 @@ import pytest
 
 from jaxllm import LLM, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.errors import ValidationError
+from jaxllm.runner.runner import StepResult
 
 PROMPTS = ["one", "and another", "a third prompt"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -67,4 +68,31 @@ def test_running_requests_survive_a_reset(engine: LLM, stepped: LLMEngine):
     for _ in range(4):
         stepped.step()
     assert stepped.reset_prefix_cache(reset_running_requests=True)
+    assert drive(stepped)[-1].outputs[0].text == expected
+
+
+def test_an_error_while_the_rest_is_read_is_told_to_who_waits(stepped: LLMEngine, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: StepResult) -> None:
+        raise OSError("the device is gone")
+
+    stepped.add_request("x", PROMPTS[0], GREEDY)
+    for _ in range(3):
+        stepped.step()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the device is gone"):
+        patch.setattr(StepResult, "result", fail)
+        stepped.reset_prefix_cache(reset_running_requests=True)
+    (output,) = stepped.step()
+    assert output.finished and "the device is gone" in (output.error or "")
+    assert not stepped.has_unfinished_requests()
+
+
+def test_a_step_of_a_sleeping_engine_ends_nothing(engine: LLM, stepped: LLMEngine):
+    expected = engine.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0].text
+    stepped.add_request("x", PROMPTS[0], GREEDY)
+    stepped.step()
+    stepped.sleep(mode="keep")
+    stepped.step()  # what the pause has brought
+    with pytest.raises(RuntimeError, match="wake_up"):
+        stepped.step()
+    assert stepped.wake_up()
     assert drive(stepped)[-1].outputs[0].text == expected
