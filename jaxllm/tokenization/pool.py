@@ -32,24 +32,31 @@ class TokenizerPool:
     def __init__(self, workers: int):
         self.workers = workers
         self._executor = None
+        self._ended = False
         if workers:
             self._executor = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
-        """The result of `work`, some time later."""
-        if self._executor is not None:
-            return self._executor.submit(work, *arguments)
+        """The result of `work`, some time later; a RuntimeError after `shutdown`."""
+        if self._executor is not None and not self._ended:
+            return self._executor.submit(self._do, work, *arguments)
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         try:
-            future.set_result(work(*arguments))
+            future.set_result(self._do(work, *arguments))
         except Exception as error:
             future.set_exception(error)
         return future
 
+    def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        if self._ended:
+            raise RuntimeError("the engine has been shut down; make a new LLM")
+        return work(*arguments)
+
     def shutdown(self) -> None:
-        """Drop what has not begun, let the threads end; idempotent."""
+        """Let what has not begun fail, so that nobody waits for it, and the threads end; idempotent."""
+        self._ended = True
         if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor.shutdown(wait=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
