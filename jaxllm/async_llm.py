@@ -16,7 +16,7 @@ from jaxllm.engine.prompts import Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
 from jaxllm.llm import LLM
 from jaxllm.methods.generation import chat_prompt
-from jaxllm.outputs import RequestOutput
+from jaxllm.outputs import RequestOutput, was_refused
 from jaxllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
@@ -25,7 +25,7 @@ from jaxllm.tokenization.chat import Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.metrics import Metric
+    from jaxllm.engine.metric import Metric
 
 logger = logging.getLogger("jaxllm")
 
@@ -47,7 +47,7 @@ class AsyncLLM:
     def _use(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
         self.llm = llm
-        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._work: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._drive, name="jaxllm engine", daemon=True)
@@ -125,28 +125,38 @@ class AsyncLLM:
         if isinstance(prepared, ValidationError):
             raise prepared
         name = llm._client.next_id() if request_id is None else request_id
+        # whether the name is this request's: it may be another's before this one is added, and after it has finished
+        live = False
 
         def receive(output: Any) -> None:
+            nonlocal live
+            live = live and not output.finished
             # a loop that has been closed has nobody left who waits
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
+            nonlocal live
             request, text = inputs.request(name, prepared, inputs.check(params), priority)
-            llm._client.add(request, text, receive)
+            with llm._client.lock:
+                llm._client.add(request, text, receive)
+                live = True
 
-        await self._call(add)
+        def end() -> None:
+            if live:
+                _logged(lambda: llm._client.end([name]))
+
         try:
+            await self._call(add)
             finished = False
             while not finished:
                 output = await outputs.get()
                 finished = output.finished
                 if output.error is not None:
-                    cut = isinstance(output, RequestOutput) and output.outputs[0].finish_reason != "error"
-                    raise (RuntimeError if cut else ValidationError)(output.error)
+                    raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
                 yield output
         finally:
-            self._post(lambda: llm._client.end([name]))
+            self._post(end)
 
     def chat(
         self,
@@ -192,7 +202,7 @@ class AsyncLLM:
     async def check_health(self) -> None:
         """Raise RuntimeError when the engine has been shut down."""
         if self._closing:
-            raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
+            _refuse()
 
     @property
     def errored(self) -> bool:
@@ -220,47 +230,55 @@ class AsyncLLM:
 
     # The engine's thread.
 
-    def _post(self, work: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps."""
-        with self._wake:
-            if not self._closing:
-                self._work.append(work)
-                self._wake.notify()
-
-    async def _call(self, work: Callable[[], Result]) -> Result:
+    def _post(self, work: Callable[[], Result]) -> Future[Result]:
         """What `work` returns or raises, done by the engine's thread between two steps."""
         future: Future[Result] = Future()
+        with self._wake:
+            if self._closing:
+                _do(future, _refuse)
+            else:
+                self._work.append((future, work))
+                self._wake.notify()
+        return future
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        if self._closing:
-            raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
-        self._post(run)
-        return await asyncio.wrap_future(future)
+    async def _call(self, work: Callable[[], Result]) -> Result:
+        """As `_post`, waiting for it."""
+        return await asyncio.wrap_future(self._post(work))
 
     def _drive(self) -> None:
         client = self.llm._client
         while True:
             with self._wake:
-                while not (self._closing or self._work or self._can_step()):
+                while not (self._closing or self._work or client.can_step):
                     self._wake.wait()
                 if self._closing:
-                    return
+                    break
             while self._work:
-                self._work.popleft()()
-            if self._can_step():
-                try:
-                    client.step()
-                except Exception:
-                    # whoever waits for a request has been told
-                    logger.exception("a step of the engine failed; its requests are ended")
+                _do(*self._work.popleft())
+            if client.can_step:
+                _logged(client.step)
+        # nothing is added any more
+        for future, _ in self._work:
+            _do(future, _refuse)
 
-    def _can_step(self) -> bool:
-        client = self.llm._client
-        return client.has_unfinished and not client.core.is_sleeping
+
+def _refuse() -> None:
+    raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
+
+
+def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _logged(work: Callable[[], None]) -> None:
+    """Do what runs steps of the engine, with nobody there to hear of an error."""
+    try:
+        work()
+    except Exception:
+        # whoever waits for a request has been told
+        logger.exception("a step of the engine failed; its requests are ended")

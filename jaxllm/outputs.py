@@ -166,6 +166,11 @@ def failed_output(
     )
 
 
+def was_refused(output: Any) -> bool:
+    """Whether the `error` of an output, of any kind, is the request's own fault: it was refused, not cut short."""
+    return isinstance(output, RequestOutput) and any(c.finish_reason == "error" for c in output.outputs)
+
+
 def _short_text(text: str | None) -> str:
     if text is None or len(text) <= _SHOWN_CHARACTERS:
         return repr(text)

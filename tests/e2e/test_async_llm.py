@@ -12,6 +12,7 @@ import pytest
 from tiny_model import SMALL
 
 from jaxllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm.engine.client import EngineClient
 from jaxllm.errors import ValidationError
 
 PROMPTS = [f"prompt number {i} " * (i % 3 + 1) for i in range(9)]
@@ -203,5 +204,143 @@ def test_the_event_loop_does_not_wait_for_steps(engine: AsyncLLM, monkeypatch: p
         assert not second.done(), "the loop got here although the step has not ended"
         go_on.set()
         assert (await first)[-1].finished and (await second)[-1].finished
+
+    asyncio.run(main())
+
+
+LONG = SamplingParams(temperature=0.0, max_tokens=200)
+
+
+def test_what_is_posted_while_the_engine_ends_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """A request, and something else, wait for a step that ends after `shutdown` has begun."""
+    stepping, go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        engine = await AsyncLLM.start(tiny_model, **SMALL)
+        step = engine.llm._client.core.step
+
+        def slow_step() -> Any:
+            stepping.set()
+            assert go_on.wait(60)
+            return step()
+
+        monkeypatch.setattr(engine.llm._client.core, "step", slow_step)
+        first = asyncio.create_task(collect(engine, "first", LONG))
+        await asyncio.to_thread(stepping.wait, 60)
+        waiting = [asyncio.create_task(collect(engine, "second", GREEDY)), asyncio.create_task(engine.abort("x"))]
+        while len(engine._work) < len(waiting):
+            await asyncio.sleep(0.005)
+        end = asyncio.create_task(asyncio.to_thread(engine.shutdown))
+        while engine.is_running:
+            await asyncio.sleep(0.005)
+        go_on.set()
+        results = await asyncio.wait_for(asyncio.gather(first, *waiting, return_exceptions=True), 20)
+        assert [type(result) for result in results] == [RuntimeError] * 3
+        assert all("shut down" in str(result) for result in results)
+        await end
+
+    asyncio.run(main())
+
+
+def test_what_waits_for_the_tokenizer_is_told_of_the_end(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        engine = await AsyncLLM.start(tiny_model, **SMALL)
+        reader = engine.llm._inputs.reader
+        read = reader.read
+
+        def slow_read(*arguments: Any) -> Any:
+            reading.set()
+            assert go_on.wait(60)
+            return read(*arguments)
+
+        monkeypatch.setattr(reader, "read", slow_read)
+        waiting = [asyncio.create_task(collect(engine, prompt, GREEDY)) for prompt in PROMPTS[:3]]
+        await asyncio.to_thread(reading.wait, 60)
+        await asyncio.to_thread(engine.shutdown)
+        go_on.set()
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
+        assert [type(result) for result in results] == [RuntimeError] * 3
+        assert all("shut down" in str(result) for result in results)
+
+    asyncio.run(main())
+
+
+def test_an_error_while_a_request_is_ended_leaves_the_engine_usable(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail() -> None:
+        raise OSError("the device is gone")
+
+    async def main() -> None:
+        stream = engine.generate("first", LONG)
+        await anext(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.llm._client.core, "drain", fail)
+            await stream.aclose()
+            await asyncio.wait_for(engine.abort("nobody"), 20)
+        assert (await asyncio.wait_for(collect(engine, PROMPTS[0], GREEDY), 20))[-1].finished
+
+    asyncio.run(main())
+    assert "the device is gone" in caplog.text
+
+
+def test_a_request_that_is_cancelled_while_it_is_added_is_ended(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
+    adding, go_on = threading.Event(), threading.Event()
+    client = engine.llm._client
+    add = client.add
+
+    def slow_add(*arguments: Any) -> None:
+        adding.set()
+        assert go_on.wait(60)
+        add(*arguments)
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "add", slow_add)
+            task = asyncio.create_task(collect(engine, "first", LONG))
+            await asyncio.to_thread(adding.wait, 60)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            # done after what was posted before
+            await engine.abort("nobody")
+        assert not client.has_unfinished
+
+    asyncio.run(main())
+
+
+def test_a_finished_request_gives_its_name_away(engine: AsyncLLM):
+    async def main() -> None:
+        first = engine.generate("first", GREEDY, "name")
+        async for output in first:
+            if output.finished:
+                break
+        second = engine.generate("second", SamplingParams(temperature=0.0, max_tokens=40), "name")
+        await anext(second)
+        await first.aclose()
+
+        async def rest() -> list[RequestOutput]:
+            return [output async for output in second]
+
+        assert len((await asyncio.wait_for(rest(), 20))[-1].outputs[0].token_ids) == 40
+
+    asyncio.run(main())
+
+
+def test_an_aborted_pooling_request_is_not_its_callers_fault(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        async with await AsyncLLM.start(tiny_model, runner="pooling", **SMALL) as engine:
+            # nothing runs: the request waits until it is aborted
+            monkeypatch.setattr(EngineClient, "can_step", False)
+            output = anext(engine.encode("x", pooling_task="embed", request_id="x"))
+            task = asyncio.ensure_future(output)
+            while not engine.llm._client.has_unfinished:
+                await asyncio.sleep(0.005)
+            await engine.abort("x")
+            with pytest.raises(RuntimeError, match="aborted"):
+                await asyncio.wait_for(task, 20)
 
     asyncio.run(main())
