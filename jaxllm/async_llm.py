@@ -42,11 +42,8 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        self._use(LLM(model, **kwargs))
-
-    def _use(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
-        self.llm = llm
+        self.llm = LLM(model, **kwargs)
         self._work: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -61,9 +58,7 @@ class AsyncLLM:
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
         """An engine from arguments that are checked already."""
-        engine = cls.__new__(cls)
-        engine._use(LLM.from_engine_args(engine_args))
-        return engine
+        return cls(**engine_args.given())
 
     # Requests.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import traceback
@@ -14,6 +13,7 @@ from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import merged
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.mailbox import Mailbox
 from jaxllm.engine.progress import bar_class
 from jaxllm.errors import ValidationError
 from jaxllm.log import show_log
@@ -67,6 +67,7 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
         self._tokenizer = started.tokenizer
         self._default_params = started.default_params
         self._enqueued = []
+        self._mailbox = Mailbox()
         self._pool = TokenizerPool(args.tokenizer_pool_size)
         self.memory_plan = started.memory_plan
         #: seconds of each start-up phase
@@ -83,8 +84,7 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
         """An engine from arguments that are checked already."""
-        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**args.given())
 
     @classmethod
     def from_config(cls, path_or_name: str | os.PathLike[str], /, **overrides: Any) -> LLM:
@@ -97,12 +97,10 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
 
     @property
     def llm_engine(self) -> LLMEngine:
-        """This engine, to be driven step by step."""
+        """This engine, to be driven step by step. Its requests are this object's: each access shows the same ones."""
         from jaxllm.llm_engine import LLMEngine
 
-        engine = LLMEngine.__new__(LLMEngine)
-        engine._use(self)
-        return engine
+        return LLMEngine(self)
 
     def __repr__(self) -> str:
         plan = self.memory_plan

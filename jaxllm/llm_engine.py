@@ -20,25 +20,21 @@ if TYPE_CHECKING:
 class LLMEngine:
     """Requests in by `add_request`, outputs out by `step`, as in vLLM's class of this name.
 
-    The arguments are `LLM`'s. Outputs come as ``sampling_params.output_kind`` says: all text so far (the default), only
-    what is new, or one output at the end.
+    The arguments are `LLM`'s, or an `LLM` that runs already, whose `LLMEngine`s share their requests. Outputs come as
+    ``sampling_params.output_kind`` says: all text so far (the default), only what is new, or one output at the end.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        self._use(LLM(model, **kwargs))
-
-    def _use(self, llm: LLM) -> None:
+    def __init__(self, model: str | os.PathLike[str] | LLM, **kwargs: Any):
+        if isinstance(model, LLM) and kwargs:
+            raise TypeError(f"an engine that runs already takes no arguments: got {', '.join(kwargs)}")
         #: the engine's other methods
-        self.llm = llm
-        self._outputs: list[RequestOutput] = []
-        self._unfinished: set[str] = set()
+        self.llm = model if isinstance(model, LLM) else LLM(model, **kwargs)
+        self._mailbox = self.llm._mailbox
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
         """An engine from arguments that are checked already."""
-        engine = cls.__new__(cls)
-        engine._use(LLM.from_engine_args(engine_args))
-        return engine
+        return cls(**engine_args.given())
 
     def add_request(
         self,
@@ -57,33 +53,28 @@ class LLMEngine:
         request, text = llm._inputs.request(
             request_id, prompt, llm._default_params if params is None else params, priority
         )
-        llm._client.add(request, text, self._take)
-        self._unfinished.add(request_id)
+        with llm._client.lock:
+            llm._client.add(request, text, self._mailbox.receive)
+            self._mailbox.unfinished.add(request_id)
         return request_id
-
-    def _take(self, output: RequestOutput) -> None:
-        if output.finished:
-            self._unfinished.discard(output.request_id)
-        self._outputs.append(output)
 
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine; returns what it brought, which may be nothing."""
-        if not self._outputs:
+        if not self._mailbox.outputs:
             self.llm._client.step()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._mailbox.take()
 
     def abort_request(self, request_ids: str | list[str]) -> None:
         """End requests; nothing of them comes any more."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self.llm._client.end(ids)
-        self._unfinished.difference_update(ids)
+        self._mailbox.drop(ids)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._unfinished or self._outputs)
+        return bool(self._mailbox.unfinished or self._mailbox.outputs)
 
     def get_num_unfinished_requests(self) -> int:
-        return len(self._unfinished)
+        return len(self._mailbox.unfinished)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""

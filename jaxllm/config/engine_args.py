@@ -129,6 +129,11 @@ class EngineArgs:
                 f"max_num_seqs ({self.max_num_seqs}): a step gives every running request at least one token."
             )
 
+    def given(self) -> dict[str, Any]:
+        """Arguments for an engine's constructor: those that are not None, which stands for the default."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""

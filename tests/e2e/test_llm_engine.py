@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import weakref
+from pathlib import Path
 
-from jaxllm import LLM, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
+import pytest
+from tiny_model import SMALL
+
+from jaxllm import LLM, EngineArgs, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.errors import ValidationError
 from jaxllm.runner.runner import StepResult
 
@@ -96,3 +100,39 @@ def test_a_step_of_a_sleeping_engine_ends_nothing(engine: LLM, stepped: LLMEngin
         stepped.step()
     assert stepped.wake_up()
     assert drive(stepped)[-1].outputs[0].text == expected
+
+
+def test_what_was_queued_outlives_the_object_that_queued_it(engine: LLM):
+    engine.llm_engine.add_request("x", PROMPTS[0], GREEDY)
+    assert engine.llm_engine.get_num_unfinished_requests() == 1
+    # whose steps bring the output too
+    expected = engine.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)
+    assert engine.llm_engine.get_num_unfinished_requests() == 0 and engine.llm_engine.has_unfinished_requests()
+    last = engine.llm_engine.step()[-1]
+    assert last.finished and last.outputs[0].token_ids == expected[0].outputs[0].token_ids[:8]
+    assert not engine.llm_engine.has_unfinished_requests()
+
+
+def test_an_aborted_request_leaves_no_outputs(engine: LLM, stepped: LLMEngine):
+    stepped.add_request("ended", PROMPTS[0], GREEDY)
+    engine.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    stepped.abort_request("ended")
+    assert not stepped.has_unfinished_requests()
+
+
+def test_an_engine_of_checked_arguments(tiny_model: Path):
+    args = EngineArgs(model=tiny_model, **SMALL)
+    stepped = LLMEngine.from_engine_args(args)
+    stepped.add_request("x", PROMPTS[0], GREEDY)
+    assert drive(stepped)[-1].finished
+    # nobody but the caller holds it
+    freed = weakref.ref(stepped.llm)
+    stepped.add_request("never finished", PROMPTS[0], GREEDY)
+    stepped.step()
+    del stepped
+    assert freed() is None
+
+
+def test_arguments_are_refused_for_an_engine_that_runs(engine: LLM):
+    with pytest.raises(TypeError, match="max_num_seqs"):
+        LLMEngine(engine, max_num_seqs=3)
