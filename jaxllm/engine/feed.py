@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxllm import checks
@@ -14,7 +14,7 @@ from jaxllm.engine.interrupt import DeferredInterrupt
 from jaxllm.engine.prompt_source import ReadySource, WaitingSource
 from jaxllm.engine.prompts import PreparedPrompt, Prompt, TokenizationOptions
 from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput, failed_output
+from jaxllm.outputs import RequestOutput, failed_output, was_refused
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.tokenization.pool import BATCH, TokenizerPool
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.pooling_inputs import PoolingInputs
+    from jaxllm.engine.progress import Progress
 
 _END = object()
 
@@ -92,7 +93,7 @@ class Feed:
         # two counters: steps of other threads finish prompts, this call's thread reads them
         self.num_read = self._num_finished = 0
         #: outputs that nobody has taken, in the order of completion
-        self.finished: collections.deque[RequestOutput] = collections.deque()
+        self._finished: collections.deque[RequestOutput] = collections.deque()
 
     @property
     def _unfinished(self) -> int:
@@ -103,13 +104,32 @@ class Feed:
         """Whether every prompt has been read and has its output."""
         return self._source.exhausted and not self._unfinished
 
-    def advance(self) -> None:
-        """Read and add what there is room for, then run one step of the engine.
+    def outputs(self, progress: Progress | None = None) -> Generator[Any, None, None]:
+        """Run the prompts to their end; yields each output when it is finished. Closing it ends what still runs.
 
         Raises:
             ValidationError: a prompt is refused, with ``on_error="raise"``.
-            RuntimeError: the engine failed or was shut down by another thread.
+            RuntimeError: the engine failed or was shut down by another call.
         """
+        try:
+            while not self.done or self._finished:
+                self._advance()
+                if progress is not None:
+                    progress.tick()
+                while self._finished:
+                    output = self._finished.popleft()
+                    if output.error is not None and self._raise:
+                        if was_refused(output):
+                            raise ValidationError(output.error)
+                        raise RuntimeError(f"{output.error} (in another call, while this one was waiting)")
+                    if progress is not None:
+                        progress.finished(output)
+                    yield output
+        finally:
+            self.close()
+
+    def _advance(self) -> None:
+        """Read and add what there is room for, then run one step of the engine."""
         self._read()
         self._wait_for_first()
         # an interrupt in the middle of a step would leave half-made bookkeeping behind
@@ -120,8 +140,6 @@ class Feed:
                     # while this thread waited for the lock, another one's steps may have brought what is left
                     if self._running:
                         self._client.step()
-        if self._raise:
-            self._raise_failures()
 
     def submit(self) -> list[str]:
         """Read and add every prompt, without running anything; the window has to hold them all.
@@ -154,7 +172,7 @@ class Feed:
     def _read(self) -> None:
         """Give prompts to the pool, a batch at a time, while there is room; wait for one only when nothing runs."""
         while not self._source.exhausted and self._unfinished < self._window:
-            idle = not (self._running or self._preparing or self.finished)
+            idle = not (self._running or self._preparing or self._finished)
             batch = self._source.take(min(BATCH, self._window - self._unfinished), wait=idle)
             if not batch:
                 return
@@ -223,16 +241,8 @@ class Feed:
     def _finish(self, output: RequestOutput, index: int) -> None:
         output.index = index
         self._num_finished += 1
-        self.finished.append(output)
+        self._finished.append(output)
         self._source.finished()
-
-    def _raise_failures(self) -> None:
-        for output in self.finished:
-            if output.error is None:
-                continue
-            if any(completion.finish_reason == "error" for completion in output.outputs):
-                raise ValidationError(output.error)
-            raise RuntimeError(f"{output.error} (in another thread, while this call was waiting)")
 
 
 def _jobs(prompts: Iterable[Any], params: Any, priority: Any) -> Iterator[Job]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.input_processor import InputProcessor
+    from jaxllm.engine.pooling_inputs import PoolingInputs
+    from jaxllm.pooling_params import PoolingParams
     from jaxllm.runner.memory import MemoryPlan
     from jaxllm.sampling_params import SamplingParams
     from jaxllm.startup import Started
@@ -43,9 +45,11 @@ class EngineMethods:
     def _feed(
         self,
         prompts: Iterable[Any],
-        params: SamplingParams | Iterable[SamplingParams] | None,
+        params: SamplingParams | PoolingParams | Iterable[SamplingParams | PoolingParams] | None,
         *,
+        inputs: InputProcessor | PoolingInputs | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        options: TokenizationOptions | None = None,
         window: int | None = None,
         **kwargs: Any,
     ) -> Feed:
@@ -58,12 +62,12 @@ class EngineMethods:
             window = max(window, len(prompts))
         return Feed(
             self._client,
-            self._inputs,
+            self._inputs if inputs is None else inputs,
             self._pool,
             prompts,
             self._default_params if params is None else params,
             window=window,
-            options=TokenizationOptions.of(tokenization_kwargs, max_model_len=scheduler.max_model_len),
+            options=options or TokenizationOptions.of(tokenization_kwargs, max_model_len=scheduler.max_model_len),
             **kwargs,
         )
 

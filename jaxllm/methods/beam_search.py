@@ -115,16 +115,11 @@ class BeamSearchMethods(EngineMethods):
             prompts = [_prompt(beam, search) for search in live for beam in search.beams]
             if not prompts:
                 break
-            feed = self._feed(prompts, one_token, priority=priority)
-            try:
-                while not feed.done:
-                    feed.advance()
-            finally:
-                feed.close()
-            outputs = iter(sorted(feed.finished, key=lambda output: output.index))
+            found = self._feed(prompts, one_token, priority=priority).outputs()
+            outputs = iter(sorted(found, key=lambda output: output.index))
             for search in live:
-                found = [next(outputs).outputs[0].logprobs or [] for _ in search.beams]
-                search.extend([positions[0] for positions in found], params, eos)
+                logprobs = [next(outputs).outputs[0].logprobs[0] for _ in search.beams]
+                search.extend(logprobs, params, eos)
             bar.update()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from typing import Any
 
 from jaxllm.engine.feed import Feed
@@ -165,29 +166,20 @@ class GenerationMethods(EngineMethods):
     ) -> Generator[RequestOutput, None, None]:
         total = len(prompts) if isinstance(prompts, Sized) else None
         cut_at_default = True
-        try:
-            with Progress(total, enabled=use_tqdm, stats=self._client.core.stats) as progress:
-                while not feed.done:
-                    feed.advance()
-                    progress.tick()
-                    for output in _taken(feed):
-                        progress.finished(output)
-                        cut_at_default = cut_at_default and _cut_at_default(output)
-                        yield output
-            if feed.num_read and cut_at_default and not self._told_of_default:
-                self._told_of_default = True
-                logger.info(
-                    "Every output was cut at %d tokens, the default of max_tokens; SamplingParams(max_tokens=...) asks "
-                    "for longer ones.",
-                    _DEFAULT_MAX_TOKENS,
-                )
-        finally:
-            feed.close()
-
-
-def _taken(feed: Feed) -> Iterator[RequestOutput]:
-    while feed.finished:
-        yield feed.finished.popleft()
+        with (
+            Progress(total, enabled=use_tqdm, stats=self._client.core.stats) as progress,
+            contextlib.closing(feed.outputs(progress)) as outputs,
+        ):
+            for output in outputs:
+                cut_at_default = cut_at_default and _cut_at_default(output)
+                yield output
+        if feed.num_read and cut_at_default and not self._told_of_default:
+            self._told_of_default = True
+            logger.info(
+                "Every output was cut at %d tokens, the default of max_tokens; SamplingParams(max_tokens=...) asks "
+                "for longer ones.",
+                _DEFAULT_MAX_TOKENS,
+            )
 
 
 def _cut_at_default(output: RequestOutput) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config.pooler import EMBED_TASKS
-from jaxllm.engine.feed import Feed
 from jaxllm.engine.pooling_inputs import PoolingInputs, TextPair
 from jaxllm.engine.progress import Progress
 from jaxllm.engine.prompts import Prompt
@@ -215,28 +214,11 @@ class PoolingMethods(EngineMethods):
             params = _with_task(PoolingParams() if given is None else given, task)
         if truncate_prompt_tokens is not None:
             tokenization_kwargs = {"truncate_prompt_tokens": truncate_prompt_tokens, **(tokenization_kwargs or {})}
-        feed = Feed(
-            self._client,
-            inputs,
-            self._pool,
-            prompts,
-            params,
-            window=max(2 * self._client.core.scheduler.config.max_num_seqs, 256),
-            on_error=on_error,
-            options=inputs.options(tokenization_kwargs, params if isinstance(params, list) else [params]),
-        )
-        outputs: list[Pooled] = []
-        try:
-            with Progress(len(prompts) if isinstance(prompts, Sized) else None, 0, enabled=bool(use_tqdm)) as progress:
-                while not feed.done:
-                    feed.advance()
-                    while feed.finished:
-                        output: Any = feed.finished.popleft()
-                        progress.finished(output)
-                        outputs.append(output if isinstance(output, PoolingRequestOutput) else _failed(output))
-        finally:
-            feed.close()
-        return sorted(outputs, key=lambda output: output.index)
+        options = inputs.options(tokenization_kwargs, params if isinstance(params, list) else [params])
+        feed = self._feed(prompts, params, inputs=inputs, options=options, on_error=on_error)
+        with Progress(len(prompts) if isinstance(prompts, Sized) else None, enabled=bool(use_tqdm)) as progress:
+            outputs = sorted(feed.outputs(progress), key=lambda output: output.index)
+        return [output if isinstance(output, PoolingRequestOutput) else _failed(output) for output in outputs]
 
 
 def _are_pairs(prompts: Any) -> bool:

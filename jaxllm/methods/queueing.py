@@ -88,6 +88,7 @@ class QueueingMethods(EngineMethods):
 
         Raises:
             TypeError: an output is not of `output_type`.
+            RuntimeError: the engine failed, in another call perhaps; nothing of what was enqueued is left then.
         """
         feeds, self._enqueued = self._enqueued, []
         outputs: list[RequestOutput] = []
@@ -95,15 +96,7 @@ class QueueingMethods(EngineMethods):
             total = sum(feed.num_read for feed in feeds)
             with Progress(total, enabled=use_tqdm, stats=self._client.core.stats) as progress:
                 for feed in feeds:
-                    found: list[RequestOutput] = []
-                    while not feed.done or feed.finished:
-                        if not feed.finished:
-                            feed.advance()
-                            progress.tick()
-                        while feed.finished:
-                            found.append(feed.finished.popleft())
-                            progress.finished(found[-1])
-                    outputs += sorted(found, key=lambda output: output.index)
+                    outputs += sorted(feed.outputs(progress), key=lambda output: output.index)
         finally:
             for feed in feeds:
                 feed.close()

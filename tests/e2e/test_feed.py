@@ -210,3 +210,38 @@ def test_prompts_are_truncated_when_asked_for(engine: LLM):
     assert left(truncate_prompt_tokens=5, truncation_side="right") == ids[:5]
     assert left(truncation=True, max_length=7) == ids[:7]
     assert left(truncate_prompt_tokens=-1) == (ids * 10)[-255:]
+
+
+def fail_elsewhere(llm: LLM) -> None:
+    """Another call, whose step ends every request."""
+
+    def fail() -> None:
+        raise OSError("the device is gone")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the device is gone"):
+        patch.setattr(llm._client.core, "step", fail)
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+
+
+def test_what_another_call_does_between_two_outputs_is_told(engine: LLM):
+    """Two outputs come with the same step; the engine fails when one of them has been taken."""
+    for on_error in ("raise", "return"):
+        outputs = engine.as_completed(["a", "b", "c" * 200], GREEDY, on_error=on_error)
+        assert next(outputs).error is None
+        fail_elsewhere(engine)
+        assert next(outputs).error is None
+        if on_error == "raise":
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                next(outputs)
+        else:
+            assert "the device is gone" in (next(outputs).error or "")
+        assert next(outputs, None) is None
+
+
+def test_what_another_call_does_to_enqueued_requests_is_told(engine: LLM, expected: list[str]):
+    engine.enqueue(PROMPTS[:2], GREEDY)
+    fail_elsewhere(engine)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.wait_for_completion(use_tqdm=False)
+    assert engine.wait_for_completion(use_tqdm=False) == []
+    assert texts(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tiny_model import SMALL
 
 from jaxllm import LLM, PoolingParams
+from jaxllm.engine.client import EngineClient
 
 PROMPTS = ["one", "two and three", "x" * 100, "the last one"]
 
@@ -89,3 +91,35 @@ def test_saved_models_pool_as_before(minilm: Path, tmp_path: Path) -> None:
         llm.save(tmp_path / "saved")
     with LLM(tmp_path / "saved", **small) as llm:
         np.testing.assert_array_equal(vectors(llm, PROMPTS[:2]), before)
+
+
+def fail_elsewhere(llm: LLM) -> None:
+    """A step that another thread runs, and whose error that thread gets."""
+
+    def fail() -> None:
+        raise OSError("the device is gone")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):
+        patch.setattr(llm._client.core, "step", fail)
+        EngineClient.step(llm._client)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+@pytest.mark.parametrize(
+    ("interrupt", "words"),
+    [(lambda llm: llm._client.abort_all(), "aborted"), (LLM.sleep, "aborted"), (fail_elsewhere, "the device is gone")],
+    ids=["abort", "sleep", "failure"],
+)
+def test_what_others_do_to_the_engine_is_told(
+    pooling: LLM, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[LLM], None], words: str, on_error: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pooling._client, "step", lambda: interrupt(pooling))
+        if on_error == "raise":
+            with pytest.raises(RuntimeError, match=words):
+                pooling.embed(PROMPTS, use_tqdm=False)
+        else:
+            outputs = pooling.embed(PROMPTS, use_tqdm=False, on_error="return")
+            assert [words in (output.error or "") for output in outputs] == [True] * len(PROMPTS)
+    pooling.wake_up()
+    assert vectors(pooling, PROMPTS).shape == (len(PROMPTS), 64)
