@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class BeamSearchMethods(EngineMethods):
 
         Raises:
             ValidationError: a prompt is refused, or ``2 * beam_width`` is more than the engine's ``max_logprobs``.
+            RuntimeError: another call has ended this one's requests.
         """
         self._require_generation("beam_search")
         refuse(lora_request=lora_request)
@@ -116,10 +118,12 @@ class BeamSearchMethods(EngineMethods):
             if not prompts:
                 break
             found = self._feed(prompts, one_token, priority=priority).outputs()
-            outputs = iter(sorted(found, key=lambda output: output.index))
+            positions = [output.outputs[0].logprobs for output in sorted(found, key=lambda output: output.index)]
+            if not all(positions):
+                raise RuntimeError("the search is cut short: a request was aborted")
+            logprobs = (position for (position,) in positions)
             for search in live:
-                logprobs = [next(outputs).outputs[0].logprobs[0] for _ in search.beams]
-                search.extend(logprobs, params, eos)
+                search.extend(list(itertools.islice(logprobs, len(search.beams))), params, eos)
             bar.update()
 
 

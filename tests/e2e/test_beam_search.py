@@ -93,3 +93,10 @@ def test_bad_calls_are_refused(engine: LLM):
         engine.beam_search("x", BeamSearchParams(beam_width=2, max_tokens=2), concurrency_limit=0)
     with pytest.raises(TypeError, match="must be BeamSearchParams, got dict"):
         engine.beam_search("x", {"beam_width": 2})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_search_that_is_cut_short_says_so(engine: LLM, monkeypatch: pytest.MonkeyPatch):
+    """Another call aborts all requests while this one waits for its turn."""
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut short"):
+        patch.setattr(engine._client, "step", engine._client.abort_all)
+        engine.beam_search(PROMPTS, BeamSearchParams(beam_width=2, max_tokens=4))
