@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -22,7 +23,7 @@ class Allocator(Protocol):
     def allocate(self) -> object: ...
 
 
-class DeviceMemory(Generic[Weights, StateTree]):
+class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
     """Weights that can be freed, read again and replaced, and a state that can be freed and made anew.
 
     Args:
@@ -42,9 +43,9 @@ class DeviceMemory(Generic[Weights, StateTree]):
         self._state: StateTree | None = allocator.allocate()  # pyright: ignore[reportAttributeAccessIssue]
         self._heads()
 
+    @abc.abstractmethod
     def _heads(self) -> None:
         """Take from the weights what is passed to programs by itself."""
-        raise NotImplementedError
 
     def _live(self) -> StateTree:
         if self._state is None:

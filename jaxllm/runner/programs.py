@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import contextlib
 import functools
@@ -44,7 +45,7 @@ ALLOCATOR: Key = ("allocate",)
 WRITE_TOKENS = 1024
 
 
-class Compiler:
+class Compiler(abc.ABC):
     """Compiles programs ahead of time and keeps them. Asking for one that was not compiled is an error, never a silent
     compile.
 
@@ -94,8 +95,9 @@ class Compiler:
                 self._compiled[futures[future]] = future.result()
                 bar.update()
 
+    @abc.abstractmethod
     def _lower(self, key: Key) -> jax.stages.Lowered:
-        raise NotImplementedError
+        """The program of a key, ready to be compiled."""
 
     def _get(self, key: Key) -> jax.stages.Compiled:
         try:
