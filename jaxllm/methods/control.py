@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -109,14 +110,15 @@ class ControlMethods(EngineMethods):
             ValidationError: the runner has no such method.
         """
         runner = self._started.runner
-        function = getattr(runner, method, None) if isinstance(method, str) and not method.startswith("_") else method
-        if isinstance(method, str) and not callable(function):
-            known = sorted(name for name in dir(type(runner)) if not name.startswith("_"))
-            raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
+        if isinstance(method, str):
+            known = [name for name in dir(type(runner)) if not name.startswith("_")]
+            if method not in known:
+                raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
+            call = getattr(runner, method)
+        else:
+            call = functools.partial(method, runner)
         with self._client.lock:
-            if isinstance(method, str):
-                return [function(*args, **(kwargs or {}))]  # pyright: ignore[reportCallIssue, reportOptionalCall]
-            return [method(runner, *args, **(kwargs or {}))]
+            return [call(*args, **(kwargs or {}))]
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxllm.engine.prompts import Prompt
@@ -32,15 +32,10 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
         if first and isinstance(first[0], numbers.Integral):
             return [[*first, *prompts]]  # pyright: ignore[reportReturnType]
         return itertools.chain(first, prompts)  # pyright: ignore[reportReturnType]
-    listed: Sequence[Any] = prompts if isinstance(prompts, (list, tuple)) else _as_sequence(prompts)
+    listed: list[Any] = list(prompts)
     if listed and all(isinstance(item, numbers.Integral) for item in listed):
-        return [list(listed)]
+        return [listed]
     return listed
-
-
-def _as_sequence(prompts: Iterable[Any]) -> Sequence[Any]:
-    """What has a length and is no list (an array, a column of a table, a data set, a dict's view)."""
-    return list(prompts)
 
 
 def as_conversations(messages: Any) -> Iterable[Conversation]:
