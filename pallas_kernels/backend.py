@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 #: Pallas' Triton lowering needs tensor cores for bf16
 LEAST_COMPUTE_CAPABILITY = (8, 0)
+LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,8 @@ class Backend:
     implementation: str = "xla"
     #: the device's name as JAX has it ("NVIDIA H200"): picks tile sizes
     device_kind: str = ""
+    #: of an NVIDIA device; None: unknown
+    compute_capability: tuple[int, int] | None = None
     #: run kernels in Pallas' interpreter, on any device
     interpret: bool = False
 
@@ -31,7 +35,17 @@ class Backend:
         """What is fastest on a device: the kernels on NVIDIA GPUs from Ampere on, plain XLA elsewhere."""
         is_gpu = platform in ("cuda", "gpu")
         kernels = is_gpu and (compute_capability is None or compute_capability >= LEAST_COMPUTE_CAPABILITY)
-        return cls(implementation="triton" if kernels else "xla", device_kind=device_kind)
+        return cls(
+            implementation="triton" if kernels else "xla",
+            device_kind=device_kind,
+            compute_capability=compute_capability,
+        )
+
+    def supports(self, stored: jnp.dtype) -> bool:
+        """Whether kernels can read and write numbers of this dtype: casts of float8_e4m3fn came with Ada."""
+        if self.interpret or self.compute_capability is None or stored != jnp.float8_e4m3fn:
+            return True
+        return self.compute_capability >= LEAST_E4M3_COMPUTE_CAPABILITY
 
 
 def device_backend(device: jax.Device) -> Backend:  # pyright: ignore[reportInvalidTypeForm]

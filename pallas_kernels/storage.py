@@ -52,3 +52,22 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 def is_scaled(dtype: jnp.dtype) -> bool:
     """Whether pages of this dtype need scales."""
     return jnp.dtype(dtype).itemsize == 1
+
+
+def check_addressable(cache: jax.Array) -> None:
+    """Refuse a cache in which a kernel's addresses would overflow.
+
+    Pallas' Triton lowering counts numbers with int32 in arrays of up to 4 GiB, and with int64 in larger ones: the
+    former is too little for one-byte numbers of more than 2 GiB. (Rows have int32 indices in any case.)
+
+    Raises:
+        ValueError: the text says which sizes are possible.
+    """
+    size, rows = cache.size, cache.size // cache.shape[-1]
+    if cache.dtype.itemsize == 1 and 2**31 < size <= 2**32:
+        raise ValueError(
+            f"a {cache.dtype} cache of {size} bytes cannot be addressed by the Triton kernels: make it at most "
+            f"{2**31} bytes or more than {2**32}"
+        )
+    if rows > 2**31:
+        raise ValueError(f"a cache of {rows} rows (one key or value of one head) has more than {2**31}")

@@ -6,8 +6,7 @@ import jax
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import reference, xla
-
-_IMPLEMENTATIONS = {"reference": reference.write_kv, "xla": xla.write_kv}
+from pallas_kernels.storage import check_addressable
 
 
 def write_kv(
@@ -18,6 +17,20 @@ def write_kv(
     batch: AttentionBatch,
     kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`reference.write_kv` by `batch.backend`'s implementation; in place where the cache is donated."""
-    write = _IMPLEMENTATIONS.get(batch.backend.implementation, xla.write_kv)
+    """`reference.write_kv` by `batch.backend`'s implementation; in place where the cache is donated.
+
+    Raises:
+        ValueError: the kernels cannot address such a cache (`storage.check_addressable`).
+    """
+    implementation = batch.backend.implementation
+    if implementation == "reference":
+        write = reference.write_kv
+    elif implementation == "xla" or not batch.backend.supports(cache.dtype):
+        write = xla.write_kv
+    else:
+        # Pallas is slow to import, and a CPU needs none of it
+        from pallas_kernels.kv_write import triton
+
+        check_addressable(cache)
+        write = triton.write_kv
     return write(cache, key, value, layout, batch, kv_scales)

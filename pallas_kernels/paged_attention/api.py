@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import reference, xla
-
-_IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention}
+from pallas_kernels.storage import check_addressable
 
 
 def paged_attention(
@@ -22,8 +22,48 @@ def paged_attention(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
 ) -> jax.Array:
-    """`reference.paged_attention` by `batch.backend`'s implementation; rows of padding tokens hold anything finite."""
-    compute = _IMPLEMENTATIONS.get(batch.backend.implementation, xla.paged_attention)
+    """`reference.paged_attention` by `batch.backend`'s implementation; rows of padding tokens hold anything finite.
+
+    Raises:
+        ValueError: the kernels cannot address such a cache (`storage.check_addressable`).
+    """
+    implementation = batch.backend.implementation
+    if implementation == "reference":
+        compute = reference.paged_attention
+    elif implementation == "xla" or not _has_kernels(query, cache, batch):
+        compute = xla.paged_attention
+    else:
+        check_addressable(cache)
+        compute = _by_kernels
     return compute(
         query, cache, layout, batch, scale=scale, softcap=softcap, causal=causal, sinks=sinks, kv_scales=kv_scales
     )
+
+
+def _has_kernels(query: jax.Array, cache: jax.Array, batch: AttentionBatch) -> bool:
+    """Whether the kernels can do it: pages of a power of two of positions, heads of up to 256 numbers."""
+    block_size, dim = cache.shape[3:]
+    return block_size & (block_size - 1) == 0 and dim <= 256 and batch.backend.supports(cache.dtype)
+
+
+def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, causal, sinks, kv_scales) -> jax.Array:
+    """Single tokens by one kernel, chunks and prompts by the other, each for the rows that are its own."""
+    # Pallas is slow to import, and a CPU needs none of it
+    from pallas_kernels.paged_attention.tiles import tiles
+    from pallas_kernels.paged_attention.triton_decode import decode_attention
+    from pallas_kernels.paged_attention.triton_walk import product_dtypes
+
+    tokens, dim = query.shape[0], query.shape[2]
+    itemsize = max(dtype.itemsize for dtype in product_dtypes(query.dtype, cache.dtype))
+    tile = tiles(batch.backend.device_kind, head_dim=dim, itemsize=itemsize)
+    how = dict(scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales)
+    decoded = decode_attention(query, cache, layout, batch, tile.decode, num_sms=tile.num_sms, **how)
+    decoded = jnp.pad(decoded[:tokens], ((0, max(tokens - decoded.shape[0], 0)), (0, 0), (0, 0)))
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    is_decode = (token < batch.num_decodes)[:, None, None]
+    if batch.decode_only:
+        return jnp.where(is_decode, decoded, 0)
+    from pallas_kernels.paged_attention.triton_prefill import prefill_attention
+
+    prefilled = prefill_attention(query, cache, layout, batch, tile.prefill, causal=causal, **how)
+    return jnp.where(is_decode, decoded, jnp.where(batch.token_valid[:, None, None], prefilled, 0))

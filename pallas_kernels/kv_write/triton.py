@@ -1,0 +1,106 @@
+"""New keys and values into their pages, in place, by Pallas-Triton: one program a token. Padding is not written."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.storage import largest_stored, to_storage
+from pallas_kernels.triton_call import next_power_of_two, triton_call
+
+#: numbers of one warp
+WARP_NUMBERS = 256
+#: added and taken away again, it rounds a float32 of up to 2**22 to the nearest integer, halves to even: Triton's
+#: lowering has no rounding
+ROUNDING = 1.5 * 2**23
+
+
+def write_kv(
+    cache: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    layout: Layout,
+    batch: AttentionBatch,
+    kv_scales: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `reference.write_kv`, but that page 0 stays as it is."""
+    tokens, kv_heads, dim = key.shape
+    heads, lanes = next_power_of_two(kv_heads), next_power_of_two(dim)
+    arguments = [key, value, batch.token_seq, batch.positions, batch.token_valid.astype(jnp.int32)]
+    arguments += [batch.block_tables, layout.group.reshape(1), layout.page_offset.reshape(1)]
+    pages = [cache.reshape(-1, dim), *([] if kv_scales is None else [kv_scales.reshape(-1)])]
+    kernel = functools.partial(
+        _kernel, heads=heads, kv_heads=kv_heads, lanes=lanes, dim=dim, block_size=cache.shape[3], parts=len(pages)
+    )
+    call = triton_call(
+        kernel,
+        name="kv_write",
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages],
+        grid=(tokens, 2),
+        num_warps=min(max(heads * lanes // WARP_NUMBERS, 1), 8),
+        num_stages=1,
+        interpret=batch.backend.interpret,
+        input_output_aliases={len(arguments) + i: i for i in range(len(pages))},
+    )
+    written = call(*arguments, *pages)
+    return written[0].reshape(cache.shape), None if kv_scales is None else written[1].reshape(kv_scales.shape)
+
+
+def _kernel(
+    key_ref,
+    value_ref,
+    token_seq_ref,
+    positions_ref,
+    valid_ref,
+    tables_ref,
+    group_ref,
+    page_offset_ref,
+    *refs,
+    heads: int,
+    kv_heads: int,
+    lanes: int,
+    dim: int,
+    block_size: int,
+    parts: int,
+) -> None:
+    cache_ref, *scales_ref = refs[parts:]
+    token = pl.program_id(0)
+    is_value = pl.program_id(1)
+
+    @pl.when(valid_ref[token] != 0)
+    def _():
+        position = positions_ref[token]
+        page = tables_ref[group_ref[0], token_seq_ref[token], position // block_size] + page_offset_ref[0]
+        head = jnp.arange(heads, dtype=jnp.int32)
+        lane = jnp.arange(lanes, dtype=jnp.int32)
+        exists = (head < kv_heads)[:, None] & (lane < dim)[None, :]
+        row = ((page * 2 + is_value) * kv_heads + head) * block_size + position % block_size
+        # rows that do not exist would be another page's
+        row = jnp.where(head < kv_heads, row, -1)
+        at = (token, head[:, None], lane[None, :])
+
+        def write(new_ref) -> None:
+            new = plt.load(new_ref.at[at], mask=exists, other=0.0)
+            if scales_ref:
+                new, scales = _quantize(new, cache_ref.dtype)
+                plt.store(scales_ref[0].at[row], scales, mask=head < kv_heads)
+            plt.store(cache_ref.at[row[:, None], lane[None, :]], to_storage(new, cache_ref.dtype), mask=exists)
+
+        pl.when(is_value == 0)(lambda: write(key_ref))
+        pl.when(is_value == 1)(lambda: write(value_ref))
+
+
+def _quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """As `storage.quantize`, short of the cast."""
+    x = x.astype(jnp.float32)
+    largest = largest_stored(dtype)
+    scales = jnp.max(jnp.abs(x), axis=1) / largest
+    scaled = x / jnp.where(scales == 0, 1.0, scales)[:, None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        scaled = (scaled + ROUNDING) - ROUNDING
+    return jnp.minimum(jnp.maximum(scaled, -largest), largest), scales
