@@ -29,6 +29,7 @@ from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooling_setup import make_pooler, runner_type
 from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.runner.attention_backend import attention_backend
 from jaxllm.runner.build import Built, RunnerConfig, build_runner
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
@@ -122,6 +123,7 @@ def start(args: EngineArgs) -> Started:
         scheduler=limits,
         dtype=_dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None),
         device=device,
+        backend=attention_backend(args.attention_backend, device, model.head_dim),
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,

@@ -11,6 +11,8 @@ IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 #: Pallas' Triton lowering needs tensor cores for bf16
 LEAST_COMPUTE_CAPABILITY = (8, 0)
 LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
+#: of the attention kernels
+MAX_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxllm import checks
+from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
 from jaxllm.config.pooler import pooler_config
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 from jaxllm.errors import ValidationError
@@ -33,6 +34,7 @@ RUNNERS = {name: name for name in ("auto", "generate", "pooling")}
 CONVERSIONS = {name: name for name in ("auto", "none", "embed", "classify")}
 TASKS = {name: name for name in ("auto", "generate", "embed", "embedding", "classify", "score")}
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+ATTENTION_BACKENDS = {name: name for name in ("auto", "xla", "triton")}
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -156,6 +158,13 @@ def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
     return check
 
 
+def _attention_backend(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if text.upper() in VLLM_ATTENTION_BACKENDS:
+        return "auto"
+    return _one_of(ATTENTION_BACKENDS)(name, text)
+
+
 def _fields_of(kind: type) -> Callable[[str, Any], Any]:
     """An instance of a dataclass, or a mapping with its fields."""
     names = [field.name for field in dataclasses.fields(kind)]
@@ -231,6 +240,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "pooler_config": pooler_config,
     "override_pooler_config": pooler_config,
     "device": _one_of(DEVICES),
+    "attention_backend": _attention_backend,
     "disable_log_stats": checks.boolean,
     "metrics_port": _port,
     "profiler_config": _profiler_config,

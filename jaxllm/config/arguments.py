@@ -149,6 +149,14 @@ class NoEffect(NamedTuple):
 _NO_GRAPHS = "there are no CUDA graphs, XLA compiles every step"
 _ONE_KERNEL = "jaxllm picks its kernels itself"
 
+#: vLLM's kernels: asking for one of them has no effect
+VLLM_ATTENTION_BACKENDS = frozenset(
+    """FLASH_ATTN FLASH_ATTN_DIFFKV FLASH_ATTN_MLA FLASHINFER FLASHINFER_MLA FLASHINFER_MLA_SPARSE FLASHMLA
+    FLASHMLA_SPARSE CUTLASS_MLA TRITON_ATTN TRITON_MLA FLEX_ATTENTION TREE_ATTN XFORMERS TORCH_SDPA CPU_ATTN PALLAS
+    ROCM_ATTN ROCM_AITER_FA ROCM_AITER_UNIFIED_ATTN ROCM_AITER_MLA ROCM_AITER_MLA_SPARSE ROCM_AITER_TRITON_MLA
+    ROCM_FLASH IPEX NO_ATTENTION DUAL_CHUNK_FLASH_ATTN DIFFERENTIAL_FLASH_ATTN""".split()
+)
+
 #: accepted with any value
 NO_EFFECT: dict[str, NoEffect] = {
     "trust_remote_code": NoEffect("jaxllm runs no code from checkpoints, it has its own models", (False,)),
@@ -166,7 +174,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "cudagraph_metrics": NoEffect(_NO_GRAPHS, (False,)),
     "compilation_config": NoEffect("XLA compiles every step; enforce_eager=True compiles least"),
     "optimization_level": NoEffect("XLA compiles every step; enforce_eager=True compiles least"),
-    "attention_backend": NoEffect(_ONE_KERNEL),
     "attention_config": NoEffect(_ONE_KERNEL),
     "disable_cascade_attn": NoEffect(_ONE_KERNEL, (False,)),
     "kernel_config": NoEffect(_ONE_KERNEL),
@@ -212,6 +219,9 @@ def report_without_effect(arguments: Mapping[str, Any]) -> None:
     for name, (why, quiet) in NO_EFFECT.items():
         if name in arguments and not _inert(arguments[name], quiet):
             reasons.setdefault(why, []).append(name)
+    backend = arguments.get("attention_backend")
+    if isinstance(backend, str) and backend.upper() in VLLM_ATTENTION_BACKENDS:
+        reasons.setdefault(_ONE_KERNEL, []).append("attention_backend")
     quantization = arguments.get("quantization")
     if isinstance(quantization, str) and quantization.lower() == "gguf":
         reasons["GGUF weights are dequantised to dtype when loaded"] = ["quantization"]

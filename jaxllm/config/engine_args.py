@@ -99,6 +99,9 @@ class EngineArgs:
     override_pooler_config: PoolerConfig | None = None
     #: "auto", "cpu" or "gpu"
     device: str = "auto"
+    #: what attention is compiled to: "auto" (the fastest that the device has), "xla", or "triton" (kernels for NVIDIA
+    #: GPUs); names of vLLM's own, such as "FLASH_ATTN", stand for "auto"
+    attention_backend: str = "auto"
     #: False logs a line of statistics every 10 seconds while requests run; metrics are collected in any case
     disable_log_stats: bool = True
     #: serve Prometheus' metrics on this port of the loopback interface, 0 on any free one; None: nowhere

@@ -30,7 +30,7 @@ class TraceRecorder(StepObserver):
     """Watches the steps of one scheduler.
 
     Args:
-        bucket: (tokens, sequences) of a step -> those of the compiled program that runs it.
+        bucket: (tokens, sequences) of a step -> those of the compiled program that runs it, first.
         clock: seconds; the one of the requests' times, so that both lie on one axis.
     """
 
@@ -38,7 +38,7 @@ class TraceRecorder(StepObserver):
         self,
         trace: Trace,
         scheduler: Scheduler,
-        bucket: Callable[[int, int], tuple[int, int]] | None = None,
+        bucket: Callable[[int, int], tuple[int, ...]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.trace = trace
@@ -74,7 +74,7 @@ class TraceRecorder(StepObserver):
             if count > 1 or start < request.num_prompt_tokens
         )
         num_tokens, num_seqs = step.num_tokens, len(step.rows)
-        bucket_tokens, bucket_seqs = self._bucket(num_tokens, num_seqs) if self._bucket else (0, 0)
+        bucket_tokens, bucket_seqs = self._bucket(num_tokens, num_seqs)[:2] if self._bucket else (0, 0)
         self._launched[step.step] = {
             "step": step.step,
             "start": self._turn,

@@ -10,12 +10,16 @@ class Bucket(NamedTuple):
 
     tokens: int
     seqs: int
+    #: every sequence has one token; a program for these alone launches no kernels for chunks and prompts
+    decode_only: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.seqs} seqs"
+        return f"{self.tokens} tokens x {self.seqs} seqs{', decode only' if self.decode_only else ''}"
 
 
-def make_buckets(max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool = False) -> tuple[Bucket, ...]:
+def make_buckets(
+    max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool = False, decode_only: bool = False
+) -> tuple[Bucket, ...]:
     """Buckets in ascending order, the last one holding the largest step.
 
     One token, then powers of two from 8: padding at most doubles a step of more. A bucket takes as many sequences as
@@ -24,7 +28,9 @@ def make_buckets(max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool 
 
     Args:
         eager: only two buckets, a small and the largest one: quick start, slower steps.
+        decode_only: also buckets for steps that give every sequence one token, unless `eager`.
     """
+    decode_only = decode_only and not eager
     sizes = {1, max_num_batched_tokens}
     size = 8
     while size < max_num_batched_tokens:
@@ -32,12 +38,20 @@ def make_buckets(max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool 
         size *= 2
     if eager:
         sizes = {min(s for s in sizes if s >= min(32, max_num_batched_tokens)), max_num_batched_tokens}
-    return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes))
+    buckets = [Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sizes]
+    if decode_only:
+        # a step of one token has one sequence
+        buckets = [bucket for bucket in buckets if bucket.tokens > 1 or max_num_batched_tokens == 1]
+        single = {size for size in sizes if size < max_num_seqs} | {min(max_num_seqs, max_num_batched_tokens)}
+        buckets += [Bucket(size, size, decode_only=True) for size in single]
+    return tuple(sorted(buckets, key=lambda bucket: (bucket.tokens, not bucket.decode_only)))
 
 
 def pick_bucket(buckets: tuple[Bucket, ...], tokens: int, seqs: int) -> Bucket:
     """The smallest bucket that holds the step. Raises ValueError when none does: the scheduler's budget is wrong."""
     for bucket in buckets:
+        if bucket.decode_only and tokens != seqs:
+            continue
         if bucket.tokens >= tokens and bucket.seqs >= seqs:
             return bucket
     raise ValueError(f"no bucket holds {tokens} tokens of {seqs} sequences; the largest is {buckets[-1]}")

@@ -210,11 +210,15 @@ def _fit(config: RunnerConfig, num_blocks: int, total: int, other_bytes: int) ->
 
 def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PoolingPrograms:
     platform, state, limits = config.device.platform, config.state(num_blocks), config.scheduler
-    buckets = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager)
+    # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
+    decode_only = config.backend.implementation not in ("xla", "reference")
+    buckets = make_buckets(
+        limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager, decode_only=decode_only
+    )
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
-            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler),
+            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, backend=config.backend),
             buckets,
             config.table_width,
             params,
@@ -228,6 +232,7 @@ def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: i
         StepConfig(
             model=config.model,
             groups=config.groups,
+            backend=config.backend,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
             processors=config.processors,

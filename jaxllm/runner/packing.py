@@ -73,7 +73,7 @@ def forward_fields(bucket: Bucket, num_groups: int, table_width: int) -> dict[st
     """What every forward pass reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
     row.
     """
-    tokens, seqs = bucket
+    tokens, seqs = bucket.tokens, bucket.seqs
     return {
         "num_decodes": (),
         "num_seqs": (),

@@ -17,6 +17,7 @@ from jaxllm.models.pooler import Head, PoolingModel, finish
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.packing import Packing
 from jaxllm.runner.step import attention_batch
+from pallas_kernels.backend import Backend
 
 #: sequences, and tokens of each, that one round of a sum takes
 SUM_ROWS = 8
@@ -30,6 +31,8 @@ class PoolingStepConfig:
     model: ModelConfig
     groups: tuple[KVCacheGroup, ...]
     pooler: Pooler
+    #: what attention is compiled to
+    backend: Backend = Backend()
 
 
 @flax.struct.dataclass
@@ -61,7 +64,7 @@ def pooling_step(
         hidden [T, d] of all tokens, for `token_step`.
     """
     fields = packing.unpack(buffer)
-    batch = attention_batch(fields, bucket)
+    batch = attention_batch(fields, bucket, config.backend)
     if isinstance(config.model, BertConfig):
         batch = batch.replace(segment_starts=fields["segment_starts"])  # pyright: ignore[reportAttributeAccessIssue]
     cache, hidden = forward(config.model, config.groups, params.body, fields["token_ids"], state.cache, batch)

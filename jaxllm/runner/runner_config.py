@@ -24,6 +24,7 @@ from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.pooling_step import PoolingState
 from jaxllm.runner.step import State
+from pallas_kernels.backend import Backend
 from pallas_kernels.storage import STORAGE
 
 
@@ -38,6 +39,8 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
+    #: what attention is compiled to
+    backend: Backend = Backend()
     block_size: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None

@@ -21,6 +21,7 @@ from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import sample, sample_greedy
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
+from pallas_kernels.backend import Backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class StepConfig:
     logprobs_mode: str
     #: prompt tokens of a step whose successors' log-probabilities can be asked for
     max_scored_tokens: int
+    #: what attention is compiled to
+    backend: Backend = Backend()
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
 
@@ -76,7 +79,7 @@ def forward_step(
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
-    batch = attention_batch(fields, bucket)
+    batch = attention_batch(fields, bucket, config.backend)
     trash = state.tokens.shape[0] - 1
     row = jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
     ids = fields["token_ids"]
@@ -94,7 +97,7 @@ def forward_step(
     return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
 
 
-def attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
+def attention_batch(fields: dict[str, jax.Array], bucket: Bucket, backend: Backend) -> AttentionBatch:
     """What attention must know of the fields of a step's buffer."""
     token = jnp.arange(bucket.tokens, dtype=jnp.int32)
     return AttentionBatch(
@@ -106,6 +109,8 @@ def attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBa
         block_tables=fields["block_tables"],
         num_decodes=fields["num_decodes"],
         num_seqs=fields["num_seqs"],
+        backend=backend,
+        decode_only=bucket.decode_only,
     )
 
 

@@ -31,7 +31,7 @@ def write_kv(
     """As `reference.write_kv`, but that page 0 stays as it is."""
     tokens, kv_heads, dim = key.shape
     heads, lanes = next_power_of_two(kv_heads), next_power_of_two(dim)
-    arguments = [key, value, batch.token_seq, batch.positions, batch.token_valid.astype(jnp.int32)]
+    arguments = [key, value, batch.token_seq, batch.positions, batch.token_valid]
     arguments += [batch.block_tables, layout.group.reshape(1), layout.page_offset.reshape(1)]
     pages = [cache.reshape(-1, dim), *([] if kv_scales is None else [kv_scales.reshape(-1)])]
     kernel = functools.partial(
@@ -72,7 +72,7 @@ def _kernel(
     token = pl.program_id(0)
     is_value = pl.program_id(1)
 
-    @pl.when(valid_ref[token] != 0)
+    @pl.when(valid_ref[token])
     def _():
         position = positions_ref[token]
         page = tables_ref[group_ref[0], token_seq_ref[token], position // block_size] + page_offset_ref[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import MAX_HEAD_DIM
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.storage import check_addressable
@@ -41,9 +42,9 @@ def paged_attention(
 
 
 def _has_kernels(query: jax.Array, cache: jax.Array, batch: AttentionBatch) -> bool:
-    """Whether the kernels can do it: pages of a power of two of positions, heads of up to 256 numbers."""
+    """Whether the kernels can do it: pages of a power of two of positions, heads of up to `MAX_HEAD_DIM` numbers."""
     block_size, dim = cache.shape[3:]
-    return block_size & (block_size - 1) == 0 and dim <= 256 and batch.backend.supports(cache.dtype)
+    return block_size & (block_size - 1) == 0 and dim <= MAX_HEAD_DIM and batch.backend.supports(cache.dtype)
 
 
 def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, causal, sinks, kv_scales) -> jax.Array:

@@ -88,4 +88,4 @@ def _match(entries: list[dict[str, Any]], head_dim: int, itemsize: int) -> dict[
 
 @functools.cache
 def _tuned() -> dict[str, Any]:
-    return json.loads(importlib.resources.files(__package__).joinpath("tuned.json").read_text())
+    return json.loads(importlib.resources.files("pallas_kernels.paged_attention").joinpath("tuned.json").read_text())

@@ -28,6 +28,21 @@ def test_every_step_within_the_limits_has_a_bucket(limits: tuple[int, int], eage
         assert bucket.tokens < 2 * tokens, "padding more than doubles the step"
 
 
+@given(LIMITS, st.data())
+def test_steps_of_single_tokens_have_programs_of_their_own(limits: tuple[int, int], data: st.DataObject):
+    max_tokens, max_seqs = limits
+    buckets = make_buckets(max_tokens, max_seqs, decode_only=True)
+    assert len(buckets) == len(set(buckets)) and buckets[-1].tokens == max_tokens
+    assert max_tokens == 1 or not buckets[-1].decode_only, "the largest program holds any step"
+    assert all(bucket.tokens == bucket.seqs for bucket in buckets if bucket.decode_only)
+    seqs = data.draw(st.integers(1, max_seqs))
+    assert pick_bucket(buckets, seqs, seqs).decode_only
+    if seqs < max_tokens:
+        tokens = data.draw(st.integers(seqs + 1, max_tokens))
+        bucket = pick_bucket(buckets, tokens, seqs)
+        assert not bucket.decode_only and bucket.tokens >= tokens and bucket.seqs >= seqs
+
+
 def test_a_step_beyond_the_limits_is_an_error_with_the_numbers():
     with pytest.raises(ValueError, match="no bucket holds 65 tokens of 2 sequences; the largest is 64 tokens x 4 seqs"):
         pick_bucket(make_buckets(64, 4), 65, 2)
