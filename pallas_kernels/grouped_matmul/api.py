@@ -10,7 +10,6 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.case import KernelCase
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tiles import tiles_for
-from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,6 +36,9 @@ def grouped_matmul(
     """
     _check(x, w, group_sizes, layer)
     if backend.implementation in ("triton", "mosaic"):
+        # not above: where no kernel is used, nothing of Pallas is loaded
+        from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton
+
         *_, groups, n, k = w.shape
         tiles = tiles_for(
             rows=x.shape[0], groups=groups, n=n, k=k, itemsize=x.dtype.itemsize, device_kind=backend.device_kind

@@ -7,8 +7,6 @@ import functools
 import json
 from pathlib import Path
 
-from pallas_kernels.backend import cdiv, next_power_of_two
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
@@ -40,10 +38,10 @@ def tiles_for(*, rows: int, groups: int, n: int, k: int, itemsize: int, device_k
     A device that `tuned.json` does not name gets its "default". The sizes never exceed the problem's own.
     """
     tuned = _tuned()
-    mean = cdiv(rows, groups)
+    mean = -(-rows // groups)
     entries = tuned.get(device_kind, tuned["default"])
     entry = next((entry for entry in entries if mean <= entry["max_mean_rows"]), entries[-1])
-    fit = lambda block, size: max(16, min(block, next_power_of_two(size)))  # noqa: E731
+    fit = lambda block, size: max(16, min(block, 1 << (size - 1).bit_length()))  # noqa: E731
     return Tiles(
         block_m=entry["block_m"],
         block_n=fit(entry["block_n"], n),

@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.backend import cdiv, next_power_of_two, triton_call
 from pallas_kernels.grouped_matmul.tiles import Tiles
+from pallas_kernels.triton_call import cdiv, next_power_of_two, triton_call
 
 #: tiles of rows that take turns on one block of columns, so that they find its weights in the L2 cache
 TILES_IN_TURN = 8

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.case import KernelCase
-from pallas_kernels.quant_matmul.layout import Int4Weight
+from pallas_kernels.quant_matmul.layout import Int4Weight, int4_weight
 from pallas_kernels.quant_matmul.reference import quant_matmul_reference
-from pallas_kernels.quant_matmul.tiles import most_rows, tiles_for
-from pallas_kernels.quant_matmul.triton import GROUP_SIZES, quant_matmul_triton
+from pallas_kernels.quant_matmul.tiles import GROUP_SIZES, most_rows, tiles_for
 from pallas_kernels.quant_matmul.xla import quant_matmul_xla
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -30,9 +29,7 @@ MODELS = (
 TOKENS = (1, 16, 64, 256, 2048)
 
 
-def quant_matmul(
-    x: jax.Array, weight: Int4Weight, *, backend: Backend, layer: jax.Array | None = None
-) -> jax.Array:
+def quant_matmul(x: jax.Array, weight: Int4Weight, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
     """``x @ dequantize(weight).T``.
 
     x: [M, K], bf16, f16 or f32. weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that layer
@@ -44,6 +41,9 @@ def quant_matmul(
     """
     _check(x, weight, layer)
     if implementation_for(backend, rows=x.shape[0], group_size=weight.group_size, dtype=x.dtype) == "triton":
+        # not above: where no kernel is used, nothing of Pallas is loaded
+        from pallas_kernels.quant_matmul.triton import quant_matmul_triton
+
         groups, n = weight.scales.shape[-2:]
         tiles = tiles_for(rows=x.shape[0], n=n, groups=groups, device_kind=backend.device_kind)
         return quant_matmul_triton(x, weight, layer=layer, tiles=tiles, interpret=backend.interpret)
@@ -79,10 +79,11 @@ def configurations(device_kind: str = "") -> list[KernelCase]:
     def case(model: str, layers: int, projection: str, n: int, k: int, group_size: int, tokens: int) -> KernelCase:
         groups = k // group_size
         per_group = lambda dtype: jax.ShapeDtypeStruct((layers, groups, n), dtype)  # noqa: E731
-        weight = Int4Weight(
-            packed=jax.ShapeDtypeStruct((layers, n, k // 2), jnp.uint8),  # pyright: ignore[reportArgumentType]
-            scales=per_group(jnp.bfloat16),
-            zeros=per_group(jnp.uint8),
+        weight = jax.eval_shape(
+            int4_weight,
+            jax.ShapeDtypeStruct((layers, n, k // 2), jnp.uint8),
+            per_group(jnp.bfloat16),
+            per_group(jnp.uint8),
         )
         split = tiles_for(rows=tokens, n=n, groups=groups, device_kind=device_kind).split_k
         return KernelCase(

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.backend import cdiv, next_power_of_two
+#: group sizes that the kernel takes: half a group is a product's inner dimension, a power of two from 16 up
+GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,11 @@ def tiles_for(*, rows: int, n: int, groups: int, device_kind: str = "") -> Tiles
     """
     device = _device(device_kind)
     entry = next((entry for entry in device["tiles"] if rows <= entry["max_rows"]), device["tiles"][-1])
-    block_n = max(16, min(entry["block_n"], next_power_of_two(n)))
+    block_n = max(16, min(entry["block_n"], 1 << (n - 1).bit_length()))
     return Tiles(
         block_m=entry["block_m"],
         block_n=block_n,
-        split_k=_split(groups, cdiv(entry["least_programs"], cdiv(n, block_n)), groups // entry["least_groups"]),
+        split_k=_split(groups, _cdiv(entry["least_programs"], _cdiv(n, block_n)), groups // entry["least_groups"]),
         num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
     )
@@ -65,7 +66,11 @@ def _split(groups: int, wanted: int, most: int) -> int:
     """Into how many parts to cut the groups: from ``wanted`` to twice that, ``most`` at most, the most even ones."""
     first = max(1, min(wanted, most))
     candidates = range(first, max(first, min(2 * wanted, most) if wanted > 1 else first) + 1)
-    return min(candidates, key=lambda split: (cdiv(groups, split) * split, split))
+    return min(candidates, key=lambda split: (_cdiv(groups, split) * split, split))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _device(device_kind: str) -> dict[str, Any]:

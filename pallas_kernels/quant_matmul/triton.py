@@ -20,12 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.backend import cdiv, triton_call
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quant_matmul.tiles import Tiles
+from pallas_kernels.quant_matmul.tiles import GROUP_SIZES, Tiles
+from pallas_kernels.triton_call import cdiv, triton_call
 
-#: group sizes that the kernel takes: half a group is a product's inner dimension, a power of two from 16 up
-GROUP_SIZES = (32, 64, 128, 256)
 #: (integer type, its bits, the number whose mantissa they end): bits | n is exactly number + n for n in 0..15.
 #: An OR, where converting an integer to a float takes one of a few slow units
 _MAGIC = {

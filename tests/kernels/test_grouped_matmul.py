@@ -59,9 +59,7 @@ NAMES = ("reference", "xla", "triton", "kernel", "triton stacked", "xla stacked"
 
 def group_of_rows(group_sizes: np.ndarray, rows: int) -> np.ndarray:
     """The group of each row, -1 beyond the last."""
-    return np.concatenate(
-        [np.repeat(np.arange(len(group_sizes)), group_sizes), np.full(rows - group_sizes.sum(), -1)]
-    )
+    return np.concatenate([np.repeat(np.arange(len(group_sizes)), group_sizes), np.full(rows - group_sizes.sum(), -1)])
 
 
 @st.composite
@@ -100,9 +98,7 @@ def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     poisoned_x = x.at[nobody].set(jnp.nan)
     unused = (jnp.asarray(sizes) == 0)[:, None, None] & (not name.startswith("xla"))
     poisoned_w = jnp.where(unused, jnp.nan, w).astype(dtype)
-    out = np.asarray(
-        implementation(name, interpret)(poisoned_x, poisoned_w, jnp.asarray(sizes, jnp.int32)), np.float64
-    )
+    out = np.asarray(implementation(name, interpret)(poisoned_x, poisoned_w, jnp.asarray(sizes, jnp.int32)), np.float64)
 
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)[owner]
     expected = np.einsum("mk,mnk->mn", x64, w64)
@@ -174,7 +170,9 @@ def test_what_does_not_fit_is_refused(x: tuple, w: tuple, sizes: tuple, layer: b
             layer=jnp.int32(0) if layer else None,
         )
     with pytest.raises(ValueError, match="x and w must have one dtype"):
-        grouped_matmul(jnp.zeros((4, 8)), jnp.zeros((2, 3, 8), jnp.bfloat16), jnp.zeros(2, jnp.int32), backend=Backend())
+        grouped_matmul(
+            jnp.zeros((4, 8)), jnp.zeros((2, 3, 8), jnp.bfloat16), jnp.zeros(2, jnp.int32), backend=Backend()
+        )
 
 
 def test_configurations_are_distinct_and_trace():

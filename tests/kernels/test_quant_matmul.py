@@ -137,9 +137,7 @@ def test_the_worked_example_of_the_layout():
     np.testing.assert_array_equal(packed, [[0x31, 0x42, 0x8F, 0x70]])
     weight = int4_weight(packed, jnp.asarray([[0.5], [2.0]]), jnp.full((2, 1), 8, jnp.uint8))
     assert weight.shape == (1, 8) and weight.group_size == 4
-    np.testing.assert_array_equal(
-        dequantize(weight, jnp.dtype(jnp.float32)), [[-3.5, -3, -2.5, -2, 14, -16, 0, -2]]
-    )
+    np.testing.assert_array_equal(dequantize(weight, jnp.dtype(jnp.float32)), [[-3.5, -3, -2.5, -2, 14, -16, 0, -2]])
 
 
 @settings(max_examples=20)
