@@ -1,0 +1,1 @@
+"""Products of rows, sorted by group, with their own group's weight: mixture of experts."""

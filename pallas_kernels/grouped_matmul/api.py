@@ -18,7 +18,8 @@ MODELS = (
     ("Mixtral-8x7B", 2, 32, 8, (("gate_up", 28672, 4096), ("down", 4096, 14336))),
     ("Qwen3-30B-A3B", 8, 48, 128, (("gate_up", 1536, 2048), ("down", 2048, 768))),
 )
-TOKENS = (1, 16, 64, 256, 2048)
+#: every entry of `tuned.json` is chosen by one of them
+TOKENS = (1, 16, 64, 128, 256, 512, 2048)
 
 
 def grouped_matmul(

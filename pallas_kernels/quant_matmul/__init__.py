@@ -1,0 +1,1 @@
+"""Products with weights of four bits in groups: AWQ, GPTQ."""

@@ -26,7 +26,8 @@ MODELS = (
         (("qkv", 4608, 3584), ("o", 3584, 3584), ("gate_up", 37888, 3584), ("down", 3584, 18944)),
     ),
 )
-TOKENS = (1, 16, 64, 256, 2048)
+#: every entry of `tuned.json` is chosen by one of them
+TOKENS = (1, 16, 32, 64, 256, 2048)
 
 
 def quant_matmul(x: jax.Array, weight: Int4Weight, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:

@@ -90,7 +90,7 @@ def main() -> None:
     for model, _, projections in MODELS:
         for projection, n, k in projections:
             weight = random_weight(layers=max(4, 2 * WEIGHT_BYTES // (n * k)), n=n, k=k, group_size=GROUP_SIZE)
-            for tokens in (*TOKENS[:-1], 512, TOKENS[-1]):
+            for tokens in (*TOKENS, 512):
                 label = f"{model} {projection}, {tokens} tokens"
                 results.append(measure(kernel, "triton", label=label, tokens=tokens, weight=weight))
                 results.append(measure(xla_product, "xla", label=label, tokens=tokens, weight=weight))
