@@ -15,9 +15,6 @@ from pallas_kernels.triton_call import next_power_of_two, triton_call
 
 #: numbers of one warp
 WARP_NUMBERS = 256
-#: added and taken away again, it rounds a float32 of up to 2**22 to the nearest integer, halves to even: Triton's
-#: lowering has no rounding
-ROUNDING = 1.5 * 2**23
 
 
 def write_kv(
@@ -102,5 +99,12 @@ def _quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(x), axis=1) / largest
     scaled = x / jnp.where(scales == 0, 1.0, scales)[:, None]
     if jnp.issubdtype(dtype, jnp.integer):
-        scaled = (scaled + ROUNDING) - ROUNDING
+        scaled = _round(scaled)
     return jnp.minimum(jnp.maximum(scaled, -largest), largest), scales
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """To the nearest integer, halves to even; Triton's lowering has no such operation."""
+    up = jnp.floor(x + 0.5)
+    is_odd = up - 2 * jnp.floor(up * 0.5)
+    return jnp.where(up - x == 0.5, up - is_odd, up)

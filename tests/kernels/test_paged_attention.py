@@ -1,0 +1,130 @@
+"""Paged attention, every implementation, against the formula in float64: over random batches, pages, windows and
+scores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_case import PagedCase, Sequences, Shape, arguments, sequences
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.tiles import DecodeTile
+from pallas_kernels.paged_attention.triton_decode import decode_attention
+
+#: every option, and every kind of pages, at least once; few, as each is compiled
+SHAPES = (
+    Shape(heads=4, kv_heads=4, dim=8, block=16, sinks=True),
+    Shape(heads=6, kv_heads=2, dim=24, block=32, softcap=1.5, query="float16", stored="float16"),
+    Shape(heads=3, kv_heads=1, dim=80, block=8, tokens=24, stored="int8"),
+    Shape(heads=20, kv_heads=1, dim=16, block=128, tokens=40, softcap=4.0, query="bfloat16", stored="float8_e4m3fn"),
+    Shape(heads=6, kv_heads=3, dim=10, block=64, stored="uint16"),
+    Shape(heads=4, kv_heads=2, dim=16, block=16, causal=False, query="bfloat16", stored="bfloat16"),
+    Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=20, decode_only=True, query="float16", stored="float8_e5m2"),
+)
+IMPLEMENTATIONS = ("reference", "xla", "triton")
+
+
+def backend(implementation: str, interpret: bool) -> Backend:
+    kind = "" if interpret else jax.devices()[0].device_kind
+    return Backend(implementation=implementation, interpret=interpret, device_kind=kind)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "causal"))
+def attend(query, cache, layout, batch, **how):
+    return paged_attention(query, cache, layout, batch, **how)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@given(data=st.data())
+@settings(max_examples=20)
+def test_attention_is_the_formula(implementation: str, shape: Shape, interpret: bool, data: st.DataObject):
+    case = PagedCase(shape, data.draw(sequences(shape)))
+    batch = case.batch.replace(backend=backend(implementation, interpret))  # pyright: ignore
+    out = attend(case.query, case.cache, case.layout, batch, **arguments(case))
+    check(case, np.asarray(out).astype(np.float64))
+
+
+def check(case: PagedCase, out: np.ndarray) -> None:
+    """That `out` [tokens, heads, dim] is right where there are tokens, and finite elsewhere."""
+    assert np.isfinite(out).all()
+    for seq in range(len(case.lengths)):
+        expected, bound = case.expected(seq)
+        error = abs(out[case.tokens(seq)] - expected)
+        assert (error <= bound).all(), f"sequence {seq}: error {error.max()}, {(error / bound).max()} times the bound"
+
+
+@functools.partial(jax.jit, static_argnames=("splits", "scale", "softcap"))
+def decode(query, cache, layout, batch, **how):
+    tile = DecodeTile(rows=16, block_n=32, num_warps=4, num_stages=2, least_pieces=2, programs_per_sm=1)
+    return decode_attention(query, cache, layout, batch, tile, num_sms=1, **how)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@given(data=st.data())
+@settings(max_examples=20)
+def test_the_parts_of_a_split_context_are_one(splits: int, interpret: bool, data: st.DataObject):
+    """Also where a part is empty, and where there are more parts than pieces of context."""
+    shape = Shape(heads=8, kv_heads=2, dim=16, block=16, tokens=20, decode_only=True, sinks=True)
+    case = PagedCase(shape, data.draw(sequences(shape)))
+    batch = case.batch.replace(backend=backend("triton", interpret))  # pyright: ignore
+    how = arguments(case)
+    del how["causal"]
+    out = decode(case.query, case.cache, case.layout, batch, splits=splits, **how)
+    out = np.where(np.arange(len(out))[:, None, None] < len(case.lengths), np.asarray(out), 0)
+    check(case, out.astype(np.float64))
+
+
+def test_gradients_of_the_reference():
+    """Of queries, keys and values, against differences of the formula in float64; none is NaN, poison or not."""
+    shape = Shape(heads=4, kv_heads=2, dim=8, block=16, tokens=24, sinks=True, softcap=2.0)
+    drawn = Sequences(computed=(40, 0, 17), queries=(1, 5, 12), window=30, shared=0, magnitude=1.0, seed=1)
+    case = PagedCase(shape, drawn)
+    random = np.random.default_rng(0)
+    towards = random.standard_normal(case.query.shape)
+
+    def loss(query: jax.Array, cache: jax.Array) -> jax.Array:
+        batch = case.batch.replace(backend=Backend(implementation="reference"))  # pyright: ignore
+        out = reference.paged_attention(query, cache, case.layout, batch, **arguments(case))
+        return jnp.sum(out * towards)
+
+    def formula() -> float:
+        return sum(float((case.expected(i)[0] * towards[case.tokens(i)]).sum()) for i in range(len(case.lengths)))
+
+    of_query, of_cache = jax.grad(loss, argnums=(0, 1))(jnp.asarray(case.query), jnp.asarray(case.cache))
+    of_query, of_cache = np.asarray(of_query, np.float64), np.asarray(of_cache, np.float64)
+    assert np.isfinite(of_query).all() and np.isfinite(of_cache).all()
+    assert not of_cache[np.isnan(case.cache)].any()
+    step = 1e-5
+    case.query = case.query.astype(np.float64)
+
+    def difference(arrays: list[np.ndarray], directions: list[np.ndarray]) -> float:
+        results = []
+        for sign in (1, -1):
+            for array, direction in zip(arrays, directions, strict=True):
+                array += sign * step * direction
+            results.append(formula())
+            for array, direction in zip(arrays, directions, strict=True):
+                array -= sign * step * direction
+        return (results[0] - results[1]) / (2 * step)
+
+    direction = random.standard_normal(case.query.shape)
+    assert difference([case.query], [direction]) == pytest.approx(float((of_query * direction).sum()), rel=1e-4)
+    for part, arrays in enumerate((case.keys, case.values)):
+        directions = [random.standard_normal(x.shape) for x in arrays]
+        expected = difference(arrays, directions)
+        found = 0.0
+        for seq, along in enumerate(directions):
+            for at in case.visible(seq):
+                page = shape.num_blocks + case.table[seq, at // shape.block]
+                found += float((of_cache[page, part, :, at % shape.block] * along[at]).sum())
+        assert found == pytest.approx(expected, rel=1e-4)
