@@ -123,7 +123,7 @@ def start(args: EngineArgs) -> Started:
         scheduler=limits,
         dtype=_dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None),
         device=device,
-        backend=attention_backend(args.attention_backend, device, model.head_dim),
+        attention=attention_backend(args.attention_backend, device, model.head_dim),
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,

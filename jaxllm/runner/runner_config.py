@@ -24,7 +24,7 @@ from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.pooling_step import PoolingState
 from jaxllm.runner.step import State
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
 
@@ -39,8 +39,8 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
-    #: what attention is compiled to
-    backend: Backend = Backend()
+    #: what attention is compiled to; None: the device's fastest
+    attention: Backend | None = None
     block_size: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
@@ -55,6 +55,11 @@ class RunnerConfig:
     seed: int
     compile_cache: Path | None
     progress: bool
+
+    @property
+    def backend(self) -> Backend:
+        """What attention is compiled to."""
+        return self.attention or device_backend(self.device)
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
