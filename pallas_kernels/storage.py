@@ -54,7 +54,7 @@ def is_scaled(dtype: jnp.dtype) -> bool:
     return jnp.dtype(dtype).itemsize == 1
 
 
-def check_addressable(cache: jax.Array) -> None:
+def check_addressable(cache: jax.Array | jax.ShapeDtypeStruct) -> None:
     """Refuse a cache in which a kernel's addresses would overflow.
 
     Pallas' Triton lowering counts numbers with int32 in arrays of up to 4 GiB, and with int64 in larger ones: the

@@ -6,7 +6,10 @@ import jax
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import reference, xla
+from pallas_kernels.kv_write.configurations import configurations
 from pallas_kernels.storage import check_addressable
+
+__all__ = ["configurations", "write_kv"]
 
 
 def write_kv(

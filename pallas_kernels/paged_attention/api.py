@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from pallas_kernels.backend import MAX_HEAD_DIM
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention.configurations import configurations
 from pallas_kernels.storage import check_addressable
+
+__all__ = ["configurations", "paged_attention"]
 
 
 def paged_attention(
