@@ -69,5 +69,5 @@ def check_addressable(cache: jax.Array | jax.ShapeDtypeStruct) -> None:
             f"a {cache.dtype} cache of {size} bytes cannot be addressed by the Triton kernels: make it at most "
             f"{2**31} bytes or more than {2**32}"
         )
-    if rows > 2**31:
-        raise ValueError(f"a cache of {rows} rows (one key or value of one head) has more than {2**31}")
+    if rows >= 2**31:
+        raise ValueError(f"a cache of {rows} rows (one key or value of one head) has more than {2**31 - 1}")

@@ -77,8 +77,8 @@ def _kernel(
         lane = jnp.arange(lanes, dtype=jnp.int32)
         exists = (head < kv_heads)[:, None] & (lane < dim)[None, :]
         row = ((page * 2 + is_value) * kv_heads + head) * block_size + position % block_size
-        # rows that do not exist would be another page's
-        row = jnp.where(head < kv_heads, row, -1)
+        # heads that do not exist would have another head's rows, which the interpreter would write back as they were
+        row = jnp.where(head < kv_heads, row, cache_ref.shape[0])
         at = (token, head[:, None], lane[None, :])
 
         def write(new_ref) -> None:
