@@ -66,11 +66,12 @@ def tiles(device_kind: str, *, head_dim: int, itemsize: int) -> Tiles:
     """What is tuned for a device, or the default.
 
     Args:
-        device_kind: JAX's name of the device; entries match by their beginning.
+        device_kind: JAX's name of the device; entries match by their beginning, in whole words.
         itemsize: bytes of a number that is multiplied.
     """
     table = _tuned()
-    names = [name for name in table if name != "default" and device_kind.startswith(name)]
+    words = device_kind.replace("-", " ") + " "
+    names = [name for name in table if words.startswith(f"{name} ")]
     device = table[max(names, key=len, default="default")]
     decode = _match(device["decode"], head_dim, itemsize)
     prefill = _match(device["prefill"], head_dim, itemsize)

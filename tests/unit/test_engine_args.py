@@ -161,6 +161,7 @@ def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
         ("scheduling_policy", "lifo", "fcfs, priority; got 'lifo'"),
         ("logprobs_mode", "raw", "raw_logprobs.*'raw'"),
         ("device", "tpu", "cpu.*'tpu'"),
+        ("attention_backend", "cudnn", "auto, xla, triton; got 'cudnn'"),
         ("enforce_eager", 1, "True or False, got 1"),
         ("max_logprobs", -2, "-1 for the whole vocabulary, got -2"),
         ("seed", 2**64, "64 bits"),
@@ -218,6 +219,18 @@ def test_arguments_without_effect_are_named_in_one_line(name: str, caplog: pytes
     assert engine_args("m", **{name: 77}) == EngineArgs(model="m")
     [record] = caplog.records
     assert name in record.getMessage() and NO_EFFECT[name].why in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "flashinfer", "TRITON_ATTN"])
+def test_vllms_attention_kernels_stand_for_our_choice(name: str, caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", attention_backend=name).attention_backend == "auto"
+    assert "attention_backend (jaxllm picks its kernels itself)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["auto", "xla", "Triton"])
+def test_our_attention_kernels_can_be_named(name: str, caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", attention_backend=name).attention_backend == name.lower()
+    assert caplog.records == []
 
 
 def test_one_line_for_all_of_them(caplog: pytest.LogCaptureFixture):
