@@ -1,0 +1,124 @@
+"""The one seam to Pallas' Mosaic GPU lowering. Only kernels import this: on a CPU nothing of Pallas is loaded.
+
+Mosaic's interpreter knows copies, barriers and warpgroups, and neither layouts of registers nor matrix products whose
+left side is in registers: there the functions below do the same to values. Everything else of a kernel is the same
+program on a GPU and in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+#: rows of one warpgroup's matrix product
+WGMMA_ROWS = 64
+#: columns of 16-bit numbers that one 128-byte swizzle spans
+SWIZZLE_COLUMNS = 64
+WARPGROUP = "warpgroup"
+
+
+def mosaic_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    out_type: Any,
+    scratch_types: Sequence[Any],
+    grid: Sequence[int],
+    grid_names: Sequence[str],
+    num_warpgroups: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """`plgpu.kernel` over references to whole arrays in device memory, outputs after inputs, scratch last.
+
+    ``lax.axis_index`` of `grid_names` and of ``WARPGROUP`` tells the body where it is.
+    """
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=list(scratch_types),
+        grid=tuple(grid),
+        grid_names=tuple(grid_names),
+        num_threads=num_warpgroups,
+        thread_name=WARPGROUP,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_interpreter() if interpret else None,
+        kernel_name=name,
+    )
+
+
+def _interpreter() -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams(detect_races=True)
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # JAX 0.10 has it there only
+
+    return InterpretGPUParams(detect_races=True)
+
+
+def matrix_tile(shape: Sequence[int], dtype: Any) -> Any:
+    """Shared memory [..., rows, columns] as TMA writes and matrix products read it: tiles of 8 rows by 128 bytes."""
+    transforms = (plgpu.TilingTransform((8, SWIZZLE_COLUMNS)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+class Registers:
+    """Values of one warpgroup, laid out as its matrix products are."""
+
+    def __init__(self, *, interpret: bool) -> None:
+        self.interpret = interpret
+
+    def _placed(self, x: jax.Array, layout: Any) -> jax.Array:
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        """float32 [rows, columns] or [rows]."""
+        layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+        return self._placed(jnp.full(shape, value, jnp.float32), layout)
+
+    def column_index(self, shape: tuple[int, int]) -> jax.Array:
+        """i32 [rows, columns]."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, 1)
+        return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+    def row_index(self, shape: tuple[int, int]) -> jax.Array:
+        """i32 [rows, columns]."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, 0)
+        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+
+    def load_rows(self, ref: Any) -> jax.Array:
+        """One number a row, from device memory."""
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def load_matrix(self, ref: Any) -> jax.Array:
+        """[rows, columns] from shared memory."""
+        return ref[...] if self.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+
+    def over_columns(self, rows: jax.Array, columns: int) -> jax.Array:
+        """[rows] -> [rows, columns]."""
+        return lax.broadcast_in_dim(rows, (rows.shape[0], columns), [0])
+
+    def product_transposed(self, left: Any, right: Any) -> jax.Array:
+        """left [rows, k] @ right [columns, k]^T of two references to shared memory -> float32 [rows, columns]."""
+        if self.interpret:
+            return jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+
+        def product(accumulator):
+            plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
+            return accumulator[...]
+
+        return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))
+
+    def add_product(self, total: jax.Array, left: jax.Array, right: Any) -> jax.Array:
+        """total + left @ right, with left in registers and right a reference to shared memory."""
+        if self.interpret:
+            return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
