@@ -46,7 +46,9 @@ def mosaic_call(
         grid_names=tuple(grid_names),
         num_threads=num_warpgroups,
         thread_name=WARPGROUP,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         interpret=_interpreter() if interpret else None,
         kernel_name=name,
     )

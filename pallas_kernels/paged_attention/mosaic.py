@@ -285,6 +285,13 @@ def _kernel(shape: _Shape, info, seen_from, seen_to, table, sinks, query, cache,
                 for _ in sources:
                     plgpu.barrier_arrive(v_ready.at[slot])
 
+        for slot in range(SLOTS):  # a barrier's every phase is seen by whoever waits for it
+
+            @pl.when(last - first > slot)
+            def _drain(slot=slot):
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
 
 def _sources(shape: _Shape, row, cache, head, step) -> list[Any]:
     """Where the pieces of a tile of keys (0) and values (1) come from, and their places in the tile."""
