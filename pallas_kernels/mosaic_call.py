@@ -1,8 +1,9 @@
 """The one seam to Pallas' Mosaic GPU lowering. Only kernels import this: on a CPU nothing of Pallas is loaded.
 
-Mosaic's interpreter knows copies, barriers and warpgroups, and neither layouts of registers nor matrix products whose
-left side is in registers: there the functions below do the same to values. Everything else of a kernel is the same
-program on a GPU and in the interpreter.
+Mosaic's interpreter runs copies, barriers and warpgroups and finds races between them. In JAX 0.10 it knows neither
+layouts of registers nor products with a transposed right side, and in no version products whose left side is in
+registers. There `Registers` computes the same from values that it reads out of shared memory; all else of a kernel is
+one program for GPUs and for the interpreter.
 """
 
 from __future__ import annotations
@@ -46,20 +47,32 @@ def mosaic_call(
         grid_names=tuple(grid_names),
         num_threads=num_warpgroups,
         thread_name=WARPGROUP,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        # JAX 0.10 takes layouts of registers as they are told, 0.11 would infer its own: what is told holds in all
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=_interpreter() if interpret else None,
         kernel_name=name,
     )
 
 
 def _interpreter() -> Any:
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams(detect_races=True)
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # JAX 0.10 has it there only
+    # JAX 0.10 has it in no public place
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(detect_races=True)
+
+
+def races_found() -> bool:
+    """Whether the interpreter's last kernel accessed memory in an order that nothing ensures."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return bool(gpu_callbacks.get_races().races_found)
+
+
+def reset_interpreter() -> None:
+    """To be called after an error in the interpreter, which would fail again otherwise."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 def matrix_tile(shape: Sequence[int], dtype: Any) -> Any:
@@ -111,7 +124,7 @@ class Registers:
     def product_transposed(self, left: Any, right: Any) -> jax.Array:
         """left [rows, k] @ right [columns, k]^T of two references to shared memory -> float32 [rows, columns]."""
         if self.interpret:
-            return jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+            return jnp.dot(self._read(left), self._read(right).T)
 
         def product(accumulator):
             plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
@@ -122,5 +135,12 @@ class Registers:
     def add_product(self, total: jax.Array, left: jax.Array, right: Any) -> jax.Array:
         """total + left @ right, with left in registers and right a reference to shared memory."""
         if self.interpret:
-            return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32))
+            return total + jnp.dot(left.astype(jnp.float32), self._read(right))
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
+
+    def _read(self, ref: Any) -> jax.Array:
+        """What a matrix product reads of shared memory."""
+        x = ref[...].astype(jnp.float32)
+        # a product reads as copies write, by the asynchronous proxy: without a fence between the two
+        plgpu.commit_smem()
+        return x

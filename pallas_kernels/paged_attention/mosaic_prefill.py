@@ -14,7 +14,6 @@ comparison; tiles of keys that all rows see whole skip it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -26,82 +25,31 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.mosaic_call import SWIZZLE_COLUMNS, WARPGROUP, WGMMA_ROWS, Registers, matrix_tile, mosaic_call
+from pallas_kernels.paged_attention.mosaic_tiles import (
+    FIRST,
+    LAST,
+    ROW,
+    ROWS,
+    SEQUENCE,
+    WHOLE_FROM,
+    WHOLE_TO,
+    WRITTEN_FROM,
+    WRITTEN_TO,
+    Shape,
+    Tiles,
+    why_not,
+)
 
-COMPUTE_WARPGROUPS = 2
-ROWS = COMPUTE_WARPGROUPS * WGMMA_ROWS
+COMPUTE_WARPGROUPS = ROWS // WGMMA_ROWS
 FETCH = COMPUTE_WARPGROUPS  # index of the warpgroup that fetches
 #: registers of a thread: 2 * 224 + 64 = 512 a row of threads, all that there are
 COMPUTE_REGISTERS, FETCH_REGISTERS = 224, 64
 SLOTS = 2
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 LOG2E = math.log2(math.e)
-# what a block of threads is told of its tile
-(ROW, SEQUENCE, FIRST, LAST, WHOLE_FROM, WHOLE_TO, WRITTEN_FROM, WRITTEN_TO) = range(8)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Shape:
-    """What one compiled kernel is for."""
-
-    head_dim: int
-    block_size: int
-    kv_heads: int
-    #: heads that share a key
-    group: int
-    #: of a block table
-    width: int
-    dtype: Any
-    scale: float
-    softcap: float | None
-    has_sinks: bool
-    interpret: bool
-
-    @property
-    def tokens(self) -> int:
-        """of one tile of queries"""
-        return ROWS // self.group
-
-    @property
-    def keys(self) -> int:
-        """of one tile"""
-        return _keys(self.head_dim)
-
-    @property
-    def rows_per_copy(self) -> int:
-        return min(self.block_size, self.keys)
-
-    @property
-    def copies(self) -> int:
-        """that bring one tile of keys"""
-        return self.keys // self.rows_per_copy
-
-
-def _keys(head_dim: int) -> int:
-    """What a thread's registers and shared memory hold of scores, keys and values beside its results."""
-    return 128 if head_dim <= 128 else 64
-
-
-def why_not(
-    query: jax.ShapeDtypeStruct | jax.Array, cache: jax.ShapeDtypeStruct | jax.Array, *, scale: float
-) -> str | None:
-    """Why this kernel does not compute a shape; None: it does."""
-    heads, dim = query.shape[1:]
-    kv_heads, block_size = cache.shape[2:4]
-    keys = _keys(dim)
-    if cache.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != cache.dtype:
-        return f"queries of {query.dtype} and pages of {cache.dtype} are not both bfloat16 or both float16"
-    if dim not in (64, 128, 256):
-        return f"head_dim {dim} is none of 64, 128, 256"
-    if heads // kv_heads > ROWS:
-        return f"{heads // kv_heads} heads share a key, more than a tile's {ROWS} rows"
-    if block_size % 8 or max(keys, block_size) % min(keys, block_size):
-        return f"block_size {block_size} is no multiple of 8 that divides {keys} or is a multiple of it"
-    if scale <= 0:
-        return f"scale {scale} is not positive"
-    return None
-
-
-def paged_attention(
+def prefill_attention(
     query: jax.Array,
     cache: jax.Array,
     layout: Layout,
@@ -123,7 +71,7 @@ def paged_attention(
         raise ValueError(f"paged attention in Mosaic: {reason}; use the implementation 'triton' or 'xla'")
     tokens, heads, dim = query.shape
     pages, _, kv_heads, block_size, _ = cache.shape
-    shape = _Shape(
+    shape = Shape(
         head_dim=dim,
         block_size=block_size,
         kv_heads=kv_heads,
@@ -135,7 +83,7 @@ def paged_attention(
         has_sinks=sinks is not None,
         interpret=batch.backend.interpret,
     )
-    tiles = _Tiles.of(batch, layout, causal=causal, shape=shape)
+    tiles = Tiles.of(batch, layout, causal=causal, shape=shape)
     # one head's rows are consecutive, and a tile that reaches over the end finds rows there
     rows = jnp.transpose(query.reshape(tokens, kv_heads, shape.group, dim), (1, 0, 2, 3))
     rows = jnp.pad(rows.reshape(kv_heads, tokens * shape.group, dim), ((0, 0), (0, ROWS), (0, 0)))
@@ -151,59 +99,7 @@ def paged_attention(
     return used[tiles.tile_of_token, :, tiles.place_of_token].reshape(tokens, heads, dim)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tiles:
-    """A step's runs of queries, one a tile."""
-
-    info: jax.Array  # i32 [tiles, 8]
-    seen_from: jax.Array  # i32 [tiles, ROWS] first position that a row sees
-    seen_to: jax.Array  # i32 [tiles, ROWS] first position after those that a row sees
-    tile_of_token: jax.Array  # i32 [T]
-    place_of_token: jax.Array  # i32 [T] in its tile
-
-    @classmethod
-    def of(cls, batch: AttentionBatch, layout: Layout, *, causal: bool, shape: _Shape) -> _Tiles:
-        tokens, seqs = batch.token_seq.shape[0], batch.kv_lens.shape[0]
-        length, keys = shape.tokens, shape.keys
-        seq = jnp.arange(seqs, dtype=jnp.int32)
-        prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
-        runs = jnp.where(prefill, _cdiv(jnp.diff(batch.query_start), length), 0)
-        ends = jnp.cumsum(runs)
-        # each sequence has one tile that is not full at most
-        tile = jnp.arange(tokens // length + min(seqs, tokens), dtype=jnp.int32)
-        row = jnp.minimum(jnp.searchsorted(ends, tile, side="right").astype(jnp.int32), seqs - 1)
-        active = tile < ends[-1]
-        first = batch.query_start[row] + (tile - (ends[row] - runs[row])) * length
-        lane = jnp.minimum(jnp.arange(ROWS, dtype=jnp.int32) // shape.group, length - 1)
-        # rows after the sequence's last token do as it does
-        token = jnp.minimum(first[:, None] + lane, batch.query_start[row + 1][:, None] - 1)
-        position = batch.positions[jnp.clip(token, 0, tokens - 1)]
-        seen_from = jnp.maximum(position - layout.window + 1, 0)
-        seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)
-        lowest, highest = jnp.min(seen_from, axis=1), jnp.max(seen_to, axis=1)
-        columns = {
-            ROW: first * shape.group,
-            SEQUENCE: row,
-            FIRST: lowest // keys,
-            LAST: _cdiv(highest, keys),
-            WHOLE_FROM: _cdiv(jnp.max(seen_from, axis=1), keys),
-            WHOLE_TO: jnp.min(seen_to, axis=1) // keys,
-            WRITTEN_FROM: lowest,
-            WRITTEN_TO: batch.kv_lens[row],
-        }
-        info = jnp.where(active[:, None], jnp.stack([columns[i] for i in range(len(columns))], axis=1), 0)
-        place = jnp.arange(tokens, dtype=jnp.int32) - batch.query_start[batch.token_seq]
-        of_token = (ends - runs)[batch.token_seq] + place // length
-        return cls(
-            info=info.astype(jnp.int32),
-            seen_from=seen_from,
-            seen_to=seen_to,
-            tile_of_token=jnp.clip(of_token, 0, tile.shape[0] - 1),
-            place_of_token=place % length,
-        )
-
-
-def _call(shape: _Shape, tiles: int) -> Any:
+def _call(shape: Shape, tiles: int) -> Any:
     ring = (SLOTS, shape.keys, shape.head_dim)
     return mosaic_call(
         lambda *refs: _kernel(shape, *refs) if shape.has_sinks else _kernel(shape, *refs[:4], None, *refs[4:]),
@@ -227,7 +123,7 @@ def _call(shape: _Shape, tiles: int) -> Any:
     )
 
 
-def _kernel(shape: _Shape, info, seen_from, seen_to, table, sinks, query, cache, out, *scratch) -> None:
+def _kernel(shape: Shape, info, seen_from, seen_to, table, sinks, query, cache, out, *scratch) -> None:
     queries, keys, values, q_ready, k_ready, v_ready, k_free, v_free, landed = scratch
     tile, head, warpgroup = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index(WARPGROUP)
     first, last = info[tile, FIRST], info[tile, LAST]
@@ -293,7 +189,7 @@ def _kernel(shape: _Shape, info, seen_from, seen_to, table, sinks, query, cache,
                 plgpu.barrier_wait(v_free.at[slot])
 
 
-def _sources(shape: _Shape, row, cache, head, step) -> list[Any]:
+def _sources(shape: Shape, row, cache, head, step) -> list[Any]:
     """Where the pieces of a tile of keys (0) and values (1) come from, and their places in the tile."""
     pieces = []
     for i in range(shape.copies):
@@ -310,7 +206,7 @@ def _sources(shape: _Shape, row, cache, head, step) -> list[Any]:
     return pieces
 
 
-def _clean(shape: _Shape, values, written, position) -> None:
+def _clean(shape: Shape, values, written, position) -> None:
     """Zeros where another sequence may have left a NaN, which a weight of zero does not silence."""
     registers = Registers(interpret=shape.interpret)
     square = (WGMMA_ROWS, SWIZZLE_COLUMNS)
@@ -322,7 +218,7 @@ def _clean(shape: _Shape, values, written, position) -> None:
             part[...] = jnp.where((at >= written[0]) & (at < written[1]), kept, jnp.zeros_like(kept))
 
 
-def _attend(shape: _Shape, query, ring, barriers, *, bounds, seen, sinks):
+def _attend(shape: Shape, query, ring, barriers, *, bounds, seen, sinks):
     """One warpgroup's rows -> float32 [64, head_dim]."""
     registers = Registers(interpret=shape.interpret)
     keys, values = ring
@@ -373,7 +269,3 @@ def _attend(shape: _Shape, query, ring, barriers, *, bounds, seen, sinks):
 def _tanh(x: jax.Array) -> jax.Array:
     """By exp2, which is exact enough: the hardware's own tanh errs by 2**-11, and a cap multiplies that."""
     return 1.0 - 2.0 / (jnp.exp2(x * (2 * LOG2E)) + 1.0)
-
-
-def _cdiv(a: jax.Array, b: int) -> jax.Array:
-    return (a + (b - 1)) // b
