@@ -116,14 +116,15 @@ def start(args: EngineArgs) -> Started:
         device_memory_bytes=device_memory(device)[0],
     )
     check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
+    dtype = _dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None)
     config = RunnerConfig(
         model=model,
         pooler=pooler,
         groups=groups,
         scheduler=limits,
-        dtype=_dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None),
+        dtype=dtype,
         device=device,
-        attention=attention_backend(args.attention_backend, device, model.head_dim),
+        attention=attention_backend(args.attention_backend, device, model, dtype, args.block_size),
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,

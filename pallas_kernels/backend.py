@@ -11,6 +11,8 @@ IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 #: Pallas' Triton lowering needs tensor cores for bf16
 LEAST_COMPUTE_CAPABILITY = (8, 0)
 LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
+#: the kernels in Mosaic are of Hopper's matrix instructions (wgmma), which no GPU before or after it has
+MOSAIC_COMPUTE_CAPABILITY = (9, 0)
 #: of the attention kernels
 MAX_HEAD_DIM = 256
 
@@ -19,7 +21,7 @@ MAX_HEAD_DIM = 256
 class Backend:
     """The choice of implementations for one device. Static: a program is compiled with one of these."""
 
-    #: one of `IMPLEMENTATIONS`; an operation that has no such implementation for a shape takes the next best
+    #: one of `IMPLEMENTATIONS`, best last; an operation that has no such implementation for a shape takes the next best
     implementation: str = "xla"
     #: the device's name as JAX has it ("NVIDIA H200"): picks tile sizes
     device_kind: str = ""
@@ -31,10 +33,19 @@ class Backend:
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {self.implementation!r}")
+        other = self.compute_capability not in (None, MOSAIC_COMPUTE_CAPABILITY)
+        if self.implementation == "mosaic" and other and not self.interpret:
+            raise ValueError(
+                f"implementation 'mosaic' needs a GPU of compute capability {MOSAIC_COMPUTE_CAPABILITY} (Hopper), and "
+                f"{self.device_kind!r} has {self.compute_capability}; use 'triton'"
+            )
 
     @classmethod
     def of(cls, *, platform: str, device_kind: str = "", compute_capability: tuple[int, int] | None = None) -> Backend:
-        """What is fastest on a device: the kernels on NVIDIA GPUs from Ampere on, plain XLA elsewhere."""
+        """What is fastest on a device: the kernels on NVIDIA GPUs from Ampere on, plain XLA elsewhere.
+
+        Mosaic is never chosen unasked: what it has has not been measured against the Triton kernels.
+        """
         is_gpu = platform in ("cuda", "gpu")
         kernels = is_gpu and (compute_capability is None or compute_capability >= LEAST_COMPUTE_CAPABILITY)
         return cls(

@@ -130,13 +130,14 @@ class Registers:
             plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
             return accumulator[...]
 
-        return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))
+        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[0]), jnp.float32))
 
     def add_product(self, total: jax.Array, left: jax.Array, right: Any) -> jax.Array:
         """total + left @ right, with left in registers and right a reference to shared memory."""
         if self.interpret:
             return total + jnp.dot(left.astype(jnp.float32), self._read(right))
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
+        product = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))
+        return product(plgpu.WGMMAAccumulatorRef.init(total))  # pyright: ignore[reportReturnType]
 
     def _read(self, ref: Any) -> jax.Array:
         """What a matrix product reads of shared memory."""

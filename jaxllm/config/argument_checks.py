@@ -34,7 +34,7 @@ RUNNERS = {name: name for name in ("auto", "generate", "pooling")}
 CONVERSIONS = {name: name for name in ("auto", "none", "embed", "classify")}
 TASKS = {name: name for name in ("auto", "generate", "embed", "embedding", "classify", "score")}
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
-ATTENTION_BACKENDS = {name: name for name in ("auto", "xla", "triton")}
+ATTENTION_BACKENDS = {name: name for name in ("auto", "xla", "triton", "mosaic")}
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 

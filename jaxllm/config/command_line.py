@@ -82,7 +82,7 @@ ENGINE_HELP: dict[str, str] = {
     "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
     "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
     "device": "auto, cpu or gpu",
-    "attention_backend": "what attention is compiled to: auto, xla, triton",
+    "attention_backend": "what attention is compiled to: auto, xla, triton or mosaic",
     "disable_log_stats": "do not log a line of statistics every ten seconds",
     "metrics_port": "serve Prometheus metrics at this port of the local machine",
     "logits_processors": "JSON list of module:name of functions that change logits",

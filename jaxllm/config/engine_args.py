@@ -99,8 +99,9 @@ class EngineArgs:
     override_pooler_config: PoolerConfig | None = None
     #: "auto", "cpu" or "gpu"
     device: str = "auto"
-    #: what attention is compiled to: "auto" (the fastest that the device has), "xla", or "triton" (kernels for NVIDIA
-    #: GPUs); names of vLLM's own, such as "FLASH_ATTN", stand for "auto"
+    #: what attention is compiled to: "auto" (what is known to be fastest on the device), "xla", "triton" (kernels for
+    #: NVIDIA GPUs) or "mosaic" (another one for prompts, on Hopper: H100, H200); names of vLLM's own, such as
+    #: "FLASH_ATTN", stand for "auto"
     attention_backend: str = "auto"
     #: False logs a line of statistics every 10 seconds while requests run; metrics are collected in any case
     disable_log_stats: bool = True

@@ -9,6 +9,7 @@ from pallas_kernels.backend import MAX_HEAD_DIM
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.configurations import configurations
+from pallas_kernels.paged_attention.mosaic_tiles import why_not
 from pallas_kernels.storage import check_addressable
 
 __all__ = ["configurations", "paged_attention"]
@@ -27,6 +28,10 @@ def paged_attention(
     kv_scales: jax.Array | None = None,
 ) -> jax.Array:
     """`reference.paged_attention` by `batch.backend`'s implementation; rows of padding tokens hold anything finite.
+
+    "triton" computes pages of a power of two of positions and heads of up to `MAX_HEAD_DIM` numbers, and leaves the
+    rest to "xla"; "mosaic" computes chunks and prompts of shapes for which `mosaic_tiles.why_not` has no reason
+    against it, and leaves the rest to "triton".
 
     Raises:
         ValueError: the kernels cannot address such a cache (`storage.check_addressable`).
@@ -50,6 +55,20 @@ def _has_kernels(query: jax.Array, cache: jax.Array, batch: AttentionBatch) -> b
     return block_size & (block_size - 1) == 0 and dim <= MAX_HEAD_DIM and batch.backend.supports(cache.dtype)
 
 
+def _in_mosaic(query: jax.Array, cache: jax.Array, *, scale: float) -> bool:
+    _, _, kv_heads, block_size, dim = cache.shape
+    reason = why_not(
+        heads=query.shape[1],
+        kv_heads=kv_heads,
+        head_dim=dim,
+        block_size=block_size,
+        query_dtype=query.dtype,
+        cache_dtype=cache.dtype,
+        scale=scale,
+    )
+    return reason is None
+
+
 def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, causal, sinks, kv_scales) -> jax.Array:
     """Single tokens by one kernel, chunks and prompts by the other, each for the rows that are its own."""
     # Pallas is slow to import, and a CPU needs none of it
@@ -67,7 +86,14 @@ def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, 
     is_decode = (token < batch.num_decodes)[:, None, None]
     if batch.decode_only:
         return jnp.where(is_decode, decoded, 0)
-    from pallas_kernels.paged_attention.triton_prefill import prefill_attention
+    if batch.backend.implementation == "mosaic" and _in_mosaic(query, cache, scale=scale):
+        from pallas_kernels.paged_attention import mosaic_prefill
 
-    prefilled = prefill_attention(query, cache, layout, batch, tile.prefill, causal=causal, **how)
+        prefilled = mosaic_prefill.prefill_attention(
+            query, cache, layout, batch, scale=scale, softcap=softcap, causal=causal, sinks=sinks
+        )
+    else:
+        from pallas_kernels.paged_attention import triton_prefill
+
+        prefilled = triton_prefill.prefill_attention(query, cache, layout, batch, tile.prefill, causal=causal, **how)
     return jnp.where(is_decode, decoded, jnp.where(batch.token_valid[:, None, None], prefilled, 0))

@@ -60,17 +60,30 @@ def prefill_attention(
     causal: bool = True,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """As `reference.paged_attention` for the tokens of sequences that are not decodes; other rows hold anything.
+    """Attention of the tokens of sequences i with num_decodes <= i < num_seqs, on a GPU of compute capability 9.0.
 
-    Needs a GPU of compute capability 9.0, or `batch.backend.interpret`.
+    Args:
+        query, cache, layout, batch, scale, softcap, causal, sinks: as in `reference.paged_attention`.
+
+    Returns:
+        [T, heads, head_dim] in query's dtype; rows of other tokens hold anything.
 
     Raises:
-        ValueError: this kernel does not compute the shape, see `why_not`.
+        ValueError: it is not for this shape, see `mosaic_tiles.why_not`.
     """
-    if reason := why_not(query, cache, scale=scale):
-        raise ValueError(f"paged attention in Mosaic: {reason}; use the implementation 'triton' or 'xla'")
     tokens, heads, dim = query.shape
     pages, _, kv_heads, block_size, _ = cache.shape
+    reason = why_not(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        block_size=block_size,
+        query_dtype=query.dtype,
+        cache_dtype=cache.dtype,
+        scale=scale,
+    )
+    if reason:
+        raise ValueError(f"prefill attention in Mosaic: {reason}; use the implementation 'triton'")
     shape = Shape(
         head_dim=dim,
         block_size=block_size,

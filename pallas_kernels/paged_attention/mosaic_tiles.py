@@ -12,6 +12,8 @@ from pallas_kernels.batch import AttentionBatch, Layout
 
 #: of one tile of queries: tokens times the heads that share a key
 ROWS = 128
+#: a row of swizzled shared memory has 64 numbers, and two warpgroups' registers hold results of 256
+HEAD_DIMS = (64, 128, 256)
 # what a block of threads is told of its tile
 (ROW, SEQUENCE, FIRST, LAST, WHOLE_FROM, WHOLE_TO, WRITTEN_FROM, WRITTEN_TO) = range(8)
 
@@ -59,18 +61,24 @@ def _keys(head_dim: int) -> int:
 
 
 def why_not(
-    query: jax.ShapeDtypeStruct | jax.Array, cache: jax.ShapeDtypeStruct | jax.Array, *, scale: float
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    query_dtype: Any,
+    cache_dtype: Any,
+    scale: float = 1.0,
 ) -> str | None:
-    """Why this kernel does not compute a shape; None: it does."""
-    heads, dim = query.shape[1:]
-    kv_heads, block_size = cache.shape[2:4]
-    keys = _keys(dim)
-    if cache.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != cache.dtype:
-        return f"queries of {query.dtype} and pages of {cache.dtype} are not both bfloat16 or both float16"
-    if dim not in (64, 128, 256):
-        return f"head_dim {dim} is none of 64, 128, 256"
+    """Why `mosaic_prefill` does not compute attention of such queries and pages; None: it does."""
+    dtypes = jnp.dtype(query_dtype), jnp.dtype(cache_dtype)
+    if dtypes[0] != dtypes[1] or dtypes[0] not in (jnp.bfloat16, jnp.float16):
+        return f"queries of {dtypes[0]} and pages of {dtypes[1]} are not both bfloat16 or both float16"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is none of {HEAD_DIMS}"
     if heads // kv_heads > ROWS:
         return f"{heads // kv_heads} heads share a key, more than a tile's {ROWS} rows"
+    keys = _keys(head_dim)
     if block_size % 8 or max(keys, block_size) % min(keys, block_size):
         return f"block_size {block_size} is no multiple of 8 that divides {keys} or is a multiple of it"
     if scale <= 0:
