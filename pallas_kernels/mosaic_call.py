@@ -8,6 +8,7 @@ one program for GPUs and for the interpreter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +82,12 @@ def matrix_tile(shape: Sequence[int], dtype: Any) -> Any:
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
+def _load(ref: Any, **how: Any) -> jax.Array:
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    needs_index = index is not None and index.default is inspect.Parameter.empty  # JAX 0.10
+    return plgpu.load(ref, *([()] if needs_index else []), **how)
+
+
 class Registers:
     """Values of one warpgroup, laid out as its matrix products are."""
 
@@ -111,11 +118,11 @@ class Registers:
         """One number a row, from device memory."""
         if self.interpret:
             return ref[...]
-        return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return _load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
     def load_matrix(self, ref: Any) -> jax.Array:
         """[rows, columns] from shared memory."""
-        return ref[...] if self.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+        return ref[...] if self.interpret else _load(ref, layout=plgpu.Layout.WGMMA)
 
     def over_columns(self, rows: jax.Array, columns: int) -> jax.Array:
         """[rows] -> [rows, columns]."""
@@ -127,7 +134,7 @@ class Registers:
             return jnp.dot(self._read(left), self._read(right).T)
 
         def product(accumulator):
-            plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
+            plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
             return accumulator[...]
 
         return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[0]), jnp.float32))
