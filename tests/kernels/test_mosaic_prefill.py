@@ -32,8 +32,8 @@ CASES = {
         dict(computed=(37, 120, 0), queries=(1, 3, 40), window=UNLIMITED, shared=0, magnitude=1.0),
     ),
     "a ring used twice, sinks and a soft cap": (
-        Shape(heads=2, kv_heads=2, dim=64, block=32, tokens=8, softcap=3.0, sinks=True, **F16),
-        dict(computed=(376,), queries=(5,), window=UNLIMITED, shared=0, magnitude=30.0),
+        Shape(heads=2, kv_heads=2, dim=64, block=32, tokens=8, softcap=10.0, sinks=True, **F16),
+        dict(computed=(376,), queries=(5,), window=UNLIMITED, shared=0, magnitude=1.0),
     ),
     "a window that has left pages, and a group that does not divide a tile": (
         Shape(heads=7, kv_heads=1, dim=128, block=64, tokens=18, **BF16),
