@@ -25,6 +25,13 @@ class KernelCase:
     max_temporary_bytes: int | None = None
     #: (major, minor) that the kernel needs
     least_compute_capability: tuple[int, int] = (8, 0)
+    #: the last that has what the kernel needs; None: all after it have
+    last_compute_capability: tuple[int, int] | None = None
+
+    def runs_on(self, compute_capability: tuple[int, int]) -> bool:
+        """Whether a GPU has what the kernel needs."""
+        last = self.last_compute_capability or compute_capability
+        return self.least_compute_capability <= compute_capability <= last
 
     def shapes_on(self, sharding: jax.sharding.Sharding) -> tuple[Any, ...]:
         """`arguments`, placed."""
