@@ -42,8 +42,6 @@ from pallas_kernels.paged_attention.mosaic_tiles import (
 
 COMPUTE_WARPGROUPS = ROWS // WGMMA_ROWS
 FETCH = COMPUTE_WARPGROUPS  # index of the warpgroup that fetches
-#: registers of a thread: 2 * 224 + 64 = 512 a row of threads, all that there are
-COMPUTE_REGISTERS, FETCH_REGISTERS = 224, 64
 SLOTS = 2
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 LOG2E = math.log2(math.e)
@@ -143,7 +141,7 @@ def _kernel(shape: Shape, info, seen_from, seen_to, table, sinks, query, cache, 
 
     @pl.when((last > first) & (warpgroup != FETCH))
     def _compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(shape.registers[0], action="increase")
         mine = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
         q = queries.at[warpgroup]
         start = info[tile, ROW] + warpgroup * WGMMA_ROWS
@@ -164,7 +162,7 @@ def _kernel(shape: Shape, info, seen_from, seen_to, table, sinks, query, cache, 
 
     @pl.when((last > first) & (warpgroup == FETCH))
     def _fetch():
-        plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+        plgpu.set_max_registers(shape.registers[1], action="decrease")
         written = info[tile, WRITTEN_FROM], info[tile, WRITTEN_TO]
         row = table.at[info[tile, SEQUENCE]]
 

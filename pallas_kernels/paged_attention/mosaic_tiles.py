@@ -46,6 +46,11 @@ class Shape:
         return _keys(self.head_dim)
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """of a thread that computes, and of one that fetches: twice the one and the other are the 512 that there are"""
+        return (224, 64) if self.head_dim <= 128 else (232, 48)
+
+    @property
     def rows_per_copy(self) -> int:
         return min(self.block_size, self.keys)
 
