@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import mosaic_tiles
 from pallas_kernels.paged_attention.api import paged_attention
 
-BF16 = dict(query="bfloat16", stored="bfloat16")
-F16 = dict(query="float16", stored="float16")
-CASES = {
-    "decodes, a chunk, and a prompt of two tiles": (
-        Shape(heads=4, kv_heads=1, dim=64, block=16, tokens=64, **BF16),
-        dict(computed=(37, 120, 0), queries=(1, 3, 40), window=UNLIMITED, shared=0, magnitude=1.0),
+BF16: dict[str, Any] = dict(query="bfloat16", stored="bfloat16")
+F16: dict[str, Any] = dict(query="float16", stored="float16")
+CASES: dict[str, tuple[Shape, dict[str, Any]]] = {
+    "a decode, a chunk, and a prompt": (
+        Shape(heads=4, kv_heads=1, dim=64, block=16, tokens=26, **BF16),
+        dict(computed=(37, 120, 0), queries=(1, 3, 20), window=UNLIMITED, shared=0, magnitude=1.0),
     ),
     "a ring used twice, sinks and a soft cap": (
         Shape(heads=2, kv_heads=2, dim=64, block=32, tokens=8, softcap=10.0, sinks=True, **F16),
@@ -39,9 +40,9 @@ CASES = {
         Shape(heads=7, kv_heads=1, dim=128, block=64, tokens=18, **BF16),
         dict(computed=(301,), queries=(18,), window=77, shared=0, magnitude=1000.0),
     ),
-    "both ways, pages larger than a tile of keys": (
-        Shape(heads=2, kv_heads=1, dim=256, block=128, tokens=64, causal=False, **BF16),
-        dict(computed=(0,), queries=(60,), window=UNLIMITED, shared=0, magnitude=1.0),
+    "two tiles that see both ways, pages larger than a tile of keys": (
+        Shape(heads=2, kv_heads=1, dim=256, block=128, tokens=70, causal=False, **BF16),
+        dict(computed=(0,), queries=(70,), window=UNLIMITED, shared=0, magnitude=1.0),
     ),
 }
 
@@ -89,7 +90,13 @@ def test_other_shapes_are_left_to_triton(monkeypatch: pytest.MonkeyPatch):
     mosaic, triton = (Backend(implementation=name) for name in ("mosaic", "triton"))
     taken = Shape(heads=2, kv_heads=1, dim=64, block=16, tokens=16, **BF16)
     assert text(taken, mosaic) != text(taken, triton)
-    for change in (dict(query="float32"), dict(query="float32", stored="float32"), dict(stored="int8"), dict(dim=80)):
+    changes: list[dict[str, Any]] = [
+        dict(query="float32"),
+        dict(query="float32", stored="float32"),
+        dict(stored="int8"),
+        dict(dim=80),
+    ]
+    for change in changes:
         other = dataclasses.replace(taken, **change)
         assert text(other, mosaic) == text(other, triton)
 
@@ -131,7 +138,7 @@ def test_every_token_of_a_prompt_has_rows_that_see_what_it_may(
     token_seq, positions = np.zeros((2, TOKENS), np.int32)
     token_seq[:total] = np.repeat(np.arange(seqs), queries)
     positions[:total] = np.concatenate([np.arange(b, b + n) for b, n in zip(computed, queries, strict=True)])
-    batch = AttentionBatch(
+    fields: dict[str, Any] = dict(
         token_seq=token_seq,
         positions=positions,
         token_valid=np.arange(TOKENS) < total,
@@ -141,7 +148,9 @@ def test_every_token_of_a_prompt_has_rows_that_see_what_it_may(
         num_decodes=np.int32(decodes),
         num_seqs=np.int32(seqs),
     )
-    found = {name: np.asarray(x) for name, x in tiles_of(batch, np.int32(window), group=group, causal=causal).items()}
+    batch = AttentionBatch(**fields)
+    tiles = tiles_of(batch, jnp.int32(window), group=group, causal=causal)
+    found = {name: np.asarray(x) for name, x in tiles.items()}
     token = np.arange(decodes, total)
     seq, position = token_seq[token], positions[token]
     tile, place = found["tile_of_token"][token], found["place_of_token"][token]
