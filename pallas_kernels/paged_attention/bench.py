@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.backend import Backend, device_backend
+from pallas_kernels.backend import MOSAIC_COMPUTE_CAPABILITY, Backend, device_backend
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention.api import paged_attention
-from pallas_kernels.paged_attention.configurations import GEMMA_3, LLAMA, MODELS, Heads
+from pallas_kernels.paged_attention.configurations import GEMMA_3, LLAMA, MODELS, Heads, Step
 from pallas_kernels.storage import is_scaled
 from pallas_kernels.timing import parse_arguments, report, seconds_per_call
 
@@ -61,6 +61,19 @@ class Workload:
         first = max(self.computed - self.window + 1, 0)
         row = 2 * self.heads.kv_heads * (self.heads.head_dim * jnp.dtype(self.stored).itemsize + 4 * self.has_scales)
         return self.seqs * (self.computed + self.queries - first) * row
+
+    @property
+    def in_mosaic(self) -> bool:
+        step = Step(
+            heads=self.heads,
+            tokens=self.seqs * self.queries,
+            seqs=self.seqs,
+            decode_only=self.queries == 1,
+            block_size=self.block_size,
+            query=self.query,
+            stored=self.stored,
+        )
+        return step.in_mosaic
 
     @property
     def has_scales(self) -> bool:
@@ -162,7 +175,11 @@ def main() -> None:
         report([measure(backend, each, page_bytes=0, repeats=1) for each in small], arguments.json)
         return
     kernel = device_backend(jax.devices("gpu")[0])
-    report([measure(kernel, each) for each in workloads()], arguments.json)
+    results = [measure(kernel, each) for each in workloads()]
+    if kernel.compute_capability == MOSAIC_COMPUTE_CAPABILITY:
+        mosaic = dataclasses.replace(kernel, implementation="mosaic")
+        results += [measure(mosaic, each) for each in workloads() if each.in_mosaic]
+    report(results, arguments.json)
 
 
 if __name__ == "__main__":

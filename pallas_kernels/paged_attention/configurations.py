@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import Backend
+from pallas_kernels.backend import MOSAIC_COMPUTE_CAPABILITY, Backend
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.case import KernelCase
+from pallas_kernels.paged_attention.mosaic_tiles import ROWS, num_tiles, why_not
 from pallas_kernels.storage import is_scaled
 
 #: floats of split contexts' parts may need as much; everything else is as large as the result, or less
@@ -100,6 +101,13 @@ class Step:
             decode_only=self.decode_only,
         )
 
+    @property
+    def in_mosaic(self) -> bool:
+        """Whether an engine that was asked for Mosaic takes its kernel."""
+        h = self.heads
+        shape = dict(heads=h.heads, kv_heads=h.kv_heads, head_dim=h.head_dim, block_size=self.block_size)
+        return not self.decode_only and why_not(**shape, query_dtype=self.query, cache_dtype=self.stored) is None
+
     def layout(self) -> Layout:
         scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
         return Layout(group=scalar, page_offset=scalar, window=scalar)
@@ -128,7 +136,7 @@ def steps() -> list[Step]:
 
 
 def configurations(device_kind: str = "") -> list[KernelCase]:
-    """Attention of each of `steps`, with the tiles of a device."""
+    """Attention of each of `steps`, with the tiles of a device; and by Mosaic, of those that it takes."""
     from pallas_kernels.paged_attention.api import paged_attention
 
     def attend(query, cache, scales, layout, batch, sinks, *, heads: Heads):
@@ -145,19 +153,25 @@ def configurations(device_kind: str = "") -> list[KernelCase]:
         )
 
     cases = []
-    for step in steps():
-        h = step.heads
+    triton, mosaic = (Backend(implementation=name, device_kind=device_kind) for name in ("triton", "mosaic"))
+    for step, backend in [(step, triton) for step in steps()] + [(step, mosaic) for step in steps() if step.in_mosaic]:
+        h, is_mosaic = step.heads, backend is mosaic
         query = jax.ShapeDtypeStruct((step.tokens, h.heads, h.head_dim), jnp.dtype(step.query))
         sinks = jax.ShapeDtypeStruct((h.heads,), jnp.float32) if h.sinks else None
-        backend = Backend(implementation="triton", device_kind=device_kind)
+        least = (8, 9) if step.stored == "float8_e4m3fn" else (8, 0)
+        temporary = 2 * query.size * query.dtype.itemsize + PARTS_BYTES
+        if is_mosaic:  # rows and results in its own order
+            tiles = num_tiles(step.tokens, step.seqs, h.heads // h.kv_heads)
+            temporary += (query.size + tiles * h.kv_heads * ROWS * h.head_dim) * query.dtype.itemsize
         cases.append(
             KernelCase(
                 operation="paged_attention",
-                label=str(step),
+                label=f"{step}{', prompts in Mosaic' if is_mosaic else ''}",
                 function=functools.partial(attend, heads=h),
                 arguments=(query, *step.cache(), step.layout(), step.batch(backend), sinks),
-                max_temporary_bytes=2 * query.size * query.dtype.itemsize + PARTS_BYTES,
-                least_compute_capability=(8, 9) if step.stored == "float8_e4m3fn" else (8, 0),
+                max_temporary_bytes=temporary,
+                least_compute_capability=MOSAIC_COMPUTE_CAPABILITY if is_mosaic else least,
+                last_compute_capability=MOSAIC_COMPUTE_CAPABILITY if is_mosaic else None,
             )
         )
     return cases

@@ -65,6 +65,11 @@ def _keys(head_dim: int) -> int:
     return 128 if head_dim <= 128 else 64
 
 
+def num_tiles(tokens: int, seqs: int, group: int) -> int:
+    """Tiles that hold any `tokens` of `seqs` sequences, each of which has one that is not full at most."""
+    return tokens // (ROWS // group) + min(seqs, tokens)
+
+
 def why_not(
     *,
     heads: int,
@@ -109,8 +114,7 @@ class Tiles:
         prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
         runs = jnp.where(prefill, _cdiv(jnp.diff(batch.query_start), length), 0)
         ends = jnp.cumsum(runs)
-        # each sequence has one tile that is not full at most
-        tile = jnp.arange(tokens // length + min(seqs, tokens), dtype=jnp.int32)
+        tile = jnp.arange(num_tiles(tokens, seqs, shape.group), dtype=jnp.int32)
         row = jnp.minimum(jnp.searchsorted(ends, tile, side="right").astype(jnp.int32), seqs - 1)
         active = tile < ends[-1]
         first = batch.query_start[row] + (tile - (ends[row] - runs[row])) * length
