@@ -16,14 +16,14 @@ import paged_case
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments
+from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments, sequences
 from test_paged_attention import check
 
 from pallas_kernels import mosaic_call
-from pallas_kernels.backend import Backend, device_backend
+from pallas_kernels.backend import MOSAIC_COMPUTE_CAPABILITY, Backend, device_backend
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import mosaic_tiles
-from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.api import configurations, paged_attention
 
 BF16: dict[str, Any] = dict(query="bfloat16", stored="bfloat16")
 F16: dict[str, Any] = dict(query="float16", stored="float16")
@@ -47,14 +47,21 @@ CASES: dict[str, tuple[Shape, dict[str, Any]]] = {
 }
 
 
+def compiled() -> Backend | None:
+    """Mosaic on the GPU at hand; None: there is no GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    if device_backend(device).compute_capability != MOSAIC_COMPUTE_CAPABILITY:
+        pytest.skip("the kernel is for GPUs of compute capability 9.0")
+    return dataclasses.replace(device_backend(device), implementation="mosaic")
+
+
 @pytest.fixture
 def mosaic() -> Iterator[Backend]:
     """Where it runs; races fail the test."""
-    device = jax.devices()[0]
-    if device.platform == "gpu":
-        if device_backend(device).compute_capability != (9, 0):
-            pytest.skip("the kernel is for GPUs of compute capability 9.0")
-        yield dataclasses.replace(device_backend(device), implementation="mosaic")
+    if backend := compiled():
+        yield backend
         return
     mosaic_call.reset_interpreter()
     yield Backend(implementation="mosaic", interpret=True)
@@ -75,6 +82,18 @@ def test_attention_is_the_formula(name: str, mosaic: Backend, monkeypatch: pytes
     case = PagedCase(shape, Sequences(**drawn, seed=3))
     out = np.array(attend(case, mosaic), np.float64)
     check(case, out)
+
+
+@pytest.mark.parametrize("shape", [shape for shape, _ in CASES.values()], ids=str)
+@given(data=st.data())
+@settings(max_examples=30)
+def test_random_batches_on_a_gpu(shape: Shape, data: st.DataObject):
+    backend = compiled()
+    if backend is None:
+        pytest.skip("the interpreter is too slow for random batches")
+    shape = dataclasses.replace(shape, tokens=200)
+    case = PagedCase(shape, data.draw(sequences(shape)))
+    check(case, np.array(attend(case, backend), np.float64))
 
 
 def text(shape: Shape, backend: Backend) -> str:
@@ -178,3 +197,11 @@ def test_a_gpu_without_wgmma_is_refused():
     for capability in ((8, 0), (10, 0)):
         with pytest.raises(ValueError, match=r"'mosaic' needs a GPU of compute capability \(9, 0\).*use 'triton'"):
             Backend(implementation="mosaic", device_kind="another", compute_capability=capability)
+
+
+def test_cases_of_mosaic_are_for_hopper_alone():
+    mosaic = [case for case in configurations() if case.label.endswith("in Mosaic")]
+    assert any("Llama-3.1-8B" in case.label for case in mosaic)
+    assert not any("float32" in case.label or "Phi-2" in case.label or "decode" in case.label for case in mosaic)
+    for case in mosaic:
+        assert [case.runs_on(capability) for capability in ((8, 0), (9, 0), (10, 0))] == [False, True, False]
