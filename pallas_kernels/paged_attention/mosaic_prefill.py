@@ -11,9 +11,9 @@ compute, 64 rows each; a third only fetches, page by page, into a ring of shared
 Every row has its own bounds (`seen_from`, `seen_to`), so that causality, windows and attention both ways are one
 comparison; tiles of keys that all rows see whole skip it.
 
-Proven without a GPU: results and races in Mosaic's interpreter, machine code for sm_90a. Speed is not measured. JAX's own
-flash attention in Mosaic refuses causal masks with CUDA 12.8 to 12.9.0, whose ptxas miscompiles it; whether that touches
-this kernel is not known, so prefer CUDA 12.9.1 or later.
+Proven without a GPU: results and races in Mosaic's interpreter, machine code for sm_90a. Not measured: speed. JAX's own
+flash attention in Mosaic refuses causal masks with CUDA 12.8 to 12.9.0, whose ptxas miscompiles it. Whether that
+touches this kernel is not known: prefer CUDA 12.9.1 or later.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
         ("scheduling_policy", "lifo", "fcfs, priority; got 'lifo'"),
         ("logprobs_mode", "raw", "raw_logprobs.*'raw'"),
         ("device", "tpu", "cpu.*'tpu'"),
-        ("attention_backend", "cudnn", "auto, xla, triton; got 'cudnn'"),
+        ("attention_backend", "cudnn", "auto, xla, triton, mosaic; got 'cudnn'"),
         ("enforce_eager", 1, "True or False, got 1"),
         ("max_logprobs", -2, "-1 for the whole vocabulary, got -2"),
         ("seed", 2**64, "64 bits"),
