@@ -7,6 +7,7 @@ TFLOP/s counts two per product of a query with a key that it sees, and of a weig
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from pallas_kernels.timing import parse_arguments, report, seconds_per_call
 
 #: bytes of pages that the timed calls go through in turn: more than any cache holds
 PAGE_BYTES = 2 * 2**30
+#: each call is compiled
+MOST_LAYERS = 16
 #: a window wider than any context
 UNLIMITED = 2**30
 
@@ -100,13 +103,20 @@ class Workload:
         )
 
 
-def measure(backend: Backend, workload: Workload, *, page_bytes: int = PAGE_BYTES, repeats: int = 10) -> dict[str, Any]:
-    """One line of results; as many layers as have `page_bytes` of pages, at least one."""
+def measure(
+    backend: Backend,
+    workload: Workload,
+    *,
+    attend: Callable[..., jax.Array] = paged_attention,
+    page_bytes: int = PAGE_BYTES,
+    repeats: int = 10,
+) -> dict[str, Any]:
+    """One line of results; as many layers as have `page_bytes` of pages, at least one and at most `MOST_LAYERS`."""
     w, h = workload, workload.heads
     pages = w.seqs * w.width
     size = (pages, 2, h.kv_heads, w.block_size, h.head_dim)
     dtype = jnp.dtype(w.stored)
-    layers = max(1, page_bytes // (int(np.prod(size)) * dtype.itemsize))
+    layers = min(max(1, page_bytes // (int(np.prod(size)) * dtype.itemsize)), MOST_LAYERS)
 
     def numbers(key: jax.Array) -> jax.Array:
         drawn = jax.random.normal(key, (layers * pages, *size[1:]), jnp.bfloat16)
@@ -119,7 +129,7 @@ def measure(backend: Backend, workload: Workload, *, page_bytes: int = PAGE_BYTE
 
     def every_layer(query: jax.Array, cache: jax.Array, scales: jax.Array | None, batch: AttentionBatch):
         return [
-            paged_attention(
+            attend(
                 query,
                 cache,
                 Layout(group=jnp.int32(0), page_offset=jnp.int32(layer * pages), window=jnp.int32(w.window)),
