@@ -45,11 +45,11 @@ def grouped_matmul(
             rows=x.shape[0], groups=groups, n=n, k=k, itemsize=x.dtype.itemsize, device_kind=backend.device_kind
         )
         return grouped_matmul_triton(x, w, group_sizes, layer=layer, tiles=tiles, interpret=backend.interpret)
+    if backend.implementation == "xla":
+        return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     if layer is not None:
         w = lax.dynamic_index_in_dim(w, layer, keepdims=False)
-    if backend.implementation == "reference":
-        return grouped_matmul_reference(x, w, group_sizes)
-    return grouped_matmul_xla(x, w, group_sizes)
+    return grouped_matmul_reference(x, w, group_sizes)
 
 
 def configurations(device_kind: str = "") -> list[KernelCase]:

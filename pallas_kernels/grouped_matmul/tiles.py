@@ -32,6 +32,12 @@ def _tuned() -> dict[str, list[dict[str, int]]]:
     return json.loads(Path(__file__).with_name("tuned.json").read_text())
 
 
+def max_tiles(rows: int, groups: int, block_m: int) -> int:
+    """Most tiles of ``block_m`` rows that ``rows`` rows in ``groups`` groups can need: a group has at most one tile
+    that is not full."""
+    return (rows + min(rows, groups) * (block_m - 1)) // block_m
+
+
 def tiles_for(*, rows: int, groups: int, n: int, k: int, itemsize: int, device_kind: str = "") -> Tiles:
     """Tiles by the mean number of rows in a group, which is all that is known before a program runs.
 

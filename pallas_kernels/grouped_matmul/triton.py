@@ -24,17 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.grouped_matmul.tiles import Tiles
+from pallas_kernels.grouped_matmul.tiles import Tiles, max_tiles
 from pallas_kernels.triton_call import cdiv, next_power_of_two, triton_call
 
 #: tiles of rows that take turns on one block of columns, so that they find its weights in the L2 cache
 TILES_IN_TURN = 8
-
-
-def max_tiles(rows: int, groups: int, block_m: int) -> int:
-    """Most tiles of ``block_m`` rows that ``rows`` rows in ``groups`` groups can need: a group has at most one tile
-    that is not full."""
-    return (rows + min(rows, groups) * (block_m - 1)) // block_m
 
 
 def grouped_matmul_triton(

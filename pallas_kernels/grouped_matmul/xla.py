@@ -1,4 +1,8 @@
-"""Grouped matrix product by XLA's own operation."""
+"""Grouped matrix product by XLA: a scan over tiles of rows, each one dense product with its own group's weight.
+
+Not `lax.ragged_dot`: XLA expands that to one product of all rows per group. Measured on two CPU cores, 64 experts of
+[768, 1024] in bfloat16: 8 rows 309 ms, 2048 rows 3.8 s; this scan takes 11 ms and 47 ms.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,46 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul.tiles import max_tiles
 
-def grouped_matmul_xla(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """`grouped_matmul_reference` by `lax.ragged_dot`.
+#: rows of a tile: where groups are large, more of them use a weight that has been fetched
+LEAST_ROWS, MOST_ROWS = 8, 128
 
-    XLA expands it to one dense product per group with the other groups' rows zeroed: E times the arithmetic, and on
-    GPUs E copies of x. Weights of groups without rows are read and must be finite.
-    """
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    out = lax.ragged_dot_general(
-        x,
-        w,
-        group_sizes,
-        numbers,
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    own = jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes)
-    return jnp.where(own, out, 0).astype(x.dtype)
+
+def grouped_matmul_xla(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, layer: jax.Array | None = None
+) -> jax.Array:
+    """`grouped_matmul_reference`; with ``layer``, an i32 scalar, of that layer of a stack [L, E, N, K], which is read
+    in place. Weights of groups without rows are not read. Differentiable in x and w."""
+    *_, groups, n, k = w.shape
+    experts = w.reshape(-1, n, k)
+    first_expert = 0 if layer is None else layer * groups
+    rows = x.shape[0]
+    block = min(MOST_ROWS, max(LEAST_ROWS, 1 << (rows // groups).bit_length()))
+    tiles = (group_sizes + (block - 1)) // block
+    ends, tile_ends = jnp.cumsum(group_sizes), jnp.cumsum(tiles)
+    # the last tile of the last group may reach beyond the rows that there are
+    padded = jnp.pad(x, ((0, block), (0, 0)))
+
+    def multiply(out: jax.Array, tile: jax.Array) -> jax.Array:
+        group = jnp.sum(tile_ends <= tile)
+        within = tile - (tile_ends[group] - tiles[group])
+        start = ends[group] - group_sizes[group] + within * block
+        own = (start + jnp.arange(block) < ends[group])[:, None]
+        y = lax.dot_general(
+            # rows of nobody may be NaN, which would reach the weight's gradient
+            jnp.where(own, lax.dynamic_slice_in_dim(padded, start, block), 0),
+            lax.dynamic_index_in_dim(experts, first_expert + group, keepdims=False),
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+        kept = lax.dynamic_slice_in_dim(out, start, block)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(own, y, kept), start, 0)
+
+    def next_tile(out: jax.Array, tile: jax.Array) -> tuple[jax.Array, None]:
+        return lax.cond(tile < tile_ends[-1], multiply, lambda out, _: out, out, tile), None
+
+    zeros = jnp.zeros((rows + block, n), jnp.float32)
+    out, _ = lax.scan(next_tile, zeros, jnp.arange(max_tiles(rows, groups, block)))
+    return out[:rows].astype(x.dtype)
