@@ -1,7 +1,7 @@
 """Grouped matrix product by XLA: a scan over tiles of rows, each one dense product with its own group's weight.
 
 Not `lax.ragged_dot`: XLA expands that to one product of all rows per group. Measured on two CPU cores, 64 experts of
-[768, 1024] in bfloat16: 8 rows 309 ms, 2048 rows 3.8 s; this scan takes 11 ms and 47 ms.
+[768, 1024] in bfloat16: 8 rows 309 ms, 2048 rows 3.8 s; this scan takes 3 ms and 48 ms.
 """
 
 from __future__ import annotations
