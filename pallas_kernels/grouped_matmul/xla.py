@@ -44,8 +44,8 @@ def grouped_matmul_xla(
             precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
-        kept = lax.dynamic_slice_in_dim(out, start, block)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(own, y, kept), start, 0)
+        # what follows the group's own rows is the next tile's to write, or stays zero
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(own, y, 0), start, 0)
 
     def next_tile(out: jax.Array, tile: jax.Array) -> tuple[jax.Array, None]:
         return lax.cond(tile < tile_ends[-1], multiply, lambda out, _: out, out, tile), None

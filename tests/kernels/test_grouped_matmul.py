@@ -112,6 +112,18 @@ def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     assert np.all(np.abs(out - expected)[~nobody] <= bound[~nobody])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_reaches_only_its_own_rows(name: str, interpret: bool):
+    rows, k, n, groups, dtype = SHAPES[2]
+    sizes = np.array([5, 0, 20, 3, 4])
+    w = jnp.ones((groups, n, k), dtype).at[jnp.array([2, 4])].set(jnp.inf)
+    out = np.asarray(implementation(name, interpret)(jnp.ones((rows, k), dtype), w, jnp.asarray(sizes, jnp.int32)))
+    owner = group_of_rows(sizes, rows)
+    np.testing.assert_array_equal(out[np.isin(owner, [2, 4])], np.inf)
+    np.testing.assert_array_equal(out[np.isin(owner, [0, 3])], k)
+    np.testing.assert_array_equal(out[owner < 0], 0)
+
+
 def test_programs_write_nothing_but_their_own_rows(interpret: bool, monkeypatch: pytest.MonkeyPatch):
     """A GPU runs them in any order, the interpreter from the first to the last: here it is the other way round."""
     if not interpret:
