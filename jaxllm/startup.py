@@ -37,7 +37,6 @@ from jaxllm.runner.pooling_runner import PoolingRunner
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling.processors import check_processors
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.structured.compiler import GrammarCompiler
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -219,12 +218,18 @@ def _token_constraints(
 ) -> TokenConstraints:
     config, reasoning = args.structured_outputs_config, args.reasoning_config
     parser = args.reasoning_parser or reasoning.reasoning_parser or config.reasoning_parser
-    compiler = None
+    compiler, obstacle = None, "Structured outputs requires a tokenizer so it can't be used with 'skip_tokenizer_init'"
     if tokenizer is not None:
-        compiler = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, config=config)
+        try:
+            from jaxllm.structured.compiler import GrammarCompiler
+        except ImportError as error:  # where packages cannot be installed, everything else works
+            obstacle = f"Structured outputs need llguidance, which cannot be imported ({error}): pip install llguidance"
+        else:
+            compiler = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, config=config)
     return TokenConstraints(
         compiler,
         tokenizer,
+        obstacle=obstacle,
         vocab_size=vocab_size,
         config=config,
         reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),

@@ -36,7 +36,8 @@ class TokenConstraints:
     """The matchers of one engine's requests.
 
     Args:
-        compiler: None when the engine has no tokenizer.
+        compiler: None: there cannot be grammars.
+        obstacle: why not, for the user.
         vocab_size: tokens of the model.
     """
 
@@ -45,11 +46,12 @@ class TokenConstraints:
         compiler: GrammarCompiler | None,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
+        obstacle: str,
         vocab_size: int,
         config: StructuredOutputsConfig,
         reasoning: ReasoningConfig,
     ):
-        self._compiler = compiler
+        self._compiler, self._obstacle = compiler, obstacle
         self._tokenizer = tokenizer
         self._config = config
         self._reasoning = reasoning
@@ -64,9 +66,7 @@ class TokenConstraints:
             self._reasoning_marks()
         if isinstance(params.structured_outputs, StructuredOutputsParams):
             if self._compiler is None:
-                raise ValidationError(
-                    "Structured outputs requires a tokenizer so it can't be used with 'skip_tokenizer_init'"
-                )
+                raise ValidationError(self._obstacle)
             self._compiler.check(params.structured_outputs)
 
     def add(self, request: Request) -> None:
