@@ -8,6 +8,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
+GPU_CHECK_ARGS ?=
 # what runs under the other Python and JAX
 CORE_TESTS ?= tests/unit tests/property
 
@@ -18,7 +19,7 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks test-peers test-py312 compile-cuda lint format format-check types lock clean
+.PHONY: demo test notebooks test-peers test-py312 compile-cuda gpu-check lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
@@ -43,6 +44,10 @@ test-py312:
 # JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own.
 compile-cuda: $(VENV)/.installed-test .cuda-compiler/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
+
+# With the Python at hand and what is installed in it: GPU machines come with their JAX, and often without a network.
+gpu-check:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m gpu_check $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -32,6 +32,8 @@ def main() -> None:
         write_checkpoint(folder, sizes().parity_model)
         # the CPU's first: it takes longer
         reference = _start(folder, "cpu.json", "--reference", JAX_PLATFORMS="cpu")
+        if records.is_rehearsal():
+            reference.wait()  # the other one then finds its programs compiled
         device = _start(folder, "device.json")
         codes = [process.wait() for process in (device, reference)]
         for code, what in zip(codes, ("this device's side", "the CPU's side"), strict=True):

@@ -55,13 +55,13 @@ class Side:
     def __init__(self, folder: Path, prompts: list[list[int]]):
         self._folder, self._prompts = folder, prompts
         self._length = sizes().parity_output_len
-        self._longest = max(map(len, prompts)) + self._length
+        self._max_model_len = sizes().parity_max_model_len
 
     def _llm(self, **arguments: Any) -> LLM:
         common: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
-            "max_model_len": self._longest + 1,
+            "max_model_len": self._max_model_len,
             "max_num_seqs": len(self._prompts),
             "enforce_eager": True,
         }
@@ -108,7 +108,7 @@ class Side:
 
     def preempted(self) -> dict[str, Any]:
         """In a cache that holds the longest request and little more."""
-        blocks = 2 + -(-(self._longest + 1) // 16)
+        blocks = 2 + self._max_model_len // 16
         with self._llm(
             dtype="float32",
             max_num_batched_tokens=sizes().parity_chunk,

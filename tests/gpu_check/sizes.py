@@ -87,9 +87,9 @@ class Sizes:
     parity_output_len: int
     #: most tokens of a step of the engine that chunks
     parity_chunk: int
+    parity_max_model_len: int
 
 
-_PARITY_MODEL = {**LLAMA_3_1_8B, "vocab_size": 8192, "max_position_embeddings": 2048, "rope_scaling": None}
 FULL = Sizes(
     copy_bytes=4 * 2**30,
     matmul_size=8192,
@@ -110,7 +110,10 @@ FULL = Sizes(
     input_len=512,
     output_len=256,
     parity_model={
-        **_PARITY_MODEL,
+        **LLAMA_3_1_8B,
+        "vocab_size": 8192,
+        "max_position_embeddings": 2048,
+        "rope_scaling": None,
         "hidden_size": 768,
         "intermediate_size": 2048,
         "num_hidden_layers": 6,
@@ -122,6 +125,7 @@ FULL = Sizes(
     parity_shared_prefix=256,
     parity_output_len=48,
     parity_chunk=128,
+    parity_max_model_len=1024,
 )
 REHEARSAL = Sizes(
     copy_bytes=2**20,
@@ -142,11 +146,12 @@ REHEARSAL = Sizes(
     num_requests=4,
     input_len=16,
     output_len=8,
-    parity_model={**_PARITY_MODEL, **TINY_LLAMA, "vocab_size": 512, "max_position_embeddings": 256},
+    parity_model=TINY_LLAMA,
     parity_prompts=(5, 60, 60, 90),
     parity_shared_prefix=48,
     parity_output_len=8,
     parity_chunk=32,
+    parity_max_model_len=128,
 )
 
 
