@@ -1,8 +1,8 @@
 """Stage 3: the same small model on this device and on the CPU, in processes of their own at the same time.
 
 float32: every greedy token is the same, whether prompts are computed whole, in chunks, from cached prefixes, or again
-after preemptions. bfloat16: against the CPU's float32, this device's log-probabilities may err twice as much as the CPU's
-own bfloat16 does (whose attention computes in float32), and two hundredths on top.
+after preemptions. bfloat16: against the CPU's float32, this device's log-probabilities may err twice as much as the
+CPU's own bfloat16 does (whose attention computes in float32), and two hundredths on top.
 """
 
 from __future__ import annotations

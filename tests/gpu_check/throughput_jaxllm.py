@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from gpu_check import records
 from gpu_check.sizes import sizes
