@@ -134,10 +134,9 @@ class Bench:
         def fill(cache: jax.Array) -> jax.Array:
             page = jnp.arange(cache.shape[0], dtype=jnp.uint32)[:, None, None, None, None]
             lane = jnp.arange(cache.shape[-1], dtype=jnp.uint32)
-            bits = ((page * jnp.uint32(2654435761) + lane * jnp.uint32(40503)) >> 7).astype(
-                jnp.uint16
-            ) & 0x807F | 0x3E00
-            bits = jnp.broadcast_to(bits, cache.shape)
+            mixed = (page * jnp.uint32(2654435761) + lane * jnp.uint32(40503)) >> 7
+            # sign and mantissa are mixed, the exponent is that of numbers from an eighth on
+            bits = jnp.broadcast_to(mixed.astype(jnp.uint16) & 0x807F | 0x3E00, cache.shape)
             return bits if cache.dtype == jnp.uint16 else jax.lax.bitcast_convert_type(bits, cache.dtype)
 
         state = self.runner._live()
