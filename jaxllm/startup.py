@@ -31,6 +31,7 @@ from jaxllm.models.pooling_setup import make_pooler, runner_type
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.runner.attention_backend import attention_backend
 from jaxllm.runner.build import Built, RunnerConfig, build_runner
+from jaxllm.runner.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory import MemoryPlan, device_memory
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
 from jaxllm.runner.pooling_runner import PoolingRunner
@@ -203,6 +204,7 @@ def start(args: EngineArgs) -> Started:
 
 def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
+    share_gpu_memory()
     if name == "auto":
         return jax.devices()[0]
     try:

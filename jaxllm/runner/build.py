@@ -76,13 +76,18 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
             progress=config.progress,
         )
 
+    if config.device.platform != "cpu":
+        # a GPU's compiler tries out products on the card, which must not be full
+        programs.compile_all(config.progress)
+        clock.lap("compile")
     weights = load()
     clock.lap("load weights")
 
     # allocation is asynchronous: the cache's pages are touched while the compiler works
     runner = _runner(config, weights, load, programs, plan.num_blocks)
-    programs.compile_all(config.progress)
-    clock.lap("compile")
+    if config.device.platform == "cpu":
+        programs.compile_all(config.progress)
+        clock.lap("compile")
     runner.warm_up()
     clock.lap("warm up")
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)

@@ -76,7 +76,9 @@ def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[rep
         return available, available
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
-        raise RuntimeError(f"{device} does not tell its memory; pass kv_cache_memory_bytes or num_gpu_blocks_override")
+        raise RuntimeError(
+            f"{device} does not tell its memory, which JAX's own allocator does: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+        )
     return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
 
 
