@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -32,7 +33,8 @@ logger = logging.getLogger("jaxllm")
 #: 8 rows, 432 MB more).
 CPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one
+#: rows whose logits exist at once; a block costs its size, so few rows take a small one. For more rows than the largest
+#: a GPU has samplers of several blocks, a CPU goes on to the next block as long as there are rows
 SAMPLE_ROWS_CPU = (8, 32)
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
@@ -128,6 +130,8 @@ class Programs(Compiler):
             cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
         """
         super().__init__(state, platform=platform, cache_dir=cache_dir)
+        if platform != "cpu":
+            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
         self._params = params
         self.packings = {
@@ -137,6 +141,8 @@ class Programs(Compiler):
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (buckets[0].seqs, *sizes)})
+        while platform != "cpu" and self._sample_rows[-1] < self.max_num_seqs:
+            self._sample_rows.append(min(2 * self._sample_rows[-1], self.max_num_seqs))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch

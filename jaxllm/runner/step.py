@@ -39,6 +39,9 @@ class StepConfig:
     backend: Backend = Backend()
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
+    #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
+    #: rows after the other, as many as the step has. A GPU's host has to wait for the number of a loop's rounds
+    fixed_sample_rows: int | None = None
 
 
 @flax.struct.dataclass
@@ -130,7 +133,7 @@ def sample_step(
     is two programs.
 
     Args:
-        config, rows (of a block), packing: static.
+        config, rows (of a block; see `StepConfig.fixed_sample_rows`), packing: static.
         tokens: `State.tokens`, donated; the sampled ids are added to it.
         hidden: [R, d].
         buffer: int32, `sample_packing`'s fields.
@@ -139,6 +142,10 @@ def sample_step(
     fields = packing.unpack(buffer)
     capacity = hidden.shape[0]
     rows = min(rows, capacity)
+    num_blocks = (fields["num_samples"] + rows - 1) // rows
+    if config.fixed_sample_rows is not None:
+        num_blocks = -(-rows // config.fixed_sample_rows)
+        rows = min(rows, config.fixed_sample_rows)
 
     def block(i: jax.Array, out: Sampled) -> Sampled:
         first = jnp.minimum(i * rows, capacity - rows)
@@ -161,7 +168,7 @@ def sample_step(
         token_ids=jnp.zeros(capacity, jnp.int32),
         logprobs=None if constraints is None else Logprobs.zeros(capacity, config.num_logprobs, MAX_LOGPROB_TOKEN_IDS),
     )
-    out = lax.fori_loop(0, (fields["num_samples"] + rows - 1) // rows, block, out)
+    out = lax.fori_loop(0, num_blocks, block, out)
     trash = tokens.shape[0] - 1
     row = jnp.where(jnp.arange(capacity, dtype=jnp.int32) < fields["num_samples"], fields["rows"], trash)
     return tokens.at[row, fields["positions"]].set(out.token_ids, mode="drop"), out
@@ -203,7 +210,7 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
         [E, ...]: `sampled` and `rank` are the target's.
     """
     capacity = hidden.shape[0]
-    rows = min(rows, capacity)
+    rows = min(rows, capacity, config.fixed_sample_rows or rows)
     normalize = config.logprobs_mode.endswith("logprobs")
 
     def block(i: jax.Array, out: Logprobs) -> Logprobs:

@@ -21,9 +21,7 @@ NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHO
         ({NAMES[1]: ".4"}, {NAMES[1]: ".4"}),
     ],
 )
-def test_what_the_environment_says(
-    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: dict[str, str]
-):
+def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: dict[str, str]):
     for name in NAMES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
