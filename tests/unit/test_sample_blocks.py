@@ -90,7 +90,9 @@ def test_the_same_tokens_either_way(num_samples: int, rows: int, fixed: int):
     expected = np.argmax(hidden.astype(np.float64) @ np.asarray(params.head, np.float64).T, axis=1)[:num_samples]
     for config in (made.config, dataclasses.replace(made.config, fixed_sample_rows=fixed)):
         before = jnp.zeros((capacity + 1, 32), jnp.int32)
-        tokens, sampled = sample_step(config, rows, packing, params, before, jnp.asarray(hidden), buffer, None)
+        tokens, sampled = sample_step(
+            config, rows, packing, params, before, jnp.asarray(hidden), jnp.asarray(buffer), None
+        )
         np.testing.assert_array_equal(np.asarray(sampled.token_ids)[:num_samples], expected)
         at = fields["rows"][:num_samples], fields["positions"][:num_samples]
         np.testing.assert_array_equal(np.asarray(tokens)[at], expected)
