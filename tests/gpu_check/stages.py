@@ -37,7 +37,7 @@ class Stage:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-#: no stage takes the whole card at once, so that several processes of a stage have room beside each other
+#: several processes of one stage have room beside each other
 _ON_DEMAND = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 STAGES = (
     Stage(
@@ -83,7 +83,6 @@ STAGES = (
         module="gpu_check.throughput",
         ends_at=TOTAL_SECONDS,
         is_correctness=False,
-        environment=_ON_DEMAND,
     ),
 )
 

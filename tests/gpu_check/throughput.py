@@ -4,7 +4,6 @@ same shape of model and the same requests. Each in a process of its own, which g
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -40,12 +39,8 @@ def main() -> None:
 
 
 def _run(name: str, command: list[str], seconds: float) -> None:
-    environment = dict(os.environ)
-    if "transformers" not in name:
-        # one process, all of the card
-        environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
     try:
-        code = subprocess.run(command, env=environment, timeout=seconds, check=False).returncode
+        code = subprocess.run(command, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         records.check(name, False, f"out of time after {seconds:.0f} s")
     else:
