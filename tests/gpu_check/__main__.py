@@ -47,7 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"), help="(default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes; measures nothing")
     parser.add_argument("--strict", action="store_true", help="missed targets fail the check")
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
+    default = [stage.name for stage in STAGES if not stage.is_extra]
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=names,
+        default=default,
+        metavar="STAGE",
+        help=f"{', '.join(names)} (default: {', '.join(default)})",
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--commit", help="what is checked, where git cannot say")
     return parser

@@ -62,17 +62,12 @@ def _attempt(measure: Any, size: Sizes, backend: Backend, *arguments: int) -> No
 
 def decode_attention(size: Sizes, backend: Backend, sequences: int, context: int) -> None:
     """Every sequence has one query; what must be read is all keys and values."""
-    lengths = np.full(sequences, context, np.int32)
-    batch, pages = ragged_batch(backend, np.ones(sequences, np.int32), lengths, size.block_size)
-    batch = batch.replace(decode_only=True)  # pyright: ignore[reportAttributeAccessIssue]
-    heads, kv_heads, dim = size.heads
-    read = 2 * sequences * context * kv_heads * dim * 2
-    seconds = _attention_seconds(size, batch, pages, sequences, max(1, size.cache_bytes // read))
+    heads, _, dim = size.heads
     records.measurement(
         f"decode_attention/{backend.implementation}",
         f"{sequences} sequences x {context:,} tokens",
-        seconds,
-        num_bytes=read + 2 * sequences * heads * dim * 2,
+        decode_attention_seconds(size, backend, sequences, context),
+        num_bytes=_context_bytes(size, sequences * context) + 2 * sequences * heads * dim * 2,
         bound="copy",
         target=DECODE_TARGET if backend.implementation != "xla" else None,
     )
@@ -80,18 +75,37 @@ def decode_attention(size: Sizes, backend: Backend, sequences: int, context: int
 
 def prefill_attention(size: Sizes, backend: Backend, length: int) -> None:
     """One prompt; two products of half a square of queries and keys, for every head."""
-    lengths = np.full(1, length, np.int32)
-    batch, pages = ragged_batch(backend, lengths, lengths, size.block_size)
     heads, _, dim = size.heads
-    seconds = _attention_seconds(size, batch, pages, length, 4)
     records.measurement(
         f"prefill_attention/{backend.implementation}",
         f"a prompt of {length:,} tokens",
-        seconds,
+        prefill_attention_seconds(size, backend, length),
         flops=2 * 2 * heads * dim * length * (length + 1) / 2,
         bound="matmul",
         target=PREFILL_TARGET if backend.implementation != "xla" else None,
     )
+
+
+def decode_attention_seconds(size: Sizes, backend: Backend, sequences: int, context: int) -> float:
+    """Of one layer."""
+    lengths = np.full(sequences, context, np.int32)
+    batch, pages = ragged_batch(backend, np.ones(sequences, np.int32), lengths, size.block_size)
+    batch = batch.replace(decode_only=True)  # pyright: ignore[reportAttributeAccessIssue]
+    layers = max(1, size.cache_bytes // _context_bytes(size, sequences * context))
+    return _attention_seconds(size, batch, pages, sequences, layers)
+
+
+def prefill_attention_seconds(size: Sizes, backend: Backend, length: int) -> float:
+    """Of one layer."""
+    lengths = np.full(1, length, np.int32)
+    batch, pages = ragged_batch(backend, lengths, lengths, size.block_size)
+    return _attention_seconds(size, batch, pages, length, 4)
+
+
+def _context_bytes(size: Sizes, tokens: int) -> int:
+    """Of one layer's keys and values in bfloat16."""
+    _, kv_heads, dim = size.heads
+    return 2 * tokens * kv_heads * dim * 2
 
 
 def kv_write(size: Sizes, backend: Backend, tokens: int) -> None:

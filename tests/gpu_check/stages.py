@@ -34,6 +34,8 @@ class Stage:
     ends_at: float
     #: whether the check fails with it
     is_correctness: bool
+    #: runs only when it is asked for by name
+    is_extra: bool = False
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -83,6 +85,14 @@ STAGES = (
         module="gpu_check.throughput",
         ends_at=TOTAL_SECONDS,
         is_correctness=False,
+    ),
+    Stage(
+        name="sweep",
+        title="tile sizes",
+        module="gpu_check.sweep",
+        ends_at=TOTAL_SECONDS,
+        is_correctness=False,
+        is_extra=True,
     ),
 )
 
