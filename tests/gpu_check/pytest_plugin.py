@@ -12,7 +12,9 @@ from gpu_check import records
 
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _counts: collections.Counter[str] = collections.Counter()
-_start = time.monotonic()
+_start = _told = time.monotonic()
+#: seconds after which the counts are recorded again, in case that the stage's time ends before the tests do
+_PATIENCE = 5.0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,15 +34,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _told
     if _IS_WORKER:
         return
     if report.when == "call" or report.outcome != "passed":
         _counts[report.outcome] += 1
         if report.outcome == "failed":
             records.check(report.nodeid, False, str(report.longrepr)[-2000:])
+    if time.monotonic() > _told + _PATIENCE:
+        _told = time.monotonic()
+        _record_counts("tests so far")
+
+
+def _record_counts(name: str) -> None:
+    records.fact(name, {**_counts, "seconds": round(time.monotonic() - _start, 1)})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not _IS_WORKER:
-        records.fact("tests", {**_counts, "seconds": round(time.monotonic() - _start, 1)})
+        _record_counts("tests")
         records.check("tests ran", _counts["passed"] > 0, ", ".join(f"{n} {what}" for what, n in _counts.items()))
