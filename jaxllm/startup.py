@@ -96,6 +96,7 @@ def start(args: EngineArgs) -> Started:
         model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
     else:
         model = model_config(checkpoint.config)
+    share_gpu_memory(args.gpu_memory_utilization)
     device = find_device("cpu" if is_null else args.device)
     times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
 
@@ -204,7 +205,6 @@ def start(args: EngineArgs) -> Started:
 
 def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
-    share_gpu_memory()
     if name == "auto":
         return jax.devices()[0]
     try:
