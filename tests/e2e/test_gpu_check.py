@@ -43,7 +43,9 @@ def test_the_rehearsal(tmp_path: Path):
 
 
 def test_without_a_gpu_it_fails_and_says_so(tmp_path: Path):
-    ran = gpu_check(tmp_path / "out.json", "--stages", "environment")
+    ran = gpu_check(tmp_path / "out.json")
     assert ran.returncode == 1 and "FAIL JAX has a GPU" in ran.stdout
     document = json.loads((tmp_path / "out.json").read_text())
+    _, *others = (stage["status"] for stage in document["stages"].values())
+    assert set(others) == {"not run: there is no GPU"}
     assert not document["is_correct"] and not document["rehearsal"]

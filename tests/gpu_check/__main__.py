@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"== {stage.title}", flush=True)
         left = min(stage.ends_at, arguments.seconds) - (time.monotonic() - start)
-        report.add(stage, run_stage(stage, seconds=left, rehearsal=arguments.rehearse))
+        if report.has_no_gpu:
+            result = {"status": "not run: there is no GPU", "seconds": 0.0, "records": []}
+        else:
+            result = run_stage(stage, seconds=left, rehearsal=arguments.rehearse)
+        report.add(stage, result)
         report.write(arguments.output)
     print(report.table())
     print(f"\n{time.monotonic() - start:.0f} s; written to {arguments.output}")

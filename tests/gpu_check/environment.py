@@ -44,7 +44,7 @@ def main() -> None:
         },
     )
     if not records.is_rehearsal():
-        if not records.check("JAX has a GPU", device.platform == "gpu", f"the default device is {device}"):
+        if not records.check(records.HAS_GPU, device.platform == "gpu", f"the default device is {device}"):
             raise SystemExit(1)
         records.fact("nvidia-smi", _nvidia_smi())
     _copy()

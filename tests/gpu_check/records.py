@@ -11,6 +11,8 @@ from typing import Any
 RESULTS_VARIABLE = "GPU_CHECK_RESULTS"
 #: "1": the shapes are tiny and the device is a CPU
 REHEARSAL_VARIABLE = "GPU_CHECK_REHEARSAL"
+#: the check without which nothing else makes sense
+HAS_GPU = "JAX has a GPU"
 
 
 def is_rehearsal() -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_check.records import HAS_GPU
 from gpu_check.stages import STAGES, Stage
 
 #: transformers' tokens per second, times this, is what jaxllm should reach
@@ -55,6 +56,12 @@ class Report:
     def is_correct(self) -> bool:
         """Whether every stage about correctness that was asked for has passed."""
         return all(stage["status"] == "passed" for stage in self._stages.values() if stage["is_correctness"])
+
+    @property
+    def has_no_gpu(self) -> bool:
+        """Whether a stage has found that out."""
+        found = [record for stage in self._stages.values() for record in stage["records"]]
+        return any(record["kind"] == "check" and record["name"] == HAS_GPU and not record["passed"] for record in found)
 
     @property
     def missed(self) -> list[str]:
