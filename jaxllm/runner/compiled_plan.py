@@ -26,14 +26,14 @@ def compiled_plan(
     made: list[Programs | PoolingPrograms] = []
 
     def activations(config: RunnerConfig, num_blocks: int) -> int:
-        made[:] = [_programs(config, params, num_blocks)]
+        made[:] = [make_programs(config, params, num_blocks)]
         return made[0].activation_bytes()
 
     config, plan = plan_memory(config, activations, measure_first=measure_first)
     return config, made[0], plan
 
 
-def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PoolingPrograms:
+def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PoolingPrograms:
     platform, state, limits = config.platform, config.state(num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")

@@ -29,11 +29,12 @@ class DoesNotFitError(ValidationError):
         plan: what there would be. Its activations are 0 where nothing was compiled.
         longest: tokens of the longest request that the cache would hold; 0: none.
         share: of the device's memory that would be enough, above 1 where all of it is not.
+        enough_blocks: of a cache that holds one request, or the most that the device holds.
     """
 
-    def __init__(self, text: str, plan: MemoryPlan, *, longest: int, share: float):
+    def __init__(self, text: str, plan: MemoryPlan, *, longest: int, share: float, enough_blocks: int):
         super().__init__(text)
-        self.plan, self.longest, self.share = plan, longest, share
+        self.plan, self.longest, self.share, self.enough_blocks = plan, longest, share, enough_blocks
 
 
 def plan_memory(
@@ -120,6 +121,7 @@ def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_byte
             memory_plan(config, num_blocks, activation_bytes),
             longest=_longest(config, most),
             share=(num_blocks * config.block_bytes + others) / total,
+            enough_blocks=most,
         )
 
 
@@ -148,7 +150,7 @@ def _fit(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> Runner
         share = ((needed + 1) * config.block_bytes + others) / config.target.total_bytes
         text = _too_small(config, num_blocks, needed, longest, share)
         plan = memory_plan(config, num_blocks, activation_bytes)
-        raise DoesNotFitError(text, plan, longest=longest, share=share)
+        raise DoesNotFitError(text, plan, longest=longest, share=share, enough_blocks=needed + 1)
     logger.info(
         "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
         limits.max_model_len,
