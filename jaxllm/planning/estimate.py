@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -27,8 +26,8 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
     heads = model.num_heads + 2 * model.num_kv_heads
     # two projections, and their product
-    mlp = model.intermediate_size * (3 * size + _unfused(config, 2))
-    attention = (heads + model.num_heads) * model.head_dim * size + heads * model.head_dim * _unfused(config, 1)
+    mlp = 3 * model.intermediate_size * size
+    attention = (heads + model.num_heads) * model.head_dim * size
     per_token = max(mlp, attention) + 3 * hidden * size
     rows = 1 + limits.max_scored_tokens if config.pooler is None else 1
     tables = len(config.groups) * seqs * config.table_width * 4
@@ -37,10 +36,3 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
         return forward
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
     return max(forward, LOGITS_COPIES * block)
-
-
-def _unfused(config: RunnerConfig, width: int) -> int:
-    """Before Hopper a product is written in float32 before it is rounded, where it is not float32 anyway."""
-    capability = config.target.compute_capability
-    narrow = jnp.dtype(config.dtype).itemsize < 4 and isinstance(config.step_model, DecoderConfig)
-    return 4 * width if narrow and capability is not None and capability < (9, 0) else 0
