@@ -2,8 +2,8 @@
 
 The largest arrays that live at the same time: of the forward step, the MLP's (both projections, their product, the
 residual stream and what is added to it) or the attention's; of the sampler, a few copies of a block of logits. Fitted
-to what XLA 0.10.2 reports for dense models of 135M to 32B on sm_80 to sm_100, and within a factor of 1.5 of it
-(tests/compile_cuda).
+to what XLA of JAX 0.10.2 reports for dense models of 135M to 32B on sm_80 to sm_100; `FACTOR` is checked where the
+compiler is (tests/compile_cuda).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from jaxllm.runner.runner_config import RunnerConfig
 
 #: float32 copies of a block of logits in the sampler
 LOGITS_COPIES = 6
-#: how far off it may be
+#: up to so many tokens the MLP's wide product is kept in float32 before it is rounded
+UNROUNDED_TOKENS = 4096
+#: how far off an estimate may be, either way
 FACTOR = 1.5
 
 
@@ -24,15 +26,14 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
-    heads = model.num_heads + 2 * model.num_kv_heads
-    # two projections, and their product
-    mlp = 3 * model.intermediate_size * size
-    attention = (heads + model.num_heads) * model.head_dim * size
-    per_token = max(mlp, attention) + 3 * hidden * size
-    rows = 1 + limits.max_scored_tokens if config.pooler is None else 1
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
+    stream = 3 * hidden * size
+    layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))
     tables = len(config.groups) * seqs * config.table_width * 4
-    forward = tokens * per_token + (seqs + rows) * hidden * size + tables
     if config.pooler is not None:
-        return forward
+        return layer + seqs * hidden * size + tables
+    outputs = (seqs + limits.max_scored_tokens) * hidden * size
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
-    return max(forward, LOGITS_COPIES * block)
+    return max(layer + outputs + tables, LOGITS_COPIES * block)
