@@ -212,7 +212,7 @@ def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int,
         return (
             "No available memory for the cache blocks. "
             f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing "
-            f"{knob} when initializing the engine, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
+            f"{knob}, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
         )
     return (
         f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV "
