@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxllm.logits_processor import LogitsProcessor
     from jaxllm.output_constraints import RepetitionDetectionParams, StructuredOutputsParams
     from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxllm.planning.api import plan
+    from jaxllm.planning.plan import Plan
     from jaxllm.pooling_outputs import (
         ClassificationOutput,
         ClassificationRequestOutput,
@@ -50,6 +52,7 @@ _HOMES = {
     "LLMEngine": "jaxllm.llm_engine",
     "LogitsProcessor": "jaxllm.logits_processor",
     "Logprob": "jaxllm.outputs",
+    "Plan": "jaxllm.planning.plan",
     "PoolingOutput": "jaxllm.pooling_outputs",
     "PoolingParams": "jaxllm.pooling_params",
     "PoolingRequestOutput": "jaxllm.pooling_outputs",
@@ -62,6 +65,7 @@ _HOMES = {
     "StructuredOutputsParams": "jaxllm.output_constraints",
     "TextPrompt": "jaxllm.inputs",
     "TokensPrompt": "jaxllm.inputs",
+    "plan": "jaxllm.planning.api",
 }
 
 __all__ = [
@@ -80,6 +84,7 @@ __all__ = [
     "LLMEngine",
     "LogitsProcessor",
     "Logprob",
+    "Plan",
     "PoolingOutput",
     "PoolingParams",
     "PoolingRequestOutput",
@@ -93,6 +98,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "__version__",
+    "plan",
 ]
 
 

@@ -9,40 +9,27 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from jaxllm.cache_folder import cache_folder
-from jaxllm.config.argument_checks import FIT_TO_MEMORY
-from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.config.pooler import Pooler, PoolerConfig
-from jaxllm.config.resolve import scheduler_config
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
 from jaxllm.engine.pooling_inputs import PoolingInputs
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.engine.token_constraints import TokenConstraints
-from jaxllm.errors import ValidationError
 from jaxllm.logits_processor import extra_arg_defaults
-from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.model import ModelConfig
-from jaxllm.models.pooling_setup import make_pooler, runner_type
-from jaxllm.models.registry import model_config, pooling_model_config
-from jaxllm.runner.attention_backend import attention_backend
-from jaxllm.runner.build import Built, RunnerConfig, build_runner
+from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.gpu_memory import share_gpu_memory
-from jaxllm.runner.memory import MemoryPlan, device_memory
+from jaxllm.runner.memory import MemoryPlan
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
 from jaxllm.runner.pooling_runner import PoolingRunner
 from jaxllm.runner.runner import Runner
-from jaxllm.sampling.processors import check_processors
+from jaxllm.runner.target import target_here
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.setup import read_setup
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.resolve import resolve
-from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,19 +72,11 @@ def start(args: EngineArgs) -> Started:
     progress = sys.stderr.isatty()
     log_interval = None if args.disable_log_stats else stats_interval()
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
-    checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
-    pooling = sentence_transformers_config(path)
-    runner_kind, convert = runner_type(args, checkpoint.config, has_pooling_files=pooling is not None)
+    setup = read_setup(args, path)
+    args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"
-    pooler = None
-    if runner_kind == "pooling":
-        if is_null:
-            raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
-        model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
-    else:
-        model = model_config(checkpoint.config)
     share_gpu_memory(args.gpu_memory_utilization)
-    device = find_device("cpu" if is_null else args.device)
+    target = target_here("cpu" if is_null else args.device)
     times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
 
     tokenizer = None
@@ -107,43 +86,11 @@ def start(args: EngineArgs) -> Started:
     generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
     default_params = _default_params(generation)
 
-    groups = kv_cache_groups(model.layer_window)
-    num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
-    limits = scheduler_config(
-        args,
-        max_model_len=_max_model_len(args, model, pooling),
-        platform=device.platform,
-        num_logprobs=num_logprobs,
-        device_memory_bytes=device_memory(device)[0],
-    )
-    check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
-    dtype = _dtype(args.dtype, checkpoint.dtype, device.platform, pools=pooler is not None)
-    config = RunnerConfig(
-        model=model,
-        pooler=pooler,
-        groups=groups,
-        scheduler=limits,
-        dtype=dtype,
-        device=device,
-        attention=attention_backend(args.attention_backend, device, model, dtype, args.block_size),
-        block_size=args.block_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-        num_gpu_blocks_override=args.num_gpu_blocks_override,
-        enable_prefix_caching=args.enable_prefix_caching,
-        enforce_eager=args.enforce_eager,
-        fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
-        num_logprobs=num_logprobs,
-        logprobs_mode=args.logprobs_mode,
-        processors=args.logits_processors,
-        seed=args.seed,
-        compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
-        progress=progress,
-    )
+    config = setup.runner_config(target, progress=progress)
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
     if is_null:
         runner, plan = null_runner(config, ordinary_tokens(tokenizer, model.vocab_size, eos_token_ids))
-        built = Built(runner=runner, scheduler=limits, cache=config.cache_config(plan.num_blocks), plan=plan)
+        built = Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
     else:
         built = build_runner(config, checkpoint, times.__setitem__)
     plan, cache = built.plan, built.cache
@@ -187,13 +134,13 @@ def start(args: EngineArgs) -> Started:
             model=str(args.model),
             hidden_size=model.hidden_size,
             max_model_len=plan.max_model_len,
-            lower_case=pooling is not None and pooling.do_lower_case,
+            lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
     return Started(
         core=core,
         inputs=inputs,
         pooling_inputs=pooling_inputs,
-        pooling_files=pooling.files if pooling is not None else (),
+        pooling_files=setup.pooling.files if setup.pooling is not None else (),
         runner=built.runner,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
@@ -201,18 +148,6 @@ def start(args: EngineArgs) -> Started:
         memory_plan=plan,
         times=times,
     )
-
-
-def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
-    """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
-    if name == "auto":
-        return jax.devices()[0]
-    try:
-        return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
-    except RuntimeError as error:
-        raise ValidationError(
-            f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
-        ) from error
 
 
 def _token_constraints(
@@ -242,66 +177,6 @@ def _tokenizer_path(args: EngineArgs, model: Path) -> Path:
     if args.tokenizer is None and args.tokenizer_revision is None:
         return model
     return resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-
-
-def _for_pooling(
-    args: EngineArgs,
-    hf: dict[str, Any],
-    files: SentenceTransformersConfig | None,
-    convert: str,
-) -> tuple[ModelConfig, EngineArgs, Pooler]:
-    """The model, the arguments and the pooler of a pooling engine."""
-    if args.logits_processors:
-        raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
-    model = pooling_model_config(hf)
-    if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
-        model = dataclasses.replace(model, causal=False)
-    if not model.causal:
-        longest = args.max_model_len or 0
-        if args.max_num_batched_tokens is not None and longest > args.max_num_batched_tokens:
-            raise ValidationError(
-                f"max_num_batched_tokens ({args.max_num_batched_tokens}) is smaller than max_model_len ({longest}), "
-                "and a model that sees whole prompts computes each in one step. Set max_num_batched_tokens to at least "
-                f"{longest}, or max_model_len to at most {args.max_num_batched_tokens}."
-            )
-        logger.info("Every token sees the whole prompt: prompts are not chunked, and prefixes not cached")
-        args = dataclasses.replace(args, enable_chunked_prefill=False, enable_prefix_caching=False)
-    pooler = make_pooler(
-        args.pooler_config or PoolerConfig(),
-        hf,
-        convert=convert,
-        pooling_type=files.pooling_type if files else None,
-        normalize=files.normalize if files else None,
-    )
-    logger.info("Pooling: %s", pooler)
-    return model, args, pooler
-
-
-def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
-    if asked != "auto":
-        return asked
-    stored = stored.removeprefix("torch.")
-    # embeddings are compared with others' to many digits, and such models are small; torch's own default is float32
-    if pools and platform == "cpu" and stored in ("", "float32"):
-        return "float32"
-    # float16 has no fast products on XLA:CPU
-    chosen = "float16" if stored == "float16" and platform != "cpu" else "bfloat16"
-    if stored and stored != chosen:
-        logger.info("The checkpoint is %s and runs in %s; pass dtype=%r to keep it", stored, chosen, stored)
-    return chosen
-
-
-def _max_model_len(args: EngineArgs, model: ModelConfig, pooling: SentenceTransformersConfig | None) -> int:
-    longest = model.max_position_embeddings
-    if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
-        trained = pooling.max_seq_length if pooling is not None else None
-        return min(trained or longest, longest)
-    if args.max_model_len > longest:
-        raise ValidationError(
-            f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "
-            f"(max_position_embeddings={longest}). Set max_model_len <= {longest}."
-        )
-    return args.max_model_len
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

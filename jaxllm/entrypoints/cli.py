@@ -12,6 +12,7 @@ from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.bench.options import add_tokenizer_bench_options
 from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
+from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.errors import JaxLLMError
 
 
@@ -67,6 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
     chat.set_defaults(run=_chat)
 
+    plan = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        help="what an engine would need, on a GPU that need not be there",
+        description="Plan the memory of an engine, without its weights and without its device. Exits with 1 when the "
+        "model does not fit, and says with which value of which argument it does.",
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
+
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure").add_subparsers(
         title="benchmarks", metavar="NAME", required=True
     )
@@ -105,6 +117,12 @@ def _run_batch(arguments: argparse.Namespace) -> int:
 
 def _chat(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.chat import run
+
+    return run(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.plan import run
 
     return run(arguments)
 

@@ -7,15 +7,19 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, sum_over: str | None = None) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
     Weights keep the checkpoint's orientation.
+
+    Args:
+        sum_over: mesh axis over which `in` is split: each device has a part of x and weight, and all get the sum.
     """
     y = linear_f32(x, weight)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    y = y.astype(x.dtype)
+    return y if sum_over is None else lax.psum(y, sum_over)
 
 
 def linear_f32(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
+from jaxllm.layers.embedding import embed
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope, rope_tables
@@ -61,6 +62,9 @@ class DecoderConfig:
     logits_softcap: float | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
+    #: mesh axis over which heads, intermediate size and vocabulary are split, the numbers above (but the vocabulary's)
+    #: being one device's; None: they are not
+    split_over: str | None = None
 
 
 class HasLayers(Protocol):
@@ -121,7 +125,7 @@ def forward(
     """
     frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
     cos, sin = jax.vmap(lambda f: rope_tables(batch.positions, f))(frequencies)
-    x = params.embedding[tokens]
+    x = embed(params.embedding, tokens, split_over=config.split_over)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
 
@@ -139,6 +143,9 @@ def forward(
 def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
     scores = linear_f32(hidden, params.embedding if params.head is None else params.head)
+    if config.split_over is not None:
+        # the last device's rows may go on behind the vocabulary
+        scores = lax.all_gather(scores, config.split_over, axis=1, tiled=True)[:, : config.vocab_size]
     cap = config.logits_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
@@ -175,7 +182,7 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
         softcap=config.attention_softcap,
         causal=config.causal,
     )
-    y = linear(attended.reshape(-1, heads * dim), w.output)
+    y = linear(attended.reshape(-1, heads * dim), w.output, sum_over=config.split_over)
     if w.post_attention_norm is not None:
         y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)
     return x + y, cache
@@ -184,7 +191,7 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
 def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
     normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
     gate, up = jnp.split(linear(normed, w.gate_up), 2, axis=-1)
-    y = linear(ACTIVATIONS[config.activation](gate) * up, w.down)
+    y = linear(ACTIVATIONS[config.activation](gate) * up, w.down, sum_over=config.split_over)
     if w.post_mlp_norm is not None:
         y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
     return x + y

@@ -40,6 +40,10 @@ class MemoryPlan:
     num_tokens: int
     #: requests of max_model_len tokens that fit at once
     max_concurrency: float
+    #: bytes that a token takes in the cache
+    kv_bytes_per_token: int
+    #: devices that share the model, each with the above
+    tensor_parallel_size: int = 1
 
     def __str__(self) -> str:
         gib = lambda b: f"{b / GIB:8.3f} GiB"  # noqa: E731

@@ -9,16 +9,17 @@ stop token ids do.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from jaxllm.config.capacity import blocks_per_request, max_concurrency
 from jaxllm.errors import ValidationError
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
+from jaxllm.runner.plan import blocks_of_one, memory_plan
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.runner.build import RunnerConfig
+    from jaxllm.runner.runner_config import RunnerConfig
 
 logger = logging.getLogger("jaxllm")
 
@@ -159,9 +160,7 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
         ValidationError: the blocks do not hold one request of max_model_len tokens.
     """
     limits = config.scheduler
-    needed = blocks_per_request(
-        config.groups, config.block_size, limits.max_model_len, max_chunk=limits.max_num_batched_tokens
-    )
+    needed = blocks_of_one(config)
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
         num_blocks = (config.kv_cache_memory_bytes or CPU_CACHE_LIMIT) // config.block_bytes
@@ -175,24 +174,8 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
     logger.warning(
         'load_format="null": there is no model and no device work, so outputs are meaningless; this measures the host.'
     )
-    concurrency = max_concurrency(
-        config.cache_config(num_blocks), limits.max_model_len, max_chunk=limits.max_num_batched_tokens
-    )
-    plan = MemoryPlan(
-        device="no device (null model)",
-        total_bytes=0,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        weight_bytes=0,
-        activation_bytes=0,
-        state_bytes=0,
-        kv_cache_bytes=0,
-        kv_cache_limit=None,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_model_len=limits.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        num_tokens=int(concurrency * limits.max_model_len),
-        max_concurrency=concurrency,
+    nothing = dict.fromkeys(("total_bytes", "weight_bytes", "state_bytes", "kv_cache_bytes"), 0)
+    plan = dataclasses.replace(
+        memory_plan(config, num_blocks, 0), device="no device (null model)", kv_cache_limit=None, **nothing
     )
     return NullRunner(token_ids, config.num_logprobs), plan

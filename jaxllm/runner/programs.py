@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import Params
+from jaxllm.parallel.mesh import on_each_device
+from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.packing import forward_packing, sample_packing
@@ -58,10 +60,27 @@ class Compiler(abc.ABC):
 
     def __init__(self, state: Any, *, platform: str, cache_dir: Path | None):
         self._state = state
-        self.sharding = jax.tree.leaves(state)[0].sharding
+        #: of what every device has whole
+        self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
+        #: None: there is one device
+        self._mesh: jax.sharding.Mesh | None = None
+        if isinstance(self.sharding, jax.sharding.NamedSharding):
+            assert isinstance(self.sharding.mesh, jax.sharding.Mesh)
+            self._mesh = self.sharding.mesh
+            self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
         self._options = CPU_OPTIONS if platform == "cpu" else None
         self._cache_dir = cache_dir
         self._compiled: dict[Key, jax.stages.Compiled] = {}
+
+    def _lowered(self, function: Callable[..., Any], *args: Any, donate: int | None = None, out: Any = None) -> Any:
+        """`function` of `args` (trees of `jax.ShapeDtypeStruct`), lowered.
+
+        Args:
+            donate: the argument that is donated.
+            out: how the results are split over the mesh, where not each device has all of them.
+        """
+        spread = on_each_device(function, self._mesh, args, jax.P() if out is None else out)
+        return jax.jit(spread, donate_argnums=() if donate is None else (donate,)).lower(*args)
 
     def lower_allocator(self) -> jax.stages.Lowered:
         def zeros() -> Any:
@@ -150,26 +169,28 @@ class Programs(Compiler):
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
-        function = jax.jit(functools.partial(forward_step, self.config, bucket, packing), donate_argnums=(1,))
-        size = packing.size + self.sample_packing.size
-        return function.lower(self._params, self._state, self._words(size))
+        function = functools.partial(forward_step, self.config, bucket, packing)
+        words = self._words(packing.size + self.sample_packing.size)
+        out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        return self._lowered(function, self._params, self._state, words, donate=1, out=out)
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = self.sample_packing
-        function = jax.jit(functools.partial(sample_step, self.config, rows, packing), donate_argnums=(1,))
+        function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
         shape = ConstraintShape(self.config.model.vocab_size)
         constraints = self._words(self.max_num_seqs, shape.row_size) if full else None
         head = head_params(self._params)
-        return function.lower(head, self._state.tokens, hidden, self._words(packing.size), constraints)
+        words = self._words(packing.size)
+        return self._lowered(function, head, self._state.tokens, hidden, words, constraints, donate=1)
 
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
-        function = jax.jit(functools.partial(score_step, self.config, self._sample_rows[-1]))
-        return function.lower(head_params(self._params), self._hidden(capacity), self._words(1 + capacity))
+        function = functools.partial(score_step, self.config, self._sample_rows[-1])
+        return self._lowered(function, head_params(self._params), self._hidden(capacity), self._words(1 + capacity))
 
     def lower_writer(self) -> jax.stages.Lowered:
-        return jax.jit(write_tokens, donate_argnums=(0,)).lower(self._state.tokens, self._words(3 + WRITE_TOKENS))
+        return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         size = (rows, self.config.model.hidden_size)

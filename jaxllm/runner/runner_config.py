@@ -20,10 +20,12 @@ from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_sources
-from jaxllm.models.sources import decoder_sources
+from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_shapes
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.pooling_step import PoolingState
 from jaxllm.runner.step import State
+from jaxllm.runner.target import Target
+from jaxllm.weights.loader import shapes
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
@@ -38,7 +40,7 @@ class RunnerConfig:
     groups: tuple[KVCacheGroup, ...]
     scheduler: SchedulerConfig
     dtype: str
-    device: jax.Device  # pyright: ignore[reportInvalidTypeForm]
+    target: Target
     #: what attention is compiled to; None: the device's fastest
     attention: Backend | None = None
     block_size: int
@@ -62,8 +64,23 @@ class RunnerConfig:
         return self.attention or device_backend(self.device)
 
     @property
+    def platform(self) -> str:
+        return self.target.platform
+
+    @property
+    def device(self) -> Any:
+        """One of them."""
+        return self.target.device
+
+    @property
     def sharding(self) -> jax.sharding.Sharding:
-        return jax.sharding.SingleDeviceSharding(self.device)
+        return self.target.sharding
+
+    @property
+    def step_model(self) -> ModelConfig:
+        """What one device computes of the model."""
+        devices = self.target.num_devices
+        return local_model(self.model, devices) if isinstance(self.model, DecoderConfig) else self.model
 
     @property
     def table_width(self) -> int:
@@ -83,13 +100,19 @@ class RunnerConfig:
         return max(len(group.layers) for group in self.groups)
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Of every layer, on one device."""
+        return self.block_bytes // self.block_size * len(self.groups)
+
+    @property
     def page_shape(self) -> tuple[int, ...]:
-        return 2, self.model.num_kv_heads, self.block_size, self.model.head_dim
+        """On one device."""
+        return 2, self.step_model.num_kv_heads, self.block_size, self.model.head_dim
 
     @property
     def cache_dtype(self) -> np.dtype:
         dtype = jnp.dtype(self.dtype)
-        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.device.platform == "cpu" else dtype
+        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.platform == "cpu" else dtype
 
     def state(self, num_blocks: int) -> State | PoolingState:
         """Shapes of what lives on the device between steps."""
@@ -98,7 +121,12 @@ class RunnerConfig:
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
 
-        cache = array((self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype)
+        pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
+        cache = array((pages, *self.page_shape), self.cache_dtype)
+        if mesh is not None:
+            halves, kv_heads, *rest = self.page_shape
+            whole, split = (pages, halves, kv_heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
             return State(cache=cache, tokens=array((rows, self.scheduler.max_model_len), jnp.int32))
         keeps = self.pooler.seq_pooling_type != "LAST"
@@ -113,11 +141,24 @@ class RunnerConfig:
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 
     def sources(self) -> Params | PoolingModel:
-        """Where the model's weights come from."""
+        """Where the model's weights come from; of a model that is split, the shapes of one device's weights."""
         if self.pooler is not None:
             return pooling_sources(self.model, self.pooler)
         assert isinstance(self.model, DecoderConfig)
-        return decoder_sources(self.model)
+        return local_sources(self.model, self.target.num_devices)
+
+    def params(self) -> Params | PoolingModel:
+        """Shapes of the weights, with their shardings."""
+        if self.target.mesh is None:
+            return shapes(self.sources(), jnp.dtype(self.dtype), self.sharding)
+        assert isinstance(self.model, DecoderConfig)
+        return split_shapes(self.model, jnp.dtype(self.dtype), self.target.mesh)
+
+    @property
+    def weight_bytes(self) -> int:
+        """On one device."""
+        arrays = jax.tree.leaves(shapes(self.sources(), jnp.dtype(self.dtype), None))
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

@@ -38,7 +38,7 @@ class WeightReader(Protocol):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
 
 
-def shapes(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Tree:
+def shapes(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> Tree:
     """`jax.ShapeDtypeStruct`s of a model's arrays."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source)
 

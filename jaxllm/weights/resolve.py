@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
@@ -13,6 +14,7 @@ from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
+_HUB_CONFIG = ("*.json",)
 _KINDS = "a named model, a local directory with config.json, a .gguf file, or a hub id like 'org/name'"
 
 
@@ -22,6 +24,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    weights: bool = True,
 ) -> Path:
     """The model's directory or .gguf file on this machine, fetched or downloaded when it has to be.
 
@@ -33,6 +36,7 @@ def resolve(
         revision: branch, tag or commit; hub ids only.
         token: the hub's access token; hub ids only.
         progress: show progress on stderr while fetching.
+        weights: False: of a hub model, the configuration is enough.
 
     Raises:
         ModelNotFoundError: (a FileNotFoundError) the path does not exist, or the directory holds no model.
@@ -50,7 +54,7 @@ def resolve(
     if isinstance(model, os.PathLike) or _looks_like_a_path(text):
         raise ModelNotFoundError(f"The model path {text!r} does not exist (looked for {path.absolute()}).")
     if _HUB_ID.fullmatch(text):
-        return _from_hub(text, revision=revision, token=token)
+        return _from_hub(text, _HUB_FILES if weights else _HUB_CONFIG, revision=revision, token=token)
     close = difflib.get_close_matches(text.lower(), NAMED_MODELS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValidationError(
@@ -83,7 +87,7 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _from_hub(model: str, *, revision: str | None, token: str | bool | None) -> Path:
+def _from_hub(model: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
@@ -91,7 +95,7 @@ def _from_hub(model: str, *, revision: str | None, token: str | bool | None) -> 
             f"{model!r} is a hub id, and huggingface_hub is not installed: `pip install huggingface_hub`."
         ) from error
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
     except errors.GatedRepoError as error:
         raise FetchError(
             f"The hub model {model!r} is gated: accept its terms on its page, then pass hf_token=... or set HF_TOKEN."

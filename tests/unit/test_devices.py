@@ -58,7 +58,10 @@ def fake_compiler(folder: Path, version: str, tag: str = "") -> Path:
         info = folder / f"jax_cuda12_{part}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jax-cuda12-{part}\nVersion: {version}\n")
-        (info / "RECORD").write_text(f"jax_cuda12_{part}/_triton.{tag}.so,,\n" if tag else "")
+        library = folder / f"jax_cuda12_{part}" / f"_triton.{tag}.so"
+        library.parent.mkdir()
+        library.touch()
+        (info / "RECORD").write_text(f"{library.relative_to(folder)},,\n")
     return folder
 
 

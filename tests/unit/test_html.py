@@ -138,6 +138,7 @@ PLAN = MemoryPlan(
     max_num_batched_tokens=32,
     num_tokens=160,
     max_concurrency=2.0,
+    kv_bytes_per_token=25,
 )
 
 

@@ -1,0 +1,53 @@
+"""``jaxllm plan``: what an engine would need on a device that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from jaxllm.config.command_line import count
+from jaxllm.config.devices import DEVICE_NAMES
+from jaxllm.entrypoints.options import add_engine_options, engine_arguments
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm plan`` takes; the parser has to resolve conflicts, for the options that mean more here."""
+    add_engine_options(parser)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="as --model, or a config.json: no weights are needed",
+    )
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(DEVICE_NAMES)}; auto (default): what this machine has",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        type=count,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="devices that share the model (default: 1); the plan is of each",
+    )
+    parser.add_argument(
+        "--compiler",
+        metavar="DIR",
+        help="where JAX's CUDA compiler is (default: this environment, or where the plan says that it should be)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object; sizes are bytes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan; 0 when the model fits, 1 when it does not."""
+    from jaxllm.log import show_log
+    from jaxllm.planning.api import plan
+
+    show_log()
+    model, given = engine_arguments(arguments)
+    found = plan(model, compiler=arguments.compiler, **given)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0 if found.fits else 1

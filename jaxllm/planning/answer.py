@@ -1,0 +1,169 @@
+"""Planning an engine for some devices, and when it does not fit, again with each argument that could help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.errors import ValidationError
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.parallel.collectives import count_collectives, expected_collectives
+from jaxllm.parallel.rules import split_sizes
+from jaxllm.planning.estimate import estimated_activations
+from jaxllm.planning.plan import Plan, Remedy
+from jaxllm.runner.compiled_plan import make_programs
+from jaxllm.runner.memory import MemoryPlan
+from jaxllm.runner.plan import DoesNotFitError, plan_memory
+from jaxllm.runner.programs import Programs
+from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.target import Target
+from jaxllm.setup import Setup, read_setup
+
+#: more devices than one machine has are not proposed
+MOST_DEVICES = 16
+#: steps of fewer tokens would make prompts slow
+FEWEST_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned.
+
+    Args:
+        args: the engine's; how many devices and which is not among them.
+        path: of the model, a directory with a config.json or a .gguf file.
+        target: number of devices -> the devices.
+    """
+
+    args: EngineArgs
+    path: Path
+    target: Callable[[int], Target]
+    num_devices: int
+    #: the devices are this machine's, which has no more of them
+    is_local: bool
+
+    def setup(self) -> Setup:
+        return read_setup(self.args, self.path)
+
+
+def answer(question: Question, *, device: str, basis: str) -> Plan:
+    """The plan of a question, and the remedies when it does not fit.
+
+    Args:
+        device: as the user called it.
+        basis: what is said of where the numbers come from.
+
+    Raises:
+        ValidationError: what was asked contradicts itself or the model.
+    """
+    planner = _Planner()
+    refusal = None
+    try:
+        memory = planner.plan(question)
+    except DoesNotFitError as error:
+        refusal, memory = error, error.plan
+    collectives, exact = planner.collectives, planner.compiled
+    remedies: tuple[Remedy, ...] = ()
+    if refusal is not None:
+        remedies = tuple(_remedies(question, refusal, planner))
+    return Plan(
+        model=str(question.args.model),
+        device=device,
+        memory=memory,
+        fits=refusal is None,
+        problem="" if refusal is None else str(refusal),
+        remedies=remedies,
+        collectives=collectives,
+        exact=exact,
+        basis=basis,
+    )
+
+
+class _Planner:
+    """Plans by compiling where there is something to compile for, by an estimate elsewhere."""
+
+    def __init__(self) -> None:
+        #: of what was planned last
+        self.collectives: dict[str, int] = {}
+        self.compiled = False
+        self._needed: dict[SchedulerConfig, int] = {}
+
+    def plan(self, question: Question) -> MemoryPlan:
+        """Raises DoesNotFitError, whose plan has its activations."""
+        target = question.target(question.num_devices)
+        config = question.setup().runner_config(target, progress=False)
+        self.compiled = bool(target.devices)
+        self._needed.clear()
+        self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices)
+        return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
+
+    def _compile(self, config: RunnerConfig, num_blocks: int) -> int:
+        # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
+        if config.scheduler in self._needed:
+            return self._needed[config.scheduler]
+        if config.platform != "cpu":
+            # the cache of compiled programs is for the devices that are here
+            config = dataclasses.replace(config, compile_cache=None)
+        programs = make_programs(config, config.params(), num_blocks)
+        needed = self._needed[config.scheduler] = programs.activation_bytes()
+        if isinstance(programs, Programs) and config.target.num_devices > 1:
+            sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
+            texts = (programs.forward(programs.largest).as_text(), sampler.as_text())
+            self.collectives = {}
+            for kind, number in (item for text in texts for item in count_collectives(text or "").items()):
+                self.collectives[kind] = self.collectives.get(kind, 0) + number
+        return needed
+
+
+def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:
+    """Arguments that make it fit, each planned."""
+
+    def tried(argument: str, value: Any, devices: int | None = None) -> Remedy | None:
+        args = question.args if devices else dataclasses.replace(question.args, **{argument: value})
+        again = dataclasses.replace(question, args=args, num_devices=devices or question.num_devices)
+        try:
+            return Remedy(argument=argument, value=value, plan=planner.plan(again))
+        except ValidationError:
+            return None
+
+    for argument, value in _candidates(question.args, refusal):
+        found = tried(argument, value)
+        if found is not None:
+            yield found
+    model = question.setup().model
+    if question.is_local or not isinstance(model, DecoderConfig):
+        return
+    for devices in split_sizes(model):
+        if question.num_devices < devices <= MOST_DEVICES and not devices & (devices - 1):
+            found = tried("tensor_parallel_size", devices, devices)
+            if found is not None:
+                yield found
+                return
+
+
+def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[str, Any]]:
+    """Arguments and values that may make it fit on as many devices."""
+    plan = refusal.plan
+    if refusal.longest >= 1:
+        yield "max_model_len", refusal.longest
+    if args.num_gpu_blocks_override is not None:
+        yield "num_gpu_blocks_override", refusal.enough_blocks
+    elif args.kv_cache_memory_bytes is not None:
+        yield "kv_cache_memory_bytes", refusal.enough_blocks * plan.kv_cache_bytes // plan.num_blocks
+    else:
+        share = math.ceil(refusal.share * 1000 + 1) / 1000
+        if args.gpu_memory_utilization < share <= 1:
+            yield "gpu_memory_utilization", share
+        missing = (refusal.share - args.gpu_memory_utilization) * plan.total_bytes
+        tokens = plan.max_num_batched_tokens
+        while plan.activation_bytes * (1 - tokens / plan.max_num_batched_tokens) < missing and tokens > 0:
+            tokens //= 2
+        if max(FEWEST_TOKENS, plan.max_num_seqs) <= tokens < plan.max_num_batched_tokens:
+            yield "max_num_batched_tokens", tokens
+    if args.dtype in ("auto", "float32"):
+        yield "dtype", "bfloat16"

@@ -1,0 +1,124 @@
+"""`jaxllm.plan`: the memory plan of an engine, on a device that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxllm import checks
+from jaxllm.config.devices import CPU, GPUS, device_name
+from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.errors import ValidationError
+from jaxllm.planning.answer import Question, answer
+from jaxllm.planning.elsewhere import CompilerFailedError, answer_elsewhere
+from jaxllm.planning.plan import Plan
+from jaxllm.runner.deviceless import find_compiler, install_command, search_places
+from jaxllm.runner.target import target_described, target_here
+from jaxllm.weights.resolve import resolve
+
+#: whatever this machine has, in the engine's words
+HERE = ("auto", CPU, "gpu", "cuda")
+
+
+def plan(
+    model: str | os.PathLike[str],
+    /,
+    *,
+    device: str = "auto",
+    tensor_parallel_size: int = 1,
+    compiler: str | os.PathLike[str] | None = None,
+    **arguments: Any,
+) -> Plan:
+    """What an engine would need: weights, activations, KV cache, and whether they fit.
+
+    Nothing is loaded and nothing runs; of the model, its configuration is enough. Numbers for GPUs that are not there
+    come from compiling the engine's own programs for them, in a process of its own, where JAX's CUDA compiler is found;
+    elsewhere they are an estimate, and the plan says so.
+
+    Args:
+        model: as the engine takes it, or a config.json, or a directory with nothing else.
+        device: a GPU's name (`jaxllm.config.devices`), "cpu", or "auto" or "gpu" for what this machine has.
+        tensor_parallel_size: devices that share the model. The plan is of each of them.
+        compiler: a directory with JAX's CUDA compiler, the only place to look for it.
+        **arguments: the engine's.
+
+    Raises:
+        TypeError: an argument does not exist.
+        ValidationError: an argument's value cannot be honoured. That the model does not fit is no error.
+        FileNotFoundError: there is no such model.
+    """
+    devices = checks.integer("tensor_parallel_size", tensor_parallel_size)
+    if devices < 1:
+        raise ValidationError(f"tensor_parallel_size must be at least 1, got {devices}.")
+    local = device.strip().lower() in HERE
+    name = device.strip().lower() if local else _gpu(device)
+    args = engine_args(model, **arguments)
+    if args.load_format == "null":
+        raise ValidationError('load_format="null" has no model, so there is no memory to plan.')
+    with _config_path(args) as path:
+        if local:
+            question = Question(
+                args=args,
+                path=path,
+                target=lambda count: target_here(name, count),
+                num_devices=devices,
+                is_local=True,
+            )
+            return answer(question, device=name, basis="Compiled on this machine, for its own devices.")
+        found = find_compiler(compiler)
+        why = ""
+        if found is not None:
+            try:
+                return answer_elsewhere(found, args, path, arguments, name, devices)
+            except CompilerFailedError as error:
+                why = f"{found} failed ({error}), so this is an estimate from shapes."
+        gpu = GPUS[name]
+        question = Question(
+            args=args,
+            path=path,
+            target=lambda count: target_described(gpu, num_devices=count),
+            num_devices=devices,
+            is_local=False,
+        )
+        return answer(question, device=name, basis=why or _no_compiler())
+
+
+def _gpu(text: str) -> str:
+    try:
+        return device_name(text)
+    except ValidationError as error:
+        raise ValidationError(f"{error} Without a name (auto, gpu) the plan is for what this machine has.") from None
+
+
+def _no_compiler() -> str:
+    places = (" ".join(["  ", "this environment" if place is None else str(place)]) for place in search_places())
+    return "\n".join(
+        [
+            "This is an ESTIMATE from shapes. It would be exact with JAX's CUDA compiler, which needs no GPU; there is "
+            "none in",
+            *places,
+            f"To install it: {install_command()}",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _config_path(args: EngineArgs) -> Iterator[Path]:
+    """The model's directory or .gguf file; of a config.json by itself, a directory with nothing else."""
+    path = Path(os.fspath(args.model)).expanduser()
+    if path.suffix.lower() != ".json" or not path.is_file():
+        yield resolve(args.model, revision=args.revision, token=args.hf_token, weights=False)
+        return
+    try:
+        json.loads(path.read_text())
+    except ValueError as error:
+        raise ValidationError(f"{path} is not JSON: {error}.") from error
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder) / "config.json")
+        yield Path(folder)

@@ -1,0 +1,39 @@
+"""What a step needs beside weights and cache on a GPU, from shapes alone, where there is no compiler to ask.
+
+The largest arrays that live at the same time: of the forward step, the MLP's (both projections, their product, the
+residual stream and what is added to it) or the attention's; of the sampler, a few copies of a block of logits. Fitted
+to what XLA of JAX 0.10.2 reports for dense models of 135M to 32B on sm_80 to sm_100; `FACTOR` is checked where the
+compiler is (tests/compile_cuda).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxllm.runner.programs import SAMPLE_ROWS_GPU
+from jaxllm.runner.runner_config import RunnerConfig
+
+#: float32 copies of a block of logits in the sampler
+LOGITS_COPIES = 6
+#: up to so many tokens the MLP's wide product is kept in float32 before it is rounded
+UNROUNDED_TOKENS = 4096
+#: how far off an estimate may be, either way
+FACTOR = 1.5
+
+
+def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
+    """Bytes of temporaries and outputs of the largest step, on one device (`plan.Activations`)."""
+    model, limits = config.step_model, config.scheduler
+    size = jnp.dtype(config.dtype).itemsize
+    hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
+    stream = 3 * hidden * size
+    layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))
+    tables = len(config.groups) * seqs * config.table_width * 4
+    if config.pooler is not None:
+        return layer + seqs * hidden * size + tables
+    outputs = (seqs + limits.max_scored_tokens) * hidden * size
+    block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
+    return max(layer + outputs + tables, LOGITS_COPIES * block)

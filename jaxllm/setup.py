@@ -1,0 +1,171 @@
+"""What an engine will be, from its arguments and the model's files, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.cache_folder import cache_folder
+from jaxllm.config.argument_checks import FIT_TO_MEMORY
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.pooler import Pooler, PoolerConfig
+from jaxllm.config.resolve import scheduler_config
+from jaxllm.errors import ValidationError
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.model import ModelConfig
+from jaxllm.models.pooling_setup import make_pooler, runner_type
+from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.parallel.rules import check_split
+from jaxllm.runner.attention_backend import attention_backend
+from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.target import Target
+from jaxllm.sampling.processors import check_processors
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
+
+logger = logging.getLogger("jaxllm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model and how it will be run, on whatever devices."""
+
+    #: as the model changes them: no chunks and no prefixes where tokens see the whole prompt
+    args: EngineArgs
+    checkpoint: Checkpoint
+    model: ModelConfig
+    #: None: the engine generates
+    pooler: Pooler | None
+    #: the model's sentence-transformers files
+    pooling: SentenceTransformersConfig | None
+
+    def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
+        """What the runner is built from on the devices of `target`.
+
+        Raises:
+            ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
+        """
+        args, model = self.args, self.model
+        if target.num_devices > 1:
+            if self.pooler is not None or not isinstance(model, DecoderConfig):
+                raise ValidationError(
+                    f"tensor_parallel_size={target.num_devices}: only models that generate can be split."
+                )
+            check_split(model, target.num_devices)
+        num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
+        limits = scheduler_config(
+            args,
+            max_model_len=_max_model_len(args, model, self.pooling),
+            platform=target.platform,
+            num_logprobs=num_logprobs,
+            device_memory_bytes=target.total_bytes,
+        )
+        check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
+        dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
+        return RunnerConfig(
+            model=model,
+            pooler=self.pooler,
+            groups=kv_cache_groups(model.layer_window),
+            scheduler=limits,
+            dtype=dtype,
+            target=target,
+            attention=attention_backend(args.attention_backend, target.device, model, dtype, args.block_size),
+            block_size=args.block_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            num_gpu_blocks_override=args.num_gpu_blocks_override,
+            enable_prefix_caching=args.enable_prefix_caching,
+            enforce_eager=args.enforce_eager,
+            fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
+            num_logprobs=num_logprobs,
+            logprobs_mode=args.logprobs_mode,
+            processors=args.logits_processors,
+            seed=args.seed,
+            compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
+            progress=progress,
+        )
+
+
+def read_setup(args: EngineArgs, path: Path) -> Setup:
+    """The setup of the model at `path`, a directory or a .gguf file.
+
+    Raises:
+        ValidationError: the arguments contradict each other or the model.
+        WeightsError: the model's config cannot be read.
+    """
+    checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
+    pooling = sentence_transformers_config(path)
+    runner_kind, convert = runner_type(args, checkpoint.config, has_pooling_files=pooling is not None)
+    pooler = None
+    if runner_kind == "pooling":
+        if args.load_format == "null":
+            raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
+        model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
+    else:
+        model = model_config(checkpoint.config)
+    return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
+
+
+def _for_pooling(
+    args: EngineArgs,
+    hf: dict[str, Any],
+    files: SentenceTransformersConfig | None,
+    convert: str,
+) -> tuple[ModelConfig, EngineArgs, Pooler]:
+    """The model, the arguments and the pooler of a pooling engine."""
+    if args.logits_processors:
+        raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
+    model = pooling_model_config(hf)
+    if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
+        model = dataclasses.replace(model, causal=False)
+    if not model.causal:
+        longest = args.max_model_len or 0
+        if args.max_num_batched_tokens is not None and longest > args.max_num_batched_tokens:
+            raise ValidationError(
+                f"max_num_batched_tokens ({args.max_num_batched_tokens}) is smaller than max_model_len ({longest}), "
+                "and a model that sees whole prompts computes each in one step. Set max_num_batched_tokens to at least "
+                f"{longest}, or max_model_len to at most {args.max_num_batched_tokens}."
+            )
+        logger.info("Every token sees the whole prompt: prompts are not chunked, and prefixes not cached")
+        args = dataclasses.replace(args, enable_chunked_prefill=False, enable_prefix_caching=False)
+    pooler = make_pooler(
+        args.pooler_config or PoolerConfig(),
+        hf,
+        convert=convert,
+        pooling_type=files.pooling_type if files else None,
+        normalize=files.normalize if files else None,
+    )
+    logger.info("Pooling: %s", pooler)
+    return model, args, pooler
+
+
+def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
+    if asked != "auto":
+        return asked
+    stored = stored.removeprefix("torch.")
+    # embeddings are compared with others' to many digits, and such models are small; torch's own default is float32
+    if pools and platform == "cpu" and stored in ("", "float32"):
+        return "float32"
+    # float16 has no fast products on XLA:CPU
+    chosen = "float16" if stored == "float16" and platform != "cpu" else "bfloat16"
+    if stored and stored != chosen:
+        logger.info("The checkpoint is %s and runs in %s; pass dtype=%r to keep it", stored, chosen, stored)
+    return chosen
+
+
+def _max_model_len(args: EngineArgs, model: ModelConfig, pooling: SentenceTransformersConfig | None) -> int:
+    longest = model.max_position_embeddings
+    if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
+        trained = pooling.max_seq_length if pooling is not None else None
+        return min(trained or longest, longest)
+    if args.max_model_len > longest:
+        raise ValidationError(
+            f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "
+            f"(max_position_embeddings={longest}). Set max_model_len <= {longest}."
+        )
+    return args.max_model_len

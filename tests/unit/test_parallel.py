@@ -1,0 +1,105 @@
+"""A model split over devices: the same numbers, the shapes of its parts, and what the devices exchange."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxllm.errors import ValidationError
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.parallel.collectives import count_collectives, expected_collectives
+from jaxllm.parallel.rules import check_split, local_sources, split_sizes
+from jaxllm.weights.loader import shapes
+from tests.tiny_model import CONFIG
+
+MODEL = model_config(CONFIG)
+HLO = """\
+HloModule jit_step
+
+%body.1 (arg.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %arg.1 = (s32[], f32[8,4]) parameter(0)
+  %sum.1 = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add.1
+  %sum.2 = f32[8,4]{1,0} all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%add.1
+  %sum.3 = f32[8,4]{1,0} all-reduce-done(%sum.2)
+  ROOT %tuple.1 = (s32[], f32[8,4]) tuple(%i, %sum.3)
+}
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.2 = f32[] add(%a, %b)
+}
+
+%unknown.1 (arg.2: (s32[])) -> (s32[]) {
+  ROOT %g = (s32[]) all-gather(%z), dimensions={0}
+}
+
+ENTRY %main.9 (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0), metadata={op_name="not an all-reduce(x)"}
+  %w.1 = (s32[], f32[8,4]) while(%t), condition=%c.1, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
+  %w.2 = (s32[]) while(%t2), condition=%c.2, body=%unknown.1
+  %once = f32[8,4]{1,0} all-reduce(%p), to_apply=%add.1
+  ROOT %f = f32[8,4]{1,0} fusion(%once), kind=kLoop, calls=%add.1
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    assert count_collectives(HLO) == {"all-reduce": 2 * 7 + 1, "all-gather": 1}
+    assert count_collectives("") == {}
+
+
+def test_one_device_exchanges_nothing():
+    assert expected_collectives(7, 1) == {}
+
+
+heads = st.integers(1, 64)
+
+
+@given(kv_heads=heads, group=st.integers(1, 8), intermediate=st.integers(1, 64), devices=st.integers(1, 64))
+def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: int, devices: int):
+    """Oracle: every device has the same whole number of query heads, and all of them read one KV head or more."""
+    model = dataclasses.replace(
+        MODEL, num_heads=kv_heads * group, num_kv_heads=kv_heads, intermediate_size=intermediate
+    )
+    queries = [range(d * model.num_heads // devices, (d + 1) * model.num_heads // devices) for d in range(devices)]
+    even = len({len(part) for part in queries}) == 1 and len(queries[0]) > 0
+    read = [{query // group for query in part} for part in queries]
+    # a device holds whole KV heads for its own queries, or shares one with its neighbours
+    whole = all(len(part) == group * len(kv) for part, kv in zip(queries, read, strict=True))
+    shared = all(len(kv) == 1 for kv in read)
+    if even and (whole or shared) and intermediate % devices == 0:
+        check_split(model, devices)
+        assert devices in split_sizes(model)
+        part = jax.tree.leaves(shapes(local_sources(model, devices).layers, jnp.dtype("float32"), None))
+        full = jax.tree.leaves(shapes(decoder_sources(model).layers, jnp.dtype("float32"), None))
+        size = lambda tree: sum(math.prod(array.shape) for array in tree)  # noqa: E731
+        assert size(full) <= devices * size(part)
+    else:
+        with pytest.raises(ValidationError, match=r"What would work: 1"):
+            check_split(model, devices)
+
+
+def test_a_split_computes_what_the_whole_does():
+    """In a process of its own, which has more than one device."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "split_model.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "4"]
