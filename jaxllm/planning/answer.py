@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
 from jaxllm.runner.compiled_plan import make_programs
+from jaxllm.runner.deviceless import lowering_for
 from jaxllm.runner.memory import MemoryPlan
 from jaxllm.runner.plan import DoesNotFitError, plan_memory
 from jaxllm.runner.programs import Programs
@@ -91,6 +94,7 @@ class _Planner:
         #: of what was planned last
         self.collectives: dict[str, int] = {}
         self.compiled = False
+        self._is_local = True
         self._needed: dict[SchedulerConfig, int] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
@@ -98,6 +102,7 @@ class _Planner:
         target = question.target(question.num_devices)
         config = question.setup().runner_config(target, progress=False)
         self.compiled = bool(target.devices)
+        self._is_local = question.is_local
         self._needed.clear()
         self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices)
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
@@ -106,11 +111,12 @@ class _Planner:
         # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
         if config.scheduler in self._needed:
             return self._needed[config.scheduler]
-        if config.platform != "cpu":
+        if not self._is_local:
             # the cache of compiled programs is for the devices that are here
             config = dataclasses.replace(config, compile_cache=None)
         programs = make_programs(config, config.params(), num_blocks)
-        needed = self._needed[config.scheduler] = programs.activation_bytes()
+        with contextlib.nullcontext() if self._is_local else lowering_for(make_mesh(config.target.devices)):
+            needed = self._needed[config.scheduler] = programs.activation_bytes()
         if isinstance(programs, Programs) and config.target.num_devices > 1:
             sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
             texts = (programs.forward(programs.largest).as_text(), sampler.as_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from jaxllm.planning.answer import Question, answer
 from jaxllm.planning.plan import Plan
 from jaxllm.runner.deviceless import CudaCompiler, devices
 from jaxllm.runner.target import target_described
+
+_LOG_LINE = re.compile(r"[EIW]\d{4} |WARNING: All log messages")
 
 
 class CompilerFailedError(JaxLLMError):
@@ -75,8 +78,10 @@ def answer_elsewhere(
     )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise CompilerFailedError(said[-1].strip()[:300] if said else f"exit status {done.returncode}")
+        # XLA's log lines begin with a letter and the date
+        said = [line for line in done.stderr.splitlines() if line.strip() and not _LOG_LINE.match(line)]
+        told = f": {said[-1].strip()[:300]}" if said else ""
+        raise CompilerFailedError(f"exit status {done.returncode}{told}")
     found = json.loads(lines[-1])
     if "refused" in found:
         raise ValidationError(found["refused"])

@@ -9,12 +9,13 @@ another target may abort its process; the other asks for devices (`devices`) and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class CudaCompiler:
             "JAX_PLATFORMS": "cuda,cpu",
             # without it the plugin refuses a machine that has no driver
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            # Shardy of JAX 0.11.2 may crash on a shard_map that is given what it does not use
+            "JAX_USE_SHARDY_PARTITIONER": "false",
         }
 
 
@@ -180,3 +183,12 @@ def devices(gpu: GPU, count: int = 1, *, cuda: str | None = None) -> list[Any]:
         platform="cuda", topology=f"1x1x{count}", target_config=target_config(gpu, cuda=cuda)
     )
     return list(topology.devices)
+
+
+@contextlib.contextmanager
+def lowering_for(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Lower programs for described devices inside: a kernel asks JAX for what GPU it is lowered, and JAX, which has
+    none, would ask the CPU (JAX 0.11).
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
