@@ -11,6 +11,8 @@ NOTEBOOKS ?= notebooks/*.ipynb
 GPU_CHECK_ARGS ?=
 # what runs under the other Python and JAX
 CORE_TESTS ?= tests/unit tests/property
+# 1: `make compile-cuda` compiles a part of the configurations
+QUICK ?= 0
 
 VENV312 := .venv312
 # A python3.12 on the PATH may be a shim that cannot run, so each candidate is tried.
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS)
 
 # Runs the notebooks and writes their outputs into them.
 notebooks: $(VENV)/.installed-test
@@ -39,11 +41,15 @@ test-py312:
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
-	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large" $(PYTEST_ARGS) $(CORE_TESTS)
+	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS) $(CORE_TESTS)
 
-# JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own.
+# JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own, for
+# each JAX one. QUICK=1 compiles a part of the configurations.
 compile-cuda: $(VENV)/.installed-test .cuda-compiler/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
+	@python="$$($(FIND312))"; \
+	if [ -z "$$python" ]; then echo "compile-cuda: JAX of Python 3.12 skipped, no working python3.12 was found"; exit 0; fi; \
+	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke .cuda-compiler312/.installed PYTHON312="$$python"
+	COMPILE_CUDA_QUICK=$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
 
 # With the Python at hand and what is installed in it: GPU machines come with their JAX, and often without a network.
 gpu-check:
@@ -69,7 +75,7 @@ lock:
 	$(PYTHON) .ci/lock.py constraints.txt "$(PYTHON)" "$$python"
 
 clean:
-	rm -rf .venv .venv312 .cuda-compiler build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv312 .cuda-compiler .cuda-compiler312 build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jaxllm tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -92,8 +98,16 @@ $(VENV312)/.installed-smoke: pyproject.toml constraints.txt
 	@touch $@
 
 .cuda-compiler/.installed: $(VENV)/.installed
-	@echo "Installing JAX's CUDA compiler into .cuda-compiler"
-	@version="$$($(BIN)/python -c 'import jax; print(jax.__version__)')"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .cuda-compiler \
+	$(call install_cuda_compiler,$(BIN)/python,.cuda-compiler)
+
+.cuda-compiler312/.installed: $(VENV312)/.installed-smoke
+	$(call install_cuda_compiler,$(VENV312)/bin/python,.cuda-compiler312)
+
+# $(1): the Python whose JAX it is for, $(2): the folder
+define install_cuda_compiler
+	@echo "Installing JAX's CUDA compiler into $(2)"
+	@rm -rf $(2); version="$$($(1) -c 'import jax; print(jax.__version__)')"; \
+	$(1) -m pip install -qq --disable-pip-version-check --no-deps --target $(2) \
 		jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version
 	@touch $@
+endef

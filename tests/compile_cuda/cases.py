@@ -1,0 +1,175 @@
+"""Everything that is compiled: every kernel's configurations, and the programs of engines with real models."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+import pallas_kernels
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.devices import GPU
+from jaxllm.config.pooler import Pooler
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.runner.compiled_plan import make_programs
+from jaxllm.runner.programs import SCORER, WRITER, Key, Programs
+from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.target import target_described
+from jaxllm.weights.loader import shapes
+
+from .models import MODELS, Model
+
+#: bytes of temporaries that no program of an engine may exceed; with the weights, they are what the KV cache is not
+MOST_TEMPORARY_BYTES = 3 * 2**30
+#: what kinds of programs write of their state
+_WRITTEN = {
+    "forward": ("cache", "tokens"),
+    "sample": ("tokens",),
+    "write tokens": ("tokens",),
+    "pool": ("cache", "pooled"),
+}
+#: configurations of an operation in a quick run, about
+_QUICK = 8
+#: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
+_KINDS = (("most", "all"), ("few", "most"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program to compile."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    #: bytes of arguments that the results must take over
+    in_place_bytes: int
+    #: bytes of the KV cache; 0: the program has none
+    cache_bytes: int
+    most_temporary_bytes: int | None
+    #: trips of the loop over the model's layers; None: there is none
+    layers: int | None = None
+    #: whether it is one of an engine's programs, not a kernel by itself
+    is_step: bool = False
+
+
+def kernel_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
+    """Every configuration that `pallas_kernels.<operation>.api.configurations` tells; quick: some of each operation."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    for configurations in _operations():
+        takes_device = "device_kind" in inspect.signature(configurations).parameters
+        every = configurations(device_kind=device.device_kind) if takes_device else configurations()
+        for case in every[:: max(len(every) // _QUICK, 1)] if quick else every:
+            if not case.runs_on(gpu.compute_capability):
+                continue
+            arguments = case.shapes_on(sharding)
+            donated = sum(_bytes(arguments[i]) for i in case.donated)
+            yield Case(
+                name=f"{case.operation}: {case.label}",
+                lower=lambda case=case, arguments=arguments: jax.jit(case.function, donate_argnums=case.donated).lower(
+                    *arguments
+                ),
+                in_place_bytes=donated,
+                cache_bytes=0,
+                most_temporary_bytes=case.max_temporary_bytes,
+            )
+
+
+def _operations() -> list[Callable[..., Any]]:
+    found = []
+    for operation in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+        if operation.ispkg:
+            api = importlib.import_module(f"{operation.name}.api")
+            if hasattr(api, "configurations"):
+                found.append(api.configurations)
+    return found
+
+
+def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
+    """Programs of each of `MODELS`; quick: its largest steps, and one sampler."""
+    for name, model in MODELS.items():
+        for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
+            which = _KINDS[i > 0 or quick][model.all_programs and not i]
+            config = _runner_config(model, device, gpu)
+            params = shapes(config.sources(), jax.numpy.dtype(config.dtype), config.sharding)
+            programs = make_programs(config, params, num_blocks)
+            state = config.state(num_blocks)
+            for label, key in _keys(programs, which):
+                written = [getattr(state, part, None) for part in _WRITTEN.get(key[0], ())]
+                yield Case(
+                    name=f"{name}: {label}" + (f", {num_blocks} blocks" if i else ""),
+                    lower=lambda programs=programs, key=key: programs._lower(key),
+                    in_place_bytes=_bytes(written),
+                    cache_bytes=_bytes(state.cache),
+                    most_temporary_bytes=MOST_TEMPORARY_BYTES,
+                    layers=model.config["num_hidden_layers"] if key[0] in ("forward", "pool") else None,
+                    is_step=True,
+                )
+
+
+def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
+    """Names and keys of "all" kinds of a model's programs, of "most", or of a "few"."""
+    buckets = tuple(programs.packings)
+    decodes = [bucket for bucket in buckets if bucket.decode_only]
+    mixed = [bucket for bucket in buckets if not bucket.decode_only]
+    chosen = [*decodes[-1:], mixed[-1]]
+    if which == "all":
+        chosen = [*decodes[:1], *decodes[len(decodes) // 2 : -1 : 2], *decodes[-1:], mixed[len(mixed) // 2], mixed[-1]]
+    if not isinstance(programs, Programs):
+        for bucket in chosen:
+            yield f"pool {bucket}", ("pool", bucket)
+        if which != "few":
+            yield f"pool each token, {chosen[-1]}", ("tokens", chosen[-1])
+        return
+    for bucket in chosen:
+        yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)
+    if which != "few":
+        yield f"sample {programs._sample_rows[-1]} rows", ("sample", programs._sample_rows[-1], True)
+    if which == "all":
+        for rows in programs._sample_rows[:-1]:
+            yield f"sample {rows} rows", ("sample", rows, True)
+        for rows in programs._sample_rows:
+            yield f"sample {rows} rows, greedy", ("sample", rows, False)
+        yield "score", SCORER
+        yield "write tokens", WRITER
+
+
+def _runner_config(model: Model, device: Any, gpu: GPU) -> RunnerConfig:
+    pools = model.pooling_type is not None
+    read = (pooling_model_config if pools else model_config)(model.config)
+    windows = getattr(read, "layer_window", (None,) * read.num_layers)
+    return RunnerConfig(
+        model=read,
+        pooler=Pooler(seq_pooling_type=model.pooling_type) if model.pooling_type else None,
+        groups=kv_cache_groups(windows),
+        scheduler=SchedulerConfig(
+            max_num_seqs=model.max_num_seqs,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            max_scored_tokens=1024,
+        ),
+        dtype="bfloat16",
+        target=target_described(gpu, (device,)),
+        block_size=16,
+        gpu_memory_utilization=0.9,
+        kv_cache_memory_bytes=None,
+        num_gpu_blocks_override=None,
+        enable_prefix_caching=True,
+        enforce_eager=False,
+        fit_max_model_len=False,
+        num_logprobs=20,
+        logprobs_mode="raw_logprobs",
+        processors=(),
+        seed=0,
+        compile_cache=None,
+        progress=False,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

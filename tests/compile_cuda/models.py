@@ -1,0 +1,156 @@
+"""Real models' shapes, as their config.json has them, and the limits that each is compiled with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    config: dict[str, Any]
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    #: blocks of the KV cache; the first is what most programs are compiled for
+    num_blocks: tuple[int, ...]
+    #: None: it generates; otherwise which tokens are pooled
+    pooling_type: str | None = None
+    #: whether programs of each kind are compiled, not only the largest
+    all_programs: bool = False
+
+
+def _gemma3(**shape: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "vocab_size": 262208,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        **shape,
+    }
+
+
+_QWEN25_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+
+MODELS: dict[str, Model] = {
+    "SmolLM2-135M": Model(
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        },
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=8192,
+        num_blocks=(8000, 80000),
+    ),
+    "Llama-3.1-8B": Model(
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "tie_word_embeddings": False,
+        },
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000, 5000),
+        all_programs=True,
+    ),
+    "Qwen2.5-7B": Model(
+        config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=32768,
+        num_blocks=(40000,),
+    ),
+    "Gemma-3-4B": Model(
+        config=_gemma3(
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_hidden_layers=34,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        ),
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(40000,),
+    ),
+    "Gemma-3-27B": Model(
+        config=_gemma3(
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_hidden_layers=62,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            head_dim=128,
+            query_pre_attn_scalar=168,
+        ),
+        max_num_batched_tokens=2048,
+        max_num_seqs=64,
+        max_model_len=32768,
+        num_blocks=(10000,),
+    ),
+    "Qwen2.5-7B as embedder": Model(
+        config={"architectures": ["Qwen2Model"], **_QWEN25_7B},
+        max_num_batched_tokens=8192,
+        max_num_seqs=64,
+        max_model_len=8192,
+        num_blocks=(20000,),
+        pooling_type="LAST",
+    ),
+    "BGE-large": Model(
+        config={
+            "architectures": ["BertModel"],
+            "vocab_size": 30522,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+        },
+        max_num_batched_tokens=8192,
+        max_num_seqs=64,
+        max_model_len=512,
+        num_blocks=(4000,),
+        pooling_type="CLS",
+    ),
+}

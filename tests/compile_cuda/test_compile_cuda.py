@@ -1,0 +1,129 @@
+"""Compiled for real GPUs, without one: every kernel's configurations, and whole steps of real models.
+
+`make compile-cuda` installs JAX's CUDA compiler, for each JAX that the package works with, into a folder of its own: a
+plugin without a GPU beside every other test would be in their way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from . import stated
+from .compiling import TARGETS, Results, compile_for, toolchains
+
+Compiled = dict[tuple[str, str], Results]
+
+#: stack that kernels may have, by a pattern of "case, kernel", and why: bytes of each thread
+STACKS: dict[str, int] = {}
+
+
+def each(compiled: Compiled) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(JAX, target, case, result) of what compiled."""
+    for (jax, target), found in compiled.items():
+        for name, result in found.items():
+            if "error" not in result:
+                yield jax, target, name, result
+
+
+def test_everything_compiles(compiled: Compiled):
+    failed = [
+        f"JAX {jax}, {target}, {name}: {result['error']}"
+        for (jax, target), found in compiled.items()
+        for name, result in found.items()
+        if "error" in result
+    ]
+    assert not failed, "\n".join(failed)
+    kinds = {"decode", "mixed", "sample", "pool"}
+    for key, found in compiled.items():
+        assert kinds <= {name.split(": ")[1].split()[0] for name, result in found.items() if result["is_step"]}, key
+
+
+def test_kernels_fit_into_a_multiprocessor(compiled: Compiled):
+    """Shared memory of a block, and registers of all its threads; a launch that asks for more fails."""
+    problems = []
+    for jax, target, name, result in each(compiled):
+        gpu = TARGETS[target]
+        for kernel in result["kernels"]:
+            shown = f"JAX {jax}, {target}, {name}, {kernel['name']}"
+            if kernel["registers"] is None:
+                problems.append(f"{shown}: its machine code was not found")
+                continue
+            if kernel["shared"] > gpu.shared_memory_per_block_optin:
+                problems.append(f"{shown}: {kernel['shared']} bytes of shared memory")
+            # registers are given to whole warps, eight for each thread at a time
+            threads = -(-kernel["threads"] // 32) * 32
+            if threads * -(-kernel["registers"] // 8) * 8 > gpu.registers_per_sm:
+                problems.append(f"{shown}: {kernel['registers']} registers of each of {kernel['threads']} threads")
+    assert not problems, "\n".join(problems)
+
+
+def test_no_register_is_spilled(compiled: Compiled):
+    problems = []
+    for jax, target, name, result in each(compiled):
+        for kernel in result["kernels"]:
+            where = f"{name}, {kernel['name']}"
+            most = next((stack for pattern, stack in STACKS.items() if re.search(pattern, where)), 0)
+            if (kernel["stack"] or 0) > most:
+                problems.append(f"JAX {jax}, {target}, {where}: a stack of {kernel['stack']} bytes")
+    assert not problems, "\n".join(problems)
+
+
+def test_everything_donated_is_written_in_place(compiled: Compiled):
+    """The KV cache and the tokens are never copied."""
+    problems = [
+        f"JAX {jax}, {target}, {name}: {result['alias']} bytes in place of {result['in_place']}"
+        for jax, target, name, result in each(compiled)
+        if result["alias"] != result["in_place"]
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_temporaries(compiled: Compiled):
+    problems = []
+    for jax, target, name, result in each(compiled):
+        temporaries, most = result["temporaries"], result["most_temporaries"]
+        if most is not None and temporaries > most:
+            problems.append(f"JAX {jax}, {target}, {name}: {temporaries} bytes of temporaries, at most {most}")
+        if result["cache"] and temporaries >= result["cache"]:
+            problems.append(f"JAX {jax}, {target}, {name}: temporaries of {temporaries} bytes may hold the KV cache")
+    assert not problems, "\n".join(problems)
+
+
+def test_temporaries_do_not_grow_with_the_cache(compiled: Compiled):
+    compared = 0
+    for jax, target, name, result in each(compiled):
+        same = re.sub(r", \d+ blocks$", "", name)
+        if same != name:
+            assert result["temporaries"] == compiled[jax, target][same]["temporaries"], (jax, target, name)
+            compared += 1
+    if not compared:
+        pytest.skip("one size of cache, with COMPILE_CUDA_QUICK=1")
+
+
+def test_nothing_exceeds_its_stated_number(compiled: Compiled):
+    """Kernels and copied bytes of each layer, temporaries of each program, as `stated.json` has them."""
+    problems = [
+        f"JAX {jax}, {target}, {problem}"
+        for (jax, target), found in compiled.items()
+        for problem in stated.excesses(jax, target, found)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("toolchain", toolchains(), ids=lambda toolchain: f"jax-{toolchain.jax}")
+def test_the_reading_of_machine_code(toolchain, target: str):
+    """What is asserted above would be seen: kernels whose registers and shared memory are known by construction."""
+    found = compile_for(toolchain, target, only="probe")
+    (kernel,) = found["probe: 64 values of each thread"]["kernels"]
+    assert 64 <= kernel["registers"] < 255 and kernel["stack"] == 0 and kernel["threads"] == 128
+    (kernel,) = found["probe: 256 values of each thread"]["kernels"]
+    assert kernel["stack"] > 0
+    assert found["probe: 512 KiB of shared memory"]["error"].startswith("JaxRuntimeError")
+    assert "hared memory" in found["probe: 512 KiB of shared memory"]["error"]
+    assert found["probe: ends its process"]["error"].startswith("ended its process with -6")
+    assert found["probe: the last"]["launches"]["number"] == 1

@@ -1,0 +1,107 @@
+"""Compiles every case for one GPU that is not there, in a process of its own: a compiler for another target may abort
+it, and JAX takes its platforms from the environment.
+
+    python -m tests.compile_cuda.worker sm_90 [--quick] [--only TEXT] [--skip NAME ...]
+
+Output: a line of JSON when a case begins, another when it has ended, `read` by `compiling.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import time
+from typing import Any
+
+import jax
+
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.runner.deviceless import devices, lowering_for
+
+from .cases import Case, kernel_cases, step_cases
+from .compiling import TARGETS
+from .executable import Launch, Loop, launches, loops, read_executable
+from .probes import probe_cases
+
+MAKERS = (kernel_cases, step_cases)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--skip", action="append", default=[])
+    options = parser.parse_args()
+    gpu = TARGETS[options.target]
+    device = devices(gpu)[0]
+    probes_only = options.only == "probe"
+    for cases in [probe_cases(device)] if probes_only else [make(device, gpu, options.quick) for make in MAKERS]:
+        for case in cases:
+            if options.only in case.name and case.name not in options.skip:
+                tell(case=case.name, begins=True)
+                try:
+                    tell(case=case.name, **compile_case(case, device))
+                except Exception as error:  # the next case may do better
+                    tell(case=case.name, error=f"{type(error).__name__}: {str(error)[:2000]}")
+
+
+def tell(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def compile_case(case: Case, device: Any) -> dict[str, Any]:
+    begun = time.perf_counter()
+    with lowering_for(make_mesh((device,))):
+        lowered = case.lower()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - begun
+    memory: Any = compiled.memory_analysis()
+    program = read_executable(compiled.runtime_executable().serialize())  # pyright: ignore
+    every = list(launches(program))
+    return {
+        "is_step": case.is_step,
+        "seconds": seconds,
+        "temporaries": memory.temp_size_in_bytes,
+        "alias": memory.alias_size_in_bytes,
+        "in_place": case.in_place_bytes,
+        "cache": case.cache_bytes,
+        "most_temporaries": case.most_temporary_bytes,
+        "kernels": [describe(launch) for launch in every if launch.kind == "kernel" or launch.code],
+        "launches": count(layer(program, case.layers) if case.layers else program),
+    }
+
+
+def describe(launch: Launch) -> dict[str, Any]:
+    code = launch.code
+    return {
+        "name": launch.name,
+        "threads": launch.threads_per_block,
+        "shared": launch.shared,
+        "registers": code.registers if code else None,
+        "stack": code.stack if code else None,
+    }
+
+
+def layer(program: tuple[Launch | Loop, ...], layers: int) -> tuple[Launch | Loop, ...]:
+    """What is launched in one layer."""
+    found = [loop for loop in loops(program) if loop.trips == layers]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} loops of {layers} trips are there: which of them is that over the layers?")
+    return found[0].body
+
+
+def count(items: tuple[Launch | Loop, ...]) -> dict[str, Any]:
+    """Launches, those in loops once; bytes that they copy; and of what kind they are."""
+    every = list(launches(items))
+    return {
+        "number": len(every),
+        "copied": sum(launch.copied_bytes for launch in every),
+        "kinds": dict(collections.Counter(launch.kind for launch in every)),
+    }
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)
+    main()
