@@ -62,8 +62,11 @@ def count_collectives(hlo: str) -> dict[str, int]:
     return dict(count(entry)) if entry else {}
 
 
-def expected_collectives(num_layers: int, devices: int) -> dict[str, int]:
+def expected_collectives(num_layers: int, devices: int, *, blocks: int = 1) -> dict[str, int]:
     """What a step of a model that is split exchanges, by the rules of `parallel.rules`: an all-reduce after attention
-    and one after the MLP of each layer, one for the embedding, and the logits' all-gather.
+    and one after the MLP of each layer, one for the embedding, and an all-gather of each block of logits.
+
+    Args:
+        blocks: of rows that are sampled from.
     """
-    return {} if devices == 1 else {"all-reduce": 2 * num_layers + 1, "all-gather": 1}
+    return {} if devices == 1 else {"all-reduce": 2 * num_layers + 1, "all-gather": blocks}

@@ -22,7 +22,7 @@ from jaxllm.runner.compiled_plan import make_programs
 from jaxllm.runner.deviceless import lowering_for
 from jaxllm.runner.memory import MemoryPlan
 from jaxllm.runner.plan import DoesNotFitError, plan_memory
-from jaxllm.runner.programs import Programs
+from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.runner.target import Target
 from jaxllm.setup import Setup, read_setup
@@ -104,7 +104,9 @@ class _Planner:
         self.compiled = bool(target.devices)
         self._is_local = question.is_local
         self._needed.clear()
-        self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices)
+        # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
+        blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
+        self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices, blocks=blocks)
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> int:

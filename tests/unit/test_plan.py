@@ -97,7 +97,10 @@ class TestQwQ:
 
     def test_a_step_of_a_split_model_exchanges_two_sums_a_layer(self, qwq: Path):
         assert jaxllm.plan(qwq, device="h200").collectives == {}
-        plan = jaxllm.plan(qwq, device="h200", tensor_parallel_size=8)
+        # logits are gathered in blocks of 256 rows
+        many = jaxllm.plan(qwq, device="h200", tensor_parallel_size=8, max_num_seqs=1024)
+        assert many.collectives == {"all-reduce": 2 * 64 + 1, "all-gather": 4}
+        plan = jaxllm.plan(qwq, device="h200", tensor_parallel_size=8, max_num_seqs=256)
         assert plan.collectives == {"all-reduce": 2 * 64 + 1, "all-gather": 1}
         assert "Each of 8 devices" in str(plan) and "129 all-reduce, 1 all-gather" in str(plan)
 
