@@ -10,6 +10,8 @@ scale is the number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -71,3 +73,35 @@ def check_addressable(cache: jax.Array | jax.ShapeDtypeStruct) -> None:
         )
     if rows >= 2**31:
         raise ValueError(f"a cache of {rows} rows (one key or value of one head) has more than {2**31 - 1}")
+
+
+def check_operands(
+    cache: jax.Array, kv_scales: jax.Array | None, tokens: int, rows: Mapping[str, jax.Array], exact_heads: bool
+) -> None:
+    """Refuse arrays that do not belong together: a kernel would read, or write, beside them.
+
+    Args:
+        tokens: that the batch has room for.
+        rows: name -> array [T, heads, head_dim], of queries, keys or values.
+        exact_heads: `rows` have the cache's kv_heads; otherwise any multiple of them.
+
+    Raises:
+        ValueError: the text names the array, what it is and what it must be.
+    """
+    if cache.ndim != 5 or cache.shape[1] != 2:
+        raise ValueError(f"cache must be [pages, 2, kv_heads, block_size, head_dim], got {list(cache.shape)}")
+    _, _, kv_heads, _, dim = cache.shape
+    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8)):
+        raise ValueError(f"cache must be of a float dtype, int8, or uint16 (bf16's bits), got {cache.dtype}")
+    if is_scaled(cache.dtype) != (kv_scales is not None):
+        wanted = f"needs kv_scales of shape {list(cache.shape[:4])}" if kv_scales is None else "takes no kv_scales"
+        raise ValueError(f"a cache of {cache.dtype} {wanted}")
+    if kv_scales is not None and kv_scales.shape != cache.shape[:4]:
+        raise ValueError(f"kv_scales must be of shape {list(cache.shape[:4])}, got {list(kv_scales.shape)}")
+    for name, array in rows.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a float dtype, got {array.dtype}")
+        heads = kv_heads if exact_heads else f"a multiple of {kv_heads}"
+        fits = array.ndim == 3 and array.shape[0] == tokens and array.shape[2] == dim
+        if not fits or array.shape[1] % kv_heads or (exact_heads and array.shape[1] != kv_heads):
+            raise ValueError(f"{name} must be [{tokens} (the batch's), {heads}, {dim}], got {list(array.shape)}")

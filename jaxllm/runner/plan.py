@@ -68,7 +68,7 @@ def plan_memory(
             break
         num_blocks = fitting
     if config.has_explicit_cache:
-        _check_explicit_cache(config, num_blocks, 0)
+        _check_explicit_cache(config, num_blocks, needed)
     fitted = _fit(config, num_blocks, needed)
     if fitted is not config:
         return plan_memory(fitted, activations, measure_first=measure_first)
@@ -111,13 +111,14 @@ def blocks_of_one(config: RunnerConfig) -> int:
 
 def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> None:
     """Refuse a cache that the user asked for and the device cannot hold."""
-    total, others = config.target.total_bytes, config.weight_bytes + config.state_bytes
+    total, others = config.target.total_bytes, config.weight_bytes + config.state_bytes + activation_bytes
     most = min(_addressable_blocks(config), max(total - others, 0) // config.block_bytes)
     if num_blocks > most:
         raise DoesNotFitError(
             f"a KV cache of {num_blocks} blocks ({num_blocks * config.block_bytes / GIB:.2f} GiB) does not fit: the "
-            f"device has {total / GIB:.2f} GiB, of which {others / GIB:.2f} GiB are for weights and state. Set "
-            f"num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= {most * config.block_bytes}.",
+            f"device has {total / GIB:.2f} GiB, of which {others / GIB:.2f} GiB are for weights, state and "
+            f"activations. Set num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= "
+            f"{most * config.block_bytes}.",
             memory_plan(config, num_blocks, activation_bytes),
             longest=_longest(config, most),
             share=(num_blocks * config.block_bytes + others) / total,

@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import reference, xla
 from pallas_kernels.kv_write.configurations import configurations
-from pallas_kernels.storage import check_addressable
+from pallas_kernels.storage import check_addressable, check_operands
 
 __all__ = ["configurations", "write_kv"]
 
@@ -23,8 +23,10 @@ def write_kv(
     """`reference.write_kv` by `batch.backend`'s implementation; in place where the cache is donated.
 
     Raises:
-        ValueError: the kernels cannot address such a cache (`storage.check_addressable`).
+        ValueError: the arrays do not belong together (`storage.check_operands`), or the kernels cannot address such a
+            cache (`storage.check_addressable`).
     """
+    check_operands(cache, kv_scales, batch.token_seq.shape[0], {"key": key, "value": value}, exact_heads=True)
     implementation = batch.backend.implementation
     if implementation == "reference":
         write = reference.write_kv

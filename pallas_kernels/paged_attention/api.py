@@ -10,7 +10,7 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.paged_attention.configurations import configurations
 from pallas_kernels.paged_attention.mosaic_tiles import why_not
-from pallas_kernels.storage import check_addressable
+from pallas_kernels.storage import check_addressable, check_operands
 
 __all__ = ["configurations", "paged_attention"]
 
@@ -34,8 +34,12 @@ def paged_attention(
     against it, and leaves the rest to "triton".
 
     Raises:
-        ValueError: the kernels cannot address such a cache (`storage.check_addressable`).
+        ValueError: the arrays do not belong together (`storage.check_operands`), or the kernels cannot address such a
+            cache (`storage.check_addressable`).
     """
+    check_operands(cache, kv_scales, batch.token_seq.shape[0], {"query": query}, exact_heads=False)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks must be of shape [{query.shape[1]}], one a query head, got {list(sinks.shape)}")
     implementation = batch.backend.implementation
     if implementation == "reference":
         compute = reference.paged_attention

@@ -56,7 +56,7 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Both operands go through shared memory as a whole."""
 
     def kernel(x_ref, y_ref, out_ref):
-        out_ref[...] = pl.dot(x_ref[...], y_ref[...])
+        out_ref[...] = plt.dot(x_ref[...], y_ref[...])
 
     return _call(kernel, (x.shape[0], y.shape[1]))(x, y)
 
