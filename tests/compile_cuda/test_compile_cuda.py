@@ -18,7 +18,12 @@ from .compiling import TARGETS, Results, compile_for, toolchains
 Compiled = dict[tuple[str, str], Results]
 
 #: stack that kernels may have, by a pattern of "case, kernel", and why: bytes of each thread
-STACKS: dict[str, int] = {}
+STACKS: dict[str, int] = {
+    # heads of 256 numbers, widened from one byte: the registers of sm_100 do not hold both tiles
+    r"^paged_attention: Gemma.* over (int8|float8)": 128,
+    # up to four numbers, outside of the loop over the context or for heads of 256
+    r"^paged_attention: ": 16,
+}
 
 
 def each(compiled: Compiled) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
