@@ -100,7 +100,7 @@ def text(shape: Shape, backend: Backend) -> str:
     """The program of a shape."""
     case = PagedCase(shape, Sequences(computed=(0,), queries=(9,), window=9, shared=0, magnitude=1.0, seed=0))
     batch = case.batch.replace(backend=backend)  # pyright: ignore
-    attend = functools.partial(paged_attention, scale=0.5)
+    attend = functools.partial(paged_attention, scale=0.5, kv_scales=arguments(case)["kv_scales"])
     return str(jax.make_jaxpr(attend)(case.query, case.cache, case.layout, batch))
 
 
