@@ -40,7 +40,7 @@ class Question:
     Args:
         args: the engine's; how many devices and which is not among them.
         path: of the model, a directory with a config.json or a .gguf file.
-        target: number of devices -> the devices.
+        target: number of devices -> the devices, with the same memory whenever it is asked.
     """
 
     args: EngineArgs
@@ -79,7 +79,8 @@ def answer(question: Question, *, device: str, basis: str) -> Plan:
         device=device,
         memory=memory,
         fits=refusal is None,
-        problem="" if refusal is None else str(refusal),
+        # what would help is tried, and said by the remedies alone
+        problem="" if refusal is None else refusal.problem,
         remedies=remedies,
         collectives=collectives,
         exact=exact,
@@ -136,6 +137,10 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
         again = dataclasses.replace(question, args=args, num_devices=devices or question.num_devices)
         try:
             return Remedy(argument=argument, value=value, plan=planner.plan(again))
+        except DoesNotFitError as error:
+            # shorter requests may need a little more for activations: XLA's temporaries are not monotonic
+            shorter = argument == "max_model_len" and 1 <= error.longest < value
+            return tried(argument, error.longest) if shorter else None
         except ValidationError:
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -66,7 +67,8 @@ def plan(
             question = Question(
                 args=args,
                 path=path,
-                target=lambda count: target_here(name, count),
+                # what is free changes from moment to moment; one plan and its remedies are of one moment
+                target=functools.cache(lambda count: target_here(name, count)),
                 num_devices=devices,
                 is_local=True,
             )

@@ -27,14 +27,16 @@ class DoesNotFitError(ValidationError):
 
     Attributes:
         plan: what there would be. Its activations are 0 where nothing was compiled.
+        problem: the text without what would help.
         longest: tokens of the longest request that the cache would hold; 0: none.
         share: of the device's memory that would be enough, above 1 where all of it is not.
         enough_blocks: of a cache that holds one request, or the most that the device holds.
     """
 
-    def __init__(self, text: str, plan: MemoryPlan, *, longest: int, share: float, enough_blocks: int):
-        super().__init__(text)
-        self.plan, self.longest, self.share, self.enough_blocks = plan, longest, share, enough_blocks
+    def __init__(self, problem: str, advice: str, plan: MemoryPlan, *, longest: int, share: float, enough_blocks: int):
+        super().__init__(f"{problem} {advice}")
+        self.problem, self.plan = problem, plan
+        self.longest, self.share, self.enough_blocks = longest, share, enough_blocks
 
 
 def plan_memory(
@@ -117,8 +119,8 @@ def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_byte
         raise DoesNotFitError(
             f"a KV cache of {num_blocks} blocks ({num_blocks * config.block_bytes / GIB:.2f} GiB) does not fit: the "
             f"device has {total / GIB:.2f} GiB, of which {others / GIB:.2f} GiB are for weights, state and "
-            f"activations. Set num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= "
-            f"{most * config.block_bytes}.",
+            "activations.",
+            f"Set num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= {most * config.block_bytes}.",
             memory_plan(config, num_blocks, activation_bytes),
             longest=_longest(config, most),
             share=(num_blocks * config.block_bytes + others) / total,
@@ -149,9 +151,9 @@ def _fit(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> Runner
     if not config.fit_max_model_len or longest < 1:
         others = config.weight_bytes + config.state_bytes + activation_bytes
         share = ((needed + 1) * config.block_bytes + others) / config.target.total_bytes
-        text = _too_small(config, num_blocks, needed, longest, share)
+        problem, advice = _too_small(config, num_blocks, needed, longest, share)
         plan = memory_plan(config, num_blocks, activation_bytes)
-        raise DoesNotFitError(text, plan, longest=longest, share=share, enough_blocks=needed + 1)
+        raise DoesNotFitError(problem, advice, plan, longest=longest, share=share, enough_blocks=needed + 1)
     logger.info(
         "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",
         limits.max_model_len,
@@ -198,11 +200,17 @@ def _longest(config: RunnerConfig, num_blocks: int) -> int:
     )
 
 
-def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int, share: float) -> str:
-    """`share`: of the device's memory that would be enough."""
+def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int, share: float) -> tuple[str, str]:
+    """What is wrong, and what would help.
+
+    Args:
+        share: of the device's memory that would be enough.
+    """
     limits = config.scheduler
     need, have = (needed + 1) * config.block_bytes, num_blocks * config.block_bytes
     knob = f"gpu_memory_utilization to {math.ceil(share * 1000 + 1) / 1000:g}"
+    if share * config.target.total_bytes > config.target.free_bytes:
+        knob = "the device's free memory"
     if share > 1:
         knob = "the device's memory"
     if config.num_gpu_blocks_override is not None:
@@ -212,12 +220,12 @@ def _too_small(config: RunnerConfig, num_blocks: int, needed: int, longest: int,
     if longest < 1:
         return (
             "No available memory for the cache blocks. "
-            f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache. Try increasing "
-            f"{knob}, or a smaller dtype, max_num_batched_tokens or max_num_seqs."
+            f"One request of {limits.max_model_len} tokens needs {need / GIB:.2f} GiB of KV cache.",
+            f"Try increasing {knob}, or a smaller dtype, max_num_batched_tokens or max_num_seqs.",
         )
     return (
         f"To serve at least one request with the model's max seq len ({limits.max_model_len}), {need / GIB:.3f} GiB KV "
         f"cache is needed, which is larger than the available KV cache memory ({have / GIB:.3f} GiB). Based on the "
-        f"available memory, the estimated maximum model length is {longest}. Try increasing {knob} or decreasing "
-        f"max_model_len to at most {longest}."
+        f"available memory, the estimated maximum model length is {longest}.",
+        f"Try increasing {knob} or decreasing max_model_len to at most {longest}.",
     )

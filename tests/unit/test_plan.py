@@ -16,6 +16,7 @@ from jaxllm.config.devices import DEVICE_NAMES, GPUS
 from jaxllm.entrypoints.cli import main
 from jaxllm.errors import ValidationError
 from jaxllm.planning import api
+from jaxllm.runner import target
 from jaxllm.runner.deviceless import CudaCompiler
 from tests.tiny_model import CONFIG, SMALL, write_tiny_model
 
@@ -228,6 +229,43 @@ class TestHere:
         values = {remedy.argument: remedy.value for remedy in plan.remedies}
         assert not plan.fits and values == {"max_model_len": 128, "num_gpu_blocks_override": 17}
         assert plan.exact and [remedy.plan.num_tokens for remedy in plan.remedies] == [128, 256]
+
+
+class TestOneReadingOfMemory:
+    """What is free on a CPU changes from moment to moment; a plan and its advice are of one moment."""
+
+    #: 8 KiB a block of 16 tokens: too little for 512 of them, and weights, activations and state
+    ARGUMENTS: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 32,
+        "gpu_memory_utilization": 0.5,
+        "enforce_eager": True,
+    }
+
+    def test_the_values_that_are_named_hold(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        model = write_tiny_model(tmp_path)
+        whole = jaxllm.plan(model, device="cpu", **self.ARGUMENTS).memory
+        others = whole.weight_bytes + whole.activation_bytes + whole.state_bytes
+        size = 2 * (others + 16 * whole.kv_cache_bytes // whole.num_blocks)
+        readings = iter([size, *range(0, size, size // 9)])
+        monkeypatch.setattr(target, "device_memory", lambda device: (next(readings),) * 2)
+        plan = jaxllm.plan(model, device="cpu", **self.ARGUMENTS)
+        assert not plan.fits and plan.memory.total_bytes == size
+        assert {remedy.argument for remedy in plan.remedies} >= {"max_model_len", "gpu_memory_utilization"}
+        assert "Any one of these makes it fit" in str(plan) and "Try" not in str(plan)
+        monkeypatch.setattr(target, "device_memory", lambda device: (size, size))
+        for remedy in plan.remedies[:2]:
+            again = jaxllm.plan(model, device="cpu", **{**self.ARGUMENTS, remedy.argument: remedy.value})
+            assert again.fits and again.memory == remedy.plan
+
+    def test_a_larger_share_is_not_proposed_where_others_have_the_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(target, "device_memory", lambda device: (2**40, 2**20))
+        with pytest.raises(ValidationError, match="increasing the device's free memory"):
+            LLM(write_tiny_model(tmp_path), device="cpu", **self.ARGUMENTS)
 
 
 class TestCommand:
