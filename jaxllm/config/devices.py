@@ -1,10 +1,17 @@
 """NVIDIA GPUs by name: what can be known of one without having it.
 
+Memory is what CUDA gives a process (``cudaMemGetInfo``'s total, what torch calls capacity), which is less than what
+nvidia-smi shows, since the driver keeps some: of 40960, 81920, 23034, 24564, 81559, 143771 and 183359 MiB, in the
+table's order, a process has about 40339, 81158, 22558, 24080, 81008, 143155 and 182642. A plan of nvidia-smi's numbers
+would promise what nobody can have.
+
 Sources: memory, bandwidth, clocks, cores, caches and limits of A100, H100, H200 and B200 are what XLA itself records of
-them (``xla/backends/gpu/target_config/specs/*.txtpb``, read from real cards). L4 and RTX 4090 are not there: memory as
-the driver reports it under Linux (22.03 and 23.52 GiB), bandwidth, clocks and L2 of NVIDIA's Ada whitepaper, limits of
-compute capability 8.9 from the CUDA C++ Programming Guide's table of technical specifications. Dense bfloat16 rates
-(float32 accumulation, no sparsity) are the data sheets'. Cards of one name differ a little between boards and drivers.
+them (``xla/backends/gpu/target_config/specs/*.txtpb``, read from real cards), but for the memory of the H200: XLA has
+141.00 GiB, more than nvidia-smi, where CUDA reports 139.72 to 139.81 GiB (torch's messages: "GPU 0 has a total capacity
+of 139.80 GiB"). L4 and RTX 4090 are not there: memory as CUDA reports it under Linux (22.03 and 23.52 GiB), bandwidth,
+clocks and L2 of NVIDIA's Ada whitepaper, limits of compute capability 8.9 from the CUDA C++ Programming Guide's table
+of technical specifications. Dense bfloat16 rates (float32 accumulation, no sparsity) are the data sheets'. Cards of one
+name differ a little between boards and drivers.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ class GPU:
     name: str
     #: the driver's name for it
     description: str
-    #: as the driver reports it
+    #: that a process can have, as CUDA reports it
     memory_bytes: int
     #: bytes per second
     memory_bandwidth: int
@@ -142,7 +149,7 @@ _ALL = (
         bf16_flops=165.2e12,
     ),
     _hopper("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
-    _hopper("h200", "NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
+    _hopper("h200", "NVIDIA H200", 143155 * _MIB, 4_800_000_000_000),
     GPU(
         name="b200",
         description="NVIDIA B200",

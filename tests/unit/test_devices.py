@@ -53,6 +53,23 @@ def test_numbers_are_those_of_the_card(gpu):
     assert f"device_memory_size: {gpu.memory_bytes}" in text and text.count("{") == text.count("}")
 
 
+#: "memory.total" of nvidia-smi, MiB, of which the driver keeps a little
+NVIDIA_SMI = {
+    "a100-40g": 40960,
+    "a100-80g": 81920,
+    "l4": 23034,
+    "rtx4090": 24564,
+    "h100": 81559,
+    "h200": 143771,
+    "b200": 183359,
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_a_process_has_a_little_less_memory_than_the_card(gpu):
+    assert 0.975 < gpu.memory_bytes / 2**20 / NVIDIA_SMI[gpu.name] < 1
+
+
 def fake_compiler(folder: Path, version: str, tag: str = "") -> Path:
     for part in ("pjrt", "plugin"):
         info = folder / f"jax_cuda12_{part}-{version}.dist-info"
