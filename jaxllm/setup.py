@@ -64,6 +64,7 @@ class Setup:
             platform=target.platform,
             num_logprobs=num_logprobs,
             device_memory_bytes=target.total_bytes,
+            device_kind=target.kind,
         )
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.scheduler import SchedulerConfig
@@ -16,6 +17,9 @@ _GIB = 2**30
 CPU_LIMITS = (512, 256)
 #: device memory from this many bytes on -> (max_num_batched_tokens, max_num_seqs); vLLM's offline defaults
 GPU_LIMITS = ((70 * _GIB, (16384, 1024)), (0, (8192, 256)))
+#: words of the name of a GPU that has the memory of a large one and not its compute; large steps cost an A100
+#: throughput, as vLLM has measured
+SLOWER_GPUS = frozenset(("a100", "a100x", "gb10"))
 
 #: prompt tokens of a step that get log-probabilities, at most: each costs every step a row of the hidden size
 CPU_SCORED_TOKENS, GPU_SCORED_TOKENS = 256, 1024
@@ -30,6 +34,7 @@ def scheduler_config(
     platform: str,
     num_logprobs: int = 20,
     device_memory_bytes: int | None = None,
+    device_kind: str = "",
 ) -> SchedulerConfig:
     """The scheduler's limits.
 
@@ -39,6 +44,7 @@ def scheduler_config(
         platform: JAX's name for it, "cpu", "gpu" or "cuda".
         num_logprobs: most alternatives of a token that a request may ask for.
         device_memory_bytes: of one device; None: unknown, which gets the small GPUs' defaults.
+        device_kind: the driver's name for it, such as "NVIDIA A100-SXM4-80GB".
 
     Raises:
         ValidationError: limits that contradict each other; the text says which values would work.
@@ -48,7 +54,7 @@ def scheduler_config(
             f"long_prefill_token_threshold ({args.long_prefill_token_threshold}) cannot be greater than the "
             f"max_model_len ({max_model_len})."
         )
-    default_tokens, default_seqs = platform_limits(platform, device_memory_bytes)
+    default_tokens, default_seqs = platform_limits(platform, device_memory_bytes, device_kind)
     num_seqs, num_tokens = args.max_num_seqs, args.max_num_batched_tokens
     if num_seqs is None:
         num_seqs = default_seqs if num_tokens is None else min(default_seqs, num_tokens)
@@ -88,8 +94,10 @@ def scheduler_config(
     )
 
 
-def platform_limits(platform: str, device_memory_bytes: int | None = None) -> tuple[int, int]:
+def platform_limits(platform: str, device_memory_bytes: int | None = None, device_kind: str = "") -> tuple[int, int]:
     """The default (`max_num_batched_tokens`, `max_num_seqs`)."""
     if platform == "cpu":
         return CPU_LIMITS
+    if not SLOWER_GPUS.isdisjoint(re.split(r"[^a-z0-9]+", device_kind.lower())):
+        return GPU_LIMITS[-1][1]
     return next(limits for least, limits in GPU_LIMITS if (device_memory_bytes or 0) >= least)

@@ -270,6 +270,20 @@ def test_platform_defaults(platform: str, gib: float | None, expected: tuple[int
 
 
 @pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (8192, 256)),
+        ("NVIDIA A100 80GB PCIe", (8192, 256)),
+        ("NVIDIA GB10", (8192, 256)),
+        ("NVIDIA H100 80GB HBM3", (16384, 1024)),
+        ("NVIDIA GB100", (16384, 1024)),
+    ],
+)
+def test_large_but_slower_gpus_have_the_small_ones_defaults(kind: str, expected: tuple[int, int]):
+    assert platform_limits("gpu", 79 * 2**30, kind) == expected
+
+
+@pytest.mark.parametrize(
     ("kwargs", "max_model_len", "expected"),
     [
         # no step can hold more than every sequence at its longest

@@ -143,6 +143,12 @@ def test_every_device_holds_a_model_that_is_small(tmp_path: Path, device: str):
     assert plan.memory.total_bytes == GPUS[device].memory_bytes and GPUS[device].description in str(plan)
 
 
+@pytest.mark.parametrize(("device", "limits"), [("a100-80g", (8192, 256)), ("h100", (16384, 1024))])
+def test_a_plan_has_the_devices_default_limits(tmp_path: Path, device: str, limits: tuple[int, int]):
+    memory = jaxllm.plan(config(tmp_path, QWQ), device=device, max_model_len=8192).memory
+    assert (memory.max_num_batched_tokens, memory.max_num_seqs) == limits
+
+
 class TestModels:
     def test_a_config_by_itself(self, tmp_path: Path):
         fields = config(tmp_path, QWQ) / "config.json"
