@@ -19,6 +19,9 @@ from jaxllm.logits_processor import logits_processors
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1
 
+#: more running requests than a device has memory for: token ids alone, of requests of 131,072 tokens, are 34 GB
+MOST_SEQS = 2**16
+
 DTYPES = {
     "auto": "auto",
     "float32": "float32",
@@ -58,6 +61,17 @@ def _at_least(least: int) -> Callable[[str, Any], int]:
         return number
 
     return check
+
+
+def _max_num_seqs(name: str, value: Any) -> int:
+    number = _at_least(1)(name, value)
+    if number > MOST_SEQS:
+        raise ValidationError(
+            f"{name} must be at most {MOST_SEQS}, got {number}: every request that can run at once takes rows of its own "
+            "in each step and on the device. Requests beyond it wait, however many there are; 256 to 1024 keep a large "
+            "GPU busy."
+        )
+    return number
 
 
 def _max_model_len(name: str, value: Any) -> int:
@@ -210,7 +224,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "load_format": _one_of(LOAD_FORMATS),
     "seed": _seed,
     "max_model_len": _max_model_len,
-    "max_num_seqs": _at_least(1),
+    "max_num_seqs": _max_num_seqs,
     "max_num_batched_tokens": _at_least(1),
     "long_prefill_token_threshold": _at_least(0),
     "scheduling_policy": _one_of(POLICIES),

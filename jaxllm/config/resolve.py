@@ -57,10 +57,28 @@ def scheduler_config(
     default_tokens, default_seqs = platform_limits(platform, device_memory_bytes, device_kind)
     num_seqs, num_tokens = args.max_num_seqs, args.max_num_batched_tokens
     if num_seqs is None:
-        num_seqs = default_seqs if num_tokens is None else min(default_seqs, num_tokens)
+        num_seqs = default_seqs
+        if num_tokens is not None and num_tokens < num_seqs:
+            logger.warning(
+                "max_num_batched_tokens (%d) is less than the default max_num_seqs (%d), and a step gives every "
+                "running request at least one token; using max_num_seqs=%d.",
+                num_tokens,
+                num_seqs,
+                num_tokens,
+            )
+            num_seqs = num_tokens
     most_useful = num_seqs * max_model_len
     if num_tokens is None:
-        num_tokens = max(default_tokens, num_seqs)
+        num_tokens = default_tokens
+        if num_tokens < num_seqs:
+            logger.warning(
+                "max_num_seqs (%d) is more than the default max_num_batched_tokens (%d), and a step gives every "
+                "running request at least one token; using max_num_batched_tokens=%d.",
+                num_seqs,
+                num_tokens,
+                num_seqs,
+            )
+            num_tokens = num_seqs
         if not args.enable_chunked_prefill:
             num_tokens = max(num_tokens, max_model_len)
         num_tokens = min(num_tokens, most_useful)

@@ -147,6 +147,8 @@ def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
         ("max_model_len", 10.0, "integer, got 10.0"),
         ("max_num_seqs", 0, "at least 1, got 0"),
         ("max_num_seqs", True, "integer, got True"),
+        ("max_num_seqs", 100_000_000, "at most 65536, got 100000000.*256 to 1024"),
+        ("max_num_seqs", "1m", "at most 65536, got 1000000"),
         ("max_num_batched_tokens", -5, "at least 1, got -5"),
         ("long_prefill_token_threshold", -1, "at least 0, got -1"),
         ("block_size", 24, "8, 16, 32, 64 or 128 tokens, got 24"),
@@ -289,9 +291,6 @@ def test_large_but_slower_gpus_have_the_small_ones_defaults(kind: str, expected:
         # no step can hold more than every sequence at its longest
         ({"max_num_seqs": 4}, 100, (400, 4)),
         ({"max_num_seqs": 1}, 1, (1, 1)),
-        # at least one token for every running request
-        ({"max_num_seqs": 1000}, 2048, (1000, 1000)),
-        ({"max_num_batched_tokens": 16}, 2048, (16, 16)),
         ({"max_num_batched_tokens": 4096}, 2048, (4096, 256)),
         ({"max_num_batched_tokens": 64, "max_num_seqs": 64}, 2048, (64, 64)),
         # without chunks the longest prompt has to fit
@@ -305,6 +304,23 @@ def test_limits_that_were_not_given_follow_those_that_were(
 ):
     assert limits(scheduler(max_model_len, **kwargs)) == expected
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected", "told"),
+    [
+        ({"max_num_seqs": 1000}, (1000, 1000), ("max_num_seqs (1000)", "max_num_batched_tokens (512)")),
+        ({"max_num_batched_tokens": 16}, (16, 16), ("max_num_batched_tokens (16)", "max_num_seqs (256)")),
+        ({"max_num_batched_tokens": 1}, (1, 1), ("max_num_batched_tokens (1)", "using max_num_seqs=1.")),
+    ],
+)
+def test_a_default_that_contradicts_what_was_given_is_changed_aloud(
+    kwargs: dict[str, Any], expected: tuple[int, int], told: tuple[str, str], caplog: pytest.LogCaptureFixture
+):
+    """A step gives every running request at least one token."""
+    assert limits(scheduler(2048, **kwargs)) == expected
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and all(part in record.getMessage() for part in told)
 
 
 def test_more_tokens_than_a_step_can_hold_are_capped_aloud(caplog: pytest.LogCaptureFixture):
