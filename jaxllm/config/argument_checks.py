@@ -67,9 +67,9 @@ def _max_num_seqs(name: str, value: Any) -> int:
     number = _at_least(1)(name, value)
     if number > MOST_SEQS:
         raise ValidationError(
-            f"{name} must be at most {MOST_SEQS}, got {number}: every request that can run at once takes rows of its own "
-            "in each step and on the device. Requests beyond it wait, however many there are; 256 to 1024 keep a large "
-            "GPU busy."
+            f"{name} must be at most {MOST_SEQS}, got {number}: every request that can run at once takes rows of its "
+            "own in each step and on the device. Requests beyond it wait, however many there are; 256 to 1024 keep a "
+            "large GPU busy."
         )
     return number
 
@@ -173,10 +173,15 @@ def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
 
 
 def _attention_backend(name: str, value: Any) -> str:
-    text = _text(name, value)
+    text = _text(name, value).strip()
     if text.upper() in VLLM_ATTENTION_BACKENDS:
         return "auto"
-    return _one_of(ATTENTION_BACKENDS)(name, text)
+    if text.lower() not in ATTENTION_BACKENDS:
+        raise ValidationError(
+            f"{name} must be one of {', '.join(ATTENTION_BACKENDS)}, or a name of vLLM's own such as FLASH_ATTN, "
+            f"FLASHINFER or TRITON_ATTN, which mean auto; got {value!r}."
+        )
+    return text.lower()
 
 
 def _fields_of(kind: type) -> Callable[[str, Any], Any]:

@@ -149,12 +149,17 @@ class NoEffect(NamedTuple):
 _NO_GRAPHS = "there are no CUDA graphs, XLA compiles every step"
 _ONE_KERNEL = "jaxllm picks its kernels itself"
 
-#: vLLM's kernels: asking for one of them has no effect
+#: vLLM's kernels, of 0.33 and before: asking for one of them has no effect
 VLLM_ATTENTION_BACKENDS = frozenset(
-    """FLASH_ATTN FLASH_ATTN_DIFFKV FLASH_ATTN_MLA FLASHINFER FLASHINFER_MLA FLASHINFER_MLA_SPARSE FLASHMLA
-    FLASHMLA_SPARSE CUTLASS_MLA TRITON_ATTN TRITON_MLA FLEX_ATTENTION TREE_ATTN XFORMERS TORCH_SDPA CPU_ATTN PALLAS
-    ROCM_ATTN ROCM_AITER_FA ROCM_AITER_UNIFIED_ATTN ROCM_AITER_MLA ROCM_AITER_MLA_SPARSE ROCM_AITER_TRITON_MLA
-    ROCM_FLASH IPEX NO_ATTENTION DUAL_CHUNK_FLASH_ATTN DIFFERENTIAL_FLASH_ATTN""".split()
+    """AMX_MLA B12X CPU_ATTN CPU_MLA CUSTOM CUTLASS_MLA CUTLASS_MSA DIFFERENTIAL_FLASH_ATTN DUAL_CHUNK_FLASH_ATTN
+    FLASHINFER FLASHINFER_MLA FLASHINFER_MLA_SPARSE FLASHINFER_MLA_SPARSE_DSV4 FLASHINFER_MLA_SPARSE_DSV41
+    FLASHINFER_MLA_SPARSE_SM120 FLASHINFER_MLA_SPARSE_SM90 FLASHMLA FLASHMLA_MEGA_ATTN_DSV41 FLASHMLA_SPARSE
+    FLASHMLA_SPARSE_DSV4 FLASHMLA_SPARSE_DSV41 FLASH_ATTN FLASH_ATTN_DIFFKV FLASH_ATTN_MLA FLASH_ATTN_MLA_SPARSE
+    FLASH_ATTN_MLA_SPARSE_FA4 FLEX_ATTENTION HPC_ATTN IPEX MINIMAX_M3_SPARSE NO_ATTENTION PALLAS ROCM_AITER_FA
+    ROCM_AITER_MLA ROCM_AITER_MLA_SPARSE ROCM_AITER_TRITON_MLA ROCM_AITER_UNIFIED_ATTN ROCM_ATTN ROCM_FLASH
+    ROCM_FLASHMLA_SPARSE_DSV4 ROCM_FLASHMLA_SPARSE_DSV41 ROCM_OCTAVE ROCM_SEGMENTED_ATTN STEP5_DSA
+    TOKENSPEED_MLA TORCH_SDPA TREE_ATTN TRITON_ATTN TRITON_ATTN_DIFFKV TRITON_FLASHINFER TRITON_FLASH_ATTN
+    TRITON_MLA TRITON_MSA TURBOQUANT ULTRAQUANT XFORMERS XPU_MLA_SPARSE""".split()
 )
 
 #: accepted with any value
@@ -211,6 +216,21 @@ def refuse(arguments: Mapping[str, Any]) -> None:
     for name, (accepted, why) in NEVER.items():
         if name in arguments and not _inert(arguments[name], accepted):
             raise ValidationError(f"{name}={arguments[name]!r} is not supported: {why}. {_remedy(accepted)}")
+
+
+def attention_backend_of(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`arguments` with vLLM's ``attention_config["backend"]`` under the name that jaxllm has for it.
+
+    Raises:
+        ValidationError: it is given under both names.
+    """
+    config = arguments.get("attention_config")
+    if not isinstance(config, Mapping) or config.get("backend") is None:
+        return arguments
+    if arguments.get("attention_backend") is not None:
+        raise ValidationError("attention_backend and attention_config['backend'] are two names of one thing; set one.")
+    rest = {key: value for key, value in config.items() if key != "backend"}
+    return {**arguments, "attention_config": rest, "attention_backend": config["backend"]}
 
 
 def report_without_effect(arguments: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from jaxllm.config.argument_checks import CHECKS
-from jaxllm.config.arguments import known_names, refuse, report_without_effect
+from jaxllm.config.arguments import attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.pooler import PoolerConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
 from jaxllm.errors import ValidationError
@@ -174,8 +174,9 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"LLM() got an unexpected keyword argument {name!r}.{hint}")
     refuse(arguments)
-    result = EngineArgs(model=model, **{name: value for name, value in arguments.items() if name in fields})
-    report_without_effect(arguments)
+    given = attention_backend_of(arguments)
+    result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
+    report_without_effect(given)
     return result
 
 

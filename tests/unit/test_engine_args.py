@@ -163,7 +163,7 @@ def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
         ("scheduling_policy", "lifo", "fcfs, priority; got 'lifo'"),
         ("logprobs_mode", "raw", "raw_logprobs.*'raw'"),
         ("device", "tpu", "cpu.*'tpu'"),
-        ("attention_backend", "cudnn", "auto, xla, triton, mosaic; got 'cudnn'"),
+        ("attention_backend", "cudnn", "auto, xla, triton, mosaic, .*got 'cudnn'"),
         ("enforce_eager", 1, "True or False, got 1"),
         ("max_logprobs", -2, "-1 for the whole vocabulary, got -2"),
         ("seed", 2**64, "64 bits"),
@@ -223,7 +223,7 @@ def test_arguments_without_effect_are_named_in_one_line(name: str, caplog: pytes
     assert name in record.getMessage() and NO_EFFECT[name].why in record.getMessage()
 
 
-@pytest.mark.parametrize("name", ["FLASH_ATTN", "flashinfer", "TRITON_ATTN"])
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "flashinfer", "TRITON_ATTN", "HPC_ATTN"])
 def test_vllms_attention_kernels_stand_for_our_choice(name: str, caplog: pytest.LogCaptureFixture):
     assert engine_args("m", attention_backend=name).attention_backend == "auto"
     assert "attention_backend (jaxllm picks its kernels itself)" in caplog.text
@@ -233,6 +233,25 @@ def test_vllms_attention_kernels_stand_for_our_choice(name: str, caplog: pytest.
 def test_our_attention_kernels_can_be_named(name: str, caplog: pytest.LogCaptureFixture):
     assert engine_args("m", attention_backend=name).attention_backend == name.lower()
     assert caplog.records == []
+
+
+def test_attention_is_named_in_vllms_other_way_too(caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", attention_config={"backend": "xla"}).attention_backend == "xla"
+    assert engine_args("m", attention_config={"backend": None}, attention_backend="xla").attention_backend == "xla"
+    assert not any("attention_backend" in record.getMessage() for record in caplog.records)
+    engine_args("m", attention_config={"backend": "FLASHINFER", "flash_attn_version": 3})
+    assert "attention_config, attention_backend (jaxllm picks its kernels itself)" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [{"attention_backend": "flashhh"}, {"attention_config": {"backend": "flashhh"}}])
+def test_unknown_attention_is_refused_with_the_names_there_are(arguments: dict[str, Any]):
+    with pytest.raises(ValidationError, match=r"one of auto, xla, triton, mosaic, .*FLASH_ATTN.* got 'flashhh'"):
+        engine_args("m", **arguments)
+
+
+def test_attention_under_two_names_is_refused():
+    with pytest.raises(ValidationError, match="two names of one thing"):
+        engine_args("m", attention_backend="xla", attention_config={"backend": "xla"})
 
 
 def test_one_line_for_all_of_them(caplog: pytest.LogCaptureFixture):
