@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_only import gpu_only
+
 #: rows of one warpgroup's matrix product
 WGMMA_ROWS = 64
 #: columns of 16-bit numbers that one 128-byte swizzle spans
@@ -40,7 +42,7 @@ def mosaic_call(
 
     ``lax.axis_index`` of `grid_names` and of ``WARPGROUP`` tells the body where it is.
     """
-    return plgpu.kernel(
+    call = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=list(scratch_types),
@@ -53,6 +55,7 @@ def mosaic_call(
         interpret=_interpreter() if interpret else None,
         kernel_name=name,
     )
+    return call if interpret else gpu_only(call, name=name, implementation="mosaic")
 
 
 def _interpreter() -> Any:

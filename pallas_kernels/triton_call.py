@@ -9,6 +9,8 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.gpu_only import gpu_only
+
 
 def triton_call(
     kernel: Callable[..., None],
@@ -31,7 +33,7 @@ def triton_call(
     # as long as JAX has this lowering; the range of versions in pyproject.toml ends before it may go
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
     specs = {key: value for key, value in (("in_specs", in_specs), ("out_specs", out_specs)) if value is not None}
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=tuple(grid),
@@ -41,6 +43,7 @@ def triton_call(
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         **specs,
     )
+    return call if interpret else gpu_only(call, name=name, implementation="triton")
 
 
 def cdiv(a: int, b: int) -> int:

@@ -86,3 +86,5 @@ def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array, layer: jax.Array 
         raise ValueError(f"group_sizes must be int32 [{w.shape[-3]}], got {group_sizes.dtype} {group_sizes.shape}")
     if x.dtype != w.dtype or x.dtype.name not in DTYPES:
         raise ValueError(f"x and w must have one dtype of {DTYPES}, got {x.dtype} and {w.dtype}")
+    if layer is not None and (layer.shape or layer.dtype != jnp.int32):
+        raise ValueError(f"layer must be an int32 scalar, got {layer.dtype} {layer.shape}")

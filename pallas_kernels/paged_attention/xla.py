@@ -16,7 +16,7 @@ from pallas_kernels.storage import compute_dtype, from_storage
 DECODE_ROWS = 8
 PREFILL_QUERIES = 32
 PREFILL_ROWS = 4
-CONTEXT = 128  # positions of one piece of context; a multiple of every block size up to itself
+CONTEXT = 128  # most positions of one piece of context, but that a piece has at least one page
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 
 
@@ -87,8 +87,8 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
     """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads * G * D]."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
-    context = max(CONTEXT, block_size)
-    width = context // block_size
+    width = max(CONTEXT // block_size, 1)
+    context = width * block_size
     flat = cache.reshape(pages * 2 * kv_heads, block_size * dim)
     table = batch.block_tables[layout.group]
     scales = None if kv_scales is None else kv_scales.reshape(pages * 2 * kv_heads, block_size)

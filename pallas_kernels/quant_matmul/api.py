@@ -114,3 +114,5 @@ def _check(x: jax.Array, weight: Int4Weight, layer: jax.Array | None) -> None:
         raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
     if x.dtype.name not in DTYPES:
         raise ValueError(f"x must be one of {DTYPES}, got {x.dtype}")
+    if layer is not None and (layer.shape or layer.dtype != jnp.int32):
+        raise ValueError(f"layer must be an int32 scalar, got {layer.dtype} {layer.shape}")

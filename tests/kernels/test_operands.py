@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ import pytest
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.quant_matmul.api import quant_matmul
+from pallas_kernels.quant_matmul.layout import int4_weight, pack
 
 TOKENS, HEADS, KV_HEADS, DIM = 8, 4, 2, 16
 LAYOUT = Layout(group=jnp.int32(0), page_offset=jnp.int32(0), window=jnp.int32(99))
@@ -75,3 +79,86 @@ def test_writing_refuses(implementation: str, changed: dict[str, Any], text: str
     operands = {"cache": CACHE, "key": rows, "value": rows, **changed}
     with pytest.raises(ValueError, match=text):
         write_kv(layout=LAYOUT, batch=batch(implementation), **operands)
+
+
+def operations(backend: Backend) -> dict[str, Callable[[], Any]]:
+    """Every operation as it launches a kernel."""
+    x, rows = array(4, 64, dtype=jnp.bfloat16), array(TOKENS, KV_HEADS, DIM)
+    sizes, experts = jnp.array([2, 2], jnp.int32), array(2, 32, 64, dtype=jnp.bfloat16)
+    groups = array(2, 32, dtype=jnp.bfloat16), array(2, 32, dtype=jnp.uint8)
+    weight = int4_weight(array(32, 32, dtype=jnp.uint8), *groups)
+    step = batch("triton").replace(backend=backend)  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        "paged_attention": lambda: paged_attention(array(TOKENS, HEADS, DIM), CACHE, LAYOUT, step, scale=1.0),
+        "kv_write": lambda: write_kv(CACHE, rows, rows, LAYOUT, step),
+        "grouped_matmul": lambda: grouped_matmul(x, experts, sizes, backend=backend),
+        "quant_matmul": lambda: quant_matmul(x, weight, backend=backend),
+    }
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+@pytest.mark.parametrize("operation", operations(Backend()))
+def test_a_kernel_without_a_gpu_says_what_would_work(operation: str, implementation: str, compiled: bool):
+    run = operations(Backend(implementation=implementation))[operation]
+    with pytest.raises(ValueError, match=rf"{operation}.* needs a GPU.*'cpu'.*implementation='xla'.*interpret=True"):
+        (jax.jit(run) if compiled else run)()
+
+
+def test_a_kernel_may_be_traced_without_a_gpu():
+    """For one that is elsewhere: nothing of the check is left in its program."""
+    step = batch("triton").replace(backend=Backend(implementation="triton"))  # pyright: ignore
+    rows = array(TOKENS, KV_HEADS, DIM)
+    traced = jax.jit(lambda cache: write_kv(cache, rows, rows, LAYOUT, step)).trace(CACHE)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "kv_write" in text and "gpu_only" not in text
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"x": array(4, 63)}, r"w must be .E, N, K. beside x .M, K., got w .2, 32, 64. and x .4, 63."),
+        ({"w": array(32, 64)}, r"got w .32, 64."),
+        ({"group_sizes": jnp.zeros(3, jnp.int32)}, r"group_sizes must be int32 .2., got int32 .3."),
+        ({"group_sizes": jnp.zeros(2)}, r"group_sizes must be int32 .2., got float32"),
+        ({"w": array(2, 32, 64, dtype=jnp.bfloat16)}, "one dtype .* got float32 and bfloat16"),
+        ({"w": array(3, 2, 32, 64), "layer": jnp.float32(0)}, "layer must be an int32 scalar, got float32 .."),
+        ({"w": array(3, 2, 32, 64), "layer": jnp.zeros(1, jnp.int32)}, r"layer must be an int32 scalar, got int32 .1"),
+    ],
+)
+def test_grouped_products_refuse(implementation: str, changed: dict[str, Any], text: str):
+    given = {"x": array(4, 64), "w": array(2, 32, 64), "group_sizes": jnp.zeros(2, jnp.int32), **changed}
+    with pytest.raises(ValueError, match=text):
+        grouped_matmul(**given, backend=Backend(implementation=implementation, interpret=True))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(
+    ("x", "packed", "groups", "layer", "text"),
+    [
+        (array(4, 63), (32, 32), (2, 32), None, r"the weight must be .N, K. .* got .32, 64. and .4, 63."),
+        (array(4, 64), (3, 32, 32), (3, 2, 32), None, r"got .3, 32, 64. and .4, 64."),
+        (array(4, 64, dtype=jnp.int32), (32, 32), (2, 32), None, "x must be one of .* got int32"),
+        (array(4, 64), (3, 32, 32), (3, 2, 32), jnp.float32(1), "layer must be an int32 scalar, got float32"),
+        # groups of 48: K = 64 has no whole number of them, nor has a K of 30 groups of an even number
+        (array(4, 64), (32, 32), (64 // 48, 31), None, r"packed .32, 32. .* got .1, 31."),
+        (array(4, 64), (32, 32), (5, 32), None, "an even number of elements g that divides K, got .5, 32."),
+        (array(4, 30), (32, 15), (2, 32), None, "an even number of elements g that divides K, got .2, 32."),
+    ],
+)
+def test_four_bit_products_refuse(
+    implementation: str, x: jax.Array, packed: tuple[int, ...], groups: tuple[int, ...], layer: Any, text: str
+):
+    arrays = array(*packed, dtype=jnp.uint8), array(*groups, dtype=jnp.bfloat16), array(*groups, dtype=jnp.uint8)
+    with pytest.raises(ValueError, match=text):
+        quant_matmul(
+            x, int4_weight(*arrays), backend=Backend(implementation=implementation, interpret=True), layer=layer
+        )
+
+
+@pytest.mark.parametrize(("group_size", "k"), [(48, 64), (3, 63), (0, 64)])
+def test_packing_refuses_groups_that_do_not_divide(group_size: int, k: int):
+    with pytest.raises(ValueError, match=f"group_size must be even and divide K = {k}, got {group_size}"):
+        pack(array(2, k, dtype=jnp.uint8), group_size)
