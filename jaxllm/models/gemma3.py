@@ -1,4 +1,4 @@
-"""Gemma 3, text only: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025,
+"""Gemma 3, its text: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025,
 arXiv:2503.19786).
 """
 
@@ -37,6 +37,28 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
             "logits_softcap": hf.get("final_logit_softcapping"),
         }
     )
+
+
+#: what `text_config` leaves out when it is this, as Google's own checkpoints do
+_TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+}
+
+
+def text_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The text part of a model that sees images, too, which reads text as the text model does.
+    Raises:
+        KeyError, ValidationError: as `common_fields`.
+    """
+    text = hf["text_config"]
+    tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    return config_from_hf({**_TEXT_DEFAULTS, **text, "tie_word_embeddings": tied})
 
 
 def _layer_types(num_layers: int, pattern: int) -> list[str]:

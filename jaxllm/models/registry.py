@@ -17,6 +17,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "Qwen2ForCausalLM": qwen2.config_from_hf,
     "Qwen3ForCausalLM": qwen3.config_from_hf,
     "Gemma3ForCausalLM": gemma3.config_from_hf,
+    # its text; images are refused
+    "Gemma3ForConditionalGeneration": gemma3.text_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.gguf import GGUFReader
 from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.safetensors import SafetensorsReader
+
+logger = logging.getLogger("jaxllm")
 
 #: a model's weights, or something else of each
 Tree = TypeVar("Tree")
@@ -103,7 +106,15 @@ class Checkpoint:
         if self.load_format == "orbax":
             return orbax.load(self.path, loader.shapes(sources, dtype, sharding))
         with self._reader() as reader:
-            return loader.load(CommonNames(reader, prefix), sources, dtype, sharding, progress=progress)
+            named = CommonNames(reader, prefix)
+            if named.left_out:
+                logger.warning(
+                    "%s sees images, too; jaxllm computes its text: %d tensors for images are not loaded, and prompts "
+                    "with images are refused.",
+                    next(iter(self.config.get("architectures") or ("The model",))),
+                    named.left_out,
+                )
+            return loader.load(named, sources, dtype, sharding, progress=progress)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:

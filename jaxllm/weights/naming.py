@@ -13,6 +13,14 @@ _HEADS = ("lm_head.", "score.", "classifier.", "cls.")
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 
 
+#: the text part of a model that sees images, too, as older and newer checkpoints name it -> as it is by itself
+_TEXT_PARTS = {"language_model.model.": "model.", "language_model.": "", "model.language_model.": "model."}
+#: in front of what such checkpoints hold besides
+_IMAGE_PARTS = tuple(
+    f"{outer}{part}" for outer in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.")
+)
+
+
 class _Reader(Protocol):
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -28,9 +36,11 @@ class CommonNames:
 
     def __init__(self, reader: _Reader, prefix: str):
         self._reader = reader
-        stored = list(reader.names())
+        stored = {_text(name): name for name in reader.names() if not name.startswith(_IMAGE_PARTS)}
         bare = not any(name.startswith(prefix) for name in stored)
-        self._stored = {_common(name, prefix if bare else ""): name for name in stored}
+        self._stored = {_common(name, prefix if bare else ""): where for name, where in stored.items()}
+        #: tensors for images, which no model here has a use for
+        self.left_out = sum(name.startswith(_IMAGE_PARTS) for name in reader.names())
 
     def names(self) -> Iterable[str]:
         return self._stored.keys()
@@ -40,6 +50,13 @@ class CommonNames:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         return self._reader.read(self._stored.get(name, name), rows)
+
+
+def _text(name: str) -> str:
+    for outer, inner in _TEXT_PARTS.items():
+        if name.startswith(outer):
+            return inner + name.removeprefix(outer)
+    return name
 
 
 def _common(name: str, prefix: str) -> str:

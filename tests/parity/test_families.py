@@ -37,6 +37,8 @@ class Family:
     block_size: int = 16
     config: str | None = None
     max_shard_size: str = "1GB"
+    #: of a model of which this is the text
+    beside: dict[str, Any] | None = None
 
 
 LLAMA3_ROPE = {
@@ -61,6 +63,22 @@ GEMMA3 = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     },
+}
+
+#: a model that sees images, whose text is what we compute; the rest is as small as it can be
+GEMMA3_IMAGES = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_index": 255,
+    "boi_token_index": 254,
+    "eoi_token_index": 253,
 }
 
 FAMILIES = {
@@ -127,6 +145,7 @@ FAMILIES = {
         },
     ),
     "gemma3": Family("Gemma3", GEMMA3 | {"final_logit_softcapping": 5.0}, config="Gemma3Text"),
+    "gemma3-images": Family("Gemma3", GEMMA3, config="Gemma3Text", beside=GEMMA3_IMAGES),
     # transformers reads attn_logit_softcapping without using it, so this one is helped
     "gemma3-softcap": Family("Gemma3", GEMMA3 | {"attn_logit_softcapping": 1.5}, block_size=32, config="Gemma3Text"),
 }
@@ -169,8 +188,12 @@ def random_model(family: Family, seed: int) -> Any:
             **family.fields,
         }
     )
+    kind = "ForCausalLM"
+    if family.beside is not None:
+        kind = "ForConditionalGeneration"
+        config = getattr(transformers, f"{family.model}Config")(text_config=config, **family.beside)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family.model}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{family.model}{kind}")(config).eval()
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape: Any, scale: float) -> Any:

@@ -259,3 +259,29 @@ def test_what_cannot_be_a_checkpoint_is_refused(tmp_path: Path, files, load_form
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
         Checkpoint(tmp_path, load_format)
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "images"),
+    [("language_model.model.", "language_model.lm_head.", ""), ("model.language_model.", "lm_head.", "model.")],
+)
+def test_the_text_of_a_model_that_sees_images(
+    text: str, head: str, images: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """In the names of transformers before 4.52 and since."""
+    tensors = weights()
+    renamed = {
+        name.replace("model.", text, 1) if name.startswith("model.") else name.replace("lm_head.", head): tensor
+        for name, tensor in tensors.items()
+    }
+    # a layer of images has names like a layer of text
+    renamed[f"{images}vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"] = np.ones((2, 2), np.float32)
+    renamed[f"{images}multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(2, np.float32)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(renamed, tmp_path / "model.safetensors")
+    sources = decoder_sources(model_config(CONFIG))
+    found = Checkpoint(tmp_path).load(sources, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
+    np.testing.assert_array_equal(found.head, tensors["lm_head.weight"])
+    np.testing.assert_array_equal(found.layers.down[3], tensors["model.layers.3.mlp.down_proj.weight"])
+    [record] = caplog.records
+    assert "2 tensors for images are not loaded, and prompts with images are refused" in record.getMessage()

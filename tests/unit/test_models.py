@@ -107,7 +107,7 @@ def test_missing_fields_have_transformers_defaults():
     """As in config files that transformers itself wrote without them."""
     transformers = pytest.importorskip("transformers")
     fields = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_attention_heads")}
-    for name in ARCHITECTURES:
+    for name in [name for name in ARCHITECTURES if name.endswith("ForCausalLM")]:
         kind = {"Gemma3": "Gemma3Text"}.get(family := name.removesuffix("ForCausalLM"), family)
         full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
         ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
@@ -144,3 +144,21 @@ def test_a_missing_field_is_named(field: str):
     fields = {name: value for name, value in BASE.items() if name != field and name != "head_dim"}
     with pytest.raises(ValidationError, match=f"no field '{field}', which LlamaForCausalLM needs"):
         model_config({**fields, "architectures": ["LlamaForCausalLM"]})
+
+
+def test_a_model_with_images_is_its_text():
+    """Gemma 3 4B's own config.json leaves out what transformers has as a default."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    found = model_config(
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {"hidden_size": 1}}
+    )
+    rest = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    assert found == config("Gemma3ForCausalLM", **text, **rest, max_position_embeddings=131072)
+    with pytest.raises(ValidationError, match="no field 'text_config'"):
+        config("Gemma3ForConditionalGeneration")
