@@ -44,11 +44,18 @@ class MemoryPlan:
     kv_bytes_per_token: int
     #: devices that share the model, each with the above
     tensor_parallel_size: int = 1
+    #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
+    unused_bytes: int = 0
+    unused_why: str = ""
 
     def __str__(self) -> str:
         gib = lambda b: f"{b / GIB:8.3f} GiB"  # noqa: E731
         limit = self.kv_cache_limit
         note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
+        used = self.weight_bytes + self.activation_bytes + self.state_bytes + self.kv_cache_bytes
+        unused = (
+            f"  not used     {gib(self.unused_bytes)}  (of {(used + self.unused_bytes) / GIB:.3f}; {self.unused_why})"
+        )
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
@@ -58,6 +65,7 @@ class MemoryPlan:
                 f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
                 f"one of them for padding{note})",
+                *([unused] if self.unused_bytes else []),
                 *self.vllm_lines(),
             ]
         )

@@ -56,9 +56,7 @@ def plan_memory(
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
     """
-    total, free = config.target.total_bytes, config.target.free_bytes
-    others = config.weight_bytes + config.state_bytes
-    budget = min(total * config.gpu_memory_utilization, free) - others
+    budget = _usable_bytes(config) - config.weight_bytes - config.state_bytes
     num_blocks = _num_blocks(config, budget)
     if config.has_explicit_cache and not measure_first:  # known before anything is compiled
         _check_explicit_cache(config, num_blocks, 0)
@@ -82,6 +80,8 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
     limits = config.scheduler
     cache = config.cache_config(num_blocks)
     concurrency = max_concurrency(cache, limits.max_model_len, max_chunk=limits.max_num_batched_tokens)
+    used = config.weight_bytes + config.state_bytes + activation_bytes + num_blocks * config.block_bytes
+    unused = max(int(_usable_bytes(config)) - used, 0)
     return MemoryPlan(
         device=config.target.kind,
         total_bytes=config.target.total_bytes,
@@ -91,6 +91,8 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         state_bytes=config.state_bytes,
         kv_cache_bytes=num_blocks * config.block_bytes,
         kv_cache_limit=_binding_limit(config, num_blocks),
+        unused_bytes=unused,
+        unused_why=_why_unused(config, num_blocks) if unused >= config.block_bytes else "less than a block",
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_model_len=limits.max_model_len,
@@ -101,6 +103,23 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         kv_bytes_per_token=config.kv_bytes_per_token,
         tensor_parallel_size=config.target.num_devices,
     )
+
+
+def _usable_bytes(config: RunnerConfig) -> float:
+    """What the engine may have of one device."""
+    return min(config.target.total_bytes * config.gpu_memory_utilization, config.target.free_bytes)
+
+
+def _why_unused(config: RunnerConfig, num_blocks: int) -> str:
+    if config.num_gpu_blocks_override is not None:
+        return "num_gpu_blocks_override leaves it"
+    if config.kv_cache_memory_bytes is not None:
+        return "kv_cache_memory_bytes leaves it"
+    if num_blocks >= _most_blocks(config):
+        return "max_num_seqs requests of max_model_len tokens fit"
+    if _binding_limit(config, num_blocks) is not None:
+        return "left to what else runs here"
+    return "the blocks are rounded, so that the next start finds its compiled programs"
 
 
 def blocks_of_one(config: RunnerConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_a_plan_has_the_devices_default_limits(tmp_path: Path, device: str, limi
     assert (memory.max_num_batched_tokens, memory.max_num_seqs) == limits
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({}, "the blocks are rounded"),
+        ({"max_num_seqs": 1}, "max_num_seqs requests of max_model_len tokens fit"),
+        ({"num_gpu_blocks_override": 2000}, "num_gpu_blocks_override leaves it"),
+        ({"kv_cache_memory_bytes": "9G"}, "kv_cache_memory_bytes leaves it"),
+    ],
+)
+def test_the_lines_add_up_to_what_may_be_used(qwq: Path, arguments: dict[str, Any], why: str):
+    plan = jaxllm.plan(qwq, device="h200", max_model_len=32768, gpu_memory_utilization=0.8, **arguments)
+    text = str(plan)
+    sizes = [float(size) for size in re.findall(r"^  [a-zA-Z ]+? +(\d+\.\d+) GiB", text, re.MULTILINE)]
+    usable = 0.8 * plan.memory.total_bytes / GIB
+    assert len(sizes) == 5 and sum(sizes) == pytest.approx(usable, abs=0.003)
+    assert f"(of {usable:.3f}; {why}" in text and plan.memory.unused_bytes > 0
+
+
 class TestModels:
     def test_a_config_by_itself(self, tmp_path: Path):
         fields = config(tmp_path, QWQ) / "config.json"
@@ -226,7 +245,8 @@ class TestHere:
             engine = llm.memory_plan
         assert plan.exact and plan.fits
         # what is available changes from moment to moment
-        assert dataclasses.replace(plan.memory, total_bytes=0) == dataclasses.replace(engine, total_bytes=0)
+        moment = {"total_bytes": 0, "unused_bytes": 0}
+        assert dataclasses.replace(plan.memory, **moment) == dataclasses.replace(engine, **moment)
         assert str(plan).startswith("Memory plan on cpu")
 
     def test_what_makes_it_fit_is_compiled_too(self, tmp_path: Path):
