@@ -43,10 +43,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 when the model fits, 1 when it does not."""
-    from jaxllm.log import show_log
     from jaxllm.planning.api import plan
 
-    show_log()
     model, given = engine_arguments(arguments)
     found = plan(model, compiler=arguments.compiler, **given)
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)

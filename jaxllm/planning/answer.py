@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.runner.target import Target
 from jaxllm.setup import Setup, read_setup
+
+logger = logging.getLogger("jaxllm")
 
 #: more devices than one machine has are not proposed
 MOST_DEVICES = 16
@@ -117,6 +120,15 @@ class _Planner:
         if not self._is_local:
             # the cache of compiled programs is for the devices that are here
             config = dataclasses.replace(config, compile_cache=None)
+        else:
+            limits = config.scheduler
+            logger.info(
+                "Compiling the engine's largest programs for %s (%d tokens of %d requests a step, max_model_len %d)",
+                config.target.kind,
+                limits.max_num_batched_tokens,
+                limits.max_num_seqs,
+                limits.max_model_len,
+            )
         programs = make_programs(config, config.params(), num_blocks)
         with contextlib.nullcontext() if self._is_local else lowering_for(make_mesh(config.target.devices)):
             needed = self._needed[config.scheduler] = programs.activation_bytes()

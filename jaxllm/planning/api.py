@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,12 +17,15 @@ from jaxllm import checks
 from jaxllm.config.devices import CPU, GPUS, device_name
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.errors import ValidationError
+from jaxllm.log import show_log
 from jaxllm.planning.answer import Question, answer
 from jaxllm.planning.elsewhere import CompilerFailedError, answer_elsewhere
 from jaxllm.planning.plan import Plan
 from jaxllm.runner.deviceless import find_compiler, install_command, search_places
 from jaxllm.runner.target import target_described, target_here
 from jaxllm.weights.resolve import resolve
+
+logger = logging.getLogger("jaxllm")
 
 #: whatever this machine has, in the engine's words
 HERE = ("auto", CPU, "gpu", "cuda")
@@ -38,7 +42,8 @@ def plan(
 ) -> Plan:
     """What an engine would need: weights, activations, KV cache, and whether they fit.
 
-    Nothing is loaded and nothing runs; of the model, its configuration is enough. Numbers for GPUs that are not there
+    Nothing is loaded and nothing runs; of the model, its configuration is enough. Compiling takes about a minute, which
+    the log says. Numbers for GPUs that are not there
     come from compiling the engine's own programs for them, in a process of its own, where JAX's CUDA compiler is found;
     elsewhere they are an estimate, and the plan says so.
 
@@ -54,6 +59,7 @@ def plan(
         ValidationError: an argument's value cannot be honoured. That the model does not fit is no error.
         FileNotFoundError: there is no such model.
     """
+    show_log()
     devices = checks.integer("tensor_parallel_size", tensor_parallel_size)
     if devices < 1:
         raise ValidationError(f"tensor_parallel_size must be at least 1, got {devices}.")
@@ -76,6 +82,11 @@ def plan(
         found = find_compiler(compiler)
         why = ""
         if found is not None:
+            logger.info(
+                "Compiling the engine's largest programs for %s, which need not be here (about a minute; longer if the "
+                "model does not fit, since what would help is compiled, too)",
+                GPUS[name].description,
+            )
             try:
                 return answer_elsewhere(found, args, path, arguments, name, devices)
             except CompilerFailedError as error:

@@ -238,9 +238,12 @@ class TestErrors:
 class TestHere:
     """On the CPU the engine's own programs are compiled, and the engine then plans the same."""
 
-    def test_it_is_what_the_engine_plans(self, tmp_path: Path):
+    def test_it_is_what_the_engine_plans(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         tiny_model = write_tiny_model(tmp_path)
-        plan = jaxllm.plan(tiny_model, device="cpu", **SMALL)
+        with caplog.at_level("INFO", "jaxllm"):
+            plan = jaxllm.plan(tiny_model, device="cpu", **SMALL)
+        # which takes a while
+        assert "Compiling the engine's largest programs for cpu (32 tokens of 4 requests a step" in caplog.text
         with LLM(tiny_model, device="cpu", **SMALL) as llm:
             engine = llm.memory_plan
         assert plan.exact and plan.fits
