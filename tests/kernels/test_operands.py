@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.gpu_only import gpu_only
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.paged_attention.api import paged_attention
@@ -108,11 +109,14 @@ def test_a_kernel_without_a_gpu_says_what_would_work(operation: str, implementat
 
 def test_a_kernel_may_be_traced_without_a_gpu():
     """For one that is elsewhere: nothing of the check is left in its program."""
-    step = batch("triton").replace(backend=Backend(implementation="triton"))  # pyright: ignore
-    rows = array(TOKENS, KV_HEADS, DIM)
-    traced = jax.jit(lambda cache: write_kv(cache, rows, rows, LAYOUT, step)).trace(CACHE)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "kv_write" in text and "gpu_only" not in text
+    call = gpu_only(lambda x, y: x + y, name="sum", implementation="triton")
+    traced = jax.jit(call).trace(array(2), array(2))
+    plain = jax.jit(lambda x, y: x + y).trace(array(2), array(2))
+    ours, without = (t.lower(lowering_platforms=("cuda",)).as_text().splitlines() for t in (traced, plain))
+    # the first line has the function's name
+    assert "gpu_only" in str(traced.jaxpr) and ours[1:] == without[1:]
+    with pytest.raises(ValueError, match="needs a GPU"):
+        traced.lower(lowering_platforms=("cpu",))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
