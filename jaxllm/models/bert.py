@@ -11,7 +11,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.errors import ValidationError
@@ -19,6 +18,7 @@ from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import ACTIVATIONS, attention_scale, layouts
+from jaxllm.models.layer_stack import through_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,10 @@ class BertConfig:
 
 @flax.struct.dataclass
 class BertLayers:
-    """Weights of all layers, stacked on the first axis. L layers, d hidden size, F intermediate size."""
+    """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
+
+    L layers, d hidden size, F intermediate size.
+    """
 
     qkv: jax.Array  # [L, 3d, d]
     qkv_bias: jax.Array  # [L, 3d]
@@ -74,7 +77,7 @@ class BertParams:
     type_embedding: jax.Array  # [2, d]
     embedding_norm: jax.Array  # [d]
     embedding_norm_bias: jax.Array  # [d]
-    layers: BertLayers
+    layers: BertLayers | tuple[BertLayers, ...]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
@@ -127,13 +130,12 @@ def forward(
     x = params.embedding[tokens] + params.type_embedding[types] + params.position_embedding[batch.positions]
     x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
 
-    def layer(carry, scanned):
+    def layer(carry, weights, layout):
         x, cache = carry
-        weights, layout = scanned
         x, cache = _attention_block(config, weights, layout, x, cache, batch)
-        return (_mlp_block(config, weights, x), cache), None
+        return _mlp_block(config, weights, x), cache
 
-    (x, cache), _ = lax.scan(layer, (x, cache), (params.layers, layouts(config, groups, cache.shape[0])))
+    x, cache = through_layers(layer, (x, cache), params.layers, layouts(config, groups, cache.shape[0]))
     return cache, x
 
 

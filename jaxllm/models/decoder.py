@@ -1,4 +1,4 @@
-"""The dense decoder that the families share: pre-norm attention and a gated MLP, stacked by layer and scanned.
+"""The dense decoder that the families share: layers of pre-norm attention and a gated MLP.
 
 A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are
 called; what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and
@@ -23,6 +23,7 @@ from jaxllm.layers.embedding import embed
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope, rope_tables
+from jaxllm.models.layer_stack import through_layers
 
 #: a window wider than any context
 UNLIMITED = 2**30
@@ -78,7 +79,7 @@ class HasLayers(Protocol):
 
 @flax.struct.dataclass
 class Layers:
-    """Weights of all layers, stacked on the first axis.
+    """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
 
     L layers, d hidden size, H heads, K KV heads, D head_dim, F intermediate size.
     """
@@ -99,7 +100,7 @@ class Layers:
 @flax.struct.dataclass
 class Params:
     embedding: jax.Array  # [V, d]
-    layers: Layers
+    layers: Layers | tuple[Layers, ...]
     norm: jax.Array  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding
 
@@ -129,14 +130,14 @@ def forward(
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
 
-    def layer(carry, scanned):
+    def layer(carry, weights, place):
         x, cache = carry
-        weights, layout, rope = scanned
+        layout, rope = place
         x, cache = _attention_block(config, weights, layout, cos[rope], sin[rope], x, cache, batch)
-        return (_mlp_block(config, weights, x), cache), None
+        return _mlp_block(config, weights, x), cache
 
-    scanned = (params.layers, layouts(config, groups, cache.shape[0]), jnp.asarray(config.layer_rope, jnp.int32))
-    (x, cache), _ = lax.scan(layer, (x, cache), scanned)
+    places = layouts(config, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
+    x, cache = through_layers(layer, (x, cache), params.layers, places)
     return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
 
 
@@ -151,7 +152,7 @@ def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Arra
 
 
 def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
-    """Where each layer's keys and values are, arrays [L]: the i-th layer of a group has pages ``i * num_blocks
+    """Where each layer's keys and values are, numpy arrays [L]: the i-th layer of a group has pages ``i * num_blocks
     ...``.
     """
     num_blocks = pages // max(len(group.layers) for group in groups)
@@ -160,7 +161,7 @@ def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> 
         for i, layer in enumerate(members.layers):
             group[layer], offset[layer] = g, i * num_blocks
     window = np.array([w or UNLIMITED for w in config.layer_window], np.int32)
-    return Layout(group=jnp.asarray(group), page_offset=jnp.asarray(offset), window=jnp.asarray(window))
+    return Layout(group=group, page_offset=offset, window=window)  # pyright: ignore[reportArgumentType]
 
 
 def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: AttentionBatch):

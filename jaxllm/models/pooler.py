@@ -12,7 +12,7 @@ from jaxllm.config.pooler import Pooler
 from jaxllm.layers.linear import linear_f32
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, ModelParams, body_sources
-from jaxllm.models.sources import Part, Source
+from jaxllm.models.sources import Part, Source, separate_sources
 
 
 @flax.struct.dataclass
@@ -33,9 +33,11 @@ class PoolingModel:
     head: Head | None  # None: embeddings
 
 
-def pooling_sources(config: ModelConfig, pooler: Pooler) -> PoolingModel:
-    """A `PoolingModel` tree of `Source`s."""
+def pooling_sources(config: ModelConfig, pooler: Pooler, *, stacked: bool = True) -> PoolingModel:
+    """A `PoolingModel` tree of `Source`s, with stacked layers or separate ones (`models.layer_stack`)."""
     body = body_sources(config)
+    if not stacked:
+        body = separate_sources(body, config.num_layers)
     if not pooler.num_labels:
         return PoolingModel(body=body, head=None)
     d, labels = config.hidden_size, pooler.num_labels

@@ -1,13 +1,15 @@
-"""Where each weight comes from: Hugging Face tensor names, stacked by layer and fused."""
+"""Where each weight comes from: Hugging Face tensor names, fused, stacked by layer or each layer by itself."""
 # A tree of sources has the form of `Params`, with other leaves.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
+from jaxllm.models.layer_stack import separate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,23 @@ class Source:
         trailing = () if self.columns is None else (self.columns,)
         return (*leading, sum(part.rows for part in self.parts), *trailing)
 
-    def names(self) -> list[str]:
-        """Every tensor that this array is made of."""
+    def tensors(self) -> list[tuple[str, Part]]:
+        """Every tensor that this array is made of, by its name in the checkpoint."""
         layers = range(self.layers) if self.layers is not None else (0,)
-        return [part.name.format(layer=layer) for layer in layers for part in self.parts]
+        return [(part.name.format(layer=layer), part) for layer in layers for part in self.parts]
+
+    def of_layer(self, layer: int) -> Source:
+        """The part of one layer of what is stacked."""
+        parts = tuple(Part(part.name.format(layer=layer), part.rows) for part in self.parts)
+        return dataclasses.replace(self, parts=parts, layers=None)
+
+
+Body = TypeVar("Body", Params, BertParams)
+
+
+def separate_sources(sources: Body, num_layers: int) -> Body:
+    """The sources of a model whose layers are separate (`models.layer_stack`), from those of stacked ones."""
+    return sources.replace(layers=separate(sources.layers, num_layers, Source.of_layer))  # pyright: ignore
 
 
 def decoder_sources(c: DecoderConfig) -> Params:

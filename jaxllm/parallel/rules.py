@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.layer_stack import separate
+from jaxllm.models.sources import decoder_sources, separate_sources
 from jaxllm.parallel.mesh import TENSOR
 
-#: the array's axis that is split; -1: every device has the array whole
+#: the array's axis that is split, where layers are stacked; -1: every device has the array whole
 WHOLE = -1
 AXES = Params(
     embedding=0,
@@ -86,13 +87,18 @@ def local_model(model: DecoderConfig, devices: int) -> DecoderConfig:
     )
 
 
-def local_sources(model: DecoderConfig, devices: int) -> Params:
-    """A tree whose leaves have the `shape`s of one device's weights. The vocabulary is filled up to a multiple."""
+def local_sources(model: DecoderConfig, devices: int, *, stacked: bool = True) -> Params:
+    """A tree whose leaves have the `shape`s of one device's weights. The vocabulary is filled up to a multiple.
+
+    Args:
+        stacked: in which form the layers are (`models.layer_stack`).
+    """
     part = local_model(model, devices)
-    return decoder_sources(dataclasses.replace(part, vocab_size=-(-model.vocab_size // devices)))
+    sources = decoder_sources(dataclasses.replace(part, vocab_size=-(-model.vocab_size // devices)))
+    return sources if stacked else separate_sources(sources, model.num_layers)
 
 
-def split_shapes(model: DecoderConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Params:
+def split_shapes(model: DecoderConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh, *, stacked: bool = True) -> Params:
     """`jax.ShapeDtypeStruct`s with shardings of a model's weights over a mesh, as `local_sources` has their parts."""
     devices = mesh.size
 
@@ -106,4 +112,12 @@ def split_shapes(model: DecoderConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh
             spec = jax.P(*[None] * axis, TENSOR)
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, AXES, local_sources(model, devices), is_leaf=lambda leaf: isinstance(leaf, int))
+    def of_layer(whole: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+        assert isinstance(whole.sharding, jax.sharding.NamedSharding)
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(*whole.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(whole.shape[1:], dtype, sharding=sharding)
+
+    params = jax.tree.map(one, AXES, local_sources(model, devices), is_leaf=lambda leaf: isinstance(leaf, int))
+    if stacked:
+        return params
+    return params.replace(layers=separate(params.layers, model.num_layers, of_layer))

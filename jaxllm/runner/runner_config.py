@@ -142,17 +142,18 @@ class RunnerConfig:
 
     def sources(self) -> Params | PoolingModel:
         """Where the model's weights come from; of a model that is split, the shapes of one device's weights."""
+        stacked = self.target.stacks_layers
         if self.pooler is not None:
-            return pooling_sources(self.model, self.pooler)
+            return pooling_sources(self.model, self.pooler, stacked=stacked)
         assert isinstance(self.model, DecoderConfig)
-        return local_sources(self.model, self.target.num_devices)
+        return local_sources(self.model, self.target.num_devices, stacked=stacked)
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""
         if self.target.mesh is None:
             return shapes(self.sources(), jnp.dtype(self.dtype), self.sharding)
         assert isinstance(self.model, DecoderConfig)
-        return split_shapes(self.model, jnp.dtype(self.dtype), self.target.mesh)
+        return split_shapes(self.model, jnp.dtype(self.dtype), self.target.mesh, stacked=self.target.stacks_layers)
 
     @property
     def weight_bytes(self) -> int:

@@ -42,6 +42,11 @@ class Target:
     devices: tuple[Any, ...] = ()
 
     @property
+    def stacks_layers(self) -> bool:
+        """In which form the weights are (`models.layer_stack`)."""
+        return self.platform == "cpu"
+
+    @property
     def mesh(self) -> jax.sharding.Mesh | None:
         """All devices along one axis; None: there is but one, or nothing to compile with."""
         return make_mesh(self.devices) if len(self.devices) > 1 else None

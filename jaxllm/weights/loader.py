@@ -79,18 +79,17 @@ def check(reader: WeightReader, sources: object) -> None:
     unused = set(reader.names())
     layers = 0
     for source in jax.tree.leaves(sources, is_leaf=_is_source):
-        layers = max(layers, source.layers or 0)
-        for layer in range(source.layers) if source.layers is not None else (0,):
-            for part in source.parts:
-                name = part.name.format(layer=layer)
-                if name not in unused:
-                    raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
-                unused.remove(name)
-                wanted = (part.rows,) if source.columns is None else (part.rows, source.columns)
-                if reader.shape(name) != wanted:
-                    raise WeightsError(
-                        f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {wanted}"
-                    )
+        for name, part in source.tensors():
+            if name not in unused:
+                raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
+            unused.remove(name)
+            wanted = (part.rows,) if source.columns is None else (part.rows, source.columns)
+            if reader.shape(name) != wanted:
+                raise WeightsError(
+                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {wanted}"
+                )
+            if match := _LAYER.search(name):
+                layers = max(layers, int(match[1]) + 1)
     for name in sorted(unused):
         # more layers than the config has are left out on purpose; more in a layer means that it computes something else
         match = _LAYER.search(name)

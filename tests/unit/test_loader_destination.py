@@ -49,7 +49,7 @@ for axis in range(3):
             np.testing.assert_array_equal(np.asarray(shard.data), expected[name][index[shard.device]])
     # over columns every device reads the rows that it takes a part of
     for name, source in named.items():
-        for tensor in source.names():
+        for tensor, _ in source.tensors():
             columns = axis == len(source.shape) - 1 and source.columns is not None
             assert reader.rows[tensor] == SHAPES[tensor][0] * (4 if columns else 1), (axis, tensor)
 

@@ -1,0 +1,69 @@
+"""The layers of a model, in either of two forms.
+
+Stacked: one tree of weights, every array with the layers on its first axis; scanned, so that compiling takes the same
+time however many layers there are. Separate: a tuple of such trees, one a layer, each array without that axis; every
+layer is launched by itself. XLA:GPU hands weights to cuBLAS as whole buffers, so a scan copies each layer's out of the
+stack first: three times the traffic of a step that reads its weights once. On the CPU a scan copies nothing.
+
+Which form an engine has is decided in `runner.target.Target.stacks_layers`; files hold the stacked one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Carry = TypeVar("Carry")
+#: a model's weights, their shapes or their sources
+Tree = TypeVar("Tree")
+
+
+def through_layers(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, layers: Any, places: Any) -> Carry:
+    """``carry = layer(carry, weights, place)``, one layer after the other.
+
+    Args:
+        layers: the weights, in either form.
+        places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
+    """
+    if not is_separate(layers):
+        return lax.scan(lambda carry, scanned: (layer(carry, *scanned), None), carry, (layers, places))[0]
+    # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
+    call = jax.jit(layer)
+    for i, weights in enumerate(layers):
+        carry = call(carry, weights, jax.tree.map(lambda array, i=i: array[i], places))
+    return carry
+
+
+def is_separate(layers: Any) -> bool:
+    return isinstance(layers, tuple | list)
+
+
+def separate(layers: Tree, num_layers: int, one: Callable[[Any, int], Any]) -> tuple[Tree, ...]:
+    """A tree for each layer: `one` makes the leaf of the i-th layer of a stacked leaf."""
+    return tuple(jax.tree.map(lambda leaf, i=i: one(leaf, i), layers) for i in range(num_layers))
+
+
+def in_form(params: Tree, *, separated: bool) -> Tree:
+    """A model's weights with their layers in one form or the other; those that are in it already are returned.
+
+    Args:
+        params: the params of a model, or what has them as its `body`; each array of stacked layers has as many.
+
+    Returns:
+        New arrays for the layers, beside the old ones, in memory of the same kind.
+    """
+    body = getattr(params, "body", None)
+    if body is not None:
+        return params.replace(body=in_form(body, separated=separated))  # pyright: ignore[reportAttributeAccessIssue]
+    layers = getattr(params, "layers", None)
+    if layers is None or is_separate(layers) == separated:
+        return params
+    if separated:
+        layers = separate(layers, len(jax.tree.leaves(layers)[0]), lambda array, i: array[i])
+    else:
+        layers = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    return params.replace(layers=layers)  # pyright: ignore[reportAttributeAccessIssue]
