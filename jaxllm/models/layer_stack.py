@@ -29,7 +29,7 @@ def through_layers(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, laye
         layers: the weights, in either form.
         places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
     """
-    if not is_separate(layers):
+    if not isinstance(layers, tuple):
         return lax.scan(lambda carry, scanned: (layer(carry, *scanned), None), carry, (layers, places))[0]
     # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
     call = jax.jit(layer)
@@ -38,32 +38,31 @@ def through_layers(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, laye
     return carry
 
 
-def is_separate(layers: Any) -> bool:
-    return isinstance(layers, tuple | list)
-
-
 def separate(layers: Tree, num_layers: int, one: Callable[[Any, int], Any]) -> tuple[Tree, ...]:
     """A tree for each layer: `one` makes the leaf of the i-th layer of a stacked leaf."""
     return tuple(jax.tree.map(lambda leaf, i=i: one(leaf, i), layers) for i in range(num_layers))
+
+
+def has_separate_layers(params: Any) -> bool:
+    """Of a model's params, or of what has them as its `body`."""
+    return isinstance(getattr(getattr(params, "body", params), "layers", None), tuple)
 
 
 def in_form(params: Tree, *, separated: bool) -> Tree:
     """A model's weights with their layers in one form or the other; those that are in it already are returned.
 
     Args:
-        params: the params of a model, or what has them as its `body`; each array of stacked layers has as many.
+        params: the params of a model, or what has them as its `body`.
 
     Returns:
-        New arrays for the layers, beside the old ones, in memory of the same kind.
+        New arrays for the layers, beside the old ones.
     """
-    body = getattr(params, "body", None)
-    if body is not None:
-        return params.replace(body=in_form(body, separated=separated))  # pyright: ignore[reportAttributeAccessIssue]
-    layers = getattr(params, "layers", None)
-    if layers is None or is_separate(layers) == separated:
+    if has_separate_layers(params) == separated:
         return params
+    tree: Any = params
+    if hasattr(tree, "body"):
+        return tree.replace(body=in_form(tree.body, separated=separated))
     if separated:
-        layers = separate(layers, len(jax.tree.leaves(layers)[0]), lambda array, i: array[i])
-    else:
-        layers = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    return params.replace(layers=layers)  # pyright: ignore[reportAttributeAccessIssue]
+        num_layers = len(jax.tree.leaves(tree.layers)[0])
+        return tree.replace(layers=separate(tree.layers, num_layers, lambda array, i: array[i]))
+    return tree.replace(layers=jax.tree.map(lambda *arrays: jnp.stack(arrays), *tree.layers))

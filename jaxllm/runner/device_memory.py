@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.errors import ValidationError
+from jaxllm.models.layer_stack import has_separate_layers, in_form
 
 Weights = TypeVar("Weights")
 StateTree = TypeVar("StateTree")
@@ -85,20 +87,23 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         self.restore_weights()
 
     def set_params(self, params: Weights) -> None:
-        """Use other weights: a tree of the same structure, shapes and dtypes.
+        """Use other weights: a tree of the same structure, shapes and dtypes, its layers stacked or separate.
 
         Raises:
             ValidationError: it differs; the text names the first difference.
         """
         if self.params is None:
             raise RuntimeError("the weights sleep: call wake_up() first")
-        ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (self.params, params))
+        separated = has_separate_layers(params)
+        expected = jax.eval_shape(functools.partial(in_form, separated=separated), self.params)
+        ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
         for path in {**ours, **theirs}:
             old, new = ours.get(path), theirs.get(path)
             same = old is not None and new is not None and old.shape == np.shape(new) and old.dtype == new.dtype
             if not same:
                 shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
                 raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
+        params = in_form(params, separated=has_separate_layers(self.params))
         self._use(jax.device_put(params, self._sharding), owned=False)
 
     def _use(self, params: Weights, *, owned: bool) -> None:

@@ -34,6 +34,10 @@ logger = logging.getLogger("jaxllm")
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
 #: 8 rows, 432 MB more).
 CPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+#: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
+#: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
+#: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
+GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one. For more rows than the largest
 #: a GPU has samplers of several blocks, a CPU goes on to the next block as long as there are rows
@@ -68,7 +72,7 @@ class Compiler(abc.ABC):
             assert isinstance(self.sharding.mesh, jax.sharding.Mesh)
             self._mesh = self.sharding.mesh
             self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
-        self._options = CPU_OPTIONS if platform == "cpu" else None
+        self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._cache_dir = cache_dir
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 

@@ -52,7 +52,7 @@ class Case:
     #: bytes of the KV cache; 0: the program has none
     cache_bytes: int
     most_temporary_bytes: int | None
-    #: trips of the loop over the model's layers; None: there is none
+    #: that it goes through; None: it is no model's step
     layers: int | None = None
     #: whether it is one of an engine's programs, not a kernel by itself
     is_step: bool = False

@@ -1,4 +1,4 @@
-"""What a compiled program of XLA:GPU does: its launches, in their loops, and what each kernel needs.
+"""What a compiled program of XLA:GPU does: its launches, and what each kernel needs.
 
 XLA runs a program as a tree of thunks (a launch, a copy, a loop, ...). The serialized executable holds the tree as
 ``xla.gpu.ThunkProto`` messages; the numbers below are those of ``xla/backends/gpu/runtime/thunk.proto``,
@@ -58,17 +58,8 @@ class Launch:
         return self.dynamic_shared + (self.code.static_shared if self.code else 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop:
-    name: str
-    #: None: known only when it runs
-    trips: int | None
-    #: the condition's launches, then the body's
-    body: tuple[Launch | Loop, ...]
-
-
-def read_executable(serialized: bytes) -> tuple[Launch | Loop, ...]:
-    """A program's launches and loops, in the order of their launch; of a branch, all branches.
+def read_executable(serialized: bytes) -> tuple[Launch, ...]:
+    """A program's launches in their order, those in a loop once; of a branch, those of all branches.
 
     Raises:
         ValueError: the format is not the one that is known here.
@@ -81,27 +72,10 @@ def read_executable(serialized: bytes) -> tuple[Launch | Loop, ...]:
     thunks = [value for number, value in fields(parts[-1]) if number == _THUNKS]
     if not thunks:
         raise ValueError("the serialized executable has no thunks")
-    return tuple(item for thunk in thunks for item in _read(thunk, code))
+    return tuple(launch for thunk in thunks for launch in _read(thunk, code))
 
 
-def launches(items: tuple[Launch | Loop, ...]) -> Iterator[Launch]:
-    """Every launch, those in loops once."""
-    for item in items:
-        if isinstance(item, Loop):
-            yield from launches(item.body)
-        else:
-            yield item
-
-
-def loops(items: tuple[Launch | Loop, ...]) -> Iterator[Loop]:
-    """Every loop, outer ones first."""
-    for item in items:
-        if isinstance(item, Loop):
-            yield item
-            yield from loops(item.body)
-
-
-def _read(thunk: Any, code: dict[str, KernelCode]) -> Iterator[Launch | Loop]:
+def _read(thunk: Any, code: dict[str, KernelCode]) -> Iterator[Launch]:
     name, kind, body = "", 0, b""
     for number, value in fields(thunk):
         if number == 1:
@@ -109,8 +83,9 @@ def _read(thunk: Any, code: dict[str, KernelCode]) -> Iterator[Launch | Loop]:
         else:
             kind, body = number, value
     if kind == _WHILE:
-        parts = [_sequence(_first(body, number), code) for number in (2, 3)]
-        yield Loop(name=name, trips=_first(body, 4), body=parts[0] + parts[1])
+        # the condition, then the body
+        for number in (2, 3):
+            yield from _sequence(_first(body, number), code)
     elif kind == _SEQUENTIAL:
         yield from _sequence(body, code)
     elif kind == _CONDITIONAL:
@@ -144,8 +119,8 @@ def _launch(name: str, code: KernelCode | None, dimensions: Any, shared: Any) ->
     return Launch(name=name, kind="kernel", code=code, threads_per_block=threads, dynamic_shared=shared or 0)
 
 
-def _sequence(message: Any, code: dict[str, KernelCode]) -> tuple[Launch | Loop, ...]:
-    return tuple(item for thunk in _all(message, 1) for item in _read(thunk, code))
+def _sequence(message: Any, code: dict[str, KernelCode]) -> tuple[Launch, ...]:
+    return tuple(launch for thunk in _all(message, 1) for launch in _read(thunk, code))
 
 
 def _cubins(message: Any) -> dict[str, KernelCode]:

@@ -1,5 +1,5 @@
-"""The numbers that an engine's programs may not exceed, in ``stated.json``: kernels and copied bytes of each layer,
-temporaries of each program. ``python -m tests.compile_cuda --record`` writes them.
+"""The numbers that an engine's programs may not exceed, in ``stated.json``: launches, copied bytes and temporaries of
+each program, all of its layers together. ``python -m tests.compile_cuda --record`` writes them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def excesses(jax: str, target: str, found: Results) -> Iterator[str]:
 def _numbers(result: Mapping) -> dict[str, int]:
     found = summary(result)
     return {
-        "kernels": found["kernels"],
+        "launches": found["launches"],
         "copied": -(-found["copied"] // MIB),
         "temporaries": -(-found["temporaries"] // MIB),
     }

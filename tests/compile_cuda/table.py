@@ -8,13 +8,13 @@ from typing import Any
 from .compiling import TARGETS, Results
 
 MIB = 2**20
-_HEADS = ("shared", "regs", "stack", "temp", "kernels", "copied", "time")
+_HEADS = ("shared", "regs", "stack", "temp", "launched", "copied", "time")
 _UNITS = ("KiB", "", "B", "MiB", "", "MiB", "s")
-_WIDTHS = (6, 4, 5, 7, 7, 6, 5)
+_WIDTHS = (6, 4, 5, 7, 8, 6, 5)
 LEGEND = """
 shared, regs, stack: the most that a kernel of the program takes, of shared memory, and for each thread of registers
-and of stack (spilled registers); temp: temporaries of the program; kernels, copied: launches, and bytes copied, in one
-layer of a model's step (loops within it count once), or in the whole of another program; time: of compiling.
+and of stack (spilled registers); temp: temporaries of the program; launched, copied: launches, and bytes copied, of the whole
+program (loops count once), divided by the model's layers where it goes through them; time: of compiling.
 Without a GPU nothing is autotuned: tiles of XLA's own kernels and the choice of cuBLAS are not those of a run.
 """.strip()
 
@@ -46,7 +46,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, int]:
         "registers": max((kernel["registers"] or 0 for kernel in kernels), default=0),
         "stack": max((kernel["stack"] or 0 for kernel in kernels), default=0),
         "temporaries": result["temporaries"],
-        "kernels": launches["number"],
+        "launches": launches["number"],
         "copied": launches["copied"],
     }
 
@@ -56,15 +56,15 @@ def _cells(result: Mapping[str, Any] | None, block: int) -> str:
         return f"{'-':^{block}}"
     if "error" in result:
         return f"{'FAILED':^{block}}"
-    n = summary(result)
+    n, layers = summary(result), result["layers"]
     return _row(
         (
             f"{n['shared'] / 1024:.1f}",
             n["registers"],
             n["stack"],
             f"{n['temporaries'] / MIB:.1f}",
-            n["kernels"],
-            f"{n['copied'] / MIB:.0f}",
+            f"{n['launches'] / layers:.1f}" if layers else n["launches"],
+            f"{n['copied'] / MIB / (layers or 1):.1f}",
             f"{result['seconds']:.1f}",
         )
     )

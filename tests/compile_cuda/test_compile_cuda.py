@@ -110,7 +110,7 @@ def test_temporaries_do_not_grow_with_the_cache(compiled: Compiled):
 
 
 def test_nothing_exceeds_its_stated_number(compiled: Compiled):
-    """Kernels and copied bytes of each layer, temporaries of each program, as `stated.json` has them."""
+    """Launches, copied bytes and temporaries of each program, as `stated.json` has them."""
     problems = [
         f"JAX {jax}, {target}, {problem}"
         for (jax, target), found in compiled.items()

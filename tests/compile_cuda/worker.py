@@ -18,10 +18,11 @@ import jax
 
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.deviceless import devices, lowering_for
+from jaxllm.runner.programs import GPU_OPTIONS
 
 from .cases import Case, kernel_cases, step_cases
 from .compiling import TARGETS
-from .executable import Launch, Loop, launches, loops, read_executable
+from .executable import Launch, read_executable
 from .probes import probe_cases
 
 MAKERS = (kernel_cases, step_cases)
@@ -55,11 +56,10 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
     begun = time.perf_counter()
     with lowering_for(make_mesh((device,))):
         lowered = case.lower()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=GPU_OPTIONS if case.is_step else None)
     seconds = time.perf_counter() - begun
     memory: Any = compiled.memory_analysis()
     program = read_executable(compiled.runtime_executable().serialize())  # pyright: ignore
-    every = list(launches(program))
     return {
         "is_step": case.is_step,
         "seconds": seconds,
@@ -68,8 +68,9 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "in_place": case.in_place_bytes,
         "cache": case.cache_bytes,
         "most_temporaries": case.most_temporary_bytes,
-        "kernels": [describe(launch) for launch in every if launch.kind == "kernel" or launch.code],
-        "launches": count(layer(program, case.layers) if case.layers else program),
+        "kernels": [describe(launch) for launch in program if launch.kind == "kernel" or launch.code],
+        "layers": case.layers,
+        "launches": count(program),
     }
 
 
@@ -84,21 +85,12 @@ def describe(launch: Launch) -> dict[str, Any]:
     }
 
 
-def layer(program: tuple[Launch | Loop, ...], layers: int) -> tuple[Launch | Loop, ...]:
-    """What is launched in one layer."""
-    found = [loop for loop in loops(program) if loop.trips == layers]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} loops of {layers} trips are there: which of them is that over the layers?")
-    return found[0].body
-
-
-def count(items: tuple[Launch | Loop, ...]) -> dict[str, Any]:
-    """Launches, those in loops once; bytes that they copy; and of what kind they are."""
-    every = list(launches(items))
+def count(program: tuple[Launch, ...]) -> dict[str, Any]:
+    """Launches; bytes that they copy; and of what kind they are."""
     return {
-        "number": len(every),
-        "copied": sum(launch.copied_bytes for launch in every),
-        "kinds": dict(collections.Counter(launch.kind for launch in every)),
+        "number": len(program),
+        "copied": sum(launch.copied_bytes for launch in program),
+        "kinds": dict(collections.Counter(launch.kind for launch in program)),
     }
 
 
