@@ -1,4 +1,4 @@
-"""Compute one step of a small model whole and split over 2 and 4 devices, and compare. Prints the numbers of devices.
+"""Compute one step of a small model whole and split over 2 and 4 devices, and compare. Prints what was compared.
 
 Run with ``JAX_NUM_CPU_DEVICES=4``. The whole model is `models.decoder.forward` on one device; the weights are split
 here, by hand, from the whole ones, so that the rules of `jaxllm.parallel` are compared with something else.
@@ -18,6 +18,7 @@ import numpy as np
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.attention import AttentionBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.layer_stack import in_form
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
@@ -60,11 +61,11 @@ def main() -> None:
 
     cache = jnp.zeros(cache_shape(MODEL.num_kv_heads))
     pages, expected = jax.jit(step, static_argnums=0)(MODEL, params, cache, tokens, batch)
-    for devices in (2, 4):
+    for devices, stacked in ((2, True), (4, True), (2, False)):
         mesh = make_mesh(jax.devices()[:devices])
         whole = jax.sharding.NamedSharding(mesh, jax.P())
-        wanted = split_shapes(MODEL, jnp.dtype("float32"), mesh)
-        mine = split(params, devices)
+        wanted = split_shapes(MODEL, jnp.dtype("float32"), mesh, stacked=stacked)
+        mine = in_form(split(params, devices), separated=not stacked)
         jax.tree.map(lambda array, shape: np.testing.assert_equal(array.shape, shape.shape), mine, wanted)
         part = local_model(MODEL, devices)
         arguments = (
@@ -87,7 +88,7 @@ def main() -> None:
         np.testing.assert_allclose(split_pages, repeated, rtol=2e-5, atol=2e-5)
         exchanged = count_collectives(compiled.as_text() or "")
         np.testing.assert_equal(exchanged, expected_collectives(MODEL.num_layers, devices))
-        print(devices)
+        print(devices, "stacked" if stacked else "separate")
 
 
 def split(params: Params, devices: int) -> Params:

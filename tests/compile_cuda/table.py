@@ -13,8 +13,8 @@ _UNITS = ("KiB", "", "B", "MiB", "", "MiB", "s")
 _WIDTHS = (6, 4, 5, 7, 8, 6, 5)
 LEGEND = """
 shared, regs, stack: the most that a kernel of the program takes, of shared memory, and for each thread of registers
-and of stack (spilled registers); temp: temporaries of the program; launched, copied: launches, and bytes copied, of the whole
-program (loops count once), divided by the model's layers where it goes through them; time: of compiling.
+and of stack (spilled registers); temp: temporaries of the program; launched, copied: launches, and bytes copied, of
+the whole program (loops count once), divided by the model's layers where it goes through them; time: of compiling.
 Without a GPU nothing is autotuned: tiles of XLA's own kernels and the choice of cuBLAS are not those of a run.
 """.strip()
 

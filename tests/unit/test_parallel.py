@@ -102,4 +102,4 @@ def test_a_split_computes_what_the_whole_does():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "4"]
+    assert done.stdout.splitlines() == ["2 stacked", "4 stacked", "2 separate"]

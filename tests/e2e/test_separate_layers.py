@@ -1,0 +1,63 @@
+"""Engines with separate layers, the form of GPUs, on the CPU: as those with stacked ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_model import SMALL
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import ValidationError
+from jaxllm.models.layer_stack import has_separate_layers, in_form
+from jaxllm.runner.target import Target
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["one", "two and two", "a longer line that fills more than one block of the cache"]
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def separate(tiny_model: Path) -> Iterator[LLM]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "stacks_layers", False)
+        llm = LLM(tiny_model, **SMALL)
+    with llm:
+        yield llm
+
+
+def test_separate_layers_answer_as_stacked_ones(engine: LLM, separate: LLM):
+    forms = [llm.apply_model(has_separate_layers) for llm in (engine, separate)]
+    assert forms == [[False], [True]]
+    assert answers(separate) == answers(engine)
+
+
+@pytest.mark.parametrize("is_separate", [False, True])
+def test_weights_are_taken_in_either_form(engine: LLM, separate: LLM, is_separate: bool):
+    llm = separate if is_separate else engine
+    (params,) = llm.apply_model(lambda params: params)
+    before = answers(llm)
+    other = in_form(jax.tree.map(lambda array: -array, params), separated=not is_separate)
+    llm.update_weights(other)
+    assert answers(llm) != before
+    assert llm.apply_model(has_separate_layers) == [is_separate]
+    wrong = other.replace(layers=jax.tree.map(lambda array: array[:1], other.layers))
+    with pytest.raises(ValidationError, match=r"params\.layers(\[0\])?\.attention_norm must be float32\[.*64\], got"):
+        llm.update_weights(wrong)
+    llm.update_weights(in_form(params, separated=not is_separate))
+    assert answers(llm) == before
+    llm.update_weights(params)
+    assert answers(llm) == before
+
+
+def test_separate_layers_sleep(separate: LLM):
+    before = answers(separate)
+    for level in (1, 2):
+        separate.sleep(level)
+        separate.wake_up()
+        assert answers(separate) == before
