@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.attention import AttentionBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.decoder import DecoderConfig, Layers, Params, forward, logits
 from jaxllm.models.layer_stack import in_form
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
@@ -115,7 +115,7 @@ def split(params: Params, devices: int) -> Params:
         return np.pad(array, ((0, -len(array) % devices), (0, 0)), constant_values=np.nan)
 
     layers = params.layers
-    assert layers.qkv_bias is not None and params.head is not None
+    assert isinstance(layers, Layers) and layers.qkv_bias is not None and params.head is not None
     return Params(
         embedding=vocabulary(np.asarray(params.embedding)),
         layers=dataclasses.replace(

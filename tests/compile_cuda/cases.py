@@ -54,6 +54,8 @@ class Case:
     most_temporary_bytes: int | None
     #: that it goes through; None: it is no model's step
     layers: int | None = None
+    #: of a layer's weights
+    layer_bytes: int = 0
     #: whether it is one of an engine's programs, not a kernel by itself
     is_step: bool = False
 
@@ -99,6 +101,7 @@ def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
             params = shapes(config.sources(), jax.numpy.dtype(config.dtype), config.sharding)
             programs = make_programs(config, params, num_blocks)
             state = config.state(num_blocks)
+            body: Any = getattr(params, "body", params)
             for label, key in _keys(programs, which):
                 written = [getattr(state, part, None) for part in _WRITTEN.get(key[0], ())]
                 yield Case(
@@ -108,6 +111,7 @@ def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
                     cache_bytes=_bytes(state.cache),
                     most_temporary_bytes=MOST_TEMPORARY_BYTES,
                     layers=model.config["num_hidden_layers"] if key[0] in ("forward", "pool") else None,
+                    layer_bytes=_bytes(body.layers[0]),
                     is_step=True,
                 )
 

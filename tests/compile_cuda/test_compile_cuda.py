@@ -87,6 +87,16 @@ def test_everything_donated_is_written_in_place(compiled: Compiled):
     assert not problems, "\n".join(problems)
 
 
+def test_weights_are_not_copied(compiled: Compiled):
+    """Not even those of one layer: a step takes as long as its weights take to be read."""
+    problems = [
+        f"JAX {jax}, {target}, {name}: {result['launches']['copied']} bytes copied, a layer has {result['layer_bytes']}"
+        for jax, target, name, result in each(compiled)
+        if result["layers"] and result["launches"]["copied"] >= result["layer_bytes"]
+    ]
+    assert not problems, "\n".join(problems)
+
+
 def test_temporaries(compiled: Compiled):
     problems = []
     for jax, target, name, result in each(compiled):

@@ -70,6 +70,7 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "most_temporaries": case.most_temporary_bytes,
         "kernels": [describe(launch) for launch in program if launch.kind == "kernel" or launch.code],
         "layers": case.layers,
+        "layer_bytes": case.layer_bytes,
         "launches": count(program),
     }
 

@@ -69,7 +69,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def draw(sources: Params, dtype: np.dtype = FLOAT32) -> Params:
+def draw(sources: Any, dtype: np.dtype = FLOAT32) -> Any:
     """Numbers in the place of sources."""
     random = np.random.default_rng(1)
     shapes = loader.shapes(sources, dtype, DEVICE)
@@ -95,6 +95,7 @@ def test_a_checkpoint_is_read_into_either_form(checkpoint: Path):
     stacked = read(checkpoint, STACKED)
     separate = read(checkpoint, SEPARATE)
     check_rows(separate, stacked)
+    assert isinstance(separate.layers, tuple)
     assert len({np.asarray(layer.qkv).tobytes() for layer in separate.layers}) == LAYERS
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.errors import ValidationError
-from jaxllm.models.decoder import Params
+from jaxllm.models.decoder import Layers, Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.weights import loader
@@ -165,7 +165,7 @@ def test_a_tensor_that_a_layer_has_no_use_for_is_refused(tmp_path: Path):
 def test_fewer_layers_than_the_checkpoint_has_may_be_taken(tmp_path: Path):
     derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     params = load(write(tmp_path, weights() | derived, num_hidden_layers=2))
-    assert params.layers.qkv.shape == (2, HEADS + 2 * KV, 16)
+    assert isinstance(params.layers, Layers) and params.layers.qkv.shape == (2, HEADS + 2 * KV, 16)
 
 
 def test_tied_embeddings_leave_a_stored_head_alone(tmp_path: Path):
@@ -209,9 +209,10 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit():
 def test_a_slice_reads_only_the_rows_in_it():
     tensors = weights()
     reader = CountingReader(tensors)
-    source = decoder_sources(model_config(CONFIG)).layers.qkv
+    layers = decoder_sources(model_config(CONFIG)).layers
+    assert isinstance(layers, Layers)
     index = (slice(1, 3), slice(12, 20), slice(4, 8))
-    part = loader._read(reader, source, index, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+    part = loader._read(reader, layers.qkv, index, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(part, by_hand(tensors)["qkv"][index])
     read = {name: rows for name, rows in reader.rows.items() if rows}
     prefix = "model.layers.{}.self_attn.{}_proj.weight"
@@ -241,6 +242,7 @@ def test_dummy_weights_need_only_a_config(tmp_path: Path, monkeypatch: pytest.Mo
 def test_dummy_norms_of_gemma_change_nothing():
     gemma = {**CONFIG, "architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "sliding_window": 8}
     params = loader.dummy(decoder_sources(model_config(gemma)), jnp.dtype(jnp.bfloat16), DEVICE)
+    assert isinstance(params.layers, Layers)
     assert not np.asarray(params.layers.post_mlp_norm).any() and not np.asarray(params.norm).any()
 
 
