@@ -1,10 +1,10 @@
 """The null model: everything of the engine but the model, for measuring the host (``load_format="null"``).
 
-Tokenizer, scheduler, block manager, detokenizer and outputs are the real ones and do their full work. A step computes
-nothing: it answers at once, with one ordinary token of the vocabulary after the other. What is generated is
-meaningless, and so is everything that a model would have decided: log-probabilities are 0, sampling parameters that
-change the distribution change nothing. Tokens never end a request by themselves; its length, its stop strings and its
-stop token ids do.
+Tokenizer, scheduler, block manager, packing, detokenizer and outputs are the real ones and do their full work. A step
+is packed into the buffer that the device would get, and computes nothing: it answers at once, in an array like the
+device's, with one ordinary token of the vocabulary after the other. What is generated is meaningless, and so is
+everything that a model would have decided: log-probabilities are 0, sampling parameters that change the distribution
+change nothing. Tokens never end a request by themselves; its length, its stop strings and its stop token ids do.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from jaxllm.errors import ValidationError
-from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compiled_plan import make_programs
 from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.plan import blocks_of_one, memory_plan
+from jaxllm.runner.programs import Programs
+from jaxllm.runner.rows import PackedStep, RowTable
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:
@@ -39,53 +42,19 @@ _NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 class NullStep:
     """A step that was over when it was launched (`interface.StepFuture`)."""
 
-    def __init__(self, output: StepOutput):
-        self._output = output
+    def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int, num_entries: int, num_scored: int):
+        self._packed, self._sampled, self._num_logprobs = packed, sampled, num_logprobs
+        self._num_entries, self._num_scored = num_entries, num_scored
 
     def result(self) -> StepOutput:
-        return self._output
-
-
-class NullRunner:
-    """No device and no weights (`interface.ModelRunner`).
-
-    Args:
-        token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
-        num_logprobs: alternatives in the log-probabilities of a step; all of them are 0.
-    """
-
-    def __init__(self, token_ids: Sequence[int], num_logprobs: int):
-        self._token_ids = tuple(token_ids)
-        self._num_logprobs = num_logprobs
-        self._rows_with_logprobs: set[int] = set()
-
-    def execute(self, scheduled: SchedulerOutput) -> NullStep:
-        return self.sample(self.forward(scheduled), {})
-
-    def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
-        for request in scheduled.admitted:
-            if request.params.num_logprobs is None:
-                self._rows_with_logprobs.discard(request.row)
-            else:
-                self._rows_with_logprobs.add(request.row)
-        return scheduled
-
-    def sample(self, launched: SchedulerOutput, masks: Mapping[int, np.ndarray]) -> NullStep:
-        """A row with a mask gets its first allowed token."""
-        scheduled = launched
-        cycle, period = self._token_ids, len(self._token_ids)
-        entries = zip(scheduled.starts, scheduled.counts, scheduled.samples, strict=True)
-        sampled = [cycle[(start + count) % period] if sample else -1 for start, count, sample in entries]
-        for entry, row in enumerate(scheduled.rows):
-            if row in masks and scheduled.samples[entry]:
-                allowed = np.flatnonzero(np.unpackbits(masks[row].view(np.uint8), bitorder="little"))
-                sampled[entry] = int(allowed[0]) if len(allowed) else -1
-        logprobs = None
-        if self._rows_with_logprobs and not self._rows_with_logprobs.isdisjoint(scheduled.rows):
-            logprobs = self._logprobs(len(sampled))
-        scored = sum(scheduled.scored)
-        prompt_logprobs = self._logprobs(scored) if scored else None
-        return NullStep(StepOutput(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs))
+        entries = self._packed.sampled_entries
+        ids = np.full(self._num_entries, -1, np.int32)
+        ids[entries] = self._sampled[: len(entries)]
+        return StepOutput(
+            token_ids=ids.tolist(),
+            logprobs=self._logprobs(self._num_entries) if self._packed.want_logprobs else None,
+            prompt_logprobs=self._logprobs(self._num_scored) if self._num_scored else None,
+        )
 
     def _logprobs(self, count: int) -> LogprobArrays:
         shape = count, self._num_logprobs
@@ -97,8 +66,47 @@ class NullRunner:
             chosen=np.broadcast_to(np.float32(0), (count, MAX_LOGPROB_TOKEN_IDS)),
         )
 
+
+class NullRunner:
+    """No device and no weights (`interface.ModelRunner`).
+
+    Args:
+        token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
+        programs: whose shapes steps are packed into; none of them is compiled.
+        table_width: blocks of the longest request.
+    """
+
+    def __init__(self, token_ids: Sequence[int], programs: Programs, table_width: int):
+        self._cycle = np.asarray(token_ids, np.int32)
+        self._programs = programs
+        self._buckets = tuple(programs.packings)
+        config = programs.config
+        self._num_logprobs = config.num_logprobs
+        self._rows = RowTable(programs.max_num_seqs, len(config.groups), table_width, config, programs.sample_packing)
+
+    def execute(self, scheduled: SchedulerOutput) -> NullStep:
+        return self.sample(self.forward(scheduled), {})
+
+    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, SchedulerOutput, int]:
+        for request in scheduled.admitted:
+            self._rows.admit(request)
+        for row, group, start, blocks in scheduled.new_blocks:
+            self._rows.append_blocks(row, group, start, blocks)
+        packing = self._programs.packings[self.bucket(scheduled.num_tokens, len(scheduled.rows))]
+        return self._rows.pack(scheduled, packing), scheduled, packing.size
+
+    def sample(self, launched: tuple[PackedStep, SchedulerOutput, int], masks: Mapping[int, np.ndarray]) -> NullStep:
+        """A row with a mask gets its first allowed token."""
+        packed, scheduled, size = launched
+        positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
+        sampled = self._cycle[positions % len(self._cycle)]
+        for row, mask in masks.items():
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            sampled[packed.masked[row]] = allowed[0] if len(allowed) else -1
+        return NullStep(packed, sampled, self._num_logprobs, len(scheduled.rows), sum(scheduled.scored))
+
     def reset(self) -> None:
-        self._rows_with_logprobs.clear()
+        """Nothing outlives a step but what the rows are admitted with."""
 
     @property
     def params(self) -> NoReturn:
@@ -110,8 +118,8 @@ class NullRunner:
         raise ValidationError(_NO_WEIGHTS)
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
-        """The size itself: nothing is compiled, so nothing is padded."""
-        return Bucket(num_tokens, num_seqs)
+        """The one that a step of this size would run in."""
+        return pick_bucket(self._buckets, num_tokens, num_seqs)
 
     def free_cache(self) -> None:
         """There is none."""
@@ -123,7 +131,7 @@ class NullRunner:
         """There are none."""
 
     def shutdown(self) -> None:
-        self.reset()
+        """There is nothing to free."""
 
 
 def ordinary_tokens(
@@ -178,4 +186,6 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
     plan = dataclasses.replace(
         memory_plan(config, num_blocks, 0), device="no device (null model)", kv_cache_limit=None, **nothing
     )
-    return NullRunner(token_ids, config.num_logprobs), plan
+    programs = make_programs(config, config.params(), num_blocks)
+    assert isinstance(programs, Programs)
+    return NullRunner(token_ids, programs, config.table_width), plan

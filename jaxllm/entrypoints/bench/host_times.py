@@ -1,0 +1,128 @@
+"""Where the host's time goes, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.runner.step_observer import StepObserver
+
+if TYPE_CHECKING:
+    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.runner.interface import SchedulerOutput
+
+#: what a turn of the engine consists of, in the order of the report
+PARTS = ("schedule", "pack", "launch", "read", "update", "output")
+
+
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """One turn of the engine that launched a step and read one. Seconds."""
+
+    num_tokens: int = 0
+    num_seqs: int = 0
+    schedule: float = 0.0
+    #: rows and tokens into the device's buffer
+    pack: float = 0.0
+    #: upload and launch, and what a runner does about admissions and new blocks
+    launch: float = 0.0
+    #: from the device's answer being there to token ids as a list
+    read: float = 0.0
+    #: tokens appended, stops checked, blocks registered and freed
+    update: float = 0.0
+    #: text made, outputs built, metrics counted
+    output: float = 0.0
+    #: not the host's: it had nothing to do but wait for the device
+    wait: float = 0.0
+    #: from the ids of a step being known to the next launch being done
+    critical: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.schedule + self.pack + self.launch + self.read + self.update + self.output
+
+
+class HostTimes(StepObserver):
+    """Times the parts of every turn. The runner's `pack`, and the wait for a device, it is told of (`timed`)."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.turns: list[Turn] = []
+        self._clock = clock
+        self._turn = Turn()
+        self._last = self._ended = clock()
+        #: when the last step's ids were known, moved on by the time between turns; None: its launch has come
+        self._known: float | None = None
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time counts as `part` of the turn in which it is called, and not as the one around it."""
+
+        def call(*args: Any) -> Any:
+            before = self._clock()
+            result = function(*args)
+            spent = self._clock() - before
+            setattr(self._turn, part, getattr(self._turn, part) + spent)
+            self._last += spent
+            return result
+
+        return call
+
+    def _lap(self, part: str) -> None:
+        now = self._clock()
+        setattr(self._turn, part, getattr(self._turn, part) + now - self._last)
+        self._last = now
+
+    def turn_begins(self) -> None:
+        self._turn = Turn()
+        self._last = self._clock()
+        if self._known is not None:
+            self._known += self._last - self._ended
+
+    def scheduled(self, step: SchedulerOutput) -> None:
+        self._lap("schedule")
+        self._turn.num_tokens, self._turn.num_seqs = step.num_tokens, len(step.rows)
+        self._last = self._clock()
+
+    def launched(self, step: SchedulerOutput) -> None:
+        self._lap("launch")
+        if self._known is not None:
+            self._turn.critical = self._last - self._known
+            self._known = None
+
+    def read_begins(self, step: SchedulerOutput) -> None:
+        self._last = self._clock()
+
+    def read(self, step: SchedulerOutput) -> None:
+        self._lap("read")
+        self._known = self._last
+
+    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+        self._lap("update")
+
+    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+        self._lap("output")
+
+    def turn_ends(self) -> None:
+        turn = self._turn
+        self._ended = self._clock()
+        if turn.read and turn.launch and turn.critical:
+            self.turns.append(turn)
+
+
+def summary(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total" and "critical path" too."""
+    names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical", "wait": "wait"}
+    return {name: numbers([1e3 * getattr(turn, field) for turn in turns]) for name, field in names.items()}
+
+
+def numbers(values: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile (nearest rank), minimum and mean."""
+    ranked = sorted(values)
+    return {
+        "p50": statistics.median(ranked),
+        "p99": ranked[-(-99 * len(ranked) // 100) - 1],
+        "min": ranked[0],
+        "mean": statistics.fmean(ranked),
+    }
