@@ -67,6 +67,9 @@ def _step(step: StepRecord, zero: float) -> list[dict[str, Any]]:
         _slice("launch", decided, decided + step.launch_time, _ENGINE, _HOST, zero, {"step": step.step}),
         _slice("wait", step.read_start, waited, _ENGINE, _HOST, zero, {"step": step.step}),
         _slice("update", waited, waited + step.update_time, _ENGINE, _HOST, zero, {"step": step.step}),
+        _slice(
+            "output", step.output_start, step.output_start + step.output_time, _ENGINE, _HOST, zero, {"step": step.step}
+        ),
         _slice(title, step.device_start, step.device_start + step.device_time, _ENGINE, _DEVICE, zero, what),
     ]
     counters = {

@@ -1,4 +1,8 @@
-"""The host loop: schedule, launch, read, update; one step launched before the last one is read."""
+"""The host loop: schedule, launch, read, update; one step launched before the last one is read.
+
+Between a step's ids being known and the next launch lies only what that launch needs. Texts and outputs are made when
+it is done, while the device works.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.metrics import EngineMetrics, Metric
     from jaxllm.engine.token_constraints import TokenConstraints
     from jaxllm.outputs import RequestOutput
-    from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture
+    from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture, StepOutput
     from jaxllm.runner.step_observer import StepObserver
 
 
@@ -57,6 +61,10 @@ class EngineCore:
         #: what `sleep` has put away
         self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
+        #: the step that was read last, while its outputs have not been made
+        self._unprocessed: tuple[SchedulerOutput, StepOutput, list[RequestUpdate]] | None = None
+        #: outputs that had to be made outside of a turn; the next one returns them
+        self._undelivered: list[RequestOutput] = []
         #: who is told of each step; replaced as a whole, since any thread may do so
         self._observers: tuple[StepObserver, ...] = ()
         self._observers_lock = threading.Lock()
@@ -64,6 +72,9 @@ class EngineCore:
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
         self.check_awake()
+        if request.request_id in self._outputs:
+            # it may have ended, but nobody has been told so
+            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         if request.pools != self._pools:
             kind, runner = ("generative", "generate") if self._pools else ("pooling", "pooling")
             raise ValidationError(
@@ -84,6 +95,7 @@ class EngineCore:
         """End requests and return what there is of them; what they hold is free for the next step. Unknown ids are
         passed over.
         """
+        self._undelivered += self._process()
         outputs = []
         for request in self.scheduler.abort(request_ids):
             self._metrics.record_finished(request)
@@ -94,10 +106,13 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or self._unprocessed is not None or bool(self._undelivered)
 
     def step(self) -> list[RequestOutput]:
-        """Launch what can be launched, then read the oldest step that nothing else waits for.
+        """Launch a step and make the outputs of the last one read; or, when enough are launched or there is nothing to
+        launch, read the oldest.
+
+        So whoever calls may add requests after every read, before the next step is decided.
 
         An error of the device or of a model ends every request, since the cache's contents are lost with the failed
         step, and leaves the engine usable; it is raised to the caller.
@@ -106,23 +121,31 @@ class EngineCore:
         try:
             for observer in self._observers:
                 observer.turn_begins()
-            outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
-            scheduled = self.scheduler.schedule()
-            for observer in self._observers:
-                observer.scheduled(scheduled)
-            if scheduled.rows:
-                outputs += self._launch(scheduled)
-            filling = scheduled.rows and len(self._in_flight) < self._depth
-            if self._in_flight and not filling:
-                outputs += self._read()
-            elif not outputs and not scheduled.rows and self._constraints is not None:
-                self._constraints.wait()
+            outputs, self._undelivered = self._undelivered, []
+            if self._constraints is not None:
+                outputs += self._fail(self._constraints.failed())
+            launched = len(self._in_flight) < self._depth and self._schedule(outputs)
+            outputs += self._process()
+            if not launched and not outputs:
+                if self._in_flight:
+                    outputs += self._read()
+                elif self._constraints is not None:
+                    self._constraints.wait()
             for observer in self._observers:
                 observer.turn_ends()
             return outputs
         except BaseException:
             self._recover()
             raise
+
+    def _schedule(self, outputs: list[RequestOutput]) -> bool:
+        """Schedule and launch a step; returns whether there was anything to launch."""
+        scheduled = self.scheduler.schedule()
+        for observer in self._observers:
+            observer.scheduled(scheduled)
+        if scheduled.rows:
+            outputs += self._launch(scheduled)
+        return bool(scheduled.rows)
 
     def _launch(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
         """Launch a step; returns what had to be read for it."""
@@ -149,6 +172,8 @@ class EngineCore:
             observer.launched(scheduled)
 
     def _read(self) -> list[RequestOutput]:
+        """Take in the oldest step that is launched; returns the outputs that cannot wait for the next launch."""
+        outputs = self._process()
         scheduled, future = self._in_flight.popleft()
         for observer in self._observers:
             observer.read_begins(scheduled)
@@ -156,30 +181,47 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
-        self._outputs.take(scheduled, output)
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             for request in complete:
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+        self._unprocessed = scheduled, output, updates
+        for observer in self._observers:
+            observer.updated(scheduled, updates)
+        if self._outputs.may_stop:
+            # a request that ends now needs no further step
+            outputs += self._process()
+        return outputs
+
+    def _process(self) -> list[RequestOutput]:
+        """The outputs of the step that was read last."""
+        if self._unprocessed is None:
+            return []
+        (scheduled, output, updates), self._unprocessed = self._unprocessed, None
+        self._outputs.take(scheduled, output)
         outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
-            observer.updated(scheduled, updates)
+            observer.processed(scheduled, updates)
         return outputs
 
     def _fail(self, requests: list[Request]) -> list[RequestOutput]:
         """End requests whose `error` says why, outside of any step."""
+        if not requests:
+            return []
+        before = self._process()
         for request in requests:
             self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             self._metrics.record_finished(request)
         updates = [RequestUpdate(request, [], -1, True) for request in requests]
         outputs: list[Any] = self._outputs.process(updates, None, self.scheduler)
-        return outputs
+        return before + outputs
 
     def _recover(self) -> None:
         self._in_flight.clear()
+        self._unprocessed, self._undelivered = None, []
         for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
             self._metrics.record_finished(request)
         self._outputs.clear()
@@ -190,10 +232,11 @@ class EngineCore:
 
     def drain(self) -> list[RequestOutput]:
         """Read what is in flight and return its outputs, of requests that still live. Fails as `step` does."""
-        outputs = []
+        outputs, self._undelivered = self._undelivered, []
         try:
             while self._in_flight:
                 outputs += self._read()
+            outputs += self._process()
         except BaseException:
             self._recover()
             raise
@@ -271,6 +314,7 @@ class EngineCore:
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""
         self._in_flight.clear()
+        self._unprocessed, self._undelivered = None, []
         self.scheduler.finish_all(RequestStatus.FINISHED_ABORTED)
         self._outputs.clear()
         if self._constraints is not None:

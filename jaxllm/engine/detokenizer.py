@@ -56,6 +56,11 @@ class Detokenizer:
         self.text = self.text[: end if self._include_stop else end - len(stop)]
         return stop
 
+    def extend(self, token_ids: list[int]) -> None:
+        """Take more tokens, and look for no stop string."""
+        piece = self._piece if self._specials else self._decoded
+        self.text += "".join([text for token_id in token_ids if (text := piece(token_id))])
+
     def _find_stop(self, before: int) -> tuple[int, str] | None:
         """The stop string that ends first in the text behind `before`; of those that end together the longest."""
         best = None

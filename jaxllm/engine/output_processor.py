@@ -38,23 +38,36 @@ class OutputState:
         self.detokenizer = None
         if request.params.detokenize and backend is not None:
             self.detokenizer = Detokenizer(backend, request.prompt_token_ids, request.params)
+        #: every token has to be looked at when it comes; else text is made when it is delivered
+        self.finds_stops = self.detokenizer is not None and bool(request.params.stop)
         self.logprobs = RequestLogprobs(
             request.params, request.prompt_token_ids, texts if request.params.detokenize else None
         )
         self._prompt_logprobs_delivered = False
-        self._delivered_tokens = 0
+        self._delivered_tokens = self._decoded_tokens = 0
 
     def append(self, token_id: int, arrays: LogprobArrays | None, index: int) -> str | None:
         """Take one token; returns the stop string that it completes."""
         if arrays is not None:
             self.logprobs.append(arrays, index, self.request.all_token_ids)
-        if self.detokenizer is None:
-            return None
         request = self.request
-        stopped_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
-        if stopped_by_token and not request.params.include_stop_str_in_output:
-            return None  # an end token is not part of the text
+        if self.detokenizer is None or not self.finds_stops or self._ends_with(token_id):
+            return None
         return self.detokenizer.append(token_id, find_stop=request.num_output_tokens >= request.params.min_tokens)
+
+    def _ends_with(self, token_id: int) -> bool:
+        """Whether it is an end token, and so no part of the text."""
+        request = self.request
+        stopped = request.finish_reason == "stop" and token_id in request.stop_token_ids
+        return stopped and not request.params.include_stop_str_in_output
+
+    def _decode(self, detokenizer: Detokenizer, tokens: list[int]) -> None:
+        """Make the text of what has come since the last time."""
+        new = tokens[self._decoded_tokens :]
+        self._decoded_tokens = len(tokens)
+        if new and self._ends_with(new[-1]):
+            new.pop()
+        detokenizer.extend(new)
 
     def output(self) -> RequestOutput | None:
         """What to deliver now; None when there is nothing new of the kind that was asked for."""
@@ -67,6 +80,8 @@ class OutputState:
             return None
         tokens, logprobs, prompt_logprobs = request.output_token_ids, self.logprobs.sample, self.logprobs.prompt
         self._delivered_tokens = len(tokens)
+        if self.detokenizer is not None and not self.finds_stops:
+            self._decode(self.detokenizer, tokens)
         text = ""
         if self.kind is RequestOutputKind.DELTA:
             text = self.detokenizer.delta(finished) if self.detokenizer else ""
@@ -125,19 +140,34 @@ class OutputProcessor:
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._stream_interval = stream_interval
         self._states: dict[str, OutputState] = {}
+        #: requests with stop strings
+        self._num_stops = 0
 
     def add(self, request: Request, text: str | None) -> None:
-        self._states[request.request_id] = OutputState(
-            request, text, self._tokenizer, self._texts, self._stream_interval
-        )
+        state = OutputState(request, text, self._tokenizer, self._texts, self._stream_interval)
+        self._states[request.request_id] = state
+        self._num_stops += state.finds_stops
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether the last output of a request with this id is still to come."""
+        return request_id in self._states
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a text may end its request."""
+        return self._num_stops > 0
 
     def end(self, request: Request) -> RequestOutput | None:
         """The last output of a request that was ended from outside."""
         state = self._states.pop(request.request_id, None)
-        return None if state is None else state.output()
+        if state is None:
+            return None
+        self._num_stops -= state.finds_stops
+        return state.output()
 
     def clear(self) -> None:
         self._states.clear()
+        self._num_stops = 0
 
     def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
         """Take what a step found about prompts, of the requests that still live."""
@@ -158,17 +188,19 @@ class OutputProcessor:
             state = self._states.get(request.request_id)
             if state is None:
                 continue
-            for token_id in token_ids:
-                stop = state.append(token_id, logprobs, index)
-                if stop is not None:
-                    if request.is_finished:
-                        # the token that fills the length may also complete a stop string, which says more
-                        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
-                    else:
-                        scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
+            if logprobs is not None or state.finds_stops:
+                for token_id in token_ids:
+                    stop = state.append(token_id, logprobs, index)
+                    if stop is not None:
+                        if request.is_finished:
+                            # the token that fills the length may also complete a stop string, which says more
+                            request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
+                        else:
+                            scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
             output = state.output()
             if request.is_finished:
                 del self._states[request.request_id]
+                self._num_stops -= state.finds_stops
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -45,8 +45,12 @@ class StepRecord:
     read_start: float
     #: how long it waited
     wait_time: float
-    #: tokens appended, stops checked, text made, blocks freed
+    #: tokens appended, stops checked, blocks freed: what the next launch has to wait for
     update_time: float
+    #: when the host began with the step's outputs, mostly behind the next launch
+    output_start: float
+    #: text made, outputs built
+    output_time: float
     #: when the device began with it, at the earliest: at its launch, or when the step before was done
     device_start: float
     #: from `device_start` until the host had the result. Never overlaps the step before. It is exact while the host
@@ -60,7 +64,7 @@ class StepRecord:
     @property
     def host_time(self) -> float:
         """Seconds in which the host worked for the step; it did not wait in them."""
-        return self.schedule_time + self.launch_time + self.update_time
+        return self.schedule_time + self.launch_time + self.update_time + self.output_time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

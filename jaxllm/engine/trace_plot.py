@@ -74,7 +74,7 @@ def _cache(panel: Axes, edges: np.ndarray, steps: dict[str, np.ndarray]) -> None
 
 
 def _times(panel: Axes, edges: np.ndarray, steps: dict[str, np.ndarray]) -> None:
-    host = 1e3 * (steps["schedule_time"] + steps["launch_time"] + steps["update_time"])
+    host = 1e3 * sum(steps[f"{part}_time"] for part in ("schedule", "launch", "update", "output"))
     panel.stairs(1e3 * steps["device_time"], edges, baseline=None, color=_DEVICE, label="device")
     panel.stairs(host, edges, baseline=None, color=_HOST, label="host")
 

@@ -48,6 +48,8 @@ class TraceRecorder(StepObserver):
         #: when the turn began; None outside of one, or when the trace was not yet on
         self._turn: float | None = None
         self._decided = self._device_free = self._read_start = self._read_end = 0.0
+        #: the last moment that is known of the current turn, or of the last one
+        self._last = 0.0
         #: what is known so far of the steps that are launched
         self._launched: dict[int, dict[str, Any]] = {}
         self._requests: dict[str, _Seen] = {}
@@ -92,8 +94,9 @@ class TraceRecorder(StepObserver):
         }
 
     def launched(self, step: SchedulerOutput) -> None:
+        self._last = self._now()
         if entry := self._launched.get(step.step):
-            entry["launch_time"] = self._now() - self._decided
+            entry["launch_time"] = self._last - self._decided
 
     def read_begins(self, step: SchedulerOutput) -> None:
         self._read_start = self._now()
@@ -102,19 +105,23 @@ class TraceRecorder(StepObserver):
         self._read_end = self._now()
 
     def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
-        entry = self._launched.pop(step.step, None)
-        if entry is not None:
+        self._last = self._now()
+        if entry := self._launched.get(step.step):
             device_start = max(entry["start"] + entry["schedule_time"], self._device_free)
-            record = StepRecord(
-                **entry,
-                read_start=self._read_start,
-                wait_time=self._read_end - self._read_start,
-                update_time=self._now() - self._read_end,
-                device_start=device_start,
-                device_time=self._read_end - device_start,
-            )
-            self.trace.steps.append(record)
+            entry |= {
+                "read_start": self._read_start,
+                "wait_time": self._read_end - self._read_start,
+                "update_time": self._last - self._read_end,
+                "device_start": device_start,
+                "device_time": self._read_end - device_start,
+            }
         self._device_free = self._read_end
+
+    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+        now = self._now()
+        if entry := self._launched.pop(step.step, None):
+            self.trace.steps.append(StepRecord(**entry, output_start=self._last, output_time=now - self._last))
+        self._last = now
         for update in updates:
             if update.request.is_finished:
                 self._end(update.request.request_id)

@@ -63,6 +63,9 @@ class Profile(StepObserver):
             self._enter(f"launch {step.num_tokens} tokens x {len(step.rows)} seqs")
 
     def launched(self, step: SchedulerOutput) -> None:
+        self._enter("outputs")
+
+    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
         self._phase.close()
 
     def read_begins(self, step: SchedulerOutput) -> None:
@@ -75,6 +78,7 @@ class Profile(StepObserver):
         self._phase.close()
 
     def turn_ends(self) -> None:
+        self._phase.close()
         self._turn.close()
 
     def failed(self) -> None:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 class StepObserver:
     """Is told how each step gets on, by the thread that drives the engine; does nothing by itself.
 
-    One turn of the engine calls, in this order: `turn_begins`, `scheduled`; `launched` unless there is nothing to
-    launch; `read_begins`, `read` and `updated` of an earlier or the same step unless the turn only fills the queue;
-    `turn_ends`. When the remaining steps are drained, `read_begins`, `read` and `updated` come without a turn around
-    them. An observer does not raise.
+    A turn of the engine is what lies between `turn_begins` and `turn_ends`: `scheduled`, unless enough steps are
+    launched; `launched`, unless there is nothing to launch; `processed` of a step that was read before; `read_begins`,
+    `read` and `updated` of the oldest step, if none was launched. `processed` of a step follows its `updated`, in the
+    same turn or the next one. When the remaining steps are drained, or a request is aborted, these come without a turn
+    around them. An observer does not raise.
     """
 
     def turn_begins(self) -> None:
@@ -36,7 +37,10 @@ class StepObserver:
         """Its sampled tokens are on the host."""
 
     def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
-        """They belong to their requests now, and stop strings have been looked for."""
+        """They belong to their requests now."""
+
+    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+        """Text and outputs of an updated step are made, and stop strings have been looked for."""
 
     def turn_ends(self) -> None:
         """The outputs go to the callers."""

@@ -19,8 +19,8 @@ PARTS = ("schedule", "pack", "launch", "read", "update", "output")
 
 
 @dataclasses.dataclass(slots=True)
-class Turn:
-    """One turn of the engine that launched a step and read one. Seconds."""
+class Cycle:
+    """From one read to the next, with one launch in between. Seconds."""
 
     num_tokens: int = 0
     num_seqs: int = 0
@@ -46,24 +46,24 @@ class Turn:
 
 
 class HostTimes(StepObserver):
-    """Times the parts of every turn. The runner's `pack`, and the wait for a device, it is told of (`timed`)."""
+    """Times the parts of every cycle. The runner's `pack`, and the wait for a device, it is told of (`timed`)."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.turns: list[Turn] = []
+        self.cycles: list[Cycle] = []
         self._clock = clock
-        self._turn = Turn()
+        self._cycle = Cycle()
         self._last = self._ended = clock()
-        #: when the last step's ids were known, moved on by the time between turns; None: its launch has come
+        #: when the last step's ids were known, moved on by the time between turns; None: the next launch has come
         self._known: float | None = None
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time counts as `part` of the turn in which it is called, and not as the one around it."""
+        """`function`, whose time counts as `part` of the cycle in which it is called, and not as the one around it."""
 
         def call(*args: Any) -> Any:
             before = self._clock()
             result = function(*args)
             spent = self._clock() - before
-            setattr(self._turn, part, getattr(self._turn, part) + spent)
+            setattr(self._cycle, part, getattr(self._cycle, part) + spent)
             self._last += spent
             return result
 
@@ -71,27 +71,29 @@ class HostTimes(StepObserver):
 
     def _lap(self, part: str) -> None:
         now = self._clock()
-        setattr(self._turn, part, getattr(self._turn, part) + now - self._last)
+        setattr(self._cycle, part, getattr(self._cycle, part) + now - self._last)
         self._last = now
 
     def turn_begins(self) -> None:
-        self._turn = Turn()
         self._last = self._clock()
         if self._known is not None:
             self._known += self._last - self._ended
 
     def scheduled(self, step: SchedulerOutput) -> None:
         self._lap("schedule")
-        self._turn.num_tokens, self._turn.num_seqs = step.num_tokens, len(step.rows)
+        self._cycle.num_tokens, self._cycle.num_seqs = step.num_tokens, len(step.rows)
         self._last = self._clock()
 
     def launched(self, step: SchedulerOutput) -> None:
         self._lap("launch")
         if self._known is not None:
-            self._turn.critical = self._last - self._known
+            self._cycle.critical = self._last - self._known
             self._known = None
 
     def read_begins(self, step: SchedulerOutput) -> None:
+        if self._cycle.read and self._cycle.critical:
+            self.cycles.append(self._cycle)
+        self._cycle = Cycle()
         self._last = self._clock()
 
     def read(self, step: SchedulerOutput) -> None:
@@ -105,16 +107,13 @@ class HostTimes(StepObserver):
         self._lap("output")
 
     def turn_ends(self) -> None:
-        turn = self._turn
         self._ended = self._clock()
-        if turn.read and turn.launch and turn.critical:
-            self.turns.append(turn)
 
 
-def summary(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
     """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total" and "critical path" too."""
     names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical", "wait": "wait"}
-    return {name: numbers([1e3 * getattr(turn, field) for turn in turns]) for name, field in names.items()}
+    return {name: numbers([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}
 
 
 def numbers(values: Sequence[float]) -> dict[str, float]:
