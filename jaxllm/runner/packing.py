@@ -7,7 +7,7 @@ travel as their bits. `Packing` knows the offsets of the fields, on the host and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,6 +25,25 @@ FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
 
+class Views(dict[str, np.ndarray]):
+    """Views into a host buffer, made when they are first asked for: most steps set few of the fields."""
+
+    def __init__(self, buffer: np.ndarray, fields: Mapping[str, tuple[int, tuple[int, ...]]]):
+        super().__init__()
+        self._buffer, self._fields = buffer, fields
+
+    def __missing__(self, name: str) -> np.ndarray:
+        offset, shape = self._fields[name]
+        view = self._buffer[offset : offset + math.prod(shape)].reshape(shape)
+        self[name] = view = view.view(np.float32) if name in FLOAT_FIELDS else view
+        return view
+
+    def together(self, names: Sequence[str]) -> np.ndarray:
+        """Fields that follow each other and have one length as rows of one array, int32 [len(names), length]."""
+        offset, (length,) = self._fields[names[0]]
+        return self._buffer[offset : offset + len(names) * length].reshape(len(names), length)
+
+
 class Packing:
     """Named fields of one int32 buffer.
 
@@ -40,13 +59,9 @@ class Packing:
             self._fields[name] = (self.size, shape)
             self.size += math.prod(shape)
 
-    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """A view for each field of a host buffer int32 [size]."""
-        views = {}
-        for name, (offset, shape) in self._fields.items():
-            view = buffer[offset : offset + math.prod(shape)].reshape(shape)
-            views[name] = view.view(np.float32) if name in FLOAT_FIELDS else view
-        return views
+    def views(self, buffer: np.ndarray) -> Views:
+        """The fields of a host buffer int32 [size]."""
+        return Views(buffer, self._fields)
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The fields of a device buffer, inside jit."""

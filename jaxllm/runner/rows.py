@@ -77,7 +77,8 @@ class ForwardRows:
         fields["query_start"][:n] = first
         fields["query_start"][n:] = total
         fields["kv_lens"][:n] = lengths
-        fields["block_tables"][:, :n] = self._tables[:, rows]
+        for tables, packed in zip(self._tables, fields["block_tables"], strict=True):
+            np.take(tables, rows, axis=0, out=packed[:n], mode="clip")
         return order, rows, counts, lengths
 
     def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
@@ -100,8 +101,11 @@ class RowTable(ForwardRows):
         self._has_processors = bool(config.processors)
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
-        self._floats = {name: np.zeros(max_num_seqs, np.float32) for name in FLOATS}
-        self._ints = {name: np.zeros(max_num_seqs, np.int32) for name in INTS}
+        # rows in the buffer's order, so that one gather packs them all
+        self._parameters = np.zeros((len(FLOATS) + len(INTS), max_num_seqs), np.int32)
+        named = dict(zip((*FLOATS, *INTS), self._parameters, strict=True))
+        self._floats = {name: named[name].view(np.float32) for name in FLOATS}
+        self._ints = {name: named[name] for name in INTS}
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
         self._constraints: dict[int, RowConstraints] = {}
@@ -187,11 +191,9 @@ class RowTable(ForwardRows):
         fields["num_samples"][...] = count
         fields["rows"][:count] = rows
         fields["positions"][:count] = positions
-        for name in FLOATS:
-            fields[name][:count] = self._floats[name][rows]
-        for name in INTS:
-            fields[name][:count] = self._ints[name][rows]
-        fields["extra_args"][:count] = self._extra_args[rows]
+        fields.together((*FLOATS, *INTS))[:, :count] = self._parameters[:, rows]
+        if self._extra_defaults:
+            fields["extra_args"][:count] = self._extra_args[rows]
         if packed.full:
             packed.want_logprobs = bool(self._logprobs[rows].any())
             fields["want_logprobs"][...] = packed.want_logprobs

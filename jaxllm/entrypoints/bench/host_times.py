@@ -117,11 +117,12 @@ def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
 
 
 def numbers(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th percentile (nearest rank), minimum and mean."""
+    """Median, 99th and 10th percentile (nearest rank), minimum and mean."""
     ranked = sorted(values)
     return {
         "p50": statistics.median(ranked),
         "p99": ranked[-(-99 * len(ranked) // 100) - 1],
+        "p10": ranked[len(ranked) // 10],
         "min": ranked[0],
         "mean": statistics.fmean(ranked),
     }
