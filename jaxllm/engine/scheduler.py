@@ -170,12 +170,15 @@ class Scheduler:
         running = self.running
         rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
         requests, new_blocks = output.requests, output.new_blocks
+        scored = output.scored
         full: list[Request] = []
         shortage: Shortage | None = None
-        position = 0
-        while position < len(running) and budget > 0:
-            request = running[position]
-            position += 1
+        for request in tuple(running):
+            if budget <= 0:
+                break
+            if request.row < 0:
+                # Preempted for one before it.
+                continue
             num_tokens = len(request.all_token_ids) + request.num_output_placeholders
             if num_tokens >= request.max_total_tokens:
                 # Its last token is sampled already and needs only to be read.
@@ -184,9 +187,9 @@ class Scheduler:
             count = num_tokens - start
             if count > 1:
                 count = min(count, limit, budget)
-            scored = 0
+            num_scored = 0
             if start < request.num_scored_tokens:
-                count, scored = self._limit_scored(output, request, start, count)
+                count, num_scored = self._limit_scored(output, request, start, count)
                 if count == 0:
                     continue
             end = start + count
@@ -195,13 +198,10 @@ class Scheduler:
                 added = self.kv_cache_manager.allocate_slots(request, count)
                 while added is None:
                     if shortage is None:
-                        shortage = Shortage.measure(self.kv_cache_manager, running, position - 1)
+                        shortage = Shortage.measure(self.kv_cache_manager, running, running.index(request))
                     victim = self._choose_victim()
-                    index = running.index(victim)
-                    if index < position:
-                        position -= 1
                     budget += unschedule(output, victim)
-                    self._preempt(victim, index, shortage)
+                    self._preempt(victim, running.index(victim), shortage)
                     if victim is request:
                         break
                     added = self.kv_cache_manager.allocate_slots(request, count)
@@ -214,7 +214,7 @@ class Scheduler:
             starts.append(start)
             counts.append(count)
             samples.append(sample)
-            output.scored.append(scored)
+            scored.append(num_scored)
             requests.append(request)
             request.num_computed_tokens = end
             if sample:
