@@ -1,7 +1,7 @@
 """What the engine counts and measures, under vLLM's names.
 
-Recording is meant for the host loop: one dictionary access per token, the rest per step or per request. Any thread may
-take a snapshot meanwhile.
+Recording is meant for the host loop: little per token, the rest per step or per request. Any thread may take a snapshot
+meanwhile.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ _STEP = (1, *(2**power for power in range(3, 15)))
 
 _COUNTS = (1, 2, 5, 10, 20)
 
+_PREEMPTED = int(RequestStatus.PREEMPTED)
 #: requests that ran to their end; the others' times and lengths say nothing about the model
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_REPETITION)
 
 
 class EngineMetrics:
     """Counters and histograms of one engine, from its start.
-
-    Every request that gets a token has to be recorded as finished, by `record_updates` or by `record_finished`.
 
     Args:
         model_name: the label of all metrics.
@@ -67,8 +66,6 @@ class EngineMetrics:
         self._generation_tokens = 0
         self._finished = {status: 0 for status in RequestStatus if status.is_finished}
         self._rejections: dict[str, int] = {}
-        #: when each request that runs got its last token
-        self._last_token_ts: dict[str, float] = {}
         lengths = one_two_five(max_model_len)
         self._step_tokens = Observations(_STEP)
         self._first_token = Observations(_FIRST_TOKEN)
@@ -97,27 +94,27 @@ class EngineMetrics:
 
         The time between two tokens of a request is that between the steps that brought them.
         """
-        last_token_ts = self._last_token_ts
         # the requests of a step mostly came through the step before as well: few distinct intervals, many requests
         intervals: dict[float, int] = {}
+        num_tokens = 0
         with self._lock:
-            for update in updates:
-                request = update.request
-                if not update.new_token_ids:  # it failed where its token should have come
+            for request, new_token_ids, _, _ in updates:
+                if not new_token_ids:  # it failed where its token should have come
                     self._finish(request)
                     continue
-                self._generation_tokens += len(update.new_token_ids)
-                now = request.last_token_ts
-                before = last_token_ts.get(request.request_id)
-                if before is None:
+                num_tokens += len(new_token_ids)
+                now, before = request.last_token_ts, request.recorded_ts
+                if before:
+                    interval = now - before
+                    intervals[interval] = intervals.get(interval, 0) + 1
+                else:
                     self._prompt_tokens += request.num_prompt_tokens
                     self._prompt_tokens_cached += _num_cached(request)
                     self._first_token.add(now - request.arrival_time)
-                else:
-                    intervals[now - before] = intervals.get(now - before, 0) + 1
-                last_token_ts[request.request_id] = now
-                if request.is_finished:
+                request.recorded_ts = now
+                if request.status > _PREEMPTED:
                     self._finish(request)
+            self._generation_tokens += num_tokens
             for interval, times in intervals.items():
                 self._between_tokens.add(interval, times)
 
@@ -138,7 +135,6 @@ class EngineMetrics:
             self._longest_outputs.add(longest_output)
 
     def _finish(self, request: Request) -> None:
-        self._last_token_ts.pop(request.request_id, None)
         self._finished[request.status] += 1
         if request.status not in _COMPLETED:
             return

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxllm.engine.scheduler import RequestUpdate, Scheduler
     from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
+_PREEMPTED = int(RequestStatus.PREEMPTED)
+
 
 class OutputState:
     """What the caller has been, and will be, told of one request."""
@@ -197,8 +199,11 @@ class OutputProcessor:
                             request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
                         else:
                             scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
+            finished = request.status > _PREEMPTED
+            if not finished and state.kind is RequestOutputKind.FINAL_ONLY:
+                continue
             output = state.output()
-            if request.is_finished:
+            if finished:
                 del self._states[request.request_id]
                 self._num_stops -= state.finds_stops
             if output is not None:

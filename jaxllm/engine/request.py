@@ -98,6 +98,7 @@ class Request:
         "priority",
         "prompt_token_ids",
         "queued_ts",
+        "recorded_ts",
         "register_at",
         "repetition",
         "request_id",
@@ -201,6 +202,8 @@ class Request:
         self.scheduled_ts = 0.0
         self.first_token_ts = 0.0
         self.last_token_ts = 0.0
+        #: `last_token_ts` as the metrics know it
+        self.recorded_ts = 0.0
 
     def fork(self, request_id: str, params: SamplingParams, seed: int) -> Request:
         """The same prompt as another request, a child, that has not begun."""

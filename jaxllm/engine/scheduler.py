@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from jaxllm.runner.interface import StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)
+#: a NamedTuple's own constructor is a Python function, which costs as much as the rest of a token
+_update = tuple.__new__
 NOTHING_ALLOWED = (
     "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
     "leaves no token to generate"
@@ -360,7 +362,7 @@ class Scheduler:
                 if status is not None:
                     finished_running = finished_running or request.row >= 0
                     self._end(request, status, stop_reason)
-            updates.append(RequestUpdate(request, [token_id], index, status is not None))
+            updates.append(_update(RequestUpdate, (request, [token_id], index, status is not None)))
         if finished_running:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
         return updates

@@ -59,6 +59,8 @@ class TokenConstraints:
         self._num_words = -(-vocab_size // 32)
         #: requests whose grammar is being compiled
         self._waiting: dict[str, Request] = {}
+        #: whether any request has ever been restricted: else no step needs looking at
+        self._used = False
 
     def check(self, params: SamplingParams) -> None:
         """Refuse what cannot be honoured, as far as that is quickly found. Raises ValidationError."""
@@ -73,10 +75,12 @@ class TokenConstraints:
         """Take a request that `check` has passed; its grammar is compiled from now on."""
         structured = request.params.structured_outputs
         if isinstance(structured, StructuredOutputsParams) and self._compiler is not None:
+            self._used = True
             request.grammar = self._compiler.compile(structured)
             self._waiting[request.request_id] = request
             self._settle(request)
         elif request.params.thinking_token_budget is not None:
+            self._used = True
             request.matcher = self._thinking(request)
 
     def _settle(self, request: Request) -> bool:
@@ -123,6 +127,8 @@ class TokenConstraints:
 
     def masked_rows(self, scheduled: SchedulerOutput) -> frozenset[int]:
         """Rows of a step that sample under a mask."""
+        if not self._used:
+            return frozenset()
         return frozenset(
             row
             for row, request, sample in zip(scheduled.rows, scheduled.requests, scheduled.samples, strict=True)
@@ -157,7 +163,7 @@ class TokenConstraints:
     def advance(self, updates: Iterable[RequestUpdate]) -> tuple[list[Request], list[Request]]:
         """Take new tokens; returns the requests that must not have got theirs, and those that have nothing to add."""
         lost, complete = [], []
-        for request, token_ids, _, _ in updates:
+        for request, token_ids, _, _ in updates if self._used else ():
             matcher = request.matcher
             if matcher is None:
                 continue
