@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jaxllm
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
-from jaxllm.entrypoints.bench.options import add_tokenizer_bench_options
+from jaxllm.entrypoints.bench.options import add_host_bench_options, add_tokenizer_bench_options
 from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.errors import JaxLLMError
@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_tokenizer_bench_options(tokenizer)
     tokenizer.set_defaults(run=_bench_tokenizer)
+    host = bench.add_parser("host", allow_abbrev=False, help="what a step costs the host, part by part")
+    add_host_bench_options(host)
+    host.set_defaults(run=_bench_host)
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
@@ -129,6 +132,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _bench_tokenizer(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.bench.tokenizer import run
+
+    return run(arguments)
+
+
+def _bench_host(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.host import run
 
     return run(arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from jaxllm.engine.request import Request
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
@@ -33,7 +33,7 @@ class HostWorkload:
     num_prefixes: int = 4
     prefix_tokens: int = 128
     output_tokens: tuple[int, int] = (128, 384)
-    #: None: one output a request, at its end; else what is new, with every step
+    #: every step delivers what is new of a request; else it has one output, at its end
     stream: bool = False
     seed: int = 0
 
@@ -76,12 +76,3 @@ class HostWorkload:
 
     def _tokens(self, draw: random.Random, count: int) -> list[int]:
         return draw.choices(_TOKENS, k=count)
-
-
-def without_hits(concurrency: int) -> HostWorkload:
-    """No prompt has anything in common with another one: what the prefix cache costs where it never helps."""
-    return HostWorkload(concurrency=concurrency, shared_share=0.0)
-
-
-def running(requests: Sequence[Request]) -> int:
-    return sum(not request.is_finished for request in requests)

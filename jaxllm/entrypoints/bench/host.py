@@ -1,0 +1,201 @@
+"""``jaxllm bench host``: what a step costs the host, part by part, by the number of running sequences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+import jaxllm
+from jaxllm.entrypoints.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
+from jaxllm.entrypoints.bench.host_workload import HostWorkload
+from jaxllm.llm import LLM
+
+if TYPE_CHECKING:
+    from jaxllm.runner.interface import StepFuture
+
+CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.thread_time, "wall": time.perf_counter}
+#: a model that computes next to nothing, for launches that are real
+_TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+#: cycles of one engine before it is another's turn
+_ALTERNATE = 20
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time the engine's turns over a null model, or a tiny one; print a table, write the JSON file."""
+    record: dict[str, Any] = {"host": machine(), "options": options(arguments), "sequences": {}}
+    print(describe(arguments))
+    print(f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in COLUMNS))
+    for concurrency in arguments.num_seqs:
+        workload = HostWorkload(concurrency=concurrency, stream=arguments.stream)
+        with _llm(arguments, workload) as llm:
+            driver = Driver(llm, workload, CLOCKS[arguments.clock])
+            driver.warm_up(arguments.warm_up)
+            if arguments.trace and concurrency == max(arguments.num_seqs):
+                with llm.trace() as trace:
+                    cycles = driver.measure(arguments.steps)
+                trace.save_chrome_trace(arguments.trace)
+            else:
+                cycles = driver.measure(arguments.steps)
+            record["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
+        print(row(concurrency, cycles))
+    if arguments.prefix_cache:
+        record["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
+        print(
+            f"prefix cache at a hit rate of 0%, {arguments.prefix_cache} sequences: {cost['ms']:.3f} ms a step, "
+            f"{cost['share_of_host']:.1%} of the host's {cost['host_ms']:.3f} ms, "
+            f"{cost['ms'] / arguments.step_ms:.2%} of a step of {arguments.step_ms:g} ms"
+        )
+    if arguments.output_json:
+        arguments.output_json.write_text(json.dumps(record, indent=2))
+    return 0
+
+
+COLUMNS = ("total", "critical path", *PARTS)
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """What is measured, in a few lines."""
+    launch = "real launches of a tiny model" if arguments.real_launch else "null model, nothing is launched"
+    clock = "processor time of the engine's thread" if arguments.clock == "cpu" else "wall-clock time without waiting"
+    kind = "every token is delivered" if arguments.stream else "one output a request"
+    return (
+        f"{launch}; {clock}, ms: median (99th percentile) of {arguments.steps} steps; {kind}\n"
+        f"{HostWorkload(concurrency=1).describe()}\n"
+        "critical path: from a step's ids being known to the next launch being done"
+    )
+
+
+def row(concurrency: int, cycles: list[Cycle]) -> str:
+    """One line of the table."""
+    found = summary(cycles)
+    tokens = numbers([cycle.num_tokens for cycle in cycles])["p50"]
+    cells = " ".join(f"{found[name]['p50']:7.3f} ({found[name]['p99']:5.2f})" for name in COLUMNS)
+    return f"{concurrency:9} {tokens:6.0f} {mixed(cycles):6.0%} {cells}"
+
+
+def mixed(cycles: list[Cycle]) -> float:
+    """Share of the steps that compute more than one token of some sequence."""
+    return sum(cycle.num_tokens > cycle.num_seqs for cycle in cycles) / len(cycles)
+
+
+def _of(cycles: list[Cycle]) -> dict[str, Any]:
+    tokens = numbers([cycle.num_tokens for cycle in cycles])
+    return {"ms": summary(cycles), "steps": len(cycles), "mixed_share": mixed(cycles), "tokens": tokens}
+
+
+def prefix_cache_cost(arguments: argparse.Namespace, concurrency: int) -> dict[str, float]:
+    """Time two engines in turn, with and without a prefix cache, on prompts that have nothing in common.
+
+    The cost comes in bursts, when blocks are full and prompts are admitted: means are compared, of all but the slowest
+    hundredth of the steps.
+    """
+    workload = HostWorkload(concurrency=concurrency, shared_share=0.0)
+    with _llm(arguments, workload) as cached, _llm(arguments, workload, enable_prefix_caching=False) as plain:
+        drivers = [Driver(llm, workload, CLOCKS[arguments.clock]) for llm in (cached, plain)]
+        for driver in drivers:
+            driver.warm_up(arguments.warm_up)
+        found: list[list[Cycle]] = [[], []]
+        while len(found[0]) < arguments.steps:
+            for driver, cycles in zip(drivers, found, strict=True):
+                cycles += driver.measure(_ALTERNATE)
+    with_cache, without = (_mean([1e3 * cycle.total for cycle in cycles]) for cycles in found)
+    cost = with_cache - without
+    return {"ms": cost, "host_ms": without, "share_of_host": cost / without}
+
+
+def _mean(values: list[float]) -> float:
+    kept = sorted(values)[: -(-99 * len(values) // 100)]
+    return sum(kept) / len(kept)
+
+
+class Driver:
+    """Keeps an engine busy with a workload, and its times."""
+
+    def __init__(self, llm: LLM, workload: HostWorkload, clock: Callable[[], float]):
+        self._core = llm._client.core
+        self._requests = workload.requests()
+        self._concurrency = workload.concurrency
+        self.times = HostTimes(clock)
+        runner: Any = self._core._runner
+        runner._rows.pack = self.times.timed("pack", runner._rows.pack)
+        execute, wait = runner.execute, self.times.timed("wait", _wait)
+        runner.execute = lambda scheduled: _Waited(execute(scheduled), wait)
+        self._core.observe(self.times)
+
+    def measure(self, steps: int) -> list[Cycle]:
+        """Run so many steps; returns their times."""
+        self.times.cycles.clear()
+        while len(self.times.cycles) < steps:
+            while self._core.scheduler.num_unfinished < self._concurrency:
+                self._core.add_request(next(self._requests), None)
+            self._core.step()
+        return list(self.times.cycles)
+
+    def warm_up(self, steps: int) -> None:
+        """Run until everybody runs, and then so many steps."""
+        self.measure(1)
+        while self._core.scheduler.stats().num_waiting:
+            self.measure(1)
+        self.measure(steps)
+
+
+class _Waited:
+    """A launched step whose result is waited for before it is read."""
+
+    def __init__(self, future: StepFuture, wait: Callable[[StepFuture], None]):
+        self._future, self._wait = future, wait
+
+    def result(self) -> Any:
+        self._wait(self._future)
+        return self._future.result()
+
+
+def _wait(future: Any) -> None:
+    sampled = getattr(future, "_sampled", None)
+    jax.block_until_ready(getattr(sampled, "token_ids", None))
+
+
+def _llm(arguments: argparse.Namespace, workload: HostWorkload, *, enable_prefix_caching: bool = True) -> LLM:
+    model: dict[str, Any] = {"load_format": "null"}
+    if arguments.real_launch:
+        model = {"load_format": "dummy", "hf_overrides": _TINY, "dtype": "float32", "device": "cpu"}
+    longest = -(-workload.max_model_len // 16)
+    return LLM(
+        arguments.model,
+        **model,
+        max_num_seqs=workload.concurrency,
+        max_model_len=workload.max_model_len,
+        max_num_batched_tokens=workload.max_num_batched_tokens,
+        # room for all, the long ones among them
+        num_gpu_blocks_override=1 + 2 * longest + workload.concurrency * longest // 4,
+        enable_prefix_caching=enable_prefix_caching,
+        disable_log_stats=True,
+    )
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list, bool))}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "jaxllm": jaxllm.__version__,
+        "jax": jax.__version__,
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "processor": platform.processor(),
+    }
