@@ -7,7 +7,7 @@ travel as their bits. `Packing` knows the offsets of the fields, on the host and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,18 +25,26 @@ FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
 
-class Views(dict[str, np.ndarray]):
+class Views(Mapping[str, np.ndarray]):
     """Views into a host buffer, made when they are first asked for: most steps set few of the fields."""
 
     def __init__(self, buffer: np.ndarray, fields: Mapping[str, tuple[int, tuple[int, ...]]]):
-        super().__init__()
         self._buffer, self._fields = buffer, fields
+        self._views: dict[str, np.ndarray] = {}
 
-    def __missing__(self, name: str) -> np.ndarray:
-        offset, shape = self._fields[name]
-        view = self._buffer[offset : offset + math.prod(shape)].reshape(shape)
-        self[name] = view = view.view(np.float32) if name in FLOAT_FIELDS else view
+    def __getitem__(self, name: str) -> np.ndarray:
+        view = self._views.get(name)
+        if view is None:
+            offset, shape = self._fields[name]
+            view = self._buffer[offset : offset + math.prod(shape)].reshape(shape)
+            self._views[name] = view = view.view(np.float32) if name in FLOAT_FIELDS else view
         return view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
     def together(self, names: Sequence[str]) -> np.ndarray:
         """Fields that follow each other and have one length as rows of one array, int32 [len(names), length]."""

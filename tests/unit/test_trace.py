@@ -146,18 +146,30 @@ class ByHand:
             self.now = 10.0 + now
             getattr(self.recorder, call)(*([step, []] if call == "updated" else [step]))
 
+    def process(self, step: SchedulerOutput, processed: float) -> None:
+        self.now = 10.0 + processed
+        self.recorder.processed(step, [])
+
 
 def test_the_times_of_two_steps_of_which_the_second_waits_for_the_device():
     hand = ByHand()
     first, second = hand.step(0, 0, 3), hand.step(1, 3, 1)
+    third = hand.step(2, 4, 1)
     hand.launch(first, 1.0, 1.25, 2.0)
     hand.launch(second, 2.0, 2.5, 3.0)
     hand.read(first, 3.0, 5.0, 5.5)
+    hand.launch(third, 5.5, 5.625, 5.75)
+    hand.process(first, 6.0)
     hand.read(second, 6.0, 6.5, 6.75)
+    # nothing was launched in between
+    hand.process(second, 7.0)
     one, two = hand.trace.steps
     assert (one.start, one.schedule_time, one.launch_time) == (1.0, 0.25, 0.75)
     assert (one.read_start, one.wait_time, one.update_time) == (3.0, 2.0, 0.5)
-    assert (one.device_start, one.device_time, one.host_time) == (1.25, 3.75, 1.5)
+    # its outputs were made behind the third one's launch
+    assert (one.output_start, one.output_time) == (5.75, 0.25)
+    assert (two.output_start, two.output_time) == (6.75, 0.25)
+    assert (one.device_start, one.device_time, one.host_time) == (1.25, 3.75, 1.75)
     assert (one.num_prefill_tokens, one.num_decode_tokens) == (3, 0)
     assert (one.bucket_tokens, one.bucket_seqs) == (24, 2)
     # launched at 2.5, but the device had the first until 5.0
@@ -169,11 +181,11 @@ def test_a_trace_that_starts_and_stops_between_launch_and_result():
     engine = Traced()
     for name in ("a", "b"):
         engine.add(name, [1, 2, 3], 12)
-    for _ in range(3):
+    while len(engine.steps) < 3:
         engine.core.step()
     before = max(engine.steps)
     trace = engine.trace().start()
-    for _ in range(4):
+    while len(engine.steps) < 8:
         engine.core.step()
     assert trace.stop() is trace
     engine.run()
@@ -192,6 +204,8 @@ def test_a_failed_step_ends_the_requests_of_the_trace():
     with engine.trace() as trace:
         engine.add("a", [1, 2, 3], 12)
         engine.core.step()
+        engine.core.step()
+        # two are launched, so that one is read next
         engine.core.step()
         execute, engine.device.execute = engine.device.execute, lambda step: 1 / 0  # pyright: ignore
         with pytest.raises(ZeroDivisionError):
@@ -275,7 +289,7 @@ def test_the_chrome_trace_keeps_the_formats_rules(preempting: tuple[Traced, Trac
     assert sorted(names.values()) == ["device", "host", *(f"request {name}" for name in PROMPTS)]
     by_name = {name: [what for _, _, what in tracks[track]] for track, name in names.items()}
     assert by_name["device"] == [f"step {step.step}" for step in trace.steps]
-    for phase in ("schedule", "launch", "wait", "update"):
+    for phase in ("schedule", "launch", "wait", "update", "output"):
         assert by_name["host"].count(phase) == len(trace.steps)
     for request in trace.requests:
         found = by_name[f"request {request.request_id}"]
