@@ -106,7 +106,9 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished or self._unprocessed is not None or bool(self._undelivered)
+        """Whether a request runs or waits, or an output is still to be delivered."""
+        unprocessed = self._unprocessed is not None and bool(self._unprocessed[2])
+        return self.scheduler.has_unfinished or unprocessed or bool(self._undelivered)
 
     def step(self) -> list[RequestOutput]:
         """Launch a step and make the outputs of the last one read; or, when enough are launched or there is nothing to

@@ -126,8 +126,8 @@ def test_an_engines_own_counters(caplog: pytest.LogCaptureFixture):
     engine.core.shutdown()
     (line,) = caplog.messages
     # 7 tokens in and 10 out; the clock advances half a second at every look: 6 turns that launch, 6 that read, and with
-    # nothing left to launch two that make the outputs of the last two
-    seconds = 14 - 0.5
+    # nothing left to launch two that make the outputs of the last two; between the last two turns nothing ran
+    seconds = 14 - 2 * 0.5
     assert f"prompt throughput: {7 / seconds:.1f} tokens/s" in line
     assert f"generation throughput: {10 / seconds:.1f} tokens/s" in line
     assert "Running: 0 reqs, Waiting: 0 reqs, GPU KV cache usage: 0.0%, Prefix cache hit rate: 0.0%" in line

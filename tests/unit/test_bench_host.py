@@ -1,0 +1,157 @@
+"""The benchmark of the host: its clocks against times that are given, its workload against what it says of itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+from tiny_model import write_tiny_model
+
+from jaxllm.engine.request import Request
+from jaxllm.entrypoints.bench.host_times import HostTimes, numbers, summary
+from jaxllm.entrypoints.bench.host_workload import HostWorkload
+from jaxllm.entrypoints.cli import main
+from jaxllm.runner.interface import SchedulerOutput
+from jaxllm.sampling_params import SamplingParams
+
+
+def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():
+    now = 0.0
+    times = HostTimes(lambda: now)
+
+    def at(moment: float, call: str, *args: object) -> None:
+        nonlocal now
+        now = moment
+        getattr(times, call)(*args)
+
+    def packing() -> None:
+        nonlocal now
+        now += 0.25
+
+    step = SchedulerOutput(
+        step=0, admitted=[], rows=[0, 1], starts=[0, 5], counts=[3, 1], samples=[True, True], scored=[0, 0],
+        new_blocks=[], requests=[],
+    )  # fmt: skip
+    for first in (0.0, 100.0):
+        at(first + 0, "turn_begins")
+        at(first + 1, "read_begins", step)
+        at(first + 3, "read", step)
+        at(first + 7, "updated", step, [])
+        at(first + 7, "turn_ends")
+        # the caller's time is not the engine's
+        at(first + 50, "turn_begins")
+        at(first + 51, "scheduled", step)
+        times.timed("pack", packing)()
+        at(first + 53.25, "launched", step)
+        at(first + 61.25, "processed", step, [])
+        at(first + 61.25, "turn_ends")
+    at(200, "read_begins", step)
+    assert len(times.cycles) == 2
+    for cycle in times.cycles:
+        parts = (cycle.read, cycle.update, cycle.schedule, cycle.pack, cycle.launch, cycle.output)
+        assert parts == (2.0, 4.0, 1.0, 0.25, 2.0, 8.0)
+        assert cycle.total == 17.25
+        # from 3 to 53.25, less the 43 between the turns
+        assert cycle.critical == 7.25
+        assert (cycle.num_tokens, cycle.num_seqs) == (4, 2)
+    found = summary(times.cycles)
+    assert found["critical path"]["p50"] == 7250.0 and found["update"]["p99"] == 4000.0
+
+
+def test_percentiles_are_values_that_occurred():
+    values = [float(value) for value in range(200, 0, -1)]
+    assert numbers(values) == {"p50": 100.5, "p99": 198.0, "p10": 21.0, "min": 1.0, "mean": 100.5}
+    assert numbers([3.0])["p99"] == 3.0
+
+
+def test_the_workload_is_what_it_says():
+    workload = HostWorkload(concurrency=8)
+    requests = list(itertools.islice(workload.requests(), 320))
+    prompts = [request.prompt_token_ids for request in requests]
+    long = [prompt for prompt in prompts if len(prompt) == workload.long_tokens]
+    assert len(long) == 320 // workload.long_every
+    assert workload.long_tokens > workload.max_num_batched_tokens, "a long prompt comes in chunks"
+    heads = [tuple(prompt[: workload.prefix_tokens]) for prompt in prompts]
+    shared = sum(heads.count(head) > 1 for head in heads)
+    assert 0.35 < shared / len(prompts) < 0.6
+    for request in requests:
+        assert 1 <= request.params.max_tokens <= workload.output_tokens[1]
+        assert len(request.prompt_token_ids) + request.params.max_tokens <= workload.max_model_len
+    again = list(itertools.islice(workload.requests(), 20))
+    assert [r.prompt_token_ids for r in again] == prompts[:20]
+    alone = list(itertools.islice(HostWorkload(concurrency=8, shared_share=0.0).requests(), 320))
+    first = [tuple(request.prompt_token_ids[:16]) for request in alone]
+    assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: bool
+):
+    model = write_tiny_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096, "vocab_size": 4096}))
+    arguments = ["--num-seqs", "1", "3", "--steps", "12", "--warm-up", "2", "--output-json", str(tmp_path / "out.json")]
+    arguments += ["--trace", str(tmp_path / "trace.json")]
+    extra = ["--stream"] if stream else ["--prefix-cache", "2"]
+    assert main(["bench", "host", "--model", str(model), *arguments, *extra]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines if line and line[0].isdigit()] == ["1", "3"]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert set(record["sequences"]) == {"1", "3"} and ("prefix_cache" in record) is not stream
+    for found in record["sequences"].values():
+        ms = {name: numbers["mean"] for name, numbers in found["ms"].items()}
+        parts = sum(ms[name] for name in ("schedule", "pack", "launch", "read", "update", "output"))
+        assert found["steps"] == 12 and ms["total"] == pytest.approx(parts)
+        assert 0 < ms["critical path"] < ms["total"] * 1.5
+        assert all(ms[name] > 0 for name in ("schedule", "pack", "launch", "read", "update"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"schedule", "launch", "output"} <= {event["name"] for event in events}
+
+
+# The order of the engine's work, which the benchmark relies on.
+
+
+def test_outputs_are_made_behind_the_next_launch_and_none_is_lost():
+    engine = FakeEngine()
+    order: list[tuple[str, int]] = []
+    process, execute = engine.core._outputs.process, engine.device.execute
+    engine.core._outputs.process = lambda *args: (order.append(("outputs", 0)), process(*args))[1]
+    engine.device.execute = lambda scheduled: (order.append(("launch", scheduled.step)), execute(scheduled))[1]
+    for name in ("a", "b"):
+        engine.add(name, [1, 2, 3], 8)
+    outputs = engine.run()
+    assert sorted(len(output.outputs[0].token_ids) for output in outputs) == [8, 8]
+    kinds = "".join("L" if kind == "launch" else "o" for kind, _ in order)
+    # two launches fill the queue; then each launch comes before the outputs of the step that was read for it
+    assert kinds.startswith("LLLoLoLo") and kinds.count("L") == 8
+
+
+def test_an_abort_between_read_and_outputs_loses_no_token():
+    engine = FakeEngine()
+    engine.add("a", [1, 2, 3], 20)
+    engine.add("b", [4, 5], 20)
+    while engine.core._unprocessed is None:
+        engine.core.step()
+    (aborted,) = engine.core.abort(["a"])
+    assert len(aborted.outputs[0].token_ids) == 1 and aborted.outputs[0].finish_reason == "abort"
+    first = next(output for output in engine.core.step() if output.request_id == "b")
+    assert len(first.outputs[0].token_ids) == 1
+    (rest,) = engine.run()
+    assert len(rest.outputs[0].token_ids) == 20
+
+
+def test_an_id_is_taken_until_its_last_output_is_out():
+    engine = FakeEngine()
+    engine.add("a", [1, 2, 3], 1)
+    while engine.core._unprocessed is None:
+        engine.core.step()
+    assert not engine.core.scheduler.has_unfinished and engine.core.has_unfinished
+    with pytest.raises(ValueError, match="Request id 'a' is in use"):
+        engine.core.add_request(Request("a", [1], SamplingParams(max_tokens=1)), None)
+    assert [output.finished for output in engine.run()] == [True]
+    engine.add("a", [1], 1)
+    assert len(engine.run()) == 1
