@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -115,11 +116,16 @@ def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
 # The order of the engine's work, which the benchmark relies on.
 
 
-def test_outputs_are_made_behind_the_next_launch_and_none_is_lost():
+def test_outputs_are_made_behind_the_next_launch_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):
     engine = FakeEngine()
     order: list[tuple[str, int]] = []
     process, execute = engine.core._outputs.process, engine.device.execute
-    engine.core._outputs.process = lambda *args: (order.append(("outputs", 0)), process(*args))[1]
+
+    def processing(*args: Any) -> Any:
+        order.append(("outputs", 0))
+        return process(*args)
+
+    monkeypatch.setattr(engine.core._outputs, "process", processing)
     engine.device.execute = lambda scheduled: (order.append(("launch", scheduled.step)), execute(scheduled))[1]
     for name in ("a", "b"):
         engine.add(name, [1, 2, 3], 8)
