@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jaxllm
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
-from jaxllm.entrypoints.bench.options import add_host_bench_options, add_tokenizer_bench_options
+from jaxllm.entrypoints.bench.options import add_host_bench_options, add_throughput_options, add_tokenizer_bench_options
 from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.errors import JaxLLMError
@@ -91,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_host_bench_options(host)
     host.set_defaults(run=_bench_host)
 
+    throughput = bench.add_parser(
+        "throughput", allow_abbrev=False, help="requests and tokens per second of one batch; also of other engines"
+    )
+    add_throughput_options(throughput)
+    throughput.set_defaults(run=_bench_throughput)
+
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
     add_sampling_options(demo, max_tokens=64, temperature=0.0)
@@ -138,6 +144,12 @@ def _bench_tokenizer(arguments: argparse.Namespace) -> int:
 
 def _bench_host(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.bench.host import run
+
+    return run(arguments)
+
+
+def _bench_throughput(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.throughput import run
 
     return run(arguments)
 

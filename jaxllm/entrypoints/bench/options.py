@@ -1,11 +1,14 @@
-"""The options of the benchmarks."""
+"""The options of the benchmarks: vLLM's names, where it has them."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from jaxllm.entrypoints.options import DEFAULT_MODEL
+from jaxllm.config.command_line import count
+from jaxllm.entrypoints.options import DEFAULT_MODEL, add_engine_options
+
+DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom")
 
 
 def add_tokenizer_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -54,3 +57,118 @@ def add_host_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of the most sequences")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the numbers there")
+
+
+def add_throughput_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench throughput`` takes."""
+    add_dataset_options(parser)
+    _add_iterations(parser, num_iters=3, num_iters_warmup=1)
+    parser.add_argument(
+        "--sweep-num-prompts", type=counts, metavar="N,N,...", help="measure datasets of these sizes, one after another"
+    )
+    parser.add_argument(
+        "--no-phases",
+        action="store_true",
+        help="do not measure prefill and decode apart, which takes a second, shorter run in each iteration",
+    )
+    _add_detokenize(parser)
+    _add_outputs(parser, plot="draw tokens per second against the number of requests")
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--compare",
+        metavar="NAME,NAME,...",
+        help="run these engines on the same requests, in turns: transformers, transformers-continuous, llama.cpp, "
+        "vllm. All run in one dtype (default: bfloat16), greedily, to the same lengths, without detokenizing",
+    )
+    group.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the Python that an engine is installed for (may be repeated; default: this one)",
+    )
+    group.add_argument(
+        "--gguf",
+        type=Path,
+        metavar="FILE",
+        help="the model for llama.cpp (default: converted from the model's own file)",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="cores for each engine (default: all)")
+    group.add_argument(
+        "--include-startup",
+        action="store_true",
+        help="start every engine anew for each iteration, and count from its process's start to the last token",
+    )
+    add_engine_options(parser)
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1000) -> None:
+    """Add which requests to make. The seed is the engine's argument ``--seed``."""
+    group = parser.add_argument_group("dataset")
+    group.add_argument(
+        "--dataset-name",
+        choices=DATASETS,
+        default="random",
+        help="random tokens; a ShareGPT JSON file; random tokens with ShareGPT's lengths; random tokens with shared "
+        "beginnings; or a JSONL file of prompts (default: %(default)s)",
+    )
+    group.add_argument("--dataset-path", type=Path, metavar="FILE", help="of sharegpt and custom")
+    group.add_argument("--num-prompts", type=count, default=num_prompts, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--input-len", type=count, metavar="N", help="tokens of a random prompt (default: 1024)")
+    group.add_argument(
+        "--output-len",
+        type=count,
+        metavar="N",
+        help="tokens to generate (default: what the dataset says; random and prefix_repetition: 128)",
+    )
+    group.add_argument(
+        "--random-range-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="draw lengths from [n (1 - R), n (1 + R)] (default: %(default)s)",
+    )
+    group.add_argument(
+        "--random-prefix-len",
+        type=count,
+        default=0,
+        metavar="N",
+        help="tokens before these that all random prompts share (default: %(default)s)",
+    )
+    for name, default in (("prefix-len", 256), ("suffix-len", 256), ("num-prefixes", 10)):
+        group.add_argument(
+            f"--prefix-repetition-{name}", type=count, default=default, metavar="N", help="(default: %(default)s)"
+        )
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers above 0, separated by commas."""
+    numbers = [count(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
+    return numbers
+
+
+def _add_iterations(parser: argparse.ArgumentParser, *, num_iters: int, num_iters_warmup: int) -> None:
+    parser.add_argument(
+        "--num-iters", type=int, default=num_iters, metavar="N", help="runs; medians count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-iters-warmup",
+        type=int,
+        default=num_iters_warmup,
+        metavar="N",
+        help="runs before, which do not count (default: %(default)s)",
+    )
+
+
+def _add_detokenize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--disable-detokenize", action="store_true", help="generate token ids without text")
+
+
+def _add_outputs(parser: argparse.ArgumentParser, *, plot: str | None) -> None:
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE", help="write samples, medians, versions and machine there"
+    )
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help=f"{plot} (.png, .svg, .pdf)")

@@ -1,0 +1,50 @@
+"""jaxllm as the benchmarks drive it: loaded once, timed by the same code as its peers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jaxllm
+from jaxllm.entrypoints.bench.peers.protocol import Request
+from jaxllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllm.llm import LLM
+    from jaxllm.outputs import RequestOutput
+
+
+class JaxLLMSession:
+    """An engine that is loaded; a `peers.protocol.Session`.
+
+    Args:
+        detokenize: whether outputs become text, as they do for who uses the engine.
+        temperature: of the sampling; 0 is greedy.
+    """
+
+    def __init__(self, llm: LLM, *, detokenize: bool, temperature: float = 0.0):
+        self.llm = llm
+        self._detokenize = detokenize
+        self._temperature = temperature
+        #: the newest round's
+        self.outputs: list[RequestOutput] = []
+        plan = llm.memory_plan
+        self.facts: dict[str, Any] = {
+            "version": jaxllm.__version__,
+            "max_model_len": plan.max_model_len,
+            "max_num_seqs": plan.max_num_seqs,
+            "max_num_batched_tokens": plan.max_num_batched_tokens,
+            "startup_s": dict(llm.startup_times),
+        }
+
+    def reset(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        params = [
+            SamplingParams(
+                temperature=self._temperature, ignore_eos=True, max_tokens=length, detokenize=self._detokenize
+            )
+            for _, length in requests
+        ]
+        self.outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in self.outputs]
