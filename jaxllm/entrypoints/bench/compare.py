@@ -13,11 +13,17 @@ from typing import Any
 
 from jaxllm.entrypoints.bench.engine_process import EngineProcess
 from jaxllm.entrypoints.bench.peer_setup import OWN, PeerSetup
-from jaxllm.entrypoints.bench.rates import RATES, Samples, Sizes
+from jaxllm.entrypoints.bench.rates import Samples, Sizes
 from jaxllm.entrypoints.bench.requests import BenchRequest
 
-#: of a round, that an engine may compute while it is not its turn
-_IDLE_SHARE = 0.05
+#: processor time that an engine may use while it is not its turn: of the turn, and in any case
+_IDLE_SHARE, _IDLE_SECONDS = 0.05, 0.1
+#: other rates have the same ratios
+_SHOWN = {
+    "prefill_tokens_per_s": "prefill tokens/s",
+    "decode_tokens_per_s": "decode tokens/s",
+    "output_tokens_per_s": "output tokens/s",
+}
 
 
 class Comparison:
@@ -74,10 +80,8 @@ class Comparison:
                     _say(f"{_turn(turn)}, {len(self._cases[index])} requests, {name}: {reply['seconds']:.2f} s")
                     for other, before in idle.items():
                         used = engines[other].cpu_seconds() - before
-                        if used > _IDLE_SHARE * (reply["seconds"] + (prefill or 0)):
-                            _say(
-                                f"warning: {other} used {used:.2f} s of processor time meanwhile, though it had no work"
-                            )
+                        if used > max(_IDLE_SECONDS, _IDLE_SHARE * (reply["seconds"] + (prefill or 0))):
+                            _say(f"warning: {other} used {used:.2f} s of processor time in another's turn")
 
     def _with_startup(self, files: list[str]) -> None:
         for index, file in enumerate(files):
@@ -122,7 +126,7 @@ class Comparison:
         rows = []
         for index, samples in enumerate(self.samples):
             medians = {name: samples[name].medians() for name in self.names}
-            measures = {"seconds": "seconds, start included"} if self._arguments.include_startup else RATES
+            measures = {"seconds": "seconds, start included"} if self._arguments.include_startup else _SHOWN
             for key, label in measures.items():
                 if any(key not in medians[name] for name in self.names):
                     continue

@@ -34,19 +34,19 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         ValidationError: the options do not go together, or the file is not what it should be.
     """
     name, count = arguments.dataset_name, arguments.num_prompts
+    path: Path | None = arguments.dataset_path
     draw = random.Random(getattr(arguments, "seed", 0))
-    if name in ("sharegpt", "custom") and arguments.dataset_path is None:
+    if name in ("sharegpt", "custom") and path is None:
         hint = ", or use --dataset-name sharegpt_like, which needs no file" if name == "sharegpt" else ""
         raise ValidationError(f"--dataset-name {name} reads a file: give --dataset-path{hint}.")
-    if name in ("random", "sharegpt_like", "prefix_repetition") and arguments.dataset_path is not None:
+    if name in ("random", "sharegpt_like", "prefix_repetition") and path is not None:
         raise ValidationError(f"--dataset-name {name} makes its prompts itself and reads no --dataset-path.")
     if name in ("sharegpt", "custom", "sharegpt_like", "prefix_repetition") and arguments.input_len is not None:
         instead = "--prefix-repetition-prefix-len and -suffix-len" if name == "prefix_repetition" else "--num-prompts"
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
-    if name == "sharegpt":
-        return read_sharegpt(arguments.dataset_path, tokenizer, count, draw, arguments.output_len)
-    if name == "custom":
-        return read_custom(arguments.dataset_path, tokenizer, count, arguments.output_len)
+    if path is not None:
+        read = read_sharegpt if name == "sharegpt" else read_custom
+        return read(path, tokenizer, count, draw, arguments.output_len)
     ids = ordinary_ids(tokenizer)
     if name == "sharegpt_like":
         return sharegpt_like(ids, count, draw, arguments.output_len)
@@ -174,7 +174,7 @@ def read_sharegpt(
 
 
 def read_custom(
-    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, output_len: int | None
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, _: random.Random, output_len: int | None
 ) -> list[BenchRequest]:
     """Lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two are optional.
 

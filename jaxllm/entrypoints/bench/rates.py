@@ -8,14 +8,13 @@ from typing import Any
 
 from jaxllm.entrypoints.bench.requests import BenchRequest, output_tokens, prompt_tokens
 
-#: in the order in which they are shown
-RATES = {
-    "prefill_tokens_per_s": "prefill tokens/s",
-    "decode_tokens_per_s": "decode tokens/s",
-    "requests_per_s": "requests/s",
-    "total_tokens_per_s": "total tokens/s",
-    "output_tokens_per_s": "output tokens/s",
-}
+_RATES = (
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "requests_per_s",
+    "total_tokens_per_s",
+    "output_tokens_per_s",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Samples:
         prefills = self.prefill_seconds or [None] * len(self.seconds)
         rounds = [self.sizes.rates(*pair) for pair in zip(self.seconds, prefills, strict=True)]
         found = {"seconds": statistics.median(self.seconds)}
-        for name in RATES:
+        for name in _RATES:
             values = [rates[name] for rates in rounds if name in rates]
             if values:
                 found[name] = statistics.median(values)

