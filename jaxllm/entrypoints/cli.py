@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import jaxllm
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
-from jaxllm.entrypoints.bench.options import add_host_bench_options, add_throughput_options, add_tokenizer_bench_options
+from jaxllm.entrypoints.bench.options import (
+    add_host_bench_options,
+    add_latency_options,
+    add_serve_trace_options,
+    add_startup_options,
+    add_throughput_options,
+    add_tokenizer_bench_options,
+)
 from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.errors import JaxLLMError
@@ -96,6 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_throughput_options(throughput)
     throughput.set_defaults(run=_bench_throughput)
+    latency = bench.add_parser(
+        "latency", allow_abbrev=False, help="seconds of one batch; decoding against context and cache size"
+    )
+    add_latency_options(latency)
+    latency.set_defaults(run=_bench_latency)
+    startup = bench.add_parser("startup", allow_abbrev=False, help="seconds from process start to the first token")
+    add_startup_options(startup)
+    startup.set_defaults(run=_bench_startup)
+    serve_trace = bench.add_parser(
+        "serve-trace", allow_abbrev=False, help="latencies of requests that come one by one, in this process"
+    )
+    add_serve_trace_options(serve_trace)
+    serve_trace.set_defaults(run=_bench_serve_trace)
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
@@ -150,6 +170,24 @@ def _bench_host(arguments: argparse.Namespace) -> int:
 
 def _bench_throughput(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.bench.throughput import run
+
+    return run(arguments)
+
+
+def _bench_latency(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.latency import run
+
+    return run(arguments)
+
+
+def _bench_startup(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.startup import run
+
+    return run(arguments)
+
+
+def _bench_serve_trace(arguments: argparse.Namespace) -> int:
+    from jaxllm.entrypoints.bench.serve_trace import run
 
     return run(arguments)
 

@@ -102,6 +102,59 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def add_latency_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench latency`` takes."""
+    for name, default, text in (
+        ("input-len", 32, "tokens of each prompt"),
+        ("output-len", 128, "tokens to generate for each"),
+        ("batch-size", 8, "requests in the batch"),
+    ):
+        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
+    _add_iterations(parser, num_iters=30, num_iters_warmup=10)
+    group = parser.add_argument_group("sweeps, which time the tokens after the first")
+    group.add_argument("--sweep-context", type=counts, metavar="N,N,...", help="with prompts of these lengths")
+    group.add_argument("--sweep-blocks", type=counts, metavar="N,N,...", help="with KV caches of these many blocks")
+    _add_detokenize(parser)
+    _add_outputs(parser, plot="draw milliseconds per token against context or blocks")
+    add_engine_options(parser)
+
+
+def add_startup_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench startup`` takes."""
+    for name, default, text in (
+        ("num-iters-cold", 3, "starts with an empty compile cache"),
+        ("num-iters-warmup", 1, "starts that fill the cache and do not count"),
+        ("num-iters-warm", 3, "starts with the cache filled"),
+        ("input-len", 32, "tokens of the prompt"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    _add_outputs(parser, plot=None)
+    add_engine_options(parser)
+
+
+def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench serve-trace`` takes."""
+    add_dataset_options(parser)
+    parser.add_argument(
+        "--request-rate",
+        type=float,
+        default=float("inf"),
+        metavar="R",
+        help='requests a second (default: the "timestamp" seconds of a custom dataset\'s lines, else all at once)',
+    )
+    parser.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="B",
+        help="1: requests come as a Poisson process; below: in bursts; above: evenly (default: %(default)s)",
+    )
+    parser.add_argument("--max-concurrency", type=count, metavar="N", help="most requests at a time")
+    _add_detokenize(parser)
+    _add_outputs(parser, plot=None)
+    add_engine_options(parser)
+
+
 def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1000) -> None:
     """Add which requests to make. The seed is the engine's argument ``--seed``."""
     group = parser.add_argument_group("dataset")
