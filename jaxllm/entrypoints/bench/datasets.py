@@ -187,7 +187,11 @@ def read_custom(
             break
         prompt, length = row.get("prompt"), output_len or row.get("output_tokens", CUSTOM_OUTPUT_LEN)
         arrival = row.get("timestamp")
-        ids = tuple(prompt) if isinstance(prompt, list) else _ids(tokenizer, prompt) if prompt else ()
+        ids: tuple[int, ...] = ()
+        if isinstance(prompt, list):
+            ids = tuple(prompt)
+        elif isinstance(prompt, str):
+            ids = _ids(tokenizer, prompt)
         good = ids and all(isinstance(i, int) for i in ids) and isinstance(length, int) and length > 0
         if not good or not (arrival is None or isinstance(arrival, int | float)):
             raise ValidationError(

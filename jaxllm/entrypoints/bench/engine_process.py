@@ -30,6 +30,7 @@ class EngineProcess:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=env, text=True
             )
         except OSError as error:
+            self._log.close()
             raise JaxLLMError(f"{name} cannot be started: {error}") from None
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -58,9 +58,9 @@ def main() -> None:
 def _listen(found: dict[str, float]) -> None:
     import jax.monitoring
 
-    def add_seconds(event: str, seconds: float, **_: Any) -> None:
+    def add_seconds(event: str, duration_secs: float, **_: Any) -> None:
         if event in _DURATIONS:
-            found[_DURATIONS[event]] += seconds
+            found[_DURATIONS[event]] += duration_secs
 
     def add_one(event: str, **_: Any) -> None:
         if event in _EVENTS:

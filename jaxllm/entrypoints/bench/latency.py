@@ -104,13 +104,10 @@ def _sweep(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     found: list[Decoding] = []
     for blocks in arguments.sweep_blocks or [None]:
         # with the prompts in the cache every round is almost nothing but decoding
-        defaults: dict[str, Any] = {
-            "enable_prefix_caching": True,
-            "max_model_len": max(contexts) + arguments.output_len,
-        }
+        longest = max(contexts) + arguments.output_len
         if blocks is not None:
             arguments.num_gpu_blocks_override = blocks
-        with build_llm(arguments, **defaults) as llm:
+        with build_llm(arguments, enable_prefix_caching=True, max_model_len=longest) as llm:
             session = JaxLLMSession(llm, detokenize=not arguments.disable_detokenize)
             for context in contexts:
                 decoding = Decoding(context=context, num_blocks=llm.memory_plan.num_blocks)

@@ -1,0 +1,142 @@
+"""The benchmarks on a small model: what they run, print and write. Nothing here looks at how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import SMALL
+
+from jaxllm.entrypoints.cli import main
+
+NUMBER = r"[\d.e-]+"
+
+
+@pytest.fixture
+def options(tiny_model: Path) -> list[str]:
+    """The engine's, without a longest request."""
+    given = {name: value for name, value in SMALL.items() if name not in ("enforce_eager", "max_model_len")}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
+    return ["--model", str(tiny_model), "--enforce-eager", *(word for pair in pairs for word in pair)]
+
+
+def bench(name: str, folder: Path, *argv: str) -> dict[str, Any]:
+    """Run a benchmark and return what it wrote."""
+    path = folder / "out.json"
+    assert main(["bench", name, *argv, "--output-json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_throughput(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plot = tmp_path / "plot.png"
+    record = bench(
+        "throughput", tmp_path, *options, "--max-model-len", "256", "--num-iters", "2", "--sweep-num-prompts", "1,5",
+        "--input-len", "20", "--output-len", "6", "--plot", str(plot),
+    )  # fmt: skip
+    for case, count in zip(record["cases"], (1, 5), strict=True):
+        assert (case["num_requests"], case["prompt_tokens"], case["output_tokens"]) == (count, 20 * count, 6 * count)
+        assert len(case["seconds"]) == len(case["prefill_seconds"]) == 2
+        seconds = sum(case["seconds"]) / 2
+        assert case["medians"]["seconds"] == pytest.approx(seconds)
+    printed = capsys.readouterr().out
+    line = rf"Throughput: {NUMBER} requests/s, {NUMBER} total tokens/s, {NUMBER} output tokens/s\n"
+    assert len(re.findall(line + r"Total num prompt tokens:  (?:20|100)\n", printed)) == 2
+    assert record["engine"]["max_num_seqs"] == 4 and record["arguments"]["sweep_num_prompts"] == [1, 5]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_latency(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "latency", tmp_path, *options, "--max-model-len", "256", "--num-iters", "3", "--num-iters-warmup", "1",
+        "--input-len", "20", "--output-len", "6", "--batch-size", "2",
+    )  # fmt: skip
+    assert len(record["latencies"]) == 3 and len(record["ttfts_s"]) == len(record["tpots_s"]) == 6
+    assert 0 < min(record["ttfts_s"]) <= max(record["ttfts_s"]) < max(record["latencies"])
+    assert set(record["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
+    printed = capsys.readouterr().out
+    assert re.search(rf"Avg latency: {NUMBER} seconds\n10% percentile latency: {NUMBER} seconds\n", printed)
+    assert re.search(rf"TTFT \(ms\): mean {NUMBER}, median {NUMBER}, p99 {NUMBER}\nTPOT \(ms\): ", printed)
+
+
+def test_sweeps(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plot = tmp_path / "plot.svg"
+    record = bench(
+        "latency", tmp_path, *options, "--num-iters", "2", "--num-iters-warmup", "1", "--output-len", "3",
+        "--batch-size", "2", "--sweep-context", "16,48", "--sweep-blocks", "20,40", "--plot", str(plot),
+    )  # fmt: skip
+    places = [(point["num_blocks"], point["context"]) for point in record["sweep"]]
+    assert places == [(20, 16), (20, 48), (40, 16), (40, 48)]
+    assert all(len(point["samples"]) == 2 and point["ms_per_token"] > 0 for point in record["sweep"])
+    assert len(re.findall(rf"context +\d+, +\d+ blocks: {NUMBER} ms per token", capsys.readouterr().out)) == 4
+    assert b"<svg" in plot.read_bytes()
+
+
+def test_startup(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "startup", tmp_path, *options, "--max-model-len", "256", "--num-iters-cold", "0", "--num-iters-warmup", "0",
+        "--num-iters-warm", "1",
+    )  # fmt: skip
+    (start,) = record["warm"]["starts"]
+    assert {"interpreter", "imports", "load tokenizer", "plan", "load weights", "compile"} <= set(start["phases"])
+    # the phases are all there is, but for the moments between them
+    assert sum(start["phases"].values()) == pytest.approx(start["seconds"], rel=0.2)
+    assert "trace s" in start["compiler"]
+    assert "WARM STARTUP:\nAvg startup time: " in capsys.readouterr().out
+
+
+def test_serve_trace(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"prompt": [i + 1] * 9, "output_tokens": i + 1, "timestamp": 100 + i / 50} for i in range(5)]
+    rows.append({"prompt": [1] * 400, "output_tokens": 2, "timestamp": 100})
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    record = bench(
+        "serve-trace", tmp_path, *options, "--max-model-len", "256", "--dataset-name", "custom", "--dataset-path",
+        str(trace), "--max-concurrency", "2",
+    )  # fmt: skip
+    # the last one is longer than the engine takes
+    assert (record["completed"], record["failed"]) == (5, 1)
+    assert (record["total_input_tokens"], record["total_output_tokens"]) == (45, 15)
+    assert [answer["output_tokens"] for answer in record["answers"]] == [1, 2, 3, 4, 5, 0]
+    assert 0 < record["median_ttft_ms"] <= record["p99_e2el_ms"]
+    printed = capsys.readouterr().out
+    assert (
+        "Maximum request concurrency:             2" in printed
+        and "Failed requests:                         1" in printed
+    )
+
+
+def test_compared_with_transformers(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "throughput", tmp_path, *options, "--max-model-len", "256", "--num-prompts", "6", "--input-len", "20",
+        "--random-range-ratio", "0.5", "--output-len", "5", "--num-iters", "2", "--num-iters-warmup", "0",
+        "--compare", "transformers",
+    )  # fmt: skip
+    (case,) = record["cases"]
+    # both compute the same model, each prompt of its own length
+    assert case["same_first_tokens"] == {"transformers": 1.0}
+    for engine in case["engines"].values():
+        assert len(engine["seconds"]) == len(engine["prefill_seconds"]) == 2
+    own, other = (case["engines"][name]["medians"] for name in ("jaxllm", "transformers"))
+    ratio = own["output_tokens_per_s"] / other["output_tokens_per_s"]
+    assert case["ratios"]["transformers"]["output_tokens_per_s"] == pytest.approx(ratio)
+    assert record["engines"]["transformers"]["version"].startswith("5.")
+    printed = capsys.readouterr().out
+    assert re.search(rf"6 +decode tokens/s +{NUMBER} +{NUMBER} \({NUMBER}x\)", printed)
+    assert re.search(r"6 +same first tokens +100%", printed)
+
+
+@pytest.mark.peer
+def test_compared_with_llama_cpp_from_process_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "throughput", tmp_path, "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--num-prompts", "4",
+        "--input-len", "20", "--output-len", "5", "--num-iters", "1", "--num-iters-warmup", "0",
+        "--compare", "llama.cpp", "--include-startup",
+    )  # fmt: skip
+    (case,) = record["cases"]
+    # bfloat16 rounds differently in each
+    assert case["same_first_tokens"]["llama.cpp"] >= 0.75
+    assert case["ratios"]["llama.cpp"]["seconds"] > 0
+    assert "seconds, start included" in capsys.readouterr().out
