@@ -131,8 +131,8 @@ def test_compared_with_transformers(options: list[str], tmp_path: Path, capsys: 
 @pytest.mark.peer
 def test_compared_with_llama_cpp_from_process_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
-        "throughput", tmp_path, "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--num-prompts", "4",
-        "--input-len", "20", "--output-len", "5", "--num-iters", "1", "--num-iters-warmup", "0",
+        "throughput", tmp_path, "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager",
+        "--num-prompts", "4", "--input-len", "20", "--output-len", "5", "--num-iters", "1", "--num-iters-warmup", "0",
         "--compare", "llama.cpp", "--include-startup",
     )  # fmt: skip
     (case,) = record["cases"]

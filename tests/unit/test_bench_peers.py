@@ -155,9 +155,9 @@ def test_a_quantized_gguf_becomes_a_plain_one(tmp_path: Path):
     writer.add_block_count(1)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b"])
-    writer.add_tensor(
-        "matrix", gguf.quantize(matrix, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
-    )
+    eight = gguf.GGMLQuantizationType.Q8_0
+    quantized = gguf.quantize(matrix, eight)
+    writer.add_tensor("matrix", quantized, raw_dtype=eight)
     writer.add_tensor("norm", matrix[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -171,5 +171,5 @@ def test_a_quantized_gguf_becomes_a_plain_one(tmp_path: Path):
     assert tensors["matrix"].tensor_type == gguf.GGMLQuantizationType.BF16
     assert tensors["norm"].tensor_type == gguf.GGMLQuantizationType.F32
     values = np.array(tensors["matrix"].data).view(ml_dtypes.bfloat16).astype(np.float32)
-    eight_bits = gguf.dequantize(gguf.quantize(matrix, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
+    eight_bits = gguf.dequantize(quantized, eight)
     np.testing.assert_array_equal(values.reshape(4, 64), eight_bits.astype(ml_dtypes.bfloat16).astype(np.float32))
