@@ -6,6 +6,8 @@ padded width of the block table costs anything.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +16,8 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import compute_dtype, from_storage
 
 DECODE_ROWS = 8
+#: independent loops over tiles: XLA:CPU runs them beside each other, and a tile on one thread
+LANES = 2
 PREFILL_QUERIES = 32
 PREFILL_ROWS = 4
 CONTEXT = 128  # most positions of one piece of context, but that a piece has at least one page
@@ -35,30 +39,43 @@ def paged_attention(
     """As `reference.paged_attention`."""
     tokens, heads, dim = query.shape
     kv_heads = cache.shape[2]
-    out = jnp.zeros((tokens, heads, dim), query.dtype)
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
     args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales)
-    return _prefill_tiles(grouped, _decode_tiles(grouped, out, *args), *args)
+    out = _decode_tiles(grouped, *args)
+    if tokens > 1 and not batch.decode_only:
+        out = _prefill_tiles(grouped, out, *args)
+    return out.reshape(query.shape).astype(query.dtype)
 
 
-def _decode_tiles(query, out, cache, layout, batch, *how):
+def _decode_tiles(query, cache, layout, batch, *how):
+    """Of each sequence's first `num_decodes` tokens, float32 [T, H * D]; the other rows are finite."""
+    tokens, width = query.shape[0], math.prod(query.shape[1:])
     seqs = batch.kv_lens.shape[0]
-    rows = min(DECODE_ROWS, seqs)
-    lane = jnp.arange(rows, dtype=jnp.int32)
+    rows = min(DECODE_ROWS, -(-seqs // LANES))
+    tiles = -(-seqs // rows)
+    each = -(-tiles // LANES)
 
-    def tile(i, out):
-        row = jnp.minimum(i * rows, seqs - rows) + lane
-        active = row < batch.num_decodes
-        attended = _attend(query[row][:, None], batch.positions[row][:, None], row, active, cache, layout, batch, *how)
-        return out.at[jnp.where(active, row, out.shape[0])].set(attended.reshape(rows, *out.shape[1:]), mode="drop")
+    def lane(first):
+        """Every `LANES`-th tile: [each, rows, H * D]."""
 
-    return lax.fori_loop(0, _cdiv(batch.num_decodes, rows), tile, out)
+        def tile(i, out):
+            row = jnp.minimum((i * LANES + first) * rows + jnp.arange(rows, dtype=jnp.int32), seqs - 1)
+            active = row < batch.num_decodes
+            position = batch.positions[row][:, None]
+            attended = _attend(query[row][:, None], position, row, active, cache, layout, batch, *how)
+            attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
+            return lax.dynamic_update_slice(out, attended[None], (i, 0, 0))
+
+        needed = _cdiv(_cdiv(batch.num_decodes, rows) - first, LANES)
+        return lax.fori_loop(0, needed, tile, jnp.zeros((each, rows, width)))
+
+    out = jnp.stack([lane(first) for first in range(min(LANES, tiles))], axis=1).reshape(-1, width)[:tokens]
+    return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 
 
 def _prefill_tiles(query, out, cache, layout, batch, *how):
+    """Write the rows of chunks and prompts into `out`."""
     tokens, seqs = query.shape[0], batch.kv_lens.shape[0]
-    if tokens < 2:
-        return out
     length = min(PREFILL_QUERIES, tokens)
     # runs of `length` queries, numbered through the sequences that are not decodes
     seq = jnp.arange(seqs, dtype=jnp.int32)
@@ -78,13 +95,13 @@ def _prefill_tiles(query, out, cache, layout, batch, *how):
         position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
         attended = _attend(query[token], position, row, active, cache, layout, batch, *how)
         target = jnp.where(valid, token, tokens).reshape(-1)
-        return out.at[target].set(attended.reshape(-1, *out.shape[1:]), mode="drop")
+        return out.at[target].set(attended.reshape(-1, out.shape[1]), mode="drop")
 
     return lax.fori_loop(0, _cdiv(ends[-1], PREFILL_ROWS), tile, out)
 
 
 def _attend(query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
-    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads * G * D]."""
+    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> float32 [B, Q, kv_heads, G, D]."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
     width = max(CONTEXT // block_size, 1)
@@ -138,7 +155,7 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
         highest, total = jnp.broadcast_to(sink[None, :, :, None], highest.shape), jnp.ones((*shape, 1))
     state = (highest, total, jnp.zeros((*shape, dim)))
     _, total, accumulated = lax.fori_loop(first, last, piece, state)
-    attended = (accumulated / jnp.maximum(total, 1e-30)).astype(query.dtype)
+    attended = accumulated / jnp.maximum(total, 1e-30)
     return jnp.swapaxes(attended.reshape(blocks, kv_heads, length, groups, dim), 1, 2)
 
 
