@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.errors import ValidationError
+from jaxllm.layers.activation import ACTIVATIONS, activate
 from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
-from jaxllm.models.decoder import ACTIVATIONS, attention_scale, layouts
+from jaxllm.models.decoder import attention_scale, layouts
 from jaxllm.models.layer_stack import through_layers
 
 
@@ -149,5 +150,5 @@ def _attention_block(config: BertConfig, w: BertLayers, layout: Layout, x, cache
 
 
 def _mlp_block(config: BertConfig, w: BertLayers, x: jax.Array) -> jax.Array:
-    y = linear(ACTIVATIONS[config.activation](linear(x, w.up, w.up_bias)), w.down, w.down_bias)
+    y = linear(activate(config.activation, linear(x, w.up, w.up_bias)), w.down, w.down_bias)
     return layer_norm(x + y, w.mlp_norm, w.mlp_norm_bias, config.norm_eps)

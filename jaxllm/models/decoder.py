@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.activation import gated
 from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
 from jaxllm.layers.embedding import embed
 from jaxllm.layers.linear import linear, linear_f32
@@ -191,18 +192,10 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
 
 def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
     normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
-    gate, up = jnp.split(linear(normed, w.gate_up), 2, axis=-1)
-    y = linear(ACTIVATIONS[config.activation](gate) * up, w.down, sum_over=config.split_over)
+    y = linear(gated(config.activation, linear(normed, w.gate_up)), w.down, sum_over=config.split_over)
     if w.post_mlp_norm is not None:
         y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
     return x + y
-
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 
 
 def attention_scale(head_dim: int) -> float:

@@ -3,7 +3,8 @@
 Stacked: one tree of weights, every array with the layers on its first axis; scanned, so that compiling takes the same
 time however many layers there are. Separate: a tuple of such trees, one a layer, each array without that axis; every
 layer is launched by itself. XLA:GPU hands weights to cuBLAS as whole buffers, so a scan copies each layer's out of the
-stack first: three times the traffic of a step that reads its weights once. On the CPU a scan copies nothing.
+stack first: three times the traffic of a step that reads its weights once. XLA:CPU copies them too, but out of
+its caches and beside the rest of a layer, and a program of separate layers takes three times as long to compile.
 
 Which form an engine has is decided in `runner.target.Target.stacks_layers`; files hold the stacked one.
 """

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.errors import ValidationError
+from jaxllm.layers.activation import ACTIVATIONS
 from jaxllm.layers.rope import inverse_frequencies
-from jaxllm.models.decoder import ACTIVATIONS, DecoderConfig, attention_scale
+from jaxllm.models.decoder import DecoderConfig, attention_scale
 
 
 def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
