@@ -1,0 +1,25 @@
+"""Activation functions, by the names that Hugging Face's configs have for them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """x [...] in its dtype. Computed in float32 and rounded once, as torch does: XLA rounds after each operation."""
+    return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+
+
+def gated(name: str, gate_up: jax.Array) -> jax.Array:
+    """The activation of the first half times the second: [..., 2F] -> [..., F], rounded once (Shazeer 2020,
+    arXiv:2002.05202).
+    """
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (ACTIVATIONS[name](gate) * up).astype(gate_up.dtype)
