@@ -68,6 +68,9 @@ class Row:
     token_ids: list[int]
     computed: int
     tables: list[list[int]]
+    end_token_ids: frozenset[int]
+    #: the device has come upon its end; until the host reads of it, steps may be scheduled that do nothing
+    ended: bool = False
 
 
 @dataclasses.dataclass
@@ -92,11 +95,18 @@ class FakeDevice:
         #: request id -> cache salt, for the model; the host does not send it
         self.salts: dict[str, str | None] = {}
         self.num_steps = 0
+        self.num_launches = 0
 
     def execute(self, scheduled: SchedulerOutput) -> Done:
         self._check_limits(scheduled)
         self._admit(scheduled)
-        entries = list(zip(scheduled.rows, scheduled.starts, scheduled.counts, scheduled.samples, strict=True))
+        if scheduled.steps:
+            return self._execute_several(scheduled)
+        entries = [
+            entry
+            for entry in zip(scheduled.rows, scheduled.starts, scheduled.counts, scheduled.samples, strict=True)
+            if not self.rows[entry[0]].ended
+        ]
         hashes = {row: prefix_hashes(self.rows[row].token_ids, self.rows[row].salt) for row in scheduled.rows}
         # A step writes everything before it reads anything: blocks may be shared within it.
         written: set[tuple[int, int]] = set()
@@ -104,7 +114,7 @@ class FakeDevice:
             self._write(self.rows[row], start, count, hashes[row], written)
         for row, start, count, _ in entries:
             self._read(self.rows[row], start, count, hashes[row])
-        sampled: list[int] = []
+        sampled = dict.fromkeys(scheduled.rows, -1)
         for row, start, count, sample in entries:
             state = self.rows[row]
             state.computed = start + count
@@ -112,9 +122,38 @@ class FakeDevice:
             token_id = next_token(hashes[row][-1]) if sample else -1
             if sample:
                 state.token_ids.append(token_id)
-            sampled.append(token_id)
+            sampled[row] = token_id
         self.num_steps += 1
-        return Done(StepOutput(token_ids=sampled, prompt_logprobs=self._scores(scheduled, hashes)))
+        self.num_launches += 1
+        return Done(StepOutput(token_ids=list(sampled.values()), prompt_logprobs=self._scores(scheduled, hashes)))
+
+    def _execute_several(self, scheduled: SchedulerOutput) -> Done:
+        """Each step as if it were alone, of the rows that go on."""
+        assert len(scheduled.steps) == len(scheduled.rows) and scheduled.num_steps > 1
+        assert set(scheduled.counts) == {1} and all(scheduled.samples) and not any(scheduled.scored)
+        assert not scheduled.admitted and not scheduled.masked_rows
+        outputs = []
+        for index in range(scheduled.num_steps):
+            written: set[tuple[int, int]] = set()
+            sampled = dict.fromkeys(scheduled.rows, -1)
+            for row, start, steps in zip(scheduled.rows, scheduled.starts, scheduled.steps, strict=True):
+                assert steps > 0
+                state = self.rows[row]
+                if index == 0 and start >= 1 and state.token_ids[-1] in state.end_token_ids:
+                    state.ended = True
+                if state.ended or index >= steps:
+                    continue
+                hashes = prefix_hashes(state.token_ids, state.salt)
+                self._write(state, start + index, 1, hashes, written)
+                self._read(state, start + index, 1, hashes)
+                sampled[row] = next_token(hashes[-1])
+                state.computed += 1
+                state.token_ids.append(sampled[row])
+                state.ended = sampled[row] in state.end_token_ids and index + 1 < steps
+            outputs.append(list(sampled.values()))
+            self.num_steps += any(token_id >= 0 for token_id in outputs[-1])
+        self.num_launches += 1
+        return Done(StepOutput(token_ids=outputs[0], later_token_ids=outputs[1:]))
 
     def _scores(self, scheduled: SchedulerOutput, hashes: dict[int, list[int]]) -> LogprobArrays | None:
         scored = [
@@ -174,7 +213,7 @@ class FakeDevice:
             assert len(new.block_ids) == len(self.cache.groups)
             tables = [list(ids) for ids in new.block_ids]
             self.rows[new.row] = Row(
-                new.request_id, self.salts[new.request_id], list(new.token_ids), new.num_computed_tokens, tables
+                new.request_id, self.salts[new.request_id], list(new.token_ids), new.num_computed_tokens, tables, new.end_token_ids
             )
         admitted = {new.row for new in scheduled.admitted}
         for row, group, first, ids in scheduled.new_blocks:

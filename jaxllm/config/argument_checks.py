@@ -243,6 +243,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     # block 0 is trash, so one block would hold nothing
     "num_gpu_blocks_override": _at_least(2),
     "enforce_eager": checks.boolean,
+    "num_decode_steps": _at_least(1),
     "stream_interval": _at_least(1),
     "structured_outputs_config": _fields_of(StructuredOutputsConfig),
     "reasoning_config": _fields_of(ReasoningConfig),

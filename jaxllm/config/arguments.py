@@ -167,8 +167,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "trust_remote_code": NoEffect("jaxllm runs no code from checkpoints, it has its own models", (False,)),
     "use_v2_block_manager": NoEffect("there is one block manager"),
     "swap_space": NoEffect("preempted requests are recomputed, not swapped"),
-    "num_scheduler_steps": NoEffect("async_scheduling keeps the device busy between steps", (1,)),
-    "multi_step_stream_outputs": NoEffect("async_scheduling keeps the device busy between steps"),
+    "multi_step_stream_outputs": NoEffect("stream_interval is the number of tokens between two outputs"),
     "disable_async_output_proc": NoEffect("async_scheduling decides what overlaps", (False,)),
     "disable_custom_all_reduce": NoEffect("XLA does the reductions", (False,)),
     "max_seq_len_to_capture": NoEffect(_NO_GRAPHS),
@@ -199,9 +198,13 @@ NO_EFFECT: dict[str, NoEffect] = {
 }
 
 
+#: older name -> the argument that it is
+ALIASES: dict[str, str] = {"num_scheduler_steps": "num_decode_steps"}
+
+
 def known_names() -> set[str]:
-    """The names of all three kinds."""
-    return {name for names in NOT_YET.values() for name in names} | NEVER.keys() | NO_EFFECT.keys()
+    """The names of all three kinds, and the older ones of what the engine does act on."""
+    return {name for names in NOT_YET.values() for name in names} | NEVER.keys() | NO_EFFECT.keys() | ALIASES.keys()
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET
+from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
 
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -94,6 +94,7 @@ ENGINE_HELP: dict[str, str] = {
     "structured_outputs_config": "how grammars are read, as in vLLM",
     "reasoning_config": "the marks of reasoning: reasoning_start_str and reasoning_end_str",
     "reasoning_parser": "whose marks of reasoning: a model family, as in vLLM",
+    "num_decode_steps": "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
     "stream_interval": "tokens between two outputs of a streamed request",
     "profiler_config": "where profiles go, as in vLLM",
 }
@@ -147,6 +148,7 @@ def unlisted() -> dict[str, tuple[Any, ...]]:
     found = {name: values for names in NOT_YET.values() for name, values in names.items()}
     found.update({name: never.accepted for name, never in NEVER.items()})
     found.update({name: no_effect.quiet for name, no_effect in NO_EFFECT.items()})
+    found.update(dict.fromkeys(ALIASES, (1,)))
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     return {name: values for name, values in found.items() if name not in fields}
 

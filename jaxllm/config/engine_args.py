@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from jaxllm.config.argument_checks import CHECKS
-from jaxllm.config.arguments import attention_backend_of, known_names, refuse, report_without_effect
+from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.pooler import PoolerConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
 from jaxllm.errors import ValidationError
@@ -69,6 +69,8 @@ class EngineArgs:
     num_gpu_blocks_override: int | None = None
     #: compile as little as possible
     enforce_eager: bool = False
+    #: most decode steps of one launch; None: the platform's, see `jaxllm.config.resolve`
+    num_decode_steps: int | None = None
     #: tokens between two outputs of a streamed request; a request may ask for more
     stream_interval: int = 1
     #: a dict of its fields will do
@@ -173,6 +175,10 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
             close = difflib.get_close_matches(name.replace("-", "_").lower(), sorted(known), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"LLM() got an unexpected keyword argument {name!r}.{hint}")
+    for name, new in ALIASES.items():
+        value = arguments.pop(name, None)
+        if value is not None and arguments.setdefault(new, value) != value:
+            raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
     refuse(arguments)
     given = attention_backend_of(arguments)
     result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})

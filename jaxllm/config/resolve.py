@@ -21,6 +21,11 @@ GPU_LIMITS = ((70 * _GIB, (16384, 1024)), (0, (8192, 256)))
 #: throughput, as vLLM has measured
 SLOWER_GPUS = frozenset(("a100", "a100x", "gb10"))
 
+#: steps of one launch, and sequences up to which there are programs for several: those of larger steps would save less
+#: of a longer time
+DEFAULT_DECODE_STEPS = 1
+CPU_DECODE_STEPS_SEQS, GPU_DECODE_STEPS_SEQS = 32, 64
+
 #: prompt tokens of a step that get log-probabilities, at most: each costs every step a row of the hidden size
 CPU_SCORED_TOKENS, GPU_SCORED_TOKENS = 256, 1024
 #: id and value of each of their alternatives leave the device together
@@ -97,6 +102,11 @@ def scheduler_config(
             f"chunked prefill a prompt has to fit into one step. Set max_num_batched_tokens to at least "
             f"{max_model_len}, max_model_len to at most {num_tokens}, or enable_chunked_prefill=True."
         )
+    num_steps = args.num_decode_steps or DEFAULT_DECODE_STEPS
+    if num_steps > 1 and args.enforce_eager:
+        logger.warning("num_decode_steps=%d has no effect with enforce_eager=True, which compiles least.", num_steps)
+        num_steps = 1
+    steps_seqs = CPU_DECODE_STEPS_SEQS if platform == "cpu" else GPU_DECODE_STEPS_SEQS
     scored_tokens = CPU_SCORED_TOKENS if platform == "cpu" else GPU_SCORED_TOKENS
     return SchedulerConfig(
         max_num_seqs=num_seqs,
@@ -109,6 +119,8 @@ def scheduler_config(
         async_scheduling=args.async_scheduling,
         reserve_full_prompt=args.scheduler_reserve_full_isl,
         stream_interval=args.stream_interval,
+        num_decode_steps=num_steps,
+        max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 else 0,
     )
 
 

@@ -25,3 +25,7 @@ class SchedulerConfig:
     reserve_full_prompt: bool = True
     #: tokens between two outputs of a streamed request
     stream_interval: int = 1
+    #: most decode steps of one launch; 1: there are no programs for more
+    num_decode_steps: int = 1
+    #: most requests that such a launch has room for
+    max_decode_steps_seqs: int = 0

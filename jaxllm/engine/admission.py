@@ -21,6 +21,7 @@ def admission(request: Request, num_cached_tokens: int) -> AdmittedRequest:
         params=request.params,
         seed=request.seed,
         stop_token_ids=request.stop_token_ids,
+        end_token_ids=request.end_token_ids,
         block_ids=tuple(list(table) for table in request.block_tables),
         bad_words=request.bad_words,
     )

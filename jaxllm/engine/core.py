@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.engine.output_processor import OutputProcessor
 from jaxllm.engine.pooling_processor import PoolingProcessor
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+from jaxllm.engine.request_update import RequestUpdate, joined
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ class EngineCore:
         return outputs
 
     def _tell_launched(self, scheduled: SchedulerOutput) -> None:
-        self._metrics.record_step(scheduled.num_tokens)
+        for num_tokens in scheduled.step_sizes():
+            self._metrics.record_step(num_tokens)
         for observer in self._observers:
             observer.launched(scheduled)
 
@@ -183,6 +185,8 @@ class EngineCore:
         for observer in self._observers:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
+        for index in range(1, scheduled.num_steps):
+            updates = joined(updates, self.scheduler.update_from_output(scheduled, output, index))
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:

@@ -75,6 +75,8 @@ class Request:
         "block_hashes",
         "block_tables",
         "cache_salt",
+        "decode_steps_from",
+        "end_token_ids",
         "eos_token_ids",
         "error",
         "extra_keys",
@@ -84,6 +86,7 @@ class Request:
         "is_child",
         "last_token_ts",
         "matcher",
+        "max_decode_steps",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -141,6 +144,10 @@ class Request:
         self.eos_token_ids = frozenset(eos_token_ids)
         #: every id that the device masks until `min_tokens`: as in vLLM, EOS is among them even under `ignore_eos`
         self.stop_token_ids = self.eos_token_ids.union(getattr(params, "stop_token_ids", None) or ())
+        #: the ids that end it
+        self.end_token_ids = frozenset(getattr(params, "stop_token_ids", None) or ())
+        if not getattr(params, "ignore_eos", True):
+            self.end_token_ids |= self.eos_token_ids
         #: ends that only the pattern of the last tokens can tell; None: not asked for
         self.repetition: RepetitionDetectionParams | None = None
         detection = getattr(params, "repetition_detection", None)
@@ -182,6 +189,9 @@ class Request:
         self.max_total_tokens = sys.maxsize
         #: breaks ties between equal arrival times
         self.arrival_order = 0
+        #: most decode steps of one launch, once `num_computed_tokens` has come as far as this (`DecodeSteps`)
+        self.max_decode_steps = 1
+        self.decode_steps_from = sys.maxsize
 
         # The KV-cache manager's.
         #: hashes of the leading full blocks, as far as somebody asked

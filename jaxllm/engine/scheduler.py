@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from jaxllm.engine.admission import admission
+from jaxllm.engine.decode_steps import DecodeSteps
 from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.length_limits import LengthLimits
 from jaxllm.engine.preemption import PreemptionLog, Shortage, unschedule
 from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.request_update import RequestUpdate
 from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.engine.stop_check import check_stop
 from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
@@ -43,16 +45,6 @@ NOTHING_ALLOWED = (
     "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
     "leaves no token to generate"
 )
-
-
-class RequestUpdate(NamedTuple):
-    """What a step brought one request."""
-
-    request: Request
-    new_token_ids: list[int]
-    #: the request's row in the step's `LogprobArrays`
-    index: int
-    finished: bool
 
 
 class Scheduler:
@@ -74,6 +66,7 @@ class Scheduler:
         # A stack with row 0 on top: few requests stay in the low rows.
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._preemptions = PreemptionLog(self.kv_cache_manager)
+        self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._num_arrived = 0
         self._step = 0
 
@@ -93,6 +86,7 @@ class Scheduler:
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
+        self._decode_steps.add(request)
         self.waiting.push(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
@@ -144,17 +138,7 @@ class Scheduler:
         Running requests come first, in the order of their admission; others are admitted only when nothing had to be
         preempted for the running ones.
         """
-        output = SchedulerOutput(
-            step=self._step,
-            admitted=[],
-            rows=[],
-            starts=[],
-            counts=[],
-            samples=[],
-            scored=[],
-            new_blocks=[],
-            requests=[],
-        )
+        output = SchedulerOutput.empty(self._step)
         self._step += 1
         budget = self.config.max_num_batched_tokens
         limit = budget
@@ -173,6 +157,7 @@ class Scheduler:
         rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
         requests, new_blocks = output.requests, output.new_blocks
         scored = output.scored
+        num_steps = self._decode_steps.choose(running, self.waiting)
         full: list[Request] = []
         shortage: Shortage | None = None
         for request in tuple(running):
@@ -195,9 +180,13 @@ class Scheduler:
                 if count == 0:
                     continue
             end = start + count
+            steps = 1
+            if num_steps > 1:
+                steps = min(num_steps, request.max_total_tokens - num_tokens)
+                end += steps - 1
             if end > request.num_slots:
                 first = request.num_slots // self.kv_cache_manager.block_size
-                added = self.kv_cache_manager.allocate_slots(request, count)
+                added = self.kv_cache_manager.allocate_slots(request, end - start)
                 while added is None:
                     if shortage is None:
                         shortage = Shortage.measure(self.kv_cache_manager, running, running.index(request))
@@ -206,12 +195,14 @@ class Scheduler:
                     self._preempt(victim, running.index(victim), shortage)
                     if victim is request:
                         break
-                    added = self.kv_cache_manager.allocate_slots(request, count)
+                    added = self.kv_cache_manager.allocate_slots(request, end - start)
                 if added is None:
                     continue
                 for group, ids in enumerate(added):
                     new_blocks.append((request.row, group, first, ids))
-            sample = end == num_tokens
+            sample = start + count == num_tokens
+            if num_steps > 1:
+                output.steps.append(steps)
             rows.append(request.row)
             starts.append(start)
             counts.append(count)
@@ -220,7 +211,7 @@ class Scheduler:
             requests.append(request)
             request.num_computed_tokens = end
             if sample:
-                request.num_output_placeholders += 1
+                request.num_output_placeholders += steps
             if end >= request.register_at:
                 full.append(request)
             budget -= count
@@ -314,10 +305,15 @@ class Scheduler:
         self.waiting.push_front(victim)
         return victim
 
-    def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestUpdate]:
+    def update_from_output(
+        self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0
+    ) -> list[RequestUpdate]:
         """Take in what a step sampled; steps are read in the order in which they were scheduled.
 
         Tokens of requests that have finished meanwhile are dropped; a preempted request keeps its token.
+
+        Args:
+            index_of_step: which of the launch's steps, from 0 to ``scheduled.num_steps - 1``, one after the other.
 
         Returns:
             One update per request that got a token, in the step's order.
@@ -328,8 +324,12 @@ class Scheduler:
         now = time.monotonic()
         updates: list[RequestUpdate] = []
         finished_running = False
+        samples, sampled = scheduled.samples, output.token_ids
+        if index_of_step:
+            samples = [steps > index_of_step for steps in scheduled.steps]
+            sampled = output.later_token_ids[index_of_step - 1]
         index = -1
-        for request, sample, token_id in zip(scheduled.requests, scheduled.samples, output.token_ids, strict=True):
+        for request, sample, token_id in zip(scheduled.requests, samples, sampled, strict=True):
             index += 1
             if not sample:
                 continue
@@ -350,9 +350,7 @@ class Scheduler:
             token_ids = request.all_token_ids
             token_ids.append(token_id)
             num_tokens = len(token_ids)
-            if num_tokens >= request.register_at:
-                self.kv_cache_manager.cache_full_blocks(request)
-            status = None
+            status = stop_reason = None
             if (
                 num_tokens >= request.max_total_tokens
                 or token_id in request.stop_token_ids
@@ -360,8 +358,13 @@ class Scheduler:
             ):
                 status, stop_reason = check_stop(request, token_id)
                 if status is not None:
-                    finished_running = finished_running or request.row >= 0
-                    self._end(request, status, stop_reason)
+                    # what was scheduled behind an end may not be computed
+                    request.num_computed_tokens = min(request.num_computed_tokens, num_tokens - 1)
+            if num_tokens >= request.register_at:
+                self.kv_cache_manager.cache_full_blocks(request)
+            if status is not None:
+                finished_running = finished_running or request.row >= 0
+                self._end(request, status, stop_reason)
             updates.append(_update(RequestUpdate, (request, [token_id], index, status is not None)))
         if finished_running:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]

@@ -47,6 +47,12 @@ def make_buckets(
     return tuple(sorted(buckets, key=lambda bucket: (bucket.tokens, not bucket.decode_only)))
 
 
+def decode_step_buckets(buckets: tuple[Bucket, ...], max_num_seqs: int) -> tuple[Bucket, ...]:
+    """Buckets of launches of several steps of up to `max_num_seqs` sequences, of the sizes that single steps have."""
+    sizes = sorted({min(bucket.seqs, max_num_seqs) for bucket in buckets} - {0})
+    return tuple(Bucket(size, size, decode_only=True) for size in sizes)
+
+
 def pick_bucket(buckets: tuple[Bucket, ...], tokens: int, seqs: int) -> Bucket:
     """The smallest bucket that holds the step. Raises ValueError when none does: the scheduler's budget is wrong."""
     for bucket in buckets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.pooler import PoolingModel
-from jaxllm.runner.buckets import make_buckets
+from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.memory import MemoryPlan
 from jaxllm.runner.plan import plan_memory
 from jaxllm.runner.pooling_programs import PoolingPrograms
@@ -70,4 +70,6 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         platform=platform,
         eager=config.enforce_eager,
         cache_dir=config.compile_cache,
+        num_decode_steps=limits.num_decode_steps,
+        decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
     )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_BIASES = 320
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
+#: ids that end a request on the device, in a launch of several steps
+MAX_END_TOKEN_IDS = 8
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -43,6 +45,8 @@ class AdmittedRequest:
     block_ids: tuple[list[int], ...]
     #: token sequences that must not be generated (`SamplingParams.bad_words`, tokenized)
     bad_words: tuple[tuple[int, ...], ...] = ()
+    #: those of `stop_token_ids` that do end it: all but EOS under `ignore_eos`
+    end_token_ids: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -54,6 +58,10 @@ class SchedulerOutput:
     and, when ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not
     know yet is one that an earlier step sampled: the runner finds it on the device. The first ``scored[i]`` of the
     positions also say how likely they found the token that follows them, which is a token of the prompt.
+
+    With `steps`, one launch does several decode steps: each entry has one token, ``counts[i] == 1``, samples the next,
+    goes on with that, and so on, up to ``steps[i]`` tokens in all. It ends early where it samples one of its
+    `end_token_ids`, and does nothing if an earlier launch came upon its end, which the host did not know yet.
     """
 
     step: int
@@ -71,10 +79,29 @@ class SchedulerOutput:
     requests: list
     #: rows that sample in this step and whose tokens the engine restricts with a mask, see `ModelRunner.sample`
     masked_rows: frozenset[int] = frozenset()
+    #: tokens that each entry samples, at most; empty: a single step
+    steps: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def empty(cls, step: int) -> SchedulerOutput:
+        return cls(
+            step=step, admitted=[], rows=[], starts=[], counts=[], samples=[], scored=[], new_blocks=[], requests=[]
+        )
 
     @property
     def num_tokens(self) -> int:
+        """Of a step; of the first one where a launch does several."""
         return sum(self.counts)
+
+    @property
+    def num_steps(self) -> int:
+        return max(self.steps, default=1)
+
+    def step_sizes(self) -> list[int]:
+        """Tokens of each of the steps, as far as the host can know."""
+        if not self.steps:
+            return [self.num_tokens]
+        return [sum(steps > index for steps in self.steps) for index in range(self.num_steps)]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -92,6 +119,8 @@ class LogprobArrays:
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StepOutput:
     token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled, or nothing was allowed
+    #: of a launch of several steps: the same of each step after the first, -1 too for entries that had ended before it
+    later_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
     #: N = the entries of the SchedulerOutput
     logprobs: LogprobArrays | None = None
     #: N = the scored positions, entry after entry, each entry's in ascending order; `sampled` is the prompt's token
@@ -110,7 +139,7 @@ class ModelRunner(Protocol):
     """All that the engine knows of the device."""
 
     def execute(self, scheduled: SchedulerOutput) -> StepFuture:
-        """Launch one step; does not wait for it."""
+        """Launch one step, or several at once; does not wait for it."""
         ...
 
     def forward(self, scheduled: SchedulerOutput) -> Any:

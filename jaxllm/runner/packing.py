@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.interface import MAX_END_TOKEN_IDS
 
 #: per-row sampling parameters, float32
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -82,14 +83,26 @@ class Packing:
 
 def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
     """What `step.forward_step` reads."""
-    return Packing(
-        {
-            **forward_fields(bucket, num_groups, table_width),
-            # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
-            "sampled_tokens": (bucket.seqs,),
-            "scored_tokens": (min(bucket.tokens, max_scored_tokens),),
-        }
-    )
+    return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens))
+
+
+def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+    """What `decode_steps` reads: a forward step's fields, and of each sequence how many tokens it samples at most, and
+    the ids that end it (-1: none).
+    """
+    per_seq = {"steps": (bucket.seqs,), "end_ids": (bucket.seqs, MAX_END_TOKEN_IDS)}
+    return Packing({**_step_fields(bucket, num_groups, table_width, max_scored_tokens), **per_seq})
+
+
+def _step_fields(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    return {
+        **forward_fields(bucket, num_groups, table_width),
+        # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
+        "sampled_tokens": (bucket.seqs,),
+        "scored_tokens": (min(bucket.tokens, max_scored_tokens),),
+    }
 
 
 def forward_fields(bucket: Bucket, num_groups: int, table_width: int) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,8 @@ from jaxllm.parallel.mesh import on_each_device
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
-from jaxllm.runner.packing import forward_packing, sample_packing
+from jaxllm.runner.decode_steps import decode_steps
+from jaxllm.runner.packing import decode_packing, forward_packing, sample_packing
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 
 logger = logging.getLogger("jaxllm")
@@ -145,10 +146,14 @@ class Programs(Compiler):
         platform: str,
         eager: bool,
         cache_dir: Path | None,
+        num_decode_steps: int = 1,
+        decode_buckets: tuple[Bucket, ...] = (),
     ):
         """
         Args:
             params, state: trees of `jax.ShapeDtypeStruct` with shardings.
+            num_decode_steps: most steps of one launch of a program for several.
+            decode_buckets: those that have such programs.
             eager: one sampler instead of one for each size of block.
             cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
         """
@@ -159,6 +164,10 @@ class Programs(Compiler):
         self._params = params
         self.packings = {
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
+        }
+        self.num_decode_steps = num_decode_steps
+        self.decode_packings = {
+            b: decode_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in decode_buckets
         }
         self.max_num_seqs = state.tokens.shape[0] - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
@@ -182,11 +191,23 @@ class Programs(Compiler):
         packing = self.sample_packing
         function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
-        shape = ConstraintShape(self.config.model.vocab_size)
-        constraints = self._words(self.max_num_seqs, shape.row_size) if full else None
         head = head_params(self._params)
         words = self._words(packing.size)
-        return self._lowered(function, head, self._state.tokens, hidden, words, constraints, donate=1)
+        return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
+
+    def _constraints(self, full: bool) -> jax.ShapeDtypeStruct | None:
+        shape = ConstraintShape(self.config.model.vocab_size)
+        return self._words(self.max_num_seqs, shape.row_size) if full else None
+
+    def lower_decode_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
+        packing, sample_packing = self.decode_packings[bucket], self.sample_packing
+        rows = self._sampler_rows(bucket.seqs)
+        function = functools.partial(
+            decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
+        )
+        words = self._words(packing.size + sample_packing.size)
+        out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
+        return self._lowered(function, self._params, self._state, words, self._constraints(full), donate=1, out=out)
 
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
@@ -203,18 +224,23 @@ class Programs(Compiler):
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
         keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER)
+        if self.decode_packings:
+            keys = (*keys, ("decode steps", next(reversed(self.decode_packings)), True))
         self._compile((*keys, ALLOCATOR), progress=False)
         return max(self._needed_bytes(key) for key in keys)
 
     def compile_all(self, progress: bool) -> None:
         """Compile what is missing."""
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
-        self._compile((*samplers, SCORER, *(("forward", bucket) for bucket in self.packings), WRITER), progress)
+        forwards = [("forward", bucket) for bucket in self.packings]
+        several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
+        self._compile((*several, *samplers, SCORER, *forwards, WRITER), progress)
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         lower = {
             "forward": self.lower_forward,
             "sample": self.lower_sampler,
+            "decode steps": self.lower_decode_steps,
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
             "allocate": self.lower_allocator,
@@ -229,8 +255,15 @@ class Programs(Compiler):
         token.
         """
         full = full or False not in self._variants
-        rows = next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
-        return self._get(("sample", rows, full)), full
+        return self._get(("sample", self._sampler_rows(num_samples), full)), full
+
+    def _sampler_rows(self, num_samples: int) -> int:
+        return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
+
+    def decode_steps(self, bucket: Bucket, full: bool) -> tuple[jax.stages.Compiled, bool]:
+        """The program for several steps, and whether it takes constraints, as `sampler`."""
+        full = full or False not in self._variants
+        return self._get(("decode steps", bucket, full)), full
 
     @property
     def scorer(self) -> jax.stages.Compiled:

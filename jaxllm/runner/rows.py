@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.runner.constraints import ConstraintShape, RowConstraints
-from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
+from jaxllm.runner.interface import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
 from jaxllm.runner.packing import FLOATS, INTS, Packing
 from jaxllm.runner.step import StepConfig
 
@@ -108,6 +108,7 @@ class RowTable(ForwardRows):
         self._ints = {name: named[name] for name in INTS}
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
+        self._end_ids = np.full((max_num_seqs, MAX_END_TOKEN_IDS), -1, np.int32)
         self._constraints: dict[int, RowConstraints] = {}
         self._full_mask = self._shape.full_mask()
 
@@ -125,6 +126,9 @@ class RowTable(ForwardRows):
         self._logprobs[row] = params.num_logprobs is not None
         given = params.extra_args or {}
         self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
+        # a request with more of them does not take part in launches of several steps
+        ends = list(request.end_token_ids)[:MAX_END_TOKEN_IDS]
+        self._end_ids[row] = ends + [-1] * (MAX_END_TOKEN_IDS - len(ends))
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
@@ -157,6 +161,14 @@ class RowTable(ForwardRows):
             fields = self._sample_packing.views(buffer[packing.size :])
             self._pack_sampling(packed, fields, rows[sampled], lengths[sampled])
             self._add_masks(packed, fields, rows[sampled], step.masked_rows)
+        return packed
+
+    def pack_decode_steps(self, step: SchedulerOutput, packing: Packing) -> PackedStep:
+        """`pack` for a launch of several steps; `packing` is `decode_packing` of its bucket."""
+        packed = self.pack(step, packing)
+        fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
+        fields["steps"][: len(order)] = np.asarray(step.steps, np.int32)[order]
+        fields["end_ids"][: len(order)] = self._end_ids[np.asarray(step.rows)[order]]
         return packed
 
     def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:

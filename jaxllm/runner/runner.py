@@ -102,6 +102,25 @@ def _arrays(found: Logprobs) -> LogprobArrays:
     )
 
 
+class DecodeStepsResult:
+    """A launch of several steps (`interface.StepFuture`).
+
+    Args:
+        sampled: i32 [most steps, S], as `decode_steps` returns it.
+    """
+
+    def __init__(self, sampled: jax.Array, packed: PackedStep, num_steps: int):
+        self._sampled, self._packed, self._num_steps = sampled, packed, num_steps
+        sampled.copy_to_host_async()
+
+    def result(self) -> StepOutput:
+        entries = self._packed.sampled_entries
+        ids = np.empty((self._num_steps, len(entries)), np.int32)
+        ids[:, entries] = np.asarray(self._sampled)[: self._num_steps, : len(entries)]
+        first, *later = ids.tolist()
+        return StepOutput(token_ids=first, later_token_ids=later)
+
+
 class Runner(DeviceMemory[Params, State]):
     """One model on its devices (`interface.ModelRunner`).
 
@@ -142,17 +161,37 @@ class Runner(DeviceMemory[Params, State]):
             for full in (True, False):
                 self._sample(hidden, sampling, None, bucket.seqs, full)
             self._score(hidden, np.zeros(1 + self._max_scored_tokens, np.int32))
+        for bucket, packing in self._programs.decode_packings.items():
+            buffer = np.zeros(packing.size + sample_size, np.int32)
+            fields, sampling = packing.views(buffer[: packing.size]), buffer[packing.size :]
+            for name in ("num_decodes", "num_seqs"):
+                fields[name][...] = 1
+            # one token of the trash row
+            fields["query_start"][1:] = 1
+            fields["rows"][0], fields["steps"][0], fields["end_ids"][0] = self._max_num_seqs, 1, -1
+            self._programs.sample_packing.views(sampling)["num_samples"][...] = 1
+            for full in (True, False):
+                self._several_steps(bucket, buffer, None, full)
         self._write_tokens(self._max_num_seqs, 0, np.zeros(1, np.int32))
         jax.block_until_ready(self._live())
 
-    def execute(self, scheduled: SchedulerOutput) -> StepResult:
-        return self.sample(self.forward(scheduled), {})
+    def execute(self, scheduled: SchedulerOutput) -> StepResult | DecodeStepsResult:
+        if not scheduled.steps:
+            return self.sample(self.forward(scheduled), {})
+        self._update_rows(scheduled)
+        bucket = pick_bucket(tuple(self._programs.decode_packings), scheduled.num_tokens, len(scheduled.rows))
+        packed = self._rows.pack_decode_steps(scheduled, self._programs.decode_packings[bucket])
+        sampled = self._several_steps(bucket, packed.buffer, packed.constraints, packed.full)
+        return DecodeStepsResult(sampled, packed, scheduled.num_steps)
 
-    def forward(self, scheduled: SchedulerOutput) -> LaunchedStep:
+    def _update_rows(self, scheduled: SchedulerOutput) -> None:
         for request in scheduled.admitted:
             self._admit(request)
         for row, group, start, blocks in scheduled.new_blocks:
             self._rows.append_blocks(row, group, start, blocks)
+
+    def forward(self, scheduled: SchedulerOutput) -> LaunchedStep:
+        self._update_rows(scheduled)
         bucket = self.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, self._programs.packings[bucket])
         hidden, sampling = self._forward(bucket, packed.buffer)
@@ -182,11 +221,21 @@ class Runner(DeviceMemory[Params, State]):
     ) -> Sampled:
         program, full = self._programs.sampler(count, full)
         state = self._live()
-        given = None
-        if full:
-            given = self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
+        given = self._given(constraints) if full else None
         tokens, sampled = program(self._head, state.tokens, hidden.sampled, sampling, given)
         self._state = State(cache=state.cache, tokens=tokens)
+        return sampled
+
+    def _given(self, constraints: np.ndarray | None) -> jax.Array:
+        return self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
+
+    def _several_steps(
+        self, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
+    ) -> jax.Array:
+        program, full = self._programs.decode_steps(bucket, full)
+        given = self._given(constraints) if full else None
+        words = jax.device_put(buffer, self._sharding)
+        self._state, sampled = program(self.params, self._live(), words, given)
         return sampled
 
     def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:

@@ -84,11 +84,11 @@ def forward_step(
     fields = packing.unpack(buffer)
     batch = attention_batch(fields, bucket, config.backend)
     trash = state.tokens.shape[0] - 1
-    row = jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
+    tokens = place_known_tokens(state.tokens, fields, batch)
     ids = fields["token_ids"]
-    known = ids >= 0
-    tokens = state.tokens.at[jnp.where(known, row, trash), batch.positions].set(jnp.maximum(ids, 0))
-    ids = jnp.where(known, ids, tokens[row, batch.positions])
+    sampled = tokens[_token_rows(fields, batch, trash), batch.positions]
+    # negative behind an end that the host has not read: whatever comes of it is dropped
+    ids = jnp.where(ids >= 0, ids, jnp.maximum(sampled, 0))
     cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
 
     def rows(tokens: jax.Array, capacity: int) -> jax.Array:
@@ -98,6 +98,19 @@ def forward_step(
         sampled=rows(fields["sampled_tokens"], trash), scored=rows(fields["scored_tokens"], config.max_scored_tokens)
     )
     return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
+
+
+def place_known_tokens(tokens: jax.Array, fields: dict[str, jax.Array], batch: AttentionBatch) -> jax.Array:
+    """`State.tokens` with those of the step's tokens that the host knows."""
+    trash = tokens.shape[0] - 1
+    ids = fields["token_ids"]
+    row = jnp.where(ids >= 0, _token_rows(fields, batch, trash), trash)
+    return tokens.at[row, batch.positions].set(jnp.maximum(ids, 0))
+
+
+def _token_rows(fields: dict[str, jax.Array], batch: AttentionBatch, trash: int) -> jax.Array:
+    """i32 [T]: the row of each token's sequence."""
+    return jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
 
 
 def attention_batch(fields: dict[str, jax.Array], bucket: Bucket, backend: Backend) -> AttentionBatch:
@@ -127,10 +140,8 @@ def sample_step(
     buffer: jax.Array,
     constraints: jax.Array | None,
 ) -> tuple[jax.Array, Sampled]:
-    """Logits and sampling of what a forward step left, in blocks of rows, as many as are needed.
-
-    So neither padding nor a wide vocabulary costs memory, and one program serves every bucket: this is why the step
-    is two programs.
+    """Logits and sampling of what a forward step left. One program serves every bucket: this is why the step is two
+    programs.
 
     Args:
         config, rows (of a block; see `StepConfig.fixed_sample_rows`), packing: static.
@@ -139,7 +150,21 @@ def sample_step(
         buffer: int32, `sample_packing`'s fields.
         constraints: int32 [R, row_size] (`ConstraintShape`); None makes the greedy-only program.
     """
-    fields = packing.unpack(buffer)
+    return sample_rows(config, rows, params, tokens, hidden, packing.unpack(buffer), constraints)
+
+
+def sample_rows(
+    config: StepConfig,
+    rows: int,
+    params: Params,
+    tokens: jax.Array,
+    hidden: jax.Array,
+    fields: dict[str, jax.Array],
+    constraints: jax.Array | None,
+) -> tuple[jax.Array, Sampled]:
+    """`sample_step` of the fields of its buffer, for any number R of rows: in blocks of rows, as many as are needed, so
+    that neither padding nor a wide vocabulary costs memory.
+    """
     capacity = hidden.shape[0]
     rows = min(rows, capacity)
     num_blocks = (fields["num_samples"] + rows - 1) // rows

@@ -16,10 +16,11 @@ from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.block_pool import NULL_BLOCK_ID
 from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.request_update import RequestUpdate
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 EOS = frozenset({0})
 GROUPS = (
@@ -58,6 +59,8 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         policy=draw(st.sampled_from(("fcfs", "priority"))),
         enable_chunked_prefill=chunked,
         reserve_full_prompt=draw(st.booleans()),
+        num_decode_steps=draw(st.sampled_from((1, 2, 3, 8))),
+        max_decode_steps_seqs=draw(st.sampled_from((2, 6))),
     )
     cache = CacheConfig(
         block_size=block_size,
@@ -108,6 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     "skip": st.sampled_from((None, None, None, True)),
                     "priority": st.integers(0, 3),
                     "salt": st.sampled_from((None, None, None, "a")),
+                    "streamed": st.sampled_from((False, False, False, True)),
                 }
             ),
             min_size=1,
@@ -121,6 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 ignore_eos=new["ignore_eos"],
                 stop_token_ids=new["stop_token_ids"],
                 skip_reading_prefix_cache=new["skip"],
+                output_kind=RequestOutputKind.DELTA if new["streamed"] else RequestOutputKind.FINAL_ONLY,
             )
             self.add_one(shared_prompt(new["family"], new["shared"]) + new["own"], params, new["priority"], new["salt"])
 
@@ -203,7 +208,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         scheduled, future = self.in_flight.popleft()
         assert not self.in_flight or scheduled.step < self.in_flight[0][0].step
-        for update in self.scheduler.update_from_output(scheduled, future.result()):
+        for index in range(scheduled.num_steps):
+            self._take(scheduled, self.scheduler.update_from_output(scheduled, future.result(), index))
+
+    def _take(self, scheduled: SchedulerOutput, updates: list[RequestUpdate]) -> None:
+        for update in updates:
             outputs = self.outputs[update.request.request_id]
             outputs += update.new_token_ids
             assert scheduled.requests[update.index] is update.request
@@ -277,12 +286,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(running) <= self.config.max_num_seqs
         rows = [request.row for request in running]
         assert sorted(rows + self.scheduler._free_rows) == list(range(self.config.max_num_seqs))
-        sampled = collections.Counter(
-            request.request_id
-            for scheduled, _ in self.in_flight
-            for request, sample in zip(scheduled.requests, scheduled.samples, strict=True)
-            if sample
-        )
+        sampled: collections.Counter[str] = collections.Counter()
+        for scheduled, _ in self.in_flight:
+            steps = scheduled.steps or [1] * len(scheduled.rows)
+            for request, sample, count in zip(scheduled.requests, scheduled.samples, steps, strict=True):
+                sampled[request.request_id] += count * sample
         for request in running + waiting:
             assert request.num_output_placeholders == sampled[request.request_id]
         assert all(
