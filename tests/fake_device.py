@@ -213,7 +213,12 @@ class FakeDevice:
             assert len(new.block_ids) == len(self.cache.groups)
             tables = [list(ids) for ids in new.block_ids]
             self.rows[new.row] = Row(
-                new.request_id, self.salts[new.request_id], list(new.token_ids), new.num_computed_tokens, tables, new.end_token_ids
+                new.request_id,
+                self.salts[new.request_id],
+                list(new.token_ids),
+                new.num_computed_tokens,
+                tables,
+                new.end_token_ids,
             )
         admitted = {new.row for new in scheduled.admitted}
         for row, group, first, ids in scheduled.new_blocks:

@@ -92,7 +92,8 @@ class EngineMetrics:
     def record_updates(self, updates: Iterable[RequestUpdate]) -> None:
         """Count what one step brought, after stop strings have been looked for.
 
-        The time between two tokens of a request is that between the steps that brought them.
+        The time between two tokens of a request is that between the steps that brought them; the tokens of one launch
+        share it.
         """
         # the requests of a step mostly came through the step before as well: few distinct intervals, many requests
         intervals: dict[float, int] = {}
@@ -102,11 +103,12 @@ class EngineMetrics:
                 if not new_token_ids:  # it failed where its token should have come
                     self._finish(request)
                     continue
-                num_tokens += len(new_token_ids)
+                count = len(new_token_ids)
+                num_tokens += count
                 now, before = request.last_token_ts, request.recorded_ts
                 if before:
-                    interval = now - before
-                    intervals[interval] = intervals.get(interval, 0) + 1
+                    interval = (now - before) / count
+                    intervals[interval] = intervals.get(interval, 0) + count
                 else:
                     self._prompt_tokens += request.num_prompt_tokens
                     self._prompt_tokens_cached += _num_cached(request)

@@ -23,6 +23,7 @@ from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.plan import blocks_of_one, memory_plan
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.rows import PackedStep, RowTable
+from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:
@@ -84,14 +85,26 @@ class NullRunner:
         self._num_logprobs = config.num_logprobs
         self._rows = RowTable(programs.max_num_seqs, len(config.groups), table_width, config, programs.sample_packing)
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep:
-        return self.sample(self.forward(scheduled), {})
+    def execute(self, scheduled: SchedulerOutput) -> NullStep | DecodeStepsResult:
+        if not scheduled.steps:
+            return self.sample(self.forward(scheduled), {})
+        self._update_rows(scheduled)
+        packings = self._programs.decode_packings
+        packing = packings[pick_bucket(tuple(packings), scheduled.num_tokens, len(scheduled.rows))]
+        packed = self._rows.pack_decode_steps(scheduled, packing)
+        positions = self._programs.sample_packing.views(packed.buffer[packing.size :])["positions"]
+        # the steps go on behind an end: the host drops what comes there
+        later = positions + np.arange(scheduled.num_steps)[:, None]
+        return DecodeStepsResult(self._cycle[later % len(self._cycle)], packed, scheduled.num_steps)
 
-    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, SchedulerOutput, int]:
+    def _update_rows(self, scheduled: SchedulerOutput) -> None:
         for request in scheduled.admitted:
             self._rows.admit(request)
         for row, group, start, blocks in scheduled.new_blocks:
             self._rows.append_blocks(row, group, start, blocks)
+
+    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, SchedulerOutput, int]:
+        self._update_rows(scheduled)
         packing = self._programs.packings[self.bucket(scheduled.num_tokens, len(scheduled.rows))]
         return self._rows.pack(scheduled, packing), scheduled, packing.size
 

@@ -18,6 +18,7 @@ from jaxllm.runner.device_memory import DeviceMemory
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
 from jaxllm.runner.rows import PackedStep, RowTable
+from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.step import Hidden, Sampled, State
 from jaxllm.sampling.logprobs import Logprobs
 
@@ -102,25 +103,6 @@ def _arrays(found: Logprobs) -> LogprobArrays:
     )
 
 
-class DecodeStepsResult:
-    """A launch of several steps (`interface.StepFuture`).
-
-    Args:
-        sampled: i32 [most steps, S], as `decode_steps` returns it.
-    """
-
-    def __init__(self, sampled: jax.Array, packed: PackedStep, num_steps: int):
-        self._sampled, self._packed, self._num_steps = sampled, packed, num_steps
-        sampled.copy_to_host_async()
-
-    def result(self) -> StepOutput:
-        entries = self._packed.sampled_entries
-        ids = np.empty((self._num_steps, len(entries)), np.int32)
-        ids[:, entries] = np.asarray(self._sampled)[: self._num_steps, : len(entries)]
-        first, *later = ids.tolist()
-        return StepOutput(token_ids=first, later_token_ids=later)
-
-
 class Runner(DeviceMemory[Params, State]):
     """One model on its devices (`interface.ModelRunner`).
 
@@ -182,6 +164,7 @@ class Runner(DeviceMemory[Params, State]):
         bucket = pick_bucket(tuple(self._programs.decode_packings), scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack_decode_steps(scheduled, self._programs.decode_packings[bucket])
         sampled = self._several_steps(bucket, packed.buffer, packed.constraints, packed.full)
+        sampled.copy_to_host_async()
         return DecodeStepsResult(sampled, packed, scheduled.num_steps)
 
     def _update_rows(self, scheduled: SchedulerOutput) -> None:

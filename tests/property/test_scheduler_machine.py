@@ -177,6 +177,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.scheduler.stats().num_preemptions > preempted_before:
             assert not scheduled.admitted
         self._check_admissions(scheduled)
+        if scheduled.steps:
+            self._check_several_steps(scheduled, self.scheduler.stats().num_preemptions - preempted_before)
         if scheduled.rows:
             assert [request.row for request in scheduled.requests] == scheduled.rows
             self.in_flight.append((scheduled, self.device.execute(scheduled)))
@@ -185,6 +187,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.read()
         while len(self.in_flight) > self.depth:
             self.read()
+
+    def _check_several_steps(self, scheduled: SchedulerOutput, num_preempted: int) -> None:
+        assert not num_preempted and not self.scheduler.waiting
+        assert 1 < scheduled.num_steps <= self.config.num_decode_steps
+        assert len(scheduled.rows) <= self.config.max_decode_steps_seqs
+        for request, start in zip(scheduled.requests, scheduled.starts, strict=True):
+            assert start >= request.num_prompt_tokens
+            assert request.params.output_kind is RequestOutputKind.FINAL_ONLY
 
     def _check_admissions(self, scheduled: SchedulerOutput) -> None:
         by_id = {request.request_id: request for request in scheduled.requests}

@@ -16,7 +16,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
-from jaxllm.runner.buckets import make_buckets
+from jaxllm.runner.buckets import Bucket, make_buckets
 from jaxllm.runner.programs import CPU_OPTIONS, Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
@@ -59,6 +59,8 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
         platform="cpu",
         eager=True,
         cache_dir=None,
+        num_decode_steps=4,
+        decode_buckets=(Bucket(MAX_NUM_SEQS, MAX_NUM_SEQS, decode_only=True),),
     )
     return programs, state
 
@@ -72,19 +74,24 @@ def test_every_program_writes_in_place():
     programs.compile_all(progress=False)
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
-        expected = {"forward": size(state.cache) + size(state.tokens), "score": 0}.get(kind, size(state.tokens))
+        whole = size(state.cache) + size(state.tokens)
+        expected = {"forward": whole, "decode steps": whole, "score": 0}.get(kind, size(state.tokens))
         memory = program.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == expected
         kinds.add(kind)
-    assert kinds == {"forward", "sample", "score", "write tokens"}
+    assert kinds == {"forward", "decode steps", "sample", "score", "write tokens"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_needs_no_more_memory_for_a_larger_cache(dtype: str):
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "forward"), ("bfloat16", "forward"), ("bfloat16", "several")])
+def test_a_step_needs_no_more_memory_for_a_larger_cache(dtype: str, kind: str):
     temporaries = []
     for num_blocks in (40, 2000):
         programs, state = make_programs(dtype, num_blocks)
-        memory = programs.lower_forward(programs.largest).compile(compiler_options=CPU_OPTIONS).memory_analysis()
+        if kind == "forward":
+            lowered = programs.lower_forward(programs.largest)
+        else:
+            lowered = programs.lower_decode_steps(next(iter(programs.decode_packings)), full=False)
+        memory = lowered.compile(compiler_options=CPU_OPTIONS).memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == size(state.cache) + size(state.tokens)
         temporaries.append(memory.temp_size_in_bytes)
     few, many = temporaries
