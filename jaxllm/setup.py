@@ -121,6 +121,8 @@ def _for_pooling(
     """The model, the arguments and the pooler of a pooling engine."""
     if args.logits_processors:
         raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
+    if args.num_decode_steps is not None and args.num_decode_steps > 1:
+        logger.warning("num_decode_steps=%d has no effect: a pooling engine samples nothing.", args.num_decode_steps)
     model = pooling_model_config(hf)
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)

@@ -81,7 +81,7 @@ class TraceRecorder(StepObserver):
             "step": step.step,
             "start": self._turn,
             "num_prefill_tokens": prefill,
-            "num_decode_tokens": num_tokens - prefill,
+            "num_decode_tokens": sum(step.step_sizes()) - prefill,
             "num_seqs": num_seqs,
             "num_running": stats.num_running,
             "num_waiting": stats.num_waiting,
