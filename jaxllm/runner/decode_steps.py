@@ -15,10 +15,7 @@ from jax import lax
 from jaxllm.models.decoder import Params, forward
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.packing import Packing
-from jaxllm.runner.step import State, StepConfig, attention_batch, place_known_tokens, sample_rows
-
-#: in `State.tokens`, at the position where a row would go on that has ended before
-ENDED = -1
+from jaxllm.runner.step import ENDED, State, StepConfig, attention_batch, place_known_tokens, sample_rows
 
 
 @flax.struct.dataclass
@@ -71,7 +68,7 @@ def decode_steps(
         now = batch.replace(  # pyright: ignore[reportAttributeAccessIssue]
             positions=position, kv_lens=position + 1, token_valid=loop.going_on
         )
-        ids = jnp.maximum(loop.state.tokens[active_row, position], 0)
+        ids = loop.state.tokens[active_row, position]
         cache, hidden = forward(config.model, config.groups, params, ids, loop.state.cache, now)
         # what is compiled for the sampler is to be what a step alone has
         hidden = lax.optimization_barrier(hidden)

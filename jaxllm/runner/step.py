@@ -44,6 +44,10 @@ class StepConfig:
     fixed_sample_rows: int | None = None
 
 
+#: in `State.tokens`, at the position where a row would go on that has ended in a launch of several steps
+ENDED = -1
+
+
 @flax.struct.dataclass
 class State:
     """What stays on the device between steps; donated to every step. R = max_num_seqs, M = max_model_len."""
@@ -87,8 +91,8 @@ def forward_step(
     tokens = place_known_tokens(state.tokens, fields, batch)
     ids = fields["token_ids"]
     sampled = tokens[_token_rows(fields, batch, trash), batch.positions]
-    # negative behind an end that the host has not read: whatever comes of it is dropped
-    ids = jnp.where(ids >= 0, ids, jnp.maximum(sampled, 0))
+    # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
+    ids = jnp.where(ids >= 0, ids, sampled)
     cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
 
     def rows(tokens: jax.Array, capacity: int) -> jax.Array:

@@ -75,9 +75,15 @@ def compare(single: LLM, several: LLM, prompts: list[list[int]], params: Any) ->
     return got, launches
 
 
-GREEDY = {"temperature": 0.0}
-SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
-PENALISED = {**SAMPLED, "presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "top_k": 40}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+PENALISED: dict[str, Any] = {
+    **SAMPLED,
+    "presence_penalty": 0.7,
+    "frequency_penalty": 0.4,
+    "repetition_penalty": 1.2,
+    "top_k": 40,
+}
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
@@ -131,7 +137,7 @@ def test_eos(single: LLM, several: LLM):
     """EOS ends it on the device, is passed over with ignore_eos, and does not come before min_tokens."""
     rng = random.Random(4)
     prompts = [ids(rng, 5) for _ in range(8)]
-    bias = {"logit_bias": {EOS: 10.0}, **SAMPLED}
+    bias: dict[str, Any] = {"logit_bias": {EOS: 10.0}, **SAMPLED}
     params = [
         SamplingParams(**{**bias, "seed": i}, max_tokens=50, min_tokens=0 if i < 4 else 20, ignore_eos=i in (2, 6))
         for i in range(8)
