@@ -18,12 +18,12 @@ import numpy as np
 from jaxllm.errors import ValidationError
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compiled_plan import make_programs
+from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.plan import blocks_of_one, memory_plan
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:

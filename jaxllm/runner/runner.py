@@ -14,11 +14,11 @@ import numpy as np
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.device_memory import DeviceMemory
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
 from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.step import Hidden, Sampled, State
 from jaxllm.sampling.logprobs import Logprobs
 

@@ -266,9 +266,9 @@ def test_the_number_of_steps_begins_small_and_grows(several: LLM):
     traffic.core.observe(observer)
     params = SamplingParams(**GREEDY, max_tokens=60, ignore_eos=True)
     traffic.add([1, 2, 3], params)
-    for _ in range(6):
+    while len(steps) < 6:
         traffic.core.step()
-    assert steps[:6] == [1, 1, 2, 4, 6, 6]
+    assert steps == [1, 1, 2, 4, 6, 6]
     traffic.add([4, 5], params)
     traffic.finish()
     assert steps[6:11] == [1, 1, 2, 4, 6]
