@@ -30,6 +30,8 @@ def to_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def from_storage(x: jax.Array, compute: jnp.dtype) -> jax.Array:
+    if x.dtype == jnp.uint16 and compute == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
     if x.dtype == jnp.uint16:  # bf16 is the upper half of a float32
         return lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
     return x.astype(compute)

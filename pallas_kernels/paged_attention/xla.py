@@ -18,8 +18,9 @@ from pallas_kernels.storage import compute_dtype, from_storage
 DECODE_ROWS = 8
 #: independent loops over tiles: XLA:CPU runs them beside each other, and a tile on one thread
 LANES = 2
-PREFILL_QUERIES = 32
-PREFILL_ROWS = 4
+#: (consecutive queries of a run, runs of a tile) of chunks and prompts: as many long runs as there are, then short
+LONG_RUNS = (128, 1)
+SHORT_RUNS = (32, 4)
 CONTEXT = 128  # most positions of one piece of context, but that a piece has at least one page
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 
@@ -76,32 +77,44 @@ def _decode_tiles(query, cache, layout, batch, *how):
 def _prefill_tiles(query, out, cache, layout, batch, *how):
     """Write the rows of chunks and prompts into `out`."""
     tokens, seqs = query.shape[0], batch.kv_lens.shape[0]
-    length = min(PREFILL_QUERIES, tokens)
-    # runs of `length` queries, numbered through the sequences that are not decodes
     seq = jnp.arange(seqs, dtype=jnp.int32)
     prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
-    runs = jnp.where(prefill, _cdiv(jnp.diff(batch.query_start), length), 0)
+    first, rest = batch.query_start[:-1], jnp.where(prefill, jnp.diff(batch.query_start), 0)
+    args = (cache, layout, batch, *how)
+    length, rows = LONG_RUNS
+    if tokens >= length:
+        runs = rest // length
+        out = _run_tiles(query, out, length, rows, first, rest, runs, *args)
+        first, rest = first + runs * length, rest - runs * length
+    length, rows = SHORT_RUNS
+    length = min(length, tokens)
+    return _run_tiles(query, out, length, rows, first, rest, _cdiv(rest, length), *args)
+
+
+def _run_tiles(query, out, length, rows, first, rest, runs, cache, layout, batch, *how):
+    """Of each sequence `runs` [S] runs of `length` queries, from token `first` [S] on; it has `rest` [S] tokens."""
+    tokens, seqs = query.shape[0], first.shape[0]
     ends = jnp.cumsum(runs)
-    lane = jnp.arange(PREFILL_ROWS, dtype=jnp.int32)
+    lane = jnp.arange(rows, dtype=jnp.int32)
 
     def tile(i, out):
-        run = i * PREFILL_ROWS + lane
+        run = i * rows + lane
         row = jnp.minimum(jnp.searchsorted(ends, run, side="right").astype(jnp.int32), seqs - 1)
         active = run < ends[-1]
-        first = batch.query_start[row] + (run - (ends[row] - runs[row])) * length
-        token = first[:, None] + jnp.arange(length, dtype=jnp.int32)
-        valid = active[:, None] & (token < batch.query_start[row + 1][:, None])
+        begin = first[row] + (run - (ends[row] - runs[row])) * length
+        token = begin[:, None] + jnp.arange(length, dtype=jnp.int32)
+        valid = active[:, None] & (token < (first + rest)[row][:, None])
         token = jnp.clip(token, 0, tokens - 1)
         position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
         attended = _attend(query[token], position, row, active, cache, layout, batch, *how)
         target = jnp.where(valid, token, tokens).reshape(-1)
         return out.at[target].set(attended.reshape(-1, out.shape[1]), mode="drop")
 
-    return lax.fori_loop(0, _cdiv(ends[-1], PREFILL_ROWS), tile, out)
+    return lax.fori_loop(0, _cdiv(ends[-1], rows), tile, out)
 
 
 def _attend(query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
-    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> float32 [B, Q, kv_heads, G, D]."""
+    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> the same shape in float32."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
     width = max(CONTEXT // block_size, 1)
@@ -110,6 +123,9 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
     table = batch.block_tables[layout.group]
     scales = None if kv_scales is None else kv_scales.reshape(pages * 2 * kv_heads, block_size)
     compute = compute_dtype(cache.dtype)
+    if length > 1 and cache.dtype == jnp.uint16 and query.dtype == jnp.bfloat16:
+        # of many rows, XLA:CPU's products of bf16 take half the time (of few, they take longer)
+        compute = jnp.dtype(jnp.bfloat16)
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
     seen_from = jnp.maximum(position - layout.window + 1, 0)  # [B, Q]
     first = jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)) // context
@@ -118,21 +134,24 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     precision = lax.Precision.HIGHEST if compute == jnp.float32 else None
 
-    def load(index):
-        stored = from_storage(flat[index], compute).reshape(blocks, kv_heads, context, dim)
-        return stored if scales is None else stored * scales[index].reshape(blocks, kv_heads, context, 1)
+    def load(index, keep=True):
+        # before it is taken for a number: XLA:CPU selects bf16 by way of float32
+        stored = jnp.where(keep, flat[index].reshape(blocks, kv_heads, context, dim), 0)
+        numbers = from_storage(stored, compute)
+        if scales is None:
+            return numbers
+        return numbers * jnp.where(keep, scales[index].reshape(blocks, kv_heads, context, 1), 0)
 
     def piece(c, state):
         maximum, total, accumulated = state
         column = jnp.minimum(c * width + jnp.arange(width, dtype=jnp.int32), table.shape[1] - 1)
         page = table[row[:, None], column] + layout.page_offset  # [B, width]
         index = page[:, None, :] * (2 * kv_heads) + head
-        k, v = load(index), load(index + kv_heads)
         at = c * context + jnp.arange(context, dtype=jnp.int32)
         visible = (at < seen_to[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
         # a weight of zero does not silence a NaN that a page's former owner left behind
         written = (at < jnp.max(seen_to, axis=1, keepdims=True)) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
-        v = jnp.where(written[:, None, :, None], v, 0)
+        k, v = load(index), load(index + kv_heads, written[:, None, :, None])
         scores = jnp.einsum("bkqd,bkcd->bkqc", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)

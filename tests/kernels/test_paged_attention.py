@@ -29,6 +29,8 @@ SHAPES = (
     Shape(heads=6, kv_heads=3, dim=10, block=64, stored="uint16"),
     Shape(heads=4, kv_heads=2, dim=16, block=16, causal=False, query="bfloat16", stored="bfloat16"),
     Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=20, decode_only=True, query="float16", stored="float8_e5m2"),
+    # room for long runs of queries ("xla"), in products of bfloat16
+    Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300, query="bfloat16", stored="uint16"),
     # no power of two: "triton" leaves it to "xla"
     Shape(heads=2, kv_heads=1, dim=8, block=12, tokens=20),
 )
