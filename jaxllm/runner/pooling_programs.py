@@ -11,7 +11,7 @@ from jaxllm.models.pooler import PoolingModel
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.packing import pooling_packing
 from jaxllm.runner.pooling_step import PoolingState, PoolingStepConfig, pooling_step, token_step
-from jaxllm.runner.programs import ALLOCATOR, Compiler, Key
+from jaxllm.runner.programs import ALLOCATOR, Compiler, Key, lowered
 
 
 class PoolingPrograms(Compiler):
@@ -35,23 +35,24 @@ class PoolingPrograms(Compiler):
         platform: str,
         cache_dir: Path | None,
     ):
-        super().__init__(state, platform=platform, cache_dir=cache_dir)
+        made_from = (config, buckets, table_width, params, state, max_num_seqs)
+        super().__init__(state, platform=platform, cache_dir=cache_dir, source=made_from)
         self._config, self._params = config, params
         self.packings = {b: pooling_packing(b, len(config.groups), table_width) for b in buckets}
         self.max_num_seqs = max_num_seqs
 
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
-        function = jax.jit(functools.partial(pooling_step, self._config, bucket, packing), donate_argnums=(1,))
-        return function.lower(self._params, self._state, self._words(packing.size))
+        function = functools.partial(pooling_step, self._config, bucket, packing)
+        return lowered(function, self._params, self._state, self._words(packing.size), donate=1)
 
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
-        function = jax.jit(functools.partial(token_step, self._config, packing))
+        function = functools.partial(token_step, self._config, packing)
         hidden = jax.ShapeDtypeStruct(
             (bucket.tokens, self._config.model.hidden_size), self._params.body.embedding.dtype, sharding=self.sharding
         )
-        return function.lower(self._params.head, hidden, self._words(packing.size))
+        return lowered(function, self._params.head, hidden, self._words(packing.size))
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""

@@ -1,16 +1,14 @@
-"""Compiled steps: every bucket ahead of time, in threads, through JAX's persistent cache."""
+"""Compiled steps: every bucket ahead of time, in threads, kept for the next start."""
 
 from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.decode_steps import decode_steps
 from jaxllm.runner.packing import decode_packing, forward_packing, sample_packing
+from jaxllm.runner.program_store import ProgramStore, open_store
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 
 logger = logging.getLogger("jaxllm")
@@ -60,10 +59,11 @@ class Compiler(abc.ABC):
 
     Args:
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
-        cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
+        cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
+        source: what the programs are made from, besides their keys.
     """
 
-    def __init__(self, state: Any, *, platform: str, cache_dir: Path | None):
+    def __init__(self, state: Any, *, platform: str, cache_dir: Path | None, source: Any):
         self._state = state
         #: of what every device has whole
         self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
@@ -74,7 +74,7 @@ class Compiler(abc.ABC):
             self._mesh = self.sharding.mesh
             self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
-        self._cache_dir = cache_dir
+        self._cache_dir, self._source = cache_dir, source
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 
     def _lowered(self, function: Callable[..., Any], *args: Any, donate: int | None = None, out: Any = None) -> Any:
@@ -85,7 +85,7 @@ class Compiler(abc.ABC):
             out: how the results are split over the mesh, where not each device has all of them.
         """
         spread = on_each_device(function, self._mesh, args, jax.P() if out is None else out)
-        return jax.jit(spread, donate_argnums=() if donate is None else (donate,)).lower(*args)
+        return lowered(spread, *args, donate=donate)
 
     def lower_allocator(self) -> jax.stages.Lowered:
         def zeros() -> Any:
@@ -108,15 +108,32 @@ class Compiler(abc.ABC):
             raise RuntimeError("the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override")
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
+    @functools.cached_property
+    def _store(self) -> ProgramStore | None:
+        devices = sorted(self.sharding.device_set, key=lambda device: device.id)
+        if self._mesh is not None:
+            devices = list(self._mesh.devices.flat)
+        return open_store(self._cache_dir, devices, self._options, self._source)
+
     def _compile(self, keys: Iterable[Key], progress: bool) -> None:
-        """Tracing is serial (it holds the interpreter), compiling runs beside it in threads."""
-        missing = [key for key in keys if key not in self._compiled]
-        if not missing:
-            return
-        logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
+        """Tracing is serial (it holds the interpreter), compiling and loading run beside it in threads."""
+        store, missing = self._store, [key for key in keys if key not in self._compiled]
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
-        with compile_cache(self._cache_dir), bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = {pool.submit(self._lower(key).compile, compiler_options=self._options): key for key in missing}
+        with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            if store is not None:
+                for key, found in zip(missing, pool.map(store.find, missing), strict=True):
+                    if found is not None:
+                        self._compiled[key] = found
+                        bar.update()
+                missing = [key for key in missing if key not in self._compiled]
+            if not missing:
+                return
+            logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
+
+            def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
+                return program.compile(self._options) if store is None else store.compile(key, program)
+
+            futures = {pool.submit(compiled, key, self._lower(key)): key for key in missing}
             for future in concurrent.futures.as_completed(futures):
                 self._compiled[futures[future]] = future.result()
                 bar.update()
@@ -155,9 +172,10 @@ class Programs(Compiler):
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
             eager: one sampler instead of one for each size of block.
-            cache_dir: folder of the persistent compile cache; None: whatever JAX is configured to use.
+            cache_dir: see `Compiler`.
         """
-        super().__init__(state, platform=platform, cache_dir=cache_dir)
+        made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
+        super().__init__(state, platform=platform, cache_dir=cache_dir, source=made_from)
         if platform != "cpu":
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
@@ -283,39 +301,10 @@ def head_params(params: Params) -> Params:
     return params.replace(layers=None, norm=None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@contextlib.contextmanager
-def compile_cache(folder: Path | None) -> Iterator[None]:
-    """Use `folder` as JAX's persistent compile cache inside; the user's own configuration is left as it was."""
-    if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
-        yield
-        return
-    from jax.experimental.compilation_cache import compilation_cache
+def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:
+    """`function` of `args` (trees of `jax.ShapeDtypeStruct`), lowered; `donate`: the argument that is donated.
 
-    wanted = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        logger.warning(
-            "No compile cache: cannot write to %s. Set JAXLLM_CACHE to a folder that can be written.", folder
-        )
-        yield
-        return
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
-            yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    Arguments that are not used are kept: which they are does not show in a lowered program's text, by which it is
+    found again.
+    """
+    return jax.jit(function, donate_argnums=() if donate is None else (donate,), keep_unused=True).lower(*args)

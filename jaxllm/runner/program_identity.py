@@ -1,0 +1,121 @@
+"""What decides which program is traced and compiled, as text that is the same in every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+
+import pallas_kernels
+
+#: files that say what is computed, and with which tiles
+_SOURCES = (".py", ".json")
+#: JAX's settings that say where programs are kept, and what is told about them
+_UNRELATED = ("cache", "dump", "log", "profil", "traceback")
+_PACKAGES = ("jaxllm", "pallas_kernels")
+_CPU_LINES = ("model name", "flags", "Features")
+
+
+def described(value: Any) -> str:
+    """A value as text, equal for equal values and no others: numbers, texts, dtypes, shapes, shardings, and dataclasses,
+    mappings, sequences and trees of them. Dataclasses and enums are those of these packages, whose sources are known.
+
+    Raises:
+        TypeError: the value has something else in it, a function or a user's class for example.
+    """
+    if value is None or isinstance(value, bool | int | float | str | bytes | np.dtype):
+        return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, type) and issubclass(value, np.generic):
+        return f"dtype:{np.dtype(value)!r}"
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return f"array:{value.shape}:{value.dtype}:{_sharding(value.sharding)}"
+    if isinstance(value, tuple | list):
+        return f"{_type(value)}({','.join(map(described, value))})"
+    if isinstance(value, dict):
+        return f"dict({','.join(f'{described(name)}={described(each)}' for name, each in value.items())})"
+    if type(value).__module__.split(".")[0] not in _PACKAGES:
+        raise TypeError(f"{type(value)} is not described by its value")
+    if isinstance(value, enum.Enum):
+        return f"{_type(value)}.{value.name}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return f"{_type(value)}({','.join(f'{name}={described(each)}' for name, each in fields)})"
+    raise TypeError(f"{value!r} is not described by its value")
+
+
+def environment(devices: Sequence[jax.Device]) -> str:
+    """Everything beside a program's arguments that it depends on: the machine, the versions, the sources, JAX's
+    settings (those of the calling thread), the environment variables of XLA.
+    """
+    settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
+    client = devices[0].client
+    return "\n".join(
+        [
+            f"{client.platform} {client.platform_version} {[(device.id, device.device_kind) for device in devices]}",
+            _versions(),
+            _sources(),
+            _machine(),
+            *(f"{name}={value!r}" for name, value in sorted(settings.items()) if not _is_unrelated(name)),
+            *(f"{name}={os.environ.get(name)!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
+        ]
+    )
+
+
+def _is_unrelated(setting: str) -> bool:
+    return any(word in setting for word in _UNRELATED)
+
+
+def _versions() -> str:
+    return f"python {sys.version} jax {jax.__version__} jaxlib {jaxlib.__version__} flax {flax.__version__}"
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of both packages' sources, whole: what a program is made of is nowhere written down."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parents[1], Path(next(iter(pallas_kernels.__path__)))):
+        for path in sorted(package.rglob("*")):
+            if path.suffix in _SOURCES:
+                digest.update(f"{path.relative_to(package)}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _machine() -> str:
+    """What the code generator and the division of work among threads look at."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()} {platform.processor()} {cores} cores {_cpu_features()}"
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return ""
+    return "\n".join(line for line in lines if line.startswith(_CPU_LINES))
+
+
+def _sharding(sharding: jax.sharding.Sharding | None) -> str:
+    if sharding is None:
+        return "None"
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        devices = [device.id for device in sharding.mesh.devices.flat]  # pyright: ignore[reportAttributeAccessIssue]
+        return f"{sharding.mesh.axis_names}{sharding.mesh.axis_sizes}{devices}{sharding.spec}{sharding.memory_kind}"
+    return f"{type(sharding).__name__}{sorted(device.id for device in sharding.device_set)}{sharding.memory_kind}"
+
+
+def _type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
