@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
 import sys
@@ -77,22 +78,28 @@ def start(args: EngineArgs) -> Started:
     is_null = args.load_format == "null"
     share_gpu_memory(args.gpu_memory_utilization)
     target = target_here("cpu" if is_null else args.device)
-    times["resolve model"], clock = time.perf_counter() - clock, time.perf_counter()
+    times["resolve model"] = time.perf_counter() - clock
 
-    tokenizer = None
-    if not args.skip_tokenizer_init:
-        tokenizer = load_tokenizer(_tokenizer_path(args, path))
-    times["load tokenizer"] = time.perf_counter() - clock
-    generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
-    default_params = _default_params(generation)
+    # the library that it comes from takes as long to import as the weights to load
+    with concurrent.futures.ThreadPoolExecutor(1, "load tokenizer") as pool:
+        loading = pool.submit(_tokenizer, args, path)
+        generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
+        default_params = _default_params(generation)
+        config = setup.runner_config(target, progress=progress)
 
-    config = setup.runner_config(target, progress=progress)
+        def record(phase: str, seconds: float) -> None:
+            times[phase] = seconds
+            if loading.done():
+                loading.result()  # nothing more is loaded where it failed
+
+        built = None if is_null else build_runner(config, checkpoint, record)
+        clock = time.perf_counter()
+        tokenizer = loading.result()
+        times["load tokenizer"] = time.perf_counter() - clock
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
-    if is_null:
+    if built is None:
         runner, plan = null_runner(config, ordinary_tokens(tokenizer, model.vocab_size, eos_token_ids))
         built = Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
-    else:
-        built = build_runner(config, checkpoint, times.__setitem__)
     plan, cache = built.plan, built.cache
     for line in plan.vllm_lines():
         logger.info(line)
@@ -108,7 +115,6 @@ def start(args: EngineArgs) -> Started:
             "enable_prefix_caching": cache.enable_prefix_caching,
         },
     )
-    eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
     constraints = None
     if pooler is None:
         constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
@@ -173,10 +179,12 @@ def _token_constraints(
     )
 
 
-def _tokenizer_path(args: EngineArgs, model: Path) -> Path:
-    if args.tokenizer is None and args.tokenizer_revision is None:
-        return model
-    return resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
+def _tokenizer(args: EngineArgs, model: Path) -> PreTrainedTokenizerBase | None:
+    if args.skip_tokenizer_init:
+        return None
+    if args.tokenizer is not None or args.tokenizer_revision is not None:
+        model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
+    return load_tokenizer(model)
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

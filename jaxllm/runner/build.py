@@ -1,7 +1,8 @@
-"""From a checkpoint and its configuration to a runner: plan the memory, load, allocate, compile, in this order."""
+"""From a checkpoint and its configuration to a runner: plan the memory, then load, allocate and compile."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     """Build a runner.
 
     Args:
-        record: told each start-up phase and its seconds.
+        record: told each start-up phase and its seconds. On a CPU the weights are read while programs are compiled or
+            loaded, and their phase is what reading takes longer.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -68,14 +70,17 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
         # a GPU's compiler tries out products on the card, which must not be full
         programs.compile_all(config.progress)
         clock.lap("compile")
-    weights = load()
-    clock.lap("load weights")
-
-    # allocation is asynchronous: the cache's pages are touched while the compiler works
-    runner = _runner(config, weights, load, programs, plan.num_blocks)
-    if config.device.platform == "cpu":
-        programs.compile_all(config.progress)
-        clock.lap("compile")
+        runner = _runner(config, load(), load, programs, plan.num_blocks)
+        clock.lap("load weights")
+    else:
+        # allocation is asynchronous: the cache's pages are touched meanwhile
+        runner = _runner(config, None, load, programs, plan.num_blocks)
+        with concurrent.futures.ThreadPoolExecutor(1, "load weights") as pool:
+            loading = pool.submit(runner.restore_weights)
+            programs.compile_all(config.progress)
+            clock.lap("compile")
+            loading.result()
+        clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)

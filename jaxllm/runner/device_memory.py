@@ -29,13 +29,13 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
     """Weights that can be freed, read again and replaced, and a state that can be freed and made anew.
 
     Args:
-        params: the model's weights, on the device.
+        params: the model's weights, on the device; None: `restore_weights` reads them.
         reload: reads them anew.
         allocator: makes the state.
     """
 
-    def __init__(self, params: Weights, reload: Callable[[], Weights], allocator: Allocator):
-        self.params: Weights | None = params
+    def __init__(self, params: Weights | None, reload: Callable[[], Weights], allocator: Allocator):
+        self.params = params
         self._reload, self._allocator = reload, allocator
         self._sharding = allocator.sharding
         #: whether nobody else holds the weights' arrays, so that they may be deleted

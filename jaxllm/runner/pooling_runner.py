@@ -48,21 +48,28 @@ class PoolingRunner(DeviceMemory[PoolingModel, PoolingState]):
     """One pooling model on its devices (`interface.ModelRunner`).
 
     Args:
-        params: the model's weights, on the device.
+        params: the model's weights, on the device; None: `restore_weights` reads them.
         reload: reads them anew.
         programs: compiled for the shapes of `params` and of its state, which is allocated here.
     """
 
     def __init__(
-        self, params: PoolingModel, reload: Callable[[], PoolingModel], programs: PoolingPrograms, rows: PoolingRows
+        self,
+        params: PoolingModel | None,
+        reload: Callable[[], PoolingModel],
+        programs: PoolingPrograms,
+        rows: PoolingRows,
     ):
         super().__init__(params, reload, programs)
         self._programs, self._rows = programs, rows
         self._buckets = tuple(programs.packings)
 
     def warm_up(self) -> None:
-        """Run every program once on padding alone, so that nothing is left for the first request to load."""
-        for bucket in self._buckets:
+        """Run every program once on padding alone, so that nothing is left for the first request to load; on a CPU only
+        the smallest bucket's (see `Runner.warm_up`).
+        """
+        on_cpu = all(device.platform == "cpu" for device in self._sharding.device_set)
+        for bucket in self._buckets[:1] if on_cpu else self._buckets:
             self._launch(bucket, np.zeros(self._programs.packings[bucket].size, np.int32), want_tokens=True)
         jax.block_until_ready(self._live())
 

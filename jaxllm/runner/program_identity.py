@@ -56,7 +56,7 @@ def described(value: Any) -> str:
 
 
 def environment(devices: Sequence[jax.Device]) -> str:
-    """Everything beside a program's arguments that it depends on: the machine, the versions, the sources, JAX's
+    """Everything that a program depends on besides its arguments and its sources: the machine, the versions, JAX's
     settings (those of the calling thread), the environment variables of XLA.
     """
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
@@ -65,7 +65,6 @@ def environment(devices: Sequence[jax.Device]) -> str:
         [
             f"{client.platform} {client.platform_version} {[(device.id, device.device_kind) for device in devices]}",
             _versions(),
-            _sources(),
             _machine(),
             *(f"{name}={value!r}" for name, value in sorted(settings.items()) if not _is_unrelated(name)),
             *(f"{name}={os.environ.get(name)!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
@@ -82,7 +81,7 @@ def _versions() -> str:
 
 
 @functools.cache
-def _sources() -> str:
+def sources() -> str:
     """A hash of both packages' sources, whole: what a program is made of is nowhere written down."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parents[1], Path(next(iter(pallas_kernels.__path__)))):

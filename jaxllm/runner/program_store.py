@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from jaxllm.runner.program_identity import described, environment
+from jaxllm.runner.program_identity import described, environment, sources
 
 logger = logging.getLogger("jaxllm")
 
@@ -47,7 +47,7 @@ class ProgramStore:
         self._environment = environment(self._devices) + described(options)
         self._source: str | None = None
         with contextlib.suppress(TypeError):
-            self._source = described(source)
+            self._source = sources() + described(source)
 
     def find(self, key: tuple[Any, ...]) -> jax.stages.Compiled | None:
         """The program of a key, where one was kept that was traced from the same source in the same environment."""

@@ -107,7 +107,7 @@ class Runner(DeviceMemory[Params, State]):
     """One model on its devices (`interface.ModelRunner`).
 
     Args:
-        params: the model's weights, on the device.
+        params: the model's weights, on the device; None: `restore_weights` reads them.
         reload: reads them anew.
         programs: compiled for the shapes of the weights and of `state`.
         state: shapes, dtypes and shardings of what lives between steps; allocated here.
@@ -115,7 +115,7 @@ class Runner(DeviceMemory[Params, State]):
 
     def __init__(
         self,
-        params: Params,
+        params: Params | None,
         reload: Callable[[], Params],
         programs: Programs,
         state: State,
@@ -134,16 +134,19 @@ class Runner(DeviceMemory[Params, State]):
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
-        allocate.
+        allocate. On a CPU programs are loaded when they are compiled, and padding takes as long as tokens: there the
+        smallest bucket is enough.
         """
         sample_size = self._programs.sample_packing.size
-        for bucket in self._buckets:
+        on_cpu = all(device.platform == "cpu" for device in self._sharding.device_set)
+        for bucket in self._buckets[:1] if on_cpu else self._buckets:
             size = self._programs.packings[bucket].size + sample_size
             hidden, sampling = self._forward(bucket, np.zeros(size, np.int32))
             for full in (True, False):
                 self._sample(hidden, sampling, None, bucket.seqs, full)
             self._score(hidden, np.zeros(1 + self._max_scored_tokens, np.int32))
-        for bucket, packing in self._programs.decode_packings.items():
+        several = list(self._programs.decode_packings.items())
+        for bucket, packing in several[:1] if on_cpu else several:
             buffer = np.zeros(packing.size + sample_size, np.int32)
             fields, sampling = packing.views(buffer[: packing.size]), buffer[packing.size :]
             for name in ("num_decodes", "num_seqs"):

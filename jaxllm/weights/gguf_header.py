@@ -60,6 +60,9 @@ class GGUFHeader:
     tensors: dict[str, TensorInfo]
 
 
+_U64 = struct.Struct("<Q")
+
+
 class _Cursor:
     """Reads forward through a buffer; past its end raises ``WeightsError`` saying what was being read."""
 
@@ -112,7 +115,24 @@ class _Cursor:
         least = count * (8 if kind == _STRING else 12)
         if least > len(self.data) - self.position:
             raise self.error(f"the header is truncated: {what} claims {count} elements, at least {least} bytes")
+        if kind == _STRING and (found := self._strings(count)) is not None:
+            return found
         return [self.value(kind, key, depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str] | None:
+        """As many strings, several times faster than one by one; None, with nothing read, where one is malformed."""
+        data, position, found = self.data, self.position, []
+        try:
+            for _ in range(count):
+                start = position + _U64.size
+                position = start + _U64.unpack_from(data, position)[0]
+                if position > len(data):
+                    return None
+                found.append(str(data[start:position], "utf-8"))
+        except (struct.error, UnicodeDecodeError):
+            return None
+        self.position = position
+        return found
 
     def _scalars(self, kind: int, count: int, what: str) -> list[Any]:
         dtype = _SCALARS[kind]

