@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import sys
@@ -13,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import jaxlib
 import numpy as np
 
 import pallas_kernels
@@ -25,12 +25,17 @@ _SOURCES = (".py", ".json")
 #: JAX's settings that say where programs are kept, and what is told about them
 _UNRELATED = ("cache", "dump", "log", "profil", "traceback")
 _PACKAGES = ("jaxllm", "pallas_kernels")
+#: packages that take part in tracing and compiling
+_COMPILERS = (
+    *("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("jax-triton", "triton"),
+)
 _CPU_LINES = ("model name", "flags", "Features")
 
 
 def described(value: Any) -> str:
-    """A value as text, equal for equal values and no others: numbers, texts, dtypes, shapes, shardings, and dataclasses,
-    mappings, sequences and trees of them. Dataclasses and enums are those of these packages, whose sources are known.
+    """A value as text, equal for equal values and no others: numbers, texts, dtypes, shapes with their shardings, and
+    dataclasses, mappings, sequences and trees of them. Classes are those of these packages, whose sources are known.
 
     Raises:
         TypeError: the value has something else in it, a function or a user's class for example.
@@ -55,7 +60,7 @@ def described(value: Any) -> str:
     raise TypeError(f"{value!r} is not described by its value")
 
 
-def environment(devices: Sequence[jax.Device]) -> str:
+def environment(devices: Sequence[Any]) -> str:
     """Everything that a program depends on besides its arguments and its sources: the machine, the versions, JAX's
     settings (those of the calling thread), the environment variables of XLA.
     """
@@ -77,7 +82,11 @@ def _is_unrelated(setting: str) -> bool:
 
 
 def _versions() -> str:
-    return f"python {sys.version} jax {jax.__version__} jaxlib {jaxlib.__version__} flax {flax.__version__}"
+    found = [f"python {sys.version}"]
+    for package in _COMPILERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 @functools.cache
@@ -111,8 +120,10 @@ def _sharding(sharding: jax.sharding.Sharding | None) -> str:
     if sharding is None:
         return "None"
     if isinstance(sharding, jax.sharding.NamedSharding):
-        devices = [device.id for device in sharding.mesh.devices.flat]  # pyright: ignore[reportAttributeAccessIssue]
-        return f"{sharding.mesh.axis_names}{sharding.mesh.axis_sizes}{devices}{sharding.spec}{sharding.memory_kind}"
+        mesh = sharding.mesh
+        assert isinstance(mesh, jax.sharding.Mesh)
+        devices = [device.id for device in mesh.devices.flat]
+        return f"{mesh.axis_names}{mesh.axis_sizes}{devices}{sharding.spec}{sharding.memory_kind}"
     return f"{type(sharding).__name__}{sorted(device.id for device in sharding.device_set)}{sharding.memory_kind}"
 
 

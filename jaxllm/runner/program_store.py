@@ -42,7 +42,7 @@ class ProgramStore:
             user's), programs are found by their lowered text alone.
     """
 
-    def __init__(self, folder: Path, devices: Sequence[jax.Device], options: dict[str, str | bool], source: Any):
+    def __init__(self, folder: Path, devices: Sequence[Any], options: dict[str, str | bool], source: Any):
         self._folder, self._devices, self._options = folder, list(devices), options
         self._environment = environment(self._devices) + described(options)
         self._source: str | None = None
@@ -120,7 +120,7 @@ class ProgramStore:
 
 
 def open_store(
-    folder: Path | None, devices: Sequence[jax.Device], options: dict[str, str | bool], source: Any
+    folder: Path | None, devices: Sequence[Any], options: dict[str, str | bool], source: Any
 ) -> ProgramStore | None:
     """A store in `folder`; None where the user configured a compile cache in JAX, or turned compile caches off there,
     or where the folder cannot be written.
