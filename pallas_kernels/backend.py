@@ -29,6 +29,8 @@ class Backend:
     compute_capability: tuple[int, int] | None = None
     #: run kernels in Pallas' interpreter, on any device
     interpret: bool = False
+    #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:

@@ -244,6 +244,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_gpu_blocks_override": _at_least(2),
     "enforce_eager": checks.boolean,
     "num_decode_steps": _at_least(1),
+    "deterministic": checks.boolean,
     "stream_interval": _at_least(1),
     "structured_outputs_config": _fields_of(StructuredOutputsConfig),
     "reasoning_config": _fields_of(ReasoningConfig),

@@ -79,6 +79,7 @@ ENGINE_HELP: dict[str, str] = {
     "enable_chunked_prefill": "split long prompts over several steps",
     "async_scheduling": "schedule a step while the one before runs",
     "enforce_eager": "compile as little as possible: starts sooner, runs slower",
+    "deterministic": "the same bits for a request, whatever else runs; on a CPU",
     "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
     "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
     "device": "auto, cpu or gpu",

@@ -71,6 +71,8 @@ class EngineArgs:
     enforce_eager: bool = False
     #: most decode steps of one launch; None: the platform's, see `jaxllm.config.resolve`
     num_decode_steps: int | None = None
+    #: the same tokens and log-probabilities, to the bit, whatever else runs; vLLM's VLLM_BATCH_INVARIANT. CPU only
+    deterministic: bool = False
     #: tokens between two outputs of a streamed request; a request may ask for more
     stream_interval: int = 1
     #: a dict of its fields will do
