@@ -67,7 +67,10 @@ class Setup:
             device_kind=target.kind,
         )
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
+        if args.deterministic:
+            _check_deterministic(target.platform, pools=self.pooler is not None)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
+        backend = attention_backend(args.attention_backend, target.device, model, dtype, args.block_size)
         return RunnerConfig(
             model=model,
             pooler=self.pooler,
@@ -75,7 +78,7 @@ class Setup:
             scheduler=limits,
             dtype=dtype,
             target=target,
-            attention=attention_backend(args.attention_backend, target.device, model, dtype, args.block_size),
+            attention=dataclasses.replace(backend, deterministic=args.deterministic),
             block_size=args.block_size,
             gpu_memory_utilization=args.gpu_memory_utilization,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
@@ -145,6 +148,16 @@ def _for_pooling(
     )
     logger.info("Pooling: %s", pooler)
     return model, args, pooler
+
+
+def _check_deterministic(platform: str, *, pools: bool) -> None:
+    if platform != "cpu":
+        raise ValidationError(
+            "deterministic=True is only available on a CPU so far: on a GPU, the order in which numbers are added up "
+            "depends on what else is in a step. Leave it out, or pass device='cpu'."
+        )
+    if pools:
+        raise ValidationError("deterministic=True is only available for models that generate. Leave it out.")
 
 
 def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:

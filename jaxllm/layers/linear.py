@@ -7,23 +7,39 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, sum_over: str | None = None) -> jax.Array:
+def linear(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    sum_over: str | None = None,
+    deterministic: bool = False,
+) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
     Weights keep the checkpoint's orientation.
 
     Args:
         sum_over: mesh axis over which `in` is split: each device has a part of x and weight, and all get the sum.
+        deterministic: see `linear_f32`.
     """
-    y = linear_f32(x, weight)
+    y = linear_f32(x, weight, deterministic=deterministic)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     y = y.astype(x.dtype)
     return y if sum_over is None else lax.psum(y, sum_over)
 
 
-def linear_f32(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`linear` without bias, its float32 accumulator returned as it is (logits)."""
+def linear_f32(x: jax.Array, weight: jax.Array, *, deterministic: bool = False) -> jax.Array:
+    """`linear` without bias, its float32 accumulator returned as it is (logits).
+
+    Args:
+        deterministic: on a CPU, a row of the result is the same, to the bit, however many rows x [rows, in] has. Two
+            and more are multiplied by kernels that add up each number of the result from the first product to the last;
+            a single row is multiplied by another one, which keeps several sums, so it gets a companion.
+    """
+    if deterministic and x.shape[0] == 1:
+        return linear_f32(_paired(x), weight)[:1]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)
@@ -48,10 +64,14 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     if rows == 1:
-        return _product(jnp.pad(x, ((0, 1), (0, 0))), weight)[:1]
+        return _product(_paired(x), weight)[:1]
     if 16 <= rows <= 64 or (8 <= rows <= 128 and in_features > out_features):
         return _product(weight, x).T
     return _product(x, weight)
+
+
+def _paired(row: jax.Array) -> jax.Array:
+    return jnp.pad(row, ((0, 1), (0, 0)))
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.fixed_order import row_sum
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, offset: float = 0.0) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -20,7 +22,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, offset: float = 0.0
         [..., d] in x's dtype.
     """
     x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale = lax.rsqrt(row_sum(x32 * x32) / x.shape[-1] + eps)
     return (x32 * scale * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
@@ -36,6 +38,6 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
         [..., d] in x's dtype.
     """
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    scale = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    centred = x32 - row_sum(x32) / x.shape[-1]
+    scale = lax.rsqrt(row_sum(centred * centred) / x.shape[-1] + eps)
     return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

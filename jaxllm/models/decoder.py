@@ -135,16 +135,17 @@ def forward(
         x, cache = carry
         layout, rope = place
         x, cache = _attention_block(config, weights, layout, cos[rope], sin[rope], x, cache, batch)
-        return _mlp_block(config, weights, x), cache
+        return _mlp_block(config, weights, x, batch), cache
 
     places = layouts(config, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
     x, cache = through_layers(layer, (x, cache), params.layers, places)
     return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
 
 
-def logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
-    scores = linear_f32(hidden, params.embedding if params.head is None else params.head)
+def logits(config: DecoderConfig, params: Params, hidden: jax.Array, *, deterministic: bool = False) -> jax.Array:
+    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]. `deterministic`: see `linear_f32`."""
+    head = params.embedding if params.head is None else params.head
+    scores = linear_f32(hidden, head, deterministic=deterministic)
     if config.split_over is not None:
         # the last device's rows may go on behind the vocabulary
         scores = lax.all_gather(scores, config.split_over, axis=1, tiled=True)[:, : config.vocab_size]
@@ -168,7 +169,8 @@ def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> 
 def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: AttentionBatch):
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     normed = rms_norm(x, w.attention_norm, config.norm_eps, offset=config.norm_offset)
-    qkv = linear(normed, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
+    deterministic = batch.backend.deterministic
+    qkv = linear(normed, w.qkv, w.qkv_bias, deterministic=deterministic).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if w.query_norm is not None and w.key_norm is not None:
         query = rms_norm(query, w.query_norm, config.norm_eps, offset=config.norm_offset)
@@ -184,15 +186,18 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
         softcap=config.attention_softcap,
         causal=config.causal,
     )
-    y = linear(attended.reshape(-1, heads * dim), w.output, sum_over=config.split_over)
+    attended = attended.reshape(-1, heads * dim)
+    y = linear(attended, w.output, sum_over=config.split_over, deterministic=deterministic)
     if w.post_attention_norm is not None:
         y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)
     return x + y, cache
 
 
-def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
+def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array, batch: AttentionBatch) -> jax.Array:
     normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
-    y = linear(gated(config.activation, linear(normed, w.gate_up)), w.down, sum_over=config.split_over)
+    deterministic = batch.backend.deterministic
+    y = gated(config.activation, linear(normed, w.gate_up, deterministic=deterministic))
+    y = linear(y, w.down, sum_over=config.split_over, deterministic=deterministic)
     if w.post_mlp_norm is not None:
         y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
     return x + y

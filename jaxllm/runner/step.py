@@ -19,7 +19,7 @@ from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
-from jaxllm.sampling.sampler import sample, sample_greedy
+from jaxllm.sampling.sampler import in_blocks, sample, sample_greedy
 from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from pallas_kernels.backend import Backend
 
@@ -178,7 +178,7 @@ def sample_rows(
 
     def block(i: jax.Array, out: Sampled) -> Sampled:
         first = jnp.minimum(i * rows, capacity - rows)
-        scores = logits(config.model, params, lax.dynamic_slice_in_dim(hidden, first, rows))
+        scores = _scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows))
         if constraints is None:
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:
@@ -201,6 +201,10 @@ def sample_rows(
     trash = tokens.shape[0] - 1
     row = jnp.where(jnp.arange(capacity, dtype=jnp.int32) < fields["num_samples"], fields["rows"], trash)
     return tokens.at[row, fields["positions"]].set(out.token_ids, mode="drop"), out
+
+
+def _scores(config: StepConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    return logits(config.model, params, hidden, deterministic=config.backend.deterministic)
 
 
 def _sampling_batch(config, fields, constraints, tokens, first, rows) -> SamplingBatch:
@@ -242,11 +246,14 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
     rows = min(rows, capacity, config.fixed_sample_rows or rows)
     normalize = config.logprobs_mode.endswith("logprobs")
 
+    def gather(scores: jax.Array, target: jax.Array) -> Logprobs:
+        return gather_logprobs(scores, target, config.num_logprobs, normalize=normalize)
+
     def block(i: jax.Array, out: Logprobs) -> Logprobs:
         first = jnp.minimum(i * rows, capacity - rows)
-        scores = to_blocks(logits(config.model, params, lax.dynamic_slice_in_dim(hidden, first, rows)))
+        scores = to_blocks(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows)))
         target = lax.dynamic_slice_in_dim(targets, 1 + first, rows)
-        new = gather_logprobs(scores, target, config.num_logprobs, normalize=normalize)
+        new = lax.platform_dependent(scores, target, cpu=lambda *args: in_blocks(gather, *args), default=gather)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
 
     return lax.fori_loop(0, (targets[0] + rows - 1) // rows, block, Logprobs.zeros(capacity, config.num_logprobs))

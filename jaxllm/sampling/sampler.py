@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from jaxllm.sampling.truncation import Head, head_of, top_k_cut, top_p_cut
 
 # Rows that are computed together on CPU.
 ROWS = 8
+
+Result = TypeVar("Result")
 
 
 @struct.dataclass
@@ -86,36 +89,40 @@ def sample(
     def rows_at_once(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
         return sample_rows(logits, batch, num_logprobs, logprobs_mode, processors)
 
-    return lax.platform_dependent(
-        logits, batch, cpu=lambda *args: _in_blocks(rows_at_once, *args), default=rows_at_once
-    )
+    def block(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
+        return rows_at_once(logits, batch.narrowed())
+
+    return lax.platform_dependent(logits, batch, cpu=lambda *args: in_blocks(block, *args), default=rows_at_once)
 
 
-def _in_blocks(
-    rows_at_once: Callable[[jax.Array, SamplingBatch], SampleResult], logits: jax.Array, batch: SamplingBatch
-) -> SampleResult:
-    """Eight rows at a time, so that every row is always computed by the same code.
+def in_blocks(block: Callable[..., Result], *args: Any) -> Result:
+    """``block(*args)``, eight rows at a time, so that every row is always computed by the same code.
+
+    Args:
+        args: trees of arrays [R, ...], the first one's first leaf among them, and of scalars, which every block gets.
+
+    Returns:
+        Arrays [R, ...].
 
     XLA:CPU compiles one expression to different arithmetic for different shapes (the order of a sum, the evaluation of
     an exponential), so without this a row's bits would depend on the number of rows. It is also as fast or faster: the
     logits of eight rows stay in the cache, and only the blocks that need a feature pay for it.
     """
-    rows = logits.shape[0]
+    leaves, structure = jax.tree.flatten(args)
+    rows = leaves[0].shape[0]
 
     def split(leaf: jax.Array) -> jax.Array:
         padded = jnp.pad(leaf, ((0, -rows % ROWS), *[(0, 0)] * (leaf.ndim - 1))) if rows % ROWS else leaf
         return padded.reshape(padded.shape[0] // ROWS, ROWS, *leaf.shape[1:])
 
-    leaves, structure = jax.tree.flatten((logits, batch))
     is_row = [leaf.ndim > 0 for leaf in leaves]
 
-    def block(row_leaves: list[jax.Array]) -> SampleResult:
+    def one(row_leaves: list[jax.Array]) -> Result:
         following = iter(row_leaves)
         every = [next(following) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
-        logits, batch = jax.tree.unflatten(structure, every)
-        return rows_at_once(logits, batch.narrowed())
+        return block(*jax.tree.unflatten(structure, every))
 
-    result = lax.map(block, [split(leaf) for leaf, row in zip(leaves, is_row, strict=True) if row])
+    result = lax.map(one, [split(leaf) for leaf, row in zip(leaves, is_row, strict=True) if row])
     return jax.tree.map(lambda leaf: lax.collapse(leaf, 0, 2)[:rows], result)
 
 

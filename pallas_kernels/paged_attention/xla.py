@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.fixed_order import row_sum
 from pallas_kernels.storage import compute_dtype, from_storage
 
 DECODE_ROWS = 8
@@ -55,6 +56,8 @@ def _decode_tiles(query, cache, layout, batch, *how):
     rows = min(DECODE_ROWS, -(-seqs // LANES))
     tiles = -(-seqs // rows)
     each = -(-tiles // LANES)
+    # a product of a single row is computed by another kernel, which adds up in another order
+    queries = 2 if batch.backend.deterministic and query.shape[2] == 1 else 1
 
     def lane(first):
         """Every `LANES`-th tile: [each, rows, H * D]."""
@@ -62,8 +65,9 @@ def _decode_tiles(query, cache, layout, batch, *how):
         def tile(i, out):
             row = jnp.minimum((i * LANES + first) * rows + jnp.arange(rows, dtype=jnp.int32), seqs - 1)
             active = row < batch.num_decodes
-            position = batch.positions[row][:, None]
-            attended = _attend(query[row][:, None], position, row, active, cache, layout, batch, *how)
+            position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
+            asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
+            attended = _attend(asked, position, row, active, cache, layout, batch, *how)[:, 0]
             attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
             return lax.dynamic_update_slice(out, attended[None], (i, 0, 0))
 
@@ -165,7 +169,7 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
         added = jnp.einsum(
             "bkqc,bkcd->bkqd", weights.astype(compute), v, precision=precision, preferred_element_type=jnp.float32
         )
-        return new_maximum, total * keep + jnp.sum(weights, axis=-1, keepdims=True), accumulated * keep + added
+        return new_maximum, total * keep + row_sum(weights), accumulated * keep + added
 
     shape = (blocks, kv_heads, length * groups)
     highest, total = jnp.full((*shape, 1), NEVER), jnp.zeros((*shape, 1))

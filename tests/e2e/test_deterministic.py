@@ -1,0 +1,144 @@
+"""deterministic=True: a request's tokens and log-probabilities are the same bits, whatever else the engine does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import ValidationError
+from jaxllm.outputs import RequestOutput
+
+BASE: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "num_gpu_blocks_override": 257,
+    "deterministic": True,
+}
+#: the same bits are expected of all of these
+ENGINES: dict[str, dict[str, Any]] = {
+    "every bucket": {"max_num_batched_tokens": 64},
+    "eager, short chunks": {"max_num_batched_tokens": 32, "long_prefill_token_threshold": 7, "enforce_eager": True},
+    "small pool": {
+        "max_num_batched_tokens": 48,
+        "num_gpu_blocks_override": 25,
+        "scheduler_reserve_full_isl": False,
+        "enforce_eager": True,
+    },
+    "few rows": {"max_num_batched_tokens": 13, "max_num_seqs": 3, "block_size": 32, "enforce_eager": True},
+    "one row": {"max_num_batched_tokens": 8, "max_num_seqs": 1, "enforce_eager": True},
+}
+
+#: (tokens of a common beginning, tokens of its own, the seed of both, tokens to generate, temperature)
+REQUEST = st.tuples(
+    st.integers(0, 70),
+    st.integers(1, 120),
+    st.integers(0, 1000),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.0, 0.9]),
+)
+
+
+def prompt(request: tuple[int, int, int, int, float]) -> list[int]:
+    common, own, seed, _, _ = request
+    shared = np.random.default_rng(0).integers(0, 256, 70)
+    return [*shared[:common].tolist(), *np.random.default_rng(1 + seed).integers(0, 256, own).tolist()]
+
+
+def params(request: tuple[int, int, int, int, float]) -> SamplingParams:
+    _, _, seed, count, temperature = request
+    return SamplingParams(temperature=temperature, seed=seed, max_tokens=count, logprobs=3, ignore_eos=True)
+
+
+def generate(llm: LLM, requests: list[Any]) -> list[RequestOutput]:
+    return llm.generate([prompt(r) for r in requests], [params(r) for r in requests], use_tqdm=False)
+
+
+def bits(output: RequestOutput) -> list[tuple[int, dict[int, int]]]:
+    """Each token, and the bits of the log-probabilities at its place."""
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    return [
+        (token, {i: int(np.float32(found.logprob).view(np.uint32)) for i, found in place.items()})
+        for token, place in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+class Engines:
+    """One model, with all the options."""
+
+    def __init__(self, engines: dict[str, LLM]):
+        self.engines = engines
+        self.preemptions = self.hits = 0
+
+    def alone(self, request: Any) -> list[tuple[int, dict[int, int]]]:
+        llm = self.engines["every bucket"]
+        llm.reset_prefix_cache()
+        return bits(generate(llm, [request])[0])
+
+    def check(self, requests: list[Any]) -> None:
+        expected = [self.alone(request) for request in requests]
+        for name, llm in self.engines.items():
+            llm.reset_prefix_cache()
+            for attempt in ("at first", "with what the prefix cache has"):
+                outputs = generate(llm, requests)
+                for request, wanted, output in zip(requests, expected, outputs, strict=True):
+                    assert bits(output) == wanted, f"{request} differs in {name!r}, {attempt}"
+                    assert output.metrics is not None
+                    self.preemptions += output.metrics.num_preemptions
+                    self.hits += (output.num_cached_tokens or 0) > 0
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engines]:
+    with contextlib.ExitStack() as stack:
+        made = {
+            name: stack.enter_context(LLM(tiny_model, **{**BASE, **options}, dtype=request.param))
+            for name, options in ENGINES.items()
+        }
+        yield Engines(made)
+
+
+def test_the_same_bits_alone_and_in_any_batch(engines: Engines):
+    @settings(max_examples=12, derandomize=True)
+    @given(st.lists(REQUEST, min_size=1, max_size=14))
+    def run(requests: list[Any]) -> None:
+        engines.check(requests)
+
+    run()
+    assert engines.preemptions > 0 and engines.hits > 0, "the property was not tested on what it is about"
+
+
+def test_the_switch_changes_what_it_must(tiny_model: Path):
+    """Without it, a single row is computed by other kernels: were it not so, the switch would be of no use."""
+    options = {**BASE, **ENGINES["every bucket"], "dtype": "float32", "deterministic": False}
+    request, other = (0, 60, 1, 8, 0.0), (0, 60, 2, 8, 0.0)
+    with LLM(tiny_model, **options) as llm:
+        alone = bits(generate(llm, [request])[0])
+        llm.reset_prefix_cache()
+        assert bits(generate(llm, [request, other])[0]) != alone
+
+
+def test_prompt_logprobs_have_the_same_bits(engines: Engines):
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    prompts = [prompt((0, own, own, 1, 0.0)) for own in (3, 40, 90)]
+    found = []
+    for llm in engines.engines.values():
+        for given in (prompts, prompts[:1], prompts[1:]):
+            for output in llm.generate(given, wanted, use_tqdm=False):
+                assert output.prompt_logprobs is not None
+                values = [[found.logprob for found in place.values()] for place in output.prompt_logprobs if place]
+                found.append((len(output.prompt_token_ids or ()), np.concatenate(values).astype(np.float32).tobytes()))
+    assert len(set(found)) == len(prompts)
+
+
+def test_pooling_models_are_refused(tiny_model: Path):
+    with pytest.raises(ValidationError, match="only available for models that generate"):
+        LLM(tiny_model, runner="pooling", deterministic=True)
