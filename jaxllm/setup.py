@@ -68,7 +68,7 @@ class Setup:
         )
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
-            _check_deterministic(target.platform, pools=self.pooler is not None)
+            check_deterministic(target.platform, pools=self.pooler is not None)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
         backend = attention_backend(args.attention_backend, target.device, model, dtype, args.block_size)
         return RunnerConfig(
@@ -150,7 +150,8 @@ def _for_pooling(
     return model, args, pooler
 
 
-def _check_deterministic(platform: str, *, pools: bool) -> None:
+def check_deterministic(platform: str, *, pools: bool) -> None:
+    """Raises ValidationError where `EngineArgs.deterministic` cannot be kept."""
     if platform != "cpu":
         raise ValidationError(
             "deterministic=True is only available on a CPU so far: on a GPU, the order in which numbers are added up "

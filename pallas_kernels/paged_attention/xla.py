@@ -127,7 +127,8 @@ def _attend(query, position, row, active, cache, layout, batch, scale, softcap, 
     table = batch.block_tables[layout.group]
     scales = None if kv_scales is None else kv_scales.reshape(pages * 2 * kv_heads, block_size)
     compute = compute_dtype(cache.dtype)
-    if length > 1 and cache.dtype == jnp.uint16 and query.dtype == jnp.bfloat16:
+    narrow = cache.dtype == jnp.uint16 and query.dtype == jnp.bfloat16
+    if narrow and length > 1 and not batch.backend.deterministic:
         # of many rows, XLA:CPU's products of bf16 take half the time (of few, they take longer)
         compute = jnp.dtype(jnp.bfloat16)
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import ValidationError
 from jaxllm.outputs import RequestOutput
+from jaxllm.setup import check_deterministic
 
 BASE: dict[str, Any] = {
     "max_model_len": 256,
@@ -24,8 +25,8 @@ BASE: dict[str, Any] = {
 }
 #: the same bits are expected of all of these
 ENGINES: dict[str, dict[str, Any]] = {
-    "every bucket": {"max_num_batched_tokens": 64},
-    "eager, short chunks": {"max_num_batched_tokens": 32, "long_prefill_token_threshold": 7, "enforce_eager": True},
+    "every bucket": {"max_num_batched_tokens": 32, "long_prefill_token_threshold": 7},
+    "whole prompts": {"max_num_batched_tokens": 256, "enforce_eager": True},
     "small pool": {
         "max_num_batched_tokens": 48,
         "num_gpu_blocks_override": 25,
@@ -39,7 +40,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 #: (tokens of a common beginning, tokens of its own, the seed of both, tokens to generate, temperature)
 REQUEST = st.tuples(
     st.integers(0, 70),
-    st.integers(1, 120),
+    st.integers(1, 150),
     st.integers(0, 1000),
     st.integers(1, 12),
     st.sampled_from([0.0, 0.0, 0.9]),
@@ -118,8 +119,8 @@ def test_the_same_bits_alone_and_in_any_batch(engines: Engines):
 
 def test_the_switch_changes_what_it_must(tiny_model: Path):
     """Without it, a single row is computed by other kernels: were it not so, the switch would be of no use."""
-    options = {**BASE, **ENGINES["every bucket"], "dtype": "float32", "deterministic": False}
-    request, other = (0, 60, 1, 8, 0.0), (0, 60, 2, 8, 0.0)
+    options = {**BASE, "max_num_batched_tokens": 8, "max_num_seqs": 2, "dtype": "float32", "deterministic": False}
+    request, other = (0, 1, 1, 8, 0.0), (0, 1, 2, 8, 0.0)
     with LLM(tiny_model, **options) as llm:
         alone = bits(generate(llm, [request])[0])
         llm.reset_prefix_cache()
@@ -131,12 +132,35 @@ def test_prompt_logprobs_have_the_same_bits(engines: Engines):
     prompts = [prompt((0, own, own, 1, 0.0)) for own in (3, 40, 90)]
     found = []
     for llm in engines.engines.values():
-        for given in (prompts, prompts[:1], prompts[1:]):
-            for output in llm.generate(given, wanted, use_tqdm=False):
+        for asked in (prompts, prompts[:1], prompts[1:]):
+            for output in llm.generate(asked, wanted, use_tqdm=False):
                 assert output.prompt_logprobs is not None
                 values = [[found.logprob for found in place.values()] for place in output.prompt_logprobs if place]
                 found.append((len(output.prompt_token_ids or ()), np.concatenate(values).astype(np.float32).tobytes()))
     assert len(set(found)) == len(prompts)
+
+
+def test_real_weights(smollm2_gguf: Path):
+    """SmolLM2 in bfloat16: a prompt alone, in chunks beside others, and its answer computed again as a prompt."""
+    options = {**BASE, "max_num_seqs": 4, "max_num_batched_tokens": 32, "enforce_eager": True, "dtype": "bfloat16"}
+    request = (10, 140, 1, 6, 0.0)
+    with LLM(smollm2_gguf, **options) as llm:
+        alone = bits(generate(llm, [request])[0])
+        llm.reset_prefix_cache()
+        assert bits(generate(llm, [(0, 9, 2, 30, 0.0), (0, 50, 3, 9, 0.9), request])[-1]) == alone
+        llm.reset_prefix_cache()
+        answer = [token for token, _ in alone]
+        wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        (again,) = llm.generate([prompt(request) + answer], wanted, use_tqdm=False)
+    assert again.prompt_logprobs is not None
+    for (token, place), found in zip(alone, again.prompt_logprobs[-len(answer) :], strict=True):
+        assert found is not None and int(np.float32(found[token].logprob).view(np.uint32)) == place[token]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_gpus_are_refused(platform: str):
+    with pytest.raises(ValidationError, match="only available on a CPU so far"):
+        check_deterministic(platform, pools=False)
 
 
 def test_pooling_models_are_refused(tiny_model: Path):
