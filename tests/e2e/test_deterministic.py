@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 }
 #: the same bits are expected of all of these
 ENGINES: dict[str, dict[str, Any]] = {
-    "every bucket": {"max_num_batched_tokens": 32, "long_prefill_token_threshold": 7},
+    "every bucket": {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 7},
     "whole prompts": {"max_num_batched_tokens": 256, "enforce_eager": True},
     "small pool": {
         "max_num_batched_tokens": 48,
@@ -33,8 +33,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "scheduler_reserve_full_isl": False,
         "enforce_eager": True,
     },
-    "few rows": {"max_num_batched_tokens": 13, "max_num_seqs": 3, "block_size": 32, "enforce_eager": True},
-    "one row": {"max_num_batched_tokens": 8, "max_num_seqs": 1, "enforce_eager": True},
+    "one row": {"max_num_batched_tokens": 13, "max_num_seqs": 1, "block_size": 32, "enforce_eager": True},
 }
 
 #: (tokens of a common beginning, tokens of its own, the seed of both, tokens to generate, temperature)
@@ -108,7 +107,7 @@ def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engine
 
 
 def test_the_same_bits_alone_and_in_any_batch(engines: Engines):
-    @settings(max_examples=12, derandomize=True)
+    @settings(max_examples=8, derandomize=True)
     @given(st.lists(REQUEST, min_size=1, max_size=14))
     def run(requests: list[Any]) -> None:
         engines.check(requests)
