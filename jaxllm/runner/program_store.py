@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jaxllm.runner.program_identity import described, environment, sources
@@ -129,6 +130,8 @@ def open_store(
         return None
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
+    # one that was configured earlier in this process would still answer, with programs that cannot be kept again
+    compilation_cache.reset_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

@@ -17,6 +17,7 @@ from tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.progress import Progress
 from jaxllm.errors import ValidationError
+from jaxllm.runner.interface import StepFuture
 from jaxllm.runner.runner import Runner, StepResult
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.safetensors import SafetensorsReader
@@ -66,7 +67,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], o
     """Do `action` inside the launch of the `number`-th step from now."""
     execute, count = Runner.execute, iter(range(1, 10**6))
 
-    def wrapped(self: Runner, scheduled: Any) -> StepResult:
+    def wrapped(self: Runner, scheduled: Any) -> StepFuture:
         result = execute(self, scheduled)
         if next(count) == number:
             action()

@@ -284,6 +284,7 @@ def test_the_text_of_a_model_that_sees_images(
     sources = decoder_sources(model_config(CONFIG))
     found = Checkpoint(tmp_path).load(sources, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
     np.testing.assert_array_equal(found.head, tensors["lm_head.weight"])
+    assert isinstance(found.layers, Layers)
     np.testing.assert_array_equal(found.layers.down[3], tensors["model.layers.3.mlp.down_proj.weight"])
     [record] = caplog.records
     assert "2 tensors for images are not loaded, and prompts with images are refused" in record.getMessage()
