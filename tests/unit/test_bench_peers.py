@@ -13,8 +13,6 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from jaxllm.entrypoints.bench import peer_setup, plain_model
 from jaxllm.entrypoints.bench.engine_process import EngineProcess
@@ -134,6 +132,9 @@ class Reader:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_written_safetensors_are_read_by_others(tmp_path: Path, dtype: str):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
     draw = np.random.default_rng(0)
     weights = {
         "b": draw.standard_normal((3, 5)).astype(np.float32),
