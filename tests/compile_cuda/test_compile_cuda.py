@@ -21,6 +21,8 @@ Compiled = dict[tuple[str, str], Results]
 STACKS: dict[str, int] = {
     # heads of 256 numbers, widened from one byte: the registers of sm_100 do not hold both tiles
     r"^paged_attention: Gemma.* over (int8|float8)": 128,
+    # XLA's own products, whose tiles it chooses on the card: without one nothing is autotuned
+    r"^Gemma-3-27B: (decode|mixed) .*, fusion\.\d+$": 696,
     # up to four numbers, outside of the loop over the context or for heads of 256
     r"^paged_attention: ": 16,
 }
