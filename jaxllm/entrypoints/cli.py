@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jaxllm
 from jaxllm.config.command_line import with_hyphens
@@ -60,12 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_lazily("jaxllm.entrypoints.generate"))
 
     batch = commands.add_parser("run-batch", allow_abbrev=False, help="run a file of OpenAI API calls; resumable")
     add_batch_options(batch)
     add_engine_options(batch)
-    batch.set_defaults(run=_run_batch)
+    batch.set_defaults(run=_lazily("jaxllm.entrypoints.batch.run"))
 
     chat = commands.add_parser(
         "chat", allow_abbrev=False, help="talk to a model; answers are shown as they are generated"
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
     add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_lazily("jaxllm.entrypoints.chat"))
 
     plan = commands.add_parser(
         "plan",
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "model does not fit, and says with which value of which argument it does.",
     )
     add_plan_options(plan)
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_lazily("jaxllm.entrypoints.plan"))
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure").add_subparsers(
         title="benchmarks", metavar="NAME", required=True
@@ -93,29 +94,29 @@ def build_parser() -> argparse.ArgumentParser:
         "tokenizer", allow_abbrev=False, help="tokens tokenized per second, by the number of the pool's workers"
     )
     add_tokenizer_bench_options(tokenizer)
-    tokenizer.set_defaults(run=_bench_tokenizer)
+    tokenizer.set_defaults(run=_lazily("jaxllm.entrypoints.bench.tokenizer"))
     host = bench.add_parser("host", allow_abbrev=False, help="what a step costs the host, part by part")
     add_host_bench_options(host)
-    host.set_defaults(run=_bench_host)
+    host.set_defaults(run=_lazily("jaxllm.entrypoints.bench.host"))
 
     throughput = bench.add_parser(
         "throughput", allow_abbrev=False, help="requests and tokens per second of one batch; also of other engines"
     )
     add_throughput_options(throughput)
-    throughput.set_defaults(run=_bench_throughput)
+    throughput.set_defaults(run=_lazily("jaxllm.entrypoints.bench.throughput"))
     latency = bench.add_parser(
         "latency", allow_abbrev=False, help="seconds of one batch; decoding against context and cache size"
     )
     add_latency_options(latency)
-    latency.set_defaults(run=_bench_latency)
+    latency.set_defaults(run=_lazily("jaxllm.entrypoints.bench.latency"))
     startup = bench.add_parser("startup", allow_abbrev=False, help="seconds from process start to the first token")
     add_startup_options(startup)
-    startup.set_defaults(run=_bench_startup)
+    startup.set_defaults(run=_lazily("jaxllm.entrypoints.bench.startup"))
     serve_trace = bench.add_parser(
         "serve-trace", allow_abbrev=False, help="latencies of requests that come one by one, in this process"
     )
     add_serve_trace_options(serve_trace)
-    serve_trace.set_defaults(run=_bench_serve_trace)
+    serve_trace.set_defaults(run=_lazily("jaxllm.entrypoints.bench.serve_trace"))
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
@@ -132,67 +133,12 @@ def _fetch(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.generate import run
-
-    return run(arguments)
-
-
-def _run_batch(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.batch.run import run
-
-    return run(arguments)
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.chat import run
-
-    return run(arguments)
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.plan import run
-
-    return run(arguments)
-
-
-def _bench_tokenizer(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.tokenizer import run
-
-    return run(arguments)
-
-
-def _bench_host(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.host import run
-
-    return run(arguments)
-
-
-def _bench_throughput(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.throughput import run
-
-    return run(arguments)
-
-
-def _bench_latency(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.latency import run
-
-    return run(arguments)
-
-
-def _bench_startup(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.startup import run
-
-    return run(arguments)
-
-
-def _bench_serve_trace(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.bench.serve_trace import run
-
-    return run(arguments)
-
-
 def _demo(arguments: argparse.Namespace) -> int:
     from jaxllm.entrypoints.demo import run
 
     return run(arguments)
+
+
+def _lazily(module: str) -> Callable[[argparse.Namespace], int]:
+    """The `run` of a module that is imported when it is called: a command loads what it needs, and no other's."""
+    return lambda arguments: importlib.import_module(module).run(arguments)
