@@ -16,13 +16,14 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.fixed_order import row_sum
 from pallas_kernels.storage import compute_dtype, from_storage
 
-DECODE_ROWS = 8
+DECODE_ROWS = 16
 #: independent loops over tiles: XLA:CPU runs them beside each other, and a tile on one thread
 LANES = 2
-#: (consecutive queries of a run, runs of a tile) of chunks and prompts: as many long runs as there are, then short
-LONG_RUNS = (128, 1)
-SHORT_RUNS = (32, 4)
-CONTEXT = 128  # most positions of one piece of context, but that a piece has at least one page
+#: most positions of one piece of context, but that a piece has at least one page
+DECODE_CONTEXT = 64
+#: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind
+#: as there are, then of the next. XLA:CPU's products are fastest where both are long; what is too long is wasted
+RUNS = ((256, 1, 256), (128, 1, 128), (32, 8, 64))
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 
 
@@ -67,7 +68,7 @@ def _decode_tiles(query, cache, layout, batch, *how):
             active = row < batch.num_decodes
             position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
             asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
-            attended = _attend(asked, position, row, active, cache, layout, batch, *how)[:, 0]
+            attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
             attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
             return lax.dynamic_update_slice(out, attended[None], (i, 0, 0))
 
@@ -85,17 +86,17 @@ def _prefill_tiles(query, out, cache, layout, batch, *how):
     prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
     first, rest = batch.query_start[:-1], jnp.where(prefill, jnp.diff(batch.query_start), 0)
     args = (cache, layout, batch, *how)
-    length, rows = LONG_RUNS
-    if tokens >= length:
-        runs = rest // length
-        out = _run_tiles(query, out, length, rows, first, rest, runs, *args)
-        first, rest = first + runs * length, rest - runs * length
-    length, rows = SHORT_RUNS
+    for length, rows, context in RUNS[:-1]:
+        if tokens >= length:
+            runs = rest // length
+            out = _run_tiles(query, out, length, rows, context, first, rest, runs, *args)
+            first, rest = first + runs * length, rest - runs * length
+    length, rows, context = RUNS[-1]
     length = min(length, tokens)
-    return _run_tiles(query, out, length, rows, first, rest, _cdiv(rest, length), *args)
+    return _run_tiles(query, out, length, rows, context, first, rest, _cdiv(rest, length), *args)
 
 
-def _run_tiles(query, out, length, rows, first, rest, runs, cache, layout, batch, *how):
+def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layout, batch, *how):
     """Of each sequence `runs` [S] runs of `length` queries, from token `first` [S] on; it has `rest` [S] tokens."""
     tokens, seqs = query.shape[0], first.shape[0]
     ends = jnp.cumsum(runs)
@@ -110,18 +111,18 @@ def _run_tiles(query, out, length, rows, first, rest, runs, cache, layout, batch
         valid = active[:, None] & (token < (first + rest)[row][:, None])
         token = jnp.clip(token, 0, tokens - 1)
         position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
-        attended = _attend(query[token], position, row, active, cache, layout, batch, *how)
+        attended = _attend(context, query[token], position, row, active, cache, layout, batch, *how)
         target = jnp.where(valid, token, tokens).reshape(-1)
         return out.at[target].set(attended.reshape(-1, out.shape[1]), mode="drop")
 
     return lax.fori_loop(0, _cdiv(ends[-1], rows), tile, out)
 
 
-def _attend(query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
+def _attend(context, query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
     """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> the same shape in float32."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
-    width = max(CONTEXT // block_size, 1)
+    width = max(context // block_size, 1)
     context = width * block_size
     flat = cache.reshape(pages * 2 * kv_heads, block_size * dim)
     table = batch.block_tables[layout.group]
