@@ -16,14 +16,15 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.fixed_order import row_sum
 from pallas_kernels.storage import compute_dtype, from_storage
 
-DECODE_ROWS = 16
+#: sequences of a tile that has one query of each: in a step of chunks few of them may be there
+DECODE_ROWS, DECODE_ROWS_BESIDE_CHUNKS = 16, 8
 #: independent loops over tiles: XLA:CPU runs them beside each other, and a tile on one thread
 LANES = 2
 #: most positions of one piece of context, but that a piece has at least one page
 DECODE_CONTEXT = 64
 #: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind
 #: as there are, then of the next. XLA:CPU's products are fastest where both are long; what is too long is wasted
-RUNS = ((256, 1, 256), (128, 1, 128), (32, 8, 64))
+RUNS = ((256, 1, 256), (128, 1, 128), (32, 4, 64))
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 
 
@@ -54,7 +55,7 @@ def _decode_tiles(query, cache, layout, batch, *how):
     """Of each sequence's first `num_decodes` tokens, float32 [T, H * D]; the other rows are finite."""
     tokens, width = query.shape[0], math.prod(query.shape[1:])
     seqs = batch.kv_lens.shape[0]
-    rows = min(DECODE_ROWS, -(-seqs // LANES))
+    rows = min(DECODE_ROWS if tokens <= seqs else DECODE_ROWS_BESIDE_CHUNKS, -(-seqs // LANES))
     tiles = -(-seqs // rows)
     each = -(-tiles // LANES)
     # a product of a single row is computed by another kernel, which adds up in another order
@@ -88,9 +89,9 @@ def _prefill_tiles(query, out, cache, layout, batch, *how):
     args = (cache, layout, batch, *how)
     for length, rows, context in RUNS[:-1]:
         if tokens >= length:
-            runs = rest // length
+            runs = (rest + length // 4) // length  # the last one may lack a quarter
             out = _run_tiles(query, out, length, rows, context, first, rest, runs, *args)
-            first, rest = first + runs * length, rest - runs * length
+            first, rest = first + runs * length, jnp.maximum(rest - runs * length, 0)
     length, rows, context = RUNS[-1]
     length = min(length, tokens)
     return _run_tiles(query, out, length, rows, context, first, rest, _cdiv(rest, length), *args)
