@@ -15,7 +15,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,23 @@ class ProgramStore:
             return None
         return self._load(self._folder / name.decode())
 
-    def compile(self, key: tuple[Any, ...], lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """The program of a key: loaded where the same lowered program was kept, else compiled and kept."""
+    def compile(
+        self, key: tuple[Any, ...], lowered: jax.stages.Lowered, own_options: Mapping[str, str | bool] | None = None
+    ) -> jax.stages.Compiled:
+        """The program of a key: loaded where the same lowered program was kept, else compiled and kept.
+
+        Args:
+            own_options: of the compiler, for this program besides those for all.
+        """
+        options = {**self._options, **(own_options or {})}
         text = lowered.as_text()
         if _CALLBACK in text:
-            return lowered.compile(compiler_options=self._options)
+            return lowered.compile(compiler_options=options)
         trees = f"{lowered.in_tree} {lowered.out_tree}"
-        path = self._folder / f"{_hash(self._environment, trees, text)}.program"
+        path = self._folder / f"{_hash(self._environment, described(options), trees, text)}.program"
         compiled = self._load(path)
         if compiled is None:
-            compiled = lowered.compile(compiler_options=self._options)
+            compiled = lowered.compile(compiler_options=options)
             try:
                 content = pickle.dumps(serialize(compiled))
             except (TypeError, ValueError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as e:
