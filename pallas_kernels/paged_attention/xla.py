@@ -25,6 +25,8 @@ DECODE_CONTEXT = 64
 #: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind
 #: as there are, then of the next. XLA:CPU's products are fastest where both are long; what is too long is wasted
 RUNS = ((256, 1, 256), (128, 1, 128), (32, 4, 64))
+#: positions of a piece where a query's bits must not depend on what kind of tile it is in
+DETERMINISTIC_CONTEXT = 128
 NEVER = -1e30  # a masked score: finite, so that a fully masked row stays free of NaN
 
 
@@ -123,6 +125,8 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
     """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> the same shape in float32."""
     blocks, length, kv_heads, groups, dim = query.shape
     pages, _, _, block_size, _ = cache.shape
+    if batch.backend.deterministic:
+        context = DETERMINISTIC_CONTEXT
     width = max(context // block_size, 1)
     context = width * block_size
     flat = cache.reshape(pages * 2 * kv_heads, block_size * dim)
