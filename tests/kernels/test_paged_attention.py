@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_case import PagedCase, Sequences, Shape, arguments, sequences
+from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments, sequences
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.paged_attention import reference
@@ -56,6 +56,16 @@ def test_attention_is_the_formula(implementation: str, shape: Shape, interpret: 
     batch = case.batch.replace(backend=backend(implementation, interpret))  # pyright: ignore
     out = attend(case.query, case.cache, case.layout, batch, **arguments(case))
     check(case, np.asarray(out).astype(np.float64))
+
+
+@pytest.mark.parametrize("queries", [(95, 96), (191,), (192, 97), (1, 255), (256,), (1, 1, 257), (300,)], ids=str)
+def test_runs_that_lack_a_quarter_or_more(queries: tuple[int, ...]):
+    """ "xla" rounds the number of long runs up from three quarters of a run on."""
+    shape = Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300)
+    drawn = Sequences(computed=(30,) * len(queries), queries=queries, window=UNLIMITED, shared=0, magnitude=1.0, seed=0)
+    case = PagedCase(shape, drawn)
+    batch = case.batch.replace(backend=Backend(implementation="xla"))  # pyright: ignore
+    check(case, np.asarray(attend(case.query, case.cache, case.layout, batch, **arguments(case))).astype(np.float64))
 
 
 def check(case: PagedCase, out: np.ndarray) -> None:
