@@ -106,6 +106,15 @@ def test_the_same_program_of_other_sources_is_not_compiled_again(tmp_path: Path,
     assert store(tmp_path).find(KEY) is not None
 
 
+def test_a_program_with_options_of_its_own_is_another(tmp_path: Path):
+    own, again = {"xla_llvm_disable_expensive_passes": False}, program()
+    store(tmp_path).compile(KEY, program())
+    for times in (1, 0):
+        with counted() as events:
+            check(store(tmp_path).compile(KEY, again, own))
+        assert events["backend_compile_duration"] == times
+
+
 def test_another_machine_or_version_has_its_own_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store(tmp_path).compile(KEY, program())
     changes: list[Callable[[pytest.MonkeyPatch], None]] = [
