@@ -1,7 +1,8 @@
 """Paged attention in plain XLA, in tiles. A tile is a block of sequences with one query each (decode) or a block of
 runs of consecutive queries (chunks and prompts); it walks the context in pieces with a running softmax (Milakov and
 Gimelshein 2018, arXiv:1805.02867), and both loops have true, data-dependent lengths: neither padding tokens nor the
-padded width of the block table costs anything.
+padded width of the block table costs anything. A tile walks as far as its longest context, so decodes go into tiles by
+length.
 """
 
 from __future__ import annotations
@@ -62,13 +63,16 @@ def _decode_tiles(query, cache, layout, batch, *how):
     each = -(-tiles // LANES)
     # a product of a single row is computed by another kernel, which adds up in another order
     queries = 2 if batch.backend.deterministic and query.shape[2] == 1 else 1
+    order = jnp.arange(seqs, dtype=jnp.int32)
+    if tiles > 1:
+        order = jnp.argsort(jnp.where(order < batch.num_decodes, batch.kv_lens, 0), descending=True).astype(jnp.int32)
 
     def lane(first):
         """Every `LANES`-th tile: [each, rows, H * D]."""
 
         def tile(i, out):
-            row = jnp.minimum((i * LANES + first) * rows + jnp.arange(rows, dtype=jnp.int32), seqs - 1)
-            active = row < batch.num_decodes
+            nth = (i * LANES + first) * rows + jnp.arange(rows, dtype=jnp.int32)
+            row, active = order[jnp.minimum(nth, seqs - 1)], nth < batch.num_decodes
             position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
             asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
             attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
@@ -78,7 +82,8 @@ def _decode_tiles(query, cache, layout, batch, *how):
         needed = _cdiv(_cdiv(batch.num_decodes, rows) - first, LANES)
         return lax.fori_loop(0, needed, tile, jnp.zeros((each, rows, width)))
 
-    out = jnp.stack([lane(first) for first in range(min(LANES, tiles))], axis=1).reshape(-1, width)[:tokens]
+    out = jnp.stack([lane(first) for first in range(min(LANES, tiles))], axis=1).reshape(-1, width)
+    out = out[jnp.argsort(order)[:tokens]]
     return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 
 
