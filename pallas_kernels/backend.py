@@ -15,6 +15,8 @@ LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
 MOSAIC_COMPUTE_CAPABILITY = (9, 0)
 #: of the attention kernels
 MAX_HEAD_DIM = 256
+#: of blocks whose keys are transposed: with shorter ones XLA:CPU would have to put them side by side
+LEAST_TRANSPOSED_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,10 @@ class Backend:
         if self.interpret or self.compute_capability is None or stored != jnp.float8_e4m3fn:
             return True
         return self.compute_capability >= LEAST_E4M3_COMPUTE_CAPABILITY
+
+    def transposes_keys(self, block_size: int) -> bool:
+        """Whether pages hold keys as [head_dim, block_size], as products on CPUs read them; on GPUs rows are read."""
+        return self.implementation == "xla" and block_size >= LEAST_TRANSPOSED_BLOCK
 
 
 def device_backend(device: jax.Device) -> Backend:  # pyright: ignore[reportInvalidTypeForm]

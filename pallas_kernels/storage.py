@@ -4,6 +4,8 @@ The array is ``[layers_per_group * num_blocks, 2, kv_heads, block_size, head_dim
 then values, head-major, so that the rows of one head are contiguous. A layer's pages are at ``layer * num_blocks +
 block id``. Page 0 is trash: padding tokens write there and it is never read.
 
+Where `Backend.transposes_keys`, the keys of a head are ``[head_dim, block_size]``, in the same place of the same array.
+
 int8 and float8 pages have scales beside them, float32 ``[pages, 2, kv_heads, block_size]``: what is stored times its
 scale is the number.
 """

@@ -18,19 +18,21 @@ def write_kv(
     kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As `reference.write_kv`; in place where the cache is donated."""
-    pages, _, heads, block_size, dim = cache.shape
-    tokens = key.shape[0]
+    _, _, heads, block_size, dim = cache.shape
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
-    page = jnp.where(batch.token_valid, block + layout.page_offset, 0)
-    head = jnp.arange(2 * heads, dtype=jnp.int32)
-    rows = ((page[:, None] * (2 * heads) + head) * block_size + (batch.positions % block_size)[:, None]).reshape(-1)
-    new = jnp.concatenate([key, value], axis=1)
-    if kv_scales is None:
-        stored = to_storage(new, cache.dtype)
-    else:
-        stored, scales = quantize(new, cache.dtype)
-        flat = kv_scales.reshape(pages * 2 * heads * block_size)
-        kv_scales = flat.at[rows].set(scales.reshape(-1), mode="promise_in_bounds").reshape(kv_scales.shape)
-    flat = cache.reshape(pages * 2 * heads * block_size, dim)
-    flat = flat.at[rows].set(stored.reshape(tokens * 2 * heads, dim), mode="promise_in_bounds")
-    return flat.reshape(cache.shape), kv_scales
+    page = jnp.where(batch.token_valid, block + layout.page_offset, 0)[:, None]
+    slot = (batch.positions % block_size)[:, None]
+    for half, new in enumerate((key, value)):
+        head = (page * 2 + half) * heads + jnp.arange(heads, dtype=jnp.int32)  # [T, heads]
+        row = head * block_size + slot
+        if kv_scales is None:
+            stored = to_storage(new, cache.dtype)
+        else:
+            stored, scales = quantize(new, cache.dtype)
+            kv_scales = kv_scales.reshape(-1).at[row].set(scales, mode="promise_in_bounds").reshape(kv_scales.shape)
+        if new is key and batch.backend.transposes_keys(block_size):
+            flat = cache.reshape(-1, dim, block_size).at[head, :, slot].set(stored, mode="promise_in_bounds")
+        else:
+            flat = cache.reshape(-1, dim).at[row].set(stored, mode="promise_in_bounds")
+        cache = flat.reshape(cache.shape)
+    return cache, kv_scales

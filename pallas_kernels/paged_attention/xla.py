@@ -149,14 +149,21 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
     last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     precision = lax.Precision.HIGHEST if compute == jnp.float32 else None
+    transposed = batch.backend.transposes_keys(block_size)
+    product = "bkqd,bkdc->bkqc" if transposed else "bkqd,bkcd->bkqc"
 
-    def load(index, keep=True):
+    def load(index, keep=True, transposed=False):
+        """Of pages' heads [B, kv_heads, width]: [B, kv_heads, context, D], or transposed."""
+        stored = flat[index]
+        if transposed:
+            stored = jnp.swapaxes(stored.reshape(*index.shape, dim, block_size), 2, 3)
+        shape = (blocks, kv_heads, dim, context) if transposed else (blocks, kv_heads, context, dim)
         # before it is taken for a number: XLA:CPU selects bf16 by way of float32
-        stored = jnp.where(keep, flat[index].reshape(blocks, kv_heads, context, dim), 0)
-        numbers = from_storage(stored, compute)
+        numbers = from_storage(jnp.where(keep, stored.reshape(shape), 0), compute)
         if scales is None:
             return numbers
-        return numbers * jnp.where(keep, scales[index].reshape(blocks, kv_heads, context, 1), 0)
+        scale = scales[index].reshape(blocks, kv_heads, context)
+        return numbers * jnp.where(keep, jnp.expand_dims(scale, 2 if transposed else 3), 0)
 
     def piece(c, state):
         maximum, total, accumulated = state
@@ -167,8 +174,9 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
         visible = (at < seen_to[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
         # a weight of zero does not silence a NaN that a page's former owner left behind
         written = (at < jnp.max(seen_to, axis=1, keepdims=True)) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
-        k, v = load(index), load(index + kv_heads, written[:, None, :, None])
-        scores = jnp.einsum("bkqd,bkcd->bkqc", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+        k = load(index, transposed=transposed)
+        v = load(index + kv_heads, written[:, None, :, None])
+        scores = jnp.einsum(product, q, k, precision=precision, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         visible = jnp.broadcast_to(visible[:, None, :, None], (blocks, 1, length, groups, context)).reshape(

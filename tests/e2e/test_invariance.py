@@ -177,6 +177,7 @@ def test_arrivals_between_the_steps(ample: LLM, check: Any, sampling: dict[str, 
         {"max_num_batched_tokens": 16, "async_scheduling": False, "enable_prefix_caching": False},
         {"long_prefill_token_threshold": 7},
         {"block_size": 8, "num_gpu_blocks_override": 513},
+        {"block_size": 64, "num_gpu_blocks_override": 65},
     ],
     ids=str,
 )

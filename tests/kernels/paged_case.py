@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
 
 SEQS, MAX_LEN = 20, 384
@@ -231,6 +232,14 @@ class PagedCase:
             scales = scales.reshape(-1, *size[2:-1])
         cache = cache.reshape(-1, *size[2:])
         return cache.view(np.uint16) if shape.stored == "uint16" else cache, scales, keys, values
+
+
+def as_stored(cache: np.ndarray, backend: Backend) -> np.ndarray:
+    """A cache whose keys are rows, as programs of `backend` have it."""
+    if not backend.transposes_keys(cache.shape[3]):
+        return cache
+    keys = np.swapaxes(cache[:, :1], 3, 4).reshape(cache[:, :1].shape)
+    return np.concatenate([keys, cache[:, 1:]], axis=1)
 
 
 def arguments(case: PagedCase) -> dict[str, Any]:

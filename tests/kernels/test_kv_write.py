@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_case import LAYER, PagedCase, Sequences, Shape, sequences
+from paged_case import LAYER, PagedCase, Sequences, Shape, as_stored, sequences
 from test_paged_attention import IMPLEMENTATIONS, backend
 
 from pallas_kernels.backend import Backend
@@ -54,7 +54,8 @@ def test_new_rows_are_written_and_no_others(implementation: str, shape: Shape, i
             if scales is not None and expected_scales is not None:
                 expected_scales[page, :, :, slot] = scales[:, token]
 
-    cache, found_scales = write(case.cache, *map(jnp.asarray, new), case.layout, batch, case.scales)
+    expected, cache = (as_stored(pages, batch.backend) for pages in (expected, case.cache))
+    cache, found_scales = write(cache, *map(jnp.asarray, new), case.layout, batch, case.scales)
 
     # page 0 takes the padding
     if scales is None:
