@@ -30,14 +30,14 @@ def seconds_per_call(
     return statistics.median(times) / calls
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """The command line of every ``bench.py``: ``device`` ("gpu" or "interpret-smoke") and ``json`` (a file or None)."""
+def parse_arguments(description: str, devices: tuple[str, ...] = ("gpu", "interpret-smoke")) -> argparse.Namespace:
+    """The command line of every ``bench.py``: ``device``, one of `devices`, and ``json`` (a file or None)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--device",
-        choices=("gpu", "interpret-smoke"),
+        choices=devices,
         default="gpu",
-        help="gpu: real shapes, compiled; interpret-smoke: a small one in Pallas' interpreter, to see that it runs",
+        help="gpu, cpu: real shapes, compiled; interpret-smoke: small ones in Pallas' interpreter, to see that it runs",
     )
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args()

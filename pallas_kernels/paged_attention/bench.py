@@ -1,4 +1,4 @@
-"""``python -m pallas_kernels.paged_attention.bench [--device gpu|interpret-smoke] [--json FILE]``
+"""``python -m pallas_kernels.paged_attention.bench [--device gpu|cpu|interpret-smoke] [--json FILE]``
 
 Times attention at the heads of real models. GB/s counts what a decode must read: keys and values of all contexts.
 TFLOP/s counts two per product of a query with a key that it sees, and of a weight with a value.
@@ -18,7 +18,7 @@ from pallas_kernels.backend import MOSAIC_COMPUTE_CAPABILITY, Backend, device_ba
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.configurations import GEMMA_3, LLAMA, MODELS, Heads, Step
-from pallas_kernels.storage import is_scaled
+from pallas_kernels.storage import is_scaled, to_storage
 from pallas_kernels.timing import parse_arguments, report, seconds_per_call
 
 #: bytes of pages that the timed calls go through in turn: more than any cache holds
@@ -27,17 +27,20 @@ PAGE_BYTES = 2 * 2**30
 MOST_LAYERS = 16
 #: a window wider than any context
 UNLIMITED = 2**30
+SMOLLM2 = Heads(model="SmolLM2-135M", heads=9, kv_heads=3, head_dim=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Sequences of one length, each with as many tokens in the step."""
+    """Sequences, each with as many tokens in the step."""
 
     heads: Heads
     seqs: int
     #: tokens computed before, and in this step
     computed: int
     queries: int
+    #: what is computed before lies between 0 and twice `computed`, as far on average, in any order
+    mixed: bool = False
     block_size: int = 16
     window: int = UNLIMITED
     query: str = "bfloat16"
@@ -46,24 +49,32 @@ class Workload:
     def __str__(self) -> str:
         what = "decode" if self.queries == 1 else f"{self.queries} tokens"
         window = "" if self.window == UNLIMITED else f", window {self.window}"
-        return f"{self.heads.model} {self.seqs} x {what} after {self.computed}{window}, {self.stored}"
+        after = f"0 to {2 * self.computed}" if self.mixed else self.computed
+        pages = f"{self.stored}, blocks of {self.block_size}"
+        return f"{self.heads.model} {self.seqs} x {what} after {after}{window}, {pages}"
+
+    @property
+    def before(self) -> np.ndarray:
+        """Tokens computed before, i32 [seqs]."""
+        if not self.mixed:
+            return np.full(self.seqs, self.computed, np.int32)
+        return np.random.default_rng(1).permutation(np.linspace(0, 2 * self.computed, self.seqs).astype(np.int32))
 
     @property
     def width(self) -> int:
-        return -(-(self.computed + self.queries) // self.block_size)
+        return -(-(int(self.before.max()) + self.queries) // self.block_size)
 
     @property
     def pairs(self) -> int:
         """Queries times keys that each sees."""
-        seen = np.minimum(np.arange(self.computed + 1, self.computed + self.queries + 1), self.window)
-        return self.seqs * int(seen.sum())
+        return int(np.minimum(self.before[:, None] + np.arange(1, self.queries + 1), self.window).sum())
 
     @property
     def read_bytes(self) -> int:
         """Of keys and values that some query sees."""
-        first = max(self.computed - self.window + 1, 0)
+        first = np.maximum(self.before - self.window + 1, 0)
         row = 2 * self.heads.kv_heads * (self.heads.head_dim * jnp.dtype(self.stored).itemsize + 4 * self.has_scales)
-        return self.seqs * (self.computed + self.queries - first) * row
+        return int((self.before + self.queries - first).sum()) * row
 
     @property
     def in_mosaic(self) -> bool:
@@ -87,14 +98,14 @@ class Workload:
         tokens = self.seqs * self.queries
         pages = np.random.default_rng(0).permutation(self.seqs * self.width).astype(np.int32)
         starts = np.arange(self.seqs + 1, dtype=np.int32) * self.queries
-        positions = np.tile(np.arange(self.queries, dtype=np.int32) + self.computed, self.seqs)
+        positions = (self.before[:, None] + np.arange(self.queries, dtype=np.int32)).reshape(-1)
         decode = self.queries == 1
         return AttentionBatch(
             token_seq=jnp.asarray(np.repeat(np.arange(self.seqs, dtype=np.int32), self.queries)),
             positions=jnp.asarray(positions),
             token_valid=jnp.ones(tokens, bool),
             query_start=jnp.asarray(starts),
-            kv_lens=jnp.full(self.seqs, self.computed + self.queries, jnp.int32),
+            kv_lens=jnp.asarray(self.before + self.queries),
             block_tables=jnp.asarray(pages.reshape(1, self.seqs, self.width)),
             num_decodes=jnp.int32(self.seqs if decode else 0),
             num_seqs=jnp.int32(self.seqs),
@@ -120,7 +131,7 @@ def measure(
 
     def numbers(key: jax.Array) -> jax.Array:
         drawn = jax.random.normal(key, (layers * pages, *size[1:]), jnp.bfloat16)
-        return jnp.round(drawn * 32).astype(dtype) if w.has_scales else drawn.astype(dtype)
+        return jnp.round(drawn * 32).astype(dtype) if w.has_scales else to_storage(drawn, dtype)
 
     keys = jax.random.split(jax.random.key(0))
     cache = jax.jit(numbers)(keys[0])
@@ -173,8 +184,21 @@ def workloads() -> list[Workload]:
     return found
 
 
+def cpu_workloads() -> list[Workload]:
+    """Decodes of a model that a CPU serves, with the default blocks and with those whose keys are transposed."""
+    return [
+        Workload(heads=SMOLLM2, seqs=seqs, computed=computed, queries=1, mixed=mixed, block_size=size, stored="uint16")
+        for seqs, computed, mixed in ((32, 64, False), (64, 250, False), (200, 320, False), (200, 320, True))
+        for size in (16, 64)
+    ]
+
+
 def main() -> None:
-    arguments = parse_arguments(__doc__ or "")
+    arguments = parse_arguments(__doc__ or "", ("gpu", "cpu", "interpret-smoke"))
+    if arguments.device == "cpu":
+        backend = device_backend(jax.devices("cpu")[0])
+        report([measure(backend, each) for each in cpu_workloads()], arguments.json)
+        return
     if arguments.device == "interpret-smoke":
         backend = Backend(implementation="triton", interpret=True)
         heads = Heads(model="smoke", heads=4, kv_heads=2, head_dim=16)

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write import bench as kv_write_bench
 from pallas_kernels.paged_attention import tune
-from pallas_kernels.paged_attention.bench import Workload, measure, workloads
+from pallas_kernels.paged_attention.bench import Workload, cpu_workloads, measure, workloads
 from pallas_kernels.paged_attention.configurations import Heads
 from pallas_kernels.paged_attention.tiles import PrefillTile
 
@@ -34,6 +34,15 @@ def test_a_window_is_all_that_is_counted():
     assert SMALL.read_bytes == 2 * 30 * 2 * 2 * 16 * 4
 
 
+def test_mixed_lengths_have_the_same_mean():
+    mixed = dataclasses.replace(SMALL, seqs=11, mixed=True, queries=1)
+    assert sorted(mixed.before) == list(range(0, 21, 2))
+    assert (mixed.pairs, mixed.width) == (11 * (10 + 1), 2)
+    assert mixed.read_bytes == dataclasses.replace(mixed, mixed=False).read_bytes
+    batch = mixed.batch(TRITON)
+    assert list(batch.positions) == list(mixed.before) and list(batch.kv_lens) == list(mixed.before + 1)
+
+
 def test_every_operation_is_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kv_write_bench, "ROUNDS", 1)
     result = measure(TRITON, dataclasses.replace(SMALL, queries=1), page_bytes=0, repeats=1)
@@ -43,7 +52,7 @@ def test_every_operation_is_measured(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_workloads_have_names_of_their_own():
-    names = [(str(each), each.block_size) for each in workloads()]
+    names = [str(each) for each in (*workloads(), *cpu_workloads())]
     assert len(names) == len(set(names))
 
 
