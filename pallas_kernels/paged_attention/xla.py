@@ -17,10 +17,8 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.fixed_order import row_sum
 from pallas_kernels.storage import compute_dtype, from_storage
 
-#: sequences of a tile that has one query of each: in a step of chunks few of them may be there
-DECODE_ROWS, DECODE_ROWS_BESIDE_CHUNKS = 16, 8
-#: independent loops over tiles: XLA:CPU runs them beside each other, and a tile on one thread
-LANES = 2
+#: sequences of a tile that has one query of each
+DECODE_ROWS = 8
 #: most positions of one piece of context, but that a piece has at least one page
 DECODE_CONTEXT = 64
 #: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind
@@ -58,31 +56,24 @@ def _decode_tiles(query, cache, layout, batch, *how):
     """Of each sequence's first `num_decodes` tokens, float32 [T, H * D]; the other rows are finite."""
     tokens, width = query.shape[0], math.prod(query.shape[1:])
     seqs = batch.kv_lens.shape[0]
-    rows = min(DECODE_ROWS if tokens <= seqs else DECODE_ROWS_BESIDE_CHUNKS, -(-seqs // LANES))
+    rows = min(DECODE_ROWS, seqs)
     tiles = -(-seqs // rows)
-    each = -(-tiles // LANES)
     # a product of a single row is computed by another kernel, which adds up in another order
     queries = 2 if batch.backend.deterministic and query.shape[2] == 1 else 1
     order = jnp.arange(seqs, dtype=jnp.int32)
     if tiles > 1:
         order = jnp.argsort(jnp.where(order < batch.num_decodes, batch.kv_lens, 0), descending=True).astype(jnp.int32)
 
-    def lane(first):
-        """Every `LANES`-th tile: [each, rows, H * D]."""
+    def tile(i, out):
+        nth = i * rows + jnp.arange(rows, dtype=jnp.int32)
+        row, active = order[jnp.minimum(nth, seqs - 1)], nth < batch.num_decodes
+        position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
+        asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
+        attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
+        attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
+        return lax.dynamic_update_slice(out, attended, (i * rows, 0))
 
-        def tile(i, out):
-            nth = (i * LANES + first) * rows + jnp.arange(rows, dtype=jnp.int32)
-            row, active = order[jnp.minimum(nth, seqs - 1)], nth < batch.num_decodes
-            position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
-            asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
-            attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
-            attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
-            return lax.dynamic_update_slice(out, attended[None], (i, 0, 0))
-
-        needed = _cdiv(_cdiv(batch.num_decodes, rows) - first, LANES)
-        return lax.fori_loop(0, needed, tile, jnp.zeros((each, rows, width)))
-
-    out = jnp.stack([lane(first) for first in range(min(LANES, tiles))], axis=1).reshape(-1, width)
+    out = lax.fori_loop(0, _cdiv(batch.num_decodes, rows), tile, jnp.zeros((tiles * rows, width)))
     out = out[jnp.argsort(order)[:tokens]]
     return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 
