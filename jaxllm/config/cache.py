@@ -21,7 +21,7 @@ class KVCacheGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    block_size: int = 16
+    block_size: int
     #: blocks of the pool, block 0 (trash) included
     num_blocks: int
     groups: tuple[KVCacheGroup, ...]

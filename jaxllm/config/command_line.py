@@ -71,7 +71,7 @@ ENGINE_HELP: dict[str, str] = {
     "gpu_memory_utilization": "share of the device's memory that may be used, in (0, 1]",
     "kv_cache_memory_bytes": "size of the KV cache, in place of gpu_memory_utilization",
     "num_gpu_blocks_override": "number of KV-cache blocks, in place of planning them",
-    "block_size": "tokens in a KV-cache block; on a CPU, attention is faster from 64 on",
+    "block_size": "tokens in a KV-cache block: 8, 16, 32, 64 or 128; 64 on a CPU and 16 on a GPU unless given",
     "long_prefill_token_threshold": "most prompt tokens of one request in a step; 0: no limit",
     "scheduling_policy": "fcfs or priority",
     "scheduler_reserve_full_isl": "admit a prompt only when all of it fits into the free blocks",

@@ -60,8 +60,8 @@ class EngineArgs:
     async_scheduling: bool = True
     #: admit a prompt only when all of it fits into the free blocks
     scheduler_reserve_full_isl: bool = True
-    #: tokens; a power of two in [8, 128]
-    block_size: int = 16
+    #: tokens; a power of two in [8, 128]; None: 64 on a CPU, 16 on a GPU
+    block_size: int | None = None
     #: in (0, 1]
     gpu_memory_utilization: float = 0.9
     #: bytes of the KV cache, in place of `gpu_memory_utilization`

@@ -25,6 +25,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_model_len": 160,
     "max_num_seqs": 12,
     "max_num_batched_tokens": 32,
+    "block_size": 16,
     "num_gpu_blocks_override": 16,
 }
 

@@ -20,13 +20,14 @@ from jaxllm.setup import check_deterministic
 BASE: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 16,
+    "block_size": 16,
     "num_gpu_blocks_override": 257,
     "deterministic": True,
 }
 #: the same bits are expected of all of these
 ENGINES: dict[str, dict[str, Any]] = {
     "every bucket": {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 7},
-    "whole prompts": {"max_num_batched_tokens": 256, "enforce_eager": True},
+    "whole prompts": {"max_num_batched_tokens": 256, "block_size": 64, "enforce_eager": True},
     "small pool": {
         "max_num_batched_tokens": 48,
         "num_gpu_blocks_override": 25,

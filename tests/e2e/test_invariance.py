@@ -24,6 +24,7 @@ BASE: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 64,
+    "block_size": 16,
     "num_gpu_blocks_override": 257,
     "enforce_eager": True,
 }

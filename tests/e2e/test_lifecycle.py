@@ -305,13 +305,13 @@ def failing(model: Path, **arguments: Any) -> BaseException:
 
 def test_too_small_a_pool(tiny_model: Path):
     before = live()
-    error = failing(tiny_model, num_gpu_blocks_override=8)
+    error = failing(tiny_model, num_gpu_blocks_override=8, block_size=16)
     assert live() <= before
     assert isinstance(error, ValidationError)
     assert "estimated maximum model length is 112" in str(error)
     assert "num_gpu_blocks_override to 17" in str(error)
-    failing(tiny_model, num_gpu_blocks_override=8, max_model_len=113)
-    with LLM(tiny_model, **{**SMALL, "num_gpu_blocks_override": 8, "max_model_len": 112}) as llm:
+    failing(tiny_model, num_gpu_blocks_override=8, block_size=16, max_model_len=113)
+    with LLM(tiny_model, **{**SMALL, "num_gpu_blocks_override": 8, "block_size": 16, "max_model_len": 112}) as llm:
         (output,) = llm.generate([[1] * 100], LONG, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 12
 

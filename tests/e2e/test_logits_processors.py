@@ -56,6 +56,7 @@ def llm(tiny_model: Path) -> Iterator[LLM]:
     arguments = {
         **SMALL,
         "max_model_len": 144,
+        "block_size": 16,
         "num_gpu_blocks_override": 12,
         "logprobs_mode": "processed_logits",
         "max_logprobs": -1,

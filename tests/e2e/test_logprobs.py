@@ -27,7 +27,13 @@ BOTH = SamplingParams(**GREEDY, max_tokens=20, logprobs=4, prompt_logprobs=3)
 @pytest.fixture(scope="module")
 def tight(tiny_model: Path) -> Iterator[LLM]:
     """Chunks of 8 tokens, and memory for about two of the prompts; reports may be as wide as the vocabulary."""
-    arguments = {**SMALL, "max_num_batched_tokens": 8, "max_model_len": 144, "num_gpu_blocks_override": 12}
+    arguments = {
+        **SMALL,
+        "max_num_batched_tokens": 8,
+        "max_model_len": 144,
+        "block_size": 16,
+        "num_gpu_blocks_override": 12,
+    }
     with LLM(tiny_model, **arguments, max_logprobs=-1) as llm:
         yield llm
 
@@ -120,7 +126,7 @@ def test_the_prefix_cache_is_not_read_but_filled(engine: LLM, model: Any):
     engine.reset_prefix_cache()
     run(engine, [prompt], BOTH)
     (plain,) = run(engine, [prompt], SamplingParams(**GREEDY, max_tokens=1))
-    assert plain.num_cached_tokens == 80
+    assert plain.num_cached_tokens == 64
 
 
 def test_of_several_completions_one_computes_the_prompt(engine: LLM, model: Any):
@@ -132,7 +138,7 @@ def test_of_several_completions_one_computes_the_prompt(engine: LLM, model: Any)
     run(engine, [prompt], BOTH)
     before = hits()
     (output,) = run(engine, [prompt], params)
-    assert hits() - before == 2 * 80
+    assert hits() - before == 2 * 64
     for completion in output.outputs:
         check(dataclasses.replace(output, outputs=[completion]), prompt, model)
 

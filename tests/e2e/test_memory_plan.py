@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -13,7 +14,13 @@ from jaxllm.errors import ValidationError
 from jaxllm.models.registry import model_config
 from jaxllm.weights.checkpoint import Checkpoint
 
-ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 32}
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "block_size": 16,
+}
 
 
 def refused(model: Path, **kwargs) -> str:

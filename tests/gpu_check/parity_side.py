@@ -63,6 +63,7 @@ class Side:
             "generation_config": "vllm",
             "max_model_len": self._max_model_len,
             "max_num_seqs": len(self._prompts),
+            "block_size": 16,
             "enforce_eager": True,
         }
         return LLM(self._folder, **{**common, **arguments})

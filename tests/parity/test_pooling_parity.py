@@ -15,7 +15,7 @@ from jaxllm import LLM, PoolingParams
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SMALL: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "enforce_eager": True}
+SMALL: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "block_size": 16, "enforce_eager": True}
 SENTENCES = [
     "A cat sits on the mat.",
     "A feline rests on a rug.",

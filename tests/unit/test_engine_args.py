@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.config.resolve import platform_limits, scheduler_config
+from jaxllm.config.resolve import block_size, platform_limits, scheduler_config
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
 
@@ -98,7 +98,7 @@ def test_none_is_the_default_everywhere(caplog: pytest.LogCaptureFixture):
 
 def test_defaults():
     args = EngineArgs(model="m")
-    assert (args.block_size, args.gpu_memory_utilization, args.max_logprobs, args.seed) == (16, 0.9, 20, 0)
+    assert (args.block_size, args.gpu_memory_utilization, args.max_logprobs, args.seed) == (None, 0.9, 20, 0)
     assert args.enable_chunked_prefill and args.enable_prefix_caching and args.async_scheduling
     assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (None, None, None)
 
@@ -288,6 +288,11 @@ def test_platform_defaults(platform: str, gib: float | None, expected: tuple[int
     config = scheduler(131072, platform, gib)
     assert limits(config) == expected == platform_limits(platform, int(gib * 2**30) if gib else None)
     assert config.max_model_len == 131072
+
+
+def test_the_default_block_is_the_platforms():
+    assert [block_size(None, platform) for platform in ("cpu", "gpu")] == [64, 16]
+    assert [block_size(32, platform) for platform in ("cpu", "gpu")] == [32, 32]
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,9 @@ class TestHere:
 
     def test_what_makes_it_fit_is_compiled_too(self, tmp_path: Path):
         tiny_model = write_tiny_model(tmp_path)
-        plan = jaxllm.plan(tiny_model, device="cpu", **{**SMALL, "max_num_seqs": 1}, num_gpu_blocks_override=9)
+        plan = jaxllm.plan(
+            tiny_model, device="cpu", **{**SMALL, "max_num_seqs": 1}, block_size=16, num_gpu_blocks_override=9
+        )
         values = {remedy.argument: remedy.value for remedy in plan.remedies}
         assert not plan.fits and values == {"max_model_len": 128, "num_gpu_blocks_override": 17}
         assert plan.exact and [remedy.plan.num_tokens for remedy in plan.remedies] == [128, 256]
@@ -269,6 +271,7 @@ class TestOneReadingOfMemory:
         "max_model_len": 512,
         "max_num_seqs": 2,
         "max_num_batched_tokens": 32,
+        "block_size": 16,
         "gpu_memory_utilization": 0.5,
         "enforce_eager": True,
     }

@@ -263,8 +263,8 @@ def test_a_pool_with_fewer_blocks_than_groups_is_refused() -> None:
     config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
     groups = tuple(KVCacheGroup(layers=(index,)) for index in range(3))
     with pytest.raises(ValueError, match=r"3 blocks of 16 tokens.*3 KV-cache groups.*num_gpu_blocks_override >= 4"):
-        Scheduler(config, CacheConfig(num_blocks=3, groups=groups))
-    assert Scheduler(config, CacheConfig(num_blocks=4, groups=groups)).max_tokens_per_request == 16
+        Scheduler(config, CacheConfig(block_size=16, num_blocks=3, groups=groups))
+    assert Scheduler(config, CacheConfig(block_size=16, num_blocks=4, groups=groups)).max_tokens_per_request == 16
 
 
 def test_after_a_failed_step_everything_can_be_ended() -> None:
