@@ -14,7 +14,7 @@ from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.pooler import Pooler, PoolerConfig
-from jaxllm.config.resolve import block_size, scheduler_config
+from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
@@ -70,8 +70,8 @@ class Setup:
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
-        tokens = block_size(args.block_size, target.platform)
-        backend = attention_backend(args.attention_backend, target.device, model, dtype, tokens)
+        block_size = args.block_size or default_block_size(target.platform)
+        backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size)
         return RunnerConfig(
             model=model,
             pooler=self.pooler,
@@ -80,7 +80,7 @@ class Setup:
             dtype=dtype,
             target=target,
             attention=dataclasses.replace(backend, deterministic=args.deterministic),
-            block_size=tokens,
+            block_size=block_size,
             gpu_memory_utilization=args.gpu_memory_utilization,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             num_gpu_blocks_override=args.num_gpu_blocks_override,

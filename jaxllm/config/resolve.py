@@ -127,10 +127,8 @@ def scheduler_config(
     )
 
 
-def block_size(asked: int | None, platform: str) -> int:
-    """Tokens of a block of the KV cache, where `asked` is None the platform's default."""
-    if asked is not None:
-        return asked
+def default_block_size(platform: str) -> int:
+    """Tokens of a block of the KV cache, unless `EngineArgs.block_size` says it."""
     return CPU_BLOCK_SIZE if platform == "cpu" else GPU_BLOCK_SIZE
 
 

@@ -185,7 +185,7 @@ def workloads() -> list[Workload]:
 
 
 def cpu_workloads() -> list[Workload]:
-    """Decodes of a model that a CPU serves, with the default blocks and with those whose keys are transposed."""
+    """Decodes of a model that a CPU serves, with small blocks and with the default ones, whose keys are transposed."""
     return [
         Workload(heads=SMOLLM2, seqs=seqs, computed=computed, queries=1, mixed=mixed, block_size=size, stored="uint16")
         for seqs, computed, mixed in ((32, 64, False), (64, 250, False), (200, 320, False), (200, 320, True))

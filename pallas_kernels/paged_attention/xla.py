@@ -17,7 +17,7 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.fixed_order import row_sum
 from pallas_kernels.storage import compute_dtype, from_storage
 
-#: sequences of a tile that has one query of each
+#: sequences of a tile that has one query of each: more overflow a core's cache with what a piece widens to float32
 DECODE_ROWS = 8
 #: most positions of one piece of context, but that a piece has at least one page
 DECODE_CONTEXT = 64

@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.config.resolve import block_size, platform_limits, scheduler_config
+from jaxllm.config.resolve import default_block_size, platform_limits, scheduler_config
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.errors import ValidationError
 
@@ -291,8 +291,7 @@ def test_platform_defaults(platform: str, gib: float | None, expected: tuple[int
 
 
 def test_the_default_block_is_the_platforms():
-    assert [block_size(None, platform) for platform in ("cpu", "gpu")] == [64, 16]
-    assert [block_size(32, platform) for platform in ("cpu", "gpu")] == [32, 32]
+    assert [default_block_size(platform) for platform in ("cpu", "gpu")] == [64, 16]
 
 
 @pytest.mark.parametrize(
