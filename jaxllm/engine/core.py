@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.engine.output_processor import OutputProcessor
 from jaxllm.engine.pooling_processor import PoolingProcessor
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import RequestUpdate, joined
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError
 
@@ -63,7 +63,7 @@ class EngineCore:
         self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
         #: the step that was read last, while its outputs have not been made
-        self._unprocessed: tuple[SchedulerOutput, StepOutput, list[RequestUpdate]] | None = None
+        self._unprocessed: tuple[SchedulerOutput, StepOutput, StepUpdates] | None = None
         #: outputs that had to be made outside of a turn; the next one returns them
         self._undelivered: list[RequestOutput] = []
         #: who is told of each step; replaced as a whole, since any thread may do so
@@ -108,7 +108,7 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether a request runs or waits, or an output is still to be delivered."""
-        unprocessed = self._unprocessed is not None and bool(self._unprocessed[2])
+        unprocessed = self._unprocessed is not None and len(self._unprocessed[2]) > 0
         return self.scheduler.has_unfinished or unprocessed or bool(self._undelivered)
 
     def step(self) -> list[RequestOutput]:
@@ -186,7 +186,7 @@ class EngineCore:
             observer.read(scheduled)
         updates = self.scheduler.update_from_output(scheduled, output)
         for index in range(1, scheduled.num_steps):
-            updates = joined(updates, self.scheduler.update_from_output(scheduled, output, index))
+            updates.join(self.scheduler.update_from_output(scheduled, output, index))
         if self._constraints is not None:
             lost, complete = self._constraints.advance(updates)
             for request in lost:
@@ -221,8 +221,7 @@ class EngineCore:
         for request in requests:
             self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             self._metrics.record_finished(request)
-        updates = [RequestUpdate(request, [], -1, True) for request in requests]
-        outputs: list[Any] = self._outputs.process(updates, None, self.scheduler)
+        outputs: list[Any] = self._outputs.process(StepUpdates.ended(requests), None, self.scheduler)
         return before + outputs
 
     def _recover(self) -> None:

@@ -7,7 +7,7 @@ meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.engine.engine_stats import EngineStats
@@ -17,7 +17,7 @@ from jaxllm.engine.request import RequestStatus
 if TYPE_CHECKING:
     from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.request_update import StepUpdates
     from jaxllm.engine.scheduler_stats import SchedulerStats
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
@@ -89,36 +89,37 @@ class EngineMetrics:
         with self._lock:
             self._step_tokens.add(num_scheduled_tokens)
 
-    def record_updates(self, updates: Iterable[RequestUpdate]) -> None:
+    def record_updates(self, updates: StepUpdates) -> None:
         """Count what one step brought, after stop strings have been looked for.
 
         The time between two tokens of a request is that between the steps that brought them; the tokens of one launch
         share it.
         """
-        # the requests of a step mostly came through the step before as well: few distinct intervals, many requests
-        intervals: dict[float, int] = {}
         num_tokens = 0
+        # neighbours mostly came through the step before as well: runs of one interval
+        run, run_length = 0.0, 0
         with self._lock:
-            for request, new_token_ids, _, _ in updates:
-                if not new_token_ids:  # it failed where its token should have come
+            for request, count in zip(updates.requests, updates.counts, strict=True):
+                if not count:  # it failed where its token should have come
                     self._finish(request)
                     continue
-                count = len(new_token_ids)
                 num_tokens += count
                 now, before = request.last_token_ts, request.recorded_ts
+                request.recorded_ts = now
                 if before:
                     interval = (now - before) / count
-                    intervals[interval] = intervals.get(interval, 0) + count
+                    if interval != run:
+                        self._between_tokens.add(run, run_length)
+                        run, run_length = interval, 0
+                    run_length += count
                 else:
                     self._prompt_tokens += request.num_prompt_tokens
                     self._prompt_tokens_cached += _num_cached(request)
                     self._first_token.add(now - request.arrival_time)
-                request.recorded_ts = now
                 if request.status > _PREEMPTED:
                     self._finish(request)
+            self._between_tokens.add(run, run_length)
             self._generation_tokens += num_tokens
-            for interval, times in intervals.items():
-                self._between_tokens.add(interval, times)
 
     def record_finished(self, request: Request) -> None:
         """Count the end of a request, once. Aborted and failed ones are counted, but not measured."""

@@ -14,10 +14,13 @@ from jaxllm.sampling_params import RequestOutputKind
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+    from jaxllm.engine.request_update import StepUpdates
+    from jaxllm.engine.scheduler import Scheduler
     from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)
+#: looking up an enum's member costs as much as the rest of a quiet token
+_FINAL_ONLY = RequestOutputKind.FINAL_ONLY
 
 
 class OutputState:
@@ -75,7 +78,7 @@ class OutputState:
         """What to deliver now; None when there is nothing new of the kind that was asked for."""
         request = self.request
         finished = request.is_finished
-        if self.kind is RequestOutputKind.FINAL_ONLY and not finished:
+        if self.kind is _FINAL_ONLY and not finished:
             return None
         delivered = self._delivered_tokens
         if not finished and delivered and request.num_output_tokens - delivered < self._interval:
@@ -182,16 +185,17 @@ class OutputProcessor:
             index += count
 
     def process(
-        self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler
+        self, updates: StepUpdates, logprobs: LogprobArrays | None, scheduler: Scheduler
     ) -> list[RequestOutput]:
         """Outputs of one step's updates; ends requests whose stop string has come."""
         outputs = []
-        for request, token_ids, index, _ in updates:
-            state = self._states.get(request.request_id)
+        states = self._states
+        for request, count, index in zip(updates.requests, updates.counts, updates.indices, strict=True):
+            state = states.get(request.request_id)
             if state is None:
                 continue
             if logprobs is not None or state.finds_stops:
-                for token_id in token_ids:
+                for token_id in request.all_token_ids[-count:] if count else ():
                     stop = state.append(token_id, logprobs, index)
                     if stop is not None:
                         if request.is_finished:
@@ -200,11 +204,11 @@ class OutputProcessor:
                         else:
                             scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
             finished = request.status > _PREEMPTED
-            if not finished and state.kind is RequestOutputKind.FINAL_ONLY:
+            if not finished and state.kind is _FINAL_ONLY:
                 continue
             output = state.output()
             if finished:
-                del self._states[request.request_id]
+                del states[request.request_id]
                 self._num_stops -= state.finds_stops
             if output is not None:
                 outputs.append(output)

@@ -13,7 +13,8 @@ from jaxllm.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+    from jaxllm.engine.request_update import StepUpdates
+    from jaxllm.engine.scheduler import Scheduler
     from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
 
 
@@ -53,13 +54,13 @@ class PoolingProcessor:
         self._pooled = output.pooled
 
     def process(
-        self, updates: list[RequestUpdate], logprobs: LogprobArrays | None, scheduler: Scheduler
+        self, updates: StepUpdates, logprobs: LogprobArrays | None, scheduler: Scheduler
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Outputs of one step's updates, every one of which ends its request."""
         outputs = []
-        for update in updates:
-            request, arrival = update.request, self._arrivals.pop(update.request.request_id, None)
-            data = self._pooled[update.index]
+        for request, index in zip(updates.requests, updates.indices, strict=True):
+            arrival = self._arrivals.pop(request.request_id, None)
+            data = self._pooled[index]
             if arrival is not None and data is not None:
                 outputs.append(_output(request, data, arrival))
         return outputs

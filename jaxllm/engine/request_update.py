@@ -1,7 +1,9 @@
-"""What a step brought one request, or the steps of one launch."""
+"""What a step brought its requests, or the steps of one launch."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxllm.engine.request import Request
@@ -15,13 +17,36 @@ class RequestUpdate(NamedTuple):
     finished: bool
 
 
-def joined(before: list[RequestUpdate], after: list[RequestUpdate]) -> list[RequestUpdate]:
-    """One update for each request of two steps of a launch; those of `before` get the later tokens, too."""
-    found = {id(update.request): update for update in before}
-    for update in after:
-        earlier = found.get(id(update.request))
-        if earlier is not None:
-            earlier.new_token_ids.extend(update.new_token_ids)
-            update = earlier._replace(finished=update.finished)
-        found[id(update.request)] = update
-    return list(found.values())
+@dataclasses.dataclass(slots=True)
+class StepUpdates:
+    """Parallel lists, one entry for each request that got tokens, or ended without one.
+
+    No object is made for a token: a thousand of them a step, while they live, count as objects that last, and bring the
+    collector to go through everything that the process holds, which takes longer than many steps.
+    """
+
+    requests: list[Request] = dataclasses.field(default_factory=list)
+    #: tokens that each got, the last ones of its `all_token_ids` until the next step is taken in
+    counts: list[int] = dataclasses.field(default_factory=list)
+    #: each one's row in the step's `LogprobArrays`
+    indices: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def ended(cls, requests: list[Request]) -> StepUpdates:
+        """Requests that ended outside of any step."""
+        return cls(requests, [0] * len(requests), [-1] * len(requests))
+
+    def join(self, later: StepUpdates) -> None:
+        """Add what the launch's next step brought: the requests that go on are among these."""
+        position = {id(request): i for i, request in enumerate(self.requests)}
+        for request, count in zip(later.requests, later.counts, strict=True):
+            self.counts[position[id(request)]] += count
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[RequestUpdate]:
+        """Entry by entry, as things are now."""
+        for request, count, index in zip(self.requests, self.counts, self.indices, strict=True):
+            tokens = request.all_token_ids
+            yield RequestUpdate(request, tokens[len(tokens) - count :], index, request.is_finished)

@@ -26,7 +26,7 @@ from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.length_limits import LengthLimits
 from jaxllm.engine.preemption import PreemptionLog, Shortage, unschedule
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import RequestUpdate
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.engine.stop_check import check_stop
 from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from jaxllm.runner.interface import StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)
-#: a NamedTuple's own constructor is a Python function, which costs as much as the rest of a token
-_update = tuple.__new__
 NOTHING_ALLOWED = (
     "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
     "leaves no token to generate"
@@ -305,9 +303,7 @@ class Scheduler:
         self.waiting.push_front(victim)
         return victim
 
-    def update_from_output(
-        self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0
-    ) -> list[RequestUpdate]:
+    def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0) -> StepUpdates:
         """Take in what a step sampled; steps are read in the order in which they were scheduled.
 
         Tokens of requests that have finished meanwhile are dropped; a preempted request keeps its token.
@@ -316,13 +312,15 @@ class Scheduler:
             index_of_step: which of the launch's steps, from 0 to ``scheduled.num_steps - 1``, one after the other.
 
         Returns:
-            One update per request that got a token, in the step's order.
+            The requests that got a token, or ended where it should have come, in the step's order.
 
         Raises:
             ValueError: the output has another number of entries than the step.
         """
         now = time.monotonic()
-        updates: list[RequestUpdate] = []
+        updates = StepUpdates()
+        add_request, add_index = updates.requests.append, updates.indices.append
+        ended_without: list[int] = []
         finished_running = False
         samples, sampled = scheduled.samples, output.token_ids
         if index_of_step:
@@ -339,18 +337,20 @@ class Scheduler:
             request.last_token_ts = now
             if not request.first_token_ts:
                 request.first_token_ts = now
+            add_request(request)
+            add_index(index)
             if token_id < 0:
                 # a request that pools has nothing to sample
                 request.error = None if request.pools else NOTHING_ALLOWED
                 status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
                 finished_running = finished_running or request.row >= 0
                 self._end(request, status, None)
-                updates.append(RequestUpdate(request, [], index, True))
+                ended_without.append(len(updates) - 1)
                 continue
             token_ids = request.all_token_ids
             token_ids.append(token_id)
             num_tokens = len(token_ids)
-            status = stop_reason = None
+            status = None
             if (
                 num_tokens >= request.max_total_tokens
                 or token_id in request.stop_token_ids
@@ -365,7 +365,9 @@ class Scheduler:
             if status is not None:
                 finished_running = finished_running or request.row >= 0
                 self._end(request, status, stop_reason)
-            updates.append(_update(RequestUpdate, (request, [token_id], index, status is not None)))
+        updates.counts = [1] * len(updates)
+        for entry in ended_without:
+            updates.counts[entry] = 0
         if finished_running:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
         return updates

@@ -7,7 +7,6 @@ the forward program, reads the earlier steps while it runs, and launches the sam
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.request_update import StepUpdates
     from jaxllm.runner.interface import SchedulerOutput
     from jaxllm.sampling_params import SamplingParams
     from jaxllm.structured.compiler import GrammarCompiler
@@ -160,7 +159,7 @@ class TokenConstraints:
                 masks[row] = mask
         return masks, lost
 
-    def advance(self, updates: Iterable[RequestUpdate]) -> tuple[list[Request], list[Request]]:
+    def advance(self, updates: StepUpdates) -> tuple[list[Request], list[Request]]:
         """Take new tokens; returns the requests that must not have got theirs, and those that have nothing to add."""
         lost, complete = [], []
         for request, token_ids, _, _ in updates if self._used else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.engine.request import Request, RequestStatus
@@ -11,7 +11,8 @@ from jaxllm.engine.trace import RequestRecord, StepRecord, Trace
 from jaxllm.runner.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+    from jaxllm.engine.request_update import StepUpdates
+    from jaxllm.engine.scheduler import Scheduler
     from jaxllm.runner.interface import SchedulerOutput
 
 
@@ -104,7 +105,7 @@ class TraceRecorder(StepObserver):
     def read(self, step: SchedulerOutput) -> None:
         self._read_end = self._now()
 
-    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._last = self._now()
         if entry := self._launched.get(step.step):
             device_start = max(entry["start"] + entry["schedule_time"], self._device_free)
@@ -117,14 +118,14 @@ class TraceRecorder(StepObserver):
             }
         self._device_free = self._read_end
 
-    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         now = self._now()
         if entry := self._launched.pop(step.step, None):
             self.trace.steps.append(StepRecord(**entry, output_start=self._last, output_time=now - self._last))
         self._last = now
-        for update in updates:
-            if update.request.is_finished:
-                self._end(update.request.request_id)
+        for request in updates.requests:
+            if request.is_finished:
+                self._end(request.request_id)
 
     def turn_ends(self) -> None:
         self._turn = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,18 +27,28 @@ FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
 
+class Field(NamedTuple):
+    """Where a field lies in the buffer, in words."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
 class Views(Mapping[str, np.ndarray]):
     """Views into a host buffer, made when they are first asked for: most steps set few of the fields."""
 
-    def __init__(self, buffer: np.ndarray, fields: Mapping[str, tuple[int, tuple[int, ...]]]):
+    def __init__(self, buffer: np.ndarray, fields: Mapping[str, Field]):
         self._buffer, self._fields = buffer, fields
         self._views: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         view = self._views.get(name)
         if view is None:
-            offset, shape = self._fields[name]
-            view = self._buffer[offset : offset + math.prod(shape)].reshape(shape)
+            field = self._fields[name]
+            view = self._buffer[field.start : field.stop]
+            if len(field.shape) != 1:
+                view = view.reshape(field.shape)
             self._views[name] = view = view.view(np.float32) if name in FLOAT_FIELDS else view
         return view
 
@@ -49,8 +60,8 @@ class Views(Mapping[str, np.ndarray]):
 
     def together(self, names: Sequence[str]) -> np.ndarray:
         """Fields that follow each other and have one length as rows of one array, int32 [len(names), length]."""
-        offset, (length,) = self._fields[names[0]]
-        return self._buffer[offset : offset + len(names) * length].reshape(len(names), length)
+        first, last = self._fields[names[0]], self._fields[names[-1]]
+        return self._buffer[first.start : last.stop].reshape(len(names), *first.shape)
 
 
 class Packing:
@@ -61,12 +72,12 @@ class Packing:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        self._fields: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._fields: dict[str, Field] = {}
         #: int32 words of the buffer
         self.size = 0
         for name, shape in shapes.items():
-            self._fields[name] = (self.size, shape)
-            self.size += math.prod(shape)
+            start, self.size = self.size, self.size + math.prod(shape)
+            self._fields[name] = Field(start, self.size, shape)
 
     def views(self, buffer: np.ndarray) -> Views:
         """The fields of a host buffer int32 [size]."""
@@ -75,8 +86,8 @@ class Packing:
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The fields of a device buffer, inside jit."""
         fields = {}
-        for name, (offset, shape) in self._fields.items():
-            field = buffer[offset : offset + math.prod(shape)].reshape(shape)
+        for name, (start, stop, shape) in self._fields.items():
+            field = buffer[start:stop].reshape(shape)
             fields[name] = lax.bitcast_convert_type(field, np.float32) if name in FLOAT_FIELDS else field
         return fields
 

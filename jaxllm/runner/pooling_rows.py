@@ -67,7 +67,7 @@ class PoolingRows(ForwardRows):
         """Fill the buffer of a step; `packing` is its bucket's."""
         buffer = np.zeros(packing.size, np.int32)
         fields = packing.views(buffer)
-        order, rows, counts, _ = self.pack_forward(step, fields)
+        order, rows, first, end, _ = self.pack_forward(step, fields)
         n = len(order)
         for name, values in (
             ("dimensions", self._dimensions),
@@ -75,10 +75,9 @@ class PoolingRows(ForwardRows):
             ("segment_starts", self._segment_starts),
         ):
             fields[name][:n] = values[rows]
-        first = np.cumsum(counts) - counts
         entries: list[PooledEntry | None] = [None] * n
         wants = self._wants_tokens[rows]
         for seq, entry in enumerate(order.tolist()):
-            tokens = slice(int(first[seq]), int(first[seq] + counts[seq])) if wants[seq] else None
+            tokens = slice(int(first[seq]), int(end[seq])) if wants[seq] else None
             entries[entry] = PooledEntry(seq, tokens, step.samples[entry], self._pieces[rows[seq]])
         return PackedPooling(buffer, entries, bool(wants.any()))  # pyright: ignore[reportArgumentType]

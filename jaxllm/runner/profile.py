@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import jax
 from jaxllm.runner.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.request_update import StepUpdates
     from jaxllm.runner.interface import SchedulerOutput
 
 
@@ -65,7 +64,7 @@ class Profile(StepObserver):
     def launched(self, step: SchedulerOutput) -> None:
         self._enter("outputs")
 
-    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._phase.close()
 
     def read_begins(self, step: SchedulerOutput) -> None:
@@ -74,7 +73,7 @@ class Profile(StepObserver):
     def read(self, step: SchedulerOutput) -> None:
         self._enter("update")
 
-    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._phase.close()
 
     def turn_ends(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,19 @@ class PackedStep:
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
+class Sequences(NamedTuple):
+    """Of each sequence of a step, in the device's order, int [n]."""
+
+    #: its entry in the step
+    order: np.ndarray
+    rows: np.ndarray
+    #: its first token in the step, and the first of the next sequence
+    first: np.ndarray
+    end: np.ndarray
+    #: with the step's tokens
+    lengths: np.ndarray
+
+
 class ForwardRows:
     """What a forward pass needs of all rows: block tables and the tokens that the host knows."""
 
@@ -52,12 +66,8 @@ class ForwardRows:
     def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
         self._tables[group, row, start : start + len(blocks)] = blocks
 
-    def pack_forward(self, step: SchedulerOutput, fields) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Fill the fields of `packing.forward_fields`.
-
-        Returns:
-            Of each sequence, in the device's order: its entry in the step, row, number of tokens, and length so far.
-        """
+    def pack_forward(self, step: SchedulerOutput, fields) -> Sequences:
+        """Fill the fields of `packing.forward_fields`."""
         rows = np.asarray(step.rows, np.int32)
         starts = np.asarray(step.starts, np.int32)
         counts = np.asarray(step.counts, np.int32)
@@ -66,12 +76,17 @@ class ForwardRows:
         # costs
         order = np.lexsort((-lengths, counts > 1))
         rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
-        n, total = len(rows), int(counts.sum())
+        end = np.cumsum(counts, dtype=np.int32)
+        first = end - counts
+        n, total = len(rows), int(end[-1])
         fields["num_decodes"][...] = np.count_nonzero(counts == 1)
         fields["num_seqs"][...] = n
-        first = np.cumsum(counts) - counts
-        fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
-        fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
+        if total == n:
+            fields["token_seq"][:n] = first
+            fields["positions"][:n] = starts
+        else:
+            fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
+            fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
         fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
         fields["rows"][:n] = rows
         fields["query_start"][:n] = first
@@ -79,7 +94,7 @@ class ForwardRows:
         fields["kv_lens"][:n] = lengths
         for tables, packed in zip(self._tables, fields["block_tables"], strict=True):
             np.take(tables, rows, axis=0, out=packed[:n], mode="clip")
-        return order, rows, counts, lengths
+        return Sequences(order, rows, first, end, lengths)
 
     def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
         ids = np.full(total, -1, np.int32)
@@ -145,22 +160,23 @@ class RowTable(ForwardRows):
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size + self._sample_packing.size, np.int32)
         fields = packing.views(buffer[: packing.size])
-        order, rows, counts, lengths = self.pack_forward(step, fields)
-        sampled = np.flatnonzero(np.asarray(step.samples, bool)[order])
-        first = np.cumsum(counts) - counts
-        fields["sampled_tokens"][: len(sampled)] = (first + counts - 1)[sampled]
+        order, rows, first, end, lengths = self.pack_forward(step, fields)
         targets = None
         if any(step.scored):
             position = np.empty(len(order), np.int32)
             position[order] = first
             targets = self._targets(step, fields["scored_tokens"], position)
+        if not all(step.samples):
+            sampled = np.flatnonzero(np.asarray(step.samples, bool)[order])
+            order, rows, end, lengths = order[sampled], rows[sampled], end[sampled], lengths[sampled]
+        fields["sampled_tokens"][: len(end)] = end - 1
 
-        full = bool(step.masked_rows) or bool(self._full[rows[sampled]].any())
-        packed = PackedStep(buffer, None, full, False, False, order[sampled], targets)
-        if len(sampled):
+        full = bool(step.masked_rows) or bool(self._full[rows].any())
+        packed = PackedStep(buffer, None, full, False, False, order, targets)
+        if len(rows):
             fields = self._sample_packing.views(buffer[packing.size :])
-            self._pack_sampling(packed, fields, rows[sampled], lengths[sampled])
-            self._add_masks(packed, fields, rows[sampled], step.masked_rows)
+            self._pack_sampling(packed, fields, rows, lengths)
+            self._add_masks(packed, fields, rows, step.masked_rows)
         return packed
 
     def pack_decode_steps(self, step: SchedulerOutput, packing: Packing) -> PackedStep:

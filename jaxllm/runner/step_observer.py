@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.request_update import StepUpdates
     from jaxllm.runner.interface import SchedulerOutput
 
 
@@ -36,10 +35,10 @@ class StepObserver:
     def read(self, step: SchedulerOutput) -> None:
         """Its sampled tokens are on the host."""
 
-    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         """They belong to their requests now."""
 
-    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         """Text and outputs of an updated step are made, and stop strings have been looked for."""
 
     def turn_ends(self) -> None:

@@ -16,7 +16,7 @@ from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.block_pool import NULL_BLOCK_ID
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import RequestUpdate
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput
@@ -221,7 +221,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for index in range(scheduled.num_steps):
             self._take(scheduled, self.scheduler.update_from_output(scheduled, future.result(), index))
 
-    def _take(self, scheduled: SchedulerOutput, updates: list[RequestUpdate]) -> None:
+    def _take(self, scheduled: SchedulerOutput, updates: StepUpdates) -> None:
         for update in updates:
             outputs = self.outputs[update.request.request_id]
             outputs += update.new_token_ids

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxllm.engine.metrics import Counter, EngineMetrics, Gauge, Histogram, Metric, one_two_five
 from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import RequestUpdate
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.scheduler_stats import SchedulerStats
 from jaxllm.sampling_params import SamplingParams
 
@@ -23,12 +23,17 @@ def arrived(request_id: str, num_prompt_tokens: int, *, at: float, scheduled: fl
     return request
 
 
-def got_token(request: Request, *, at: float, status: RequestStatus = RequestStatus.RUNNING) -> RequestUpdate:
+def got_token(request: Request, *, at: float, status: RequestStatus = RequestStatus.RUNNING) -> Request:
     request.all_token_ids.append(7)
     request.last_token_ts = at
     request.first_token_ts = request.first_token_ts or at
     request.status = status
-    return RequestUpdate(request, [7], 0, False)
+    return request
+
+
+def step(*requests: Request) -> StepUpdates:
+    """One that brought each of them a token."""
+    return StepUpdates(list(requests), [1] * len(requests), list(range(len(requests))))
 
 
 def snapshot(metrics: EngineMetrics) -> dict[str, Metric]:
@@ -74,12 +79,12 @@ def two_requests() -> EngineMetrics:
     a.num_cached_tokens, b.num_preemptions = 8, 2
     a.params.max_tokens = 20
     metrics.record_step(15)
-    metrics.record_updates([got_token(a, at=100.5)])
+    metrics.record_updates(step(got_token(a, at=100.5)))
     metrics.record_step(1)
-    metrics.record_updates([got_token(a, at=100.75)])
+    metrics.record_updates(step(got_token(a, at=100.75)))
     metrics.record_step(4)
     stopped, length = RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH
-    metrics.record_updates([got_token(a, at=101.5, status=stopped), got_token(b, at=101.5, status=length)])
+    metrics.record_updates(step(got_token(a, at=101.5, status=stopped), got_token(b, at=101.5, status=length)))
     return metrics
 
 
@@ -131,12 +136,12 @@ def test_intervals_of_requests_in_one_step():
     """b joins late: its first interval is its own; from then on they have the same."""
     metrics = EngineMetrics("tiny")
     a, b = arrived("a", 1, at=0.0, scheduled=0.0), arrived("b", 1, at=0.0, scheduled=0.0)
-    metrics.record_updates([got_token(a, at=1.0)])
-    metrics.record_updates([got_token(b, at=3.0)])
-    metrics.record_updates([got_token(a, at=5.0), got_token(b, at=5.0)])
+    metrics.record_updates(step(got_token(a, at=1.0)))
+    metrics.record_updates(step(got_token(b, at=3.0)))
+    metrics.record_updates(step(got_token(a, at=5.0), got_token(b, at=5.0)))
     found = histogram(metrics, "vllm:inter_token_latency_seconds")
     assert (steps(found), found.sum) == ({"2.5": 1, "5.0": 1}, 6.0)
-    metrics.record_updates([got_token(a, at=5.25), got_token(b, at=5.25)])
+    metrics.record_updates(step(got_token(a, at=5.25), got_token(b, at=5.25)))
     found = histogram(metrics, "vllm:inter_token_latency_seconds")
     assert (steps(found), found.sum) == ({"0.3": 2, "2.5": 1, "5.0": 1}, 6.5)
 
@@ -144,7 +149,7 @@ def test_intervals_of_requests_in_one_step():
 def test_aborted_and_failed_requests_are_counted_but_not_measured():
     metrics = EngineMetrics("tiny")
     a, b = arrived("a", 4, at=1.0, scheduled=2.0), arrived("b", 4, at=1.0, scheduled=0.0)
-    metrics.record_updates([got_token(a, at=3.0)])
+    metrics.record_updates(step(got_token(a, at=3.0)))
     a.status, b.status = RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR
     metrics.record_finished(a)
     metrics.record_finished(b)
@@ -152,7 +157,7 @@ def test_aborted_and_failed_requests_are_counted_but_not_measured():
     assert histogram(metrics, "vllm:e2e_request_latency_seconds").count == 0
     assert histogram(metrics, "vllm:request_queue_time_seconds").sum == 0.0
     # a's id may come again, and is a new request then
-    metrics.record_updates([got_token(arrived("a", 5, at=8.0, scheduled=8.0), at=9.0)])
+    metrics.record_updates(step(got_token(arrived("a", 5, at=8.0, scheduled=8.0), at=9.0)))
     assert histogram(metrics, "vllm:inter_token_latency_seconds").count == 0
     assert counter(metrics, "vllm:prompt_tokens") == 9
 
@@ -170,7 +175,7 @@ def test_the_completions_of_a_prompt_count_as_one_prompt():
     parent = arrived("p", 5, at=0.0, scheduled=1.0)
     children = [parent.fork(f"{i}_p", SamplingParams(), i) for i in range(3)]
     for child in children:
-        metrics.record_updates([got_token(child, at=2.0, status=RequestStatus.FINISHED_LENGTH)])
+        metrics.record_updates(step(got_token(child, at=2.0, status=RequestStatus.FINISHED_LENGTH)))
     assert histogram(metrics, "vllm:request_generation_tokens").count == 3
     assert histogram(metrics, "vllm:request_params_n").count == 0
     metrics.record_completed_prompt(3, 40)

@@ -10,7 +10,8 @@ import pytest
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import RequestUpdate, Scheduler
+from jaxllm.engine.request_update import RequestUpdate
+from jaxllm.engine.scheduler import Scheduler
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput, StepOutput
 from jaxllm.sampling_params import SamplingParams
@@ -42,9 +43,8 @@ def add(engine: Scheduler, name: str, length: int, priority: int = 0, **params: 
 def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[RequestUpdate]:
     """Read a step: the given tokens where it samples; by default all sevens."""
     given = iter(tokens)
-    return engine.update_from_output(
-        step, StepOutput(token_ids=[next(given, 7) if sample else -1 for sample in step.samples])
-    )
+    token_ids = [next(given, 7) if sample else -1 for sample in step.samples]
+    return list(engine.update_from_output(step, StepOutput(token_ids=token_ids)))
 
 
 def work(step: SchedulerOutput) -> dict[str, tuple[int, int, bool]]:

@@ -13,6 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from jaxllm.engine.chrome_trace import events
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.trace_recorder import TraceRecorder
 from jaxllm.runner.interface import SchedulerOutput
@@ -144,11 +145,11 @@ class ByHand:
     def read(self, step: SchedulerOutput, begin: float, read: float, updated: float) -> None:
         for call, now in (("read_begins", begin), ("read", read), ("updated", updated)):
             self.now = 10.0 + now
-            getattr(self.recorder, call)(*([step, []] if call == "updated" else [step]))
+            getattr(self.recorder, call)(*([step, StepUpdates()] if call == "updated" else [step]))
 
     def process(self, step: SchedulerOutput, processed: float) -> None:
         self.now = 10.0 + processed
-        self.recorder.processed(step, [])
+        self.recorder.processed(step, StepUpdates())
 
 
 def test_the_times_of_two_steps_of_which_the_second_waits_for_the_device():

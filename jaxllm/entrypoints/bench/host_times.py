@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.runner.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduler import RequestUpdate
+    from jaxllm.engine.request_update import StepUpdates
     from jaxllm.runner.interface import SchedulerOutput
 
 #: what a turn of the engine consists of, in the order of the report
@@ -100,10 +100,10 @@ class HostTimes(StepObserver):
         self._lap("read")
         self._known = self._last
 
-    def updated(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._lap("update")
 
-    def processed(self, step: SchedulerOutput, updates: Sequence[RequestUpdate]) -> None:
+    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._lap("output")
 
     def turn_ends(self) -> None:
