@@ -18,6 +18,7 @@ from jaxllm.engine.pooling_inputs import PoolingInputs
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.engine.token_constraints import TokenConstraints
 from jaxllm.logits_processor import extra_arg_defaults
+from jaxllm.runner import freed_memory
 from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory import MemoryPlan
@@ -96,6 +97,7 @@ def start(args: EngineArgs) -> Started:
         clock = time.perf_counter()
         tokenizer = loading.result()
         times["load tokenizer"] = time.perf_counter() - clock
+    freed_memory.give_back()
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
     if built is None:
         runner, plan = null_runner(config, ordinary_tokens(tokenizer, model.vocab_size, eos_token_ids))

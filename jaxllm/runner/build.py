@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
@@ -44,8 +43,7 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     """Build a runner.
 
     Args:
-        record: told each start-up phase and its seconds. On a CPU the weights are read while programs are compiled or
-            loaded, and their phase is what reading takes longer.
+        record: told each start-up phase and its seconds.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -66,21 +64,12 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
             progress=config.progress,
         )
 
-    if config.device.platform != "cpu":
-        # a GPU's compiler tries out products on the card, which must not be full
-        programs.compile_all(config.progress)
-        clock.lap("compile")
-        runner = _runner(config, load(), load, programs, plan.num_blocks)
-        clock.lap("load weights")
-    else:
-        # allocation is asynchronous: the cache's pages are touched meanwhile
-        runner = _runner(config, None, load, programs, plan.num_blocks)
-        with concurrent.futures.ThreadPoolExecutor(1, "load weights") as pool:
-            loading = pool.submit(runner.restore_weights)
-            programs.compile_all(config.progress)
-            clock.lap("compile")
-            loading.result()
-        clock.lap("load weights")
+    # before anything large is there: compiling takes memory of its own, and a GPU's compiler tries out products on the
+    # card, which must not be full
+    programs.compile_all(config.progress)
+    clock.lap("compile")
+    runner = _runner(config, load(), load, programs, plan.num_blocks)
+    clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)

@@ -48,14 +48,17 @@ class MemoryPlan:
     unused_bytes: int = 0
     unused_why: str = ""
 
+    @property
+    def used_bytes(self) -> int:
+        """What is planned for, of each device."""
+        return self.weight_bytes + self.activation_bytes + self.state_bytes + self.kv_cache_bytes
+
     def __str__(self) -> str:
         gib = lambda b: f"{b / GIB:8.3f} GiB"  # noqa: E731
         limit = self.kv_cache_limit
         note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
-        used = self.weight_bytes + self.activation_bytes + self.state_bytes + self.kv_cache_bytes
-        unused = (
-            f"  not used     {gib(self.unused_bytes)}  (of {(used + self.unused_bytes) / GIB:.3f}; {self.unused_why})"
-        )
+        whole = self.used_bytes + self.unused_bytes
+        unused = f"  not used     {gib(self.unused_bytes)}  (of {whole / GIB:.3f}; {self.unused_why})"
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "

@@ -21,6 +21,7 @@ from jaxllm.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import Params
 from jaxllm.parallel.mesh import on_each_device
 from jaxllm.parallel.rules import CACHE
+from jaxllm.runner import freed_memory
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.decode_steps import decode_steps
@@ -85,6 +86,7 @@ class Compiler(abc.ABC):
             self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
+        self._workers = 1 if platform == "cpu" else os.cpu_count()
         self._cache_dir, self._source = cache_dir, source
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 
@@ -127,14 +129,24 @@ class Compiler(abc.ABC):
         return open_store(self._cache_dir, devices, self._options, self._source)
 
     def _compile(self, keys: Iterable[Key], progress: bool) -> None:
-        """Tracing is serial (it holds the interpreter), compiling and loading run beside it in threads."""
+        """Tracing is serial (it holds the interpreter), compiling and loading run beside it in threads.
+
+        On a CPU in one: XLA shares a compilation out by itself, and two at once take longer than one after the other,
+        and twice the memory.
+        """
         store, missing = self._store, [key for key in keys if key not in self._compiled]
         bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
-        with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with bar, concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
             if store is not None:
-                for key, found in zip(missing, pool.map(store.find, missing), strict=True):
-                    if found is not None:
-                        self._compiled[key] = found
+
+                def found(key: Key) -> jax.stages.Compiled | None:
+                    program = store.find(key)
+                    freed_memory.give_back()
+                    return program
+
+                for key, program in zip(missing, pool.map(found, missing), strict=True):
+                    if program is not None:
+                        self._compiled[key] = program
                         bar.update()
                 missing = [key for key in missing if key not in self._compiled]
             if not missing:
@@ -144,8 +156,11 @@ class Compiler(abc.ABC):
             def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
                 own = self._head_options if key[0] in HEAD_PROGRAMS else {}
                 if store is None:
-                    return program.compile({**self._options, **own})
-                return store.compile(key, program, own)
+                    result = program.compile({**self._options, **own})
+                else:
+                    result = store.compile(key, program, own)
+                freed_memory.give_back()
+                return result
 
             futures = {pool.submit(compiled, key, self._lower(key)): key for key in missing}
             for future in concurrent.futures.as_completed(futures):

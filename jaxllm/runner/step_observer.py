@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-
     from jaxllm.engine.request_update import StepUpdates
     from jaxllm.runner.interface import SchedulerOutput
 

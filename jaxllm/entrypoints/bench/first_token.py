@@ -1,7 +1,8 @@
 """One start of an engine, timed from its process's start to its first token: the process of ``jaxllm bench startup``.
 
 Reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
-``engine_args``, ``input_len``. The last line that it prints is the result.
+``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
+and what the engine's plan counts of it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     compiler: dict[str, float] = collections.defaultdict(float)
 
     clock = time.time()
+    from jaxllm.entrypoints.bench.peers.protocol import peak_rss_bytes
     from jaxllm.llm import LLM
     from jaxllm.sampling_params import SamplingParams
 
@@ -52,6 +54,13 @@ def main() -> None:
             "phases": phases,
             "compiler": {name: round(value, 3) for name, value in compiler.items()},
         }
+        plan = llm.memory_plan
+        # the largest step takes the activations that the plan counts
+        longest = min(plan.max_num_batched_tokens, plan.max_model_len - 1)
+        llm.generate({"prompt_token_ids": [1] * longest}, params, use_tqdm=False)
+        if plan.device == "cpu":  # whose memory is the process's
+            result["planned_bytes"] = plan.used_bytes * plan.tensor_parallel_size
+        result["peak_rss_bytes"] = peak_rss_bytes()
     print(json.dumps(result))
 
 

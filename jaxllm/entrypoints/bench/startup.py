@@ -81,6 +81,8 @@ def _summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
         "startup_times": totals,
         "startup_percentiles": {share: percentile(totals, share) for share in PERCENTAGES},
         "median_phases": phases,
+        "peak_rss_bytes": max(start["peak_rss_bytes"] for start in starts),
+        "planned_bytes": starts[0].get("planned_bytes"),
         "starts": starts,
     }
 
@@ -96,3 +98,6 @@ def _show(summary: dict[str, Any]) -> None:
     compiler = summary["starts"][-1]["compiler"]
     counted = ", ".join(f"{name} {value:g}" for name, value in compiler.items())
     print(f"Within these, summed over threads, of the last start: {counted}")
+    peak, planned = summary["peak_rss_bytes"], summary["planned_bytes"]
+    above = f", {(peak - planned) / 1e6:.0f} MB above the planned {planned / 1e6:.0f} MB" if planned else ""
+    print(f"Peak RSS, most of all starts: {peak / 1e6:.0f} MB{above}")
