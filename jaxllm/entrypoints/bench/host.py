@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import jaxllm
+from jaxllm.entrypoints.bench import vllm_scheduler
 from jaxllm.entrypoints.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
 from jaxllm.entrypoints.bench.host_workload import HostWorkload
+from jaxllm.entrypoints.bench.peer_setup import pythons
 from jaxllm.llm import LLM
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _TINY = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+#: vLLM's
+_BLOCK_SIZE = 16
 #: cycles of one engine before it is another's turn
 _ALTERNATE = 20
 
@@ -37,6 +41,7 @@ _ALTERNATE = 20
 def run(arguments: argparse.Namespace) -> int:
     """Time the engine's turns over a null model, or a tiny one; print a table, write the JSON file."""
     record: dict[str, Any] = {"host": machine(), "options": options(arguments), "sequences": {}}
+    vllm = pythons(arguments.peer_python, ["vllm"])["vllm"] if arguments.compare else None
     print(describe(arguments))
     print(f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in COLUMNS))
     for concurrency in arguments.num_seqs:
@@ -52,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
                 cycles = driver.measure(arguments.steps)
             record["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
         print(row(concurrency, cycles))
+        if vllm is not None:
+            found = vllm_scheduler.measure(vllm, arguments, workload, num_blocks(workload))
+            record["sequences"][str(concurrency)]["vllm"] = found
+            print(vllm_row(found, summary(cycles)))
     if arguments.prefix_cache:
         record["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
         print(
@@ -85,6 +94,16 @@ def row(concurrency: int, cycles: list[Cycle]) -> str:
     tokens = numbers([cycle.num_tokens for cycle in cycles])["p50"]
     cells = " ".join(f"{found[name]['p50']:7.3f} ({found[name]['p99']:5.2f})" for name in COLUMNS)
     return f"{concurrency:9} {tokens:6.0f} {mixed(cycles):6.0%} {cells}"
+
+
+def vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
+    """One line about vLLM's scheduler, under jaxllm's."""
+    parts = ", ".join(
+        f"{part} {found['ms'][part]['p50']:.3f} ({found['ms'][part]['p99']:.2f}), "
+        f"{found['ms'][part]['p50'] / ours[part]['p50']:.1f} times jaxllm's"
+        for part in ("schedule", "update")
+    )
+    return f"{'':9} {found['tokens']['p50']:6.0f} vLLM {found['version']}, its scheduler alone: {parts}"
 
 
 def mixed(cycles: list[Cycle]) -> float:
@@ -173,18 +192,23 @@ def _llm(arguments: argparse.Namespace, workload: HostWorkload, *, enable_prefix
     model: dict[str, Any] = {"load_format": "null"}
     if arguments.real_launch:
         model = {"load_format": "dummy", "hf_overrides": _TINY, "dtype": "float32", "device": "cpu"}
-    longest = -(-workload.max_model_len // 16)
     return LLM(
         arguments.model,
         **model,
         max_num_seqs=workload.concurrency,
         max_model_len=workload.max_model_len,
+        block_size=_BLOCK_SIZE,
         max_num_batched_tokens=workload.max_num_batched_tokens,
-        # room for all, the long ones among them
-        num_gpu_blocks_override=1 + 2 * longest + workload.concurrency * longest // 4,
+        num_gpu_blocks_override=num_blocks(workload),
         enable_prefix_caching=enable_prefix_caching,
         disable_log_stats=True,
     )
+
+
+def num_blocks(workload: HostWorkload) -> int:
+    """Room for all, the long ones among them."""
+    longest = -(-workload.max_model_len // _BLOCK_SIZE)
+    return 1 + 2 * longest + workload.concurrency * longest // 4
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class HostWorkload:
             text += f"; one in {self.long_every} of {self.long_tokens} tokens, in chunks"
         return f"{text}; outputs of {self.output_tokens[0]}-{self.output_tokens[1]} tokens"
 
+    def num_requests(self, steps: int) -> int:
+        """More than come in so many steps after the first `concurrency` ones run."""
+        return 3 * self.concurrency + 2 * self.concurrency * steps // self.output_tokens[0]
+
     def requests(self) -> Iterator[Request]:
         draw = random.Random(self.seed)
         prefixes = [self._tokens(draw, self.prefix_tokens) for _ in range(self.num_prefixes)]

@@ -56,6 +56,8 @@ def add_host_bench_options(parser: argparse.ArgumentParser) -> None:
         "--step-ms", type=float, default=10.0, metavar="MS", help="what that is a share of (default: %(default)s)"
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of the most sequences")
+    parser.add_argument("--compare", choices=["vllm"], help="also time vLLM's scheduler, on the same requests")
+    _add_peer_python(parser)
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the numbers there")
 
 
@@ -80,13 +82,7 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
         help="run these engines on the same requests, in turns: transformers, transformers-continuous, llama.cpp, "
         "vllm. All run in one dtype (default: bfloat16), greedily, to the same lengths, without detokenizing",
     )
-    group.add_argument(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="the Python that an engine is installed for (may be repeated; default: this one)",
-    )
+    _add_peer_python(group)
     group.add_argument(
         "--gguf",
         type=Path,
@@ -217,6 +213,16 @@ def _add_iterations(parser: argparse.ArgumentParser, *, num_iters: int, num_iter
 
 def _add_detokenize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-detokenize", action="store_true", help="generate token ids without text")
+
+
+def _add_peer_python(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the Python that an engine is installed for (may be repeated; default: this one)",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser, *, plot: str | None) -> None:

@@ -38,7 +38,7 @@ class PeerSetup:
     def __init__(self, arguments: argparse.Namespace):
         self.names = [OWN, *_names(arguments.compare)]
         self.threads = arguments.threads or usable_cores()
-        self._pythons = _pythons(arguments.peer_python, self.names[1:])
+        self._pythons = pythons(arguments.peer_python, self.names[1:])
         model, self.engine_args = engine_arguments(arguments, dtype="bfloat16")
         self.dtype = self.engine_args["dtype"]
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -100,7 +100,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _pythons(given: list[str], names: list[str]) -> dict[str, str]:
+def pythons(given: list[str], names: list[str]) -> dict[str, str]:
+    """The Python of each peer: as `--peer-python` gives it, else this one.
+
+    Raises ValidationError when there is no such program, or the peer is not installed.
+    """
     found: dict[str, str] = {}
     for entry in given:
         name, equals, python = entry.partition("=")
