@@ -114,9 +114,10 @@ class BlockPool:
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.blocks[NULL_BLOCK_ID].ref_count = 1
         self.free_queue = FreeBlockQueue(self.blocks[1:])
-        # A list per hash: two requests that compute the same tokens at the same time each fill a block of their own,
-        # and neither may swap it for the other's, because the device has the block table already.
-        self._cached: tuple[dict[bytes, list[Block]], ...] = tuple({} for _ in range(num_groups))
+        self._cached: tuple[dict[bytes, Block], ...] = tuple({} for _ in range(num_groups))
+        # Two requests that compute the same tokens at the same time each fill a block of their own, and neither may
+        # swap it for the other's, because the device has the block table already: the others of a hash, which are few.
+        self._doubles: tuple[dict[bytes, list[Block]], ...] = tuple({} for _ in range(num_groups))
 
     @property
     def num_usable(self) -> int:
@@ -140,7 +141,7 @@ class BlockPool:
     def cached_block(self, block_hash: bytes, group: int) -> int | None:
         """Id of a block of `group` with these contents, or None."""
         found = self._cached[group].get(block_hash)
-        return found[0].block_id if found else None
+        return None if found is None else found.block_id
 
     def get_new_blocks(self, count: int) -> list[int]:
         """Take `count` blocks from the head of the free list; what they had cached is forgotten.
@@ -197,17 +198,23 @@ class BlockPool:
         block = self.blocks[block_id]
         block.block_hash = block_hash
         block.group = group
-        self._cached[group].setdefault(block_hash, []).append(block)
+        if self._cached[group].setdefault(block_hash, block) is not block:
+            self._doubles[group].setdefault(block_hash, []).append(block)
 
     def _forget(self, block: Block) -> None:
-        cached = self._cached[block.group]
+        cached, doubles = self._cached[block.group], self._doubles[block.group]
         block_hash = block.block_hash
         assert block_hash is not None
-        same = cached[block_hash]
-        if len(same) == 1:
+        others = doubles.get(block_hash)
+        if others is None:
             del cached[block_hash]
         else:
-            same.remove(block)
+            if cached[block_hash] is block:
+                cached[block_hash] = others.pop(0)
+            else:
+                others.remove(block)
+            if not others:
+                del doubles[block_hash]
         block.block_hash = None
         block.group = -1
 
@@ -218,6 +225,6 @@ class BlockPool:
         for block in self.blocks:
             block.block_hash = None
             block.group = -1
-        for cached in self._cached:
+        for cached in (*self._cached, *self._doubles):
             cached.clear()
         return True

@@ -206,6 +206,7 @@ class EngineCore:
         if self._unprocessed is None:
             return []
         (scheduled, output, updates), self._unprocessed = self._unprocessed, None
+        self.scheduler.cache_filled_blocks()
         self._outputs.take(scheduled, output)
         outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)

@@ -167,8 +167,9 @@ class KVCacheManager:
         """
         pool = self.pool
         if hit is None:
-            # Before counting: what the window has passed may be just what is needed.
-            self._release_passed_blocks(request)
+            if self._windows:
+                # Before counting: what the window has passed may be just what is needed.
+                self._release_passed_blocks(request)
             missing = -(-(request.num_computed_tokens + num_new_tokens - request.num_slots) // self.block_size)
             if missing <= 0:
                 return [[] for _ in request.block_tables]
@@ -184,12 +185,15 @@ class KVCacheManager:
                 pool.touch(ids)
             self._begin_tables(request, hit)
         ids = pool.get_new_blocks(missing * self._num_groups)
+        request.num_slots += missing * self.block_size
+        if self._num_groups == 1:
+            request.block_tables[0].extend(ids)
+            return [ids]
         new_blocks: list[list[int]] = []
         for group, table in enumerate(request.block_tables):
             added = ids[group * missing : (group + 1) * missing]
             table.extend(added)
             new_blocks.append(added)
-        request.num_slots += missing * self.block_size
         return new_blocks
 
     def _begin_tables(self, request: Request, hit: PrefixHit) -> None:
@@ -211,8 +215,10 @@ class KVCacheManager:
                 request.first_live_blocks[group] = live
 
     def cache_full_blocks(self, request: Request) -> None:
-        """Register the request's full blocks whose tokens are scheduled and known, as far as it is not done yet."""
-        if not self._caching:
+        """Register the request's full blocks whose tokens are scheduled and known, as far as it is not done yet; none
+        where it holds none.
+        """
+        if not self._caching or not request.block_tables:
             return
         first = request.num_registered_blocks
         full = min(request.num_computed_tokens, len(request.all_token_ids)) // self.block_size

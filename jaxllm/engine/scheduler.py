@@ -67,6 +67,8 @@ class Scheduler:
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._num_arrived = 0
         self._step = 0
+        #: requests whose tokens filled a block that the prefix cache has not been told of
+        self._filled: list[Request] = []
 
     # Requests come and go.
 
@@ -124,6 +126,7 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: Request) -> None:
+        self.kv_cache_manager.cache_full_blocks(request)
         self.kv_cache_manager.free(request)
         self._free_rows.append(request.row)
         request.row = -1
@@ -210,7 +213,7 @@ class Scheduler:
             request.num_computed_tokens = end
             if sample:
                 request.num_output_placeholders += steps
-            if end >= request.register_at:
+            if end >= request.register_at <= num_tokens - request.num_output_placeholders:
                 full.append(request)
             budget -= count
         # Only now: a victim that was scheduled and taken back has filled no blocks.
@@ -361,7 +364,7 @@ class Scheduler:
                     # what was scheduled behind an end may not be computed
                     request.num_computed_tokens = min(request.num_computed_tokens, num_tokens - 1)
             if num_tokens >= request.register_at:
-                self.kv_cache_manager.cache_full_blocks(request)
+                self._filled.append(request)
             if status is not None:
                 finished_running = finished_running or request.row >= 0
                 self._end(request, status, stop_reason)
@@ -371,6 +374,12 @@ class Scheduler:
         if finished_running:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
         return updates
+
+    def cache_filled_blocks(self) -> None:
+        """Tell the prefix cache of the blocks that the tokens read so far have filled; no step waits for it."""
+        filled, self._filled = self._filled, []
+        for request in filled:
+            self.kv_cache_manager.cache_full_blocks(request)
 
     # What others ask.
 

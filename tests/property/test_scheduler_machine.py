@@ -95,6 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.last_first_admission = -1
         #: preemptions of requests that the step had given tokens already
         self.num_taken_back = 0
+        self.steps_read = 0
 
     # What can happen.
 
@@ -220,6 +221,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.in_flight or scheduled.step < self.in_flight[0][0].step
         for index in range(scheduled.num_steps):
             self._take(scheduled, self.scheduler.update_from_output(scheduled, future.result(), index))
+        if self.steps_read % 2:  # any time before the next step is read will do
+            self.scheduler.cache_filled_blocks()
+        self.steps_read += 1
 
     def _take(self, scheduled: SchedulerOutput, updates: StepUpdates) -> None:
         for update in updates:
@@ -327,11 +331,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (block.ref_count == 0) == (block.block_id in free)
         assert pool.num_used == len(held)
         assert math.isclose(pool.usage, len(held) / (self.cache.num_blocks - 1))
-        known = [block for cached in pool._cached for same in cached.values() for block in same]
+        known = [block for cached in pool._cached for block in cached.values()]
+        known += [block for doubles in pool._doubles for same in doubles.values() for block in same]
         assert len(known) == len(set(known))
         assert set(known) == {block for block in pool.blocks if block.block_hash is not None}
-        for group, cached in enumerate(pool._cached):
-            for block_hash, same in cached.items():
+        for group, (cached, doubles) in enumerate(zip(pool._cached, pool._doubles, strict=True)):
+            assert doubles.keys() <= cached.keys()
+            for block_hash, block in cached.items():
+                same = [block, *doubles.get(block_hash, ())]
                 assert all(block.block_hash == block_hash and block.group == group for block in same)
 
     @invariant()

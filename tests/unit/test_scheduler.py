@@ -44,7 +44,9 @@ def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[Request
     """Read a step: the given tokens where it samples; by default all sevens."""
     given = iter(tokens)
     token_ids = [next(given, 7) if sample else -1 for sample in step.samples]
-    return list(engine.update_from_output(step, StepOutput(token_ids=token_ids)))
+    updates = engine.update_from_output(step, StepOutput(token_ids=token_ids))
+    engine.cache_filled_blocks()
+    return list(updates)
 
 
 def work(step: SchedulerOutput) -> dict[str, tuple[int, int, bool]]:
