@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fake_engine import FakeEngine
 from tiny_model import write_tiny_model
 
 from jaxllm.engine.request import Request
+from jaxllm.engine.request_update import StepUpdates
 from jaxllm.entrypoints.bench.host_times import HostTimes, numbers, summary
 from jaxllm.entrypoints.bench.host_workload import HostWorkload
 from jaxllm.entrypoints.cli import main
@@ -40,14 +43,14 @@ def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():
         at(first + 0, "turn_begins")
         at(first + 1, "read_begins", step)
         at(first + 3, "read", step)
-        at(first + 7, "updated", step, [])
+        at(first + 7, "updated", step, StepUpdates())
         at(first + 7, "turn_ends")
         # the caller's time is not the engine's
         at(first + 50, "turn_begins")
         at(first + 51, "scheduled", step)
         times.timed("pack", packing)()
         at(first + 53.25, "launched", step)
-        at(first + 61.25, "processed", step, [])
+        at(first + 61.25, "processed", step, StepUpdates())
         at(first + 61.25, "turn_ends")
     at(200, "read_begins", step)
     assert len(times.cycles) == 2
@@ -111,6 +114,53 @@ def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
         assert all(ms[name] > 0 for name in ("schedule", "pack", "launch", "read", "update"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"schedule", "launch", "output"} <= {event["name"] for event in events}
+
+
+#: stands for a Python that vLLM is installed for: writes down what it is asked, and answers steps of 0.25 and 0.5 ms
+FAKE_VLLM = f"""#!{sys.executable}
+import json, pathlib, sys
+job = json.load(sys.stdin)
+job["requests"] = json.loads(pathlib.Path(job["requests"]).read_text())
+pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps(job))
+if job["concurrency"] == 3:
+    sys.exit("a word at the end")
+times = [job["steps"] * [seconds] for seconds in (0.00025, 0.0005)]
+print(json.dumps(dict(schedule=times[0], update=times[1], tokens=[1] * job["steps"], version="1.2")))
+"""
+
+
+def test_vllms_scheduler_gets_the_same_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = write_tiny_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096, "vocab_size": 4096}))
+    python = tmp_path / "vllm_python"
+    python.write_text(FAKE_VLLM)
+    python.chmod(0o755)
+    command = ["bench", "host", "--model", str(model), "--steps", "12", "--warm-up", "2", "--compare", "vllm"]
+    command += ["--peer-python", f"vllm={python}", "--output-json", str(tmp_path / "out.json"), "--num-seqs"]
+    assert main([*command, "2"]) == 0
+    assert "vLLM 1.2, its scheduler alone: schedule 0.250 (0.25), " in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())["sequences"]["2"]["vllm"]
+    assert found["ms"]["update"]["p50"] == 0.5 and found["tokens"]["mean"] == 1
+    job = json.loads(python.with_suffix(".json").read_text())
+    workload = HostWorkload(concurrency=2)
+    expected = [
+        [request.prompt_token_ids, request.params.max_tokens]
+        for request in itertools.islice(workload.requests(), len(job["requests"]))
+    ]
+    assert job["requests"] == expected
+    # the first ones run, and one that ends makes room for the next
+    assert sum(length for _, length in expected[2:]) > 2 * (12 + 2 * 2)
+    assert (job["steps"], job["max_model_len"]) == (12, workload.max_model_len)
+    assert main([*command, "3"]) == 1
+    assert "vLLM's scheduler did not run:\na word at the end" in capsys.readouterr().err
+
+
+def test_vllm_has_to_be_installed_to_be_compared_with(capsys: pytest.CaptureFixture[str]):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("it is")
+    assert main(["bench", "host", "--compare", "vllm"]) == 1
+    assert "vllm is not installed for" in capsys.readouterr().err
 
 
 # The order of the engine's work, which the benchmark relies on.

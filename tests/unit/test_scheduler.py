@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -291,3 +292,22 @@ def test_times_are_in_order() -> None:
     first = a.first_token_ts
     read(engine, engine.schedule())
     assert 0 < a.arrival_time <= a.queued_ts <= a.scheduled_ts <= first == a.first_token_ts <= a.last_token_ts
+
+
+def test_taking_in_a_step_makes_no_object_for_a_token() -> None:
+    """They would make Python's collector go through the whole process every few hundred steps."""
+    engine = scheduler(num_blocks=1000, block_size=64, max_num_seqs=200, max_num_batched_tokens=1000)
+    requests = [add(engine, "abcdefgh"[i % 8] + str(i), 4) for i in range(200)]
+    read(engine, engine.schedule())
+    step = engine.schedule()
+    output = StepOutput(token_ids=[7] * len(step.rows))
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        updates = engine.update_from_output(step, output)
+        made = len(gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert len(updates) == len(requests) == 200
+    assert made < 20
