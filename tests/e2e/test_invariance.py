@@ -227,7 +227,7 @@ class Traffic:
         return [self.requests[index].output_token_ids for index in range(len(REQUESTS))]
 
 
-def harass(traffic: Traffic, sampling: dict[str, Any], usable: int) -> None:
+def harass(traffic: Traffic, sampling: dict[str, Any], usable: int, block_size: int) -> None:
     """Run all requests; while each of them runs, more urgent ones come. Each of those takes one block at first, and
     two tokens later needs another one: together they take all the usable blocks of the pool.
     """
@@ -240,7 +240,7 @@ def harass(traffic: Traffic, sampling: dict[str, Any], usable: int) -> None:
             traffic.step()
         for _ in range(rng.randrange(REQUESTS[index][1] // 2)):
             traffic.step()
-        prompts = [[rng.randrange(256) for _ in range(15)] for _ in range(usable // 2)]
+        prompts = [[rng.randrange(256) for _ in range(block_size - 1)] for _ in range(usable // 2)]
         others = [traffic.add_prompt(prompt, urgent, priority=-1) for prompt in prompts]
         while not all(other.is_finished for other in others):
             traffic.step()
@@ -250,13 +250,14 @@ def harass(traffic: Traffic, sampling: dict[str, Any], usable: int) -> None:
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"enable_prefix_caching": False, "long_prefill_token_threshold": 5}],
-    ids=["caching", "no caching, short chunks"],
+    [{}, {"enable_prefix_caching": False, "long_prefill_token_threshold": 5}, {"block_size": 64}],
+    ids=["caching", "no caching, short chunks", "large blocks"],
 )
 def test_a_pool_so_small_that_every_request_is_preempted(
     tiny_model: Path, check: Any, asynchronous: bool, options: dict[str, Any]
 ):
-    usable = 24
+    block_size = options.get("block_size", BASE["block_size"])
+    usable = 384 // block_size
     arguments = {
         "num_gpu_blocks_override": usable + 1,
         "max_num_batched_tokens": 256,
@@ -267,7 +268,9 @@ def test_a_pool_so_small_that_every_request_is_preempted(
     with LLM(tiny_model, **{**BASE, **arguments}) as llm:
         for sampling in ({}, SAMPLED):
             traffic = Traffic(llm)
-            harass(traffic, sampling, usable)
-            assert not [index for index, request in traffic.requests.items() if not request.num_preemptions]
+            harass(traffic, sampling, usable, block_size)
+            spared = [index for index, request in traffic.requests.items() if not request.num_preemptions]
+            # of few large blocks some short requests get by
+            assert len(spared) <= (5 if block_size == 64 else 0)
             check(traffic.tokens(), sampling)
             assert llm._engine().scheduler.kv_cache_manager.pool.num_used == 0
