@@ -96,7 +96,7 @@ def parsed(*argv: str) -> argparse.Namespace:
     ],
 )
 def test_refusals(monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else object())
+    monkeypatch.setattr(peer_setup, "_is_installed", lambda name: name != "vllm")
     with pytest.raises(ValidationError, match=message):
         PeerSetup(parsed(*argv))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib.machinery
 import os
 import sys
 from pathlib import Path
@@ -117,10 +117,15 @@ def pythons(given: list[str], names: list[str]) -> dict[str, str]:
         if name in found:
             continue
         _, module, package = PEERS[name]
-        if importlib.util.find_spec(module) is None:
+        if not _is_installed(module):
             raise ValidationError(
                 f"{name} is not installed for {sys.executable}. Make an environment of its own (python -m venv ENV; "
                 f"ENV/bin/python -m pip install {package}) and pass --peer-python {name}=ENV/bin/python."
             )
         found[name] = sys.executable
     return found
+
+
+def _is_installed(module: str) -> bool:
+    """Whether this Python finds it on its path; jaxllm itself may stand under vLLM's name."""
+    return importlib.machinery.PathFinder.find_spec(module) is not None
