@@ -251,7 +251,8 @@ class Scheduler:
             if manager.allocate_slots(request, count, hit) is None:
                 break
             self.waiting.pop()
-            manager.prefix_cache_stats.record(num_tokens, start, resumed=request.num_preemptions > 0)
+            if not request.skip_reading_prefix_cache:
+                manager.prefix_cache_stats.record(num_tokens, start, resumed=request.num_preemptions > 0)
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = start
                 request.scheduled_ts = now

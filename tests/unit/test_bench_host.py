@@ -154,7 +154,7 @@ def test_vllms_scheduler_gets_the_same_requests(tmp_path: Path, capsys: pytest.C
     assert sum(length for _, length in expected[2:]) > 2 * (12 + 2 * 2)
     assert (job["steps"], job["max_model_len"]) == (12, workload.max_model_len)
     assert main([*command, "3"]) == 1
-    assert "vLLM's scheduler did not run:\na word at the end" in capsys.readouterr().err
+    assert "vLLM's scheduler did not run, exit status 1:\na word at the end" in capsys.readouterr().err
 
 
 def test_vllm_has_to_be_installed_to_be_compared_with(

@@ -80,4 +80,9 @@ def _listen(found: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from jaxllm.errors import JaxLLMError
+
+    try:
+        main()
+    except JaxLLMError as error:
+        sys.exit(str(error))

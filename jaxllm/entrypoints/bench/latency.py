@@ -68,6 +68,7 @@ def _batch(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     # as in vLLM: a prefix that every round shares would hide the prompts' cost
     with build_llm(arguments, enable_prefix_caching=False) as llm:
         session = JaxLLMSession(llm, detokenize=not arguments.disable_detokenize)
+        session.check(requests)
         for turn in range(-arguments.num_iters_warmup, arguments.num_iters):
             prefill = timed_round(session, [(prompt, 1) for prompt, _ in requests])["seconds"]
             seconds = timed_round(session, requests)["seconds"]

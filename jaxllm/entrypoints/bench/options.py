@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from jaxllm.config.command_line import count
@@ -20,18 +21,29 @@ def add_tokenizer_bench_options(parser: argparse.ArgumentParser) -> None:
         "--input-len", type=int, default=256, metavar="N", help="tokens a prompt (default: %(default)s)"
     )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs, alternating (default: %(default)s)")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--output-json", type=output_file, metavar="FILE", help="write the numbers there")
 
 
 def add_host_bench_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench host`` takes."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer and sizes (default: %(default)s)")
     parser.add_argument(
-        "--num-seqs", type=int, nargs="+", default=[1, 32, 256, 1024], metavar="N", help="running sequences to compare"
+        "--num-seqs",
+        type=positive,
+        nargs="+",
+        default=[1, 32, 256, 1024],
+        metavar="N",
+        help="running sequences to compare",
     )
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps that count (default: %(default)s)")
     parser.add_argument(
-        "--warm-up", type=int, default=200, metavar="N", help="steps before, that do not (default: %(default)s)"
+        "--steps", type=positive, default=400, metavar="N", help="steps that count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=not_negative,
+        default=200,
+        metavar="N",
+        help="steps before, that do not (default: %(default)s)",
     )
     parser.add_argument("--stream", action="store_true", help="deliver every token, not one output a request")
     parser.add_argument(
@@ -48,17 +60,21 @@ def add_host_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefix-cache",
-        type=int,
+        type=positive,
         metavar="N",
         help="also compare N sequences with and without a prefix cache, at a hit rate of 0",
     )
     parser.add_argument(
-        "--step-ms", type=float, default=10.0, metavar="MS", help="what that is a share of (default: %(default)s)"
+        "--step-ms",
+        type=milliseconds,
+        default=10.0,
+        metavar="MS",
+        help="what that is a share of (default: %(default)s)",
     )
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of the most sequences")
+    parser.add_argument("--trace", type=output_file, metavar="FILE", help="write a Chrome trace of the most sequences")
     parser.add_argument("--compare", choices=["vllm"], help="also time vLLM's scheduler, on the same requests")
     _add_peer_python(parser)
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--output-json", type=output_file, metavar="FILE", help="write the numbers there")
 
 
 def add_throughput_options(parser: argparse.ArgumentParser) -> None:
@@ -121,9 +137,13 @@ def add_startup_options(parser: argparse.ArgumentParser) -> None:
         ("num-iters-cold", 3, "starts with an empty compile cache"),
         ("num-iters-warmup", 1, "starts that fill the cache and do not count"),
         ("num-iters-warm", 3, "starts with the cache filled"),
-        ("input-len", 32, "tokens of the prompt"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=not_negative, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--input-len", type=positive, default=32, metavar="N", help="tokens of the prompt (default: %(default)s)"
+    )
     _add_outputs(parser, plot=None)
     add_engine_options(parser)
 
@@ -163,10 +183,10 @@ def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1
     )
     group.add_argument("--dataset-path", type=Path, metavar="FILE", help="of sharegpt and custom")
     group.add_argument("--num-prompts", type=count, default=num_prompts, metavar="N", help="(default: %(default)s)")
-    group.add_argument("--input-len", type=count, metavar="N", help="tokens of a random prompt (default: 1024)")
+    group.add_argument("--input-len", type=positive, metavar="N", help="tokens of a random prompt (default: 1024)")
     group.add_argument(
         "--output-len",
-        type=count,
+        type=positive,
         metavar="N",
         help="tokens to generate (default: what the dataset says; random and prefix_repetition: 128)",
     )
@@ -190,12 +210,45 @@ def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1
         )
 
 
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = count(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 1")
+    return number
+
+
 def counts(text: str) -> list[int]:
     """Whole numbers above 0, separated by commas."""
-    numbers = [count(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
-    return numbers
+    return [positive(part) for part in text.split(",")]
+
+
+def not_negative(text: str) -> int:
+    """A whole number that is not below 0."""
+    number = count(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return number
+
+
+def milliseconds(text: str) -> float:
+    """A time above 0."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return number
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written: what takes minutes to find must not be lost in the end."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path
 
 
 def _add_iterations(parser: argparse.ArgumentParser, *, num_iters: int, num_iters_warmup: int) -> None:
@@ -227,7 +280,7 @@ def _add_peer_python(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
 
 def _add_outputs(parser: argparse.ArgumentParser, *, plot: str | None) -> None:
     parser.add_argument(
-        "--output-json", type=Path, metavar="FILE", help="write samples, medians, versions and machine there"
+        "--output-json", type=output_file, metavar="FILE", help="write samples, medians, versions and machine there"
     )
     if plot:
-        parser.add_argument("--plot", type=Path, metavar="FILE", help=f"{plot} (.png, .svg, .pdf)")
+        parser.add_argument("--plot", type=output_file, metavar="FILE", help=f"{plot} (.png, .svg, .pdf)")

@@ -171,4 +171,10 @@ async def _answer(llm: AsyncLLM, request: BenchRequest, detokenize: bool) -> Ans
                 answer.output_tokens += len(output.outputs[0].token_ids)
     except (ValidationError, RuntimeError) as error:
         answer.error = str(error)
+    else:
+        if answer.output_tokens < request.output_len:
+            answer.error = (
+                f"{answer.output_tokens} of {request.output_len} tokens came: behind a prompt of "
+                f"{answer.prompt_tokens} there is no room for more. Give a larger --max-model-len."
+            )
     return answer

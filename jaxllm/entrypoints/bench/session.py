@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.entrypoints.bench.peers.protocol import Request
+from jaxllm.errors import ValidationError
 from jaxllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,10 +37,20 @@ class JaxLLMSession:
             "startup_s": dict(llm.startup_times),
         }
 
+    def check(self, requests: list[Request]) -> None:
+        """Raise ValidationError where a request does not fit into max_model_len: it would end early."""
+        for ids, length in requests:
+            if len(ids) + length > self.facts["max_model_len"]:
+                raise ValidationError(
+                    f"A prompt of {len(ids)} tokens and {length} more are {len(ids) + length}, and "
+                    f"max_model_len={self.facts['max_model_len']}: give a larger --max-model-len, or shorter lengths."
+                )
+
     def reset(self) -> None:
         self.llm.reset_prefix_cache()
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
+        self.check(requests)
         params = [
             SamplingParams(
                 temperature=self._temperature, ignore_eos=True, max_tokens=length, detokenize=self._detokenize

@@ -26,8 +26,8 @@ _LAST_CHARACTERS = 2000
 
 def run(arguments: argparse.Namespace) -> int:
     """Start engines, each in a process of its own; print vLLM's lines and the phases, write JSON."""
-    if arguments.num_iters_cold < 0 or arguments.num_iters_warm < 0:
-        raise ValidationError("--num-iters-cold and --num-iters-warm are at least 0.")
+    if not arguments.num_iters_cold + arguments.num_iters_warm:
+        raise ValidationError("--num-iters-cold and --num-iters-warm are both 0: there is nothing to measure.")
     model, given = engine_arguments(arguments)
     job = {"model": os.fspath(model), "engine_args": given, "input_len": arguments.input_len}
     cold = [_cold_start(job) for _ in range(arguments.num_iters_cold)]

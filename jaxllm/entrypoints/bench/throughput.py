@@ -65,6 +65,8 @@ def _alone(
     with build_llm(arguments) as llm:
         session = JaxLLMSession(llm, detokenize=not arguments.disable_detokenize)
         for case in cases:
+            session.check(plain(case))
+        for case in cases:
             samples = Samples(sizes=Sizes.of(case))
             for turn in range(-arguments.num_iters_warmup, arguments.num_iters):
                 prefill = None if arguments.no_phases else timed_round(session, plain(case, 1))["seconds"]

@@ -45,8 +45,10 @@ def measure(python: str, arguments: argparse.Namespace, workload: HostWorkload, 
         }
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run([python, str(_SCRIPT)], input=json.dumps(job), env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise JaxLLMError(f"vLLM's scheduler did not run:\n{done.stderr[-_LAST_CHARACTERS:].strip()}")
+    if done.returncode or not done.stdout.strip():
+        raise JaxLLMError(
+            f"vLLM's scheduler did not run, exit status {done.returncode}:\n{done.stderr[-_LAST_CHARACTERS:].strip()}"
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     return {
         "version": found["version"],
