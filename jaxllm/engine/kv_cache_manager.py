@@ -5,7 +5,7 @@ block of positions ``i * block_size`` and following. Where a sliding window has 
 
 A block goes into the prefix cache when its tokens are scheduled *and* known: later requests of the same step may
 share it, because the device writes all keys and values of a step before it reads any. A token that is sampled but not
-read yet has no hash, so its block waits until it has been read.
+read yet has no hash, so its block waits until it has been read, and the next step has been launched.
 """
 
 from __future__ import annotations

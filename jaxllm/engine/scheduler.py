@@ -167,7 +167,8 @@ class Scheduler:
             if request.row < 0:
                 # Preempted for one before it.
                 continue
-            num_tokens = len(request.all_token_ids) + request.num_output_placeholders
+            known = len(request.all_token_ids)
+            num_tokens = known + request.num_output_placeholders
             if num_tokens >= request.max_total_tokens:
                 # Its last token is sampled already and needs only to be read.
                 continue
@@ -213,7 +214,7 @@ class Scheduler:
             request.num_computed_tokens = end
             if sample:
                 request.num_output_placeholders += steps
-            if end >= request.register_at <= num_tokens - request.num_output_placeholders:
+            if end >= request.register_at and known >= request.register_at:
                 full.append(request)
             budget -= count
         # Only now: a victim that was scheduled and taken back has filled no blocks.

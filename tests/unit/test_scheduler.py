@@ -284,6 +284,42 @@ def test_after_a_failed_step_everything_can_be_ended() -> None:
     assert work(engine.schedule()) == {"a": (0, 8, True)}
 
 
+def test_the_last_chunk_of_a_prompt_is_shared_in_its_own_step() -> None:
+    engine = scheduler()
+    add(engine, "a", 36)
+    assert work(engine.schedule()) == {"a": (0, 32, False)}
+    again = Request("again", [*range(1000, 1036), 5], SamplingParams(max_tokens=3), eos_token_ids=EOS)
+    engine.add_request(again)
+    # nine blocks of four are full: eight of the step before, one of this one
+    assert work(engine.schedule()) == {"a": (32, 4, True), "again": (36, 1, True)}
+
+
+def test_blocks_that_decoding_fills_are_cached_when_the_engine_gets_to_it() -> None:
+    engine = scheduler()
+    a = add(engine, "a", 6)
+    steps = [engine.schedule()]
+
+    def step() -> None:
+        steps.append(engine.schedule())
+        engine.update_from_output(steps.pop(0), StepOutput(token_ids=[7]))
+
+    step()
+    step()
+    turn = [*a.all_token_ids, 5, 6]
+    before = engine.kv_cache_manager.get_computed_blocks(Request("b", turn, SamplingParams()))
+    engine.cache_filled_blocks()
+    after = engine.kv_cache_manager.get_computed_blocks(Request("c", turn, SamplingParams()))
+    assert (before.num_tokens, after.num_tokens) == (4, 8)
+    for _ in range(4):
+        step()
+    assert engine.abort(["a"]) == [a]
+    # what ends before the engine got to it is not lost
+    assert (
+        engine.kv_cache_manager.get_computed_blocks(Request("d", [*a.all_token_ids, 5], SamplingParams())).num_tokens
+        == 12
+    )
+
+
 def test_times_are_in_order() -> None:
     engine = scheduler()
     a = add(engine, "a", 4)
