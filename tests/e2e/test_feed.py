@@ -146,7 +146,8 @@ def test_the_tokenizer_pool_changes_nothing(tiny_model: Path, expected: list[str
     with LLM(tiny_model, tokenizer_pool_size=workers, **SMALL) as llm:
         before = threading.active_count()
         assert texts(llm.generate(PROMPTS * 10, GREEDY, use_tqdm=False)) == expected * 10
-        assert threading.active_count() - before == min(workers, 5)
+        # a pool starts a thread where none is idle
+        assert min(workers, 1) <= threading.active_count() - before <= workers
         assert [output.prompt_token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == [
             llm.get_tokenizer().encode(prompt) for prompt in PROMPTS
         ]
