@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import itertools
 import json
 import sys
@@ -18,7 +17,9 @@ from jaxllm.engine.request import Request
 from jaxllm.engine.request_update import StepUpdates
 from jaxllm.entrypoints.bench.host_times import HostTimes, numbers, summary
 from jaxllm.entrypoints.bench.host_workload import HostWorkload
+from jaxllm.entrypoints.bench.peer_setup import pythons
 from jaxllm.entrypoints.cli import main
+from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput
 from jaxllm.sampling_params import SamplingParams
 
@@ -157,15 +158,11 @@ def test_vllms_scheduler_gets_the_same_requests(tmp_path: Path, capsys: pytest.C
     assert "vLLM's scheduler did not run, exit status 1:\na word at the end" in capsys.readouterr().err
 
 
-def test_vllm_has_to_be_installed_to_be_compared_with(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    # jaxllm under vLLM's name, as jaxllm.as_vllm makes it, is not what is meant
+def test_jaxllm_under_vllms_name_is_no_vllm_to_compare_with(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
-    if importlib.machinery.PathFinder.find_spec("vllm"):
-        pytest.skip("it is")
-    assert main(["bench", "host", "--compare", "vllm"]) == 1
-    assert "vllm is not installed for" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ValidationError, match="vllm is not installed for"):
+        pythons([], ["vllm"])
 
 
 # The order of the engine's work, which the benchmark relies on.

