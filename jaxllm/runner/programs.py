@@ -48,8 +48,9 @@ if jax.__version_info__ < (0, 11):
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
 GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one. For more rows than the largest
-#: a GPU has samplers of several blocks, a CPU goes on to the next block as long as there are rows
+#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
+#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
+#: several blocks, a CPU goes on to the next block as long as there are rows
 SAMPLE_ROWS_CPU = (8, 32)
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
@@ -218,8 +219,8 @@ class Programs(Compiler):
         }
         self.max_num_seqs = state.tokens.shape[0] - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
-        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else SAMPLE_ROWS_GPU
-        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in (buckets[0].seqs, *sizes)})
+        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
+        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
         while platform != "cpu" and self._sample_rows[-1] < self.max_num_seqs:
             self._sample_rows.append(min(2 * self._sample_rows[-1], self.max_num_seqs))
         if eager:

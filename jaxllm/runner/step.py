@@ -178,7 +178,7 @@ def sample_rows(
 
     def block(i: jax.Array, out: Sampled) -> Sampled:
         first = jnp.minimum(i * rows, capacity - rows)
-        scores = _scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows))
+        scores = _scores_of_some(config, params, lax.dynamic_slice_in_dim(hidden, first, rows), fields["num_samples"])
         if constraints is None:
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:
@@ -205,6 +205,22 @@ def sample_rows(
 
 def _scores(config: StepConfig, params: Params, hidden: jax.Array) -> jax.Array:
     return logits(config.model, params, hidden, deterministic=config.backend.deterministic)
+
+
+def _scores_of_some(config: StepConfig, params: Params, hidden: jax.Array, num_samples: jax.Array) -> jax.Array:
+    """`_scores`, where a single sample may have a product of its own, and the other rows are zeros: so one program
+    serves one sample and several.
+    """
+
+    def single(hidden: jax.Array) -> jax.Array:
+        return jnp.pad(_scores(config, params, hidden[:1]), ((0, hidden.shape[0] - 1), (0, 0)))
+
+    def every(hidden: jax.Array) -> jax.Array:
+        return _scores(config, params, hidden)
+
+    if hidden.shape[0] == 1 or config.fixed_sample_rows is not None:
+        return every(hidden)
+    return lax.cond(num_samples == 1, single, every, hidden)
 
 
 def _sampling_batch(config, fields, constraints, tokens, first, rows) -> SamplingBatch:

@@ -1,8 +1,8 @@
 """Paged attention in plain XLA, in tiles. A tile is a block of sequences with one query each (decode) or a block of
 runs of consecutive queries (chunks and prompts); it walks the context in pieces with a running softmax (Milakov and
 Gimelshein 2018, arXiv:1805.02867), and both loops have true, data-dependent lengths: neither padding tokens nor the
-padded width of the block table costs anything. A tile walks as far as its longest context, so decodes go into tiles by
-length.
+padded width of the block table costs anything. A tile walks as far as its longest context: decodes are fastest when the
+batch has them in order of length.
 """
 
 from __future__ import annotations
@@ -60,13 +60,10 @@ def _decode_tiles(query, cache, layout, batch, *how):
     tiles = -(-seqs // rows)
     # a product of a single row is computed by another kernel, which adds up in another order
     queries = 2 if batch.backend.deterministic and query.shape[2] == 1 else 1
-    order = jnp.arange(seqs, dtype=jnp.int32)
-    if tiles > 1:
-        order = jnp.argsort(jnp.where(order < batch.num_decodes, batch.kv_lens, 0), descending=True).astype(jnp.int32)
 
     def tile(i, out):
         nth = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        row, active = order[jnp.minimum(nth, seqs - 1)], nth < batch.num_decodes
+        row, active = jnp.minimum(nth, seqs - 1), nth < batch.num_decodes
         position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
         asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
         attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
@@ -74,7 +71,7 @@ def _decode_tiles(query, cache, layout, batch, *how):
         return lax.dynamic_update_slice(out, attended, (i * rows, 0))
 
     out = lax.fori_loop(0, _cdiv(batch.num_decodes, rows), tile, jnp.zeros((tiles * rows, width)))
-    out = out[jnp.argsort(order)[:tokens]]
+    out = out[:tokens]
     return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 
 
@@ -87,7 +84,7 @@ def _prefill_tiles(query, out, cache, layout, batch, *how):
     args = (cache, layout, batch, *how)
     for length, rows, context in RUNS[:-1]:
         if tokens >= length:
-            runs = (rest + length // 4) // length  # the last one may lack a quarter
+            runs = _div(rest + length // 4, length)  # the last one may lack a quarter
             out = _run_tiles(query, out, length, rows, context, first, rest, runs, *args)
             first, rest = first + runs * length, jnp.maximum(rest - runs * length, 0)
     length, rows, context = RUNS[-1]
@@ -103,7 +100,8 @@ def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layo
 
     def tile(i, out):
         run = i * rows + lane
-        row = jnp.minimum(jnp.searchsorted(ends, run, side="right").astype(jnp.int32), seqs - 1)
+        # not searchsorted: a loop of its own in every tile, for a few hundred numbers
+        row = jnp.minimum(jnp.sum(ends <= run[:, None], axis=1, dtype=jnp.int32), seqs - 1)
         active = run < ends[-1]
         begin = first[row] + (run - (ends[row] - runs[row])) * length
         token = begin[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -135,7 +133,7 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
         compute = jnp.dtype(jnp.bfloat16)
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
     seen_from = jnp.maximum(position - layout.window + 1, 0)  # [B, Q]
-    first = jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)) // context
+    first = _div(jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)), context)
     seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)  # [B, Q]
     last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
@@ -193,5 +191,10 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
     return jnp.swapaxes(attended.reshape(blocks, kv_heads, length, groups, dim), 1, 2)
 
 
+def _div(a, b: int):
+    """``a // b`` of what is not negative: else a dozen operations more."""
+    return lax.div(a, jnp.int32(b) if a.ndim == 0 else jnp.full(a.shape, b, jnp.int32))
+
+
 def _cdiv(a, b: int):
-    return (a + (b - 1)) // b
+    return _div(a + (b - 1), b)
