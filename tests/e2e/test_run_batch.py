@@ -98,7 +98,8 @@ def test_results_are_those_of_the_library(folder: Folder, engine: LLM, monkeypat
     assert greedy.outputs[0].logprobs is not None
     pairs = zip(greedy.outputs[0].token_ids, greedy.outputs[0].logprobs, strict=True)
     expected = [position[token_id].logprob for token_id, position in pairs]
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected)
+    # in a batch of another size float32 is summed in another order
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert bodies["greedy"]["usage"]["prompt_tokens"] == len(greedy.prompt_token_ids)
 
     both = engine.generate(["One", "Two"], params, use_tqdm=False)
