@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.engine.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.input_processor import InputProcessor
 from jaxllm.engine.metrics import EngineMetrics
@@ -132,6 +133,7 @@ def start(args: EngineArgs) -> Started:
         extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
         seed=args.seed,
         constraints=constraints,
+        hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
     )
     pooling_inputs = None
     if pooler is not None:

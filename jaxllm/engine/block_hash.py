@@ -64,30 +64,46 @@ class BlockHasher:
         The request must know at least ``num_blocks * block_size`` tokens.
         """
         hashes = request.block_hashes
+        if len(hashes) < num_blocks:
+            self._extend(hashes, request.all_token_ids, num_blocks, request.cache_salt, request.extra_keys)
+        return hashes
+
+    def hash_prompt(self, token_ids: list[int], cache_salt: str | None = None) -> list[bytes]:
+        """The hashes of a prompt's full blocks, as `extend` makes them for a request without extra keys."""
+        hashes: list[bytes] = []
+        self._extend(hashes, token_ids, len(token_ids) // self.block_size, cache_salt, ())
+        return hashes
+
+    def _extend(
+        self,
+        hashes: list[bytes],
+        token_ids: list[int],
+        num_blocks: int,
+        cache_salt: str | None,
+        extra_keys: tuple[ExtraKey, ...],
+    ) -> None:
         size = self.block_size
-        plain = request.cache_salt is None and not request.extra_keys
-        while len(hashes) < num_blocks:
-            index = len(hashes)
+        plain = cache_salt is None and not extra_keys
+        for index in range(len(hashes), num_blocks):
             hashes.append(
                 self.hash_block(
                     hashes[-1] if index else NONE_HASH,
-                    request.all_token_ids[index * size : (index + 1) * size],
-                    () if plain else self._extra_keys(request, index),
+                    token_ids[index * size : (index + 1) * size],
+                    () if plain else self._extra_keys(cache_salt, extra_keys, index),
                 )
             )
-        return hashes
 
-    def _extra_keys(self, request: Request, index: int) -> tuple[object, ...]:
+    def _extra_keys(self, cache_salt: str | None, extra_keys: tuple[ExtraKey, ...], index: int) -> tuple[object, ...]:
         start = index * self.block_size
         stop = start + self.block_size
         keys: list[object] = []
-        for key in request.extra_keys:
+        for key in extra_keys:
             if key.start is None:
                 keys.append((key.kind, key.value))
             elif key.start < stop and (key.stop is None or key.stop > start):
                 # Where the content lies in the block matters: the same image one position later is another block.
                 keys.append((key.kind, key.value, key.start - start))
         # The chain carries the salt of block 0 to every later block.
-        if index == 0 and request.cache_salt is not None:
-            keys.append(("cache_salt", request.cache_salt))
+        if index == 0 and cache_salt is not None:
+            keys.append(("cache_salt", cache_salt))
         return tuple(keys)

@@ -17,6 +17,7 @@ from jaxllm.tokenization.pool import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.engine.block_hash import BlockHasher
     from jaxllm.engine.token_constraints import TokenConstraints
     from jaxllm.tokenization.chat import ChatRenderer
 
@@ -41,6 +42,7 @@ class InputProcessor:
         extra_args: the names that logits processors declare.
         seed: the engine's seed, from which requests without one get theirs.
         constraints: judges structured outputs and thinking budgets.
+        hasher: names the prompts' full blocks for the prefix cache; None: there is none.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class InputProcessor:
         extra_args: frozenset[str],
         seed: int,
         constraints: TokenConstraints | None = None,
+        hasher: BlockHasher | None = None,
     ):
         self.tokenizer = tokenizer
         #: reads prompts; several threads may use it
-        self.reader = PromptReader(tokenizer, renderer, vocab_size)
+        self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher)
         self._vocab_size = vocab_size
         # some checkpoints name ends that their vocabulary does not have
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -108,6 +111,7 @@ class InputProcessor:
             seed=self._request_seed(checked.params),
             priority=priority,
             cache_salt=prompt.cache_salt,
+            block_hashes=prompt.block_hashes,
         )
         request.bad_words = checked.bad_words
         return request, prompt.text

@@ -118,7 +118,14 @@ class PoolingInputs:
         """A request, of parameters that `check` returned, and the prompt's text, None when it came as token ids."""
         if isinstance(prompt, PreparedPair):
             params = dataclasses.replace(params, segment_start=prompt.segment_start)
-        request = Request(request_id, prompt.token_ids, params, priority=priority, cache_salt=prompt.cache_salt)
+        request = Request(
+            request_id,
+            prompt.token_ids,
+            params,
+            priority=priority,
+            cache_salt=prompt.cache_salt,
+            block_hashes=prompt.block_hashes,
+        )
         return request, prompt.text
 
 
@@ -159,10 +166,10 @@ class PoolingReader:
         if prompt.text is not None and backend is not None and options.add_special_tokens is not False:
             room = keep - backend.num_special_tokens_to_add(False)
         if backend is None or room <= 0:
-            return dataclasses.replace(prompt, token_ids=options.cut(prompt.token_ids))
+            return prompt.with_token_ids(options.cut(prompt.token_ids))
         encoding = backend.encode(prompt.text, add_special_tokens=False)
         encoding.truncate(room, direction=options.truncation_side)
-        return dataclasses.replace(prompt, token_ids=backend.post_process(encoding, None, True).ids)
+        return prompt.with_token_ids(backend.post_process(encoding, None, True).ids)
 
     def _pair(self, pair: TextPair, options: TokenizationOptions) -> PreparedPrompt | ValidationError:
         backend = self._backend

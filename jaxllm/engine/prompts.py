@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from jaxllm import checks
 from jaxllm.errors import ValidationError
@@ -13,6 +13,7 @@ from jaxllm.tokenization.pool import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.engine.block_hash import BlockHasher
     from jaxllm.tokenization.chat import ChatRenderer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -50,6 +51,12 @@ class PreparedPrompt:
     #: None when it came as token ids
     text: str | None = None
     cache_salt: str | None = None
+    #: of leading full blocks of `token_ids`, made where the prompt is read so that the engine's thread need not
+    block_hashes: Sequence[bytes] = ()
+
+    def with_token_ids(self, token_ids: list[int]) -> Self:
+        """The same prompt with other tokens."""
+        return dataclasses.replace(self, token_ids=token_ids, block_hashes=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,9 +120,17 @@ class PromptReader:
     Args:
         tokenizer: None when the engine was built without one; then only token ids are taken.
         vocab_size: token ids must be below it.
+        hasher: names the prompts' full blocks for the prefix cache; None: there is none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, renderer: ChatRenderer, vocab_size: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        renderer: ChatRenderer,
+        vocab_size: int,
+        hasher: BlockHasher | None = None,
+    ):
+        self._hasher = hasher
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._vocab_size = vocab_size
@@ -224,7 +239,8 @@ class PromptReader:
                     f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, "
                     f"0 to {self._vocab_size - 1}"
                 )
-        return PreparedPrompt(ids, text, salt)
+        hashes = self._hasher.hash_prompt(ids, salt) if self._hasher is not None else ()
+        return PreparedPrompt(ids, text, salt, hashes)
 
     @staticmethod
     def _ids(ids: Any) -> list[int]:

@@ -11,7 +11,7 @@ from jaxllm.output_constraints import RepetitionDetectionParams
 from jaxllm.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from concurrent.futures import Future
 
     from jaxllm.engine.block_hash import ExtraKey
@@ -65,6 +65,7 @@ class Request:
         cache_salt: requests with different salts never share cached blocks.
         extra_keys: what else the keys and values depend on (LoRA adapter, images).
         skip_reading_prefix_cache: compute the whole prompt even where the cache has it; None: what `params` say.
+        block_hashes: of leading full blocks of the prompt, as far as they are known already.
     """
 
     __slots__ = (
@@ -127,6 +128,7 @@ class Request:
         cache_salt: str | None = None,
         extra_keys: tuple[ExtraKey, ...] = (),
         skip_reading_prefix_cache: bool | None = None,
+        block_hashes: Sequence[bytes] = (),
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -195,7 +197,7 @@ class Request:
 
         # The KV-cache manager's.
         #: hashes of the leading full blocks, as far as somebody asked
-        self.block_hashes: list[bytes] = []
+        self.block_hashes = list(block_hashes)
         #: per group the block ids, in order of position, 0 where the window has passed; () when not running
         self.block_tables: tuple[list[int], ...] = ()
         #: per group the index of the first block in the table that the window has not passed
@@ -229,6 +231,7 @@ class Request:
             extra_keys=self.extra_keys,
             # only the child that has the prompt's log-probabilities computes a cached prompt for them
             skip_reading_prefix_cache=None if self.num_scored_tokens else self.skip_reading_prefix_cache,
+            block_hashes=self.block_hashes,
         )
         fork.bad_words = self.bad_words
         fork.is_child = True

@@ -48,6 +48,7 @@ def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():
         at(first + 7, "updated", step, StepUpdates())
         at(first + 7, "turn_ends")
         # the caller's time is not the engine's
+        times.timed("prompts", packing)()
         at(first + 50, "turn_begins")
         at(first + 51, "scheduled", step)
         times.timed("pack", packing)()
@@ -62,7 +63,7 @@ def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():
         assert cycle.total == 17.25
         # from 3 to 53.25, less the 43 between the turns
         assert cycle.critical == 7.25
-        assert (cycle.num_tokens, cycle.num_seqs) == (4, 2)
+        assert (cycle.num_tokens, cycle.num_seqs, cycle.prompts) == (4, 2, 0.25)
     found = summary(times.cycles)
     assert found["critical path"]["p50"] == 7250.0 and found["update"]["p99"] == 4000.0
 
@@ -76,20 +77,20 @@ def test_percentiles_are_values_that_occurred():
 def test_the_workload_is_what_it_says():
     workload = HostWorkload(concurrency=8)
     requests = list(itertools.islice(workload.requests(), 320))
-    prompts = [request.prompt_token_ids for request in requests]
+    prompts = [prompt for prompt, _ in requests]
     long = [prompt for prompt in prompts if len(prompt) == workload.long_tokens]
     assert len(long) == 320 // workload.long_every
     assert workload.long_tokens > workload.max_num_batched_tokens, "a long prompt comes in chunks"
     heads = [tuple(prompt[: workload.prefix_tokens]) for prompt in prompts]
     shared = sum(heads.count(head) > 1 for head in heads)
     assert 0.35 < shared / len(prompts) < 0.6
-    for request in requests:
-        assert 1 <= request.params.max_tokens <= workload.output_tokens[1]
-        assert len(request.prompt_token_ids) + request.params.max_tokens <= workload.max_model_len
+    for prompt, params in requests:
+        assert params.max_tokens is not None and 1 <= params.max_tokens <= workload.output_tokens[1]
+        assert len(prompt) + params.max_tokens <= workload.max_model_len
     again = list(itertools.islice(workload.requests(), 20))
-    assert [r.prompt_token_ids for r in again] == prompts[:20]
+    assert [prompt for prompt, _ in again] == prompts[:20]
     alone = list(itertools.islice(HostWorkload(concurrency=8, shared_share=0.0).requests(), 320))
-    first = [tuple(request.prompt_token_ids[:16]) for request in alone]
+    first = [tuple(prompt[:16]) for prompt, _ in alone]
     assert len(set(first)) == len(first)
 
 
@@ -113,7 +114,7 @@ def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
         parts = sum(ms[name] for name in ("schedule", "pack", "launch", "read", "update", "output"))
         assert found["steps"] == 12 and ms["total"] == pytest.approx(parts)
         assert 0 < ms["critical path"] < ms["total"] * 1.5
-        assert all(ms[name] > 0 for name in ("schedule", "pack", "launch", "read", "update"))
+        assert all(ms[name] > 0 for name in ("schedule", "pack", "launch", "read", "update", "prompts"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"schedule", "launch", "output"} <= {event["name"] for event in events}
 
@@ -147,8 +148,7 @@ def test_vllms_scheduler_gets_the_same_requests(tmp_path: Path, capsys: pytest.C
     job = json.loads(python.with_suffix(".json").read_text())
     workload = HostWorkload(concurrency=2)
     expected = [
-        [request.prompt_token_ids, request.params.max_tokens]
-        for request in itertools.islice(workload.requests(), len(job["requests"]))
+        [prompt, params.max_tokens] for prompt, params in itertools.islice(workload.requests(), len(job["requests"]))
     ]
     assert job["requests"] == expected
     # the first ones run, and one that ends makes room for the next

@@ -37,6 +37,8 @@ class Cycle:
     output: float = 0.0
     #: not the host's: it had nothing to do but wait for the device
     wait: float = 0.0
+    #: not the engine's: prompts read and named for the prefix cache, which the tokenizer's threads do beside it
+    prompts: float = 0.0
     #: from the ids of a step being known to the next launch being done
     critical: float = 0.0
 
@@ -111,8 +113,11 @@ class HostTimes(StepObserver):
 
 
 def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
-    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total" and "critical path" too."""
-    names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical", "wait": "wait"}
+    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total", "critical path", "wait" and
+    "prompts" too.
+    """
+    names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical"}
+    names |= {"wait": "wait", "prompts": "prompts"}
     return {name: numbers([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}
 
 

@@ -7,7 +7,6 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from jaxllm.engine.request import Request
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 #: tokens that the cycle of prompts is drawn from
@@ -69,7 +68,8 @@ class HostWorkload:
         """More than come in so many steps after the first `concurrency` ones run."""
         return 3 * self.concurrency + 2 * self.concurrency * steps // self.output_tokens[0]
 
-    def requests(self) -> Iterator[Request]:
+    def requests(self) -> Iterator[tuple[list[int], SamplingParams]]:
+        """Token ids of a prompt, and what to do with it."""
         draw = random.Random(self.seed)
         prefixes = [self._tokens(draw, self.prefix_tokens) for _ in range(self.num_prefixes)]
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
@@ -84,7 +84,7 @@ class HostWorkload:
             if number < self.concurrency:
                 length = draw.randint(1, length)
             params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, output_kind=kind)
-            yield Request(f"host-{number}", prompt, params)
+            yield prompt, params
 
     def _tokens(self, draw: random.Random, count: int) -> list[int]:
         return draw.choices(_TOKENS, k=count)

@@ -26,10 +26,7 @@ def measure(python: str, arguments: argparse.Namespace, workload: HostWorkload) 
     Raises `JaxLLMError` when the process fails; the text has its last words.
     """
     count = workload.num_requests(arguments.steps + 2 * arguments.warm_up)
-    requests = [
-        (request.prompt_token_ids, request.params.max_tokens)
-        for request in itertools.islice(workload.requests(), count)
-    ]
+    requests = [(prompt, params.max_tokens) for prompt, params in itertools.islice(workload.requests(), count)]
     with tempfile.TemporaryDirectory(prefix="jaxllm-bench-") as folder:
         file = Path(folder, "requests.json")
         file.write_text(json.dumps(requests))
