@@ -128,6 +128,7 @@ class EngineCore:
             if self._constraints is not None:
                 outputs += self._fail(self._constraints.failed())
             launched = len(self._in_flight) < self._depth and self._schedule(outputs)
+            self.scheduler.cache_filled_blocks()
             outputs += self._process()
             if not launched and not outputs:
                 if self._in_flight:
@@ -206,7 +207,7 @@ class EngineCore:
         if self._unprocessed is None:
             return []
         (scheduled, output, updates), self._unprocessed = self._unprocessed, None
-        self.scheduler.cache_filled_blocks()
+        updates.record_times()
         self._outputs.take(scheduled, output)
         outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)
         self._metrics.record_updates(updates)

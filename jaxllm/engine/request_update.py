@@ -30,11 +30,21 @@ class StepUpdates:
     counts: list[int] = dataclasses.field(default_factory=list)
     #: each one's row in the step's `LogprobArrays`
     indices: list[int] = dataclasses.field(default_factory=list)
+    #: when the step was read, seconds of time.monotonic()
+    time: float = 0.0
 
     @classmethod
     def ended(cls, requests: list[Request]) -> StepUpdates:
         """Requests that ended outside of any step."""
         return cls(requests, [0] * len(requests), [-1] * len(requests))
+
+    def record_times(self) -> None:
+        """Tell the requests when their tokens came; nothing that decides the next step asks for it."""
+        now = self.time
+        for request in self.requests:
+            request.last_token_ts = now
+            if not request.first_token_ts:
+                request.first_token_ts = now
 
     def join(self, later: StepUpdates) -> None:
         """Add what the launch's next step brought: the requests that go on are among these."""

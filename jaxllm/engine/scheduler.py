@@ -67,8 +67,10 @@ class Scheduler:
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._num_arrived = 0
         self._step = 0
-        #: requests whose tokens filled a block that the prefix cache has not been told of
-        self._filled: list[Request] = []
+        #: requests whose tokens filled a block that the prefix cache has not been told of: one that a prompt filled may
+        #: be shared by the next admission, one that outputs filled can wait for the launch
+        self._filled_by_prompt: list[Request] = []
+        self._filled_by_output: list[Request] = []
 
     # Requests come and go.
 
@@ -139,6 +141,7 @@ class Scheduler:
         Running requests come first, in the order of their admission; others are admitted only when nothing had to be
         preempted for the running ones.
         """
+        self.cache_filled_blocks()
         output = SchedulerOutput.empty(self._step)
         self._step += 1
         budget = self.config.max_num_batched_tokens
@@ -159,7 +162,6 @@ class Scheduler:
         requests, new_blocks = output.requests, output.new_blocks
         scored = output.scored
         num_steps = self._decode_steps.choose(running, self.waiting)
-        full: list[Request] = []
         shortage: Shortage | None = None
         for request in tuple(running):
             if budget <= 0:
@@ -215,11 +217,9 @@ class Scheduler:
             if sample:
                 request.num_output_placeholders += steps
             if end >= request.register_at and known >= request.register_at:
-                full.append(request)
+                # not at once: a victim that is scheduled and taken back has filled no blocks
+                (self._filled_by_output if count == 1 else self._filled_by_prompt).append(request)
             budget -= count
-        # Only now: a victim that was scheduled and taken back has filled no blocks.
-        for request in full:
-            self.kv_cache_manager.cache_full_blocks(request)
         return budget
 
     def _schedule_waiting(self, output: SchedulerOutput, budget: int, limit: int) -> None:
@@ -236,6 +236,7 @@ class Scheduler:
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
+            self._cache_full_blocks(self._filled_by_prompt)
             hit = manager.get_computed_blocks(request)
             start = hit.num_tokens
             num_tokens = len(request.all_token_ids)
@@ -264,7 +265,7 @@ class Scheduler:
             if sample:
                 request.num_output_placeholders = 1
             self.running.append(request)
-            manager.cache_full_blocks(request)
+            self._filled_by_prompt.append(request)
             budget -= count
             output.admitted.append(admission(request, start))
             output.rows.append(request.row)
@@ -323,34 +324,30 @@ class Scheduler:
             ValueError: the output has another number of entries than the step.
         """
         now = time.monotonic()
-        updates = StepUpdates()
-        add_request, add_index = updates.requests.append, updates.indices.append
+        requests = scheduled.requests
+        #: entries that nothing is said of, and those that ended where a token should have come
+        passed_over: list[int] = []
         ended_without: list[int] = []
         finished_running = False
         samples, sampled = scheduled.samples, output.token_ids
         if index_of_step:
             samples = [steps > index_of_step for steps in scheduled.steps]
             sampled = output.later_token_ids[index_of_step - 1]
-        index = -1
-        for request, sample, token_id in zip(scheduled.requests, samples, sampled, strict=True):
-            index += 1
+        for index, request, sample, token_id in zip(range(len(requests)), requests, samples, sampled, strict=True):
             if not sample:
+                passed_over.append(index)
                 continue
             request.num_output_placeholders -= 1
             if request.status > _PREEMPTED:
+                passed_over.append(index)
                 continue
-            request.last_token_ts = now
-            if not request.first_token_ts:
-                request.first_token_ts = now
-            add_request(request)
-            add_index(index)
             if token_id < 0:
                 # a request that pools has nothing to sample
                 request.error = None if request.pools else NOTHING_ALLOWED
                 status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
                 finished_running = finished_running or request.row >= 0
                 self._end(request, status, None)
-                ended_without.append(len(updates) - 1)
+                ended_without.append(index)
                 continue
             token_ids = request.all_token_ids
             token_ids.append(token_id)
@@ -365,23 +362,30 @@ class Scheduler:
                 if status is not None:
                     # what was scheduled behind an end may not be computed
                     request.num_computed_tokens = min(request.num_computed_tokens, num_tokens - 1)
-            if num_tokens >= request.register_at:
-                self._filled.append(request)
             if status is not None:
                 finished_running = finished_running or request.row >= 0
                 self._end(request, status, stop_reason)
-        updates.counts = [1] * len(updates)
-        for entry in ended_without:
-            updates.counts[entry] = 0
         if finished_running:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
+        counts = [1] * len(requests)
+        for index in ended_without:
+            counts[index] = 0
+        updates = StepUpdates(list(requests), counts, list(range(len(requests))), now)
+        for index in reversed(passed_over):
+            del updates.requests[index], updates.counts[index], updates.indices[index]
         return updates
 
     def cache_filled_blocks(self) -> None:
-        """Tell the prefix cache of the blocks that the tokens read so far have filled; no step waits for it."""
-        filled, self._filled = self._filled, []
+        """Tell the prefix cache of the blocks that the step scheduled last has filled; its launch need not wait for it,
+        but the next step's schedule.
+        """
+        self._cache_full_blocks(self._filled_by_prompt)
+        self._cache_full_blocks(self._filled_by_output)
+
+    def _cache_full_blocks(self, filled: list[Request]) -> None:
         for request in filled:
             self.kv_cache_manager.cache_full_blocks(request)
+        filled.clear()
 
     # What others ask.
 

@@ -8,10 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxllm.engine.block_hash import NONE_HASH, BlockHasher, ExtraKey
+from jaxllm.engine.pooling_inputs import PoolingReader
+from jaxllm.engine.prompts import PreparedPrompt, PromptReader, TokenizationOptions
 from jaxllm.engine.request import Request
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenization.chat import ChatRenderer
 
 TOKENS = list(range(20))
 
@@ -91,3 +96,27 @@ def test_hashes_are_the_same_in_another_process() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == hashes(list(range(8)), cache_salt="s")[1].hex()
+
+
+@given(
+    tokens=st.lists(st.integers(0, 99), min_size=1, max_size=40),
+    salt=st.none() | st.text(min_size=1),
+    keep=st.none() | st.integers(1, 40),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_a_prompt_that_is_read_has_the_hashes_that_its_request_would_make(
+    tokens: list[int], salt: str | None, keep: int | None, side: str
+) -> None:
+    """However it is cut, for generation and for pooling."""
+    hasher = BlockHasher(4)
+    reader = PromptReader(None, ChatRenderer(None, None), 100, hasher)
+    prompt = {"prompt_token_ids": tokens} | ({"cache_salt": salt} if salt else {})
+    options = TokenizationOptions(keep=keep, truncation_side=side)
+    for read in (reader.read, PoolingReader(reader, None, lower_case=False).read):
+        (found,) = read([prompt], options)
+        assert isinstance(found, PreparedPrompt)
+        request = Request("r", found.token_ids, SamplingParams(), cache_salt=salt, block_hashes=found.block_hashes)
+        assert hasher.extend(request, len(found.token_ids) // 4) == hashes(found.token_ids, cache_salt=salt)
+        if len(found.token_ids) == len(tokens):
+            assert len(found.block_hashes) == len(tokens) // 4
+        assert request.fork("child", SamplingParams(), 0).block_hashes == request.block_hashes

@@ -46,6 +46,7 @@ def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[Request
     given = iter(tokens)
     token_ids = [next(given, 7) if sample else -1 for sample in step.samples]
     updates = engine.update_from_output(step, StepOutput(token_ids=token_ids))
+    updates.record_times()
     engine.cache_filled_blocks()
     return list(updates)
 
@@ -303,15 +304,16 @@ def test_blocks_that_decoding_fills_are_cached_when_the_engine_gets_to_it() -> N
         steps.append(engine.schedule())
         engine.update_from_output(steps.pop(0), StepOutput(token_ids=[7]))
 
-    step()
-    step()
+    for _ in range(3):
+        step()
     turn = [*a.all_token_ids, 5, 6]
     before = engine.kv_cache_manager.get_computed_blocks(Request("b", turn, SamplingParams()))
     engine.cache_filled_blocks()
     after = engine.kv_cache_manager.get_computed_blocks(Request("c", turn, SamplingParams()))
     assert (before.num_tokens, after.num_tokens) == (4, 8)
-    for _ in range(4):
+    for _ in range(3):
         step()
+    assert len(a.all_token_ids) == 12
     assert engine.abort(["a"]) == [a]
     # what ends before the engine got to it is not lost
     assert (
