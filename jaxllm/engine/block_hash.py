@@ -44,24 +44,10 @@ class BlockHasher:
         # Little-endian whatever the machine, so that hashes can be compared between machines.
         self._pack = struct.Struct(f"<{block_size}I").pack
 
-    def hash_block(self, parent: bytes, token_ids: list[int], extra_keys: tuple[object, ...] = ()) -> bytes:
-        """The hash of one full block.
-
-        Args:
-            parent: hash of the block before, or `NONE_HASH`.
-            token_ids: `block_size` ids in [0, 2**32).
-            extra_keys: nested tuples of str, int and bytes, whose `repr` is unambiguous.
-        """
-        # Parent and tokens have fixed lengths, so where the extra keys begin is never in doubt.
-        packed = parent + self._pack(*token_ids)
-        if extra_keys:
-            packed += repr(extra_keys).encode()
-        return hashlib.blake2b(packed, digest_size=DIGEST_BYTES).digest()
-
     def extend(self, request: Request, num_blocks: int) -> list[bytes]:
         """Make `request.block_hashes` at least `num_blocks` long and return it.
 
-        The request must know at least ``num_blocks * block_size`` tokens.
+        The request must know at least ``num_blocks * block_size`` tokens, ids in [0, 2**32).
         """
         hashes = request.block_hashes
         if len(hashes) < num_blocks:
@@ -82,18 +68,19 @@ class BlockHasher:
         cache_salt: str | None,
         extra_keys: tuple[ExtraKey, ...],
     ) -> None:
-        size = self.block_size
+        size, pack, blake2b = self.block_size, self._pack, hashlib.blake2b
         plain = cache_salt is None and not extra_keys
+        parent = hashes[-1] if hashes else NONE_HASH
         for index in range(len(hashes), num_blocks):
-            hashes.append(
-                self.hash_block(
-                    hashes[-1] if index else NONE_HASH,
-                    token_ids[index * size : (index + 1) * size],
-                    () if plain else self._extra_keys(cache_salt, extra_keys, index),
-                )
-            )
+            # Parent and tokens have fixed lengths, so where the extra keys begin is never in doubt.
+            packed = parent + pack(*token_ids[index * size : (index + 1) * size])
+            if not plain and (keys := self._extra_keys(cache_salt, extra_keys, index)):
+                packed += repr(keys).encode()
+            parent = blake2b(packed, digest_size=DIGEST_BYTES).digest()
+            hashes.append(parent)
 
     def _extra_keys(self, cache_salt: str | None, extra_keys: tuple[ExtraKey, ...], index: int) -> tuple[object, ...]:
+        """Nested tuples of str, int and bytes, whose `repr` is unambiguous."""
         start = index * self.block_size
         stop = start + self.block_size
         keys: list[object] = []

@@ -148,13 +148,12 @@ class BlockPool:
 
         Raises IndexError when fewer are free.
         """
-        ids: list[int] = []
-        for block in self.free_queue.popleft_n(count):
+        taken = self.free_queue.popleft_n(count)
+        for block in taken:
             if block.block_hash is not None:
-                self._forget(block)
+                self._forget(block, block.block_hash)
             block.ref_count = 1
-            ids.append(block.block_id)
-        return ids
+        return [block.block_id for block in taken]
 
     def count_free(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks are in the free list, the null block not counted."""
@@ -193,22 +192,24 @@ class BlockPool:
         self.free_queue.append_n(cached)
         self.free_queue.prepend_n(uncached)
 
-    def register(self, block_id: int, block_hash: bytes, group: int) -> None:
-        """Tell the prefix cache what a full block contains."""
-        block = self.blocks[block_id]
-        block.block_hash = block_hash
-        block.group = group
-        if self._cached[group].setdefault(block_hash, block) is not block:
-            self._doubles[group].setdefault(block_hash, []).append(block)
+    def register(self, block_ids: Iterable[int], block_hashes: Iterable[bytes], group: int) -> None:
+        """Tell the prefix cache what full blocks contain. Null blocks are passed over."""
+        blocks, cached = self.blocks, self._cached[group]
+        for block_id, block_hash in zip(block_ids, block_hashes, strict=True):
+            if block_id == NULL_BLOCK_ID:
+                continue
+            block = blocks[block_id]
+            block.block_hash = block_hash
+            block.group = group
+            if cached.setdefault(block_hash, block) is not block:
+                self._doubles[group].setdefault(block_hash, []).append(block)
 
-    def _forget(self, block: Block) -> None:
+    def _forget(self, block: Block, block_hash: bytes) -> None:
         cached, doubles = self._cached[block.group], self._doubles[block.group]
-        block_hash = block.block_hash
-        assert block_hash is not None
-        others = doubles.get(block_hash)
-        if others is None:
+        if block_hash not in doubles:
             del cached[block_hash]
         else:
+            others = doubles[block_hash]
             if cached[block_hash] is block:
                 cached[block_hash] = others.pop(0)
             else:

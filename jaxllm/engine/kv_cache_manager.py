@@ -224,12 +224,9 @@ class KVCacheManager:
         full = min(request.num_computed_tokens, len(request.all_token_ids)) // self.block_size
         if full <= first:
             return
-        hashes = self._hasher.extend(request, full)
-        register = self.pool.register
+        hashes = self._hasher.extend(request, full)[first:full]
         for group, table in enumerate(request.block_tables):
-            for index in range(first, full):
-                if table[index] != NULL_BLOCK_ID:
-                    register(table[index], hashes[index], group)
+            self.pool.register(table[first:full], hashes, group)
         request.num_registered_blocks = full
         request.register_at = (full + 1) * self.block_size
 

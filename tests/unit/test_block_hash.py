@@ -26,11 +26,14 @@ def hashes(tokens: list[int], size: int = 4, **kwargs: object) -> list[bytes]:
     return BlockHasher(size).extend(request, len(tokens) // size)
 
 
+def block(parent: bytes, tokens: list[int], extra: bytes = b"") -> bytes:
+    return hashlib.blake2b(parent + struct.pack("<4I", *tokens) + extra, digest_size=16).digest()
+
+
 def test_the_chain_is_blake2b_of_parent_and_packed_tokens() -> None:
     parent = NONE_HASH
     for index, found in enumerate(hashes(TOKENS)):
-        packed = struct.pack("<4I", *TOKENS[4 * index : 4 * index + 4])
-        parent = hashlib.blake2b(parent + packed, digest_size=16).digest()
+        parent = block(parent, TOKENS[4 * index : 4 * index + 4])
         assert found == parent
 
 
@@ -80,11 +83,9 @@ def test_an_image_changes_the_blocks_from_its_first_one_on() -> None:
 
 def test_an_image_that_ends_at_a_block_does_not_touch_the_next() -> None:
     """Of two images with one hash chain behind them, only the touched blocks get a key of their own."""
-    hasher = BlockHasher(4)
-    request = Request("r", TOKENS, SamplingParams(), extra_keys=(ExtraKey(kind="mm", value=b"cat", start=4, stop=8),))
-    found = hasher.extend(request, 5)
-    assert found[2] == hasher.hash_block(found[1], TOKENS[8:12])
-    assert found[1] == hasher.hash_block(found[0], TOKENS[4:8], (("mm", b"cat", 0),))
+    found = hashes(TOKENS, extra_keys=(ExtraKey(kind="mm", value=b"cat", start=4, stop=8),))
+    assert found[2] == block(found[1], TOKENS[8:12])
+    assert found[1] == block(found[0], TOKENS[4:8], b"(('mm', b'cat', 0),)")
 
 
 def test_hashes_are_the_same_in_another_process() -> None:

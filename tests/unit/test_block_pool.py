@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.engine.block_pool import Block, BlockPool, FreeBlockQueue
+from jaxllm.engine.block_pool import NULL_BLOCK_ID, Block, BlockPool, FreeBlockQueue
 
 
 def ids(pool: BlockPool) -> list[int]:
@@ -72,9 +72,7 @@ def test_uncached_blocks_go_to_the_head_and_cached_ones_to_the_tail_last_first()
     pool = BlockPool(8)
     taken = pool.get_new_blocks(5)
     assert ids(pool) == [6, 7]
-    pool.register(1, b"a", 0)
-    pool.register(2, b"b", 0)
-    pool.register(3, b"c", 0)
+    pool.register([1, 2, 3], [b"a", b"b", b"c"], 0)
     pool.free(taken)
     # 5 and 4 hold nothing; of the cached ones the end of the sequence is evicted first.
     assert ids(pool) == [5, 4, 6, 7, 3, 2, 1]
@@ -82,7 +80,7 @@ def test_uncached_blocks_go_to_the_head_and_cached_ones_to_the_tail_last_first()
 
 def test_a_freed_cached_block_can_be_had_until_it_is_handed_out() -> None:
     pool = BlockPool(4)
-    pool.register(pool.get_new_blocks(1)[0], b"a", 0)
+    pool.register(pool.get_new_blocks(1), [b"a"], 0)
     pool.free([1])
     assert pool.cached_block(b"a", 0) == 1
     assert pool.get_new_blocks(2) == [2, 3]
@@ -94,7 +92,7 @@ def test_a_freed_cached_block_can_be_had_until_it_is_handed_out() -> None:
 def test_touch_takes_a_block_out_of_the_middle_and_counts_holders() -> None:
     pool = BlockPool(5)
     for block_id in pool.get_new_blocks(3):
-        pool.register(block_id, bytes([block_id]), 0)
+        pool.register([block_id], [bytes([block_id])], 0)
     pool.free([1, 2, 3])
     assert ids(pool) == [4, 3, 2, 1]
     assert pool.count_free([0, 2, 3]) == 2
@@ -117,10 +115,10 @@ def test_freeing_what_nobody_holds_is_an_error() -> None:
 def test_equal_contents_in_several_blocks_and_groups_are_kept_apart() -> None:
     pool = BlockPool(6, num_groups=2)
     first, second, other = pool.get_new_blocks(3)
-    pool.register(first, b"same", 0)
-    pool.register(second, b"same", 0)
+    pool.register([first, second], [b"same", b"same"], 0)
     assert pool.cached_block(b"same", 1) is None
-    pool.register(other, b"same", 1)
+    pool.register([NULL_BLOCK_ID, other], [b"passed", b"same"], 1)
+    assert pool.cached_block(b"passed", 1) is None
     pool.free([first])
     pool.get_new_blocks(3)
     assert pool.cached_block(b"same", 0) == second
@@ -129,7 +127,7 @@ def test_equal_contents_in_several_blocks_and_groups_are_kept_apart() -> None:
 
 def test_reset_only_when_nothing_is_held() -> None:
     pool = BlockPool(4)
-    pool.register(pool.get_new_blocks(1)[0], b"a", 0)
+    pool.register(pool.get_new_blocks(1), [b"a"], 0)
     assert not pool.reset_prefix_cache()
     assert pool.cached_block(b"a", 0) == 1
     pool.free([1])

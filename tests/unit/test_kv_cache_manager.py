@@ -217,7 +217,7 @@ def test_a_group_that_agreed_is_asked_again_when_another_shrinks_the_prefix() ->
 def forget(kv: KVCacheManager, block_hash: bytes, group: int) -> None:
     block_id = kv.pool.cached_block(block_hash, group)
     assert block_id is not None
-    kv.pool._forget(kv.pool.blocks[block_id])
+    kv.pool._forget(kv.pool.blocks[block_id], block_hash)
 
 
 @settings(max_examples=300, deadline=None)
