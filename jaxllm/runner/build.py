@@ -14,6 +14,7 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import Params
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.runner import freed_memory
 from jaxllm.runner.compiled_plan import compiled_plan
 from jaxllm.runner.memory import MemoryPlan
 from jaxllm.runner.null import NullRunner
@@ -67,6 +68,7 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     # before anything large is there: compiling takes memory of its own, and a GPU's compiler tries out products on the
     # card, which must not be full
     programs.compile_all(config.progress)
+    freed_memory.give_back_code()
     clock.lap("compile")
     runner = _runner(config, load(), load, programs, plan.num_blocks)
     clock.lap("load weights")
