@@ -87,14 +87,15 @@ class FreeBlockQueue:
         self._insert_before(self._sentinel.next, blocks)
 
     def _insert_before(self, following: Block, blocks: Iterable[Block]) -> None:
-        last = following.prev
+        last, count = following.prev, 0
         for block in blocks:
             last.next = block
             block.prev = last
             last = block
-            self.num_blocks += 1
+            count += 1
         last.next = following
         following.prev = last
+        self.num_blocks += count
 
 
 class BlockPool:
@@ -178,17 +179,19 @@ class BlockPool:
 
         Raises ValueError when nobody holds one of them.
         """
+        blocks = self.blocks
         cached: list[Block] = []
         uncached: list[Block] = []
         for block_id in reversed(block_ids):
             if block_id == NULL_BLOCK_ID:
                 continue
-            block = self.blocks[block_id]
-            if block.ref_count == 0:
-                raise ValueError(f"block {block_id} is freed, but nobody holds it")
-            block.ref_count -= 1
-            if block.ref_count == 0:
+            block = blocks[block_id]
+            block.ref_count = count = block.ref_count - 1
+            if count == 0:
                 (uncached if block.block_hash is None else cached).append(block)
+            elif count < 0:
+                block.ref_count = 0
+                raise ValueError(f"block {block_id} is freed, but nobody holds it")
         self.free_queue.append_n(cached)
         self.free_queue.prepend_n(uncached)
 
