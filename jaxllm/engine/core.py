@@ -128,7 +128,7 @@ class EngineCore:
             if self._constraints is not None:
                 outputs += self._fail(self._constraints.failed())
             launched = len(self._in_flight) < self._depth and self._schedule(outputs)
-            self.scheduler.cache_filled_blocks()
+            self.scheduler.kv_cache_manager.cache_filled_blocks()
             outputs += self._process()
             if not launched and not outputs:
                 if self._in_flight:

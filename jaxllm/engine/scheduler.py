@@ -67,10 +67,6 @@ class Scheduler:
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._num_arrived = 0
         self._step = 0
-        #: requests whose tokens filled a block that the prefix cache has not been told of: one that a prompt filled may
-        #: be shared by the next admission, one that outputs filled can wait for the launch
-        self._filled_by_prompt: list[Request] = []
-        self._filled_by_output: list[Request] = []
 
     # Requests come and go.
 
@@ -141,7 +137,7 @@ class Scheduler:
         Running requests come first, in the order of their admission; others are admitted only when nothing had to be
         preempted for the running ones.
         """
-        self.cache_filled_blocks()
+        self.kv_cache_manager.cache_filled_blocks()
         output = SchedulerOutput.empty(self._step)
         self._step += 1
         budget = self.config.max_num_batched_tokens
@@ -157,7 +153,7 @@ class Scheduler:
 
     def _schedule_running(self, output: SchedulerOutput, budget: int, limit: int) -> int:
         """Give the running requests their tokens, preempting where blocks lack; returns the budget left."""
-        running = self.running
+        running, manager = self.running, self.kv_cache_manager
         rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
         requests, new_blocks = output.requests, output.new_blocks
         scored = output.scored
@@ -189,17 +185,17 @@ class Scheduler:
                 steps = min(num_steps, request.max_total_tokens - num_tokens)
                 end += steps - 1
             if end > request.num_slots:
-                first = request.num_slots // self.kv_cache_manager.block_size
-                added = self.kv_cache_manager.allocate_slots(request, end - start)
+                first = request.num_slots // manager.block_size
+                added = manager.allocate_slots(request, end - start)
                 while added is None:
                     if shortage is None:
-                        shortage = Shortage.measure(self.kv_cache_manager, running, running.index(request))
+                        shortage = Shortage.measure(manager, running, running.index(request))
                     victim = self._choose_victim()
                     budget += unschedule(output, victim)
                     self._preempt(victim, running.index(victim), shortage)
                     if victim is request:
                         break
-                    added = self.kv_cache_manager.allocate_slots(request, end - start)
+                    added = manager.allocate_slots(request, end - start)
                 if added is None:
                     continue
                 for group, ids in enumerate(added):
@@ -217,8 +213,8 @@ class Scheduler:
             if sample:
                 request.num_output_placeholders += steps
             if end >= request.register_at and known >= request.register_at:
-                # not at once: a victim that is scheduled and taken back has filled no blocks
-                (self._filled_by_output if count == 1 else self._filled_by_prompt).append(request)
+                # not cached at once: a victim that is scheduled and taken back has filled no blocks
+                manager.filled(request, by_prompt=count > 1)
             budget -= count
         return budget
 
@@ -236,7 +232,6 @@ class Scheduler:
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
-            self._cache_full_blocks(self._filled_by_prompt)
             hit = manager.get_computed_blocks(request)
             start = hit.num_tokens
             num_tokens = len(request.all_token_ids)
@@ -265,7 +260,7 @@ class Scheduler:
             if sample:
                 request.num_output_placeholders = 1
             self.running.append(request)
-            self._filled_by_prompt.append(request)
+            manager.filled(request, by_prompt=True)
             budget -= count
             output.admitted.append(admission(request, start))
             output.rows.append(request.row)
@@ -374,18 +369,6 @@ class Scheduler:
         for index in reversed(passed_over):
             del updates.requests[index], updates.counts[index], updates.indices[index]
         return updates
-
-    def cache_filled_blocks(self) -> None:
-        """Tell the prefix cache of the blocks that the step scheduled last has filled; its launch need not wait for it,
-        but the next step's schedule.
-        """
-        self._cache_full_blocks(self._filled_by_prompt)
-        self._cache_full_blocks(self._filled_by_output)
-
-    def _cache_full_blocks(self, filled: list[Request]) -> None:
-        for request in filled:
-            self.kv_cache_manager.cache_full_blocks(request)
-        filled.clear()
 
     # What others ask.
 

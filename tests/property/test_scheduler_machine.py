@@ -222,7 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for index in range(scheduled.num_steps):
             self._take(scheduled, self.scheduler.update_from_output(scheduled, future.result(), index))
         if self.steps_read % 2:  # any time before the next step is read will do
-            self.scheduler.cache_filled_blocks()
+            self.scheduler.kv_cache_manager.cache_filled_blocks()
         self.steps_read += 1
 
     def _take(self, scheduled: SchedulerOutput, updates: StepUpdates) -> None:

@@ -47,7 +47,7 @@ def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[Request
     token_ids = [next(given, 7) if sample else -1 for sample in step.samples]
     updates = engine.update_from_output(step, StepOutput(token_ids=token_ids))
     updates.record_times()
-    engine.cache_filled_blocks()
+    engine.kv_cache_manager.cache_filled_blocks()
     return list(updates)
 
 
@@ -308,7 +308,7 @@ def test_blocks_that_decoding_fills_are_cached_when_the_engine_gets_to_it() -> N
         step()
     turn = [*a.all_token_ids, 5, 6]
     before = engine.kv_cache_manager.get_computed_blocks(Request("b", turn, SamplingParams()))
-    engine.cache_filled_blocks()
+    engine.kv_cache_manager.cache_filled_blocks()
     after = engine.kv_cache_manager.get_computed_blocks(Request("c", turn, SamplingParams()))
     assert (before.num_tokens, after.num_tokens) == (4, 8)
     for _ in range(3):
