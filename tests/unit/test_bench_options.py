@@ -51,9 +51,20 @@ def test_a_start_that_fails_says_why_in_a_line():
     assert "Traceback" not in str(caught.value)
 
 
-def test_no_start_at_all(capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "startup", "--num-iters-cold", "0", "--num-iters-warm", "0"]) == 1
-    assert "nothing to measure" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["startup", "--num-iters-cold", "0", "--num-iters-warm", "0"], "nothing to measure"),
+        (["startup", "--max-model-len", "64", "--input-len", "64"], "--input-len 64 leaves no room"),
+        (["host", "--peer-python", "vllm=python3"], "--peer-python is for --compare"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], command: list[str], message: str
+):
+    assert main(["bench", *command]) == 1
+    found = capsys.readouterr()
+    assert message in found.err and not found.out
 
 
 def test_a_request_that_would_end_early_is_refused():

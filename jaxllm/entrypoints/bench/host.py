@@ -17,6 +17,7 @@ from jaxllm.entrypoints.bench import vllm_scheduler
 from jaxllm.entrypoints.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
 from jaxllm.entrypoints.bench.host_workload import HostWorkload
 from jaxllm.entrypoints.bench.peer_setup import pythons
+from jaxllm.errors import ValidationError
 from jaxllm.llm import LLM
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _ALTERNATE = 20
 
 def run(arguments: argparse.Namespace) -> int:
     """Time the engine's turns over a null model, or a tiny one; print a table, write the JSON file."""
+    if arguments.peer_python and not arguments.compare:
+        raise ValidationError("--peer-python is for --compare.")
     record: dict[str, Any] = {"host": machine(), "options": options(arguments), "sequences": {}}
     vllm = pythons(arguments.peer_python, ["vllm"])["vllm"] if arguments.compare else None
     print(describe(arguments))

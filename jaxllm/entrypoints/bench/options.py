@@ -69,9 +69,9 @@ def add_host_bench_options(parser: argparse.ArgumentParser) -> None:
         type=milliseconds,
         default=10.0,
         metavar="MS",
-        help="what that is a share of (default: %(default)s)",
+        help="step of a device that --prefix-cache gives its cost as a share of (default: %(default)s)",
     )
-    parser.add_argument("--trace", type=output_file, metavar="FILE", help="write a Chrome trace of the most sequences")
+    parser.add_argument("--trace", type=output_file, metavar="FILE", help="write a Chrome trace of the largest number")
     parser.add_argument("--compare", choices=["vllm"], help="also time vLLM's scheduler, on the same requests")
     _add_peer_python(parser)
     parser.add_argument("--output-json", type=output_file, metavar="FILE", help="write the numbers there")

@@ -29,6 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.num_iters_cold + arguments.num_iters_warm:
         raise ValidationError("--num-iters-cold and --num-iters-warm are both 0: there is nothing to measure.")
     model, given = engine_arguments(arguments)
+    longest = given.get("max_model_len")
+    if isinstance(longest, int) and 0 < longest <= arguments.input_len:
+        raise ValidationError(
+            f"--input-len {arguments.input_len} leaves no room for a token within --max-model-len {longest}: give a "
+            "shorter one."
+        )
     job = {"model": os.fspath(model), "engine_args": given, "input_len": arguments.input_len}
     cold = [_cold_start(job) for _ in range(arguments.num_iters_cold)]
     warm: list[dict[str, Any]] = []
@@ -44,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
             results[name] = _summary(starts)
             _show(results[name])
     print("=" * 60)
+    # not this process's, which holds no engine
+    results["peak_rss_bytes"] = max(found["peak_rss_bytes"] for found in results.values())
     report.write(arguments.output_json, arguments, results)
     return 0
 
