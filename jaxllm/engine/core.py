@@ -108,8 +108,10 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether a request runs or waits, or an output is still to be delivered."""
-        unprocessed = self._unprocessed is not None and len(self._unprocessed[2]) > 0
-        return self.scheduler.has_unfinished or unprocessed or bool(self._undelivered)
+        if self.scheduler.has_unfinished or self._undelivered:
+            return True
+        self.scheduler.settle()
+        return self._unprocessed is not None and len(self._unprocessed[2]) > 0
 
     def step(self) -> list[RequestOutput]:
         """Launch a step and make the outputs of the last one read; or, when enough are launched or there is nothing to
@@ -128,8 +130,13 @@ class EngineCore:
             if self._constraints is not None:
                 outputs += self._fail(self._constraints.failed())
             launched = len(self._in_flight) < self._depth and self._schedule(outputs)
-            self.scheduler.kv_cache_manager.cache_filled_blocks()
+            self.scheduler.cache_filled_blocks()
             outputs += self._process()
+            if launched and len(self._in_flight) == self._depth > 1:
+                # the next turn reads
+                self.scheduler.schedule_ahead()
+                for observer in self._observers:
+                    observer.scheduled_ahead()
             if not launched and not outputs:
                 if self._in_flight:
                     outputs += self._read()
@@ -185,10 +192,13 @@ class EngineCore:
         output = future.result()
         for observer in self._observers:
             observer.read(scheduled)
-        updates = self.scheduler.update_from_output(scheduled, output)
-        for index in range(1, scheduled.num_steps):
-            updates.join(self.scheduler.update_from_output(scheduled, output, index))
-        if self._constraints is not None:
+        updates = self.scheduler.end_requests(scheduled, output)
+        if scheduled.steps:
+            self.scheduler.settle()
+            for index in range(1, scheduled.num_steps):
+                updates.join(self.scheduler.update_from_output(scheduled, output, index))
+        if self._constraints is not None and self._constraints.used:
+            self.scheduler.settle()
             lost, complete = self._constraints.advance(updates)
             for request in lost:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
@@ -207,6 +217,7 @@ class EngineCore:
         if self._unprocessed is None:
             return []
         (scheduled, output, updates), self._unprocessed = self._unprocessed, None
+        self.scheduler.settle()
         updates.record_times()
         self._outputs.take(scheduled, output)
         outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)

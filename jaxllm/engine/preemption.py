@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxllm.engine.kv_cache_manager import KVCacheManager
     from jaxllm.engine.request import Request
-    from jaxllm.runner.interface import SchedulerOutput
 
 logger = logging.getLogger("jaxllm")
 
@@ -30,21 +29,6 @@ class Shortage:
         """Add what ``running[position:]``, not scheduled yet, lack for their tokens to the blocks in use."""
         lacking = sum(kv_cache_manager.missing_blocks(request) for request in running[position:])
         return cls(list(running), kv_cache_manager.pool.num_used + lacking)
-
-
-def unschedule(output: SchedulerOutput, victim: Request) -> int:
-    """Take a victim out of the step if it is in it already; returns the tokens that it gives back."""
-    if victim not in output.requests:
-        return 0
-    index = output.requests.index(victim)
-    count = output.counts[index]
-    victim.num_computed_tokens = output.starts[index]
-    if output.samples[index]:
-        victim.num_output_placeholders -= 1
-    for entries in (output.rows, output.starts, output.counts, output.samples, output.scored, output.requests):
-        del entries[index]
-    output.new_blocks[:] = [entry for entry in output.new_blocks if entry[0] != victim.row]
-    return count
 
 
 class PreemptionLog:

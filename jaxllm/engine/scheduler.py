@@ -5,7 +5,10 @@ second number has caught up with the first, and the step that catches up samples
 hits and resumed requests are all this one case.
 
 Steps may be scheduled before the outputs of earlier ones are read, any number of them: computed tokens advance when a
-step is scheduled, and ``num_output_placeholders`` stands for the tokens that are sampled but not read.
+step is scheduled, and ``num_output_placeholders`` stands for the tokens that are sampled but not read. So little has to
+happen between a step's tokens being known and the next launch: `schedule_ahead` has scheduled the running requests
+before, `end_requests` ends those that the tokens end, `schedule` admits others, and `settle` gives the tokens to their
+requests when the launch is done.
 Every `SchedulerOutput` with entries has to be executed, in order; if that fails, what the prefix cache was told about
 it is false, and `finish_all` followed by `reset_prefix_cache` is the way out.
 
@@ -16,6 +19,7 @@ So the one request that has nobody but itself to preempt never lacks a block.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -24,11 +28,12 @@ from jaxllm.engine.admission import admission
 from jaxllm.engine.decode_steps import DecodeSteps
 from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.length_limits import LengthLimits
-from jaxllm.engine.preemption import PreemptionLog, Shortage, unschedule
+from jaxllm.engine.partial_step import PartialStep, unschedule
+from jaxllm.engine.preemption import PreemptionLog, Shortage
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.request_update import StepUpdates
+from jaxllm.engine.sampled_tokens import SampledTokens
 from jaxllm.engine.scheduler_stats import SchedulerStats
-from jaxllm.engine.stop_check import check_stop
 from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput
@@ -37,12 +42,6 @@ if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.runner.interface import StepOutput
-
-_PREEMPTED = int(RequestStatus.PREEMPTED)
-NOTHING_ALLOWED = (
-    "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
-    "leaves no token to generate"
-)
 
 
 class Scheduler:
@@ -65,6 +64,12 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._preemptions = PreemptionLog(self.kv_cache_manager)
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
+        #: what of the next step has been scheduled ahead of its turn
+        self._ahead: PartialStep | None = None
+        #: the step that was read last, while not all of its requests have their tokens
+        self._sampled: SampledTokens | None = None
+        #: every id that ever was to end a request, and what stands for no token
+        self._end_token_ids = {-1}
         self._num_arrived = 0
         self._step = 0
 
@@ -84,6 +89,7 @@ class Scheduler:
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
+        self._end_token_ids |= request.end_token_ids
         self._decode_steps.add(request)
         self.waiting.push(request)
 
@@ -99,6 +105,7 @@ class Scheduler:
         """
         if request.is_finished:
             return False
+        self.settle()
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         self._end(request, status, stop_reason)
@@ -106,10 +113,12 @@ class Scheduler:
 
     def finish_all(self, status: RequestStatus) -> list[Request]:
         """End every request, as after a failed step, and return them in order of arrival."""
+        self.settle()
         requests = sorted(self._requests.values(), key=lambda request: request.arrival_order)
         self.running.clear()
         for request in requests:
             self._end(request, status, None)
+        self._ahead = None
         return requests
 
     def _end(self, request: Request, status: RequestStatus, stop_reason: int | str | None) -> None:
@@ -124,6 +133,8 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: Request) -> None:
+        if self._ahead is not None:
+            self._ahead.take_back(request)
         self.kv_cache_manager.cache_full_blocks(request)
         self.kv_cache_manager.free(request)
         self._free_rows.append(request.row)
@@ -131,39 +142,59 @@ class Scheduler:
 
     # One step.
 
+    def schedule_ahead(self) -> None:
+        """Schedule as much of the next step as is certain: the running requests, up to the first for which blocks lack.
+
+        May be called when a step has been launched, and has no effect but that `schedule` has less to do. Blocks that
+        the step fills are not in the prefix cache before.
+        """
+        # how many steps a launch does depends on who arrives until then
+        if self._ahead is None and not self._decode_steps.adaptive:
+            self.kv_cache_manager.cache_filled_blocks()
+            self._ahead = self._begin()
+            self._schedule_running(self._ahead, may_preempt=False)
+
     def schedule(self) -> SchedulerOutput:
         """Decide the next step. It may be empty: then there is nothing to do before outputs are read or requests come.
 
         Running requests come first, in the order of their admission; others are admitted only when nothing had to be
         preempted for the running ones.
         """
-        self.kv_cache_manager.cache_filled_blocks()
-        output = SchedulerOutput.empty(self._step)
-        self._step += 1
-        budget = self.config.max_num_batched_tokens
-        limit = budget
+        if self._ahead is None:
+            self.kv_cache_manager.cache_filled_blocks()
+        step, self._ahead = self._ahead or self._begin(), None
+        preempted_before = self._preemptions.count
+        self._schedule_running(step)
+        if self._preemptions.count == preempted_before:
+            self._schedule_waiting(step)
+        return step.output
+
+    def cache_filled_blocks(self) -> None:
+        """Tell the prefix cache of the blocks that the launched steps fill. The launch need not wait for it."""
+        if self._ahead is None:
+            self.kv_cache_manager.cache_filled_blocks()
+
+    def _begin(self) -> PartialStep:
+        budget = limit = self.config.max_num_batched_tokens
         threshold = self.config.long_prefill_token_threshold
         if threshold > 0 and self.config.enable_chunked_prefill and len(self.running) + len(self.waiting) > 1:
             limit = min(limit, threshold)
-        preempted_before = self._preemptions.count
-        budget = self._schedule_running(output, budget, limit)
-        if self._preemptions.count == preempted_before:
-            self._schedule_waiting(output, budget, limit)
-        return output
+        step = PartialStep(SchedulerOutput.empty(self._step), budget, limit, iter(tuple(self.running)))
+        self._step += 1
+        return step
 
-    def _schedule_running(self, output: SchedulerOutput, budget: int, limit: int) -> int:
-        """Give the running requests their tokens, preempting where blocks lack; returns the budget left."""
+    def _schedule_running(self, step: PartialStep, *, may_preempt: bool = True) -> None:
+        """Give the running requests that are left their tokens, preempting where blocks lack, or ending there."""
         running, manager = self.running, self.kv_cache_manager
+        output, budget, limit = step.output, step.budget, step.limit
         rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
         requests, new_blocks = output.requests, output.new_blocks
         scored = output.scored
         num_steps = self._decode_steps.choose(running, self.waiting)
         shortage: Shortage | None = None
-        for request in tuple(running):
-            if budget <= 0:
-                break
+        for request in step.left if budget > 0 else ():
             if request.row < 0:
-                # Preempted for one before it.
+                # Preempted for one before it, or ended.
                 continue
             known = len(request.all_token_ids)
             num_tokens = known + request.num_output_placeholders
@@ -187,6 +218,9 @@ class Scheduler:
             if end > request.num_slots:
                 first = request.num_slots // manager.block_size
                 added = manager.allocate_slots(request, end - start)
+                if added is None and not may_preempt:
+                    step.left = itertools.chain((request,), step.left)
+                    break
                 while added is None:
                     if shortage is None:
                         shortage = Shortage.measure(manager, running, running.index(request))
@@ -212,15 +246,20 @@ class Scheduler:
             request.num_computed_tokens = end
             if sample:
                 request.num_output_placeholders += steps
+            if num_tokens + 1 >= request.max_total_tokens or request.repetition is not None:
+                output.ending.append(request)
             if end >= request.register_at and known >= request.register_at:
                 # not cached at once: a victim that is scheduled and taken back has filled no blocks
                 manager.filled(request, by_prompt=count > 1)
             budget -= count
-        return budget
+            if budget <= 0:
+                break
+        step.budget = budget
 
-    def _schedule_waiting(self, output: SchedulerOutput, budget: int, limit: int) -> None:
+    def _schedule_waiting(self, step: PartialStep) -> None:
         """Admit requests in the queue's order until one does not fit."""
         manager = self.kv_cache_manager
+        output, budget, limit = step.output, step.budget, step.limit
         now = time.monotonic()
         skipped: list[Request] = []
         while budget > 0 and self._free_rows and self.waiting:
@@ -229,6 +268,8 @@ class Scheduler:
                 # not compiled yet: others go first, and it keeps its place
                 skipped.append(self.waiting.pop())
                 continue
+            if request.num_output_placeholders:
+                self.settle()
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
@@ -259,6 +300,8 @@ class Scheduler:
             sample = start + count == num_tokens
             if sample:
                 request.num_output_placeholders = 1
+            if num_tokens + 1 >= request.max_total_tokens or request.repetition is not None:
+                output.ending.append(request)
             self.running.append(request)
             manager.filled(request, by_prompt=True)
             budget -= count
@@ -293,8 +336,10 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Take rows and blocks from every running request, after all steps have been read."""
+        self.settle()
         while self.running:
             self._put_back(-1).num_computed_tokens = 0
+        self._ahead = None
 
     def _put_back(self, index: int) -> Request:
         victim = self.running.pop(index)
@@ -305,7 +350,13 @@ class Scheduler:
         return victim
 
     def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0) -> StepUpdates:
-        """Take in what a step sampled; steps are read in the order in which they were scheduled.
+        """`end_requests` and `settle`."""
+        updates = self.end_requests(scheduled, output, index_of_step)
+        self.settle()
+        return updates
+
+    def end_requests(self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0) -> StepUpdates:
+        """Take in what a step sampled, as far as it ends requests; steps are read in the order of their scheduling.
 
         Tokens of requests that have finished meanwhile are dropped; a preempted request keeps its token.
 
@@ -313,62 +364,30 @@ class Scheduler:
             index_of_step: which of the launch's steps, from 0 to ``scheduled.num_steps - 1``, one after the other.
 
         Returns:
-            The requests that got a token, or ended where it should have come, in the step's order.
+            The requests that got a token, or ended where it should have come, in the step's order, once `settle` has
+            been called.
 
         Raises:
             ValueError: the output has another number of entries than the step.
         """
-        now = time.monotonic()
-        requests = scheduled.requests
-        #: entries that nothing is said of, and those that ended where a token should have come
-        passed_over: list[int] = []
-        ended_without: list[int] = []
+        self.settle()
+        self._sampled = sampled = SampledTokens(scheduled, output, index_of_step)
         finished_running = False
-        samples, sampled = scheduled.samples, output.token_ids
-        if index_of_step:
-            samples = [steps > index_of_step for steps in scheduled.steps]
-            sampled = output.later_token_ids[index_of_step - 1]
-        for index, request, sample, token_id in zip(range(len(requests)), requests, samples, sampled, strict=True):
-            if not sample:
-                passed_over.append(index)
-                continue
-            request.num_output_placeholders -= 1
-            if request.status > _PREEMPTED:
-                passed_over.append(index)
-                continue
-            if token_id < 0:
-                # a request that pools has nothing to sample
-                request.error = None if request.pools else NOTHING_ALLOWED
-                status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
+        for index in sampled.may_end(self._end_token_ids):
+            request = sampled.requests[index]
+            ends = sampled.take(index)
+            if ends is not None:
                 finished_running = finished_running or request.row >= 0
-                self._end(request, status, None)
-                ended_without.append(index)
-                continue
-            token_ids = request.all_token_ids
-            token_ids.append(token_id)
-            num_tokens = len(token_ids)
-            status = None
-            if (
-                num_tokens >= request.max_total_tokens
-                or token_id in request.stop_token_ids
-                or request.repetition is not None
-            ):
-                status, stop_reason = check_stop(request, token_id)
-                if status is not None:
-                    # what was scheduled behind an end may not be computed
-                    request.num_computed_tokens = min(request.num_computed_tokens, num_tokens - 1)
-            if status is not None:
-                finished_running = finished_running or request.row >= 0
-                self._end(request, status, stop_reason)
+                self._end(request, *ends)
         if finished_running:
-            self.running = [request for request in self.running if request.status <= _PREEMPTED]
-        counts = [1] * len(requests)
-        for index in ended_without:
-            counts[index] = 0
-        updates = StepUpdates(list(requests), counts, list(range(len(requests))), now)
-        for index in reversed(passed_over):
-            del updates.requests[index], updates.counts[index], updates.indices[index]
-        return updates
+            self.running = [request for request in self.running if not request.is_finished]
+        return sampled.updates
+
+    def settle(self) -> None:
+        """Give the rest of the tokens that were read last to their requests; does nothing when they have them."""
+        sampled, self._sampled = self._sampled, None
+        if sampled is not None:
+            sampled.settle()
 
     # What others ask.
 

@@ -59,7 +59,7 @@ class TokenConstraints:
         #: requests whose grammar is being compiled
         self._waiting: dict[str, Request] = {}
         #: whether any request has ever been restricted: else no step needs looking at
-        self._used = False
+        self.used = False
 
     def check(self, params: SamplingParams) -> None:
         """Refuse what cannot be honoured, as far as that is quickly found. Raises ValidationError."""
@@ -74,12 +74,12 @@ class TokenConstraints:
         """Take a request that `check` has passed; its grammar is compiled from now on."""
         structured = request.params.structured_outputs
         if isinstance(structured, StructuredOutputsParams) and self._compiler is not None:
-            self._used = True
+            self.used = True
             request.grammar = self._compiler.compile(structured)
             self._waiting[request.request_id] = request
             self._settle(request)
         elif request.params.thinking_token_budget is not None:
-            self._used = True
+            self.used = True
             request.matcher = self._thinking(request)
 
     def _settle(self, request: Request) -> bool:
@@ -126,7 +126,7 @@ class TokenConstraints:
 
     def masked_rows(self, scheduled: SchedulerOutput) -> frozenset[int]:
         """Rows of a step that sample under a mask."""
-        if not self._used:
+        if not self.used:
             return frozenset()
         return frozenset(
             row
@@ -162,7 +162,7 @@ class TokenConstraints:
     def advance(self, updates: StepUpdates) -> tuple[list[Request], list[Request]]:
         """Take new tokens; returns the requests that must not have got theirs, and those that have nothing to add."""
         lost, complete = [], []
-        for request, token_ids, _, _ in updates if self._used else ():
+        for request, token_ids, _, _ in updates:
             matcher = request.matcher
             if matcher is None:
                 continue

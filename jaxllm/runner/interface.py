@@ -81,6 +81,8 @@ class SchedulerOutput:
     masked_rows: frozenset[int] = frozenset()
     #: tokens that each entry samples, at most; empty: a single step
     steps: list[int] = dataclasses.field(default_factory=list)
+    #: of `requests`, those that may end for another reason than the token that they sample; the runner passes over it
+    ending: list = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:

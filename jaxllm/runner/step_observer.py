@@ -13,9 +13,10 @@ class StepObserver:
     """Is told how each step gets on, by the thread that drives the engine; does nothing by itself.
 
     A turn of the engine is what lies between `turn_begins` and `turn_ends`: `scheduled`, unless enough steps are
-    launched; `launched`, unless there is nothing to launch; `processed` of a step that was read before; `read_begins`,
-    `read` and `updated` of the oldest step, if none was launched. `processed` of a step follows its `updated`, in the
-    same turn or the next one. When the remaining steps are drained, or a request is aborted, these come without a turn
+    launched; `launched`, unless there is nothing to launch; `processed` of a step that was read before;
+    `scheduled_ahead`, if enough steps are launched now; `read_begins`, `read` and `updated` of the oldest step, if none
+    was launched. `processed` of a step follows its `updated`, in the same turn or the next one. When the remaining
+    steps are drained, or a request is aborted, these come without a turn
     around them. An observer does not raise.
     """
 
@@ -35,10 +36,13 @@ class StepObserver:
         """Its sampled tokens are on the host."""
 
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
-        """They belong to their requests now."""
+        """The requests that end with them have ended; the others get them before `processed`."""
 
     def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         """Text and outputs of an updated step are made, and stop strings have been looked for."""
+
+    def scheduled_ahead(self) -> None:
+        """Part of the next step has been decided."""
 
     def turn_ends(self) -> None:
         """The outputs go to the callers."""

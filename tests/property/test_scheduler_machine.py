@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
+from collections.abc import Collection
 from typing import Any
 
 from fake_device import VOCAB_SIZE, Done, FakeDevice, generate, prefix_hashes
@@ -96,6 +98,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         #: preemptions of requests that the step had given tokens already
         self.num_taken_back = 0
         self.steps_read = 0
+        #: what was read last, and its requests may not have
+        self.unsettled: tuple[SchedulerOutput, StepUpdates] | None = None
 
     # What can happen.
 
@@ -170,6 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preempted_before = self.scheduler.stats().num_preemptions
         computed = [(request, request.num_preemptions) for request in self.scheduler.running]
         scheduled = self.scheduler.schedule()
+        self._take_settled()
         victims = [index for index, (request, before) in enumerate(computed) if request.num_preemptions > before]
         survivors = [index for index, (request, _) in enumerate(computed) if request in scheduled.requests]
         self.num_taken_back += sum(any(index < other for other in survivors) for index in victims)
@@ -186,6 +191,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert self.in_flight or not self.scheduler.has_unfinished, "requests wait, and nothing will happen"
             self.read()
+        if scheduled.step % 3:
+            self.scheduler.schedule_ahead()
         while len(self.in_flight) > self.depth:
             self.read()
 
@@ -199,11 +206,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_admissions(self, scheduled: SchedulerOutput) -> None:
         by_id = {request.request_id: request for request in scheduled.requests}
+        # of what was read last, those that might have ended have their tokens before the others
+        tokens = self.scheduler._sampled
+        taken = collections.Counter(tokens.requests[i] for i, got in (tokens._taken if tokens else {}).items() if got)
         for new in scheduled.admitted:
             request = by_id[new.request_id]
             expected = request.prompt_token_ids + self._expected(request)[0]
             assert new.token_ids == expected[: len(new.token_ids)]
-            assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id])
+            assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id]) + taken[request]
             if request.num_preemptions == 0 and self.config.policy == "fcfs":
                 assert request.arrival_order > self.last_first_admission, "first come, first served"
                 self.last_first_admission = request.arrival_order
@@ -217,15 +227,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     def read(self) -> None:
         if not self.in_flight:
             return
+        self.settle()
         scheduled, future = self.in_flight.popleft()
         assert not self.in_flight or scheduled.step < self.in_flight[0][0].step
         for index in range(scheduled.num_steps):
-            self._take(scheduled, self.scheduler.update_from_output(scheduled, future.result(), index))
+            self.unsettled = scheduled, self.scheduler.end_requests(scheduled, future.result(), index)
+            if scheduled.steps or self.steps_read % 3 == 0:
+                self.settle()
         if self.steps_read % 2:  # any time before the next step is read will do
-            self.scheduler.kv_cache_manager.cache_filled_blocks()
+            self.scheduler.cache_filled_blocks()
         self.steps_read += 1
 
-    def _take(self, scheduled: SchedulerOutput, updates: StepUpdates) -> None:
+    def settle(self) -> None:
+        self.scheduler.settle()
+        self._take_settled()
+
+    def _take_settled(self, given_up: Collection[Request] = ()) -> None:
+        """Look at what was read last, if its requests have got it by now."""
+        if self.unsettled is None or self.scheduler._sampled is not None:
+            return
+        (scheduled, updates), self.unsettled = self.unsettled, None
         for update in updates:
             outputs = self.outputs[update.request.request_id]
             outputs += update.new_token_ids
@@ -233,6 +254,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert outputs == update.request.output_token_ids
             tokens, reason, stop_reason = self._expected(update.request)
             assert outputs == tokens[: len(outputs)]
+            if update.request in given_up:
+                continue
             assert update.finished == update.request.is_finished == (len(outputs) == len(tokens))
             if update.finished:
                 assert (update.request.finish_reason, update.request.stop_reason) == (reason, stop_reason)
@@ -258,6 +281,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert self.scheduler.abort([request.request_id, "unknown"]) == [request]
             assert request.finish_reason == "abort"
+        self._take_settled([request])
 
     @rule(chance=st.integers(0, 9))
     def disturb(self, chance: int) -> None:
@@ -280,6 +304,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ended = self.scheduler.finish_all(RequestStatus.FINISHED_ERROR)
         assert all(request.finish_reason == "error" for request in ended)
         assert self.scheduler.reset_prefix_cache()
+        self._take_settled(ended)
         self.in_flight.clear()
         self.device.reset()
 
@@ -305,6 +330,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             steps = scheduled.steps or [1] * len(scheduled.rows)
             for request, sample, count in zip(scheduled.requests, scheduled.samples, steps, strict=True):
                 sampled[request.request_id] += count * sample
+        if self.scheduler._ahead is not None:
+            ahead = self.scheduler._ahead.output
+            sampled.update(request.request_id for request in itertools.compress(ahead.requests, ahead.samples))
+        if (tokens := self.scheduler._sampled) is not None:
+            entries = enumerate(zip(tokens.requests, tokens._samples, strict=True))
+            sampled.update(r.request_id for i, (r, sample) in entries if sample and i not in tokens._taken)
         for request in running + waiting:
             assert request.num_output_placeholders == sampled[request.request_id]
         assert all(
@@ -380,6 +411,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             raise AssertionError("the requests never end")
         while self.in_flight:
             self.read()
+        self.settle()
         self.every_request_is_in_one_place()
         self.every_block_is_in_one_place()
         for request in self.requests:

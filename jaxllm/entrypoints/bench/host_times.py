@@ -108,6 +108,9 @@ class HostTimes(StepObserver):
     def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._lap("output")
 
+    def scheduled_ahead(self) -> None:
+        self._lap("schedule")
+
     def turn_ends(self) -> None:
         self._ended = self._clock()
 
