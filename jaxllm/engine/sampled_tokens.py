@@ -89,20 +89,22 @@ class SampledTokens:
         """Give all others theirs."""
         counts = [1] * len(self.requests)
         passed_over: list[int] = []
-        for index, (request, sample, token_id) in enumerate(
-            zip(self.requests, self._samples, self._token_ids, strict=True)
-        ):
-            if index in self._taken:
-                count = self._taken[index]
-                if count is None:
-                    passed_over.append(index)
-                elif count == 0:
-                    counts[index] = 0
-                continue
+        samples, taken = self._samples, self._taken
+        if taken:
+            samples = list(samples)
+            for index in taken:
+                samples[index] = False
+        entries = zip(range(len(counts)), self.requests, samples, self._token_ids, strict=True)
+        for index, request, sample, token_id in entries:
             if sample:
                 request.num_output_placeholders -= 1
                 if request.status <= _PREEMPTED:
                     request.all_token_ids.append(token_id)
+                    continue
+            else:
+                count = taken.get(index)
+                if count is not None:
+                    counts[index] = count
                     continue
             passed_over.append(index)
         updates = self.updates

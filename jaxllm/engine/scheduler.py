@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.runner.interface import StepOutput
 
+_PREEMPTED = int(RequestStatus.PREEMPTED)
+
 
 class Scheduler:
     """Continuous batching over the rows and blocks of one runner.
@@ -380,7 +382,7 @@ class Scheduler:
                 finished_running = finished_running or request.row >= 0
                 self._end(request, *ends)
         if finished_running:
-            self.running = [request for request in self.running if not request.is_finished]
+            self.running = [request for request in self.running if request.status <= _PREEMPTED]
         return sampled.updates
 
     def settle(self) -> None:

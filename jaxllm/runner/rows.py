@@ -76,7 +76,7 @@ class ForwardRows:
         # costs
         order = np.lexsort((-lengths, counts > 1))
         rows, starts, counts, lengths = rows[order], starts[order], counts[order], lengths[order]
-        end = np.cumsum(counts, dtype=np.int32)
+        end = np.add.accumulate(counts, dtype=np.int32)
         first = end - counts
         n, total = len(rows), int(end[-1])
         fields["num_decodes"][...] = np.count_nonzero(counts == 1)
@@ -98,7 +98,7 @@ class ForwardRows:
 
     def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
         ids = np.full(total, -1, np.int32)
-        for i in np.flatnonzero(starts < self._known[rows]):
+        for i in (starts < self._known[rows]).nonzero()[0].tolist():
             known = self._tokens[rows[i]][starts[i] : starts[i] + counts[i]]
             ids[first[i] : first[i] + len(known)] = known
         return ids
@@ -271,6 +271,7 @@ class RowTable(ForwardRows):
         return buffer
 
 
-def _words(seed: int) -> np.ndarray:
-    """(low, high) 32-bit words of a 64-bit seed, as int32."""
-    return np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
+def _words(seed: int) -> tuple[int, int]:
+    """(low, high) 32-bit words of a 64-bit seed, as the values of int32."""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    return low - ((low & 0x80000000) << 1), high - ((high & 0x80000000) << 1)

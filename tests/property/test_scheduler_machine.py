@@ -207,8 +207,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_admissions(self, scheduled: SchedulerOutput) -> None:
         by_id = {request.request_id: request for request in scheduled.requests}
         # of what was read last, those that might have ended have their tokens before the others
-        tokens = self.scheduler._sampled
-        taken = collections.Counter(tokens.requests[i] for i, got in (tokens._taken if tokens else {}).items() if got)
+        taken: collections.Counter[Request] = collections.Counter()
+        if (tokens := self.scheduler._sampled) is not None:
+            taken.update(tokens.requests[i] for i, got in tokens._taken.items() if got)
         for new in scheduled.admitted:
             request = by_id[new.request_id]
             expected = request.prompt_token_ids + self._expected(request)[0]
@@ -279,9 +280,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
             assert (request.finish_reason, request.stop_reason) == ("stop", "stop here")
         else:
-            assert self.scheduler.abort([request.request_id, "unknown"]) == [request]
+            assert self.abort(request) == [request]
             assert request.finish_reason == "abort"
         self._take_settled([request])
+
+    def abort(self, request: Request) -> list[Request]:
+        ended = self.scheduler.abort([request.request_id, "unknown"])
+        self._take_settled(ended)
+        return ended
 
     @rule(chance=st.integers(0, 9))
     def disturb(self, chance: int) -> None:

@@ -51,7 +51,7 @@ def drive(
         params = SamplingParams(max_tokens=rng.randrange(4, 30), ignore_eos=rng.random() < 0.8)
         machine.add_one(prompt, params, priority=rng.randrange(4), salt=rng.choice((None, None, None, "a")))
         if rng.random() < 0.05:
-            machine.scheduler.abort([rng.choice(machine.requests).request_id])
+            machine.abort(rng.choice(machine.requests))
         for _ in range(rng.randrange(6)):
             machine.check_step()
     machine.teardown()
@@ -110,6 +110,8 @@ def outputs_under(order: list[int], cache: CacheConfig, config: SchedulerConfig,
         assert scheduled.rows or in_flight, "requests wait, and nothing will happen"
         if scheduled.rows:
             in_flight.append((scheduled, device.execute(scheduled)))
+            if depth and scheduled.step % 2:
+                scheduler.schedule_ahead()
         if len(in_flight) > depth or not scheduled.rows:
             scheduled, future = in_flight.pop(0)
             scheduler.update_from_output(scheduled, future.result())
