@@ -51,6 +51,8 @@ class TraceRecorder(StepObserver):
         self._decided = self._device_free = self._read_start = self._read_end = 0.0
         #: the last moment that is known of the current turn, or of the last one
         self._last = 0.0
+        #: when the host began to schedule part of the next step, and how long it took
+        self._ahead = 0.0, 0.0
         #: what is known so far of the steps that are launched
         self._launched: dict[int, dict[str, Any]] = {}
         self._requests: dict[str, _Seen] = {}
@@ -65,6 +67,7 @@ class TraceRecorder(StepObserver):
         if self._turn is None:
             return
         now = self._decided = self._now()
+        (ahead_start, ahead_time), self._ahead = self._ahead, (0.0, 0.0)
         stats = self._scheduler.stats()
         preemptions = stats.num_preemptions - self._num_preemptions
         self._follow(step, now, preemptions)
@@ -90,6 +93,8 @@ class TraceRecorder(StepObserver):
             "num_preemptions": preemptions,
             "bucket_tokens": bucket_tokens,
             "bucket_seqs": bucket_seqs,
+            "ahead_start": ahead_start,
+            "ahead_time": ahead_time,
             "schedule_time": now - self._turn,
             "launch_time": 0.0,
         }
@@ -127,11 +132,17 @@ class TraceRecorder(StepObserver):
             if request.is_finished:
                 self._end(request.request_id)
 
+    def scheduled_ahead(self) -> None:
+        now = self._now()
+        if self._turn is not None:
+            self._ahead = self._last, now - self._last
+        self._last = now
+
     def turn_ends(self) -> None:
         self._turn = None
 
     def failed(self) -> None:
-        self._turn = None
+        self._turn, self._ahead = None, (0.0, 0.0)
         self._launched.clear()
         self._end_all()
 

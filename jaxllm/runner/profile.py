@@ -67,6 +67,9 @@ class Profile(StepObserver):
     def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._phase.close()
 
+    def scheduled_ahead(self) -> None:
+        self._phase.close()
+
     def read_begins(self, step: SchedulerOutput) -> None:
         self._enter("wait for the device")
 

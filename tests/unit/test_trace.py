@@ -147,6 +147,10 @@ class ByHand:
             self.now = 10.0 + now
             getattr(self.recorder, call)(*([step, StepUpdates()] if call == "updated" else [step]))
 
+    def ahead(self, done: float) -> None:
+        self.now = 10.0 + done
+        self.recorder.scheduled_ahead()
+
     def process(self, step: SchedulerOutput, processed: float) -> None:
         self.now = 10.0 + processed
         self.recorder.processed(step, StepUpdates())
@@ -157,14 +161,20 @@ def test_the_times_of_two_steps_of_which_the_second_waits_for_the_device():
     first, second = hand.step(0, 0, 3), hand.step(1, 3, 1)
     third = hand.step(2, 4, 1)
     hand.launch(first, 1.0, 1.25, 2.0)
-    hand.launch(second, 2.0, 2.5, 3.0)
+    hand.launch(second, 2.0, 2.5, 2.875)
+    hand.ahead(3.0)
     hand.read(first, 3.0, 5.0, 5.5)
     hand.launch(third, 5.5, 5.625, 5.75)
     hand.process(first, 6.0)
     hand.read(second, 6.0, 6.5, 6.75)
     # nothing was launched in between
     hand.process(second, 7.0)
-    one, two = hand.trace.steps
+    hand.read(third, 7.0, 7.5, 7.625)
+    hand.process(third, 8.0)
+    one, two, three = hand.trace.steps
+    assert (three.ahead_start, three.ahead_time, three.schedule_time) == (2.875, 0.125, 0.125)
+    assert three.host_time == 0.125 + 0.125 + 0.125 + 0.125 + 0.375
+    assert one.ahead_time == two.ahead_time == 0
     assert (one.start, one.schedule_time, one.launch_time) == (1.0, 0.25, 0.75)
     assert (one.read_start, one.wait_time, one.update_time) == (3.0, 2.0, 0.5)
     # its outputs were made behind the third one's launch
@@ -292,6 +302,7 @@ def test_the_chrome_trace_keeps_the_formats_rules(preempting: tuple[Traced, Trac
     assert by_name["device"] == [f"step {step.step}" for step in trace.steps]
     for phase in ("schedule", "launch", "wait", "update", "output"):
         assert by_name["host"].count(phase) == len(trace.steps)
+    assert by_name["host"].count("schedule ahead") == sum(step.ahead_time > 0 for step in trace.steps) > 0
     for request in trace.requests:
         found = by_name[f"request {request.request_id}"]
         assert [name for name in found if name != "preempted"] == ["queued", "prefill", "decode"]
