@@ -14,6 +14,7 @@ from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.bench.options import (
     add_host_bench_options,
     add_latency_options,
+    add_profile_options,
     add_serve_trace_options,
     add_startup_options,
     add_throughput_options,
@@ -109,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_latency_options(latency)
     latency.set_defaults(run=_lazily("jaxllm.entrypoints.bench.latency"))
+    profile = bench.add_parser(
+        "profile", allow_abbrev=False, help="milliseconds of the compiled steps, by what they are spent on; on a CPU"
+    )
+    add_profile_options(profile)
+    profile.set_defaults(run=_lazily("jaxllm.entrypoints.bench.profile"))
     startup = bench.add_parser("startup", allow_abbrev=False, help="seconds from process start to the first token")
     add_startup_options(startup)
     startup.set_defaults(run=_lazily("jaxllm.entrypoints.bench.startup"))

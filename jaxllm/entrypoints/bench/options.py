@@ -131,6 +131,26 @@ def add_latency_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def add_profile_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench profile`` takes."""
+    parser.add_argument(
+        "--batch-sizes",
+        type=counts,
+        default=[1, 8, 32],
+        metavar="N,N,...",
+        help="requests of each batch (default: 1,8,32)",
+    )
+    for name, default, text in (
+        ("input-len", 32, "tokens of each prompt"),
+        ("output-len", 21, "tokens to generate for each"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    _add_outputs(parser, plot=None)
+    add_engine_options(parser)
+
+
 def add_startup_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench startup`` takes."""
     for name, default, text in (
