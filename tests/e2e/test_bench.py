@@ -74,6 +74,24 @@ def test_sweeps(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert b"<svg" in plot.read_bytes()
 
 
+def test_profile(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "profile", tmp_path, *options, "--max-model-len", "256", "--batch-sizes", "1,3", "--input-len", "20",
+        "--output-len", "6",
+    )  # fmt: skip
+    assert [batch["batch_size"] for batch in record["batches"]] == [1, 3]
+    for batch in record["batches"]:
+        assert sum(program["launches"] for program in batch["programs"] if "forward" in program["program"]) >= 6
+        assert sum(program["launches"] for program in batch["programs"] if "sampling" in program["program"]) >= 6
+        for program in batch["programs"]:
+            assert sum(program["parts_s"].values()) == pytest.approx(program["mean_s"])
+            expected = {"products with weights", "attention", "norms"} if "forward" in program["program"] else set()
+            assert expected <= set(program["parts_s"])
+    printed = capsys.readouterr().out
+    assert re.search(rf"3 requests, 20 tokens in, 6 out: {NUMBER} ms a token after the first, {NUMBER} under", printed)
+    assert re.search(rf"  forward, \d+ tokens of \d+ sequences: \d+ launches of {NUMBER} ms\n    \D+{NUMBER} ", printed)
+
+
 def test_startup(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "startup", tmp_path, *options, "--max-model-len", "256", "--num-iters-cold", "0", "--num-iters-warmup", "0",

@@ -22,7 +22,7 @@ PARTS = {
     "jaxllm/layers/activation.py": "activation",
     "jaxllm/models/layer_stack.py": "a layer's weights copied",
     "jaxllm/sampling/": "sampling",
-    "jaxllm/runner/": "what belongs to whom",
+    "jaxllm/runner/": "fields of the step",
     "pallas_kernels/paged_attention/": "attention",
     "pallas_kernels/kv_write/": "keys and values written",
 }
@@ -66,7 +66,8 @@ class ProgramText:
         home = ""
         for line in text.splitlines():
             if begins := _COMPUTATION.match(line):
-                home = begins[1]
+                # a program's own instructions are of all kinds
+                home = "" if line.startswith("ENTRY") else begins[1]
                 inside[home] = collections.Counter()
             if (found := _INSTRUCTION.match(line)) is None:
                 continue
@@ -79,8 +80,8 @@ class ProgramText:
                 fused[name] = calls[1]
         for name, part in self.parts.items():
             if part == OTHER:
-                of_fusion = inside.get(fused.get(name, ""), collections.Counter()).most_common(1)
-                around = inside[homes[name]].most_common(1)
+                of_fusion = inside[fused[name]].most_common(1) if fused.get(name) in inside else []
+                around = inside[homes[name]].most_common(1) if homes[name] else []
                 if of_fusion:
                     self.parts[name] = of_fusion[0][0]
                 elif around and around[0][1] > 0.8 * inside[homes[name]].total():
@@ -184,11 +185,13 @@ def launch(run: Run, program: ProgramText) -> Launch:
     """Share the time of a run out to the program's parts."""
     first, last = run.operations[0].begin, max(operation.end for operation in run.operations)
     moments: list[tuple[float, int, int]] = []
-    parts = [program.parts.get(operation.name, OTHER) for operation in run.operations]
-    for index, (operation, part) in enumerate(zip(run.operations, parts, strict=True)):
+    parts: dict[int, str] = {}
+    for index, operation in enumerate(run.operations):
+        part = program.parts.get(operation.name, OTHER)
         if part is not None:
+            parts[index] = part
             moments += [(operation.begin, 1, index), (operation.end, -1, index)]
-    shares: collections.Counter[str] = collections.Counter()
+    shares: dict[str, float] = collections.defaultdict(float)
     active: set[int] = set()
     before, latest = first, -1
     for moment, change, index in sorted(moments):
@@ -216,7 +219,8 @@ def launch(run: Run, program: ProgramText) -> Launch:
 def mean_parts(launches: Iterable[Launch]) -> dict[str, float]:
     """Part -> mean seconds of a launch, longest first."""
     launches = list(launches)
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for each in launches:
-        total.update(each.parts)
-    return {part: spent / len(launches) for part, spent in total.most_common()}
+        for part, spent in each.parts.items():
+            total[part] += spent / len(launches)
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
