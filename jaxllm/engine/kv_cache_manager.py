@@ -5,7 +5,8 @@ block of positions ``i * block_size`` and following. Where a sliding window has 
 
 A block goes into the prefix cache when its tokens are scheduled *and* known: later requests of the same step may
 share it, because the device writes all keys and values of a step before it reads any. A token that is sampled but not
-read yet has no hash, so its block waits until it has been read, and the next step has been launched.
+read yet has no hash, so its block waits until it has been read, and the next step has been launched; blocks of outputs
+also wait for each other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
     from jaxllm.engine.request import Request
+
+#: tokens of outputs that go into the prefix cache together; what is left at a request's end goes then
+OUTPUT_LOT = 64
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -51,6 +55,8 @@ class KVCacheManager:
         self.prefix_cache_stats = PrefixCacheStats()
         self._hasher = BlockHasher(config.block_size)
         self._caching = config.enable_prefix_caching
+        #: full blocks of outputs that go into the prefix cache together, while their request runs
+        self._output_lot = max(OUTPUT_LOT // config.block_size, 1)
         self._num_groups = len(config.groups)
         self._full_groups = [g for g, group in enumerate(config.groups) if group.sliding_window is None]
         self._windows = [
@@ -248,7 +254,9 @@ class KVCacheManager:
         for group, table in enumerate(request.block_tables):
             self.pool.register(table[first:full], hashes, group)
         request.num_registered_blocks = full
-        request.register_at = (full + 1) * self.block_size
+        # a call for every block costs more than hashing it
+        lot = 1 if full * self.block_size < request.num_prompt_tokens else self._output_lot
+        request.register_at = (full + lot) * self.block_size
 
     def free(self, request: Request) -> None:
         """Give back all blocks of a request; registered ones can be hit until they are handed out again."""

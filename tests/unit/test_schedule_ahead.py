@@ -76,3 +76,16 @@ def test_tokens_that_end_nobody_can_wait() -> None:
     engine.settle()
     assert [update.new_token_ids for update in updates] == [[7], [8], [2]]
     assert goes_on.output_token_ids == [7] and goes_on.num_output_placeholders == 1
+
+
+def test_blocks_of_outputs_are_cached_in_lots_and_at_the_end() -> None:
+    engine = scheduler(max_model_len=200, block_size=32)
+    first = add(engine, "a", 40, max_tokens=150)
+    cached = []
+    while not first.is_finished:
+        read(engine, engine.schedule())
+        cached.append((first.num_tokens, len(engine.kv_cache_manager.pool._cached[0])))
+    changes = [now for before, now in zip([(0, 0), *cached], cached, strict=False) if now[1] != before[1]]
+    # the prompt's only full block; the first block that ends in outputs; two blocks of 32; what was full at the end,
+    # of which the last token was never computed
+    assert changes == [(40, 1), (65, 2), (129, 4), (190, 5)]
