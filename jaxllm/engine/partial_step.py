@@ -22,6 +22,27 @@ class PartialStep:
     limit: int
     #: running requests whose turn has not come
     left: Iterator[Request]
+    #: prompt tokens of the step that can be scored, in all
+    max_scored_tokens: int
+
+    def limit_scored(self, request: Request, start: int, count: int) -> tuple[int, int]:
+        """(tokens, how many of them are scored): as many of `count` as the step has room to score."""
+        wanted = min(start + count, request.num_scored_tokens) - start
+        if wanted <= 0:
+            return count, 0
+        room = self.max_scored_tokens - sum(self.output.scored)
+        return (count, wanted) if wanted <= room else (room, room)
+
+    def add(self, request: Request, start: int, count: int, sample: bool, num_scored: int) -> None:
+        """Put a request in, which has no entry yet."""
+        output = self.output
+        output.rows.append(request.row)
+        output.starts.append(start)
+        output.counts.append(count)
+        output.samples.append(sample)
+        output.scored.append(num_scored)
+        output.requests.append(request)
+        self.budget -= count
 
     def take_back(self, request: Request) -> None:
         """Take a request out, if it is in."""

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
+from jaxllm.engine.waiting_queue import priority_key
+
 if TYPE_CHECKING:
     from jaxllm.engine.kv_cache_manager import KVCacheManager
     from jaxllm.engine.request import Request
@@ -29,6 +31,11 @@ class Shortage:
         """Add what ``running[position:]``, not scheduled yet, lack for their tokens to the blocks in use."""
         lacking = sum(kv_cache_manager.missing_blocks(request) for request in running[position:])
         return cls(list(running), kv_cache_manager.pool.num_used + lacking)
+
+
+def choose_victim(running: list[Request], policy: str) -> Request:
+    """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""
+    return max(running, key=priority_key) if policy == "priority" else running[-1]
 
 
 class PreemptionLog:

@@ -29,12 +29,12 @@ from jaxllm.engine.decode_steps import DecodeSteps
 from jaxllm.engine.kv_cache_manager import KVCacheManager
 from jaxllm.engine.length_limits import LengthLimits
 from jaxllm.engine.partial_step import PartialStep, unschedule
-from jaxllm.engine.preemption import PreemptionLog, Shortage
+from jaxllm.engine.preemption import PreemptionLog, Shortage, choose_victim
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.request_update import StepUpdates
 from jaxllm.engine.sampled_tokens import SampledTokens
 from jaxllm.engine.scheduler_stats import SchedulerStats
-from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
+from jaxllm.engine.waiting_queue import FCFSQueue, PriorityQueue, WaitingQueue
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import SchedulerOutput
 
@@ -152,7 +152,7 @@ class Scheduler:
         """
         # how many steps a launch does depends on who arrives until then
         if self._ahead is None and not self._decode_steps.adaptive:
-            self.kv_cache_manager.cache_filled_blocks()
+            self.cache_filled_blocks()
             self._ahead = self._begin()
             self._schedule_running(self._ahead, may_preempt=False)
 
@@ -162,8 +162,7 @@ class Scheduler:
         Running requests come first, in the order of their admission; others are admitted only when nothing had to be
         preempted for the running ones.
         """
-        if self._ahead is None:
-            self.kv_cache_manager.cache_filled_blocks()
+        self.cache_filled_blocks()
         step, self._ahead = self._ahead or self._begin(), None
         preempted_before = self._preemptions.count
         self._schedule_running(step)
@@ -181,17 +180,18 @@ class Scheduler:
         threshold = self.config.long_prefill_token_threshold
         if threshold > 0 and self.config.enable_chunked_prefill and len(self.running) + len(self.waiting) > 1:
             limit = min(limit, threshold)
-        step = PartialStep(SchedulerOutput.empty(self._step), budget, limit, iter(tuple(self.running)))
+        output, left = SchedulerOutput.empty(self._step), iter(tuple(self.running))
+        step = PartialStep(output, budget, limit, left, self.config.max_scored_tokens)
         self._step += 1
         return step
 
     def _schedule_running(self, step: PartialStep, *, may_preempt: bool = True) -> None:
         """Give the running requests that are left their tokens, preempting where blocks lack, or ending there."""
         running, manager = self.running, self.kv_cache_manager
+        # not by `PartialStep.add`: this goes round for every request of every step
         output, budget, limit = step.output, step.budget, step.limit
         rows, starts, counts, samples = output.rows, output.starts, output.counts, output.samples
-        requests, new_blocks = output.requests, output.new_blocks
-        scored = output.scored
+        requests, new_blocks, scored = output.requests, output.new_blocks, output.scored
         num_steps = self._decode_steps.choose(running, self.waiting)
         shortage: Shortage | None = None
         for request in step.left if budget > 0 else ():
@@ -209,7 +209,7 @@ class Scheduler:
                 count = min(count, limit, budget)
             num_scored = 0
             if start < request.num_scored_tokens:
-                count, num_scored = self._limit_scored(output, request, start, count)
+                count, num_scored = step.limit_scored(request, start, count)
                 if count == 0:
                     continue
             end = start + count
@@ -226,7 +226,7 @@ class Scheduler:
                 while added is None:
                     if shortage is None:
                         shortage = Shortage.measure(manager, running, running.index(request))
-                    victim = self._choose_victim()
+                    victim = choose_victim(running, self.config.policy)
                     budget += unschedule(output, victim)
                     self._preempt(victim, running.index(victim), shortage)
                     if victim is request:
@@ -261,10 +261,9 @@ class Scheduler:
     def _schedule_waiting(self, step: PartialStep) -> None:
         """Admit requests in the queue's order until one does not fit."""
         manager = self.kv_cache_manager
-        output, budget, limit = step.output, step.budget, step.limit
-        now = time.monotonic()
+        output, limit = step.output, step.limit
         skipped: list[Request] = []
-        while budget > 0 and self._free_rows and self.waiting:
+        while step.budget > 0 and self._free_rows and self.waiting:
             request = self.waiting.peek()
             if request.grammar is not None:
                 # not compiled yet: others go first, and it keeps its place
@@ -279,11 +278,11 @@ class Scheduler:
             start = hit.num_tokens
             num_tokens = len(request.all_token_ids)
             count = min(num_tokens - start, limit)
-            if count > budget:
+            if count > step.budget:
                 if not self.config.enable_chunked_prefill:
                     break
-                count = budget
-            count, scored = self._limit_scored(output, request, start, count)
+                count = step.budget
+            count, scored = step.limit_scored(request, start, count)
             if count == 0:
                 break
             if self.config.reserve_full_prompt and not manager.can_fit(request, hit):
@@ -295,7 +294,7 @@ class Scheduler:
                 manager.prefix_cache_stats.record(num_tokens, start, resumed=request.num_preemptions > 0)
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = start
-                request.scheduled_ts = now
+                request.scheduled_ts = time.monotonic()
             request.status = RequestStatus.RUNNING
             request.row = self._free_rows.pop()
             request.num_computed_tokens = start + count
@@ -306,28 +305,10 @@ class Scheduler:
                 output.ending.append(request)
             self.running.append(request)
             manager.filled(request, by_prompt=True)
-            budget -= count
             output.admitted.append(admission(request, start))
-            output.rows.append(request.row)
-            output.starts.append(start)
-            output.counts.append(count)
-            output.samples.append(sample)
-            output.scored.append(scored)
-            output.requests.append(request)
+            step.add(request, start, count, sample, scored)
         for request in reversed(skipped):
             self.waiting.push_front(request)
-
-    def _limit_scored(self, output: SchedulerOutput, request: Request, start: int, count: int) -> tuple[int, int]:
-        """(tokens, how many of them are scored): as many of `count` as the step has room to score."""
-        wanted = min(start + count, request.num_scored_tokens) - start
-        if wanted <= 0:
-            return count, 0
-        room = self.config.max_scored_tokens - sum(output.scored)
-        return (count, wanted) if wanted <= room else (room, room)
-
-    def _choose_victim(self) -> Request:
-        """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""
-        return max(self.running, key=priority_key) if self.config.policy == "priority" else self.running[-1]
 
     def _preempt(self, victim: Request, index: int, shortage: Shortage) -> None:
         """Take row and blocks from ``running[index]``; its tokens are computed again when it comes back."""
@@ -376,8 +357,7 @@ class Scheduler:
         self._sampled = sampled = SampledTokens(scheduled, output, index_of_step)
         finished_running = False
         for index in sampled.may_end(self._end_token_ids):
-            request = sampled.requests[index]
-            ends = sampled.take(index)
+            request, ends = sampled.requests[index], sampled.take(index)
             if ends is not None:
                 finished_running = finished_running or request.row >= 0
                 self._end(request, *ends)
