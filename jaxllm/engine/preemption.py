@@ -48,16 +48,19 @@ class PreemptionLog:
         #: computed tokens given up so far; what the prefix cache keeps of them is not subtracted
         self.tokens_lost = 0
 
-    def record(self, victim: Request, shortage: Shortage, usage_before: float) -> None:
-        """Count a preemption that has just happened, and say so if it is the first or another `LOG_INTERVAL` are full.
+    def count_one(self, victim: Request) -> None:
+        """Count a preemption that has just happened; `victim.num_computed_tokens` still says what is lost."""
+        self.count += 1
+        self.tokens_lost += victim.num_computed_tokens
+
+    def warn(self, victim: Request, num_lost: int, shortage: Shortage, usage_before: float) -> None:
+        """Say that blocks lacked, if it is the first of all preemptions or another `LOG_INTERVAL` are full.
 
         Args:
-            victim: has given its blocks back; its `num_computed_tokens` still says what it had.
+            victim: has given its blocks back, and its `num_lost` computed tokens.
             shortage: measured at the step's first preemption.
             usage_before: of the KV cache, in [0, 1], when the victim still had its blocks.
         """
-        self.count += 1
-        self.tokens_lost += victim.num_computed_tokens
         if self.count > 1 and self.count % LOG_INTERVAL:
             return
         usable = self._kv.pool.num_usable
@@ -80,7 +83,7 @@ class PreemptionLog:
             "num_gpu_blocks_override >= %d or max_num_seqs <= %d every one of these requests.",
             victim.request_id,
             self.count,
-            victim.num_computed_tokens,
+            num_lost,
             victim.num_preemptions,
             self.tokens_lost,
             100 * usage_before,

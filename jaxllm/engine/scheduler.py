@@ -228,7 +228,7 @@ class Scheduler:
                         shortage = Shortage.measure(manager, running, running.index(request))
                     victim = choose_victim(running, self.config.policy)
                     budget += unschedule(output, victim)
-                    self._preempt(victim, running.index(victim), shortage)
+                    self._preempt(victim, shortage)
                     if victim is request:
                         break
                     added = manager.allocate_slots(request, end - start)
@@ -310,27 +310,28 @@ class Scheduler:
         for request in reversed(skipped):
             self.waiting.push_front(request)
 
-    def _preempt(self, victim: Request, index: int, shortage: Shortage) -> None:
-        """Take row and blocks from ``running[index]``; its tokens are computed again when it comes back."""
-        usage = self.kv_cache_manager.usage
-        self._put_back(index)
-        self._preemptions.record(victim, shortage, usage)
-        victim.num_computed_tokens = 0
+    def _preempt(self, victim: Request, shortage: Shortage) -> None:
+        """Take row and blocks from a running request for which the others lack them."""
+        usage, num_lost = self.kv_cache_manager.usage, victim.num_computed_tokens
+        self._put_back(self.running.index(victim))
+        self._preemptions.warn(victim, num_lost, shortage, usage)
 
     def preempt_all(self) -> None:
         """Take rows and blocks from every running request, after all steps have been read."""
         self.settle()
         while self.running:
-            self._put_back(-1).num_computed_tokens = 0
+            self._put_back(-1)
         self._ahead = None
 
-    def _put_back(self, index: int) -> Request:
+    def _put_back(self, index: int) -> None:
+        """Preempt ``running[index]``; its tokens are computed again when it comes back."""
         victim = self.running.pop(index)
         self._release(victim)
+        self._preemptions.count_one(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
+        victim.num_computed_tokens = 0
         self.waiting.push_front(victim)
-        return victim
 
     def update_from_output(self, scheduled: SchedulerOutput, output: StepOutput, index_of_step: int = 0) -> StepUpdates:
         """`end_requests` and `settle`."""

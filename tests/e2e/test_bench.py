@@ -79,7 +79,7 @@ def test_profile(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         "profile", tmp_path, *options, "--max-model-len", "256", "--batch-sizes", "1,3", "--input-len", "20",
         "--output-len", "6",
     )  # fmt: skip
-    assert [batch["batch_size"] for batch in record["batches"]] == [1, 3]
+    assert [batch["batch_size"] for batch in record["batches"]] == record["arguments"]["batch_sizes"] == [1, 3]
     for batch in record["batches"]:
         assert sum(program["launches"] for program in batch["programs"] if "forward" in program["program"]) >= 6
         assert sum(program["launches"] for program in batch["programs"] if "sampling" in program["program"]) >= 6
@@ -90,6 +90,11 @@ def test_profile(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert re.search(rf"3 requests, 20 tokens in, 6 out: {NUMBER} ms a token after the first, {NUMBER} under", printed)
     assert re.search(rf"  forward, \d+ tokens of \d+ sequences: \d+ launches of {NUMBER} ms\n    \D+{NUMBER} ", printed)
+
+
+def test_a_profile_of_more_requests_than_run_at_once_is_refused(options: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "profile", *options, "--max-model-len", "256", "--batch-sizes", "9"]) == 1
+    assert "9 requests do not run at once, max_num_seqs is 4: give a larger --max-num-seqs." in capsys.readouterr().err
 
 
 def test_startup(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

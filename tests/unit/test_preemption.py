@@ -185,3 +185,16 @@ def test_the_warning_comes_first_and_then_every_fiftieth_time(caplog: pytest.Log
     assert engine.stats().num_preemptions >= 100
     logged = [record.getMessage().split("preemption_cnt=")[1].split(".")[0] for record in caplog.records]
     assert logged[:3] == ["1", "50", "100"]
+
+
+def test_preempting_everybody_counts_as_well() -> None:
+    engine = scheduler()
+    running = [add(engine, name, 5) for name in "ab"]
+    read(engine, engine.schedule())
+    engine.schedule_ahead()
+    engine.preempt_all()
+    assert [request.num_preemptions for request in running] == [1, 1]
+    stats = engine.stats()
+    # five tokens of each prompt: what was scheduled ahead has not been computed
+    assert (stats.num_preemptions, stats.num_preempted_tokens, stats.num_running, stats.num_waiting) == (2, 10, 0, 2)
+    assert stats.kv_cache_usage == 0

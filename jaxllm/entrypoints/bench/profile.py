@@ -29,8 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValidationError("bench profile reads a CPU's profiles; on a GPU, llm.start_profile() writes one.")
         session = JaxLLMSession(llm, detokenize=True)
         for batch_size in arguments.batch_sizes:
-            arguments.batch_size = batch_size
-            requests = make_batch(arguments, ids, arguments.input_len)
+            if batch_size > session.facts["max_num_seqs"]:
+                raise ValidationError(
+                    f"--batch-sizes: {batch_size} requests do not run at once, max_num_seqs is "
+                    f"{session.facts['max_num_seqs']}: give a larger --max-num-seqs."
+                )
+            case = argparse.Namespace(**{**vars(arguments), "batch_size": batch_size})
+            requests = make_batch(case, ids, arguments.input_len)
             session.check(requests)
             session.generate(requests)
             session.generate(requests)
@@ -94,6 +99,8 @@ def _name(key: Any) -> str:
     if kind == "forward":
         (bucket,) = rest
         return f"forward, {bucket.tokens} tokens of {bucket.seqs} sequences"
+    if kind == "decode steps":
+        return f"several decode steps of {rest[0].seqs} sequences, head and sampling with them"
     if kind == "sample":
         return f"head and sampling, {rest[0]} rows at a time"
     return ", ".join(map(str, key))
