@@ -132,9 +132,8 @@ class EngineCore:
             launched = len(self._in_flight) < self._depth and self._schedule(outputs)
             self.scheduler.cache_filled_blocks()
             outputs += self._process()
-            if launched and len(self._in_flight) == self._depth > 1:
-                # the next turn reads
-                self.scheduler.schedule_ahead()
+            # the next turn reads
+            if launched and len(self._in_flight) == self._depth > 1 and self.scheduler.schedule_ahead():
                 for observer in self._observers:
                     observer.scheduled_ahead()
             if not launched and not outputs:

@@ -42,6 +42,8 @@ class PartialStep:
         output.samples.append(sample)
         output.scored.append(num_scored)
         output.requests.append(request)
+        if start + count + 1 >= request.max_total_tokens or request.repetition is not None:
+            output.ending.append(request)
         self.budget -= count
 
     def take_back(self, request: Request) -> None:

@@ -144,17 +144,18 @@ class Scheduler:
 
     # One step.
 
-    def schedule_ahead(self) -> None:
+    def schedule_ahead(self) -> bool:
         """Schedule as much of the next step as is certain: the running requests, up to the first for which blocks lack.
 
         May be called when a step has been launched, and has no effect but that `schedule` has less to do. Blocks that
-        the step fills are not in the prefix cache before.
+        the step fills are not in the prefix cache before. Returns whether anything has been decided.
         """
         # how many steps a launch does depends on who arrives until then
         if self._ahead is None and not self._decode_steps.adaptive:
             self.cache_filled_blocks()
             self._ahead = self._begin()
             self._schedule_running(self._ahead, may_preempt=False)
+        return self._ahead is not None
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step. It may be empty: then there is nothing to do before outputs are read or requests come.
@@ -301,8 +302,6 @@ class Scheduler:
             sample = start + count == num_tokens
             if sample:
                 request.num_output_placeholders = 1
-            if num_tokens + 1 >= request.max_total_tokens or request.repetition is not None:
-                output.ending.append(request)
             self.running.append(request)
             manager.filled(request, by_prompt=True)
             output.admitted.append(admission(request, start))

@@ -14,10 +14,9 @@ class StepObserver:
 
     A turn of the engine is what lies between `turn_begins` and `turn_ends`: `scheduled`, unless enough steps are
     launched; `launched`, unless there is nothing to launch; `processed` of a step that was read before;
-    `scheduled_ahead`, if enough steps are launched now; `read_begins`, `read` and `updated` of the oldest step, if none
-    was launched. `processed` of a step follows its `updated`, in the same turn or the next one. When the remaining
-    steps are drained, or a request is aborted, these come without a turn
-    around them. An observer does not raise.
+    `scheduled_ahead`, if part of the next step was; `read_begins`, `read` and `updated` of the oldest step, if none was
+    launched. `processed` of a step follows its `updated`, in the same turn or the next one. When the remaining steps
+    are drained, or a request is aborted, these come without a turn around them. An observer does not raise.
     """
 
     def turn_begins(self) -> None:

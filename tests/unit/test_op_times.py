@@ -80,7 +80,7 @@ def test_a_compiled_program_says_what_its_instructions_are_for():
 
 
 def shares(*operations: tuple[str, float, float, float]) -> dict[str, Any]:
-    found = launch(Run("jit", [Operation(*operation) for operation in operations]), ProgramText(TEXT))
+    found = launch(Run([Operation(*operation) for operation in operations]), ProgramText(TEXT))
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
     return {part: pytest.approx(1e9 * seconds) for part, seconds in found.parts.items() if seconds}
 

@@ -53,14 +53,14 @@ def test_nobody_is_preempted_ahead() -> None:
 
 def test_blocks_of_a_step_that_is_not_launched_are_not_cached() -> None:
     engine = scheduler(max_num_batched_tokens=4)
-    add(engine, "a", 8)
+    add(engine, "a", 12)
     first = engine.schedule()
     engine.cache_filled_blocks()
     engine.schedule_ahead()
     engine.cache_filled_blocks()
     engine.abort(["a"])
     read(engine, first)
-    same = add(engine, "a", 8)
+    same = add(engine, "a", 12)
     assert work(engine.schedule())["a"][0] == 4
     assert same.num_cached_tokens == 4
 
@@ -89,3 +89,14 @@ def test_blocks_of_outputs_are_cached_in_lots_and_at_the_end() -> None:
     # the prompt's only full block; the first block that ends in outputs; two blocks of 32; what was full at the end,
     # of which the last token was never computed
     assert changes == [(40, 1), (65, 2), (129, 4), (190, 5)]
+
+
+def test_what_is_computed_of_an_ended_request_does_not_grow_when_it_is_taken_back() -> None:
+    engine = scheduler()
+    ended = add(engine, "a", 2)
+    first = engine.schedule()
+    engine.schedule()
+    engine.schedule_ahead()
+    read(engine, first, 2)
+    # its last token has no keys and values for sure: the step in flight may have stopped at it
+    assert (ended.num_tokens, ended.num_computed_tokens) == (3, 2)

@@ -135,7 +135,6 @@ def _part(file: str) -> str | None:
 class Run:
     """What the profile has of one run of a program."""
 
-    module: str
     operations: list[_Operation] = dataclasses.field(default_factory=list)
 
 
@@ -170,7 +169,7 @@ def runs(folder: Path) -> list[Run]:
                     continue
                 end = event.start_ns + event.duration_ns
                 operation = _Operation(stats["hlo_op"], event.start_ns, end, end)
-                found.setdefault(stats["run_id"], Run(stats["hlo_module"])).operations.append(operation)
+                found.setdefault(stats["run_id"], Run()).operations.append(operation)
                 if "_p" in stats:
                     begun[stats["_p"]] = operation
     for context, moment in told:

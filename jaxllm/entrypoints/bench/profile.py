@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ def run(arguments: argparse.Namespace) -> int:
     ids = ordinary_ids(bench_tokenizer(arguments))
     results = []
     with build_llm(arguments, enable_prefix_caching=False) as llm:
-        if jax.default_backend() != "cpu":
+        if any(device.platform != "cpu" for device in _programs(llm).sharding.device_set):
             raise ValidationError("bench profile reads a CPU's profiles; on a GPU, llm.start_profile() writes one.")
         session = JaxLLMSession(llm, detokenize=True)
+        largest, most = max(arguments.batch_sizes), session.facts["max_num_seqs"]
+        if largest > most:
+            raise ValidationError(
+                f"--batch-sizes: {largest} requests do not run at once, max_num_seqs is {most}: give a larger "
+                "--max-num-seqs."
+            )
         for batch_size in arguments.batch_sizes:
-            if batch_size > session.facts["max_num_seqs"]:
-                raise ValidationError(
-                    f"--batch-sizes: {batch_size} requests do not run at once, max_num_seqs is "
-                    f"{session.facts['max_num_seqs']}: give a larger --max-num-seqs."
-                )
             case = argparse.Namespace(**{**vars(arguments), "batch_size": batch_size})
             requests = make_batch(case, ids, arguments.input_len)
             session.check(requests)
@@ -65,9 +67,13 @@ def _speed(found: dict[str, Any]) -> str:
     return f"{plain:.1f} ms a token after the first, {under:.1f} under the profiler"
 
 
-def profiled(llm: LLM, work: Any) -> dict[str, list[op_times.Launch]]:
+def _programs(llm: LLM) -> Any:
+    return llm._client.core._runner._programs  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def profiled(llm: LLM, work: Callable[[], Any]) -> dict[str, list[op_times.Launch]]:
     """The launches of each program while `work` is done; the programs in the order of their time."""
-    programs: Any = llm._client.core._runner._programs  # pyright: ignore[reportAttributeAccessIssue]
+    programs = _programs(llm)
     asked: list[Any] = []
     get = programs._get
 
