@@ -19,7 +19,7 @@ from jaxllm.engine.pooling_inputs import PoolingInputs
 from jaxllm.engine.stats_log import StatsLog, stats_interval
 from jaxllm.engine.token_constraints import TokenConstraints
 from jaxllm.logits_processor import extra_arg_defaults
-from jaxllm.runner import freed_memory
+from jaxllm.runner import freed_memory, program_identity
 from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory import MemoryPlan
@@ -82,9 +82,11 @@ def start(args: EngineArgs) -> Started:
     target = target_here("cpu" if is_null else args.device)
     times["resolve model"] = time.perf_counter() - clock
 
-    # the library that it comes from takes as long to import as the weights to load
-    with concurrent.futures.ThreadPoolExecutor(1, "load tokenizer") as pool:
-        loading = pool.submit(_tokenizer, args, path)
+    # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy
+    # beside that waits for the interpreter after each operation. Compiling, and loading programs, leave it alone.
+    program_identity.sources()
+    with concurrent.futures.ThreadPoolExecutor(1, "load files") as background:
+        loading = background.submit(_tokenizer, args, path)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target, progress=progress)
@@ -94,7 +96,7 @@ def start(args: EngineArgs) -> Started:
             if loading.done():
                 loading.result()  # nothing more is loaded where it failed
 
-        built = None if is_null else build_runner(config, checkpoint, record)
+        built = None if is_null else build_runner(config, checkpoint, record, background)
         clock = time.perf_counter()
         tokenizer = loading.result()
         times["load tokenizer"] = time.perf_counter() - clock

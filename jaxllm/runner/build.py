@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,11 +42,17 @@ class Built:
     plan: MemoryPlan
 
 
-def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[[str, float], None]) -> Built:
+def build_runner(
+    config: RunnerConfig,
+    checkpoint: Checkpoint,
+    record: Callable[[str, float], None],
+    background: concurrent.futures.Executor,
+) -> Built:
     """Build a runner.
 
     Args:
         record: told each start-up phase and its seconds.
+        background: reads the weights while programs are compiled, on a CPU.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -55,7 +63,7 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
     config, programs, plan = compiled_plan(config)
     clock.lap("plan")
 
-    def load() -> Params | PoolingModel:
+    def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         return checkpoint.load(
             sources,
             jnp.dtype(config.dtype),
@@ -63,14 +71,26 @@ def build_runner(config: RunnerConfig, checkpoint: Checkpoint, record: Callable[
             prefix=base_prefix(config.model),
             seed=config.seed,
             progress=config.progress,
+            stop=stop,
         )
 
-    # before anything large is there: compiling takes memory of its own, and a GPU's compiler tries out products on the
-    # card, which must not be full
-    programs.compile_all(config.progress)
-    freed_memory.give_back_code()
-    clock.lap("compile")
-    runner = _runner(config, load(), load, programs, plan.num_blocks)
+    on_cpu, stop = config.platform == "cpu", threading.Event()
+    # elsewhere they come last: a GPU's compiler tries out products on the card, which must not be full
+    reading = [background.submit(load, stop)] if on_cpu else []
+
+    def weights() -> Params | PoolingModel:
+        return reading.pop().result() if reading else load()
+
+    try:
+        programs.compile_all(config.progress)
+        freed_memory.give_back_code()
+        clock.lap("compile")
+        # on a CPU the cache is zeroed while they are read
+        runner = _runner(config, None if on_cpu else weights(), weights, programs, plan.num_blocks)
+        runner.restore_weights()
+    except BaseException:
+        stop.set()
+        raise
     clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")

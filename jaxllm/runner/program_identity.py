@@ -105,7 +105,7 @@ def sources() -> str:
 def _machine() -> str:
     """What the code generator and the division of work among threads look at."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.machine()} {platform.processor()} {cores} cores {_cpu_features()}"
+    return f"{platform.machine()} {cores} cores {_cpu_features()}"
 
 
 def _cpu_features() -> str:

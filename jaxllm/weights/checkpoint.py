@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,14 +96,16 @@ class Checkpoint:
         prefix: str = "model.",
         seed: int,
         progress: bool,
+        stop: threading.Event | None = None,
     ) -> Tree:
         """The model's weights on its devices. Raises WeightsError (see `loader.load`).
 
         Args:
             prefix: see `naming.CommonNames`.
+            stop: see `loader.load`.
         """
         if self.load_format == "dummy":
-            return loader.dummy(sources, dtype, sharding, seed)
+            return loader.dummy(sources, dtype, sharding, seed, stop=stop)
         if self.load_format == "orbax":
             return orbax.load(self.path, loader.shapes(sources, dtype, sharding))
         with self._reader() as reader:
@@ -114,7 +117,7 @@ class Checkpoint:
                     next(iter(self.config.get("architectures") or ("The model",))),
                     named.left_out,
                 )
-            return loader.load(named, sources, dtype, sharding, progress=progress)
+            return loader.load(named, sources, dtype, sharding, progress=progress, stop=stop)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:

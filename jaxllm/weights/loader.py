@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import re
+import threading
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
@@ -46,13 +48,23 @@ def shapes(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding | No
 
 
 def load(
-    reader: WeightReader, sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding, *, progress: bool
+    reader: WeightReader,
+    sources: Tree,
+    dtype: jnp.dtype,
+    sharding: jax.sharding.Sharding,
+    *,
+    progress: bool,
+    stop: threading.Event | None = None,
 ) -> Tree:
     """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
 
     At most `READ_PIECE` elements are in host memory a second time.
 
+    Args:
+        stop: set by another thread that does not want them any more.
+
     Raises:
+        concurrent.futures.CancelledError: `stop` was set.
         WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
             use it; nothing has been read then.
     """
@@ -66,7 +78,7 @@ def load(
 
     def one(source: Source) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return _read(reader, source, index or (), dtype)
+            return _read(reader, source, index or (), dtype, stop)
 
         array = jax.make_array_from_callback(source.shape, sharding, part)
         bar.update()
@@ -99,41 +111,68 @@ def check(reader: WeightReader, sources: object) -> None:
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 
-def _read(reader: WeightReader, source: Source, index: tuple[slice, ...], dtype: jnp.dtype) -> np.ndarray:
+def _read(
+    reader: WeightReader,
+    source: Source,
+    index: tuple[slice, ...],
+    dtype: jnp.dtype,
+    stop: threading.Event | None = None,
+) -> np.ndarray:
     """The slice `index` of a source, [layers, rows, columns] (without what it does not have)."""
     shape = source.shape
     index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
     out = _aligned(tuple(s.stop - s.start for s in index), dtype)
     if source.layers is None:
-        _fill(reader, source, 0, index, out)
+        _fill(reader, source, 0, index, out, stop)
     else:
         for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            _fill(reader, source, layer, index[1:], out[i])
+            _fill(reader, source, layer, index[1:], out[i], stop)
     return out
 
 
-def _fill(reader: WeightReader, source: Source, layer: int, index: tuple[slice, ...], out: np.ndarray) -> None:
+def _fill(
+    reader: WeightReader,
+    source: Source,
+    layer: int,
+    index: tuple[slice, ...],
+    out: np.ndarray,
+    stop: threading.Event | None,
+) -> None:
     """One layer's part of a slice: the rows of each fused tensor that fall into it."""
     wanted, offset = index[0], 0
     piece = max(READ_PIECE // (source.columns or 1), 1)
     for part in source.parts:
         name = part.name.format(layer=layer)
-        start, stop = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
-        for first in range(start, stop, piece):
-            last = min(first + piece, stop)
+        start, end = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
+        for first in range(start, end, piece):
+            _check(stop)
+            last = min(first + piece, end)
             tensor = reader.read(name, slice(first - offset, last - offset))
             out[first - wanted.start : last - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
         offset += part.rows
 
 
-def dummy(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding, seed: int = 0) -> Tree:
-    """Random weights made on the device: normal with deviation 0.02, norms that change nothing."""
+def _check(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise concurrent.futures.CancelledError
+
+
+def dummy(
+    sources: Tree,
+    dtype: jnp.dtype,
+    sharding: jax.sharding.Sharding,
+    seed: int = 0,
+    *,
+    stop: threading.Event | None = None,
+) -> Tree:
+    """Random weights made on the device: normal with deviation 0.02, norms that change nothing. `stop`: as in `load`."""
     leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
     # XLA's own generator: several times faster than JAX's default
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
     draw = jax.jit(_draw, static_argnums=(1, 2), out_shardings=sharding)
 
     def one(key: jax.Array, source: Source) -> jax.Array:
+        _check(stop)
         if source.norm_offset is not None:
             return jnp.full(source.shape, 1.0 - source.norm_offset, dtype, device=sharding)
         return jax.block_until_ready(draw(key, source.shape, dtype))
