@@ -31,6 +31,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.setup import read_setup
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights import gguf
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.resolve import resolve
 
@@ -100,6 +101,7 @@ def start(args: EngineArgs) -> Started:
         clock = time.perf_counter()
         tokenizer = loading.result()
         times["load tokenizer"] = time.perf_counter() - clock
+    gguf.forget_headers()
     freed_memory.give_back()
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
     if built is None:

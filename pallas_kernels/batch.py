@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import flax.struct
+import dataclasses
+
 import jax
 
 from pallas_kernels.backend import Backend
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionBatch:
     """Where each token of a step belongs. T: token bucket, S: sequence bucket, G: KV-cache groups, W: table width.
 
@@ -26,12 +28,13 @@ class AttentionBatch:
     num_seqs: jax.Array  # i32 []
     #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
     segment_starts: jax.Array | None = None
-    backend: Backend = flax.struct.field(pytree_node=False, default=Backend())
+    backend: Backend = dataclasses.field(metadata={"static": True}, default=Backend())
     #: the step has single tokens only: num_decodes == num_seqs
-    decode_only: bool = flax.struct.field(pytree_node=False, default=False)
+    decode_only: bool = dataclasses.field(metadata={"static": True}, default=False)
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Where one layer's keys and values are. Traced, so that one compiled layer serves all."""
 

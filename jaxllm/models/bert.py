@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -50,7 +49,8 @@ class BertConfig:
         return (None,) * self.num_layers
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BertLayers:
     """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
 
@@ -71,7 +71,8 @@ class BertLayers:
     mlp_norm_bias: jax.Array  # [L, d]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BertParams:
     embedding: jax.Array  # [V, d]
     position_embedding: jax.Array  # [P, d]

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from typing import Protocol
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +77,8 @@ class HasLayers(Protocol):
     def layer_window(self) -> tuple[int | None, ...]: ...
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Layers:
     """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
 
@@ -98,7 +98,8 @@ class Layers:
     post_mlp_norm: jax.Array | None  # [L, d]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Params:
     embedding: jax.Array  # [V, d]
     layers: Layers | tuple[Layers, ...]

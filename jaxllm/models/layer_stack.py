@@ -11,6 +11,7 @@ Which form an engine has is decided in `runner.target.Target.stacks_layers`; fil
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -62,8 +63,8 @@ def in_form(params: Tree, *, separated: bool) -> Tree:
         return params
     tree: Any = params
     if hasattr(tree, "body"):
-        return tree.replace(body=in_form(tree.body, separated=separated))
+        return dataclasses.replace(tree, body=in_form(tree.body, separated=separated))
     if separated:
         num_layers = len(jax.tree.leaves(tree.layers)[0])
-        return tree.replace(layers=separate(tree.layers, num_layers, lambda array, i: array[i]))
-    return tree.replace(layers=jax.tree.map(lambda *arrays: jnp.stack(arrays), *tree.layers))
+        return dataclasses.replace(tree, layers=separate(tree.layers, num_layers, lambda array, i: array[i]))
+    return dataclasses.replace(tree, layers=jax.tree.map(lambda *arrays: jnp.stack(arrays), *tree.layers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from jaxllm.config.cache import KVCacheGroup
@@ -35,7 +37,7 @@ def body_sources(config: ModelConfig) -> ModelParams:
     """The tree of `Source`s of everything but a head over the vocabulary."""
     if isinstance(config, BertConfig):
         return bert_sources(config)
-    return decoder_sources(config).replace(head=None)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(decoder_sources(config), head=None)
 
 
 def base_prefix(config: ModelConfig) -> str:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-import flax.struct
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +16,8 @@ from jaxllm.models.model import ModelConfig, ModelParams, body_sources
 from jaxllm.models.sources import Part, Source, separate_sources
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Head:
     """Weights of a classification head. C classes, d hidden size."""
 
@@ -25,7 +27,8 @@ class Head:
     classifier_bias: jax.Array | None  # [C]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PoolingModel:
     """Weights of a pooling model."""
 

@@ -52,7 +52,7 @@ Body = TypeVar("Body", Params, BertParams)
 
 def separate_sources(sources: Body, num_layers: int) -> Body:
     """The sources of a model whose layers are separate (`models.layer_stack`), from those of stacked ones."""
-    return sources.replace(layers=separate(sources.layers, num_layers, Source.of_layer))  # pyright: ignore
+    return dataclasses.replace(sources, layers=separate(sources.layers, num_layers, Source.of_layer))
 
 
 def decoder_sources(c: DecoderConfig) -> Params:

@@ -120,4 +120,4 @@ def split_shapes(model: DecoderConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh
     params = jax.tree.map(one, AXES, local_sources(model, devices), is_leaf=lambda leaf: isinstance(leaf, int))
     if stacked:
         return params
-    return params.replace(layers=separate(params.layers, model.num_layers, of_layer))
+    return dataclasses.replace(params, layers=separate(params.layers, model.num_layers, of_layer))

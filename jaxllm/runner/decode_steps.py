@@ -7,7 +7,8 @@ earlier launch has left behind one, does nothing.
 
 from __future__ import annotations
 
-import flax.struct
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +19,8 @@ from jaxllm.runner.packing import Packing
 from jaxllm.runner.step import ENDED, State, StepConfig, attention_batch, place_known_tokens, sample_rows
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Loop:
     """S: sequences of the bucket, N: `num_decode_steps`."""
 
@@ -65,9 +67,7 @@ def decode_steps(
     def one_step(loop: _Loop) -> _Loop:
         position = jnp.where(loop.going_on, first + loop.step, 0)
         active_row = jnp.where(loop.going_on, row, trash)
-        now = batch.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            positions=position, kv_lens=position + 1, token_valid=loop.going_on
-        )
+        now = dataclasses.replace(batch, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
         ids = loop.state.tokens[active_row, position]
         cache, hidden = forward(config.model, config.groups, params, ids, loop.state.cache, now)
         # what is compiled for the sampler is to be what a step alone has

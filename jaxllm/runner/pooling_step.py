@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,7 +34,8 @@ class PoolingStepConfig:
     backend: Backend = Backend()
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PoolingState:
     """What stays on the device between steps; donated to every step. R = max_num_seqs."""
 
@@ -66,7 +66,7 @@ def pooling_step(
     fields = packing.unpack(buffer)
     batch = attention_batch(fields, bucket, config.backend)
     if isinstance(config.model, BertConfig):
-        batch = batch.replace(segment_starts=fields["segment_starts"])  # pyright: ignore[reportAttributeAccessIssue]
+        batch = dataclasses.replace(batch, segment_starts=fields["segment_starts"])
     cache, hidden = forward(config.model, config.groups, params.body, fields["token_ids"], state.cache, batch)
     pooled, kept = _pool(config.pooler.seq_pooling_type, hidden, state.pooled, fields)
     results = finish(config.pooler, params.head, pooled, fields["dimensions"], fields["activate"] != 0)

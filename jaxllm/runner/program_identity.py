@@ -27,7 +27,7 @@ _UNRELATED = ("cache", "dump", "log", "profil", "traceback")
 _PACKAGES = ("jaxllm", "pallas_kernels")
 #: packages that take part in tracing and compiling
 _COMPILERS = (
-    *("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
     *("jax-triton", "triton"),
 )
 _CPU_LINES = ("model name", "flags", "Features")

@@ -328,7 +328,7 @@ class Programs(Compiler):
 
 def head_params(params: Params) -> Params:
     """What sampling needs of the weights: few arguments make quick launches."""
-    return params.replace(layers=None, norm=None)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(params, layers=None, norm=None)
 
 
 def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -48,7 +47,8 @@ class StepConfig:
 ENDED = -1
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """What stays on the device between steps; donated to every step. R = max_num_seqs, M = max_model_len."""
 
@@ -57,7 +57,8 @@ class State:
     tokens: jax.Array
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Hidden:
     """Where a forward step's logits come from, after the final norm; the rest of each array is zeros."""
 
@@ -65,7 +66,8 @@ class Hidden:
     scored: jax.Array  # [E, d]: prompt tokens whose successors' log-probabilities are wanted; E = max_scored_tokens
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sampled:
     """A step's result; entry i belongs to the i-th sampled sequence. R = max_num_seqs."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SamplingBatch:
     """Sampling parameters of R rows over a vocabulary of V tokens.
 
@@ -81,12 +83,12 @@ class SamplingBatch:
 
     def with_flags(self) -> SamplingBatch:
         """The same batch with every `any_*` flag computed from its arrays; `want_logprobs` stays as it is."""
-        return self.replace(**self._needs())  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(self, **self._needs())
 
     def narrowed(self) -> SamplingBatch:
         """The same batch with those `any_*` flags that are True recomputed; for rows taken out of a larger batch."""
         flags = {name: getattr(self, name) & need for name, need in self._needs().items()}
-        return self.replace(**flags)  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(self, **flags)
 
     def _needs(self) -> dict[str, jax.Array]:
         random = self.temperature > 0.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxllm.sampling import blocks as blk
 
@@ -13,7 +14,8 @@ from jaxllm.sampling import blocks as blk
 _LOWEST_EXPONENT = -87.0
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cut:
     """The first tokens of a row in the order (logit descending, token id ascending), by its last member."""
 
@@ -38,7 +40,8 @@ def rows_like(per_row: jax.Array, like: jax.Array) -> jax.Array:
     return per_row.reshape(per_row.shape[0], *([1] * (like.ndim - 1)))
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Distribution:
     """softmax(logits / temperature) of R rows, relative to the most likely token (weight 1).
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxllm.sampling import blocks as blk
 
 MODES = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Logprobs:
     """K = the number of most likely tokens that was asked for, C = the most that are asked for by id; both may be 0."""
 

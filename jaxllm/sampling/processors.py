@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxllm.errors import ValidationError
 from jaxllm.logits_processor import LogitsProcessor, extra_arg_defaults
 from jaxllm.sampling.batch import SamplingBatch
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LogitsState:
     """What a logits processor may know of each of the R rows. M = max_model_len."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from jaxllm.logits_processor import LogitsProcessor
@@ -27,7 +27,8 @@ ROWS = 8
 Result = TypeVar("Result")
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SampleResult:
     #: i32[R]
     token_ids: jax.Array

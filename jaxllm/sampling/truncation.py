@@ -8,11 +8,11 @@ without knowing it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from jaxllm.sampling import blocks as blk
@@ -21,7 +21,8 @@ from jaxllm.sampling.distribution import Cut, Distribution
 HEAD = 64
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Head:
     """The row's most likely tokens, K of them, in order."""
 

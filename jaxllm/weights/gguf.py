@@ -16,6 +16,10 @@ from jaxllm.weights.gguf_header import GGUFHeader, TensorInfo, parse_header
 from jaxllm.weights.gguf_names import ROPE_FREQS, StoredTensor, stored_rows, tensor_map
 from jaxllm.weights.gguf_quants import dequantize_rows
 
+#: the header that was read last: a start asks for one file's config, tokenizer and weights, and each would parse a
+#: vocabulary anew
+_kept: dict[tuple[Path, int, int, int], GGUFHeader] = {}
+
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
@@ -113,8 +117,19 @@ class GGUFReader:
 
 def _map_file(path: Path) -> tuple[np.ndarray, GGUFHeader]:
     try:
-        size = path.stat().st_size
-        data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        status = path.stat()
+        data = np.memmap(path, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be opened: {error.strerror or error}") from error
-    return data, parse_header(data.data, path)
+    key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
+    header = _kept.get(key)
+    if header is None:
+        header = parse_header(data.data, path)
+        forget_headers()
+        _kept[key] = header
+    return data, header
+
+
+def forget_headers() -> None:
+    """Free what is kept of the header that was read last: some megabytes."""
+    _kept.clear()

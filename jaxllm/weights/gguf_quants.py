@@ -41,7 +41,20 @@ def _half(blocks: Array, start: int) -> Array:
 
 def _nibbles(packed: Array) -> Array:
     """uint8 ``(n, k)`` -> ``(n, 2 * k)``: all low nibbles, then all high nibbles."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
+    packed = np.ascontiguousarray(packed)
+    n, k = packed.shape
+    both = np.empty((n, 2 * k), np.uint8)
+    np.bitwise_and(packed, 15, out=both[:, :k])
+    np.right_shift(packed, 4, out=both[:, k:])
+    return both
+
+
+def _affine(q: Array, scale: Array, offset: Array) -> Array:
+    """float32 ``scale * q + offset``, in one new array."""
+    values = q.astype(np.float32)
+    values *= scale
+    values += offset
+    return values
 
 
 def _bits(packed: Array) -> Array:
@@ -61,7 +74,7 @@ def _q4_0(b: Array) -> Array:
 
 def _q4_1(b: Array) -> Array:
     """d f16, m f16, qs[16]: ``d * q + m``."""
-    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
+    return _affine(_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2))
 
 
 def _q5_0(b: Array) -> Array:
@@ -73,7 +86,7 @@ def _q5_0(b: Array) -> Array:
 def _q5_1(b: Array) -> Array:
     """d f16, m f16, qh[4], qs[16]: ``d * q + m``."""
     q = _nibbles(b[:, 8:]) | (_bits(b[:, 4:8]) << 4)
-    return _half(b, 0) * q.astype(np.float32) + _half(b, 2)
+    return _affine(q, _half(b, 0), _half(b, 2))
 
 
 def _q8_0(b: Array) -> Array:

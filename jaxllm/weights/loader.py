@@ -165,7 +165,11 @@ def dummy(
     *,
     stop: threading.Event | None = None,
 ) -> Tree:
-    """Random weights made on the device: normal with deviation 0.02, norms that change nothing. `stop`: as in `load`."""
+    """Random weights made on the device: normal with deviation 0.02, norms that change nothing.
+
+    Args:
+        stop: see `load`.
+    """
     leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
     # XLA's own generator: several times faster than JAX's default
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))

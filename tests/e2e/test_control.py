@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def test_weights_are_a_pytree_that_can_be_replaced(llm: LLM, tmp_path: Path):
 
 def test_weights_of_another_shape_are_refused_by_name(llm: LLM):
     (params,) = llm.apply_model(lambda params: params)
-    wrong = params.replace(embedding=params.embedding[:, :8])
+    wrong = dataclasses.replace(params, embedding=params.embedding[:, :8])
     with pytest.raises(ValidationError, match=r"params.embedding must be float32\[257, 64\], got float32\[257, 8\]"):
         llm.update_weights(wrong)
     begin(llm, 1)

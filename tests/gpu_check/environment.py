@@ -16,7 +16,7 @@ from gpu_check.sizes import sizes
 from gpu_check.timing import seconds_per_run
 
 _PACKAGES = (
-    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "flax"),
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt"),
     *("numpy", "torch", "transformers", "triton", "nvidia-cublas", "nvidia-cublas-cu12", "llguidance"),
 )
 _SMI_FIELDS = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -90,7 +91,7 @@ def decode_attention_seconds(size: Sizes, backend: Backend, sequences: int, cont
     """Of one layer."""
     lengths = np.full(sequences, context, np.int32)
     batch, pages = ragged_batch(backend, np.ones(sequences, np.int32), lengths, size.block_size)
-    batch = batch.replace(decode_only=True)  # pyright: ignore[reportAttributeAccessIssue]
+    batch = dataclasses.replace(batch, decode_only=True)
     layers = max(1, size.cache_bytes // _context_bytes(size, sequences * context))
     return _attention_seconds(size, batch, pages, sequences, layers)
 

@@ -123,7 +123,7 @@ class Bench:
         params = self.runner.params
         assert isinstance(params, Params)
         # of the embedding a step reads its tokens' rows alone
-        read = params if params.head is None else params.replace(embedding=None)  # pyright: ignore
+        read = params if params.head is None else dataclasses.replace(params, embedding=None)
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
         self.num_weights = sum(leaf.size for leaf in jax.tree.leaves(read))
         self._fill_cache()
@@ -140,7 +140,7 @@ class Bench:
             return bits if cache.dtype == jnp.uint16 else jax.lax.bitcast_convert_type(bits, cache.dtype)
 
         state = self.runner._live()
-        self.runner._state = state.replace(cache=jax.jit(fill, donate_argnums=0)(state.cache))  # pyright: ignore
+        self.runner._state = dataclasses.replace(state, cache=jax.jit(fill, donate_argnums=0)(state.cache))
 
     def decode(self, sequences: int, context: int) -> None:
         """One token of each sequence."""

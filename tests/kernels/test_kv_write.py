@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -41,7 +42,7 @@ def test_new_rows_are_written_and_no_others(implementation: str, shape: Shape, i
     random = np.random.default_rng(case.drawn.seed)
     size = (2, shape.tokens, shape.kv_heads, shape.dim)
     new = (random.standard_normal(size) * random.choice([0, 1e-3, 1, 1e3], (*size[:-1], 1))).astype(shape.query)
-    batch = case.batch.replace(backend=backend(implementation, interpret))  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
     expected, expected_scales = case.cache.copy(), None if case.scales is None else case.scales.copy()
     numbers = new.astype(np.float32)
     stored, scales = (numbers.astype(shape.number), None) if not shape.has_scales else quantized(numbers, shape.number)
@@ -107,7 +108,7 @@ def test_the_operation_refuses_them_too():
     scales = jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
     new = jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)
     for implementation in ("triton", "xla"):
-        batch = case.batch.replace(backend=Backend(implementation=implementation, interpret=True))  # pyright: ignore
+        batch = dataclasses.replace(case.batch, backend=Backend(implementation=implementation, interpret=True))
         trace = functools.partial(jax.eval_shape, write_kv, cache, new, new, case.layout, batch, scales)
         if implementation == "xla":
             trace()

@@ -69,7 +69,7 @@ def mosaic() -> Iterator[Backend]:
 
 
 def attend(case: PagedCase, backend: Backend) -> jax.Array:
-    batch = case.batch.replace(backend=backend)  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=backend)
     how = arguments(case)
     scalars = {name: how.pop(name) for name in ("scale", "softcap", "causal")}
     return jax.jit(functools.partial(paged_attention, **scalars))(case.query, case.cache, case.layout, batch, **how)
@@ -99,7 +99,7 @@ def test_random_batches_on_a_gpu(shape: Shape, data: st.DataObject):
 def text(shape: Shape, backend: Backend) -> str:
     """The program of a shape."""
     case = PagedCase(shape, Sequences(computed=(0,), queries=(9,), window=9, shared=0, magnitude=1.0, seed=0))
-    batch = case.batch.replace(backend=backend)  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=backend)
     attend = functools.partial(paged_attention, scale=0.5, kv_scales=arguments(case)["kv_scales"])
     return str(jax.make_jaxpr(attend)(case.query, case.cache, case.layout, batch))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +89,7 @@ def operations(backend: Backend) -> dict[str, Callable[[], Any]]:
     sizes, experts = jnp.array([2, 2], jnp.int32), array(2, 32, 64, dtype=jnp.bfloat16)
     groups = array(2, 32, dtype=jnp.bfloat16), array(2, 32, dtype=jnp.uint8)
     weight = int4_weight(array(32, 32, dtype=jnp.uint8), *groups)
-    step = batch("triton").replace(backend=backend)  # pyright: ignore[reportAttributeAccessIssue]
+    step = dataclasses.replace(batch("triton"), backend=backend)
     return {
         "paged_attention": lambda: paged_attention(array(TOKENS, HEADS, DIM), CACHE, LAYOUT, step, scale=1.0),
         "kv_write": lambda: write_kv(CACHE, rows, rows, LAYOUT, step),

@@ -4,6 +4,7 @@ scores.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -53,7 +54,7 @@ def attend(query, cache, layout, batch, **how):
 @settings(max_examples=20)
 def test_attention_is_the_formula(implementation: str, shape: Shape, interpret: bool, data: st.DataObject):
     case = PagedCase(shape, data.draw(sequences(shape)))
-    batch = case.batch.replace(backend=backend(implementation, interpret))  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
     out = attend(case.query, as_stored(case.cache, batch.backend), case.layout, batch, **arguments(case))
     check(case, np.asarray(out).astype(np.float64))
 
@@ -64,7 +65,7 @@ def test_runs_that_lack_a_quarter_or_more(queries: tuple[int, ...]):
     shape = Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300)
     drawn = Sequences(computed=(30,) * len(queries), queries=queries, window=UNLIMITED, shared=0, magnitude=1.0, seed=0)
     case = PagedCase(shape, drawn)
-    batch = case.batch.replace(backend=Backend(implementation="xla"))  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=Backend(implementation="xla"))
     check(case, np.asarray(attend(case.query, case.cache, case.layout, batch, **arguments(case))).astype(np.float64))
 
 
@@ -90,7 +91,7 @@ def test_the_parts_of_a_split_context_are_one(splits: int, interpret: bool, data
     """Also where a part is empty, and where there are more parts than pieces of context."""
     shape = Shape(heads=8, kv_heads=2, dim=16, block=16, tokens=20, decode_only=True, sinks=True)
     case = PagedCase(shape, data.draw(sequences(shape)))
-    batch = case.batch.replace(backend=backend("triton", interpret))  # pyright: ignore
+    batch = dataclasses.replace(case.batch, backend=backend("triton", interpret))
     how = arguments(case)
     del how["causal"]
     out = decode(case.query, case.cache, case.layout, batch, splits=splits, **how)
@@ -107,7 +108,7 @@ def test_gradients_of_the_reference():
     towards = random.standard_normal(case.query.shape)
 
     def loss(query: jax.Array, cache: jax.Array) -> jax.Array:
-        batch = case.batch.replace(backend=Backend(implementation="reference"))  # pyright: ignore
+        batch = dataclasses.replace(case.batch, backend=Backend(implementation="reference"))
         out = reference.paged_attention(query, cache, case.layout, batch, **arguments(case))
         return jnp.sum(out * towards)
 

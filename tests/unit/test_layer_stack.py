@@ -86,7 +86,7 @@ def check_rows(separate: Params, stacked: Params) -> None:
     assert isinstance(separate.layers, tuple) and len(separate.layers) == LAYERS
     for i, layer in enumerate(separate.layers):
         jax.tree.map(lambda mine, stack, i=i: np.testing.assert_array_equal(mine, stack[i]), layer, stacked.layers)
-    rest = (jax.tree.leaves(params.replace(layers=None)) for params in (separate, stacked))  # pyright: ignore
+    rest = (jax.tree.leaves(dataclasses.replace(params, layers=None)) for params in (separate, stacked))
     for mine, other in zip(*rest, strict=True):
         np.testing.assert_array_equal(mine, other)
 

@@ -16,7 +16,7 @@ import psutil
 import jaxllm
 from jaxllm.entrypoints.bench.peers.protocol import peak_rss_bytes
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+_PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
 #: parsed, but not to be repeated
 _PRIVATE = ("run", "hf_token")
 
