@@ -84,6 +84,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing jaxllm into $(VENV)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --editable .
+	@$(BIN)/python -m compileall -q jaxllm pallas_kernels
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed

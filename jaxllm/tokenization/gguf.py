@@ -87,7 +87,7 @@ class _Vocabulary:
 
     def _list(self, name: str, kind: type) -> list[Any]:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {kind}:
             seen = "is missing" if value is None else f"is {type(value).__name__}"
             raise WeightsError(f"tokenizer.ggml.{name} {seen}, expected a list of {kind.__name__}")
         return value
@@ -98,7 +98,10 @@ def backend_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
     Raises ``WeightsError`` for an unknown tokenizer model or pre-tokenizer, and for malformed entries.
     """
-    vocabulary = _Vocabulary(metadata)
+    return _backend(_Vocabulary(metadata))
+
+
+def _backend(vocabulary: _Vocabulary) -> Tokenizer:
     model = vocabulary.value("model", str, None)
     if model not in _MODELS:
         raise WeightsError(f"the tokenizer model tokenizer.ggml.model = {model!r} is not known; known are gpt2, llama")
@@ -116,7 +119,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = _Vocabulary(metadata)
-    tokenizer = backend_from_gguf(metadata)
+    tokenizer = _backend(vocabulary)
     is_bpe = vocabulary.value("model", str, None) == "gpt2"
     add_bos = pre_tokenization(_pre(vocabulary)).add_bos if is_bpe else True
     special = {
@@ -139,13 +142,23 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     if template is not None and not isinstance(template, str):
         raise WeightsError(f"tokenizer.chat_template is of type {type(template).__name__}, expected a string")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_Given(tokenizer),
         chat_template=template,
         clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},
         **added,
         **extra,
     )
+
+
+class _Given:
+    """A tokenizer that is given away: transformers copies what it gets, which takes longer than all else here."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self._tokenizer
 
 
 def _pre(vocabulary: _Vocabulary) -> str:
