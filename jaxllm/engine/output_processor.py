@@ -72,7 +72,7 @@ class OutputState:
         self._decoded_tokens = len(tokens)
         if new and self._ends_with(new[-1]):
             new.pop()
-        detokenizer.extend(new)
+        detokenizer.extend(new, last=self.request.is_finished)
 
     def output(self) -> RequestOutput | None:
         """What to deliver now; None when there is nothing new of the kind that was asked for."""
@@ -145,13 +145,14 @@ class OutputProcessor:
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._stream_interval = stream_interval
         self._states: dict[str, OutputState] = {}
-        #: requests with stop strings
-        self._num_stops = 0
+        #: requests with stop strings, and those with outputs before the last one
+        self._num_stops = self._num_streaming = 0
 
     def add(self, request: Request, text: str | None) -> None:
         state = OutputState(request, text, self._tokenizer, self._texts, self._stream_interval)
         self._states[request.request_id] = state
         self._num_stops += state.finds_stops
+        self._num_streaming += state.kind is not _FINAL_ONLY
 
     def __contains__(self, request_id: str) -> bool:
         """Whether the last output of a request with this id is still to come."""
@@ -167,12 +168,16 @@ class OutputProcessor:
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
-        self._num_stops -= state.finds_stops
+        self._forget(state)
         return state.output()
+
+    def _forget(self, state: OutputState) -> None:
+        self._num_stops -= state.finds_stops
+        self._num_streaming -= state.kind is not _FINAL_ONLY
 
     def clear(self) -> None:
         self._states.clear()
-        self._num_stops = 0
+        self._num_stops = self._num_streaming = 0
 
     def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
         """Take what a step found about prompts, of the requests that still live."""
@@ -190,7 +195,11 @@ class OutputProcessor:
         """Outputs of one step's updates; ends requests whose stop string has come."""
         outputs = []
         states = self._states
-        for request, count, index in zip(updates.requests, updates.counts, updates.indices, strict=True):
+        entries = zip(updates.requests, updates.counts, updates.indices, strict=True)
+        if logprobs is None and not self._num_stops and not self._num_streaming:
+            # nobody else is told anything
+            entries = [entry for entry in entries if entry[0].status > _PREEMPTED]
+        for request, count, index in entries:
             state = states.get(request.request_id)
             if state is None:
                 continue
@@ -209,7 +218,7 @@ class OutputProcessor:
             output = state.output()
             if finished:
                 del states[request.request_id]
-                self._num_stops -= state.finds_stops
+                self._forget(state)
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -69,6 +69,31 @@ def test_pieces_add_up_to_the_text(byte_level: Tokenizer, kind: str, text: str):
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
+def word_piece() -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece({"ab": 0, "##c": 1, ",": 2, "[UNK]": 3}, unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    tokenizer.add_special_tokens(["[A]", "[B]"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback", "word piece"])
+@given(data=st.data())
+def test_the_text_of_all_tokens_is_that_of_one_by_one(byte_level: Tokenizer, kind: str, data: st.DataObject):
+    """Of whatever tokens: halves of characters, bytes that are none, special ones, in the prompt and behind it."""
+    tokenizer = {"byte level": lambda: byte_level, "byte fallback": byte_fallback, "word piece": word_piece}[kind]()
+    texts = st.sampled_from(TEXTS).map(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    cut = st.tuples(texts, st.integers(0, 30), st.integers(0, 30)).map(lambda drawn: drawn[0][drawn[1] :][: drawn[2]])
+    anything = st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=12)
+    ids = st.lists(cut | anything, max_size=4).map(lambda parts: sum(parts, []))
+    prompt, answer = data.draw(ids), data.draw(ids)
+    params = SamplingParams(skip_special_tokens=data.draw(st.booleans()))
+    together, by_one = (Detokenizer(tokenizer, prompt, params) for _ in range(2))
+    together.extend(answer, last=True)
+    for token_id in answer:
+        by_one.append(token_id)
+    assert together.text == by_one.text
+
+
 @given(
     text=st.text(alphabet="ab😀é ", max_size=40),
     stops=st.lists(st.text(alphabet="ab😀é ", min_size=1, max_size=4), max_size=3),
