@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from jaxllm.weights.gguf_quants import dequantize_rows
 #: the header that was read last: a start asks for one file's config, tokenizer and weights, and each would parse a
 #: vocabulary anew
 _kept: dict[tuple[Path, int, int, int], GGUFHeader] = {}
+#: seconds after which a file that is written anew has another time of modification on any file system
+_SETTLED = 2.0
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -126,7 +129,8 @@ def _map_file(path: Path) -> tuple[np.ndarray, GGUFHeader]:
     if header is None:
         header = parse_header(data.data, path)
         forget_headers()
-        _kept[key] = header
+        if time.time() - status.st_mtime > _SETTLED:
+            _kept[key] = header
     return data, header
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.engine.progress import Progress
 from jaxllm.errors import ValidationError
 from jaxllm.runner.interface import StepFuture
+from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner, StepResult
+from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.safetensors import SafetensorsReader
 
@@ -381,3 +384,23 @@ def test_without_a_writable_cache_folder_the_engine_still_starts(
     finally:
         jax.config.update("jax_compilation_cache_dir", configured)
     assert "No compile cache: cannot write to" in caplog.text
+
+
+def test_weights_are_read_no_further_when_a_start_fails(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    def load(self: Checkpoint, *args: Any, stop: threading.Event, **options: Any) -> None:
+        begun.set()
+        if stop.wait(60):
+            ended.set()
+        raise CancelledError
+
+    def compile_all(self: Programs, progress: bool) -> None:
+        assert begun.wait(60)
+        raise Failure
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    monkeypatch.setattr(Programs, "compile_all", compile_all)
+    with pytest.raises(Failure):
+        LLM(str(tiny_model), **SMALL)
+    assert ended.is_set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from jaxllm.weights import gguf as gguf_module
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.gguf import GGUFReader, read_metadata
 from jaxllm.weights.gguf_config import llama3_divisors
@@ -397,3 +400,34 @@ def test_metadata_of_every_value_type(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert read_metadata(path) == expected
+
+
+def test_a_header_is_parsed_once_unless_the_file_changes(good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parsed: list[Path] = []
+
+    def parse(data: memoryview, path: Path) -> Any:
+        parsed.append(path)
+        return parse_header(data, path)
+
+    monkeypatch.setattr(gguf_module, "parse_header", parse)
+    path = tmp_path / "model.gguf"
+
+    def write(content: bytes, age: float) -> None:
+        path.write_bytes(content)
+        os.utime(path, (time.time() - age,) * 2)
+
+    def read() -> int:
+        with GGUFReader(path) as reader:
+            reader.config()
+        read_metadata(path)
+        return len(parsed)
+
+    write(good, 100)
+    assert read() == 1
+    write(good, 50)
+    assert read() == 2
+    gguf_module.forget_headers()
+    assert read() == 3
+    # one that has just been written may be written again within the clock's resolution
+    write(good, 0)
+    assert read() == 5

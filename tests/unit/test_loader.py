@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,24 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit():
     with pytest.raises(WeightsError):
         loader.load(reader, decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
     assert not any(reader.rows.values())
+
+
+def test_reading_ends_when_nobody_wants_the_weights_any_more():
+    stop = threading.Event()
+
+    class StoppedReader(CountingReader):
+        def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+            assert not stop.is_set()
+            if name == "model.layers.1.self_attn.q_proj.weight":
+                stop.set()
+            return super().read(name, rows)
+
+    reader, sources = StoppedReader(weights()), decoder_sources(model_config(CONFIG))
+    with pytest.raises(CancelledError):
+        loader.load(reader, sources, jnp.dtype(np.float32), DEVICE, progress=False, stop=stop)
+    assert stop.is_set()
+    with pytest.raises(CancelledError):
+        loader.dummy(sources, jnp.dtype(np.float32), DEVICE, stop=stop)
 
 
 def test_a_slice_reads_only_the_rows_in_it():
