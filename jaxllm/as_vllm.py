@@ -144,8 +144,12 @@ def install() -> None:
 
 def main() -> None:
     """Run the script that the command line names, with its arguments."""
+    usage = "usage: python -m jaxllm.as_vllm script.py [arguments]"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m jaxllm.as_vllm script.py [arguments]")
+        raise SystemExit(usage)
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

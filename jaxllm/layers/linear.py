@@ -36,10 +36,12 @@ def linear_f32(x: jax.Array, weight: jax.Array, *, deterministic: bool = False) 
     Args:
         deterministic: on a CPU, a row of the result is the same, to the bit, however many rows x [rows, in] has. Two
             and more are multiplied by kernels that add up each number of the result from the first product to the last;
-            a single row is multiplied by another one, which keeps several sums, so it gets a companion.
+            a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16 takes three
+            rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
-    if deterministic and x.shape[0] == 1:
-        return linear_f32(_paired(x), weight)[:1]
+    rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
+    if deterministic and rows < least:
+        return linear_f32(_padded(x, least), weight)[:rows]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)
@@ -65,14 +67,14 @@ def _on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     if rows == 1:
-        return _product(_paired(x), weight)[:1]
+        return _product(_padded(x, 2), weight)[:1]
     if 16 <= rows <= 64 or (8 <= rows <= 128 and in_features > out_features):
         return lax.optimization_barrier(_product(weight, x)).T
     return _product(x, weight)
 
 
-def _paired(row: jax.Array) -> jax.Array:
-    return jnp.pad(row, ((0, 1), (0, 0)))
+def _padded(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:

@@ -59,7 +59,8 @@ def build_runner(
         WeightsError: the checkpoint does not fit the model.
     """
     clock = _Clock(record)
-    sources = config.sources()
+    sources, prefix = config.sources(), base_prefix(config.model)
+    checkpoint.check(sources, prefix=prefix)  # before anything takes long
     config, programs, plan = compiled_plan(config)
     clock.lap("plan")
 
@@ -68,7 +69,7 @@ def build_runner(
             sources,
             jnp.dtype(config.dtype),
             config.sharding,
-            prefix=base_prefix(config.model),
+            prefix=prefix,
             seed=config.seed,
             progress=config.progress,
             stop=stop,

@@ -119,6 +119,16 @@ class Checkpoint:
                 )
             return loader.load(named, sources, dtype, sharding, progress=progress, stop=stop)
 
+    def check(self, sources: object, *, prefix: str = "model.") -> None:
+        """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
+
+        Raises:
+            WeightsError: they differ, or the weights cannot be opened.
+        """
+        if self.load_format in ("gguf", "safetensors"):
+            with self._reader() as reader:
+                loader.check(CommonNames(reader, prefix), sources)
+
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:
         with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:

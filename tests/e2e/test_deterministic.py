@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import ValidationError
+from jaxllm.layers.linear import linear_f32
 from jaxllm.outputs import RequestOutput
 from jaxllm.setup import check_deterministic
 
@@ -115,6 +119,16 @@ def test_the_same_bits_alone_and_in_any_batch(engines: Engines):
 
     run()
     assert engines.preemptions > 0 and engines.hits > 0, "the property was not tested on what it is about"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_of_a_product_is_the_same_bits_beside_any_number_of_rows(dtype: str):
+    numbers = np.random.default_rng(0)
+    x, weight = (jnp.asarray(numbers.standard_normal((rows, 576)), dtype) for rows in (64, 960))
+    product = jax.jit(functools.partial(linear_f32, deterministic=True))
+    whole = np.asarray(product(x, weight)).view(np.uint32)
+    for rows in (1, 2, 3, 4, 7, 8, 15, 16, 17, 33):
+        np.testing.assert_array_equal(np.asarray(product(x[:rows], weight)).view(np.uint32), whole[:rows])
 
 
 def test_the_switch_changes_what_it_must(tiny_model: Path):

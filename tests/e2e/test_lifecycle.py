@@ -18,6 +18,7 @@ from tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.progress import Progress
 from jaxllm.errors import ValidationError
+from jaxllm.runner import build
 from jaxllm.runner.interface import StepFuture
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.runner import Runner, StepResult
@@ -404,3 +405,17 @@ def test_weights_are_read_no_further_when_a_start_fails(tiny_model: Path, monkey
     with pytest.raises(Failure):
         LLM(str(tiny_model), **SMALL)
     assert ended.is_set()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_compiled(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def compiled_plan(config: Any) -> None:
+        raise Failure
+
+    monkeypatch.setattr(build, "compiled_plan", compiled_plan)
+    with pytest.raises(Failure):
+        LLM(str(tiny_model), **SMALL)
+    monkeypatch.setattr(SafetensorsReader, "shape", lambda self, name: (1, 2, 3))
+    with pytest.raises(WeightsError, match=r"has shape \(1, 2, 3\), the model's config asks for"):
+        LLM(str(tiny_model), **SMALL)

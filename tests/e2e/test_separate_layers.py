@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_weights_are_taken_in_either_form(engine: LLM, separate: LLM, is_separat
     llm.update_weights(other)
     assert answers(llm) != before
     assert llm.apply_model(has_separate_layers) == [is_separate]
-    wrong = other.replace(layers=jax.tree.map(lambda array: array[:1], other.layers))
+    wrong = dataclasses.replace(other, layers=jax.tree.map(lambda array: array[:1], other.layers))
     with pytest.raises(ValidationError, match=r"params\.layers(\[0\])?\.attention_norm must be float32\[.*64\], got"):
         llm.update_weights(wrong)
     llm.update_weights(in_form(params, separated=not is_separate))
