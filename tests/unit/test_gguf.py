@@ -414,7 +414,8 @@ def test_a_header_is_parsed_once_unless_the_file_changes(good: bytes, tmp_path: 
 
     def write(content: bytes, age: float) -> None:
         path.write_bytes(content)
-        os.utime(path, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(path, (then, then))
 
     def read() -> int:
         with GGUFReader(path) as reader:
