@@ -145,14 +145,14 @@ def _fill(
         name = part.name.format(layer=layer)
         start, end = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
         for first in range(start, end, piece):
-            _check(stop)
+            _raise_if(stop)
             last = min(first + piece, end)
             tensor = reader.read(name, slice(first - offset, last - offset))
             out[first - wanted.start : last - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
         offset += part.rows
 
 
-def _check(stop: threading.Event | None) -> None:
+def _raise_if(stop: threading.Event | None) -> None:
     if stop is not None and stop.is_set():
         raise concurrent.futures.CancelledError
 
@@ -176,7 +176,7 @@ def dummy(
     draw = jax.jit(_draw, static_argnums=(1, 2), out_shardings=sharding)
 
     def one(key: jax.Array, source: Source) -> jax.Array:
-        _check(stop)
+        _raise_if(stop)
         if source.norm_offset is not None:
             return jnp.full(source.shape, 1.0 - source.norm_offset, dtype, device=sharding)
         return jax.block_until_ready(draw(key, source.shape, dtype))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +13,15 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, hf_weights, write_gguf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jaxllm.weights import gguf as gguf_module
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.gguf import GGUFReader, read_metadata
 from jaxllm.weights.gguf_config import llama3_divisors
 from jaxllm.weights.gguf_header import parse_header
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB, LAYERS = 4, 2, 8, 32, 64, 40, 2
 DATA = Path(__file__).parent.parent / "data"
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -32,80 +29,6 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to Q and K: the two halves of every head, row by row in turn."""
-    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
-    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weight.shape)
-
-
-def hf_weights(architecture: str, tied: bool = False) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(7)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    if not tied:
-        shapes["lm_head.weight"] = (VOCAB, HIDDEN)
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if architecture == "gemma3":
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    for layer in range(LAYERS):
-        at = f"model.layers.{layer}"
-        for name, out in (("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
-            shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, HIDDEN)
-            if architecture == "qwen2":
-                shapes[f"{at}.self_attn.{name}_proj.bias"] = (out,)
-            if architecture in ("qwen3", "gemma3") and name != "v":
-                shapes[f"{at}.self_attn.{name}_norm.weight"] = (HEAD_DIM,)
-        shapes[f"{at}.self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
-        shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (FFN, HIDDEN)
-        shapes[f"{at}.mlp.down_proj.weight"] = (HIDDEN, FFN)
-        shapes |= {f"{at}.{norm}.weight": (HIDDEN,) for norm in norms}
-    return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write_gguf(
-    path: Path,
-    architecture: str,
-    weights: dict[str, np.ndarray],
-    kind: Kind = Kind.F32,
-    edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-) -> Path:
-    """Write HF weights the way llama.cpp's converter does, names by the ``gguf`` package's own table."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(LAYERS)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_context_length(512)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(50_000.0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
-    if architecture == "gemma3":
-        writer.add_sliding_window(16)
-    edit(writer)
-    tensor_names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), LAYERS)
-    for name, weight in weights.items():
-        stored_name = name if name == "rope_freqs.weight" else tensor_names.get_name(name, (".weight", ".bias"))
-        assert stored_name is not None, name
-        stored = weight
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            stored = interleaved(weight, HEADS if "q_proj" in name else KV_HEADS)
-        if architecture == "gemma3" and name.endswith("norm.weight"):
-            stored = weight + 1
-        if stored.ndim == 2 and kind != Kind.F32:
-            writer.add_tensor(stored_name, gguf.quants.quantize(stored, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(stored_name, stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("architecture", list(CLASSES))
@@ -400,35 +323,3 @@ def test_metadata_of_every_value_type(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert read_metadata(path) == expected
-
-
-def test_a_header_is_parsed_once_unless_the_file_changes(good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    parsed: list[Path] = []
-
-    def parse(data: memoryview, path: Path) -> Any:
-        parsed.append(path)
-        return parse_header(data, path)
-
-    monkeypatch.setattr(gguf_module, "parse_header", parse)
-    path = tmp_path / "model.gguf"
-
-    def write(content: bytes, age: float) -> None:
-        path.write_bytes(content)
-        then = time.time() - age
-        os.utime(path, (then, then))
-
-    def read() -> int:
-        with GGUFReader(path) as reader:
-            reader.config()
-        read_metadata(path)
-        return len(parsed)
-
-    write(good, 100)
-    assert read() == 1
-    write(good, 50)
-    assert read() == 2
-    gguf_module.forget_headers()
-    assert read() == 3
-    # one that has just been written may be written again within the clock's resolution
-    write(good, 0)
-    assert read() == 5
