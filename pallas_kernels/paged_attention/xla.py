@@ -19,6 +19,10 @@ from pallas_kernels.storage import compute_dtype, from_storage
 
 #: sequences of a tile that has one query of each: more overflow a core's cache with what a piece widens to float32
 DECODE_ROWS = 8
+#: and of the tiles for the last ones, where no more than LAST_SEQS are left: rows of padding cost what others do
+LAST_ROWS, LAST_SEQS = 2, 4
+#: most sequences of a batch that has such tiles: with more they save less, and take as long to compile
+LAST_TILES_SEQS = 16
 #: most positions of one piece of context, but that a piece has at least one page
 DECODE_CONTEXT = 64
 #: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind
@@ -56,21 +60,30 @@ def _decode_tiles(query, cache, layout, batch, *how):
     """Of each sequence's first `num_decodes` tokens, float32 [T, H * D]; the other rows are finite."""
     tokens, width = query.shape[0], math.prod(query.shape[1:])
     seqs = batch.kv_lens.shape[0]
-    rows = min(DECODE_ROWS, seqs)
-    tiles = -(-seqs // rows)
+    most = min(DECODE_ROWS, seqs)
     # a product of a single row is computed by another kernel, which adds up in another order
     queries = 2 if batch.backend.deterministic and query.shape[2] == 1 else 1
 
-    def tile(i, out):
-        nth = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        row, active = jnp.minimum(nth, seqs - 1), nth < batch.num_decodes
-        position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
-        asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
-        attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
-        attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
-        return lax.dynamic_update_slice(out, attended, (i * rows, 0))
+    def tiles(rows, first, out, left_over):
+        """Tiles of so many rows, from sequence `first` on, until at most `left_over` sequences are left."""
 
-    out = lax.fori_loop(0, _cdiv(batch.num_decodes, rows), tile, jnp.zeros((tiles * rows, width)))
+        def tile(i, out):
+            begin = first + i * rows
+            nth = begin + jnp.arange(rows, dtype=jnp.int32)
+            row, active = jnp.minimum(nth, seqs - 1), nth < batch.num_decodes
+            position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
+            asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
+            attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
+            attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
+            return lax.dynamic_update_slice(out, attended, (begin, 0))
+
+        count = _cdiv(jnp.maximum(batch.num_decodes - first - left_over, 0), rows)
+        return first + count * rows, lax.fori_loop(0, count, tile, out)
+
+    left_over = LAST_SEQS if LAST_SEQS < seqs <= LAST_TILES_SEQS else 0
+    first, out = tiles(most, 0, jnp.zeros((-(-seqs // most) * most, width)), left_over)
+    if left_over:
+        _, out = tiles(LAST_ROWS, first, out, 0)
     out = out[:tokens]
     return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
 
-SEQS, MAX_LEN = 20, 384
+MAX_LEN = 384
 UNLIMITED = 2**30
 SCALE = 0.7
 #: there are two block tables and two layers, of which the kernels must take the second
@@ -33,6 +33,8 @@ class Shape:
     dim: int
     block: int
     tokens: int = 96
+    #: room for so many sequences
+    seqs: int = 20
     query: str = "float32"
     #: of the pages; "uint16": bfloat16, as a CPU has it
     stored: str = "float32"
@@ -52,7 +54,7 @@ class Shape:
 
     @property
     def num_blocks(self) -> int:
-        return 1 + SEQS * self.width
+        return 1 + self.seqs * self.width
 
     @property
     def number(self) -> np.dtype:
@@ -80,9 +82,9 @@ class Sequences:
 
 @st.composite
 def sequences(draw: st.DrawFn, shape: Shape) -> Sequences:
-    decodes = draw(st.integers(0, min(SEQS, shape.tokens)))
+    decodes = draw(st.integers(0, min(shape.seqs, shape.tokens)))
     queries, room = [1] * decodes, shape.tokens - decodes
-    while not shape.decode_only and room >= 2 and len(queries) < SEQS and (not queries or draw(st.booleans())):
+    while not shape.decode_only and room >= 2 and len(queries) < shape.seqs and (not queries or draw(st.booleans())):
         queries.append(draw(st.integers(2, room)))
         room -= queries[-1]
     # who sees the whole sequence sees what this step computes: all of it
@@ -124,9 +126,9 @@ class PagedCase:
         token_seq[:total] = np.repeat(np.arange(n), counts)
         before = self.drawn.computed
         positions[:total] = np.concatenate([np.arange(b, b + c) for b, c in zip(before, counts, strict=True)] or [[]])
-        query_start = np.full(SEQS + 1, total, np.int32)
+        query_start = np.full(shape.seqs + 1, total, np.int32)
         query_start[:n] = np.cumsum(counts) - counts
-        kv_lens = np.zeros(SEQS, np.int32)
+        kv_lens = np.zeros(shape.seqs, np.int32)
         kv_lens[:n] = self.lengths
         tables = self._random.integers(1, shape.num_blocks, (2, *self.table.shape)).astype(np.int32)
         tables[GROUP] = self.table
@@ -187,10 +189,10 @@ class PagedCase:
         return np.dtype(ml_dtypes.bfloat16) if self.shape.has_scales and query == np.float16 else query
 
     def _tables(self) -> np.ndarray:
-        """Block table [SEQS, width] of all sequences: pages in any order, those of shared positions the first's."""
+        """Block table [seqs, width] of all sequences: pages in any order, those of shared positions the first's."""
         shape = self.shape
         free = iter(self._random.permutation(np.arange(1, shape.num_blocks)))
-        table = np.zeros((SEQS, shape.width), np.int32)
+        table = np.zeros((shape.seqs, shape.width), np.int32)
         for seq, length in enumerate(self.lengths):
             for column in range(self.visible(seq).start // shape.block, -(-length // shape.block)):
                 shared = self._shares(seq, column) and table[0, column]

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paged_case
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,10 +75,9 @@ def attend(case: PagedCase, backend: Backend) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_the_formula(name: str, mosaic: Backend, monkeypatch: pytest.MonkeyPatch):
+def test_attention_is_the_formula(name: str, mosaic: Backend):
     shape, drawn = CASES[name]
-    monkeypatch.setattr(paged_case, "SEQS", len(drawn["queries"]))
-    case = PagedCase(shape, Sequences(**drawn, seed=3))
+    case = PagedCase(dataclasses.replace(shape, seqs=len(drawn["queries"])), Sequences(**drawn, seed=3))
     out = np.array(attend(case, mosaic), np.float64)
     check(case, out)
 
@@ -104,10 +102,9 @@ def text(shape: Shape, backend: Backend) -> str:
     return str(jax.make_jaxpr(attend)(case.query, case.cache, case.layout, batch))
 
 
-def test_other_shapes_are_left_to_triton(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(paged_case, "SEQS", 1)
+def test_other_shapes_are_left_to_triton():
     mosaic, triton = (Backend(implementation=name) for name in ("mosaic", "triton"))
-    taken = Shape(heads=2, kv_heads=1, dim=64, block=16, tokens=16, **BF16)
+    taken = Shape(heads=2, kv_heads=1, dim=64, block=16, tokens=16, seqs=1, **BF16)
     assert text(taken, mosaic) != text(taken, triton)
     changes: list[dict[str, Any]] = [
         dict(query="float32"),
