@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
+
 
 def linear(
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | StackedMatrix,
     bias: jax.Array | None = None,
     *,
     sum_over: str | None = None,
@@ -17,7 +19,7 @@ def linear(
 ) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
-    Weights keep the checkpoint's orientation.
+    Weights keep the checkpoint's orientation. A `StackedMatrix` stands for a weight where x may have one row.
 
     Args:
         sum_over: mesh axis over which `in` is split: each device has a part of x and weight, and all get the sum.
@@ -30,7 +32,7 @@ def linear(
     return y if sum_over is None else lax.psum(y, sum_over)
 
 
-def linear_f32(x: jax.Array, weight: jax.Array, *, deterministic: bool = False) -> jax.Array:
+def linear_f32(x: jax.Array, weight: jax.Array | StackedMatrix, *, deterministic: bool = False) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
     Args:
@@ -39,6 +41,11 @@ def linear_f32(x: jax.Array, weight: jax.Array, *, deterministic: bool = False) 
             a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16 takes three
             rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
+    if isinstance(weight, StackedMatrix):
+        if x.shape[0] == 1:
+            return one_row_product(x, weight)
+        assert weight.several is not None
+        weight = weight.several
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
     if deterministic and rows < least:
         return linear_f32(_padded(x, least), weight)[:rows]

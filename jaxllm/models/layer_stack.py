@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.stacked_matrix import StackedMatrix
+
 Carry = TypeVar("Carry")
 #: a model's weights, their shapes or their sources
 Tree = TypeVar("Tree")
@@ -28,16 +30,30 @@ def through_layers(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, laye
     """``carry = layer(carry, weights, place)``, one layer after the other.
 
     Args:
-        layers: the weights, in either form.
+        layers: the weights, in either form. A `StackedMatrix` among stacked ones stays whole, and knows its layer.
         places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
     """
     if not isinstance(layers, tuple):
-        return lax.scan(lambda carry, scanned: (layer(carry, *scanned), None), carry, (layers, places))[0]
+        leaves, tree = jax.tree.flatten(layers, is_leaf=_is_whole)
+        whole = [leaf if _is_whole(leaf) else None for leaf in leaves]
+
+        def scanned(carry: Carry, each: Any) -> tuple[Carry, None]:
+            i, own, place = each
+            own = [part if leaf is None else leaf.of_layer(i) for leaf, part in zip(whole, own, strict=True)]
+            return layer(carry, tree.unflatten(own), place), None
+
+        split = [None if _is_whole(leaf) else leaf for leaf in leaves]
+        num_layers = len(jax.tree.leaves(places)[0])
+        return lax.scan(scanned, carry, (jnp.arange(num_layers, dtype=jnp.int32), split, places))[0]
     # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
     call = jax.jit(layer)
     for i, weights in enumerate(layers):
         carry = call(carry, weights, jax.tree.map(lambda array, i=i: array[i], places))
     return carry
+
+
+def _is_whole(leaf: Any) -> bool:
+    return isinstance(leaf, StackedMatrix)
 
 
 def separate(layers: Tree, num_layers: int, one: Callable[[Any, int], Any]) -> tuple[Tree, ...]:

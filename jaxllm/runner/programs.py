@@ -25,6 +25,7 @@ from jaxllm.runner import freed_memory
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.decode_steps import decode_steps
+from jaxllm.runner.one_row import with_head_for_one, with_whole_layers
 from jaxllm.runner.packing import decode_packing, forward_packing, sample_packing
 from jaxllm.runner.program_store import ProgramStore, open_store
 from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
@@ -210,6 +211,8 @@ class Programs(Compiler):
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
         self._params = params
+        #: whether a single row has products of its own (`one_row`)
+        self.reads_rows = platform == "cpu" and self._mesh is None and not config.backend.deterministic
         self.packings = {
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
         }
@@ -233,13 +236,29 @@ class Programs(Compiler):
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
         out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
-        return self._lowered(function, self._params, self._state, words, donate=1, out=out)
+        return self._lowered(function, self._params_for(bucket), self._state, words, donate=1, out=out)
+
+    def takes_whole_layers(self, bucket: Bucket) -> bool:
+        """Whether a bucket's programs take `one_row.with_whole_layers` of the params."""
+        return bucket.tokens == 1 and self.reads_rows
+
+    def _params_for(self, bucket: Bucket) -> Params:
+        return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
+
+    def head_params(self, params: Params) -> Params:
+        """What sampling takes of the weights: few arguments make quick launches.
+
+        Args:
+            params: arrays, or their shapes.
+        """
+        params = dataclasses.replace(params, layers=None, norm=None)
+        return with_head_for_one(params) if self.reads_rows else params
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = self.sample_packing
         function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
-        head = head_params(self._params)
+        head = self.head_params(self._params)
         words = self._words(packing.size)
         return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
 
@@ -255,12 +274,14 @@ class Programs(Compiler):
         )
         words = self._words(packing.size + sample_packing.size)
         out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
-        return self._lowered(function, self._params, self._state, words, self._constraints(full), donate=1, out=out)
+        params = self._params_for(bucket)
+        return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
-        return self._lowered(function, head_params(self._params), self._hidden(capacity), self._words(1 + capacity))
+        hidden = self._hidden(capacity)
+        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
 
     def lower_writer(self) -> jax.stages.Lowered:
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
@@ -324,11 +345,6 @@ class Programs(Compiler):
     @property
     def largest(self) -> Bucket:
         return next(reversed(self.packings))
-
-
-def head_params(params: Params) -> Params:
-    """What sampling needs of the weights: few arguments make quick launches."""
-    return dataclasses.replace(params, layers=None, norm=None)
 
 
 def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:

@@ -17,7 +17,8 @@ from jaxllm.runner.constraints import ConstraintShape
 from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.device_memory import DeviceMemory
 from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
-from jaxllm.runner.programs import WRITE_TOKENS, Programs, head_params
+from jaxllm.runner.one_row import with_whole_layers
+from jaxllm.runner.programs import WRITE_TOKENS, Programs
 from jaxllm.runner.rows import PackedStep, RowTable
 from jaxllm.runner.step import Hidden, Sampled, State
 from jaxllm.sampling.logprobs import Logprobs
@@ -123,13 +124,12 @@ class Runner(DeviceMemory[Params, State]):
         num_groups: int,
         table_width: int,
     ):
+        self._programs, self._buckets = programs, tuple(programs.packings)
         super().__init__(params, reload, programs)
-        self._programs = programs
         self._shape = ConstraintShape(programs.config.model.vocab_size)
         self._max_num_seqs = state.tokens.shape[0] - 1
         self._max_scored_tokens = programs.config.max_scored_tokens
         self._rows = RowTable(self._max_num_seqs, num_groups, table_width, programs.config, programs.sample_packing)
-        self._buckets = tuple(programs.packings)
         self._no_constraints = jax.device_put(self._shape.empty(self._max_num_seqs), self._sharding)
 
     def warm_up(self) -> None:
@@ -198,7 +198,8 @@ class Runner(DeviceMemory[Params, State]):
 
     def _forward(self, bucket: Bucket, buffer: np.ndarray) -> tuple[Hidden, jax.Array]:
         program = self._programs.forward(bucket)
-        self._state, *passed_on = program(self.params, self._live(), jax.device_put(buffer, self._sharding))
+        words = jax.device_put(buffer, self._sharding)
+        self._state, *passed_on = program(self._params_for(bucket), self._live(), words)
         hidden, sampling = passed_on
         return hidden, sampling
 
@@ -221,7 +222,7 @@ class Runner(DeviceMemory[Params, State]):
         program, full = self._programs.decode_steps(bucket, full)
         given = self._given(constraints) if full else None
         words = jax.device_put(buffer, self._sharding)
-        self._state, sampled = program(self.params, self._live(), words, given)
+        self._state, sampled = program(self._params_for(bucket), self._live(), words, given)
         return sampled
 
     def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:
@@ -243,8 +244,15 @@ class Runner(DeviceMemory[Params, State]):
             tokens = self._programs.writer(tokens, jax.device_put(buffer, self._sharding))
         self._state = State(cache=state.cache, tokens=tokens)
 
+    def _params_for(self, bucket: Bucket) -> Params | None:
+        return self._whole if self._programs.takes_whole_layers(bucket) else self.params
+
     def _heads(self) -> None:
-        self._head = None if self.params is None else head_params(self.params)
+        self._head = self._whole = None
+        if self.params is not None:
+            self._head = self._programs.head_params(self.params)
+            if any(map(self._programs.takes_whole_layers, (*self._programs.packings, *self._programs.decode_packings))):
+                self._whole = with_whole_layers(self.params)
 
     def shutdown(self) -> None:
         """Free every device array; idempotent."""

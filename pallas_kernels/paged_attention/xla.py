@@ -22,7 +22,7 @@ DECODE_ROWS = 8
 #: and of the tiles for the last ones, where no more than LAST_SEQS are left: rows of padding cost what others do
 LAST_ROWS, LAST_SEQS = 2, 4
 #: most sequences of a batch that has such tiles: with more they save less, and take as long to compile
-LAST_TILES_SEQS = 16
+LAST_TILES_SEQS = 8
 #: most positions of one piece of context, but that a piece has at least one page
 DECODE_CONTEXT = 64
 #: (consecutive queries of a run, runs of a tile, positions of a piece) of chunks and prompts: as many runs of each kind

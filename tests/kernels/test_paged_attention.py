@@ -33,7 +33,7 @@ SHAPES = (
     # room for long runs of queries ("xla"), in products of bfloat16
     Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300, query="bfloat16", stored="uint16"),
     # few sequences: "xla" has smaller tiles for the last ones of them
-    Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=14, stored="uint16"),
+    Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=8, stored="uint16"),
     # no power of two: "triton" leaves it to "xla", with keys as it has written them
     Shape(heads=2, kv_heads=1, dim=8, block=96, tokens=20),
 )
@@ -71,10 +71,10 @@ def test_runs_that_lack_a_quarter_or_more(queries: tuple[int, ...]):
     check(case, np.asarray(attend(case.query, case.cache, case.layout, batch, **arguments(case))).astype(np.float64))
 
 
-@pytest.mark.parametrize("decodes", [1, 2, 3, 4, 5, 8, 9, 11, 12, 13, 14])
+@pytest.mark.parametrize("decodes", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_single_tokens_in_tiles_of_two_sizes(decodes: int):
     """ "xla" leaves up to four sequences to tiles of two, if there is room for few."""
-    shape = Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=14, stored="uint16")
+    shape = Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=8, stored="uint16")
     computed = tuple(range(380, 380 - 25 * decodes, -25))
     drawn = Sequences(computed=computed, queries=(1,) * decodes, window=UNLIMITED, shared=0, magnitude=1.0, seed=0)
     case = PagedCase(shape, drawn)

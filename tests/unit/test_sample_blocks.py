@@ -14,7 +14,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs, head_params
+from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.step import State, StepConfig, sample_step
 from jaxllm.weights.loader import dummy, shapes
 
@@ -84,7 +84,7 @@ def test_the_same_tokens_either_way(num_samples: int, rows: int, fixed: int):
     fields["num_samples"][...] = num_samples
     fields["rows"][:] = np.random.default_rng(1).permutation(capacity)
     fields["positions"][:] = np.arange(capacity) + 3
-    params = head_params(dummy(decoder_sources(made.config.model), jnp.dtype(jnp.float32), SHARDING))
+    params = made.head_params(dummy(decoder_sources(made.config.model), jnp.dtype(jnp.float32), SHARDING))
     hidden = np.zeros((capacity, HIDDEN), np.float32)
     hidden[:num_samples] = np.random.default_rng(0).standard_normal((num_samples, HIDDEN))
     expected = np.argmax(hidden.astype(np.float64) @ np.asarray(params.head, np.float64).T, axis=1)[:num_samples]

@@ -1,0 +1,140 @@
+"""Products of a single row: the formula, and the whole way through a model and an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_buffers import live
+from paged_model import PagedModel
+from test_layer_stack import BFLOAT16, FAMILIES, SMALL, draw
+from tiny_model import SMALL as ENGINE
+from tiny_model import write_tiny_model
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.layers.linear import linear, linear_f32
+from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix
+from jaxllm.models.registry import model_config
+from jaxllm.models.sources import decoder_sources
+from jaxllm.runner.one_row import with_head_for_one, with_whole_layers
+
+#: as `SMALL`, with buckets of one token
+BUCKETS = {**ENGINE, "dtype": "bfloat16", "enforce_eager": False}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@given(
+    vectors=st.one_of(st.integers(1, 40), st.sampled_from((MAX_PARTS, MAX_PARTS + 1, 97, 128))),
+    out_features=st.integers(1, 40),
+    layers=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, layers: int, seed: int):
+    """Also of a number of in-features that has no divisor but itself."""
+    random = np.random.default_rng(seed)
+    in_features, layer = 16 * vectors, int(random.integers(layers))
+    stack = random.standard_normal((layers, out_features, in_features)).astype(BFLOAT16)
+    x = random.standard_normal((1, in_features)).astype(BFLOAT16)
+    weight = StackedMatrix(jnp.asarray(stack.view(np.uint16)))
+    found = jax.jit(lambda x, w, layer: linear_f32(x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
+    exact, wide = x.astype(np.float64), stack[layer].astype(np.float64)
+    assert found.dtype == jnp.float32 and found.shape == (1, out_features)
+    bound = (in_features + 8) * 2.0**-24 * (abs(exact) @ abs(wide).T)
+    assert (abs(np.asarray(found) - exact @ wide.T) <= bound).all()
+
+
+def test_several_rows_take_the_weight_itself():
+    random = np.random.default_rng(0)
+    x, stack = (jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((5, 48), (1, 7, 48)))
+    nothing = jnp.zeros(stack.shape, jnp.uint16)
+    weight = StackedMatrix(nothing, jnp.int32(0), several=stack[0])
+    np.testing.assert_array_equal(linear(x, weight), linear(x, stack[0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_reads_its_matrices_where_they_lie(family: str):
+    """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
+    config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
+    params = draw(decoder_sources(config), BFLOAT16)
+    whole = with_head_for_one(with_whole_layers(params))
+    kinds = [isinstance(leaf, StackedMatrix) for leaf in jax.tree.leaves(whole.layers, is_leaf=_is_matrix)]
+    assert 0 < sum(kinds) < len(kinds) and isinstance(whole.head, StackedMatrix)
+    plain, own = (
+        PagedModel(config, given, block_size=4, max_len=16, buckets=[1], num_seqs=1, cache_dtype=jnp.bfloat16)
+        for given in (params, whole)
+    )
+    for token in (3, 20, 36, 5, 11):
+        expected, found = (model.step({"a": [token]})["a"] for model in (plain, own))
+        assert abs(found - expected).max() <= 0.05 * abs(expected).max()
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return isinstance(leaf, StackedMatrix)
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Iterator[LLM]:
+    with LLM(write_tiny_model(tmp_path), **BUCKETS) as llm:
+        yield llm
+
+
+def text(llm: LLM) -> str:
+    return llm.generate("one prompt", GREEDY, use_tqdm=False)[0].outputs[0].text
+
+
+def matrices(tree: Any) -> list[StackedMatrix]:
+    leaves = jax.tree.leaves(tree, is_leaf=_is_matrix)
+    return [leaf for leaf in leaves if _is_matrix(leaf)]
+
+
+def test_they_are_in_the_weights_own_memory(llm: LLM):
+    runner: Any = llm._started.runner
+    own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
+    found = matrices(runner._whole.layers) + matrices(runner._head)
+    assert len(found) == 5
+    assert all(matrix.bits.unsafe_buffer_pointer() in own for matrix in found)
+
+
+def test_other_weights_are_read_from_then_on(llm: LLM, tmp_path: Path):
+    mine = text(llm)
+    (folder := tmp_path / "other").mkdir()
+    with LLM(write_tiny_model(folder, seed=1), **BUCKETS) as other:
+        theirs = text(other)
+        (others,) = other.apply_model(lambda params: jax.tree.map(np.asarray, params))
+    assert theirs != mine
+    llm.update_weights(others)
+    assert text(llm) == theirs
+    llm.sleep(2)
+    llm.wake_up()
+    assert text(llm) == mine
+
+
+def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
+    before = live()
+    with LLM(write_tiny_model(tmp_path), **BUCKETS) as llm:
+        runner: Any = llm._started.runner
+        weights = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
+        text(llm)
+        llm.sleep(2)
+        assert not weights & live()
+        llm.wake_up()
+        text(llm)
+    assert live() <= before
+
+
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"dtype": "float32"}, {"enforce_eager": True}], ids=str)
+def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
+    with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
+        runner: Any = llm._started.runner
+        whole = None if runner._whole is None else dataclasses.replace(runner._whole, embedding=None)
+        assert not matrices(whole)
+        assert text(llm)
