@@ -21,7 +21,7 @@ from jax import lax
 LANES = 16
 #: most parts of the in-features, each a term of the compiled loop: more of them take longer to compile, fewer leave
 #: more lanes to be added up
-MAX_PARTS = 24
+MAX_PARTS = 36
 
 
 @jax.tree_util.register_dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 #: source file -> what its operations do; the innermost frame that is here counts
 PARTS = {
     "jaxllm/layers/linear.py": "products with weights",
+    "jaxllm/layers/stacked_matrix.py": "products with weights",
     "jaxllm/layers/embedding.py": "embeddings, product with the head",
     "jaxllm/layers/norm.py": "norms",
     "jaxllm/layers/rope.py": "rotation",
