@@ -41,8 +41,14 @@ class StackedMatrix:
 
 
 def can_be_read(weight: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a weight [L, out, in] or [out, in] can be a `StackedMatrix`."""
-    return weight.dtype == jnp.bfloat16 and weight.shape[-1] % LANES == 0
+    """Whether a weight [L, out, in] or [out, in] can be a `StackedMatrix`, and its parts are narrow: lanes that are as
+    wide as a row cost more than they save.
+    """
+    in_features = weight.shape[-1]
+    if weight.dtype != jnp.bfloat16 or in_features % LANES:
+        return False
+    width = _part_width(in_features)
+    return width <= 4 * LANES or width * 8 <= in_features
 
 
 def one_row_product(x: jax.Array, weight: StackedMatrix) -> jax.Array:

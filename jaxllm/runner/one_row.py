@@ -15,13 +15,13 @@ from jaxllm.models.decoder import Params
 
 
 def with_whole_layers(params: Params) -> Params:
-    """With the matrices of stacked layers as they lie: for steps of one token.
+    """With the matrices of stacked layers as they lie, and `with_head_for_one`: for steps of one token.
 
     Args:
         params: arrays, or their shapes.
     """
     layers = jax.tree.map(lambda w: StackedMatrix(_bits(w)) if w.ndim == 3 and can_be_read(w) else w, params.layers)
-    return dataclasses.replace(params, layers=layers)
+    return with_head_for_one(dataclasses.replace(params, layers=layers))
 
 
 def with_head_for_one(params: Params) -> Params:

@@ -21,10 +21,10 @@ from tiny_model import write_tiny_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.linear import linear, linear_f32
-from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix
+from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
-from jaxllm.runner.one_row import with_head_for_one, with_whole_layers
+from jaxllm.runner.one_row import with_whole_layers
 
 #: as `SMALL`, with buckets of one token
 BUCKETS = {**ENGINE, "dtype": "bfloat16", "enforce_eager": False}
@@ -52,6 +52,17 @@ def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, la
     assert (abs(np.asarray(found) - exact @ wide.T) <= bound).all()
 
 
+@pytest.mark.parametrize("in_features", [16, 48, 64, 576, 896, 1536, 2048, 4096, 4864, 8192, 11008, 14336, 18944])
+def test_matrices_with_narrow_parts_are_read(in_features: int):
+    assert can_be_read(jax.ShapeDtypeStruct((2, 8, in_features), BFLOAT16))
+
+
+@pytest.mark.parametrize("in_features", [20, 592, 2096, 1552])
+def test_matrices_with_wide_parts_are_multiplied_as_ever(in_features: int):
+    """16 times a prime number has no other divisor."""
+    assert not can_be_read(jax.ShapeDtypeStruct((2, 8, in_features), BFLOAT16))
+
+
 def test_several_rows_take_the_weight_itself():
     random = np.random.default_rng(0)
     x, stack = (jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((5, 48), (1, 7, 48)))
@@ -65,7 +76,7 @@ def test_a_model_reads_its_matrices_where_they_lie(family: str):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
     config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
     params = draw(decoder_sources(config), BFLOAT16)
-    whole = with_head_for_one(with_whole_layers(params))
+    whole = with_whole_layers(params)
     kinds = [isinstance(leaf, StackedMatrix) for leaf in jax.tree.leaves(whole.layers, is_leaf=_is_matrix)]
     assert 0 < sum(kinds) < len(kinds) and isinstance(whole.head, StackedMatrix)
     plain, own = (
@@ -116,6 +127,15 @@ def test_other_weights_are_read_from_then_on(llm: LLM, tmp_path: Path):
     llm.sleep(2)
     llm.wake_up()
     assert text(llm) == mine
+
+
+def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
+    (folder := tmp_path / "same").mkdir()
+    with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:
+        runner: Any = several._started.runner
+        bucket = next(iter(runner._programs.decode_packings))
+        assert len(matrices(runner._params_for(bucket))) == 5
+        assert text(several) == text(llm)
 
 
 def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
