@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.storage import from_storage
+
 #: in-features come in multiples of it: a vector
 LANES = 16
 #: most parts of the in-features, each a term of the compiled loop: more of them take longer to compile, fewer leave
@@ -58,12 +60,10 @@ def one_row_product(x: jax.Array, weight: StackedMatrix) -> jax.Array:
     width = _part_width(in_features)
     row = x[0].astype(jnp.float32)
     lanes = jnp.zeros((out_features, width))
-    zero = weight.layer * 0
     for first in range(0, in_features, width):
-        # the place of every part depends on the layer: slices at places known to the compiler become one of the whole
-        part = lax.dynamic_slice(weight.bits, (weight.layer, zero, zero + first), (1, out_features, width))[0]
-        # bfloat16 is the upper half of a float32
-        lanes += lax.bitcast_convert_type(part.astype(jnp.uint32) << 16, jnp.float32) * row[first : first + width]
+        # out of the whole stack, not out of a layer's matrix: that would be copied, and widened as a whole
+        part = lax.dynamic_slice(weight.bits, (weight.layer, 0, first), (1, out_features, width))[0]
+        lanes += from_storage(part, lanes.dtype) * row[first : first + width]
     ones = jnp.ones((width, 1))
     return lax.dot_general(lanes, ones, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST).T
 

@@ -212,7 +212,7 @@ class Programs(Compiler):
         self.config = config
         self._params = params
         #: whether a single row has products of its own (`one_row`)
-        self.reads_rows = platform == "cpu" and self._mesh is None and not config.backend.deterministic
+        self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.backend.deterministic
         self.packings = {
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
         }
@@ -240,7 +240,7 @@ class Programs(Compiler):
 
     def takes_whole_layers(self, bucket: Bucket) -> bool:
         """Whether a bucket's programs take `one_row.with_whole_layers` of the params."""
-        return bucket.tokens == 1 and self.reads_rows
+        return bucket.tokens == 1 and self.has_one_row_products
 
     def _params_for(self, bucket: Bucket) -> Params:
         return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
@@ -252,7 +252,7 @@ class Programs(Compiler):
             params: arrays, or their shapes.
         """
         params = dataclasses.replace(params, layers=None, norm=None)
-        return with_head_for_one(params) if self.reads_rows else params
+        return with_head_for_one(params) if self.has_one_row_products else params
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = self.sample_packing

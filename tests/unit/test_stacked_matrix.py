@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,20 +114,6 @@ def test_they_are_in_the_weights_own_memory(llm: LLM):
     assert all(matrix.bits.unsafe_buffer_pointer() in own for matrix in found)
 
 
-def test_other_weights_are_read_from_then_on(llm: LLM, tmp_path: Path):
-    mine = text(llm)
-    (folder := tmp_path / "other").mkdir()
-    with LLM(write_tiny_model(folder, seed=1), **BUCKETS) as other:
-        theirs = text(other)
-        (others,) = other.apply_model(lambda params: jax.tree.map(np.asarray, params))
-    assert theirs != mine
-    llm.update_weights(others)
-    assert text(llm) == theirs
-    llm.sleep(2)
-    llm.wake_up()
-    assert text(llm) == mine
-
-
 def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
     (folder := tmp_path / "same").mkdir()
     with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:
@@ -155,6 +140,7 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
         runner: Any = llm._started.runner
-        whole = None if runner._whole is None else dataclasses.replace(runner._whole, embedding=None)
-        assert not matrices(whole)
+        assert not matrices(runner._whole)
+        # a sampler may have a single row in any engine
+        assert len(matrices(runner._head)) == ("enforce_eager" in option)
         assert text(llm)
