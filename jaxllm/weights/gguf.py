@@ -1,7 +1,13 @@
-"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time, through a memory map."""
+"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time.
+
+They are read with plain reads, as safetensors are: the pages of a memory map count as the process's memory. Only the
+header is parsed through one, which ends with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import time
 from collections.abc import Iterable
@@ -26,7 +32,8 @@ _SETTLED = 2.0
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
-    return _map_file(Path(path))[1].metadata
+    with _open(Path(path)) as file:
+        return _header(file, Path(path)).metadata
 
 
 class GGUFReader:
@@ -38,8 +45,12 @@ class GGUFReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        data, header = _map_file(self.path)
-        self._data: np.ndarray | None = data
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(_open(self.path))
+            self._take_header(_header(self._file, self.path))
+            stack.pop_all()
+
+    def _take_header(self, header: GGUFHeader) -> None:
         self.metadata: dict[str, Any] = header.metadata
         self._tensors: dict[str, TensorInfo] = header.tensors
         view = MetadataView(header.metadata, str(self.path))
@@ -58,8 +69,8 @@ class GGUFReader:
         self.close()
 
     def close(self) -> None:
-        """Drop the memory map; ``metadata``, names, shapes and dtypes stay readable."""
-        self._data = None
+        """Close the file; ``metadata``, names, shapes and dtypes stay readable."""
+        self._file.close()
 
     def config(self) -> dict[str, Any]:
         """The HF-style ``config.json``; see ``gguf_config.hf_config``."""
@@ -100,14 +111,29 @@ class GGUFReader:
         return stored, self._tensors[stored.name]
 
     def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
-        if self._data is None:
-            raise WeightsError(f"{self.path}: tensor {info.name!r} was asked for after the reader was closed")
-        raw = self._data[info.offset : info.offset + info.nbytes]
         if len(info.shape) == 1 and info.kind.block > 1:
             # A quantised vector's blocks straddle its elements: unpack it whole.
-            return dequantize_rows(raw.reshape(1, -1), info.kind)[0][rows]
-        picked = raw.reshape(info.shape[0], -1)[rows]
+            return dequantize_rows(self._bytes(info, 0, info.nbytes).reshape(1, -1), info.kind)[0][rows]
+        wanted = np.arange(info.shape[0])[rows]
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
+        raw = self._bytes(info, first * row_bytes, (last + 1 - first) * row_bytes)
+        picked = raw.reshape(last + 1 - first, row_bytes)[wanted - first]
         return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
+
+    def _bytes(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
+        """uint8 [count] of a tensor."""
+        if self._file.closed:
+            raise WeightsError(f"{self.path}: tensor {info.name!r} was asked for after the reader was closed")
+        out = np.empty(count, np.uint8)
+        try:
+            self._file.seek(info.offset + first)
+            read = self._file.readinto(out.data)
+        except OSError as error:
+            raise WeightsError(f"{self.path}: tensor {info.name!r} cannot be read: {error}") from error
+        if read != count:
+            raise WeightsError(f"{self.path}: tensor {info.name!r} is cut off: the file has become shorter")
+        return out
 
     def _check_rope_rows(self, stored: StoredTensor) -> None:
         info = self._tensors[stored.name]
@@ -118,20 +144,24 @@ class GGUFReader:
             )
 
 
-def _map_file(path: Path) -> tuple[np.ndarray, GGUFHeader]:
+def _open(path: Path) -> io.BufferedReader:
     try:
-        status = path.stat()
-        data = np.memmap(path, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
+        return path.open("rb")
     except OSError as error:
         raise WeightsError(f"{path}: cannot be opened: {error.strerror or error}") from error
+
+
+def _header(file: io.BufferedReader, path: Path) -> GGUFHeader:
+    status = os.fstat(file.fileno())
     key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
     header = _kept.get(key)
     if header is None:
+        data = np.memmap(file, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
         header = parse_header(data.data, path)
         forget_headers()
         if time.time() - status.st_mtime > _SETTLED:
             _kept[key] = header
-    return data, header
+    return header
 
 
 def forget_headers() -> None:

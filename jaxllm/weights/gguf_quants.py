@@ -196,7 +196,7 @@ TENSOR_TYPE_BY_NAME: dict[str, TensorType] = {kind.name: kind for kind in TENSOR
 def dequantize_rows(raw: Array, kind: TensorType) -> Array:
     """Unpack rows of ``kind`` blocks.
 
-    ``raw``: uint8 ``(rows, row_bytes)`` with ``row_bytes`` a multiple of ``kind.nbytes``; may be a memory map.
+    ``raw``: uint8 ``(rows, row_bytes)`` with ``row_bytes`` a multiple of ``kind.nbytes``.
     Returns ``(rows, row_bytes // kind.nbytes * kind.block)`` in ``kind.dtype``: float32 for quantised types.
     """
     rows, row_bytes = raw.shape

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +289,26 @@ def test_missing_file_directory_unknown_name_and_closed_reader(good: bytes, tmp_
     assert reader.shape("model.norm.weight") == (HIDDEN,)
     with pytest.raises(WeightsError, match="after the reader was closed"):
         reader.read("model.norm.weight")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_file_is_not_mapped_while_weights_are_read(good: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "good.gguf"
+    path.write_bytes(good)
+    with GGUFReader(path) as reader:
+        weight = reader.read("model.embed_tokens.weight")
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    assert weight.shape == (VOCAB, HIDDEN)
+
+
+def test_a_file_that_has_become_shorter_is_refused(good: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "good.gguf"
+    path.write_bytes(good)
+    with GGUFReader(path) as reader:
+        os.truncate(path, len(good) // 2)
+        with pytest.raises(WeightsError, match=r"good\.gguf: tensor '.*' is cut off: the file has become shorter"):
+            for name in reader.names():
+                reader.read(name)
 
 
 def test_metadata_of_every_value_type(tmp_path: Path) -> None:
