@@ -110,6 +110,7 @@ def test_startup(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert record["peak_rss_bytes"] == start["peak_rss_bytes"] > start["planned_bytes"] > 0
     printed = capsys.readouterr().out
     assert "WARM STARTUP:\nAvg startup time: " in printed
+    assert ("had to trace or compile" in printed) == (start["compiler"]["trace s"] > 0)
     assert re.search(r"Peak RSS, most of all starts: \d+ MB, \d+ MB above the planned \d+ MB\n", printed)
 
 

@@ -49,6 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{name.upper()} STARTUP:")
             results[name] = _summary(starts)
             _show(results[name])
+    if not arguments.num_iters_warmup and any(map(_had_to_trace, warm)):
+        print(
+            "Among the warm starts are some that had to trace or compile: pass --num-iters-warmup 1 or more, to have "
+            "the compile cache filled before."
+        )
     print("=" * 60)
     # not this process's, which holds no engine
     results["peak_rss_bytes"] = max(found["peak_rss_bytes"] for found in results.values())
@@ -77,6 +82,10 @@ def _cold_start(job: dict[str, Any]) -> dict[str, Any]:
         env = {**os.environ, "JAXLLM_CACHE": folder}
         env.pop("JAX_COMPILATION_CACHE_DIR", None)
         return start_once(job, env)
+
+
+def _had_to_trace(start: dict[str, Any]) -> bool:
+    return start["compiler"].get("trace s", 0.0) > 0
 
 
 def _summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
