@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from jaxllm.weights.errors import WeightsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: transformers imports its parts when they are asked for, and fails where two threads ask at once
+_transformers = threading.Lock()
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -22,7 +26,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     path = Path(path)
     if path.is_dir():
-        with _without_framework_advice():
+        with _with_transformers():
             from transformers import AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
@@ -40,7 +44,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     from jaxllm.weights.gguf import read_metadata
 
     metadata = read_metadata(path)
-    with _without_framework_advice():
+    with _with_transformers():
         try:
             return tokenizer_from_gguf(metadata)
         except WeightsError as error:
@@ -48,15 +52,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 @contextlib.contextmanager
-def _without_framework_advice() -> Iterator[None]:
-    """Import transformers without its advice that models need PyTorch: here they do not."""
+def _with_transformers() -> Iterator[None]:
+    """Import transformers, one thread at a time, without its advice that models need PyTorch: here they do not."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with _transformers:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before

@@ -1,13 +1,8 @@
-"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time.
-
-They are read with plain reads, as safetensors are: the pages of a memory map count as the process's memory. Only the
-header is parsed through one, which ends with it.
-"""
+"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import time
 from collections.abc import Iterable
@@ -22,6 +17,7 @@ from jaxllm.weights.gguf_config import MetadataView, hf_config
 from jaxllm.weights.gguf_header import GGUFHeader, TensorInfo, parse_header
 from jaxllm.weights.gguf_names import ROPE_FREQS, StoredTensor, stored_rows, tensor_map
 from jaxllm.weights.gguf_quants import dequantize_rows
+from jaxllm.weights.plain_file import PlainFile
 
 #: the header that was read last: a start asks for one file's config, tokenizer and weights, and each would parse a
 #: vocabulary anew
@@ -32,8 +28,8 @@ _SETTLED = 2.0
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
-    with _open(Path(path)) as file:
-        return _header(file, Path(path)).metadata
+    with contextlib.closing(PlainFile(Path(path))) as file:
+        return _header(file).metadata
 
 
 class GGUFReader:
@@ -46,8 +42,8 @@ class GGUFReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(_open(self.path))
-            self._take_header(_header(self._file, self.path))
+            self._file = stack.enter_context(contextlib.closing(PlainFile(self.path)))
+            self._take_header(_header(self._file))
             stack.pop_all()
 
     def _take_header(self, header: GGUFHeader) -> None:
@@ -113,27 +109,14 @@ class GGUFReader:
     def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
         if len(info.shape) == 1 and info.kind.block > 1:
             # A quantised vector's blocks straddle its elements: unpack it whole.
-            return dequantize_rows(self._bytes(info, 0, info.nbytes).reshape(1, -1), info.kind)[0][rows]
+            whole = self._file.read(info.name, info.offset, info.nbytes)
+            return dequantize_rows(whole.reshape(1, -1), info.kind)[0][rows]
         wanted = np.arange(info.shape[0])[rows]
         row_bytes = info.nbytes // max(info.shape[0], 1)
         first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
-        raw = self._bytes(info, first * row_bytes, (last + 1 - first) * row_bytes)
+        raw = self._file.read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
         picked = raw.reshape(last + 1 - first, row_bytes)[wanted - first]
         return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
-
-    def _bytes(self, info: TensorInfo, first: int, count: int) -> np.ndarray:
-        """uint8 [count] of a tensor."""
-        if self._file.closed:
-            raise WeightsError(f"{self.path}: tensor {info.name!r} was asked for after the reader was closed")
-        out = np.empty(count, np.uint8)
-        try:
-            self._file.seek(info.offset + first)
-            read = self._file.readinto(out.data)
-        except OSError as error:
-            raise WeightsError(f"{self.path}: tensor {info.name!r} cannot be read: {error}") from error
-        if read != count:
-            raise WeightsError(f"{self.path}: tensor {info.name!r} is cut off: the file has become shorter")
-        return out
 
     def _check_rope_rows(self, stored: StoredTensor) -> None:
         info = self._tensors[stored.name]
@@ -144,19 +127,13 @@ class GGUFReader:
             )
 
 
-def _open(path: Path) -> io.BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be opened: {error.strerror or error}") from error
-
-
-def _header(file: io.BufferedReader, path: Path) -> GGUFHeader:
-    status = os.fstat(file.fileno())
+def _header(file: PlainFile) -> GGUFHeader:
+    status, path = os.fstat(file.file.fileno()), file.path
     key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
     header = _kept.get(key)
     if header is None:
-        data = np.memmap(file, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
+        # mapped only while it is parsed
+        data = np.memmap(file.file, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
         header = parse_header(data.data, path)
         forget_headers()
         if time.time() - status.st_mtime > _SETTLED:

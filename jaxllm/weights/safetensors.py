@@ -1,8 +1,7 @@
 """Safetensors directories as weights: one file, or shards with an index.
 
 The format (https://github.com/huggingface/safetensors#format) is a little-endian u64, that many bytes of JSON which say
-each tensor's dtype, shape and place, and the tensors, one after the other. It is read with plain reads, not through a
-memory map: the pages of a map count as the process's memory, and the model would be there twice while it loads.
+each tensor's dtype, shape and place, and the tensors, one after the other.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.plain_file import PlainFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,7 +29,7 @@ _LENGTH_BYTES = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    file: BinaryIO
+    file: PlainFile
     dtype: str
     shape: tuple[int, ...]
     #: first byte, from the beginning of the file
@@ -100,7 +100,7 @@ class SafetensorsReader:
         dtype = DTYPES.get(tensor.dtype)
         if dtype is None:
             raise WeightsError(
-                f"{tensor.file.name}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "
+                f"{tensor.file.path}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "
                 "be loaded (quantized safetensors are not supported)"
             )
         shape, offset = tensor.shape, tensor.offset
@@ -108,15 +108,8 @@ class SafetensorsReader:
             start, stop, _ = rows.indices(shape[0])
             offset += start * (tensor.nbytes // max(shape[0], 1))
             shape = (max(stop - start, 0), *shape[1:])
-        out = np.empty(shape, dtype)
-        try:
-            tensor.file.seek(offset)
-            count = tensor.file.readinto(out.reshape(-1).view(np.uint8).data)  # pyright: ignore[reportAttributeAccessIssue]
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{tensor.file.name}: tensor {name!r} cannot be read: {error}") from error
-        if count != out.nbytes:
-            raise WeightsError(f"{tensor.file.name}: tensor {name!r} is cut off: the file has become shorter")
-        return out
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        return tensor.file.read(name, offset, nbytes).view(dtype).reshape(shape)
 
     def _find(self, name: str) -> _Tensor:
         if name not in self._tensors:
@@ -126,15 +119,15 @@ class SafetensorsReader:
 
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     """The tensors of one file, every one of them checked to lie within the file and to have its shape's size."""
+    file = stack.enter_context(contextlib.closing(PlainFile(path)))
     try:
-        file = stack.enter_context(path.open("rb"))
         size = path.stat().st_size
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(file.file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES + length:
             raise WeightsError(
                 f"{path}: truncated or not safetensors: {size} bytes, of which its header needs {length}"
             )
-        header = json.loads(file.read(length))
+        header = json.loads(file.file.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _tensor(file, entry, _LENGTH_BYTES + length) for name, entry in entries.items()}
     except OSError as error:
@@ -147,7 +140,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     return tensors
 
 
-def _tensor(file: BinaryIO, entry: Mapping[str, Any], data: int) -> _Tensor:
+def _tensor(file: PlainFile, entry: Mapping[str, Any], data: int) -> _Tensor:
     begin, end = entry["data_offsets"]
     shape, dtype = entry["shape"], entry["dtype"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or type(dtype) is not str:

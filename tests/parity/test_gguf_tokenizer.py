@@ -18,6 +18,8 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 import urllib.request
 from collections.abc import Callable
@@ -295,3 +297,14 @@ def test_ids_are_llama_cpps_live(model: tuple[str, Path, Any], llama_cpp: Callab
         for special in (True, False):
             seen = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
             assert seen == llama_cpp(text, special), text
+
+
+def test_several_threads_may_load_one_in_a_new_process(smollm2_gguf: Path) -> None:
+    code = (
+        "import concurrent.futures, sys\n"
+        "from jaxllm.tokenization.load import load_tokenizer\n"
+        "with concurrent.futures.ThreadPoolExecutor(4) as pool:\n"
+        "    print(*[len(tokenizer) for tokenizer in pool.map(load_tokenizer, 4 * sys.argv[1:])])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(smollm2_gguf)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == 4 * ["49152"], done.stderr

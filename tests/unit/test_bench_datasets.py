@@ -147,8 +147,40 @@ def test_refusals(argv: list[str], message: str):
         read(*argv)
 
 
+def test_a_broken_line_is_named(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n{"prompt": "not')
+    with pytest.raises(ValidationError, match="line 3, is not JSON: Unterminated string .*, column 12"):
+        read("--dataset-name", "custom", "--dataset-path", str(path))
+    path.write_bytes(b'{"prompt": "fine"}\n\xff')
+    with pytest.raises(ValidationError, match="cannot be read as lines of JSON, behind line 0: 'utf-8' codec"):
+        read("--dataset-name", "custom", "--dataset-path", str(path))
+
+
+@pytest.mark.parametrize("value", [5, ["a", "b"], None])
+def test_conversations_are_texts(tmp_path: Path, value: object):
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps([{"conversations": [{"value": "a bb a bb"}, {"value": value}]}]))
+    with pytest.raises(ValidationError, match="is not ShareGPT's JSON.*a value is not a text"):
+        read("--dataset-name", "sharegpt", "--dataset-path", str(path))
+
+
+def test_prompts_that_prefixes_leave_over_are_counted(caplog: pytest.LogCaptureFixture):
+    requests = read("--dataset-name", "prefix_repetition", "--prefix-repetition-num-prefixes", "4")
+    assert len(requests) == 4 and "4 of 6 prompts: each of 4 prefixes" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "line", ["7", "{}", '{"prompt": ""}', '{"prompt": ["a"]}', '{"prompt": "a", "output_tokens": 0}', '{"prompt": []}']
+    "line",
+    [
+        "7",
+        "{}",
+        '{"prompt": ""}',
+        '{"prompt": ["a"]}',
+        '{"prompt": "a", "output_tokens": 0}',
+        '{"prompt": []}',
+        '{"prompt": "a", "timestamp": NaN}',
+    ],
 )
 def test_lines_without_a_prompt_are_refused(tmp_path: Path, line: str):
     path = tmp_path / "prompts.jsonl"

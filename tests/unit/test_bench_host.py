@@ -109,6 +109,7 @@ def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines if line and line[0].isdigit()] == ["1", "3"]
     record = json.loads((tmp_path / "out.json").read_text())
+    assert record["arguments"]["steps"] == 400 and {"versions", "machine", "date"} <= record.keys()
     assert set(record["sequences"]) == {"1", "3"} and ("prefix_cache" in record) is not stream
     for found in record["sequences"].values():
         ms = {name: numbers["mean"] for name, numbers in found["ms"].items()}
@@ -123,6 +124,8 @@ def test_the_command_prints_a_line_for_each_batch_size_and_writes_its_numbers(
 #: stands for a Python that vLLM is installed for: writes down what it is asked, and answers steps of 0.25 and 0.5 ms
 FAKE_VLLM = f"""#!{sys.executable}
 import json, pathlib, sys
+if sys.argv[1:2] == ["-c"]:
+    sys.exit()
 job = json.load(sys.stdin)
 job["requests"] = json.loads(pathlib.Path(job["requests"]).read_text())
 pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps(job))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 from pathlib import Path
 
 import pytest
 
+from jaxllm.entrypoints.bench import report
+from jaxllm.entrypoints.bench.options import output_file
 from jaxllm.entrypoints.bench.session import JaxLLMSession
 from jaxllm.entrypoints.bench.startup import start_once
 from jaxllm.entrypoints.cli import main
@@ -23,6 +28,27 @@ def test_a_file_that_cannot_be_written_is_found_out_first(
     assert f"argument {option}: " in found.err and message in found.err and not found.out
 
 
+def test_asking_whether_a_file_can_be_written_leaves_none(tmp_path: Path):
+    assert output_file(str(tmp_path / "new.json")) == tmp_path / "new.json" and not list(tmp_path.iterdir())
+    (tmp_path / "old.json").write_text("kept")
+    assert output_file(str(tmp_path / "old.json")).read_text() == "kept"
+
+
+def test_a_record_is_json_that_every_reader_takes(tmp_path: Path):
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report.write(tmp_path / "x.json", argparse.Namespace(request_rate=math.inf, seed=3), {"found": 1})
+    record = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert record["arguments"] == {"request_rate": "inf", "seed": 3} and record["found"] == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_an_error_of_one_line():
+    with pytest.raises(JaxLLMError, match="/dev/full cannot be written: No space left"):
+        report.write(Path("/dev/full"), argparse.Namespace(), {})
+
+
 @pytest.mark.parametrize(
     ("command", "option", "value", "message"),
     [
@@ -36,6 +62,16 @@ def test_a_file_that_cannot_be_written_is_found_out_first(
         ("serve-trace", "--output-len", "-3", "is below 1"),
         ("startup", "--num-iters-warm", "-1", "is below 0"),
         ("startup", "--input-len", "0", "is below 1"),
+        ("throughput", "--num-iters", "0", "is below 1"),
+        ("throughput", "--threads", "-1", "is below 1"),
+        ("throughput", "--random-prefix-len", "-5", "is below 0"),
+        ("throughput", "--prefix-repetition-prefix-len", "-4", "is below 0"),
+        ("latency", "--num-iters-warmup", "-3", "is below 0"),
+        ("latency", "--batch-size", "0", "is below 1"),
+        ("serve-trace", "--num-prompts", "0", "is below 1"),
+        ("serve-trace", "--max-concurrency", "0", "is below 1"),
+        ("tokenizer", "--repeat", "0", "is below 1"),
+        ("tokenizer", "--workers", "0", "is below 1"),
     ],
 )
 def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], command: str, option: str, value: str, message: str):
@@ -57,6 +93,9 @@ def test_a_start_that_fails_says_why_in_a_line():
         (["startup", "--num-iters-cold", "0", "--num-iters-warm", "0"], "nothing to measure"),
         (["startup", "--max-model-len", "64", "--input-len", "64"], "--input-len 64 leaves no room"),
         (["host", "--peer-python", "vllm=python3"], "--peer-python is for --compare"),
+        (["host", "--num-seqs", "1", "1"], "--num-seqs has a number twice: 1 1"),
+        (["latency", "--sweep-context", "8", "--plot", "x.xyz"], "--plot draws a .png, .svg, .pdf file"),
+        (["serve-trace", "--burstiness", "inf"], "--burstiness is finite"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(

@@ -89,16 +89,23 @@ def parsed(*argv: str) -> argparse.Namespace:
         (["--compare", "vllm,sglang"], "transformers, .*each once; got 'vllm,sglang'"),
         (["--compare", "vllm,vllm"], "each once"),
         (["--compare", ","], "each once"),
+        (["--compare", ""], "each once"),
         (["--compare", "vllm", "--peer-python", "vllm"], "takes NAME=PATH"),
         (["--compare", "vllm", "--peer-python", "vllm=/nowhere"], "/nowhere is no program"),
+        (["--compare", "vllm", "--peer-python", "vllm=/bin/false"], "vllm is not installed for /bin/false"),
         (["--compare", "vllm"], "vllm is not installed for .*pip install vllm.*--peer-python vllm=ENV"),
         (["--compare", "transformers", "--dtype", "auto"], "give --dtype bfloat16, not auto"),
     ],
 )
 def test_refusals(monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str):
-    monkeypatch.setattr(peer_setup, "_is_installed", lambda name: name != "vllm")
+    monkeypatch.setattr(peer_setup, "_is_installed", lambda module, python: module != "vllm")
     with pytest.raises(ValidationError, match=message):
         PeerSetup(parsed(*argv))
+
+
+@pytest.mark.parametrize("python", [sys.executable, os.path.realpath(sys.executable)])
+def test_a_python_is_asked_whether_an_engine_is_installed(python: str):
+    assert peer_setup._is_installed("json", python) and not peer_setup._is_installed("no_such_engine", python)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
     [
         (["--include-startup"], "give --compare"),
         (["--threads", "2"], "are for --compare"),
-        (["--num-iters", "0"], "at least 1"),
     ],
 )
 def test_options_that_do_not_go_together(argv: list[str], message: str):

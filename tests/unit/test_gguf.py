@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -287,7 +288,7 @@ def test_missing_file_directory_unknown_name_and_closed_reader(good: bytes, tmp_
         reader.read("model.layers.9.mlp.up_proj.weight")
     reader.close()
     assert reader.shape("model.norm.weight") == (HIDDEN,)
-    with pytest.raises(WeightsError, match="after the reader was closed"):
+    with pytest.raises(WeightsError, match="tensor 'output_norm.weight' cannot be read: .*closed file"):
         reader.read("model.norm.weight")
 
 
@@ -299,6 +300,16 @@ def test_the_file_is_not_mapped_while_weights_are_read(good: bytes, tmp_path: Pa
         weight = reader.read("model.embed_tokens.weight")
         assert str(path) not in Path("/proc/self/maps").read_text()
     assert weight.shape == (VOCAB, HIDDEN)
+
+
+def test_threads_may_read_at_once(good: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "good.gguf"
+    path.write_bytes(good)
+    with GGUFReader(path) as reader, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        names = list(reader.names())
+        alone = {name: reader.read(name) for name in names}
+        for name, seen in zip(names * 40, pool.map(reader.read, names * 40), strict=True):
+            np.testing.assert_array_equal(seen, alone[name])
 
 
 def test_a_file_that_has_become_shorter_is_refused(good: bytes, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from jaxllm.errors import ValidationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("jaxllm")
 
 #: tokens, where neither the options nor the file say otherwise: vLLM's defaults
 INPUT_LEN, OUTPUT_LEN, CUSTOM_OUTPUT_LEN = 1024, 128, 256
@@ -141,6 +144,10 @@ def prefix_repetition(
         raise ValidationError(
             f"--num-prompts ({count}) must be at least --prefix-repetition-num-prefixes ({num_prefixes}, at least 1)."
         )
+    if each * num_prefixes < count:
+        logger.warning(
+            "%d of %d prompts: each of %d prefixes has as many as the others", each * num_prefixes, count, num_prefixes
+        )
     prompts = []
     for _ in range(num_prefixes):
         prefix = tuple(draw.choices(ids, k=prefix_len))
@@ -156,6 +163,8 @@ def read_sharegpt(
     try:
         conversations = json.loads(path.read_text(encoding="utf-8"))
         turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
+        if not all(isinstance(text, str) for turn in turns for text in turn):
+            raise TypeError("a value is not a text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValidationError(
             f"{path} is not ShareGPT's JSON, a list of {{'conversations': [{{'value': TEXT}}, ...]}}: {error!r}"
@@ -193,7 +202,7 @@ def read_custom(
         elif isinstance(prompt, str):
             ids = _ids(tokenizer, prompt)
         good = ids and all(isinstance(i, int) for i in ids) and isinstance(length, int) and length > 0
-        if not good or not (arrival is None or isinstance(arrival, int | float)):
+        if not good or not (arrival is None or (isinstance(arrival, int | float) and math.isfinite(arrival))):
             raise ValidationError(
                 f'{path}, line {number}: expected {{"prompt": TEXT or token ids}}, with "output_tokens" (a whole '
                 f'number above 0) and "timestamp" (seconds) if wanted; got {str(row)[:200]}'
@@ -204,14 +213,19 @@ def read_custom(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
                     yield number, row if isinstance(row, dict) else {"prompt": row}
-    except (OSError, ValueError) as error:
-        raise ValidationError(f"{path} cannot be read as lines of JSON: {error}") from None
+    except OSError as error:
+        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise ValidationError(f"{path}, line {number}, is not JSON: {error.msg}, column {error.colno}") from None
+    except ValueError as error:
+        raise ValidationError(f"{path} cannot be read as lines of JSON, behind line {number}: {error}") from None
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

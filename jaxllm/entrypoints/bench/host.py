@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-import jaxllm
-from jaxllm.entrypoints.bench import vllm_scheduler
+from jaxllm.entrypoints.bench import report, vllm_scheduler
 from jaxllm.entrypoints.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
 from jaxllm.entrypoints.bench.host_workload import HostWorkload
 from jaxllm.entrypoints.bench.peer_setup import pythons
@@ -41,7 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Time the engine's turns over a null model, or a tiny one; print a table, write the JSON file."""
     if arguments.peer_python and not arguments.compare:
         raise ValidationError("--peer-python is for --compare.")
-    record: dict[str, Any] = {"host": machine(), "options": options(arguments), "sequences": {}}
+    if arguments.trace and arguments.trace == arguments.output_json:
+        raise ValidationError(f"--trace and --output-json are both {str(arguments.trace)!r}.")
+    if len(set(arguments.num_seqs)) < len(arguments.num_seqs):
+        raise ValidationError(f"--num-seqs has a number twice: {' '.join(map(str, arguments.num_seqs))}.")
+    results: dict[str, Any] = {"sequences": {}}
     vllm = pythons(arguments.peer_python, ["vllm"])["vllm"] if arguments.compare else None
     print(describe(arguments))
     print(f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in COLUMNS))
@@ -56,22 +56,21 @@ def run(arguments: argparse.Namespace) -> int:
                 trace.save_chrome_trace(arguments.trace)
             else:
                 cycles = driver.measure(arguments.steps)
-            record["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
+            results["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
         print(row(concurrency, cycles))
         if vllm is not None:
             found = vllm_scheduler.measure(vllm, arguments, workload)
-            record["sequences"][str(concurrency)]["vllm"] = found
+            results["sequences"][str(concurrency)]["vllm"] = found
             print(vllm_row(found, summary(cycles)))
     if arguments.prefix_cache:
-        record["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
+        results["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
         print(
             f"prefix cache at a hit rate of 0%, {arguments.prefix_cache} sequences: {cost['ms']:.3f} ms a step, "
             f"{cost['share_of_host']:.1%} of the host's {cost['host_ms']:.3f} ms, "
             f"{cost['ms'] / arguments.step_ms:.2%} of a step of {arguments.step_ms:g} ms; "
             f"beside it, in the tokenizer's threads, {cost['prompts_ms']:.3f} ms"
         )
-    if arguments.output_json:
-        arguments.output_json.write_text(json.dumps(record, indent=2))
+    report.write(arguments.output_json, arguments, results)
     return 0
 
 
@@ -217,17 +216,3 @@ def _llm(arguments: argparse.Namespace, workload: HostWorkload, *, enable_prefix
         enable_prefix_caching=enable_prefix_caching,
         disable_log_stats=True,
     )
-
-
-def options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list, bool))}
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "jaxllm": jaxllm.__version__,
-        "jax": jax.__version__,
-        "python": sys.version.split()[0],
-        "machine": platform.machine(),
-        "processor": platform.processor(),
-    }

@@ -41,16 +41,19 @@ class Decoding:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write JSON and plot where asked for."""
     sweeps = bool(arguments.sweep_context or arguments.sweep_blocks)
-    if min(arguments.input_len, arguments.output_len, arguments.batch_size, arguments.num_iters) < 1:
-        raise ValidationError("--input-len, --output-len, --batch-size and --num-iters are at least 1.")
     if sweeps and arguments.output_len < 2:
         raise ValidationError("A sweep times the tokens after the first: --output-len is at least 2.")
     if arguments.plot and not sweeps:
         raise ValidationError("--plot draws a sweep: give --sweep-context or --sweep-blocks.")
     plot.require(arguments.plot)
     ids = ordinary_ids(bench_tokenizer(arguments))
-    results = _sweep(arguments, ids) if sweeps else _batch(arguments, ids)
+    if not sweeps:
+        report.write(arguments.output_json, arguments, _batch(arguments, ids))
+        return 0
+    results, found = _sweep(arguments, ids)
     report.write(arguments.output_json, arguments, results)
+    if arguments.plot:
+        _plot(arguments, found)
     return 0
 
 
@@ -100,7 +103,7 @@ def _batch(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def _sweep(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
+def _sweep(arguments: argparse.Namespace, ids: list[int]) -> tuple[dict[str, Any], list[Decoding]]:
     contexts = arguments.sweep_context or [arguments.input_len]
     found: list[Decoding] = []
     for blocks in arguments.sweep_blocks or [None]:
@@ -124,10 +127,8 @@ def _sweep(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
                     flush=True,
                 )
             engine = session.facts
-    if arguments.plot:
-        _plot(arguments, found)
     decodings = [{**dataclasses.asdict(decoding), "ms_per_token": decoding.ms_per_token} for decoding in found]
-    return {"engine": engine, "batch_size": arguments.batch_size, "sweep": decodings}
+    return {"engine": engine, "batch_size": arguments.batch_size, "sweep": decodings}, found
 
 
 def _plot(arguments: argparse.Namespace, found: list[Decoding]) -> None:

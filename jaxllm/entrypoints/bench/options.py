@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from jaxllm.config.command_line import count
@@ -15,12 +14,16 @@ DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom"
 def add_tokenizer_bench_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench tokenizer`` takes."""
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="pool sizes to compare")
-    parser.add_argument("--num-prompts", type=int, default=2000, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--input-len", type=int, default=256, metavar="N", help="tokens a prompt (default: %(default)s)"
+        "--workers", type=positive, nargs="+", default=[1, 2, 4], metavar="N", help="pool sizes to compare"
     )
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs, alternating (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=positive, default=2000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--input-len", type=positive, default=256, metavar="N", help="tokens a prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=positive, default=5, metavar="N", help="runs, alternating (default: %(default)s)"
+    )
     parser.add_argument("--output-json", type=output_file, metavar="FILE", help="write the numbers there")
 
 
@@ -105,7 +108,7 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the model for llama.cpp (default: converted from the model's own file)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="cores for each engine (default: all)")
+    group.add_argument("--threads", type=positive, metavar="N", help="cores for each engine (default: all)")
     group.add_argument(
         "--include-startup",
         action="store_true",
@@ -121,7 +124,9 @@ def add_latency_options(parser: argparse.ArgumentParser) -> None:
         ("output-len", 128, "tokens to generate for each"),
         ("batch-size", 8, "requests in the batch"),
     ):
-        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     _add_iterations(parser, num_iters=30, num_iters_warmup=10)
     group = parser.add_argument_group("sweeps, which time the tokens after the first")
     group.add_argument("--sweep-context", type=counts, metavar="N,N,...", help="with prompts of these lengths")
@@ -185,7 +190,7 @@ def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="1: requests come as a Poisson process; below: in bursts; above: evenly (default: %(default)s)",
     )
-    parser.add_argument("--max-concurrency", type=count, metavar="N", help="most requests at a time")
+    parser.add_argument("--max-concurrency", type=positive, metavar="N", help="most requests at a time")
     _add_detokenize(parser)
     _add_outputs(parser, plot=None)
     add_engine_options(parser)
@@ -202,7 +207,7 @@ def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1
         "beginnings; or a JSONL file of prompts (default: %(default)s)",
     )
     group.add_argument("--dataset-path", type=Path, metavar="FILE", help="of sharegpt and custom")
-    group.add_argument("--num-prompts", type=count, default=num_prompts, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--num-prompts", type=positive, default=num_prompts, metavar="N", help="(default: %(default)s)")
     group.add_argument("--input-len", type=positive, metavar="N", help="tokens of a random prompt (default: 1024)")
     group.add_argument(
         "--output-len",
@@ -219,14 +224,18 @@ def add_dataset_options(parser: argparse.ArgumentParser, *, num_prompts: int = 1
     )
     group.add_argument(
         "--random-prefix-len",
-        type=count,
+        type=not_negative,
         default=0,
         metavar="N",
         help="tokens before these that all random prompts share (default: %(default)s)",
     )
-    for name, default in (("prefix-len", 256), ("suffix-len", 256), ("num-prefixes", 10)):
+    for name, kind, default in (
+        ("prefix-len", not_negative, 256),
+        ("suffix-len", positive, 256),
+        ("num-prefixes", positive, 10),
+    ):
         group.add_argument(
-            f"--prefix-repetition-{name}", type=count, default=default, metavar="N", help="(default: %(default)s)"
+            f"--prefix-repetition-{name}", type=kind, default=default, metavar="N", help="(default: %(default)s)"
         )
 
 
@@ -266,18 +275,25 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is a folder")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    if path.exists() and not path.is_file():
+        return path  # a device or a pipe
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror or error}") from None
+    if new:
+        path.unlink()
     return path
 
 
 def _add_iterations(parser: argparse.ArgumentParser, *, num_iters: int, num_iters_warmup: int) -> None:
     parser.add_argument(
-        "--num-iters", type=int, default=num_iters, metavar="N", help="runs; medians count (default: %(default)s)"
+        "--num-iters", type=positive, default=num_iters, metavar="N", help="runs; medians count (default: %(default)s)"
     )
     parser.add_argument(
         "--num-iters-warmup",
-        type=int,
+        type=not_negative,
         default=num_iters_warmup,
         metavar="N",
         help="runs before, which do not count (default: %(default)s)",

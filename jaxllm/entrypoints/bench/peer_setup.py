@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,18 +115,20 @@ def pythons(given: list[str], names: list[str]) -> dict[str, str]:
             raise ValidationError(f"--peer-python {entry}: {python} is no program that can be run.")
         found[name] = python
     for name in names:
-        if name in found:
-            continue
         _, module, package = PEERS[name]
-        if not _is_installed(module):
+        python = found.setdefault(name, sys.executable)
+        if not _is_installed(module, python):
             raise ValidationError(
-                f"{name} is not installed for {sys.executable}. Make an environment of its own (python -m venv ENV; "
+                f"{name} is not installed for {python}. Make an environment of its own (python -m venv ENV; "
                 f"ENV/bin/python -m pip install {package}) and pass --peer-python {name}=ENV/bin/python."
             )
-        found[name] = sys.executable
     return found
 
 
-def _is_installed(module: str) -> bool:
-    """Whether this Python finds it on its path; jaxllm itself may stand under vLLM's name."""
-    return importlib.machinery.PathFinder.find_spec(module) is not None
+def _is_installed(module: str, python: str) -> bool:
+    """Whether a Python finds it on its path; jaxllm itself may stand under vLLM's name in this one."""
+    if python == sys.executable:
+        return importlib.machinery.PathFinder.find_spec(module) is not None
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([python, "-c", code], env=env, capture_output=True).returncode == 0

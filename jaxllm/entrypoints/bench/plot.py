@@ -9,11 +9,16 @@ from jaxllm.errors import ValidationError
 
 #: (x, y) of one line
 Points = list[tuple[float, float]]
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def require(path: Path | None) -> None:
     """Raise ValidationError where a plot is wanted and cannot be drawn: before hours of measuring, not after."""
-    if path is not None and importlib.util.find_spec("matplotlib") is None:
+    if path is None:
+        return
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValidationError(f"--plot draws a {', '.join(SUFFIXES)} file, which {str(path)!r} is not.")
+    if importlib.util.find_spec("matplotlib") is None:
         raise ValidationError("--plot needs matplotlib: pip install 'jaxllm[plot]'.")
 
 

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 
 import jaxllm
 from jaxllm.entrypoints.bench.peers.protocol import peak_rss_bytes
+from jaxllm.errors import JaxLLMError
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
 #: parsed, but not to be repeated
@@ -27,20 +29,26 @@ def record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
-        "arguments": {
-            name: value if isinstance(value, int | float | str | list | dict | None) else str(value)
-            for name, value in sorted(vars(arguments).items())
-            if name not in _PRIVATE
-        },
+        "arguments": {name: _plain(value) for name, value in sorted(vars(arguments).items()) if name not in _PRIVATE},
         "peak_rss_bytes": peak_rss_bytes(),
         **results,
     }
 
 
 def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Write the record as JSON; None: nowhere."""
-    if path is not None:
+    """Write the record as JSON; None: nowhere. Raises `JaxLLMError` where the system does not take it."""
+    if path is None:
+        return
+    try:
         path.write_text(json.dumps(record(arguments, results), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise JaxLLMError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "inf", as vLLM writes it: JSON has no such number
+    return value if isinstance(value, int | float | str | list | dict | None) else str(value)
 
 
 def versions() -> dict[str, str]:

@@ -46,8 +46,8 @@ class Answer:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, print vLLM's lines, write JSON. Raises `JaxLLMError` when every request failed."""
-    if not (arguments.request_rate > 0 and arguments.burstiness > 0):
-        raise ValidationError("--request-rate and --burstiness are above 0.")
+    if not (arguments.request_rate > 0 and 0 < arguments.burstiness < math.inf):
+        raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
     requests = read_dataset(arguments, bench_tokenizer(arguments))
     offsets = arrivals(arguments, requests)
     answers, seconds = asyncio.run(_replay(arguments, requests, offsets))

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     plot.require(arguments.plot)
     cases = read_cases(arguments)
-    if arguments.compare:
+    if arguments.compare is not None:
         results, lines = _compared(arguments, cases)
     else:
         results, lines = _alone(arguments, cases)
@@ -107,10 +107,7 @@ def _point(samples: Samples) -> tuple[float, float]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    counts = [arguments.num_prompts, *(arguments.sweep_num_prompts or []), arguments.num_iters]
-    if min(counts) < 1 or arguments.num_iters_warmup < 0:
-        raise ValidationError("--num-prompts, --sweep-num-prompts and --num-iters are at least 1.")
-    if arguments.include_startup and not arguments.compare:
+    if arguments.include_startup and arguments.compare is None:
         raise ValidationError("--include-startup compares engines: give --compare, or use `jaxllm bench startup`.")
-    if not arguments.compare and (arguments.peer_python or arguments.gguf or arguments.threads):
+    if arguments.compare is None and (arguments.peer_python or arguments.gguf or arguments.threads):
         raise ValidationError("--peer-python, --gguf and --threads are for --compare.")

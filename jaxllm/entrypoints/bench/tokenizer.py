@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from jaxllm.entrypoints.bench import report
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.tokenization.pool import BATCH, TokenizerPool, encode
 from jaxllm.weights.resolve import resolve
@@ -40,9 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(texts)} prompts, {total} tokens, batches of {BATCH}, medians of {arguments.repeat} alternating runs")
     for name, rate in rates.items():
         print(f"{name:22} {rate:12,.0f} tokens/s {rate / base:6.2f}x")
-    if arguments.output_json:
-        record = {"model": str(arguments.model), "num_prompts": len(texts), "tokens": total, "tokens_per_s": rates}
-        arguments.output_json.write_text(json.dumps(record, indent=2))
+    report.write(arguments.output_json, arguments, {"tokens": total, "tokens_per_s": rates, "seconds": seconds})
     return 0
 
 
