@@ -28,10 +28,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if path.is_dir():
         with _with_transformers():
             from transformers import AutoTokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            except (OSError, ValueError, KeyError) as error:
+                raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             # tokenizer.json may say both, from training; how long prompts are is the caller's to say

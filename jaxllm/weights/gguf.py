@@ -89,8 +89,9 @@ class GGUFReader:
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """The weight as HF's checkpoint has it, dequantised; a copy.
 
-        ``rows`` slices the first axis, and only those rows' bytes are touched. Float16 and bfloat16 weights keep
-        their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after ``close``.
+        ``rows`` slices the first axis; what is read reaches from the first stored row of them to the last. Float16 and
+        bfloat16 weights keep their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after
+        ``close``.
         """
         stored, info = self._find(name)
         wanted = slice(None) if rows is None else rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
 import os
 import subprocess
 import sys
@@ -53,12 +52,10 @@ class PeerSetup:
 
     def start(self, name: str) -> EngineProcess:
         """The process of an engine, which has not loaded anything yet."""
-        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        python = sys.executable if name == OWN else self._pythons[name]
+        env = {**_environment(python), "OMP_NUM_THREADS": str(self.threads)}
         if name == OWN:
-            return EngineProcess(name, [sys.executable, "-m", "jaxllm.entrypoints.bench.worker"], env)
-        python = self._pythons[name]
-        if python != sys.executable:
-            env.pop("PYTHONPATH", None)
+            return EngineProcess(name, [python, "-m", "jaxllm.entrypoints.bench.worker"], env)
         return EngineProcess(name, [python, str(Path(__file__).parent / "peers" / PEERS[name][0])], env)
 
     def load_message(self, name: str, limits: dict[str, Any], longest: int) -> dict[str, Any]:
@@ -126,9 +123,12 @@ def pythons(given: list[str], names: list[str]) -> dict[str, str]:
 
 
 def _is_installed(module: str, python: str) -> bool:
-    """Whether a Python finds it on its path; jaxllm itself may stand under vLLM's name in this one."""
-    if python == sys.executable:
-        return importlib.machinery.PathFinder.find_spec(module) is not None
+    """Whether a Python finds it. A new process is asked: in this one jaxllm itself may stand under vLLM's name."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([python, "-c", code], env=env, capture_output=True).returncode == 0
+    return subprocess.run([python, "-c", code], env=_environment(python), capture_output=True).returncode == 0
+
+
+def _environment(python: str) -> dict[str, str]:
+    """Of a Python's processes: the modules that PYTHONPATH names are this one's."""
+    hidden = () if python == sys.executable else ("PYTHONPATH",)
+    return {name: value for name, value in os.environ.items() if name not in hidden}
