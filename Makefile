@@ -32,7 +32,7 @@ test: $(VENV)/.installed-test
 
 # Runs the notebooks and writes their outputs into them.
 notebooks: $(VENV)/.installed-test
-	$(BIN)/python tests/run_notebooks.py $(NOTEBOOKS)
+	$(BIN)/python tests/support/run_notebooks.py $(NOTEBOOKS)
 
 test-peers: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "peer or large" $(PYTEST_ARGS)

@@ -8,20 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.aliases import MODULES, attribute, install_finder
+
 if TYPE_CHECKING:
-    from jaxllm.async_llm import AsyncLLM
-    from jaxllm.beam_search import BeamSearchOutput, BeamSearchParams
-    from jaxllm.config.command_line import FlexibleArgumentParser
-    from jaxllm.config.engine_args import EngineArgs
-    from jaxllm.inputs import ChatPrompt, TextPrompt, TokensPrompt
-    from jaxllm.llm import LLM
-    from jaxllm.llm_engine import LLMEngine
-    from jaxllm.logits_processor import LogitsProcessor
-    from jaxllm.output_constraints import RepetitionDetectionParams, StructuredOutputsParams
-    from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
-    from jaxllm.planning.api import plan
-    from jaxllm.planning.plan import Plan
-    from jaxllm.pooling_outputs import (
+    from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
+    from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
+    from jaxllm.api.inputs import ChatPrompt, TextPrompt, TokensPrompt
+    from jaxllm.api.logits_processor import LogitsProcessor
+    from jaxllm.api.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxllm.api.pooling_outputs import (
         ClassificationOutput,
         ClassificationRequestOutput,
         EmbeddingOutput,
@@ -31,40 +26,47 @@ if TYPE_CHECKING:
         ScoringOutput,
         ScoringRequestOutput,
     )
-    from jaxllm.pooling_params import PoolingParams
-    from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+    from jaxllm.api.pooling_params import PoolingParams
+    from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
+    from jaxllm.async_llm import AsyncLLM
+    from jaxllm.config.command_line import FlexibleArgumentParser
+    from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.llm import LLM
+    from jaxllm.llm_engine import LLMEngine
+    from jaxllm.planning.api import plan
+    from jaxllm.planning.plan import Plan
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncLLM": "jaxllm.async_llm",
-    "BeamSearchOutput": "jaxllm.beam_search",
-    "BeamSearchParams": "jaxllm.beam_search",
-    "ChatPrompt": "jaxllm.inputs",
-    "ClassificationOutput": "jaxllm.pooling_outputs",
-    "ClassificationRequestOutput": "jaxllm.pooling_outputs",
-    "CompletionOutput": "jaxllm.outputs",
-    "EmbeddingOutput": "jaxllm.pooling_outputs",
-    "EmbeddingRequestOutput": "jaxllm.pooling_outputs",
+    "BeamSearchOutput": "jaxllm.api.beam_search",
+    "BeamSearchParams": "jaxllm.api.beam_search",
+    "ChatPrompt": "jaxllm.api.inputs",
+    "ClassificationOutput": "jaxllm.api.pooling_outputs",
+    "ClassificationRequestOutput": "jaxllm.api.pooling_outputs",
+    "CompletionOutput": "jaxllm.api.outputs",
+    "EmbeddingOutput": "jaxllm.api.pooling_outputs",
+    "EmbeddingRequestOutput": "jaxllm.api.pooling_outputs",
     "EngineArgs": "jaxllm.config.engine_args",
     "FlexibleArgumentParser": "jaxllm.config.command_line",
     "LLM": "jaxllm.llm",
     "LLMEngine": "jaxllm.llm_engine",
-    "LogitsProcessor": "jaxllm.logits_processor",
-    "Logprob": "jaxllm.outputs",
+    "LogitsProcessor": "jaxllm.api.logits_processor",
+    "Logprob": "jaxllm.api.outputs",
     "Plan": "jaxllm.planning.plan",
-    "PoolingOutput": "jaxllm.pooling_outputs",
-    "PoolingParams": "jaxllm.pooling_params",
-    "PoolingRequestOutput": "jaxllm.pooling_outputs",
-    "RepetitionDetectionParams": "jaxllm.output_constraints",
-    "RequestOutput": "jaxllm.outputs",
-    "RequestOutputKind": "jaxllm.sampling_params",
-    "SamplingParams": "jaxllm.sampling_params",
-    "ScoringOutput": "jaxllm.pooling_outputs",
-    "ScoringRequestOutput": "jaxllm.pooling_outputs",
-    "StructuredOutputsParams": "jaxllm.output_constraints",
-    "TextPrompt": "jaxllm.inputs",
-    "TokensPrompt": "jaxllm.inputs",
+    "PoolingOutput": "jaxllm.api.pooling_outputs",
+    "PoolingParams": "jaxllm.api.pooling_params",
+    "PoolingRequestOutput": "jaxllm.api.pooling_outputs",
+    "RepetitionDetectionParams": "jaxllm.api.constraints",
+    "RequestOutput": "jaxllm.api.outputs",
+    "RequestOutputKind": "jaxllm.api.sampling_params",
+    "SamplingParams": "jaxllm.api.sampling_params",
+    "ScoringOutput": "jaxllm.api.pooling_outputs",
+    "ScoringRequestOutput": "jaxllm.api.pooling_outputs",
+    "StructuredOutputsParams": "jaxllm.api.constraints",
+    "TextPrompt": "jaxllm.api.inputs",
+    "TokensPrompt": "jaxllm.api.inputs",
     "plan": "jaxllm.planning.api",
 }
 
@@ -101,11 +103,16 @@ __all__ = [
     "plan",
 ]
 
+install_finder()
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in MODULES[""]:
+        value = attribute("", name)
+    else:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -11,21 +11,21 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput, was_refused
+from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
+from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.engine.prompts import Prompt, TokenizationOptions
-from jaxllm.errors import ValidationError
+from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
 from jaxllm.llm import LLM
 from jaxllm.methods.generation import chat_prompt
-from jaxllm.outputs import RequestOutput, was_refused
-from jaxllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
-from jaxllm.pooling_params import PoolingParams
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.metric import Metric
+    from jaxllm.api.metric import Metric
 
 logger = logging.getLogger("jaxllm")
 

@@ -9,21 +9,21 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import merged
+from jaxllm.config.log import show_log
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.core import EngineCore
-from jaxllm.engine.mailbox import Mailbox
-from jaxllm.engine.progress import bar_class
-from jaxllm.errors import ValidationError
-from jaxllm.log import show_log
+from jaxllm.engine.io.mailbox import Mailbox
+from jaxllm.engine.observe.progress import bar_class
 from jaxllm.methods.beam_search import BeamSearchMethods
 from jaxllm.methods.control import ControlMethods
 from jaxllm.methods.generation import GenerationMethods
 from jaxllm.methods.pooling import PoolingMethods
 from jaxllm.methods.queueing import QueueingMethods
 from jaxllm.methods.watching import WatchingMethods
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.startup import Started, start
 from jaxllm.tokenization.pool import TokenizerPool
 
@@ -123,7 +123,7 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""
-        from jaxllm.weights import orbax
+        from jaxllm.weights.formats import orbax
 
         params = self._started.runner.params
         if params is None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.engine.prompts import Prompt
+from jaxllm.engine.io.prompts import Prompt
 from jaxllm.llm import LLM
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.metric import Metric
+    from jaxllm.api.metric import Metric
 
 
 class LLMEngine:

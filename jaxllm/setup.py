@@ -9,21 +9,21 @@ from typing import Any
 
 import jax
 
-from jaxllm.cache_folder import cache_folder
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import Pooler, PoolerConfig
 from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.config.pooler import Pooler, PoolerConfig
 from jaxllm.config.resolve import default_block_size, scheduler_config
-from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooling_setup import make_pooler, runner_type
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split
-from jaxllm.runner.attention_backend import attention_backend
+from jaxllm.runner.compile.attention_backend import attention_backend
+from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.runner.target import Target
 from jaxllm.sampling.processors import check_processors
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config

@@ -10,29 +10,30 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.engine.block_hash import BlockHasher
+from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
-from jaxllm.engine.input_processor import InputProcessor
-from jaxllm.engine.metrics import EngineMetrics
-from jaxllm.engine.pooling_inputs import PoolingInputs
-from jaxllm.engine.stats_log import StatsLog, stats_interval
-from jaxllm.engine.token_constraints import TokenConstraints
-from jaxllm.logits_processor import extra_arg_defaults
-from jaxllm.runner import freed_memory, program_identity
+from jaxllm.engine.io.input_processor import InputProcessor
+from jaxllm.engine.io.pooling_inputs import PoolingInputs
+from jaxllm.engine.io.token_constraints import TokenConstraints
+from jaxllm.engine.observe.metrics import EngineMetrics
+from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.runner.build import Built, build_runner
-from jaxllm.runner.gpu_memory import share_gpu_memory
-from jaxllm.runner.memory import MemoryPlan
+from jaxllm.runner.compile import identity as program_identity
+from jaxllm.runner.compile.target import target_here
+from jaxllm.runner.heads.pooling_runner import PoolingRunner
+from jaxllm.runner.memory import freed_memory
+from jaxllm.runner.memory.gpu_memory import share_gpu_memory
+from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
-from jaxllm.runner.pooling_runner import PoolingRunner
 from jaxllm.runner.runner import Runner
-from jaxllm.runner.target import target_here
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.setup import read_setup
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
-from jaxllm.weights import gguf
 from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.formats import gguf
 from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:

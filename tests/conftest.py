@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jaxllm.cache_folder import cache_folder
+from jaxllm.config.cache_folder import cache_folder
 
 # Tests compile the same small programs again and again. JAX reads these when it is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla" / "tests"))

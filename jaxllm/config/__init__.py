@@ -1,5 +1,12 @@
-"""Configuration. `PoolerConfig` is here under the name by which vLLM's users import it."""
+"""Configuration. What vLLM's users import from ``vllm.config`` is here under the same names."""
 
-from jaxllm.config.pooler import PoolerConfig
+from typing import Any
 
-__all__ = ["PoolerConfig"]
+from jaxllm.aliases import MODULES, attribute
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES["config"]:
+        # Python then looks for a submodule of that name.
+        raise AttributeError(f"module 'jaxllm.config' has no attribute {name!r}")
+    return attribute("config", name)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from jaxllm import checks
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.logits_processor import logits_processors
+from jaxllm.api.pooler import pooler_config
 from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
-from jaxllm.config.pooler import pooler_config
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
-from jaxllm.errors import ValidationError
-from jaxllm.logits_processor import logits_processors
 
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.structured_outputs import BACKENDS
-from jaxllm.errors import ValidationError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 _MIB = 2**20
 

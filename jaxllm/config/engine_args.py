@@ -8,12 +8,12 @@ import difflib
 import os
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.logits_processor import LogitsProcessor
+from jaxllm.api.pooler import PoolerConfig
 from jaxllm.config.argument_checks import CHECKS
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
-from jaxllm.config.pooler import PoolerConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
-from jaxllm.errors import ValidationError
-from jaxllm.logits_processor import LogitsProcessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jaxllm
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.arguments import known_names
 from jaxllm.config.engine_args import argument_names
-from jaxllm.errors import ValidationError
 
 _SUFFIXES = (".yaml", ".yml")
 

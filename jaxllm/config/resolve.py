@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.errors import ValidationError
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxllm import checks
-from jaxllm.errors import ValidationError
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
 
 BACKENDS = ("auto", "guidance")
 #: vLLM's reasoning parsers whose marks are plain strings -> (start, end) of the reasoning

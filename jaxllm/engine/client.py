@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from jaxllm.engine.parallel_sampling import ParallelSampling
-from jaxllm.outputs import RequestOutput, failed_output
+from jaxllm.api.outputs import RequestOutput, failed_output
+from jaxllm.engine.io.parallel_sampling import ParallelSampling
 
 if TYPE_CHECKING:
     from jaxllm.engine.core import EngineCore

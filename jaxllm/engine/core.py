@@ -11,24 +11,24 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.engine.output_processor import OutputProcessor
-from jaxllm.engine.pooling_processor import PoolingProcessor
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.io.output_processor import OutputProcessor
+from jaxllm.engine.io.pooling_processor import PoolingProcessor
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import StepUpdates
-from jaxllm.engine.scheduler import Scheduler
-from jaxllm.errors import ValidationError
+from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.api.outputs import RequestOutput
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
-    from jaxllm.engine.engine_stats import EngineStats
-    from jaxllm.engine.metrics import EngineMetrics, Metric
-    from jaxllm.engine.token_constraints import TokenConstraints
-    from jaxllm.outputs import RequestOutput
-    from jaxllm.runner.interface import ModelRunner, SchedulerOutput, StepFuture, StepOutput
-    from jaxllm.runner.step_observer import StepObserver
+    from jaxllm.engine.io.token_constraints import TokenConstraints
+    from jaxllm.engine.observe.engine_stats import EngineStats
+    from jaxllm.engine.observe.metrics import EngineMetrics, Metric
+    from jaxllm.engine.observe.step_observer import StepObserver
+    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StepFuture, StepOutput
 
 
 class EngineCore:

@@ -7,15 +7,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.output_constraints import RepetitionDetectionParams
-from jaxllm.pooling_params import PoolingParams
+from jaxllm.api.constraints import RepetitionDetectionParams
+from jaxllm.api.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from concurrent.futures import Future
 
-    from jaxllm.engine.block_hash import ExtraKey
-    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.api.sampling_params import SamplingParams
+    from jaxllm.engine.cache.block_hash import ExtraKey
     from jaxllm.structured.compiler import Grammar
     from jaxllm.structured.matcher import Matcher
 

@@ -8,12 +8,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from jaxllm.entrypoints.options import build_llm, build_sampling_params
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.command_options import build_llm, build_sampling_params
 
 if TYPE_CHECKING:
+    from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.llm import LLM
-    from jaxllm.sampling_params import SamplingParams
 
 Message = dict[str, str]
 

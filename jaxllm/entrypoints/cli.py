@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jaxllm
-from jaxllm.config.command_line import with_hyphens
-from jaxllm.entrypoints.batch.options import add_batch_options
-from jaxllm.entrypoints.bench.options import (
+from jaxllm.api.errors import JaxLLMError
+from jaxllm.bench.options import (
     add_host_bench_options,
     add_latency_options,
     add_profile_options,
@@ -20,9 +19,10 @@ from jaxllm.entrypoints.bench.options import (
     add_throughput_options,
     add_tokenizer_bench_options,
 )
-from jaxllm.entrypoints.options import add_engine_options, add_sampling_options
+from jaxllm.command_options import add_engine_options, add_sampling_options
+from jaxllm.config.command_line import with_hyphens
+from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.plan import add_plan_options
-from jaxllm.errors import JaxLLMError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,34 +95,34 @@ def build_parser() -> argparse.ArgumentParser:
         "tokenizer", allow_abbrev=False, help="tokens tokenized per second, by the number of the pool's workers"
     )
     add_tokenizer_bench_options(tokenizer)
-    tokenizer.set_defaults(run=_lazily("jaxllm.entrypoints.bench.tokenizer"))
+    tokenizer.set_defaults(run=_lazily("jaxllm.bench.tokenizer"))
     host = bench.add_parser("host", allow_abbrev=False, help="what a step costs the host, part by part")
     add_host_bench_options(host)
-    host.set_defaults(run=_lazily("jaxllm.entrypoints.bench.host"))
+    host.set_defaults(run=_lazily("jaxllm.bench.host"))
 
     throughput = bench.add_parser(
         "throughput", allow_abbrev=False, help="requests and tokens per second of one batch; also of other engines"
     )
     add_throughput_options(throughput)
-    throughput.set_defaults(run=_lazily("jaxllm.entrypoints.bench.throughput"))
+    throughput.set_defaults(run=_lazily("jaxllm.bench.throughput"))
     latency = bench.add_parser(
         "latency", allow_abbrev=False, help="seconds of one batch; decoding against context and cache size"
     )
     add_latency_options(latency)
-    latency.set_defaults(run=_lazily("jaxllm.entrypoints.bench.latency"))
+    latency.set_defaults(run=_lazily("jaxllm.bench.latency"))
     profile = bench.add_parser(
         "profile", allow_abbrev=False, help="milliseconds of the compiled steps, by what they are spent on; on a CPU"
     )
     add_profile_options(profile)
-    profile.set_defaults(run=_lazily("jaxllm.entrypoints.bench.profile"))
+    profile.set_defaults(run=_lazily("jaxllm.bench.profile"))
     startup = bench.add_parser("startup", allow_abbrev=False, help="seconds from process start to the first token")
     add_startup_options(startup)
-    startup.set_defaults(run=_lazily("jaxllm.entrypoints.bench.startup"))
+    startup.set_defaults(run=_lazily("jaxllm.bench.startup"))
     serve_trace = bench.add_parser(
         "serve-trace", allow_abbrev=False, help="latencies of requests that come one by one, in this process"
     )
     add_serve_trace_options(serve_trace)
-    serve_trace.set_defaults(run=_lazily("jaxllm.entrypoints.bench.serve_trace"))
+    serve_trace.set_defaults(run=_lazily("jaxllm.bench.serve_trace"))
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxllm.entrypoints.options import build_llm, build_sampling_params, engine_arguments
+from jaxllm.command_options import build_llm, build_sampling_params, engine_arguments
 
 if TYPE_CHECKING:
+    from jaxllm.api.outputs import RequestOutput
     from jaxllm.llm import LLM
-    from jaxllm.outputs import RequestOutput
 
 #: the same for all, and longer than a block, so that the prefix cache has something to find
 SYSTEM_PROMPT = (

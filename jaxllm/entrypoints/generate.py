@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxllm.entrypoints.options import build_llm, build_sampling_params
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.command_options import build_llm, build_sampling_params
 from jaxllm.entrypoints.prompt_files import read_prompts, read_stdin
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput
 
 #: exit status when some prompts were refused and the others completed
 SOME_FAILED = 3

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.command_line import count
 from jaxllm.config.devices import DEVICE_NAMES
-from jaxllm.entrypoints.options import add_engine_options, engine_arguments
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:

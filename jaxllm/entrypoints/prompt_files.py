@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.entrypoints.tables import BadRow, is_table, read_rows
-from jaxllm.errors import JaxLLMError, ValidationError
 
 
 def read_stdin() -> Iterator[str]:

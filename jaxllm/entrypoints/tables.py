@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.errors import JaxLLMError, ValidationError
+from jaxllm.api.errors import JaxLLMError, ValidationError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.engine.feed import Feed
-from jaxllm.engine.prompts import TokenizationOptions
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.io.feed import Feed
+from jaxllm.engine.io.prompts import TokenizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.api.pooling_params import PoolingParams
+    from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.engine.client import EngineClient
-    from jaxllm.engine.input_processor import InputProcessor
-    from jaxllm.engine.pooling_inputs import PoolingInputs
-    from jaxllm.pooling_params import PoolingParams
-    from jaxllm.runner.memory import MemoryPlan
-    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.engine.io.input_processor import InputProcessor
+    from jaxllm.engine.io.pooling_inputs import PoolingInputs
+    from jaxllm.runner.memory.plan import MemoryPlan
     from jaxllm.startup import Started
     from jaxllm.tokenization.pool import TokenizerPool
 

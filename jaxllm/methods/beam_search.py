@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxllm import checks
-from jaxllm.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-from jaxllm.engine.progress import bar_class
-from jaxllm.engine.prompts import PreparedPrompt, Prompt
-from jaxllm.errors import ValidationError
+from jaxllm.api import checks
+from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import PositionLogprobs
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.io.prompts import PreparedPrompt, Prompt
+from jaxllm.engine.observe.progress import bar_class
 from jaxllm.methods.base import EngineMethods, refuse
 from jaxllm.methods.prompts import as_prompts
-from jaxllm.outputs import PositionLogprobs
-from jaxllm.sampling_params import SamplingParams
 
 
 class _Search:

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from typing import Any
 
-from jaxllm.engine.feed import Feed
-from jaxllm.engine.progress import Progress
-from jaxllm.engine.prompts import Prompt
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.io.feed import Feed
+from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.observe.progress import Progress
 from jaxllm.methods.base import EngineMethods, refuse
 from jaxllm.methods.prompts import as_conversations, as_prompts
 from jaxllm.methods.streaming import stream_text
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import Conversation
 
 logger = logging.getLogger("jaxllm")

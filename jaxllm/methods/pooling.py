@@ -8,14 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.config.pooler import EMBED_TASKS
-from jaxllm.engine.pooling_inputs import PoolingInputs, TextPair
-from jaxllm.engine.progress import Progress
-from jaxllm.engine.prompts import Prompt
-from jaxllm.errors import ValidationError
-from jaxllm.methods.base import EngineMethods, refuse
-from jaxllm.methods.prompts import as_prompts
-from jaxllm.pooling_outputs import (
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import EMBED_TASKS
+from jaxllm.api.pooling_outputs import (
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -24,7 +19,12 @@ from jaxllm.pooling_outputs import (
     ScoringRequestOutput,
     failed_pooling,
 )
-from jaxllm.pooling_params import PoolingParams
+from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.engine.io.pooling_inputs import PoolingInputs, TextPair
+from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.observe.progress import Progress
+from jaxllm.methods.base import EngineMethods, refuse
+from jaxllm.methods.prompts import as_prompts
 
 Params = PoolingParams | Sequence[PoolingParams] | None
 Pooled = PoolingRequestOutput[PoolingOutput]

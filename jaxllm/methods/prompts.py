@@ -7,8 +7,8 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxllm.engine.prompts import Prompt
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.io.prompts import Prompt
 from jaxllm.tokenization.chat import Conversation
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxllm.engine.feed import Feed
-from jaxllm.engine.progress import Progress
-from jaxllm.engine.prompts import Prompt
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.io.feed import Feed
+from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.observe.progress import Progress
 from jaxllm.methods.base import EngineMethods, refuse
 from jaxllm.methods.generation import chat_prompt
 from jaxllm.methods.prompts import as_conversations, as_prompts
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import Conversation
 
 

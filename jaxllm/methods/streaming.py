@@ -6,15 +6,15 @@ import collections
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.engine.interrupt import DeferredInterrupt
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxllm.engine.client import EngineClient
-    from jaxllm.engine.input_processor import InputProcessor
-    from jaxllm.engine.prompts import Prompt
+    from jaxllm.engine.io.input_processor import InputProcessor
+    from jaxllm.engine.io.prompts import Prompt
 
 
 def stream_text(

@@ -6,11 +6,11 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllm.cache_folder import cache_folder
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.engine.trace import Trace
-from jaxllm.engine.trace_recorder import TraceRecorder
-from jaxllm.errors import ValidationError
+from jaxllm.engine.observe.trace import Trace
+from jaxllm.engine.observe.trace_recorder import TraceRecorder
 from jaxllm.methods.base import EngineMethods
 from jaxllm.runner.profile import Profile
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from jaxllm.engine.metrics import Metric
-    from jaxllm.engine.prometheus import MetricsServer
+    from jaxllm.engine.observe.metrics import Metric
+    from jaxllm.engine.observe.prometheus import MetricsServer
 
 
 class WatchingMethods(EngineMethods):
@@ -54,7 +54,7 @@ class WatchingMethods(EngineMethods):
         """The metrics for prometheus_client, in a registry of their own: `generate_latest`, `push_to_gateway`, an
         application of yours. Every use of it takes a new snapshot, from any thread.
         """
-        from jaxllm.engine.prometheus import metrics_registry
+        from jaxllm.engine.observe.prometheus import metrics_registry
 
         return metrics_registry(self._client.core.metrics)
 
@@ -68,7 +68,7 @@ class WatchingMethods(EngineMethods):
         Raises:
             ValidationError: the port is taken, or the address is not this machine's.
         """
-        from jaxllm.engine.prometheus import MetricsServer
+        from jaxllm.engine.observe.prometheus import MetricsServer
 
         registry = self.prometheus_registry()
         self._stop_watching()

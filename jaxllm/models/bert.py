@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import KVCacheGroup
-from jaxllm.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS, activate
 from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
 from jaxllm.layers.linear import linear

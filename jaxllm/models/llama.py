@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS
 from jaxllm.layers.rope import inverse_frequencies
 from jaxllm.models.decoder import DecoderConfig, attention_scale

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config.pooler import Pooler
+from jaxllm.api.pooler import Pooler
 from jaxllm.layers.linear import linear_f32
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, ModelParams, body_sources

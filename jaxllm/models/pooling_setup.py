@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import Pooler, PoolerConfig
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.config.pooler import Pooler, PoolerConfig
-from jaxllm.errors import ValidationError
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, POOLING_ARCHITECTURES, is_encoder
 
 #: older `task` -> (runner, convert)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models import bert, gemma3, llama, mistral, qwen2, qwen3
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 from jaxllm.models.layer_stack import separate
 from jaxllm.models.sources import decoder_sources, separate_sources

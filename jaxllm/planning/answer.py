@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.errors import ValidationError
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
-from jaxllm.runner.compiled_plan import make_programs
-from jaxllm.runner.deviceless import lowering_for
-from jaxllm.runner.memory import MemoryPlan
-from jaxllm.runner.plan import DoesNotFitError, plan_memory
-from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs
+from jaxllm.runner.compile.deviceless import lowering_for
+from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU, Programs
+from jaxllm.runner.compile.target import Target
+from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
+from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.runner.target import Target
 from jaxllm.setup import Setup, read_setup
 
 logger = logging.getLogger("jaxllm")

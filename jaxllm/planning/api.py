@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm import checks
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import CPU, GPUS, device_name
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.errors import ValidationError
-from jaxllm.log import show_log
+from jaxllm.config.log import show_log
 from jaxllm.planning.answer import Question, answer
 from jaxllm.planning.elsewhere import CompilerFailedError, answer_elsewhere
 from jaxllm.planning.plan import Plan
-from jaxllm.runner.deviceless import find_compiler, install_command, search_places
-from jaxllm.runner.target import target_described, target_here
+from jaxllm.runner.compile.deviceless import find_compiler, install_command, search_places
+from jaxllm.runner.compile.target import target_described, target_here
 from jaxllm.weights.resolve import resolve
 
 logger = logging.getLogger("jaxllm")

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.config.devices import GPUS
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.errors import JaxLLMError, ValidationError
 from jaxllm.planning.answer import Question, answer
 from jaxllm.planning.plan import Plan
-from jaxllm.runner.deviceless import CudaCompiler, devices
-from jaxllm.runner.target import target_described
+from jaxllm.runner.compile.deviceless import CudaCompiler, devices
+from jaxllm.runner.compile.target import target_described
 
 _LOG_LINE = re.compile(r"[EIW]\d{4} |WARNING: All log messages")
 

@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.runner.memory import MemoryPlan
+from jaxllm.runner.memory.plan import MemoryPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

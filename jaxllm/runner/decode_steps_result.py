@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxllm.runner.interface import StepOutput
+from jaxllm.engine.step import StepOutput
 
 if TYPE_CHECKING:
     import jax

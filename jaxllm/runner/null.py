@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
+from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compiled_plan import make_programs
+from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.decode_steps_result import DecodeStepsResult
-from jaxllm.runner.interface import LogprobArrays, SchedulerOutput, StepOutput
-from jaxllm.runner.memory import CPU_CACHE_LIMIT, MemoryPlan
-from jaxllm.runner.plan import blocks_of_one, memory_plan
-from jaxllm.runner.programs import Programs
+from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
+from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxllm.engine.step import MAX_END_TOKEN_IDS
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.interface import MAX_END_TOKEN_IDS
 
 #: per-row sampling parameters, float32
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

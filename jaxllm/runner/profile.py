@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxllm.runner.step_observer import StepObserver
+from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.request_update import StepUpdates
-    from jaxllm.runner.interface import SchedulerOutput
+    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.step import SchedulerOutput
 
 
 class Profile(StepObserver):

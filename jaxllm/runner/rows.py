@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.logits_processor import extra_arg_defaults
-from jaxllm.runner.constraints import ConstraintShape, RowConstraints
-from jaxllm.runner.interface import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
+from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.engine.step import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
+from jaxllm.runner.heads.constraints import ConstraintShape, RowConstraints
 from jaxllm.runner.packing import FLOATS, INTS, Packing
 from jaxllm.runner.step import StepConfig
 

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.compile.programs import WRITE_TOKENS, Programs
 from jaxllm.runner.decode_steps_result import DecodeStepsResult
-from jaxllm.runner.device_memory import DeviceMemory
-from jaxllm.runner.interface import AdmittedRequest, LogprobArrays, SchedulerOutput, StepOutput
+from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.memory.device_memory import DeviceMemory
 from jaxllm.runner.one_row import with_whole_layers
-from jaxllm.runner.programs import WRITE_TOKENS, Programs
 from jaxllm.runner.rows import PackedStep, RowTable
 from jaxllm.runner.step import Hidden, Sampled, State
 from jaxllm.sampling.logprobs import Logprobs

@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.api.logits_processor import LogitsProcessor
+from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
-from jaxllm.config.pooler import Pooler
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_sources
 from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_shapes
-from jaxllm.runner.constraints import ConstraintShape
-from jaxllm.runner.pooling_step import PoolingState
+from jaxllm.runner.compile.target import Target
+from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.step import State
-from jaxllm.runner.target import Target
 from jaxllm.weights.loader import shapes
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE

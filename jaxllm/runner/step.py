@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.api.logits_processor import LogitsProcessor
+from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import AttentionBatch
-from jaxllm.logits_processor import LogitsProcessor
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.constraints import ConstraintShape
+from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import in_blocks, sample, sample_greedy
-from jaxllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from pallas_kernels.backend import Backend
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import ValidationError
-from jaxllm.logits_processor import LogitsProcessor, extra_arg_defaults
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.logits_processor import LogitsProcessor, extra_arg_defaults
 from jaxllm.sampling.batch import SamplingBatch
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.logits_processor import LogitsProcessor
+from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.sampling import blocks as blk
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.constraints import apply_bad_words, apply_bias, apply_mask

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import llguidance
 import numpy as np
 
+from jaxllm.api.constraints import StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.structured_outputs import StructuredOutputsConfig
-from jaxllm.errors import ValidationError
-from jaxllm.output_constraints import StructuredOutputsParams
 from jaxllm.structured.grammar import may_name_special_tokens, serialize
 from jaxllm.structured.matcher import GrammarMatcher, explain
 

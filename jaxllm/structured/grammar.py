@@ -9,9 +9,9 @@ from typing import Any
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
+from jaxllm.api.constraints import StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.structured_outputs import StructuredOutputsConfig
-from jaxllm.errors import ValidationError
-from jaxllm.output_constraints import StructuredOutputsParams
 
 #: keywords of JSON schema whose value maps names to schemas, and those whose value is a schema or a list of them
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")

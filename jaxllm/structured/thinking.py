@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

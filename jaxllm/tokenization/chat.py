@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

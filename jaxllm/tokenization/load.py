@@ -42,7 +42,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if not path.exists():
         raise WeightsError(f"{path}: no such file or directory; a tokenizer comes from a .gguf file or a directory")
     from jaxllm.tokenization.gguf import tokenizer_from_gguf
-    from jaxllm.weights.gguf import read_metadata
+    from jaxllm.weights.formats.gguf import read_metadata
 
     metadata = read_metadata(path)
     with _with_transformers():

@@ -12,7 +12,7 @@ import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import ValidationError
-from jaxllm.weights import loader, orbax
+from jaxllm.api.errors import ValidationError
+from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.gguf import GGUFReader
+from jaxllm.weights.formats import orbax
+from jaxllm.weights.formats.gguf import GGUFReader
+from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.naming import CommonNames
-from jaxllm.weights.safetensors import SafetensorsReader
 
 logger = logging.getLogger("jaxllm")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxllm.errors import JaxLLMError
+from jaxllm.api.errors import JaxLLMError
 
 
 class WeightsError(JaxLLMError, ValueError):

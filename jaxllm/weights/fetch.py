@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from jaxllm.cache_folder import cache_folder
-from jaxllm.errors import FetchError, ValidationError
+from jaxllm.api.errors import FetchError, ValidationError
+from jaxllm.config.cache_folder import cache_folder
 from jaxllm.weights.named_models import NAMED_MODELS, NamedModel, Part
 
 _CHUNK_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxllm.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.api.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.fetch import fetch
 from jaxllm.weights.named_models import NAMED_MODELS
 

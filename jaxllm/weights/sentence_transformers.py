@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.weights.checkpoint import read_json
 
 #: what is read here, relative to the model's directory

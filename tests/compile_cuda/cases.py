@@ -13,15 +13,15 @@ from typing import Any
 import jax
 
 import pallas_kernels
+from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.devices import GPU
-from jaxllm.config.pooler import Pooler
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.registry import model_config, pooling_model_config
-from jaxllm.runner.compiled_plan import make_programs
-from jaxllm.runner.programs import SCORER, WRITER, Key, Programs
+from jaxllm.runner.compile.programs import SCORER, WRITER, Key, Programs
+from jaxllm.runner.compile.target import target_described
+from jaxllm.runner.memory.compiled_plan import make_programs
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.runner.target import target_described
 from jaxllm.weights.loader import shapes
 
 from .models import MODELS, Model

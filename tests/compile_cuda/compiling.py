@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config.devices import GPU, gpu_named
-from jaxllm.runner.deviceless import CudaCompiler
+from jaxllm.runner.compile.deviceless import CudaCompiler
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = __name__.rpartition(".")[0]

@@ -10,11 +10,11 @@ import pytest
 
 import jaxllm
 from jaxllm import Plan
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.parallel.collectives import expected_collectives
 from jaxllm.planning import api
 from jaxllm.planning.estimate import FACTOR
-from jaxllm.runner.deviceless import find_compiler
+from jaxllm.runner.compile.deviceless import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="`make compile-cuda` installs the compiler")
 

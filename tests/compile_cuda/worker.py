@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.runner.deviceless import devices, lowering_for
-from jaxllm.runner.programs import GPU_OPTIONS
+from jaxllm.runner.compile.deviceless import devices, lowering_for
+from jaxllm.runner.compile.programs import GPU_OPTIONS
 
 from .cases import Case, kernel_cases, step_cases
 from .compiling import TARGETS

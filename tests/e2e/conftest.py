@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_model import SMALL, write_tiny_model
+from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
 

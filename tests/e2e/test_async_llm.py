@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm.api.errors import ValidationError
 from jaxllm.engine.client import EngineClient
-from jaxllm.errors import ValidationError
 
 PROMPTS = [f"prompt number {i} " * (i % 3 + 1) for i in range(9)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10)

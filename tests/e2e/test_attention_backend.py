@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.runner import Runner
 from pallas_kernels.backend import Backend

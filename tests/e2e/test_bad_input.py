@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.api.errors import JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.errors import WeightsError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 from transformers import AutoModelForCausalLM
 
 from jaxllm import LLM, BeamSearchParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 PROMPTS = ["the first one", "a second prompt, longer than the first one"]
 

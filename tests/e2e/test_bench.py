@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm.entrypoints.cli import main
 

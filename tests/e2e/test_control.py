@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_model import SMALL, write_tiny_model
+from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPTS = ["one prompt", "another, longer prompt " * 3]

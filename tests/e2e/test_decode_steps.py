@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import EOS
+from support.tiny_model import EOS
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput
-from jaxllm.runner.interface import SchedulerOutput
-from jaxllm.runner.step_observer import StepObserver
-from jaxllm.sampling_params import RequestOutputKind
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import RequestOutputKind
+from jaxllm.engine.observe.step_observer import StepObserver
+from jaxllm.engine.step import SchedulerOutput
 
 STEPS = 6
 ARGUMENTS: dict[str, Any] = {

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
 from jaxllm.layers.linear import linear_f32
-from jaxllm.outputs import RequestOutput
 from jaxllm.setup import check_deterministic
 
 BASE: dict[str, Any] = {

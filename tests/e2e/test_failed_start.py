@@ -9,17 +9,17 @@ from typing import Any
 
 import jax
 import pytest
-from live_buffers import live
-from tiny_model import SMALL
+from support.live_buffers import live
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.runner import build
-from jaxllm.runner.programs import Programs
+from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.safetensors import SafetensorsReader
+from jaxllm.weights.formats.safetensors import SafetensorsReader
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)

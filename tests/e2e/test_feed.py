@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 PROMPTS = [f"prompt number {i} " * (i % 4 + 1) for i in range(30)]

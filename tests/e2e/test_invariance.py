@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.api.outputs import RequestOutput
 from jaxllm.engine.request import Request
-from jaxllm.outputs import RequestOutput
 
 BASE: dict[str, Any] = {
     "dtype": "float32",

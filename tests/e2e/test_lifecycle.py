@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import pytest
-from live_buffers import live
-from tiny_model import SMALL
+from support.live_buffers import live
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.progress import Progress
-from jaxllm.runner.interface import StepFuture
+from jaxllm.engine.observe.progress import Progress
+from jaxllm.engine.step import StepFuture
 from jaxllm.runner.runner import Runner, StepResult
 
 PROMPTS = [

@@ -6,10 +6,10 @@ import weakref
 from pathlib import Path
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, EngineArgs, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.runner.runner import StepResult
 
 PROMPTS = ["one", "and another", "a third prompt"]

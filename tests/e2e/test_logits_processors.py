@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, LogitsProcessor, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.sampling.processors import LogitsState
 
 

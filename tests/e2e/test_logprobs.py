@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_model import SMALL, VOCAB_SIZE
+from support.tiny_model import SMALL, VOCAB_SIZE
 
 from jaxllm import LLM, RequestOutputKind, SamplingParams
-from jaxllm.logprobs import FlatLogprobs
-from jaxllm.outputs import RequestOutput
+from jaxllm.api.logprobs import FlatLogprobs
+from jaxllm.api.outputs import RequestOutput
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 RANDOM = random.Random(3)

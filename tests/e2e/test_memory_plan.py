@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jaxllm import LLM
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.registry import model_config
 from jaxllm.weights.checkpoint import Checkpoint
 

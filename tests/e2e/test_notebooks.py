@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from run_notebooks import HASH_NAME, ROOT, code_cells, code_hash, execute, output_forms
+from support.run_notebooks import HASH_NAME, ROOT, code_cells, code_hash, execute, output_forms
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

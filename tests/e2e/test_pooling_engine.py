@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, PoolingParams
 from jaxllm.engine.client import EngineClient

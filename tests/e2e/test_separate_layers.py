@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.layer_stack import has_separate_layers, in_form
-from jaxllm.runner.target import Target
+from jaxllm.runner.compile.target import Target
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["one", "two and two", "a longer line that fills more than one block of the cache"]

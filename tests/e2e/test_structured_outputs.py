@@ -10,13 +10,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine import token_constraints
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import StructuredOutputsParams
+from jaxllm.engine.io import token_constraints
 
 SCHEMA = {
     "type": "object",

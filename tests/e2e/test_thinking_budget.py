@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 MARKS = {"reasoning_start_str": "(", "reasoning_end_str": ")."}
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
-from jaxllm.runner.step_observer import StepObserver
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.step_observer import StepObserver
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [[3, 1, 4], list(range(50)), [9] * 20]

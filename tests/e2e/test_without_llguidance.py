@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_model import SMALL
+from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
-from jaxllm.output_constraints import StructuredOutputsParams
+from jaxllm.api.constraints import StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
 
 
 def test_only_grammars_need_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,11 +19,11 @@ from gpu_check import records
 from gpu_check.model_folder import write_config
 from gpu_check.sizes import sizes
 from gpu_check.stages import seconds_left
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import engine_args
+from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 from jaxllm.models.decoder import Params
-from jaxllm.runner.interface import AdmittedRequest, SchedulerOutput
 from jaxllm.runner.runner import Runner
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.startup import Started, start
 
 DECODE_TARGET = 0.75

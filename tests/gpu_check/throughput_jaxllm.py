@@ -11,7 +11,7 @@ from gpu_check.sizes import sizes
 from gpu_check.steps import engine_arguments
 from gpu_check.workload import prompts
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.trace import StepRecord
+from jaxllm.engine.observe.trace import StepRecord
 
 
 def main() -> None:

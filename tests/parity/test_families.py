@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_model import PagedModel
+from support.paged_model import PagedModel
 
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config

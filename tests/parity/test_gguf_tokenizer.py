@@ -34,7 +34,7 @@ from jaxllm.tokenization.gguf import backend_from_gguf, tokenizer_from_gguf
 from jaxllm.tokenization.gguf_pre_tokenizers import PRE_TOKENIZATIONS
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.gguf import read_metadata
+from jaxllm.weights.formats.gguf import read_metadata
 
 DATA = Path(__file__).parent.parent / "data"
 WITHOUT_TOKEN_IN_SMOLLM2 = str.maketrans("", "", "\x04\x06\x13\x14\x16\x1d")

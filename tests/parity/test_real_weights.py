@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_model import PagedModel
+from support.paged_model import PagedModel
 
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
-from jaxllm.weights.gguf import GGUFReader
+from jaxllm.weights.formats.gguf import GGUFReader
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.outputs import RequestOutput
-from jaxllm.weights.gguf import GGUFReader
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.weights.formats.gguf import GGUFReader
 
 RECORDED = Path(__file__).parent.parent / "data" / "smollm2_greedy_transformers.json"
 #: closer logits may be ordered either way by rounding

@@ -6,15 +6,15 @@ import collections
 import itertools
 import math
 
-from fake_device import Done, FakeDevice, prefix_hashes
 from hypothesis.stateful import RuleBasedStateMachine, invariant
+from support.fake_device import Done, FakeDevice, prefix_hashes
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.engine.block_pool import NULL_BLOCK_ID
+from jaxllm.engine.cache.block_pool import NULL_BLOCK_ID
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduler import Scheduler
-from jaxllm.runner.interface import SchedulerOutput
+from jaxllm.engine.scheduling.scheduler import Scheduler
+from jaxllm.engine.step import SchedulerOutput
 
 
 class SchedulerInvariants(RuleBasedStateMachine):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE, WordPiece
 
-from jaxllm.engine.detokenizer import Detokenizer
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.io.detokenizer import Detokenizer
 from jaxllm.tokenization.load import load_tokenizer
 
 TEXTS = [

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import random
 
-from fake_device import VOCAB_SIZE, FakeDevice, generate, prefix_hashes, score
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_device import VOCAB_SIZE, FakeDevice, generate, prefix_hashes, score
 
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.core import EngineCore
-from jaxllm.engine.metrics import EngineMetrics
+from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.request import Request
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 48
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sampling_oracle import Row, adjusted, kept_bounds, log_weights, make_batch, ranking
+from support.sampling_oracle import Row, adjusted, kept_bounds, log_weights, make_batch, ranking
 
 from jaxllm.sampling.sampler import sample
 

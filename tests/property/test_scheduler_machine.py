@@ -6,21 +6,21 @@ import collections
 from collections.abc import Collection
 from typing import Any
 
-from fake_device import VOCAB_SIZE, Done, FakeDevice, generate
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 from scheduler_invariants import SchedulerInvariants
+from support.fake_device import VOCAB_SIZE, Done, FakeDevice, generate
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import StepUpdates
-from jaxllm.engine.scheduler import Scheduler
-from jaxllm.errors import ValidationError
-from jaxllm.runner.interface import SchedulerOutput
-from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.scheduling.scheduler import Scheduler
+from jaxllm.engine.step import SchedulerOutput
 
 EOS = frozenset({0})
 GROUPS = (

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
-from fake_device import VOCAB_SIZE, FakeDevice
+from support.fake_device import VOCAB_SIZE, FakeDevice
 from test_scheduler_machine import EOS, SchedulerMachine, shared_prompt
 
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request
-from jaxllm.engine.scheduler import Scheduler
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.engine.scheduling.scheduler import Scheduler
 
 WINDOWS = {
     "full": (None,),

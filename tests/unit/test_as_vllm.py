@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +10,40 @@ from pathlib import Path
 import pytest
 
 import jaxllm.as_vllm as as_vllm
+from jaxllm.aliases import MODULES
 
 
 @pytest.fixture(autouse=True)
 def undo():
     yield
-    for name in as_vllm.MODULES:
-        sys.modules.pop(name, None)
+    for path in MODULES:
+        sys.modules.pop(f"vllm.{path}" if path else "vllm", None)
 
 
 def test_every_name_exists():
     as_vllm.install()
-    for module, homes in as_vllm.MODULES.items():
-        for name in homes:
-            assert getattr(sys.modules[module], name) is not None, f"{module}.{name}"
+    for path, homes in MODULES.items():
+        for package in ("vllm", "jaxllm"):
+            module = importlib.import_module(f"{package}.{path}" if path else package)
+            for name in homes:
+                assert getattr(module, name) is not None, f"{module.__name__}.{name}"
+
+
+def test_vllm_paths_with_only_the_package_renamed():
+    code = (
+        "from jaxllm.sampling_params import BeamSearchParams\n"
+        "from jaxllm.engine.arg_utils import AsyncEngineArgs\n"
+        "from jaxllm import AsyncLLMEngine, EngineArgs\n"
+        "import jaxllm.v1.metrics.reader as reader\n"
+        "from jaxllm.config import PoolerConfig\n"
+        "assert AsyncEngineArgs is EngineArgs and AsyncLLMEngine.__name__ == 'AsyncLLM' and reader.Counter\n"
+        "try:\n"
+        "    from jaxllm.outputs import Nothing\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("jaxllm has no jaxllm.outputs.Nothing; of this module it has: CompletionOutput, ")
 
 
 def test_a_script_runs_unchanged(tmp_path: Path):

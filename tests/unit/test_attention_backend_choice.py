@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from jaxllm.errors import ValidationError
-from jaxllm.runner.attention_backend import attention_backend
+from jaxllm.api.errors import ValidationError
+from jaxllm.runner.compile.attention_backend import attention_backend
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.entrypoints.batch.digests import DigestSet
 from jaxllm.entrypoints.batch.journal import DUPLICATE, INVALID_LINE, Journal
-from jaxllm.errors import JaxLLMError, ValidationError
 
 
 def result(custom_id: str | None, text: str = "", error: dict[str, Any] | None = None) -> dict[str, Any]:

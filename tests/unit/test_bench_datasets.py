@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.entrypoints.bench import datasets
-from jaxllm.entrypoints.bench.options import add_dataset_options
-from jaxllm.entrypoints.bench.requests import BenchRequest
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench import datasets
+from jaxllm.bench.options import add_dataset_options
+from jaxllm.bench.requests import BenchRequest
 
 IDS = list(range(10, 110))
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from tiny_model import write_tiny_model
+from support.fake_engine import FakeEngine
+from support.tiny_model import write_tiny_model
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.bench.host_times import HostTimes, numbers, summary
+from jaxllm.bench.host_workload import HostWorkload
+from jaxllm.bench.peer_setup import pythons
 from jaxllm.engine.request import Request
-from jaxllm.engine.request_update import StepUpdates
-from jaxllm.entrypoints.bench.host_times import HostTimes, numbers, summary
-from jaxllm.entrypoints.bench.host_workload import HostWorkload
-from jaxllm.entrypoints.bench.peer_setup import pythons
+from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
-from jaxllm.errors import ValidationError
-from jaxllm.runner.interface import SchedulerOutput
-from jaxllm.sampling_params import SamplingParams
 
 
 def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.entrypoints.bench import report
-from jaxllm.entrypoints.bench.rates import Samples, Sizes
-from jaxllm.entrypoints.bench.requests import BenchRequest
-from jaxllm.entrypoints.bench.serve_trace import Answer, arrivals, measure, table
-from jaxllm.entrypoints.bench.statistics import percentile, summary
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench import report
+from jaxllm.bench.rates import Samples, Sizes
+from jaxllm.bench.requests import BenchRequest
+from jaxllm.bench.serve_trace import Answer, arrivals, measure, table
+from jaxllm.bench.statistics import percentile, summary
 
 SIZES = Sizes(num_requests=4, prompt_tokens=40, output_tokens=24)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.entrypoints.bench import report
-from jaxllm.entrypoints.bench.options import output_file
-from jaxllm.entrypoints.bench.session import JaxLLMSession
-from jaxllm.entrypoints.bench.startup import start_once
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.bench import report
+from jaxllm.bench.options import output_file
+from jaxllm.bench.session import JaxLLMSession
+from jaxllm.bench.startup import start_once
 from jaxllm.entrypoints.cli import main
-from jaxllm.errors import JaxLLMError, ValidationError
 
 
 @pytest.mark.parametrize("option", ["--output-json", "--trace"])

@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.entrypoints.bench import peer_setup, plain_model
-from jaxllm.entrypoints.bench.engine_process import EngineProcess
-from jaxllm.entrypoints.bench.options import add_throughput_options
-from jaxllm.entrypoints.bench.peer_setup import PeerSetup
-from jaxllm.entrypoints.bench.throughput import run
-from jaxllm.errors import JaxLLMError, ValidationError
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.bench import peer_setup, plain_model
+from jaxllm.bench.engine_process import EngineProcess
+from jaxllm.bench.options import add_throughput_options
+from jaxllm.bench.peer_setup import PeerSetup
+from jaxllm.bench.throughput import run
 
 PEERS = Path(peer_setup.__file__).parent / "peers"
 #: an engine that repeats the last token of each prompt, and prints where replies go

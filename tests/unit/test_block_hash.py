@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.engine.block_hash import NONE_HASH, BlockHasher, ExtraKey
-from jaxllm.engine.pooling_inputs import PoolingReader
-from jaxllm.engine.prompts import PreparedPrompt, PromptReader, TokenizationOptions
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.cache.block_hash import NONE_HASH, BlockHasher, ExtraKey
+from jaxllm.engine.io.pooling_inputs import PoolingReader
+from jaxllm.engine.io.prompts import PreparedPrompt, PromptReader, TokenizationOptions
 from jaxllm.engine.request import Request
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.tokenization.chat import ChatRenderer
 
 TOKENS = list(range(20))
@@ -90,8 +90,8 @@ def test_an_image_that_ends_at_a_block_does_not_touch_the_next() -> None:
 
 def test_hashes_are_the_same_in_another_process() -> None:
     code = (
-        "from jaxllm.engine.block_hash import *; from jaxllm.engine.request import Request\n"
-        "from jaxllm.sampling_params import SamplingParams\n"
+        "from jaxllm.engine.cache.block_hash import *; from jaxllm.engine.request import Request\n"
+        "from jaxllm.api.sampling_params import SamplingParams\n"
         "r = Request('r', list(range(8)), SamplingParams(), cache_salt='s')\n"
         "print(BlockHasher(4).extend(r, 2)[1].hex())"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.engine.block_pool import NULL_BLOCK_ID, Block, BlockPool, FreeBlockQueue
+from jaxllm.engine.cache.block_pool import NULL_BLOCK_ID, Block, BlockPool, FreeBlockQueue
 
 
 def ids(pool: BlockPool) -> list[int]:

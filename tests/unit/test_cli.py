@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from jaxllm.entrypoints import demo, options
+from jaxllm import command_options as options
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import CompletionOutput, RequestMetrics, RequestOutput, failed_output
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.entrypoints import demo
 from jaxllm.entrypoints.cli import main
-from jaxllm.errors import ValidationError
-from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, failed_output
-from jaxllm.sampling_params import SamplingParams
 
 
 class FakeLLM:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.arguments import NOT_YET
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import load_config, merged, shipped_configs, with_overrides
 from jaxllm.config.resolve import scheduler_config
-from jaxllm.entrypoints.options import add_engine_options, engine_arguments
-from jaxllm.errors import ValidationError
 
 NAMES = tuple(shipped_configs())
 #: configurations that need a capability; until jaxllm has it, that is what the refusal has to name

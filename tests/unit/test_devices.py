@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import DEVICE_NAMES, GPUS, device_name, gpu_named
-from jaxllm.errors import ValidationError
-from jaxllm.runner.deviceless import CudaCompiler, default_folder, find_compiler, search_places, target_config
+from jaxllm.runner.compile.deviceless import CudaCompiler, default_folder, find_compiler, search_places, target_config
 
 GIB = 2**30
 

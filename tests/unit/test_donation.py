@@ -17,7 +17,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import Bucket, make_buckets
-from jaxllm.runner.programs import CPU_OPTIONS, Programs
+from jaxllm.runner.compile.programs import CPU_OPTIONS, Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes

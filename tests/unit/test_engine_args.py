@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.errors import ValidationError
 
 FIELDS = {field.name for field in dataclasses.fields(EngineArgs)}
 

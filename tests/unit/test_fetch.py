@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.cache_folder import cache_folder
-from jaxllm.errors import FetchError, ModelNotFoundError, ValidationError
+from jaxllm.api.errors import FetchError, ModelNotFoundError, ValidationError
+from jaxllm.config.cache_folder import cache_folder
 from jaxllm.weights import resolve as resolve_module
 from jaxllm.weights.fetch import fetch
 from jaxllm.weights.named_models import NAMED_MODELS, NamedModel, Part

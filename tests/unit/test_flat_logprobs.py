@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.logprobs import FlatLogprobs, Logprob
+from jaxllm.api.logprobs import FlatLogprobs, Logprob
 
 LOGPROBS = st.builds(Logprob, st.floats(-100, 0), st.none() | st.integers(1, 300_000), st.none() | st.text(max_size=3))
 POSITIONS = st.lists(st.dictionaries(st.integers(0, 2**31 - 1), LOGPROBS, max_size=4), max_size=8)

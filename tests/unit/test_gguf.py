@@ -16,14 +16,14 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, hf_weights, write_gguf
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.gguf_files import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, hf_weights, write_gguf
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.gguf import GGUFReader, read_metadata
-from jaxllm.weights.gguf_config import llama3_divisors
-from jaxllm.weights.gguf_header import parse_header
+from jaxllm.weights.formats.gguf import GGUFReader, read_metadata
+from jaxllm.weights.formats.gguf_config import llama3_divisors
+from jaxllm.weights.formats.gguf_header import parse_header
 
 DATA = Path(__file__).parent.parent / "data"
 CLASSES = {

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import hf_weights, write_gguf
+from support.gguf_files import hf_weights, write_gguf
 
-from jaxllm.weights import gguf as gguf_module
-from jaxllm.weights.gguf import GGUFReader, read_metadata
-from jaxllm.weights.gguf_header import parse_header
+from jaxllm.weights.formats import gguf as gguf_module
+from jaxllm.weights.formats.gguf import GGUFReader, read_metadata
+from jaxllm.weights.formats.gguf_header import parse_header
 
 
 def test_a_header_is_parsed_once_unless_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.weights import gguf_quants
-from jaxllm.weights.gguf_quants import TENSOR_TYPE_BY_NAME, TENSOR_TYPES, dequantize_rows
+from jaxllm.weights.formats import gguf_quants
+from jaxllm.weights.formats.gguf_quants import TENSOR_TYPE_BY_NAME, TENSOR_TYPES, dequantize_rows
 
 QUANTISED = [name for name, kind in TENSOR_TYPE_BY_NAME.items() if kind.unpack]
 # Byte offsets of the float16 fields of each block.

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from jaxllm.runner.gpu_memory import share_gpu_memory
+from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 
 NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import EOS, VOCAB_SIZE, write_tiny_model
+from support.tiny_model import EOS, VOCAB_SIZE, write_tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import StructuredOutputsParams
 from jaxllm.config.structured_outputs import StructuredOutputsConfig
-from jaxllm.errors import ValidationError
-from jaxllm.sampling_params import StructuredOutputsParams
 from jaxllm.structured.compiler import CACHE_SIZE, GrammarCompiler
 from jaxllm.structured.matcher import GrammarMatcher
 from jaxllm.tokenization.load import load_tokenizer

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxllm.runner.memory import MemoryPlan
+from jaxllm.api.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.runner.memory.plan import MemoryPlan
 
 OWN_TAGS = {"div", "span"}
 

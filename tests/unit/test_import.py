@@ -54,8 +54,8 @@ def test_importing_the_facade_touches_no_device():
 
 
 def test_public_names_are_what_they_say():
-    from jaxllm.outputs import CompletionOutput, RequestOutput
-    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.api.outputs import CompletionOutput, RequestOutput
+    from jaxllm.api.sampling_params import SamplingParams
 
     assert jaxllm.SamplingParams is SamplingParams
     assert jaxllm.RequestOutput is RequestOutput and jaxllm.CompletionOutput is CompletionOutput

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request, window_bound
-from jaxllm.engine.kv_cache_manager import KVCacheManager
-from jaxllm.engine.prefix_cache_stats import PrefixCacheStats
+from jaxllm.engine.cache.manager import KVCacheManager
+from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
 from jaxllm.engine.request import Request
-from jaxllm.sampling_params import SamplingParams
 
 
 def cache(*windows: int | None, num_blocks: int = 100, block_size: int = 4, caching: bool = True) -> CacheConfig:

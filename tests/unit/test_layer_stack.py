@@ -22,9 +22,10 @@ from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.models.sources import decoder_sources, separate_sources
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import local_sources, split_shapes
-from jaxllm.weights import loader, orbax
+from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.safetensors import SafetensorsReader
+from jaxllm.weights.formats import orbax
+from jaxllm.weights.formats.safetensors import SafetensorsReader
 from pallas_kernels.backend import Backend
 
 LAYERS = 3

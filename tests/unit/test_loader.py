@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.decoder import Layers, Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources

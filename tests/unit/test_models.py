@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.registry import ARCHITECTURES, model_config
 
 BASE: dict[str, Any] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_model import EOS, write_tiny_model
+from support.tiny_model import EOS, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.entrypoints.bench.op_times import BETWEEN, OTHER, ProgramText, Run, launch
-from jaxllm.entrypoints.bench.op_times import _Operation as Operation
+from jaxllm.bench.op_times import BETWEEN, OTHER, ProgramText, Run, launch
+from jaxllm.bench.op_times import _Operation as Operation
 from jaxllm.layers.norm import rms_norm
 
 TEXT = """HloModule jit_forward_step, is_scheduled=true

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SAMPLING, SamplingReader
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call, translate
-from jaxllm.output_constraints import RepetitionDetectionParams, StructuredOutputsParams
-from jaxllm.sampling_params import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxllm.api.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call
 from jaxllm.entrypoints.openai.responses import response_body
-from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 
 #: two tokens; the second was not among the likeliest two
 LOGPROBS = [

@@ -7,11 +7,11 @@ import dataclasses
 
 import pytest
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.arguments import known_names, refuse
 from jaxllm.config.command_line import ENGINE_HELP, FlexibleArgumentParser, with_hyphens
 from jaxllm.config.engine_args import EngineArgs, argument_names, engine_args
-from jaxllm.entrypoints.options import add_engine_options, engine_arguments
-from jaxllm.errors import ValidationError
 
 EXAMPLES = {"max_model_len": ("auto", "auto")}
 

@@ -17,8 +17,9 @@ import pytest
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
-from jaxllm.weights import loader, orbax
+from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats import orbax
 
 CONFIG = model_config(
     {

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_model import CONFIG
 
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.rules import check_split, local_sources, split_sizes
 from jaxllm.weights.loader import shapes
-from tests.tiny_model import CONFIG
 
 MODEL = model_config(CONFIG)
 HLO = """\

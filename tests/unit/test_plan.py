@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 import jaxllm
 from jaxllm import LLM, Plan
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import DEVICE_NAMES, GPUS
 from jaxllm.entrypoints.cli import main
-from jaxllm.errors import ValidationError
 from jaxllm.planning import api
-from jaxllm.runner import target
-from jaxllm.runner.deviceless import CudaCompiler
-from tests.tiny_model import CONFIG, SMALL, write_tiny_model
+from jaxllm.runner.compile import target
+from jaxllm.runner.compile.deviceless import CudaCompiler
 
 GIB = 2**30
 QWQ: dict[str, Any] = {

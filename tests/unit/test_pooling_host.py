@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxllm.api.errors import FetchError, ValidationError
+from jaxllm.api.pooler import Pooler, PoolerConfig, pooler_config
+from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.config.engine_args import engine_args
-from jaxllm.config.pooler import Pooler, PoolerConfig, pooler_config
-from jaxllm.engine.pooling_inputs import longest_first
-from jaxllm.errors import FetchError, ValidationError
+from jaxllm.engine.io.pooling_inputs import longest_first
 from jaxllm.models.pooling_setup import make_pooler, runner_type
-from jaxllm.pooling_params import PoolingParams
-from jaxllm.runner.pooling_step import add_tokens
+from jaxllm.runner.heads.pooling_step import add_tokens
 from jaxllm.weights import fetch as fetching
 from jaxllm.weights.named_models import Companion, NamedModel, Part
 from jaxllm.weights.naming import CommonNames

@@ -8,7 +8,7 @@ import pytest
 from test_scheduler import add, read, scheduler, work
 
 from jaxllm.engine.request import RequestStatus
-from jaxllm.engine.request_update import RequestUpdate
+from jaxllm.engine.scheduling.request_update import RequestUpdate
 
 
 def test_the_latest_admission_is_preempted_and_comes_back_first() -> None:

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.runner import program_identity, program_store
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.program_identity import described, environment
-from jaxllm.runner.program_store import ProgramStore, open_store
-from jaxllm.runner.programs import CPU_OPTIONS, lowered
+from jaxllm.runner.compile import identity as program_identity
+from jaxllm.runner.compile import store as program_store
+from jaxllm.runner.compile.identity import described, environment
+from jaxllm.runner.compile.programs import CPU_OPTIONS, lowered
+from jaxllm.runner.compile.store import ProgramStore, open_store
 from pallas_kernels.backend import Backend
 
 DEVICES = jax.devices()[:1]

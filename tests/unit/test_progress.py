@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from jaxllm.engine.engine_stats import EngineStats
-from jaxllm.engine.progress import Progress
-from jaxllm.engine.scheduler_stats import SchedulerStats
-from jaxllm.log import LogHandler
-from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.api.outputs import CompletionOutput, RequestOutput
+from jaxllm.config.log import LogHandler
+from jaxllm.engine.observe.engine_stats import EngineStats
+from jaxllm.engine.observe.progress import Progress
+from jaxllm.engine.scheduling.scheduler_stats import SchedulerStats
 
 
 class Clock:
@@ -164,7 +164,7 @@ ipython = types.ModuleType("IPython")
 ipython.get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
 sys.modules["IPython"] = ipython
 sys.modules["IPython.display"] = None
-from jaxllm.engine.progress import Progress
+from jaxllm.engine.observe.progress import Progress
 with Progress(1) as progress:
     pass
 """

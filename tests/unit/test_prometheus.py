@@ -7,13 +7,13 @@ import urllib.error
 import urllib.request
 
 import pytest
-from fake_engine import FakeEngine
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.fake_engine import FakeEngine
 
-from jaxllm.engine.metrics import Counter, Gauge, Histogram, Metric
-from jaxllm.engine.prometheus import HELP, MetricsServer, families, metrics_registry
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.metrics import Counter, Gauge, Histogram, Metric
+from jaxllm.engine.observe.prometheus import HELP, MetricsServer, families, metrics_registry
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm import SamplingParams
+from jaxllm.api.sampling_params import RepetitionDetectionParams
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.stop_check import check_stop, ends_in_repetition
-from jaxllm.sampling_params import RepetitionDetectionParams
+from jaxllm.engine.scheduling.stop_check import check_stop, ends_in_repetition
 
 
 def by_definition(tokens: list[int], least: int, most: int, count: int) -> bool:

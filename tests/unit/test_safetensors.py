@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.safetensors import INDEX, SINGLE, SafetensorsReader
+from jaxllm.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
 
 TENSORS = {
     "a.weight": np.arange(15, dtype=np.float32).reshape(5, 3),

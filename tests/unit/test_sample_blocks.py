@@ -14,7 +14,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.programs import SAMPLE_ROWS_GPU, Programs
+from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.step import State, StepConfig, sample_step
 from jaxllm.weights.loader import dummy, shapes
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from sampling_oracle import Row, adjusted, compiled, log_softmax, log_weights, make_batch, normal, ranking, run
+from support.sampling_oracle import Row, adjusted, compiled, log_softmax, log_weights, make_batch, normal, ranking, run
 
 from jaxllm.sampling import blocks, penalties, truncation
 from jaxllm.sampling.sampler import SampleResult, sample, sample_greedy

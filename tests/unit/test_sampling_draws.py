@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_oracle import Row, adjusted, compiled, make_batch, normal, probabilities, run
 from scipy import stats
+from support.sampling_oracle import Row, adjusted, compiled, make_batch, normal, probabilities, run
 
 from jaxllm.sampling.draw import invert, uniforms
 from jaxllm.sampling.sampler import sample_rows

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import JaxLLMError, ValidationError
-from jaxllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from jaxllm.sampling_params import (
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxllm.api.sampling_params import (
     RepetitionDetectionParams,
     RequestOutputKind,
     SamplingParams,

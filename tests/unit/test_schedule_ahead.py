@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from test_scheduler import add, read, scheduler, work
 
-from jaxllm.runner.interface import StepOutput
+from jaxllm.engine.step import StepOutput
 
 
 def test_what_is_scheduled_ahead_is_part_of_the_next_step() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.request_update import RequestUpdate
-from jaxllm.engine.scheduler import Scheduler
-from jaxllm.errors import ValidationError
-from jaxllm.runner.interface import SchedulerOutput, StepOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.engine.scheduling.request_update import RequestUpdate
+from jaxllm.engine.scheduling.scheduler import Scheduler
+from jaxllm.engine.step import SchedulerOutput, StepOutput
 
 EOS = frozenset({2})
 

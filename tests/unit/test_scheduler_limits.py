@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import engine_args
 from jaxllm.config.resolve import default_block_size, platform_limits, scheduler_config
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.errors import ValidationError
 
 
 def scheduler(max_model_len: int = 2048, platform: str = "cpu", gib: float | None = None, **kwargs: Any):

@@ -14,7 +14,7 @@ from jaxllm.config.resolve import SCORED_BYTES, scheduler_config
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.programs import CPU_OPTIONS, SAMPLE_ROWS_CPU, Programs
+from jaxllm.runner.compile.programs import CPU_OPTIONS, SAMPLE_ROWS_CPU, Programs
 from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes
 

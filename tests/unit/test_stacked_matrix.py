@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_buffers import live
-from paged_model import PagedModel
+from support.live_buffers import live
+from support.paged_model import PagedModel
+from support.tiny_model import SMALL as ENGINE
+from support.tiny_model import write_tiny_model
 from test_layer_stack import BFLOAT16, FAMILIES, SMALL, draw
-from tiny_model import SMALL as ENGINE
-from tiny_model import write_tiny_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.linear import linear, linear_f32

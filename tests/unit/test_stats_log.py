@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
-from fake_engine import FakeEngine
+from support.fake_engine import FakeEngine
 
-from jaxllm.engine.engine_stats import EngineStats
-from jaxllm.engine.scheduler_stats import SchedulerStats
-from jaxllm.engine.stats_log import StatsLog, stats_interval
-from jaxllm.errors import ValidationError
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.engine_stats import EngineStats
+from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
+from jaxllm.engine.scheduling.scheduler_stats import SchedulerStats
 
 
 class Engine:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config.structured_outputs import ReasoningConfig
-from jaxllm.errors import ValidationError
 from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher, reasoning_marks
 
 VOCAB = 40

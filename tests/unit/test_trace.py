@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import FakeEngine
+from support.fake_engine import FakeEngine
 
-from jaxllm.engine.chrome_trace import events
-from jaxllm.engine.request_update import StepUpdates
-from jaxllm.engine.trace import RequestRecord, StepRecord, Trace
-from jaxllm.engine.trace_recorder import TraceRecorder
-from jaxllm.runner.interface import SchedulerOutput
+from jaxllm.engine.observe.chrome_trace import events
+from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
+from jaxllm.engine.observe.trace_recorder import TraceRecorder
+from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.step import SchedulerOutput
 
 
 class Traced(FakeEngine):

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.entrypoints.batch.digests import DigestSet
-from jaxllm.errors import JaxLLMError, ValidationError
 
 _SYNC_SECONDS = 5.0
 _ID = "batch_req_"

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.entrypoints.batch.journal import INVALID_LINE
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.tables import BadRow
-from jaxllm.errors import JaxLLMError, ValidationError
 
 #: a line of input: its number, from 1, and what it holds
 NumberedLine = tuple[int, bytes | Mapping[str, Any] | BadRow]

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.entrypoints.batch.lines import NumberedLine
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS
 from jaxllm.entrypoints.tables import BadRow, as_messages, read_rows
-from jaxllm.errors import ValidationError
 
 ID_COLUMN = "custom_id"
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.command_options import engine_arguments
 from jaxllm.entrypoints.batch.digests import DigestSet
 from jaxllm.entrypoints.batch.journal import DUPLICATE, Journal
 from jaxllm.entrypoints.batch.lines import (
@@ -36,13 +38,11 @@ from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, translate
 from jaxllm.entrypoints.openai.responses import new_id, response_body
-from jaxllm.entrypoints.options import engine_arguments
 from jaxllm.entrypoints.tables import SUFFIXES, is_table
-from jaxllm.errors import JaxLLMError, ValidationError
 
 if TYPE_CHECKING:
+    from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.llm import LLM
-    from jaxllm.sampling_params import SamplingParams
 
 #: exit status when every line has its result and some of them are errors
 SOME_FAILED = 3

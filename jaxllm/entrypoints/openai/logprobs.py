@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxllm.outputs import Logprob, PositionLogprobs
+from jaxllm.api.outputs import Logprob, PositionLogprobs
 
 #: JSON has no infinities; vLLM's floor
 LOWEST = -9999.0

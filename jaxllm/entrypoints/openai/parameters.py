@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.entrypoints.openai.errors import APIError
-from jaxllm.errors import ValidationError
-from jaxllm.output_constraints import RepetitionDetectionParams, StructuredOutputsParams
-from jaxllm.sampling_params import SamplingParams
 
 #: the same in `SamplingParams`
 SAMPLING = frozenset(

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from jaxllm import checks
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader, check_names
-from jaxllm.errors import ValidationError
-from jaxllm.sampling_params import SamplingParams
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 #: in OpenAI's API, where none is given

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs, first_text, raw_logprobs
 from jaxllm.entrypoints.openai.requests import CHAT, EMBEDDINGS, Call
-from jaxllm.outputs import CompletionOutput, RequestOutput
 
 
 def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:

@@ -1,0 +1,243 @@
+"""Datasets of the benchmarks: where prompts and lengths come from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench.requests import BenchRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("jaxllm")
+
+#: tokens, where neither the options nor the file say otherwise: vLLM's defaults
+INPUT_LEN, OUTPUT_LEN, CUSTOM_OUTPUT_LEN = 1024, 128, 256
+#: vLLM leaves out conversations outside of these: tokens of prompt, of output, of both
+SHORTEST, LONGEST_PROMPT, LONGEST_TOTAL = 4, 1024, 2048
+#: mean tokens of ShareGPT's prompts and outputs (Kwon et al. 2023, "Efficient Memory Management for Large Language
+#: Model Serving with PagedAttention", figure 11)
+SHAREGPT_MEANS = (161.0, 338.0)
+#: standard deviations of the lengths' logarithms: our choice of spread
+SHAREGPT_SIGMAS = (1.2, 0.9)
+
+
+def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:
+    """The requests that the options describe; the same options and seed give the same requests.
+
+    Raises:
+        ValidationError: the options do not go together, or the file is not what it should be.
+    """
+    name, count = arguments.dataset_name, arguments.num_prompts
+    path: Path | None = arguments.dataset_path
+    draw = random.Random(getattr(arguments, "seed", 0))
+    if name in ("sharegpt", "custom") and path is None:
+        hint = ", or use --dataset-name sharegpt_like, which needs no file" if name == "sharegpt" else ""
+        raise ValidationError(f"--dataset-name {name} reads a file: give --dataset-path{hint}.")
+    if name in ("random", "sharegpt_like", "prefix_repetition") and path is not None:
+        raise ValidationError(f"--dataset-name {name} makes its prompts itself and reads no --dataset-path.")
+    if name in ("sharegpt", "custom", "sharegpt_like", "prefix_repetition") and arguments.input_len is not None:
+        instead = "--prefix-repetition-prefix-len and -suffix-len" if name == "prefix_repetition" else "--num-prompts"
+        raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
+    if path is not None:
+        read = read_sharegpt if name == "sharegpt" else read_custom
+        return read(path, tokenizer, count, draw, arguments.output_len)
+    ids = ordinary_ids(tokenizer)
+    if name == "sharegpt_like":
+        return sharegpt_like(ids, count, draw, arguments.output_len)
+    if name == "prefix_repetition":
+        return prefix_repetition(
+            ids,
+            count,
+            draw,
+            num_prefixes=arguments.prefix_repetition_num_prefixes,
+            prefix_len=arguments.prefix_repetition_prefix_len,
+            suffix_len=arguments.prefix_repetition_suffix_len,
+            output_len=arguments.output_len or OUTPUT_LEN,
+        )
+    return random_lengths(
+        ids,
+        count,
+        draw,
+        input_len=arguments.input_len or INPUT_LEN,
+        output_len=arguments.output_len or OUTPUT_LEN,
+        range_ratio=arguments.random_range_ratio,
+        prefix_len=arguments.random_prefix_len,
+    )
+
+
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The vocabulary without special tokens."""
+    return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+
+
+def random_lengths(
+    ids: list[int],
+    count: int,
+    draw: random.Random,
+    *,
+    input_len: int,
+    output_len: int,
+    range_ratio: float = 0.0,
+    prefix_len: int = 0,
+) -> list[BenchRequest]:
+    """Random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, and at least 1.
+
+    Args:
+        prefix_len: tokens before these that all prompts share.
+    """
+    if not 0 <= range_ratio < 1:
+        raise ValidationError(f"--random-range-ratio must be in [0, 1), got {range_ratio:g}.")
+
+    def length(mean: int) -> int:
+        return draw.randint(max(1, math.floor(mean * (1 - range_ratio))), max(1, math.ceil(mean * (1 + range_ratio))))
+
+    prefix = tuple(draw.choices(ids, k=prefix_len))
+    return [
+        BenchRequest(
+            prompt_token_ids=prefix + tuple(draw.choices(ids, k=length(input_len))), output_len=length(output_len)
+        )
+        for _ in range(count)
+    ]
+
+
+def sharegpt_like(ids: list[int], count: int, draw: random.Random, output_len: int | None = None) -> list[BenchRequest]:
+    """Random tokens with lengths like those of ShareGPT's conversations, for machines that do not have the file.
+
+    Lengths are lognormal with `SHAREGPT_MEANS` before vLLM's filter, which they pass as the file's do: a draw outside
+    of it is drawn again.
+    """
+    centres = [math.log(mean) - sigma**2 / 2 for mean, sigma in zip(SHAREGPT_MEANS, SHAREGPT_SIGMAS, strict=True)]
+    requests: list[BenchRequest] = []
+    while len(requests) < count:
+        lengths = (draw.lognormvariate(*pair) for pair in zip(centres, SHAREGPT_SIGMAS, strict=True))
+        prompt, output = map(round, lengths)
+        if _passes(prompt, output):
+            tokens = tuple(draw.choices(ids, k=prompt))
+            requests.append(BenchRequest(prompt_token_ids=tokens, output_len=output_len or output))
+    return requests
+
+
+def prefix_repetition(
+    ids: list[int],
+    count: int,
+    draw: random.Random,
+    *,
+    num_prefixes: int,
+    prefix_len: int,
+    suffix_len: int,
+    output_len: int,
+) -> list[BenchRequest]:
+    """Few prefixes, shared by many prompts with suffixes of their own, shuffled; as in vLLM, every prefix is used
+    ``count // num_prefixes`` times.
+    """
+    each = count // num_prefixes if num_prefixes > 0 else 0
+    if each == 0:
+        raise ValidationError(
+            f"--num-prompts ({count}) must be at least --prefix-repetition-num-prefixes ({num_prefixes}, at least 1)."
+        )
+    if each * num_prefixes < count:
+        logger.warning(
+            "%d of %d prompts: each of %d prefixes has as many as the others", each * num_prefixes, count, num_prefixes
+        )
+    prompts = []
+    for _ in range(num_prefixes):
+        prefix = tuple(draw.choices(ids, k=prefix_len))
+        prompts += [prefix + tuple(draw.choices(ids, k=suffix_len)) for _ in range(each)]
+    draw.shuffle(prompts)
+    return [BenchRequest(prompt_token_ids=prompt, output_len=output_len) for prompt in prompts]
+
+
+def read_sharegpt(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, draw: random.Random, output_len: int | None
+) -> list[BenchRequest]:
+    """First turns of a ShareGPT JSON file's conversations, in random order: the prompt, and the answer's length."""
+    try:
+        conversations = json.loads(path.read_text(encoding="utf-8"))
+        turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
+        if not all(isinstance(text, str) for turn in turns for text in turn):
+            raise TypeError("a value is not a text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValidationError(
+            f"{path} is not ShareGPT's JSON, a list of {{'conversations': [{{'value': TEXT}}, ...]}}: {error!r}"
+        ) from None
+    turns = [turn for turn in turns if len(turn) == 2]
+    draw.shuffle(turns)
+    requests: list[BenchRequest] = []
+    for question, answer in turns:
+        if len(requests) == count:
+            break
+        ids = _ids(tokenizer, question)
+        output = output_len or len(_ids(tokenizer, answer))
+        if _passes(len(ids), output if output_len is None else SHORTEST):
+            requests.append(BenchRequest(prompt_token_ids=ids, output_len=output))
+    return _repeated(requests, count, path)
+
+
+def read_custom(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, _: random.Random, output_len: int | None
+) -> list[BenchRequest]:
+    """Lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two are optional.
+
+    Args:
+        output_len: in place of every line's own.
+    """
+    requests = []
+    for number, row in _rows(path):
+        if len(requests) == count:
+            break
+        prompt, length = row.get("prompt"), output_len or row.get("output_tokens", CUSTOM_OUTPUT_LEN)
+        arrival = row.get("timestamp")
+        ids: tuple[int, ...] = ()
+        if isinstance(prompt, list):
+            ids = tuple(prompt)
+        elif isinstance(prompt, str):
+            ids = _ids(tokenizer, prompt)
+        good = ids and all(isinstance(i, int) for i in ids) and isinstance(length, int) and length > 0
+        if not good or not (arrival is None or (isinstance(arrival, int | float) and math.isfinite(arrival))):
+            raise ValidationError(
+                f'{path}, line {number}: expected {{"prompt": TEXT or token ids}}, with "output_tokens" (a whole '
+                f'number above 0) and "timestamp" (seconds) if wanted; got {str(row)[:200]}'
+            )
+        requests.append(BenchRequest(prompt_token_ids=ids, output_len=length, arrival_s=arrival))
+    timed = bool(requests) and requests[0].arrival_s is not None
+    return requests if timed else _repeated(requests, count, path)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    yield number, row if isinstance(row, dict) else {"prompt": row}
+    except OSError as error:
+        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise ValidationError(f"{path}, line {number}, is not JSON: {error.msg}, column {error.colno}") from None
+    except ValueError as error:
+        raise ValidationError(f"{path} cannot be read as lines of JSON, behind line {number}: {error}") from None
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text))
+
+
+def _passes(prompt: int, output: int) -> bool:
+    return SHORTEST <= prompt <= LONGEST_PROMPT and output >= SHORTEST and prompt + output <= LONGEST_TOTAL
+
+
+def _repeated(requests: list[BenchRequest], count: int, path: Path) -> list[BenchRequest]:
+    """As many as wanted: a file with fewer is read again from its beginning, as in vLLM."""
+    if not requests:
+        raise ValidationError(f"{path} has no prompt that can be used.")
+    return [requests[index % len(requests)] for index in range(count)]

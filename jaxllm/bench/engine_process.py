@@ -1,0 +1,75 @@
+"""An engine in a process of its own: started, told to run rounds, ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from typing import Any
+
+import psutil
+
+from jaxllm.api.errors import JaxLLMError
+
+#: of the log, shown when an engine fails
+_LAST_CHARACTERS = 2000
+_SECONDS_TO_END = 20
+
+
+class EngineProcess:
+    """A process that speaks `peers.protocol`. What else it prints goes to a log, whose end is shown when it fails.
+
+    Raises (each method) `JaxLLMError` when the engine fails or its process ends.
+    """
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str]):
+        self.name = name
+        self._log = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=env, text=True
+            )
+        except OSError as error:
+            self._log.close()
+            raise JaxLLMError(f"{name} cannot be started: {error}") from None
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a message and wait for its reply, however long that takes."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise JaxLLMError(f"{self.name} ended with exit status {self._process.wait()}.\n{self._end_of_log()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise JaxLLMError(f"{self.name} failed: {reply['error']}\n{self._end_of_log()}")
+        return reply
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the process has used until now, on all cores together."""
+        used = psutil.Process(self._process.pid).cpu_times()
+        return used.user + used.system
+
+    def close(self) -> None:
+        """End the process; idempotent."""
+        if self._process.stdin and not self._process.stdin.closed:
+            try:
+                self._process.stdin.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _end_of_log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-_LAST_CHARACTERS:].strip()

@@ -1,0 +1,88 @@
+"""One start of an engine, timed from its process's start to its first token: the process of ``jaxllm bench startup``.
+
+Reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
+``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
+and what the engine's plan counts of it.
+"""
+
+from __future__ import annotations
+
+import time
+
+_RUNNING_SINCE = time.time()
+
+import collections  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from typing import Any  # noqa: E402
+
+#: JAX's events, and what they are called here. Tracing a function includes tracing those that it calls.
+_DURATIONS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace s",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower s",
+    "/jax/core/compile/backend_compile_duration": "compile or load s",
+    "/jax/compilation_cache/cache_retrieval_time_sec": "load from cache s",
+}
+_EVENTS = {"/jax/compilation_cache/cache_hits": "cache hits", "/jax/compilation_cache/cache_misses": "cache misses"}
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    phases = {"interpreter": _RUNNING_SINCE - job["started_at"]}
+    compiler: dict[str, float] = collections.defaultdict(float)
+
+    clock = time.time()
+    from jaxllm.api.sampling_params import SamplingParams
+    from jaxllm.bench.peers.protocol import peak_rss_bytes
+    from jaxllm.llm import LLM
+
+    phases["imports"] = time.time() - clock
+    _listen(compiler)
+
+    clock = time.time()
+    with LLM(job["model"], **job["engine_args"]) as llm:
+        constructed = time.time() - clock
+        phases.update(llm.startup_times)
+        phases["rest of the engine"] = constructed - sum(llm.startup_times.values())
+        clock = time.time()
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        llm.generate({"prompt_token_ids": [1] * job["input_len"]}, params, use_tqdm=False)
+        now = time.time()
+        phases["first token"] = now - clock
+        result: dict[str, Any] = {
+            "seconds": now - job["started_at"],
+            "phases": phases,
+            "compiler": {name: round(value, 3) for name, value in compiler.items()},
+        }
+        plan = llm.memory_plan
+        # the largest step takes the activations that the plan counts
+        longest = min(plan.max_num_batched_tokens, plan.max_model_len - 1)
+        llm.generate({"prompt_token_ids": [1] * longest}, params, use_tqdm=False)
+        if plan.device == "cpu":  # whose memory is the process's
+            result["planned_bytes"] = plan.used_bytes * plan.tensor_parallel_size
+        result["peak_rss_bytes"] = peak_rss_bytes()
+    print(json.dumps(result))
+
+
+def _listen(found: dict[str, float]) -> None:
+    import jax.monitoring
+
+    def add_seconds(event: str, duration_secs: float, **_: Any) -> None:
+        if event in _DURATIONS:
+            found[_DURATIONS[event]] += duration_secs
+
+    def add_one(event: str, **_: Any) -> None:
+        if event in _EVENTS:
+            found[_EVENTS[event]] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(add_seconds)
+    jax.monitoring.register_event_listener(add_one)
+
+
+if __name__ == "__main__":
+    from jaxllm.api.errors import JaxLLMError
+
+    try:
+        main()
+    except JaxLLMError as error:
+        sys.exit(str(error))

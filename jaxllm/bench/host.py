@@ -1,0 +1,218 @@
+"""``jaxllm bench host``: what a step costs the host, part by part, by the number of running sequences."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench import report, vllm_scheduler
+from jaxllm.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
+from jaxllm.bench.host_workload import HostWorkload
+from jaxllm.bench.peer_setup import pythons
+from jaxllm.llm import LLM
+
+if TYPE_CHECKING:
+    from jaxllm.engine.step import StepFuture
+
+CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.thread_time, "wall": time.perf_counter}
+#: a model that computes next to nothing, for launches that are real
+_TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+#: cycles of one engine before it is another's turn
+_ALTERNATE = 20
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time the engine's turns over a null model, or a tiny one; print a table, write the JSON file."""
+    if arguments.peer_python and not arguments.compare:
+        raise ValidationError("--peer-python is for --compare.")
+    if arguments.trace and arguments.trace == arguments.output_json:
+        raise ValidationError(f"--trace and --output-json are both {str(arguments.trace)!r}.")
+    if len(set(arguments.num_seqs)) < len(arguments.num_seqs):
+        raise ValidationError(f"--num-seqs has a number twice: {' '.join(map(str, arguments.num_seqs))}.")
+    results: dict[str, Any] = {"sequences": {}}
+    vllm = pythons(arguments.peer_python, ["vllm"])["vllm"] if arguments.compare else None
+    print(describe(arguments))
+    print(f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in COLUMNS))
+    for concurrency in arguments.num_seqs:
+        workload = HostWorkload(concurrency=concurrency, stream=arguments.stream)
+        with _llm(arguments, workload) as llm:
+            driver = Driver(llm, workload, CLOCKS[arguments.clock])
+            driver.warm_up(arguments.warm_up)
+            if arguments.trace and concurrency == max(arguments.num_seqs):
+                with llm.trace() as trace:
+                    cycles = driver.measure(arguments.steps)
+                trace.save_chrome_trace(arguments.trace)
+            else:
+                cycles = driver.measure(arguments.steps)
+            results["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
+        print(row(concurrency, cycles))
+        if vllm is not None:
+            found = vllm_scheduler.measure(vllm, arguments, workload)
+            results["sequences"][str(concurrency)]["vllm"] = found
+            print(vllm_row(found, summary(cycles)))
+    if arguments.prefix_cache:
+        results["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
+        print(
+            f"prefix cache at a hit rate of 0%, {arguments.prefix_cache} sequences: {cost['ms']:.3f} ms a step, "
+            f"{cost['share_of_host']:.1%} of the host's {cost['host_ms']:.3f} ms, "
+            f"{cost['ms'] / arguments.step_ms:.2%} of a step of {arguments.step_ms:g} ms; "
+            f"beside it, in the tokenizer's threads, {cost['prompts_ms']:.3f} ms"
+        )
+    report.write(arguments.output_json, arguments, results)
+    return 0
+
+
+COLUMNS = ("total", "critical path", *PARTS, "prompts")
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """What is measured, in a few lines."""
+    launch = "real launches of a tiny model" if arguments.real_launch else "null model, nothing is launched"
+    clock = "processor time of the engine's thread" if arguments.clock == "cpu" else "wall-clock time without waiting"
+    kind = "every token is delivered" if arguments.stream else "one output a request"
+    return (
+        f"{launch}; {clock}, ms: median (99th percentile) of {arguments.steps} steps; {kind}\n"
+        f"{HostWorkload(concurrency=1).describe()}\n"
+        "critical path: from a step's ids being known to the next launch being done\n"
+        "prompts: read and named for the prefix cache, by the tokenizer's threads beside the engine, not in the total"
+    )
+
+
+def row(concurrency: int, cycles: list[Cycle]) -> str:
+    """One line of the table."""
+    found = summary(cycles)
+    tokens = numbers([cycle.num_tokens for cycle in cycles])["p50"]
+    cells = " ".join(f"{found[name]['p50']:7.3f} ({found[name]['p99']:5.2f})" for name in COLUMNS)
+    return f"{concurrency:9} {tokens:6.0f} {mixed(cycles):6.0%} {cells}"
+
+
+def vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
+    """One line about vLLM's scheduler, under jaxllm's."""
+    parts = ", ".join(
+        f"{part} {found['ms'][part]['p50']:.3f} ({found['ms'][part]['p99']:.2f}), "
+        f"{found['ms'][part]['p50'] / ours[part]['p50']:.1f} times jaxllm's"
+        for part in ("schedule", "update")
+    )
+    return f"{'':9} {found['tokens']['p50']:6.0f} vLLM {found['version']}, its scheduler alone: {parts}"
+
+
+def mixed(cycles: list[Cycle]) -> float:
+    """Share of the steps that compute more than one token of some sequence."""
+    return sum(cycle.num_tokens > cycle.num_seqs for cycle in cycles) / len(cycles)
+
+
+def _of(cycles: list[Cycle]) -> dict[str, Any]:
+    tokens = numbers([cycle.num_tokens for cycle in cycles])
+    return {"ms": summary(cycles), "steps": len(cycles), "mixed_share": mixed(cycles), "tokens": tokens}
+
+
+def prefix_cache_cost(arguments: argparse.Namespace, concurrency: int) -> dict[str, float]:
+    """Time two engines in turn, with and without a prefix cache, on prompts that have nothing in common.
+
+    The cost comes in bursts, when blocks are full and prompts are admitted: means are compared, of all but the slowest
+    hundredth of the steps.
+    """
+    workload = HostWorkload(concurrency=concurrency, shared_share=0.0)
+    with _llm(arguments, workload) as cached, _llm(arguments, workload, enable_prefix_caching=False) as plain:
+        drivers = [Driver(llm, workload, CLOCKS[arguments.clock]) for llm in (cached, plain)]
+        for driver in drivers:
+            driver.warm_up(arguments.warm_up)
+        found: list[list[Cycle]] = [[], []]
+        while len(found[0]) < arguments.steps:
+            for driver, cycles in zip(drivers, found, strict=True):
+                cycles += driver.measure(_ALTERNATE)
+    with_cache, without = (_mean([1e3 * cycle.total for cycle in cycles]) for cycles in found)
+    prompts = [_mean([1e3 * cycle.prompts for cycle in cycles]) for cycles in found]
+    cost = with_cache - without
+    return {"ms": cost, "host_ms": without, "share_of_host": cost / without, "prompts_ms": prompts[0] - prompts[1]}
+
+
+def _mean(values: list[float]) -> float:
+    kept = sorted(values)[: -(-99 * len(values) // 100)]
+    return sum(kept) / len(kept)
+
+
+class Driver:
+    """Keeps an engine busy with a workload, and its times."""
+
+    def __init__(self, llm: LLM, workload: HostWorkload, clock: Callable[[], float]):
+        self._core = llm._client.core
+        self._inputs = llm._inputs
+        self._requests = enumerate(workload.requests())
+        self._concurrency = workload.concurrency
+        self.times = HostTimes(clock)
+        runner: Any = self._core._runner
+        runner._rows.pack = self.times.timed("pack", runner._rows.pack)
+        execute, wait = runner.execute, self.times.timed("wait", _wait)
+        runner.execute = lambda scheduled: _Waited(execute(scheduled), wait)
+        scheduler: Any = self._core.scheduler
+        scheduler.settle = self.times.timed("update", scheduler.settle)
+        self._read = self.times.timed("prompts", self._inputs.reader.read)
+        self._core.observe(self.times)
+
+    def measure(self, steps: int) -> list[Cycle]:
+        """Run so many steps; returns their times."""
+        self.times.cycles.clear()
+        while len(self.times.cycles) < steps:
+            while self._core.scheduler.num_unfinished < self._concurrency:
+                self._add_request()
+            self._core.step()
+        return list(self.times.cycles)
+
+    def _add_request(self) -> None:
+        number, (token_ids, params) = next(self._requests)
+        (prompt,) = self._read([token_ids])
+        request, _ = self._inputs.request(f"host-{number}", prompt, params)
+        self._core.add_request(request, None)
+
+    def warm_up(self, steps: int) -> None:
+        """Run until everybody runs, and then so many steps."""
+        self.measure(1)
+        while self._core.scheduler.stats().num_waiting:
+            self.measure(1)
+        self.measure(steps)
+
+
+class _Waited:
+    """A launched step whose result is waited for before it is read."""
+
+    def __init__(self, future: StepFuture, wait: Callable[[StepFuture], None]):
+        self._future, self._wait = future, wait
+
+    def result(self) -> Any:
+        self._wait(self._future)
+        return self._future.result()
+
+
+def _wait(future: Any) -> None:
+    sampled = getattr(future, "_sampled", None)
+    jax.block_until_ready(getattr(sampled, "token_ids", None))
+
+
+def _llm(arguments: argparse.Namespace, workload: HostWorkload, *, enable_prefix_caching: bool = True) -> LLM:
+    model: dict[str, Any] = {"load_format": "null"}
+    if arguments.real_launch:
+        model = {"load_format": "dummy", "hf_overrides": _TINY, "dtype": "float32", "device": "cpu"}
+    return LLM(
+        arguments.model,
+        **model,
+        max_num_seqs=workload.concurrency,
+        max_model_len=workload.max_model_len,
+        block_size=workload.block_size,
+        max_num_batched_tokens=workload.max_num_batched_tokens,
+        num_gpu_blocks_override=workload.num_blocks,
+        enable_prefix_caching=enable_prefix_caching,
+        disable_log_stats=True,
+    )

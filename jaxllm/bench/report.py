@@ -1,0 +1,83 @@
+"""What a benchmark writes down beside its numbers: versions, machine, arguments."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import jaxllm
+from jaxllm.api.errors import JaxLLMError
+from jaxllm.bench.peers.protocol import peak_rss_bytes
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
+#: parsed, but not to be repeated
+_PRIVATE = ("run", "hf_token")
+
+
+def record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """All that a reader needs to judge `results`, and to run the benchmark again."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(),
+        "arguments": {name: _plain(value) for name, value in sorted(vars(arguments).items()) if name not in _PRIVATE},
+        "peak_rss_bytes": peak_rss_bytes(),
+        **results,
+    }
+
+
+def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the record as JSON; None: nowhere. Raises `JaxLLMError` where the system does not take it."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(record(arguments, results), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise JaxLLMError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "inf", as vLLM writes it: JSON has no such number
+    return value if isinstance(value, int | float | str | list | dict | None) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, jaxllm, and the packages that it computes with."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "jaxllm": jaxllm.__version__, **found}
+
+
+def machine() -> dict[str, Any]:
+    """What it runs on, and how busy that was."""
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

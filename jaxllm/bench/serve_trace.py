@@ -1,0 +1,180 @@
+"""``jaxllm bench serve-trace``: requests that come one by one, answered by `AsyncLLM` in this process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+import time
+from typing import Any
+
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.async_llm import AsyncLLM
+from jaxllm.bench import report
+from jaxllm.bench.datasets import read_dataset
+from jaxllm.bench.requests import BenchRequest
+from jaxllm.bench.statistics import summary
+from jaxllm.bench.tokenizers import bench_tokenizer
+from jaxllm.command_options import engine_arguments
+
+#: vLLM's `bench serve`: its key, its short name, its heading
+METRICS = (
+    ("ttft", "TTFT", "Time to First Token"),
+    ("tpot", "TPOT", "Time per Output Token (excl. 1st token)"),
+    ("itl", "ITL", "Inter-token Latency"),
+    ("e2el", "E2EL", "End-to-end Latency"),
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Answer:
+    """When the tokens of one request came, in seconds of one clock."""
+
+    prompt_tokens: int
+    sent: float
+    #: of each output with new tokens
+    times: list[float] = dataclasses.field(default_factory=list)
+    output_tokens: int = 0
+    #: why there is no answer; None: there is
+    error: str | None = None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replay, print vLLM's lines, write JSON. Raises `JaxLLMError` when every request failed."""
+    if not (arguments.request_rate > 0 and 0 < arguments.burstiness < math.inf):
+        raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
+    requests = read_dataset(arguments, bench_tokenizer(arguments))
+    offsets = arrivals(arguments, requests)
+    answers, seconds = asyncio.run(_replay(arguments, requests, offsets))
+    failed = [answer.error for answer in answers if answer.error is not None]
+    if len(failed) == len(answers):
+        raise JaxLLMError(f"all {len(answers)} requests failed, the first one: {failed[0]}")
+    results = measure(answers, seconds)
+    print(table(results, arguments))
+    report.write(arguments.output_json, arguments, {**results, "answers": [dataclasses.asdict(a) for a in answers]})
+    return 0
+
+
+def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> list[float]:
+    """Seconds from the beginning to each request: the trace's own, or a Poisson process at the rate asked for (with
+    burstiness other than 1, gamma-distributed intervals, as in vLLM); without a rate, 0.
+    """
+    given = [request.arrival_s for request in requests if request.arrival_s is not None]
+    if given and len(given) < len(requests):
+        raise ValidationError(f'only {len(given)} of {len(requests)} lines of the trace have a "timestamp".')
+    rate = arguments.request_rate
+    if math.isfinite(rate):
+        draw = random.Random(getattr(arguments, "seed", 0))
+        shape = arguments.burstiness
+        intervals = [draw.gammavariate(shape, 1 / (rate * shape)) for _ in requests]
+        return [0.0, *itertools.accumulate(intervals[1:])]
+    return [stamp - min(given) for stamp in given] if given else [0.0] * len(requests)
+
+
+def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
+    """vLLM's metrics, in milliseconds: TPOT is of each request with more than one token, ITL of each pair of outputs.
+
+    Args:
+        seconds: from the first request to the last token.
+    """
+    good = [answer for answer in answers if answer.error is None]
+    values = {
+        "ttft": [a.times[0] - a.sent for a in good],
+        "tpot": [(a.times[-1] - a.times[0]) / (a.output_tokens - 1) for a in good if a.output_tokens > 1],
+        "itl": [after - before for a in good for before, after in itertools.pairwise(a.times)],
+        "e2el": [a.times[-1] - a.sent for a in good],
+    }
+    outputs, inputs = sum(a.output_tokens for a in good), sum(a.prompt_tokens for a in good)
+    found: dict[str, Any] = {
+        "duration": seconds,
+        "completed": len(good),
+        "failed": len(answers) - len(good),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(good) / seconds,
+        "output_throughput": outputs / seconds,
+        "total_token_throughput": (inputs + outputs) / seconds,
+    }
+    for key, _, _ in METRICS:
+        for name, value in summary([seconds * 1000 for seconds in values[key]]).items():
+            found[f"{name}_{key}_ms"] = value
+    return found
+
+
+def table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """The results as ``vllm bench serve`` prints them."""
+    lines = [
+        f"{' Serving Benchmark Result ':=^50}",
+        f"{'Successful requests:':<40} {results['completed']:<10}",
+        f"{'Failed requests:':<40} {results['failed']:<10}",
+    ]
+    if arguments.max_concurrency is not None:
+        lines.append(f"{'Maximum request concurrency:':<40} {arguments.max_concurrency:<10}")
+    if math.isfinite(arguments.request_rate):
+        lines.append(f"{'Request rate configured (RPS):':<40} {arguments.request_rate:<10.2f}")
+    lines += [
+        f"{'Benchmark duration (s):':<40} {results['duration']:<10.2f}",
+        f"{'Total input tokens:':<40} {results['total_input_tokens']:<10}",
+        f"{'Total generated tokens:':<40} {results['total_output_tokens']:<10}",
+        f"{'Request throughput (req/s):':<40} {results['request_throughput']:<10.2f}",
+        f"{'Output token throughput (tok/s):':<40} {results['output_throughput']:<10.2f}",
+        f"{'Total token throughput (tok/s):':<40} {results['total_token_throughput']:<10.2f}",
+    ]
+    for key, short, heading in METRICS:
+        lines.append(f"{heading:-^50}")
+        for name in ("mean", "median", "p99"):
+            label = f"{name.capitalize()} {short} (ms):"
+            lines.append(f"{label:<40} {results[f'{name}_{key}_ms']:<10.2f}")
+    return "\n".join([*lines, "=" * 50])
+
+
+async def _replay(
+    arguments: argparse.Namespace, requests: list[BenchRequest], offsets: list[float]
+) -> tuple[list[Answer], float]:
+    model, given = engine_arguments(arguments)
+    limit = asyncio.Semaphore(arguments.max_concurrency) if arguments.max_concurrency else contextlib.nullcontext()
+    detokenize = not arguments.disable_detokenize
+    async with await AsyncLLM.start(model, **given) as llm:
+        # the first request of an engine's life pays for what the others do not
+        await _answer(llm, dataclasses.replace(requests[0], output_len=1), detokenize)
+        await llm.reset_prefix_cache()
+        began = time.perf_counter()
+
+        async def one(request: BenchRequest, offset: float) -> Answer:
+            await asyncio.sleep(began + offset - time.perf_counter())
+            async with limit:
+                return await _answer(llm, request, detokenize)
+
+        answers = await asyncio.gather(*map(one, requests, offsets))
+        return answers, time.perf_counter() - began
+
+
+async def _answer(llm: AsyncLLM, request: BenchRequest, detokenize: bool) -> Answer:
+    params = SamplingParams(
+        temperature=0.0,
+        ignore_eos=True,
+        max_tokens=request.output_len,
+        detokenize=detokenize,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+    answer = Answer(prompt_tokens=len(request.prompt_token_ids), sent=time.perf_counter())
+    try:
+        async for output in llm.generate(prompt, params):
+            if output.outputs[0].token_ids:
+                answer.times.append(time.perf_counter())
+                answer.output_tokens += len(output.outputs[0].token_ids)
+    except (ValidationError, RuntimeError) as error:
+        answer.error = str(error)
+    else:
+        if answer.output_tokens < request.output_len:
+            answer.error = (
+                f"{answer.output_tokens} of {request.output_len} tokens came: behind a prompt of "
+                f"{answer.prompt_tokens} there is no room for more. Give a larger --max-model-len."
+            )
+    return answer

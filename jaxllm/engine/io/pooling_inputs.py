@@ -1,0 +1,214 @@
+"""From what the caller gives to a `Request` that pools: texts, pairs of texts, and their parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import Pooler
+from jaxllm.api.pooling_params import PoolingParams, truncation
+from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions
+from jaxllm.engine.request import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OPTIONS = ("truncate_prompt_tokens", "truncation", "max_length", "truncation_side", "add_special_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPair:
+    """Two texts that a cross-encoder reads together."""
+
+    first: str
+    second: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedPair(PreparedPrompt):
+    """A pair as token ids."""
+
+    #: position at which the second text's segment begins
+    segment_start: int | None = None
+
+
+class PoolingInputs:
+    """Makes pooling requests for one model, with the interface of `InputProcessor`.
+
+    Args:
+        reader: reads what is no pair.
+        model: its name, for error texts.
+        lower_case: texts are lower-cased first.
+    """
+
+    def __init__(
+        self,
+        reader: PromptReader,
+        tokenizer: PreTrainedTokenizerBase | None,
+        pooler: Pooler,
+        *,
+        model: str,
+        hidden_size: int,
+        max_model_len: int,
+        lower_case: bool,
+    ):
+        self.pooler = pooler
+        self._model, self._hidden_size, self._max_model_len = model, hidden_size, max_model_len
+        #: reads prompts; several threads may use it
+        self.reader = PoolingReader(reader, tokenizer, lower_case)
+
+    def options(self, given: Mapping[str, Any] | None, params: Sequence[PoolingParams]) -> TokenizationOptions:
+        """How the texts of one call become token ids.
+
+        ``truncate_prompt_tokens`` comes from ``tokenization_kwargs``, or from the parameters, and keeps the first
+        tokens unless ``truncation_side`` is "left". Special tokens are kept.
+
+        Raises:
+            ValidationError: an unknown key, a value out of range, or parameters of one call that differ in it.
+        """
+        given = dict(given or {})
+        for name in given:
+            if name not in _OPTIONS:
+                raise ValidationError(
+                    f"tokenization_kwargs has the key {name!r}, which is not supported; supported: "
+                    f"{', '.join(_OPTIONS)}"
+                )
+        asked = {p.truncate_prompt_tokens for p in params}
+        if len(asked) > 1:
+            raise ValidationError("truncate_prompt_tokens must be the same in all pooling_params of a call.")
+        keep = given.get("truncate_prompt_tokens", next(iter(asked), None))
+        if keep is None and given.get("truncation"):
+            keep = given.get("max_length", -1)
+        if keep is not None:
+            keep = truncation(keep)
+            keep = self._max_model_len if keep == -1 else keep
+            if keep > self._max_model_len:
+                raise ValidationError(
+                    f"truncate_prompt_tokens ({keep}) is greater than max_model_len ({self._max_model_len}). Please "
+                    "request a smaller truncation size."
+                )
+        side = given.get("truncation_side") or "right"
+        if side not in ("left", "right"):
+            raise ValidationError(f'truncation_side must be "left" or "right", got {side!r}.')
+        special = given.get("add_special_tokens")
+        return TokenizationOptions(
+            add_special_tokens=None if special is None else checks.boolean("add_special_tokens", special),
+            keep=keep,
+            truncation_side=side,
+        )
+
+    def check(self, params: PoolingParams) -> PoolingParams:
+        """A copy of the parameters with the model's defaults filled in.
+
+        Raises:
+            TypeError: they are something else.
+            ValidationError: anything in them that cannot be honoured.
+        """
+        if not isinstance(params, PoolingParams):
+            raise TypeError(f"pooling_params must be PoolingParams, got {type(params).__name__}")
+        assert params.task is not None
+        return params.resolved(params.task, self.pooler, model=self._model, hidden_size=self._hidden_size)
+
+    def request(
+        self, request_id: str, prompt: PreparedPrompt, params: PoolingParams, priority: int = 0
+    ) -> tuple[Request, str | None]:
+        """A request, of parameters that `check` returned, and the prompt's text, None when it came as token ids."""
+        if isinstance(prompt, PreparedPair):
+            params = dataclasses.replace(params, segment_start=prompt.segment_start)
+        request = Request(
+            request_id,
+            prompt.token_ids,
+            params,
+            priority=priority,
+            cache_salt=prompt.cache_salt,
+            block_hashes=prompt.block_hashes,
+        )
+        return request, prompt.text
+
+
+class PoolingReader:
+    """`PromptReader` for prompts that are to be pooled: reads pairs too, and cuts texts without losing what the
+    tokenizer adds around them.
+    """
+
+    def __init__(self, reader: PromptReader, tokenizer: PreTrainedTokenizerBase | None, lower_case: bool):
+        self._reader, self._lower_case = reader, lower_case
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+
+    def read(
+        self, prompts: Sequence[Prompt | TextPair], options: TokenizationOptions | None = None
+    ) -> list[PreparedPrompt | ValidationError]:
+        """Each prompt as token ids, or why it is refused."""
+        options = options or TokenizationOptions()
+        if self._lower_case:
+            prompts = [_lower(prompt) for prompt in prompts]
+        found: list[PreparedPrompt | ValidationError | None] = [None] * len(prompts)
+        others: list[int] = []
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, TextPair):
+                found[i] = self._pair(prompt, options)
+            else:
+                others.append(i)
+        whole = dataclasses.replace(options, keep=None)
+        read = self._reader.read([prompts[i] for i in others], whole)  # pyright: ignore[reportArgumentType]
+        for i, prepared in zip(others, read, strict=True):
+            found[i] = prepared if isinstance(prepared, ValidationError) else self._cut(prepared, options)
+        return [item for item in found if item is not None]
+
+    def _cut(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt:
+        keep = options.keep
+        if keep is None or len(prompt.token_ids) <= keep:
+            return prompt
+        backend, room = self._backend, 0
+        if prompt.text is not None and backend is not None and options.add_special_tokens is not False:
+            room = keep - backend.num_special_tokens_to_add(False)
+        if backend is None or room <= 0:
+            return prompt.with_token_ids(options.cut(prompt.token_ids))
+        encoding = backend.encode(prompt.text, add_special_tokens=False)
+        encoding.truncate(room, direction=options.truncation_side)
+        return prompt.with_token_ids(backend.post_process(encoding, None, True).ids)
+
+    def _pair(self, pair: TextPair, options: TokenizationOptions) -> PreparedPrompt | ValidationError:
+        backend = self._backend
+        if backend is None:
+            return ValidationError(
+                "scoring a pair needs a tokenizer of the tokenizers library, which the engine has not"
+            )
+        try:
+            parts = [backend.encode(text, add_special_tokens=False) for text in (pair.first, pair.second)]
+        except UnicodeEncodeError as error:
+            return ValidationError(f"text with a lone surrogate ({error}) cannot be tokenized: {pair!r:.80}")
+        special = options.add_special_tokens is not False
+        if options.keep is not None:
+            room = options.keep - (backend.num_special_tokens_to_add(True) if special else 0)
+            lengths = longest_first(len(parts[0].ids), len(parts[1].ids), max(room, 0))
+            for part, length in zip(parts, lengths, strict=True):
+                part.truncate(length, direction=options.truncation_side)
+        whole = backend.post_process(*parts, special)
+        start = whole.type_ids.index(1) if 1 in whole.type_ids else None
+        if not whole.ids:
+            return ValidationError("The prompt cannot be empty")
+        return PreparedPair(whole.ids, segment_start=start)
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Lengths of two texts cut to `room` tokens together, one token at a time off the longer, the second when equal.
+
+    As transformers' ``truncation="longest_first"``.
+    """
+    excess = max(first + second - room, 0)
+    level = min(excess, abs(first - second))
+    first, second = (first - level, second) if first > second else (first, second - level)
+    rest = excess - level
+    return max(first - rest // 2, 0), max(second - (rest + 1) // 2, 0)
+
+
+def _lower(prompt: Any) -> Any:
+    if isinstance(prompt, TextPair):
+        return TextPair(prompt.first.lower(), prompt.second.lower())
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
+        return {**prompt, "prompt": prompt["prompt"].lower()}
+    return prompt.lower() if isinstance(prompt, str) else prompt

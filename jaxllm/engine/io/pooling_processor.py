@@ -1,0 +1,93 @@
+"""From pooled results to `PoolingRequestOutput`s."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxllm.api.outputs import RequestMetrics
+from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput, failed_pooling
+from jaxllm.api.pooling_params import PoolingParams
+
+if TYPE_CHECKING:
+    from jaxllm.engine.request import Request
+    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
+
+
+class PoolingProcessor:
+    """The output processor of a pooling engine."""
+
+    def __init__(self) -> None:
+        #: wall-clock time of each unfinished request's arrival
+        self._arrivals: dict[str, float] = {}
+        #: of the step that is being read, one per entry
+        self._pooled: list[np.ndarray | None] = []
+
+    def add(self, request: Request, text: str | None) -> None:
+        self._arrivals[request.request_id] = time.time()
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether the output of a request with this id is still to come."""
+        return request_id in self._arrivals
+
+    @property
+    def may_stop(self) -> bool:
+        """There is no text that could end a request."""
+        return False
+
+    def end(self, request: Request) -> PoolingRequestOutput[PoolingOutput] | None:
+        """The output of a request that was ended from outside."""
+        if self._arrivals.pop(request.request_id, None) is None:
+            return None
+        return failed_pooling(request.request_id, "the request was aborted")
+
+    def clear(self) -> None:
+        self._arrivals.clear()
+
+    def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """Take a step's results; `process` hands them out."""
+        assert output.pooled is not None
+        self._pooled = output.pooled
+
+    def process(
+        self, updates: StepUpdates, logprobs: LogprobArrays | None, scheduler: Scheduler
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Outputs of one step's updates, every one of which ends its request."""
+        outputs = []
+        for request, index in zip(updates.requests, updates.indices, strict=True):
+            arrival = self._arrivals.pop(request.request_id, None)
+            data = self._pooled[index]
+            if arrival is not None and data is not None:
+                outputs.append(_output(request, data, arrival))
+        return outputs
+
+
+def _output(request: Request, data: np.ndarray, arrival: float) -> PoolingRequestOutput[PoolingOutput]:
+    params = request.params
+    assert isinstance(params, PoolingParams)
+    data = data[..., : params.dimensions]
+    if params.step_tag_id is not None:
+        data = data[np.asarray(request.prompt_token_ids) == params.step_tag_id]
+    if params.returned_token_ids is not None:
+        data = data[:, params.returned_token_ids]
+    first = request.first_token_ts
+    return PoolingRequestOutput(
+        request_id=request.request_id,
+        outputs=PoolingOutput(data=data),
+        prompt_token_ids=request.prompt_token_ids,
+        finished=True,
+        num_cached_tokens=max(request.num_cached_tokens, 0),
+        metrics=RequestMetrics(
+            arrival_time=arrival,
+            queued_ts=request.queued_ts,
+            scheduled_ts=request.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=first,
+            first_token_latency=first - request.arrival_time if first else 0.0,
+            num_preemptions=request.num_preemptions,
+        ),
+    )

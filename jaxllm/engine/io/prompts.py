@@ -1,0 +1,258 @@
+"""What a caller may give as a prompt, and how it becomes token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from jaxllm.api import checks
+from jaxllm.api.errors import ValidationError
+from jaxllm.tokenization.pool import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.engine.cache.block_hash import BlockHasher
+    from jaxllm.tokenization.chat import ChatRenderer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+#: what `ChatRenderer.render` takes, by the keys of a prompt with messages
+_CHAT_KEYS = (
+    "messages",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+    "chat_template_content_format",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+#: names that `ChatRenderer.render` gets from other keys
+_RENDER_OPTIONS = ("template", "content_format", "add_generation_prompt", "continue_final_message", "tools")
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages", "cache_salt")
+#: vLLM's others
+_LATER_KEYS = (
+    "prompt_embeds",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "encoder_prompt",
+    "decoder_prompt",
+)
+_TRUNCATION_SIDES = ("left", "right")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt as token ids."""
+
+    token_ids: list[int]
+    #: None when it came as token ids
+    text: str | None = None
+    cache_salt: str | None = None
+    #: of leading full blocks of `token_ids`, made where the prompt is read so that the engine's thread need not
+    block_hashes: Sequence[bytes] = ()
+
+    def with_token_ids(self, token_ids: list[int]) -> Self:
+        """The same prompt with other tokens."""
+        return dataclasses.replace(self, token_ids=token_ids, block_hashes=())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizationOptions:
+    """How texts become token ids: vLLM's ``tokenization_kwargs``."""
+
+    #: None: yes, except where a chat template has written them
+    add_special_tokens: bool | None = None
+    #: tokens that are kept of a longer prompt; None: all
+    keep: int | None = None
+    #: which end of the prompt is cut off
+    truncation_side: str = "left"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None, *, max_model_len: int) -> TokenizationOptions:
+        """Options from ``tokenization_kwargs``.
+
+        ``truncate_prompt_tokens=N`` keeps the last N tokens (-1: as many as leave room for one output), and
+        ``truncation=True, max_length=N`` the first N, both changed by ``truncation_side``.
+
+        Raises:
+            ValidationError: an unknown key, or a value out of range.
+        """
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ValidationError(f"tokenization_kwargs must be a dict, got {given!r:.80}")
+        known = ("add_special_tokens", "truncate_prompt_tokens", "truncation", "max_length", "truncation_side")
+        for name in given:
+            if name not in known:
+                raise ValidationError(
+                    f"tokenization_kwargs has the key {name!r}, which is not supported; supported: {', '.join(known)}"
+                )
+        special = given.get("add_special_tokens")
+        keep, side = given.get("truncate_prompt_tokens"), "left"
+        if keep is None and given.get("truncation"):
+            keep, side = given.get("max_length"), "right"
+        if keep is not None:
+            keep = checks.integer("truncate_prompt_tokens", keep)
+            keep = max_model_len - 1 if keep == -1 else keep
+            if not 1 <= keep:
+                raise ValidationError(f"truncate_prompt_tokens must be at least 1, or -1 for what fits, got {keep}.")
+        side = given.get("truncation_side") or side
+        if side not in _TRUNCATION_SIDES:
+            raise ValidationError(f'truncation_side must be "left" or "right", got {side!r}.')
+        return cls(
+            add_special_tokens=None if special is None else checks.boolean("add_special_tokens", special),
+            keep=keep,
+            truncation_side=side,
+        )
+
+    def cut(self, ids: list[int]) -> list[int]:
+        if self.keep is None or len(ids) <= self.keep:
+            return ids
+        return ids[-self.keep :] if self.truncation_side == "left" else ids[: self.keep]
+
+
+class PromptReader:
+    """Reads prompts of every form for one model; safe to use from several threads.
+
+    Args:
+        tokenizer: None when the engine was built without one; then only token ids are taken.
+        vocab_size: token ids must be below it.
+        hasher: names the prompts' full blocks for the prefix cache; None: there is none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        renderer: ChatRenderer,
+        vocab_size: int,
+        hasher: BlockHasher | None = None,
+    ):
+        self._hasher = hasher
+        self._tokenizer = tokenizer
+        self._renderer = renderer
+        self._vocab_size = vocab_size
+
+    def read(
+        self, prompts: Sequence[Prompt], options: TokenizationOptions | None = None
+    ) -> list[PreparedPrompt | ValidationError]:
+        """Each prompt as token ids, or why it is refused; texts are tokenized together."""
+        options = options or TokenizationOptions()
+        read: list[PreparedPrompt | ValidationError | None] = []
+        texts: dict[bool, list[tuple[int, str, str | None]]] = {True: [], False: []}
+        for position, prompt in enumerate(prompts):
+            read.append(None)
+            try:
+                text, ids, salt, special = self._parts(prompt)
+                if ids is not None:
+                    read[position] = self._prepared(ids, text, salt, options)
+                else:
+                    if options.add_special_tokens is not None:
+                        special = options.add_special_tokens
+                    assert text is not None
+                    texts[special].append((position, text, salt))
+            except ValidationError as error:
+                read[position] = error
+        for special, waiting in texts.items():
+            for (position, text, salt), ids in zip(waiting, self._encode(waiting, special), strict=True):
+                try:
+                    if isinstance(ids, ValidationError):
+                        raise ids
+                    read[position] = self._prepared(ids, text, salt, options)
+                except ValidationError as error:
+                    read[position] = error
+        return [item for item in read if item is not None]
+
+    def _encode(self, waiting: list[tuple[int, str, str | None]], special: bool) -> list[list[int] | ValidationError]:
+        if not waiting:
+            return []
+        if self._tokenizer is None:
+            why = "the engine has no tokenizer (skip_tokenizer_init=True): give prompt_token_ids"
+            return [ValidationError(why) for _ in waiting]
+        try:
+            return list(encode(self._tokenizer, [text for _, text, _ in waiting], special_tokens=special))
+        except ValidationError as error:
+            if len(waiting) == 1:
+                return [error]
+            # one of them: find it
+            return [result for item in waiting for result in self._encode([item], special)]
+
+    def _parts(self, prompt: Prompt) -> tuple[str | None, list[int] | None, str | None, bool]:
+        """(text, token ids, cache salt, whether special tokens are to be added)."""
+        if isinstance(prompt, str):
+            return prompt, None, None, True
+        if not isinstance(prompt, Mapping):
+            return None, self._ids(prompt), None, False
+        allowed = (*_PROMPT_KEYS, *_CHAT_KEYS) if "messages" in prompt else _PROMPT_KEYS
+        for key in prompt:
+            if key not in allowed:
+                why = "is not supported yet" if key in _LATER_KEYS else "does not exist"
+                raise ValidationError(
+                    f"the prompt has the key {key!r}, which {why}; supported: {', '.join(_PROMPT_KEYS)}"
+                )
+        salt = prompt.get("cache_salt")
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
+        if prompt.get("prompt_token_ids") is not None:
+            return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
+        if prompt.get("messages") is not None:
+            # a chat template writes the special tokens itself
+            return self._render(prompt), None, salt, False
+        if "prompt" not in prompt:
+            raise ValidationError(
+                f"the prompt must have 'prompt', 'prompt_token_ids' or 'messages', got {sorted(prompt)}"
+            )
+        if isinstance(prompt["prompt"], str):
+            return prompt["prompt"], None, salt, True
+        return None, self._ids(prompt["prompt"]), salt, False
+
+    def _render(self, prompt: Mapping[str, Any]) -> str:
+        continues = checks.boolean("continue_final_message", prompt.get("continue_final_message", False))
+        generates = checks.boolean("add_generation_prompt", prompt.get("add_generation_prompt", True))
+        options = prompt.get("chat_template_kwargs") or {}
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ValidationError(f"chat_template_kwargs must be a dict with string keys, got {options!r:.80}")
+        taken = [name for name in options if name in _RENDER_OPTIONS]
+        if taken:
+            raise ValidationError(f"chat_template_kwargs has {taken[0]!r}, which is an argument of its own")
+        return self._renderer.render(
+            prompt["messages"],
+            template=prompt.get("chat_template"),
+            content_format=prompt.get("chat_template_content_format") or "auto",
+            add_generation_prompt=generates and not continues,
+            continue_final_message=continues,
+            tools=prompt.get("tools"),
+            **options,
+        )
+
+    def _prepared(
+        self, ids: list[int], text: str | None, salt: str | None, options: TokenizationOptions
+    ) -> PreparedPrompt:
+        ids = options.cut(ids)
+        if not ids:
+            raise ValidationError("The decoder prompt cannot be empty")
+        for token in (max(ids), min(ids)):
+            if not 0 <= token < self._vocab_size:
+                raise ValidationError(
+                    f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, "
+                    f"0 to {self._vocab_size - 1}"
+                )
+        hashes = self._hasher.hash_prompt(ids, salt) if self._hasher is not None else ()
+        return PreparedPrompt(ids, text, salt, hashes)
+
+    @staticmethod
+    def _ids(ids: Any) -> list[int]:
+        try:
+            if isinstance(ids, (bytes, bytearray)):
+                raise TypeError
+            ids = list(ids)
+            wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
+        except TypeError:
+            raise ValidationError(
+                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}"
+            ) from None
+        if wrong is not None:
+            raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
+        return [int(i) for i in ids]

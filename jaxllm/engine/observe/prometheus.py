@@ -1,0 +1,123 @@
+"""An engine's metrics for Prometheus. Nothing is registered globally, and nothing is counted twice: every scrape takes
+a snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Counter, Gauge, Histogram, Metric
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric as MetricFamily
+
+HELP = {
+    "vllm:num_requests_running": "Requests that run.",
+    "vllm:num_requests_waiting": "Requests that wait.",
+    "vllm:num_requests_waiting_by_reason": "Requests that wait, by what they wait for.",
+    "vllm:kv_cache_usage_perc": "Share of the KV cache in use, in [0, 1].",
+    "vllm:gpu_cache_usage_perc": "The old name of vllm:kv_cache_usage_perc.",
+    "vllm:gpu_prefix_cache_hit_rate": "Share of the last 1000 requests' tokens that the prefix cache had, in [0, 1].",
+    "vllm:cache_config_info": "The cache's configuration, in labels.",
+    "vllm:prefix_cache_queries": "Tokens that the prefix cache was asked for.",
+    "vllm:prefix_cache_hits": "Tokens of these that it had.",
+    "vllm:num_preemptions": "Preemptions.",
+    "vllm:prompt_tokens": "Prompt tokens of requests that have their first token.",
+    "vllm:prompt_tokens_cached": "Prompt tokens of these that the prefix cache had.",
+    "vllm:prompt_tokens_by_source": "Prompt tokens, by where their keys and values came from.",
+    "vllm:generation_tokens": "Tokens generated.",
+    "vllm:request_success": "Finished requests, by how they ended.",
+    "vllm:admission_rejections": "Requests that were refused, by why.",
+    "vllm:iteration_tokens_total": "Tokens a step.",
+    "vllm:time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "vllm:inter_token_latency_seconds": "Between two tokens of a request.",
+    "vllm:time_per_output_token_seconds": "The old name of vllm:inter_token_latency_seconds.",
+    "vllm:request_time_per_output_token_seconds": "Mean time a token after the first, of a request.",
+    "vllm:e2e_request_latency_seconds": "From a request's arrival to its last token.",
+    "vllm:request_queue_time_seconds": "Time that a request waited before it first ran.",
+    "vllm:request_inference_time_seconds": "From a request's first step to its last token.",
+    "vllm:request_prefill_time_seconds": "From a request's first step to its first token.",
+    "vllm:request_decode_time_seconds": "From a request's first token to its last one.",
+    "vllm:request_prompt_tokens": "Prompt tokens a request.",
+    "vllm:request_generation_tokens": "Generated tokens a request.",
+    "vllm:request_max_num_generation_tokens": "Generated tokens of a prompt's longest completion.",
+    "vllm:request_prefill_kv_computed_tokens": "Prompt tokens of a request that the prefix cache did not have.",
+    "vllm:request_params_max_tokens": "max_tokens of a request.",
+    "vllm:request_params_n": "n of a prompt.",
+    "vllm:request_num_preemptions": "Preemptions of a request.",
+}
+
+_FAMILIES = {Counter: CounterMetricFamily, Gauge: GaugeMetricFamily, Histogram: HistogramMetricFamily}
+
+
+def families(metrics: Iterable[Metric]) -> list[MetricFamily]:
+    """Prometheus' families of a snapshot, counters with the suffix ``_total``."""
+    made: dict[str, MetricFamily] = {}
+    for metric in metrics:
+        labels = list(metric.labels)
+        family = made.get(metric.name)
+        if family is None:
+            kind = _FAMILIES[type(metric)]
+            family = made[metric.name] = kind(metric.name, HELP.get(metric.name, metric.name), labels=labels)
+        values = list(metric.labels.values())
+        if isinstance(metric, Histogram) and isinstance(family, HistogramMetricFamily):
+            family.add_metric(values, list(metric.buckets.items()), metric.sum)
+        elif isinstance(metric, (Counter, Gauge)) and isinstance(family, (CounterMetricFamily, GaugeMetricFamily)):
+            family.add_metric(values, metric.value)
+    return list(made.values())
+
+
+class MetricsCollector(Collector):
+    """Asks `snapshot` at every scrape; from the scraping thread, while the engine runs."""
+
+    def __init__(self, snapshot: Callable[[], list[Metric]]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[MetricFamily]:
+        return families(self._snapshot())
+
+
+def metrics_registry(snapshot: Callable[[], list[Metric]]) -> CollectorRegistry:
+    """A registry of its own, with the metrics that `snapshot` gives."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MetricsCollector(snapshot))
+    return registry
+
+
+class MetricsServer:
+    """``http://address:port/metrics``, answered by a thread, until `close`.
+
+    Args:
+        port: 0 takes a free one; the attribute `port` says which.
+        address: of the interface; the default is reached from this machine alone.
+
+    Raises:
+        ValidationError: the port is taken, or is none.
+    """
+
+    def __init__(self, registry: CollectorRegistry, port: int, address: str = "127.0.0.1") -> None:
+        self.address = address
+        try:
+            self._server, self._thread = start_http_server(port, address, registry)
+        except (OSError, OverflowError) as error:
+            raise ValidationError(
+                f"metrics cannot be served on {address}:{port} ({error}). Another port may be free; 0 takes any."
+            ) from error
+        self.port: int = self._server.server_port
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}:{self.port}/metrics"
+
+    def close(self) -> None:
+        """Free the port; idempotent."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()

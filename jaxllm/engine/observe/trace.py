@@ -1,0 +1,208 @@
+"""What the engine did, step by step and request by request."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step. Times are in seconds; those of the clock count from the trace's start."""
+
+    #: the engine's number of it
+    step: int
+    #: when the scheduler was asked for it
+    start: float
+    #: tokens of requests that get more than one, or whose prompt is not done: prompts, and what a preemption lost
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    #: requests in the step
+    num_seqs: int
+    #: after the scheduler's decision
+    num_running: int
+    num_waiting: int
+    #: share of the KV cache in use, in [0, 1], after the scheduler's decision
+    kv_cache_usage: float
+    #: of this decision
+    num_preemptions: int
+    #: what the compiled program has room for; 0 where the runner has no buckets
+    bucket_tokens: int
+    bucket_seqs: int
+    #: when the host began to schedule what is certain of the step, while earlier ones ran
+    ahead_start: float
+    #: how long it took; 0 where nothing was scheduled ahead
+    ahead_time: float
+    #: the scheduler's time from `start` on
+    schedule_time: float
+    #: packing, uploading and launching
+    launch_time: float
+    #: when the host began to wait for the result
+    read_start: float
+    #: how long it waited
+    wait_time: float
+    #: stops checked, blocks freed: what the next launch has to wait for
+    update_time: float
+    #: when the host began with the step's outputs, mostly behind the next launch
+    output_start: float
+    #: tokens appended, text made, outputs built
+    output_time: float
+    #: when the device began with it, at the earliest: at its launch, or when the step before was done
+    device_start: float
+    #: from `device_start` until the host had the result. Never overlaps the step before. It is exact while the host
+    #: waits for the device; where the host comes late (`wait_time` near 0), the device may have been done earlier
+    device_time: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefill_tokens + self.num_decode_tokens
+
+    @property
+    def host_time(self) -> float:
+        """Seconds in which the host worked for the step; it did not wait in them."""
+        return self.ahead_time + self.schedule_time + self.launch_time + self.update_time + self.output_time
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """One request. Times are in seconds from the trace's start, negative before it, None where it did not happen."""
+
+    request_id: str
+    num_prompt_tokens: int
+    #: prompt tokens that the prefix cache had
+    num_cached_tokens: int
+    num_output_tokens: int
+    #: None: it had not ended when the trace did
+    finish_reason: str | None
+    queued: float
+    scheduled: float | None
+    first_token: float | None
+    last_token: float | None
+    #: from each preemption to the return
+    preempted: tuple[tuple[float, float], ...] = ()
+
+    def spans(self) -> list[tuple[str, float, float]]:
+        """("queued" | "prefill" | "decode", start, end), one after the other."""
+        marks = [("queued", self.queued), ("prefill", self.scheduled), ("decode", self.first_token)]
+        ends = [self.scheduled, self.first_token, self.last_token]
+        return [
+            (name, start, end)
+            for (name, start), end in zip(marks, ends, strict=True)
+            if start is not None and end is not None
+        ]
+
+
+_STEP_FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord))
+
+
+class Trace:
+    """A record of the engine's steps while it is on: as a context manager, or between `start` and `stop`.
+
+    Args:
+        attach: makes the engine tell this trace of its steps.
+        detach: ends that.
+    """
+
+    def __init__(self, attach: Callable[[Trace], None], detach: Callable[[Trace], None]) -> None:
+        self._attach, self._detach = attach, detach
+        #: in the order in which they ran
+        self.steps: list[StepRecord] = []
+        #: in the order in which they ended; those that have not come last, once the trace has stopped
+        self.requests: list[RequestRecord] = []
+
+    def start(self) -> Trace:
+        """Begin anew: what an earlier use has recorded is dropped."""
+        self.stop()
+        self.steps, self.requests = [], []
+        self._attach(self)
+        return self
+
+    def stop(self) -> Trace:
+        """Record nothing more. Steps whose results nobody has read yet are left out. Idempotent."""
+        self._detach(self)
+        return self
+
+    def __enter__(self) -> Trace:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        if not self.steps:
+            return "Trace(no steps)"
+        arrays = self.arrays()
+        seconds = float(arrays["read_start"][-1] + arrays["wait_time"][-1] - arrays["start"][0])
+        prefill, decode = int(arrays["num_prefill_tokens"].sum()), int(arrays["num_decode_tokens"].sum())
+        return (
+            f"Trace({len(self.steps)} steps and {len(self.requests)} requests in {seconds:.3f} s; "
+            f"{prefill} prefill and {decode} decode tokens; "
+            f"KV cache at most {100 * arrays['kv_cache_usage'].max():.1f}% full; "
+            f"{int(arrays['num_preemptions'].sum())} preemptions; device busy {arrays['device_time'].sum():.3f} s)"
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The steps' fields as arrays of int64 or float64, one entry a step."""
+        return {
+            name: np.array([getattr(step, name) for step in self.steps], dtype=_dtype(name)) for name in _STEP_FIELDS
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"steps": [...], "requests": [...]}``, of what JSON knows."""
+        return {
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "requests": [
+                dataclasses.asdict(request) | {"preempted": [list(times) for times in request.preempted]}
+                for request in self.requests
+            ],
+        }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The steps as a table, indexed by step.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas() needs pandas: `pip install pandas`. arrays() has the same columns."
+            ) from error
+
+        return pandas.DataFrame(self.arrays()).set_index("step")
+
+    def plot(self) -> Figure:
+        """Tokens, sequences, KV cache and time of the steps, as a picture: notebooks show it, `savefig` writes it.
+
+        Raises:
+            ImportError: matplotlib is not there; ``pip install 'jaxllm[plot]'``.
+        """
+        try:
+            from jaxllm.engine.observe.trace_plot import plot
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ImportError("plot() needs matplotlib: pip install 'jaxllm[plot]'") from error
+        return plot(self)
+
+    def save_chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write a trace for https://ui.perfetto.dev and chrome://tracing: the host, the device, every request."""
+        from jaxllm.engine.observe.chrome_trace import save
+
+        save(self, path)
+
+
+def _dtype(name: str) -> type:
+    return float if name in _FLOATS else int
+
+
+_FLOATS = {field.name for field in dataclasses.fields(StepRecord) if field.type == "float"}

@@ -1,0 +1,156 @@
+"""Compiled programs on disk, found again without tracing them.
+
+JAX's own compile cache asks for the lowered program first, which takes longer than loading what it finds. Here a
+program has two names. One is a hash of everything that decides what will be traced: configuration, shapes, sources,
+versions, machine. The other is a hash of the lowered program, so that an edit that changes no program compiles none.
+
+Files are trusted as JAX's compile cache is: who can write to the folder can run code in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from jaxllm.runner.compile.identity import described, environment, sources
+
+logger = logging.getLogger("jaxllm")
+
+#: first bytes of a file; the SHA-256 of what follows comes next
+_MAGIC = b"jaxllm program 1\n"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+#: of a lowered program that calls back into this process, at addresses that mean nothing in another
+_CALLBACK = "callback"
+
+
+class ProgramStore:
+    """Compiled programs for some devices, in a folder. May be used by several threads and processes at once.
+
+    Args:
+        options: of the compiler.
+        source: what the programs are made of, see `described`. Where it cannot be described (it has code of the
+            user's), programs are found by their lowered text alone.
+    """
+
+    def __init__(self, folder: Path, devices: Sequence[Any], options: dict[str, str | bool], source: Any):
+        self._folder, self._devices, self._options = folder, list(devices), options
+        self._environment = environment(self._devices) + described(options)
+        self._source: str | None = None
+        with contextlib.suppress(TypeError):
+            self._source = sources() + described(source)
+
+    def find(self, key: tuple[Any, ...]) -> jax.stages.Compiled | None:
+        """The program of a key, where one was kept that was traced from the same source in the same environment."""
+        path = self._name(key)
+        if path is None or (name := self._read(path)) is None:
+            return None
+        return self._load(self._folder / name.decode())
+
+    def compile(
+        self, key: tuple[Any, ...], lowered: jax.stages.Lowered, own_options: Mapping[str, str | bool] | None = None
+    ) -> jax.stages.Compiled:
+        """The program of a key: loaded where the same lowered program was kept, else compiled and kept.
+
+        Args:
+            own_options: of the compiler, for this program besides those for all.
+        """
+        options = {**self._options, **(own_options or {})}
+        text = lowered.as_text()
+        if _CALLBACK in text:
+            return lowered.compile(compiler_options=options)
+        trees = f"{lowered.in_tree} {lowered.out_tree}"
+        path = self._folder / f"{_hash(self._environment, described(options), trees, text)}.program"
+        compiled = self._load(path)
+        if compiled is None:
+            compiled = lowered.compile(compiler_options=options)
+            try:
+                content = pickle.dumps(serialize(compiled))
+            except (TypeError, ValueError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as e:
+                logger.debug("The program for %s cannot be kept: %s", key, e)
+                return compiled
+            self._write(path, content)
+        if (name := self._name(key)) is not None:
+            self._write(name, path.name.encode())
+        return compiled
+
+    def _name(self, key: tuple[Any, ...]) -> Path | None:
+        if self._source is None:
+            return None
+        return self._folder / f"{_hash(self._environment, self._source, described(key))}.name"
+
+    def _load(self, path: Path) -> jax.stages.Compiled | None:
+        content = self._read(path)
+        if content is None:
+            return None
+        try:
+            program, in_tree, out_tree = pickle.loads(content)
+            client = self._devices[0].client
+            return deserialize_and_load(program, in_tree, out_tree, client, execution_devices=self._devices)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the program can be compiled again
+            logger.warning("The compiled program %s cannot be loaded and is compiled anew: %s", path, error)
+            return None
+
+    def _read(self, path: Path) -> bytes | None:
+        """What `_write` wrote; None, with a warning, when it is something else."""
+        try:
+            stored = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("%s cannot be read, and is made anew: %s", path, error)
+            return None
+        start = len(_MAGIC) + _DIGEST_BYTES
+        content = stored[start:]
+        if stored[:start] != _MAGIC + hashlib.sha256(content).digest():
+            logger.warning("%s is damaged, and is made anew", path)
+            return None
+        return content
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """Write a file that is there as a whole or not at all."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".new-", delete=False) as file:
+                file.write(_MAGIC + hashlib.sha256(content).digest() + content)
+            os.replace(file.name, path)
+        except OSError as error:
+            logger.warning("The compile cache cannot keep a program: %s", error)
+
+
+def open_store(
+    folder: Path | None, devices: Sequence[Any], options: dict[str, str | bool], source: Any
+) -> ProgramStore | None:
+    """A store in `folder`; None where the user configured a compile cache in JAX, or turned compile caches off there,
+    or where the folder cannot be written.
+    """
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return None
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    # one that was configured earlier in this process would still answer, with programs that cannot be kept again
+    compilation_cache.reset_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.warning(
+            "No compile cache: cannot write to %s. Set JAXLLM_CACHE to a folder that can be written.", folder
+        )
+        return None
+    return ProgramStore(folder, devices, options, source)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

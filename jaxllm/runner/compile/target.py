@@ -1,0 +1,116 @@
+"""What an engine's programs are compiled for: devices that are there, or devices that are only described."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.devices import GPU
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.runner.memory.plan import device_memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescribedDevice:
+    """What is asked of one of JAX's devices before anything is compiled for it."""
+
+    platform: str
+    device_kind: str
+    #: such as "9.0"
+    compute_capability: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The devices of one engine, all of one kind."""
+
+    #: JAX's name: "cpu" or "gpu"
+    platform: str
+    #: the driver's name
+    kind: str
+    #: bytes of one device, in all and not yet taken
+    total_bytes: int
+    free_bytes: int
+    #: over which the model is split
+    num_devices: int = 1
+    #: one of them
+    device: Any
+    #: () where there is nothing to compile with
+    devices: tuple[Any, ...] = ()
+
+    @property
+    def stacks_layers(self) -> bool:
+        """In which form the weights are (`models.layer_stack`)."""
+        return self.platform == "cpu"
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """All devices along one axis; None: there is but one, or nothing to compile with."""
+        return make_mesh(self.devices) if len(self.devices) > 1 else None
+
+    @property
+    def sharding(self) -> Any:
+        """Of an array that every device has whole; None where there is nothing to compile with."""
+        if not self.devices:
+            return None
+        if self.mesh is None:
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return jax.sharding.NamedSharding(self.mesh, jax.P())
+
+
+def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+    """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
+    if name == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
+    except RuntimeError as error:
+        raise ValidationError(
+            f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
+        ) from error
+
+
+def target_here(name: str, num_devices: int = 1) -> Target:
+    """Devices of this machine, by their platform (`find_device`).
+
+    Raises:
+        ValidationError: there are not so many.
+    """
+    device = find_device(name)
+    present = jax.devices(device.platform)
+    if len(present) < num_devices:
+        raise ValidationError(
+            f"tensor_parallel_size={num_devices} needs as many devices; JAX has {len(present)} of {device.platform}."
+        )
+    total, free = device_memory(device)
+    return Target(
+        platform=device.platform,
+        kind=device.device_kind,
+        total_bytes=total,
+        free_bytes=free,
+        num_devices=num_devices,
+        device=device,
+        devices=(device,) if num_devices == 1 else tuple(present[:num_devices]),
+    )
+
+
+def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: int = 1) -> Target:
+    """GPUs that are not there, with all of their memory free.
+
+    Args:
+        devices: what to compile for (`deviceless.devices`); () where there is no compiler.
+    """
+    capability = ".".join(map(str, gpu.compute_capability))
+    described = DescribedDevice(platform="gpu", device_kind=gpu.description, compute_capability=capability)
+    return Target(
+        platform="gpu",
+        kind=gpu.description,
+        total_bytes=gpu.memory_bytes,
+        free_bytes=gpu.memory_bytes,
+        num_devices=num_devices,
+        device=devices[0] if devices else described,
+        devices=devices,
+    )

@@ -1,0 +1,129 @@
+"""What a runner holds on its devices: the weights, and the state between steps."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.models.layer_stack import has_separate_layers, in_form
+
+Weights = TypeVar("Weights")
+StateTree = TypeVar("StateTree")
+
+
+class Allocator(Protocol):
+    """What makes the state."""
+
+    sharding: jax.sharding.Sharding
+
+    def allocate(self) -> object: ...
+
+
+class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
+    """Weights that can be freed, read again and replaced, and a state that can be freed and made anew.
+
+    Args:
+        params: the model's weights, on the device; None: `restore_weights` reads them.
+        reload: reads them anew.
+        allocator: makes the state.
+    """
+
+    def __init__(self, params: Weights | None, reload: Callable[[], Weights], allocator: Allocator):
+        self.params = params
+        self._reload, self._allocator = reload, allocator
+        self._sharding = allocator.sharding
+        #: whether nobody else holds the weights' arrays, so that they may be deleted
+        self._owns_params = True
+        #: copies in the host's memory, while the device's are freed
+        self._on_host: Weights | None = None
+        self._state: StateTree | None = allocator.allocate()  # pyright: ignore[reportAttributeAccessIssue]
+        self._heads()
+
+    @abc.abstractmethod
+    def _heads(self) -> None:
+        """Take from the weights what is passed to programs by itself."""
+
+    def _live(self) -> StateTree:
+        if self._state is None:
+            raise RuntimeError("the engine has been shut down")
+        return self._state
+
+    def reset(self) -> None:
+        """Allocate the state anew: a failed step may have consumed what was donated to it."""
+        self.free_cache()
+        self._state = self._allocator.allocate()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def free_cache(self) -> None:
+        """Free the device state; `reset` makes it anew."""
+        if self._state is not None:
+            self._delete(self._state)
+            self._state = None
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        """Free the weights' memory on the device, where it is not the host's own."""
+        params, sharding = self.params, self._sharding
+        on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
+        if params is None or (keep_on_host and on_cpu):
+            return
+        on_host = jax.device_get(params) if keep_on_host else None
+        self._delete_params()
+        self._on_host = on_host
+
+    def restore_weights(self) -> None:
+        """Undo `free_weights`: from the host, or from where they were first read."""
+        if self.params is None:
+            params = self._reload() if self._on_host is None else jax.device_put(self._on_host, self._sharding)
+            self._use(params, owned=True)
+
+    def reload_weights(self) -> None:
+        """Read the weights anew from where they were first read."""
+        self.free_weights(keep_on_host=False)
+        self.restore_weights()
+
+    def set_params(self, params: Weights) -> None:
+        """Use other weights: a tree of the same structure, shapes and dtypes, its layers stacked or separate.
+
+        Raises:
+            ValidationError: it differs; the text names the first difference.
+        """
+        if self.params is None:
+            raise RuntimeError("the weights sleep: call wake_up() first")
+        separated = has_separate_layers(params)
+        expected = jax.eval_shape(functools.partial(in_form, separated=separated), self.params)
+        ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
+        for path in {**ours, **theirs}:
+            old, new = ours.get(path), theirs.get(path)
+            same = old is not None and new is not None and old.shape == np.shape(new) and old.dtype == new.dtype
+            if not same:
+                shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
+                raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
+        params = in_form(params, separated=has_separate_layers(self.params))
+        self._use(jax.device_put(params, self._sharding), owned=False)
+
+    def _use(self, params: Weights, *, owned: bool) -> None:
+        self.params = params
+        self._owns_params, self._on_host = owned, None
+        self._heads()
+
+    def _delete_params(self) -> None:
+        if self._owns_params:
+            self._delete(self.params)
+        self.params = self._on_host = None
+        self._heads()
+
+    @staticmethod
+    def _delete(tree: object) -> None:
+        for array in jax.tree.leaves(tree):
+            if not array.is_deleted():
+                array.delete()
+
+    def shutdown(self) -> None:
+        """Free every device array; idempotent."""
+        self.free_cache()
+        self._delete_params()

@@ -1,0 +1,113 @@
+"""The memory plan: weights by their shapes, activations by the compiler's own account, the rest for the KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import psutil
+
+from jaxllm.runner.memory.plan_html import plan_html
+
+GIB = 2**30
+#: on CPU the cache competes with everything else that runs; ask for more with kv_cache_memory_bytes
+CPU_CACHE_LIMIT = 2 * GIB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes that an engine will use on each device, and what they hold."""
+
+    device: str
+    #: what the device has in all; on CPU, what was available
+    total_bytes: int
+    gpu_memory_utilization: float
+    weight_bytes: int
+    #: temporaries and outputs of the largest compiled step
+    activation_bytes: int
+    #: token ids and the empty constraint buffer, which live as long as the engine
+    state_bytes: int
+    kv_cache_bytes: int
+    #: what the cache was not allowed to exceed, in bytes, though there was more; None: nothing
+    kv_cache_limit: int | None
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    #: tokens that the cache holds
+    num_tokens: int
+    #: requests of max_model_len tokens that fit at once
+    max_concurrency: float
+    #: bytes that a token takes in the cache
+    kv_bytes_per_token: int
+    #: devices that share the model, each with the above
+    tensor_parallel_size: int = 1
+    #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
+    unused_bytes: int = 0
+    unused_why: str = ""
+
+    @property
+    def used_bytes(self) -> int:
+        """What is planned for, of each device."""
+        return self.weight_bytes + self.activation_bytes + self.state_bytes + self.kv_cache_bytes
+
+    def __str__(self) -> str:
+        gib = lambda b: f"{b / GIB:8.3f} GiB"  # noqa: E731
+        limit = self.kv_cache_limit
+        note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
+        whole = self.used_bytes + self.unused_bytes
+        unused = f"  not used     {gib(self.unused_bytes)}  (of {whole / GIB:.3f}; {self.unused_why})"
+        return "\n".join(
+            [
+                f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
+                f"gpu_memory_utilization={self.gpu_memory_utilization:g})",
+                f"  weights      {gib(self.weight_bytes)}",
+                f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
+                f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
+                f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
+                f"one of them for padding{note})",
+                *([unused] if self.unused_bytes else []),
+                *self.vllm_lines(),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
+
+    def vllm_lines(self) -> list[str]:
+        """The capacity in vLLM's words."""
+        return [
+            f"GPU KV cache size: {self.num_tokens:,} tokens, "
+            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x"
+        ]
+
+
+def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[reportInvalidTypeForm]
+    """(total, free) bytes of a device; on CPU both are what the machine, or the container's limit, has available."""
+    if device.platform == "cpu":
+        available = min(psutil.virtual_memory().available, _container_headroom())
+        return available, available
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise RuntimeError(
+            f"{device} does not tell its memory, which JAX's own allocator does: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+        )
+    return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def _container_headroom() -> int:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return 2**63
+
+
+def quantize_blocks(num_blocks: int) -> int:
+    """Round down to six significant bits: free memory differs a little from start to start, and the cache's size is
+    part of every compiled step, so that an exact number would defeat the compile cache. Costs at most 1/32 of the
+    blocks."""
+    step = 1 << max(0, num_blocks.bit_length() - 6)
+    return num_blocks // step * step

@@ -1,0 +1,147 @@
+"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.gguf_config import MetadataView, hf_config
+from jaxllm.weights.formats.gguf_header import GGUFHeader, TensorInfo, parse_header
+from jaxllm.weights.formats.gguf_names import ROPE_FREQS, StoredTensor, stored_rows, tensor_map
+from jaxllm.weights.formats.gguf_quants import dequantize_rows
+from jaxllm.weights.formats.plain_file import PlainFile
+
+#: the header that was read last: a start asks for one file's config, tokenizer and weights, and each would parse a
+#: vocabulary anew
+_kept: dict[tuple[Path, int, int, int], GGUFHeader] = {}
+#: seconds after which a file that is written anew has another time of modification on any file system
+_SETTLED = 2.0
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
+    with contextlib.closing(PlainFile(Path(path))) as file:
+        return _header(file).metadata
+
+
+class GGUFReader:
+    """A GGUF file under HF tensor names. A context manager; nothing is read but the header and what is asked for.
+
+    Raises ``WeightsError`` when the file cannot be opened, is not GGUF version 2 or 3, is truncated or malformed,
+    or has an unknown architecture, tensor or tensor type.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(contextlib.closing(PlainFile(self.path)))
+            self._take_header(_header(self._file))
+            stack.pop_all()
+
+    def _take_header(self, header: GGUFHeader) -> None:
+        self.metadata: dict[str, Any] = header.metadata
+        self._tensors: dict[str, TensorInfo] = header.tensors
+        view = MetadataView(header.metadata, str(self.path))
+        heads = view.count("attention.head_count")
+        kv_heads = view.count("attention.head_count_kv", heads)
+        self._map = tensor_map(view.architecture, header.tensors, heads, kv_heads, str(self.path))
+        for stored in self._map.values():
+            self._check_rope_rows(stored)
+
+    def __enter__(self) -> GGUFReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; ``metadata``, names, shapes and dtypes stay readable."""
+        self._file.close()
+
+    def config(self) -> dict[str, Any]:
+        """The HF-style ``config.json``; see ``gguf_config.hf_config``."""
+        info = self._tensors.get(ROPE_FREQS)
+        freqs = None if info is None else self._dequantize(info, slice(None)).astype(np.float32)
+        return hf_config(self.metadata, self._tensors, freqs, str(self.path))
+
+    def names(self) -> Iterable[str]:
+        """HF names of all weights, in the file's order."""
+        return self._map.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """HF orientation: linear weights are ``(out_features, in_features)``, embeddings ``(vocab, hidden)``."""
+        return self._find(name)[1].shape
+
+    def dtype(self, name: str) -> str:
+        """The stored type, for example ``Q4_1`` or ``F32``."""
+        return self._find(name)[1].kind.name
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The weight as HF's checkpoint has it, dequantised; a copy.
+
+        ``rows`` slices the first axis; what is read reaches from the first stored row of them to the last. Float16 and
+        bfloat16 weights keep their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after
+        ``close``.
+        """
+        stored, info = self._find(name)
+        wanted = slice(None) if rows is None else rows
+        index = stored_rows(info.shape[0], stored.rope_heads)[wanted] if stored.rope_heads else wanted
+        values = self._dequantize(info, index)
+        if stored.subtract:
+            return values.astype(np.float32) - np.float32(stored.subtract)
+        return values
+
+    def _find(self, name: str) -> tuple[StoredTensor, TensorInfo]:
+        stored = self._map.get(name)
+        if stored is None:
+            raise WeightsError(f"{self.path}: there is no tensor {name!r} among its {len(self._map)} weights")
+        return stored, self._tensors[stored.name]
+
+    def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
+        if len(info.shape) == 1 and info.kind.block > 1:
+            # A quantised vector's blocks straddle its elements: unpack it whole.
+            whole = self._file.read(info.name, info.offset, info.nbytes)
+            return dequantize_rows(whole.reshape(1, -1), info.kind)[0][rows]
+        wanted = np.arange(info.shape[0])[rows]
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
+        raw = self._file.read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
+        picked = raw.reshape(last + 1 - first, row_bytes)[wanted - first]
+        return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
+
+    def _check_rope_rows(self, stored: StoredTensor) -> None:
+        info = self._tensors[stored.name]
+        if stored.rope_heads and info.shape[0] % (2 * stored.rope_heads):
+            raise WeightsError(
+                f"{self.path}: tensor {stored.name!r} has {info.shape[0]} rows, "
+                f"expected a multiple of twice its {stored.rope_heads} heads"
+            )
+
+
+def _header(file: PlainFile) -> GGUFHeader:
+    status, path = os.fstat(file.file.fileno()), file.path
+    key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
+    header = _kept.get(key)
+    if header is None:
+        # mapped only while it is parsed
+        data = np.memmap(file.file, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
+        header = parse_header(data.data, path)
+        forget_headers()
+        if time.time() - status.st_mtime > _SETTLED:
+            _kept[key] = header
+    return header
+
+
+def forget_headers() -> None:
+    """Free what is kept of the header that was read last: some megabytes."""
+    _kept.clear()
