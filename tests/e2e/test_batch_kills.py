@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-STARTER = Path(__file__).parent.parent / "batch_starter.py"
+STARTER = Path(__file__).parents[1] / "support" / "batch_starter.py"
 NUM_LINES = 4000
 NUM_KILLS = 20
 
