@@ -42,8 +42,8 @@ AXES = Params(
     norm=WHOLE,
     head=0,
 )
-#: the KV cache [pages, 2, kv_heads, block_size, head_dim]
-CACHE = jax.P(None, None, TENSOR)
+#: the KV cache [pages, 2 * kv_heads, block_size, head_dim]: each device has keys and values of its heads side by side
+CACHE = jax.P(None, TENSOR)
 
 
 def check_split(model: DecoderConfig, devices: int) -> None:

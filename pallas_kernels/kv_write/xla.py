@@ -18,7 +18,7 @@ def write_kv(
     kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As `reference.write_kv`; in place where the cache is donated."""
-    _, _, heads, block_size, dim = cache.shape
+    heads, block_size, dim = cache.shape[1] // 2, *cache.shape[2:]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
     page = jnp.where(batch.token_valid, block + layout.page_offset, 0)[:, None]
     slot = (batch.positions % block_size)[:, None]
