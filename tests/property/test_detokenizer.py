@@ -139,7 +139,7 @@ def test_wherever_the_prompt_ends_the_output_is_what_it_adds(
         tokenizer, ids = byte_level, byte_level.encode(text, add_special_tokens=False).ids
         cut = data.draw(st.integers(0, len(ids)))
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        before = bytes(byte_of[character] for i in ids[:cut] for character in tokenizer.id_to_token(i))
+        before = bytes(byte_of[character] for i in ids[:cut] for character in tokenizer.id_to_token(i) or "")
     finished = codecs.getincrementaldecoder("utf-8")().decode(before)
     detokenizer = Detokenizer(tokenizer, ids[:cut], SamplingParams())
     for token_id in ids[cut:]:
