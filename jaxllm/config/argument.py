@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 
 
@@ -16,6 +17,9 @@ class Arguments:
         ValidationError: a value cannot be used; the text names it.
     """
 
+    #: how errors name a field
+    NAME = "{}"
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType] (each subclass is a dataclass)
             value, has_default = getattr(self, field.name), True
@@ -24,7 +28,7 @@ class Arguments:
             elif value is None and (has_default := field.default is not dataclasses.MISSING):
                 value = field.default
             if value is not None or not has_default:
-                value = field.metadata["check"](field.name, value)
+                value = field.metadata["check"](self.NAME.format(field.name), value)
             object.__setattr__(self, field.name, value)
 
 
@@ -48,9 +52,14 @@ def argument(
         repr: whether its value may be printed.
         waits_for: the capability without which it has one value.
     """
-    made = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    made: dict[str, Any] = {"default_factory": default} if isinstance(default, type) else {"default": default}
     metadata = {"check": check, "help": help, "short": short, "waits_for": waits_for}
     return dataclasses.field(**made, repr=repr, metadata=metadata)
+
+
+def switch(default: bool, help: str) -> Any:
+    """An argument that is on or off."""
+    return argument(default, checks.boolean, help)
 
 
 def not_yet(default: Any, capability: str, *others: Any, short: str | None = None) -> Any:

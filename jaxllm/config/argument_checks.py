@@ -14,8 +14,8 @@ from typing import Any
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.argument import argument
 from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
-from jaxllm.config.structured_outputs import check_parser
 
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1
@@ -39,14 +39,27 @@ def count(name: str, value: Any) -> int:
     return int(number)
 
 
-def at_least(least: int) -> Callable[[str, Any], int]:
-    def check(name: str, value: Any) -> int:
-        number = count(name, value)
-        if number < least:
-            raise ValidationError(f"{name} must be at least {least}, got {number}.")
+def such_that(read: Callable[[str, Any], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str, Any], Any]:
+    """What `read` makes of a value, where it `holds`; the error says that the argument must `wanted`."""
+
+    def check(name: str, value: Any) -> Any:
+        number = read(name, value)
+        if not holds(number):
+            raise ValidationError(f"{name} must {wanted}, got {number}.")
         return number
 
     return check
+
+
+def at_least(least: int) -> Callable[[str, Any], int]:
+    return such_that(count, lambda number: number >= least, f"be at least {least}")
+
+
+block_size = such_that(count, lambda number: number in (8, 16, 32, 64, 128), "be 8, 16, 32, 64 or 128 tokens")
+share = such_that(checks.real, lambda number: 0 < number <= 1, "be in (0, 1]")
+max_logprobs = such_that(checks.integer, lambda number: number >= -1, "be at least 0, or -1 for the whole vocabulary")
+seed = such_that(checks.integer, lambda number: -(2**63) <= number < 2**64, "fit 64 bits")
+port = such_that(checks.integer, lambda number: 0 <= number < 2**16, "be a TCP port, 0 (any free one) to 65535")
 
 
 def max_num_seqs(name: str, value: Any) -> int:
@@ -66,34 +79,6 @@ def max_model_len(name: str, value: Any) -> int:
     number = count(name, value)
     if number < 1 and number != FIT_TO_MEMORY:
         raise ValidationError(f"{name} must be at least 1, or -1 (or 'auto') for what fits in memory, got {number}.")
-    return number
-
-
-def block_size(name: str, value: Any) -> int:
-    number = count(name, value)
-    if number not in (8, 16, 32, 64, 128):
-        raise ValidationError(f"{name} must be 8, 16, 32, 64 or 128 tokens, got {number}.")
-    return number
-
-
-def share(name: str, value: Any) -> float:
-    number = checks.real(name, value)
-    if not 0 < number <= 1:
-        raise ValidationError(f"{name} must be in (0, 1], got {number}.")
-    return number
-
-
-def max_logprobs(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if number < -1:
-        raise ValidationError(f"{name} must be at least 0, or -1 for the whole vocabulary, got {number}.")
-    return number
-
-
-def seed(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if not -(2**63) <= number < 2**64:
-        raise ValidationError(f"{name} must fit 64 bits, got {number}.")
     return number
 
 
@@ -123,13 +108,6 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValidationError(f"{name} must be a dict with string keys, got {value!r} of type {type(value).__name__}.")
     return dict(value)
-
-
-def port(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if not 0 <= number < 2**16:
-        raise ValidationError(f"{name} must be a TCP port, 0 (any free one) to 65535, got {number}.")
-    return number
 
 
 def one_of(*choices: str, **others: str) -> Callable[[str, Any], str]:
@@ -174,15 +152,13 @@ def fields_of(kind: type) -> Callable[[str, Any], Any]:
     return check
 
 
-def parser(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValidationError(f"{name} must be a string, got {value!r} of type {type(value).__name__}.")
-    check_parser(value)
-    return value
-
-
 def dtype(name: str, value: Any) -> str:
     # numpy, jax.numpy and torch each print theirs in another way; none of them is imported here
     if not isinstance(value, str):
         value = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).removeprefix("torch.")
     return one_of("auto", "float32", "bfloat16", "float16", float="float32", half="float16")(name, value)
+
+
+def part(kind: type, help: str) -> Any:
+    """An `argument` that is a configuration of its own, or a dict of its fields."""
+    return argument(kind, fields_of(kind), help)

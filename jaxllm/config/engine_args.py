@@ -8,19 +8,19 @@ import difflib
 import os
 from typing import Any
 
-from jaxllm.api import checks, logits_processor, pooler
+from jaxllm.api import logits_processor, pooler
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
 from jaxllm.config import argument_checks as check
-from jaxllm.config.argument import argument, not_yet
+from jaxllm.config.argument import argument, not_yet, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
 from jaxllm.config.speculative import SpeculativeConfig
-from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
+from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "tokenizer's directory or hub id, when it is not the model's"
     )
-    skip_tokenizer_init: bool = argument(False, checks.boolean, "run without a tokenizer: prompts are token ids")
+    skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids")
     #: threads, while the engine runs; 0: the caller's own
     tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize")
     revision: str | None = argument(None, check.text, "branch, tag or commit of a hub model")
@@ -71,12 +71,10 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit"
     )
     scheduling_policy: str = argument("fcfs", check.one_of("fcfs", "priority"), "fcfs or priority")
-    enable_chunked_prefill: bool = argument(True, checks.boolean, "split long prompts over several steps")
-    enable_prefix_caching: bool = argument(True, checks.boolean, "share the KV cache of equal prompt beginnings")
-    async_scheduling: bool = argument(True, checks.boolean, "schedule a step while the one before runs")
-    scheduler_reserve_full_isl: bool = argument(
-        True, checks.boolean, "admit a prompt only when all of it fits into the free blocks"
-    )
+    enable_chunked_prefill: bool = switch(True, "split long prompts over several steps")
+    enable_prefix_caching: bool = switch(True, "share the KV cache of equal prompt beginnings")
+    async_scheduling: bool = switch(True, "schedule a step while the one before runs")
+    scheduler_reserve_full_isl: bool = switch(True, "admit a prompt only when all of it fits into the free blocks")
     block_size: int | None = argument(
         None,
         check.block_size,
@@ -93,7 +91,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     num_gpu_blocks_override: int | None = argument(
         None, check.at_least(2), "number of KV-cache blocks, in place of planning them"
     )
-    enforce_eager: bool = argument(False, checks.boolean, "compile as little as possible: starts sooner, runs slower")
+    enforce_eager: bool = switch(False, "compile as little as possible: starts sooner, runs slower")
     #: None: the platform's, see `jaxllm.config.resolve`
     num_decode_steps: int | None = argument(
         None,
@@ -101,19 +99,17 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
     )
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
-    deterministic: bool = argument(False, checks.boolean, "the same bits for a request, whatever else runs; on a CPU")
+    deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU")
     #: a request may ask for more
     stream_interval: int = argument(1, check.at_least(1), "tokens between two outputs of a streamed request")
-    structured_outputs_config: StructuredOutputsConfig = argument(
-        StructuredOutputsConfig, check.fields_of(StructuredOutputsConfig), "how grammars are read, as in vLLM"
+    structured_outputs_config: StructuredOutputsConfig = check.part(
+        StructuredOutputsConfig, "how grammars are read, as in vLLM"
     )
-    reasoning_config: ReasoningConfig = argument(
-        ReasoningConfig,
-        check.fields_of(ReasoningConfig),
-        "the marks of reasoning: reasoning_start_str and reasoning_end_str",
+    reasoning_config: ReasoningConfig = check.part(
+        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str"
     )
     #: as in the two configurations
-    reasoning_parser: str = argument("", check.parser, "whose marks of reasoning: a model family, as in vLLM")
+    reasoning_parser: str = argument("", parser, "whose marks of reasoning: a model family, as in vLLM")
     max_logprobs: int = argument(
         20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary"
     )
@@ -162,12 +158,10 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         "auto", check.attention_backend, "what attention is compiled to: auto, xla, triton or mosaic"
     )
     #: metrics are collected in any case
-    disable_log_stats: bool = argument(True, checks.boolean, "do not log a line of statistics every ten seconds")
+    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds")
     #: 0: any free one
     metrics_port: int | None = argument(None, check.port, "serve Prometheus metrics at this port of the local machine")
-    profiler_config: ProfilerConfig = argument(
-        ProfilerConfig, check.fields_of(ProfilerConfig), "where profiles go, as in vLLM"
-    )
+    profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM")
     speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
 
     def __post_init__(self) -> None:

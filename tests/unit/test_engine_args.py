@@ -280,7 +280,10 @@ def test_arguments_about_watching():
         ({"metrics_port": -1}, "metrics_port must be a TCP port"),
         ({"metrics_port": 8000.0}, "metrics_port must be an integer"),
         ({"profiler_config": {"profiler": "cuda"}}, r"profiler_config\['profiler'\] must be one of torch, jax"),
-        ({"profiler_config": {"delay_iterations": 3}}, "profiler_config takes 'torch_profiler_dir' .*got 'delay_iter"),
+        (
+            {"profiler_config": {"delay_iterations": 3}},
+            "profiler_config takes 'torch_profiler_dir' .*'delay_iterations'.=3",
+        ),
         ({"profiler_config": "p"}, "profiler_config must be a dict"),
     ],
 )
@@ -351,7 +354,7 @@ def test_what_a_gguf_file_holds_may_be_named(caplog: pytest.LogCaptureFixture):
     [
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
         ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be an integer"),
-        ({"prompt_lookup_min": 5, "prompt_lookup_max": 4}, r"prompt_lookup_min \(5\) must be at most .*\(4\)"),
+        ({"method": "guess"}, "method must be one of ngram, "),
     ],
 )
 def test_a_draft_is_checked(fields: dict[str, Any], text: str):
