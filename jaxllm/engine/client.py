@@ -156,8 +156,6 @@ class EngineClient:
         with self.lock:
             ids = [i for request_id in request_ids for i in self._children.get(request_id, (request_id,))]
             self._deliver(self.core.abort(ids))
-            if not self._receivers:
-                self._deliver_all(self.core.drain)
 
     def abort_all(self) -> None:
         """End every request, as `abort` does."""
