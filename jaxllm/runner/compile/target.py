@@ -73,7 +73,8 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
     except RuntimeError as error:
         raise ValidationError(
-            f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
+            f"device={name!r} is not there: {error}. For NVIDIA GPUs, in a checkout of jaxllm: pip install '.[cuda12]' "
+            "or '.[cuda13]'."
         ) from error
 
 

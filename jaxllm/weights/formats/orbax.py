@@ -109,7 +109,9 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise JaxLLMError("orbax-checkpoint is not installed: pip install 'jaxllm[orbax]'") from None
+        raise JaxLLMError(
+            "orbax-checkpoint is not installed: in a checkout of jaxllm, pip install '.[orbax]'"
+        ) from None
     gigabytes: Any = in_flight_bytes * 1e-9  # declared to be whole, but only ever multiplied
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)) as checkpointer:
         yield checkpointer, ocp
