@@ -7,6 +7,7 @@ and random weights (`weights.loader`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 #: the storage of a weight whose array holds its numbers as they are
@@ -76,8 +77,16 @@ class WeightSpec:
 
     def tensors(self) -> list[tuple[str, Part]]:
         """Every tensor that this array is made of, by its name in the checkpoint."""
-        layers = self.layers if self.layers is not None else (0,)
-        return [(part.name.format(layer=layer), part) for layer in layers for part in self.parts]
+        return [(name, part) for name, part, _ in self.places()]
+
+    def places(self) -> Iterator[tuple[str, Part, tuple[int | slice, ...]]]:
+        """Every tensor by its name, and where in the whole array it lies."""
+        for i, layer in enumerate(self.layers if self.layers is not None else (0,)):
+            first = 0
+            for part in self.parts:
+                rows = slice(first, first + part.axes[0].size)
+                first = rows.stop
+                yield part.name.format(layer=layer), part, (rows,) if self.layers is None else (i, rows)
 
 
 def is_spec(leaf: object) -> bool:

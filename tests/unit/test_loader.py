@@ -72,8 +72,8 @@ def write(directory: Path, tensors: dict[str, np.ndarray], **config: Any) -> Pat
 
 def load(directory: Path, dtype: Any = jnp.float32, load_format: str = "auto") -> Params:
     checkpoint = Checkpoint(directory, load_format)
-    sources = decoder_specs(model_config(checkpoint.config))
-    return checkpoint.load(sources, jnp.dtype(dtype), DEVICE, seed=0, progress=False)
+    specs = decoder_specs(model_config(checkpoint.config))
+    return checkpoint.load(specs, jnp.dtype(dtype), DEVICE, seed=0, progress=False)
 
 
 def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -220,12 +220,12 @@ def test_reading_ends_when_nobody_wants_the_weights_any_more():
                 stop.set()
             return super().read(name, rows)
 
-    reader, sources = StoppedReader(weights()), decoder_specs(model_config(CONFIG))
+    reader, specs = StoppedReader(weights()), decoder_specs(model_config(CONFIG))
     with pytest.raises(CancelledError):
-        loader.load(reader, sources, jnp.dtype(np.float32), DEVICE, progress=False, stop=stop)
+        loader.load(reader, specs, jnp.dtype(np.float32), DEVICE, progress=False, stop=stop)
     assert stop.is_set()
     with pytest.raises(CancelledError):
-        loader.dummy(sources, jnp.dtype(np.float32), DEVICE, stop=stop)
+        loader.dummy(specs, jnp.dtype(np.float32), DEVICE, stop=stop)
 
 
 def test_a_device_reads_only_its_rows():
@@ -310,8 +310,8 @@ def test_the_text_of_a_model_that_sees_images(
     renamed[f"{images}multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(2, np.float32)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file(renamed, tmp_path / "model.safetensors")
-    sources = decoder_specs(model_config(CONFIG))
-    found = Checkpoint(tmp_path).load(sources, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
+    specs = decoder_specs(model_config(CONFIG))
+    found = Checkpoint(tmp_path).load(specs, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
     np.testing.assert_array_equal(found.head, tensors["lm_head.weight"])
     [segment] = found.layers
     np.testing.assert_array_equal(segment.down[3], tensors["model.layers.3.mlp.down_proj.weight"])

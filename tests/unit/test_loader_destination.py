@@ -117,11 +117,11 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 checkpoint = Checkpoint(Path(sys.argv[1]), sys.argv[2])
-sources = decoder_specs(model_config(checkpoint.config))
+specs = decoder_specs(model_config(checkpoint.config))
 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 jnp.zeros(1).block_until_ready()
 before = status("VmRSS")
-params = checkpoint.load(sources, jnp.dtype(jnp.bfloat16), device, seed=0, progress=False)
+params = checkpoint.load(specs, jnp.dtype(jnp.bfloat16), device, seed=0, progress=False)
 jax.block_until_ready(params)
 print(status("VmHWM") - before, sum(array.nbytes for array in jax.tree.leaves(params)))
 """
