@@ -59,8 +59,8 @@ def build_runner(
         WeightsError: the checkpoint does not fit the model.
     """
     clock = _Clock(record)
-    sources, prefix = config.sources(), base_prefix(config.model)
-    checkpoint.check(sources, prefix=prefix)  # before anything takes long
+    specs, prefix = config.specs(), base_prefix(config.model)
+    checkpoint.check(specs, prefix=prefix)  # before anything takes long
     compiling: list[float] = []
     config, programs, plan = compiled_plan(config, compiled=compiling.append)
     # the plan asks the compiler about the largest programs, which the engine keeps
@@ -68,7 +68,7 @@ def build_runner(
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         return checkpoint.load(
-            sources,
+            specs,
             jnp.dtype(config.dtype),
             config.sharding,
             prefix=prefix,

@@ -51,9 +51,8 @@ def ends(program: str, model: Path) -> tuple[int, str]:
 def test_a_program_that_leaves_an_async_engine_running(tiny_model: Path):
     found, errors = ends(ASYNC, tiny_model)
     assert found == 1, errors
-    assert "a step of the engine failed" not in errors and errors.rstrip().endswith("ValueError: the user's own"), (
-        errors
-    )
+    assert "a step of the engine failed" not in errors
+    assert errors.rstrip().endswith("ValueError: the user's own"), errors
 
 
 def test_a_program_that_ends_while_a_thread_of_its_own_generates(tiny_model: Path):
