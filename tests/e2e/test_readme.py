@@ -53,7 +53,7 @@ def test_a_readmes_python_works_as_pasted(readme: str, smollm2_gguf: Path, minil
     script.write_text("\n".join(code(ROOT / readme, "python")))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert result.returncode == 0, result.stderr
     for text in PRINTED[readme]:
