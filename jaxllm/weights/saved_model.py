@@ -34,7 +34,7 @@ def save(
     *,
     format: str,
     model: ModelConfig,
-    sources: Any,
+    specs: Any,
     config: Mapping[str, Any],
     files: Mapping[str, bytes],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -44,7 +44,7 @@ def save(
     Args:
         params: the model's arrays.
         format: "safetensors" or "orbax".
-        sources: where each of them comes from, a tree of `Source`s of the same form.
+        specs: what each of them is, a tree of `WeightSpec`s of the same form.
         config: the config.json that the model was made from.
         files: what else belongs to the model, by its path in the directory.
 
@@ -60,7 +60,7 @@ def save(
             written = dict(config)
         else:
             written = hugging_face_config(config, model, params)
-            found = list(hugging_face.tensors(sources, params))
+            found = list(hugging_face.tensors(specs, params))
             if written["architectures"][0].endswith("Model"):
                 # the bare model's tensors have no prefix
                 prefix = base_prefix(model)

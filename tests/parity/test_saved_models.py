@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxllm.models.layer_stack import in_form
-from jaxllm.models.model import ModelConfig, base_prefix, body_sources
+from jaxllm.models.model import ModelConfig, base_prefix, body_specs
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.models.registry import model_config, pooling_model_config
-from jaxllm.models.sources import decoder_sources, separate_sources
+from jaxllm.models.segments import resegment
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import saved_model
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
@@ -74,19 +74,19 @@ def random_model(model: Any) -> Any:
 
 
 def loaded(directory: Path) -> tuple[ModelConfig, Any, Any, dict[str, Any]]:
-    """(model, sources, params, config) of a checkpoint, in float32."""
+    """(model, specs, params, config) of a checkpoint, in float32."""
     checkpoint = Checkpoint(directory)
     pools = checkpoint.config["architectures"][0].endswith("Model")
     model: Any = (pooling_model_config if pools else model_config)(checkpoint.config)
-    sources = PoolingModel(body_sources(model), None) if pools else decoder_sources(model)
-    params = checkpoint.load(sources, jnp.dtype(jnp.float32), DEVICE, prefix=base_prefix(model), seed=0, progress=False)
-    return model, sources, params, checkpoint.config
+    specs = PoolingModel(body_specs(model), None) if pools else decoder_specs(model)
+    params = checkpoint.load(specs, jnp.dtype(jnp.float32), DEVICE, prefix=base_prefix(model), seed=0, progress=False)
+    return model, specs, params, checkpoint.config
 
 
 def save(directory: Path, found: tuple[ModelConfig, Any, Any, dict[str, Any]], **changed: Any) -> None:
-    model, sources, params, config = found
+    model, specs, params, config = found
     arguments: dict[str, Any] = {"format": "safetensors", "files": {}, "tokenizer": None, **changed}
-    saved_model.save(directory, params, model=model, sources=sources, config=config, **arguments)
+    saved_model.save(directory, params, model=model, specs=specs, config=config, **arguments)
 
 
 def stored(directory: Path) -> dict[str, np.ndarray]:
@@ -111,13 +111,11 @@ def test_transformers_loads_what_is_saved(
 ) -> None:
     original = random_model(getattr(transformers, name)(config_class(name)(**MODELS[name])))
     original.save_pretrained(tmp_path / "original")
-    model, sources, params, config = loaded(tmp_path / "original")
+    model, specs, params, config = loaded(tmp_path / "original")
     if separated:
         monkeypatch.setattr(hugging_face, "SHARD_BYTES", 30_000)
-        params = in_form(params, separated=True)
-        body = separate_sources(getattr(sources, "body", sources), model.num_layers)
-        sources = PoolingModel(body, None) if hasattr(sources, "body") else body
-    save(tmp_path / "saved", (model, sources, params, config))
+        params, specs = (resegment(tree, (1,) * model.num_layers) for tree in (params, specs))
+    save(tmp_path / "saved", (model, specs, params, config))
 
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert written["architectures"] == [name] and written["dtype"] == "float32"
@@ -190,19 +188,19 @@ import jax
 import jax.numpy as jnp
 import safetensors.numpy
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader, saved_model
 hf = {"architectures": ["LlamaForCausalLM"], "vocab_size": 30000, "hidden_size": 512, "intermediate_size": 2048,
       "num_hidden_layers": 10, "num_attention_heads": 8, "max_position_embeddings": 64}
 model = model_config(hf)
-sources = decoder_sources(model)
+specs = decoder_specs(model)
 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-params = loader.dummy(sources, jnp.dtype(jnp.float32), device)
+params = loader.dummy(specs, jnp.dtype(jnp.float32), device)
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = peak()
-saved_model.save(Path(sys.argv[1]), params, format="safetensors", model=model, sources=sources, config=hf, files={},
+saved_model.save(Path(sys.argv[1]), params, format="safetensors", model=model, specs=specs, config=hf, files={},
                  tokenizer=None)
 print((peak() - before) / 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20)
 """

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxllm.models.sources import Source
+from jaxllm.layers.weight import is_spec
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import INDEX, SINGLE
 
@@ -47,24 +47,15 @@ class Tensor:
         return np.ascontiguousarray(part.copy() if part is array else part)
 
 
-def tensors(sources: Any, params: Any) -> Iterator[Tensor]:
+def tensors(specs: Any, params: Any) -> Iterator[Tensor]:
     """Every tensor of a checkpoint that `params` would be read from: fused ones split, stacked layers each by itself.
 
     Args:
-        sources: where each array of `params` comes from, a tree of `Source`s of the same form.
+        specs: what each array of `params` is, a tree of `WeightSpec`s of the same form.
     """
-    leaves = jax.tree.leaves(sources, is_leaf=lambda leaf: isinstance(leaf, Source))
-    for source, array in zip(leaves, jax.tree.leaves(params), strict=True):
-        first, columns = 0, () if source.columns is None else (source.columns,)
-        for part in source.parts:
-            rows, shape = slice(first, first + part.rows), (part.rows, *columns)
-            first += part.rows
-            if source.layers is None:
-                yield Tensor(name=part.name, array=array, index=(rows,), shape=shape)
-                continue
-            for layer in range(source.layers):
-                name = part.name.format(layer=layer)
-                yield Tensor(name=name, array=array, index=(layer, rows), shape=shape)
+    for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True):
+        for name, part, index in spec.places():
+            yield Tensor(name=name, array=array, index=index, shape=part.shape)
 
 
 def write(directory: Path, found: Sequence[Tensor]) -> None:
