@@ -167,7 +167,9 @@ class EngineClient:
 
 
 class Mailbox:
-    """Outputs that wait until they are asked for: what the requests of `LLMEngine` bring. It belongs to the engine, whose steps deliver into it."""
+    """Outputs that wait until they are asked for: what the requests of `LLMEngine` bring. It belongs to the engine,
+    whose steps deliver into it.
+    """
 
     def __init__(self) -> None:
         self.outputs: list[RequestOutput] = []

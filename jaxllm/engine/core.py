@@ -65,9 +65,6 @@ class EngineCore:
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
         self.check_awake()
-        if request.request_id in self._outputs:
-            # it may have ended, but nobody has been told so
-            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         if request.pools != self._pools:
             kind, runner = ("generative", "generate") if self._pools else ("pooling", "pooling")
             raise ValidationError(

@@ -116,6 +116,7 @@ class Request:
         "seed",
         "skip_reading_prefix_cache",
         "status",
+        "stop_check_from",
         "stop_reason",
         "stop_token_ids",
     )
@@ -196,6 +197,8 @@ class Request:
         # The scheduler's.
         #: generation ends when prompt and outputs are this many tokens
         self.max_total_tokens = sys.maxsize
+        #: from so many tokens on, any token may be its last one, and not only those of `end_token_ids`
+        self.stop_check_from = sys.maxsize
         #: breaks ties between equal arrival times
         self.arrival_order = 0
         #: most decode steps of one launch, once `num_computed_tokens` has come as far as this (`DecodeSteps`)

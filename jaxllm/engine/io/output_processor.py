@@ -153,10 +153,6 @@ class OutputProcessor:
         self._num_stops += state.finds_stops
         self._num_streaming += state.kind is not _FINAL_ONLY
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether the last output of a request with this id is still to come."""
-        return request_id in self._states
-
     def end(self, request: Request) -> RequestOutput | None:
         """The last output of a request that was ended from outside."""
         state = self._states.pop(request.request_id, None)

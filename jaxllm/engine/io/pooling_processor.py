@@ -27,10 +27,6 @@ class PoolingProcessor:
     def add(self, request: Request, text: str | None) -> None:
         self._arrivals[request.request_id] = request, time.time()
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether the output of a request with this id is still to come."""
-        return request_id in self._arrivals
-
     def end(self, request: Request) -> PoolingRequestOutput[PoolingOutput] | None:
         """The output of a request that was ended from outside."""
         if self._arrivals.pop(request.request_id, None) is None:

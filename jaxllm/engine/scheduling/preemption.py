@@ -26,7 +26,7 @@ class Shortage:
 
     @classmethod
     def measure(cls, kv_cache_manager: KVCacheManager, running: list[Request], first: Request) -> Shortage:
-        """Add what `first` and the requests behind it, not scheduled yet, lack for their tokens to the blocks in use."""
+        """Add to the blocks in use what `first` and those behind it lack for their tokens, none of them scheduled."""
         left = running[running.index(first) :]
         lacking = sum(kv_cache_manager.missing_blocks(request) for request in left)
         return cls(list(running), kv_cache_manager.pool.num_used + lacking)

@@ -113,6 +113,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         request.max_total_tokens = self._limits.end_of(request)
+        request.stop_check_from = request.max_total_tokens if request.repetition is None else 0
         request.queued_ts = time.monotonic()
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
@@ -316,9 +317,7 @@ class Scheduler:
             raise ValueError(f"{len(output.counts)} results for the {len(scheduled.requests)} entries of a step")
         now = time.monotonic()
         updates, first, num_ended = StepUpdates(), 0, 0
-        work = zip(
-            scheduled.requests, scheduled.starts, scheduled.counts, scheduled.wanted, output.counts, strict=True
-        )
+        work = zip(scheduled.requests, scheduled.starts, scheduled.counts, scheduled.wanted, output.counts, strict=True)
         for request, start, computed, wanted, sampled in work:
             if not wanted or request.status > _PREEMPTED:
                 first += sampled
@@ -327,7 +326,7 @@ class Scheduler:
             known = len(tokens)
             for token_id in output.token_ids[first : first + sampled]:
                 tokens.append(token_id)
-                if token_id in request.end_token_ids or len(tokens) >= request.max_total_tokens or request.repetition is not None:
+                if token_id in request.end_token_ids or len(tokens) >= request.stop_check_from:
                     status, stop_reason = request.check_stop()
                     if status is not None:
                         break
