@@ -265,7 +265,7 @@ class RowTable(ForwardRows):
         first, position, done = found.end - wanted, found.lengths - wanted + 1, 0
         for seq in np.argsort(found.order).tolist():
             count = int(scored[seq])
-            tokens[done : done + count] = np.arange(first[seq], first[seq] + count)
+            tokens[done : done + count] = np.arange(int(first[seq]), int(first[seq]) + count)
             follows = self._tokens[found.rows[seq]][position[seq] : position[seq] + count]
             targets[1 + done : 1 + done + count] = follows
             done += count
