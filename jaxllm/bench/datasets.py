@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.bench.requests import BenchRequest
+from jaxllm.command_options import engine_arguments
+from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,45 +33,59 @@ SHAREGPT_MEANS = (161.0, 338.0)
 SHAREGPT_SIGMAS = (1.2, 0.9)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """What a benchmark asks of an engine. The prompt is token ids, so that every engine computes the same."""
+
+    prompt_token_ids: tuple[int, ...]
+    #: tokens to generate, neither more nor fewer
+    output_len: int
+    #: seconds after the beginning at which it comes; None: the benchmark says when
+    arrival_s: float | None = None
+
+
+def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
+    model, given = engine_arguments(arguments)
+    revision = given.get("tokenizer_revision") or given.get("revision")
+    return load_tokenizer(resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token")))
+
+
 def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:
     """The requests that the options describe; the same options and seed give the same requests.
 
     Raises:
         ValidationError: the options do not go together, or the file is not what it should be.
     """
-    name, count = arguments.dataset_name, arguments.num_prompts
+    name, count, output_len = arguments.dataset_name, arguments.num_prompts, arguments.output_len
     path: Path | None = arguments.dataset_path
     draw = random.Random(getattr(arguments, "seed", 0))
-    if name in ("sharegpt", "custom") and path is None:
+    reads = name in ("sharegpt", "custom")
+    if reads and path is None:
         hint = ", or use --dataset-name sharegpt_like, which needs no file" if name == "sharegpt" else ""
         raise ValidationError(f"--dataset-name {name} reads a file: give --dataset-path{hint}.")
-    if name in ("random", "sharegpt_like", "prefix_repetition") and path is not None:
+    if not reads and path is not None:
         raise ValidationError(f"--dataset-name {name} makes its prompts itself and reads no --dataset-path.")
-    if name in ("sharegpt", "custom", "sharegpt_like", "prefix_repetition") and arguments.input_len is not None:
+    if name != "random" and arguments.input_len is not None:
         instead = "--prefix-repetition-prefix-len and -suffix-len" if name == "prefix_repetition" else "--num-prompts"
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
     if path is not None:
-        read = read_sharegpt if name == "sharegpt" else read_custom
-        return read(path, tokenizer, count, draw, arguments.output_len)
+        return (read_sharegpt if name == "sharegpt" else read_custom)(path, tokenizer, count, draw, output_len)
     ids = ordinary_ids(tokenizer)
     if name == "sharegpt_like":
-        return sharegpt_like(ids, count, draw, arguments.output_len)
+        return sharegpt_like(ids, count, draw, output_len)
     if name == "prefix_repetition":
-        return prefix_repetition(
-            ids,
-            count,
-            draw,
-            num_prefixes=arguments.prefix_repetition_num_prefixes,
-            prefix_len=arguments.prefix_repetition_prefix_len,
-            suffix_len=arguments.prefix_repetition_suffix_len,
-            output_len=arguments.output_len or OUTPUT_LEN,
-        )
+        lengths = {
+            option: getattr(arguments, f"prefix_repetition_{option}")
+            for option in ("num_prefixes", "prefix_len", "suffix_len")
+        }
+        return prefix_repetition(ids, count, draw, output_len=output_len or OUTPUT_LEN, **lengths)
     return random_lengths(
         ids,
         count,
         draw,
         input_len=arguments.input_len or INPUT_LEN,
-        output_len=arguments.output_len or OUTPUT_LEN,
+        output_len=output_len or OUTPUT_LEN,
         range_ratio=arguments.random_range_ratio,
         prefix_len=arguments.random_prefix_len,
     )

@@ -1,6 +1,6 @@
 """One start of an engine, timed from its process's start to its first token: the process of ``jaxllm bench startup``.
 
-Reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
+It reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
 ``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
 and what the engine's plan counts of it.
 """
@@ -29,21 +29,17 @@ _EVENTS = {"/jax/compilation_cache/cache_hits": "cache hits", "/jax/compilation_
 def main() -> None:
     job = json.loads(sys.stdin.read())
     phases = {"interpreter": _RUNNING_SINCE - job["started_at"]}
-    compiler: dict[str, float] = collections.defaultdict(float)
-
     clock = time.time()
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.bench.peers.protocol import peak_rss_bytes
     from jaxllm.llm import LLM
 
     phases["imports"] = time.time() - clock
-    _listen(compiler)
-
+    compiler = _listen()
     clock = time.time()
     with LLM(job["model"], **job["engine_args"]) as llm:
-        constructed = time.time() - clock
         phases.update(llm.startup_times)
-        phases["rest of the engine"] = constructed - sum(llm.startup_times.values())
+        phases["rest of the engine"] = time.time() - clock - sum(llm.startup_times.values())
         clock = time.time()
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         llm.generate({"prompt_token_ids": [1] * job["input_len"]}, params, use_tqdm=False)
@@ -64,19 +60,20 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _listen(found: dict[str, float]) -> None:
+def _listen() -> dict[str, float]:
+    """Count JAX's events from here on, in what is returned."""
     import jax.monitoring
 
-    def add_seconds(event: str, duration_secs: float, **_: Any) -> None:
-        if event in _DURATIONS:
-            found[_DURATIONS[event]] += duration_secs
+    found: dict[str, float] = collections.defaultdict(float)
 
-    def add_one(event: str, **_: Any) -> None:
-        if event in _EVENTS:
-            found[_EVENTS[event]] += 1
+    def add(event: str, seconds: float | None = None, **_: Any) -> None:
+        name = (_EVENTS if seconds is None else _DURATIONS).get(event)
+        if name is not None:
+            found[name] += 1 if seconds is None else seconds
 
-    jax.monitoring.register_event_duration_secs_listener(add_seconds)
-    jax.monitoring.register_event_listener(add_one)
+    jax.monitoring.register_event_duration_secs_listener(add)
+    jax.monitoring.register_event_listener(add)
+    return found
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.bench.measurements import ranks
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
@@ -116,21 +116,7 @@ class HostTimes(StepObserver):
 
 
 def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
-    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total", "critical path", "wait" and
-    "prompts" too.
-    """
+    """For each part, "total", "critical path", "wait" and "prompts": `measurements.ranks` in milliseconds."""
     names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical"}
     names |= {"wait": "wait", "prompts": "prompts"}
-    return {name: numbers([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}
-
-
-def numbers(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th and 10th percentile (nearest rank), minimum and mean."""
-    ranked = sorted(values)
-    return {
-        "p50": statistics.median(ranked),
-        "p99": ranked[-(-99 * len(ranked) // 100) - 1],
-        "p10": ranked[len(ranked) // 10],
-        "min": ranked[0],
-        "mean": statistics.fmean(ranked),
-    }
+    return {name: ranks([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}

@@ -1,4 +1,7 @@
-"""jaxllm as the benchmarks drive it: loaded once, timed by the same code as its peers."""
+"""jaxllm as the benchmarks drive it: loaded once, timed by the same code as its peers.
+
+``python -m jaxllm.bench.session`` is a process that is told what to do as its peers are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jaxllm
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.bench.peers.protocol import Request
+from jaxllm.bench.peers.protocol import Request, serve
 
 if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
@@ -19,21 +22,18 @@ class JaxLLMSession:
 
     Args:
         detokenize: whether outputs become text, as they do for who uses the engine.
-        temperature: of the sampling; 0 is greedy.
     """
 
-    def __init__(self, llm: LLM, *, detokenize: bool, temperature: float = 0.0):
+    def __init__(self, llm: LLM, *, detokenize: bool):
         self.llm = llm
         self._detokenize = detokenize
-        self._temperature = temperature
         #: the newest round's
         self.outputs: list[RequestOutput] = []
         plan = llm.memory_plan
+        names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         self.facts: dict[str, Any] = {
             "version": jaxllm.__version__,
-            "max_model_len": plan.max_model_len,
-            "max_num_seqs": plan.max_num_seqs,
-            "max_num_batched_tokens": plan.max_num_batched_tokens,
+            **{name: getattr(plan, name) for name in names},
             "startup_s": dict(llm.startup_times),
         }
 
@@ -52,10 +52,23 @@ class JaxLLMSession:
     def generate(self, requests: list[Request]) -> list[list[int]]:
         self.check(requests)
         params = [
-            SamplingParams(
-                temperature=self._temperature, ignore_eos=True, max_tokens=length, detokenize=self._detokenize
-            )
+            SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, detokenize=self._detokenize)
             for _, length in requests
         ]
         self.outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in self.outputs]
+
+    def times_per_token(self) -> list[float]:
+        """Mean seconds of a token after the first, for each request of the newest round."""
+        return [output.metrics.time_per_output_token for output in self.outputs if output.metrics]
+
+
+def load(message: dict[str, Any]) -> JaxLLMSession:
+    """The session that the message "load" describes."""
+    from jaxllm.llm import LLM
+
+    return JaxLLMSession(LLM(message["model"], **message["engine_args"]), detokenize=False)
+
+
+if __name__ == "__main__":
+    serve(load)
