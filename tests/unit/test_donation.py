@@ -15,12 +15,12 @@ import pytest
 from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import Bucket, make_buckets
 from jaxllm.runner.compile.programs import CPU_OPTIONS, Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.step import State, StepConfig
-from jaxllm.weights.loader import shapes
 from pallas_kernels.storage import STORAGE
 
 LLAMA: dict[str, Any] = {
@@ -54,7 +54,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         make_buckets(64, MAX_NUM_SEQS, eager=True),
         MAX_MODEL_LEN // BLOCK_SIZE,
-        shapes(decoder_sources(model), jnp.dtype(dtype), sharding),
+        shapes(decoder_specs(model), jnp.dtype(dtype), sharding),
         state,
         platform="cpu",
         eager=True,
