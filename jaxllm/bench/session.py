@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import jaxllm
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.bench.peers.protocol import Request, serve
+from jaxllm.bench.peers.protocol import Request, Session, serve
 
 if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.llm import LLM
 
 
-class JaxLLMSession:
-    """An engine that is loaded; a `peers.protocol.Session`.
+class JaxLLMSession(Session):
+    """An engine that is loaded.
 
     Args:
         detokenize: whether outputs become text, as they do for who uses the engine.

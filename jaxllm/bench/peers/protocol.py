@@ -27,8 +27,7 @@ class Session(Protocol):
     facts: dict[str, Any]
 
     def reset(self) -> None:
-        """Forget cached prefixes."""
-        ...
+        """Forget cached prefixes, where the engine has any."""
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """Greedily generate exactly the tokens asked for; returns the new ids of each request, in their order."""
