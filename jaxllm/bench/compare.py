@@ -1,4 +1,4 @@
-"""jaxllm and its peers over the same requests, in turns: only one computes at a time, and all meet the same weather."""
+"""jaxllm and its peers run the same requests in turns: only one computes at a time, and all meet the same machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN = ("prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
 
 
 class Comparison:
-    """Engines and what they took.
+    """The engines of a comparison, and what they took.
 
     Args:
         cases: sets of requests; each is measured on its own.
@@ -97,7 +97,7 @@ class Comparison:
     # Results.
 
     def table(self) -> str:
-        """Medians of each engine, and in brackets jaxllm's ratio to it: above 1, jaxllm is faster."""
+        """Return medians of each engine, and in brackets jaxllm's ratio to it: above 1, jaxllm is faster."""
         shown = {name: name.replace("_per_s", "/s").replace("_", " ") for name in _SHOWN}
         if self._arguments.include_startup:
             shown = {"seconds": "seconds, start included"}
@@ -116,7 +116,7 @@ class Comparison:
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all of it, for JSON."""
         return {
             "dtype": self._setup.dtype,
             "threads": self._setup.threads,
@@ -144,7 +144,7 @@ class Comparison:
         }
 
     def _agreement(self, index: int, name: str) -> float:
-        """The share of a case's requests whose first token is the same as jaxllm's."""
+        """Return the share of a case's requests whose first token is the same as jaxllm's."""
         own, other = self._first_tokens[index][OWN], self._first_tokens[index][name]
         return sum(a == b for a, b in zip(own, other, strict=True)) / len(own)
 

@@ -1,4 +1,4 @@
-"""Datasets of the benchmarks: where prompts and lengths come from."""
+"""The datasets of the benchmarks say where prompts and lengths come from."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class BenchRequest:
 
 
 def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
+    """Return the tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
     model, given = engine_arguments(arguments)
     revision = given.get("tokenizer_revision") or given.get("revision")
     return load_tokenizer(resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token")))
 
 
 def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:
-    """The requests that the options describe; the same options and seed give the same requests.
+    """Return the requests that the options describe; the same options and seed give the same requests.
 
     Raises:
         ValidationError: the options do not go together, or the file is not what it should be.
@@ -92,7 +92,7 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The vocabulary without special tokens."""
+    """Return the vocabulary without special tokens."""
     return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
 
 
@@ -106,7 +106,7 @@ def random_lengths(
     range_ratio: float = 0.0,
     prefix_len: int = 0,
 ) -> list[BenchRequest]:
-    """Random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, and at least 1.
+    """Draw random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, or else 1.
 
     Args:
         prefix_len: tokens before these that all prompts share.
@@ -127,7 +127,7 @@ def random_lengths(
 
 
 def sharegpt_like(ids: list[int], count: int, draw: random.Random, output_len: int | None = None) -> list[BenchRequest]:
-    """Random tokens with lengths like those of ShareGPT's conversations, for machines that do not have the file.
+    """Draw random tokens, with lengths like those of ShareGPT's conversations, for machines that do not have the file.
 
     Lengths are lognormal with `SHAREGPT_MEANS` before vLLM's filter, which they pass as the file's do: a draw outside
     of it is drawn again.
@@ -153,8 +153,8 @@ def prefix_repetition(
     suffix_len: int,
     output_len: int,
 ) -> list[BenchRequest]:
-    """Few prefixes, shared by many prompts with suffixes of their own, shuffled; as in vLLM, every prefix is used
-    ``count // num_prefixes`` times.
+    """Draw few prefixes, which many prompts with suffixes of their own share, in random order. As in vLLM, every prefix
+    is used ``count // num_prefixes`` times.
     """
     each = count // num_prefixes if num_prefixes > 0 else 0
     if each == 0:
@@ -176,7 +176,7 @@ def prefix_repetition(
 def read_sharegpt(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, draw: random.Random, output_len: int | None
 ) -> list[BenchRequest]:
-    """First turns of a ShareGPT JSON file's conversations, in random order: the prompt, and the answer's length."""
+    """Read prompts and the lengths of answers, the first turns of a ShareGPT JSON file, in random order."""
     try:
         conversations = json.loads(path.read_text(encoding="utf-8"))
         turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
@@ -202,7 +202,7 @@ def read_sharegpt(
 def read_custom(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, _: random.Random, output_len: int | None
 ) -> list[BenchRequest]:
-    """Lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two are optional.
+    """Read lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two may lack.
 
     Args:
         output_len: in place of every line's own.
@@ -254,7 +254,7 @@ def _passes(prompt: int, output: int) -> bool:
 
 
 def _repeated(requests: list[BenchRequest], count: int, path: Path) -> list[BenchRequest]:
-    """As many as wanted: a file with fewer is read again from its beginning, as in vLLM."""
+    """Return `count` requests: those of a file with fewer are repeated from its beginning, as in vLLM."""
     if not requests:
         raise ValidationError(f"{path} has no prompt that can be used.")
     return [requests[index % len(requests)] for index in range(count)]

@@ -1,4 +1,4 @@
-"""Other processes that benchmarks measure: an engine that answers messages, and a job with one answer."""
+"""Benchmarks measure other processes: an engine that answers messages, and a job with one answer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class EngineProcess:
         raise JaxLLMError(f"{self.name} failed: {reply['error']}\n{end}")
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has used until now, on all cores together."""
+        """Return processor time that the process has used until now, on all cores together."""
         used = psutil.Process(self._process.pid).cpu_times()
         return used.user + used.system
 

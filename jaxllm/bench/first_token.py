@@ -1,4 +1,4 @@
-"""One start of an engine, timed from its process's start to its first token: the process of ``jaxllm bench startup``.
+"""This process of ``jaxllm bench startup`` times one start of an engine, from its own start to its first token.
 
 It reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
 ``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
@@ -17,13 +17,14 @@ import sys  # noqa: E402
 from typing import Any  # noqa: E402
 
 #: JAX's events, and what they are called here. Tracing a function includes tracing those that it calls.
-_DURATIONS = {
+_EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "trace s",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower s",
     "/jax/core/compile/backend_compile_duration": "compile or load s",
     "/jax/compilation_cache/cache_retrieval_time_sec": "load from cache s",
+    "/jax/compilation_cache/cache_hits": "cache hits",
+    "/jax/compilation_cache/cache_misses": "cache misses",
 }
-_EVENTS = {"/jax/compilation_cache/cache_hits": "cache hits", "/jax/compilation_cache/cache_misses": "cache misses"}
 
 
 def main() -> None:
@@ -61,18 +62,17 @@ def main() -> None:
 
 
 def _listen() -> dict[str, float]:
-    """Count JAX's events from here on, in what is returned."""
+    """Add up the seconds of JAX's events, or count them, from here on; returns where."""
     import jax.monitoring
 
     found: dict[str, float] = collections.defaultdict(float)
 
-    def add(event: str, seconds: float | None = None, **_: Any) -> None:
-        name = (_EVENTS if seconds is None else _DURATIONS).get(event)
-        if name is not None:
-            found[name] += 1 if seconds is None else seconds
+    def add(event: str, duration_secs: float, **_: Any) -> None:
+        if event in _EVENTS:
+            found[_EVENTS[event]] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(add)
-    jax.monitoring.register_event_listener(add)
+    jax.monitoring.register_event_listener(lambda event, **_: add(event, 1))
     return found
 
 

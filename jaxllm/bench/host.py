@@ -1,4 +1,4 @@
-"""``jaxllm bench host``: what a step costs the host, part by part, by the number of running sequences."""
+"""``jaxllm bench host`` says what a step costs the host, part by part, by the number of running sequences."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _timed(arguments: argparse.Namespace, workload: HostWorkload) -> dict[str, A
 
 
 def _vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
-    """One line about vLLM's scheduler, under jaxllm's."""
+    """Return one line about vLLM's scheduler, under jaxllm's."""
     parts = ", ".join(
         f"{part} {found['ms'][part]['p50']:.3f} ({found['ms'][part]['p99']:.2f}), "
         f"{found['ms'][part]['p50'] / ours[part]['p50']:.1f} times jaxllm's"

@@ -1,4 +1,4 @@
-"""``jaxllm bench latency``: one batch of equal requests, again and again; or decoding by context and cache size."""
+"""``jaxllm bench latency`` times one batch of equal requests, or decoding by context and cache size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def make_batch(arguments: argparse.Namespace, ids: list[int], batch_size: int, input_len: int) -> list[Request]:
-    """Random prompts, all of one length."""
+    """Return random prompts, all of one length."""
     draw = random.Random(getattr(arguments, "seed", 0))
     return [(draw.choices(ids, k=input_len), arguments.output_len) for _ in range(batch_size)]
 

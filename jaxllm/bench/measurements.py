@@ -1,4 +1,4 @@
-"""From measured seconds to means, percentiles and tokens per second."""
+"""Measured seconds become means, percentiles and tokens per second."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
-    """vLLM's `PERCENTAGES` of `values`, which are not empty, interpolated linearly."""
+    """Return vLLM's `PERCENTAGES` of `values`, which are not empty, interpolated linearly."""
     return {share: float(np.percentile(values, share)) for share in PERCENTAGES}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation (of the population) and 99th percentile, named as in vLLM's results; zeros where
-    there are no values.
+    """Return mean, median, standard deviation (of the population) and 99th percentile, named as in vLLM's results.
+
+    They are zeros where there are no values.
     """
     found = {"mean": np.mean, "median": np.median, "std": np.std, "p99": lambda array: np.percentile(array, 99)}
     array = np.asarray(values or [0.0])
@@ -30,8 +31,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def ranks(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th and 10th percentile, minimum and mean of values that are not empty. The two percentiles are values
-    that occurred (the nearest rank).
+    """Return median, 99th and 10th percentile, minimum and mean of values that are not empty. The two percentiles are
+    values that occurred (the nearest rank).
     """
     ranked = sorted(values)
     return {
@@ -44,7 +45,7 @@ def ranks(values: Sequence[float]) -> dict[str, float]:
 
 
 def turns(arguments: argparse.Namespace) -> range:
-    """The rounds of a benchmark; those below 0 warm up, and do not count."""
+    """Return the rounds of a benchmark; those below 0 warm up, and do not count."""
     return range(-arguments.num_iters_warmup, arguments.num_iters)
 
 
@@ -74,7 +75,7 @@ class Samples:
             self.prefill_seconds += [] if prefill_seconds is None else [prefill_seconds]
 
     def rates(self, seconds: float, prefill_seconds: float | None) -> dict[str, float]:
-        """The rates of one round.
+        """Return the rates of one round.
 
         Prefill is the prompts over `prefill_seconds`; decode is the tokens after the first of each request over the
         rest of `seconds`. An engine that mixes both in one step is measured by the same difference.
@@ -91,7 +92,7 @@ class Samples:
         return found
 
     def medians(self) -> dict[str, float]:
-        """The median of the rounds' seconds and of each rate."""
+        """Return the median of the rounds' seconds and of each rate."""
         prefills = self.prefill_seconds or [None] * len(self.seconds)
         rounds = [self.rates(*pair) for pair in zip(self.seconds, prefills, strict=True)]
         names = dict.fromkeys(name for rates in rounds for name in rates)
@@ -99,5 +100,5 @@ class Samples:
         return {"seconds": float(np.median(self.seconds)), **medians}
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all of it, for JSON."""
         return {**dataclasses.asdict(self), "medians": self.medians()}

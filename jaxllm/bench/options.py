@@ -167,22 +167,22 @@ BENCHMARKS = (
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Return a whole number above 0."""
     return _at_least(1, text)
 
 
 def not_negative(text: str) -> int:
-    """A whole number that is not below 0."""
+    """Return a whole number that is not below 0."""
     return _at_least(0, text)
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers above 0, separated by commas."""
+    """Return whole numbers above 0, which commas separate."""
     return [positive(part) for part in text.split(",")]
 
 
 def milliseconds(text: str) -> float:
-    """A time above 0."""
+    """Return a time above 0."""
     number = float(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
@@ -190,7 +190,7 @@ def milliseconds(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written: what takes minutes to find must not be lost in the end."""
+    """Check that a file can be written: what takes minutes to find must not be lost in the end."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder")

@@ -1,4 +1,4 @@
-"""Which engines can be compared with, where they are installed, and what they are told."""
+"""This module knows which engines can be compared with, where they are installed, and what they are told."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class PeerSetup:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
 
     def start(self, name: str) -> EngineProcess:
-        """The process of an engine, which has not loaded anything yet."""
+        """Return the process of an engine, which has not loaded anything yet."""
         python = sys.executable if name == OWN else self._pythons[name]
         what = ["-m", "jaxllm.bench.session"] if name == OWN else [str(SCRIPTS / PEERS[name].script)]
         return EngineProcess(name, [python, *what], {**environment(python), "OMP_NUM_THREADS": str(self.threads)})
 
     def load_message(self, name: str, limits: dict[str, Any], longest: int) -> dict[str, Any]:
-        """What makes an engine load its model.
+        """Return the message that makes an engine load its model.
 
         Args:
             limits: max_num_seqs and max_model_len of jaxllm, which its peers get too; of no use to jaxllm itself.
@@ -98,7 +98,7 @@ class PeerSetup:
 
 
 def pythons(given: list[str], names: list[str]) -> dict[str, str]:
-    """The Python of each peer: as `--peer-python` gives it, else this one.
+    """Return the Python of each peer: as `--peer-python` gives it, else this one.
 
     Raises ValidationError when there is no such program, or the peer is not installed.
     """
@@ -121,12 +121,12 @@ def pythons(given: list[str], names: list[str]) -> dict[str, str]:
 
 
 def environment(python: str) -> dict[str, str]:
-    """The environment of a Python's processes: the modules that PYTHONPATH names are this Python's alone."""
+    """Return the environment of a Python's processes: the modules that PYTHONPATH names are this Python's alone."""
     hidden = () if python == sys.executable else ("PYTHONPATH",)
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
 def _is_installed(module: str, python: str) -> bool:
-    """Whether a Python finds it. A new process is asked: in this one jaxllm itself may stand under vLLM's name."""
+    """Ask a new process whether a Python finds a module: in this one jaxllm itself may stand under vLLM's name."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     return subprocess.run([python, "-c", code], env=environment(python), capture_output=True).returncode == 0

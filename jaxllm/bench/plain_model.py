@@ -1,4 +1,4 @@
-"""A quantized model as the same values in one plain dtype, for engines that are compared in that dtype."""
+"""Engines are compared in one plain dtype: a quantized model is written with the same values in that dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_FIELDS = {"general.architecture", "general.file_type", "general.quantizatio
 
 
 def plain_folder(model: Path, dtype: str) -> Path:
-    """A Hugging Face folder of the model: its own one, or one that is made of a .gguf file and kept in the cache."""
+    """Return the model's own Hugging Face folder, or one that is made of its .gguf file and kept in the cache."""
     if model.is_dir():
         return model
     folder = _place(model, dtype)
@@ -34,7 +34,7 @@ def plain_folder(model: Path, dtype: str) -> Path:
 
 
 def plain_gguf(model: Path, dtype: str) -> Path:
-    """A .gguf file of the model in `dtype`, made of another one and kept in the cache.
+    """Return a .gguf file of the model in `dtype`, made of another one and kept in the cache.
 
     Raises ValidationError for a model that is no .gguf file, and where the package gguf is missing.
     """

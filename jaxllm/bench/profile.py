@@ -1,4 +1,4 @@
-"""``jaxllm bench profile``: where the milliseconds of the compiled steps go, on a CPU."""
+"""``jaxllm bench profile`` says where the milliseconds of the compiled steps go, on a CPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ms_per_token(session: JaxLLMSession) -> float | None:
-    """Mean milliseconds of a token after the first; None: there are none."""
+    """Return mean milliseconds of a token after the first; None: there are none."""
     times = session.times_per_token()
     return 1000 * statistics.fmean(times) if any(times) else None
 
@@ -65,7 +65,7 @@ def _programs(llm: LLM) -> Any:
 
 
 def profiled(llm: LLM, work: Callable[[], Any]) -> dict[str, list[op_times.Launch]]:
-    """The launches of each program while `work` is done; the programs in the order of their time."""
+    """Return the launches of each program while `work` is done; the programs in the order of their time."""
     programs = _programs(llm)
     asked: list[Any] = []
     get = programs._get

@@ -1,4 +1,4 @@
-"""What a benchmark writes down beside its numbers: versions, machine, arguments."""
+"""A benchmark writes down versions, machine and arguments beside its numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, A
 
 
 def usable_cores() -> int:
-    """The number of cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -61,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 
 def _machine() -> dict[str, Any]:
-    """What it runs on, and how busy that was."""
+    """Return what the process runs on, and how busy that is."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""``jaxllm bench serve-trace``: requests that come one by one, answered by `AsyncLLM` in this process."""
+"""``jaxllm bench serve-trace`` times requests that come one by one; `AsyncLLM` answers them in this process."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> list[float]:
-    """Seconds from the beginning to each request: the trace's own, or a Poisson process at the rate asked for (with
-    burstiness other than 1, gamma-distributed intervals, as in vLLM); without a rate, 0.
+    """Return the seconds from the beginning to each request.
+
+    They are the trace's own, or those of a Poisson process at the rate asked for (with a burstiness other than 1,
+    intervals are gamma-distributed, as in vLLM), or 0 without a rate.
     """
     given = [request.arrival_s for request in requests if request.arrival_s is not None]
     if given and len(given) < len(requests):
@@ -75,7 +77,7 @@ def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> lis
 
 
 def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
-    """vLLM's metrics, in milliseconds: TPOT is of each request with more than one token, ITL of each pair of outputs.
+    """Return vLLM's metrics, in milliseconds. A request with more than one token has a TPOT, a pair of outputs an ITL.
 
     Args:
         seconds: from the first request to the last token.
@@ -105,7 +107,7 @@ def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The results as ``vllm bench serve`` prints them."""
+    """Return the results as ``vllm bench serve`` prints them."""
     shown = {"Successful requests": results["completed"], "Failed requests": results["failed"]}
     if arguments.max_concurrency is not None:
         shown["Maximum request concurrency"] = arguments.max_concurrency

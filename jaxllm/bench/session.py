@@ -1,4 +1,4 @@
-"""jaxllm as the benchmarks drive it: loaded once, timed by the same code as its peers.
+"""The benchmarks drive jaxllm as they do its peers: it is loaded once, and timed by the same code.
 
 ``python -m jaxllm.bench.session`` is a process that is told what to do as its peers are.
 """
@@ -59,12 +59,12 @@ class JaxLLMSession(Session):
         return [list(output.outputs[0].token_ids) for output in self.outputs]
 
     def times_per_token(self) -> list[float]:
-        """Mean seconds of a token after the first, for each request of the newest round."""
+        """Return mean seconds of a token after the first, for each request of the newest round."""
         return [output.metrics.time_per_output_token for output in self.outputs if output.metrics]
 
 
 def load(message: dict[str, Any]) -> JaxLLMSession:
-    """The session that the message "load" describes."""
+    """Return the session that the message "load" describes."""
     from jaxllm.llm import LLM
 
     return JaxLLMSession(LLM(message["model"], **message["engine_args"]), detokenize=False)

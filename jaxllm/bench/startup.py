@@ -1,4 +1,4 @@
-"""``jaxllm bench startup``: from process start to the first token, with an empty compile cache and with a full one."""
+"""``jaxllm bench startup`` times starts up to the first token, with an empty compile cache and with a full one."""
 
 from __future__ import annotations
 

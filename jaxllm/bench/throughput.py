@@ -1,4 +1,4 @@
-"""``jaxllm bench throughput``: a dataset as one batch, as fast as it goes; alone or against other engines."""
+"""``jaxllm bench throughput`` times a dataset as one batch, as fast as it goes, alone or against other engines."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _compared(
 
 
 def _plain(requests: list[BenchRequest], output_len: int | None = None) -> list[Request]:
-    """The requests as sessions take them; `output_len` replaces all their lengths."""
+    """Return the requests as sessions take them; `output_len` replaces all their lengths."""
     return [(list(request.prompt_token_ids), output_len or request.output_len) for request in requests]
 
 

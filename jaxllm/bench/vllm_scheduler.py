@@ -1,4 +1,4 @@
-"""vLLM's scheduler on the requests that jaxllm's host is timed with."""
+"""This times vLLM's scheduler on the requests that jaxllm's host is timed with."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from jaxllm.bench.datasets import BenchRequest
 from jaxllm.bench.measurements import PERCENTAGES, Samples, percentiles, summary
 from jaxllm.bench.serve_trace import Answer, arrivals, measure, table
 
-SIZES = {"num_requests": 4, "prompt_tokens": 40, "output_tokens": 24}
+SIZES: dict[str, Any] = {"num_requests": 4, "prompt_tokens": 40, "output_tokens": 24}
 
 
 def test_means_and_percentiles():

@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: its server with parallel slots, in this process through xllamacpp.
+"""llama.cpp is a peer by its server with parallel slots, which runs in this process through xllamacpp.
 
-Needs: xllamacpp. Requests go to the server's own ``/completion`` on the loopback, which takes and returns token ids.
+It needs xllamacpp. Requests go to the server's own ``/completion`` on the loopback, which takes and returns token ids.
 """
 
 from __future__ import annotations

