@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
+    """Return the parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
     parser = argparse.ArgumentParser(prog="jaxllm", description="An LLM inference engine compiled by XLA.")
     parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -104,5 +104,5 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _lazily(module: str) -> Callable[[argparse.Namespace], int]:
-    """The `run` of a module that is imported when it is called: a command loads what it needs, and no other's."""
+    """Return the `run` of a module that is imported when it is called: a command loads only what it needs."""
     return lambda arguments: importlib.import_module(module).run(arguments)
