@@ -1,4 +1,4 @@
-"""How many blocks a request needs, and how many tokens a pool holds.
+"""This says how many blocks a request needs, and how many tokens a pool holds.
 
 A group without a window keeps every token. A group with a window keeps, while `max_chunk` tokens are computed in one
 step, only those between the first that the chunk's first token sees and the chunk's last one: at most

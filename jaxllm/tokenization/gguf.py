@@ -75,7 +75,7 @@ class _Vocabulary:
         return scores
 
     def added_tokens(self) -> list[AddedToken]:
-        """Return what is recognised before anything else: control and unknown tokens, which are special, and users' own."""
+        """Return what is recognised in a text first: control and unknown tokens, which are special, and users' own."""
         return [
             AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
             for token, kind in zip(self.tokens, self.types, strict=True)

@@ -120,7 +120,7 @@ class _Cursor:
         return [self.value(kind, key, depth + 1) for _ in range(count)]
 
     def _strings(self, count: int) -> list[str] | None:
-        """Read `count` strings, several times faster than one by one; None, with nothing read, where one is malformed."""
+        """Read `count` strings, several times faster than one by one; None, and nothing read, where one is wrong."""
         data, position, found = self.data, self.position, []
         try:
             for _ in range(count):
