@@ -126,6 +126,35 @@ def test_long_prefill_threshold_holds_only_in_company() -> None:
     assert work(engine.schedule()) == {"b": (5, 7, 1)}
 
 
+def test_an_adaptive_long_prefill_threshold_is_at_least_a_fair_share_of_the_step() -> None:
+    """vLLM: floored at max_num_batched_tokens divided by the number of waiting and running requests."""
+    engine = scheduler(long_prefill_token_threshold=5, long_prefill_token_threshold_adaptive=True)
+    for name in "abc":
+        add(engine, name, 20)
+    step = engine.schedule()
+    assert work(step) == {"a": (0, 10, 0), "b": (0, 10, 0), "c": (0, 10, 0)}, "32 tokens for three"
+    read(engine, step)
+    for index in range(5):
+        add(engine, f"d{index}", 20)
+    step = engine.schedule()
+    assert work(step)["a"] == (10, 5, 0), "an eighth of the step is less than the threshold"
+    engine = scheduler(long_prefill_token_threshold_adaptive=True)
+    add(engine, "a", 30)
+    add(engine, "b", 20)
+    assert work(engine.schedule()) == {"a": (0, 30, 1), "b": (0, 2, 0)}, "there is no threshold to raise"
+
+
+def test_max_num_active_seqs_lets_fewer_run_than_there_are_rows() -> None:
+    engine = scheduler(max_num_active_seqs=2)
+    requests = [add(engine, name, 3) for name in "abc"]
+    step = engine.schedule()
+    assert list(work(step)) == ["a", "b"]
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (2, 1)
+    read(engine, step, 7, 2)
+    assert requests[1].is_finished
+    assert work(engine.schedule()) == {"a": (3, 1, 1), "c": (0, 3, 1)}
+
+
 def test_max_num_seqs_and_rows() -> None:
     engine = scheduler(max_num_seqs=2)
     for name in "abc":

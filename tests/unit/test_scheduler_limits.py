@@ -111,8 +111,17 @@ def test_contradictions_are_refused_with_values_that_work():
         scheduler(100, long_prefill_token_threshold=101)
     with pytest.raises(ValidationError, match=r"max_num_batched_tokens \(99\) is smaller than max_model_len \(100\)"):
         scheduler(100, max_num_batched_tokens=99, enable_chunked_prefill=False)
+    with pytest.raises(ValidationError, match=r"max_num_active_seqs \(9\) .* max_num_seqs \(8\).* at least 9"):
+        scheduler(100, max_num_active_seqs=9, max_num_seqs=8)
+    assert scheduler(100, max_num_active_seqs=8, max_num_seqs=8).max_num_active_seqs == 8
     assert scheduler(100, max_num_batched_tokens=100, enable_chunked_prefill=False).max_num_batched_tokens == 100
     assert scheduler(100, long_prefill_token_threshold=100).long_prefill_token_threshold == 100
+
+
+def test_an_adaptive_threshold_without_one_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture):
+    scheduler(100, long_prefill_token_threshold_adaptive=True)
+    [record] = caplog.records
+    assert "long_prefill_token_threshold_adaptive has no effect without" in record.getMessage()
 
 
 def test_the_rest_is_handed_on():
@@ -120,6 +129,8 @@ def test_the_rest_is_handed_on():
         max_num_batched_tokens=64,
         max_num_seqs=8,
         long_prefill_token_threshold=32,
+        long_prefill_token_threshold_adaptive=True,
+        max_num_active_seqs=6,
         scheduling_policy="priority",
         enable_chunked_prefill=True,
         async_scheduling=False,
@@ -130,6 +141,8 @@ def test_the_rest_is_handed_on():
         max_num_batched_tokens=64,
         max_model_len=2048,
         long_prefill_token_threshold=32,
+        long_prefill_token_threshold_adaptive=True,
+        max_num_active_seqs=6,
         policy="priority",
         max_scored_tokens=64,
         enable_chunked_prefill=True,
