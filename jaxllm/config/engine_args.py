@@ -66,15 +66,15 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     )
     #: None: the platform's, see `jaxllm.config.resolve`
     max_num_seqs: int | None = argument(None, check.max_num_seqs, "most requests in one step")
-    max_num_active_seqs: int | None = argument(
-        None, check.at_least(1), "most requests that run at once, at most max_num_seqs, whose programs stay as they are"
-    )
     max_num_batched_tokens: int | None = argument(None, check.at_least(1), "most tokens in one step")
     long_prefill_token_threshold: int = argument(
         0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit"
     )
     long_prefill_token_threshold_adaptive: bool = switch(
-        False, "let nobody's share of a step be smaller than everybody's: the threshold is at least that"
+        False, "let that limit be no less than a request's fair share of the step"
+    )
+    max_num_active_seqs: int | None = argument(
+        None, check.at_least(1), "most requests that run at once, of the max_num_seqs that there is room for"
     )
     scheduling_policy: str = argument("fcfs", check.one_of("fcfs", "priority"), "fcfs or priority")
     enable_chunked_prefill: bool = switch(True, "split long prompts over several steps")

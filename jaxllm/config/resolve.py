@@ -77,13 +77,11 @@ def scheduler_config(
             num_seqs = num_tokens
     if args.max_num_active_seqs is not None and args.max_num_active_seqs > num_seqs:
         raise ValidationError(
-            f"max_num_active_seqs ({args.max_num_active_seqs}) must be at most max_num_seqs ({num_seqs}), which a step "
-            f"has room for. Set it to at most {num_seqs}, or max_num_seqs to at least {args.max_num_active_seqs}."
+            f"max_num_active_seqs ({args.max_num_active_seqs}) cannot be greater than max_num_seqs ({num_seqs}), for "
+            f"which there is room. Set max_num_active_seqs to at most {num_seqs}, or a larger max_num_seqs."
         )
     if args.long_prefill_token_threshold_adaptive and not args.long_prefill_token_threshold:
-        logger.warning(
-            "long_prefill_token_threshold_adaptive has no effect without a long_prefill_token_threshold."
-        )
+        logger.warning("long_prefill_token_threshold_adaptive has no effect without a long_prefill_token_threshold.")
     most_useful = num_seqs * max_model_len
     if num_tokens is None:
         num_tokens = default_tokens

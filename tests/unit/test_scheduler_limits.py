@@ -111,9 +111,6 @@ def test_contradictions_are_refused_with_values_that_work():
         scheduler(100, long_prefill_token_threshold=101)
     with pytest.raises(ValidationError, match=r"max_num_batched_tokens \(99\) is smaller than max_model_len \(100\)"):
         scheduler(100, max_num_batched_tokens=99, enable_chunked_prefill=False)
-    with pytest.raises(ValidationError, match=r"max_num_active_seqs \(9\) .* max_num_seqs \(8\).* at least 9"):
-        scheduler(100, max_num_active_seqs=9, max_num_seqs=8)
-    assert scheduler(100, max_num_active_seqs=8, max_num_seqs=8).max_num_active_seqs == 8
     assert scheduler(100, max_num_batched_tokens=100, enable_chunked_prefill=False).max_num_batched_tokens == 100
     assert scheduler(100, long_prefill_token_threshold=100).long_prefill_token_threshold == 100
 
@@ -129,8 +126,6 @@ def test_the_rest_is_handed_on():
         max_num_batched_tokens=64,
         max_num_seqs=8,
         long_prefill_token_threshold=32,
-        long_prefill_token_threshold_adaptive=True,
-        max_num_active_seqs=6,
         scheduling_policy="priority",
         enable_chunked_prefill=True,
         async_scheduling=False,
@@ -141,11 +136,23 @@ def test_the_rest_is_handed_on():
         max_num_batched_tokens=64,
         max_model_len=2048,
         long_prefill_token_threshold=32,
-        long_prefill_token_threshold_adaptive=True,
-        max_num_active_seqs=6,
         policy="priority",
         max_scored_tokens=64,
         enable_chunked_prefill=True,
         async_scheduling=False,
         reserve_full_prompt=False,
     )
+
+
+def test_requests_that_run_at_once_may_be_fewer_than_there_is_room_for():
+    assert scheduler().max_num_active_seqs is None
+    config = scheduler(
+        max_num_seqs=8,
+        max_num_active_seqs="3",
+        long_prefill_token_threshold=16,
+        long_prefill_token_threshold_adaptive=True,
+    )
+    assert (config.max_num_seqs, config.max_num_active_seqs) == (8, 3)
+    assert config.long_prefill_token_threshold_adaptive
+    with pytest.raises(ValidationError, match=r"max_num_active_seqs \(9\) cannot be greater than max_num_seqs \(8\)"):
+        scheduler(max_num_seqs=8, max_num_active_seqs=9)
