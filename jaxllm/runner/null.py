@@ -20,11 +20,12 @@ from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.memory.compiled_plan import make_programs
 from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.rows import PackedStep, RowTable
+from jaxllm.runner.runner import SeveralStepsResult
+from jaxllm.runner.step import ENDED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -41,20 +42,24 @@ _NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 
 
 class NullStep:
-    """A step that was over when it was launched (`interface.StepFuture`)."""
+    """A step that was over when it was launched (`interface.StepFuture`).
 
-    def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int, num_entries: int, num_scored: int):
+    Args:
+        sampled: i32 [S], the token of each sampled row; -1: none is left to it.
+    """
+
+    def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int):
         self._packed, self._sampled, self._num_logprobs = packed, sampled, num_logprobs
-        self._num_entries, self._num_scored = num_entries, num_scored
 
     def result(self) -> StepOutput:
-        entries = self._packed.sampled_entries
-        ids = np.full(self._num_entries, -1, np.int32)
-        ids[entries] = self._sampled[: len(entries)]
+        packed, sampled = self._packed, self._sampled
+        rows, counts = packed.flat_rows(np.flatnonzero(sampled < 0))
         return StepOutput(
-            token_ids=ids.tolist(),
-            logprobs=self._logprobs(self._num_entries) if self._packed.want_logprobs else None,
-            prompt_logprobs=self._logprobs(self._num_scored) if self._num_scored else None,
+            token_ids=sampled[rows].tolist(),
+            counts=counts,
+            logprobs=self._logprobs(len(rows)) if packed.want_logprobs else None,
+            prompt_logprobs=None if packed.targets is None else self._logprobs(int(packed.targets[0])),
+            scored_counts=packed.scored_counts,
         )
 
     def _logprobs(self, count: int) -> LogprobArrays:
@@ -85,17 +90,19 @@ class NullRunner:
         self._num_logprobs = config.num_logprobs
         self._rows = RowTable(programs.max_num_seqs, len(config.groups), table_width, config, programs.sample_packing)
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep | DecodeStepsResult:
-        if not scheduled.steps:
+    def execute(self, scheduled: SchedulerOutput) -> NullStep | SeveralStepsResult:
+        if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})
         self._update_rows(scheduled)
         packings = self._programs.decode_packings
-        packing = packings[pick_bucket(tuple(packings), scheduled.num_tokens, len(scheduled.rows))]
+        packing = packings[pick_bucket(tuple(packings), len(scheduled.rows), len(scheduled.rows))]
         packed = self._rows.pack_decode_steps(scheduled, packing)
         positions = self._programs.sample_packing.views(packed.buffer[packing.size :])["positions"]
+        limits = packing.views(packed.buffer[: packing.size])["steps"]
         # the steps go on behind an end: the host drops what comes there
-        later = positions + np.arange(scheduled.num_steps)[:, None]
-        return DecodeStepsResult(self._cycle[later % len(self._cycle)], packed, scheduled.num_steps)
+        step = np.arange(scheduled.num_steps)[:, None]
+        ids = self._cycle[(positions[: len(limits)] + step) % len(self._cycle)]
+        return SeveralStepsResult(np.where(step < limits, ids, ENDED), packed)
 
     def _update_rows(self, scheduled: SchedulerOutput) -> None:
         for request in scheduled.admitted:
@@ -103,20 +110,20 @@ class NullRunner:
         for row, group, start, blocks in scheduled.new_blocks:
             self._rows.append_blocks(row, group, start, blocks)
 
-    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, SchedulerOutput, int]:
+    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, int]:
         self._update_rows(scheduled)
         packing = self._programs.packings[self.bucket(scheduled.num_tokens, len(scheduled.rows))]
-        return self._rows.pack(scheduled, packing), scheduled, packing.size
+        return self._rows.pack(scheduled, packing), packing.size
 
-    def sample(self, launched: tuple[PackedStep, SchedulerOutput, int], masks: Mapping[int, np.ndarray]) -> NullStep:
+    def sample(self, launched: tuple[PackedStep, int], masks: Mapping[int, np.ndarray]) -> NullStep:
         """A row with a mask gets its first allowed token."""
-        packed, scheduled, size = launched
+        packed, size = launched
         positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
         sampled = self._cycle[positions % len(self._cycle)]
         for row, mask in masks.items():
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
             sampled[packed.masked[row]] = allowed[0] if len(allowed) else -1
-        return NullStep(packed, sampled, self._num_logprobs, len(scheduled.rows), sum(scheduled.scored))
+        return NullStep(packed, sampled, self._num_logprobs)
 
     def reset(self) -> None:
         """Nothing outlives a step but what the rows are admitted with."""
