@@ -157,8 +157,6 @@ class Driver:
         runner._rows.pack = self.times.timed("pack", runner._rows.pack)
         execute, wait = runner.execute, self.times.timed("wait", _wait)
         runner.execute = lambda scheduled: _Waited(execute(scheduled), wait)
-        scheduler: Any = self._core.scheduler
-        scheduler.settle = self.times.timed("update", scheduler.settle)
         self._read = self.times.timed("prompts", self._inputs.reader.read)
         self._core.observe(self.times)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.scheduling.scheduler import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 #: what a turn of the engine consists of, in the order of the report
@@ -83,7 +83,7 @@ class HostTimes(StepObserver):
 
     def scheduled(self, step: SchedulerOutput) -> None:
         self._lap("schedule")
-        self._cycle.num_tokens, self._cycle.num_seqs = step.num_tokens, len(step.rows)
+        self._cycle.num_tokens, self._cycle.num_seqs = step.step_sizes()[0], len(step.rows)
         self._last = self._clock()
 
     def launched(self, step: SchedulerOutput) -> None:
@@ -107,9 +107,6 @@ class HostTimes(StepObserver):
 
     def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._lap("output")
-
-    def scheduled_ahead(self) -> None:
-        self._lap("schedule")
 
     def turn_ends(self) -> None:
         self._ended = self._clock()
