@@ -25,7 +25,7 @@ from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_axes,
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.step import State
+from jaxllm.runner.heads.sampling_step import State
 from jaxllm.weights.loader import shapes
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
@@ -142,7 +142,7 @@ class RunnerConfig:
     def state_bytes(self) -> int:
         """Of the state without the cache, and of the empty constraint buffer."""
         state = self.state(1)
-        words = jax.tree.leaves(state.tokens if isinstance(state, State) else state.pooled)
+        words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 

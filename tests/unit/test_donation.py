@@ -17,9 +17,10 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
 from jaxllm.runner.buckets import Bucket, make_buckets
-from jaxllm.runner.compile.programs import CPU_OPTIONS, Programs
+from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms
+from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
-from jaxllm.runner.step import State, StepConfig
 from jaxllm.weights.loader import shapes
 from pallas_kernels.storage import STORAGE
 
@@ -38,7 +39,7 @@ LLAMA: dict[str, Any] = {
 BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN = 16, 6, 128
 
 
-def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
+def make_programs(dtype: str, num_blocks: int) -> tuple[SamplingPrograms, State]:
     """Programs of a model with two groups of layers, not compiled yet."""
     model = dataclasses.replace(model_config(LLAMA), layer_window=(32, None, 32))
     groups = kv_cache_groups(model.layer_window)
@@ -50,7 +51,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
         cache=jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding),  # pyright: ignore[reportArgumentType]
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
     )
-    programs = Programs(
+    programs = SamplingPrograms(
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         make_buckets(64, MAX_NUM_SEQS, eager=True),
         MAX_MODEL_LEN // BLOCK_SIZE,

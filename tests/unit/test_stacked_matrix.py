@@ -24,7 +24,7 @@ from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
 from jaxllm.models.sources import decoder_sources
-from jaxllm.runner.one_row import with_whole_layers
+from jaxllm.runner.heads.sampling_programs import with_whole_layers
 
 #: as `SMALL`, with buckets of one token
 BUCKETS = {**ENGINE, "dtype": "bfloat16", "enforce_eager": False}
@@ -110,7 +110,7 @@ def matrices(tree: Any) -> list[StackedMatrix]:
 def test_they_are_in_the_weights_own_memory(llm: LLM):
     runner: Any = llm._started.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
-    found = matrices(runner._whole.layers) + matrices(runner._head)
+    found = matrices(runner.head._whole.layers) + matrices(runner.head._head)
     assert len(found) == 5
     assert all(matrix.bits.unsafe_buffer_pointer() in own for matrix in found)
 
@@ -118,9 +118,9 @@ def test_they_are_in_the_weights_own_memory(llm: LLM):
 def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
     (folder := tmp_path / "same").mkdir()
     with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:
-        runner: Any = several._started.runner
-        bucket = next(iter(runner._programs.decode_packings))
-        assert len(matrices(runner._params_for(bucket))) == 5
+        head: Any = several._started.runner.head
+        bucket = next(iter(head.programs.decode_packings))
+        assert len(matrices(head._params_for(bucket))) == 5
         assert text(several) == text(llm)
 
 
@@ -141,7 +141,7 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
         runner: Any = llm._started.runner
-        assert not matrices(runner._whole)
+        assert not matrices(runner.head._whole)
         # a sampler may have a single row in any engine
-        assert len(matrices(runner._head)) == ("enforce_eager" in option)
+        assert len(matrices(runner.head._head)) == ("enforce_eager" in option)
         assert text(llm)

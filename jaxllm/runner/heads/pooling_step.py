@@ -15,8 +15,7 @@ from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
 from jaxllm.models.pooler import Head, PoolingModel, finish
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing
-from jaxllm.runner.step import attention_batch
+from jaxllm.runner.packing import Packing, attention_batch, forward_fields
 
 #: sequences, and tokens of each, that one round of a sum takes
 SUM_ROWS = 8
@@ -42,6 +41,15 @@ class PoolingState:
     #: f32 [R + 1, d]: the first token's state (CLS), or the sum so far (MEAN), of each row; the last row is trash.
     #: None with LAST, which needs nothing of earlier chunks
     pooled: jax.Array | None
+
+
+def pooling_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+    """What `pooling_step` reads: `forward_fields`, and some of each sequence.
+
+    Those are the components of its embedding, whether to normalise or activate, and where its second segment begins.
+    """
+    per_seq = dict.fromkeys(("dimensions", "activate", "segment_starts"), (bucket.seqs,))
+    return Packing({**forward_fields(bucket, num_groups, table_width), **per_seq})
 
 
 def pooling_step(

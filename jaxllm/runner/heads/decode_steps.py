@@ -16,8 +16,8 @@ from jax import lax
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing
-from jaxllm.runner.step import ENDED, State, StepConfig, attention_batch, place_known_tokens, sample_rows
+from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
+from jaxllm.runner.packing import Packing, attention_batch
 
 
 @jax.tree_util.register_dataclass
@@ -46,9 +46,9 @@ def decode_steps(
     """Up to `num_steps` tokens for each row of a step in which every sequence has one token.
 
     Args:
-        config, num_steps, rows (of a block, as in `step.sample_step`), bucket, packing, sample_packing: static.
+        config, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
         buffer: int32, `decode_packing`'s fields, then `sample_packing`'s.
-        constraints: as in `step.sample_step`; the same in every step.
+        constraints: as in `sample_step`; the same in every step.
 
     Returns:
         (state, sampled): i32 [num_steps, S], sequences in the buffer's order; -1 where a row had ended.

@@ -15,7 +15,8 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
-from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
+from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
+from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
@@ -116,22 +117,6 @@ def place_known_tokens(tokens: jax.Array, fields: dict[str, jax.Array], batch: A
 def _token_rows(fields: dict[str, jax.Array], batch: AttentionBatch, trash: int) -> jax.Array:
     """i32 [T]: the row of each token's sequence."""
     return jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
-
-
-def attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
-    """What attention must know of the fields of a step's buffer."""
-    token = jnp.arange(bucket.tokens, dtype=jnp.int32)
-    return AttentionBatch(
-        token_seq=fields["token_seq"],
-        positions=fields["positions"],
-        token_valid=token < fields["query_start"][-1],
-        query_start=fields["query_start"],
-        kv_lens=fields["kv_lens"],
-        block_tables=fields["block_tables"],
-        num_decodes=fields["num_decodes"],
-        num_seqs=fields["num_seqs"],
-        decode_only=bucket.decode_only,
-    )
 
 
 def sample_step(
