@@ -3,7 +3,7 @@
 With only the package's name changed, ``from jaxllm.sampling_params import SamplingParams`` finds the class wherever it
 lives (`AliasFinder`, which `jaxllm` puts behind Python's own finders). Unchanged, the script runs under
 ``python -m jaxllm.as_vllm``, which puts the same modules under the name ``vllm``. Each name is loaded when it is used;
-one that jaxllm does not have is an ImportError that says so.
+one that has no meaning here is an ImportError that says why.
 """
 
 from __future__ import annotations
@@ -16,10 +16,28 @@ from types import ModuleType
 from typing import Any
 
 
+class Missing(str):
+    """Why jaxllm does not have a name of vLLM's; it stands where the name's module would."""
+
+
 def _in(home: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, home)
 
 
+#: as a name: every name of the module that is not listed
+REST = "*"
+
+_TORCH_PROCESSORS = {
+    REST: Missing(
+        "vLLM's logits processors are torch classes; here they are jax functions (logits, state) -> logits, see "
+        "jaxllm.LogitsProcessor"
+    )
+}
+_ONE_PROCESS = {REST: Missing("jaxllm is one process, without workers that talk to each other")}
+_NO_MEDIA = {REST: Missing("jaxllm does not take images, audio or video so far")}
+_OWN_MODELS = {REST: Missing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")}
+_NO_TRANSFER = Missing("keys and values stay in the engine: it hands them to nobody")
+_NO_GRAPHS = Missing("XLA compiles every step, and there are no CUDA graphs; enforce_eager=True compiles least")
 _SAMPLING = _in(
     "jaxllm.api.sampling_params",
     "SamplingParams",
@@ -44,7 +62,7 @@ _BEAM_SEARCH = _in("jaxllm.api.beam_search", "BeamSearchParams", "BeamSearchOutp
 _PARSER = _in("jaxllm.config.command_line", "FlexibleArgumentParser")
 _ENGINE_ARGS = _in("jaxllm.config.engine_args", "EngineArgs", "AsyncEngineArgs")
 
-#: module of vLLM, "" for the package itself -> name -> the module of jaxllm that has it
+#: module of vLLM, "" for the package itself -> name -> the module of jaxllm that has it, or why none has (`Missing`)
 MODULES: dict[str, dict[str, str]] = {
     "": {
         "__version__": "jaxllm",
@@ -58,26 +76,54 @@ MODULES: dict[str, dict[str, str]] = {
         **_POOLING,
         **_PROMPTS,
     },
+    "assets": _NO_MEDIA,
+    "assets.audio": _NO_MEDIA,
+    "assets.image": _NO_MEDIA,
+    "assets.video": _NO_MEDIA,
     "beam_search": _BEAM_SEARCH,
+    "benchmarks": {},
+    "benchmarks.datasets": {REST: Missing("jaxllm bench has its own data sets and takes a file of prompts")},
     "config": {
         "PoolerConfig": "jaxllm.api.pooler",
-        "StructuredOutputsConfig": "jaxllm.config.structured_outputs",
+        "ProfilerConfig": "jaxllm.config.profiler",
+        **_in("jaxllm.config.structured_outputs", "ReasoningConfig", "StructuredOutputsConfig"),
+        "CompilationConfig": _NO_GRAPHS,
+        "CompilationMode": _NO_GRAPHS,
+        "CUDAGraphMode": _NO_GRAPHS,
+        "AttentionConfig": Missing("attention_backend is the argument that names a kernel"),
+        "KVEventsConfig": _NO_TRANSFER,
+        "KVTransferConfig": _NO_TRANSFER,
     },
-    "distributed": {"cleanup_dist_env_and_memory": "jaxllm.aliases"},
+    "config.pooler": {"PoolerConfig": "jaxllm.api.pooler"},
+    "distributed": {"cleanup_dist_env_and_memory": "jaxllm.aliases", **_ONE_PROCESS},
+    "distributed.parallel_state": _ONE_PROCESS,
     "engine": {},
     "engine.arg_utils": _ENGINE_ARGS,
     "engine.async_llm_engine": {"AsyncLLMEngine": "jaxllm.async_llm"},
     "engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "entrypoints": {},
     "entrypoints.llm": {"LLM": "jaxllm.llm"},
+    "envs": {REST: Missing("jaxllm reads no variables of vLLM's; what they set are arguments of LLM(...)")},
     "inputs": _PROMPTS,
     "logger": {"init_logger": "jaxllm.aliases"},
     "logprobs": _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"),
+    "lora": {},
+    "lora.request": {"LoRARequest": Missing("jaxllm does not have LoRA so far")},
+    "model_executor": _OWN_MODELS,
+    "model_executor.model_loader": _OWN_MODELS,
+    "model_executor.models": _OWN_MODELS,
+    "multimodal": _NO_MEDIA,
+    "multimodal.image": _NO_MEDIA,
+    "multimodal.utils": _NO_MEDIA,
     "outputs": {**_OUTPUTS, **_POOLING},
+    "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
     "pooling_params": {"PoolingParams": "jaxllm.api.pooling_params"},
     "sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.api.beam_search"},
+    "usage": {},
+    "usage.usage_lib": {REST: Missing("jaxllm reports no usage to anybody; leave usage_context out")},
     "utils": _PARSER,
     "utils.argparse_utils": _PARSER,
+    "utils.network_utils": _ONE_PROCESS,
     "utils.print_utils": {"print_embeddings": "jaxllm.aliases"},
     "v1": {},
     "v1.engine": {},
@@ -85,6 +131,9 @@ MODULES: dict[str, dict[str, str]] = {
     "v1.engine.async_llm": {"AsyncLLM": "jaxllm.async_llm"},
     "v1.metrics": {},
     "v1.metrics.reader": _in("jaxllm.api.metric", "Counter", "Gauge", "Histogram", "Metric", "Vector"),
+    "v1.sample": {},
+    "v1.sample.logits_processor": _TORCH_PROCESSORS,
+    "v1.sample.logits_processor.builtin": _TORCH_PROCESSORS,
 }
 #: vLLM's name -> jaxllm's, where they differ
 _RENAMED = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
@@ -108,14 +157,23 @@ def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:
 
 
 def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
-    """What vLLM's module `path` has under `name`. Raises ImportError, naming what is there, for anything else."""
-    homes = MODULES[path]
-    if name not in homes:
-        if name.startswith("__"):
-            raise AttributeError(name)
+    """What vLLM's module `path` has under `name`.
+
+    Raises ImportError for anything else, with the reason where there is one, or else with the names that are there.
+    """
+    if name.startswith("__") and name not in MODULES[path]:
+        raise AttributeError(name)
+    home = MODULES[path].get(name) or MODULES[path].get(REST)
+    if home is None or isinstance(home, Missing):
         module = f"{package}.{path}" if path else package
-        raise ImportError(f"jaxllm has no {module}.{name}; of this module it has: {', '.join(homes) or 'none'}")
-    return getattr(importlib.import_module(homes[name]), _RENAMED.get(name, name))
+        reason = home or f"of this module it has: {', '.join(names(path)) or 'none'}"
+        raise ImportError(f"jaxllm has no {module}.{name}; {reason}")
+    return getattr(importlib.import_module(home), _RENAMED.get(name, name))
+
+
+def names(path: str) -> list[str]:
+    """The names that vLLM's module `path` has here."""
+    return [name for name, home in MODULES[path].items() if not isinstance(home, Missing)]
 
 
 class AliasModule(ModuleType):
@@ -133,7 +191,7 @@ class AliasModule(ModuleType):
         return value
 
     def __dir__(self) -> list[str]:
-        return sorted(MODULES[self.__name__.partition(".")[2]])
+        return sorted(names(self.__name__.partition(".")[2]))
 
 
 class AliasFinder(MetaPathFinder, Loader):

@@ -120,26 +120,42 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
 
     # The engine's life.
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Save weights (orbax), config and tokenizer; ``LLM(directory)`` loads them without converting anything."""
-        from jaxllm.weights.formats import orbax
+    def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
+        """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.
 
-        params = self._started.runner.params
-        if params is None:
-            raise RuntimeError("the engine has been shut down; make a new LLM")
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        orbax.save(folder, params)
-        (folder / "config.json").write_text(json.dumps(self._started.checkpoint.config, indent=2))
-        if self._started.checkpoint.generation_config:
-            (folder / "generation_config.json").write_text(
-                json.dumps(self._started.checkpoint.generation_config, indent=2)
+        The directory appears when all of it is written. One that exists already is left alone, unless it is empty: it
+        may be what a program is loading, this one included.
+
+        Args:
+            format: "safetensors" writes a Hugging Face directory (weights in the engine's dtype under Hugging Face's
+                names, in shards of 5 GB; config, generation config, tokenizer), which transformers and vLLM load, too.
+                "orbax" writes the device's arrays as they are, which only jaxllm loads; it needs orbax-checkpoint.
+
+        Raises:
+            WeightsError: something is in the directory, there is no room for the weights, or they cannot be written.
+            RuntimeError: the engine sleeps, or has been shut down.
+        """
+        from jaxllm.weights import saved_model
+
+        started, checkpoint = self._started, self._started.checkpoint
+        files = {name: (checkpoint.path / name).read_bytes() for name in started.pooling_files}
+        if checkpoint.generation_config:
+            files["generation_config.json"] = json.dumps(checkpoint.generation_config, indent=2).encode()
+        with self._client.lock:
+            self._client.core.check_awake()
+            params = started.runner.params
+            if params is None:
+                raise RuntimeError("the engine has been shut down; make a new LLM")
+            saved_model.save(
+                Path(directory),
+                params,
+                format=format,
+                model=started.config.model,
+                specs=started.config.specs(),
+                config=checkpoint.config,
+                files=files,
+                tokenizer=self._tokenizer,
             )
-        for name in self._started.pooling_files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes((self._started.checkpoint.path / name).read_bytes())
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(str(folder))
 
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""

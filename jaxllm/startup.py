@@ -28,6 +28,7 @@ from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
 from jaxllm.runner.runner import Runner
+from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.setup import read_setup
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
@@ -62,6 +63,8 @@ class Started:
     #: sentence-transformers' files of the model, relative to its directory
     pooling_files: tuple[str, ...]
     runner: Runner | NullRunner
+    #: what the runner was built from
+    config: RunnerConfig
     tokenizer: PreTrainedTokenizerBase | None
     checkpoint: Checkpoint
     default_params: SamplingParams
@@ -156,6 +159,7 @@ def start(args: EngineArgs) -> Started:
         pooling_inputs=pooling_inputs,
         pooling_files=setup.pooling.files if setup.pooling is not None else (),
         runner=built.runner,
+        config=config,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
         default_params=default_params,

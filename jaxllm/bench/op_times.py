@@ -21,7 +21,7 @@ PARTS = {
     "jaxllm/layers/norm.py": "norms",
     "jaxllm/layers/rope.py": "rotation",
     "jaxllm/layers/activation.py": "activation",
-    "jaxllm/models/layer_stack.py": "a layer's weights copied",
+    "jaxllm/models/segments.py": "a layer's weights copied",
     "jaxllm/sampling/": "sampling",
     "jaxllm/runner/": "fields of the step",
     "pallas_kernels/paged_attention/": "attention",
@@ -92,7 +92,7 @@ class ProgramText:
 def _of_line(line: str, frames: dict[int, str]) -> str:
     frame = _FRAME.search(line)
     part = frames.get(int(frame[1]) if frame else 0, OTHER)
-    if part == PARTS["jaxllm/models/layer_stack.py"] and "dynamic_" not in line:
+    if part == PARTS["jaxllm/models/segments.py"] and "dynamic_" not in line:
         # what the loop over the layers calls, not what it does itself
         return OTHER
     return part

@@ -19,7 +19,7 @@ def require(path: Path | None) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ValidationError(f"--plot draws a {', '.join(SUFFIXES)} file, which {str(path)!r} is not.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValidationError("--plot needs matplotlib: pip install 'jaxllm[plot]'.")
+        raise ValidationError("--plot needs matplotlib; in a checkout of jaxllm: pip install '.[plot]'")
 
 
 def draw(path: Path, lines: dict[str, Points], *, x: str, y: str) -> None:

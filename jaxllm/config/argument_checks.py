@@ -14,6 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import logits_processors
 from jaxllm.api.pooler import pooler_config
 from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
+from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 
 #: `max_model_len` that asks for the longest one that fits into memory
@@ -146,22 +147,6 @@ def _port(name: str, value: Any) -> int:
     return number
 
 
-def _profiler_config(name: str, value: Any) -> dict[str, Any]:
-    """vLLM's; the torch profiler's name stands for the only profiler that there is, JAX's."""
-    config = _mapping(name, value)
-    for key, setting in config.items():
-        if key == "profiler":
-            _one_of({choice: choice for choice in ("torch", "jax")})(f"{name}['profiler']", setting)
-        elif key == "torch_profiler_dir":
-            config[key] = _path_text(f"{name}['torch_profiler_dir']", setting)
-        else:
-            raise ValidationError(
-                f"{name} takes 'torch_profiler_dir' (where traces go) and 'profiler' ('jax', or 'torch', which means "
-                f"the same here); got {key!r}."
-            )
-    return config
-
-
 def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         choice = choices.get(value.strip().lower()) if isinstance(value, str) else None
@@ -264,5 +249,5 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attention_backend": _attention_backend,
     "disable_log_stats": checks.boolean,
     "metrics_port": _port,
-    "profiler_config": _profiler_config,
+    "profiler_config": _fields_of(ProfilerConfig),
 }

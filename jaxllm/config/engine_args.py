@@ -13,6 +13,7 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
 from jaxllm.config.argument_checks import CHECKS
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
+from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
 
 
@@ -111,8 +112,8 @@ class EngineArgs:
     disable_log_stats: bool = True
     #: serve Prometheus' metrics on this port of the loopback interface, 0 on any free one; None: nowhere
     metrics_port: int | None = None
-    #: where `start_profile` writes: {"torch_profiler_dir": directory}
-    profiler_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: where `start_profile` writes; a dict of its fields will do: {"torch_profiler_dir": directory}
+    profiler_config: ProfilerConfig = dataclasses.field(default_factory=ProfilerConfig)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -52,7 +52,8 @@ def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) ->
         import pyarrow
     except ImportError as error:
         raise JaxLLMError(
-            f"Reading {path!r} needs pyarrow: `pip install 'jaxllm[tables]'` (or write the prompts as JSONL)."
+            f"Reading {path!r} needs pyarrow; in a checkout of jaxllm: pip install '.[tables]' (or write the prompts "
+            "as JSONL)."
         ) from error
     try:
         for batch in _parquet(place, tuple(wanted), tuple(optional)):

@@ -81,8 +81,9 @@ class ControlMethods(EngineMethods):
     def update_weights(self, params: Any) -> None:
         """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes.
 
-        Layers may be stacked on the first axis of each array, as engines on the CPU have them, or separate, a tuple, as
-        engines on a GPU have them: the form that is not the engine's is changed into it, which takes new arrays.
+        Its layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as engines
+        on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not the
+        engine's are joined or cut, which takes new arrays.
 
         The prefix cache, which the old weights made, is dropped.
 

@@ -32,7 +32,7 @@ class WatchingMethods(EngineMethods):
 
     def _start_watching(self, args: EngineArgs) -> None:
         """Do what the engine's arguments ask for. Raises ValidationError when the port is taken."""
-        folder = args.profiler_config.get("torch_profiler_dir")
+        folder = args.profiler_config.torch_profiler_dir or None
         self._profile_folder = Path(folder) if folder else cache_folder() / "profiles"
         if args.metrics_port is not None:
             self.serve_metrics(args.metrics_port)

@@ -20,7 +20,7 @@ from jaxllm.layers.embedding import embed
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import attention_scale, layouts
-from jaxllm.models.layer_stack import through_layers
+from jaxllm.models.segments import through_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class BertConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BertLayers:
-    """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
+    """Weights of a segment of layers, stacked on the first axis (`models.segments`), or of one layer, without it.
 
     L layers, d hidden size, F intermediate size.
     """
@@ -81,7 +81,7 @@ class BertParams:
     type_embedding: jax.Array  # [2, d]
     embedding_norm: jax.Array  # [d]
     embedding_norm_bias: jax.Array  # [d]
-    layers: BertLayers | tuple[BertLayers, ...]
+    layers: tuple[BertLayers, ...]  # segments
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:

@@ -23,7 +23,7 @@ from jaxllm.layers.embedding import embed, unembed
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope, rope_tables
-from jaxllm.models.layer_stack import through_layers
+from jaxllm.models.segments import through_layers
 
 #: a window wider than any context
 UNLIMITED = 2**30
@@ -77,7 +77,7 @@ class HasLayers(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Weights of all layers, stacked on the first axis, or of one layer, without that axis (`models.layer_stack`).
+    """Weights of a segment of layers, stacked on the first axis (`models.segments`), or of one layer, without it.
 
     L layers, d hidden size, H heads, K KV heads, D head_dim, F intermediate size.
     """
@@ -99,7 +99,7 @@ class Layers:
 @dataclasses.dataclass(frozen=True)
 class Params:
     embedding: jax.Array  # [V, d]
-    layers: Layers | tuple[Layers, ...]
+    layers: tuple[Layers, ...]  # segments
     norm: jax.Array  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding
 

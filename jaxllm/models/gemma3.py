@@ -53,12 +53,20 @@ _TEXT_DEFAULTS = {
 
 def text_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The text part of a model that sees images, too, which reads text as the text model does.
+
     Raises:
         KeyError, ValidationError: as `common_fields`.
     """
+    return config_from_hf(text_alone(hf))
+
+
+def text_alone(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text part by itself."""
     text = hf["text_config"]
+    special = {name: hf[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in hf}
     tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    return config_from_hf({**_TEXT_DEFAULTS, **text, "tie_word_embeddings": tied})
+    own = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": tied}
+    return {**_TEXT_DEFAULTS, **special, **text, **own}
 
 
 def _layer_types(num_layers: int, pattern: int) -> list[str]:

@@ -11,7 +11,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models import bert, decoder
 from jaxllm.models.bert import BertConfig, BertParams
 from jaxllm.models.decoder import DecoderConfig, Params
-from jaxllm.models.sources import bert_sources, decoder_sources
+from jaxllm.models.specs import bert_specs, decoder_specs
 
 ModelConfig = DecoderConfig | BertConfig
 ModelParams = Params | BertParams
@@ -33,11 +33,11 @@ def forward(
     return decoder.forward(context, config, groups, params, cache, batch)
 
 
-def body_sources(config: ModelConfig) -> ModelParams:
-    """The tree of `Source`s of everything but a head over the vocabulary."""
+def body_specs(config: ModelConfig) -> ModelParams:
+    """The tree of `WeightSpec`s of everything but a head over the vocabulary, the layers in one segment."""
     if isinstance(config, BertConfig):
-        return bert_sources(config)
-    return dataclasses.replace(decoder_sources(config), head=None)
+        return bert_specs(config)
+    return dataclasses.replace(decoder_specs(config), head=None)
 
 
 def base_prefix(config: ModelConfig) -> str:

@@ -1,5 +1,5 @@
 """From hidden states to embeddings and classes: the head of a pooling model."""
-# Trees of sources have the form of the params, with other leaves.
+# Trees of specs have the form of the params, with other leaves.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxllm.api.pooler import Pooler
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.weight import Axis, Part, WeightSpec
 from jaxllm.models.bert import BertConfig
-from jaxllm.models.model import ModelConfig, ModelParams, body_sources
-from jaxllm.models.sources import Part, Source, separate_sources
+from jaxllm.models.model import ModelConfig, ModelParams, body_specs
 
 
 @jax.tree_util.register_dataclass
@@ -37,22 +37,24 @@ class PoolingModel:
     head: Head | None  # None: embeddings
 
 
-def pooling_sources(config: ModelConfig, pooler: Pooler, *, stacked: bool = True) -> PoolingModel:
-    """A `PoolingModel` tree of `Source`s, with stacked layers or separate ones (`models.layer_stack`)."""
-    body = body_sources(config)
-    if not stacked:
-        body = separate_sources(body, config.num_layers)
+def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
+    """A `PoolingModel` tree of `WeightSpec`s, the layers in one segment."""
+    body = body_specs(config)
     if not pooler.num_labels:
         return PoolingModel(body=body, head=None)
-    d, labels = config.hidden_size, pooler.num_labels
+    d, inner, labels = Axis("embed", config.hidden_size), Axis("pooled", config.hidden_size), pooler.num_labels
+
+    def weight(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
+        return WeightSpec(parts=(Part(name, axes),), init=init)
+
     if not isinstance(config, BertConfig):
-        classifier = Source((Part("score.weight", labels),), None, d)
+        classifier = weight("score.weight", Axis("labels", labels), d)
         return PoolingModel(body, Head(dense=None, dense_bias=None, classifier=classifier, classifier_bias=None))
     head = Head(
-        dense=Source((Part("bert.pooler.dense.weight", d),), None, d),
-        dense_bias=Source((Part("bert.pooler.dense.bias", d),), None, norm_offset=1.0),
-        classifier=Source((Part("classifier.weight", labels),), None, d),
-        classifier_bias=Source((Part("classifier.bias", labels),), None, norm_offset=1.0),
+        dense=weight("bert.pooler.dense.weight", inner, d),
+        dense_bias=weight("bert.pooler.dense.bias", inner, init=0.0),
+        classifier=weight("classifier.weight", Axis("labels", labels), inner),
+        classifier_bias=weight("classifier.bias", Axis("labels", labels), init=0.0),
     )
     return PoolingModel(body, head)
 

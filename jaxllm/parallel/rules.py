@@ -1,52 +1,141 @@
-"""Which axis of each weight is split over the devices, and what one device's part of a model is.
+"""Which logical axes of weights are split over the devices, and what one device's part of a model is.
 
 As in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): attention by heads, the MLP by its intermediate size, so that
 a layer needs two all-reduces; the embedding and the head by the vocabulary. KV heads fewer than devices are repeated:
 neighbouring devices hold the same one.
+
+An array whose rows are several tensors (queries, keys and values; gate and up) has them by device: the first device's
+part of each, then the second's. So a device's part is one piece of the array, and computes as a smaller model.
 """
-# Trees of shapes and of axes have the form of `Params`, with other leaves.
-# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import DecoderConfig, Layers, Params
-from jaxllm.models.layer_stack import separate
-from jaxllm.models.sources import decoder_sources, separate_sources
+from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import TENSOR
 
-#: the array's axis that is split, where layers are stacked; -1: every device has the array whole
-WHOLE = -1
-AXES = Params(
-    embedding=0,
-    layers=Layers(
-        attention_norm=WHOLE,
-        # a device's rows are its query heads, its key heads, its value heads
-        qkv=1,
-        qkv_bias=1,
-        query_norm=WHOLE,
-        key_norm=WHOLE,
-        output=2,
-        post_attention_norm=WHOLE,
-        mlp_norm=WHOLE,
-        # a device's rows are its part of the gate, then of the up projection
-        gate_up=1,
-        down=2,
-        post_mlp_norm=WHOLE,
-    ),
-    norm=WHOLE,
-    head=0,
-)
+Tree = TypeVar("Tree")
+
+
+class Rule(NamedTuple):
+    """How a logical axis is split over an axis of the mesh."""
+
+    mesh_axis: str
+    #: where the devices do not divide it: the model is refused, zeros fill it up, or devices share a unit
+    remainder: Literal["refuse", "fill", "repeat"]
+
+
+#: by the logical axis; every device has the others whole
+RULES = {
+    "heads": Rule(TENSOR, "refuse"),
+    "kv_heads": Rule(TENSOR, "repeat"),
+    "mlp": Rule(TENSOR, "refuse"),
+    "vocab": Rule(TENSOR, "fill"),
+}
 #: the KV cache [pages, 2, kv_heads, block_size, head_dim]
 CACHE = jax.P(None, None, TENSOR)
 
 
-def check_split(model: DecoderConfig, devices: int) -> None:
+class Held(NamedTuple):
+    """What a device has of an axis: `count` numbers from `first` on, and zeros behind them, `size` in all."""
+
+    first: int
+    count: int
+    size: int
+
+
+def held(axis: Axis, sizes: Mapping[str, int], numbers: Mapping[str, int] = MappingProxyType({})) -> Held:
+    """What a device has of an axis that can be split so.
+
+    Args:
+        sizes: of the mesh's axes (`jax.sharding.Mesh.shape`); those that it lacks are 1.
+        numbers: of the device along the mesh's axes; those that are missing are 0.
+    """
+    rule = RULES.get(axis.name)
+    devices = sizes.get(rule.mesh_axis, 1) if rule else 1
+    if rule is None or devices == 1:
+        return Held(0, axis.size, axis.size)
+    number = numbers.get(rule.mesh_axis, 0)
+    if rule.remainder == "repeat" and axis.units < devices:
+        return Held(number * axis.units // devices * axis.width, axis.width, axis.width)
+    units = -(-axis.units // devices)
+    first = min(number * units, axis.units)
+    return Held(first * axis.width, min(units, axis.units - first) * axis.width, units * axis.width)
+
+
+def local_shape(spec: WeightSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Of one device's part of an array, on a mesh of these sizes."""
+    leading = () if spec.layers is None else (len(spec.layers),)
+    return (*leading, *(sum(held(axis, sizes).size for axis in joined) for joined in spec.axes))
+
+
+def mesh_axes(spec: WeightSpec, sizes: Mapping[str, int]) -> tuple[str | None, ...]:
+    """The mesh axis that each axis of an array is split over; None: every device has it whole."""
+    leading = () if spec.layers is None else (None,)
+    return (*leading, *(_mesh_axis(joined[0], sizes) for joined in spec.axes))
+
+
+def _mesh_axis(axis: Axis, sizes: Mapping[str, int]) -> str | None:
+    rule = RULES.get(axis.name)
+    return rule.mesh_axis if rule and sizes.get(rule.mesh_axis, 1) > 1 else None
+
+
+def mesh_sizes(sharding: jax.sharding.Sharding | None) -> Mapping[str, int]:
+    """Of the mesh that a sharding is of; {} for a single device."""
+    return dict(sharding.mesh.shape) if isinstance(sharding, jax.sharding.NamedSharding) else {}
+
+
+def shape_and_sharding(
+    spec: WeightSpec, sharding: jax.sharding.Sharding | None
+) -> tuple[tuple[int, ...], jax.sharding.Sharding | None]:
+    """Of an array, all its devices' parts together.
+
+    Args:
+        sharding: of what every device has whole.
+    """
+    sizes = mesh_sizes(sharding)
+    shape, names = local_shape(spec, sizes), mesh_axes(spec, sizes)
+    if not any(names):
+        return shape, sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    whole = tuple(n * (sizes[name] if name else 1) for n, name in zip(shape, names, strict=True))
+    return whole, jax.sharding.NamedSharding(sharding.mesh, jax.P(*names))
+
+
+def shapes(specs: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> Tree:
+    """`jax.ShapeDtypeStruct`s of a model's arrays, with their shardings.
+
+    Args:
+        specs: a tree of `WeightSpec`s.
+        dtype: of those that have none of their own.
+        sharding: of what every device has whole; None: one device, of which nothing is known.
+    """
+
+    def one(spec: WeightSpec) -> jax.ShapeDtypeStruct:
+        shape, own = shape_and_sharding(spec, sharding)
+        return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=own)
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
+def device_bytes(specs: Any, dtype: jnp.dtype, sizes: Mapping[str, int]) -> int:
+    """What one device of a mesh of these sizes has of a model's arrays."""
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    return sum(math.prod(local_shape(spec, sizes)) * jnp.dtype(spec.dtype or dtype).itemsize for spec in leaves)
+
+
+def check_split(model: ModelConfig, devices: int) -> None:
     """Whether a model can be split over so many devices.
 
     Raises:
@@ -58,12 +147,12 @@ def check_split(model: DecoderConfig, devices: int) -> None:
         raise ValidationError(f"tensor_parallel_size={devices} does not divide {problem}. What would work: {fitting}.")
 
 
-def split_sizes(model: DecoderConfig) -> list[int]:
+def split_sizes(model: ModelConfig) -> list[int]:
     """Every number of devices that a model can be split over, ascending."""
     return [n for n in range(1, model.num_heads + 1) if not _problem(model, n)]
 
 
-def _problem(model: DecoderConfig, devices: int) -> str | None:
+def _problem(model: ModelConfig, devices: int) -> str | None:
     kv_heads = model.num_kv_heads
     if model.num_heads % devices:
         return f"the model's {model.num_heads} attention heads"
@@ -78,50 +167,15 @@ def local_model(model: DecoderConfig, devices: int) -> DecoderConfig:
     """What one device computes of a model that can be split (`check_split`). The vocabulary stays whole: logits are."""
     if devices == 1:
         return model
+    sizes = {TENSOR: devices}
     return dataclasses.replace(
         model,
-        num_heads=model.num_heads // devices,
-        num_kv_heads=max(model.num_kv_heads // devices, 1),
-        intermediate_size=model.intermediate_size // devices,
+        num_heads=held(Axis("heads", model.num_heads), sizes).size,
+        num_kv_heads=held(Axis("kv_heads", model.num_kv_heads), sizes).size,
+        intermediate_size=held(Axis("mlp", model.intermediate_size), sizes).size,
     )
 
 
-def split_axes(devices: int) -> tuple[tuple[str, str], ...]:
-    """The logical axes split over so many devices, each with its mesh axis (`layers.context.Context.split`)."""
-    return () if devices == 1 else tuple((name, TENSOR) for name in ("heads", "kv_heads", "mlp", "vocab"))
-
-
-def local_sources(model: DecoderConfig, devices: int, *, stacked: bool = True) -> Params:
-    """A tree whose leaves have the `shape`s of one device's weights. The vocabulary is filled up to a multiple.
-
-    Args:
-        stacked: in which form the layers are (`models.layer_stack`).
-    """
-    part = local_model(model, devices)
-    sources = decoder_sources(dataclasses.replace(part, vocab_size=-(-model.vocab_size // devices)))
-    return sources if stacked else separate_sources(sources, model.num_layers)
-
-
-def split_shapes(model: DecoderConfig, dtype: jnp.dtype, mesh: jax.sharding.Mesh, *, stacked: bool = True) -> Params:
-    """`jax.ShapeDtypeStruct`s with shardings of a model's weights over a mesh, as `local_sources` has their parts."""
-    devices = mesh.size
-
-    def one(axis: int, source: object) -> jax.ShapeDtypeStruct | None:
-        if source is None:
-            return None
-        shape = list(source.shape)  # pyright: ignore[reportAttributeAccessIssue]
-        spec = jax.P()
-        if axis != WHOLE:
-            shape[axis] *= devices
-            spec = jax.P(*[None] * axis, TENSOR)
-        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-
-    def of_layer(whole: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
-        assert isinstance(whole.sharding, jax.sharding.NamedSharding)
-        sharding = jax.sharding.NamedSharding(mesh, jax.P(*whole.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(whole.shape[1:], dtype, sharding=sharding)
-
-    params = jax.tree.map(one, AXES, local_sources(model, devices), is_leaf=lambda leaf: isinstance(leaf, int))
-    if stacked:
-        return params
-    return dataclasses.replace(params, layers=separate(params.layers, model.num_layers, of_layer))
+def split_axes(sizes: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+    """The logical axes that are split on a mesh of these sizes, each with its mesh axis (`layers.context.Context`)."""
+    return tuple((name, rule.mesh_axis) for name, rule in RULES.items() if sizes.get(rule.mesh_axis, 1) > 1)

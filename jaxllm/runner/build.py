@@ -63,14 +63,14 @@ def build_runner(
         WeightsError: the checkpoint does not fit the model.
     """
     clock = _Clock(record)
-    sources, prefix = config.sources(), base_prefix(config.model)
-    checkpoint.check(sources, prefix=prefix)  # before anything takes long
+    specs, prefix = config.specs(), base_prefix(config.model)
+    checkpoint.check(specs, prefix=prefix)  # before anything takes long
     config, programs, plan = compiled_plan(config)
     clock.lap("plan")
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         return checkpoint.load(
-            sources,
+            specs,
             jnp.dtype(config.dtype),
             config.sharding,
             prefix=prefix,

@@ -157,11 +157,13 @@ class NullRunner:
 def ordinary_tokens(
     tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, end_token_ids: Collection[int]
 ) -> list[int]:
-    """The first ids that neither end a request nor are special, and that decode to printable ASCII text.
+    """The first ids that neither end a request nor were added to the tokenizer's own vocabulary, and that decode to
+    printable ASCII text.
 
-    Raises ValidationError when the vocabulary has none.
+    `all_special_ids` are only those with a part of their own (end, padding, ...); what else is special is an added
+    token, and it would decode to nothing. Raises ValidationError when the vocabulary has none.
     """
-    special = set(end_token_ids) | set(getattr(tokenizer, "all_special_ids", ()))
+    special = set(end_token_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     found: list[int] = []
     for token_id in range(vocab_size):
         if token_id in special:

@@ -20,13 +20,14 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
-from jaxllm.models.pooler import PoolingModel, pooling_sources
-from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_axes, split_shapes
+from jaxllm.models.pooler import PoolingModel, pooling_specs
+from jaxllm.models.segments import resegment
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
-from jaxllm.weights.loader import shapes
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
@@ -67,7 +68,7 @@ class RunnerConfig:
     @property
     def context(self) -> Context:
         """How the model's layers are compiled."""
-        return Context(backend=self.backend, split=split_axes(self.target.num_devices))
+        return Context(backend=self.backend, split=split_axes(self.target.mesh_sizes))
 
     @property
     def platform(self) -> str:
@@ -146,26 +147,22 @@ class RunnerConfig:
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 
-    def sources(self) -> Params | PoolingModel:
-        """Where the model's weights come from; of a model that is split, the shapes of one device's weights."""
-        stacked = self.target.stacks_layers
+    def specs(self) -> Params | PoolingModel:
+        """What the model's weights are, in the segments that its devices take."""
+        segments = self.target.segments(self.model.num_layers)
         if self.pooler is not None:
-            return pooling_sources(self.model, self.pooler, stacked=stacked)
+            return resegment(pooling_specs(self.model, self.pooler), segments)
         assert isinstance(self.model, DecoderConfig)
-        return local_sources(self.model, self.target.num_devices, stacked=stacked)
+        return resegment(decoder_specs(self.model), segments)
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""
-        if self.target.mesh is None:
-            return shapes(self.sources(), jnp.dtype(self.dtype), self.sharding)
-        assert isinstance(self.model, DecoderConfig)
-        return split_shapes(self.model, jnp.dtype(self.dtype), self.target.mesh, stacked=self.target.stacks_layers)
+        return shapes(self.specs(), jnp.dtype(self.dtype), self.sharding)
 
     @property
     def weight_bytes(self) -> int:
         """On one device."""
-        arrays = jax.tree.leaves(shapes(self.sources(), jnp.dtype(self.dtype), None))
-        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        return device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

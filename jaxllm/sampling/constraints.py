@@ -21,13 +21,18 @@ def apply_mask(logits: jax.Array, mask_words: jax.Array, use_mask: jax.Array) ->
     return jnp.where(allowed | ~use_mask[:, None], logits, -jnp.inf)
 
 
-def apply_bad_words(logits: jax.Array, bad_words: jax.Array, history: jax.Array, length: jax.Array) -> jax.Array:
-    """-inf for the last token of every banned sequence whose other tokens end the history (prompt and outputs).
+def apply_bad_words(
+    logits: jax.Array, bad_words: jax.Array, history: jax.Array, prompt_length: jax.Array, length: jax.Array
+) -> jax.Array:
+    """-inf for the last token of every banned sequence whose other tokens end the outputs.
+
+    As in vLLM, what the prompt ends with begins no banned sequence: a word is bad when all of it is generated.
 
     Args:
         logits: f32[R, V].
         bad_words: i32[R, NW, LW], padded with -1 on the left.
-        history: i32[R, L].
+        history: i32[R, L], prompt and outputs.
+        prompt_length: i32[R], tokens of `history` that are prompt.
         length: i32[R], valid tokens of `history`.
     """
     vocab = logits.shape[1]
@@ -35,8 +40,8 @@ def apply_bad_words(logits: jax.Array, bad_words: jax.Array, history: jax.Array,
     width = prefix.shape[2]
     offsets = length[:, None] - width + lax.iota(jnp.int32, width)
     tail = jnp.take_along_axis(history, jnp.maximum(offsets, 0), axis=1, mode="clip")
-    tail = jnp.where(offsets >= 0, tail, -1)
-    # a history shorter than the prefix has -1 where the prefix has a token, which no token equals
+    tail = jnp.where(offsets >= prompt_length[:, None], tail, -1)
+    # Outputs shorter than the prefix have -1 where the prefix has a token, which no token equals.
     matches = jnp.all((prefix < 0) | (prefix == tail[:, None, :]), axis=2)
     return logits.at[_row_index(last), _dropped_unless(matches, last, vocab)].set(-jnp.inf, mode="drop")
 

@@ -179,7 +179,7 @@ def _adjust(logits: jax.Array, batch: SamplingBatch, processors: Sequence[Logits
         if has_bad_words:
             values = lax.cond(
                 batch.any_bad_words,
-                lambda x: apply_bad_words(x, batch.bad_words, batch.history, batch.length),
+                lambda x: apply_bad_words(x, batch.bad_words, batch.history, batch.prompt_length, batch.length),
                 _same,
                 values,
             )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.parallel.rules import shapes
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
@@ -90,7 +91,7 @@ class Checkpoint:
 
     def load(
         self,
-        sources: Tree,
+        specs: Tree,
         dtype: jnp.dtype,
         sharding: jax.sharding.Sharding,
         *,
@@ -102,13 +103,14 @@ class Checkpoint:
         """The model's weights on its devices. Raises WeightsError (see `loader.load`).
 
         Args:
+            specs: a tree of `WeightSpec`s.
             prefix: see `naming.CommonNames`.
             stop: see `loader.load`.
         """
         if self.load_format == "dummy":
-            return loader.dummy(sources, dtype, sharding, seed, stop=stop)
+            return loader.dummy(specs, dtype, sharding, seed, stop=stop)
         if self.load_format == "orbax":
-            return orbax.load(self.path, loader.shapes(sources, dtype, sharding))
+            return orbax.load(self.path, shapes(specs, dtype, sharding))
         with self._reader() as reader:
             named = CommonNames(reader, prefix)
             if named.left_out:
@@ -118,9 +120,9 @@ class Checkpoint:
                     next(iter(self.config.get("architectures") or ("The model",))),
                     named.left_out,
                 )
-            return loader.load(named, sources, dtype, sharding, progress=progress, stop=stop)
+            return loader.load(named, specs, dtype, sharding, progress=progress, stop=stop)
 
-    def check(self, sources: object, *, prefix: str = "model.") -> None:
+    def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
 
         Raises:
@@ -128,7 +130,7 @@ class Checkpoint:
         """
         if self.load_format in ("gguf", "safetensors"):
             with self._reader() as reader:
-                loader.check(CommonNames(reader, prefix), sources)
+                loader.check(CommonNames(reader, prefix), specs)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:

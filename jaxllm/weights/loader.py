@@ -1,4 +1,4 @@
-"""Checkpoints into device arrays: each array is filled slice by slice, in place, in the form its devices hold."""
+"""Checkpoints into device arrays: each device's part of an array is read into the buffer that becomes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import concurrent.futures
 import math
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import jax
@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from jaxllm.models.sources import Source
+from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
+from jaxllm.parallel.rules import held, local_shape, mesh_axes, mesh_sizes, shape_and_sharding
 from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
@@ -30,7 +31,7 @@ _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 _DERIVED = ".rotary_emb.inv_freq"
 
 
-#: a model's sources, or something else of each
+#: a model's specs, or something else of each
 Tree = TypeVar("Tree")
 
 
@@ -42,25 +43,24 @@ class WeightReader(Protocol):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
 
 
-def shapes(sources: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> Tree:
-    """`jax.ShapeDtypeStruct`s of a model's arrays."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding), sources, is_leaf=_is_source)
-
-
 def load(
     reader: WeightReader,
-    sources: Tree,
+    specs: Tree,
     dtype: jnp.dtype,
     sharding: jax.sharding.Sharding,
     *,
     progress: bool,
     stop: threading.Event | None = None,
 ) -> Tree:
-    """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it.
+    """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it,
+    and of each tensor only the rows that the part has.
 
     At most `READ_PIECE` elements are in host memory a second time.
 
     Args:
+        specs: a tree of `WeightSpec`s.
+        dtype: of those that have none of their own.
+        sharding: of what every device has whole.
         stop: set by another thread that does not want them any more.
 
     Raises:
@@ -68,39 +68,38 @@ def load(
         WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
             use it; nothing has been read then.
     """
-    check(reader, sources)
-    bar = tqdm(
-        total=len(jax.tree.leaves(sources, is_leaf=_is_source)),
-        desc="Loading weights",
-        disable=not progress,
-        leave=False,
-    )
+    check(reader, specs)
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
 
-    def one(source: Source) -> jax.Array:
+    def one(spec: WeightSpec) -> jax.Array:
+        if spec.storage != DENSE:
+            raise WeightsError(f"{spec.parts[0].name} is to be stored as {spec.storage!r}, which cannot be read yet")
+        shape, own = shape_and_sharding(spec, sharding)
+
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return _read(reader, source, index or (), dtype, stop)
+            return _read(reader, spec, _numbers(spec, sharding, index), mesh_sizes(sharding), dtype, stop)
 
-        array = jax.make_array_from_callback(source.shape, sharding, part)
+        array = jax.make_array_from_callback(shape, own, part)
         bar.update()
         return array
 
     with bar:
-        return jax.tree.map(one, sources, is_leaf=_is_source)
+        return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
-def check(reader: WeightReader, sources: object) -> None:
+def check(reader: WeightReader, specs: object) -> None:
     """Compare every tensor's name and shape with what the model needs."""
     unused = set(reader.names())
     layers = 0
-    for source in jax.tree.leaves(sources, is_leaf=_is_source):
-        for name, part in source.tensors():
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        for name, part in spec.tensors():
             if name not in unused:
                 raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
             unused.remove(name)
-            wanted = (part.rows,) if source.columns is None else (part.rows, source.columns)
-            if reader.shape(name) != wanted:
+            if reader.shape(name) != part.shape:
                 raise WeightsError(
-                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {wanted}"
+                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {part.shape}"
                 )
             if match := _LAYER.search(name):
                 layers = max(layers, int(match[1]) + 1)
@@ -111,45 +110,58 @@ def check(reader: WeightReader, sources: object) -> None:
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 
+def _numbers(spec: WeightSpec, sharding: jax.sharding.Sharding, index: tuple[slice, ...] | None) -> dict[str, int]:
+    """The device whose part has this index in the array: its number along each axis of the mesh that the array is
+    split over.
+    """
+    sizes = mesh_sizes(sharding)
+    places = zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False)
+    return {name: (place.start or 0) // size for name, place, size in places if name is not None}
+
+
 def _read(
     reader: WeightReader,
-    source: Source,
-    index: tuple[slice, ...],
+    spec: WeightSpec,
+    numbers: Mapping[str, int],
+    sizes: Mapping[str, int],
     dtype: jnp.dtype,
     stop: threading.Event | None = None,
 ) -> np.ndarray:
-    """The slice `index` of a source, [layers, rows, columns] (without what it does not have)."""
-    shape = source.shape
-    index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
-    out = _aligned(tuple(s.stop - s.start for s in index), dtype)
-    if source.layers is None:
-        _fill(reader, source, 0, index, out, stop)
-    else:
-        for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            _fill(reader, source, layer, index[1:], out[i], stop)
+    """One device's part of an array.
+
+    Args:
+        numbers: of the device, along the axes of the mesh.
+        sizes: of the mesh's axes.
+    """
+    out = _aligned(local_shape(spec, sizes), jnp.dtype(spec.dtype or dtype))
+    for i, layer in enumerate(spec.layers if spec.layers is not None else (0,)):
+        into = out if spec.layers is None else out[i]
+        for part in spec.parts:
+            rows = _fill(reader, part, part.name.format(layer=layer), numbers, sizes, into, stop)
+            into = into[rows:]
     return out
 
 
 def _fill(
     reader: WeightReader,
-    source: Source,
-    layer: int,
-    index: tuple[slice, ...],
+    part: Part,
+    name: str,
+    numbers: Mapping[str, int],
+    sizes: Mapping[str, int],
     out: np.ndarray,
     stop: threading.Event | None,
-) -> None:
-    """One layer's part of a slice: the rows of each fused tensor that fall into it."""
-    wanted, offset = index[0], 0
-    piece = max(READ_PIECE // (source.columns or 1), 1)
-    for part in source.parts:
-        name = part.name.format(layer=layer)
-        start, end = max(wanted.start, offset), min(wanted.stop, offset + part.rows)
-        for first in range(start, end, piece):
-            _raise_if(stop)
-            last = min(first + piece, end)
-            tensor = reader.read(name, slice(first - offset, last - offset))
-            out[first - wanted.start : last - wanted.start] = tensor[:, index[1]] if len(index) > 1 else tensor
-        offset += part.rows
+) -> int:
+    """One device's part of a tensor, into the first rows of `out`. Returns how many they are."""
+    rows, *others = (held(axis, sizes, numbers) for axis in part.axes)
+    columns = tuple(slice(own.first, own.first + own.count) for own in others)
+    piece = max(READ_PIECE // math.prod(part.shape[1:]), 1)
+    for first in range(0, rows.count, piece):
+        _raise_if(stop)
+        last = min(first + piece, rows.count)
+        tensor = reader.read(name, slice(rows.first + first, rows.first + last))
+        out[first:last] = tensor[(slice(None), *columns)]
+    out[rows.count : rows.size] = 0
+    return rows.size
 
 
 def _raise_if(stop: threading.Event | None) -> None:
@@ -158,30 +170,44 @@ def _raise_if(stop: threading.Event | None) -> None:
 
 
 def dummy(
-    sources: Tree,
+    specs: Tree,
     dtype: jnp.dtype,
     sharding: jax.sharding.Sharding,
     seed: int = 0,
     *,
     stop: threading.Event | None = None,
 ) -> Tree:
-    """Random weights made on the device: normal with deviation 0.02, norms that change nothing.
+    """Random weights made on the devices, each its own part: normal with deviation 0.02, norms that change nothing.
 
     Args:
         stop: see `load`.
     """
-    leaves, tree = jax.tree.flatten(sources, is_leaf=_is_source)
+    leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
     # XLA's own generator: several times faster than JAX's default
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    draw = jax.jit(_draw, static_argnums=(1, 2), out_shardings=sharding)
+    sizes = mesh_sizes(sharding)
+    draw = jax.jit(_draw, static_argnums=(1, 2))
 
-    def one(key: jax.Array, source: Source) -> jax.Array:
+    def one(key: jax.Array, spec: WeightSpec) -> jax.Array:
         _raise_if(stop)
-        if source.norm_offset is not None:
-            return jnp.full(source.shape, 1.0 - source.norm_offset, dtype, device=sharding)
-        return jax.block_until_ready(draw(key, source.shape, dtype))
+        own_dtype = jnp.dtype(spec.dtype or dtype)
+        shape, own = shape_and_sharding(spec, sharding)
+        if spec.init is not None:
+            return jnp.full(shape, spec.init, own_dtype, device=own)
+        parts = []
+        for device, index in own.addressable_devices_indices_map(shape).items():
+            numbers = _numbers(spec, sharding, index)
+            at = jax.device_put(_own_key(key, numbers), device)
+            parts.append(jax.block_until_ready(draw(at, local_shape(spec, sizes), own_dtype)))
+        return jax.make_array_from_single_device_arrays(shape, own, parts)
 
-    return jax.tree.unflatten(tree, [one(key, source) for key, source in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(tree, [one(key, spec) for key, spec in zip(keys, leaves, strict=True)])
+
+
+def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:
+    for number in numbers.values():
+        key = jax.random.fold_in(key, number)
+    return key
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -199,7 +225,3 @@ def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _is_source(x: object) -> bool:
-    return isinstance(x, Source)

@@ -18,12 +18,12 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.devices import GPU
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.parallel.rules import shapes
 from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.weights.loader import shapes
 
 from .models import MODELS, Model
 
@@ -99,7 +99,7 @@ def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             config = _runner_config(model, device, gpu)
-            params = shapes(config.sources(), jax.numpy.dtype(config.dtype), config.sharding)
+            params = shapes(config.specs(), jax.numpy.dtype(config.dtype), config.sharding)
             programs = make_programs(config, params, num_blocks)
             state = config.state(num_blocks)
             body: Any = getattr(params, "body", params)

@@ -84,7 +84,6 @@ def test_dimensions(tiny_model: Path, pooling: LLM) -> None:
 
 
 def test_saved_models_pool_as_before(minilm: Path, tmp_path: Path) -> None:
-    pytest.importorskip("orbax.checkpoint")
     small = {"max_num_seqs": 2, "max_model_len": 32, "enforce_eager": True}
     with LLM(minilm, **small) as llm:
         before = vectors(llm, PROMPTS[:2])

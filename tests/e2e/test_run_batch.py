@@ -287,7 +287,7 @@ def test_tables_without_their_columns(folder: Folder, capsys: pytest.CaptureFixt
     with monkey.context():
         assert folder.run(source=folder.path / "p.parquet") == 1
     monkey.undo()
-    assert "pip install 'jaxllm[tables]'" in capsys.readouterr().err
+    assert "pip install '.[tables]'" in capsys.readouterr().err
 
 
 def test_embeddings_run_in_groups(tmp_path: Path):

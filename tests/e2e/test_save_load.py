@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -21,18 +22,41 @@ def answers(llm: LLM) -> list[tuple[str, list[int]]]:
     return [(output.outputs[0].text, list(output.outputs[0].token_ids)) for output in outputs]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, dtype: str):
-    with LLM(tiny_model, dtype=dtype, **SMALL) as llm:
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("safetensors", "float32"), ("safetensors", "bfloat16"), ("orbax", "bfloat16")]
+)
+def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, format: str, dtype: str):
+    if format == "orbax":
+        pytest.importorskip("orbax.checkpoint")
+    generation = {"temperature": 0.25, "eos_token_id": 256}
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    with LLM(tmp_path / "model", dtype=dtype, **SMALL) as llm:
         before = answers(llm)
         weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm._started.runner.params)]
-        llm.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        llm.save(tmp_path / "saved", format=format)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == generation
     with LLM(tmp_path / "saved", dtype=dtype, **SMALL) as llm:
-        assert llm._started.checkpoint.load_format == "orbax"
+        assert llm._started.checkpoint.load_format == format
+        assert llm.get_default_sampling_params().temperature == 0.25
         for saved, loaded in zip(weights, jax.tree.leaves(llm._started.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()
         assert answers(llm) == before
+
+
+def test_an_engine_that_was_shut_down_saves_nothing(engine: LLM, tiny_model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="format must be 'safetensors' or 'orbax', got 'pt'"):
+        engine.save(tmp_path / "saved", format="pt")
+    engine.sleep(level=1)
+    with pytest.raises(RuntimeError, match="the engine sleeps"):
+        engine.save(tmp_path / "saved")
+    engine.wake_up()
+    engine.shutdown()
+    with pytest.raises(RuntimeError, match="shut down"):
+        engine.save(tmp_path / "saved")
+    assert not any(tmp_path.iterdir())
 
 
 def test_dummy_weights_need_no_weight_file(tiny_model: Path, tmp_path: Path):

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import Source, decoder_sources
+from jaxllm.models.specs import decoder_specs
 
 #: tensors whose scores should lie far apart, so that attention looks at something and rounding decides nothing
 _GAINS = {"q_proj": 1.4, "k_proj": 1.4, "lm_head": 4.0}
@@ -31,19 +32,16 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, seed: int = 0) -> 
     assert isinstance(model, DecoderConfig)
     draw = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
-    sources = jax.tree.leaves(decoder_sources(model), is_leaf=lambda x: isinstance(x, Source))
-    for source in sources:
-        for layer in range(source.layers) if source.layers is not None else (0,):
-            for part in source.parts:
-                name = part.name.format(layer=layer)
-                tensors[name] = _tensor(draw, name, part.rows, source)
+    for spec in jax.tree.leaves(decoder_specs(model), is_leaf=is_spec):
+        for name, part in spec.tensors():
+            tensors[name] = _tensor(draw, name, part.shape, spec)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def _tensor(draw: np.random.Generator, name: str, rows: int, source: Source) -> np.ndarray:
-    if source.columns is None:
-        return np.full(rows, 1.0 - (source.norm_offset or 0.0), np.float32)
+def _tensor(draw: np.random.Generator, name: str, shape: tuple[int, ...], spec: WeightSpec) -> np.ndarray:
+    if len(shape) == 1:
+        return np.full(shape, 1.0 if spec.init is None else spec.init, np.float32)
     gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
-    drawn = draw.standard_normal((rows, source.columns), dtype=np.float32)
-    return drawn * np.float32(gain / np.sqrt(source.columns))
+    drawn = draw.standard_normal(shape, dtype=np.float32)
+    return drawn * np.float32(gain / np.sqrt(shape[1]))

@@ -19,7 +19,7 @@ from support.paged_model import PagedModel
 
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
@@ -227,7 +227,7 @@ def load(directory: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     checkpoint = Checkpoint(directory)
     config = model_config(checkpoint.config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return config, checkpoint.load(decoder_sources(config), jnp.dtype(dtype), device, seed=0, progress=False)
+    return config, checkpoint.load(decoder_specs(config), jnp.dtype(dtype), device, seed=0, progress=False)
 
 
 Step = dict[str, list[int]]

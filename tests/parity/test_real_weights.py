@@ -12,7 +12,7 @@ import pytest
 from support.paged_model import PagedModel
 
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats.gguf import GGUFReader
@@ -40,7 +40,7 @@ def compare(path: Path, family: str, tokens: int) -> None:
     checkpoint = Checkpoint(path)
     config = model_config(checkpoint.config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = checkpoint.load(decoder_sources(config), jnp.dtype(jnp.float32), device, seed=0, progress=False)
+    params = checkpoint.load(decoder_specs(config), jnp.dtype(jnp.float32), device, seed=0, progress=False)
     model = PagedModel(config, params, block_size=16, max_len=256, num_seqs=2, buckets=(2, 192))
     ends = [37, tokens - DECODES, *range(tokens - DECODES + 1, tokens + 1)]
     parts = [model.step({"a": ids[first:end]})["a"] for first, end in zip([0, *ends], ends, strict=False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE, WordPiece
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.engine.io.detokenizer import Detokenizer
@@ -94,32 +96,87 @@ def test_the_text_of_all_tokens_is_that_of_one_by_one(byte_level: Tokenizer, kin
     assert together.text == by_one.text
 
 
+def bytes_only() -> Tokenizer:
+    """Every byte is a token, and its own id."""
+    tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def test_a_prompt_that_ends_inside_a_character_stays_out_of_the_output(byte_level: Tokenizer):
+    prompt = [byte_level.encode(letter).ids[0] for letter in "my secret "]
+    halves = byte_level.encode("😀").ids
+    assert len(halves) > 1, "the character is several tokens"
+    params = SamplingParams(stop=["secret", "cret"])
+    for ids, text in (
+        (halves[1:], "😀"),
+        (byte_level.encode("a plan").ids, "a plan"),
+        (halves[1:] + halves[:1], "😀"),
+    ):
+        detokenizer = Detokenizer(byte_level, [*prompt, halves[0]], params)
+        assert [detokenizer.append(token_id) for token_id in ids] == [None] * len(ids)
+        assert detokenizer.text == text
+        detokenizer = Detokenizer(byte_level, [*prompt, halves[0]], SamplingParams())
+        detokenizer.extend(ids, last=True)
+        assert detokenizer.text == text
+
+
+@given(text=st.text(alphabet="a b😀é漢", max_size=12), data=st.data())
+@pytest.mark.parametrize("kind", ["byte level", "bytes"])
+def test_wherever_the_prompt_ends_the_output_is_what_it_adds(
+    byte_level: Tokenizer, kind: str, text: str, data: st.DataObject
+):
+    """The oracle is Python's decoder: the output is the text of both without that of the prompt, whose unfinished
+    character belongs to the output that finishes it.
+    """
+    text += "."
+    spelled = text.encode()
+    if kind == "bytes":
+        tokenizer, ids = bytes_only(), list(spelled)
+        cut = data.draw(st.integers(0, len(ids)))
+        before = spelled[:cut]
+    else:
+        tokenizer, ids = byte_level, byte_level.encode(text, add_special_tokens=False).ids
+        cut = data.draw(st.integers(0, len(ids)))
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        before = bytes(byte_of[character] for i in ids[:cut] for character in tokenizer.id_to_token(i) or "")
+    finished = codecs.getincrementaldecoder("utf-8")().decode(before)
+    detokenizer = Detokenizer(tokenizer, ids[:cut], SamplingParams())
+    for token_id in ids[cut:]:
+        detokenizer.append(token_id)
+    assert detokenizer.text == text[len(finished) :]
+
+
 @given(
     text=st.text(alphabet="ab😀é ", max_size=40),
     stops=st.lists(st.text(alphabet="ab😀é ", min_size=1, max_size=4), max_size=3),
     include=st.booleans(),
+    min_tokens=st.integers(0, 6),
 )
-def test_stop_strings_end_the_text_where_they_first_end(text: str, stops: list[str], include: bool):
-    tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+def test_stop_strings_end_the_text_where_they_first_end(text: str, stops: list[str], include: bool, min_tokens: int):
     ids = list(text.encode())
-    params = SamplingParams(stop=stops, include_stop_str_in_output=include)
-    pieces, found = stream(tokenizer, "", ids, params) if ids else ([], "")
-    # the oracle: characters come one at a time, and after each the text ends if it ends with a stop string
+    params = SamplingParams(stop=stops, include_stop_str_in_output=include, min_tokens=min_tokens)
+    pieces, found = stream(bytes_only(), "", ids, params) if ids else ([], "")
+    # the oracle: characters come one at a time, and after each the text ends if it ends with a stop string, the first
+    # of the list, unless one of the first `min_tokens` tokens (bytes) has completed it
     expected, stopped = text, ""
     for end in range(1, len(text) + 1):
-        ending = max((stop for stop in stops if text[:end].endswith(stop)), key=len, default="")
-        if ending:
+        ending = next((stop for stop in stops if text[:end].endswith(stop)), "")
+        if ending and len(text[:end].encode()) > min_tokens:
             expected, stopped = text[: end if include else end - len(ending)], ending
             break
     assert ("".join(pieces), found) == (expected, stopped)
 
 
+@pytest.mark.parametrize(("stops", "text", "reason"), [(["b", "ab"], "a", "b"), (["ab", "b"], "", "ab")])
+def test_of_stop_strings_that_end_together_the_first_counts(stops: list[str], text: str, reason: str):
+    pieces, found = stream(bytes_only(), "", list(b"ab"), SamplingParams(stop=stops))
+    assert ("".join(pieces), found) == (text, reason)
+
+
 @given(text=st.text(alphabet="abc", max_size=30), stop=st.text(alphabet="abc", min_size=1, max_size=5))
 def test_nothing_is_delivered_that_a_stop_string_takes_back(text: str, stop: str):
-    tokenizer = Tokenizer(BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    detokenizer = Detokenizer(tokenizer, [], SamplingParams(stop=[stop]))
+    detokenizer = Detokenizer(bytes_only(), [], SamplingParams(stop=[stop]))
     delivered = ""
     for token in text.encode():
         if detokenizer.append(token) is not None:

@@ -1,4 +1,4 @@
-"""Execute the notebooks: `python tests/support/run_notebooks.py notebooks/*.ipynb` writes the outputs into the files."""
+"""Execute notebooks: `python tests/support/run_notebooks.py notebooks/*.ipynb` writes the outputs into the files."""
 
 from __future__ import annotations
 

@@ -95,13 +95,13 @@ def make_batch(rows: list[Row], vocab: int, *, capacity: int = 8, want_logprobs:
 
 
 def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
-    """float64[V]: mask, bad words, bias, penalties."""
+    """float64[V]: mask, bad words (which begin and end in the outputs, as in vLLM), bias, penalties."""
     values = logits.astype(np.float64)
     if row.allowed is not None:
         values[[t for t in range(len(values)) if t not in row.allowed]] = -np.inf
     tokens = row.prompt + row.outputs
     for word in row.bad_words:
-        if len(word) == 1 or tokens[-(len(word) - 1) :] == word[:-1]:
+        if len(word) == 1 or row.outputs[-(len(word) - 1) :] == word[:-1]:
             values[word[-1]] = -np.inf
     for token, bias in row.bias.items():
         values[token] += bias

@@ -19,19 +19,20 @@ from support.tiny_model import CONFIG
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Layers, Params, forward, logits
-from jaxllm.models.layer_stack import in_form
+from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.segments import resegment
+from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh, on_each_device
-from jaxllm.parallel.rules import CACHE, local_model, split_axes, split_shapes
-from jaxllm.weights.loader import shapes
+from jaxllm.parallel.rules import CACHE, local_model, shapes, split_axes
 from pallas_kernels.batch import AttentionBatch
 
 BLOCK_SIZE, BLOCKS = 8, 6
 #: a vocabulary that neither 2 nor 4 divides, biases, norms of heads
 MODEL = dataclasses.replace(model_config(CONFIG), vocab_size=251, qkv_bias=True, qk_norm=True)
+
+LAYERS = MODEL.num_layers
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
         return (random.standard_normal(shape.shape) / math.sqrt(shape.shape[-1])).astype(np.float32)
 
-    params = jax.tree.map(draw, shapes(decoder_sources(MODEL), jnp.dtype("float32"), None))
+    params = jax.tree.map(draw, shapes(decoder_specs(MODEL), jnp.dtype("float32"), None))
     attention = AttentionBatch(
         token_seq=jnp.asarray([0] * 9 + [1] * 3),
         positions=jnp.asarray([*range(9), *range(3)]),
@@ -63,13 +64,13 @@ def main() -> None:
 
     cache = jnp.zeros(cache_shape(MODEL.num_kv_heads))
     pages, expected = jax.jit(step, static_argnums=(0, 1))(Context(), MODEL, params, cache, batch)
-    for devices, stacked in ((2, True), (4, True), (2, False)):
+    for devices, sizes in ((2, (LAYERS,)), (4, (LAYERS,)), (2, (1,) * LAYERS)):
         mesh = make_mesh(jax.devices()[:devices])
         whole = jax.sharding.NamedSharding(mesh, jax.P())
-        wanted = split_shapes(MODEL, jnp.dtype("float32"), mesh, stacked=stacked)
-        mine = in_form(split(params, devices), separated=not stacked)
+        wanted = shapes(resegment(decoder_specs(MODEL), sizes), jnp.dtype("float32"), whole)
+        mine = resegment(split(params, devices), sizes)
         jax.tree.map(lambda array, shape: np.testing.assert_equal(array.shape, shape.shape), mine, wanted)
-        part, context = local_model(MODEL, devices), Context(split=split_axes(devices))
+        part, context = local_model(MODEL, devices), Context(split=split_axes(mesh.shape))
         arguments = (
             jax.tree.map(lambda array, shape: jax.device_put(array, shape.sharding), mine, wanted),
             jnp.zeros(cache_shape(part.num_kv_heads * devices), device=jax.sharding.NamedSharding(mesh, CACHE)),
@@ -90,7 +91,7 @@ def main() -> None:
         np.testing.assert_allclose(split_pages, repeated, rtol=2e-5, atol=2e-5)
         exchanged = count_collectives(compiled.as_text() or "")
         np.testing.assert_equal(exchanged, expected_collectives(MODEL.num_layers, devices))
-        print(devices, "stacked" if stacked else "separate")
+        print(devices, *sizes)
 
 
 def split(params: Params, devices: int) -> Params:
@@ -116,15 +117,17 @@ def split(params: Params, devices: int) -> Params:
         # NaN: what is behind the vocabulary must not be seen
         return np.pad(array, ((0, -len(array) % devices), (0, 0)), constant_values=np.nan)
 
-    layers = params.layers
-    assert isinstance(layers, Layers) and layers.qkv_bias is not None and params.head is not None
+    [layers] = params.layers
+    assert layers.qkv_bias is not None and params.head is not None
     return Params(
         embedding=vocabulary(np.asarray(params.embedding)),
-        layers=dataclasses.replace(
-            layers,
-            qkv=fused_heads(np.asarray(layers.qkv)),
-            qkv_bias=fused_heads(np.asarray(layers.qkv_bias)),
-            gate_up=fused_mlp(np.asarray(layers.gate_up)),
+        layers=(
+            dataclasses.replace(
+                layers,
+                qkv=fused_heads(np.asarray(layers.qkv)),
+                qkv_bias=fused_heads(np.asarray(layers.qkv_bias)),
+                gate_up=fused_mlp(np.asarray(layers.gate_up)),
+            ),
         ),
         norm=params.norm,
         head=vocabulary(np.asarray(params.head)),

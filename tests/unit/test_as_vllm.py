@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import jaxllm.as_vllm as as_vllm
-from jaxllm.aliases import MODULES
+from jaxllm import aliases
+from jaxllm.aliases import MODULES, REST, Missing
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +27,61 @@ def test_every_name_exists():
     for path, homes in MODULES.items():
         for package in ("vllm", "jaxllm"):
             module = importlib.import_module(f"{package}.{path}" if path else package)
-            for name in homes:
-                assert getattr(module, name) is not None, f"{module.__name__}.{name}"
+            for name, home in homes.items():
+                if not isinstance(home, Missing):
+                    assert getattr(module, name) is not None, f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize("package", ["vllm", "jaxllm"])
+def test_a_name_without_meaning_says_why(package: str):
+    as_vllm.install()
+    for path, homes in MODULES.items():
+        module = importlib.import_module(f"{package}.{path}" if path else package)
+        for name, home in homes.items():
+            if isinstance(home, Missing):
+                name = "Anything" if name == REST else name
+                with pytest.raises(ImportError, match=re.escape(f"jaxllm has no {module.__name__}.{name}; {home}")):
+                    getattr(module, name)
+                assert "\n" not in home
+
+
+#: what vLLM 0.33's offline text examples and its documentation of `LLM` import
+IMPORTS = """
+vllm LLM EngineArgs SamplingParams LLMEngine RequestOutput PoolingParams AsyncEngineArgs AsyncLLMEngine TokensPrompt
+vllm.config PoolerConfig ProfilerConfig StructuredOutputsConfig
+vllm.config.pooler PoolerConfig
+vllm.distributed cleanup_dist_env_and_memory
+vllm.engine.arg_utils AsyncEngineArgs EngineArgs
+vllm.engine.async_llm_engine AsyncLLMEngine
+vllm.entrypoints.llm LLM
+vllm.inputs TextPrompt TokensPrompt
+vllm.logger init_logger
+vllm.outputs RequestOutput PoolingRequestOutput
+vllm.platforms current_platform
+vllm.pooling_params PoolingParams
+vllm.sampling_params BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
+vllm.utils.argparse_utils FlexibleArgumentParser
+vllm.utils.print_utils print_embeddings
+vllm.v1.engine.async_llm AsyncLLM
+vllm.v1.metrics.reader Counter Gauge Histogram Vector
+"""
+
+
+def test_what_vllms_examples_import_is_there():
+    for line in IMPORTS.strip().splitlines():
+        module, *names = line.split()
+        path = module.partition(".")[2]
+        for name in names:
+            assert name in aliases.names(path), f"{module}.{name}"
+
+
+def test_the_platform_is_jaxs():
+    import jax
+
+    platform = importlib.import_module("jaxllm.platforms").current_platform
+    assert (platform.is_cpu(), platform.is_cuda(), platform.is_rocm()) == (True, False, False)
+    assert (platform.device_type, platform.device_name, platform.device_count()) == ("cpu", "cpu", jax.device_count())
+    assert platform.get_device_name() == jax.devices()[0].device_kind
 
 
 def test_vllm_paths_with_only_the_package_renamed():
@@ -65,8 +120,8 @@ def test_a_script_runs_unchanged(tmp_path: Path):
     )
     first, second = done.stdout.splitlines()
     assert first.startswith("jaxllm.llm 3 ") and first.endswith(" ['--flag', 'x']")
-    assert (
-        second == "jaxllm has no vllm.config.ModelConfig; of this module it has: PoolerConfig, StructuredOutputsConfig"
+    assert second.startswith(
+        "jaxllm has no vllm.config.ModelConfig; of this module it has: PoolerConfig, ProfilerConfig,"
     )
 
 

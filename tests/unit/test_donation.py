@@ -15,13 +15,13 @@ import pytest
 from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import Bucket, make_buckets
 from jaxllm.runner.compile.programs import CPU_OPTIONS
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
-from jaxllm.weights.loader import shapes
 from pallas_kernels.storage import STORAGE
 
 LLAMA: dict[str, Any] = {
@@ -55,7 +55,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[SamplingPrograms, State]
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         make_buckets(64, MAX_NUM_SEQS, eager=True),
         MAX_MODEL_LEN // BLOCK_SIZE,
-        shapes(decoder_sources(model), jnp.dtype(dtype), sharding),
+        shapes(decoder_specs(model), jnp.dtype(dtype), sharding),
         state,
         platform="cpu",
         eager=True,

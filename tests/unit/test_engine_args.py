@@ -13,6 +13,7 @@ import pytest
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.config.profiler import ProfilerConfig
 
 FIELDS = {field.name for field in dataclasses.fields(EngineArgs)}
 
@@ -260,11 +261,12 @@ def test_the_hubs_token_is_not_printed():
 
 def test_arguments_about_watching():
     args = engine_args("m")
-    assert (args.disable_log_stats, args.metrics_port, args.profiler_config) == (True, None, {})
+    assert (args.disable_log_stats, args.metrics_port, args.profiler_config) == (True, None, ProfilerConfig())
     args = engine_args("m", disable_log_stats=False, metrics_port=0, profiler_config={"torch_profiler_dir": Path("p")})
     assert (args.disable_log_stats, args.metrics_port) == (False, 0)
-    assert args.profiler_config == {"torch_profiler_dir": "p"}
-    assert engine_args("m", profiler_config={"profiler": "torch"}).profiler_config == {"profiler": "torch"}
+    assert args.profiler_config == ProfilerConfig(torch_profiler_dir="p")
+    for config in ({"profiler": "torch", "delay_iterations": 0}, ProfilerConfig(profiler="torch")):
+        assert engine_args("m", profiler_config=config).profiler_config == ProfilerConfig(profiler="torch")
 
 
 @pytest.mark.parametrize(

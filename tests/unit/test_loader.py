@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterable
@@ -17,9 +18,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import Layers, Params
+from jaxllm.models.decoder import Params
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
@@ -71,8 +72,8 @@ def write(directory: Path, tensors: dict[str, np.ndarray], **config: Any) -> Pat
 
 def load(directory: Path, dtype: Any = jnp.float32, load_format: str = "auto") -> Params:
     checkpoint = Checkpoint(directory, load_format)
-    sources = decoder_sources(model_config(checkpoint.config))
-    return checkpoint.load(sources, jnp.dtype(dtype), DEVICE, seed=0, progress=False)
+    specs = decoder_specs(model_config(checkpoint.config))
+    return checkpoint.load(specs, jnp.dtype(dtype), DEVICE, seed=0, progress=False)
 
 
 def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -167,7 +168,8 @@ def test_a_tensor_that_a_layer_has_no_use_for_is_refused(tmp_path: Path):
 def test_fewer_layers_than_the_checkpoint_has_may_be_taken(tmp_path: Path):
     derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     params = load(write(tmp_path, weights() | derived, num_hidden_layers=2))
-    assert isinstance(params.layers, Layers) and params.layers.qkv.shape == (2, HEADS + 2 * KV, 16)
+    [segment] = params.layers
+    assert segment.qkv.shape == (2, HEADS + 2 * KV, 16)
 
 
 def test_tied_embeddings_leave_a_stored_head_alone(tmp_path: Path):
@@ -195,7 +197,7 @@ class CountingReader:
 
 def test_each_row_is_read_once():
     reader = CountingReader(weights())
-    loader.load(reader, decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
+    loader.load(reader, decoder_specs(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
     assert reader.rows == {name: shape[0] for name, shape in SHAPES.items()}
 
 
@@ -204,7 +206,7 @@ def test_nothing_is_read_of_a_checkpoint_that_does_not_fit():
     del tensors["lm_head.weight"]  # the last that the check comes to
     reader = CountingReader(tensors)
     with pytest.raises(WeightsError):
-        loader.load(reader, decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
+        loader.load(reader, decoder_specs(model_config(CONFIG)), jnp.dtype(np.float32), DEVICE, progress=False)
     assert not any(reader.rows.values())
 
 
@@ -218,25 +220,32 @@ def test_reading_ends_when_nobody_wants_the_weights_any_more():
                 stop.set()
             return super().read(name, rows)
 
-    reader, sources = StoppedReader(weights()), decoder_sources(model_config(CONFIG))
+    reader, specs = StoppedReader(weights()), decoder_specs(model_config(CONFIG))
     with pytest.raises(CancelledError):
-        loader.load(reader, sources, jnp.dtype(np.float32), DEVICE, progress=False, stop=stop)
+        loader.load(reader, specs, jnp.dtype(np.float32), DEVICE, progress=False, stop=stop)
     assert stop.is_set()
     with pytest.raises(CancelledError):
-        loader.dummy(sources, jnp.dtype(np.float32), DEVICE, stop=stop)
+        loader.dummy(specs, jnp.dtype(np.float32), DEVICE, stop=stop)
 
 
-def test_a_slice_reads_only_the_rows_in_it():
+def test_a_device_reads_only_its_rows():
+    """Of four devices the third has the third head and, with its neighbour, the second KV head."""
     tensors = weights()
     reader = CountingReader(tensors)
-    layers = decoder_sources(model_config(CONFIG)).layers
-    assert isinstance(layers, Layers)
-    index = (slice(1, 3), slice(12, 20), slice(4, 8))
-    part = loader._read(reader, layers.qkv, index, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
-    np.testing.assert_array_equal(part, by_hand(tensors)["qkv"][index])
+    [segment] = decoder_specs(model_config(CONFIG)).layers
+    part = loader._read(reader, segment.qkv, {"tp": 2}, {"tp": 4}, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+    whole = by_hand(tensors)["qkv"]
+    np.testing.assert_array_equal(part, np.concatenate([whole[:, 8:12], whole[:, 20:24], whole[:, 28:32]], axis=1))
     read = {name: rows for name, rows in reader.rows.items() if rows}
     prefix = "model.layers.{}.self_attn.{}_proj.weight"
-    assert read == {prefix.format(layer, part): 4 for layer in (1, 2) for part in "qk"}
+    assert read == {prefix.format(layer, part): 4 for layer in range(4) for part in "qkv"}
+
+
+def test_a_form_of_numbers_that_nobody_can_read_is_refused():
+    specs = decoder_specs(model_config(CONFIG))
+    quantized = dataclasses.replace(specs, norm=dataclasses.replace(specs.norm, storage="int4"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight is to be stored as 'int4', which cannot be read yet"):
+        loader.load(CountingReader(weights()), quantized, jnp.dtype(np.float32), DEVICE, progress=False)
 
 
 def test_dummy_weights_need_only_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -261,9 +270,9 @@ def test_dummy_weights_need_only_a_config(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_dummy_norms_of_gemma_change_nothing():
     gemma = {**CONFIG, "architectures": ["Gemma3ForCausalLM"], "head_dim": 8, "sliding_window": 8}
-    params = loader.dummy(decoder_sources(model_config(gemma)), jnp.dtype(jnp.bfloat16), DEVICE)
-    assert isinstance(params.layers, Layers)
-    assert not np.asarray(params.layers.post_mlp_norm).any() and not np.asarray(params.norm).any()
+    params = loader.dummy(decoder_specs(model_config(gemma)), jnp.dtype(jnp.bfloat16), DEVICE)
+    [segment] = params.layers
+    assert not np.asarray(segment.post_mlp_norm).any() and not np.asarray(params.norm).any()
 
 
 @pytest.mark.parametrize(
@@ -301,10 +310,10 @@ def test_the_text_of_a_model_that_sees_images(
     renamed[f"{images}multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(2, np.float32)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file(renamed, tmp_path / "model.safetensors")
-    sources = decoder_sources(model_config(CONFIG))
-    found = Checkpoint(tmp_path).load(sources, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
+    specs = decoder_specs(model_config(CONFIG))
+    found = Checkpoint(tmp_path).load(specs, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
     np.testing.assert_array_equal(found.head, tensors["lm_head.weight"])
-    assert isinstance(found.layers, Layers)
-    np.testing.assert_array_equal(found.layers.down[3], tensors["model.layers.3.mlp.down_proj.weight"])
+    [segment] = found.layers
+    np.testing.assert_array_equal(segment.down[3], tensors["model.layers.3.mlp.down_proj.weight"])
     [record] = caplog.records
     assert "2 tensors for images are not loaded, and prompts with images are refused" in record.getMessage()

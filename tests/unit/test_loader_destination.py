@@ -1,4 +1,4 @@
-"""Where weights end up: each device gets its slice, and nothing is in host memory twice. In processes of their own."""
+"""Where weights end up: each device gets its part, and nothing is in host memory twice. In processes of their own."""
 
 from __future__ import annotations
 
@@ -12,57 +12,67 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader
 
 REPOSITORY = Path(__file__).parents[2]
 
 SHARDED = """
-import jax, json, sys
+import jax, sys
 import jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.mesh import make_mesh
 from jaxllm.weights import loader
 sys.path.insert(0, sys.argv[1])
 from test_loader import CONFIG, CountingReader, SHAPES, by_hand, weights
 
-assert len(jax.devices()) == 4
-mesh = jax.make_mesh((4,), ("x",))
-tensors = weights()
-expected = by_hand(tensors)
-for axis in range(3):
-    sources = decoder_sources(model_config(CONFIG))
-    named = {path[-1].name: s for path, s in jax.tree.flatten_with_path(sources, is_leaf=loader._is_source)[0]}
-    named = {name: s for name, s in named.items() if len(s.shape) > axis}
+tensors = weights(); expected = by_hand(tensors)
+specs = decoder_specs(model_config(CONFIG))
+for devices in (2, 4):
+    mesh = make_mesh(jax.devices()[:devices])
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
     reader = CountingReader(tensors)
-    for name, source in named.items():
-        sharding = NamedSharding(mesh, P(*[None] * axis, "x"))
-        index = {device: i for device, i in sharding.devices_indices_map(source.shape).items()}
-        array = jax.make_array_from_callback(
-            source.shape, sharding, lambda i, s=source: loader._read(reader, s, i, jnp.dtype(np.float32))
-        )
-        np.testing.assert_array_equal(np.asarray(array), expected[name])
-        for shard in array.addressable_shards:
-            assert shard.data.shape == tuple(n // 4 if i == axis else n for i, n in enumerate(source.shape))
-            np.testing.assert_array_equal(np.asarray(shard.data), expected[name][index[shard.device]])
-    # over columns every device reads the rows that it takes a part of
-    for name, source in named.items():
-        for tensor, _ in source.tensors():
-            columns = axis == len(source.shape) - 1 and source.columns is not None
-            assert reader.rows[tensor] == SHAPES[tensor][0] * (4 if columns else 1), (axis, tensor)
+    found = loader.load(reader, specs, jnp.dtype(np.float32), whole, progress=False)
+    arrays = {path[-1].name: leaf for path, leaf in jax.tree.flatten_with_path(found)[0]}
 
-whole = loader.load(CountingReader(tensors), decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32),
-                    NamedSharding(mesh, P("x")), progress=False)
-leaves = {path[-1].name: leaf for path, leaf in jax.tree.flatten_with_path(whole)[0]}
-assert all(np.array_equal(np.asarray(leaf), expected[name]) for name, leaf in leaves.items())
-replicated = loader.load(reader := CountingReader(tensors), decoder_sources(model_config(CONFIG)),
-                         jnp.dtype(np.float32), NamedSharding(mesh, P()), progress=False)
-assert reader.rows == {name: shape[0] for name, shape in SHAPES.items()}
-random = loader.dummy(decoder_sources(model_config(CONFIG)), jnp.dtype(np.float32), NamedSharding(mesh, P("x")))
-assert random.embedding.addressable_shards[0].data.shape == (9, 16)
-print("sharded as asked")
+    def joined(array, first, *sizes):
+        # by device, its rows of each tensor that is joined in the array: [tensor's first row, rows, rows of a device]
+        parts = []
+        for d in range(devices):
+            start = 0
+            for size, own in sizes:
+                at = start + d * size // devices // own * own
+                parts.append(array[:, at : at + own])
+                start += size
+        return np.concatenate(parts, axis=1)
+
+    kv = max(8 // devices, 4)
+    by_device = {
+        **expected,
+        "qkv": joined(expected["qkv"], 0, (16, 16 // devices), (8, kv), (8, kv)),
+        "qkv_bias": joined(expected["qkv_bias"], 0, (16, 16 // devices), (8, kv), (8, kv)),
+        "gate_up": joined(expected["gate_up"], 0, (20, 20 // devices), (20, 20 // devices)),
+    }
+    split_axis = {"embedding": 0, "head": 0, "qkv": 1, "qkv_bias": 1, "output": 2, "gate_up": 1, "down": 2}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(np.asarray(array), by_device[name], err_msg=name)
+        for shard in array.addressable_shards:
+            axis = split_axis.get(name, -1)
+            assert shard.data.shape == tuple(n // devices if i == axis else n for i, n in enumerate(array.shape)), name
+    # where columns are split every device reads the rows that it takes a part of; a KV head is read by all that have it
+    by_columns, by_kv_heads = ("o_proj", "down_proj"), ("k_proj", "v_proj")
+    for name, rows in reader.rows.items():
+        times = devices if any(part in name for part in by_columns) else 1
+        times = kv * devices // 8 if any(part in name for part in by_kv_heads) else times
+        assert rows == SHAPES[name][0] * times, name
+    drawn = loader.dummy(specs, jnp.dtype(np.float32), whole)
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.sharding), (b.shape, b.sharding)), drawn, found)
+    one, two = (np.asarray(shard.data) for shard in drawn.embedding.addressable_shards[:2])
+    assert not np.array_equal(one, two)
+print("split as asked")
 """
 
 
@@ -80,8 +90,8 @@ def python(script: str, *arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_each_device_gets_its_slice_and_reads_no_more():
-    assert "sharded as asked" in python(SHARDED, str(Path(__file__).parent), JAX_NUM_CPU_DEVICES="4")
+def test_each_device_gets_its_part_and_reads_no_more():
+    assert "split as asked" in python(SHARDED, str(Path(__file__).parent), JAX_NUM_CPU_DEVICES="4")
 
 
 # A dozen layers of a small model, 384 MiB in bfloat16.
@@ -99,7 +109,7 @@ PEAK = """
 import jax, jax.numpy as jnp, sys
 from pathlib import Path
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.weights.checkpoint import Checkpoint
 
 def status(field):
@@ -107,11 +117,11 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 checkpoint = Checkpoint(Path(sys.argv[1]), sys.argv[2])
-sources = decoder_sources(model_config(checkpoint.config))
+specs = decoder_specs(model_config(checkpoint.config))
 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 jnp.zeros(1).block_until_ready()
 before = status("VmRSS")
-params = checkpoint.load(sources, jnp.dtype(jnp.bfloat16), device, seed=0, progress=False)
+params = checkpoint.load(specs, jnp.dtype(jnp.bfloat16), device, seed=0, progress=False)
 jax.block_until_ready(params)
 print(status("VmHWM") - before, sum(array.nbytes for array in jax.tree.leaves(params)))
 """
@@ -134,14 +144,11 @@ def test_weights_are_never_twice_in_host_memory(tmp_path: Path, stored: str, rec
 def write_zeros(directory: Path, dtype: str) -> None:
     """A checkpoint whose tensors are a hole in the file: it takes no room on the disk, and its full size in memory."""
     header, end = {}, 0
-    for source in jax.tree.leaves(decoder_sources(model_config(LARGE)), is_leaf=loader._is_source):
-        for layer in range(source.layers or 1):
-            for part in source.parts:
-                shape = [part.rows] if source.columns is None else [part.rows, source.columns]
-                size = int(np.prod(shape)) * {"BF16": 2, "F32": 4}[dtype]
-                name = part.name.format(layer=layer)
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-                end += size
+    for spec in jax.tree.leaves(decoder_specs(model_config(LARGE)), is_leaf=is_spec):
+        for name, part in spec.tensors():
+            size = int(np.prod(part.shape)) * {"BF16": 2, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [end, end + size]}
+            end += size
     raw = json.dumps(header).encode()
     path = directory / "model.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)

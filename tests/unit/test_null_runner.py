@@ -9,6 +9,8 @@ from support.tiny_model import EOS, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.runner.null import ordinary_tokens
+from jaxllm.tokenization.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,13 @@ def test_the_cache_has_the_blocks_that_were_asked_for(model: Path):
         assert llm.memory_plan.num_blocks == 2**24 // (2 * 2 * 16 * 16 * 2 * 2)
     with pytest.raises(ValidationError, match="needs 33 blocks of KV cache, and there are 5"):
         LLM(model, load_format="null", num_gpu_blocks_override=5, block_size=16)
+
+
+def test_special_tokens_are_not_ordinary(smollm2_gguf: Path):
+    """Of SmolLM2's seventeen special tokens, which come first, `all_special_ids` lists three."""
+    tokenizer = load_tokenizer(smollm2_gguf)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert len(special) == 17 > len(tokenizer.all_special_ids)
+    ids = ordinary_tokens(tokenizer, 1000, [])
+    assert special.isdisjoint(ids)
+    assert len(tokenizer.decode(ids, skip_special_tokens=True)) >= len(ids)

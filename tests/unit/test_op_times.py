@@ -15,7 +15,7 @@ from jaxllm.layers.norm import rms_norm
 TEXT = """HloModule jit_forward_step, is_scheduled=true
 
 FileNames
-1 "/somewhere/jaxllm/models/layer_stack.py"
+1 "/somewhere/jaxllm/models/segments.py"
 2 "/somewhere/jaxllm/layers/linear.py"
 3 "/somewhere/pallas_kernels/fixed_order.py"
 4 "/somewhere/pallas_kernels/paged_attention/xla.py"

@@ -16,7 +16,8 @@ import pytest
 
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel import rules
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
@@ -38,12 +39,12 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def shapes(config: DecoderConfig, dtype: str = "bfloat16") -> Params:
-    return loader.shapes(decoder_sources(config), jnp.dtype(dtype), DEVICE)
+    return rules.shapes(decoder_specs(config), jnp.dtype(dtype), DEVICE)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
-    params = loader.dummy(decoder_sources(CONFIG), jnp.dtype(jnp.bfloat16), DEVICE, seed=5)
+    params = loader.dummy(decoder_specs(CONFIG), jnp.dtype(jnp.bfloat16), DEVICE, seed=5)
     directory = tmp_path_factory.mktemp("saved")
     orbax.save(directory, params)
     return directory, params
@@ -60,7 +61,7 @@ def test_what_is_loaded_is_what_was_saved(saved: tuple[Path, Params]):
 
 def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 1000)
-    params = loader.dummy(decoder_sources(CONFIG), jnp.dtype(jnp.float32), DEVICE)
+    params = loader.dummy(decoder_specs(CONFIG), jnp.dtype(jnp.float32), DEVICE)
     orbax.save(tmp_path, params)
     loaded = orbax.load(tmp_path, shapes(CONFIG, "float32"))
     jax.tree.map(np.testing.assert_array_equal, loaded, params)

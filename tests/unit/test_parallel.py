@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import CONFIG
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.layers.weight import Axis
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
-from jaxllm.parallel.rules import check_split, local_sources, split_sizes
-from jaxllm.weights.loader import shapes
+from jaxllm.parallel.mesh import TENSOR
+from jaxllm.parallel.rules import check_split, device_bytes, held, split_sizes
 
 MODEL = model_config(CONFIG)
 HLO = """\
@@ -62,6 +62,17 @@ def test_one_device_exchanges_nothing():
     assert expected_collectives(7, 1) == {}
 
 
+@given(words=st.integers(1, 100), devices=st.integers(1, 16))
+def test_a_vocabulary_is_filled_up(words: int, devices: int):
+    """Oracle: the vocabulary filled up to a multiple, and cut."""
+    rows = -(-words // devices) * devices
+    padded = np.where(np.arange(rows) < words, np.arange(rows), -1)
+    for device, part in enumerate(np.split(padded, devices)):
+        own = held(Axis("vocab", words), {TENSOR: devices}, {TENSOR: device})
+        assert own.size == len(part)
+        np.testing.assert_array_equal(np.arange(own.first, own.first + own.count), part[part >= 0])
+
+
 heads = st.integers(1, 64)
 
 
@@ -80,10 +91,13 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
     if even and (whole or shared) and intermediate % devices == 0:
         check_split(model, devices)
         assert devices in split_sizes(model)
-        part = jax.tree.leaves(shapes(local_sources(model, devices).layers, jnp.dtype("float32"), None))
-        full = jax.tree.leaves(shapes(decoder_sources(model).layers, jnp.dtype("float32"), None))
-        size = lambda tree: sum(math.prod(array.shape) for array in tree)  # noqa: E731
-        assert size(full) <= devices * size(part)
+        layers, float32 = decoder_specs(model).layers, jnp.dtype("float32")
+        assert device_bytes(layers, float32, {}) <= devices * device_bytes(layers, float32, {TENSOR: devices})
+        numbers = [{TENSOR: device} for device in range(devices)]
+        for axis, parts in ((Axis("heads", model.num_heads), queries), (Axis("kv_heads", kv_heads), read)):
+            found = [held(axis, {TENSOR: devices}, number) for number in numbers]
+            assert [set(range(own.first, own.first + own.count)) for own in found] == [set(part) for part in parts]
+            assert {own.size for own in found} == {len(set(parts[0]))}
     else:
         with pytest.raises(ValidationError, match=r"What would work: 1"):
             check_split(model, devices)
@@ -92,9 +106,9 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
 def test_a_split_computes_what_the_whole_does():
     """In a process of its own, which has more than one device."""
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "split_model.py")],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "split_model.py")],
         env=environment,
         capture_output=True,
         text=True,
@@ -102,4 +116,4 @@ def test_a_split_computes_what_the_whole_does():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 stacked", "4 stacked", "2 separate"]
+    assert done.stdout.splitlines() == ["2 2", "4 2", "2 1 1"]

@@ -12,11 +12,12 @@ import pytest
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig, sample_step
-from jaxllm.weights.loader import dummy, shapes
+from jaxllm.weights.loader import dummy
 
 VOCAB, HIDDEN = 300, 32
 LLAMA: dict[str, Any] = {
@@ -45,7 +46,7 @@ def programs(max_num_seqs: int, platform: str, *, eager: bool = False) -> Sampli
         StepConfig(model=model, groups=groups, num_logprobs=2, logprobs_mode="raw_logprobs", max_scored_tokens=4),
         make_buckets(max(max_num_seqs, 64), max_num_seqs, eager=eager),
         2,
-        shapes(decoder_sources(model), jnp.dtype(jnp.float32), SHARDING),
+        shapes(decoder_specs(model), jnp.dtype(jnp.float32), SHARDING),
         state,
         platform=platform,
         eager=eager,
@@ -84,7 +85,7 @@ def test_the_same_tokens_either_way(num_samples: int, rows: int, fixed: int):
     fields["num_samples"][...] = num_samples
     fields["rows"][:] = np.random.default_rng(1).permutation(capacity)
     fields["positions"][:] = np.arange(capacity) + 3
-    params = made.head_params(dummy(decoder_sources(made.config.model), jnp.dtype(jnp.float32), SHARDING))
+    params = made.head_params(dummy(decoder_specs(made.config.model), jnp.dtype(jnp.float32), SHARDING))
     hidden = np.zeros((capacity, HIDDEN), np.float32)
     hidden[:num_samples] = np.random.default_rng(0).standard_normal((num_samples, HIDDEN))
     expected = np.argmax(hidden.astype(np.float64) @ np.asarray(params.head, np.float64).T, axis=1)[:num_samples]

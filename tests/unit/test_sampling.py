@@ -83,6 +83,8 @@ ADJUSTMENTS = {
     "bad word of one token": Row(bad_words=[[42]]),
     "bad word that begins": Row(bad_words=[[8, 9], [1, 9, 50]], prompt=[1], outputs=[8]),
     "bad word that ends": Row(bad_words=[[8, 9, 50], [9, 51], [7, 9, 52]], prompt=[3], outputs=[8, 9]),
+    "bad word that begins in the prompt": Row(bad_words=[[8, 50], [8, 9, 51], [9, 52]], prompt=[8], outputs=[9]),
+    "bad word behind a prompt": Row(bad_words=[[8, 50], [7, 8, 51]], prompt=[7, 8]),
     "bad word longer than the history": Row(bad_words=[[8, 9, 50]], outputs=[9]),
     "all": Row(
         repetition_penalty=1.2,

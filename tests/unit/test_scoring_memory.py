@@ -12,12 +12,12 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import engine_args
 from jaxllm.config.resolve import SCORED_BYTES, scheduler_config
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.compile.programs import CPU_OPTIONS
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_CPU, SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
-from jaxllm.weights.loader import shapes
 
 VOCAB = 151_936
 CONFIG = {
@@ -53,7 +53,7 @@ def scoring_bytes(max_model_len: int, max_num_batched_tokens: int, num_logprobs:
         ),
         make_buckets(limits.max_num_batched_tokens, 64, eager=True),
         -(-max_model_len // 16),
-        shapes(decoder_sources(model), jnp.dtype(jnp.float32), sharding),
+        shapes(decoder_specs(model), jnp.dtype(jnp.float32), sharding),
         state,
         platform="cpu",
         eager=True,

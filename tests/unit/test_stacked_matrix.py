@@ -16,14 +16,14 @@ from support.live_buffers import live
 from support.paged_model import PagedModel
 from support.tiny_model import SMALL as ENGINE
 from support.tiny_model import write_tiny_model
-from test_layer_stack import BFLOAT16, FAMILIES, SMALL, draw
+from test_segments import BFLOAT16, FAMILIES, SMALL, draw
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
-from jaxllm.models.sources import decoder_sources
+from jaxllm.models.specs import decoder_specs
 from jaxllm.runner.heads.sampling_programs import with_whole_layers
 
 #: as `SMALL`, with buckets of one token
@@ -75,7 +75,7 @@ def test_several_rows_take_the_weight_itself():
 def test_a_model_reads_its_matrices_where_they_lie(family: str):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
     config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
-    params = draw(decoder_sources(config), BFLOAT16)
+    params = draw(decoder_specs(config), BFLOAT16)
     whole = with_whole_layers(params)
     kinds = [isinstance(leaf, StackedMatrix) for leaf in jax.tree.leaves(whole.layers, is_leaf=_is_matrix)]
     assert 0 < sum(kinds) < len(kinds) and isinstance(whole.head, StackedMatrix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 PRIMING_TOKENS = 6
 #: what stands for bytes that are no whole character
 _NO_CHARACTER = "\ufffd"
+#: a character has at most four bytes, so at most three tokens are a part of one
+_PART_TOKENS = 3
 
 
 class Detokenizer:
@@ -26,9 +29,12 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams):
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
-        self._primer = prompt_token_ids[-PRIMING_TOKENS:]
+        self._prompt = prompt_token_ids
         #: None: nothing has been decoded
         self._stream: DecodeStream | None = None
+        #: what the prompt's last tokens read as, where they are an unfinished character: the stream's first text may
+        #: begin with it
+        self._unfinished = ""
         #: special token -> its text, where no space is to stand between two of them
         self._specials: dict[int, str] = {}
         if not (params.spaces_between_special_tokens or params.skip_special_tokens):
@@ -37,19 +43,25 @@ class Detokenizer:
         self._after_special = False
         self._stop: list[str] = list(params.stop or ())
         self._include_stop = params.include_stop_str_in_output
+        #: tokens that are still to come before one may complete a stop string
+        self._unstoppable = params.min_tokens
         #: characters that may turn out to be the beginning of a stop string
         self._held = 0 if self._include_stop else max(map(len, self._stop), default=1) - 1
         self.text = ""
         self._delivered = 0
 
-    def append(self, token_id: int, *, find_stop: bool = True) -> str | None:
-        """Take one more token; returns the stop string that it completes, with `text` cut there."""
+    def append(self, token_id: int) -> str | None:
+        """Take one more token; returns the stop string that it completes, with `text` cut there.
+
+        As in vLLM, a stop string does not count that one of the first `min_tokens` tokens completes.
+        """
         piece = self._piece(token_id)
+        self._unstoppable -= 1
         if not piece:
             return None
         before = len(self.text)
         self.text += piece
-        if not self._stop or not find_stop:
+        if not self._stop or self._unstoppable >= 0:
             return None
         found = self._find_stop(before)
         if found is None:
@@ -72,19 +84,34 @@ class Detokenizer:
         """The text of all tokens in a quarter of the time that it takes one by one; None where some are not whole
         characters, which depends on when one looks, or change the text of the prompt.
         """
-        decode = self._tokenizer.decode
-        before = decode(self._primer, skip_special_tokens=self._skip_special_tokens)
-        text = decode(self._primer + token_ids, skip_special_tokens=self._skip_special_tokens)
-        if _NO_CHARACTER in text or not text.startswith(before):
+        primer, before, unfinished = self._primer()
+        text = self._decode(primer + token_ids)
+        if unfinished or _NO_CHARACTER in text or not text.startswith(before):
             return None
         return text[len(before) :]
 
+    def _primer(self) -> tuple[list[int], str, list[int]]:
+        """The prompt's last tokens as far as they are whole characters, their text, and the tokens behind them, which
+        may be the beginning of a character.
+        """
+        end = len(self._prompt)
+        for size in range(PRIMING_TOKENS, PRIMING_TOKENS + _PART_TOKENS + 1):
+            for cut in range(end, max(end - _PART_TOKENS, 0) - 1, -1):
+                primer = self._prompt[max(0, end - size) : cut]
+                text = self._decode(primer)
+                if _NO_CHARACTER not in (text[:1], text[-1:]):
+                    return primer, text, self._prompt[cut:]
+        # There are replacement characters in the prompt itself.
+        return [], "", self._prompt[-PRIMING_TOKENS:]
+
     def _find_stop(self, before: int) -> tuple[int, str] | None:
-        """The stop string that ends first in the text behind `before`; of those that end together the longest."""
+        """The stop string that ends first in the text behind `before`; of those that end together, as in vLLM, the
+        first of the caller's list.
+        """
         best = None
         for stop in self._stop:
             at = self.text.find(stop, max(0, before - len(stop) + 1))
-            if at >= 0 and (best is None or (at + len(stop), -len(stop)) < (best[0], -len(best[1]))):
+            if at >= 0 and (best is None or at + len(stop) < best[0]):
                 best = (at + len(stop), stop)
         return best
 
@@ -101,15 +128,36 @@ class Detokenizer:
 
     def _decoded(self, token_id: int) -> str | None:
         if self._stream is None:
-            self._stream = DecodeStream(ids=self._primer, skip_special_tokens=self._skip_special_tokens)
+            self._start()
+        text = self._step(token_id)
+        if text and self._unfinished:
+            # Whether a token finishes the prompt's last character or shows that it is none, the output is what differs.
+            text = text[len(os.path.commonprefix([text, self._unfinished])) :]
+            self._unfinished = ""
+        return text
+
+    def _start(self) -> None:
+        """Make the stream, and bring it behind the prompt."""
+        primer, _, unfinished = self._primer()
+        self._stream = DecodeStream(ids=primer, skip_special_tokens=self._skip_special_tokens)
+        waiting: list[int] = []
+        for token_id in unfinished:
+            waiting = [] if self._step(token_id) else [*waiting, token_id]
+        self._unfinished = self._decode(waiting) if waiting else ""
+
+    def _step(self, token_id: int) -> str | None:
+        assert self._stream is not None
         try:
             return self._stream.step(self._tokenizer, token_id)
         except Exception as error:  # the library raises a bare Exception
             if "Invalid prefix" not in str(error):
                 raise
             # a token that changes the text before it: start anew from it
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            self._stream, self._unfinished = DecodeStream(skip_special_tokens=self._skip_special_tokens), ""
             return self._stream.step(self._tokenizer, token_id)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def delta(self, finished: bool) -> str:
         """Text that has not been delivered yet, without what may still become a stop string."""

@@ -54,10 +54,9 @@ class OutputState:
         """Take one token; returns the stop string that it completes."""
         if arrays is not None:
             self.logprobs.append(arrays, index, self.request.all_token_ids)
-        request = self.request
         if self.detokenizer is None or not self.finds_stops or self._ends_with(token_id):
             return None
-        return self.detokenizer.append(token_id, find_stop=request.num_output_tokens >= request.params.min_tokens)
+        return self.detokenizer.append(token_id)
 
     def _ends_with(self, token_id: int) -> bool:
         """Whether it is an end token, and so no part of the text."""

@@ -180,14 +180,14 @@ class Trace:
         """Tokens, sequences, KV cache and time of the steps, as a picture: notebooks show it, `savefig` writes it.
 
         Raises:
-            ImportError: matplotlib is not there; ``pip install 'jaxllm[plot]'``.
+            ImportError: matplotlib is not there.
         """
         try:
             from jaxllm.engine.observe.trace_plot import plot
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            raise ImportError("plot() needs matplotlib: pip install 'jaxllm[plot]'") from error
+            raise ImportError("plot() needs matplotlib; in a checkout of jaxllm: pip install '.[plot]'") from error
         return plot(self)
 
     def save_chrome_trace(self, path: str | os.PathLike[str]) -> None:

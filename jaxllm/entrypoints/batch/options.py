@@ -16,7 +16,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSONL; -: stdout")
     parser.add_argument("--resume", action="store_true", help="go on with the output: skip the lines that it has")
     parser.add_argument("--overwrite", action="store_true", help="begin the output anew")
-    table = parser.add_argument_group("CSV and Parquet input (pip install 'jaxllm[tables]')")
+    table = parser.add_argument_group("CSV and Parquet input (needs pyarrow: pip install '.[tables]')")
     table.add_argument("--prompt-column", metavar="NAME", help="column of prompts (default: prompt)")
     table.add_argument("--messages-column", metavar="NAME", help="column of conversations: lists of messages, or JSON")
     table.add_argument("--id-column", metavar="NAME", help="column of custom_ids (default: custom_id, else row-N)")

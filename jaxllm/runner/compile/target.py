@@ -9,7 +9,7 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPU
-from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.mesh import TENSOR, make_mesh
 from jaxllm.runner.memory.plan import device_memory
 
 
@@ -41,10 +41,14 @@ class Target:
     #: () where there is nothing to compile with
     devices: tuple[Any, ...] = ()
 
+    def segments(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each segment of a model of equal layers (`models.segments`)."""
+        return (num_layers,) if self.platform == "cpu" else (1,) * num_layers
+
     @property
-    def stacks_layers(self) -> bool:
-        """In which form the weights are (`models.layer_stack`)."""
-        return self.platform == "cpu"
+    def mesh_sizes(self) -> dict[str, int]:
+        """Of the mesh's axes, also where there is nothing to compile with."""
+        return {TENSOR: self.num_devices}
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -69,7 +73,8 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
     except RuntimeError as error:
         raise ValidationError(
-            f"device={name!r} is not there: {error}. For NVIDIA GPUs install jaxllm[cuda12] or jaxllm[cuda13]."
+            f"device={name!r} is not there: {error}. For NVIDIA GPUs, in a checkout of jaxllm: pip install '.[cuda12]' "
+            "or '.[cuda13]'."
         ) from error
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.layer_stack import has_separate_layers, in_form
+from jaxllm.models.segments import resegment, segment_sizes
 
 Weights = TypeVar("Weights")
 StateTree = TypeVar("StateTree")
@@ -87,15 +87,18 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         self.restore_weights()
 
     def set_params(self, params: Weights) -> None:
-        """Use other weights: a tree of the same structure, shapes and dtypes, its layers stacked or separate.
+        """Use other weights: a tree of the same structure, shapes and dtypes, its layers in any segments.
 
         Raises:
             ValidationError: it differs; the text names the first difference.
         """
         if self.params is None:
             raise RuntimeError("the weights sleep: call wake_up() first")
-        separated = has_separate_layers(params)
-        expected = jax.eval_shape(functools.partial(in_form, separated=separated), self.params)
+        sizes = segment_sizes(self.params)
+        given = segment_sizes(params)
+        if sum(given) != sum(sizes):
+            given = sizes  # what is wrong is said of ours
+        expected = jax.eval_shape(functools.partial(resegment, sizes=given), self.params)
         ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
         for path in {**ours, **theirs}:
             old, new = ours.get(path), theirs.get(path)
@@ -103,7 +106,7 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             if not same:
                 shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
                 raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
-        params = in_form(params, separated=has_separate_layers(self.params))
+        params = resegment(params, sizes)
         self._use(jax.device_put(params, self._sharding), owned=False)
 
     def _use(self, params: Weights, *, owned: bool) -> None:

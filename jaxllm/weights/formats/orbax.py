@@ -1,9 +1,10 @@
-"""Saved models: the device arrays, layers stacked, through orbax (an optional dependency)."""
+"""Saved models: the device arrays, all layers stacked, through orbax (an optional dependency)."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,28 +24,31 @@ CHUNK_BYTES = 2**27
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """What a file holds as one array: a leaf of the weights, or that of every layer, the first layer's first."""
+    """What a file holds as one array: a leaf of the weights, or that of every segment, the first layers' first."""
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
-    is_separate: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         shape = tuple(self.leaves[0].shape)
-        return (len(self.leaves), *shape) if self.is_separate else shape
+        return shape if len(self.leaves) == 1 else (sum(leaf.shape[0] for leaf in self.leaves), *shape[1:])
 
     def value(self) -> Any:
-        """What is saved; in the host's memory where layers have to be stacked."""
-        if not self.is_separate:
+        """What is saved; in the host's memory where segments have to be joined."""
+        if len(self.leaves) == 1:
             return self.leaves[0]
-        stacked = np.empty(self.shape, self.leaves[0].dtype)
-        for row, leaf in zip(stacked, self.leaves, strict=True):
-            row[...] = leaf
-        return stacked
+        joined = np.empty(self.shape, self.leaves[0].dtype)
+        for part, leaf in zip(self.split(joined), self.leaves, strict=True):
+            part[...] = leaf
+        return joined
+
+    def split(self, joined: np.ndarray) -> list[np.ndarray]:
+        """Each leaf's part of the array."""
+        return np.split(joined, list(itertools.accumulate(leaf.shape[0] for leaf in self.leaves[:-1])))
 
 
 def save(directory: Path, params: Any) -> None:
-    """Write the arrays into ``directory/orbax``. Layers are stacked there, in whatever form the engine has them.
+    """Write the arrays into ``directory/orbax``. All layers are stacked there, whatever segments the engine has.
 
     Raises:
         WeightsError: that folder exists.
@@ -59,8 +63,8 @@ def save(directory: Path, params: Any) -> None:
 
 
 def load(directory: Path, shapes: Any) -> Any:
-    """Read arrays with the shapes, dtypes and shardings of `shapes`, one after the other. Separate layers are taken
-    from the stored stacks, which are in the host's memory for it, one at a time.
+    """Read arrays with the shapes, dtypes and shardings of `shapes`, one after the other. Several segments are
+    taken from the stored stacks, which are in the host's memory for it, one at a time.
 
     Raises:
         WeightsError: the stored arrays have other names or shapes, or cannot be read.
@@ -85,7 +89,8 @@ def load(directory: Path, shapes: Any) -> Any:
         read: dict[str, Iterator[jax.Array]] = {}
         for name, array in wanted.items():
             leaf = array.leaves[0]
-            if array.is_separate:
+            several = len(array.leaves) > 1
+            if several:
                 how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
             else:
                 how = ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
@@ -94,7 +99,7 @@ def load(directory: Path, shapes: Any) -> Any:
                 value = checkpointer.restore(folder, args=args)[name]
             except Exception as error:  # what orbax raises for unreadable data is a bare Exception
                 raise WeightsError(f"{folder}: tensor {name} cannot be read: {error!r:.300}") from error
-            parts = [jax.device_put(row, leaf.sharding) for row in value] if array.is_separate else [value]
+            parts = [jax.device_put(part, leaf.sharding) for part in array.split(value)] if several else [value]
             read[name] = iter(jax.block_until_ready(parts))
     return jax.tree.map_with_path(lambda path, _: next(read[_name(path)]), shapes)
 
@@ -104,7 +109,9 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise JaxLLMError("orbax-checkpoint is not installed: pip install 'jaxllm[orbax]'") from None
+        raise JaxLLMError(
+            "orbax-checkpoint is not installed: in a checkout of jaxllm, pip install '.[orbax]'"
+        ) from None
     gigabytes: Any = in_flight_bytes * 1e-9  # declared to be whole, but only ever multiplied
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)) as checkpointer:
         yield checkpointer, ocp
@@ -114,8 +121,7 @@ def _arrays(params: Any) -> dict[str, _Array]:
     """By the path of their leaves, such as ``layers.qkv``."""
     arrays: dict[str, _Array] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
-        is_separate = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
-        arrays.setdefault(_name(path), _Array(is_separate=is_separate)).leaves.append(leaf)
+        arrays.setdefault(_name(path), _Array()).leaves.append(leaf)
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""Engines with separate layers, the form of GPUs, on the CPU: as those with stacked ones."""
+"""Engines whose every layer is a segment, as on GPUs, on the CPU: as those with one segment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.layer_stack import has_separate_layers, in_form
+from jaxllm.models.segments import resegment, segment_sizes
 from jaxllm.runner.compile.target import Target
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -26,31 +26,32 @@ def answers(llm: LLM) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def separate(tiny_model: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Target, "stacks_layers", False)
+        patch.setattr(Target, "segments", lambda self, num_layers: (1,) * num_layers)
         llm = LLM(tiny_model, **SMALL)
     with llm:
         yield llm
 
 
 def test_separate_layers_answer_as_stacked_ones(engine: LLM, separate: LLM):
-    forms = [llm.apply_model(has_separate_layers) for llm in (engine, separate)]
-    assert forms == [[False], [True]]
+    assert [llm.apply_model(segment_sizes) for llm in (engine, separate)] == [[(2,)], [(1, 1)]]
     assert answers(separate) == answers(engine)
 
 
 @pytest.mark.parametrize("is_separate", [False, True])
-def test_weights_are_taken_in_either_form(engine: LLM, separate: LLM, is_separate: bool):
+def test_weights_are_taken_in_any_segments(engine: LLM, separate: LLM, is_separate: bool):
     llm = separate if is_separate else engine
     (params,) = llm.apply_model(lambda params: params)
     before = answers(llm)
-    other = in_form(jax.tree.map(lambda array: -array, params), separated=not is_separate)
+    others = (2,) if is_separate else (1, 1)
+    other = resegment(jax.tree.map(lambda array: -array, params), others)
     llm.update_weights(other)
     assert answers(llm) != before
-    assert llm.apply_model(has_separate_layers) == [is_separate]
-    wrong = dataclasses.replace(other, layers=jax.tree.map(lambda array: array[:1], other.layers))
-    with pytest.raises(ValidationError, match=r"params\.layers(\[0\])?\.attention_norm must be float32\[.*64\], got"):
+    assert llm.apply_model(segment_sizes) == [segment_sizes(params)]
+    wrong = dataclasses.replace(other, layers=other.layers[:1] + other.layers[2:])
+    wrong = dataclasses.replace(wrong, layers=jax.tree.map(lambda array: array[:1], wrong.layers))
+    with pytest.raises(ValidationError, match=r"params\.layers\[.\]\.attention_norm must be float32\[., 64\], got"):
         llm.update_weights(wrong)
-    llm.update_weights(in_form(params, separated=not is_separate))
+    llm.update_weights(resegment(params, others))
     assert answers(llm) == before
     llm.update_weights(params)
     assert answers(llm) == before

@@ -1,4 +1,4 @@
-"""Layers stacked or separate: the same weights, whichever form they are read, drawn or saved in."""
+"""Layers in one segment, one each, or others: the same weights, however they are read, drawn or saved."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import Params
-from jaxllm.models.layer_stack import in_form
-from jaxllm.models.model import ModelConfig, body_sources, forward
+from jaxllm.models.model import ModelConfig, body_specs, forward
 from jaxllm.models.registry import model_config, pooling_model_config
-from jaxllm.models.sources import decoder_sources, separate_sources
-from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.rules import local_sources, split_shapes
+from jaxllm.models.segments import resegment, segment_sizes
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.mesh import TENSOR
+from jaxllm.parallel.rules import device_bytes, shapes
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
@@ -52,8 +52,11 @@ MODEL = dataclasses.replace(
     qk_norm=True,
 )
 BERT = pooling_model_config({**SMALL, "architectures": ["BertModel"], "type_vocab_size": 2})
-STACKED = decoder_sources(MODEL)
-SEPARATE = separate_sources(STACKED, LAYERS)
+STACKED = decoder_specs(MODEL)
+EACH = (1,) * LAYERS
+SEPARATE = resegment(STACKED, EACH)
+#: of a model with runs of equal layers
+SEGMENTS = {"one": (LAYERS,), "each": EACH, "two": (1, 2)}
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 FLOAT32, BFLOAT16 = jnp.dtype(np.float32), jnp.dtype(jnp.bfloat16)
 
@@ -63,52 +66,55 @@ def checkpoint(tmp_path: Path) -> Path:
     """Every tensor of `STACKED`, each with numbers of its own."""
     random = np.random.default_rng(0)
     tensors = {
-        name: random.standard_normal((part.rows, *([] if source.columns is None else [source.columns])), np.float32)
-        for source in jax.tree.leaves(STACKED)
-        for name, part in source.tensors()
+        name: random.standard_normal(part.shape, np.float32)
+        for spec in jax.tree.leaves(STACKED)
+        for name, part in spec.tensors()
     }
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
 
 
-def draw(sources: Any, dtype: np.dtype = FLOAT32) -> Any:
-    """Numbers in the place of sources."""
+def draw(specs: Any, dtype: np.dtype = FLOAT32) -> Any:
+    """Numbers in the place of specs."""
     random = np.random.default_rng(1)
-    shapes = loader.shapes(sources, dtype, DEVICE)
-    return jax.tree.map(lambda s: jax.device_put(random.standard_normal(s.shape).astype(dtype), DEVICE), shapes)
+    wanted = shapes(specs, dtype, DEVICE)
+    return jax.tree.map(lambda s: jax.device_put(random.standard_normal(s.shape).astype(dtype), DEVICE), wanted)
 
 
-def read(folder: Path, sources: Params) -> Params:
+def read(folder: Path, specs: Params) -> Params:
     with SafetensorsReader(folder) as reader:
-        return loader.load(reader, sources, FLOAT32, DEVICE, progress=False)
+        return loader.load(reader, specs, FLOAT32, DEVICE, progress=False)
 
 
-def check_rows(separate: Params, stacked: Params) -> None:
-    """Each layer of the one is a row of the other; all else is equal."""
-    assert isinstance(separate.layers, tuple) and len(separate.layers) == LAYERS
-    for i, layer in enumerate(separate.layers):
-        jax.tree.map(lambda mine, stack, i=i: np.testing.assert_array_equal(mine, stack[i]), layer, stacked.layers)
-    rest = (jax.tree.leaves(dataclasses.replace(params, layers=None)) for params in (separate, stacked))
-    for mine, other in zip(*rest, strict=True):
-        np.testing.assert_array_equal(mine, other)
+def check_rows(other: Params, stacked: Params) -> None:
+    """Each segment of the one has its layers' rows of the other's only one; all else is equal."""
+    [stack] = stacked.layers
+    first = 0
+    for segment, size in zip(other.layers, segment_sizes(other), strict=True):
+        rows = slice(first, first + size)
+        jax.tree.map(lambda mine, all, rows=rows: np.testing.assert_array_equal(mine, all[rows]), segment, stack)
+        first += size
+    assert first == LAYERS
+    rest = (jax.tree.leaves(dataclasses.replace(params, layers=None)) for params in (other, stacked))
+    for mine, theirs in zip(*rest, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_checkpoint_is_read_into_either_form(checkpoint: Path):
-    stacked = read(checkpoint, STACKED)
-    separate = read(checkpoint, SEPARATE)
-    check_rows(separate, stacked)
-    assert isinstance(separate.layers, tuple)
-    assert len({np.asarray(layer.qkv).tobytes() for layer in separate.layers}) == LAYERS
+@pytest.mark.parametrize("sizes", SEGMENTS.values(), ids=SEGMENTS)
+def test_a_checkpoint_is_read_into_any_segments(checkpoint: Path, sizes: tuple[int, ...]):
+    found = read(checkpoint, resegment(STACKED, sizes))
+    assert segment_sizes(found) == sizes
+    check_rows(found, read(checkpoint, STACKED))
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_in_either_form(checkpoint: Path):
+def test_a_checkpoint_that_does_not_fit_is_refused_in_any_segments(checkpoint: Path):
     with SafetensorsReader(checkpoint) as reader:
-        more = separate_sources(decoder_sources(dataclasses.replace(MODEL, num_layers=LAYERS + 1)), LAYERS + 1)
+        more = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=LAYERS + 1)), (1,) * (LAYERS + 1))
         with pytest.raises(WeightsError, match=r"no tensor 'model.layers.3.input_layernorm.weight'"):
             loader.check(reader, more)
-        less = separate_sources(decoder_sources(dataclasses.replace(MODEL, num_layers=LAYERS - 1)), LAYERS - 1)
+        less = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=LAYERS - 1)), (1,) * (LAYERS - 1))
         loader.check(reader, less)
-        without = separate_sources(decoder_sources(dataclasses.replace(MODEL, qkv_bias=False)), LAYERS)
+        without = resegment(decoder_specs(dataclasses.replace(MODEL, qkv_bias=False)), (1,) * (LAYERS))
         with pytest.raises(WeightsError, match=r"'model.layers.0.self_attn.k_proj.bias', which the model's config has"):
             loader.check(reader, without)
 
@@ -118,48 +124,47 @@ def test_dummy_weights_of_separate_layers(monkeypatch: pytest.MonkeyPatch):
     normal = loader._draw
     monkeypatch.setattr(loader, "_draw", lambda key, shape, dtype: traced.append(shape) or normal(key, shape, dtype))
     drawn = loader.dummy(SEPARATE, FLOAT32, DEVICE)
-    assert isinstance(drawn.layers, tuple)
     assert len(traced) == len(set(traced)), "layers share a program"
     values = [np.asarray(layer.qkv) for layer in drawn.layers]
     assert all(0.015 < array.std() < 0.025 for array in values) and len({array.tobytes() for array in values}) == LAYERS
     assert all((np.asarray(layer.query_norm) == 1).all() for layer in drawn.layers)
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["saved stacked", "saved separate"])
-@pytest.mark.parametrize("loaded", [False, True], ids=["loaded stacked", "loaded separate"])
-def test_a_saved_model_is_loaded_in_either_form(tmp_path: Path, saved: bool, loaded: bool):
+@pytest.mark.parametrize("saved", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("loaded", SEGMENTS.values(), ids=SEGMENTS)
+def test_a_saved_model_is_loaded_into_any_segments(tmp_path: Path, saved: tuple[int, ...], loaded: tuple[int, ...]):
     stacked = draw(STACKED, BFLOAT16)
-    orbax.save(tmp_path, in_form(stacked, separated=saved))
-    wanted = loader.shapes(SEPARATE if loaded else STACKED, BFLOAT16, DEVICE)
+    orbax.save(tmp_path, resegment(stacked, saved))
+    wanted = shapes(resegment(STACKED, loaded), BFLOAT16, DEVICE)
     found = orbax.load(tmp_path, wanted)
     for array, shape in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (array.dtype, array.sharding) == (shape.dtype, shape.sharding)
-    if loaded:
-        check_rows(found, stacked)
-    else:
-        jax.tree.map(np.testing.assert_array_equal, found, stacked)
+    check_rows(found, stacked)
 
 
 def test_a_saved_model_of_another_depth_is_refused_in_the_form_of_the_file(tmp_path: Path):
     orbax.save(tmp_path, draw(SEPARATE))
-    less = separate_sources(decoder_sources(dataclasses.replace(MODEL, num_layers=2)), 2)
+    less = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=2)), (1,) * (2))
     with pytest.raises(WeightsError, match=r"'layers\.attention_norm' has shape \(3, 16\), .* asks for \(2, 16\)"):
-        orbax.load(tmp_path, loader.shapes(less, FLOAT32, DEVICE))
+        orbax.load(tmp_path, shapes(less, FLOAT32, DEVICE))
 
 
-@pytest.mark.parametrize("sources", [STACKED, body_sources(BERT)], ids=["decoder", "BERT"])
-def test_one_form_becomes_the_other_and_back(sources: Params):
-    stacked = draw(sources)
-    separate = in_form(stacked, separated=True)
-    check_rows(separate, stacked)
-    shapes = loader.shapes(separate_sources(sources, LAYERS), FLOAT32, None)
-    assert jax.tree.structure(shapes) == jax.tree.structure(separate)
-    jax.tree.map(np.testing.assert_array_equal, in_form(separate, separated=False), stacked)
-    assert in_form(separate, separated=True) is separate and in_form(stacked, separated=False) is stacked
+@pytest.mark.parametrize("specs", [STACKED, body_specs(BERT)], ids=["decoder", "BERT"])
+def test_segments_are_cut_and_joined(specs: Params):
+    stacked = draw(specs)
+    for sizes in SEGMENTS.values():
+        other = resegment(stacked, sizes)
+        check_rows(other, stacked)
+        wanted = shapes(resegment(specs, sizes), FLOAT32, None)
+        jax.tree.map(lambda shape, array: np.testing.assert_equal(shape.shape, array.shape), wanted, other)
+        check_rows(resegment(resegment(other, (2, 1)), (LAYERS,)), stacked)
+        assert resegment(other, sizes) is other
+    each = resegment(stacked, EACH)
+    assert resegment(each, (1, 2)).layers[0] is each.layers[0], "a segment that stays is not copied"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "BERT"])
-def test_either_form_computes_the_same(family: str):
+def test_any_segments_compute_the_same(family: str):
     """Of two sequences, one with tokens of earlier steps; every page holds something, so a wrong one would show."""
     config: ModelConfig = BERT
     if family != "BERT":
@@ -180,19 +185,18 @@ def test_either_form_computes_the_same(family: str):
         num_seqs=jnp.asarray(2),
     )
     batch = StepBatch(tokens=jnp.arange(6), attention=attention)
-    params = draw(body_sources(config))
+    params = draw(body_specs(config))
     context = Context(backend=Backend(implementation="reference"))
     step = jax.jit(functools.partial(forward, context, config, groups))
-    found = [step(in_form(params, separated=separated), cache, batch) for separated in (False, True)]
-    jax.tree.map(lambda mine, other: np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5), *found)
+    expected, *found = (step(resegment(params, sizes), cache, batch) for sizes in SEGMENTS.values())
+    for other in found:
+        jax.tree.map(lambda mine, whole: np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-5), other, expected)
 
 
-def test_separate_layers_are_split_as_stacked_ones():
-    mesh = make_mesh(jax.devices()[:1])
-    stacked, separate = (split_shapes(MODEL, FLOAT32, mesh, stacked=stacked) for stacked in (True, False))
-    assert isinstance(separate.layers, tuple) and len(separate.layers) == LAYERS
-    local = loader.shapes(local_sources(MODEL, 1, stacked=False), FLOAT32, None)
-    jax.tree.map(lambda part, shape: np.testing.assert_equal(part.shape, shape.shape), separate, local)
-    for layer in separate.layers:
-        for mine, stack in zip(jax.tree.leaves(layer), jax.tree.leaves(stacked.layers), strict=True):
-            assert (None, *mine.sharding.spec) == (tuple(stack.sharding.spec) or (None,))
+def test_segments_are_split_over_devices_as_one_is():
+    whole = jax.sharding.NamedSharding(jax.sharding.AbstractMesh((4,), (TENSOR,)), jax.P())
+    [stack] = shapes(STACKED, FLOAT32, whole).layers
+    for layer in shapes(SEPARATE, FLOAT32, whole).layers:
+        for mine, all_layers in zip(jax.tree.leaves(layer), jax.tree.leaves(stack), strict=True):
+            assert mine.shape == (1, *all_layers.shape[1:]) and mine.sharding == all_layers.sharding
+    assert device_bytes(SEPARATE, FLOAT32, {TENSOR: 4}) == device_bytes(STACKED, FLOAT32, {TENSOR: 4})

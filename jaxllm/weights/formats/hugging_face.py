@@ -1,0 +1,103 @@
+"""A model's weights as Hugging Face has them: safetensors under its tensor names, in shards when they are large."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from jaxllm.layers.weight import is_spec
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.safetensors import INDEX, SINGLE
+
+#: of one file, unless a single tensor is larger; what transformers 4 takes
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of a checkpoint, and where it lies in the model's arrays."""
+
+    name: str
+    array: jax.Array
+    #: of `array`: a layer, if layers are stacked in it, and rows
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.array.dtype.itemsize
+
+    def value(self) -> np.ndarray:
+        """The numbers: the model's own memory on a CPU, a copy in the host's elsewhere."""
+        array = self.array
+        if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
+            return np.ascontiguousarray(np.asarray(array)[self.index])
+        part = array[self.index]
+        # an array keeps what numpy has seen of it, and the model's must not keep a copy on the host
+        return np.ascontiguousarray(part.copy() if part is array else part)
+
+
+def tensors(specs: Any, params: Any) -> Iterator[Tensor]:
+    """Every tensor of a checkpoint that `params` would be read from: fused ones split, stacked layers each by itself.
+
+    Args:
+        specs: what each array of `params` is, a tree of `WeightSpec`s of the same form.
+    """
+    for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True):
+        for name, part, index in spec.places():
+            yield Tensor(name=name, array=array, index=index, shape=part.shape)
+
+
+def write(directory: Path, found: Sequence[Tensor]) -> None:
+    """Write model.safetensors, or shards of about `SHARD_BYTES` and their index, into a directory that exists.
+
+    On a CPU nothing is copied; elsewhere one shard at a time is in the host's memory.
+
+    Raises:
+        WeightsError: there is no room for them, or the system cannot write.
+    """
+    total, free = sum(tensor.nbytes for tensor in found), shutil.disk_usage(directory).free
+    if free < total:
+        raise WeightsError(
+            f"{directory}: the weights take {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+        )
+    shards = _shards(found)
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
+    for name, shard in zip(names, shards, strict=True):
+        path = directory / name
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            # transformers reads only files that say so
+            save_file({tensor.name: tensor.value() for tensor in shard}, path, {"format": "pt"})
+            # the package makes files that only their owner may read
+            path.chmod(mode)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{path}: cannot be written: {error}") from error
+
+
+def _shards(found: Sequence[Tensor]) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in found:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards

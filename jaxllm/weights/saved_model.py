@@ -1,0 +1,115 @@
+"""A model as it is saved: a directory that `LLM` loads, and that transformers and vLLM load, too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.models import gemma3
+from jaxllm.models.decoder import Params
+from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.registry import CLASSIFIER_SUFFIX
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats import hugging_face, orbax
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAVED_FORMATS = ("safetensors", "orbax")
+_SUFFIXES = ("ForCausalLM", "ForMaskedLM", CLASSIFIER_SUFFIX, "Model")
+
+
+def save(
+    directory: Path,
+    params: Any,
+    *,
+    format: str,
+    model: ModelConfig,
+    specs: Any,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Make `directory`, all of it or nothing.
+
+    Args:
+        params: the model's arrays.
+        format: "safetensors" or "orbax".
+        specs: what each of them is, a tree of `WeightSpec`s of the same form.
+        config: the config.json that the model was made from.
+        files: what else belongs to the model, by its path in the directory.
+
+    Raises:
+        ValidationError: an unknown format.
+        WeightsError: something is in `directory` already, there is no room for it, or it cannot be written.
+    """
+    if format not in SAVED_FORMATS:
+        raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
+    with _appearing(directory) as folder:
+        if format == "orbax":
+            orbax.save(folder, params)
+            written = dict(config)
+        else:
+            written = hugging_face_config(config, model, params)
+            found = list(hugging_face.tensors(specs, params))
+            if written["architectures"][0].endswith("Model"):
+                # the bare model's tensors have no prefix
+                prefix = base_prefix(model)
+                found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
+            hugging_face.write(folder, found)
+        (folder / "config.json").write_text(json.dumps(written, indent=2))
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+
+
+def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
+    """The config.json of what is saved: its class is the one that has these weights, no more and no fewer."""
+    written = dict(gemma3.text_alone(config) if "text_config" in config else config)
+    architecture = written["architectures"][0]
+    if not isinstance(params, Params):
+        family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))
+        if params.head is not None:
+            architecture = f"{family}{CLASSIFIER_SUFFIX}"
+        elif not (architecture.endswith("ForCausalLM") and getattr(model, "tie_word_embeddings", False)):
+            architecture = f"{family}Model"
+    written.pop("torch_dtype", None)
+    return {**written, "architectures": [architecture], "dtype": str(jax.tree.leaves(params)[0].dtype)}
+
+
+@contextlib.contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A folder to be filled that becomes `directory` when the body ends without an error, and vanishes otherwise.
+
+    Raises:
+        WeightsError: something is there already.
+    """
+    directory = directory.absolute()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise WeightsError(
+            f"{directory} exists already, and is not an empty directory; save into another one, or remove it first"
+        )
+    unfinished = directory.with_name(f"{directory.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise WeightsError(f"{directory}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield unfinished
+        if directory.exists():
+            directory.rmdir()
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
