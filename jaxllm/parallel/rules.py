@@ -83,8 +83,12 @@ def local_model(model: DecoderConfig, devices: int) -> DecoderConfig:
         num_heads=model.num_heads // devices,
         num_kv_heads=max(model.num_kv_heads // devices, 1),
         intermediate_size=model.intermediate_size // devices,
-        split_over=TENSOR,
     )
+
+
+def split_axes(devices: int) -> tuple[tuple[str, str], ...]:
+    """The logical axes split over so many devices, each with its mesh axis (`layers.context.Context.split`)."""
+    return () if devices == 1 else tuple((name, TENSOR) for name in ("heads", "kv_heads", "mlp", "vocab"))
 
 
 def local_sources(model: DecoderConfig, devices: int, *, stacked: bool = True) -> Params:

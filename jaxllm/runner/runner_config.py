@@ -17,10 +17,11 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_sources
-from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_shapes
+from jaxllm.parallel.rules import CACHE, local_model, local_sources, split_axes, split_shapes
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
@@ -62,6 +63,11 @@ class RunnerConfig:
     def backend(self) -> Backend:
         """What attention is compiled to."""
         return self.attention or device_backend(self.device)
+
+    @property
+    def context(self) -> Context:
+        """How the model's layers are compiled."""
+        return Context(backend=self.backend, split=split_axes(self.target.num_devices))
 
     @property
     def platform(self) -> str:

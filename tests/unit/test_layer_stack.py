@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import Params
 from jaxllm.models.layer_stack import in_form
 from jaxllm.models.model import ModelConfig, body_sources, forward
@@ -27,6 +27,7 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from pallas_kernels.backend import Backend
+from pallas_kernels.batch import AttentionBatch
 
 LAYERS = 3
 SMALL: dict[str, Any] = {
@@ -168,7 +169,7 @@ def test_either_form_computes_the_same(family: str):
     blocks = 1 + 4 * len(groups)
     pages = max(len(group.layers) for group in groups) * blocks
     cache = random.standard_normal((pages, 2, config.num_kv_heads, 4, config.head_dim), np.float32)
-    batch = AttentionBatch(
+    attention = AttentionBatch(
         token_seq=jnp.asarray([0, 1, 1, 1, 1, 1]),
         positions=jnp.asarray([6, 0, 1, 2, 3, 4]),
         token_valid=jnp.ones(6, bool),
@@ -177,11 +178,12 @@ def test_either_form_computes_the_same(family: str):
         block_tables=jnp.arange(1, blocks).reshape(len(groups), 2, 2),
         num_decodes=jnp.asarray(1),
         num_seqs=jnp.asarray(2),
-        backend=Backend(implementation="reference"),
     )
+    batch = StepBatch(tokens=jnp.arange(6), attention=attention)
     params = draw(body_sources(config))
-    step = jax.jit(functools.partial(forward, config, groups))
-    found = [step(in_form(params, separated=separated), np.arange(6), cache, batch) for separated in (False, True)]
+    context = Context(backend=Backend(implementation="reference"))
+    step = jax.jit(functools.partial(forward, context, config, groups))
+    found = [step(in_form(params, separated=separated), cache, batch) for separated in (False, True)]
     jax.tree.map(lambda mine, other: np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5), *found)
 
 

@@ -19,6 +19,7 @@ from support.tiny_model import write_tiny_model
 from test_layer_stack import BFLOAT16, FAMILIES, SMALL, draw
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
@@ -44,7 +45,7 @@ def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, la
     stack = random.standard_normal((layers, out_features, in_features)).astype(BFLOAT16)
     x = random.standard_normal((1, in_features)).astype(BFLOAT16)
     weight = StackedMatrix(jnp.asarray(stack.view(np.uint16)))
-    found = jax.jit(lambda x, w, layer: linear_f32(x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
+    found = jax.jit(lambda x, w, layer: linear_f32(Context(), x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
     exact, wide = x.astype(np.float64), stack[layer].astype(np.float64)
     assert found.dtype == jnp.float32 and found.shape == (1, out_features)
     bound = (in_features + 8) * 2.0**-24 * (abs(exact) @ abs(wide).T)
@@ -67,7 +68,7 @@ def test_several_rows_take_the_weight_itself():
     x, stack = (jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((5, 48), (1, 7, 48)))
     nothing = jnp.zeros(stack.shape, jnp.uint16)
     weight = StackedMatrix(nothing, jnp.int32(0), several=stack[0])
-    np.testing.assert_array_equal(linear(x, weight), linear(x, stack[0]))
+    np.testing.assert_array_equal(linear(Context(), x, weight), linear(Context(), x, stack[0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

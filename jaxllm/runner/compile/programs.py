@@ -212,7 +212,7 @@ class Programs(Compiler):
         self.config = config
         self._params = params
         #: whether a single row has products of its own (`one_row`)
-        self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.backend.deterministic
+        self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.packings = {
             b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
         }

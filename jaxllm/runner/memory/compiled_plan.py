@@ -43,7 +43,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
-            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, backend=config.backend),
+            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, context=config.context),
             buckets,
             config.table_width,
             params,
@@ -57,7 +57,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         StepConfig(
             model=config.step_model,
             groups=config.groups,
-            backend=config.backend,
+            context=config.context,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
             processors=config.processors,
