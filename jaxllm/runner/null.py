@@ -24,7 +24,6 @@ from jaxllm.runner.memory.compiled_plan import make_programs
 from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.runner.step import ENDED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
