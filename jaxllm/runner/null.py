@@ -20,10 +20,8 @@ from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.build import make_programs
-from jaxllm.runner.heads.sampling import DecodeStepsResult
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import PackedStep, SamplingRows
-from jaxllm.runner.heads.sampling_step import ENDED
 from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
 from jaxllm.runner.rows import Rows
@@ -43,24 +41,29 @@ _NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 
 
 class NullStep:
-    """A step that was over when it was launched (`engine.step.StepFuture`).
+    """A launch that was over when it was made (`engine.step.StepFuture`).
 
     Args:
-        sampled: i32 [S], the token of each sampled row; -1: none is left to it.
+        sampled: int [n, steps], of each sampled row its tokens; -1 where there is none.
+        num_logprobs: alternatives to each token.
     """
 
     def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int):
         self._packed, self._sampled, self._num_logprobs = packed, sampled, num_logprobs
 
     def result(self) -> StepOutput:
-        packed, sampled = self._packed, self._sampled
-        rows, counts = packed.flat_rows(np.flatnonzero(sampled < 0))
+        packed = self._packed
+        tokens = np.full((packed.num_entries, self._sampled.shape[1]), -1, np.int32)
+        tokens[packed.sampled_entries] = self._sampled
+        there = tokens >= 0
+        token_ids = tokens[there].tolist()
+        scored = sum(packed.scored_counts)
         return StepOutput(
-            token_ids=sampled[rows].tolist(),
-            counts=counts,
-            logprobs=self._logprobs(len(rows)) if packed.want_logprobs else None,
-            prompt_logprobs=None if packed.targets is None else self._logprobs(int(packed.targets[0])),
+            token_ids=token_ids,
+            counts=there.sum(axis=1).tolist(),
+            logprobs=self._logprobs(len(token_ids)) if packed.want_logprobs else None,
             scored_counts=packed.scored_counts,
+            prompt_logprobs=self._logprobs(scored) if scored else None,
         )
 
     def _logprobs(self, count: int) -> LogprobArrays:
@@ -91,19 +94,18 @@ class NullRunner:
         self._rows = Rows(programs.max_num_seqs, len(programs.config.groups), table_width)
         self._sampling = SamplingRows(programs)
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep | DecodeStepsResult:
+    def execute(self, scheduled: SchedulerOutput) -> NullStep:
         if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)
         packings = self._programs.decode_packings
-        packing = packings[pick_bucket(tuple(packings), len(scheduled.rows), len(scheduled.rows))]
+        packing = packings[pick_bucket(tuple(packings), scheduled.step_sizes()[0], len(scheduled.rows))]
         packed = self._sampling.pack_decode_steps(scheduled, self._rows, packing)
-        positions = self._programs.sample_packing.views(packed.buffer[packing.size :])["positions"]
-        limits = packing.views(packed.buffer[: packing.size])["steps"]
+        steps = np.arange(scheduled.num_steps)
         # the steps go on behind an end: the host drops what comes there
-        step = np.arange(scheduled.num_steps)[:, None]
-        ids = self._cycle[(positions[: len(limits)] + step) % len(self._cycle)]
-        return DecodeStepsResult(np.where(step < limits, ids, ENDED), packed)
+        sampled = self._sampled(packed, packing.size, steps)
+        sampled[steps >= np.asarray(scheduled.counts)[packed.sampled_entries, None]] = -1
+        return NullStep(packed, sampled, self._num_logprobs)
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
         self._rows.update(scheduled)
@@ -118,12 +120,17 @@ class NullRunner:
     def sample(self, launched: tuple[PackedStep, int], masks: Mapping[int, np.ndarray]) -> NullStep:
         """A row with a mask gets its first allowed token."""
         packed, size = launched
-        positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
-        sampled = self._cycle[positions % len(self._cycle)]
+        sampled = self._sampled(packed, size, np.zeros(1, np.int32))
         for row, mask in masks.items():
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
             sampled[packed.masked[row]] = allowed[0] if len(allowed) else -1
         return NullStep(packed, sampled, self._num_logprobs)
+
+    def _sampled(self, packed: PackedStep, size: int, steps: np.ndarray) -> np.ndarray:
+        """int [n, steps]: the tokens of the sampled rows, whose positions lie behind `size` words of the buffer."""
+        positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
+        positions = positions[: len(packed.sampled_entries), None] + steps
+        return self._cycle[positions % len(self._cycle)]
 
     def reset(self) -> None:
         """Nothing outlives a step but what the rows are admitted with."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -183,25 +184,29 @@ class Scheduler:
     def _schedule_running(self, step: SchedulerOutput, budget: StepBudget) -> None:
         """Give the running requests their tokens, preempting the last ones where blocks lack."""
         manager = self.kv_cache_manager
+        rows, starts, counts, wanted, requests = step.rows, step.starts, step.counts, step.wanted, step.requests
         step.num_steps = num_steps = self._decode_steps.choose(self.running, self.waiting)
         shortage: Shortage | None = None
-        # Whoever is preempted leaves the list at its end: the loop goes on behind nobody who has got tokens.
+        # Whoever is preempted leaves the list at its end: nobody who has got tokens does.
         for request in self.running:
             if budget.tokens <= 0:
                 break
-            num_tokens = len(request.all_token_ids) + request.num_output_placeholders
+            known = len(request.all_token_ids)
+            num_tokens = known + request.num_output_placeholders
             if num_tokens >= request.max_total_tokens:
                 # Its last token is sampled already and needs only to be read.
                 continue
             start = request.num_computed_tokens
-            count, wanted = num_tokens - start, 1
-            if count > 1:
-                count, wanted = budget.chunk(request, start, count)
+            left = num_tokens - start
+            count = num_wanted = 1
+            if left > 1:
+                count, num_wanted = budget.chunk(request, start, left)
                 if count == 0:
                     continue
             elif num_steps > 1:
-                count = wanted = min(num_steps, request.max_total_tokens - num_tokens)
-            if start + count > request.num_slots:
+                count = num_wanted = min(num_steps, request.max_total_tokens - num_tokens)
+            end = start + count
+            if end > request.num_slots:
                 first = request.num_slots // manager.block_size
                 added = manager.allocate_slots(request, count)
                 while added is None:
@@ -213,9 +218,21 @@ class Scheduler:
                     added = manager.allocate_slots(request, count)
                 for group, ids in enumerate(added):
                     step.new_blocks.append((request.row, group, first, ids))
-            self._add(step, request, start, count, wanted)
-            # several decode steps take no more of the budget than the first of them
-            budget.take(request, start, count if num_steps == 1 else 1)
+            request.num_computed_tokens = end
+            if end >= num_tokens:
+                request.num_output_placeholders += end + 1 - num_tokens
+            if known >= request.register_at <= end:
+                manager.cache_full_blocks(request)
+            rows.append(request.row)
+            starts.append(start)
+            counts.append(count)
+            wanted.append(num_wanted)
+            requests.append(request)
+            if left > 1:
+                budget.take(request, start, count)
+            else:
+                # decode steps behind the first one cost others nothing: nobody waits
+                budget.tokens -= 1
 
     def _schedule_waiting(self, step: SchedulerOutput, budget: StepBudget) -> None:
         """Admit requests in the queue's order until one does not fit."""
@@ -243,26 +260,18 @@ class Scheduler:
                 break
             self.waiting.pop()
             self._admit(request, start)
-            step.admitted.append(_admitted(request, start))
-            self._add(step, request, start, count, wanted)
+            request.num_computed_tokens = start + count
+            request.num_output_placeholders = int(start + count == num_tokens)
+            manager.cache_full_blocks(request)
             budget.take(request, start, count)
+            step.admitted.append(_admitted(request, start))
+            step.rows.append(request.row)
+            step.starts.append(start)
+            step.counts.append(count)
+            step.wanted.append(wanted)
+            step.requests.append(request)
         for request in reversed(skipped):
             self.waiting.push_front(request)
-
-    def _add(self, step: SchedulerOutput, request: Request, start: int, count: int, wanted: int) -> None:
-        """Put a request into the step, which has its row and room for its tokens."""
-        step.rows.append(request.row)
-        step.starts.append(start)
-        step.counts.append(count)
-        step.wanted.append(wanted)
-        step.requests.append(request)
-        known, end = len(request.all_token_ids), start + count
-        num_sampled = end + 1 - known - request.num_output_placeholders
-        if num_sampled > 0:
-            request.num_output_placeholders += num_sampled
-        request.num_computed_tokens = end
-        if end >= request.register_at and known >= request.register_at:
-            self.kv_cache_manager.cache_full_blocks(request)
 
     def _admit(self, request: Request, num_cached_tokens: int) -> None:
         """Give a request a row and its place among the running ones; it has its blocks."""
@@ -315,45 +324,47 @@ class Scheduler:
         """
         if len(output.counts) != len(scheduled.requests):
             raise ValueError(f"{len(output.counts)} results for the {len(scheduled.requests)} entries of a step")
-        now = time.monotonic()
-        updates, first, num_ended = StepUpdates(), 0, 0
-        work = zip(scheduled.requests, scheduled.starts, scheduled.counts, scheduled.wanted, output.counts, strict=True)
-        for request, start, computed, wanted, sampled in work:
-            if not wanted or request.status > _PREEMPTED:
+        updates = StepUpdates(list(scheduled.requests), list(output.counts), [0, *itertools.accumulate(output.counts)])
+        now, token_ids, first, any_ended = time.monotonic(), output.token_ids, 0, False
+        passed_over: list[int] = []
+        for entry, request, sampled in zip(range(len(output.counts)), scheduled.requests, output.counts, strict=True):
+            if request.status > _PREEMPTED:
+                passed_over.append(entry)
                 first += sampled
                 continue
-            tokens, status, stop_reason = request.all_token_ids, None, None
-            known = len(tokens)
-            for token_id in output.token_ids[first : first + sampled]:
+            tokens, last, status, stop_reason = request.all_token_ids, first + sampled, None, None
+            while first < last and status is None:
+                token_id = token_ids[first]
+                first += 1
                 tokens.append(token_id)
+                request.num_output_placeholders -= 1
                 if token_id in request.end_token_ids or len(tokens) >= request.stop_check_from:
                     status, stop_reason = request.check_stop()
-                    if status is not None:
-                        break
-            count = len(tokens) - known
-            request.num_output_placeholders -= count
             if status is not None:
-                # what was scheduled behind an end may not be computed
+                # Nothing behind an end counts, and what was scheduled there may not be computed.
+                updates.counts[entry] -= last - first
+                first = last
                 request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
-            elif len(tokens) <= start + computed:
-                # the token behind the last position has not come; a request that pools has none
-                status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
-                request.error = None if request.pools else NOTHING_ALLOWED
-            elif not count:
-                # its positions were scored
-                continue
+            elif sampled != 1:
+                end = scheduled.starts[entry] + scheduled.counts[entry]
+                if scheduled.wanted[entry] and len(tokens) <= end:
+                    # The token behind the last position has not come. A request that pools has none.
+                    status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
+                    request.error = None if request.pools else NOTHING_ALLOWED
+                elif not sampled:
+                    passed_over.append(entry)
+                    continue
             request.last_token_ts = now
             if not request.first_token_ts:
                 request.first_token_ts = now
-            updates.requests.append(request)
-            updates.counts.append(count)
-            updates.firsts.append(first)
-            first += sampled
             if status is not None:
                 self._end(request, status, stop_reason)
-                num_ended += 1
-        if num_ended:
+                any_ended = True
+        if any_ended:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
+        updates.firsts.pop()
+        for entry in reversed(passed_over):
+            del updates.requests[entry], updates.counts[entry], updates.firsts[entry]
         return updates
 
     # What others ask.
