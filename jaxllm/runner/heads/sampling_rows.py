@@ -195,7 +195,7 @@ class SamplingRows:
         for seq in np.argsort(found.order).tolist():
             count = int(scored[seq])
             tokens[done : done + count] = np.arange(first[seq], first[seq] + count)
-            follows = known[found.rows[seq]][position[seq] : position[seq] + count]
+            follows = known[int(found.rows[seq])][position[seq] : position[seq] + count]
             targets[1 + done : 1 + done + count] = follows
             done += count
         targets[0] = done
