@@ -89,7 +89,6 @@ class NullRunner:
     def __init__(self, token_ids: Sequence[int], programs: SamplingPrograms, table_width: int):
         self._cycle = np.asarray(token_ids, np.int32)
         self._programs = programs
-        self._buckets = tuple(programs.packings)
         self._num_logprobs = programs.config.num_logprobs
         self._rows = Rows(programs.max_num_seqs, len(programs.config.groups), table_width)
         self._sampling = SamplingRows(programs)
@@ -146,7 +145,7 @@ class NullRunner:
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size would run in."""
-        return pick_bucket(self._buckets, num_tokens, num_seqs)
+        return self._programs.bucket(num_tokens, num_seqs)
 
     def free_cache(self) -> None:
         """There is none."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import SchedulerOutput, StepFuture
-from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.memory.device_memory import DeviceMemory
 from jaxllm.runner.rows import Rows
@@ -41,8 +41,10 @@ class Runner(DeviceMemory[Any, Any]):
         jax.block_until_ready(self._state)
 
     def execute(self, scheduled: SchedulerOutput) -> StepFuture:
+        if scheduled.num_steps == 1:
+            return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)
-        self._state, future = self.head.execute(self._live(), scheduled, self._rows)
+        self._state, future = self.head.decode_steps(self._live(), scheduled, self._rows)
         return future
 
     def forward(self, scheduled: SchedulerOutput) -> Any:
@@ -61,7 +63,7 @@ class Runner(DeviceMemory[Any, Any]):
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""
-        return pick_bucket(tuple(self.head.programs.packings), num_tokens, num_seqs)
+        return self.head.programs.bucket(num_tokens, num_seqs)
 
     def _weights_changed(self) -> None:
         self.head.use(self.params)

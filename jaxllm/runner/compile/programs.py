@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxllm.parallel.mesh import on_each_device
-from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.packing import Packing
@@ -180,6 +180,10 @@ class Programs(abc.ABC):
     @abc.abstractmethod
     def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
         """What lowers each kind of program, of the rest of its key."""
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """The one that a step of this size runs in."""
+        return pick_bucket(tuple(self.packings), num_tokens, num_seqs)
 
     @property
     def largest(self) -> Bucket:

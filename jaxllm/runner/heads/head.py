@@ -42,9 +42,9 @@ class Head(abc.ABC, Generic[Weights, State]):
     def sample(self, state: State, launched: Any, masks: Mapping[int, np.ndarray]) -> tuple[State, StepFuture]:
         """Launch what is left of a step (`ModelRunner.sample`)."""
 
-    def execute(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
-        """Launch all of a step."""
-        return self.sample(*self.forward(state, scheduled, rows), {})
+    def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
+        """Launch several steps at once; only a head that feeds the model with its results is asked to."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def warm_up(self, state: State, *, smallest: bool) -> State:

@@ -14,7 +14,7 @@ from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.rules import CACHE
-from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_packing, pooling_step, token_step
@@ -152,9 +152,8 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def forward(
         self, state: PoolingState, scheduled: SchedulerOutput, rows: Rows
     ) -> tuple[PoolingState, PoolingResult]:
-        packings = self.programs.packings
-        bucket = pick_bucket(tuple(packings), scheduled.num_tokens, len(scheduled.rows))
-        packing = packings[bucket]
+        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        packing = self.programs.packings[bucket]
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size, np.int32)
         fields = packing.views(buffer)

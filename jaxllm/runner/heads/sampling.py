@@ -136,9 +136,7 @@ class SamplingHead(Head[Params, State]):
             return self._write_tokens(state, request.row, known)
         return state
 
-    def execute(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
-        if scheduled.num_steps == 1:
-            return super().execute(state, scheduled, rows)
+    def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
@@ -147,9 +145,8 @@ class SamplingHead(Head[Params, State]):
         return state, DecodeStepsResult(sampled, packed)
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
-        packings = self.programs.packings
-        bucket = pick_bucket(tuple(packings), scheduled.num_tokens, len(scheduled.rows))
-        packed = self._rows.pack(scheduled, rows, packings[bucket])
+        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
         state, hidden, sampling = self._forward(state, bucket, packed.buffer)
         return state, LaunchedStep(hidden, sampling, packed)
 
