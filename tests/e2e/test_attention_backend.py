@@ -24,7 +24,7 @@ def test_greedy_tokens_are_those_of_xla(tiny_model: Path, monkeypatch: pytest.Mo
     pick = Programs.bucket
 
     def bucket(programs: Programs, num_tokens: int, num_seqs: int) -> Bucket:
-        used.append(pick(runner, num_tokens, num_seqs))
+        used.append(pick(programs, num_tokens, num_seqs))
         return used[-1]
 
     monkeypatch.setattr(Programs, "bucket", bucket)
