@@ -65,8 +65,10 @@ def build_runner(
     clock = _Clock(record)
     specs, prefix = config.specs(), base_prefix(config.model)
     checkpoint.check(specs, prefix=prefix)  # before anything takes long
-    config, programs, plan = compiled_plan(config)
-    clock.lap("plan")
+    compiling: list[float] = []
+    config, programs, plan = compiled_plan(config, compiled=compiling.append)
+    # the plan asks the compiler about the largest programs, which the engine keeps
+    clock.lap("plan", of_next=sum(compiling))
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         return checkpoint.load(
@@ -105,8 +107,13 @@ def build_runner(
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
-def compiled_plan(config: RunnerConfig, *, measure_first: bool = False) -> tuple[RunnerConfig, Programs, MemoryPlan]:
+def compiled_plan(
+    config: RunnerConfig, *, compiled: Callable[[float], object]
+) -> tuple[RunnerConfig, Programs, MemoryPlan]:
     """`plan_memory` by the compiler's own account, and the programs of the plan, of which the largest are compiled.
+
+    Args:
+        compiled: told the seconds that compiling them took, each time.
 
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
@@ -116,9 +123,12 @@ def compiled_plan(config: RunnerConfig, *, measure_first: bool = False) -> tuple
 
     def activations(config: RunnerConfig, num_blocks: int) -> int:
         made[:] = [make_programs(config, params, num_blocks)]
-        return made[0].activation_bytes()
+        began = time.perf_counter()
+        needed = made[0].activation_bytes()
+        compiled(time.perf_counter() - began)
+        return needed
 
-    config, plan = plan_memory(config, activations, measure_first=measure_first)
+    config, plan = plan_memory(config, activations)
     return config, made[0], plan
 
 
@@ -179,7 +189,8 @@ class _Clock:
     def __init__(self, record: Callable[[str, float], None]):
         self._record, self._last = record, time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
+    def lap(self, phase: str, *, of_next: float = 0.0) -> None:
+        """End a phase, of whose seconds `of_next` belong to the one after it."""
+        now = time.perf_counter() - of_next
         self._record(phase, now - self._last)
         self._last = now

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
+from jaxllm.config.cross_checks import check_deterministic
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
-from jaxllm.setup import check_deterministic
 from pallas_kernels.backend import Backend
 
 BASE: dict[str, Any] = {
