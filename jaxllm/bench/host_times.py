@@ -1,13 +1,13 @@
-"""Where the host's time goes, step by step."""
+"""This says where the host's time goes, step by step."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.bench.measurements import ranks
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ PARTS = ("schedule", "pack", "launch", "read", "update", "output")
 
 @dataclasses.dataclass(slots=True)
 class Cycle:
-    """From one read to the next, with one launch in between. Seconds."""
+    """The time from one read to the next, with one launch in between, in seconds."""
 
     num_tokens: int = 0
     num_seqs: int = 0
@@ -48,7 +48,7 @@ class Cycle:
 
 
 class HostTimes(StepObserver):
-    """Times the parts of every cycle. The runner's `pack`, and the wait for a device, it is told of (`timed`)."""
+    """Times the parts of every cycle. It is told of the runner's `pack` and of the wait for a device (`timed`)."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.cycles: list[Cycle] = []
@@ -59,7 +59,7 @@ class HostTimes(StepObserver):
         self._known: float | None = None
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time counts as `part` of the cycle in which it is called, and not as the one around it."""
+        """Return `function`, whose time counts as `part` of the cycle in which it is called, not as the part around."""
 
         def call(*args: Any) -> Any:
             before = self._clock()
@@ -113,21 +113,7 @@ class HostTimes(StepObserver):
 
 
 def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
-    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total", "critical path", "wait" and
-    "prompts" too.
-    """
+    """Return `measurements.ranks`, in milliseconds, of each part, "total", "critical path", "wait" and "prompts"."""
     names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical"}
     names |= {"wait": "wait", "prompts": "prompts"}
-    return {name: numbers([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}
-
-
-def numbers(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th and 10th percentile (nearest rank), minimum and mean."""
-    ranked = sorted(values)
-    return {
-        "p50": statistics.median(ranked),
-        "p99": ranked[-(-99 * len(ranked) // 100) - 1],
-        "p10": ranked[len(ranked) // 10],
-        "min": ranked[0],
-        "mean": statistics.fmean(ranked),
-    }
+    return {name: ranks([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}

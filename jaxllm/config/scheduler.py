@@ -1,4 +1,4 @@
-"""What the scheduler is told."""
+"""The scheduler is told its limits."""
 
 from __future__ import annotations
 

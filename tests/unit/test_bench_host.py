@@ -15,8 +15,9 @@ from support.tiny_model import write_tiny_model
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.bench.host_times import HostTimes, numbers, summary
+from jaxllm.bench.host_times import HostTimes, summary
 from jaxllm.bench.host_workload import HostWorkload
+from jaxllm.bench.measurements import ranks
 from jaxllm.bench.peer_setup import pythons
 from jaxllm.engine.request import Request
 from jaxllm.engine.scheduling.scheduler import StepUpdates
@@ -68,8 +69,8 @@ def test_the_parts_of_a_cycle_are_the_times_between_the_engines_calls():
 
 def test_percentiles_are_values_that_occurred():
     values = [float(value) for value in range(200, 0, -1)]
-    assert numbers(values) == {"p50": 100.5, "p99": 198.0, "p10": 21.0, "min": 1.0, "mean": 100.5}
-    assert numbers([3.0])["p99"] == 3.0
+    assert ranks(values) == {"p50": 100.5, "p99": 198.0, "p10": 21.0, "min": 1.0, "mean": 100.5}
+    assert ranks([3.0])["p99"] == 3.0
 
 
 def test_the_workload_is_what_it_says():
