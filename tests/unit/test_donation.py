@@ -112,7 +112,7 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=MAX_NUM_SEQS,
     ) as llm:
-        places = set()
+        places, count = set(), 0
         core, runner = llm._engine(), llm._started.runner
         assert isinstance(runner, Runner)
         params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
@@ -120,8 +120,9 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
             core.add_request(*llm._inputs.request(str(i), list(range(length)), params))
         while core.has_unfinished:
             core.step()
+            count += 1
             state = runner._live()
             assert isinstance(state, State)
             places.add((state.cache.unsafe_buffer_pointer(), state.tokens.unsafe_buffer_pointer()))
-        assert core.scheduler._step > 10
+        assert count > 10
         assert len(places) == 1
