@@ -1,4 +1,5 @@
-"""Paged attention as the models call it: keys and values into their pages, then attention over them.
+"""Attention as the models call it: keys and values into their pages, then attention over them; or, in training,
+attention over whole sequences, without pages.
 
 How pages lie in the cache is said in `pallas_kernels.storage`, what a batch is in `pallas_kernels.batch`.
 """
@@ -6,7 +7,9 @@ How pages lie in the cache is said in `pallas_kernels.storage`, what a batch is 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
+from jaxllm.layers.dense_attention import WholeSequences, dense_attention
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention.api import paged_attention
@@ -14,8 +17,10 @@ from pallas_kernels.paged_attention.api import paged_attention
 __all__ = ["AttentionBatch", "Layout", "attention", "write_kv"]
 
 
-def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch) -> jax.Array:
+def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch | WholeSequences) -> jax.Array:
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
+    if isinstance(batch, WholeSequences):
+        return jnp.stack([key, value])
     return kv_write.write_kv(cache, key, value, layout, batch)[0]
 
 
@@ -23,7 +28,7 @@ def attention(
     query: jax.Array,
     cache: jax.Array,
     layout: Layout,
-    batch: AttentionBatch,
+    batch: AttentionBatch | WholeSequences,
     *,
     scale: float,
     softcap: float | None = None,
@@ -40,4 +45,7 @@ def attention(
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
     """
+    if isinstance(batch, WholeSequences):
+        key, value = cache
+        return dense_attention(query, key, value, layout.window, batch, scale=scale, softcap=softcap, causal=causal)
     return paged_attention(query, cache, layout, batch, scale=scale, softcap=softcap, causal=causal)
