@@ -17,7 +17,9 @@ from pallas_kernels.paged_attention.api import paged_attention
 __all__ = ["AttentionBatch", "Layout", "attention", "write_kv"]
 
 
-def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch | WholeSequences) -> jax.Array:
+def write_kv(
+    cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch | WholeSequences
+) -> jax.Array:
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
     if isinstance(batch, WholeSequences):
         return jnp.stack([key, value])
