@@ -8,22 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import Backend
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeSequences:
-    """Sequences of equal length, one after the other, each from its first token on: what stands in place
-    of an `AttentionBatch`. T is the product of the two numbers.
+    """Sequences of equal length, one after the other, each from its first token on: what stands in a `StepBatch` in
+    place of an `AttentionBatch`. T is the product of the two numbers.
 
     There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim].
     """
 
     sequences: int = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})
-    #: models read of it whether their products are deterministic
-    backend: Backend = dataclasses.field(metadata={"static": True}, default=Backend())
 
     @property
     def token_seq(self) -> jax.Array:

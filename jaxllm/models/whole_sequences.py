@@ -4,12 +4,11 @@ attention without pages. It can be differentiated, vectorised and compiled like 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxllm.config.cache import kv_cache_groups
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.models import decoder
 from jaxllm.models.decoder import DecoderConfig, Params
@@ -28,10 +27,10 @@ def logits(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Arra
     """
     sequences, length = tokens.shape
     cache = jnp.zeros((2, tokens.size, config.num_kv_heads, config.head_dim), params.embedding.dtype)
-    batch: Any = WholeSequences(sequences=sequences, length=length)
+    batch = StepBatch(tokens=tokens.reshape(-1), attention=WholeSequences(sequences=sequences, length=length))
     groups = kv_cache_groups(config.layer_window)
-    _, hidden = decoder.forward(config, groups, params, tokens.reshape(-1), cache, batch)
-    return decoder.logits(config, params, hidden).reshape(sequences, length, -1)
+    _, hidden = decoder.forward(Context(), config, groups, params, cache, batch)
+    return decoder.logits(Context(), config, params, hidden).reshape(sequences, length, -1)
 
 
 def token_logprobs(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
