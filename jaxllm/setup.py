@@ -52,11 +52,12 @@ class Setup:
         """
         args, model = self.args, self.model
         if target.num_devices > 1:
-            if self.pooler is not None or not isinstance(model, DecoderConfig):
-                raise ValidationError(
-                    f"tensor_parallel_size={target.num_devices}: only models that generate can be split."
-                )
             check_split(model, target.num_devices)
+            if args.deterministic:
+                raise ValidationError(
+                    f"deterministic=True with tensor_parallel_size={target.num_devices}: sums over devices are not "
+                    "added up in a fixed order. Set tensor_parallel_size=1."
+                )
         num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
         limits = scheduler_config(
             args,
@@ -66,6 +67,8 @@ class Setup:
             device_memory_bytes=target.total_bytes,
             device_kind=target.kind,
         )
+        if target.platform == "cpu" and target.num_devices > 1:
+            limits = dataclasses.replace(limits, async_scheduling=False)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None)

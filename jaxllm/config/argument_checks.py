@@ -223,6 +223,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "async_scheduling": checks.boolean,
     "scheduler_reserve_full_isl": checks.boolean,
     "block_size": _block_size,
+    "tensor_parallel_size": _at_least(1),
     "gpu_memory_utilization": _share,
     "kv_cache_memory_bytes": _at_least(1),
     # block 0 is trash, so one block would hold nothing

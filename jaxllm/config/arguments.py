@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 #: capability -> its arguments, each with the values that ask for nothing. None and empty values never ask for anything
 NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     "parallelism": {
-        "tensor_parallel_size": (1,),
         "pipeline_parallel_size": (1,),
         "data_parallel_size": (1,),
         "data_parallel_size_local": (1,),

@@ -83,6 +83,7 @@ ENGINE_HELP: dict[str, str] = {
     "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
     "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
     "device": "auto, cpu or gpu",
+    "tensor_parallel_size": "devices that share the model; a CPU becomes as many",
     "attention_backend": "what attention is compiled to: auto, xla, triton or mosaic",
     "disable_log_stats": "do not log a line of statistics every ten seconds",
     "metrics_port": "serve Prometheus metrics at this port of the local machine",
@@ -121,7 +122,7 @@ def add_engine_arguments(parser: argparse._ActionsContainer, *, defaults: bool =
     fields = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
     for name, kind in engine_types().items():
         default = fields[name] if defaults and fields[name] is not dataclasses.MISSING else argparse.SUPPRESS
-        add_option(group, name, kind, ENGINE_HELP.get(name, ""), default=default)
+        add_option(group, name, kind, ENGINE_HELP.get(name, ""), default=default, short=_SHORT.get(name))
     for name, values in unlisted().items():
         kind = None if values and all(isinstance(value, bool) for value in values) else _value
         add_option(group, name, kind, argparse.SUPPRESS, short=_SHORT.get(name))

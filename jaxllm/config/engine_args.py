@@ -104,6 +104,8 @@ class EngineArgs:
     override_pooler_config: PoolerConfig | None = None
     #: "auto", "cpu" or "gpu"
     device: str = "auto"
+    #: devices that share the model; a CPU becomes as many
+    tensor_parallel_size: int = 1
     #: what attention is compiled to: "auto" (what is known to be fastest on the device), "xla", "triton" (kernels for
     #: NVIDIA GPUs) or "mosaic" (another one for prompts, on Hopper: H100, H200); names of vLLM's own, such as
     #: "FLASH_ATTN", stand for "auto"

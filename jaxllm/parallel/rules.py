@@ -96,6 +96,18 @@ def mesh_sizes(sharding: jax.sharding.Sharding | None) -> Mapping[str, int]:
     return dict(sharding.mesh.shape) if isinstance(sharding, jax.sharding.NamedSharding) else {}
 
 
+def place_on_mesh(spec: WeightSpec, sharding: jax.sharding.Sharding, index: tuple[slice, ...] | None) -> dict[str, int]:
+    """The device whose part has this index in an array: its number along each axis of the mesh that the array is split
+    over.
+
+    Args:
+        sharding: of what every device has whole, or of the array.
+    """
+    sizes = mesh_sizes(sharding)
+    places = zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False)
+    return {name: (place.start or 0) // size for name, place, size in places if name is not None}
+
+
 def shape_and_sharding(
     spec: WeightSpec, sharding: jax.sharding.Sharding | None
 ) -> tuple[tuple[int, ...], jax.sharding.Sharding | None]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.models.decoder import Params
-from jaxllm.parallel.mesh import on_each_device
+from jaxllm.parallel.mesh import OneAtATime, on_each_device
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.store import ProgramStore, open_store
@@ -71,13 +71,15 @@ class Compiler(abc.ABC):
     compile.
 
     Args:
-        state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
+        params: a tree of `jax.ShapeDtypeStruct` with shardings, of the weights.
+        state: such a tree, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
     """
 
-    def __init__(self, state: Any, *, platform: str, cache_dir: Path | None, source: Any):
-        self._state = state
+    def __init__(self, params: Any, state: Any, *, platform: str, cache_dir: Path | None, source: Any):
+        self._state, self._params = state, params
+        self.param_shardings = jax.tree.map(lambda shape: shape.sharding, params)
         #: of what every device has whole
         self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
         #: None: there is one device
@@ -86,6 +88,7 @@ class Compiler(abc.ABC):
             assert isinstance(self.sharding.mesh, jax.sharding.Mesh)
             self._mesh = self.sharding.mesh
             self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
+        self._runs_alone = platform == "cpu" and self._mesh is not None
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
         self._workers = 1 if platform == "cpu" else os.cpu_count()
@@ -173,9 +176,11 @@ class Compiler(abc.ABC):
     def _lower(self, key: Key) -> jax.stages.Lowered:
         """The program of a key, ready to be compiled."""
 
-    def _get(self, key: Key) -> jax.stages.Compiled:
+    def _get(self, key: Key) -> Any:
+        """A `jax.stages.Compiled`, or what is called as one."""
         try:
-            return self._compiled[key]
+            compiled = self._compiled[key]
+            return OneAtATime(compiled) if self._runs_alone else compiled
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
 
@@ -206,11 +211,10 @@ class Programs(Compiler):
             cache_dir: see `Compiler`.
         """
         made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
-        super().__init__(state, platform=platform, cache_dir=cache_dir, source=made_from)
+        super().__init__(params, state, platform=platform, cache_dir=cache_dir, source=made_from)
         if platform != "cpu":
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
-        self._params = params
         #: whether a single row has products of its own (`one_row`)
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.backend.deterministic
         self.packings = {

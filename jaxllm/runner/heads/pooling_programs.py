@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.compile.programs import ALLOCATOR, Compiler, Key, lowered
+from jaxllm.runner.compile.programs import ALLOCATOR, Compiler, Key
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_step, token_step
 from jaxllm.runner.packing import pooling_packing
 
@@ -36,15 +37,17 @@ class PoolingPrograms(Compiler):
         cache_dir: Path | None,
     ):
         made_from = (config, buckets, table_width, params, state, max_num_seqs)
-        super().__init__(state, platform=platform, cache_dir=cache_dir, source=made_from)
-        self._config, self._params = config, params
+        super().__init__(params, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        self._config = config
         self.packings = {b: pooling_packing(b, len(config.groups), table_width) for b in buckets}
         self.max_num_seqs = max_num_seqs
 
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(pooling_step, self._config, bucket, packing)
-        return lowered(function, self._params, self._state, self._words(packing.size), donate=1)
+        out = PoolingState(cache=CACHE, pooled=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        words = self._words(packing.size)
+        return self._lowered(function, self._params, self._state, words, donate=1, out=out)
 
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -52,7 +55,7 @@ class PoolingPrograms(Compiler):
         hidden = jax.ShapeDtypeStruct(
             (bucket.tokens, self._config.model.hidden_size), self._params.body.embedding.dtype, sharding=self.sharding
         )
-        return lowered(function, self._params.head, hidden, self._words(packing.size))
+        return self._lowered(function, self._params.head, hidden, self._words(packing.size))
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
