@@ -1,29 +1,78 @@
-"""The README's Python works as pasted."""
+"""What the READMEs say works as pasted, and points at what is there."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+
+from jaxllm.entrypoints.cli import build_parser
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("jaxllm", "pallas_kernels", "tests")
+READMES = [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("README.md")))]
+#: README -> what its Python prints
+PRINTED = {
+    "README.md": ("Memory plan", "Paris", "The three primary colours are ->"),
+    "jaxllm/api/README.md": ("Paris", "vllm:prefix_cache_hits", "vllm:num_preemptions"),
+}
 
 
-def test_the_readmes_python_works_as_pasted(smollm2_gguf: Path, minilm: Path, tmp_path: Path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
+def name(readme: Path) -> str:
+    return readme.relative_to(ROOT).as_posix()
+
+
+def code(readme: Path, language: str = "") -> list[str]:
+    """The blocks of one language; the shell's have none."""
+    parts = re.findall(r"^```(\w*)\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for of, text in parts if of == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of a shell block that calls jaxllm, and its README."""
+    found = []
+    for readme in READMES:
+        for text in code(readme):
+            lines = text.replace("\\\n", " ").splitlines()
+            found += [(name(readme), line.removeprefix("$ ")) for line in lines if re.match(r"(\$ )?jaxllm ", line)]
+    return found
+
+
+def test_only_the_expected_readmes_have_python():
+    assert {name(readme) for readme in READMES if code(readme, "python")} == set(PRINTED)
+
+
+@pytest.mark.parametrize("readme", PRINTED)
+def test_a_readmes_python_works_as_pasted(readme: str, smollm2_gguf: Path, minilm: Path, tmp_path: Path):
     script = tmp_path / "pasted.py"
-    script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
+    script.write_text("\n".join(code(ROOT / readme, "python")))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
-    assert "vllm:prefix_cache_hits" in result.stdout and "vllm:num_preemptions" in result.stdout
+    for text in PRINTED[readme]:
+        assert text in result.stdout
 
 
-def test_the_readme_opens_with_the_two_commands():
-    code = re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)[0]
-    assert [line.split("#")[0].strip() for line in code.splitlines()] == ["make demo", "make test"]
+@pytest.mark.parametrize(("readme", "command"), commands())
+def test_a_readmes_commands_are_understood(readme: str, command: str):
+    build_parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_a_readmes_links_lead_somewhere(readme: Path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text()):
+        if "://" not in target:
+            assert (readme.parent / target).exists(), f"{name(readme)} points at {target}"
+
+
+def test_the_readme_is_for_a_newcomer():
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
+    first = code(ROOT / "README.md")[0]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
