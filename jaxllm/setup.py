@@ -44,6 +44,17 @@ class Setup:
     #: the model's sentence-transformers files
     pooling: SentenceTransformersConfig | None
 
+    def check_devices(self, count: int) -> None:
+        """Raises ValidationError where the engine cannot be split over so many devices."""
+        check_split(self.model, count)
+        if count > 1 and not isinstance(self.model, DecoderConfig):
+            raise ValidationError(f"tensor_parallel_size={count}: encoders are not split. Set tensor_parallel_size=1.")
+        if count > 1 and self.args.deterministic:
+            raise ValidationError(
+                f"deterministic=True with tensor_parallel_size={count}: sums over devices are not added up in a fixed "
+                "order. Set tensor_parallel_size=1."
+            )
+
     def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
         """What the runner is built from on the devices of `target`.
 
@@ -51,13 +62,7 @@ class Setup:
             ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
         """
         args, model = self.args, self.model
-        if target.num_devices > 1:
-            check_split(model, target.num_devices)
-            if args.deterministic:
-                raise ValidationError(
-                    f"deterministic=True with tensor_parallel_size={target.num_devices}: sums over devices are not "
-                    "added up in a fixed order. Set tensor_parallel_size=1."
-                )
+        self.check_devices(target.num_devices)
         num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
         limits = scheduler_config(
             args,

@@ -43,7 +43,9 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
-            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, backend=config.backend),
+            PoolingStepConfig(
+                model=config.step_model, groups=config.groups, pooler=config.pooler, backend=config.backend
+            ),
             buckets,
             config.table_width,
             params,
