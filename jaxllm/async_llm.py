@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import collections
 import logging
 import os
@@ -49,6 +50,8 @@ class AsyncLLM:
         self._closing = False
         self._thread = threading.Thread(target=self._drive, name="jaxllm engine", daemon=True)
         self._thread.start()
+        # the interpreter ends a thread wherever it is, and in the middle of XLA's code the whole process with it
+        atexit.register(self._end_thread)
 
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
@@ -119,27 +122,19 @@ class AsyncLLM:
         (prepared,) = await asyncio.wrap_future(llm._pool.submit(inputs.reader.read, [prompt], options))
         if isinstance(prepared, ValidationError):
             raise prepared
-        name = llm._client.next_id() if request_id is None else request_id
-        # whether the name is this request's: it may be another's before this one is added, and after it has finished
-        live = False
+        own_id = llm._client.next_id(request_id)
 
         def receive(output: Any) -> None:
-            nonlocal live
-            live = live and not output.finished
             # a loop that has been closed has nobody left who waits
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
-            nonlocal live
-            request, text = inputs.request(name, prepared, inputs.check(params), priority)
-            with llm._client.lock:
-                llm._client.add(request, text, receive)
-                live = True
+            request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
+            llm._client.add(request, text, receive, request_id)
 
         def end() -> None:
-            if live:
-                _logged(lambda: llm._client.end([name]))
+            _logged(lambda: llm._client.end([own_id]))
 
         try:
             await self._call(add)
@@ -167,8 +162,9 @@ class AsyncLLM:
 
     async def abort(self, request_id: str | list[str]) -> None:
         """End requests: their generators yield what there is, with ``finish_reason="abort"``."""
-        ids = [request_id] if isinstance(request_id, str) else list(request_id)
-        await self._call(lambda: self.llm._client.abort(ids))
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+        client = self.llm._client
+        await self._call(lambda: client.abort([client.id_of(name) for name in names]))
 
     # The engine.
 
@@ -210,11 +206,8 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._end_thread()
+        atexit.unregister(self._end_thread)
         self.llm.shutdown()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -224,6 +217,14 @@ class AsyncLLM:
         await asyncio.to_thread(self.shutdown)
 
     # The engine's thread.
+
+    def _end_thread(self) -> None:
+        """Let the thread finish its step, and do nothing more. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _post(self, work: Callable[[], Result]) -> Future[Result]:
         """What `work` returns or raises, done by the engine's thread between two steps."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import traceback
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +75,10 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
         self.memory_plan = started.memory_plan
         #: seconds of each start-up phase
         self.startup_times: dict[str, float] = started.times
-        self._free = weakref.finalize(self, _free, started.core, self._pool)
+        # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
+        # is, and in the middle of XLA's code the whole process with it.
+        hold = atexit.register(functools.partial(self._client.lock.acquire))
+        self._free = weakref.finalize(self, _free, started.core, self._pool, hold)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
         try:
@@ -175,6 +181,7 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
         return self._client.core
 
 
-def _free(core: EngineCore, pool: TokenizerPool) -> None:
+def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
+    atexit.unregister(at_exit)
     pool.shutdown()
     core.shutdown()

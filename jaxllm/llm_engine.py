@@ -49,12 +49,14 @@ class LLMEngine:
         Raises:
             ValidationError: prompt or parameters are refused, or the id is in use.
         """
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, got {type(request_id).__name__}")
         llm = self.llm
         request, text = llm._inputs.request(
-            request_id, prompt, llm._default_params if params is None else params, priority
+            llm._client.next_id(request_id), prompt, llm._default_params if params is None else params, priority
         )
         with llm._client.lock:
-            llm._client.add(request, text, self._mailbox.receive)
+            llm._client.add(request, text, self._mailbox.receive, request_id)
             self._mailbox.unfinished.add(request_id)
         return request_id
 
@@ -65,10 +67,19 @@ class LLMEngine:
         return self._mailbox.take()
 
     def abort_request(self, request_ids: str | list[str]) -> None:
-        """End requests; nothing of them comes any more."""
-        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self.llm._client.end(ids)
-        self._mailbox.drop(ids)
+        """End requests, by what their outputs call them; unknown ones are passed over.
+
+        Nothing comes any more of those that `add_request` has queued. Whoever waits for others (`LLM.generate`, or
+        what `LLM.enqueue` has queued) gets what there is of them, with ``finish_reason="abort"``.
+        """
+        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        client = self.llm._client
+        with client.lock:
+            own = [name for name in names if name in self._mailbox.unfinished]
+            others = [client.id_of(name) for name in names if name not in self._mailbox.unfinished]
+            client.end(client.id_of(name) for name in own)
+            self._mailbox.drop(names)
+            client.abort(others)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._mailbox.unfinished or self._mailbox.outputs)

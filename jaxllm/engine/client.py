@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput, failed_output
 from jaxllm.engine.io.parallel_sampling import ParallelSampling
 
@@ -32,6 +33,8 @@ class EngineClient:
         self._receivers: dict[str, Receiver] = {}
         #: ids of the children of requests with n > 1
         self._children: dict[str, list[str]] = {}
+        #: the users' names of their requests -> the engine's ids of them
+        self._named: dict[str, str] = {}
         # counting needs no lock: an event loop asks for ids while the engine works
         self._ids = itertools.count()
 
@@ -42,40 +45,78 @@ class EngineClient:
             raise RuntimeError("the engine has been shut down; make a new LLM")
         return self._core
 
-    def next_id(self) -> str:
-        """A request id that was not in use."""
-        return str(next(self._ids))
+    def next_id(self, name: str | None = None) -> str:
+        """The engine's id for a new request, which no other has, whatever users call theirs.
 
-    def add(self, request: Request, text: str | None, receive: Receiver) -> None:
+        Args:
+            name: what the user calls it; None: it has no other name than the id.
+        """
+        number = next(self._ids)
+        if name is not None:
+            return f"{name}-{number}"
+        # whoever ends a request by an id has to mean one
+        while str(number) in self._named:
+            number = next(self._ids)
+        return str(number)
+
+    def id_of(self, name: str) -> str:
+        """The engine's id of a request, from what its outputs call it."""
+        return self._named.get(name, name)
+
+    def add(self, request: Request, text: str | None, receive: Receiver, name: str | None = None) -> None:
         """Queue a request; `receive` gets its outputs, in the thread whose step brings them.
 
+        Args:
+            name: what the user calls it, and its outputs therefore; None: as the engine does.
+
         Raises:
-            ValidationError: it can never run.
+            ValidationError: it can never run, or a request of this name runs.
         """
         with self.lock:
-            if request.pools or request.params.n == 1:
-                self.core.add_request(request, text)
-                self._receivers[request.request_id] = receive
+            if name is None:
+                self._add(request, text, receive)
                 return
-            parent_id = request.request_id
+            if name in self._named:
+                # it may have ended, but nobody has been told so
+                raise ValidationError(f"Request id {name!r} is in use; wait for its end or choose another.")
 
-            def receive_whole(output: RequestOutput) -> None:
+            def receive_named(output: RequestOutput) -> None:
+                output.request_id = name
                 if output.finished:
-                    self._children.pop(parent_id, None)
-                    if self._core is not None:
-                        self._core.record_completed_prompt(request.params.n, family.longest)
+                    self._named.pop(name, None)
                 receive(output)
 
-            family = ParallelSampling(request, receive_whole)
-            ids = self._children[parent_id] = []
+            self._named[name] = request.request_id
             try:
-                for index, child in enumerate(family.children):
-                    self.core.add_request(child, text)
-                    self._receivers[child.request_id] = functools.partial(family.take, index)
-                    ids.append(child.request_id)
+                self._add(request, text, receive_named)
             except BaseException:
-                self.end([parent_id])
+                self._named.pop(name, None)
                 raise
+
+    def _add(self, request: Request, text: str | None, receive: Receiver) -> None:
+        if request.pools or request.params.n == 1:
+            self.core.add_request(request, text)
+            self._receivers[request.request_id] = receive
+            return
+        parent_id = request.request_id
+
+        def receive_whole(output: RequestOutput) -> None:
+            if output.finished:
+                self._children.pop(parent_id, None)
+                if self._core is not None:
+                    self._core.record_completed_prompt(request.params.n, family.longest)
+            receive(output)
+
+        family = ParallelSampling(request, receive_whole)
+        ids = self._children[parent_id] = []
+        try:
+            for index, child in enumerate(family.children):
+                self.core.add_request(child, text)
+                self._receivers[child.request_id] = functools.partial(family.take, index)
+                ids.append(child.request_id)
+        except BaseException:
+            self.end([parent_id])
+            raise
 
     def step(self) -> None:
         """Run one step of the engine and deliver what it brings.
@@ -100,7 +141,10 @@ class EngineClient:
     def end(self, request_ids: Iterable[str]) -> None:
         """Leave nothing of these requests behind, finished or not; nothing of them is delivered any more."""
         with self.lock:
-            ids = [i for request_id in request_ids for i in self._children.pop(request_id, (request_id,))]
+            ended = set(request_ids)
+            if ended and self._named:
+                self._named = {name: i for name, i in self._named.items() if i not in ended}
+            ids = [i for request_id in ended for i in self._children.pop(request_id, (request_id,))]
             ids = [i for i in ids if self._receivers.pop(i, None)]
             if ids and self._core is not None:
                 self._core.abort(ids)
@@ -161,6 +205,7 @@ class EngineClient:
     def _fail_all(self, reason: str) -> None:
         waiting, self._receivers = self._receivers, {}
         self._children.clear()
+        self._named.clear()
         for request_id, receive in waiting.items():
             # "abort", not "error": it is not the request's fault
             receive(failed_output(request_id, None, reason, finish_reason="abort"))

@@ -24,6 +24,8 @@ class _Search:
         self.cache_salt = prompt.cache_salt
         self.beams = [BeamSearchSequence(tokens=list(prompt.token_ids))]
         self.completed: list[BeamSearchSequence] = []
+        #: one of its requests has been ended from outside
+        self.is_aborted = False
 
     def extend(self, logprobs: Sequence[PositionLogprobs], params: BeamSearchParams, eos: frozenset[int]) -> None:
         """Replace the beams by the best of their continuations.
@@ -48,7 +50,7 @@ class _Search:
 
     def sequences(self, params: BeamSearchParams) -> list[BeamSearchSequence]:
         for beam in self.beams:
-            beam.finish_reason = "length"
+            beam.finish_reason = "abort" if self.is_aborted else "length"
         return _best([*self.completed, *self.beams], params)
 
 
@@ -71,6 +73,9 @@ class BeamSearchMethods(EngineMethods):
     ) -> list[BeamSearchOutput]:
         """The likeliest sequences of each prompt.
 
+        A prompt one of whose requests is aborted ends there: its sequences are what there is, with
+        ``finish_reason="abort"``, and the other prompts go on.
+
         A step asks for the 2 * beam_width most likely next tokens of every beam; the prefix cache has what beams share.
 
         Args:
@@ -79,7 +84,7 @@ class BeamSearchMethods(EngineMethods):
 
         Raises:
             ValidationError: a prompt is refused, or ``2 * beam_width`` is more than the engine's ``max_logprobs``.
-            RuntimeError: another call has ended this one's requests.
+            RuntimeError: the engine failed or was shut down by another call.
         """
         self._require_generation("beam_search")
         refuse(lora_request=lora_request)
@@ -113,17 +118,18 @@ class BeamSearchMethods(EngineMethods):
         eos = self._inputs.eos_token_ids
         room = self._client.core.scheduler.config.max_model_len
         for _ in range(params.max_tokens):
-            live = [search for search in searches if search.beams and len(search.beams[0].tokens) < room]
+            live = [s for s in searches if s.beams and not s.is_aborted and len(s.beams[0].tokens) < room]
             prompts = [_prompt(beam, search) for search in live for beam in search.beams]
             if not prompts:
                 break
             found = self._feed(prompts, one_token, priority=priority).outputs()
             positions = [output.outputs[0].logprobs for output in sorted(found, key=lambda output: output.index)]
-            if not all(positions):
-                raise RuntimeError("the search is cut short: a request was aborted")
-            logprobs = (position for (position,) in positions)
+            of_all_beams = iter(positions)
             for search in live:
-                search.extend(list(itertools.islice(logprobs, len(search.beams))), params, eos)
+                of_beams = list(itertools.islice(of_all_beams, len(search.beams)))
+                search.is_aborted = not all(of_beams)
+                if not search.is_aborted:
+                    search.extend([position for (position,) in of_beams], params, eos)
             bar.update()
 
 

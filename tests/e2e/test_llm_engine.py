@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from pathlib import Path
 
@@ -136,3 +137,60 @@ def test_an_engine_of_checked_arguments(tiny_model: Path):
 def test_arguments_are_refused_for_an_engine_that_runs(engine: LLM):
     with pytest.raises(TypeError, match="max_num_seqs"):
         LLMEngine(engine, max_num_seqs=3)
+
+
+# Ids.
+
+
+def test_what_was_enqueued_and_aborted_returns_what_there_is(engine: LLM):
+    expected = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+    ids = engine.enqueue(PROMPTS, GREEDY)
+    engine.llm_engine.abort_request(ids[0])
+    outputs = engine.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == ids
+    assert outputs[0].finished and outputs[0].outputs[0].finish_reason == "abort"
+    assert outputs[0].outputs[0].token_ids == [] and outputs[0].error is None
+    for output, whole in zip(outputs[1:], expected[1:], strict=True):
+        assert output.outputs[0].token_ids == whole.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_running_generate_is_aborted_by_its_id(engine: LLM, monkeypatch: pytest.MonkeyPatch, n: int):
+    """As another thread does which gets the engine's lock between two steps."""
+    params = SamplingParams(seed=1, max_tokens=50, ignore_eos=True, n=n)
+    client, step = engine._client, engine._client.step
+    number = int(client.next_id()) + 1
+    count = itertools.count(1)
+
+    def abort_before_the_fifth() -> None:
+        if next(count) == 5:
+            engine.llm_engine.abort_request(str(number))
+        else:
+            step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "step", abort_before_the_fifth)
+        ended, other = engine.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert [completion.finish_reason for completion in ended.outputs] == ["abort"] * n
+    assert all(0 < len(completion.token_ids) < 50 for completion in ended.outputs)
+    assert [len(completion.token_ids) for completion in other.outputs] == [50] * n
+
+
+def test_the_users_ids_and_the_engines_own_do_not_collide(engine: LLM, stepped: LLMEngine):
+    first = int(engine._client.next_id())
+    names = [str(first + i) for i in range(1, 4)]
+    for name in names:
+        stepped.add_request(name, PROMPTS[0], GREEDY)
+    outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert all(output.error is None for output in outputs)
+    assert not {output.request_id for output in outputs} & set(names), "an id names one request"
+    assert {output.request_id for output in drive(stepped)} == set(names)
+    # and the other way around: these are the engine's
+    ids = engine.enqueue(PROMPTS, GREEDY)
+    several = SamplingParams(seed=1, max_tokens=8, n=2)
+    assert [stepped.add_request(name, PROMPTS[0], several) for name in (*ids, "0_" + ids[0])] == [*ids, "0_" + ids[0]]
+    stepped.abort_request(ids[0])
+    assert {output.request_id for output in drive(stepped) if output.finished} == {ids[1], ids[2], "0_" + ids[0]}
+    assert {o.outputs[0].finish_reason for o in engine.wait_for_completion(use_tqdm=False)} == {"length"}
+    with pytest.raises(TypeError, match="request_id must be a string, got int"):
+        stepped.add_request(13, PROMPTS[0], GREEDY)  # pyright: ignore[reportArgumentType]

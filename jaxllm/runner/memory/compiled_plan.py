@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.runner.buckets import decode_step_buckets, make_buckets
@@ -15,9 +18,12 @@ from jaxllm.runner.step import State, StepConfig
 
 
 def compiled_plan(
-    config: RunnerConfig, *, measure_first: bool = False
+    config: RunnerConfig, *, measure_first: bool = False, compiled: Callable[[float], object] = lambda _: None
 ) -> tuple[RunnerConfig, Programs | PoolingPrograms, MemoryPlan]:
     """`plan_memory`, and the programs of the plan, of which the largest are compiled.
+
+    Args:
+        compiled: told the seconds that compiling them took, each time.
 
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
@@ -27,7 +33,10 @@ def compiled_plan(
 
     def activations(config: RunnerConfig, num_blocks: int) -> int:
         made[:] = [make_programs(config, params, num_blocks)]
-        return made[0].activation_bytes()
+        began = time.perf_counter()
+        measured = made[0].activation_bytes()
+        compiled(time.perf_counter() - began)
+        return measured
 
     config, plan = plan_memory(config, activations, measure_first=measure_first)
     return config, made[0], plan

@@ -1,0 +1,61 @@
+"""How a program ends that has an engine: cleanly, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ASYNC = """
+import asyncio, sys
+from support.tiny_model import SMALL
+from jaxllm import AsyncLLM, SamplingParams
+
+async def main():
+    engine = AsyncLLM(sys.argv[1], **SMALL)
+    # the engine's thread has something to do until the end
+    engine.llm.enqueue(["x"] * 50, SamplingParams(max_tokens=200, ignore_eos=True))
+    async for output in engine.generate("go on"):
+        raise ValueError("the user's own")
+
+asyncio.run(main())
+"""
+THREAD = """
+import sys, threading
+from support.tiny_model import SMALL
+from jaxllm import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], **SMALL)
+begun = threading.Event()
+
+def generate():
+    for _ in llm.stream("go on", SamplingParams(max_tokens=200, ignore_eos=True)):
+        begun.set()
+
+threading.Thread(target=generate, daemon=True).start()
+begun.wait()
+raise ValueError("the user's own")
+"""
+
+
+def ends(program: str, model: Path) -> tuple[int, str]:
+    """Exit status and standard error of a Python program that runs `model`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model)], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_program_that_leaves_an_async_engine_running(tiny_model: Path):
+    found, errors = ends(ASYNC, tiny_model)
+    assert found == 1, errors
+    assert "a step of the engine failed" not in errors
+    assert errors.rstrip().endswith("ValueError: the user's own"), errors
+
+
+def test_a_program_that_ends_while_a_thread_of_its_own_generates(tiny_model: Path):
+    found, errors = ends(THREAD, tiny_model)
+    assert found == 1, errors
+    assert errors.rstrip().endswith("ValueError: the user's own"), errors
