@@ -187,6 +187,7 @@ def dummy(
         shape, own = shape_and_sharding(spec, sharding)
         if spec.init is not None:
             return jnp.full(shape, spec.init, own_dtype, device=own)
+        assert own is not None
         parts = []
         for device, index in own.addressable_devices_indices_map(shape).items():
             numbers = place_on_mesh(spec, sharding, index)

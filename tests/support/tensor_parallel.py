@@ -18,6 +18,7 @@ from support.tiny_model import CONFIG, SMALL, write_tiny_model
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import JaxLLMError
+from jaxllm.api.metric import Counter
 from jaxllm.config.files import merged
 from jaxllm.parallel.collectives import collective_bytes, count_collectives
 
@@ -42,7 +43,11 @@ def generate(llm: LLM, prompts: Any, params: SamplingParams) -> Any:
 def answers(llm: LLM) -> dict[str, Any]:
     """What an engine makes of every kind of request."""
     found: dict[str, Any] = {"greedy": tokens(generate(llm, PROMPTS, GREEDY))}
-    found["preemptions"] = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    found["preemptions"] = next(
+        metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter) and metric.name == "vllm:num_preemptions"
+    )
     found["seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
     again = generate(llm, PROMPTS[2], GREEDY)
     found["prefix hits"], found["after prefix hits"] = again[0].num_cached_tokens, tokens(again)
@@ -146,7 +151,8 @@ def main() -> None:
     with LLM(folder / "model", tensor_parallel_size=2, **several) as llm:
         found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
-        found["launches"] = list(map(str, llm._started.runner._programs.decode_packings))
+        runner: Any = llm._started.runner
+        found["launches"] = list(map(str, runner._programs.decode_packings))
     found["shipped"] = {name: shipped(folder / name, name) for name in SHIPPED}
     found["embeddings"] = [embeddings(folder / "model", devices) for devices in (1, 4)]
     print(json.dumps(found))
