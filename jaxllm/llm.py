@@ -17,9 +17,8 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
-from jaxllm.engine.client import EngineClient
+from jaxllm.engine.client import EngineClient, Mailbox
 from jaxllm.engine.core import EngineCore
-from jaxllm.engine.io.mailbox import Mailbox
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.methods.beam_search import BeamSearchMethods
 from jaxllm.methods.control import ControlMethods

@@ -43,8 +43,8 @@ RULES = {
     "mlp": Rule(TENSOR, "refuse"),
     "vocab": Rule(TENSOR, "fill"),
 }
-#: the KV cache [pages, 2, kv_heads, block_size, head_dim]
-CACHE = jax.P(None, None, TENSOR)
+#: the KV cache [pages, 2 * kv_heads, block_size, head_dim]: each device has the keys and the values of its heads
+CACHE = jax.P(None, TENSOR)
 
 
 class Held(NamedTuple):

@@ -108,7 +108,7 @@ class RunnerConfig:
     @property
     def page_shape(self) -> tuple[int, ...]:
         """On one device."""
-        return 2, self.step_model.num_kv_heads, self.block_size, self.model.head_dim
+        return 2 * self.step_model.num_kv_heads, self.block_size, self.model.head_dim
 
     @property
     def cache_dtype(self) -> np.dtype:
@@ -125,8 +125,8 @@ class RunnerConfig:
         pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
         cache = array((pages, *self.page_shape), self.cache_dtype)
         if mesh is not None:
-            halves, kv_heads, *rest = self.page_shape
-            whole, split = (pages, halves, kv_heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            heads, *rest = self.page_shape
+            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
             cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
             return State(cache=cache, tokens=array((rows, self.scheduler.max_model_len), jnp.int32))

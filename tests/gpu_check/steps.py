@@ -132,7 +132,7 @@ class Bench:
         """Small random numbers: zeros are easier on the card than what a model writes."""
 
         def fill(cache: jax.Array) -> jax.Array:
-            page = jnp.arange(cache.shape[0], dtype=jnp.uint32)[:, None, None, None, None]
+            page = jnp.arange(cache.shape[0], dtype=jnp.uint32)[:, None, None, None]
             lane = jnp.arange(cache.shape[-1], dtype=jnp.uint32)
             mixed = (page * jnp.uint32(2654435761) + lane * jnp.uint32(40503)) >> 7
             # sign and mantissa are mixed, the exponent is that of numbers from an eighth on
@@ -209,8 +209,7 @@ class Bench:
                 rows=list(range(len(counts))),
                 starts=[context + moved for context in contexts],
                 counts=counts,
-                samples=[True] * len(counts),
-                scored=[0] * len(counts),
+                wanted=[1] * len(counts),
                 new_blocks=[],
                 requests=[],
             )

@@ -58,7 +58,7 @@ def main() -> None:
         return cache, logits(model, params, hidden)
 
     def cache_shape(kv_heads: int) -> tuple[int, ...]:
-        return MODEL.num_layers * BLOCKS, 2, kv_heads, BLOCK_SIZE, MODEL.head_dim
+        return MODEL.num_layers * BLOCKS, 2 * kv_heads, BLOCK_SIZE, MODEL.head_dim
 
     cache = jnp.zeros(cache_shape(MODEL.num_kv_heads))
     pages, expected = jax.jit(step, static_argnums=0)(MODEL, params, cache, tokens, batch)
@@ -85,7 +85,11 @@ def main() -> None:
         compiled = jax.jit(function).lower(*arguments).compile()
         split_pages, scores = compiled(*arguments)
         np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
-        repeated = np.repeat(pages, max(devices // MODEL.num_kv_heads, 1), axis=2)
+        heads = np.reshape(pages, (len(pages), 2, MODEL.num_kv_heads, BLOCK_SIZE, MODEL.head_dim))
+        heads = np.repeat(heads, max(devices // MODEL.num_kv_heads, 1), axis=2)
+        # each device has the keys, then the values of its heads
+        parts = np.concatenate(np.split(heads, devices, axis=2), axis=1)
+        repeated = parts.reshape(split_pages.shape)
         np.testing.assert_allclose(split_pages, repeated, rtol=2e-5, atol=2e-5)
         exchanged = count_collectives(compiled.as_text() or "")
         np.testing.assert_equal(exchanged, expected_collectives(MODEL.num_layers, devices))

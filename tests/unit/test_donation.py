@@ -44,7 +44,7 @@ def make_programs(dtype: str, num_blocks: int) -> tuple[Programs, State]:
     groups = kv_cache_groups(model.layer_window)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
-    page = (2, model.num_kv_heads, BLOCK_SIZE, model.head_dim)
+    page = (2 * model.num_kv_heads, BLOCK_SIZE, model.head_dim)
     stored = STORAGE.get(jnp.dtype(dtype), jnp.dtype(dtype))
     state = State(
         cache=jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding),  # pyright: ignore[reportArgumentType]

@@ -39,7 +39,7 @@ def scoring_bytes(max_model_len: int, max_num_batched_tokens: int, num_logprobs:
     model = model_config(CONFIG)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     state = State(
-        cache=jax.ShapeDtypeStruct((9000, 2, 2, 16, 32), jnp.float32, sharding=sharding),  # pyright: ignore
+        cache=jax.ShapeDtypeStruct((9000, 2 * 2, 16, 32), jnp.float32, sharding=sharding),  # pyright: ignore
         tokens=jax.ShapeDtypeStruct((65, max_model_len), jnp.int32, sharding=sharding),  # pyright: ignore
     )
     programs = Programs(

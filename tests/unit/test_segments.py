@@ -172,7 +172,7 @@ def test_any_segments_compute_the_same(family: str):
     random = np.random.default_rng(2)
     blocks = 1 + 4 * len(groups)
     pages = max(len(group.layers) for group in groups) * blocks
-    cache = random.standard_normal((pages, 2, config.num_kv_heads, 4, config.head_dim), np.float32)
+    cache = random.standard_normal((pages, 2 * config.num_kv_heads, 4, config.head_dim), np.float32)
     batch = AttentionBatch(
         token_seq=jnp.asarray([0, 1, 1, 1, 1, 1]),
         positions=jnp.asarray([6, 0, 1, 2, 3, 4]),
