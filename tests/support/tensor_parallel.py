@@ -147,7 +147,7 @@ def main() -> None:
     for form, devices in (("safetensors", 1), ("orbax", 2)):
         with LLM(folder / "saved" / form, tensor_parallel_size=devices, **ARGUMENTS) as llm:
             found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
-    several = {**SMALL, "enforce_eager": False, "max_num_batched_tokens": 8, "num_decode_steps": 4}
+    several = {**SMALL, "enforce_eager": False, "max_num_seqs": 2, "max_num_batched_tokens": 4, "num_decode_steps": 4}
     with LLM(folder / "model", tensor_parallel_size=2, **several) as llm:
         found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
