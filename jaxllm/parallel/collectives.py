@@ -101,6 +101,7 @@ def expected_collectives(num_layers: int, devices: int, *, blocks: int = 1) -> d
     and one after the MLP of each layer, one for the embedding, and an all-gather of each block of logits.
 
     Args:
-        blocks: of rows that are sampled from.
+        blocks: of rows that are sampled from; 0: there are no logits.
     """
-    return {} if devices == 1 else {"all-reduce": 2 * num_layers + 1, "all-gather": blocks}
+    sums = {} if devices == 1 else {"all-reduce": 2 * num_layers + 1}
+    return {**sums, "all-gather": blocks} if sums and blocks else sums

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from support.tensor_parallel import ARGUMENTS, DEVICES
@@ -110,6 +111,7 @@ def test_sizes_that_do_not_divide_are_refused(tiny_model: Path):
 
 
 def test_a_started_jax_has_the_devices_that_it_has(tiny_model: Path):
+    assert len(jax.devices()) == 1
     with pytest.raises(ValidationError, match=r"JAX has 1 of cpu\..*start Python with JAX_NUM_CPU_DEVICES=2"):
         LLM(tiny_model, tensor_parallel_size=2)
 
