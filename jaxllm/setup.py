@@ -48,8 +48,6 @@ class Setup:
     def check_devices(self, count: int) -> None:
         """Raises ValidationError where the engine cannot be split over so many devices."""
         check_split(self.model, count)
-        if count > 1 and not isinstance(self.model, DecoderConfig):
-            raise ValidationError(f"tensor_parallel_size={count}: encoders are not split. Set tensor_parallel_size=1.")
         if count > 1 and self.args.deterministic:
             raise ValidationError(
                 f"deterministic=True with tensor_parallel_size={count}: sums over devices are not added up in a fixed "

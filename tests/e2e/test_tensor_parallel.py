@@ -61,8 +61,9 @@ def test_several_decode_steps_in_one_launch(found: dict[str, Any]):
     assert found["several"] == found["1"]["greedy"] and found["several seeded"] == found["1"]["seeded"]
 
 
-def test_a_split_model_pools_as_the_whole_one(found: dict[str, Any]):
-    whole, split = found["embeddings"]
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_split_model_pools_as_the_whole_one(found: dict[str, Any], kind: str):
+    whole, split = found["embeddings"][kind]
     np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -94,13 +95,6 @@ def test_other_weights_are_used_where_their_devices_are_known(found: dict[str, A
 
 def test_the_shipped_configurations_for_several_gpus_start(found: dict[str, Any]):
     assert found["shipped"] == {"llama-3.3-70b-4xh100": [4, 40], "qwq-32b-2x80g": [2, 40]}
-
-
-def test_an_encoder_is_not_split(tmp_path: Path):
-    config = {**CONFIG, "architectures": ["BertModel"], "num_attention_heads": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValidationError, match="tensor_parallel_size=2: encoders are not split"):
-        LLM(tmp_path, tensor_parallel_size=2, load_format="dummy", skip_tokenizer_init=True)
 
 
 def test_sizes_that_do_not_divide_are_refused(tiny_model: Path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
@@ -20,6 +21,10 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.api.metric import Counter
 from jaxllm.config.files import merged
+from jaxllm.layers.weight import is_spec
+from jaxllm.models.bert import BertConfig
+from jaxllm.models.registry import pooling_model_config
+from jaxllm.models.specs import bert_specs
 from jaxllm.parallel.collectives import collective_bytes, count_collectives
 
 #: KV heads that two and four devices divide, and that eight share in pairs; a vocabulary that none divides
@@ -63,7 +68,7 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 def exchanged(llm: LLM) -> dict[str, Any]:
     """What the largest step and its sampler exchange."""
-    programs: Any = llm._started.runner._programs
+    programs: Any = llm._started.runner.head.programs
     step, sampler = programs.forward(programs.largest), programs.sampler(1, True)[0]
     return {
         "count": [count_collectives(program.as_text()) for program in (step, sampler)],
@@ -95,9 +100,27 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     return found
 
 
+def write_encoder(folder: Path) -> None:
+    """A BERT with random weights, biases and norms included, under the names of a checkpoint."""
+    config = {**CONFIG, "architectures": ["BertModel"], "num_attention_heads": 4, "max_position_embeddings": 128}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = pooling_model_config(config)
+    assert isinstance(model, BertConfig)
+    random = np.random.default_rng(3)
+    tensors = {
+        name: (random.standard_normal(part.shape) / 8).astype(np.float32)
+        for spec in jax.tree.leaves(bert_specs(model), is_leaf=is_spec)
+        for name, part in spec.tensors()
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
 def embeddings(folder: Path, devices: int) -> list[list[float]]:
-    with LLM(folder, runner="pooling", convert="embed", tensor_parallel_size=devices, **SMALL) as llm:
-        return [output.outputs.embedding for output in llm.embed(PROMPTS, use_tqdm=False)]
+    prompts = [{"prompt_token_ids": list(prompt.encode())} for prompt in PROMPTS]
+    arguments = {**SMALL, "max_model_len": 64, "max_num_batched_tokens": 64, "skip_tokenizer_init": True}
+    with LLM(folder, runner="pooling", convert="embed", tensor_parallel_size=devices, **arguments) as llm:
+        return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
 
 
 #: of the models of the configurations for several GPUs: their heads, all else small
@@ -152,9 +175,13 @@ def main() -> None:
         found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
         runner: Any = llm._started.runner
-        found["launches"] = list(map(str, runner._programs.decode_packings))
+        found["launches"] = list(map(str, runner.head.programs.decode_packings))
     found["shipped"] = {name: shipped(folder / name, name) for name in SHIPPED}
-    found["embeddings"] = [embeddings(folder / "model", devices) for devices in (1, 4)]
+    write_encoder(folder / "encoder")
+    found["embeddings"] = {
+        kind: [embeddings(folder / name, devices) for devices in (1, 4)]
+        for kind, name in (("decoder", "model"), ("encoder", "encoder"))
+    }
     print(json.dumps(found))
 
 

@@ -192,11 +192,6 @@ class TestModels:
         assert one.fits and two.memory.weight_bytes < 0.51 * one.memory.weight_bytes
         assert one.collectives == {} and two.collectives == {"all-reduce": 2 * QWQ["num_hidden_layers"] + 1}
 
-    def test_an_encoder_is_not_split(self, tmp_path: Path):
-        folder = config(tmp_path, {**QWQ, "architectures": ["BertModel"]})
-        with pytest.raises(ValidationError, match="tensor_parallel_size=2: encoders are not split"):
-            jaxllm.plan(folder, device="h200", tensor_parallel_size=2)
-
 
 class TestErrors:
     def test_an_unknown_device(self, qwq: Path):

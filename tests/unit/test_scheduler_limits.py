@@ -136,3 +136,12 @@ def test_the_rest_is_handed_on():
         async_scheduling=False,
         reserve_full_prompt=False,
     )
+
+
+def test_requests_that_run_at_once_may_be_fewer_than_there_is_room_for():
+    assert scheduler().max_num_active_seqs is None
+    config = scheduler(max_num_seqs=8, max_num_active_seqs="3", long_prefill_token_threshold_adaptive=True)
+    assert (config.max_num_seqs, config.max_num_active_seqs) == (8, 3)
+    assert config.long_prefill_token_threshold_adaptive
+    with pytest.raises(ValidationError, match=r"max_num_active_seqs \(9\) cannot be greater than max_num_seqs \(8\)"):
+        scheduler(max_num_seqs=8, max_num_active_seqs=9)
