@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
@@ -23,7 +24,6 @@ from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.target import target_here
-from jaxllm.runner.heads.pooling_runner import PoolingRunner
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory.plan import MemoryPlan
@@ -63,7 +63,7 @@ class Started:
     pooling_inputs: PoolingInputs | None
     #: sentence-transformers' files of the model, relative to its directory
     pooling_files: tuple[str, ...]
-    runner: Runner | PoolingRunner | NullRunner
+    runner: Runner | NullRunner
     #: what the runner was built from
     config: RunnerConfig
     tokenizer: PreTrainedTokenizerBase | None
@@ -84,7 +84,14 @@ def start(args: EngineArgs) -> Started:
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"
     share_gpu_memory(args.gpu_memory_utilization)
-    target = target_here("cpu" if is_null else args.device)
+    if is_null and args.tensor_parallel_size > 1:
+        raise ValidationError(
+            f'tensor_parallel_size={args.tensor_parallel_size} with load_format="null": there is no model to split. '
+            "Leave it out."
+        )
+    # before JAX is asked for devices that would not do
+    setup.check_devices(args.tensor_parallel_size)
+    target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
 
     # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy
@@ -95,6 +102,13 @@ def start(args: EngineArgs) -> Started:
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target, progress=progress)
+
+        if args.async_scheduling and not config.scheduler.async_scheduling:
+            logger.info(
+                "tensor_parallel_size=%d on a CPU: one step at a time is under way (async_scheduling=False), since "
+                "virtual devices that wait for each other in two programs at once may wait for ever.",
+                args.tensor_parallel_size,
+            )
 
         def record(phase: str, seconds: float) -> None:
             times[phase] = seconds

@@ -19,10 +19,10 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
+from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.deviceless import lowering_for
-from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingPrograms
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
@@ -110,7 +110,8 @@ class _Planner:
         self._needed.clear()
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
-        self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices, blocks=blocks)
+        blocks = 0 if config.pooler is not None else blocks
+        self.collectives = expected_collectives(config.model.num_layers, target.num_devices, blocks=blocks)
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> int:
@@ -132,7 +133,7 @@ class _Planner:
         programs = make_programs(config, config.params(), num_blocks)
         with contextlib.nullcontext() if self._is_local else lowering_for(make_mesh(config.target.devices)):
             needed = self._needed[config.scheduler] = programs.activation_bytes()
-        if isinstance(programs, Programs) and config.target.num_devices > 1:
+        if isinstance(programs, SamplingPrograms) and config.target.num_devices > 1:
             sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
             texts = (programs.forward(programs.largest).as_text(), sampler.as_text())
             self.collectives = {}

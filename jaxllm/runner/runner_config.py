@@ -17,16 +17,17 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes
+from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.step import State
+from jaxllm.runner.heads.sampling_step import State
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
@@ -65,6 +66,11 @@ class RunnerConfig:
         return self.attention or device_backend(self.device)
 
     @property
+    def context(self) -> Context:
+        """How the model's layers are compiled."""
+        return Context(backend=self.backend, split=split_axes(self.target.mesh_sizes))
+
+    @property
     def platform(self) -> str:
         return self.target.platform
 
@@ -80,8 +86,7 @@ class RunnerConfig:
     @property
     def step_model(self) -> ModelConfig:
         """What one device computes of the model."""
-        devices = self.target.num_devices
-        return local_model(self.model, devices) if isinstance(self.model, DecoderConfig) else self.model
+        return local_model(self.model, self.target.num_devices)
 
     @property
     def table_width(self) -> int:
@@ -108,11 +113,11 @@ class RunnerConfig:
     @property
     def page_shape(self) -> tuple[int, ...]:
         """On one device."""
-        return 2 * self.step_model.num_kv_heads, self.block_size, self.model.head_dim
+        return self.step_model.kv_specs[0].page_shape(self.block_size)
 
     @property
     def cache_dtype(self) -> np.dtype:
-        dtype = jnp.dtype(self.dtype)
+        dtype = jnp.dtype(self.model.kv_specs[0].dtype or self.dtype)
         return jnp.dtype(STORAGE.get(dtype, dtype)) if self.platform == "cpu" else dtype
 
     def state(self, num_blocks: int) -> State | PoolingState:
@@ -137,7 +142,7 @@ class RunnerConfig:
     def state_bytes(self) -> int:
         """Of the state without the cache, and of the empty constraint buffer."""
         state = self.state(1)
-        words = jax.tree.leaves(state.tokens if isinstance(state, State) else state.pooled)
+        words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 

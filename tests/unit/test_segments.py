@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, body_specs, forward
 from jaxllm.models.registry import model_config, pooling_model_config
@@ -27,6 +27,7 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from pallas_kernels.backend import Backend
+from pallas_kernels.batch import AttentionBatch
 
 LAYERS = 3
 SMALL: dict[str, Any] = {
@@ -133,19 +134,19 @@ def test_dummy_weights_of_separate_layers(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("loaded", SEGMENTS.values(), ids=SEGMENTS)
 def test_a_saved_model_is_loaded_into_any_segments(tmp_path: Path, saved: tuple[int, ...], loaded: tuple[int, ...]):
     stacked = draw(STACKED, BFLOAT16)
-    orbax.save(tmp_path, resegment(stacked, saved))
+    orbax.save(tmp_path, resegment(stacked, saved), resegment(STACKED, saved))
     wanted = shapes(resegment(STACKED, loaded), BFLOAT16, DEVICE)
-    found = orbax.load(tmp_path, wanted)
+    found = orbax.load(tmp_path, resegment(STACKED, loaded), BFLOAT16, DEVICE)
     for array, shape in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (array.dtype, array.sharding) == (shape.dtype, shape.sharding)
     check_rows(found, stacked)
 
 
 def test_a_saved_model_of_another_depth_is_refused_in_the_form_of_the_file(tmp_path: Path):
-    orbax.save(tmp_path, draw(SEPARATE))
+    orbax.save(tmp_path, draw(SEPARATE), SEPARATE)
     less = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=2)), (1,) * (2))
     with pytest.raises(WeightsError, match=r"'layers\.attention_norm' has shape \(3, 16\), .* asks for \(2, 16\)"):
-        orbax.load(tmp_path, shapes(less, FLOAT32, DEVICE))
+        orbax.load(tmp_path, less, FLOAT32, DEVICE)
 
 
 @pytest.mark.parametrize("specs", [STACKED, body_specs(BERT)], ids=["decoder", "BERT"])
@@ -168,12 +169,12 @@ def test_any_segments_compute_the_same(family: str):
     config: ModelConfig = BERT
     if family != "BERT":
         config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
-    groups = kv_cache_groups(config.layer_window)
+    groups = kv_cache_groups(config.kv_specs)
     random = np.random.default_rng(2)
     blocks = 1 + 4 * len(groups)
     pages = max(len(group.layers) for group in groups) * blocks
     cache = random.standard_normal((pages, 2 * config.num_kv_heads, 4, config.head_dim), np.float32)
-    batch = AttentionBatch(
+    attention = AttentionBatch(
         token_seq=jnp.asarray([0, 1, 1, 1, 1, 1]),
         positions=jnp.asarray([6, 0, 1, 2, 3, 4]),
         token_valid=jnp.ones(6, bool),
@@ -182,11 +183,12 @@ def test_any_segments_compute_the_same(family: str):
         block_tables=jnp.arange(1, blocks).reshape(len(groups), 2, 2),
         num_decodes=jnp.asarray(1),
         num_seqs=jnp.asarray(2),
-        backend=Backend(implementation="reference"),
     )
+    batch = StepBatch(tokens=jnp.arange(6), attention=attention)
     params = draw(body_specs(config))
-    step = jax.jit(functools.partial(forward, config, groups))
-    expected, *found = (step(resegment(params, sizes), np.arange(6), cache, batch) for sizes in SEGMENTS.values())
+    context = Context(backend=Backend(implementation="reference"))
+    step = jax.jit(functools.partial(forward, context, config, groups))
+    expected, *found = (step(resegment(params, sizes), cache, batch) for sizes in SEGMENTS.values())
     for other in found:
         jax.tree.map(lambda mine, whole: np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-5), other, expected)
 
