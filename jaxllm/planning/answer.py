@@ -102,7 +102,7 @@ class _Planner:
         self._needed: dict[SchedulerConfig, int] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
-        """Raises DoesNotFitError, whose plan has its activations."""
+        """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
         config = question.setup().runner_config(target, progress=False)
         self.compiled = bool(target.devices)
