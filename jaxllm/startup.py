@@ -23,7 +23,6 @@ from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.target import target_here
-from jaxllm.runner.heads.pooling_runner import PoolingRunner
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.memory.plan import MemoryPlan
@@ -63,7 +62,7 @@ class Started:
     pooling_inputs: PoolingInputs | None
     #: sentence-transformers' files of the model, relative to its directory
     pooling_files: tuple[str, ...]
-    runner: Runner | PoolingRunner | NullRunner
+    runner: Runner | NullRunner
     #: what the runner was built from
     config: RunnerConfig
     tokenizer: PreTrainedTokenizerBase | None

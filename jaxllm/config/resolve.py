@@ -80,6 +80,8 @@ def scheduler_config(
             f"max_num_active_seqs ({args.max_num_active_seqs}) cannot be greater than max_num_seqs ({num_seqs}), for "
             f"which there is room. Set max_num_active_seqs to at most {num_seqs}, or a larger max_num_seqs."
         )
+    if args.long_prefill_token_threshold_adaptive and not args.long_prefill_token_threshold:
+        logger.warning("long_prefill_token_threshold_adaptive has no effect without a long_prefill_token_threshold.")
     most_useful = num_seqs * max_model_len
     if num_tokens is None:
         num_tokens = default_tokens

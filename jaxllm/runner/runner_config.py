@@ -17,16 +17,17 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes
+from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.step import State
+from jaxllm.runner.heads.sampling_step import State
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
@@ -63,6 +64,11 @@ class RunnerConfig:
     def backend(self) -> Backend:
         """What attention is compiled to."""
         return self.attention or device_backend(self.device)
+
+    @property
+    def context(self) -> Context:
+        """How the model's layers are compiled."""
+        return Context(backend=self.backend, split=split_axes(self.target.mesh_sizes))
 
     @property
     def platform(self) -> str:
@@ -137,7 +143,7 @@ class RunnerConfig:
     def state_bytes(self) -> int:
         """Of the state without the cache, and of the empty constraint buffer."""
         state = self.state(1)
-        words = jax.tree.leaves(state.tokens if isinstance(state, State) else state.pooled)
+        words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 

@@ -119,7 +119,7 @@ class Bench:
     def __init__(self, started: Started):
         assert isinstance(started.runner, Runner)
         self.runner, self.plan = started.runner, started.memory_plan
-        self.model: Any = self.runner._programs.config.model
+        self.model: Any = self.runner.head.programs.config.model
         params = self.runner.params
         assert isinstance(params, Params)
         # of the embedding a step reads its tokens' rows alone
