@@ -126,4 +126,4 @@ class ControlMethods(EngineMethods):
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses."""
-        return 1
+        return self._started.config.target.num_devices
