@@ -68,7 +68,7 @@ def _speed(found: dict[str, Any]) -> str:
 
 
 def _programs(llm: LLM) -> Any:
-    return llm._client.core._runner._programs  # pyright: ignore[reportAttributeAccessIssue]
+    return llm.engine.core._runner._programs  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def profiled(llm: LLM, work: Callable[[], Any]) -> dict[str, list[op_times.Launch]]:

@@ -19,7 +19,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.layers.linear import linear_f32
-from jaxllm.setup import check_deterministic
+from jaxllm.startup.setup import check_deterministic
 
 BASE: dict[str, Any] = {
     "max_model_len": 256,
