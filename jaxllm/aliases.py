@@ -27,15 +27,17 @@ def _in(home: str, *names: str) -> dict[str, str]:
 #: as a name: every name of the module that is not listed
 REST = "*"
 
-_TORCH_PROCESSORS = {
+_TORCH_PROCESSORS: dict[str, str] = {
     REST: Missing(
         "vLLM's logits processors are torch classes; here they are jax functions (logits, state) -> logits, see "
         "jaxllm.LogitsProcessor"
     )
 }
-_ONE_PROCESS = {REST: Missing("jaxllm is one process, without workers that talk to each other")}
-_NO_MEDIA = {REST: Missing("jaxllm does not take images, audio or video so far")}
-_OWN_MODELS = {REST: Missing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")}
+_ONE_PROCESS: dict[str, str] = {REST: Missing("jaxllm is one process, without workers that talk to each other")}
+_NO_MEDIA: dict[str, str] = {REST: Missing("jaxllm does not take images, audio or video so far")}
+_OWN_MODELS: dict[str, str] = {
+    REST: Missing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")
+}
 _NO_TRANSFER = Missing("keys and values stay in the engine: it hands them to nobody")
 _NO_GRAPHS = Missing("XLA compiles every step, and there are no CUDA graphs; enforce_eager=True compiles least")
 _SAMPLING = _in(

@@ -1,4 +1,4 @@
-"""The options that the commands share: vLLM's engine arguments and sampling parameters, in kebab-case."""
+"""The commands share options: vLLM's engine arguments and sampling parameters, in kebab-case."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
 
 
 def engine_arguments(arguments: argparse.Namespace, **defaults: Any) -> tuple[Any, dict[str, Any]]:
-    """The model and the engine arguments that the command line and its ``--config`` describe.
+    """Return the model and the engine arguments that the command line and its ``--config`` describe.
 
     Args:
         defaults: this command's own, for what neither of them gives.
@@ -75,7 +75,7 @@ def engine_arguments(arguments: argparse.Namespace, **defaults: Any) -> tuple[An
 
 
 def build_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
-    """The engine that the command line describes. `defaults` are this command's own, for what was not given."""
+    """Return the engine that the command line describes. `defaults` are this command's own, for what was not given."""
     from jaxllm.llm import LLM
 
     model, given = engine_arguments(arguments, **defaults)
@@ -83,7 +83,7 @@ def build_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
 
 
 def build_sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    """The sampling parameters that the command line describes. Raises `ValidationError` for values out of range."""
+    """Return the sampling parameters that the command line describes; raise `ValidationError` for one out of range."""
     from jaxllm.api.sampling_params import SamplingParams
 
     names = (*(name for name, _, _ in _SAMPLING), "stop")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
+LOWERINGS = ("pallas", "jax-triton")
 #: Pallas' Triton lowering needs tensor cores for bf16
 LEAST_COMPUTE_CAPABILITY = (8, 0)
 LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
@@ -29,6 +30,8 @@ class Backend:
     device_kind: str = ""
     #: of an NVIDIA device; None: unknown
     compute_capability: tuple[int, int] | None = None
+    #: what compiles "triton" kernels: "pallas", or "jax-triton", which has its own for `quant_matmul` alone
+    lowering: str = "pallas"
     #: run kernels in Pallas' interpreter, on any device
     interpret: bool = False
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
@@ -37,6 +40,8 @@ class Backend:
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {self.implementation!r}")
+        if self.lowering not in LOWERINGS or (self.lowering == "jax-triton" and self.interpret):
+            raise ValueError(f"lowering must be one of {LOWERINGS}, 'pallas' to interpret; got {self.lowering!r}")
         other = self.compute_capability not in (None, MOSAIC_COMPUTE_CAPABILITY)
         if self.implementation == "mosaic" and other and not self.interpret:
             raise ValueError(

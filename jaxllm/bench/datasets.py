@@ -1,8 +1,9 @@
-"""Datasets of the benchmarks: where prompts and lengths come from."""
+"""The datasets of the benchmarks say where prompts and lengths come from."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.bench.requests import BenchRequest
+from jaxllm.command_options import engine_arguments
+from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,52 +33,66 @@ SHAREGPT_MEANS = (161.0, 338.0)
 SHAREGPT_SIGMAS = (1.2, 0.9)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """What a benchmark asks of an engine. The prompt is token ids, so that every engine computes the same."""
+
+    prompt_token_ids: tuple[int, ...]
+    #: tokens to generate, neither more nor fewer
+    output_len: int
+    #: seconds after the beginning at which it comes; None: the benchmark says when
+    arrival_s: float | None = None
+
+
+def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
+    model, given = engine_arguments(arguments)
+    revision = given.get("tokenizer_revision") or given.get("revision")
+    return load_tokenizer(resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token")))
+
+
 def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:
-    """The requests that the options describe; the same options and seed give the same requests.
+    """Return the requests that the options describe; the same options and seed give the same requests.
 
     Raises:
         ValidationError: the options do not go together, or the file is not what it should be.
     """
-    name, count = arguments.dataset_name, arguments.num_prompts
+    name, count, output_len = arguments.dataset_name, arguments.num_prompts, arguments.output_len
     path: Path | None = arguments.dataset_path
     draw = random.Random(getattr(arguments, "seed", 0))
-    if name in ("sharegpt", "custom") and path is None:
+    reads = name in ("sharegpt", "custom")
+    if reads and path is None:
         hint = ", or use --dataset-name sharegpt_like, which needs no file" if name == "sharegpt" else ""
         raise ValidationError(f"--dataset-name {name} reads a file: give --dataset-path{hint}.")
-    if name in ("random", "sharegpt_like", "prefix_repetition") and path is not None:
+    if not reads and path is not None:
         raise ValidationError(f"--dataset-name {name} makes its prompts itself and reads no --dataset-path.")
-    if name in ("sharegpt", "custom", "sharegpt_like", "prefix_repetition") and arguments.input_len is not None:
+    if name != "random" and arguments.input_len is not None:
         instead = "--prefix-repetition-prefix-len and -suffix-len" if name == "prefix_repetition" else "--num-prompts"
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
     if path is not None:
-        read = read_sharegpt if name == "sharegpt" else read_custom
-        return read(path, tokenizer, count, draw, arguments.output_len)
+        return (read_sharegpt if name == "sharegpt" else read_custom)(path, tokenizer, count, draw, output_len)
     ids = ordinary_ids(tokenizer)
     if name == "sharegpt_like":
-        return sharegpt_like(ids, count, draw, arguments.output_len)
+        return sharegpt_like(ids, count, draw, output_len)
     if name == "prefix_repetition":
-        return prefix_repetition(
-            ids,
-            count,
-            draw,
-            num_prefixes=arguments.prefix_repetition_num_prefixes,
-            prefix_len=arguments.prefix_repetition_prefix_len,
-            suffix_len=arguments.prefix_repetition_suffix_len,
-            output_len=arguments.output_len or OUTPUT_LEN,
-        )
+        lengths = {
+            option: getattr(arguments, f"prefix_repetition_{option}")
+            for option in ("num_prefixes", "prefix_len", "suffix_len")
+        }
+        return prefix_repetition(ids, count, draw, output_len=output_len or OUTPUT_LEN, **lengths)
     return random_lengths(
         ids,
         count,
         draw,
         input_len=arguments.input_len or INPUT_LEN,
-        output_len=arguments.output_len or OUTPUT_LEN,
+        output_len=output_len or OUTPUT_LEN,
         range_ratio=arguments.random_range_ratio,
         prefix_len=arguments.random_prefix_len,
     )
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The vocabulary without special tokens."""
+    """Return the vocabulary without special tokens."""
     return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
 
 
@@ -89,7 +106,7 @@ def random_lengths(
     range_ratio: float = 0.0,
     prefix_len: int = 0,
 ) -> list[BenchRequest]:
-    """Random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, and at least 1.
+    """Draw random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, or else 1.
 
     Args:
         prefix_len: tokens before these that all prompts share.
@@ -110,7 +127,7 @@ def random_lengths(
 
 
 def sharegpt_like(ids: list[int], count: int, draw: random.Random, output_len: int | None = None) -> list[BenchRequest]:
-    """Random tokens with lengths like those of ShareGPT's conversations, for machines that do not have the file.
+    """Draw random tokens, with lengths like those of ShareGPT's conversations, for machines that do not have the file.
 
     Lengths are lognormal with `SHAREGPT_MEANS` before vLLM's filter, which they pass as the file's do: a draw outside
     of it is drawn again.
@@ -136,8 +153,8 @@ def prefix_repetition(
     suffix_len: int,
     output_len: int,
 ) -> list[BenchRequest]:
-    """Few prefixes, shared by many prompts with suffixes of their own, shuffled; as in vLLM, every prefix is used
-    ``count // num_prefixes`` times.
+    """Draw few prefixes, which many prompts with suffixes of their own share, in random order. As in vLLM, every prefix
+    is used ``count // num_prefixes`` times.
     """
     each = count // num_prefixes if num_prefixes > 0 else 0
     if each == 0:
@@ -159,7 +176,7 @@ def prefix_repetition(
 def read_sharegpt(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, draw: random.Random, output_len: int | None
 ) -> list[BenchRequest]:
-    """First turns of a ShareGPT JSON file's conversations, in random order: the prompt, and the answer's length."""
+    """Read prompts and the lengths of answers, the first turns of a ShareGPT JSON file, in random order."""
     try:
         conversations = json.loads(path.read_text(encoding="utf-8"))
         turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
@@ -185,7 +202,7 @@ def read_sharegpt(
 def read_custom(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int, _: random.Random, output_len: int | None
 ) -> list[BenchRequest]:
-    """Lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two are optional.
+    """Read lines of ``{"prompt": TEXT or token ids, "output_tokens": N, "timestamp": SECONDS}``; the last two may lack.
 
     Args:
         output_len: in place of every line's own.
@@ -237,7 +254,7 @@ def _passes(prompt: int, output: int) -> bool:
 
 
 def _repeated(requests: list[BenchRequest], count: int, path: Path) -> list[BenchRequest]:
-    """As many as wanted: a file with fewer is read again from its beginning, as in vLLM."""
+    """Return `count` requests: those of a file with fewer are repeated from its beginning, as in vLLM."""
     if not requests:
         raise ValidationError(f"{path} has no prompt that can be used.")
     return [requests[index % len(requests)] for index in range(count)]

@@ -1,19 +1,32 @@
-"""An engine in a process of its own: started, told to run rounds, ended."""
+"""Benchmarks measure other processes: an engine that answers messages, and a job with one answer."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 
 from jaxllm.api.errors import JaxLLMError
 
-#: of the log, shown when an engine fails
+#: characters of a log that are shown when its process fails
 _LAST_CHARACTERS = 2000
 _SECONDS_TO_END = 20
+
+
+def answer_of(what: str, command: Sequence[str], job: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """Run a process that reads `job`, a JSON object, from standard input; returns the one that is its last line.
+
+    Raises `JaxLLMError` when it fails: the text begins with `what`, and has its last words.
+    """
+    done = subprocess.run(command, input=json.dumps(job), env=env, capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        end = done.stderr[-_LAST_CHARACTERS:].strip()
+        raise JaxLLMError(f"{what}, exit status {done.returncode}:\n{end}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class EngineProcess:
@@ -42,15 +55,17 @@ class EngineProcess:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        reply = json.loads(line) if line else {"error": None}
+        if "error" not in reply:
+            return reply
+        self._log.seek(0)
+        end = self._log.read().decode(errors="replace")[-_LAST_CHARACTERS:].strip()
         if not line:
-            raise JaxLLMError(f"{self.name} ended with exit status {self._process.wait()}.\n{self._end_of_log()}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise JaxLLMError(f"{self.name} failed: {reply['error']}\n{self._end_of_log()}")
-        return reply
+            raise JaxLLMError(f"{self.name} ended with exit status {self._process.wait()}.\n{end}")
+        raise JaxLLMError(f"{self.name} failed: {reply['error']}\n{end}")
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has used until now, on all cores together."""
+        """Return processor time that the process has used until now, on all cores together."""
         used = psutil.Process(self._process.pid).cpu_times()
         return used.user + used.system
 
@@ -69,7 +84,3 @@ class EngineProcess:
         if self._process.stdout:
             self._process.stdout.close()
         self._log.close()
-
-    def _end_of_log(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-_LAST_CHARACTERS:].strip()

@@ -1,6 +1,6 @@
-"""One start of an engine, timed from its process's start to its first token: the process of ``jaxllm bench startup``.
+"""This process of ``jaxllm bench startup`` times one start of an engine, from its own start to its first token.
 
-Reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
+It reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
 ``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
 and what the engine's plan counts of it.
 """
@@ -17,33 +17,30 @@ import sys  # noqa: E402
 from typing import Any  # noqa: E402
 
 #: JAX's events, and what they are called here. Tracing a function includes tracing those that it calls.
-_DURATIONS = {
+_EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "trace s",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower s",
     "/jax/core/compile/backend_compile_duration": "compile or load s",
     "/jax/compilation_cache/cache_retrieval_time_sec": "load from cache s",
+    "/jax/compilation_cache/cache_hits": "cache hits",
+    "/jax/compilation_cache/cache_misses": "cache misses",
 }
-_EVENTS = {"/jax/compilation_cache/cache_hits": "cache hits", "/jax/compilation_cache/cache_misses": "cache misses"}
 
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
     phases = {"interpreter": _RUNNING_SINCE - job["started_at"]}
-    compiler: dict[str, float] = collections.defaultdict(float)
-
     clock = time.time()
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.bench.peers.protocol import peak_rss_bytes
     from jaxllm.llm import LLM
 
     phases["imports"] = time.time() - clock
-    _listen(compiler)
-
+    compiler = _listen()
     clock = time.time()
     with LLM(job["model"], **job["engine_args"]) as llm:
-        constructed = time.time() - clock
         phases.update(llm.startup_times)
-        phases["rest of the engine"] = constructed - sum(llm.startup_times.values())
+        phases["rest of the engine"] = time.time() - clock - sum(llm.startup_times.values())
         clock = time.time()
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         llm.generate({"prompt_token_ids": [1] * job["input_len"]}, params, use_tqdm=False)
@@ -64,19 +61,19 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _listen(found: dict[str, float]) -> None:
+def _listen() -> dict[str, float]:
+    """Add up the seconds of JAX's events, or count them, from here on; returns where."""
     import jax.monitoring
 
-    def add_seconds(event: str, duration_secs: float, **_: Any) -> None:
-        if event in _DURATIONS:
-            found[_DURATIONS[event]] += duration_secs
+    found: dict[str, float] = collections.defaultdict(float)
 
-    def add_one(event: str, **_: Any) -> None:
+    def add(event: str, duration_secs: float, **_: Any) -> None:
         if event in _EVENTS:
-            found[_EVENTS[event]] += 1
+            found[_EVENTS[event]] += duration_secs
 
-    jax.monitoring.register_event_duration_secs_listener(add_seconds)
-    jax.monitoring.register_event_listener(add_one)
+    jax.monitoring.register_event_duration_secs_listener(add)
+    jax.monitoring.register_event_listener(lambda event, **_: add(event, 1))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""``jaxllm bench host``: what a step costs the host, part by part, by the number of running sequences."""
+"""``jaxllm bench host`` says what a step costs the host, part by part, by the number of running sequences."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import report, vllm_scheduler
-from jaxllm.bench.host_times import PARTS, Cycle, HostTimes, numbers, summary
+from jaxllm.bench.host_times import PARTS, Cycle, HostTimes, summary
 from jaxllm.bench.host_workload import HostWorkload
+from jaxllm.bench.measurements import ranks
 from jaxllm.bench.peer_setup import pythons
 from jaxllm.llm import LLM
 
@@ -29,6 +31,8 @@ _TINY = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+#: columns of the table, behind those of the workload
+_COLUMNS = ("total", "critical path", *PARTS, "prompts")
 #: cycles of one engine before it is another's turn
 _ALTERNATE = 20
 
@@ -41,29 +45,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValidationError(f"--trace and --output-json are both {str(arguments.trace)!r}.")
     if len(set(arguments.num_seqs)) < len(arguments.num_seqs):
         raise ValidationError(f"--num-seqs has a number twice: {' '.join(map(str, arguments.num_seqs))}.")
-    results: dict[str, Any] = {"sequences": {}}
     vllm = pythons(arguments.peer_python, ["vllm"])["vllm"] if arguments.compare else None
-    print(describe(arguments))
-    print(f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in COLUMNS))
+    launch = "real launches of a tiny model" if arguments.real_launch else "null model, nothing is launched"
+    clock = "processor time of the engine's thread" if arguments.clock == "cpu" else "wall-clock time without waiting"
+    kind = "every token is delivered" if arguments.stream else "one output a request"
+    print(
+        f"{launch}; {clock}, ms: median (99th percentile) of {arguments.steps} steps; {kind}\n"
+        f"{HostWorkload(concurrency=1).describe()}\n"
+        "critical path: from a step's ids being known to the next launch being done\n"
+        "prompts: read and named for the prefix cache, by the tokenizer's threads beside the engine, not in the total\n"
+        f"{'sequences':>9} {'tokens':>6} {'mixed':>6} " + " ".join(f"{name:>15}" for name in _COLUMNS)
+    )
+    results: dict[str, Any] = {"sequences": {}}
     for concurrency in arguments.num_seqs:
         workload = HostWorkload(concurrency=concurrency, stream=arguments.stream)
-        with _llm(arguments, workload) as llm:
-            driver = Driver(llm, workload, CLOCKS[arguments.clock])
-            driver.warm_up(arguments.warm_up)
-            if arguments.trace and concurrency == max(arguments.num_seqs):
-                with llm.trace() as trace:
-                    cycles = driver.measure(arguments.steps)
-                trace.save_chrome_trace(arguments.trace)
-            else:
-                cycles = driver.measure(arguments.steps)
-            results["sequences"][str(concurrency)] = {**_of(cycles), "workload": workload.describe()}
-        print(row(concurrency, cycles))
+        results["sequences"][str(concurrency)] = found = _timed(arguments, workload)
         if vllm is not None:
-            found = vllm_scheduler.measure(vllm, arguments, workload)
-            results["sequences"][str(concurrency)]["vllm"] = found
-            print(vllm_row(found, summary(cycles)))
+            found["vllm"] = vllm_scheduler.measure(vllm, arguments, workload)
+            print(_vllm_row(found["vllm"], found["ms"]))
     if arguments.prefix_cache:
-        results["prefix_cache"] = cost = prefix_cache_cost(arguments, arguments.prefix_cache)
+        results["prefix_cache"] = cost = _prefix_cache_cost(arguments, arguments.prefix_cache)
         print(
             f"prefix cache at a hit rate of 0%, {arguments.prefix_cache} sequences: {cost['ms']:.3f} ms a step, "
             f"{cost['share_of_host']:.1%} of the host's {cost['host_ms']:.3f} ms, "
@@ -74,32 +75,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COLUMNS = ("total", "critical path", *PARTS, "prompts")
+def _timed(arguments: argparse.Namespace, workload: HostWorkload) -> dict[str, Any]:
+    """Time one number of sequences, and print its line of the table."""
+    concurrency = workload.concurrency
+    with _llm(arguments, workload) as llm, contextlib.ExitStack() as stack:
+        driver = Driver(llm, workload, CLOCKS[arguments.clock])
+        driver.warm_up(arguments.warm_up)
+        traced = arguments.trace and concurrency == max(arguments.num_seqs)
+        trace = stack.enter_context(llm.trace()) if traced else None
+        cycles = driver.measure(arguments.steps)
+        stack.close()
+        if trace is not None:
+            trace.save_chrome_trace(arguments.trace)
+    ms, tokens = summary(cycles), ranks([cycle.num_tokens for cycle in cycles])
+    # a mixed step computes more than one token of some sequence
+    mixed = sum(cycle.num_tokens > cycle.num_seqs for cycle in cycles) / len(cycles)
+    cells = " ".join(f"{ms[name]['p50']:7.3f} ({ms[name]['p99']:5.2f})" for name in _COLUMNS)
+    print(f"{concurrency:9} {tokens['p50']:6.0f} {mixed:6.0%} {cells}")
+    found = {"ms": ms, "steps": len(cycles), "mixed_share": mixed, "tokens": tokens}
+    return {**found, "workload": workload.describe()}
 
 
-def describe(arguments: argparse.Namespace) -> str:
-    """What is measured, in a few lines."""
-    launch = "real launches of a tiny model" if arguments.real_launch else "null model, nothing is launched"
-    clock = "processor time of the engine's thread" if arguments.clock == "cpu" else "wall-clock time without waiting"
-    kind = "every token is delivered" if arguments.stream else "one output a request"
-    return (
-        f"{launch}; {clock}, ms: median (99th percentile) of {arguments.steps} steps; {kind}\n"
-        f"{HostWorkload(concurrency=1).describe()}\n"
-        "critical path: from a step's ids being known to the next launch being done\n"
-        "prompts: read and named for the prefix cache, by the tokenizer's threads beside the engine, not in the total"
-    )
-
-
-def row(concurrency: int, cycles: list[Cycle]) -> str:
-    """One line of the table."""
-    found = summary(cycles)
-    tokens = numbers([cycle.num_tokens for cycle in cycles])["p50"]
-    cells = " ".join(f"{found[name]['p50']:7.3f} ({found[name]['p99']:5.2f})" for name in COLUMNS)
-    return f"{concurrency:9} {tokens:6.0f} {mixed(cycles):6.0%} {cells}"
-
-
-def vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
-    """One line about vLLM's scheduler, under jaxllm's."""
+def _vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
+    """Return one line about vLLM's scheduler, under jaxllm's."""
     parts = ", ".join(
         f"{part} {found['ms'][part]['p50']:.3f} ({found['ms'][part]['p99']:.2f}), "
         f"{found['ms'][part]['p50'] / ours[part]['p50']:.1f} times jaxllm's"
@@ -108,17 +106,7 @@ def vllm_row(found: dict[str, Any], ours: dict[str, dict[str, float]]) -> str:
     return f"{'':9} {found['tokens']['p50']:6.0f} vLLM {found['version']}, its scheduler alone: {parts}"
 
 
-def mixed(cycles: list[Cycle]) -> float:
-    """Share of the steps that compute more than one token of some sequence."""
-    return sum(cycle.num_tokens > cycle.num_seqs for cycle in cycles) / len(cycles)
-
-
-def _of(cycles: list[Cycle]) -> dict[str, Any]:
-    tokens = numbers([cycle.num_tokens for cycle in cycles])
-    return {"ms": summary(cycles), "steps": len(cycles), "mixed_share": mixed(cycles), "tokens": tokens}
-
-
-def prefix_cache_cost(arguments: argparse.Namespace, concurrency: int) -> dict[str, float]:
+def _prefix_cache_cost(arguments: argparse.Namespace, concurrency: int) -> dict[str, float]:
     """Time two engines in turn, with and without a prefix cache, on prompts that have nothing in common.
 
     The cost comes in bursts, when blocks are full and prompts are admitted: means are compared, of all but the slowest
@@ -157,8 +145,6 @@ class Driver:
         runner._rows.pack = self.times.timed("pack", runner._rows.pack)
         execute, wait = runner.execute, self.times.timed("wait", _wait)
         runner.execute = lambda scheduled: _Waited(execute(scheduled), wait)
-        scheduler: Any = self._core.scheduler
-        scheduler.settle = self.times.timed("update", scheduler.settle)
         self._read = self.times.timed("prompts", self._inputs.reader.read)
         self._core.observe(self.times)
 

@@ -1,17 +1,17 @@
-"""Where the host's time goes, step by step."""
+"""This says where the host's time goes, step by step."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.bench.measurements import ranks
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.scheduling.scheduler import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 #: what a turn of the engine consists of, in the order of the report
@@ -20,7 +20,7 @@ PARTS = ("schedule", "pack", "launch", "read", "update", "output")
 
 @dataclasses.dataclass(slots=True)
 class Cycle:
-    """From one read to the next, with one launch in between. Seconds."""
+    """The time from one read to the next, with one launch in between, in seconds."""
 
     num_tokens: int = 0
     num_seqs: int = 0
@@ -48,7 +48,7 @@ class Cycle:
 
 
 class HostTimes(StepObserver):
-    """Times the parts of every cycle. The runner's `pack`, and the wait for a device, it is told of (`timed`)."""
+    """Times the parts of every cycle. It is told of the runner's `pack` and of the wait for a device (`timed`)."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.cycles: list[Cycle] = []
@@ -59,7 +59,7 @@ class HostTimes(StepObserver):
         self._known: float | None = None
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time counts as `part` of the cycle in which it is called, and not as the one around it."""
+        """Return `function`, whose time counts as `part` of the cycle in which it is called, not as the part around."""
 
         def call(*args: Any) -> Any:
             before = self._clock()
@@ -83,7 +83,7 @@ class HostTimes(StepObserver):
 
     def scheduled(self, step: SchedulerOutput) -> None:
         self._lap("schedule")
-        self._cycle.num_tokens, self._cycle.num_seqs = step.num_tokens, len(step.rows)
+        self._cycle.num_tokens, self._cycle.num_seqs = step.step_sizes()[0], len(step.rows)
         self._last = self._clock()
 
     def launched(self, step: SchedulerOutput) -> None:
@@ -108,29 +108,12 @@ class HostTimes(StepObserver):
     def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._lap("output")
 
-    def scheduled_ahead(self) -> None:
-        self._lap("schedule")
-
     def turn_ends(self) -> None:
         self._ended = self._clock()
 
 
 def summary(cycles: Sequence[Cycle]) -> dict[str, dict[str, float]]:
-    """Part -> median, 99th percentile, minimum and mean in milliseconds; of "total", "critical path", "wait" and
-    "prompts" too.
-    """
+    """Return `measurements.ranks`, in milliseconds, of each part, "total", "critical path", "wait" and "prompts"."""
     names = {**{part: part for part in PARTS}, "total": "total", "critical path": "critical"}
     names |= {"wait": "wait", "prompts": "prompts"}
-    return {name: numbers([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}
-
-
-def numbers(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th and 10th percentile (nearest rank), minimum and mean."""
-    ranked = sorted(values)
-    return {
-        "p50": statistics.median(ranked),
-        "p99": ranked[-(-99 * len(ranked) // 100) - 1],
-        "p10": ranked[len(ranked) // 10],
-        "min": ranked[0],
-        "mean": statistics.fmean(ranked),
-    }
+    return {name: ranks([1e3 * getattr(cycle, field) for cycle in cycles]) for name, field in names.items()}

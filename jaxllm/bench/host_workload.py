@@ -1,4 +1,4 @@
-"""The requests that the host is timed with: a steady number of them runs, prompts of all kinds come in between."""
+"""The host is timed with a steady number of running requests; prompts of all kinds come in between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOKENS = range(1000, 3000)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostWorkload:
-    """Requests without an end; whenever one finishes, the next one comes.
+    """Requests without an end: whenever one finishes, the next one comes.
 
     Prompts have a uniformly drawn length. One in `long_every` is long: it is computed in chunks, over several steps.
     Of the others, `shared_share` begin with one of a few prefixes, which the prefix cache knows from the second time
@@ -65,11 +65,11 @@ class HostWorkload:
         return f"{text}; outputs of {self.output_tokens[0]}-{self.output_tokens[1]} tokens"
 
     def num_requests(self, steps: int) -> int:
-        """More than come in so many steps after the first `concurrency` ones run."""
+        """Return more than come in so many steps after the first `concurrency` ones run."""
         return 3 * self.concurrency + 2 * self.concurrency * steps // self.output_tokens[0]
 
     def requests(self) -> Iterator[tuple[list[int], SamplingParams]]:
-        """Token ids of a prompt, and what to do with it."""
+        """Return token ids of a prompt, and what to do with it."""
         draw = random.Random(self.seed)
         prefixes = [self._tokens(draw, self.prefix_tokens) for _ in range(self.num_prefixes)]
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY

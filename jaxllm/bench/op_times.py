@@ -1,4 +1,4 @@
-"""Where the time of compiled programs goes on a CPU: JAX's profile of their operations, by the source of each.
+"""This says where the time of compiled programs goes on a CPU, by JAX's profile and the source of each operation.
 
 XLA:CPU records how long the thread that begins an operation is at it; where other threads still are, the operation ends
 when the next one begins. A moment counts for the operations that run in it, in equal shares; loops, calls and branches
@@ -42,7 +42,7 @@ _FRAME = re.compile(r"stack_frame_id=(\d+)")
 
 @dataclasses.dataclass(kw_only=True)
 class Launch:
-    """One run of a program. Seconds."""
+    """One run of a program, whose times are in seconds."""
 
     #: from its first operation to the end of the last one
     seconds: float
@@ -99,7 +99,7 @@ def _of_line(line: str, frames: dict[int, str]) -> str:
 
 
 def _frames(text: str) -> dict[int, str]:
-    """Stack frame -> part, from the tables at the head of a module."""
+    """Return the part of each stack frame, from the tables at the head of a module."""
     tables: dict[str, dict[int, str]] = {}
     rows: dict[int, str] | None = None
     for line in text.splitlines():
@@ -141,7 +141,7 @@ class Run:
 
 @dataclasses.dataclass(slots=True)
 class _Operation:
-    """Nanoseconds."""
+    """One operation of a run, whose moments are in nanoseconds."""
 
     name: str
     begin: float
@@ -152,7 +152,7 @@ class _Operation:
 
 
 def runs(folder: Path) -> list[Run]:
-    """The runs in the profile that `jax.profiler` has written into `folder`, in the order of time."""
+    """Return the runs in the profile that `jax.profiler` has written into `folder`, in the order of time."""
     from jax.profiler import ProfileData
 
     (file,) = folder.rglob("*.xplane.pb")
@@ -217,7 +217,7 @@ def launch(run: Run, program: ProgramText) -> Launch:
 
 
 def mean_parts(launches: Iterable[Launch]) -> dict[str, float]:
-    """Part -> mean seconds of a launch, longest first."""
+    """Return the mean seconds that each part takes of a launch, longest first."""
     launches = list(launches)
     total: dict[str, float] = collections.defaultdict(float)
     for each in launches:

@@ -1,28 +1,24 @@
-"""A quantized model as the same values in one plain dtype, for engines that are compared in that dtype."""
+"""Engines are compared in one plain dtype: a quantized model is written with the same values in that dtype."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+import jax.numpy as jnp
 from filelock import FileLock
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache_folder import cache_folder
 from jaxllm.weights.formats.gguf import GGUFReader
 
-#: as safetensors names them
-_DTYPES = {"bfloat16": ("BF16", ml_dtypes.bfloat16), "float16": ("F16", np.float16), "float32": ("F32", np.float32)}
+#: a GGUF file's fields that its writer says itself
+_OWN_FIELDS = {"general.architecture", "general.file_type", "general.quantization_version"}
 
 
 def plain_folder(model: Path, dtype: str) -> Path:
-    """A Hugging Face folder of the model: its own one, or one that is made of a .gguf file and kept in the cache."""
+    """Return the model's own Hugging Face folder, or one that is made of its .gguf file and kept in the cache."""
     if model.is_dir():
         return model
     folder = _place(model, dtype)
@@ -37,10 +33,10 @@ def plain_folder(model: Path, dtype: str) -> Path:
     return folder
 
 
-def plain_gguf(model: Path, dtype: str, python: str) -> Path:
-    """A .gguf file of the model in `dtype`, made of another one by an interpreter that has the package gguf.
+def plain_gguf(model: Path, dtype: str) -> Path:
+    """Return a .gguf file of the model in `dtype`, made of another one and kept in the cache.
 
-    Raises ValidationError for a model that is no .gguf file, and where the package is missing.
+    Raises ValidationError for a model that is no .gguf file, and where the package gguf is missing.
     """
     if model.is_dir():
         raise ValidationError(
@@ -51,38 +47,48 @@ def plain_gguf(model: Path, dtype: str, python: str) -> Path:
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             unfinished = target.with_suffix(".part")
-            script = Path(__file__).parent / "peers" / "convert_gguf.py"
-            done = subprocess.run([python, str(script), str(model), dtype, str(unfinished)], stderr=subprocess.PIPE)
-            if done.returncode:
-                log = done.stderr.decode(errors="replace")[-500:]
+            try:
+                write_gguf(model, unfinished, dtype)
+            except ImportError:
                 raise ValidationError(
-                    f"{model} was not converted to {dtype} for llama.cpp: {log}\n"
-                    f"That takes the package gguf ({python} -m pip install gguf); or pass --gguf FILE."
-                )
+                    f"{model} cannot be converted to {dtype} for llama.cpp: pip install gguf, or pass --gguf FILE."
+                ) from None
             os.replace(unfinished, target)
     return target
 
 
 def write_safetensors(reader: GGUFReader, path: Path, dtype: str) -> None:
-    """Write all tensors under their Hugging Face names, one at a time (huggingface.co/docs/safetensors, "Format")."""
-    name, kind = _DTYPES[dtype]
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in reader.names():
-        begin, end = end, end + math.prod(reader.shape(tensor)) * np.dtype(kind).itemsize
-        header[tensor] = {"dtype": name, "shape": list(reader.shape(tensor)), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in reader.names():
-            file.write(np.ascontiguousarray(reader.read(tensor).astype(kind)).tobytes())
+    """Write all tensors, which are held together, under their Hugging Face names."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: reader.read(name).astype(jnp.dtype(dtype)) for name in reader.names()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
-def gguf_python(peer_python: str) -> str:
-    """An interpreter that has the package gguf, if one of the two does: this one, or the peer's."""
-    import importlib.util
+def write_gguf(source: Path, target: Path, dtype: str) -> None:
+    """Write `source` with its matrices in `dtype`; vectors are float32, as llama.cpp's own converter writes them.
 
-    return sys.executable if importlib.util.find_spec("gguf") else peer_python
+    Raises ImportError without the package gguf.
+    """
+    import gguf
+
+    name = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    kind, plain = gguf.GGMLQuantizationType[name], gguf.GGMLQuantizationType.F32
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name not in _OWN_FIELDS and not field.name.startswith("GGUF."):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if kind == plain else gguf.LlamaFileType[f"MOSTLY_{name}"])
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        own = kind if values.ndim > 1 else plain
+        writer.add_tensor(tensor.name, gguf.quantize(values, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _place(model: Path, dtype: str) -> Path:

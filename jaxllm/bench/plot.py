@@ -1,4 +1,4 @@
-"""Plots of benchmarks, where matplotlib is installed."""
+"""Benchmarks draw their sweeps, where matplotlib is installed."""
 
 from __future__ import annotations
 

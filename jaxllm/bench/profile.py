@@ -1,4 +1,4 @@
-"""``jaxllm bench profile``: where the milliseconds of the compiled steps go, on a CPU."""
+"""``jaxllm bench profile`` says where the milliseconds of the compiled steps go, on a CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import op_times, report
-from jaxllm.bench.datasets import ordinary_ids
+from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
 from jaxllm.bench.latency import make_batch
 from jaxllm.bench.session import JaxLLMSession
-from jaxllm.bench.tokenizers import bench_tokenizer
 from jaxllm.command_options import build_llm
 from jaxllm.llm import LLM
 
@@ -36,35 +35,29 @@ def run(arguments: argparse.Namespace) -> int:
                 "--max-num-seqs."
             )
         for batch_size in arguments.batch_sizes:
-            case = argparse.Namespace(**{**vars(arguments), "batch_size": batch_size})
-            requests = make_batch(case, ids, arguments.input_len)
+            requests = make_batch(arguments, ids, batch_size, arguments.input_len)
             session.check(requests)
             session.generate(requests)
             session.generate(requests)
             plain = _ms_per_token(session)
             programs = profiled(llm, lambda: session.generate(requests))  # noqa: B023
-            found = {"batch_size": batch_size, "ms_per_token": plain, "profiled_ms_per_token": _ms_per_token(session)}
-            print(
-                f"{batch_size} requests, {arguments.input_len} tokens in, {arguments.output_len} out: {_speed(found)}"
-            )
-            print("\n".join(table(programs)), flush=True)
-            results.append({**found, "programs": [_record(key, launches) for key, launches in programs.items()]})
-        facts = session.facts
-    report.write(arguments.output_json, arguments, {"engine": facts, "batches": results})
+            under = _ms_per_token(session)
+            speed = "no token after the first"
+            if plain is not None:
+                speed = f"{plain:.1f} ms a token after the first, {under:.1f} under the profiler"
+            print(f"{batch_size} requests, {arguments.input_len} tokens in, {arguments.output_len} out: {speed}")
+            found = {"batch_size": batch_size, "ms_per_token": plain, "profiled_ms_per_token": under, "programs": []}
+            for program, launches in programs.items():
+                found["programs"].append(_shown(program, launches))
+            results.append(found)
+    report.write(arguments.output_json, arguments, {"engine": session.facts, "batches": results})
     return 0
 
 
 def _ms_per_token(session: JaxLLMSession) -> float | None:
-    """Mean milliseconds of a token after the first; None: there are none."""
-    times = [output.metrics.time_per_output_token for output in session.outputs if output.metrics]
+    """Return mean milliseconds of a token after the first; None: there are none."""
+    times = session.times_per_token()
     return 1000 * statistics.fmean(times) if any(times) else None
-
-
-def _speed(found: dict[str, Any]) -> str:
-    plain, under = found["ms_per_token"], found["profiled_ms_per_token"]
-    if plain is None:
-        return "no token after the first"
-    return f"{plain:.1f} ms a token after the first, {under:.1f} under the profiler"
 
 
 def _programs(llm: LLM) -> Any:
@@ -72,7 +65,7 @@ def _programs(llm: LLM) -> Any:
 
 
 def profiled(llm: LLM, work: Callable[[], Any]) -> dict[str, list[op_times.Launch]]:
-    """The launches of each program while `work` is done; the programs in the order of their time."""
+    """Return the launches of each program while `work` is done; the programs in the order of their time."""
     programs = _programs(llm)
     asked: list[Any] = []
     get = programs._get
@@ -112,24 +105,11 @@ def _name(key: Any) -> str:
     return ", ".join(map(str, key))
 
 
-def table(programs: dict[str, list[op_times.Launch]]) -> list[str]:
-    """Lines: each program, and under it its parts."""
-    lines = []
-    for name, launches in programs.items():
-        mean = statistics.fmean(each.seconds for each in launches)
-        lines.append(f"  {name}: {len(launches)} launches of {1000 * mean:.2f} ms")
-        lines += [
-            f"    {part:36} {1000 * seconds:8.2f} {seconds / mean:6.1%}"
-            for part, seconds in op_times.mean_parts(launches).items()
-            if seconds >= mean / 1000
-        ]
-    return lines
-
-
-def _record(name: str, launches: list[op_times.Launch]) -> dict[str, Any]:
-    return {
-        "program": name,
-        "launches": len(launches),
-        "mean_s": statistics.fmean(each.seconds for each in launches),
-        "parts_s": op_times.mean_parts(launches),
-    }
+def _shown(program: str, launches: list[op_times.Launch]) -> dict[str, Any]:
+    """Print a program and its parts; returns them, for JSON."""
+    mean, parts = statistics.fmean(each.seconds for each in launches), op_times.mean_parts(launches)
+    print(f"  {program}: {len(launches)} launches of {1000 * mean:.2f} ms")
+    for part, seconds in parts.items():
+        if seconds >= mean / 1000:
+            print(f"    {part:36} {1000 * seconds:8.2f} {seconds / mean:6.1%}", flush=True)
+    return {"program": program, "launches": len(launches), "mean_s": mean, "parts_s": parts}

@@ -1,4 +1,4 @@
-"""What a benchmark writes down beside its numbers: versions, machine, arguments."""
+"""A benchmark writes down versions, machine and arguments beside its numbers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,39 @@ from jaxllm.api.errors import JaxLLMError
 from jaxllm.bench.peers.protocol import peak_rss_bytes
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers")
-#: parsed, but not to be repeated
+#: parsed arguments that are not to be repeated
 _PRIVATE = ("run", "hf_token")
 
 
-def record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
-    """All that a reader needs to judge `results`, and to run the benchmark again."""
-    return {
+def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write `results` as JSON, with all that a reader needs to judge them and to run the benchmark again.
+
+    Args:
+        path: None writes nothing.
+
+    Raises:
+        JaxLLMError: the system does not take the file.
+    """
+    if path is None:
+        return
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": machine(),
+        "versions": {"python": platform.python_version(), "jaxllm": jaxllm.__version__, **versions},
+        "machine": _machine(),
         "arguments": {name: _plain(value) for name, value in sorted(vars(arguments).items()) if name not in _PRIVATE},
         "peak_rss_bytes": peak_rss_bytes(),
         **results,
     }
-
-
-def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Write the record as JSON; None: nowhere. Raises `JaxLLMError` where the system does not take it."""
-    if path is None:
-        return
     try:
-        path.write_text(json.dumps(record(arguments, results), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise JaxLLMError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plain(value: Any) -> Any:
@@ -51,33 +60,18 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | list | dict | None) else str(value)
 
 
-def versions() -> dict[str, str]:
-    """Of Python, jaxllm, and the packages that it computes with."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), "jaxllm": jaxllm.__version__, **found}
-
-
-def machine() -> dict[str, Any]:
-    """What it runs on, and how busy that was."""
+def _machine() -> dict[str, Any]:
+    """Return what the process runs on, and how busy that is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": next(models, platform.processor() or platform.machine()),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": list(os.getloadavg()),
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

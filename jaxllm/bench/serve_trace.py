@@ -1,4 +1,4 @@
-"""``jaxllm bench serve-trace``: requests that come one by one, answered by `AsyncLLM` in this process."""
+"""``jaxllm bench serve-trace`` times requests that come one by one; `AsyncLLM` answers them in this process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.bench import report
-from jaxllm.bench.datasets import read_dataset
-from jaxllm.bench.requests import BenchRequest
-from jaxllm.bench.statistics import summary
-from jaxllm.bench.tokenizers import bench_tokenizer
+from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
+from jaxllm.bench.measurements import summary
 from jaxllm.command_options import engine_arguments
 
 #: vLLM's `bench serve`: its key, its short name, its heading
@@ -61,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> list[float]:
-    """Seconds from the beginning to each request: the trace's own, or a Poisson process at the rate asked for (with
-    burstiness other than 1, gamma-distributed intervals, as in vLLM); without a rate, 0.
+    """Return the seconds from the beginning to each request.
+
+    They are the trace's own, or those of a Poisson process at the rate asked for (with a burstiness other than 1,
+    intervals are gamma-distributed, as in vLLM), or 0 without a rate.
     """
     given = [request.arrival_s for request in requests if request.arrival_s is not None]
     if given and len(given) < len(requests):
@@ -77,7 +77,7 @@ def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> lis
 
 
 def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
-    """vLLM's metrics, in milliseconds: TPOT is of each request with more than one token, ITL of each pair of outputs.
+    """Return vLLM's metrics, in milliseconds. A request with more than one token has a TPOT, a pair of outputs an ITL.
 
     Args:
         seconds: from the first request to the last token.
@@ -107,30 +107,30 @@ def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The results as ``vllm bench serve`` prints them."""
-    lines = [
-        f"{' Serving Benchmark Result ':=^50}",
-        f"{'Successful requests:':<40} {results['completed']:<10}",
-        f"{'Failed requests:':<40} {results['failed']:<10}",
-    ]
+    """Return the results as ``vllm bench serve`` prints them."""
+    shown = {"Successful requests": results["completed"], "Failed requests": results["failed"]}
     if arguments.max_concurrency is not None:
-        lines.append(f"{'Maximum request concurrency:':<40} {arguments.max_concurrency:<10}")
+        shown["Maximum request concurrency"] = arguments.max_concurrency
     if math.isfinite(arguments.request_rate):
-        lines.append(f"{'Request rate configured (RPS):':<40} {arguments.request_rate:<10.2f}")
-    lines += [
-        f"{'Benchmark duration (s):':<40} {results['duration']:<10.2f}",
-        f"{'Total input tokens:':<40} {results['total_input_tokens']:<10}",
-        f"{'Total generated tokens:':<40} {results['total_output_tokens']:<10}",
-        f"{'Request throughput (req/s):':<40} {results['request_throughput']:<10.2f}",
-        f"{'Output token throughput (tok/s):':<40} {results['output_throughput']:<10.2f}",
-        f"{'Total token throughput (tok/s):':<40} {results['total_token_throughput']:<10.2f}",
-    ]
+        shown["Request rate configured (RPS)"] = float(arguments.request_rate)
+    shown |= {
+        "Benchmark duration (s)": results["duration"],
+        "Total input tokens": results["total_input_tokens"],
+        "Total generated tokens": results["total_output_tokens"],
+        "Request throughput (req/s)": results["request_throughput"],
+        "Output token throughput (tok/s)": results["output_throughput"],
+        "Total token throughput (tok/s)": results["total_token_throughput"],
+    }
+    lines = [f"{' Serving Benchmark Result ':=^50}", *map(_line, shown, shown.values())]
     for key, short, heading in METRICS:
         lines.append(f"{heading:-^50}")
-        for name in ("mean", "median", "p99"):
-            label = f"{name.capitalize()} {short} (ms):"
-            lines.append(f"{label:<40} {results[f'{name}_{key}_ms']:<10.2f}")
+        names = ("mean", "median", "p99")
+        lines += [_line(f"{name.capitalize()} {short} (ms)", results[f"{name}_{key}_ms"]) for name in names]
     return "\n".join([*lines, "=" * 50])
+
+
+def _line(label: str, value: float) -> str:
+    return f"{label + ':':<40} {f'{value:.2f}' if isinstance(value, float) else value:<10}"
 
 
 async def _replay(

@@ -1,4 +1,7 @@
-"""jaxllm as the benchmarks drive it: loaded once, timed by the same code as its peers."""
+"""The benchmarks drive jaxllm as they do its peers: it is loaded once, and timed by the same code.
+
+``python -m jaxllm.bench.session`` is a process that is told what to do as its peers are.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,30 @@ from typing import TYPE_CHECKING, Any
 import jaxllm
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.bench.peers.protocol import Request
+from jaxllm.bench.peers.protocol import Request, Session, serve
 
 if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.llm import LLM
 
 
-class JaxLLMSession:
-    """An engine that is loaded; a `peers.protocol.Session`.
+class JaxLLMSession(Session):
+    """An engine that is loaded.
 
     Args:
         detokenize: whether outputs become text, as they do for who uses the engine.
-        temperature: of the sampling; 0 is greedy.
     """
 
-    def __init__(self, llm: LLM, *, detokenize: bool, temperature: float = 0.0):
+    def __init__(self, llm: LLM, *, detokenize: bool):
         self.llm = llm
         self._detokenize = detokenize
-        self._temperature = temperature
         #: the newest round's
         self.outputs: list[RequestOutput] = []
         plan = llm.memory_plan
+        names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         self.facts: dict[str, Any] = {
             "version": jaxllm.__version__,
-            "max_model_len": plan.max_model_len,
-            "max_num_seqs": plan.max_num_seqs,
-            "max_num_batched_tokens": plan.max_num_batched_tokens,
+            **{name: getattr(plan, name) for name in names},
             "startup_s": dict(llm.startup_times),
         }
 
@@ -52,10 +52,23 @@ class JaxLLMSession:
     def generate(self, requests: list[Request]) -> list[list[int]]:
         self.check(requests)
         params = [
-            SamplingParams(
-                temperature=self._temperature, ignore_eos=True, max_tokens=length, detokenize=self._detokenize
-            )
+            SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, detokenize=self._detokenize)
             for _, length in requests
         ]
         self.outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in self.outputs]
+
+    def times_per_token(self) -> list[float]:
+        """Return mean seconds of a token after the first, for each request of the newest round."""
+        return [output.metrics.time_per_output_token for output in self.outputs if output.metrics]
+
+
+def load(message: dict[str, Any]) -> JaxLLMSession:
+    """Return the session that the message "load" describes."""
+    from jaxllm.llm import LLM
+
+    return JaxLLMSession(LLM(message["model"], **message["engine_args"]), detokenize=False)
+
+
+if __name__ == "__main__":
+    serve(load)

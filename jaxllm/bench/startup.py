@@ -1,27 +1,22 @@
-"""``jaxllm bench startup``: from process start to the first token, with an empty compile cache and with a full one."""
+"""``jaxllm bench startup`` times starts up to the first token, with an empty compile cache and with a full one."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.bench import report
-from jaxllm.bench.latency import PERCENTAGES
-from jaxllm.bench.statistics import percentile
+from jaxllm.bench.engine_process import answer_of
+from jaxllm.bench.measurements import percentiles
 from jaxllm.command_options import engine_arguments
 from jaxllm.config.cache_folder import cache_folder
-
-#: of a process that fails, shown
-_LAST_CHARACTERS = 2000
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,11 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     job = {"model": os.fspath(model), "engine_args": given, "input_len": arguments.input_len}
     cold = [_cold_start(job) for _ in range(arguments.num_iters_cold)]
-    warm: list[dict[str, Any]] = []
-    if arguments.num_iters_warm:
-        for _ in range(arguments.num_iters_warmup):
-            start_once(job, dict(os.environ))
-        warm = [start_once(job, dict(os.environ)) for _ in range(arguments.num_iters_warm)]
+    num_warm_up = arguments.num_iters_warmup if arguments.num_iters_warm else 0
+    warm = [start_once(job, dict(os.environ)) for _ in range(num_warm_up + arguments.num_iters_warm)][num_warm_up:]
     print("=" * 60, "STARTUP TIME BENCHMARK RESULTS", "=" * 60, sep="\n")
     results: dict[str, Any] = {}
     for name, starts in (("cold", cold), ("warm", warm)):
@@ -49,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{name.upper()} STARTUP:")
             results[name] = _summary(starts)
             _show(results[name])
-    if not arguments.num_iters_warmup and any(map(_had_to_trace, warm)):
+    if not num_warm_up and any(start["compiler"].get("trace s", 0.0) > 0 for start in warm):
         print(
             "Among the warm starts are some that had to trace or compile: pass --num-iters-warmup 1 or more, to have "
             "the compile cache filled before."
@@ -67,11 +59,7 @@ def start_once(job: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
     Raises `JaxLLMError` when the process fails; the text has its last words.
     """
     command = [sys.executable, "-m", "jaxllm.bench.first_token"]
-    message = json.dumps({**job, "started_at": time.time()})
-    done = subprocess.run(command, input=message, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise JaxLLMError(f"the engine did not start:\n{done.stderr[-_LAST_CHARACTERS:].strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer_of("the engine did not start", command, {**job, "started_at": time.time()}, env)
 
 
 def _cold_start(job: dict[str, Any]) -> dict[str, Any]:
@@ -84,20 +72,14 @@ def _cold_start(job: dict[str, Any]) -> dict[str, Any]:
         return start_once(job, env)
 
 
-def _had_to_trace(start: dict[str, Any]) -> bool:
-    return start["compiler"].get("trace s", 0.0) > 0
-
-
 def _summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
     totals = [start["seconds"] for start in starts]
-    phases = {
-        name: statistics.median(start["phases"].get(name, 0.0) for start in starts) for name in starts[0]["phases"]
-    }
+    phases = [start["phases"] for start in starts]
     return {
         "avg_startup_time": statistics.fmean(totals),
         "startup_times": totals,
-        "startup_percentiles": {share: percentile(totals, share) for share in PERCENTAGES},
-        "median_phases": phases,
+        "startup_percentiles": percentiles(totals),
+        "median_phases": {name: statistics.median(each.get(name, 0.0) for each in phases) for name in phases[0]},
         "peak_rss_bytes": max(start["peak_rss_bytes"] for start in starts),
         "planned_bytes": starts[0].get("planned_bytes"),
         "starts": starts,

@@ -1,4 +1,4 @@
-"""``jaxllm bench tokenizer``: prompts tokenized per second, by the number of the pool's workers."""
+"""``jaxllm bench tokenizer`` compares the tokens tokenized per second by different numbers of workers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def in_pool(pool: TokenizerPool, tokenizer: PreTrainedTokenizerBase, texts: list
 
 
 def random_texts(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[str]:
-    """Texts of about `length` tokens each, made of the vocabulary's own tokens."""
+    """Return texts of about `length` tokens each, made of the vocabulary's own tokens."""
     draw = random.Random(0)
     size = len(tokenizer)
     return [str(tokenizer.decode(draw.sample(range(size), min(length, size)))) for _ in range(count)]

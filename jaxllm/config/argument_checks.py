@@ -1,4 +1,7 @@
-"""What each of the engine's arguments may be, and the form that its value is brought into."""
+"""What the engine's arguments may be, and the forms that their values are brought into.
+
+Each check takes an argument's name and value, and returns the value in the type of its field or raises ValidationError.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,20 @@ from typing import Any
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.logits_processor import logits_processors
-from jaxllm.api.pooler import pooler_config
+from jaxllm.config.argument import argument
 from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
-from jaxllm.config.profiler import ProfilerConfig
-from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, check_parser
 
 #: `max_model_len` that asks for the longest one that fits into memory
 FIT_TO_MEMORY = -1
 
+ATTENTION_BACKENDS = ("auto", "xla", "triton", "mosaic")
 #: more running requests than a device has memory for: token ids alone, of requests of 131,072 tokens, are 34 GB
 MOST_SEQS = 2**16
 
-DTYPES = {
-    "auto": "auto",
-    "float32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "half": "float16",
-}
-LOAD_FORMATS = {name: name for name in ("auto", "safetensors", "gguf", "orbax", "dummy", "null")}
-POLICIES = {name: name for name in ("fcfs", "priority")}
-LOGPROBS_MODES = {name: name for name in ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")}
-RUNNERS = {name: name for name in ("auto", "generate", "pooling")}
-CONVERSIONS = {name: name for name in ("auto", "none", "embed", "classify")}
-TASKS = {name: name for name in ("auto", "generate", "embed", "embedding", "classify", "score")}
-DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
-ATTENTION_BACKENDS = {name: name for name in ("auto", "xla", "triton", "mosaic")}
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def _count(name: str, value: Any) -> int:
+def count(name: str, value: Any) -> int:
     """A whole number, or a string with one: 1k is 1000 and 1K is 1024 (likewise m, g)."""
     if not isinstance(value, str):
         return checks.integer(name, value)
@@ -54,18 +39,31 @@ def _count(name: str, value: Any) -> int:
     return int(number)
 
 
-def _at_least(least: int) -> Callable[[str, Any], int]:
-    def check(name: str, value: Any) -> int:
-        number = _count(name, value)
-        if number < least:
-            raise ValidationError(f"{name} must be at least {least}, got {number}.")
+def such_that(read: Callable[[str, Any], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str, Any], Any]:
+    """What `read` makes of a value, where it `holds`; the error says that the argument must `wanted`."""
+
+    def check(name: str, value: Any) -> Any:
+        number = read(name, value)
+        if not holds(number):
+            raise ValidationError(f"{name} must {wanted}, got {number}.")
         return number
 
     return check
 
 
-def _max_num_seqs(name: str, value: Any) -> int:
-    number = _at_least(1)(name, value)
+def at_least(least: int) -> Callable[[str, Any], int]:
+    return such_that(count, lambda number: number >= least, f"be at least {least}")
+
+
+block_size = such_that(count, lambda number: number in (8, 16, 32, 64, 128), "be 8, 16, 32, 64 or 128 tokens")
+share = such_that(checks.real, lambda number: 0 < number <= 1, "be in (0, 1]")
+max_logprobs = such_that(checks.integer, lambda number: number >= -1, "be at least 0, or -1 for the whole vocabulary")
+seed = such_that(checks.integer, lambda number: -(2**63) <= number < 2**64, "fit 64 bits")
+port = such_that(checks.integer, lambda number: 0 <= number < 2**16, "be a TCP port, 0 (any free one) to 65535")
+
+
+def max_num_seqs(name: str, value: Any) -> int:
+    number = at_least(1)(name, value)
     if number > MOST_SEQS:
         raise ValidationError(
             f"{name} must be at most {MOST_SEQS}, got {number}: every request that can run at once takes rows of its "
@@ -75,50 +73,22 @@ def _max_num_seqs(name: str, value: Any) -> int:
     return number
 
 
-def _max_model_len(name: str, value: Any) -> int:
+def max_model_len(name: str, value: Any) -> int:
     if isinstance(value, str) and value.strip().lower() == "auto":
         return FIT_TO_MEMORY
-    number = _count(name, value)
+    number = count(name, value)
     if number < 1 and number != FIT_TO_MEMORY:
         raise ValidationError(f"{name} must be at least 1, or -1 (or 'auto') for what fits in memory, got {number}.")
     return number
 
 
-def _block_size(name: str, value: Any) -> int:
-    number = _count(name, value)
-    if number not in (8, 16, 32, 64, 128):
-        raise ValidationError(f"{name} must be 8, 16, 32, 64 or 128 tokens, got {number}.")
-    return number
-
-
-def _share(name: str, value: Any) -> float:
-    number = checks.real(name, value)
-    if not 0 < number <= 1:
-        raise ValidationError(f"{name} must be in (0, 1], got {number}.")
-    return number
-
-
-def _max_logprobs(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if number < -1:
-        raise ValidationError(f"{name} must be at least 0, or -1 for the whole vocabulary, got {number}.")
-    return number
-
-
-def _seed(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if not -(2**63) <= number < 2**64:
-        raise ValidationError(f"{name} must fit 64 bits, got {number}.")
-    return number
-
-
-def _text(name: str, value: Any) -> str:
+def text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValidationError(f"{name} must be a non-empty string, got {value!r} of type {type(value).__name__}.")
     return value
 
 
-def _place(name: str, value: Any) -> str | os.PathLike[str]:
+def place(name: str, value: Any) -> str | os.PathLike[str]:
     if isinstance(value, os.PathLike) and isinstance(os.fspath(value), str):
         return value
     if not isinstance(value, str) or not value.strip():
@@ -126,57 +96,53 @@ def _place(name: str, value: Any) -> str | os.PathLike[str]:
     return value
 
 
-def _path_text(name: str, value: Any) -> str:
-    return os.fspath(_place(name, value))
+def path_text(name: str, value: Any) -> str:
+    return os.fspath(place(name, value))
 
 
-def _token(name: str, value: Any) -> str | bool:
-    return value if isinstance(value, bool) else _text(name, value)
+def token(name: str, value: Any) -> str | bool:
+    return value if isinstance(value, bool) else text(name, value)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
+def mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValidationError(f"{name} must be a dict with string keys, got {value!r} of type {type(value).__name__}.")
     return dict(value)
 
 
-def _port(name: str, value: Any) -> int:
-    number = checks.integer(name, value)
-    if not 0 <= number < 2**16:
-        raise ValidationError(f"{name} must be a TCP port, 0 (any free one) to 65535, got {number}.")
-    return number
+def one_of(*choices: str, **others: str) -> Callable[[str, Any], str]:
+    """One of `choices`, in whatever case; `others` are further names of some of them."""
+    known = {choice: choice for choice in choices} | others
 
-
-def _one_of(choices: Mapping[str, str]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
-        choice = choices.get(value.strip().lower()) if isinstance(value, str) else None
+        choice = known.get(value.strip().lower()) if isinstance(value, str) else None
         if choice is None:
-            raise ValidationError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+            raise ValidationError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
         return choice
 
     return check
 
 
-def _attention_backend(name: str, value: Any) -> str:
-    text = _text(name, value).strip()
-    if text.upper() in VLLM_ATTENTION_BACKENDS:
+def attention_backend(name: str, value: Any) -> str:
+    backend = text(name, value).strip()
+    if backend.upper() in VLLM_ATTENTION_BACKENDS:
         return "auto"
-    if text.lower() not in ATTENTION_BACKENDS:
+    if backend.lower() not in ATTENTION_BACKENDS:
         raise ValidationError(
             f"{name} must be one of {', '.join(ATTENTION_BACKENDS)}, or a name of vLLM's own such as FLASH_ATTN, "
             f"FLASHINFER or TRITON_ATTN, which mean auto; got {value!r}."
         )
-    return text.lower()
+    return backend.lower()
 
 
-def _fields_of(kind: type) -> Callable[[str, Any], Any]:
+def fields_of(kind: type) -> Callable[[str, Any], Any]:
     """An instance of a dataclass, or a mapping with its fields."""
     names = [field.name for field in dataclasses.fields(kind)]
 
     def check(name: str, value: Any) -> Any:
         if isinstance(value, kind):
             return value
-        given = _mapping(name, value)
+        given = mapping(name, value)
         # what asks for nothing may be there as well
         wrong = next((key for key in given if key not in names and given[key]), None)
         if wrong is not None:
@@ -186,68 +152,13 @@ def _fields_of(kind: type) -> Callable[[str, Any], Any]:
     return check
 
 
-def _parser(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValidationError(f"{name} must be a string, got {value!r} of type {type(value).__name__}.")
-    check_parser(value)
-    return value
-
-
-def _dtype(name: str, value: Any) -> str:
+def dtype(name: str, value: Any) -> str:
     # numpy, jax.numpy and torch each print theirs in another way; none of them is imported here
     if not isinstance(value, str):
         value = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).removeprefix("torch.")
-    return _one_of(DTYPES)(name, value)
+    return one_of("auto", "float32", "bfloat16", "float16", float="float32", half="float16")(name, value)
 
 
-#: argument -> what checks its value: (name, value) -> the value in the field's type
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "model": _place,
-    "tokenizer": _place,
-    "skip_tokenizer_init": checks.boolean,
-    "tokenizer_pool_size": _at_least(0),
-    "revision": _text,
-    "tokenizer_revision": _text,
-    "hf_token": _token,
-    "hf_overrides": _mapping,
-    "dtype": _dtype,
-    "load_format": _one_of(LOAD_FORMATS),
-    "seed": _seed,
-    "max_model_len": _max_model_len,
-    "max_num_seqs": _max_num_seqs,
-    "max_num_batched_tokens": _at_least(1),
-    "long_prefill_token_threshold": _at_least(0),
-    "scheduling_policy": _one_of(POLICIES),
-    "enable_chunked_prefill": checks.boolean,
-    "enable_prefix_caching": checks.boolean,
-    "async_scheduling": checks.boolean,
-    "scheduler_reserve_full_isl": checks.boolean,
-    "block_size": _block_size,
-    "gpu_memory_utilization": _share,
-    "kv_cache_memory_bytes": _at_least(1),
-    # block 0 is trash, so one block would hold nothing
-    "num_gpu_blocks_override": _at_least(2),
-    "enforce_eager": checks.boolean,
-    "num_decode_steps": _at_least(1),
-    "deterministic": checks.boolean,
-    "stream_interval": _at_least(1),
-    "structured_outputs_config": _fields_of(StructuredOutputsConfig),
-    "reasoning_config": _fields_of(ReasoningConfig),
-    "reasoning_parser": _parser,
-    "max_logprobs": _max_logprobs,
-    "logits_processors": logits_processors,
-    "logprobs_mode": _one_of(LOGPROBS_MODES),
-    "generation_config": _path_text,
-    "override_generation_config": _mapping,
-    "chat_template": _path_text,
-    "runner": _one_of(RUNNERS),
-    "convert": _one_of(CONVERSIONS),
-    "task": _one_of(TASKS),
-    "pooler_config": pooler_config,
-    "override_pooler_config": pooler_config,
-    "device": _one_of(DEVICES),
-    "attention_backend": _attention_backend,
-    "disable_log_stats": checks.boolean,
-    "metrics_port": _port,
-    "profiler_config": _fields_of(ProfilerConfig),
-}
+def part(kind: type, help: str) -> Any:
+    """An `argument` that is a configuration of its own, or a dict of its fields."""
+    return argument(kind, fields_of(kind), help)

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.argument import is_inert, not_built, refuse_unless
 from jaxllm.config.structured_outputs import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-#: capability -> its arguments, each with the values that ask for nothing. None and empty values never ask for anything
+#: capability -> its arguments, each with the values that ask for nothing, where None and empty values never ask for
+#: anything; further ones are fields already, made with `argument.not_yet`
 NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     "parallelism": {
-        "tensor_parallel_size": (1,),
-        "pipeline_parallel_size": (1,),
-        "data_parallel_size": (1,),
         "data_parallel_size_local": (1,),
         "data_parallel_rank": (0,),
         "data_parallel_backend": (),
@@ -29,19 +28,14 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "prefill_context_parallel_size": (1,),
         "nnodes": (1,),
         "node_rank": (0,),
-        "enable_expert_parallel": (False,),
         "enable_eplb": (False,),
         "eplb_config": (),
     },
     "quantization": {
-        # what a GGUF file holds is dequantised at load, whether this says so or not
-        "quantization": ("gguf",),
         "quantization_config": (),
-        "kv_cache_dtype": ("auto",),
         "calculate_kv_scales": (False,),
     },
     "speculative decoding": {
-        "speculative_config": (),
         "speculative_model": (),
         "num_speculative_tokens": (0,),
         "ngram_prompt_lookup_max": (),
@@ -211,14 +205,9 @@ def refuse(arguments: Mapping[str, Any]) -> None:
     """Raise `ValidationError` for the first of the refused arguments that asks for something."""
     for capability, names in NOT_YET.items():
         for name, accepted in names.items():
-            if name in arguments and not _inert(arguments[name], accepted):
-                raise ValidationError(
-                    f"{name}={arguments[name]!r} is not supported yet: jaxllm does not have {capability} so far. "
-                    f"{_remedy(accepted)}"
-                )
+            refuse_unless(name, arguments.get(name), accepted, not_built(capability))
     for name, (accepted, why) in NEVER.items():
-        if name in arguments and not _inert(arguments[name], accepted):
-            raise ValidationError(f"{name}={arguments[name]!r} is not supported: {why}. {_remedy(accepted)}")
+        refuse_unless(name, arguments.get(name), accepted, f"not supported: {why}")
 
 
 def attention_backend_of(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -240,7 +229,7 @@ def report_without_effect(arguments: Mapping[str, Any]) -> None:
     """Log, in one line, which of `arguments` change nothing and why."""
     reasons: dict[str, list[str]] = {}
     for name, (why, quiet) in NO_EFFECT.items():
-        if name in arguments and not _inert(arguments[name], quiet):
+        if name in arguments and not is_inert(arguments[name], quiet):
             reasons.setdefault(why, []).append(name)
     backend = arguments.get("attention_backend")
     if isinstance(backend, str) and backend.upper() in VLLM_ATTENTION_BACKENDS:
@@ -251,15 +240,3 @@ def report_without_effect(arguments: Mapping[str, Any]) -> None:
     if reasons:
         text = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
         logger.warning("These arguments have no effect in jaxllm: %s.", text)
-
-
-def _inert(value: Any, accepted: tuple[Any, ...]) -> bool:
-    """Whether `value` asks for nothing beyond what jaxllm does anyway."""
-    if value is None or (isinstance(value, (str, list, tuple, dict, set)) and not value):
-        return True
-    return (value.lower() if isinstance(value, str) else value) in accepted
-
-
-def _remedy(accepted: tuple[Any, ...]) -> str:
-    values = " or ".join(repr(value) for value in accepted)
-    return f"Leave it out, or pass {values}." if values else "Leave it out."

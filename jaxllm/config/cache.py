@@ -1,4 +1,4 @@
-"""The KV cache's shape, as the host sees it."""
+"""The host sees the KV cache as blocks and groups of layers."""
 
 from __future__ import annotations
 

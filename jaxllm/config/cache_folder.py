@@ -1,4 +1,4 @@
-"""Where jaxllm keeps what it can fetch or compute again."""
+"""jaxllm keeps what it can fetch or compute again in one folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The user's cache folder: ``$JAXLLM_CACHE``, else ``$XDG_CACHE_HOME/jaxllm``, else ``~/.cache/jaxllm``.
+    """Return the user's cache folder: ``$JAXLLM_CACHE``, else ``$XDG_CACHE_HOME/jaxllm``, else ``~/.cache/jaxllm``.
 
     The folder may not exist yet. The environment is read at every call.
     """

@@ -1,4 +1,4 @@
-"""How many blocks a request needs, and how many tokens a pool holds.
+"""This says how many blocks a request needs, and how many tokens a pool holds.
 
 A group without a window keeps every token. A group with a window keeps, while `max_chunk` tokens are computed in one
 step, only those between the first that the chunk's first token sees and the chunk's last one: at most
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def window_bound(group: KVCacheGroup, block_size: int, max_chunk: int) -> int:
-    """Most blocks that `group` holds at once for one request of any length; sys.maxsize without a window."""
+    """Return the most blocks that `group` holds at once for one request of any length; sys.maxsize without a window."""
     if group.sliding_window is None:
         return sys.maxsize
     live = group.sliding_window - 1 + max_chunk
@@ -27,7 +27,7 @@ def window_bound(group: KVCacheGroup, block_size: int, max_chunk: int) -> int:
 def blocks_per_request(
     groups: Sequence[KVCacheGroup], block_size: int, num_tokens: int, *, max_chunk: int | None = None
 ) -> int:
-    """Most blocks that one request holds at once until it has `num_tokens` tokens in the cache.
+    """Return the most blocks that one request holds at once until it has `num_tokens` tokens in the cache.
 
     Args:
         groups: the model's KV-cache groups; each takes blocks of its own.
@@ -41,7 +41,7 @@ def blocks_per_request(
 
 
 def max_tokens_per_request(config: CacheConfig, *, max_chunk: int, limit: int = 2**31) -> int:
-    """Most tokens of one request that the whole pool can hold, at most `limit`; 0 when not even one fits."""
+    """Return the most tokens of one request that the whole pool can hold, at most `limit`; 0 when not even one fits."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -53,7 +53,7 @@ def max_tokens_per_request(config: CacheConfig, *, max_chunk: int, limit: int = 
 
 
 def max_concurrency(config: CacheConfig, num_tokens: int, *, max_chunk: int | None = None) -> float:
-    """Requests of `num_tokens` tokens that fit into the pool at once (vLLM's "Maximum concurrency")."""
+    """Return how many requests of `num_tokens` tokens fit into the pool at once (vLLM's "Maximum concurrency")."""
     return (config.num_blocks - 1) / blocks_per_request(
         config.groups, config.block_size, num_tokens, max_chunk=max_chunk
     )

@@ -6,26 +6,24 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
+from jaxllm.config import argument_checks
 from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
-
-_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def count(text: str) -> int:
     """A whole number; as in vLLM, 1k is 1000 and 1K is 1024 (likewise m, g), and 25.6k is 25600."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
-    number = float(match[1]) * _MULTIPLES[match[2]] if match else 0.5
-    if number != int(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)")
-    return int(number)
+    try:
+        return argument_checks.count("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)") from None
 
 
 def _length(text: str) -> int | str:
@@ -50,59 +48,6 @@ def _value(text: str) -> Any:
         return text
 
 
-#: engine argument -> help; the types are those of `EngineArgs`
-ENGINE_HELP: dict[str, str] = {
-    "tokenizer": "tokenizer's directory or hub id, when it is not the model's",
-    "skip_tokenizer_init": "run without a tokenizer: prompts are token ids",
-    "dtype": "of weights and activations: auto, float32, bfloat16, float16",
-    "load_format": "auto, safetensors, gguf, orbax, dummy (random weights), null (no model: measures the host)",
-    "tokenizer_pool_size": "threads that tokenize",
-    "revision": "branch, tag or commit of a hub model",
-    "tokenizer_revision": "as --revision, of the tokenizer",
-    "hf_token": "the hub's access token",
-    "hf_overrides": "entries of config.json to replace",
-    "seed": "the engine's seed, from which every request gets its own",
-    "chat_template": "a Jinja template, or its file, in place of the model's",
-    "generation_config": "where sampling defaults come from: auto (the model), vllm (nowhere), or a directory",
-    "override_generation_config": "entries of generation_config.json to replace",
-    "max_model_len": "longest prompt and output together, in tokens; auto: what fits into memory",
-    "max_num_seqs": "most requests in one step",
-    "max_num_batched_tokens": "most tokens in one step",
-    "gpu_memory_utilization": "share of the device's memory that may be used, in (0, 1]",
-    "kv_cache_memory_bytes": "size of the KV cache, in place of gpu_memory_utilization",
-    "num_gpu_blocks_override": "number of KV-cache blocks, in place of planning them",
-    "block_size": "tokens in a KV-cache block: 8, 16, 32, 64 or 128; 64 on a CPU and 16 on a GPU unless given",
-    "long_prefill_token_threshold": "most prompt tokens of one request in a step; 0: no limit",
-    "scheduling_policy": "fcfs or priority",
-    "scheduler_reserve_full_isl": "admit a prompt only when all of it fits into the free blocks",
-    "enable_prefix_caching": "share the KV cache of equal prompt beginnings",
-    "enable_chunked_prefill": "split long prompts over several steps",
-    "async_scheduling": "schedule a step while the one before runs",
-    "enforce_eager": "compile as little as possible: starts sooner, runs slower",
-    "deterministic": "the same bits for a request, whatever else runs; on a CPU",
-    "max_logprobs": "most log-probabilities a request may ask for; -1: the vocabulary",
-    "logprobs_mode": "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
-    "device": "auto, cpu or gpu",
-    "attention_backend": "what attention is compiled to: auto, xla, triton or mosaic",
-    "disable_log_stats": "do not log a line of statistics every ten seconds",
-    "metrics_port": "serve Prometheus metrics at this port of the local machine",
-    "logits_processors": "JSON list of module:name of functions that change logits",
-    "runner": "auto, generate, or pooling (embeddings, classes, scores)",
-    "convert": "how a model is made to pool: auto, none, embed or classify",
-    "task": "older form of --runner and --convert: generate, embed, classify or score",
-    "pooler_config": "how tokens are pooled, as in vLLM",
-    "override_pooler_config": "older name of --pooler-config",
-    "structured_outputs_config": "how grammars are read, as in vLLM",
-    "reasoning_config": "the marks of reasoning: reasoning_start_str and reasoning_end_str",
-    "reasoning_parser": "whose marks of reasoning: a model family, as in vLLM",
-    "num_decode_steps": "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
-    "stream_interval": "tokens between two outputs of a streamed request",
-    "profiler_config": "where profiles go, as in vLLM",
-}
-
-_SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
-
-
 class FlexibleArgumentParser(argparse.ArgumentParser):
     """A parser that takes ``--max_num_seqs`` for ``--max-num-seqs``, as vLLM's does."""
 
@@ -111,20 +56,23 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
 
 def add_engine_arguments(parser: argparse._ActionsContainer, *, defaults: bool = False) -> None:
-    """Add the engine's arguments, except the model. vLLM's other arguments are taken as well, without being listed: the
-    engine says what becomes of them.
+    """Add the engine's arguments, except the model: what each is, its field says (`jaxllm.config.argument`).
+
+    vLLM's other arguments are taken as well, without being listed: the engine says what becomes of them.
 
     Args:
         defaults: whether an argument that is not given has its default; otherwise it is not there at all.
     """
     group = parser.add_argument_group("engine options")
-    fields = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
-    for name, kind in engine_types().items():
-        default = fields[name] if defaults and fields[name] is not dataclasses.MISSING else argparse.SUPPRESS
-        add_option(group, name, kind, ENGINE_HELP.get(name, ""), default=default)
+    readers = engine_types()
+    for field in dataclasses.fields(EngineArgs):
+        if field.name in readers:
+            default = field.default if defaults and field.default is not dataclasses.MISSING else argparse.SUPPRESS
+            text = field.metadata["help"] or argparse.SUPPRESS
+            add_option(group, field.name, readers[field.name], text, default=default, short=field.metadata["short"])
     for name, values in unlisted().items():
         kind = None if values and all(isinstance(value, bool) for value in values) else _value
-        add_option(group, name, kind, argparse.SUPPRESS, short=_SHORT.get(name))
+        add_option(group, name, kind, argparse.SUPPRESS)
 
 
 def engine_types() -> dict[str, Callable[[str], Any] | None]:
@@ -150,8 +98,7 @@ def unlisted() -> dict[str, tuple[Any, ...]]:
     found.update({name: never.accepted for name, never in NEVER.items()})
     found.update({name: no_effect.quiet for name, no_effect in NO_EFFECT.items()})
     found.update(dict.fromkeys(ALIASES, (1,)))
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {name: values for name, values in found.items() if name not in fields}
+    return found
 
 
 def add_option(

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs by name: what can be known of one without having it.
+"""Much can be known of an NVIDIA GPU by its name, without having it.
 
 Memory is what CUDA gives a process (``cudaMemGetInfo``'s total, what torch calls capacity), which is less than what
 nvidia-smi shows, since the driver keeps some: of 40960, 81920, 23034, 24564, 81559, 143771 and 183359 MiB, in the
@@ -174,7 +174,7 @@ DEVICE_NAMES: tuple[str, ...] = (*GPUS, CPU)
 
 
 def device_name(text: str) -> str:
-    """The name in `DEVICE_NAMES` that `text` means: letters' case, "_" and spaces do not matter.
+    """Return the name in `DEVICE_NAMES` that `text` means: letters' case, "_" and spaces do not matter.
 
     Raises:
         ValidationError: there is none; the text lists the known names.
@@ -189,7 +189,7 @@ def device_name(text: str) -> str:
 
 
 def gpu_named(text: str) -> GPU:
-    """The GPU of a name, as `device_name` reads it.
+    """Return the GPU of a name, as `device_name` reads it.
 
     Raises:
         ValidationError: there is none; the text lists the known names.

@@ -8,18 +8,26 @@ import difflib
 import os
 from typing import Any
 
+from jaxllm.api import logits_processor, pooler
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
-from jaxllm.config.argument_checks import CHECKS
+from jaxllm.config import argument_checks as check
+from jaxllm.config.argument import argument, not_yet, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
+from jaxllm.config.cross_checks import check_together
+from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
-from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
+from jaxllm.config.quantization import QuantizationConfig
+from jaxllm.config.speculative import SpeculativeConfig
+from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineArgs:
+class EngineArgs(ParallelConfig, QuantizationConfig):
     """What the engine is told, under vLLM's names and with its defaults, except where noted.
+
+    Each argument is written once: a field with its check and its help, here or in the configuration of its concern.
 
     Construction checks every value and normalises it to the type of its field: counts may come as strings ("1k" is
     1000, "8K" is 8192, "25.6k" is 25600), and None stands for the default.
@@ -28,115 +36,140 @@ class EngineArgs:
         ValidationError: a value has the wrong type or lies outside its range; the text names both.
     """
 
-    #: a named model, a local directory, a .gguf file, or a hub id
-    model: str | os.PathLike[str]
-    #: as `model`, for the tokenizer alone; None: the model's
-    tokenizer: str | os.PathLike[str] | None = None
-    skip_tokenizer_init: bool = False
-    #: threads that tokenize while the engine runs; 0: the caller's own
-    tokenizer_pool_size: int = 1
-    #: branch, tag or commit; hub ids only
-    revision: str | None = None
-    tokenizer_revision: str | None = None
-    #: the hub's access token; True: the one that is logged in
-    hf_token: str | bool | None = dataclasses.field(default=None, repr=False)
-    #: entries of the model's config.json to replace
-    hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: "auto", "float32", "bfloat16" or "float16", of weights, activations and KV cache
-    dtype: str = "auto"
-    #: "dummy": random weights; "null": no model at all, to measure the host (`jaxllm.runner.null`)
-    load_format: str = "auto"
-    #: of the dummy weights, and of requests without one of their own
-    seed: int = 0
-    #: prompt and output together, in tokens; None: the model's own; `FIT_TO_MEMORY` (-1, "auto"): what fits
-    max_model_len: int | None = None
+    model: str | os.PathLike[str] = argument(
+        dataclasses.MISSING, check.place, "a named model, a local directory, a .gguf file, or a hub id"
+    )
+    tokenizer: str | os.PathLike[str] | None = argument(
+        None, check.place, "tokenizer's directory or hub id, when it is not the model's"
+    )
+    skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids")
+    #: threads, while the engine runs; 0: the caller's own
+    tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize")
+    revision: str | None = argument(None, check.text, "branch, tag or commit of a hub model")
+    tokenizer_revision: str | None = argument(None, check.text, "as --revision, of the tokenizer")
+    #: True: the one that is logged in
+    hf_token: str | bool | None = argument(None, check.token, "the hub's access token", repr=False)
+    hf_overrides: dict[str, Any] = argument(dict, check.mapping, "entries of config.json to replace")
+    #: of the KV cache, too
+    dtype: str = argument("auto", check.dtype, "of weights and activations: auto, float32, bfloat16, float16")
+    #: "null" is `jaxllm.runner.null`
+    load_format: str = argument(
+        "auto",
+        check.one_of("auto", "safetensors", "gguf", "orbax", "dummy", "null"),
+        "auto, safetensors, gguf, orbax, dummy (random weights), null (no model: measures the host)",
+    )
+    #: of the dummy weights, too
+    seed: int = argument(0, check.seed, "the engine's seed, from which every request gets its own")
+    #: None: the model's own; `FIT_TO_MEMORY` (-1, "auto"): what fits
+    max_model_len: int | None = argument(
+        None, check.max_model_len, "longest prompt and output together, in tokens; auto: what fits into memory"
+    )
     #: None: the platform's, see `jaxllm.config.resolve`
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    #: 0: no limit
-    long_prefill_token_threshold: int = 0
-    scheduling_policy: str = "fcfs"
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    #: admit a prompt only when all of it fits into the free blocks
-    scheduler_reserve_full_isl: bool = True
-    #: tokens; a power of two in [8, 128]; None: 64 on a CPU, 16 on a GPU
-    block_size: int | None = None
-    #: in (0, 1]
-    gpu_memory_utilization: float = 0.9
-    #: bytes of the KV cache, in place of `gpu_memory_utilization`
-    kv_cache_memory_bytes: int | None = None
-    num_gpu_blocks_override: int | None = None
-    #: compile as little as possible
-    enforce_eager: bool = False
-    #: most decode steps of one launch; None: the platform's, see `jaxllm.config.resolve`
-    num_decode_steps: int | None = None
-    #: the same tokens and log-probabilities, to the bit, whatever else runs; vLLM's VLLM_BATCH_INVARIANT. CPU only
-    deterministic: bool = False
-    #: tokens between two outputs of a streamed request; a request may ask for more
-    stream_interval: int = 1
-    #: a dict of its fields will do
-    structured_outputs_config: StructuredOutputsConfig = dataclasses.field(default_factory=StructuredOutputsConfig)
-    #: a dict of its fields will do
-    reasoning_config: ReasoningConfig = dataclasses.field(default_factory=ReasoningConfig)
-    #: names the marks around the model's reasoning, as in the two configurations
-    reasoning_parser: str = ""
-    #: most `logprobs` that a request may ask for; -1: the vocabulary
-    max_logprobs: int = 20
-    logprobs_mode: str = "raw_logprobs"
+    max_num_seqs: int | None = argument(None, check.max_num_seqs, "most requests in one step")
+    max_num_batched_tokens: int | None = argument(None, check.at_least(1), "most tokens in one step")
+    long_prefill_token_threshold: int = argument(
+        0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit"
+    )
+    scheduling_policy: str = argument("fcfs", check.one_of("fcfs", "priority"), "fcfs or priority")
+    enable_chunked_prefill: bool = switch(True, "split long prompts over several steps")
+    enable_prefix_caching: bool = switch(True, "share the KV cache of equal prompt beginnings")
+    async_scheduling: bool = switch(True, "schedule a step while the one before runs")
+    scheduler_reserve_full_isl: bool = switch(True, "admit a prompt only when all of it fits into the free blocks")
+    block_size: int | None = argument(
+        None,
+        check.block_size,
+        "tokens in a KV-cache block: 8, 16, 32, 64 or 128; 64 on a CPU and 16 on a GPU unless given",
+    )
+    gpu_memory_utilization: float = argument(
+        0.9, check.share, "share of the device's memory that may be used, in (0, 1]"
+    )
+    #: in bytes
+    kv_cache_memory_bytes: int | None = argument(
+        None, check.at_least(1), "size of the KV cache, in place of gpu_memory_utilization"
+    )
+    #: block 0 is trash, so one block would hold nothing
+    num_gpu_blocks_override: int | None = argument(
+        None, check.at_least(2), "number of KV-cache blocks, in place of planning them"
+    )
+    enforce_eager: bool = switch(False, "compile as little as possible: starts sooner, runs slower")
+    #: None: the platform's, see `jaxllm.config.resolve`
+    num_decode_steps: int | None = argument(
+        None,
+        check.at_least(1),
+        "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
+    )
+    #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
+    deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU")
+    #: a request may ask for more
+    stream_interval: int = argument(1, check.at_least(1), "tokens between two outputs of a streamed request")
+    structured_outputs_config: StructuredOutputsConfig = check.part(
+        StructuredOutputsConfig, "how grammars are read, as in vLLM"
+    )
+    reasoning_config: ReasoningConfig = check.part(
+        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str"
+    )
+    #: as in the two configurations
+    reasoning_parser: str = argument("", parser, "whose marks of reasoning: a model family, as in vLLM")
+    max_logprobs: int = argument(
+        20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary"
+    )
+    logprobs_mode: str = argument(
+        "raw_logprobs",
+        check.one_of("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
+        "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
+    )
     #: jax functions ``(logits, state) -> logits`` that run inside every step, or ``module:name`` of them; see
     #: `jaxllm.LogitsProcessor`
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-    #: where sampling defaults come from: "auto" (the model), "vllm" (nowhere), or a directory
-    generation_config: str = "auto"
-    override_generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: a Jinja template or its file, in place of the model's
-    chat_template: str | None = None
-    #: "auto", "generate" or "pooling": whether the engine generates text or makes vectors and classes
-    runner: str = "auto"
-    #: how a model is made to pool: "auto", "none", "embed" or "classify"
-    convert: str = "auto"
-    #: older form of `runner` and `convert`: "auto", "generate", "embed", "classify" or "score"
-    task: str | None = None
-    pooler_config: PoolerConfig | None = None
-    #: older name of `pooler_config`
-    override_pooler_config: PoolerConfig | None = None
-    #: "auto", "cpu" or "gpu"
-    device: str = "auto"
-    #: what attention is compiled to: "auto" (what is known to be fastest on the device), "xla", "triton" (kernels for
-    #: NVIDIA GPUs) or "mosaic" (another one for prompts, on Hopper: H100, H200); names of vLLM's own, such as
-    #: "FLASH_ATTN", stand for "auto"
-    attention_backend: str = "auto"
-    #: False logs a line of statistics every 10 seconds while requests run; metrics are collected in any case
-    disable_log_stats: bool = True
-    #: serve Prometheus' metrics on this port of the loopback interface, 0 on any free one; None: nowhere
-    metrics_port: int | None = None
-    #: where `start_profile` writes; a dict of its fields will do: {"torch_profiler_dir": directory}
-    profiler_config: ProfilerConfig = dataclasses.field(default_factory=ProfilerConfig)
+    logits_processors: tuple[LogitsProcessor, ...] = argument(
+        (), logits_processor.logits_processors, "JSON list of module:name of functions that change logits"
+    )
+    generation_config: str = argument(
+        "auto",
+        check.path_text,
+        "where sampling defaults come from: auto (the model), vllm (nowhere), or a directory",
+    )
+    override_generation_config: dict[str, Any] = argument(
+        dict, check.mapping, "entries of generation_config.json to replace"
+    )
+    chat_template: str | None = argument(
+        None, check.path_text, "a Jinja template, or its file, in place of the model's"
+    )
+    runner: str = argument(
+        "auto",
+        check.one_of("auto", "generate", "pooling"),
+        "auto, generate, or pooling (embeddings, classes, scores)",
+    )
+    convert: str = argument(
+        "auto",
+        check.one_of("auto", "none", "embed", "classify"),
+        "how a model is made to pool: auto, none, embed or classify",
+    )
+    task: str | None = argument(
+        None,
+        check.one_of("auto", "generate", "embed", "embedding", "classify", "score"),
+        "older form of --runner and --convert: generate, embed, classify or score",
+    )
+    pooler_config: PoolerConfig | None = argument(None, pooler.pooler_config, "how tokens are pooled, as in vLLM")
+    override_pooler_config: PoolerConfig | None = argument(None, pooler.pooler_config, "older name of --pooler-config")
+    device: str = argument("auto", check.one_of("auto", "cpu", "gpu", cuda="gpu"), "auto, cpu or gpu")
+    #: "auto": what is known to be fastest on the device; "triton": kernels for NVIDIA GPUs; "mosaic": another one for
+    #: prompts, on Hopper (H100, H200); names of vLLM's own, such as "FLASH_ATTN", stand for "auto"
+    attention_backend: str = argument(
+        "auto", check.attention_backend, "what attention is compiled to: auto, xla, triton or mosaic"
+    )
+    #: metrics are collected in any case
+    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds")
+    #: 0: any free one
+    metrics_port: int | None = argument(None, check.port, "serve Prometheus metrics at this port of the local machine")
+    profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM")
+    speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name != "model":
-                value = _default(field)
-            if value is not None or field.name == "model":
-                value = CHECKS[field.name](field.name, value)
-            object.__setattr__(self, field.name, value)
+        super().__post_init__()
+        check_together(self)
         if self.override_pooler_config is not None:
-            if self.pooler_config is not None:
-                raise ValidationError("pooler_config and override_pooler_config are two names of one thing; set one.")
             object.__setattr__(self, "pooler_config", self.override_pooler_config)
             object.__setattr__(self, "override_pooler_config", None)
-        if (
-            self.max_num_batched_tokens is not None
-            and self.max_num_seqs is not None
-            and self.max_num_batched_tokens < self.max_num_seqs
-        ):
-            raise ValidationError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be greater than or equal to "
-                f"max_num_seqs ({self.max_num_seqs}): a step gives every running request at least one token."
-            )
 
     def given(self) -> dict[str, Any]:
         """Arguments for an engine's constructor: those that are not None, which stands for the default."""
@@ -148,7 +181,7 @@ class EngineArgs:
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
         from jaxllm.config.command_line import add_engine_arguments
 
-        parser.add_argument("--model", help="a named model, a local directory, a .gguf file, or a hub id")
+        parser.add_argument("--model", help=EngineArgs.__dataclass_fields__["model"].metadata["help"])
         add_engine_arguments(parser, defaults=True)
         return parser
 
@@ -160,7 +193,7 @@ class EngineArgs:
 
 
 def argument_names() -> set[str]:
-    """The arguments that the engine acts on."""
+    """The arguments of `EngineArgs`."""
     return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
@@ -187,7 +220,3 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
     result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
     report_without_effect(given)
     return result
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -1,4 +1,4 @@
-"""Engine configurations in YAML files: the ones that come with jaxllm, by name, and the user's own, by path."""
+"""Engine configurations lie in YAML files: those that come with jaxllm have names, the user's own have paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def load_config(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
-    """The engine arguments of a configuration: vLLM's names (hyphens or underscores) to values.
+    """Return the engine arguments of a configuration: vLLM's names (hyphens or underscores) to values.
 
     Args:
         path_or_name: a YAML file, or the name of a shipped one ("throughput"; see `shipped_configs`).
@@ -42,12 +42,12 @@ def load_config(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with jaxllm, by name."""
+    """Return the configurations that come with jaxllm, by name."""
     return {path.stem: path for path in sorted(_folder().glob("*.yaml"))}
 
 
 def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with `overrides` in place of its own arguments.
+    """Return a configuration with `overrides` in place of its own arguments.
 
     Its `long_prefill_token_threshold` does not survive a `max_model_len` below it, where it would limit nothing.
     """
@@ -60,7 +60,7 @@ def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
 
 
 def merged(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model and the other arguments of a configuration, with `overrides` in place of its own.
+    """Return the model and the other arguments of a configuration, with `overrides` in place of its own.
 
     Raises what `load_config` does, and ValidationError when neither names a model.
     """

@@ -1,4 +1,4 @@
-"""What the engine says while it starts and runs."""
+"""The engine logs what it does while it starts and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defaults that depend on the machine and on the model, and the checks that need them."""
+"""Some defaults depend on the machine and on the model; they are found here, with the checks that need them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scheduler_config(
     device_memory_bytes: int | None = None,
     device_kind: str = "",
 ) -> SchedulerConfig:
-    """The scheduler's limits.
+    """Return the scheduler's limits.
 
     Args:
         args: None in `max_num_seqs` and `max_num_batched_tokens` stands for the platform's default.
@@ -128,12 +128,12 @@ def scheduler_config(
 
 
 def default_block_size(platform: str) -> int:
-    """Tokens of a block of the KV cache, unless `EngineArgs.block_size` says it."""
+    """Return the tokens of a block of the KV cache, unless `EngineArgs.block_size` says it."""
     return CPU_BLOCK_SIZE if platform == "cpu" else GPU_BLOCK_SIZE
 
 
 def platform_limits(platform: str, device_memory_bytes: int | None = None, device_kind: str = "") -> tuple[int, int]:
-    """The default (`max_num_batched_tokens`, `max_num_seqs`)."""
+    """Return the default (`max_num_batched_tokens`, `max_num_seqs`)."""
     if platform == "cpu":
         return CPU_LIMITS
     if not SLOWER_GPUS.isdisjoint(re.split(r"[^a-z0-9]+", device_kind.lower())):

@@ -1,4 +1,4 @@
-"""What the scheduler is told."""
+"""The scheduler is told its limits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class SchedulerConfig:
     max_model_len: int
     #: at most this many prompt tokens of one request a step while others run or wait; 0: no limit
     long_prefill_token_threshold: int = 0
+    #: let that limit be no less than each running or waiting request's share of `max_num_batched_tokens`
+    long_prefill_token_threshold_adaptive: bool = False
+    #: most requests that run at once; None: `max_num_seqs`, which the runner has room for
+    max_num_active_seqs: int | None = None
     #: "fcfs" or "priority" (smaller value first, then arrival)
     policy: str = "fcfs"
     #: at most this many prompt tokens of a step get log-probabilities; a prompt that wants them is computed in chunks

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.argument import Arguments, argument, switch
 
 BACKENDS = ("auto", "guidance")
 #: vLLM's reasoning parsers whose marks are plain strings -> (start, end) of the reasoning
@@ -18,48 +19,53 @@ PARSERS = {
 }
 
 
+def _string(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValidationError(f"{name} must be a string, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def parser(name: str, value: Any) -> str:
+    """Empty, or a known reasoning parser; raises ValidationError for anything else."""
+    if _string(name, value) and value not in PARSERS:
+        raise ValidationError(
+            f"{name}={value!r} is not supported; supported are {', '.join(sorted(PARSERS))}. Others can be "
+            "described with reasoning_config={'reasoning_start_str': ..., 'reasoning_end_str': ...}."
+        )
+    return value
+
+
+def _backend(name: str, value: Any) -> str:
+    if value not in BACKENDS:
+        raise ValidationError(
+            f"{name}={value!r} is not supported: jaxllm has one backend, guidance (llguidance). Leave it out, or pass "
+            "'auto' or 'guidance'."
+        )
+    return value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StructuredOutputsConfig:
-    """Raises ValidationError for a backend or a reasoning parser that is not there."""
+class StructuredOutputsConfig(Arguments):
+    """How a grammar constrains what is sampled."""
 
-    #: "auto" is "guidance", the only one
-    backend: str = "auto"
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    #: names the model's reasoning marks: a grammar begins behind the reasoning then
-    reasoning_parser: str = ""
-    #: the grammar holds in the reasoning as well
-    enable_in_reasoning: bool = False
+    NAME = "structured_outputs_config.{}"
 
-    def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ValidationError(
-                f"structured_outputs_config.backend={self.backend!r} is not supported: jaxllm has one backend, "
-                "guidance (llguidance). Leave it out, or pass 'auto' or 'guidance'."
-            )
-        for name in ("disable_any_whitespace", "disable_additional_properties", "enable_in_reasoning"):
-            object.__setattr__(self, name, checks.boolean(f"structured_outputs_config.{name}", getattr(self, name)))
-        check_parser(self.reasoning_parser)
+    backend: str = argument("auto", _backend, "auto or guidance, which is the only one")
+    disable_any_whitespace: bool = switch(False, "JSON has no spaces that it does not need")
+    disable_additional_properties: bool = switch(False, "objects have the properties of their schema, and no others")
+    reasoning_parser: str = argument("", parser, "the model's reasoning marks: a grammar begins behind the reasoning")
+    enable_in_reasoning: bool = switch(False, "the grammar holds in the reasoning as well")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReasoningConfig:
-    """The marks around a model's reasoning; empty: the parser's, or ``<think>`` and ``</think>``.
+class ReasoningConfig(Arguments):
+    """The marks around a model's reasoning; empty: the parser's, or ``<think>`` and ``</think>``."""
 
-    Raises ValidationError for an unknown parser.
-    """
+    NAME = "reasoning_config.{}"
 
-    reasoning_parser: str = ""
-    reasoning_start_str: str = ""
-    #: what a spent `thinking_token_budget` forces
-    reasoning_end_str: str = ""
-
-    def __post_init__(self) -> None:
-        check_parser(self.reasoning_parser)
-        for name in ("reasoning_start_str", "reasoning_end_str"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise ValidationError(f"reasoning_config.{name} must be a string, got {value!r}.")
+    reasoning_parser: str = argument("", parser, "the model family whose marks these are")
+    reasoning_start_str: str = argument("", _string, "how reasoning begins")
+    reasoning_end_str: str = argument("", _string, "what a spent thinking_token_budget forces")
 
     @property
     def is_set(self) -> bool:
@@ -78,12 +84,3 @@ class ReasoningConfig:
     @property
     def end(self) -> str:
         return self.reasoning_end_str or PARSERS[self.reasoning_parser or "qwen3"][1]
-
-
-def check_parser(name: str) -> None:
-    """Raise ValidationError unless `name` is empty or a known reasoning parser."""
-    if name and name not in PARSERS:
-        raise ValidationError(
-            f"reasoning_parser={name!r} is not supported; supported are {', '.join(sorted(PARSERS))}. Others can be "
-            "described with reasoning_config={'reasoning_start_str': ..., 'reasoning_end_str': ...}."
-        )

@@ -1,7 +1,5 @@
-"""The host loop: schedule, launch, read, update; one step launched before the last one is read.
-
-Between a step's ids being known and the next launch lies only what that launch needs. Texts and outputs are made when
-it is done, while the device works.
+"""The host loop: schedule, launch, read, update; one step is launched before the last one is read, so that the device
+has work while the host updates, makes texts and schedules.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.engine.io.output_processor import OutputProcessor
 from jaxllm.engine.io.pooling_processor import PoolingProcessor
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduling.request_update import StepUpdates
 from jaxllm.engine.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -25,10 +22,9 @@ if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.engine.io.token_constraints import TokenConstraints
-    from jaxllm.engine.observe.engine_stats import EngineStats
-    from jaxllm.engine.observe.metrics import EngineMetrics, Metric
+    from jaxllm.engine.observe.metrics import EngineMetrics, EngineStats, Metric
     from jaxllm.engine.observe.step_observer import StepObserver
-    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StepFuture, StepOutput
+    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StepFuture
 
 
 class EngineCore:
@@ -62,10 +58,6 @@ class EngineCore:
         #: what `sleep` has put away
         self._asleep: set[str] = set()
         self._depth = 2 if scheduler_config.async_scheduling else 1
-        #: the step that was read last, while its outputs have not been made
-        self._unprocessed: tuple[SchedulerOutput, StepOutput, StepUpdates] | None = None
-        #: outputs that had to be made outside of a turn; the next one returns them
-        self._undelivered: list[RequestOutput] = []
         #: who is told of each step; replaced as a whole, since any thread may do so
         self._observers: tuple[StepObserver, ...] = ()
         self._observers_lock = threading.Lock()
@@ -73,9 +65,6 @@ class EngineCore:
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
         self.check_awake()
-        if request.request_id in self._outputs:
-            # it may have ended, but nobody has been told so
-            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         if request.pools != self._pools:
             kind, runner = ("generative", "generate") if self._pools else ("pooling", "pooling")
             raise ValidationError(
@@ -96,28 +85,18 @@ class EngineCore:
         """End requests and return what there is of them; what they hold is free for the next step. Unknown ids are
         passed over.
         """
-        self._undelivered += self._process()
-        outputs = []
-        for request in self.scheduler.abort(request_ids):
-            self._metrics.record_finished(request)
-            output = self._outputs.end(request)
-            if output is not None:
-                outputs.append(output)
-        return outputs
+        return self._outputs_of_ended(self.scheduler.abort(request_ids))
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a request runs or waits, or an output is still to be delivered."""
-        if self.scheduler.has_unfinished or self._undelivered:
-            return True
-        self.scheduler.settle()
-        return self._unprocessed is not None and len(self._unprocessed[2]) > 0
+        """Whether a request runs or waits."""
+        return self.scheduler.has_unfinished
 
     def step(self) -> list[RequestOutput]:
-        """Launch a step and make the outputs of the last one read; or, when enough are launched or there is nothing to
-        launch, read the oldest.
+        """Launch a step, if there is anything to launch; and read the oldest one, when that makes enough steps that are
+        launched, or nothing could be.
 
-        So whoever calls may add requests after every read, before the next step is decided.
+        So whoever calls may add requests after every launch, before the next step is decided.
 
         An error of the device or of a model ends every request, since the cache's contents are lost with the failed
         step, and leaves the engine usable; it is raised to the caller.
@@ -126,21 +105,12 @@ class EngineCore:
         try:
             for observer in self._observers:
                 observer.turn_begins()
-            outputs, self._undelivered = self._undelivered, []
-            if self._constraints is not None:
-                outputs += self._fail(self._constraints.failed())
-            launched = len(self._in_flight) < self._depth and self._schedule(outputs)
-            self.scheduler.cache_filled_blocks()
-            outputs += self._process()
-            # the next turn reads
-            if launched and len(self._in_flight) == self._depth > 1 and self.scheduler.schedule_ahead():
-                for observer in self._observers:
-                    observer.scheduled_ahead()
-            if not launched and not outputs:
-                if self._in_flight:
-                    outputs += self._read()
-                elif self._constraints is not None:
-                    self._constraints.wait()
+            outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
+            launched = self._launch(outputs)
+            if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
+                outputs += self._read()
+            elif not launched and not outputs and self._constraints is not None:
+                self._constraints.wait()
             for observer in self._observers:
                 observer.turn_ends()
             return outputs
@@ -148,33 +118,33 @@ class EngineCore:
             self._recover()
             raise
 
-    def _schedule(self, outputs: list[RequestOutput]) -> bool:
-        """Schedule and launch a step; returns whether there was anything to launch."""
+    def _launch(self, outputs: list[RequestOutput]) -> bool:
+        """Schedule and launch a step; returns whether there was anything to launch.
+
+        Args:
+            outputs: gets those of the steps that have to be read for it.
+        """
         scheduled = self.scheduler.schedule()
         for observer in self._observers:
             observer.scheduled(scheduled)
-        if scheduled.rows:
-            outputs += self._launch(scheduled)
-        return bool(scheduled.rows)
-
-    def _launch(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
-        """Launch a step; returns what had to be read for it."""
-        constraints = self._constraints
-        if constraints is not None:
-            scheduled.masked_rows = constraints.masked_rows(scheduled)
-        if constraints is None or not scheduled.masked_rows:
-            self._in_flight.append((scheduled, self._runner.execute(scheduled)))
+        if not scheduled.rows:
+            return False
+        if self._constraints is not None:
+            scheduled.masked_rows = self._constraints.masked_rows(scheduled)
+        if self._constraints is None or not scheduled.masked_rows:
+            future = self._runner.execute(scheduled)
             self._tell_launched(scheduled)
-            return []
-        launched = self._runner.forward(scheduled)
-        self._tell_launched(scheduled)
-        outputs = []
-        while self._in_flight:
-            outputs += self._read()
-        masks, lost = constraints.masks(scheduled)
-        outputs += self._fail(lost)
-        self._in_flight.append((scheduled, self._runner.sample(launched, masks)))
-        return outputs
+        else:
+            launched = self._runner.forward(scheduled)
+            self._tell_launched(scheduled)
+            # the masks follow from the tokens of all earlier steps
+            while self._in_flight:
+                outputs += self._read()
+            masks, lost = self._constraints.masks(scheduled)
+            outputs += self._fail(lost)
+            future = self._runner.sample(launched, masks)
+        self._in_flight.append((scheduled, future))
+        return True
 
     def _tell_launched(self, scheduled: SchedulerOutput) -> None:
         for num_tokens in scheduled.step_sizes():
@@ -183,43 +153,23 @@ class EngineCore:
             observer.launched(scheduled)
 
     def _read(self) -> list[RequestOutput]:
-        """Take in the oldest step that is launched; returns the outputs that cannot wait for the next launch."""
-        outputs = self._process()
+        """Take in the oldest step that is launched; returns its outputs."""
         scheduled, future = self._in_flight.popleft()
         for observer in self._observers:
             observer.read_begins(scheduled)
         output = future.result()
         for observer in self._observers:
             observer.read(scheduled)
-        updates = self.scheduler.end_requests(scheduled, output)
-        if scheduled.steps:
-            self.scheduler.settle()
-            for index in range(1, scheduled.num_steps):
-                updates.join(self.scheduler.update_from_output(scheduled, output, index))
+        updates = self.scheduler.update(scheduled, output)
         if self._constraints is not None and self._constraints.used:
-            self.scheduler.settle()
             lost, complete = self._constraints.advance(updates)
             for request in lost:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             for request in complete:
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
-        self._unprocessed = scheduled, output, updates
         for observer in self._observers:
             observer.updated(scheduled, updates)
-        if self._outputs.may_stop:
-            # a request that ends now needs no further step
-            outputs += self._process()
-        return outputs
-
-    def _process(self) -> list[RequestOutput]:
-        """The outputs of the step that was read last."""
-        if self._unprocessed is None:
-            return []
-        (scheduled, output, updates), self._unprocessed = self._unprocessed, None
-        self.scheduler.settle()
-        updates.record_times()
-        self._outputs.take(scheduled, output)
-        outputs: list[Any] = self._outputs.process(updates, output.logprobs, self.scheduler)
+        outputs: list[Any] = self._outputs.process(scheduled, output, updates, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
             observer.processed(scheduled, updates)
@@ -227,18 +177,20 @@ class EngineCore:
 
     def _fail(self, requests: list[Request]) -> list[RequestOutput]:
         """End requests whose `error` says why, outside of any step."""
-        if not requests:
-            return []
-        before = self._process()
+        return self._outputs_of_ended([r for r in requests if self.scheduler.finish(r, RequestStatus.FINISHED_ERROR)])
+
+    def _outputs_of_ended(self, requests: Iterable[Request]) -> list[Any]:
+        """The last outputs of requests that have ended outside of any step."""
+        outputs = []
         for request in requests:
-            self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
             self._metrics.record_finished(request)
-        outputs: list[Any] = self._outputs.process(StepUpdates.ended(requests), None, self.scheduler)
-        return before + outputs
+            output = self._outputs.end(request)
+            if output is not None:
+                outputs.append(output)
+        return outputs
 
     def _recover(self) -> None:
         self._in_flight.clear()
-        self._unprocessed, self._undelivered = None, []
         for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
             self._metrics.record_finished(request)
         self._outputs.clear()
@@ -249,11 +201,10 @@ class EngineCore:
 
     def drain(self) -> list[RequestOutput]:
         """Read what is in flight and return its outputs, of requests that still live. Fails as `step` does."""
-        outputs, self._undelivered = self._undelivered, []
+        outputs = []
         try:
             while self._in_flight:
                 outputs += self._read()
-            outputs += self._process()
         except BaseException:
             self._recover()
             raise
@@ -331,7 +282,6 @@ class EngineCore:
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""
         self._in_flight.clear()
-        self._unprocessed, self._undelivered = None, []
         self.scheduler.finish_all(RequestStatus.FINISHED_ABORTED)
         self._outputs.clear()
         if self._constraints is not None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from jaxllm.structured.matcher import Matcher
 
 
+#: the stop reason of a repetition, as vLLM calls it
+REPETITION_DETECTED = "repetition_detected"
+
+
 class RequestStatus(enum.IntEnum):
     """Where a request is. Everything above `PREEMPTED` is final."""
 
@@ -95,6 +99,7 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_scheduled_scores",
         "num_scored_tokens",
         "num_slots",
         "params",
@@ -111,6 +116,7 @@ class Request:
         "seed",
         "skip_reading_prefix_cache",
         "status",
+        "stop_check_from",
         "stop_reason",
         "stop_token_ids",
     )
@@ -182,6 +188,8 @@ class Request:
         self.num_computed_tokens = 0
         #: tokens that scheduled steps sample and that the host has not read
         self.num_output_placeholders = 0
+        #: of the leading `num_scored_tokens`, those that scheduled steps have scored; a preemption takes none back
+        self.num_scheduled_scores = 0
         #: prefix hits at the first admission, in tokens; -1 before it
         self.num_cached_tokens = -1
         self.num_preemptions = 0
@@ -189,6 +197,8 @@ class Request:
         # The scheduler's.
         #: generation ends when prompt and outputs are this many tokens
         self.max_total_tokens = sys.maxsize
+        #: from so many tokens on, any token may be its last one, and not only those of `end_token_ids`
+        self.stop_check_from = sys.maxsize
         #: breaks ties between equal arrival times
         self.arrival_order = 0
         #: most decode steps of one launch, once `num_computed_tokens` has come as far as this (`DecodeSteps`)
@@ -259,8 +269,41 @@ class Request:
     def finish_reason(self) -> str | None:
         return self.status.finish_reason
 
+    def check_stop(self) -> tuple[RequestStatus | None, int | str | None]:
+        """Status and stop reason that the newest token ends the request with; (None, None) if it goes on.
+
+        vLLM's order: EOS unless `ignore_eos` (no stop reason), `stop_token_ids` (the id), length, and behind
+        `min_tokens` repetition. For the stops `min_tokens` is enforced on the device, which does not sample one before
+        it. Stop strings are the output processor's, which sees the text.
+        """
+        token_id = self.all_token_ids[-1]
+        if token_id in self.stop_token_ids:
+            if token_id in self.eos_token_ids and not self.params.ignore_eos:
+                return RequestStatus.FINISHED_STOPPED, None
+            if token_id in (self.params.stop_token_ids or ()):
+                return RequestStatus.FINISHED_STOPPED, token_id
+        if len(self.all_token_ids) >= self.max_total_tokens:
+            return RequestStatus.FINISHED_LENGTH, None
+        if self.repetition is not None and self.num_output_tokens >= self.params.min_tokens:
+            if ends_in_repetition(self.all_token_ids, self.num_prompt_tokens, self.repetition):
+                return RequestStatus.FINISHED_REPETITION, REPETITION_DETECTED
+        return None, None
+
     def __repr__(self) -> str:
         return (
             f"Request({self.request_id!r}, {self.status.name}, prompt={self.num_prompt_tokens}, "
             f"outputs={self.num_output_tokens}+{self.num_output_placeholders}, computed={self.num_computed_tokens})"
         )
+
+
+def ends_in_repetition(token_ids: list[int], start: int, params: RepetitionDetectionParams) -> bool:
+    """Whether ``token_ids[start:]`` ends with some pattern of an allowed size, `min_count` times in a row."""
+    for size in range(max(params.min_pattern_size, 1), params.max_pattern_size + 1):
+        length = size * params.min_count
+        first = len(token_ids) - length
+        if first < start:
+            return False
+        # a tail that repeats with this period equals itself shifted by it; the first comparison mostly says no
+        if token_ids[-1] == token_ids[-1 - size] and token_ids[first:-size] == token_ids[first + size :]:
+            return True
+    return False

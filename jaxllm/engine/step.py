@@ -2,7 +2,8 @@
 
 The engine decides, in terms of *rows*: every running request owns one row in ``[0, max_num_seqs)`` from its admission
 to its end. The runner keeps per-row state (block tables, sampling parameters, token ids) and turns a `SchedulerOutput`
-into one launch of the compiled step.
+into one launch. `SchedulerOutput` says which positions are computed and at how many of them logits are wanted;
+`StepOutput` says what came of it.
 """
 
 from __future__ import annotations
@@ -51,27 +52,48 @@ class AdmittedRequest:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class SchedulerOutput:
-    """One step's work. `rows`, `starts`, `counts`, `samples` and `scored` are parallel lists, one entry a scheduled
-    request.
+    """One launch. `rows`, `starts`, `counts` and `wanted` are parallel lists, one entry a scheduled request.
 
     Entry i computes the tokens at positions ``starts[i] .. starts[i] + counts[i] - 1`` of the request in ``rows[i]``,
-    and, when ``samples[i]``, samples the token at position ``starts[i] + counts[i]``. A token that the host does not
-    know yet is one that an earlier step sampled: the runner finds it on the device. The first ``scored[i]`` of the
-    positions also say how likely they found the token that follows them, which is a token of the prompt.
+    and wants logits at the last ``wanted[i]`` of these positions. Logits at position p are about the token at p + 1.
+    Where the runner knows that token, the position is *scored*: the output says how likely the token was. Where it
+    does not, the position is *sampled*, and the output brings the token. The runner knows the tokens that the row was
+    admitted with, ``AdmittedRequest.token_ids``, and nothing behind them, so a wanted position p is sampled when
+    ``p + 1 >= len(token_ids)`` and scored otherwise.
 
-    With `steps`, one launch does several decode steps: each entry has one token, ``counts[i] == 1``, samples the next,
-    goes on with that, and so on, up to ``steps[i]`` tokens in all. It ends early where it samples one of its
-    `end_token_ids`, and does nothing if an earlier launch came upon its end, which the host did not know yet.
+    A computed token that the row was not admitted with is one that an earlier launch sampled: the runner finds it on
+    the device. Only in a launch with ``num_steps > 1`` may it also be one that this launch samples itself: there every
+    position is wanted and sampled, what is sampled at a position is the input of the next, and the request goes on for
+    up to ``counts[i]`` tokens. It ends early where it samples
+    one of its `end_token_ids`, and does nothing if an earlier launch came upon its end, which the host did not know
+    yet.
+
+    Examples, for a request admitted with a prompt of 10 tokens::
+
+        what                                          start  count  wanted  result
+        middle chunk of the prompt                        0      4       0  nothing
+        last chunk of the prompt                          4      6       1  samples the token at position 10
+        decode, its input read or not                    10      1       1  samples the token at position 11
+        the same, prompt log-probabilities, first chunk   0      4       4  scores the tokens at positions 1 .. 4
+        the same, last chunk                              4      6       6  scores 5 .. 9, samples 10
+        4 decode steps in one launch (num_steps 4)       10      4       4  samples 11 .. 14, or fewer up to an end
+        resumed with 3 outputs: admitted with 13 tokens   0     13       1  samples the token at position 13
+        the same, a prefix hit of 8 tokens                8      5       1  samples the token at position 13
+        drafts (to come): 2, which the step brings       10      3       3  samples 11, and 12, 13 as far as the
+                                                                            drafts for 11, 12 were right
+        a request that pools, middle chunk                0      4       0  nothing
+        the same, last chunk                              4      6       1  the pooled result
     """
 
     step: int
     admitted: list[AdmittedRequest]
     rows: list[int]
     starts: list[int]
+    #: tokens that each entry computes, at least 1
     counts: list[int]
-    samples: list[bool]
-    #: together at most `SchedulerConfig.max_scored_tokens`
-    scored: list[int]
+    #: positions with logits, 0 to ``counts[i]``; those that are scored are at most `SchedulerConfig.max_scored_tokens`
+    #: in all entries together
+    wanted: list[int]
     #: (row, group, index of the first new block in the row's table, block ids) appended this step to rows already
     #: admitted
     new_blocks: list[tuple[int, int, int, list[int]]]
@@ -79,36 +101,28 @@ class SchedulerOutput:
     requests: list
     #: rows that sample in this step and whose tokens the engine restricts with a mask, see `ModelRunner.sample`
     masked_rows: frozenset[int] = frozenset()
-    #: tokens that each entry samples, at most; empty: a single step
-    steps: list[int] = dataclasses.field(default_factory=list)
-    #: of `requests`, those that may end for another reason than the token that they sample; the runner passes over it
-    ending: list = dataclasses.field(default_factory=list)
+    #: 1, or the decode steps that the launch does one after the other: the largest of `counts`
+    num_steps: int = 1
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:
-        return cls(
-            step=step, admitted=[], rows=[], starts=[], counts=[], samples=[], scored=[], new_blocks=[], requests=[]
-        )
+        return cls(step=step, admitted=[], rows=[], starts=[], counts=[], wanted=[], new_blocks=[], requests=[])
 
     @property
     def num_tokens(self) -> int:
-        """Of a step; of the first one where a launch does several."""
+        """Tokens that the launch computes, of all its steps."""
         return sum(self.counts)
 
-    @property
-    def num_steps(self) -> int:
-        return max(self.steps, default=1)
-
     def step_sizes(self) -> list[int]:
-        """Tokens of each of the steps, as far as the host can know."""
-        if not self.steps:
+        """Tokens of each of the launch's steps, as far as the host can know; the first decides the bucket."""
+        if self.num_steps == 1:
             return [self.num_tokens]
-        return [sum(steps > index for steps in self.steps) for index in range(self.num_steps)]
+        return [sum(count > index for count in self.counts) for index in range(self.num_steps)]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class LogprobArrays:
-    """Log-probabilities of N positions: of the token that is there, of the most likely ones, of those asked for."""
+    """Log-probabilities of N positions: of the token that follows, of the most likely ones, of those asked for."""
 
     sampled: np.ndarray  # f32 [N]
     rank: np.ndarray  # i32 [N], 1 = the most likely token
@@ -120,14 +134,27 @@ class LogprobArrays:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class StepOutput:
-    token_ids: list[int]  # one per entry of the SchedulerOutput; -1 where nothing was sampled, or nothing was allowed
-    #: of a launch of several steps: the same of each step after the first, -1 too for entries that had ended before it
-    later_token_ids: list[list[int]] = dataclasses.field(default_factory=list)
-    #: N = the entries of the SchedulerOutput
+    """What a launch brought. Flat lists hold entry after entry of the SchedulerOutput, and of each entry position after
+    position.
+
+    Example: entries (start, count, wanted) of (4, 6, 6), which scores 5 and samples, (0, 8, 0) and a decode (20, 1, 1)
+    give ``counts == [1, 0, 1]``, two `token_ids`, `logprobs` with N = 2 if any request wants them,
+    ``scored_counts == [5, 0, 0]`` and `prompt_logprobs` with N = 5.
+    """
+
+    #: the sampled tokens of all entries
+    token_ids: list[int]
+    #: how many of them each entry got, one per entry of the SchedulerOutput. A request that was still to go on and gets
+    #: fewer than its sampled positions without one of its `end_token_ids` had no token left that it may generate.
+    counts: list[int]
+    #: N = the sampled tokens, in the order of `token_ids`; None: nobody wants them
     logprobs: LogprobArrays | None = None
-    #: N = the scored positions, entry after entry, each entry's in ascending order; `sampled` is the prompt's token
+    #: N = the scored positions; `sampled` and `rank` are those of the token that is there; None: nothing was scored
     prompt_logprobs: LogprobArrays | None = None
-    #: of a pooling engine, one per entry: f32 [size], or [tokens, size] for a token task; None where nothing ended
+    #: how many of them each entry has; [] where nothing was scored
+    scored_counts: list[int] = dataclasses.field(default_factory=list)
+    #: of a pooling engine, one per entry: f32 [size], or [tokens, size] for a token task; None where nothing ended.
+    #: `token_ids` is [] then, and every count 0.
     pooled: list[np.ndarray | None] | None = None
 
 

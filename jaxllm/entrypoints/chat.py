@@ -1,4 +1,4 @@
-"""``jaxllm chat``: a conversation in the terminal, streamed."""
+"""``jaxllm chat`` holds a conversation in the terminal, and shows answers as they are generated."""
 
 from __future__ import annotations
 

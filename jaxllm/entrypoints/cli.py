@@ -10,15 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jaxllm
 from jaxllm.api.errors import JaxLLMError
-from jaxllm.bench.options import (
-    add_host_bench_options,
-    add_latency_options,
-    add_profile_options,
-    add_serve_trace_options,
-    add_startup_options,
-    add_throughput_options,
-    add_tokenizer_bench_options,
-)
+from jaxllm.bench.options import add_benchmarks
 from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
@@ -44,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
+    """Return the parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
     parser = argparse.ArgumentParser(prog="jaxllm", description="An LLM inference engine compiled by XLA.")
     parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -88,41 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_options(plan)
     plan.set_defaults(run=_lazily("jaxllm.entrypoints.plan"))
 
-    bench = commands.add_parser("bench", allow_abbrev=False, help="measure").add_subparsers(
-        title="benchmarks", metavar="NAME", required=True
-    )
-    tokenizer = bench.add_parser(
-        "tokenizer", allow_abbrev=False, help="tokens tokenized per second, by the number of the pool's workers"
-    )
-    add_tokenizer_bench_options(tokenizer)
-    tokenizer.set_defaults(run=_lazily("jaxllm.bench.tokenizer"))
-    host = bench.add_parser("host", allow_abbrev=False, help="what a step costs the host, part by part")
-    add_host_bench_options(host)
-    host.set_defaults(run=_lazily("jaxllm.bench.host"))
-
-    throughput = bench.add_parser(
-        "throughput", allow_abbrev=False, help="requests and tokens per second of one batch; also of other engines"
-    )
-    add_throughput_options(throughput)
-    throughput.set_defaults(run=_lazily("jaxllm.bench.throughput"))
-    latency = bench.add_parser(
-        "latency", allow_abbrev=False, help="seconds of one batch; decoding against context and cache size"
-    )
-    add_latency_options(latency)
-    latency.set_defaults(run=_lazily("jaxllm.bench.latency"))
-    profile = bench.add_parser(
-        "profile", allow_abbrev=False, help="milliseconds of the compiled steps, by what they are spent on; on a CPU"
-    )
-    add_profile_options(profile)
-    profile.set_defaults(run=_lazily("jaxllm.bench.profile"))
-    startup = bench.add_parser("startup", allow_abbrev=False, help="seconds from process start to the first token")
-    add_startup_options(startup)
-    startup.set_defaults(run=_lazily("jaxllm.bench.startup"))
-    serve_trace = bench.add_parser(
-        "serve-trace", allow_abbrev=False, help="latencies of requests that come one by one, in this process"
-    )
-    add_serve_trace_options(serve_trace)
-    serve_trace.set_defaults(run=_lazily("jaxllm.bench.serve_trace"))
+    add_benchmarks(commands.add_parser("bench", allow_abbrev=False, help="measure"))
 
     demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
     add_engine_options(demo)
@@ -146,5 +104,5 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _lazily(module: str) -> Callable[[argparse.Namespace], int]:
-    """The `run` of a module that is imported when it is called: a command loads what it needs, and no other's."""
+    """Return the `run` of a module that is imported when it is called: a command loads only what it needs."""
     return lambda arguments: importlib.import_module(module).run(arguments)

@@ -1,4 +1,4 @@
-"""``jaxllm demo``: a batch of questions to a real model, and one summary of how it went."""
+"""``jaxllm demo`` asks a real model a batch of questions, and sums up how it went."""
 
 from __future__ import annotations
 

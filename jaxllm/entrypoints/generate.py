@@ -1,4 +1,4 @@
-"""``jaxllm generate``: complete prompts from the command line, from a file or from standard input."""
+"""``jaxllm generate`` completes prompts from the command line, from a file or from standard input."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def in_order(outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
-    """Outputs by their index, each as soon as all before it have come."""
+    """Return outputs by their index, each as soon as all before it have come."""
     waiting: dict[int, RequestOutput] = {}
     turn = 0
     for output in outputs:

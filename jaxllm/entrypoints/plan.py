@@ -1,4 +1,4 @@
-"""``jaxllm plan``: what an engine would need on a device that need not be there."""
+"""``jaxllm plan`` says what an engine would need on a device that need not be there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts from files and from standard input, read as they are asked for."""
+"""Prompts are read from files and from standard input as they are asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxllm.entrypoints.tables import BadRow, is_table, read_rows
 
 
 def read_stdin() -> Iterator[str]:
-    """One prompt a line, without blank ones."""
+    """Read one prompt a line, and leave out blank lines."""
     if sys.stdin.isatty():
         print("Reading prompts from the keyboard, one a line; Ctrl-D ends them.", file=sys.stderr)
         # the engine cannot work while it waits for somebody who types
@@ -22,7 +22,7 @@ def read_stdin() -> Iterator[str]:
 
 
 def read_prompts(path: str, column: str | None) -> Iterator[Any]:
-    """The prompts of a file, by its name's end.
+    """Return the prompts of a file, by its name's end.
 
     ``.csv`` and ``.parquet`` have them in `column` (default "prompt"). A line of ``.jsonl`` is a text, a list of token
     ids, or an object with ``prompt``, ``prompt_token_ids`` or ``messages``. Any other file has one prompt a line.

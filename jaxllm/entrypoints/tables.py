@@ -1,4 +1,4 @@
-"""Prompts from CSV and Parquet files (the latter through pyarrow), a piece at a time."""
+"""Prompts are read from CSV and Parquet files (the latter through pyarrow), a piece at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_table(path: str) -> bool:
 
 
 def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
-    """The rows of a CSV (first line: names; all values are text) or Parquet file.
+    """Return the rows of a CSV (first line: names; all values are text) or Parquet file.
 
     Bytes of a CSV file that are no UTF-8 come as lone surrogates, which no tokenizer takes: that row is refused, alone.
 
@@ -94,7 +94,7 @@ def _columns(path: Path, there: list[str], wanted: tuple[str, ...], optional: tu
 
 
 def as_messages(value: Any) -> Any:
-    """A conversation from a cell: a list of structs (Parquet), or its JSON (CSV).
+    """Return a conversation from a cell: a list of structs (Parquet), or its JSON (CSV).
 
     Fields that only other messages have come as None and are left out. What is none is returned as it is, for the
     request to be refused with.

@@ -1,4 +1,4 @@
-"""Planning an engine for some devices, and when it does not fit, again with each argument that could help."""
+"""An engine is planned for some devices, and when it does not fit, again with each argument that could help."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FEWEST_TOKENS = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is to be planned.
+    """A question is what is to be planned.
 
     Args:
         args: the engine's; how many devices and which is not among them.
@@ -58,7 +58,7 @@ class Question:
 
 
 def answer(question: Question, *, device: str, basis: str) -> Plan:
-    """The plan of a question, and the remedies when it does not fit.
+    """Return the plan of a question, and the remedies when it does not fit.
 
     Args:
         device: as the user called it.
@@ -142,7 +142,7 @@ class _Planner:
 
 
 def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:
-    """Arguments that make it fit, each planned."""
+    """Yield arguments that make it fit, each planned."""
 
     def tried(argument: str, value: Any, devices: int | None = None) -> Remedy | None:
         args = question.args if devices else dataclasses.replace(question.args, **{argument: value})
@@ -172,7 +172,7 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
 
 
 def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[str, Any]]:
-    """Arguments and values that may make it fit on as many devices."""
+    """Yield arguments and values that may make it fit on as many devices."""
     plan = refusal.plan
     if refusal.longest >= 1:
         yield "max_model_len", refusal.longest

@@ -1,4 +1,4 @@
-"""`jaxllm.plan`: the memory plan of an engine, on a device that need not be there."""
+"""`jaxllm.plan` makes the memory plan of an engine on a device that need not be there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan(
     compiler: str | os.PathLike[str] | None = None,
     **arguments: Any,
 ) -> Plan:
-    """What an engine would need: weights, activations, KV cache, and whether they fit.
+    """Say what an engine would need: weights, activations, KV cache, and whether they fit.
 
     Nothing is loaded and nothing runs; of the model, its configuration is enough. Compiling takes about a minute, which
     the log says. Numbers for GPUs that are not there
@@ -123,7 +123,7 @@ def _no_compiler() -> str:
 
 @contextlib.contextmanager
 def _config_path(args: EngineArgs) -> Iterator[Path]:
-    """The model's directory or .gguf file; of a config.json by itself, a directory with nothing else."""
+    """Return the model's directory or .gguf file; of a config.json by itself, a directory with nothing else."""
     path = Path(os.fspath(args.model)).expanduser()
     if path.suffix.lower() != ".json" or not path.is_file():
         yield resolve(args.model, revision=args.revision, token=args.hf_token, weights=False)

@@ -1,4 +1,4 @@
-"""The same answer from another process, which has JAX's CUDA compiler in its environment.
+"""The same answer comes from another process, which has JAX's CUDA compiler in its environment.
 
 Run as ``python -m jaxllm.planning.elsewhere``: standard input is one JSON object, and so is the last line of standard
 output.
@@ -39,7 +39,7 @@ def answer_elsewhere(
     device: str,
     num_devices: int,
 ) -> Plan:
-    """`answer` for GPUs that are not there, by their compiler.
+    """Answer for GPUs that are not there, by their compiler.
 
     Args:
         args: the engine's, checked.

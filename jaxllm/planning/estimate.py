@@ -1,4 +1,4 @@
-"""What a step needs beside weights and cache on a GPU, from shapes alone, where there is no compiler to ask.
+"""Where there is no compiler to ask, shapes tell what a step needs beside weights and cache on a GPU.
 
 The largest arrays that live at the same time: of the forward step, the MLP's (both projections, their product, the
 residual stream and what is added to it) or the attention's; of the sampler, a few copies of a block of logits. Fitted
@@ -22,7 +22,7 @@ FACTOR = 1.5
 
 
 def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
-    """Bytes of temporaries and outputs of the largest step, on one device (`plan.Activations`)."""
+    """Return the bytes of temporaries and outputs of the largest step, on one device (`plan.Activations`)."""
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens

@@ -1,4 +1,4 @@
-"""The answer of ``jaxllm plan``: what goes where on each device, whether it fits, and what would make it."""
+"""``jaxllm plan`` answers what goes where on each device, whether it fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Plan:
         return f"{self.memory._repr_html_()}<pre>{html.escape(rest.strip())}</pre>"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; sizes are bytes."""
+        """Return the plan as JSON has it; sizes are bytes."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
-        """The plan of a `to_dict`."""
+        """Return the plan of a `to_dict`."""
         remedies = (Remedy(**{**remedy, "plan": MemoryPlan(**remedy["plan"])}) for remedy in fields["remedies"])
         return cls(**{**fields, "memory": MemoryPlan(**fields["memory"]), "remedies": tuple(remedies)})

@@ -20,7 +20,6 @@ from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.memory.compiled_plan import make_programs
 from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
@@ -41,20 +40,29 @@ _NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 
 
 class NullStep:
-    """A step that was over when it was launched (`interface.StepFuture`)."""
+    """A launch that was over when it was made (`step.StepFuture`).
 
-    def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int, num_entries: int, num_scored: int):
+    Args:
+        sampled: int [n, steps], of each sampled row its tokens; -1 where there is none.
+        num_logprobs: alternatives to each token.
+    """
+
+    def __init__(self, packed: PackedStep, sampled: np.ndarray, num_logprobs: int):
         self._packed, self._sampled, self._num_logprobs = packed, sampled, num_logprobs
-        self._num_entries, self._num_scored = num_entries, num_scored
 
     def result(self) -> StepOutput:
-        entries = self._packed.sampled_entries
-        ids = np.full(self._num_entries, -1, np.int32)
-        ids[entries] = self._sampled[: len(entries)]
+        packed = self._packed
+        tokens = np.full((packed.num_entries, self._sampled.shape[1]), -1, np.int32)
+        tokens[packed.sampled_entries] = self._sampled
+        there = tokens >= 0
+        token_ids = tokens[there].tolist()
+        scored = sum(packed.scored_counts)
         return StepOutput(
-            token_ids=ids.tolist(),
-            logprobs=self._logprobs(self._num_entries) if self._packed.want_logprobs else None,
-            prompt_logprobs=self._logprobs(self._num_scored) if self._num_scored else None,
+            token_ids=token_ids,
+            counts=there.sum(axis=1).tolist(),
+            logprobs=self._logprobs(len(token_ids)) if packed.want_logprobs else None,
+            scored_counts=packed.scored_counts,
+            prompt_logprobs=self._logprobs(scored) if scored else None,
         )
 
     def _logprobs(self, count: int) -> LogprobArrays:
@@ -69,7 +77,7 @@ class NullStep:
 
 
 class NullRunner:
-    """No device and no weights (`interface.ModelRunner`).
+    """No device and no weights (`step.ModelRunner`).
 
     Args:
         token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
@@ -85,17 +93,18 @@ class NullRunner:
         self._num_logprobs = config.num_logprobs
         self._rows = RowTable(programs.max_num_seqs, len(config.groups), table_width, config, programs.sample_packing)
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep | DecodeStepsResult:
-        if not scheduled.steps:
+    def execute(self, scheduled: SchedulerOutput) -> NullStep:
+        if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})
         self._update_rows(scheduled)
         packings = self._programs.decode_packings
-        packing = packings[pick_bucket(tuple(packings), scheduled.num_tokens, len(scheduled.rows))]
+        packing = packings[pick_bucket(tuple(packings), scheduled.step_sizes()[0], len(scheduled.rows))]
         packed = self._rows.pack_decode_steps(scheduled, packing)
-        positions = self._programs.sample_packing.views(packed.buffer[packing.size :])["positions"]
+        steps = np.arange(scheduled.num_steps)
         # the steps go on behind an end: the host drops what comes there
-        later = positions + np.arange(scheduled.num_steps)[:, None]
-        return DecodeStepsResult(self._cycle[later % len(self._cycle)], packed, scheduled.num_steps)
+        sampled = self._sampled(packed, packing.size, steps)
+        sampled[steps >= np.asarray(scheduled.counts)[packed.sampled_entries, None]] = -1
+        return NullStep(packed, sampled, self._num_logprobs)
 
     def _update_rows(self, scheduled: SchedulerOutput) -> None:
         for request in scheduled.admitted:
@@ -103,20 +112,25 @@ class NullRunner:
         for row, group, start, blocks in scheduled.new_blocks:
             self._rows.append_blocks(row, group, start, blocks)
 
-    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, SchedulerOutput, int]:
+    def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, int]:
         self._update_rows(scheduled)
         packing = self._programs.packings[self.bucket(scheduled.num_tokens, len(scheduled.rows))]
-        return self._rows.pack(scheduled, packing), scheduled, packing.size
+        return self._rows.pack(scheduled, packing), packing.size
 
-    def sample(self, launched: tuple[PackedStep, SchedulerOutput, int], masks: Mapping[int, np.ndarray]) -> NullStep:
+    def sample(self, launched: tuple[PackedStep, int], masks: Mapping[int, np.ndarray]) -> NullStep:
         """A row with a mask gets its first allowed token."""
-        packed, scheduled, size = launched
-        positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
-        sampled = self._cycle[positions % len(self._cycle)]
+        packed, size = launched
+        sampled = self._sampled(packed, size, np.zeros(1, np.int32))
         for row, mask in masks.items():
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
             sampled[packed.masked[row]] = allowed[0] if len(allowed) else -1
-        return NullStep(packed, sampled, self._num_logprobs, len(scheduled.rows), sum(scheduled.scored))
+        return NullStep(packed, sampled, self._num_logprobs)
+
+    def _sampled(self, packed: PackedStep, size: int, steps: np.ndarray) -> np.ndarray:
+        """int [n, steps]: the tokens of the sampled rows, whose positions lie behind `size` words of the buffer."""
+        positions = self._programs.sample_packing.views(packed.buffer[size:])["positions"]
+        positions = positions[: len(packed.sampled_entries), None] + steps
+        return self._cycle[positions % len(self._cycle)]
 
     def reset(self) -> None:
         """Nothing outlives a step but what the rows are admitted with."""

@@ -11,7 +11,7 @@ import jax
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.scheduling.scheduler import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 
@@ -59,15 +59,9 @@ class Profile(StepObserver):
     def scheduled(self, step: SchedulerOutput) -> None:
         self._phase.close()
         if step.rows:
-            self._enter(f"launch {step.num_tokens} tokens x {len(step.rows)} seqs")
+            self._enter(f"launch {step.step_sizes()[0]} tokens x {len(step.rows)} seqs")
 
     def launched(self, step: SchedulerOutput) -> None:
-        self._enter("outputs")
-
-    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
-        self._phase.close()
-
-    def scheduled_ahead(self) -> None:
         self._phase.close()
 
     def read_begins(self, step: SchedulerOutput) -> None:
@@ -77,6 +71,9 @@ class Profile(StepObserver):
         self._enter("update")
 
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
+        self._enter("outputs")
+
+    def processed(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._phase.close()
 
     def turn_ends(self) -> None:

@@ -26,12 +26,32 @@ class PackedStep:
     full: bool  # some row needs more than its most likely token
     want_logprobs: bool
     want_chosen: bool  # some row has `logprob_token_ids`
-    #: index of the SchedulerOutput's entry that each sampled token belongs to
+    #: of the SchedulerOutput
+    num_entries: int
+    #: index of the SchedulerOutput's entry that each sampled row belongs to
     sampled_entries: np.ndarray
     #: int32 [1 + max_scored_tokens], as `step.score_step` takes it; None: nothing is scored
     targets: np.ndarray | None
+    #: positions that each entry has scored; [] where nothing is
+    scored_counts: list[int]
     #: masked row -> its place in `constraints`
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def flat_rows(self, lost: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """The sampled rows in the order of their entries, and how many of them each entry has, 0 or 1.
+
+        Args:
+            lost: int, places of rows that no token was left to; they are left out.
+        """
+        rows = np.argsort(self.sampled_entries)
+        if len(lost):
+            rows = rows[~np.isin(rows, lost)]
+        counts = np.zeros(self.num_entries, np.int32)
+        counts[self.sampled_entries[rows]] = 1
+        return rows, counts.tolist()
+
+
+NOTHING_LOST = np.zeros(0, np.int64)
 
 
 class Sequences(NamedTuple):
@@ -70,7 +90,8 @@ class ForwardRows:
         """Fill the fields of `packing.forward_fields`."""
         rows = np.asarray(step.rows, np.int32)
         starts = np.asarray(step.starts, np.int32)
-        counts = np.asarray(step.counts, np.int32)
+        # of several steps, the first
+        counts = np.asarray(step.counts, np.int32) if step.num_steps == 1 else np.ones(len(rows), np.int32)
         lengths = starts + counts
         # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row
         # costs
@@ -160,19 +181,22 @@ class RowTable(ForwardRows):
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size + self._sample_packing.size, np.int32)
         fields = packing.views(buffer[: packing.size])
-        order, rows, first, end, lengths = self.pack_forward(step, fields)
-        targets = None
-        if any(step.scored):
-            position = np.empty(len(order), np.int32)
-            position[order] = first
-            targets = self._targets(step, fields["scored_tokens"], position)
-        if not all(step.samples):
-            sampled = np.flatnonzero(np.asarray(step.samples, bool)[order])
+        found = self.pack_forward(step, fields)
+        order, rows, _, end, lengths = found
+        # a wanted position is sampled where nobody knows the token behind it, which is so for the last ones only
+        wanted = np.asarray(step.wanted, np.int32)[order]
+        samples = (wanted > 0) & (lengths >= self._known[rows])
+        scored, targets = wanted - samples if step.num_steps == 1 else np.zeros_like(wanted), None
+        scored_counts: list[int] = []
+        if scored.any():
+            targets, scored_counts = self._targets(fields["scored_tokens"], found, wanted, scored)
+        if not samples.all():
+            sampled = np.flatnonzero(samples)
             order, rows, end, lengths = order[sampled], rows[sampled], end[sampled], lengths[sampled]
         fields["sampled_tokens"][: len(end)] = end - 1
 
         full = bool(step.masked_rows) or bool(self._full[rows].any())
-        packed = PackedStep(buffer, None, full, False, False, order, targets)
+        packed = PackedStep(buffer, None, full, False, False, len(step.rows), order, targets, scored_counts)
         if len(rows):
             fields = self._sample_packing.views(buffer[packing.size :])
             self._pack_sampling(packed, fields, rows, lengths)
@@ -183,7 +207,7 @@ class RowTable(ForwardRows):
         """`pack` for a launch of several steps; `packing` is `decode_packing` of its bucket."""
         packed = self.pack(step, packing)
         fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
-        fields["steps"][: len(order)] = np.asarray(step.steps, np.int32)[order]
+        fields["steps"][: len(order)] = np.asarray(step.counts, np.int32)[order]
         fields["end_ids"][: len(order)] = self._end_ids[np.asarray(step.rows)[order]]
         return packed
 
@@ -204,14 +228,14 @@ class RowTable(ForwardRows):
                 words[self._shape.mask] = self._full_mask
 
     def restrict(self, packed: PackedStep, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Add the engine's masks to a step's constraints; returns the entries of rows that no token is left to."""
+        """Add the engine's masks to a step's constraints; returns the places of rows that no token is left to."""
         lost = []
         for row, mask in masks.items():
             assert packed.constraints is not None
             words = packed.constraints[packed.masked[row], self._shape.mask]
             words &= mask
             if not words.any():
-                lost.append(packed.sampled_entries[packed.masked[row]])
+                lost.append(packed.masked[row])
         return np.asarray(lost, np.int64)
 
     def _pack_sampling(self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray) -> None:
@@ -227,20 +251,26 @@ class RowTable(ForwardRows):
             fields["want_logprobs"][...] = packed.want_logprobs
             packed.constraints = self._flags(packed, fields, rows, positions)
 
-    def _targets(self, step: SchedulerOutput, tokens: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The step's scored tokens, entry after entry, into `tokens`; returns what follows each.
+    def _targets(
+        self, tokens: np.ndarray, found: Sequences, wanted: np.ndarray, scored: np.ndarray
+    ) -> tuple[np.ndarray, list[int]]:
+        """The step's scored tokens, entry after entry, into `tokens`; returns what follows each and each entry's count.
 
         Args:
-            first: int [entries]; each entry's first token in the step.
+            wanted, scored: int [n], of each sequence.
         """
         targets = np.zeros(1 + self._max_scored_tokens, np.int32)
-        done = 0
-        for row, start, count, at in zip(step.rows, step.starts, step.scored, first, strict=True):
-            tokens[done : done + count] = np.arange(at, at + count)
-            targets[1 + done : 1 + done + count] = self._tokens[row][start + 1 : start + 1 + count]
+        counts = np.zeros_like(scored)
+        counts[found.order] = scored
+        first, position, done = found.end - wanted, found.lengths - wanted + 1, 0
+        for seq in np.argsort(found.order).tolist():
+            count = int(scored[seq])
+            tokens[done : done + count] = np.arange(int(first[seq]), int(first[seq]) + count)
+            follows = self._tokens[found.rows[seq]][position[seq] : position[seq] + count]
+            targets[1 + done : 1 + done + count] = follows
             done += count
         targets[0] = done
-        return targets
+        return targets, counts.tolist()
 
     def _flags(self, packed: PackedStep, fields, rows, positions) -> np.ndarray | None:
         """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""

@@ -15,12 +15,11 @@ from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, 
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.programs import WRITE_TOKENS, Programs
-from jaxllm.runner.decode_steps_result import DecodeStepsResult
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.memory.device_memory import DeviceMemory
 from jaxllm.runner.one_row import with_whole_layers
-from jaxllm.runner.rows import PackedStep, RowTable
-from jaxllm.runner.step import Hidden, Sampled, State
+from jaxllm.runner.rows import NOTHING_LOST, PackedStep, RowTable
+from jaxllm.runner.step import ENDED, Hidden, Sampled, State
 from jaxllm.sampling.logprobs import Logprobs
 
 
@@ -30,7 +29,6 @@ class LaunchedStep(NamedTuple):
     hidden: Hidden
     sampling: jax.Array
     packed: PackedStep
-    num_entries: int
 
 
 class StepResult:
@@ -46,12 +44,11 @@ class StepResult:
         sampled: Sampled | None,
         scores: Logprobs | None,
         packed: PackedStep,
-        num_entries: int,
-        lost: np.ndarray | None,
+        lost: np.ndarray,
         computed: jax.Array,
     ):
         self._sampled, self._scores, self._packed = sampled, scores, packed
-        self._num_entries, self._lost, self._computed = num_entries, lost, computed
+        self._lost, self._computed = lost, computed
         wanted: list[Any] = [scores]
         if sampled is not None:
             wanted += [sampled.token_ids, self._logprobs]
@@ -67,31 +64,39 @@ class StepResult:
         return found if self._packed.want_chosen else dataclasses.replace(found, chosen=None)  # pyright: ignore
 
     def result(self) -> StepOutput:
-        entries, sampled = self._packed.sampled_entries, self._sampled
+        packed, sampled = self._packed, self._sampled
         if sampled is None:
             # else the host would run ahead through a long prompt: steps would pile up, and a trace could not time them
             self._computed.block_until_ready()
-        ids = np.full(self._num_entries, -1, np.int32)
-        logprobs = None
-        if sampled is not None:
-            ids[entries] = np.asarray(sampled.token_ids)[: len(entries)]
-            if self._lost is not None:
-                ids[self._lost] = -1
-            if (found := self._logprobs) is not None:
-                logprobs = _arrays(jax.tree.map(lambda x: self._scatter(np.asarray(x)), found))
-        return StepOutput(token_ids=ids.tolist(), logprobs=logprobs, prompt_logprobs=self._prompt_logprobs())
+        rows, counts = packed.flat_rows(self._lost)
+        scores = None
+        if self._scores is not None and packed.targets is not None:
+            scores = _arrays(jax.tree.map(lambda x: np.asarray(x)[: packed.targets[0]], self._scores))  # pyright: ignore
+        found = self._logprobs
+        return StepOutput(
+            token_ids=[] if sampled is None else np.asarray(sampled.token_ids)[rows].tolist(),
+            counts=counts,
+            logprobs=None if found is None else _arrays(jax.tree.map(lambda x: np.asarray(x)[rows], found)),
+            prompt_logprobs=scores,
+            scored_counts=packed.scored_counts,
+        )
 
-    def _prompt_logprobs(self) -> LogprobArrays | None:
-        scores, targets = self._scores, self._packed.targets
-        if scores is None or targets is None:
-            return None
-        return _arrays(jax.tree.map(lambda x: np.asarray(x)[: targets[0]], scores))
 
-    def _scatter(self, array: np.ndarray) -> np.ndarray:
-        entries = self._packed.sampled_entries
-        out = np.zeros((self._num_entries, *array.shape[1:]), array.dtype)
-        out[entries] = array[: len(entries)]
-        return out
+class SeveralStepsResult:
+    """A launch of several steps (`interface.StepFuture`).
+
+    Args:
+        sampled: i32 [steps, S], as `decode_steps` returns it.
+    """
+
+    def __init__(self, sampled: jax.Array | np.ndarray, packed: PackedStep):
+        self._sampled, self._packed = sampled, packed
+
+    def result(self) -> StepOutput:
+        rows, _ = self._packed.flat_rows(NOTHING_LOST)
+        ids = np.asarray(self._sampled)[:, rows].T
+        there = ids != ENDED
+        return StepOutput(token_ids=ids[there].tolist(), counts=there.sum(axis=1).tolist())
 
 
 def _arrays(found: Logprobs) -> LogprobArrays:
@@ -160,15 +165,15 @@ class Runner(DeviceMemory[Params, State]):
         self._write_tokens(self._max_num_seqs, 0, np.zeros(1, np.int32))
         jax.block_until_ready(self._live())
 
-    def execute(self, scheduled: SchedulerOutput) -> StepResult | DecodeStepsResult:
-        if not scheduled.steps:
+    def execute(self, scheduled: SchedulerOutput) -> StepResult | SeveralStepsResult:
+        if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})
         self._update_rows(scheduled)
-        bucket = pick_bucket(tuple(self._programs.decode_packings), scheduled.num_tokens, len(scheduled.rows))
+        bucket = pick_bucket(tuple(self._programs.decode_packings), len(scheduled.rows), len(scheduled.rows))
         packed = self._rows.pack_decode_steps(scheduled, self._programs.decode_packings[bucket])
         sampled = self._several_steps(bucket, packed.buffer, packed.constraints, packed.full)
         sampled.copy_to_host_async()
-        return DecodeStepsResult(sampled, packed, scheduled.num_steps)
+        return SeveralStepsResult(sampled, packed)
 
     def _update_rows(self, scheduled: SchedulerOutput) -> None:
         for request in scheduled.admitted:
@@ -181,16 +186,16 @@ class Runner(DeviceMemory[Params, State]):
         bucket = self.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, self._programs.packings[bucket])
         hidden, sampling = self._forward(bucket, packed.buffer)
-        return LaunchedStep(hidden, sampling, packed, len(scheduled.rows))
+        return LaunchedStep(hidden, sampling, packed)
 
     def sample(self, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> StepResult:
-        hidden, sampling, packed, num_entries = launched
-        lost = self._rows.restrict(packed, masks) if masks else None
+        hidden, sampling, packed = launched
+        lost = self._rows.restrict(packed, masks) if masks else NOTHING_LOST
         sampled = None
         if count := len(packed.sampled_entries):
             sampled = self._sample(hidden, sampling, packed.constraints, count, packed.full)
         scores = None if packed.targets is None else self._score(hidden, packed.targets)
-        return StepResult(sampled, scores, packed, num_entries, lost, hidden.sampled)
+        return StepResult(sampled, scores, packed, lost, hidden.sampled)
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""

@@ -14,6 +14,7 @@ from jaxllm.api.pooler import Pooler, PoolerConfig
 from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.cache_folder import cache_folder
+from jaxllm.config.cross_checks import check_deterministic, check_pooling, check_whole_prompts
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
@@ -108,8 +109,6 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     runner_kind, convert = runner_type(args, checkpoint.config, has_pooling_files=pooling is not None)
     pooler = None
     if runner_kind == "pooling":
-        if args.load_format == "null":
-            raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
         model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
     else:
         model = model_config(checkpoint.config)
@@ -123,21 +122,12 @@ def _for_pooling(
     convert: str,
 ) -> tuple[ModelConfig, EngineArgs, Pooler]:
     """The model, the arguments and the pooler of a pooling engine."""
-    if args.logits_processors:
-        raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
-    if args.num_decode_steps is not None and args.num_decode_steps > 1:
-        logger.warning("num_decode_steps=%d has no effect: a pooling engine samples nothing.", args.num_decode_steps)
+    check_pooling(args)
     model = pooling_model_config(hf)
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)
     if not model.causal:
-        longest = args.max_model_len or 0
-        if args.max_num_batched_tokens is not None and longest > args.max_num_batched_tokens:
-            raise ValidationError(
-                f"max_num_batched_tokens ({args.max_num_batched_tokens}) is smaller than max_model_len ({longest}), "
-                "and a model that sees whole prompts computes each in one step. Set max_num_batched_tokens to at least "
-                f"{longest}, or max_model_len to at most {args.max_num_batched_tokens}."
-            )
+        check_whole_prompts(args)
         logger.info("Every token sees the whole prompt: prompts are not chunked, and prefixes not cached")
         args = dataclasses.replace(args, enable_chunked_prefill=False, enable_prefix_caching=False)
     pooler = make_pooler(
@@ -149,17 +139,6 @@ def _for_pooling(
     )
     logger.info("Pooling: %s", pooler)
     return model, args, pooler
-
-
-def check_deterministic(platform: str, *, pools: bool) -> None:
-    """Raises ValidationError where `EngineArgs.deterministic` cannot be kept."""
-    if platform != "cpu":
-        raise ValidationError(
-            "deterministic=True is only available on a CPU so far: on a GPU, the order in which numbers are added up "
-            "depends on what else is in a step. Leave it out, or pass device='cpu'."
-        )
-    if pools:
-        raise ValidationError("deterministic=True is only available for models that generate. Leave it out.")
 
 
 def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:

@@ -1,4 +1,4 @@
-"""Compiles grammars beside the engine, each once."""
+"""Grammars are compiled beside the engine, each once."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class GrammarCompiler:
                 raise _error(error)
 
     def compile(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """The grammar, from the cache or compiled in a thread.
+        """Return the grammar, from the cache or compiled in a thread.
 
         The future raises ValidationError when the grammar is wrong or too complex.
         """
@@ -138,7 +138,7 @@ class GrammarCompiler:
         return Grammar(matcher, num_words)
 
     def _token_trie(self) -> llguidance.LLTokenizer:
-        """The tokens as llguidance wants them. Made when first needed: it takes 0.3 to 1 s."""
+        """Return the tokens as llguidance wants them, made when they are first needed, which takes 0.3 to 1 s."""
         with self._trie_lock:
             if self._trie is None:
                 backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -156,7 +156,7 @@ class GrammarCompiler:
 
 
 def _serialized(backend: Tokenizer) -> str:
-    """A tokenizer that neither pads nor truncates, as JSON."""
+    """Return a tokenizer that neither pads nor truncates, as JSON."""
     text = backend.to_str()
     if backend.padding is None and backend.truncation is None:
         return text

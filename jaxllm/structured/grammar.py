@@ -1,4 +1,4 @@
-"""From `StructuredOutputsParams` to llguidance's grammars: text that determines what may be generated."""
+"""`StructuredOutputsParams` become llguidance's grammars, texts that determine what may be generated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _META = frozenset("\\.+*?()|[]{}^$")
 def serialize(
     params: StructuredOutputsParams, config: StructuredOutputsConfig, special_tokens: frozenset[str] = frozenset()
 ) -> str:
-    """The grammar as llguidance takes it. It may still be wrong: only compiling it tells.
+    """Return the grammar as llguidance takes it. It may still be wrong: only compiling it tells.
 
     Args:
         special_tokens: the tokenizer's; a structural tag's trigger that is one is that token, not its text.
@@ -52,7 +52,7 @@ def serialize(
 
 
 def may_name_special_tokens(params: StructuredOutputsParams) -> bool:
-    """Whether only a compiler that has the tokenizer can judge the grammar."""
+    """Return whether only a compiler that has the tokenizer can judge the grammar."""
     return params.structural_tag is not None or "<" in (params.grammar or "")
 
 
@@ -91,7 +91,7 @@ def _forbid_additional_properties(schema: Any) -> None:
 
 
 def _literal(text: str) -> str:
-    """A regex that matches `text` alone."""
+    """Return a regex that matches `text` alone."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -109,7 +109,7 @@ def _lark(grammar: str) -> str:
 def _structural_tag(
     params: StructuredOutputsParams, config: StructuredOutputsConfig, special_tokens: frozenset[str]
 ) -> str:
-    """Text in which each trigger begins a tag whose body follows the tag's schema."""
+    """Return text in which each trigger begins a tag whose body follows the tag's schema."""
     given = params.structural_tag
     tag = json.loads(given) if isinstance(given, str) else given
     if not isinstance(tag, dict) or "structures" not in tag or "triggers" not in tag:

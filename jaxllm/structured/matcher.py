@@ -1,4 +1,4 @@
-"""Which tokens may come next, for one request: what every constraint offers, and the grammar's."""
+"""A matcher knows which tokens may come next in one request; a grammar has one, and so have other constraints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Matcher(Protocol):
     """Follows one request's outputs, token by token."""
 
     def may_constrain(self, num_unread: int) -> bool:
-        """Whether the next token may need a mask, when `num_unread` sampled tokens have not been read yet.
+        """Return whether the next token may need a mask, when `num_unread` sampled tokens have not been read yet.
 
         True more often than needed only costs time.
         """
@@ -98,7 +98,7 @@ class GrammarMatcher:
 
 
 def explain(error: str) -> str:
-    """What a user can do something with of llguidance's error: where and what, not the parser's state."""
+    """Return what a user can do something with of llguidance's error: where and what, not the parser's state."""
     if error.startswith("NoExtension"):
         return "no text matches it that the model's tokens can spell."
     text = error.split("\n<state>")[0].split("\n<non-verbose/>")[0]

@@ -1,4 +1,4 @@
-"""Reasoning before the answer: a budget that ends it, and a grammar that begins behind it."""
+"""Reasoning comes before the answer: a budget ends it, and a grammar begins behind it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ReasoningMarks:
 
 
 def reasoning_marks(tokenizer: PreTrainedTokenizerBase | None, config: ReasoningConfig) -> ReasoningMarks:
-    """The marks' tokens.
+    """Return the marks' tokens.
 
     Raises:
         ValidationError: there is no tokenizer, or nobody said what the marks are and the usual ones are no tokens.
@@ -144,7 +144,7 @@ class ThinkingMatcher:
 
 
 def _last(tokens: Sequence[int], mark: Tokens) -> int:
-    """Index of the last occurrence of `mark`; -1 when there is none."""
+    """Return the index of the last occurrence of `mark`; -1 when there is none."""
     for first in range(len(tokens) - len(mark), -1, -1):
         if tuple(tokens[first : first + len(mark)]) == mark:
             return first

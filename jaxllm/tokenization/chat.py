@@ -1,4 +1,4 @@
-"""Conversations into prompts, by the model's chat template."""
+"""Conversations become prompts by the model's chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT_FORMATS = ("auto", "string", "openai")
 
 
 def load_chat_template(template: str | None) -> str | None:
-    """The text of a Jinja template given as itself or as a file.
+    """Return the text of a Jinja template given as itself or as a file.
 
     Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
     """
@@ -47,7 +47,7 @@ class ChatRenderer:
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
     ) -> str:
-        """The prompt's text, special tokens included.
+        """Return the prompt's text, special tokens included.
 
         Args:
             content_format: what the template expects as a message's content: "string" (and "auto"), or "openai", a
@@ -84,7 +84,7 @@ class ChatRenderer:
 
 
 def _message(index: int, message: Message) -> dict[str, Any]:
-    """A message with its content as text, which is what templates of text models expect."""
+    """Return a message with its content as text, which is what templates of text models expect."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValidationError(f"message {index} must have a 'role' and a 'content', got {message!r:.80}")
     content = message.get("content")

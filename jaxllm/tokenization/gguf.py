@@ -1,4 +1,4 @@
-"""Tokenizers built from the metadata of a GGUF file, giving the ids that the model was trained on.
+"""Tokenizers are built from the metadata of a GGUF file, and give the ids that the model was trained on.
 
 Two kinds exist in the supported architectures: byte-level BPE (``tokenizer.ggml.model`` ``gpt2``) with merges and
 one of several ways to split the text first, and SentencePiece BPE (``llama``) whose merges are ordered by the scores
@@ -48,7 +48,7 @@ class _Vocabulary:
         return value
 
     def special(self, name: str) -> str | None:
-        """The token whose id is ``tokenizer.ggml.name_token_id``, or ``None`` where the file names none."""
+        """Return the token whose id is ``tokenizer.ggml.name_token_id``, or ``None`` where the file names none."""
         index = self.value(f"{name}_token_id", int, None)
         if index is None:
             return None
@@ -57,7 +57,7 @@ class _Vocabulary:
         return self.tokens[index]
 
     def merges(self) -> list[tuple[str, str]]:
-        """The merges of byte-level BPE, best first, stored as two parts around a space."""
+        """Return the merges of byte-level BPE, best first, stored as two parts around a space."""
         pairs = []
         for line in self._list("merges", str):
             split = line.find(" ", 1)
@@ -68,14 +68,14 @@ class _Vocabulary:
         return pairs
 
     def scores(self) -> list[float]:
-        """One score per token: SentencePiece merges the pair with the highest-scored result first."""
+        """Return one score per token: SentencePiece merges the pair with the highest-scored result first."""
         scores = self._list("scores", float)
         if len(scores) != len(self.tokens):
             raise WeightsError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(self.tokens)} tokens")
         return scores
 
     def added_tokens(self) -> list[AddedToken]:
-        """Tokens recognised in the text before anything else: control and unknown ones (special), user-defined ones."""
+        """Return what is recognised in a text first: control and unknown tokens, which are special, and users' own."""
         return [
             AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
             for token, kind in zip(self.tokens, self.types, strict=True)
@@ -94,7 +94,7 @@ class _Vocabulary:
 
 
 def backend_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The ``tokenizers.Tokenizer`` that the metadata describes, without beginning or end tokens added.
+    """Return the ``tokenizers.Tokenizer`` that the metadata describes, without beginning or end tokens added.
 
     Raises ``WeightsError`` for an unknown tokenizer model or pre-tokenizer, and for malformed entries.
     """
@@ -111,7 +111,7 @@ def _backend(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The transformers tokenizer that the metadata describes: special tokens, begin/end rule and chat template too.
+    """Return the transformers tokenizer that the metadata describes, with special tokens and chat template.
 
     ``model_max_length`` is the model's context length. Raises ``WeightsError`` as ``backend_from_gguf`` does, and when
     a beginning or end token is to be added that the file does not name.
@@ -193,7 +193,7 @@ def _sentencepiece_bpe(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best-scored result first.
+    """Return every way to put a token together from two others, best-scored result first.
 
     Control, unknown and byte tokens are never the result or part of a merge.
     """

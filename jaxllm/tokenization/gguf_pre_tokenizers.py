@@ -1,4 +1,4 @@
-"""How each ``tokenizer.ggml.pre`` splits text before byte-level BPE, and what else the name implies.
+"""Each ``tokenizer.ggml.pre`` names a way to split text before byte-level BPE, and implies more.
 
 The patterns are those of the models' own ``tokenizer.json``; where llama.cpp differs from them, the model is right
 (Qwen 2 normalises to NFC, llama.cpp does not).
@@ -45,7 +45,7 @@ class PreTokenization:
         return normalizers.NFC() if self.nfc else None
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        """The splits, then bytes written as printable characters (GPT-2's byte-level alphabet)."""
+        """Return the splits, then bytes written as printable characters (GPT-2's byte-level alphabet)."""
         splits: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns
         ]
@@ -70,7 +70,7 @@ PRE_TOKENIZATIONS: dict[str, PreTokenization] = {
 
 
 def pre_tokenization(name: str) -> PreTokenization:
-    """The pre-tokenization that ``tokenizer.ggml.pre`` names. Raises ``WeightsError`` for an unknown name."""
+    """Return the pre-tokenization that ``tokenizer.ggml.pre`` names. Raises ``WeightsError`` for an unknown name."""
     if name not in PRE_TOKENIZATIONS:
         raise WeightsError(
             f"the pre-tokenizer tokenizer.ggml.pre = {name!r} is not known; known are {', '.join(PRE_TOKENIZATIONS)}"

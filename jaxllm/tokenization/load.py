@@ -1,4 +1,4 @@
-"""One way to a tokenizer, whatever form the model comes in."""
+"""There is one way to a tokenizer, whatever form the model comes in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _transformers = threading.Lock()
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout.
+    """Return the tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout.
 
     Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
     cannot be built, or when transformers cannot load the directory's.

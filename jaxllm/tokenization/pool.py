@@ -1,4 +1,4 @@
-"""Workers that turn prompts into token ids while the engine runs.
+"""Workers turn prompts into token ids while the engine runs.
 
 They are threads: the tokenizers library encodes a batch outside the interpreter's lock and spreads it over the cores,
 so threads give what processes give, without copying ids between processes or a ``__main__`` guard in the caller's
@@ -37,7 +37,7 @@ class TokenizerPool:
             self._executor = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
-        """The result of `work`, some time later; a RuntimeError after `shutdown`."""
+        """Return the result of `work`, some time later; a RuntimeError after `shutdown`."""
         if self._executor is not None and not self._ended:
             return self._executor.submit(self._do, work, *arguments)
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
@@ -60,7 +60,7 @@ class TokenizerPool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
-    """Token ids of each text, as ``tokenizer.encode`` gives them, in one call of the library where it has one.
+    """Return each text's token ids, as ``tokenizer.encode`` gives them, in one call of the library where it has one.
 
     Raises:
         ValidationError: a text that is no Unicode.

@@ -42,11 +42,15 @@ def quant_matmul(x: jax.Array, weight: Int4Weight, *, backend: Backend, layer: j
     """
     _check(x, weight, layer)
     if implementation_for(backend, rows=x.shape[0], group_size=weight.group_size, dtype=x.dtype) == "triton":
-        # not above: where no kernel is used, nothing of Pallas is loaded
-        from pallas_kernels.quant_matmul.triton import quant_matmul_triton
-
         groups, n = weight.scales.shape[-2:]
         tiles = tiles_for(rows=x.shape[0], n=n, groups=groups, device_kind=backend.device_kind)
+        # not above: where no kernel is used, nothing of Pallas or Triton is loaded
+        if backend.lowering == "jax-triton":
+            from pallas_kernels.quant_matmul.jax_triton import quant_matmul_jax_triton
+
+            return quant_matmul_jax_triton(x, weight, layer=layer, tiles=tiles, backend=backend)
+        from pallas_kernels.quant_matmul.triton import quant_matmul_triton
+
         return quant_matmul_triton(x, weight, layer=layer, tiles=tiles, interpret=backend.interpret)
     if layer is not None:
         weight = weight.at(layer)

@@ -35,8 +35,8 @@ class Launches(StepObserver):
         self.single, self.several = 0, 0
 
     def launched(self, step: SchedulerOutput) -> None:
-        self.several += bool(step.steps)
-        self.single += not step.steps
+        self.several += step.num_steps > 1
+        self.single += step.num_steps == 1
 
 
 @pytest.fixture(scope="module")

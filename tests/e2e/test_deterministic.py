@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
+from jaxllm.config.cross_checks import check_deterministic
 from jaxllm.layers.linear import linear_f32
-from jaxllm.startup.setup import check_deterministic
 
 BASE: dict[str, Any] = {
     "max_model_len": 256,

@@ -210,8 +210,7 @@ class Bench:
                 rows=list(range(len(counts))),
                 starts=[context + moved for context in contexts],
                 counts=counts,
-                samples=[True] * len(counts),
-                scored=[0] * len(counts),
+                wanted=[1] * len(counts),
                 new_blocks=[],
                 requests=[],
             )

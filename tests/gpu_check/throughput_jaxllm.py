@@ -40,7 +40,7 @@ def _host(steps: list[StepRecord]) -> None:
     full = [step for step in decodes if step.num_seqs == most]
     medians = {
         name: statistics.median(getattr(step, name) for step in full)
-        for name in ("ahead_time", "schedule_time", "launch_time", "wait_time", "update_time", "device_time")
+        for name in ("schedule_time", "launch_time", "wait_time", "update_time", "device_time")
     }
     records.measurement(
         "host time of a step",

@@ -268,3 +268,9 @@ def test_no_configuration_may_unpack_the_weight():
         assert jax.eval_shape(case.function, *case.arguments).shape == (x.shape[0], n), case.label
         assert case.max_temporary_bytes is not None and case.max_temporary_bytes <= 0.35 * n * k, case.label
     assert chosen == {(16, 64), (32, 64), (64, 64), (64, 128)}
+
+
+@pytest.mark.parametrize("wrong", [{"lowering": "jax_triton"}, {"lowering": "jax-triton", "interpret": True}])
+def test_a_lowering_that_cannot_be_is_refused(wrong: dict):
+    with pytest.raises(ValueError, match=r"lowering must be one of \('pallas', 'jax-triton'\), 'pallas' to interpret"):
+        Backend(implementation="triton", **wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import math
 
 from hypothesis.stateful import RuleBasedStateMachine, invariant
@@ -41,20 +40,12 @@ class SchedulerInvariants(RuleBasedStateMachine):
         assert sorted(map(id, running)) == sorted(map(id, self.scheduler.running))
         assert len(waiting) == len(self.scheduler.waiting)
         assert self.scheduler.num_unfinished == len(running) + len(waiting)
-        assert len(running) <= self.config.max_num_seqs
+        assert len(running) <= (self.config.max_num_active_seqs or self.config.max_num_seqs)
         rows = [request.row for request in running]
         assert sorted(rows + self.scheduler._free_rows) == list(range(self.config.max_num_seqs))
         sampled: collections.Counter[str] = collections.Counter()
-        for scheduled, _ in self.in_flight:
-            steps = scheduled.steps or [1] * len(scheduled.rows)
-            for request, sample, count in zip(scheduled.requests, scheduled.samples, steps, strict=True):
-                sampled[request.request_id] += count * sample
-        if self.scheduler._ahead is not None:
-            ahead = self.scheduler._ahead.output
-            sampled.update(request.request_id for request in itertools.compress(ahead.requests, ahead.samples))
-        if (tokens := self.scheduler._sampled) is not None:
-            entries = enumerate(zip(tokens.requests, tokens._samples, strict=True))
-            sampled.update(r.request_id for i, (r, sample) in entries if sample and i not in tokens._taken)
+        for _, future in self.in_flight:
+            sampled.update(future.sampled)
         for request in running + waiting:
             assert request.num_output_placeholders == sampled[request.request_id]
         assert all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -18,7 +17,7 @@ from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.scheduling.queue import priority_key
 from jaxllm.engine.scheduling.scheduler import Scheduler
 from jaxllm.engine.step import SchedulerOutput
 
@@ -56,6 +55,8 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 3))),
+        long_prefill_token_threshold_adaptive=draw(st.booleans()),
+        max_num_active_seqs=draw(st.one_of(st.none(), st.integers(1, max_num_seqs))),
         policy=draw(st.sampled_from(("fcfs", "priority"))),
         enable_chunked_prefill=chunked,
         reserve_full_prompt=draw(st.booleans()),
@@ -91,11 +92,7 @@ class SchedulerMachine(SchedulerInvariants):
         #: block hash -> index of the block in its request, and the device's hashes of its tokens
         self.contents: dict[bytes, tuple[int, list[int]]] = {}
         self.last_first_admission = -1
-        #: preemptions of requests that the step had given tokens already
-        self.num_taken_back = 0
-        self.steps_read = 0
-        #: what was read last, and its requests may not have
-        self.unsettled: tuple[SchedulerOutput, StepUpdates] | None = None
+        self.num_victims = 0
 
     # What can happen.
 
@@ -168,18 +165,20 @@ class SchedulerMachine(SchedulerInvariants):
         """Schedule and launch a step, then read the oldest ones until no more than `depth` are in flight."""
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         preempted_before = self.scheduler.stats().num_preemptions
-        computed = [(request, request.num_preemptions) for request in self.scheduler.running]
+        before = list(self.scheduler.running)
         scheduled = self.scheduler.schedule()
-        self._take_settled()
-        victims = [index for index, (request, before) in enumerate(computed) if request.num_preemptions > before]
-        survivors = [index for index, (request, _) in enumerate(computed) if request in scheduled.requests]
-        self.num_taken_back += sum(any(index < other for other in survivors) for index in victims)
+        victims = [request for request in before if request.status is RequestStatus.PREEMPTED]
+        assert victims == before[len(before) - len(victims) :], "a request gave way to one behind it"
+        assert not any(request in scheduled.requests for request in victims)
+        if self.config.policy == "priority":
+            assert self.scheduler.running == sorted(self.scheduler.running, key=priority_key)
+        self.num_victims += len(victims)
         if self.config.policy == "fcfs" and oldest is not None:
             assert oldest.status is RequestStatus.RUNNING, "the oldest request is never the victim"
         if self.scheduler.stats().num_preemptions > preempted_before:
             assert not scheduled.admitted
         self._check_admissions(scheduled)
-        if scheduled.steps:
+        if scheduled.num_steps > 1:
             self._check_several_steps(scheduled, self.scheduler.stats().num_preemptions - preempted_before)
         if scheduled.rows:
             assert [request.row for request in scheduled.requests] == scheduled.rows
@@ -187,8 +186,6 @@ class SchedulerMachine(SchedulerInvariants):
         else:
             assert self.in_flight or not self.scheduler.has_unfinished, "requests wait, and nothing will happen"
             self.read()
-        if scheduled.step % 3:
-            self.scheduler.schedule_ahead()
         while len(self.in_flight) > self.depth:
             self.read()
 
@@ -202,15 +199,11 @@ class SchedulerMachine(SchedulerInvariants):
 
     def _check_admissions(self, scheduled: SchedulerOutput) -> None:
         by_id = {request.request_id: request for request in scheduled.requests}
-        # of what was read last, those that might have ended have their tokens before the others
-        taken: collections.Counter[Request] = collections.Counter()
-        if (tokens := self.scheduler._sampled) is not None:
-            taken.update(tokens.requests[i] for i, got in tokens._taken.items() if got)
         for new in scheduled.admitted:
             request = by_id[new.request_id]
             expected = request.prompt_token_ids + self._expected(request)[0]
             assert new.token_ids == expected[: len(new.token_ids)]
-            assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id]) + taken[request]
+            assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id])
             if request.num_preemptions == 0 and self.config.policy == "fcfs":
                 assert request.arrival_order > self.last_first_admission, "first come, first served"
                 self.last_first_admission = request.arrival_order
@@ -224,38 +217,23 @@ class SchedulerMachine(SchedulerInvariants):
     def read(self) -> None:
         if not self.in_flight:
             return
-        self.settle()
         scheduled, future = self.in_flight.popleft()
         assert not self.in_flight or scheduled.step < self.in_flight[0][0].step
-        for index in range(scheduled.num_steps):
-            self.unsettled = scheduled, self.scheduler.end_requests(scheduled, future.result(), index)
-            if scheduled.steps or self.steps_read % 3 == 0:
-                self.settle()
-        if self.steps_read % 2:  # any time before the next step is read will do
-            self.scheduler.cache_filled_blocks()
-        self.steps_read += 1
-
-    def settle(self) -> None:
-        self.scheduler.settle()
-        self._take_settled()
-
-    def _take_settled(self, given_up: Collection[Request] = ()) -> None:
-        """Look at what was read last, if its requests have got it by now."""
-        if self.unsettled is None or self.scheduler._sampled is not None:
-            return
-        (scheduled, updates), self.unsettled = self.unsettled, None
-        for update in updates:
-            outputs = self.outputs[update.request.request_id]
-            outputs += update.new_token_ids
-            assert scheduled.requests[update.index] is update.request
-            assert outputs == update.request.output_token_ids
-            tokens, reason, stop_reason = self._expected(update.request)
+        output = future.result()
+        live = [request for request in scheduled.requests if not request.is_finished]
+        updates = self.scheduler.update(scheduled, output)
+        got = {request: count for request, count in zip(scheduled.requests, output.counts, strict=True) if count}
+        assert updates.requests == [request for request in live if request in got], "and in the step's order"
+        for request, count, first in zip(updates.requests, updates.counts, updates.firsts, strict=True):
+            outputs = self.outputs[request.request_id]
+            outputs += output.token_ids[first : first + count]
+            assert count == got[request]
+            assert outputs == request.output_token_ids
+            tokens, reason, stop_reason = self._expected(request)
             assert outputs == tokens[: len(outputs)]
-            if update.request in given_up:
-                continue
-            assert update.finished == update.request.is_finished == (len(outputs) == len(tokens))
-            if update.finished:
-                assert (update.request.finish_reason, update.request.stop_reason) == (reason, stop_reason)
+            assert request.is_finished == (len(outputs) == len(tokens))
+            if request.is_finished:
+                assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
 
     def _expected(self, request: Request) -> tuple[list[int], str, int | None]:
         params = request.params
@@ -278,12 +256,9 @@ class SchedulerMachine(SchedulerInvariants):
         else:
             assert self.abort(request) == [request]
             assert request.finish_reason == "abort"
-        self._take_settled([request])
 
     def abort(self, request: Request) -> list[Request]:
-        ended = self.scheduler.abort([request.request_id, "unknown"])
-        self._take_settled(ended)
-        return ended
+        return self.scheduler.abort([request.request_id, "unknown"])
 
     @rule(chance=st.integers(0, 9))
     def disturb(self, chance: int) -> None:
@@ -306,7 +281,6 @@ class SchedulerMachine(SchedulerInvariants):
         ended = self.scheduler.finish_all(RequestStatus.FINISHED_ERROR)
         assert all(request.finish_reason == "error" for request in ended)
         assert self.scheduler.reset_prefix_cache()
-        self._take_settled(ended)
         self.in_flight.clear()
         self.device.reset()
 
@@ -321,7 +295,6 @@ class SchedulerMachine(SchedulerInvariants):
             raise AssertionError("the requests never end")
         while self.in_flight:
             self.read()
-        self.settle()
         self.every_request_is_in_one_place()
         self.every_block_is_in_one_place()
         for request in self.requests:

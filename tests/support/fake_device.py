@@ -6,6 +6,7 @@ modulo the vocabulary. So a wrong block, a stale one, a lost token or a token ou
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 
@@ -66,6 +67,8 @@ class Row:
     request_id: str
     salt: str | None
     token_ids: list[int]
+    #: tokens that it was admitted with
+    num_admitted: int
     computed: int
     tables: list[list[int]]
     end_token_ids: frozenset[int]
@@ -78,9 +81,20 @@ class Done:
     """A step that has run; only its output has not been read."""
 
     output: StepOutput
+    #: request id -> positions that the step samples
+    sampled: collections.Counter[str]
 
     def result(self) -> StepOutput:
         return self.output
+
+
+def _arrays(scores: list[float]) -> LogprobArrays | None:
+    if not scores:
+        return None
+    nothing = np.zeros((len(scores), 0))
+    return LogprobArrays(
+        sampled=np.array(scores), rank=np.ones(len(scores), int), top_ids=nothing.astype(int), top=nothing
+    )
 
 
 class FakeDevice:
@@ -100,76 +114,69 @@ class FakeDevice:
     def execute(self, scheduled: SchedulerOutput) -> Done:
         self._check_limits(scheduled)
         self._admit(scheduled)
-        if scheduled.steps:
-            return self._execute_several(scheduled)
-        entries = [
-            entry
-            for entry in zip(scheduled.rows, scheduled.starts, scheduled.counts, scheduled.samples, strict=True)
-            if not self.rows[entry[0]].ended
-        ]
-        hashes = {row: prefix_hashes(self.rows[row].token_ids, self.rows[row].salt) for row in scheduled.rows}
+        sampled: collections.Counter[str] = collections.Counter()
+        for row, start, count, wanted in zip(
+            scheduled.rows, scheduled.starts, scheduled.counts, scheduled.wanted, strict=True
+        ):
+            first_sampled = max(start + count - wanted, self.rows[row].num_admitted - 1)
+            sampled[self.rows[row].request_id] = max(start + count - first_sampled, 0)
+        outputs: list[list[int]] = [[] for _ in scheduled.rows]
+        scores: list[list[float]] = [[] for _ in scheduled.rows]
+        if scheduled.num_steps > 1:
+            self._check_several(scheduled)
+        for index in range(scheduled.num_steps):
+            self._step(scheduled, index, outputs, scores)
+        self.num_launches += 1
+        return Done(
+            StepOutput(
+                token_ids=[token_id for tokens in outputs for token_id in tokens],
+                counts=[len(tokens) for tokens in outputs],
+                scored_counts=[len(found) for found in scores] if any(scores) else [],
+                prompt_logprobs=_arrays([value for found in scores for value in found]),
+            ),
+            sampled,
+        )
+
+    def _step(
+        self, scheduled: SchedulerOutput, index: int, outputs: list[list[int]], scores: list[list[float]]
+    ) -> None:
+        """One step of the launch, of the rows that go on: all that is scheduled of them, or one token of several."""
+        entries = []
+        for entry, row in enumerate(scheduled.rows):
+            start, count, wanted = (values[entry] for values in (scheduled.starts, scheduled.counts, scheduled.wanted))
+            if scheduled.num_steps > 1:
+                if index >= count:
+                    continue
+                state = self.rows[row]
+                state.ended = state.ended or state.token_ids[-1] in state.end_token_ids
+                start, count, wanted = start + index, 1, 1
+            if not self.rows[row].ended:
+                entries.append((entry, row, start, count, wanted))
+        hashes = {row: prefix_hashes(self.rows[row].token_ids, self.rows[row].salt) for _, row, *_ in entries}
         # A step writes everything before it reads anything: blocks may be shared within it.
         written: set[tuple[int, int]] = set()
-        for row, start, count, _ in entries:
+        for _, row, start, count, _ in entries:
             self._write(self.rows[row], start, count, hashes[row], written)
-        for row, start, count, _ in entries:
-            self._read(self.rows[row], start, count, hashes[row])
-        sampled = dict.fromkeys(scheduled.rows, -1)
-        for row, start, count, sample in entries:
+        for entry, row, start, count, wanted in entries:
             state = self.rows[row]
+            self._read(state, start, count, hashes[row])
             state.computed = start + count
-            assert sample == (state.computed == len(state.token_ids)), "a step samples exactly where it catches up"
-            token_id = next_token(hashes[row][-1]) if sample else -1
-            if sample:
-                state.token_ids.append(token_id)
-            sampled[row] = token_id
-        self.num_steps += 1
-        self.num_launches += 1
-        return Done(StepOutput(token_ids=list(sampled.values()), prompt_logprobs=self._scores(scheduled, hashes)))
+            for position in range(state.computed - wanted, state.computed):
+                if position + 1 < state.num_admitted:
+                    scores[entry].append(score(hashes[row][position], state.token_ids[position + 1]))
+                else:
+                    outputs[entry].append(next_token(hashes[row][position]))
+                    state.token_ids.append(outputs[entry][-1])
+            assert len(state.token_ids) > state.computed, "a step samples where it catches up"
+        assert sum(map(len, scores)) <= self.scheduler.max_scored_tokens
+        self.num_steps += bool(entries)
 
-    def _execute_several(self, scheduled: SchedulerOutput) -> Done:
-        """Each step as if it were alone, of the rows that go on."""
-        assert len(scheduled.steps) == len(scheduled.rows) and scheduled.num_steps > 1
-        assert set(scheduled.counts) == {1} and all(scheduled.samples) and not any(scheduled.scored)
+    def _check_several(self, scheduled: SchedulerOutput) -> None:
+        assert scheduled.counts == scheduled.wanted and scheduled.num_steps == max(scheduled.counts)
         assert not scheduled.admitted and not scheduled.masked_rows
-        outputs = []
-        for index in range(scheduled.num_steps):
-            written: set[tuple[int, int]] = set()
-            sampled = dict.fromkeys(scheduled.rows, -1)
-            for row, start, steps in zip(scheduled.rows, scheduled.starts, scheduled.steps, strict=True):
-                assert steps > 0
-                state = self.rows[row]
-                if index == 0 and start >= 1 and state.token_ids[-1] in state.end_token_ids:
-                    state.ended = True
-                if state.ended or index >= steps:
-                    continue
-                hashes = prefix_hashes(state.token_ids, state.salt)
-                self._write(state, start + index, 1, hashes, written)
-                self._read(state, start + index, 1, hashes)
-                sampled[row] = next_token(hashes[-1])
-                state.computed += 1
-                state.token_ids.append(sampled[row])
-                state.ended = sampled[row] in state.end_token_ids and index + 1 < steps
-            outputs.append(list(sampled.values()))
-            self.num_steps += any(token_id >= 0 for token_id in outputs[-1])
-        self.num_launches += 1
-        return Done(StepOutput(token_ids=outputs[0], later_token_ids=outputs[1:]))
-
-    def _scores(self, scheduled: SchedulerOutput, hashes: dict[int, list[int]]) -> LogprobArrays | None:
-        scored = [
-            (hashes[row][position], self.rows[row].token_ids[position + 1])
-            for row, start, count in zip(scheduled.rows, scheduled.starts, scheduled.scored, strict=True)
-            for position in range(start, start + count)
-        ]
-        if not scored:
-            return None
-        nothing = np.zeros((len(scored), 0))
-        return LogprobArrays(
-            sampled=np.array([score(prefix, token_id) for prefix, token_id in scored]),
-            rank=np.ones(len(scored), int),
-            top_ids=nothing.astype(int),
-            top=nothing,
-        )
+        for row, start in zip(scheduled.rows, scheduled.starts, strict=True):
+            state = self.rows[row]
+            assert state.ended or start + 1 == len(state.token_ids) or state.token_ids[-1] in state.end_token_ids
 
     def forward(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         return scheduled
@@ -195,16 +202,13 @@ class FakeDevice:
         self.rows.clear()
 
     def _check_limits(self, scheduled: SchedulerOutput) -> None:
-        assert scheduled.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert scheduled.step_sizes()[0] <= self.scheduler.max_num_batched_tokens
         assert len(scheduled.rows) <= self.scheduler.max_num_seqs
         assert len(set(scheduled.rows)) == len(scheduled.rows), "a row is scheduled twice"
         assert all(0 <= row < self.scheduler.max_num_seqs for row in scheduled.rows)
         assert all(count > 0 for count in scheduled.counts)
-        assert sum(scheduled.scored) <= self.scheduler.max_scored_tokens
-        for start, count, sample, scored in zip(
-            scheduled.starts, scheduled.counts, scheduled.samples, scheduled.scored, strict=True
-        ):
-            assert 0 <= scored <= count - sample, f"{scored} of {count} tokens from {start} have a known successor"
+        entries = zip(scheduled.counts, scheduled.wanted, strict=True)
+        assert all(0 <= wanted <= count for count, wanted in entries)
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
         for new in scheduled.admitted:
@@ -216,6 +220,7 @@ class FakeDevice:
                 new.request_id,
                 self.salts[new.request_id],
                 list(new.token_ids),
+                len(new.token_ids),
                 new.num_computed_tokens,
                 tables,
                 new.end_token_ids,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import datasets
+from jaxllm.bench.datasets import BenchRequest
 from jaxllm.bench.options import add_dataset_options
-from jaxllm.bench.requests import BenchRequest
 
 IDS = list(range(10, 110))
 

@@ -10,42 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import report
-from jaxllm.bench.rates import Samples, Sizes
-from jaxllm.bench.requests import BenchRequest
+from jaxllm.bench.datasets import BenchRequest
+from jaxllm.bench.measurements import PERCENTAGES, Samples, percentiles, summary
 from jaxllm.bench.serve_trace import Answer, arrivals, measure, table
-from jaxllm.bench.statistics import percentile, summary
 
-SIZES = Sizes(num_requests=4, prompt_tokens=40, output_tokens=24)
-
-
-@given(values=st.lists(st.floats(-1e6, 1e6), min_size=1), percent=st.floats(0, 100))
-def test_percentiles_are_numpys(values: list[float], percent: float):
-    np.testing.assert_allclose(percentile(values, percent), np.percentile(values, percent), rtol=1e-9, atol=1e-6)
+SIZES: dict[str, Any] = {"num_requests": 4, "prompt_tokens": 40, "output_tokens": 24}
 
 
-@given(values=st.lists(st.floats(-1e3, 1e3), min_size=1))
-def test_summaries_are_numpys(values: list[float]):
-    found = summary(values, (50, 99.9))
-    assert found["mean"] == pytest.approx(np.mean(values), abs=1e-9)
-    assert found["median"] == pytest.approx(np.median(values), abs=1e-9)
-    assert found["p50"] == pytest.approx(np.median(values), abs=1e-9)
-    assert found["std"] == pytest.approx(np.std(values), abs=1e-6)
-    assert found["p99.9"] == pytest.approx(np.percentile(values, 99.9), abs=1e-6)
+def test_means_and_percentiles():
+    # of 1 ... 100 in any order: by interpolation, percentile p lies at 1 + 99 p / 100
+    values = [float(number * 37 % 101) for number in range(1, 101)]
+    expected = {share: pytest.approx(1 + 0.99 * share) for share in PERCENTAGES}
+    assert percentiles(values) == expected
+    deviation = pytest.approx(((100**2 - 1) / 12) ** 0.5)
+    assert summary(values) == {"mean": 50.5, "median": 50.5, "std": deviation, "p99": expected[99]}
+    assert json.loads(json.dumps(summary(values)))["mean"] == 50.5
 
 
-def test_nothing_has_no_percentile():
-    with pytest.raises(ValueError, match="of nothing"):
-        percentile([], 50)
+def test_nothing_has_zeros_for_its_summary():
     assert summary([]) == {"mean": 0, "median": 0, "std": 0, "p99": 0}
 
 
 def test_rates_tell_prefill_from_decode():
-    rates = SIZES.rates(2.5, 0.5)
+    samples = Samples(**SIZES)
+    rates = samples.rates(2.5, 0.5)
     assert rates == {
         "requests_per_s": 4 / 2.5,
         "total_tokens_per_s": 64 / 2.5,
@@ -54,16 +45,18 @@ def test_rates_tell_prefill_from_decode():
         "decode_tokens_per_s": 20 / 2.0,
     }
     # without a run that tells them apart, and where noise makes it the longer one
-    assert "decode_tokens_per_s" not in SIZES.rates(2.5, None)
-    assert "decode_tokens_per_s" not in SIZES.rates(2.5, 2.6)
+    assert "decode_tokens_per_s" not in samples.rates(2.5, None)
+    assert "decode_tokens_per_s" not in samples.rates(2.5, 2.6)
 
 
 def test_medians_are_of_rounds():
-    samples = Samples(sizes=SIZES, seconds=[2.0, 4.0, 9.0], prefill_seconds=[1.0, 1.0, 4.0])
+    samples = Samples(**SIZES, seconds=[2.0, 4.0, 9.0], prefill_seconds=[1.0, 1.0, 4.0])
     medians = samples.medians()
     assert medians["seconds"] == 4 and medians["prefill_tokens_per_s"] == 40
     assert medians["decode_tokens_per_s"] == pytest.approx(20 / 3)
     assert json.loads(json.dumps(samples.record()))["medians"] == medians
+    samples.add(-1, 99.0)
+    assert samples.medians() == medians
 
 
 def options(**given: Any) -> argparse.Namespace:

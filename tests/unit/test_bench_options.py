@@ -82,7 +82,7 @@ def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], command: str, 
 
 def test_a_start_that_fails_says_why_in_a_line():
     job = {"model": "nosuch/model", "engine_args": {"max_model_len": 0}, "input_len": 8}
-    with pytest.raises(JaxLLMError, match="the engine did not start:\n") as caught:
+    with pytest.raises(JaxLLMError, match="the engine did not start, exit status 1:\n") as caught:
         start_once(job, {"PATH": "", "HF_HUB_OFFLINE": "1"})
     assert "Traceback" not in str(caught.value)
 

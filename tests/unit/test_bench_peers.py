@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from jaxllm.bench.options import add_throughput_options
 from jaxllm.bench.peer_setup import PeerSetup
 from jaxllm.bench.throughput import run
 
-PEERS = Path(peer_setup.__file__).parent / "peers"
+PEERS = peer_setup.SCRIPTS
 #: an engine that repeats the last token of each prompt, and prints where replies go
 FAKE = f"""
 import sys
@@ -170,7 +169,7 @@ def test_a_quantized_gguf_becomes_a_plain_one(tmp_path: Path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    subprocess.run([sys.executable, str(PEERS / "convert_gguf.py"), str(source), "bfloat16", str(target)], check=True)
+    plain_model.write_gguf(source, target, "bfloat16")
     reader = gguf.GGUFReader(target)
     assert reader.fields["llama.block_count"].contents() == 1
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]

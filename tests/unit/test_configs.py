@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.capabilities import arguments_to_come
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.command_options import add_engine_options, engine_arguments
-from jaxllm.config.arguments import NOT_YET
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import load_config, merged, shipped_configs, with_overrides
 from jaxllm.config.resolve import scheduler_config
@@ -23,6 +23,8 @@ NEEDS = {
 }
 GPU_BYTES = {"l4": 24 * 10**9, "80g": 80 * 10**9, "h100": 80 * 10**9}
 
+TO_COME = arguments_to_come()
+
 
 def read(name: str) -> tuple[Any, dict[str, Any]]:
     arguments = load_config(name)
@@ -30,7 +32,7 @@ def read(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def is_built(capability: str) -> bool:
-    return capability not in NOT_YET
+    return capability not in TO_COME
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +43,7 @@ def test_every_shipped_configuration_is_accepted_as_soon_as_it_can_be(name: str)
         with pytest.raises(ValidationError, match=f"not supported yet: jaxllm does not have {capability} so far"):
             engine_args(model, **arguments)
         # nothing else is wrong with it
-        arguments = {key: value for key, value in arguments.items() if key not in NOT_YET[capability]}
+        arguments = {key: value for key, value in arguments.items() if key not in TO_COME[capability]}
     args = engine_args(model, **arguments)
     size = next((size for gpu, size in GPU_BYTES.items() if name.endswith(gpu)), 80 * 10**9)
     limits = scheduler_config(args, max_model_len=8192, platform="gpu", device_memory_bytes=size)
@@ -52,7 +54,7 @@ def test_what_configurations_wait_for_is_written_down():
     assert NEEDS.keys() <= set(NAMES)
     for name in NAMES:
         _, arguments = read(name)
-        asked = {capability for capability, names in NOT_YET.items() if names.keys() & arguments.keys()}
+        asked = {capability for capability, names in TO_COME.items() if names & arguments.keys()}
         assert asked <= {NEEDS.get(name)}, f"{name} needs {asked}"
 
 

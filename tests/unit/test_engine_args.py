@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.capabilities import arguments_to_come
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
+from jaxllm.config.speculative import SpeculativeConfig
 
 FIELDS = {field.name for field in dataclasses.fields(EngineArgs)}
 
@@ -183,7 +186,7 @@ def test_unknown_arguments_are_refused_by_name(name: str, close: str | None):
     assert str(error.value) == f"LLM() got an unexpected keyword argument {name!r}.{hint}"
 
 
-@pytest.mark.parametrize("name", sorted(name for names in NOT_YET.values() for name in names))
+@pytest.mark.parametrize("name", sorted(set().union(*arguments_to_come().values())))
 def test_later_capabilities_are_refused(name: str):
     with pytest.raises(ValidationError, match=f"^{name}='something' is not supported yet: "):
         engine_args("m", **{name: "something"})
@@ -277,7 +280,10 @@ def test_arguments_about_watching():
         ({"metrics_port": -1}, "metrics_port must be a TCP port"),
         ({"metrics_port": 8000.0}, "metrics_port must be an integer"),
         ({"profiler_config": {"profiler": "cuda"}}, r"profiler_config\['profiler'\] must be one of torch, jax"),
-        ({"profiler_config": {"delay_iterations": 3}}, "profiler_config takes 'torch_profiler_dir' .*got 'delay_iter"),
+        (
+            {"profiler_config": {"delay_iterations": 3}},
+            "profiler_config takes 'torch_profiler_dir' .*'delay_iterations'.=3",
+        ),
         ({"profiler_config": "p"}, "profiler_config must be a dict"),
     ],
 )
@@ -326,3 +332,32 @@ def test_structured_outputs_and_reasoning_come_as_dicts():
     assert engine_args("m", structured_outputs_config=args.structured_outputs_config) == engine_args(
         "m", structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True}
     )
+
+
+def test_the_mesh_has_its_sizes_from_the_arguments():
+    args = engine_args("m", pipeline_parallel_size=1, enable_expert_parallel=False)
+    assert isinstance(args, ParallelConfig) and args.tensor_parallel_size == 1
+    with pytest.raises(
+        ValidationError, match="data_parallel_size=2 is not supported yet: .* does not have parallelism"
+    ):
+        ParallelConfig(data_parallel_size=2)
+
+
+def test_what_a_gguf_file_holds_may_be_named(caplog: pytest.LogCaptureFixture):
+    assert engine_args("m", quantization="GGUF").quantization == "gguf"
+    with pytest.raises(ValidationError, match="kv_cache_dtype='fp8' is not supported yet.*pass 'auto'"):
+        engine_args("m", kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
+        ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be an integer"),
+        ({"method": "guess"}, "method must be one of ngram, "),
+    ],
+)
+def test_a_draft_is_checked(fields: dict[str, Any], text: str):
+    assert SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_min=2).model is None
+    with pytest.raises(ValidationError, match=text):
+        SpeculativeConfig(**fields)

@@ -10,7 +10,7 @@ import pytest
 from jaxllm.api.errors import ValidationError
 from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.arguments import known_names, refuse
-from jaxllm.config.command_line import ENGINE_HELP, FlexibleArgumentParser, with_hyphens
+from jaxllm.config.command_line import FlexibleArgumentParser, with_hyphens
 from jaxllm.config.engine_args import EngineArgs, argument_names, engine_args
 
 EXAMPLES = {"max_model_len": ("auto", "auto")}
@@ -24,7 +24,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_every_engine_argument_has_its_help():
-    assert ENGINE_HELP.keys() == argument_names() - {"model"}
+    for field in dataclasses.fields(EngineArgs):
+        assert bool(field.metadata["help"]) == (field.metadata["waits_for"] is None), field.name
+
+
+@pytest.mark.parametrize("text", ["1.001k", "8K", "25.6k", "100", "0.5m"])
+def test_a_count_is_the_same_from_the_command_line_and_from_python(parser: argparse.ArgumentParser, text: str):
+    _, given = engine_arguments(parser.parse_args(["--max-num-batched-tokens", text]))
+    assert EngineArgs(model="m", **given) == EngineArgs(model="m", max_num_batched_tokens=text)  # pyright: ignore[reportArgumentType]
 
 
 def test_every_engine_argument_reaches_the_engine(parser: argparse.ArgumentParser):

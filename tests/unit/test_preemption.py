@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-from test_scheduler import add, read, scheduler, work
+from test_scheduler import RequestUpdate, add, read, scheduler, work
 
 from jaxllm.engine.request import RequestStatus
-from jaxllm.engine.scheduling.request_update import RequestUpdate
 
 
 def test_the_latest_admission_is_preempted_and_comes_back_first() -> None:
@@ -20,7 +19,7 @@ def test_the_latest_admission_is_preempted_and_comes_back_first() -> None:
     read(engine, step)
     # a's third block is c's, the youngest's; for b's third one nobody younger is left.
     step = engine.schedule()
-    assert work(step) == {"a": (8, 1, True)}
+    assert work(step) == {"a": (8, 1, 1)}
     assert [c.status, b.status] == [RequestStatus.PREEMPTED, RequestStatus.PREEMPTED]
     assert (b.num_preemptions, b.num_computed_tokens, b.row, b.num_tokens) == (1, 0, -1, 9)
     assert engine.stats().num_preemptions == 2
@@ -29,7 +28,7 @@ def test_the_latest_admission_is_preempted_and_comes_back_first() -> None:
     read(engine, step)
     step = engine.schedule()
     # b finds its own two blocks, which nobody needed meanwhile, and computes its output; c had no full block.
-    assert work(step) == {"b": (8, 1, True), "c": (0, 2, True)}
+    assert work(step) == {"b": (8, 1, 1), "c": (0, 2, 1)}
     back = step.admitted[0]
     assert (back.num_prompt_tokens, back.num_computed_tokens, back.token_ids) == (8, 8, b.all_token_ids)
     assert b.num_cached_tokens == 0, "hits are those of the first admission"
@@ -41,7 +40,7 @@ def test_a_request_preempts_itself_when_it_is_the_youngest() -> None:
     a, b = add(engine, "a", 5), add(engine, "b", 8)
     read(engine, engine.schedule())
     step = engine.schedule()
-    assert work(step) == {"a": (5, 1, True)}
+    assert work(step) == {"a": (5, 1, 1)}
     assert b.status is RequestStatus.PREEMPTED and a.status is RequestStatus.RUNNING
 
 
@@ -57,35 +56,35 @@ def test_priority_picks_the_most_urgent_and_preempts_the_least() -> None:
     read(engine, step)
     # c needs its third block; one is free. Then b and a decode within theirs.
     step = engine.schedule()
-    assert work(step) == {"b": (3, 1, True), "c": (8, 1, True), "a": (7, 1, True)}
+    assert work(step) == {"b": (3, 1, 1), "c": (8, 1, 1), "a": (7, 1, 1)}
     read(engine, step)
     step = engine.schedule()
     # b's second block is taken from a, the least urgent
-    assert work(step) == {"b": (4, 1, True), "c": (9, 1, True)}
+    assert work(step) == {"b": (4, 1, 1), "c": (9, 1, 1)}
     assert low.status is RequestStatus.PREEMPTED
     assert high.num_preemptions == middle.num_preemptions == 0
 
 
 @pytest.mark.parametrize(("length", "num_blocks"), [(5, 7), (7, 8)], ids=["in its blocks", "with a new block"])
-def test_a_victim_that_has_its_tokens_already_gives_them_back(length: int, num_blocks: int) -> None:
+def test_the_least_urgent_gives_way_even_if_it_runs_longest(length: int, num_blocks: int) -> None:
     engine = scheduler(num_blocks=num_blocks, policy="priority")
     low = add(engine, "a", length, priority=5)
     read(engine, engine.schedule())
     high = add(engine, "b", 16, priority=1)
     step = engine.schedule()
-    assert work(step) == {"a": (length, 1, True), "b": (0, 16, True)}
+    assert work(step) == {"a": (length, 1, 1), "b": (0, 16, 1)}
     read(engine, step)
-    # The step comes to a first, and has nothing left when it comes to b.
+    # b comes first, whose fifth block is one of a's; then there is no a.
     step = engine.schedule()
-    assert work(step) == {"b": (16, 1, True)}
-    assert [len(entries) for entries in (step.rows, step.starts, step.counts, step.samples)] == [1] * 4
+    assert work(step) == {"b": (16, 1, 1)}
+    assert [len(entries) for entries in (step.rows, step.starts, step.counts, step.wanted)] == [1] * 4
     assert [entry[:3] for entry in step.new_blocks] == [(high.row, 0, 4)]
     assert (low.status, low.num_output_placeholders, low.num_output_tokens) == (RequestStatus.PREEMPTED, 0, 2)
     assert engine.stats().num_preempted_tokens == length + 1
     assert engine.kv_cache_manager.pool.num_used == 5
 
 
-def test_the_tokens_that_a_victim_gives_back_go_to_the_requests_behind_it() -> None:
+def test_what_a_victim_would_have_got_goes_to_the_others() -> None:
     engine = scheduler(num_blocks=8, max_num_batched_tokens=6, policy="priority", reserve_full_prompt=False)
     add(engine, "a", 5, priority=5)
     read(engine, engine.schedule())
@@ -94,10 +93,10 @@ def test_the_tokens_that_a_victim_gives_back_go_to_the_requests_behind_it() -> N
         read(engine, engine.schedule())
     add(engine, "c", 20, priority=1)
     step = engine.schedule()
-    assert work(step) == {"a": (10, 1, True), "b": (11, 1, True), "c": (0, 4, False)}
+    assert work(step) == {"a": (10, 1, 1), "b": (11, 1, 1), "c": (0, 4, 0)}
     read(engine, step)
-    # a gets a token, b a block of a's: of the six tokens five are left for c, not four.
-    assert work(engine.schedule()) == {"b": (12, 1, True), "c": (4, 5, False)}
+    # b gets a block of a's: of the six tokens five are left for c, not four.
+    assert work(engine.schedule()) == {"b": (12, 1, 1), "c": (4, 5, 0)}
 
 
 def test_what_a_victim_did_not_get_to_compute_is_no_prefix_hit() -> None:
@@ -108,15 +107,15 @@ def test_what_a_victim_did_not_get_to_compute_is_no_prefix_hit() -> None:
     engine.abort(["z"])
     add(engine, "b", 4, priority=1)
     step = engine.schedule()
-    assert work(step) == {"a": (8, 8, False), "b": (0, 4, True)}
+    assert work(step) == {"a": (8, 8, 0), "b": (0, 4, 1)}
     read(engine, step)
     # a was to fill blocks 4 and 5 in this step; b takes one of them, and the other has a's tokens only in name.
     step = engine.schedule()
-    assert work(step) == {"b": (4, 1, True)}
+    assert work(step) == {"b": (4, 1, 1)}
     read(engine, step)
     engine.abort(["b"])
     step = engine.schedule()
-    assert work(step) == {"a": (16, 11, True)}
+    assert work(step) == {"a": (16, 11, 1)}
     assert step.admitted[0].num_computed_tokens == 16
 
 
@@ -124,7 +123,7 @@ def test_a_preempted_request_keeps_what_is_on_its_way_and_waits_for_it() -> None
     engine = scheduler(num_blocks=6)
     a, b = add(engine, "a", 8), add(engine, "b", 8)
     steps = [engine.schedule(), engine.schedule()]
-    assert work(steps[1]) == {"a": (8, 1, True)}
+    assert work(steps[1]) == {"a": (8, 1, 1)}
     assert b.status is RequestStatus.PREEMPTED and b.num_output_placeholders == 1
     engine.abort(["a"])
     assert engine.schedule().rows == [], "there is room, but b does not know all of its tokens"
@@ -132,7 +131,7 @@ def test_a_preempted_request_keeps_what_is_on_its_way_and_waits_for_it() -> None
     assert b.output_token_ids == [51]
     step = engine.schedule()
     assert step.admitted[0].token_ids == [*b.prompt_token_ids, 51]
-    assert work(step) == {"b": (8, 1, True)}
+    assert work(step) == {"b": (8, 1, 1)}
     assert a.output_token_ids == []
 
 
@@ -143,7 +142,7 @@ def test_a_preempted_request_can_end_with_what_was_on_its_way() -> None:
     first = engine.schedule()
     engine.schedule()
     updates = read(engine, first, 50, 2)
-    assert updates[1] == RequestUpdate(b, [2], 1, True)
+    assert updates[1] == RequestUpdate(b, [2], True)
     assert (len(engine.waiting), engine.num_unfinished, b.finish_reason) == (0, 1, "stop")
 
 
@@ -191,10 +190,9 @@ def test_preempting_everybody_counts_as_well() -> None:
     engine = scheduler()
     running = [add(engine, name, 5) for name in "ab"]
     read(engine, engine.schedule())
-    engine.schedule_ahead()
     engine.preempt_all()
     assert [request.num_preemptions for request in running] == [1, 1]
     stats = engine.stats()
-    # five tokens of each prompt: what was scheduled ahead has not been computed
+    # five tokens of each prompt
     assert (stats.num_preemptions, stats.num_preempted_tokens, stats.num_running, stats.num_waiting) == (2, 10, 0, 2)
     assert stats.kv_cache_usage == 0

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.config.log import LogHandler
-from jaxllm.engine.observe.engine_stats import EngineStats
+from jaxllm.engine.observe.metrics import EngineStats
 from jaxllm.engine.observe.progress import Progress
-from jaxllm.engine.scheduling.scheduler_stats import SchedulerStats
+from jaxllm.engine.scheduling.scheduler import SchedulerStats
 
 
 class Clock:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from jaxllm import SamplingParams
 from jaxllm.api.sampling_params import RepetitionDetectionParams
-from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduling.stop_check import check_stop, ends_in_repetition
+from jaxllm.engine.request import Request, RequestStatus, ends_in_repetition
 
 
 def by_definition(tokens: list[int], least: int, most: int, count: int) -> bool:
@@ -60,7 +59,7 @@ def test_other_ends_come_first(arguments: dict, tokens: list[int], expected: tup
     request = Request("a", [1], params, eos_token_ids=[9])
     request.max_total_tokens = 1 + (params.max_tokens or 16)
     request.all_token_ids += tokens
-    assert check_stop(request, tokens[-1]) == expected
+    assert request.check_stop() == expected
 
 
 def test_sizes_of_zero_ask_for_nothing():

@@ -69,20 +69,13 @@ def test_unknown_names_and_types_are_refused_by_name(directory: Path):
             reader.read("f.bytes")
 
 
-def test_a_file_cut_anywhere_is_refused_with_the_tensors_name(directory: Path):
+def test_a_file_cut_anywhere_is_refused_before_anything_is_read(directory: Path):
     path = directory / SINGLE
     raw = path.read_bytes()
-    header, data = header_of(path)
-    begin = len(raw) - len(data)
-    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
     for size in range(len(raw)):
         path.write_bytes(raw[:size])
-        with pytest.raises(WeightsError) as caught:
+        with pytest.raises(WeightsError, match=rf"{SINGLE}: truncated.* \({size} bytes\)"):
             SafetensorsReader(directory)
-        assert str(path) in str(caught.value) and "truncated" in str(caught.value)
-        if size >= begin:
-            cut = [name for name, (_, end) in places.items() if end > size - begin]
-            assert any(f"{name!r} ends at byte" in str(caught.value) for name in cut)
 
 
 def test_a_file_that_shrinks_after_opening_is_refused_with_the_tensors_name(tmp_path: Path):
@@ -127,7 +120,7 @@ def test_a_corrupt_header_is_refused_with_the_files_name(tmp_path: Path, header:
 
 def test_a_header_length_beyond_the_file_allocates_nothing(tmp_path: Path):
     (tmp_path / SINGLE).write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(WeightsError, match=rf"10 bytes, of which its header needs {2**62}"):
+    with pytest.raises(WeightsError, match=r"truncated, .*header too large \(10 bytes\)"):
         SafetensorsReader(tmp_path)
 
 

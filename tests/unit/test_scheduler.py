@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,11 +13,18 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduling.request_update import RequestUpdate
 from jaxllm.engine.scheduling.scheduler import Scheduler
 from jaxllm.engine.step import SchedulerOutput, StepOutput
 
 EOS = frozenset({2})
+
+
+class RequestUpdate(NamedTuple):
+    """An entry of `StepUpdates`, as it is when the step has been read."""
+
+    request: Request
+    new_token_ids: list[int]
+    finished: bool
 
 
 def scheduler(num_blocks: int = 100, block_size: int = 4, window: int | None = None, **kwargs: Any) -> Scheduler:
@@ -42,39 +49,41 @@ def add(engine: Scheduler, name: str, length: int, priority: int = 0, **params: 
 
 
 def read(engine: Scheduler, step: SchedulerOutput, *tokens: int) -> list[RequestUpdate]:
-    """Read a step: the given tokens where it samples; by default all sevens."""
+    """Read a step that scores nothing: the given tokens where it samples; by default all sevens."""
     given = iter(tokens)
-    token_ids = [next(given, 7) if sample else -1 for sample in step.samples]
-    updates = engine.update_from_output(step, StepOutput(token_ids=token_ids))
-    updates.record_times()
-    engine.kv_cache_manager.cache_filled_blocks()
-    return list(updates)
+    token_ids = [next(given, 7) for _ in range(sum(step.wanted))]
+    updates = engine.update(step, StepOutput(token_ids=token_ids, counts=list(step.wanted)))
+    return [
+        RequestUpdate(request, request.all_token_ids[-count:], request.is_finished)
+        for request, count in zip(updates.requests, updates.counts, strict=True)
+    ]
 
 
-def work(step: SchedulerOutput) -> dict[str, tuple[int, int, bool]]:
-    entries = zip(step.requests, step.starts, step.counts, step.samples, strict=True)
-    return {request.request_id: (start, count, sample) for request, start, count, sample in entries}
+def work(step: SchedulerOutput) -> dict[str, tuple[int, int, int]]:
+    """Request -> start, count, wanted."""
+    entries = zip(step.requests, step.starts, step.counts, step.wanted, strict=True)
+    return {request.request_id: (start, count, wanted) for request, start, count, wanted in entries}
 
 
 def test_prefill_then_decode() -> None:
     engine = scheduler()
     a = add(engine, "a", 6)
     step = engine.schedule()
-    assert work(step) == {"a": (0, 6, True)}
+    assert work(step) == {"a": (0, 6, 1)}
     (new,) = step.admitted
     assert (new.row, new.num_computed_tokens, new.num_prompt_tokens) == (0, 0, 6)
     assert new.block_ids == ([1, 2],)
     assert new.stop_token_ids == EOS
-    assert read(engine, step, 50) == [RequestUpdate(a, [50], 0, False)]
+    assert read(engine, step, 50) == [RequestUpdate(a, [50], False)]
     assert a.output_token_ids == [50]
     step = engine.schedule()
-    assert work(step) == {"a": (6, 1, True)}
+    assert work(step) == {"a": (6, 1, 1)}
     assert step.admitted == step.new_blocks == []
     read(engine, step)
     read(engine, engine.schedule())
     # Position 8 is the first of the third block.
     step = engine.schedule()
-    assert work(step) == {"a": (8, 1, True)}
+    assert work(step) == {"a": (8, 1, 1)}
     assert step.new_blocks == [(0, 0, 2, [3])]
 
 
@@ -84,12 +93,12 @@ def test_running_requests_come_first_and_prompts_fill_the_rest_in_chunks() -> No
     add(engine, "b", 15)
     add(engine, "c", 5)
     step = engine.schedule()
-    assert work(step) == {"a": (0, 4, True), "b": (0, 6, False)}
+    assert work(step) == {"a": (0, 4, 1), "b": (0, 6, 0)}
     assert [update.request.request_id for update in read(engine, step)] == ["a"]
     step = engine.schedule()
-    assert work(step) == {"a": (4, 1, True), "b": (6, 9, True)}
+    assert work(step) == {"a": (4, 1, 1), "b": (6, 9, 1)}
     read(engine, step)
-    assert work(engine.schedule()) == {"a": (5, 1, True), "b": (15, 1, True), "c": (0, 5, True)}
+    assert work(engine.schedule()) == {"a": (5, 1, 1), "b": (15, 1, 1), "c": (0, 5, 1)}
 
 
 def test_without_chunked_prefill_a_prompt_waits_for_a_budget_that_holds_it() -> None:
@@ -98,23 +107,23 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_budget_that_holds_it() -> 
     add(engine, "b", 30)
     add(engine, "c", 2)
     step = engine.schedule()
-    assert work(step) == {"a": (0, 40, True)}, "and nobody overtakes it"
+    assert work(step) == {"a": (0, 40, 1)}, "and nobody overtakes it"
     read(engine, step)
-    assert work(engine.schedule()) == {"a": (40, 1, True), "b": (0, 30, True), "c": (0, 2, True)}
+    assert work(engine.schedule()) == {"a": (40, 1, 1), "b": (0, 30, 1), "c": (0, 2, 1)}
 
 
 def test_long_prefill_threshold_holds_only_in_company() -> None:
     engine = scheduler(long_prefill_token_threshold=5)
     add(engine, "a", 20)
     step = engine.schedule()
-    assert work(step) == {"a": (0, 20, True)}
+    assert work(step) == {"a": (0, 20, 1)}
     read(engine, step)
     add(engine, "b", 12)
     step = engine.schedule()
-    assert work(step) == {"a": (20, 1, True), "b": (0, 5, False)}
+    assert work(step) == {"a": (20, 1, 1), "b": (0, 5, 0)}
     read(engine, step)
     engine.abort(["a"])
-    assert work(engine.schedule()) == {"b": (5, 7, True)}
+    assert work(engine.schedule()) == {"b": (5, 7, 1)}
 
 
 def test_max_num_seqs_and_rows() -> None:
@@ -146,7 +155,7 @@ def test_same_step_prefix_hits() -> None:
     twin = Request("twin", list(a.prompt_token_ids), SamplingParams())
     engine.add_request(twin)
     step = engine.schedule()
-    assert work(step) == {"a": (0, 9, True), "twin": (8, 1, True)}
+    assert work(step) == {"a": (0, 9, 1), "twin": (8, 1, 1)}
     assert step.admitted[1].num_computed_tokens == 8
     assert step.admitted[1].block_ids == ([1, 2, 4],)
     assert (a.num_cached_tokens, twin.num_cached_tokens) == (0, 8)
@@ -159,9 +168,9 @@ def test_steps_are_scheduled_before_earlier_ones_are_read() -> None:
     a = add(engine, "a", 4, max_tokens=3)
     first, second, third, fourth = (engine.schedule() for _ in range(4))
     assert [work(step) for step in (first, second, third)] == [
-        {"a": (0, 4, True)},
-        {"a": (4, 1, True)},
-        {"a": (5, 1, True)},
+        {"a": (0, 4, 1)},
+        {"a": (4, 1, 1)},
+        {"a": (5, 1, 1)},
     ]
     assert fourth.rows == [], "three tokens are on their way, and three are wanted"
     assert a.num_output_placeholders == 3
@@ -282,44 +291,65 @@ def test_after_a_failed_step_everything_can_be_ended() -> None:
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     add(engine, "a", 8)
-    assert work(engine.schedule()) == {"a": (0, 8, True)}
+    assert work(engine.schedule()) == {"a": (0, 8, 1)}
 
 
 def test_the_last_chunk_of_a_prompt_is_shared_in_its_own_step() -> None:
     engine = scheduler()
     add(engine, "a", 36)
-    assert work(engine.schedule()) == {"a": (0, 32, False)}
+    assert work(engine.schedule()) == {"a": (0, 32, 0)}
     again = Request("again", [*range(1000, 1036), 5], SamplingParams(max_tokens=3), eos_token_ids=EOS)
     engine.add_request(again)
     # nine blocks of four are full: eight of the step before, one of this one
-    assert work(engine.schedule()) == {"a": (32, 4, True), "again": (36, 1, True)}
+    assert work(engine.schedule()) == {"a": (32, 4, 1), "again": (36, 1, 1)}
 
 
-def test_blocks_that_decoding_fills_are_cached_when_the_engine_gets_to_it() -> None:
+def test_blocks_that_decoding_fills_are_cached_when_their_tokens_are_known() -> None:
     engine = scheduler()
     a = add(engine, "a", 6)
-    steps = [engine.schedule()]
+    steps = [engine.schedule(), engine.schedule(), engine.schedule()]
 
-    def step() -> None:
-        steps.append(engine.schedule())
-        engine.update_from_output(steps.pop(0), StepOutput(token_ids=[7]))
+    def cached() -> int:
+        turn = Request("b", [*a.all_token_ids, 5, 6], SamplingParams())
+        return engine.kv_cache_manager.get_computed_blocks(turn).num_tokens
 
-    for _ in range(3):
-        step()
-    turn = [*a.all_token_ids, 5, 6]
-    before = engine.kv_cache_manager.get_computed_blocks(Request("b", turn, SamplingParams()))
-    engine.kv_cache_manager.cache_filled_blocks()
-    after = engine.kv_cache_manager.get_computed_blocks(Request("c", turn, SamplingParams()))
-    assert (before.num_tokens, after.num_tokens) == (4, 8)
-    for _ in range(3):
-        step()
+    read(engine, steps[0])
+    read(engine, steps[1])
+    # both tokens of the second block are scheduled and known, and no step has been scheduled since
+    assert (len(a.all_token_ids), a.num_computed_tokens, cached()) == (8, 8, 4)
+    steps.append(engine.schedule())
+    assert cached() == 8
+    for step in steps[2:]:
+        read(engine, step)
+    read(engine, engine.schedule())
+    read(engine, engine.schedule())
     assert len(a.all_token_ids) == 12
     assert engine.abort(["a"]) == [a]
-    # what ends before the engine got to it is not lost
-    assert (
-        engine.kv_cache_manager.get_computed_blocks(Request("d", [*a.all_token_ids, 5], SamplingParams())).num_tokens
-        == 12
-    )
+    # what was not cached yet is not lost: all that is computed
+    assert (a.num_computed_tokens, cached()) == (11, 8)
+
+
+def test_blocks_of_outputs_are_cached_in_lots_and_at_the_end() -> None:
+    engine = scheduler(max_model_len=200, block_size=32, max_num_batched_tokens=40)
+    first = add(engine, "a", 40, max_tokens=150)
+    cached = []
+    while not first.is_finished:
+        read(engine, engine.schedule())
+        cached.append((first.num_tokens, len(engine.kv_cache_manager.pool._cached[0])))
+    changes = [now for before, now in zip([(0, 0), *cached], cached, strict=False) if now[1] != before[1]]
+    # the prompt's only full block; the first block that ends in outputs; two blocks of 32; what was full at the end,
+    # of which the last token was never computed
+    assert changes == [(41, 1), (65, 2), (129, 4), (190, 5)]
+
+
+def test_what_is_computed_of_an_ended_request_is_what_is_certain() -> None:
+    engine = scheduler()
+    ended = add(engine, "a", 2)
+    first = engine.schedule()
+    engine.schedule()
+    read(engine, first, 2)
+    # its last token has no keys and values for sure: the step in flight may have stopped at it
+    assert (ended.num_tokens, ended.num_computed_tokens) == (3, 2)
 
 
 def test_times_are_in_order() -> None:
@@ -338,14 +368,14 @@ def test_taking_in_a_step_makes_no_object_for_a_token() -> None:
     requests = [add(engine, "abcdefgh"[i % 8] + str(i), 4) for i in range(200)]
     read(engine, engine.schedule())
     step = engine.schedule()
-    output = StepOutput(token_ids=[7] * len(step.rows))
+    output = StepOutput(token_ids=[7] * len(step.rows), counts=[1] * len(step.rows))
     gc.collect()
     gc.disable()
     try:
         before = len(gc.get_objects())
-        updates = engine.update_from_output(step, output)
+        updates = engine.update(step, output)
         made = len(gc.get_objects()) - before
     finally:
         gc.enable()
-    assert len(updates) == len(requests) == 200
+    assert updates.requests == requests
     assert made < 20

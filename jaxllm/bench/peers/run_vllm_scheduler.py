@@ -1,7 +1,7 @@
-"""vLLM's scheduler without a model, on the requests of ``jaxllm bench host``: the time of `schedule` and of
+"""This times vLLM's scheduler without a model, on the requests of ``jaxllm bench host``: its `schedule` and its
 `update_from_output`, which also make what the workers and the output processor are told.
 
-Reads a JSON object from standard input: ``requests``, a file of a JSON list of [prompt's token ids, output length];
+It reads a JSON object from standard input: ``requests``, a file of a JSON list of [prompt's token ids, output length];
 ``concurrency``, ``steps``, ``warm_up``, ``clock``, ``max_model_len``, ``max_num_batched_tokens``, ``block_size``,
 ``num_blocks``. The last line that it prints is the result: of each step the seconds, and the tokens.
 
@@ -84,7 +84,7 @@ class Driver:
         self._in_flight: collections.deque[Any] = collections.deque()
 
     def measure(self, steps: int) -> list[tuple[float, float, int]]:
-        """Of so many steps, the seconds of `schedule` and of `update_from_output`, and the tokens."""
+        """Run so many steps; return of each the seconds of `schedule` and of `update_from_output`, and the tokens."""
         times: list[tuple[float, float, int]] = []
         clock, scheduler = self._clock, self._scheduler
         schedule, tokens = 0.0, 0
@@ -116,7 +116,7 @@ class Driver:
         self._scheduler.add_request(self._request(f"host-{number}", prompt, params, None, block_hasher=self._hasher))
 
     def _sampled(self, scheduled: Any) -> Any:
-        """A token for each request whose tokens are all computed with this step."""
+        """Return a token for each request whose tokens are all computed with this step."""
         ids = list(scheduled.num_scheduled_tokens)
         rows = []
         for request_id in ids:

@@ -5,8 +5,7 @@ block of positions ``i * block_size`` and following. Where a sliding window has 
 
 A block goes into the prefix cache when its tokens are scheduled *and* known: later requests of the same step may
 share it, because the device writes all keys and values of a step before it reads any. A token that is sampled but not
-read yet has no hash, so its block waits until it has been read, and the next step has been launched; blocks of outputs
-also wait for each other.
+read yet has no hash, so its block waits until it has been read; blocks of outputs also wait for each other.
 """
 
 from __future__ import annotations
@@ -63,9 +62,6 @@ class KVCacheManager:
             (g, group.sliding_window) for g, group in enumerate(config.groups) if group.sliding_window is not None
         ]
         self._bounds = [window_bound(group, config.block_size, max_chunk) for group in config.groups]
-        #: requests with full blocks that the prefix cache has not been told of
-        self._filled_by_prompt: list[Request] = []
-        self._filled_by_output: list[Request] = []
 
     @property
     def usage(self) -> float:
@@ -99,7 +95,6 @@ class KVCacheManager:
         """
         if not self._caching or request.skip_reading_prefix_cache:
             return PrefixHit(num_tokens=0, block_ids=tuple([] for _ in range(self._num_groups)))
-        self._cache(self._filled_by_prompt)
         longest = (len(request.all_token_ids) - 1) // self.block_size
         hashes = self._hasher.extend(request, longest)
         cached_block = self.pool.cached_block
@@ -223,22 +218,6 @@ class KVCacheManager:
                 self.pool.free(table[first:live])
                 table[first:live] = [NULL_BLOCK_ID] * (live - first)
                 request.first_live_blocks[group] = live
-
-    def filled(self, request: Request, *, by_prompt: bool) -> None:
-        """Note that scheduled, known tokens of a request fill a block: what a prompt fills is cached when the next
-        request asks for its prefix, the rest by `cache_filled_blocks`.
-        """
-        (self._filled_by_prompt if by_prompt else self._filled_by_output).append(request)
-
-    def cache_filled_blocks(self) -> None:
-        """Cache the full blocks of the step scheduled last. Its launch need not wait for it, the next schedule must."""
-        self._cache(self._filled_by_prompt)
-        self._cache(self._filled_by_output)
-
-    def _cache(self, filled: list[Request]) -> None:
-        for request in filled:
-            self.cache_full_blocks(request)
-        filled.clear()
 
     def cache_full_blocks(self, request: Request) -> None:
         """Register the request's full blocks whose tokens are scheduled and known, as far as it is not done yet; none

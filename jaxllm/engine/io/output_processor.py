@@ -14,8 +14,7 @@ from jaxllm.engine.request import Request, RequestStatus
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.scheduling.request_update import StepUpdates
-    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
     from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)
@@ -153,15 +152,6 @@ class OutputProcessor:
         self._num_stops += state.finds_stops
         self._num_streaming += state.kind is not _FINAL_ONLY
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether the last output of a request with this id is still to come."""
-        return request_id in self._states
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether a text may end its request."""
-        return self._num_stops > 0
-
     def end(self, request: Request) -> RequestOutput | None:
         """The last output of a request that was ended from outside."""
         state = self._states.pop(request.request_id, None)
@@ -178,32 +168,23 @@ class OutputProcessor:
         self._states.clear()
         self._num_stops = self._num_streaming = 0
 
-    def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
-        """Take what a step found about prompts, of the requests that still live."""
-        arrays, index = output.prompt_logprobs, 0
-        if arrays is None:
-            return
-        for request, start, count in zip(scheduled.requests, scheduled.starts, scheduled.scored, strict=True):
-            if count and (state := self._states.get(request.request_id)) is not None and state.request is request:
-                state.logprobs.take_prompt(arrays, index, start, count)
-            index += count
-
     def process(
-        self, updates: StepUpdates, logprobs: LogprobArrays | None, scheduler: Scheduler
+        self, scheduled: SchedulerOutput, output: StepOutput, updates: StepUpdates, scheduler: Scheduler
     ) -> list[RequestOutput]:
-        """Outputs of one step's updates; ends requests whose stop string has come."""
+        """Outputs of a step; ends requests whose stop string has come."""
         outputs = []
-        states = self._states
-        entries = zip(updates.requests, updates.counts, updates.indices, strict=True)
+        states, logprobs = self._states, output.logprobs
+        self._take_prompt_logprobs(scheduled, output)
+        entries = zip(updates.requests, updates.counts, updates.firsts, strict=True)
         if logprobs is None and not self._num_stops and not self._num_streaming:
             # nobody else is told anything
             entries = [entry for entry in entries if entry[0].status > _PREEMPTED]
-        for request, count, index in entries:
+        for request, count, first in entries:
             state = states.get(request.request_id)
             if state is None:
                 continue
             if logprobs is not None or state.finds_stops:
-                for token_id in request.all_token_ids[-count:] if count else ():
+                for index, token_id in enumerate(request.all_token_ids[-count:] if count else (), first):
                     stop = state.append(token_id, logprobs, index)
                     if stop is not None:
                         if request.is_finished:
@@ -214,10 +195,23 @@ class OutputProcessor:
             finished = request.status > _PREEMPTED
             if not finished and state.kind is _FINAL_ONLY:
                 continue
-            output = state.output()
+            result = state.output()
             if finished:
                 del states[request.request_id]
                 self._forget(state)
-            if output is not None:
-                outputs.append(output)
+            if result is not None:
+                outputs.append(result)
         return outputs
+
+    def _take_prompt_logprobs(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """Take what a step found about prompts, of the requests that still live."""
+        arrays, index = output.prompt_logprobs, 0
+        if arrays is None:
+            return
+        entries = zip(
+            scheduled.requests, scheduled.starts, scheduled.counts, scheduled.wanted, output.scored_counts, strict=True
+        )
+        for request, start, count, wanted, scored in entries:
+            if scored and (state := self._states.get(request.request_id)) is not None and state.request is request:
+                state.logprobs.take_prompt(arrays, index, start + count - wanted, scored)
+            index += scored

@@ -13,31 +13,19 @@ from jaxllm.api.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.request_update import StepUpdates
-    from jaxllm.engine.scheduling.scheduler import Scheduler
-    from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
+    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
+    from jaxllm.engine.step import SchedulerOutput, StepOutput
 
 
 class PoolingProcessor:
     """The output processor of a pooling engine."""
 
     def __init__(self) -> None:
-        #: wall-clock time of each unfinished request's arrival
-        self._arrivals: dict[str, float] = {}
-        #: of the step that is being read, one per entry
-        self._pooled: list[np.ndarray | None] = []
+        #: each unfinished request, and the wall-clock time of its arrival
+        self._arrivals: dict[str, tuple[Request, float]] = {}
 
     def add(self, request: Request, text: str | None) -> None:
-        self._arrivals[request.request_id] = time.time()
-
-    def __contains__(self, request_id: str) -> bool:
-        """Whether the output of a request with this id is still to come."""
-        return request_id in self._arrivals
-
-    @property
-    def may_stop(self) -> bool:
-        """There is no text that could end a request."""
-        return False
+        self._arrivals[request.request_id] = request, time.time()
 
     def end(self, request: Request) -> PoolingRequestOutput[PoolingOutput] | None:
         """The output of a request that was ended from outside."""
@@ -48,20 +36,16 @@ class PoolingProcessor:
     def clear(self) -> None:
         self._arrivals.clear()
 
-    def take(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
-        """Take a step's results; `process` hands them out."""
-        assert output.pooled is not None
-        self._pooled = output.pooled
-
     def process(
-        self, updates: StepUpdates, logprobs: LogprobArrays | None, scheduler: Scheduler
+        self, scheduled: SchedulerOutput, output: StepOutput, updates: StepUpdates, scheduler: Scheduler
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """Outputs of one step's updates, every one of which ends its request."""
+        """Outputs of a step, one for each request that is computed to its end and still wanted."""
+        assert output.pooled is not None
         outputs = []
-        for request, index in zip(updates.requests, updates.indices, strict=True):
-            arrival = self._arrivals.pop(request.request_id, None)
-            data = self._pooled[index]
-            if arrival is not None and data is not None:
+        for request, data in zip(scheduled.requests, output.pooled, strict=True):
+            known, arrival = self._arrivals.get(request.request_id, (None, 0.0))
+            if data is not None and known is request:
+                del self._arrivals[request.request_id]
                 outputs.append(_output(request, data, arrival))
         return outputs
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.request_update import StepUpdates
+    from jaxllm.engine.scheduling.scheduler import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
     from jaxllm.structured.compiler import GrammarCompiler
 
@@ -130,9 +130,10 @@ class TokenConstraints:
             return frozenset()
         return frozenset(
             row
-            for row, request, sample in zip(scheduled.rows, scheduled.requests, scheduled.samples, strict=True)
-            # this step's own token is among the placeholders
-            if sample
+            for row, request, wanted in zip(scheduled.rows, scheduled.requests, scheduled.wanted, strict=True)
+            # this step's own token is among the placeholders; without any, positions of the prompt are scored
+            if wanted
+            and request.num_output_placeholders
             and request.matcher is not None
             and request.matcher.may_constrain(request.num_output_placeholders - 1)
         )
@@ -162,14 +163,14 @@ class TokenConstraints:
     def advance(self, updates: StepUpdates) -> tuple[list[Request], list[Request]]:
         """Take new tokens; returns the requests that must not have got theirs, and those that have nothing to add."""
         lost, complete = [], []
-        for request, token_ids, _, _ in updates:
+        for request, count in zip(updates.requests, updates.counts, strict=True):
             matcher = request.matcher
             if matcher is None:
                 continue
             if request.is_finished:
                 request.matcher = None
                 continue
-            for token_id in token_ids:
+            for token_id in request.all_token_ids[-count:] if count else ():
                 request.error = request.error or matcher.advance(token_id)
             if request.error is not None:
                 lost.append(request)

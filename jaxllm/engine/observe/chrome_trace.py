@@ -62,9 +62,7 @@ def _step(step: StepRecord, zero: float) -> list[dict[str, Any]]:
     }
     decided, waited = step.start + step.schedule_time, step.read_start + step.wait_time
     title = f"step {step.step}"
-    ahead = step.ahead_start, step.ahead_start + step.ahead_time
-    slices = [_slice("schedule ahead", *ahead, _ENGINE, _HOST, zero, {"step": step.step})] if step.ahead_time else []
-    slices += [
+    slices = [
         _slice("schedule", step.start, decided, _ENGINE, _HOST, zero, {"step": step.step}),
         _slice("launch", decided, decided + step.launch_time, _ENGINE, _HOST, zero, {"step": step.step}),
         _slice("wait", step.read_start, waited, _ENGINE, _HOST, zero, {"step": step.step}),

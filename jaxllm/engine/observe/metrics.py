@@ -6,19 +6,18 @@ meanwhile.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
-from jaxllm.engine.observe.engine_stats import EngineStats
 from jaxllm.engine.request import RequestStatus
 
 if TYPE_CHECKING:
     from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.request_update import StepUpdates
-    from jaxllm.engine.scheduling.scheduler_stats import SchedulerStats
+    from jaxllm.engine.scheduling.scheduler import SchedulerStats, StepUpdates
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 
@@ -43,6 +42,24 @@ _COUNTS = (1, 2, 5, 10, 20)
 _PREEMPTED = int(RequestStatus.PREEMPTED)
 #: requests that ran to their end; the others' times and lengths say nothing about the model
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_REPETITION)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A few numbers for those who show them while the engine runs: counters since its start, in tokens, beside the
+    scheduler's present state.
+    """
+
+    scheduler: SchedulerStats
+    #: of requests that have their first token
+    prompt_tokens: int
+    #: those of them that the prefix cache had
+    prompt_tokens_cached: int
+    generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    #: of the most recent 1000 requests, in [0, 1]
+    prefix_cache_hit_rate: float
 
 
 class EngineMetrics:

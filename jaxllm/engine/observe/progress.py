@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.api.pooling_outputs import PoolingRequestOutput
-    from jaxllm.engine.observe.engine_stats import EngineStats
+    from jaxllm.engine.observe.metrics import EngineStats
 
 #: seconds between two looks of the bar; a batch of small requests finishes thousands a second
 REFRESH_INTERVAL = 0.1

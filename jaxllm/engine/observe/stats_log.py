@@ -13,7 +13,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.observe.engine_stats import EngineStats
+    from jaxllm.engine.observe.metrics import EngineStats
 
 logger = logging.getLogger("jaxllm")
 

@@ -37,10 +37,6 @@ class StepRecord:
     #: what the compiled program has room for; 0 where the runner has no buckets
     bucket_tokens: int
     bucket_seqs: int
-    #: when the host began to schedule what is certain of the step, while earlier ones ran
-    ahead_start: float
-    #: how long it took; 0 where nothing was scheduled ahead
-    ahead_time: float
     #: the scheduler's time from `start` on
     schedule_time: float
     #: packing, uploading and launching
@@ -49,11 +45,11 @@ class StepRecord:
     read_start: float
     #: how long it waited
     wait_time: float
-    #: stops checked, blocks freed: what the next launch has to wait for
+    #: tokens appended, stops checked, blocks freed
     update_time: float
-    #: when the host began with the step's outputs, mostly behind the next launch
+    #: when the host began with the step's outputs
     output_start: float
-    #: tokens appended, text made, outputs built
+    #: text made, stop strings looked for, outputs built
     output_time: float
     #: when the device began with it, at the earliest: at its launch, or when the step before was done
     device_start: float
@@ -68,7 +64,7 @@ class StepRecord:
     @property
     def host_time(self) -> float:
         """Seconds in which the host worked for the step; it did not wait in them."""
-        return self.ahead_time + self.schedule_time + self.launch_time + self.update_time + self.output_time
+        return self.schedule_time + self.launch_time + self.update_time + self.output_time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,7 @@ from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.request_update import StepUpdates
-    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 
@@ -51,8 +50,6 @@ class TraceRecorder(StepObserver):
         self._decided = self._device_free = self._read_start = self._read_end = 0.0
         #: the last moment that is known of the current turn, or of the last one
         self._last = 0.0
-        #: when the host began to schedule part of the next step, and how long it took
-        self._ahead = 0.0, 0.0
         #: what is known so far of the steps that are launched
         self._launched: dict[int, dict[str, Any]] = {}
         self._requests: dict[str, _Seen] = {}
@@ -67,7 +64,6 @@ class TraceRecorder(StepObserver):
         if self._turn is None:
             return
         now = self._decided = self._now()
-        (ahead_start, ahead_time), self._ahead = self._ahead, (0.0, 0.0)
         stats = self._scheduler.stats()
         preemptions = stats.num_preemptions - self._num_preemptions
         self._follow(step, now, preemptions)
@@ -77,15 +73,15 @@ class TraceRecorder(StepObserver):
         prefill = sum(
             count
             for request, start, count in zip(step.requests, step.starts, step.counts, strict=True)
-            if count > 1 or start < request.num_prompt_tokens
+            if (count > 1 and step.num_steps == 1) or start < request.num_prompt_tokens
         )
-        num_tokens, num_seqs = step.num_tokens, len(step.rows)
-        bucket_tokens, bucket_seqs = self._bucket(num_tokens, num_seqs)[:2] if self._bucket else (0, 0)
+        num_seqs = len(step.rows)
+        bucket_tokens, bucket_seqs = self._bucket(step.step_sizes()[0], num_seqs)[:2] if self._bucket else (0, 0)
         self._launched[step.step] = {
             "step": step.step,
             "start": self._turn,
             "num_prefill_tokens": prefill,
-            "num_decode_tokens": sum(step.step_sizes()) - prefill,
+            "num_decode_tokens": step.num_tokens - prefill,
             "num_seqs": num_seqs,
             "num_running": stats.num_running,
             "num_waiting": stats.num_waiting,
@@ -93,8 +89,6 @@ class TraceRecorder(StepObserver):
             "num_preemptions": preemptions,
             "bucket_tokens": bucket_tokens,
             "bucket_seqs": bucket_seqs,
-            "ahead_start": ahead_start,
-            "ahead_time": ahead_time,
             "schedule_time": now - self._turn,
             "launch_time": 0.0,
         }
@@ -132,17 +126,11 @@ class TraceRecorder(StepObserver):
             if request.is_finished:
                 self._end(request.request_id)
 
-    def scheduled_ahead(self) -> None:
-        now = self._now()
-        if self._turn is not None:
-            self._ahead = self._last, now - self._last
-        self._last = now
-
     def turn_ends(self) -> None:
         self._turn = None
 
     def failed(self) -> None:
-        self._turn, self._ahead = None, (0.0, 0.0)
+        self._turn = None
         self._launched.clear()
         self._end_all()
 

@@ -6,8 +6,6 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from jaxllm.engine.scheduling.queue import priority_key
-
 if TYPE_CHECKING:
     from jaxllm.engine.cache.manager import KVCacheManager
     from jaxllm.engine.request import Request
@@ -27,15 +25,11 @@ class Shortage:
     blocks_needed: int
 
     @classmethod
-    def measure(cls, kv_cache_manager: KVCacheManager, running: list[Request], position: int) -> Shortage:
-        """Add what ``running[position:]``, not scheduled yet, lack for their tokens to the blocks in use."""
-        lacking = sum(kv_cache_manager.missing_blocks(request) for request in running[position:])
+    def measure(cls, kv_cache_manager: KVCacheManager, running: list[Request], first: Request) -> Shortage:
+        """Add to the blocks in use what `first` and those behind it lack for their tokens, none of them scheduled."""
+        left = running[running.index(first) :]
+        lacking = sum(kv_cache_manager.missing_blocks(request) for request in left)
         return cls(list(running), kv_cache_manager.pool.num_used + lacking)
-
-
-def choose_victim(running: list[Request], policy: str) -> Request:
-    """FCFS: the latest admission. Priority: the least urgent, and of those the latest arrival."""
-    return max(running, key=priority_key) if policy == "priority" else running[-1]
 
 
 class PreemptionLog:

@@ -1,4 +1,4 @@
-"""A set of strings in 12 to 24 bytes an entry, for millions of custom_ids."""
+"""Millions of custom_ids are remembered in 12 to 24 bytes each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DigestSet:
         return True
 
     def _find(self, digest: int) -> int:
-        """The slot of `digest`, or the empty one where it belongs."""
+        """Return the slot of `digest`, or the empty one where it belongs."""
         slots, mask = self._slots, len(self._slots) - 1
         slot = digest & mask
         while slots[slot] not in (digest, _EMPTY):

@@ -1,4 +1,4 @@
-"""The file of results: appended line by line, and taken up again after whatever ended the run before.
+"""The file of results is appended line by line, and taken up again after whatever ended the run before.
 
 A line is written by one call of the operating system, as soon as its request has finished. The process may therefore be
 killed at any time: what it wrote is with the operating system, and the most that is left of the line in the making is
@@ -74,11 +74,11 @@ class Journal:
         self._synced = time.monotonic()
 
     def is_finished(self, custom_id: str) -> bool:
-        """Whether an earlier run has the result of this line."""
+        """Return whether an earlier run has the result of this line."""
         return custom_id in self._ids
 
     def is_refused(self, number: int) -> bool:
-        """Whether an earlier run has the error of this line, which has no custom_id of its own."""
+        """Return whether an earlier run has the error of this line, which has no custom_id of its own."""
         return str(number) in self._numbers
 
     def write(self, number: int, record: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def _open(path: str, place: Path, is_file: bool) -> BinaryIO:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The result in a line of output; None when it is none."""
+    """Return the result in a line of output; None when it is none."""
     if not line.endswith(b"\n"):
         return None
     try:

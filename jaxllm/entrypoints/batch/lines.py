@@ -1,4 +1,4 @@
-"""The lines of a batch: read one after the other, never held together."""
+"""The lines of a batch are read one after the other, and never held together."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_place(name: str, path: str) -> None:
 
 
 def read_lines(path: str) -> Iterator[NumberedLine]:
-    """The lines of a JSONL file ("-": standard input), without blank ones."""
+    """Return the lines of a JSONL file ("-": standard input), without blank ones."""
     try:
         file = sys.stdin.buffer if path == "-" else open(Path(path).expanduser(), "rb")
     except OSError as error:
@@ -51,7 +51,7 @@ def read_lines(path: str) -> Iterator[NumberedLine]:
 
 
 def count_lines(path: str) -> int | None:
-    """Lines of a JSONL file; None for what cannot be read twice."""
+    """Count the lines of a JSONL file; None stands for what cannot be read twice."""
     place = Path(path).expanduser()
     if path == "-" or not place.is_file():
         return None
@@ -64,7 +64,7 @@ def count_lines(path: str) -> int | None:
 
 
 def parse_line(number: int, line: bytes | Mapping[str, Any] | BadRow) -> BatchLine:
-    """The request in a line of input. Raises APIError, with the line's number in its message."""
+    """Return the request in a line of input. Raises APIError, with the line's number in its message."""
     if isinstance(line, BadRow):
         raise _invalid(number, line)
     try:
@@ -100,6 +100,6 @@ def _invalid(number: int, reason: str) -> LineError:
 
 
 def same_file(first: str, second: str) -> bool:
-    """Whether two paths are one existing file."""
+    """Return whether two paths are one existing file."""
     paths = [os.path.expanduser(path) for path in (first, second)]
     return all(os.path.exists(path) for path in paths) and os.path.samefile(*paths)

@@ -1,4 +1,4 @@
-"""The options of ``jaxllm run-batch`` alone."""
+"""``jaxllm run-batch`` has options of its own."""
 
 from __future__ import annotations
 

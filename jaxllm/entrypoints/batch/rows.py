@@ -1,4 +1,4 @@
-"""Rows of a table as lines of a batch."""
+"""The rows of a table are read as lines of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ID_COLUMN = "custom_id"
 
 
 def read_table(path: str, arguments: argparse.Namespace) -> Iterator[NumberedLine]:
-    """The rows of a table, as `arguments` (prompt_column, messages_column, id_column, url, body) say.
+    """Return the rows of a table, as `arguments` (prompt_column, messages_column, id_column, url, body) say.
 
     A row without an id is called after its number, row-1 being the first.
     """

@@ -1,4 +1,4 @@
-"""``jaxllm run-batch``: a file of OpenAI API calls through the engine, results appended as they finish.
+"""``jaxllm run-batch`` runs a file of OpenAI API calls through the engine, and appends results as they finish.
 
 Every line of input gets exactly one line of output, in the order in which the requests finish. A line that is refused
 gets an error with status 400 (404 for a model that is not there) and harms no other. ``--resume`` skips the lines that
@@ -128,7 +128,7 @@ class Batch:
             self._generate(pending)
 
     def _admit(self, number: int, line: Any) -> _Pending | None:
-        """The line as what has to run; None when it is finished already, or is refused."""
+        """Return the line as what has to run; None when it is finished already, or is refused."""
         custom_id: str | None = None
         try:
             request = parse_line(number, line)

@@ -1,4 +1,4 @@
-"""How a batch goes: counts, the progress bar, the last line."""
+"""This says how a batch goes, by counts, a progress bar and a last line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tally:
         self._bar = tqdm(total=total, unit=" lines", desc="run-batch", disable=not show, dynamic_ncols=True)
 
     def skip(self) -> None:
-        """A line that an earlier run finished."""
+        """Count a line that an earlier run finished."""
         with self._lock:
             self.skipped += 1
             self._advance()

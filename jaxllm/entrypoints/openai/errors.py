@@ -1,4 +1,4 @@
-"""How a refused API call is told: OpenAI's error object, with vLLM's types."""
+"""A refused API call is told by OpenAI's error object, with vLLM's types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class APIError(Exception):
         self.code = code
 
     def body(self) -> dict[str, Any]:
-        """The response's body."""
+        """Return the response's body."""
         return {
             "error": {
                 "message": self.message,

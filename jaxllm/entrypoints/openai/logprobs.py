@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two forms."""
+"""Log-probabilities have two forms in OpenAI's answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOWEST = -9999.0
 def chat_logprobs(
     token_ids: Sequence[int], positions: Sequence[PositionLogprobs], top: int, *, as_ids: bool
 ) -> dict[str, Any]:
-    """The form of chat completions: an entry a token, each with its `top` likeliest alternatives (-1: all)."""
+    """Return the form of chat completions: an entry a token, each with its `top` likeliest alternatives (-1: all)."""
     content = []
     for token_id, position in zip(token_ids, positions, strict=False):
         ranked = sorted(position.items(), key=lambda item: _rank(item[1]))
@@ -27,7 +27,7 @@ def chat_logprobs(
 def completion_logprobs(
     token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, as_ids: bool, first: str = ""
 ) -> dict[str, Any]:
-    """The form of completions: parallel lists. A position without log-probabilities (a prompt's first) has None.
+    """Return the form of completions: parallel lists. A position without log-probabilities (a prompt's first) has None.
 
     Args:
         first: text of a position without log-probabilities.
@@ -52,7 +52,7 @@ def completion_logprobs(
 
 
 def first_text(prompt: str | None, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> str:
-    """The text of a prompt's first token, which has no log-probability to bring it: what the others leave of it."""
+    """Return the text of a prompt's first token, which has no log-probability: what the others leave of the prompt."""
     rest = "".join(
         _text(token_id, position[token_id], False)
         for token_id, position in zip(token_ids, positions, strict=True)
@@ -62,7 +62,7 @@ def first_text(prompt: str | None, token_ids: Sequence[int], positions: Sequence
 
 
 def raw_logprobs(positions: Sequence[PositionLogprobs | None]) -> list[dict[str, Any] | None]:
-    """vLLM's form of `prompt_logprobs`: token id -> logprob, rank and text."""
+    """Return `prompt_logprobs` in vLLM's form: each token id has its logprob, rank and text."""
     return [
         None
         if position is None

@@ -1,4 +1,4 @@
-"""OpenAI's and vLLM's body parameters, as `SamplingParams`. What is not honoured is refused by name."""
+"""OpenAI's and vLLM's body parameters become `SamplingParams`. What is not honoured is refused by name."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SamplingReader:
         self._known: dict[str, SamplingParams] = {}
 
     def read(self, body: Mapping[str, Any], *, max_tokens: Any, **own: Any) -> SamplingParams:
-        """The body's parameters, which nobody must change.
+        """Return the body's parameters, which nobody must change.
 
         Args:
             max_tokens: as the endpoint understands it; None: until the context is full. As in vLLM, a `max_new_tokens`

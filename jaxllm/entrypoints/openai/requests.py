@@ -1,4 +1,4 @@
-"""From the body of an OpenAI API call to prompts and `SamplingParams`."""
+"""The body of an OpenAI API call becomes prompts and `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Call:
 
 
 def translate(url: str, body: Any, *, model_names: Sequence[str], sampling: SamplingReader) -> Call:
-    """The call to `url` with `body`.
+    """Return the call to `url` with `body`.
 
     Args:
         model_names: what this engine's model is called; the first one is told where the body names none.
@@ -149,7 +149,7 @@ def _chat(body: Mapping[str, Any], model: str, sampling: SamplingReader) -> Call
 
 
 def _template_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template gets besides the messages."""
+    """Return what the chat template gets besides the messages."""
     options = _or(body.get("chat_template_kwargs"), {})
     if not isinstance(options, Mapping):
         raise APIError(f"chat_template_kwargs must be an object, got {options!r:.80}.", param="chat_template_kwargs")
@@ -165,7 +165,7 @@ def _template_options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
-    """Alternatives a token; None: no log-probabilities."""
+    """Return how many alternatives a token has; None: there are no log-probabilities."""
     asked = checks.boolean("logprobs", _or(body.get("logprobs"), False))
     top = checks.integer("top_logprobs", _or(body.get("top_logprobs"), 0))
     if top < 0 and top != -1:
@@ -223,14 +223,14 @@ _TRANSLATORS: dict[str, Callable[[Mapping[str, Any], str, SamplingReader], Call]
 
 
 def _form(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What both kinds of completions say of the call itself."""
+    """Return what both kinds of completions say of the call itself."""
     names = {"return_token_ids": "return_token_ids", "return_tokens_as_token_ids": "tokens_as_ids"}
     form: dict[str, Any] = {ours: checks.boolean(name, _or(body.get(name), False)) for name, ours in names.items()}
     return form | {"priority": checks.integer("priority", _or(body.get("priority"), 0))}
 
 
 def _prompts(name: str, value: Any) -> list[Any]:
-    """Text, token ids, or a list of either, as a list of prompts."""
+    """Return text, token ids, or a list of either, as a list of prompts."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:

@@ -1,4 +1,4 @@
-"""From what the engine returned to the body of OpenAI's answer."""
+"""What the engine returned becomes the body of OpenAI's answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxllm.entrypoints.openai.requests import CHAT, EMBEDDINGS, Call
 
 
 def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
-    """The answer to `call`.
+    """Return the answer to `call`.
 
     Args:
         outputs: one for each of the call's prompts, in their order: `RequestOutput`, or what `LLM.embed` returns.
@@ -48,7 +48,7 @@ def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def new_id() -> str:
-    """128 random bits, as 32 hexadecimal digits."""
+    """Return 128 random bits, as 32 hexadecimal digits."""
     return f"{random.getrandbits(128):032x}"
 
 

@@ -79,5 +79,5 @@ class PoolingRows(ForwardRows):
         wants = self._wants_tokens[rows]
         for seq, entry in enumerate(order.tolist()):
             tokens = slice(int(first[seq]), int(end[seq])) if wants[seq] else None
-            entries[entry] = PooledEntry(seq, tokens, step.samples[entry], self._pieces[rows[seq]])
+            entries[entry] = PooledEntry(seq, tokens, step.wanted[entry] > 0, self._pieces[rows[seq]])
         return PackedPooling(buffer, entries, bool(wants.any()))  # pyright: ignore[reportArgumentType]

@@ -41,7 +41,7 @@ class PoolingResult:
                     pooled[i] = np.concatenate(entry.pieces)
             elif entry.ends:
                 pooled[i] = results[entry.seq].copy()
-        return StepOutput(token_ids=[-1] * len(entries), pooled=pooled)
+        return StepOutput(token_ids=[], counts=[0] * len(entries), pooled=pooled)
 
 
 class PoolingRunner(DeviceMemory[PoolingModel, PoolingState]):

@@ -1,4 +1,4 @@
-"""GGUF files as weights: Hugging Face names and orientation, one tensor at a time."""
+"""GGUF files are read as weights under Hugging Face names and in its orientation, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SETTLED = 2.0
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
+    """Return the metadata of a GGUF file, of any architecture. Raises ``WeightsError`` as ``GGUFReader`` does."""
     with contextlib.closing(PlainFile(Path(path))) as file:
         return _header(file).metadata
 
@@ -69,25 +69,25 @@ class GGUFReader:
         self._file.close()
 
     def config(self) -> dict[str, Any]:
-        """The HF-style ``config.json``; see ``gguf_config.hf_config``."""
+        """Return the HF-style ``config.json``; see ``gguf_config.hf_config``."""
         info = self._tensors.get(ROPE_FREQS)
         freqs = None if info is None else self._dequantize(info, slice(None)).astype(np.float32)
         return hf_config(self.metadata, self._tensors, freqs, str(self.path))
 
     def names(self) -> Iterable[str]:
-        """HF names of all weights, in the file's order."""
+        """Return the HF names of all weights, in the file's order."""
         return self._map.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """HF orientation: linear weights are ``(out_features, in_features)``, embeddings ``(vocab, hidden)``."""
+        """Return HF's shape: linear weights are ``(out_features, in_features)``, embeddings ``(vocab, hidden)``."""
         return self._find(name)[1].shape
 
     def dtype(self, name: str) -> str:
-        """The stored type, for example ``Q4_1`` or ``F32``."""
+        """Return the stored type, for example ``Q4_1`` or ``F32``."""
         return self._find(name)[1].kind.name
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """The weight as HF's checkpoint has it, dequantised; a copy.
+        """Return the weight as HF's checkpoint has it, dequantised; a copy.
 
         ``rows`` slices the first axis; what is read reaches from the first stored row of them to the last. Float16 and
         bfloat16 weights keep their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after

@@ -1,4 +1,4 @@
-"""An HF-style ``config.json`` from a GGUF file's metadata.
+"""A GGUF file's metadata describes an HF-style ``config.json``.
 
 GGUF keeps the hyperparameters under ``<architecture>.*`` keys. What it does not store is either implied by its
 tensors (a missing ``output.weight`` means tied embeddings, ``rope_freqs.weight`` Llama 3's rope scaling) or a
@@ -43,7 +43,7 @@ class MetadataView:
             raise unknown_architecture(self.architecture, source)
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of ``key``, which must be a ``kind``; without ``default`` it must be there."""
+        """Return the value of ``key``, which must be a ``kind``; without ``default`` it must be there."""
         value = self.metadata.get(key, default)
         if value is _REQUIRED:
             raise WeightsError(f"{self.source}: the metadata key {key!r} is missing")
@@ -89,7 +89,7 @@ def hf_config(
     rope_freqs: np.ndarray | None = None,
     source: str = "GGUF metadata",
 ) -> dict[str, Any]:
-    """The HF ``config.json`` that describes the model.
+    """Return the HF ``config.json`` that describes the model.
 
     ``metadata`` and ``tensors`` are the file's (its own tensor names); ``rope_freqs`` is the float32
     ``(head_dim / 2,)`` tensor of that name if there is one. ``torch_dtype`` is the weights' float type, or
@@ -161,7 +161,7 @@ def _vocab_size(view: MetadataView, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _float_type(tensors: Mapping[str, TensorInfo]) -> str:
-    """The type that holds most of the matrices' values."""
+    """Return the type that holds most of the matrices' values."""
     values = Counter[str]()
     for info in tensors.values():
         if len(info.shape) > 1:
@@ -209,7 +209,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
 
 
 def _llama3_scaling(divisors: np.ndarray | None, theta: float, head_dim: int, source: str) -> dict[str, Any] | None:
-    """The rope scaling whose divisors the file's ``rope_freqs.weight`` holds; checked, since the file has no key."""
+    """Return the rope scaling whose divisors ``rope_freqs.weight`` holds; it is checked, since the file has no key."""
     if divisors is None:
         return None
     factor = float(np.max(divisors))

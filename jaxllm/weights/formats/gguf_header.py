@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and tensor infos, parsed with every length checked against the file.
+"""The header of a GGUF file has metadata and tensor infos; every length is checked against the file.
 
 Format (ggml's ``docs/gguf.md``), little-endian: magic ``GGUF``, version u32, tensor count u64, metadata count u64,
 the metadata entries (key string, value type u32, value), the tensor infos (name, number of dimensions u32, dimensions
@@ -120,7 +120,7 @@ class _Cursor:
         return [self.value(kind, key, depth + 1) for _ in range(count)]
 
     def _strings(self, count: int) -> list[str] | None:
-        """As many strings, several times faster than one by one; None, with nothing read, where one is malformed."""
+        """Read `count` strings, several times faster than one by one; None, and nothing read, where one is wrong."""
         data, position, found = self.data, self.position, []
         try:
             for _ in range(count):

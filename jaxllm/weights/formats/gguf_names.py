@@ -1,4 +1,4 @@
-"""Tensor names of GGUF files in Hugging Face's terms, and what llama.cpp's converter changed in each tensor.
+"""GGUF files have tensor names of their own; these are Hugging Face's, with what llama.cpp's converter changed.
 
 llama.cpp renames every tensor, stores the ``llama`` architecture's Q and K rows in the order that interleaved rotary
 embedding wants, and adds 1 to Gemma's RMS norm weights. ``tensor_map`` says how to undo all three.
@@ -94,14 +94,14 @@ def tensor_map(
 
 
 def unknown_architecture(architecture: str, source: str) -> WeightsError:
-    """The error for an architecture that is not in ``KNOWN_ARCHITECTURES``."""
+    """Return the error for an architecture that is not in ``KNOWN_ARCHITECTURES``."""
     return WeightsError(
         f"{source}: the architecture {architecture!r} is not supported; known are {', '.join(KNOWN_ARCHITECTURES)}"
     )
 
 
 def stored_rows(rows: int, heads: int) -> np.ndarray:
-    """For each HF row of a Q or K projection, the row where llama.cpp stores it; int64 ``(rows,)``.
+    """Return, for each HF row of a Q or K projection, the row where llama.cpp stores it; int64 ``(rows,)``.
 
     A head's D rows are stored as pairs (j, j + D/2) side by side: HF row ``t * D/2 + j`` is stored row ``2 * j + t``.
     """

@@ -1,4 +1,4 @@
-"""Dequantisation of GGUF blocks to float32, vectorised over blocks.
+"""GGUF blocks are dequantised to float32, many blocks at a time.
 
 A quantised tensor is a run of fixed-size blocks along its last axis. The layouts are those of ggml
 (``ggml-common.h``): every function below states its block's fields in file order. Scales are float16.
@@ -35,7 +35,7 @@ class TensorType:
 
 
 def _half(blocks: Array, start: int) -> Array:
-    """The float16 at byte ``start`` of every block, as float32 of shape ``(n, 1)``."""
+    """Return the float16 at byte ``start`` of every block, as float32 of shape ``(n, 1)``."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 

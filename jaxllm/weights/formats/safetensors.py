@@ -1,7 +1,16 @@
 """Safetensors directories as weights: one file, or shards with an index.
 
-The format (https://github.com/huggingface/safetensors#format) is a little-endian u64, that many bytes of JSON which say
-each tensor's dtype, shape and place, and the tensors, one after the other.
+The package opens each file, which checks all of it but the numbers; these are read here, by plain reads at the places
+that the checked header says. Read through the package, a checkpoint of 1.05 GB in bfloat16, in slices of 2**20 numbers
+(as the loader reads them; safetensors 0.8.0, two cores, the file in the page cache), took
+
+    how                                     seconds   bytes read   peak beyond the interpreter
+    plain reads                                 0.5      1.05 GB                       1.00 GB
+    safe_open, get_slice, backend="mmap"    0.3-2.0      (pages)                       2.00 GB
+    safe_open, get_slice, backend="pread"        30      35.4 GB                       1.07 GB
+
+A map's pages count as the process's memory, and a file that is cut off ends the process that has it mapped; the other
+backend reads a whole tensor for every slice of it.
 """
 
 from __future__ import annotations
@@ -16,6 +25,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.plain_file import PlainFile
@@ -118,54 +128,27 @@ class SafetensorsReader:
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """The tensors of one file, every one of them checked to lie within the file and to have its shape's size."""
+    """The tensors of one file; the package checks that each has its shape's size, and that they fill the file."""
     file = stack.enter_context(contextlib.closing(PlainFile(path)))
     try:
-        size = path.stat().st_size
+        with safe_open(path, framework="numpy"):
+            pass
         length = int.from_bytes(file.file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES + length:
-            raise WeightsError(
-                f"{path}: truncated or not safetensors: {size} bytes, of which its header needs {length}"
-            )
         header = json.loads(file.file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _tensor(file, entry, _LENGTH_BYTES + length) for name, entry in entries.items()}
     except OSError as error:
         raise WeightsError(f"{path}: cannot be opened: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{path}: its safetensors header is corrupt: {error!r}") from error
-    _check_places(path, tensors, _LENGTH_BYTES + length, size)
-    return tensors
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: truncated, corrupt or not safetensors: {error} ({path.stat().st_size} bytes)"
+        ) from error
+    header.pop("__metadata__", None)
+    return {name: _tensor(file, entry, _LENGTH_BYTES + length) for name, entry in header.items()}
 
 
 def _tensor(file: PlainFile, entry: Mapping[str, Any], data: int) -> _Tensor:
     begin, end = entry["data_offsets"]
-    shape, dtype = entry["shape"], entry["dtype"]
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or type(dtype) is not str:
-        raise ValueError(f"an entry is {entry!r:.200}")
-    return _Tensor(file=file, dtype=dtype, shape=tuple(shape), offset=data + begin, nbytes=end - begin)
-
-
-def _check_places(path: Path, tensors: Mapping[str, _Tensor], data: int, size: int) -> None:
-    """The format's rules: tensors fill the file without holes or overlap, each of the size that its shape needs."""
-    end = data
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        problem = None
-        if tensor.offset != end or tensor.nbytes < 0:
-            problem = f"begins at byte {tensor.offset} and has {tensor.nbytes}, but should begin at {end}"
-        elif tensor.dtype in DTYPES:
-            needed = math.prod(tensor.shape) * np.dtype(DTYPES[tensor.dtype]).itemsize
-            if needed != tensor.nbytes:
-                problem = f"has {tensor.nbytes} bytes, but its shape {tensor.shape} and type need {needed}"
-        if problem:
-            raise WeightsError(f"{path}: its safetensors header is corrupt: tensor {name!r} {problem}")
-        end += tensor.nbytes
-        if end > size:
-            raise WeightsError(f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}")
-    if end != size:
-        raise WeightsError(f"{path}: corrupt: {size - end} bytes follow the last tensor")
+    shape = tuple(entry["shape"])
+    return _Tensor(file=file, dtype=entry["dtype"], shape=shape, offset=data + begin, nbytes=end - begin)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

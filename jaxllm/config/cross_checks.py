@@ -1,0 +1,61 @@
+"""Arguments that contradict each other, the model or the device; each names the value that would work.
+
+What depends on numbers that are only decided later stands where these are decided: the limits of a step in
+`jaxllm.config.resolve`, how a model splits in `jaxllm.parallel.rules`, what fits into memory in `jaxllm.runner.memory`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from jaxllm.api.errors import ValidationError
+
+if TYPE_CHECKING:
+    from jaxllm.config.engine_args import EngineArgs
+
+logger = logging.getLogger("jaxllm")
+
+
+def check_together(args: EngineArgs) -> None:
+    """Raise ValidationError for arguments that contradict each other, whatever the model and the device."""
+    if args.pooler_config is not None and args.override_pooler_config is not None:
+        raise ValidationError("pooler_config and override_pooler_config are two names of one thing; set one.")
+    tokens, seqs = args.max_num_batched_tokens, args.max_num_seqs
+    if tokens is not None and seqs is not None and tokens < seqs:
+        raise ValidationError(
+            f"max_num_batched_tokens ({tokens}) must be greater than or equal to max_num_seqs ({seqs}): a step gives "
+            "every running request at least one token."
+        )
+
+
+def check_pooling(args: EngineArgs) -> None:
+    """Raise ValidationError for arguments that an engine which pools cannot honour."""
+    if args.load_format == "null":
+        raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
+    if args.logits_processors:
+        raise ValidationError("logits_processors change what is sampled, and a pooling engine samples nothing.")
+    if args.num_decode_steps is not None and args.num_decode_steps > 1:
+        logger.warning("num_decode_steps=%d has no effect: a pooling engine samples nothing.", args.num_decode_steps)
+
+
+def check_whole_prompts(args: EngineArgs) -> None:
+    """Raise ValidationError for arguments that a model which sees whole prompts cannot honour."""
+    tokens, longest = args.max_num_batched_tokens, args.max_model_len or 0
+    if tokens is not None and longest > tokens:
+        raise ValidationError(
+            f"max_num_batched_tokens ({tokens}) is smaller than max_model_len ({longest}), and a model that sees whole "
+            f"prompts computes each in one step. Set max_num_batched_tokens to at least {longest}, or max_model_len to "
+            f"at most {tokens}."
+        )
+
+
+def check_deterministic(platform: str, *, pools: bool) -> None:
+    """Raise ValidationError where `EngineArgs.deterministic` cannot be kept."""
+    if platform != "cpu":
+        raise ValidationError(
+            "deterministic=True is only available on a CPU so far: on a GPU, the order in which numbers are added up "
+            "depends on what else is in a step. Leave it out, or pass device='cpu'."
+        )
+    if pools:
+        raise ValidationError("deterministic=True is only available for models that generate. Leave it out.")

@@ -1,0 +1,23 @@
+"""How the model and its requests are spread over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxllm.config.argument import Arguments, not_yet
+
+_CAPABILITY = "parallelism"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Arguments):
+    """The sizes of the mesh's axes, under vLLM's names."""
+
+    #: devices that share every layer
+    tensor_parallel_size: int = not_yet(1, _CAPABILITY, short="-tp")
+    #: stages of layers, each on devices of its own
+    pipeline_parallel_size: int = not_yet(1, _CAPABILITY, short="-pp")
+    #: copies of the model, each with requests of its own
+    data_parallel_size: int = not_yet(1, _CAPABILITY, short="-dp")
+    #: whether experts are spread over devices as wholes, not each of them split
+    enable_expert_parallel: bool = not_yet(False, _CAPABILITY)
