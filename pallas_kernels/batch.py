@@ -26,8 +26,6 @@ class AttentionBatch:
     block_tables: jax.Array  # i32 [G, S, W]
     num_decodes: jax.Array  # i32 []
     num_seqs: jax.Array  # i32 []
-    #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
-    segment_starts: jax.Array | None = None
     backend: Backend = dataclasses.field(metadata={"static": True}, default=Backend())
     #: the step has single tokens only: num_decodes == num_seqs
     decode_only: bool = dataclasses.field(metadata={"static": True}, default=False)

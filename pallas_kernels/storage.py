@@ -1,12 +1,16 @@
 """How numbers lie in the page array.
 
-The array is ``[layers_per_group * num_blocks, 2, kv_heads, block_size, head_dim]`` for all layers: a page holds keys,
-then values, head-major, so that the rows of one head are contiguous. A layer's pages are at ``layer * num_blocks +
-block id``. Page 0 is trash: padding tokens write there and it is never read.
+The array is ``[layers_per_group * num_blocks, 2 * kv_heads, block_size, head_dim]`` for all layers: a page holds the
+keys of each head, then the values of each head, so that the rows of one head are contiguous. A layer's pages are at
+``layer * num_blocks + block id``. Page 0 is trash: padding tokens write there and it is never read.
+
+No dimension may have the size 1. XLA may put such a dimension anywhere in an array's layout; within a loop over layers
+it chose another place than at the program's boundary, and copied the whole cache in every layer from one layout to the
+other, though both have the same bytes in the same order. So keys and values share a dimension with the heads.
 
 Where `Backend.transposes_keys`, the keys of a head are ``[head_dim, block_size]``, in the same place of the same array.
 
-int8 and float8 pages have scales beside them, float32 ``[pages, 2, kv_heads, block_size]``: what is stored times its
+int8 and float8 pages have scales beside them, float32 ``[pages, 2 * kv_heads, block_size]``: what is stored times its
 scale is the number.
 """
 
@@ -92,16 +96,16 @@ def check_operands(
     Raises:
         ValueError: the text names the array, what it is and what it must be.
     """
-    if cache.ndim != 5 or cache.shape[1] != 2:
-        raise ValueError(f"cache must be [pages, 2, kv_heads, block_size, head_dim], got {list(cache.shape)}")
-    _, _, kv_heads, _, dim = cache.shape
+    if cache.ndim != 4 or cache.shape[1] % 2:
+        raise ValueError(f"cache must be [pages, 2 * kv_heads, block_size, head_dim], got {list(cache.shape)}")
+    kv_heads, dim = cache.shape[1] // 2, cache.shape[3]
     if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8)):
         raise ValueError(f"cache must be of a float dtype, int8, or uint16 (bf16's bits), got {cache.dtype}")
     if is_scaled(cache.dtype) != (kv_scales is not None):
-        wanted = f"needs kv_scales of shape {list(cache.shape[:4])}" if kv_scales is None else "takes no kv_scales"
+        wanted = f"needs kv_scales of shape {list(cache.shape[:3])}" if kv_scales is None else "takes no kv_scales"
         raise ValueError(f"a cache of {cache.dtype} {wanted}")
-    if kv_scales is not None and kv_scales.shape != cache.shape[:4]:
-        raise ValueError(f"kv_scales must be of shape {list(cache.shape[:4])}, got {list(kv_scales.shape)}")
+    if kv_scales is not None and kv_scales.shape != cache.shape[:3]:
+        raise ValueError(f"kv_scales must be of shape {list(cache.shape[:3])}, got {list(kv_scales.shape)}")
     for name, array in rows.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be of a float dtype, got {array.dtype}")

@@ -106,7 +106,9 @@ def random_lengths(
     range_ratio: float = 0.0,
     prefix_len: int = 0,
 ) -> list[BenchRequest]:
-    """Draw random tokens. Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, or else 1.
+    """Draw random tokens.
+
+    Lengths are uniform in [n (1 - range_ratio), n (1 + range_ratio)], as in vLLM, and at least 1.
 
     Args:
         prefix_len: tokens before these that all prompts share.

@@ -142,7 +142,8 @@ class Driver:
         self._concurrency = workload.concurrency
         self.times = HostTimes(clock)
         runner: Any = self._core._runner
-        runner._rows.pack = self.times.timed("pack", runner._rows.pack)
+        sampling = runner._sampling
+        sampling.pack = self.times.timed("pack", sampling.pack)
         execute, wait = runner.execute, self.times.timed("wait", _wait)
         runner.execute = lambda scheduled: _Waited(execute(scheduled), wait)
         self._read = self.times.timed("prompts", self._inputs.reader.read)

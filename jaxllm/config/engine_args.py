@@ -70,6 +70,12 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     long_prefill_token_threshold: int = argument(
         0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit"
     )
+    long_prefill_token_threshold_adaptive: bool = switch(
+        False, "let that limit be no less than a request's fair share of the step"
+    )
+    max_num_active_seqs: int | None = argument(
+        None, check.at_least(1), "most requests that run at once, of the max_num_seqs that there is room for"
+    )
     scheduling_policy: str = argument("fcfs", check.one_of("fcfs", "priority"), "fcfs or priority")
     enable_chunked_prefill: bool = switch(True, "split long prompts over several steps")
     enable_prefix_caching: bool = switch(True, "share the KV cache of equal prompt beginnings")

@@ -75,6 +75,13 @@ def scheduler_config(
                 num_tokens,
             )
             num_seqs = num_tokens
+    if args.max_num_active_seqs is not None and args.max_num_active_seqs > num_seqs:
+        raise ValidationError(
+            f"max_num_active_seqs ({args.max_num_active_seqs}) cannot be greater than max_num_seqs ({num_seqs}), for "
+            f"which there is room. Set max_num_active_seqs to at most {num_seqs}, or a larger max_num_seqs."
+        )
+    if args.long_prefill_token_threshold_adaptive and not args.long_prefill_token_threshold:
+        logger.warning("long_prefill_token_threshold_adaptive has no effect without a long_prefill_token_threshold.")
     most_useful = num_seqs * max_model_len
     if num_tokens is None:
         num_tokens = default_tokens
@@ -116,6 +123,8 @@ def scheduler_config(
         max_num_batched_tokens=num_tokens,
         max_model_len=max_model_len,
         long_prefill_token_threshold=args.long_prefill_token_threshold,
+        long_prefill_token_threshold_adaptive=args.long_prefill_token_threshold_adaptive,
+        max_num_active_seqs=args.max_num_active_seqs,
         policy=args.scheduling_policy,
         max_scored_tokens=max(1, min(scored_tokens, SCORED_BYTES // (8 * max(num_logprobs, 1)), num_tokens)),
         enable_chunked_prefill=args.enable_chunked_prefill,

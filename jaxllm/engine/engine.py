@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from jaxllm.engine.core import EngineCore
     from jaxllm.engine.io.input_processor import InputProcessor
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
-    from jaxllm.runner.heads.pooling_runner import PoolingRunner
     from jaxllm.runner.memory.plan import MemoryPlan
     from jaxllm.runner.null import NullRunner
     from jaxllm.runner.runner import Runner
@@ -61,7 +60,7 @@ class Engine:
         inputs: InputProcessor,
         pooling_inputs: PoolingInputs | None,
         *,
-        runner: Runner | PoolingRunner | NullRunner,
+        runner: Runner | NullRunner,
         default_params: SamplingParams,
         profile: Callable[[Path], Any],
         memory_plan: MemoryPlan,

@@ -5,25 +5,31 @@ How pages lie in the cache is said in `pallas_kernels.storage`, what a batch is 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
+from jaxllm.layers.context import Context, StepBatch
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention.api import paged_attention
 
-__all__ = ["AttentionBatch", "Layout", "attention", "write_kv"]
+__all__ = ["Layout", "attention", "write_kv"]
 
 
-def write_kv(cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: AttentionBatch) -> jax.Array:
+def write_kv(
+    context: Context, cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: StepBatch
+) -> jax.Array:
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
-    return kv_write.write_kv(cache, key, value, layout, batch)[0]
+    return kv_write.write_kv(cache, key, value, layout, _for_kernels(context, batch))[0]
 
 
 def attention(
+    context: Context,
     query: jax.Array,
     cache: jax.Array,
     layout: Layout,
-    batch: AttentionBatch,
+    batch: StepBatch,
     *,
     scale: float,
     softcap: float | None = None,
@@ -40,4 +46,10 @@ def attention(
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
     """
-    return paged_attention(query, cache, layout, batch, scale=scale, softcap=softcap, causal=causal)
+    attended = _for_kernels(context, batch)
+    return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal)
+
+
+def _for_kernels(context: Context, batch: StepBatch) -> AttentionBatch:
+    """The kernels find their implementation in their batch."""
+    return dataclasses.replace(batch.attention, backend=context.backend)

@@ -1,4 +1,4 @@
-"""Token embeddings, whole or split by the vocabulary."""
+"""Tokens to vectors and back. The vocabulary, the logical axis "vocab" of both tables, may be split over devices."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.context import Context
+from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.stacked_matrix import StackedMatrix
 
-def embed(table: jax.Array, tokens: jax.Array, *, split_over: str | None = None) -> jax.Array:
-    """Rows of `table` [V, d] of tokens i32 [T] -> [T, d].
+VOCAB = "vocab"
 
-    Args:
-        split_over: mesh axis over which the vocabulary is split: `table` is this device's rows, the others' embeddings
-            come from the others.
-    """
-    if split_over is None:
+
+def embed(context: Context, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of `table` [V, d] of tokens i32 [T] -> [T, d]. Of a table that is split, the others' rows come from them."""
+    axis = context.mesh_axis(VOCAB)
+    if axis is None:
         return table[tokens]
     rows = table.shape[0]
-    local = tokens - lax.axis_index(split_over) * rows
+    local = tokens - lax.axis_index(axis) * rows
     here = (local >= 0) & (local < rows)
     found = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
-    return lax.psum(found, split_over)
+    return lax.psum(found, axis)
+
+
+def unembed(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix, vocab_size: int) -> jax.Array:
+    """Scores of every token, float32 [R, vocab_size], of hidden [R, d] and `table` [V, d].
+
+    Args:
+        vocab_size: of the whole vocabulary, on each device.
+    """
+    scores = linear_f32(context, hidden, table)
+    axis = context.mesh_axis(VOCAB)
+    if axis is None:
+        return scores
+    # the last device's rows may go on behind the vocabulary
+    return lax.all_gather(scores, axis, axis=1, tiled=True)[:, :vocab_size]

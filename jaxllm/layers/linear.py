@@ -6,40 +6,42 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.context import Context
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 
 
 def linear(
+    context: Context,
     x: jax.Array,
     weight: jax.Array | StackedMatrix,
     bias: jax.Array | None = None,
     *,
-    sum_over: str | None = None,
-    deterministic: bool = False,
+    over: str | None = None,
 ) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
     Weights keep the checkpoint's orientation. A `StackedMatrix` stands for a weight where x may have one row.
 
     Args:
-        sum_over: mesh axis over which `in` is split: each device has a part of x and weight, and all get the sum.
-        deterministic: see `linear_f32`.
+        over: logical axis of the in-features that may be split over devices: each has a part of x and weight, and all
+            get the sum.
     """
-    y = linear_f32(x, weight, deterministic=deterministic)
+    y = linear_f32(context, x, weight)
+    axis = None if over is None else context.mesh_axis(over)
+    if axis is not None:
+        y = lax.psum(y.astype(x.dtype), axis)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    y = y.astype(x.dtype)
-    return y if sum_over is None else lax.psum(y, sum_over)
+        y = y.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
 
 
-def linear_f32(x: jax.Array, weight: jax.Array | StackedMatrix, *, deterministic: bool = False) -> jax.Array:
+def linear_f32(context: Context, x: jax.Array, weight: jax.Array | StackedMatrix) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
-    Args:
-        deterministic: on a CPU, a row of the result is the same, to the bit, however many rows x [rows, in] has. Two
-            and more are multiplied by kernels that add up each number of the result from the first product to the last;
-            a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16 takes three
-            rows for its own kernel, which rounds otherwise. Fewer rows get companions.
+    Where the context is deterministic, on a CPU, a row of the result is the same, to the bit, however many rows
+    x [rows, in] has. Two and more are multiplied by kernels that add up each number of the result from the first
+    product to the last; a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16
+    takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, StackedMatrix):
         if x.shape[0] == 1:
@@ -47,8 +49,8 @@ def linear_f32(x: jax.Array, weight: jax.Array | StackedMatrix, *, deterministic
         assert weight.several is not None
         weight = weight.several
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
-    if deterministic and rows < least:
-        return linear_f32(_padded(x, least), weight)[:rows]
+    if context.deterministic and rows < least:
+        return linear_f32(context, _padded(x, least), weight)[:rows]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.activation import ACTIVATIONS, activate
-from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
+from jaxllm.layers.attention import Layout, attention, write_kv
+from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.embedding import embed
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import attention_scale, layouts
@@ -115,41 +117,43 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
 
 
 def forward(
+    context: Context,
     config: BertConfig,
     groups: tuple[KVCacheGroup, ...],
     params: BertParams,
-    tokens: jax.Array,
     cache: jax.Array,
-    batch: AttentionBatch,
+    batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """One step through all layers, with the arguments and results of `decoder.forward`.
 
     Every sequence of the step must be in it from its first token to its last.
     """
-    types = jnp.zeros_like(tokens)
+    positions, types = batch.attention.positions, jnp.zeros_like(batch.tokens)
     if batch.segment_starts is not None:
-        types = (batch.positions >= batch.segment_starts[batch.token_seq]).astype(jnp.int32)
-    x = params.embedding[tokens] + params.type_embedding[types] + params.position_embedding[batch.positions]
+        types = (positions >= batch.segment_starts[batch.attention.token_seq]).astype(jnp.int32)
+    x = embed(context, params.embedding, batch.tokens)
+    x = x + params.type_embedding[types] + params.position_embedding[positions]
     x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
 
     def layer(carry, weights, layout):
         x, cache = carry
-        x, cache = _attention_block(config, weights, layout, x, cache, batch)
-        return _mlp_block(config, weights, x), cache
+        x, cache = _attention_block(context, config, weights, layout, x, cache, batch)
+        return _mlp_block(context, config, weights, x), cache
 
     x, cache = through_layers(layer, (x, cache), params.layers, layouts(config, groups, cache.shape[0]))
     return cache, x
 
 
-def _attention_block(config: BertConfig, w: BertLayers, layout: Layout, x, cache, batch: AttentionBatch):
+def _attention_block(context: Context, config: BertConfig, w: BertLayers, layout: Layout, x, cache, batch: StepBatch):
     heads, dim = config.num_heads, config.head_dim
-    query, key, value = jnp.split(linear(x, w.qkv, w.qkv_bias).reshape(-1, 3 * heads, dim), 3, axis=1)
-    cache = write_kv(cache, key, value, layout, batch)
-    attended = attention(query, cache, layout, batch, scale=attention_scale(dim), causal=False)
-    y = linear(attended.reshape(-1, heads * dim), w.output, w.output_bias)
+    query, key, value = jnp.split(linear(context, x, w.qkv, w.qkv_bias).reshape(-1, 3 * heads, dim), 3, axis=1)
+    cache = write_kv(context, cache, key, value, layout, batch)
+    attended = attention(context, query, cache, layout, batch, scale=attention_scale(dim), causal=False)
+    y = linear(context, attended.reshape(-1, heads * dim), w.output, w.output_bias, over="heads")
     return layer_norm(x + y, w.attention_norm, w.attention_norm_bias, config.norm_eps), cache
 
 
-def _mlp_block(config: BertConfig, w: BertLayers, x: jax.Array) -> jax.Array:
-    y = linear(activate(config.activation, linear(x, w.up, w.up_bias)), w.down, w.down_bias)
+def _mlp_block(context: Context, config: BertConfig, w: BertLayers, x: jax.Array) -> jax.Array:
+    y = activate(config.activation, linear(context, x, w.up, w.up_bias))
+    y = linear(context, y, w.down, w.down_bias, over="mlp")
     return layer_norm(x + y, w.mlp_norm, w.mlp_norm_bias, config.norm_eps)

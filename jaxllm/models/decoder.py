@@ -2,7 +2,7 @@
 
 A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are
 called; what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and
-`attention`.
+`attention`, and hands on the `Context` that they look at.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.activation import gated
-from jaxllm.layers.attention import AttentionBatch, Layout, attention, write_kv
-from jaxllm.layers.embedding import embed
-from jaxllm.layers.linear import linear, linear_f32
+from jaxllm.layers.attention import Layout, attention, write_kv
+from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.embedding import embed, unembed
+from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope, rope_tables
 from jaxllm.models.segments import through_layers
@@ -63,9 +63,6 @@ class DecoderConfig:
     logits_softcap: float | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
-    #: mesh axis over which heads, intermediate size and vocabulary are split, the numbers above (but the vocabulary's)
-    #: being one device's; None: they are not
-    split_over: str | None = None
 
 
 class HasLayers(Protocol):
@@ -108,48 +105,45 @@ class Params:
 
 
 def forward(
+    context: Context,
     config: DecoderConfig,
     groups: tuple[KVCacheGroup, ...],
     params: Params,
-    tokens: jax.Array,
     cache: jax.Array,
-    batch: AttentionBatch,
+    batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """One step through all layers.
 
     Args:
+        context, config, groups: static. Where heads, the MLP and the vocabulary are split over devices, the config's
+            numbers (but the vocabulary's) are one device's.
         groups: which layers share a block table; decides where in the cache a layer's pages are.
-        tokens: i32 [T], within the vocabulary.
         cache: the KV cache of all layers (`layers.attention`); donate it.
-        batch: where each token belongs.
 
     Returns:
         (cache, hidden): hidden [T, d] after the final norm.
     """
     frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
-    cos, sin = jax.vmap(lambda f: rope_tables(batch.positions, f))(frequencies)
-    x = embed(params.embedding, tokens, split_over=config.split_over)
+    cos, sin = jax.vmap(lambda f: rope_tables(batch.attention.positions, f))(frequencies)
+    x = embed(context, params.embedding, batch.tokens)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
 
     def layer(carry, weights, place):
         x, cache = carry
         layout, rope = place
-        x, cache = _attention_block(config, weights, layout, cos[rope], sin[rope], x, cache, batch)
-        return _mlp_block(config, weights, x, batch), cache
+        x, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], x, cache, batch)
+        return _mlp_block(context, config, weights, x), cache
 
     places = layouts(config, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
     x, cache = through_layers(layer, (x, cache), params.layers, places)
     return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
 
 
-def logits(config: DecoderConfig, params: Params, hidden: jax.Array, *, deterministic: bool = False) -> jax.Array:
-    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]. `deterministic`: see `linear_f32`."""
+def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
     head = params.embedding if params.head is None else params.head
-    scores = linear_f32(hidden, head, deterministic=deterministic)
-    if config.split_over is not None:
-        # the last device's rows may go on behind the vocabulary
-        scores = lax.all_gather(scores, config.split_over, axis=1, tiled=True)[:, : config.vocab_size]
+    scores = unembed(context, hidden, head, config.vocab_size)
     cap = config.logits_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
@@ -167,18 +161,20 @@ def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> 
     return Layout(group=group, page_offset=offset, window=window)  # pyright: ignore[reportArgumentType]
 
 
-def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: AttentionBatch):
+def _attention_block(
+    context: Context, config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: StepBatch
+):
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     normed = rms_norm(x, w.attention_norm, config.norm_eps, offset=config.norm_offset)
-    deterministic = batch.backend.deterministic
-    qkv = linear(normed, w.qkv, w.qkv_bias, deterministic=deterministic).reshape(-1, heads + 2 * kv_heads, dim)
+    qkv = linear(context, normed, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if w.query_norm is not None and w.key_norm is not None:
         query = rms_norm(query, w.query_norm, config.norm_eps, offset=config.norm_offset)
         key = rms_norm(key, w.key_norm, config.norm_eps, offset=config.norm_offset)
     query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-    cache = write_kv(cache, key, value, layout, batch)
+    cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
+        context,
         query,
         cache,
         layout,
@@ -187,18 +183,16 @@ def _attention_block(config: DecoderConfig, w: Layers, layout: Layout, cos, sin,
         softcap=config.attention_softcap,
         causal=config.causal,
     )
-    attended = attended.reshape(-1, heads * dim)
-    y = linear(attended, w.output, sum_over=config.split_over, deterministic=deterministic)
+    y = linear(context, attended.reshape(-1, heads * dim), w.output, over="heads")
     if w.post_attention_norm is not None:
         y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)
     return x + y, cache
 
 
-def _mlp_block(config: DecoderConfig, w: Layers, x: jax.Array, batch: AttentionBatch) -> jax.Array:
+def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
     normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
-    deterministic = batch.backend.deterministic
-    y = gated(config.activation, linear(normed, w.gate_up, deterministic=deterministic))
-    y = linear(y, w.down, sum_over=config.split_over, deterministic=deterministic)
+    y = gated(config.activation, linear(context, normed, w.gate_up))
+    y = linear(context, y, w.down, over="mlp")
     if w.post_mlp_norm is not None:
         y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
     return x + y

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from jaxllm.config.cache import KVCacheGroup
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models import bert, decoder
 from jaxllm.models.bert import BertConfig, BertParams
 from jaxllm.models.decoder import DecoderConfig, Params
@@ -18,19 +18,19 @@ ModelParams = Params | BertParams
 
 
 def forward(
+    context: Context,
     config: ModelConfig,
     groups: tuple[KVCacheGroup, ...],
     params: ModelParams,
-    tokens: jax.Array,
     cache: jax.Array,
-    batch: AttentionBatch,
+    batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """One step through all layers: `decoder.forward`, or what the family has in its place."""
     if isinstance(config, BertConfig):
         assert isinstance(params, BertParams)
-        return bert.forward(config, groups, params, tokens, cache, batch)
+        return bert.forward(context, config, groups, params, cache, batch)
     assert isinstance(params, Params)
-    return decoder.forward(config, groups, params, tokens, cache, batch)
+    return decoder.forward(context, config, groups, params, cache, batch)
 
 
 def body_specs(config: ModelConfig) -> ModelParams:

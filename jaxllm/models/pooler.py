@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.pooler import Pooler
+from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.weight import Axis, Part, WeightSpec
 from jaxllm.models.bert import BertConfig
@@ -64,7 +65,12 @@ def output_size(config: ModelConfig, pooler: Pooler) -> int:
 
 
 def finish(
-    pooler: Pooler, head: Head | None, pooled: jax.Array, dimensions: jax.Array, activate: jax.Array
+    context: Context,
+    pooler: Pooler,
+    head: Head | None,
+    pooled: jax.Array,
+    dimensions: jax.Array,
+    activate: jax.Array,
 ) -> jax.Array:
     """Results of pooled hidden states.
 
@@ -83,13 +89,13 @@ def finish(
         return jnp.where(activate[:, None], x / jnp.maximum(length, 1e-12), x)
     x = pooled
     if head.dense is not None:
-        x = jnp.tanh(_linear(x, head.dense, head.dense_bias))
-    x = (_linear(x, head.classifier, head.classifier_bias) - pooler.logit_mean) / pooler.logit_sigma
+        x = jnp.tanh(_linear(context, x, head.dense, head.dense_bias))
+    x = (_linear(context, x, head.classifier, head.classifier_bias) - pooler.logit_mean) / pooler.logit_sigma
     return jnp.where(activate[:, None], _ACTIVATIONS[pooler.activation](x), x)
 
 
-def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = linear_f32(x, weight.astype(jnp.float32))
+def _linear(context: Context, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = linear_f32(context, x, weight.astype(jnp.float32))
     return y if bias is None else y + bias.astype(jnp.float32)
 
 

@@ -2,7 +2,7 @@
 
 Every device runs the same program on its part of the weights and of the KV cache (`jax.shard_map` around the whole
 step): what a device computes by itself needs no partitioner, so kernels run in it as they do on one device, and what
-devices exchange is written where it happens (`layers.linear`, `layers.embedding`, `models.decoder.logits`).
+devices exchange is written where it happens (`layers.linear`, `layers.embedding`).
 """
 
 from __future__ import annotations

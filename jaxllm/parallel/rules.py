@@ -43,8 +43,8 @@ RULES = {
     "mlp": Rule(TENSOR, "refuse"),
     "vocab": Rule(TENSOR, "fill"),
 }
-#: the KV cache [pages, 2, kv_heads, block_size, head_dim]
-CACHE = jax.P(None, None, TENSOR)
+#: the KV cache [pages, 2 * kv_heads, block_size, head_dim]: each device has the keys and the values of its heads
+CACHE = jax.P(None, TENSOR)
 
 
 class Held(NamedTuple):
@@ -173,5 +173,9 @@ def local_model(model: DecoderConfig, devices: int) -> DecoderConfig:
         num_heads=held(Axis("heads", model.num_heads), sizes).size,
         num_kv_heads=held(Axis("kv_heads", model.num_kv_heads), sizes).size,
         intermediate_size=held(Axis("mlp", model.intermediate_size), sizes).size,
-        split_over=TENSOR,
     )
+
+
+def split_axes(sizes: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+    """The logical axes that are split on a mesh of these sizes, each with its mesh axis (`layers.context.Context`)."""
+    return tuple((name, rule.mesh_axis) for name, rule in RULES.items() if sizes.get(rule.mesh_axis, 1) > 1)

@@ -19,10 +19,10 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
+from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.deviceless import lowering_for
-from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU, Programs
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingPrograms
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
@@ -132,7 +132,7 @@ class _Planner:
         programs = make_programs(config, config.params(), num_blocks)
         with contextlib.nullcontext() if self._is_local else lowering_for(make_mesh(config.target.devices)):
             needed = self._needed[config.scheduler] = programs.activation_bytes()
-        if isinstance(programs, Programs) and config.target.num_devices > 1:
+        if isinstance(programs, SamplingPrograms) and config.target.num_devices > 1:
             sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
             texts = (programs.forward(programs.largest).as_text(), sampler.as_text())
             self.collectives = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
 #: float32 copies of a block of logits in the sampler

@@ -7,28 +7,32 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.decoder import Params
+from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.heads.pooling_programs import PoolingPrograms
-from jaxllm.runner.heads.pooling_rows import PoolingRows
-from jaxllm.runner.heads.pooling_runner import PoolingRunner
+from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.pooling import PoolingHead, PoolingPrograms
+from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig
+from jaxllm.runner.heads.sampling import SamplingHead
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms
+from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.memory import freed_memory
-from jaxllm.runner.memory.compiled_plan import compiled_plan
+from jaxllm.runner.memory.fit import plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
-from jaxllm.runner.null import NullRunner
+from jaxllm.runner.rows import Rows
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.runner.step import State
 
 if TYPE_CHECKING:
+    from jaxllm.runner.null import NullRunner
     from jaxllm.weights.checkpoint import Checkpoint
 
 
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 class Built:
     """A runner, ready for its first step, and what the engine must know of it."""
 
-    runner: Runner | PoolingRunner | NullRunner
+    runner: Runner | NullRunner
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
@@ -89,7 +93,10 @@ def build_runner(
         freed_memory.give_back_code()
         clock.lap("compile")
         # on a CPU the cache is zeroed while they are read
-        runner = _runner(config, None if on_cpu else weights(), weights, programs, plan.num_blocks)
+        max_num_seqs = config.scheduler.max_num_seqs
+        rows = Rows(max_num_seqs, len(config.groups), config.table_width)
+        head = _head(programs, max_num_seqs)
+        runner = Runner(None if on_cpu else weights(), weights, head, rows)
         runner.restore_weights()
     except BaseException:
         stop.set()
@@ -100,28 +107,82 @@ def build_runner(
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
-def _runner(
-    config: RunnerConfig,
-    weights: Any,
-    load: Callable[[], Any],
-    programs: Programs | PoolingPrograms,
-    num_blocks: int,
-) -> Runner | PoolingRunner:
-    if isinstance(programs, PoolingPrograms):
-        rows = PoolingRows(
-            config.scheduler.max_num_seqs, len(config.groups), config.table_width, config.model.hidden_size
-        )
-        return PoolingRunner(weights, load, programs, rows)
-    state = config.state(num_blocks)
-    assert isinstance(state, State)
-    return Runner(
-        weights,
-        load,
-        programs,
-        state,
-        num_groups=len(config.groups),
-        table_width=config.table_width,
+def compiled_plan(
+    config: RunnerConfig, *, compiled: Callable[[float], object]
+) -> tuple[RunnerConfig, Programs, MemoryPlan]:
+    """`plan_memory` by the compiler's own account, and the programs of the plan, of which the largest are compiled.
+
+    Args:
+        compiled: told the seconds that compiling them took, each time.
+
+    Raises:
+        DoesNotFitError: the KV cache does not hold one request.
+    """
+    params = config.params()
+    made: list[Programs] = []
+
+    def activations(config: RunnerConfig, num_blocks: int) -> int:
+        made[:] = [make_programs(config, params, num_blocks)]
+        began = time.perf_counter()
+        needed = made[0].activation_bytes()
+        compiled(time.perf_counter() - began)
+        return needed
+
+    config, plan = plan_memory(config, activations)
+    return config, made[0], plan
+
+
+def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs:
+    """The programs of an engine with so many blocks, not compiled yet.
+
+    Args:
+        params: `RunnerConfig.params`.
+    """
+    state, limits = config.state(num_blocks), config.scheduler
+    # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
+    decode_only = config.backend.implementation not in ("xla", "reference")
+    buckets = make_buckets(
+        limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager, decode_only=decode_only
     )
+    if config.pooler is not None:
+        assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
+        return PoolingPrograms(
+            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, context=config.context),
+            buckets,
+            config.table_width,
+            params,
+            state,
+            platform=config.platform,
+            cache_dir=config.compile_cache,
+        )
+    assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
+    return SamplingPrograms(
+        StepConfig(
+            model=config.step_model,
+            groups=config.groups,
+            context=config.context,
+            num_logprobs=config.num_logprobs,
+            logprobs_mode=config.logprobs_mode,
+            processors=config.processors,
+            max_scored_tokens=config.scheduler.max_scored_tokens,
+        ),
+        buckets,
+        config.table_width,
+        params,
+        state,
+        platform=config.platform,
+        eager=config.enforce_eager,
+        cache_dir=config.compile_cache,
+        num_decode_steps=limits.num_decode_steps,
+        decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
+    )
+
+
+def _head(programs: Programs, max_num_seqs: int) -> Head:
+    if isinstance(programs, PoolingPrograms):
+        return PoolingHead(programs, max_num_seqs)
+    assert isinstance(programs, SamplingPrograms)
+    return SamplingHead(programs)
 
 
 class _Clock:

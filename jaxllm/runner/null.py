@@ -19,11 +19,12 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.build import make_programs
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms
+from jaxllm.runner.heads.sampling_rows import PackedStep, SamplingRows
 from jaxllm.runner.memory.fit import blocks_of_one, memory_plan
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, MemoryPlan
-from jaxllm.runner.rows import PackedStep, RowTable
+from jaxllm.runner.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -40,7 +41,7 @@ _NO_WEIGHTS = 'load_format="null" has no weights to read, save or replace.'
 
 
 class NullStep:
-    """A launch that was over when it was made (`step.StepFuture`).
+    """A launch that was over when it was made (`engine.step.StepFuture`).
 
     Args:
         sampled: int [n, steps], of each sampled row its tokens; -1 where there is none.
@@ -77,7 +78,7 @@ class NullStep:
 
 
 class NullRunner:
-    """No device and no weights (`step.ModelRunner`).
+    """No device and no weights (`engine.step.ModelRunner`).
 
     Args:
         token_ids: what is "sampled": the token at position p of any request is ``token_ids[p % len(token_ids)]``.
@@ -85,37 +86,35 @@ class NullRunner:
         table_width: blocks of the longest request.
     """
 
-    def __init__(self, token_ids: Sequence[int], programs: Programs, table_width: int):
+    def __init__(self, token_ids: Sequence[int], programs: SamplingPrograms, table_width: int):
         self._cycle = np.asarray(token_ids, np.int32)
         self._programs = programs
-        self._buckets = tuple(programs.packings)
-        config = programs.config
-        self._num_logprobs = config.num_logprobs
-        self._rows = RowTable(programs.max_num_seqs, len(config.groups), table_width, config, programs.sample_packing)
+        self._num_logprobs = programs.config.num_logprobs
+        self._rows = Rows(programs.max_num_seqs, len(programs.config.groups), table_width)
+        self._sampling = SamplingRows(programs)
 
     def execute(self, scheduled: SchedulerOutput) -> NullStep:
         if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})
-        self._update_rows(scheduled)
+        self._admit(scheduled)
         packings = self._programs.decode_packings
         packing = packings[pick_bucket(tuple(packings), scheduled.step_sizes()[0], len(scheduled.rows))]
-        packed = self._rows.pack_decode_steps(scheduled, packing)
+        packed = self._sampling.pack_decode_steps(scheduled, self._rows, packing)
         steps = np.arange(scheduled.num_steps)
         # the steps go on behind an end: the host drops what comes there
         sampled = self._sampled(packed, packing.size, steps)
         sampled[steps >= np.asarray(scheduled.counts)[packed.sampled_entries, None]] = -1
         return NullStep(packed, sampled, self._num_logprobs)
 
-    def _update_rows(self, scheduled: SchedulerOutput) -> None:
+    def _admit(self, scheduled: SchedulerOutput) -> None:
+        self._rows.update(scheduled)
         for request in scheduled.admitted:
-            self._rows.admit(request)
-        for row, group, start, blocks in scheduled.new_blocks:
-            self._rows.append_blocks(row, group, start, blocks)
+            self._sampling.admit(request)
 
     def forward(self, scheduled: SchedulerOutput) -> tuple[PackedStep, int]:
-        self._update_rows(scheduled)
+        self._admit(scheduled)
         packing = self._programs.packings[self.bucket(scheduled.num_tokens, len(scheduled.rows))]
-        return self._rows.pack(scheduled, packing), packing.size
+        return self._sampling.pack(scheduled, self._rows, packing), packing.size
 
     def sample(self, launched: tuple[PackedStep, int], masks: Mapping[int, np.ndarray]) -> NullStep:
         """A row with a mask gets its first allowed token."""
@@ -146,7 +145,7 @@ class NullRunner:
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size would run in."""
-        return pick_bucket(self._buckets, num_tokens, num_seqs)
+        return self._programs.bucket(num_tokens, num_seqs)
 
     def free_cache(self) -> None:
         """There is none."""
@@ -216,5 +215,5 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
         memory_plan(config, num_blocks, 0), device="no device (null model)", kv_cache_limit=None, **nothing
     )
     programs = make_programs(config, config.params(), num_blocks)
-    assert isinstance(programs, Programs)
+    assert isinstance(programs, SamplingPrograms)
     return NullRunner(token_ids, programs, config.table_width), plan

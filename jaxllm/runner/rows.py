@@ -1,57 +1,15 @@
-"""The host's copy of what the device must know of each running request, kept by row; one step's part of it is packed
-by fancy indexing.
+"""The host's copy of what every forward pass must know of each running request, kept by row; one step's part of it is
+packed by fancy indexing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.api.logits_processor import extra_arg_defaults
-from jaxllm.engine.step import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
-from jaxllm.runner.heads.constraints import ConstraintShape, RowConstraints
-from jaxllm.runner.packing import FLOATS, INTS, Packing
-from jaxllm.runner.step import StepConfig
-
-
-@dataclasses.dataclass(slots=True)
-class PackedStep:
-    """What one step uploads, and how to read what it returns."""
-
-    buffer: np.ndarray  # int32, `forward_packing`'s fields, then `sample_packing`'s
-    constraints: np.ndarray | None  # int32 [max_num_seqs, row_size]; None: no row needs any
-    full: bool  # some row needs more than its most likely token
-    want_logprobs: bool
-    want_chosen: bool  # some row has `logprob_token_ids`
-    #: of the SchedulerOutput
-    num_entries: int
-    #: index of the SchedulerOutput's entry that each sampled row belongs to
-    sampled_entries: np.ndarray
-    #: int32 [1 + max_scored_tokens], as `step.score_step` takes it; None: nothing is scored
-    targets: np.ndarray | None
-    #: positions that each entry has scored; [] where nothing is
-    scored_counts: list[int]
-    #: masked row -> its place in `constraints`
-    masked: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    def flat_rows(self, lost: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """The sampled rows in the order of their entries, and how many of them each entry has, 0 or 1.
-
-        Args:
-            lost: int, places of rows that no token was left to; they are left out.
-        """
-        rows = np.argsort(self.sampled_entries)
-        if len(lost):
-            rows = rows[~np.isin(rows, lost)]
-        counts = np.zeros(self.num_entries, np.int32)
-        counts[self.sampled_entries[rows]] = 1
-        return rows, counts.tolist()
-
-
-NOTHING_LOST = np.zeros(0, np.int64)
+from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 
 
 class Sequences(NamedTuple):
@@ -67,26 +25,35 @@ class Sequences(NamedTuple):
     lengths: np.ndarray
 
 
-class ForwardRows:
-    """What a forward pass needs of all rows: block tables and the tokens that the host knows."""
+class Rows:
+    """What every forward pass needs of all rows: block tables and the tokens that the host knows.
+
+    Attributes:
+        tokens: int32, of each row those that it was admitted with.
+        known: int [rows], how many these are.
+    """
 
     def __init__(self, max_num_seqs: int, num_groups: int, table_width: int):
         self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
-        self._tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
-        self._known = np.zeros(max_num_seqs, np.int64)
+        self.tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
+        self.known = np.zeros(max_num_seqs, np.int64)
 
-    def admit(self, request: AdmittedRequest) -> None:
+    def update(self, step: SchedulerOutput) -> None:
+        """Take in who enters a row with a step, and the blocks that rows get."""
+        for request in step.admitted:
+            self._admit(request)
+        for row, group, start, blocks in step.new_blocks:
+            self._tables[group, row, start : start + len(blocks)] = blocks
+
+    def _admit(self, request: AdmittedRequest) -> None:
         row = request.row
         self._tables[:, row] = 0
         for group, blocks in enumerate(request.block_ids):
             self._tables[group, row, : len(blocks)] = blocks
-        self._tokens[row] = np.asarray(request.token_ids, np.int32)
-        self._known[row] = len(request.token_ids)
+        self.tokens[row] = np.asarray(request.token_ids, np.int32)
+        self.known[row] = len(request.token_ids)
 
-    def append_blocks(self, row: int, group: int, start: int, blocks: list[int]) -> None:
-        self._tables[group, row, start : start + len(blocks)] = blocks
-
-    def pack_forward(self, step: SchedulerOutput, fields) -> Sequences:
+    def pack(self, step: SchedulerOutput, fields: Mapping[str, np.ndarray]) -> Sequences:
         """Fill the fields of `packing.forward_fields`."""
         rows = np.asarray(step.rows, np.int32)
         starts = np.asarray(step.starts, np.int32)
@@ -119,189 +86,7 @@ class ForwardRows:
 
     def _ids(self, rows, starts, counts, first, total) -> np.ndarray:
         ids = np.full(total, -1, np.int32)
-        for i in (starts < self._known[rows]).nonzero()[0].tolist():
-            known = self._tokens[rows[i]][starts[i] : starts[i] + counts[i]]
+        for i in (starts < self.known[rows]).nonzero()[0].tolist():
+            known = self.tokens[rows[i]][starts[i] : starts[i] + counts[i]]
             ids[first[i] : first[i] + len(known)] = known
         return ids
-
-
-class RowTable(ForwardRows):
-    """State of all rows: what the forward pass needs, and sampling parameters."""
-
-    def __init__(self, max_num_seqs: int, num_groups: int, table_width: int, config: StepConfig, packing: Packing):
-        """`packing` is that of the sampler."""
-        super().__init__(max_num_seqs, num_groups, table_width)
-        self._shape = ConstraintShape(config.model.vocab_size)
-        self._max_scored_tokens = config.max_scored_tokens
-        self._sample_packing = packing
-        self._has_processors = bool(config.processors)
-        self._extra_defaults = extra_arg_defaults(config.processors)
-        self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
-        # rows in the buffer's order, so that one gather packs them all
-        self._parameters = np.zeros((len(FLOATS) + len(INTS), max_num_seqs), np.int32)
-        named = dict(zip((*FLOATS, *INTS), self._parameters, strict=True))
-        self._floats = {name: named[name].view(np.float32) for name in FLOATS}
-        self._ints = {name: named[name] for name in INTS}
-        self._logprobs = np.zeros(max_num_seqs, bool)
-        self._full = np.zeros(max_num_seqs, bool)
-        self._end_ids = np.full((max_num_seqs, MAX_END_TOKEN_IDS), -1, np.int32)
-        self._constraints: dict[int, RowConstraints] = {}
-        self._full_mask = self._shape.full_mask()
-
-    def admit(self, request: AdmittedRequest) -> None:
-        super().admit(request)
-        row, params = request.row, request.params
-        greedy = params.is_greedy
-        for name in FLOATS:
-            self._floats[name][row] = getattr(params, name)
-        if greedy:
-            self._floats["temperature"][row] = 0.0
-        self._ints["top_k"][row] = max(params.top_k, 0)
-        self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
-        self._ints["prompt_length"][row] = request.num_prompt_tokens
-        self._logprobs[row] = params.num_logprobs is not None
-        given = params.extra_args or {}
-        self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
-        # a request with more of them does not take part in launches of several steps
-        ends = list(request.end_token_ids)[:MAX_END_TOKEN_IDS]
-        self._end_ids[row] = ends + [-1] * (MAX_END_TOKEN_IDS - len(ends))
-        self._constraints.pop(row, None)
-        if RowConstraints.needed(request):
-            self._constraints[row] = RowConstraints(self._shape, request)
-        self._full[row] = not greedy or self.needs_history(request) or self._logprobs[row] or row in self._constraints
-
-    def needs_history(self, request: AdmittedRequest) -> bool:
-        """Whether the sampler looks at the request's earlier tokens."""
-        if self._has_processors:
-            return True
-        return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
-
-    def pack(self, step: SchedulerOutput, packing: Packing) -> PackedStep:
-        """Fill the buffers of a step; `packing` is its bucket's."""
-        # never reused: the device may read it in place
-        buffer = np.zeros(packing.size + self._sample_packing.size, np.int32)
-        fields = packing.views(buffer[: packing.size])
-        found = self.pack_forward(step, fields)
-        order, rows, _, end, lengths = found
-        # a wanted position is sampled where nobody knows the token behind it, which is so for the last ones only
-        wanted = np.asarray(step.wanted, np.int32)[order]
-        samples = (wanted > 0) & (lengths >= self._known[rows])
-        scored, targets = wanted - samples if step.num_steps == 1 else np.zeros_like(wanted), None
-        scored_counts: list[int] = []
-        if scored.any():
-            targets, scored_counts = self._targets(fields["scored_tokens"], found, wanted, scored)
-        if not samples.all():
-            sampled = np.flatnonzero(samples)
-            order, rows, end, lengths = order[sampled], rows[sampled], end[sampled], lengths[sampled]
-        fields["sampled_tokens"][: len(end)] = end - 1
-
-        full = bool(step.masked_rows) or bool(self._full[rows].any())
-        packed = PackedStep(buffer, None, full, False, False, len(step.rows), order, targets, scored_counts)
-        if len(rows):
-            fields = self._sample_packing.views(buffer[packing.size :])
-            self._pack_sampling(packed, fields, rows, lengths)
-            self._add_masks(packed, fields, rows, step.masked_rows)
-        return packed
-
-    def pack_decode_steps(self, step: SchedulerOutput, packing: Packing) -> PackedStep:
-        """`pack` for a launch of several steps; `packing` is `decode_packing` of its bucket."""
-        packed = self.pack(step, packing)
-        fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
-        fields["steps"][: len(order)] = np.asarray(step.counts, np.int32)[order]
-        fields["end_ids"][: len(order)] = self._end_ids[np.asarray(step.rows)[order]]
-        return packed
-
-    def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:
-        """Make room for the masks that `restrict` brings."""
-        if not masked:
-            return
-        fields["any_mask"][...] = 1
-        if packed.constraints is None:
-            packed.constraints = self._shape.empty(len(fields["rows"]))
-        for i, row in enumerate(rows.tolist()):
-            if row not in masked:
-                continue
-            packed.masked[row] = i
-            words = packed.constraints[i]
-            if not words[self._shape.mask.start - 1]:
-                words[self._shape.mask.start - 1] = 1
-                words[self._shape.mask] = self._full_mask
-
-    def restrict(self, packed: PackedStep, masks: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Add the engine's masks to a step's constraints; returns the places of rows that no token is left to."""
-        lost = []
-        for row, mask in masks.items():
-            assert packed.constraints is not None
-            words = packed.constraints[packed.masked[row], self._shape.mask]
-            words &= mask
-            if not words.any():
-                lost.append(packed.masked[row])
-        return np.asarray(lost, np.int64)
-
-    def _pack_sampling(self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray) -> None:
-        count = len(rows)
-        fields["num_samples"][...] = count
-        fields["rows"][:count] = rows
-        fields["positions"][:count] = positions
-        fields.together((*FLOATS, *INTS))[:, :count] = self._parameters[:, rows]
-        if self._extra_defaults:
-            fields["extra_args"][:count] = self._extra_args[rows]
-        if packed.full:
-            packed.want_logprobs = bool(self._logprobs[rows].any())
-            fields["want_logprobs"][...] = packed.want_logprobs
-            packed.constraints = self._flags(packed, fields, rows, positions)
-
-    def _targets(
-        self, tokens: np.ndarray, found: Sequences, wanted: np.ndarray, scored: np.ndarray
-    ) -> tuple[np.ndarray, list[int]]:
-        """The step's scored tokens, entry after entry, into `tokens`; returns what follows each and each entry's count.
-
-        Args:
-            wanted, scored: int [n], of each sequence.
-        """
-        targets = np.zeros(1 + self._max_scored_tokens, np.int32)
-        counts = np.zeros_like(scored)
-        counts[found.order] = scored
-        first, position, done = found.end - wanted, found.lengths - wanted + 1, 0
-        for seq in np.argsort(found.order).tolist():
-            count = int(scored[seq])
-            tokens[done : done + count] = np.arange(int(first[seq]), int(first[seq]) + count)
-            follows = self._tokens[found.rows[seq]][position[seq] : position[seq] + count]
-            targets[1 + done : 1 + done + count] = follows
-            done += count
-        targets[0] = done
-        return targets, counts.tolist()
-
-    def _flags(self, packed: PackedStep, fields, rows, positions) -> np.ndarray | None:
-        """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""
-        get = {name: self._floats[name][rows] for name in FLOATS}
-        random = get["temperature"] > 0
-        truncated = (self._ints["top_k"][rows] > 0) | (get["top_p"] < 1) | (get["min_p"] > 0)
-        penalised = (get["repetition_penalty"] != 1) | (get["presence_penalty"] != 0) | (get["frequency_penalty"] != 0)
-        fields["any_random"][...] = random.any()
-        fields["any_truncation"][...] = (random & truncated).any()
-        fields["any_penalty"][...] = penalised.any()
-        if not self._constraints:
-            return None
-        buffer = None
-        for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            constraints = self._constraints.get(row)
-            if constraints is None:
-                continue
-            if not constraints.needs(position):
-                continue
-            masks = constraints.masks(position)
-            if buffer is None:
-                buffer = self._shape.empty(len(fields["rows"]))
-            constraints.write(buffer[i], position)
-            fields["any_bias"][...] |= constraints.has_bias
-            fields["any_mask"][...] |= masks
-            fields["any_bad_words"][...] |= constraints.has_bad_words
-            packed.want_chosen |= constraints.has_logprob_ids
-        return buffer
-
-
-def _words(seed: int) -> tuple[int, int]:
-    """(low, high) 32-bit words of a 64-bit seed, as the values of int32."""
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    return low - ((low & 0x80000000) << 1), high - ((high & 0x80000000) << 1)

@@ -17,16 +17,17 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes
+from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.step import State
+from jaxllm.runner.heads.sampling_step import State
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
 
@@ -63,6 +64,11 @@ class RunnerConfig:
     def backend(self) -> Backend:
         """What attention is compiled to."""
         return self.attention or device_backend(self.device)
+
+    @property
+    def context(self) -> Context:
+        """How the model's layers are compiled."""
+        return Context(backend=self.backend, split=split_axes(self.target.mesh_sizes))
 
     @property
     def platform(self) -> str:
@@ -108,7 +114,7 @@ class RunnerConfig:
     @property
     def page_shape(self) -> tuple[int, ...]:
         """On one device."""
-        return 2, self.step_model.num_kv_heads, self.block_size, self.model.head_dim
+        return 2 * self.step_model.num_kv_heads, self.block_size, self.model.head_dim
 
     @property
     def cache_dtype(self) -> np.dtype:
@@ -125,8 +131,8 @@ class RunnerConfig:
         pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
         cache = array((pages, *self.page_shape), self.cache_dtype)
         if mesh is not None:
-            halves, kv_heads, *rest = self.page_shape
-            whole, split = (pages, halves, kv_heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            heads, *rest = self.page_shape
+            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
             cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
             return State(cache=cache, tokens=array((rows, self.scheduler.max_model_len), jnp.int32))
@@ -137,7 +143,7 @@ class RunnerConfig:
     def state_bytes(self) -> int:
         """Of the state without the cache, and of the empty constraint buffer."""
         state = self.state(1)
-        words = jax.tree.leaves(state.tokens if isinstance(state, State) else state.pooled)
+        words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
         return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
 

@@ -25,7 +25,7 @@ def measure(backend: Backend, workload: Workload, *, layers: int = 32, repeats: 
     """One line of results, of one layer; all layers are written one after the other, as in a step."""
     w, h = workload, workload.heads
     pages, tokens = w.seqs * w.width, w.seqs * w.queries
-    size = (layers * pages, 2, h.kv_heads, w.block_size, h.head_dim)
+    size = (layers * pages, 2 * h.kv_heads, w.block_size, h.head_dim)
     dtype = jnp.dtype(w.stored)
     new = jax.random.normal(jax.random.key(0), (2, tokens, h.kv_heads, h.head_dim), jnp.dtype(w.query))
     batch = w.batch(backend)

@@ -22,16 +22,16 @@ def write_kv(
     Args:
         cache: see `pallas_kernels.storage`.
         key, value: [T, kv_heads, head_dim].
-        kv_scales: f32 [pages, 2, kv_heads, block_size], of int8 and float8 pages; written too.
+        kv_scales: f32 [pages, 2 * kv_heads, block_size], of int8 and float8 pages; written too.
 
     Returns:
         (cache, kv_scales).
     """
-    block_size = cache.shape[3]
+    block_size = cache.shape[2]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
     page = jnp.where(batch.token_valid, block + layout.page_offset, 0)
-    new, slot = jnp.stack([key, value], axis=1), batch.positions % block_size  # [T, 2, kv_heads, head_dim]
+    new, slot = jnp.concatenate([key, value], axis=1), batch.positions % block_size  # [T, 2 * kv_heads, head_dim]
     if kv_scales is None:
-        return cache.at[page, :, :, slot].set(to_storage(new, cache.dtype)), None
+        return cache.at[page, :, slot].set(to_storage(new, cache.dtype)), None
     stored, scales = quantize(new, cache.dtype)
-    return cache.at[page, :, :, slot].set(stored), kv_scales.at[page, :, :, slot].set(scales)
+    return cache.at[page, :, slot].set(stored), kv_scales.at[page, :, slot].set(scales)

@@ -32,7 +32,7 @@ def write_kv(
     arguments += [batch.block_tables, layout.group.reshape(1), layout.page_offset.reshape(1)]
     pages = [cache.reshape(-1, dim), *([] if kv_scales is None else [kv_scales.reshape(-1)])]
     kernel = functools.partial(
-        _kernel, heads=heads, kv_heads=kv_heads, lanes=lanes, dim=dim, block_size=cache.shape[3], parts=len(pages)
+        _kernel, heads=heads, kv_heads=kv_heads, lanes=lanes, dim=dim, block_size=cache.shape[2], parts=len(pages)
     )
     call = triton_call(
         kernel,

@@ -18,10 +18,15 @@ def write_kv(
     kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As `reference.write_kv`; in place where the cache is donated."""
-    _, _, heads, block_size, dim = cache.shape
+    heads, block_size, dim = cache.shape[1] // 2, *cache.shape[2:]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
     page = jnp.where(batch.token_valid, block + layout.page_offset, 0)[:, None]
     slot = (batch.positions % block_size)[:, None]
+    if page.shape[0] * heads == 1:
+        # A scatter of one row XLA:CPU compiles to an update which it fuses with each of the cache's users, and for each
+        # it copies the whole cache. So one row gets a companion, of zeros for the trash page.
+        page, slot = (jnp.pad(array, ((0, 1), (0, 0))) for array in (page, slot))
+        key, value = (jnp.pad(array, ((0, 1), (0, 0), (0, 0))) for array in (key, value))
     for half, new in enumerate((key, value)):
         head = (page * 2 + half) * heads + jnp.arange(heads, dtype=jnp.int32)  # [T, heads]
         row = head * block_size + slot

@@ -55,12 +55,12 @@ def paged_attention(
 
 def _has_kernels(query: jax.Array, cache: jax.Array, batch: AttentionBatch) -> bool:
     """Whether the kernels can do it: pages of a power of two of positions, heads of up to `MAX_HEAD_DIM` numbers."""
-    block_size, dim = cache.shape[3:]
+    block_size, dim = cache.shape[2:]
     return block_size & (block_size - 1) == 0 and dim <= MAX_HEAD_DIM and batch.backend.supports(cache.dtype)
 
 
 def _in_mosaic(query: jax.Array, cache: jax.Array, *, scale: float) -> bool:
-    _, _, kv_heads, block_size, dim = cache.shape
+    kv_heads, block_size, dim = cache.shape[1] // 2, *cache.shape[2:]
     reason = why_not(
         heads=query.shape[1],
         kv_heads=kv_heads,

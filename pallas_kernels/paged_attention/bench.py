@@ -125,7 +125,7 @@ def measure(
     """One line of results; as many layers as have `page_bytes` of pages, at least one and at most `MOST_LAYERS`."""
     w, h = workload, workload.heads
     pages = w.seqs * w.width
-    size = (pages, 2, h.kv_heads, w.block_size, h.head_dim)
+    size = (pages, 2 * h.kv_heads, w.block_size, h.head_dim)
     dtype = jnp.dtype(w.stored)
     layers = min(max(1, page_bytes // (int(np.prod(size)) * dtype.itemsize)), MOST_LAYERS)
 

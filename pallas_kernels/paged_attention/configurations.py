@@ -79,7 +79,7 @@ class Step:
     def cache(self) -> tuple[Any, Any]:
         """Shapes of the cache and its scales (None: it has none)."""
         h = self.heads
-        size = (self.pages, 2, h.kv_heads, self.block_size)
+        size = (self.pages, 2 * h.kv_heads, self.block_size)
         cache = jax.ShapeDtypeStruct((*size, h.head_dim), jnp.dtype(self.stored))
         return cache, jax.ShapeDtypeStruct(size, jnp.float32) if is_scaled(cache.dtype) else None
 

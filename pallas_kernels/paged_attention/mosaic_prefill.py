@@ -74,7 +74,7 @@ def prefill_attention(
         ValueError: it is not for this shape, see `mosaic_tiles.why_not`.
     """
     tokens, heads, dim = query.shape
-    pages, _, kv_heads, block_size, _ = cache.shape
+    pages, kv_heads, block_size = cache.shape[0], cache.shape[1] // 2, cache.shape[2]
     reason = why_not(
         heads=heads,
         kv_heads=kv_heads,

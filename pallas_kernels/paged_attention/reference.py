@@ -32,20 +32,21 @@ def paged_attention(
         causal: a token sees itself and those before it; otherwise the whole sequence, which this step must complete.
         sinks: float [heads], a score of each head that takes part in the softmax and has no value (attention sinks;
             Xiao et al. 2023, arXiv:2309.17453, as gpt-oss has them).
-        kv_scales: f32 [pages, 2, kv_heads, block_size], of int8 and float8 pages.
+        kv_scales: f32 [pages, 2 * kv_heads, block_size], of int8 and float8 pages.
 
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens are zeros.
     """
     tokens, heads, dim = query.shape
-    _, _, kv_heads, block_size, _ = cache.shape
+    kv_heads, block_size = cache.shape[1] // 2, cache.shape[2]
     compute = jnp.promote_types(query.dtype, jnp.float32)
     pages = batch.block_tables[layout.group, batch.token_seq] + layout.page_offset  # [T, W]
     context = pages.shape[1] * block_size
-    stored = from_storage(cache[pages], compute).astype(compute)  # [T, W, 2, KH, block, D]
+    stored = from_storage(cache[pages], compute).astype(compute)  # [T, W, 2 * KH, block, D]
     if kv_scales is not None:
         stored = stored * kv_scales[pages].astype(compute)[..., None]
-    keys, values = jnp.transpose(stored, (2, 0, 3, 1, 4, 5)).reshape(2, tokens, kv_heads, context, dim)
+    halves = stored.reshape(*pages.shape, 2, kv_heads, block_size, dim)
+    keys, values = jnp.transpose(halves, (2, 0, 3, 1, 4, 5)).reshape(2, tokens, kv_heads, context, dim)
     position = jnp.arange(context, dtype=jnp.int32)
     seen_to = batch.positions + 1 if causal else batch.kv_lens[batch.token_seq]
     visible = (position < seen_to[:, None]) & (position > (batch.positions - layout.window)[:, None])

@@ -58,9 +58,9 @@ class Geometry:
         score_dtype, value_dtype = product_dtypes(query.dtype, cache.dtype)
         return cls(
             heads=query.shape[1],
-            kv_heads=cache.shape[2],
+            kv_heads=cache.shape[1] // 2,
             head_dim=query.shape[2],
-            block_size=cache.shape[3],
+            block_size=cache.shape[2],
             score_dtype=score_dtype,
             value_dtype=value_dtype,
             scale=scale,

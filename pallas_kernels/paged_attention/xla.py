@@ -47,7 +47,7 @@ def paged_attention(
 ) -> jax.Array:
     """As `reference.paged_attention`."""
     tokens, heads, dim = query.shape
-    kv_heads = cache.shape[2]
+    kv_heads = cache.shape[1] // 2
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
     args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales)
     out = _decode_tiles(grouped, *args)
@@ -131,7 +131,7 @@ def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layo
 def _attend(context, query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
     """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> the same shape in float32."""
     blocks, length, kv_heads, groups, dim = query.shape
-    pages, _, _, block_size, _ = cache.shape
+    pages, _, block_size, _ = cache.shape
     if batch.backend.deterministic:
         context = DETERMINISTIC_CONTEXT
     width = max(context // block_size, 1)

@@ -19,9 +19,10 @@ from jaxllm.config.devices import GPU
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.parallel.rules import shapes
-from jaxllm.runner.compile.programs import SCORER, WRITER, Key, Programs
+from jaxllm.runner.build import make_programs
+from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
-from jaxllm.runner.memory.compiled_plan import make_programs
+from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig
 
 from .models import MODELS, Model
@@ -124,7 +125,7 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
     chosen = [*decodes[-1:], mixed[-1]]
     if which == "all":
         chosen = [*decodes[:1], *decodes[len(decodes) // 2 : -1 : 2], *decodes[-1:], mixed[len(mixed) // 2], mixed[-1]]
-    if not isinstance(programs, Programs):
+    if not isinstance(programs, SamplingPrograms):
         for bucket in chosen:
             yield f"pool {bucket}", ("pool", bucket)
         if which != "few":

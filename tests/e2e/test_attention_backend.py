@@ -9,7 +9,7 @@ import pytest
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.runner import Runner
+from jaxllm.runner.compile.programs import Programs
 from pallas_kernels.backend import Backend
 
 ENGINE = dict(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=8, seed=1)
@@ -21,13 +21,13 @@ def test_greedy_tokens_are_those_of_xla(tiny_model: Path, monkeypatch: pytest.Mo
     with LLM(tiny_model, **ENGINE) as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
     used: list[Bucket] = []
-    pick = Runner.bucket
+    pick = Programs.bucket
 
-    def bucket(runner: Runner, num_tokens: int, num_seqs: int) -> Bucket:
-        used.append(pick(runner, num_tokens, num_seqs))
+    def bucket(programs: Programs, num_tokens: int, num_seqs: int) -> Bucket:
+        used.append(pick(programs, num_tokens, num_seqs))
         return used[-1]
 
-    monkeypatch.setattr(Runner, "bucket", bucket)
+    monkeypatch.setattr(Programs, "bucket", bucket)
     monkeypatch.setattr(
         "jaxllm.startup.setup.attention_backend", lambda *_: Backend(implementation="triton", interpret=True)
     )

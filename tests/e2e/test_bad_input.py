@@ -112,10 +112,10 @@ def test_a_bad_request_fails_alone(engine: LLM, alone: list[list[int]], prompt: 
 def test_a_bad_request_stops_its_call_before_anything_has_run(
     engine: LLM, alone: list[list[int]], prompt: Any, params: Any, words: str
 ):
-    steps = engine.engine.core.scheduler._step
+    steps = engine.engine.core.scheduler._num_scheduled
     with pytest.raises(ValidationError, match=re.escape(words)):
         engine.generate([*GOOD, prompt], [GREEDY] * 3 + [params], use_tqdm=False)
-    assert engine.engine.core.scheduler._step == steps
+    assert engine.engine.core.scheduler._num_scheduled == steps
     assert_idle(engine)
 
 

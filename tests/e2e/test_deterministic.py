@@ -19,7 +19,9 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.cross_checks import check_deterministic
+from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from pallas_kernels.backend import Backend
 
 BASE: dict[str, Any] = {
     "max_model_len": 256,
@@ -125,7 +127,7 @@ def test_the_same_bits_alone_and_in_any_batch(engines: Engines):
 def test_a_row_of_a_product_is_the_same_bits_beside_any_number_of_rows(dtype: str):
     numbers = np.random.default_rng(0)
     x, weight = (jnp.asarray(numbers.standard_normal((rows, 576)), dtype) for rows in (64, 960))
-    product = jax.jit(functools.partial(linear_f32, deterministic=True))
+    product = jax.jit(functools.partial(linear_f32, Context(backend=Backend(deterministic=True))))
     whole = np.asarray(product(x, weight)).view(np.uint32)
     for rows in (1, 2, 3, 4, 7, 8, 15, 16, 17, 33):
         np.testing.assert_array_equal(np.asarray(product(x[:rows], weight)).view(np.uint32), whole[:rows])

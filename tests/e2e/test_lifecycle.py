@@ -18,7 +18,8 @@ from support.tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.observe.progress import Progress
 from jaxllm.engine.step import StepFuture
-from jaxllm.runner.runner import Runner, StepResult
+from jaxllm.runner.heads.sampling import SamplingHead, StepResult
+from jaxllm.runner.runner import Runner
 
 PROMPTS = [
     list(range(first, first + length)) for first, length in ((1, 5), (7, 40), (90, 17), (60, 1), (30, 70), (3, 9))
@@ -169,18 +170,18 @@ def test_an_error_while_reading_a_step_ends_every_request(
 def test_an_error_after_the_donation_of_the_cache(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    forward, count = Runner._forward, iter(range(1, 10**6))
+    forward, count = SamplingHead._forward, iter(range(1, 10**6))
 
-    def lose_the_cache(self: Runner, *args: Any) -> Any:
+    def lose_the_cache(self: SamplingHead, *args: Any) -> Any:
         result = forward(self, *args)
         if next(count) == 3:
-            for array in jax.tree.leaves(self._state):
+            for array in jax.tree.leaves(result[0]):
                 array.delete()
             fail()
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "_forward", lose_the_cache)
+        patch.setattr(SamplingHead, "_forward", lose_the_cache)
         with pytest.raises(Failure):
             engine.generate(PROMPTS, LONG, use_tqdm=False)
     assert_idle(engine)

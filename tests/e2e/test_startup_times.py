@@ -13,7 +13,6 @@ from support.tiny_model import SMALL
 from jaxllm import LLM
 from jaxllm.runner import build
 from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.memory import compiled_plan
 
 
 def test_compiling_for_the_plan_is_booked_as_compiling(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -28,7 +27,6 @@ def test_compiling_for_the_plan_is_booked_as_compiling(tiny_model: Path, monkeyp
         return measure(self, *arguments)
 
     monkeypatch.setattr(build, "time", clock)
-    monkeypatch.setattr(compiled_plan, "time", clock)
     monkeypatch.setattr(Programs, "activation_bytes", an_hour)
     with LLM(tiny_model, **SMALL) as llm:
         assert hours and llm.startup_times["compile"] >= 3600 * hours

@@ -211,7 +211,7 @@ def _layout(page_offset: int) -> Layout:
 
 def _cache(size: Sizes, pages: int) -> jax.Array:
     """Random keys and values, in the form in which this device keeps bf16."""
-    shape = (pages, 2, size.heads[1], size.block_size, size.heads[2])
+    shape = (pages, 2 * size.heads[1], size.block_size, size.heads[2])
     stored = STORAGE[jnp.dtype(jnp.bfloat16)] if jax.default_backend() == "cpu" else jnp.bfloat16
 
     @jax.jit

@@ -120,7 +120,7 @@ class Bench:
     def __init__(self, started: Engine):
         assert isinstance(started.runner, Runner)
         self.runner, self.plan = started.runner, started.memory_plan
-        self.model: Any = self.runner._programs.config.model
+        self.model: Any = self.runner.head.programs.config.model
         params = self.runner.params
         assert isinstance(params, Params)
         # of the embedding a step reads its tokens' rows alone
@@ -133,7 +133,7 @@ class Bench:
         """Small random numbers: zeros are easier on the card than what a model writes."""
 
         def fill(cache: jax.Array) -> jax.Array:
-            page = jnp.arange(cache.shape[0], dtype=jnp.uint32)[:, None, None, None, None]
+            page = jnp.arange(cache.shape[0], dtype=jnp.uint32)[:, None, None, None]
             lane = jnp.arange(cache.shape[-1], dtype=jnp.uint32)
             mixed = (page * jnp.uint32(2654435761) + lane * jnp.uint32(40503)) >> 7
             # sign and mantissa are mixed, the exponent is that of numbers from an eighth on

@@ -231,17 +231,17 @@ class PagedCase:
             cache[~written] = np.nan
         else:
             scales[~written] = np.nan
-            scales = scales.reshape(-1, *size[2:-1])
-        cache = cache.reshape(-1, *size[2:])
+            scales = scales.reshape(-1, 2 * shape.kv_heads, shape.block)
+        cache = cache.reshape(-1, 2 * shape.kv_heads, shape.block, shape.dim)
         return cache.view(np.uint16) if shape.stored == "uint16" else cache, scales, keys, values
 
 
 def as_stored(cache: np.ndarray, backend: Backend) -> np.ndarray:
     """A cache whose keys are rows, as programs of `backend` have it."""
-    if not backend.transposes_keys(cache.shape[3]):
+    if not backend.transposes_keys(cache.shape[2]):
         return cache
-    keys = np.swapaxes(cache[:, :1], 3, 4).reshape(cache[:, :1].shape)
-    return np.concatenate([keys, cache[:, 1:]], axis=1)
+    keys, values = np.split(cache, 2, axis=1)
+    return np.concatenate([np.swapaxes(keys, 2, 3).reshape(keys.shape), values], axis=1)
 
 
 def arguments(case: PagedCase) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_no_pallas_without_kernels():
 import sys
 from pallas_kernels.kv_write import api
 from pallas_kernels.paged_attention import api
-import jaxllm.runner.step
+import jaxllm.runner.heads.sampling_step
 assert not {"jax.experimental.pallas", "pallas_kernels.triton_call"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -51,9 +51,9 @@ def test_new_rows_are_written_and_no_others(implementation: str, shape: Shape, i
         for i, token in enumerate(range(*case.tokens(seq).indices(shape.tokens))):
             at = before + i
             page, slot = LAYER * shape.num_blocks + case.table[seq, at // shape.block], at % shape.block
-            expected[page, :, :, slot] = stored[:, token]
+            expected[page, :, slot] = np.concatenate(stored[:, token])
             if scales is not None and expected_scales is not None:
-                expected_scales[page, :, :, slot] = scales[:, token]
+                expected_scales[page, :, slot] = np.concatenate(scales[:, token])
 
     expected, cache = (as_stored(pages, batch.backend) for pages in (expected, case.cache))
     cache, found_scales = write(cache, *map(jnp.asarray, new), case.layout, batch, case.scales)
@@ -92,7 +92,7 @@ def quantized(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_caches_that_addresses_do_not_reach_are_refused(gigabytes: int, dtype: str, fits: bool):
     rows = gigabytes * 2**30 // jnp.dtype(dtype).itemsize // 16
-    cache = jax.ShapeDtypeStruct((rows // 256, 2, 8, 16, 16), jnp.dtype(dtype))
+    cache = jax.ShapeDtypeStruct((rows // 256, 2 * 8, 16, 16), jnp.dtype(dtype))
     if fits:
         check_addressable(cache)
         return
@@ -104,7 +104,7 @@ def test_the_operation_refuses_them_too():
     """Not before kernels are to be compiled: XLA's scatter has no such limit."""
     shape = Shape(heads=2, kv_heads=2, dim=16, block=16, tokens=8, stored="int8")
     case = PagedCase(shape, Sequences(computed=(3,), queries=(1,), window=9, shared=0, magnitude=1.0, seed=0))
-    cache = jax.ShapeDtypeStruct((3 * 2**30 // 1024, 2, 2, 16, 16), jnp.int8)
+    cache = jax.ShapeDtypeStruct((3 * 2**30 // 1024, 2 * 2, 16, 16), jnp.int8)
     scales = jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
     new = jax.ShapeDtypeStruct((8, 2, 16), jnp.float32)
     for implementation in ("triton", "xla"):

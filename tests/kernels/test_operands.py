@@ -42,7 +42,7 @@ def array(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
 
-CACHE = array(4, 2, KV_HEADS, 16, DIM)
+CACHE = array(4, 2 * KV_HEADS, 16, DIM)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
@@ -53,11 +53,12 @@ CACHE = array(4, 2, KV_HEADS, 16, DIM)
         ({"query": array(TOKENS, HEADS, 8)}, "query must be .* got .8, 4, 8"),
         ({"query": array(TOKENS - 1, HEADS, DIM)}, "query must be .8 .the batch's"),
         ({"query": array(TOKENS, HEADS, DIM, dtype=jnp.int32)}, "query must be of a float dtype, got int32"),
-        ({"cache": array(4, KV_HEADS, 16, DIM)}, "cache must be .pages, 2, kv_heads"),
+        ({"cache": array(4, 2, KV_HEADS, 16, DIM)}, "cache must be .pages, 2 . kv_heads"),
+        ({"cache": array(4, 3, 16, DIM)}, "cache must be .pages, 2 . kv_heads"),
         ({"cache": CACHE.astype(jnp.int32)}, "got int32"),
-        ({"cache": CACHE.astype(jnp.int8)}, "a cache of int8 needs kv_scales of shape .4, 2, 2, 16"),
-        ({"kv_scales": array(4, 2, KV_HEADS, 16)}, "a cache of float32 takes no kv_scales"),
-        ({"cache": CACHE.astype(jnp.int8), "kv_scales": array(4, 2, KV_HEADS)}, "kv_scales must be of shape"),
+        ({"cache": CACHE.astype(jnp.int8)}, "a cache of int8 needs kv_scales of shape .4, 4, 16"),
+        ({"kv_scales": array(4, 2 * KV_HEADS, 16)}, "a cache of float32 takes no kv_scales"),
+        ({"cache": CACHE.astype(jnp.int8), "kv_scales": array(4, 2 * KV_HEADS)}, "kv_scales must be of shape"),
         ({"sinks": array(3)}, "sinks must be of shape .4., one a query head, got .3."),
     ],
 )

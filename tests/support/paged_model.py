@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from pallas_kernels.batch import AttentionBatch
 
 
 class PagedModel:
@@ -45,7 +46,7 @@ class PagedModel:
         self._num_seqs, self._buckets = num_seqs, tuple(sorted(buckets))
         self._num_blocks = 1 + num_seqs * self._width * len(self._groups)
         layers = max(len(group.layers) for group in self._groups)
-        shape = (layers * self._num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        shape = (layers * self._num_blocks, 2 * config.num_kv_heads, block_size, config.head_dim)
         self._cache = jnp.full(shape, _nan(jnp.dtype(cache_dtype)))
         self._free = list(np.random.default_rng(seed).permutation(np.arange(1, self._num_blocks)))
         self._tables: dict[str, list[list[int]]] = {}
@@ -60,8 +61,8 @@ class PagedModel:
             self._reserve(name, starts[name] + len(work[name]))
         total = sum(len(ids) for ids in work.values())
         bucket = next(size for size in self._buckets if size >= total)
-        tokens, batch = self._pack(work, order, starts, bucket)
-        self._cache, scores = _step(self._config, self._groups, self._params, tokens, self._cache, batch)
+        batch = self._pack(work, order, starts, bucket)
+        self._cache, scores = _step(self._config, self._groups, self._params, self._cache, batch)
         scores, out, first = np.asarray(scores), {}, 0
         for name in order:
             out[name] = scores[first : first + len(work[name])]
@@ -91,7 +92,7 @@ class PagedModel:
             self._cache = _poison(self._num_blocks, self._cache, pages)
         self._free = released + self._free
 
-    def _pack(self, work, order, starts, bucket: int) -> tuple[np.ndarray, AttentionBatch]:
+    def _pack(self, work, order, starts, bucket: int) -> StepBatch:
         counts = np.array([len(work[name]) for name in order], np.int32)
         total, n = int(counts.sum()), len(order)
         tokens, positions, token_seq = np.zeros((3, bucket), np.int32)
@@ -106,7 +107,7 @@ class PagedModel:
         for row, name in enumerate(order):
             for group, table in enumerate(self._tables[name]):
                 tables[group, row, : len(table)] = table
-        batch = AttentionBatch(
+        attention = AttentionBatch(
             token_seq=jnp.asarray(token_seq),
             positions=jnp.asarray(positions),
             token_valid=jnp.arange(bucket) < total,
@@ -116,20 +117,19 @@ class PagedModel:
             num_decodes=jnp.int32(np.count_nonzero(counts == 1)),
             num_seqs=jnp.int32(n),
         )
-        return tokens, batch
+        return StepBatch(tokens=jnp.asarray(tokens), attention=attention)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(
     config: DecoderConfig,
     groups: tuple[KVCacheGroup, ...],
     params: Params,
-    tokens: jax.Array,
     cache: jax.Array,
-    batch: AttentionBatch,
+    batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
-    cache, hidden = forward(config, groups, params, tokens, cache, batch)
-    return cache, logits(config, params, hidden)
+    cache, hidden = forward(Context(), config, groups, params, cache, batch)
+    return cache, logits(Context(), config, params, hidden)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

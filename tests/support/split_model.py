@@ -9,6 +9,7 @@ here, by hand, from the whole ones, so that the rules of `jaxllm.parallel` are c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,14 +18,15 @@ import numpy as np
 from support.tiny_model import CONFIG
 
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.registry import model_config
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh, on_each_device
-from jaxllm.parallel.rules import CACHE, local_model, shapes
+from jaxllm.parallel.rules import CACHE, local_model, shapes, split_axes
+from pallas_kernels.batch import AttentionBatch
 
 BLOCK_SIZE, BLOCKS = 8, 6
 #: a vocabulary that neither 2 nor 4 divides, biases, norms of heads
@@ -40,8 +42,7 @@ def main() -> None:
         return (random.standard_normal(shape.shape) / math.sqrt(shape.shape[-1])).astype(np.float32)
 
     params = jax.tree.map(draw, shapes(decoder_specs(MODEL), jnp.dtype("float32"), None))
-    tokens = random.integers(0, MODEL.vocab_size, 12).astype(np.int32)
-    batch = AttentionBatch(
+    attention = AttentionBatch(
         token_seq=jnp.asarray([0] * 9 + [1] * 3),
         positions=jnp.asarray([*range(9), *range(3)]),
         token_valid=jnp.ones(12, bool),
@@ -51,31 +52,32 @@ def main() -> None:
         num_decodes=jnp.asarray(0),
         num_seqs=jnp.asarray(2),
     )
+    batch = StepBatch(tokens=jnp.asarray(random.integers(0, MODEL.vocab_size, 12, np.int32)), attention=attention)
     groups = kv_cache_groups(MODEL.layer_window)
 
-    def step(model: DecoderConfig, params: Params, cache: jax.Array, tokens: jax.Array, batch: AttentionBatch):
-        cache, hidden = forward(model, groups, params, tokens, cache, batch)
-        return cache, logits(model, params, hidden)
+    def step(context: Context, model: DecoderConfig, params: Params, cache: jax.Array, batch: StepBatch):
+        cache, hidden = forward(context, model, groups, params, cache, batch)
+        return cache, logits(context, model, params, hidden)
 
     def cache_shape(kv_heads: int) -> tuple[int, ...]:
-        return MODEL.num_layers * BLOCKS, 2, kv_heads, BLOCK_SIZE, MODEL.head_dim
+        return MODEL.num_layers * BLOCKS, 2 * kv_heads, BLOCK_SIZE, MODEL.head_dim
 
     cache = jnp.zeros(cache_shape(MODEL.num_kv_heads))
-    pages, expected = jax.jit(step, static_argnums=0)(MODEL, params, cache, tokens, batch)
+    pages, expected = jax.jit(step, static_argnums=(0, 1))(Context(), MODEL, params, cache, batch)
     for devices, sizes in ((2, (LAYERS,)), (4, (LAYERS,)), (2, (1,) * LAYERS)):
         mesh = make_mesh(jax.devices()[:devices])
         whole = jax.sharding.NamedSharding(mesh, jax.P())
         wanted = shapes(resegment(decoder_specs(MODEL), sizes), jnp.dtype("float32"), whole)
         mine = resegment(split(params, devices), sizes)
         jax.tree.map(lambda array, shape: np.testing.assert_equal(array.shape, shape.shape), mine, wanted)
-        part = local_model(MODEL, devices)
+        part, context = local_model(MODEL, devices), Context(split=split_axes(mesh.shape))
         arguments = (
             jax.tree.map(lambda array, shape: jax.device_put(array, shape.sharding), mine, wanted),
             jnp.zeros(cache_shape(part.num_kv_heads * devices), device=jax.sharding.NamedSharding(mesh, CACHE)),
-            *jax.device_put((tokens, batch), whole),
+            jax.device_put(batch, whole),
         )
         function = on_each_device(
-            lambda *args, part=part: step(part, *args),
+            functools.partial(step, context, part),
             mesh,
             jax.tree.map(
                 lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), arguments
@@ -85,7 +87,11 @@ def main() -> None:
         compiled = jax.jit(function).lower(*arguments).compile()
         split_pages, scores = compiled(*arguments)
         np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
-        repeated = np.repeat(pages, max(devices // MODEL.num_kv_heads, 1), axis=2)
+        heads = np.reshape(pages, (len(pages), 2, MODEL.num_kv_heads, BLOCK_SIZE, MODEL.head_dim))
+        heads = np.repeat(heads, max(devices // MODEL.num_kv_heads, 1), axis=2)
+        # each device has the keys, then the values of its heads
+        parts = np.concatenate(np.split(heads, devices, axis=2), axis=1)
+        repeated = parts.reshape(split_pages.shape)
         np.testing.assert_allclose(split_pages, repeated, rtol=2e-5, atol=2e-5)
         exchanged = count_collectives(compiled.as_text() or "")
         np.testing.assert_equal(exchanged, expected_collectives(MODEL.num_layers, devices))

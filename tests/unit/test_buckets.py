@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.runner.buckets import Bucket, make_buckets, pick_bucket
-from jaxllm.runner.packing import FLOAT_FIELDS, forward_packing, sample_packing
+from jaxllm.runner.heads.sampling_fields import FLOAT_FIELDS, forward_packing, sample_packing
 
 LIMITS = st.tuples(st.integers(1, 20_000), st.integers(1, 1024)).filter(lambda pair: pair[0] >= pair[1])
 

@@ -15,8 +15,8 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.compile.programs import SAMPLE_ROWS_GPU, Programs
-from jaxllm.runner.step import State, StepConfig, sample_step
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingPrograms
+from jaxllm.runner.heads.sampling_step import State, StepConfig, sample_step
 from jaxllm.weights.loader import dummy
 
 VOCAB, HIDDEN = 300, 32
@@ -35,14 +35,14 @@ LLAMA: dict[str, Any] = {
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 
-def programs(max_num_seqs: int, platform: str, *, eager: bool = False) -> Programs:
+def programs(max_num_seqs: int, platform: str, *, eager: bool = False) -> SamplingPrograms:
     model = model_config(LLAMA)
     groups = kv_cache_groups(model.layer_window)
     state = State(
         cache=jax.ShapeDtypeStruct((8, 2, 1, 16, 16), jnp.float32, sharding=SHARDING),  # pyright: ignore
         tokens=jax.ShapeDtypeStruct((max_num_seqs + 1, 32), jnp.int32, sharding=SHARDING),  # pyright: ignore
     )
-    return Programs(
+    return SamplingPrograms(
         StepConfig(model=model, groups=groups, num_logprobs=2, logprobs_mode="raw_logprobs", max_scored_tokens=4),
         make_buckets(max(max_num_seqs, 64), max_num_seqs, eager=eager),
         2,

@@ -126,6 +126,33 @@ def test_long_prefill_threshold_holds_only_in_company() -> None:
     assert work(engine.schedule()) == {"b": (5, 7, 1)}
 
 
+def test_an_adaptive_threshold_leaves_everybody_a_fair_share() -> None:
+    """vLLM's rule: the limit is the threshold, or the budget divided by the requests that are there if that is more."""
+    engine = scheduler(
+        max_num_seqs=8,
+        max_num_batched_tokens=24,
+        long_prefill_token_threshold=5,
+        long_prefill_token_threshold_adaptive=True,
+    )
+    add(engine, "a", 20)
+    add(engine, "b", 20)
+    assert work(step := engine.schedule()) == {"a": (0, 12, 0), "b": (0, 12, 0)}
+    read(engine, step)
+    for name in "cdef":
+        add(engine, name, 7)
+    assert work(engine.schedule()) == {"a": (12, 5, 0), "b": (12, 5, 0), "c": (0, 5, 0), "d": (0, 5, 0), "e": (0, 4, 0)}
+
+
+def test_fewer_requests_may_run_than_there_is_room_for() -> None:
+    engine = scheduler(max_num_seqs=4, max_num_active_seqs=2)
+    for name in "abc":
+        add(engine, name, 3)
+    assert work(step := engine.schedule()) == {"a": (0, 3, 1), "b": (0, 3, 1)}
+    read(engine, step)
+    engine.abort(["a"])
+    assert work(engine.schedule()) == {"b": (3, 1, 1), "c": (0, 3, 1)}
+
+
 def test_max_num_seqs_and_rows() -> None:
     engine = scheduler(max_num_seqs=2)
     for name in "abc":

@@ -115,6 +115,12 @@ def test_contradictions_are_refused_with_values_that_work():
     assert scheduler(100, long_prefill_token_threshold=100).long_prefill_token_threshold == 100
 
 
+def test_an_adaptive_threshold_without_one_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture):
+    scheduler(100, long_prefill_token_threshold_adaptive=True)
+    [record] = caplog.records
+    assert "long_prefill_token_threshold_adaptive has no effect without" in record.getMessage()
+
+
 def test_the_rest_is_handed_on():
     config = scheduler(
         max_num_batched_tokens=64,
@@ -136,3 +142,17 @@ def test_the_rest_is_handed_on():
         async_scheduling=False,
         reserve_full_prompt=False,
     )
+
+
+def test_requests_that_run_at_once_may_be_fewer_than_there_is_room_for():
+    assert scheduler().max_num_active_seqs is None
+    config = scheduler(
+        max_num_seqs=8,
+        max_num_active_seqs="3",
+        long_prefill_token_threshold=16,
+        long_prefill_token_threshold_adaptive=True,
+    )
+    assert (config.max_num_seqs, config.max_num_active_seqs) == (8, 3)
+    assert config.long_prefill_token_threshold_adaptive
+    with pytest.raises(ValidationError, match=r"max_num_active_seqs \(9\) cannot be greater than max_num_seqs \(8\)"):
+        scheduler(max_num_seqs=8, max_num_active_seqs=9)

@@ -15,8 +15,9 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import make_buckets
-from jaxllm.runner.compile.programs import CPU_OPTIONS, SAMPLE_ROWS_CPU, Programs
-from jaxllm.runner.step import State, StepConfig
+from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_CPU, SamplingPrograms
+from jaxllm.runner.heads.sampling_step import State, StepConfig
 
 VOCAB = 151_936
 CONFIG = {
@@ -39,10 +40,10 @@ def scoring_bytes(max_model_len: int, max_num_batched_tokens: int, num_logprobs:
     model = model_config(CONFIG)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     state = State(
-        cache=jax.ShapeDtypeStruct((9000, 2, 2, 16, 32), jnp.float32, sharding=sharding),  # pyright: ignore
+        cache=jax.ShapeDtypeStruct((9000, 2 * 2, 16, 32), jnp.float32, sharding=sharding),  # pyright: ignore
         tokens=jax.ShapeDtypeStruct((65, max_model_len), jnp.int32, sharding=sharding),  # pyright: ignore
     )
-    programs = Programs(
+    programs = SamplingPrograms(
         StepConfig(
             model=model,
             groups=kv_cache_groups(model.layer_window),

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.config.cache import kv_cache_groups
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, body_specs, forward
 from jaxllm.models.registry import model_config, pooling_model_config
@@ -27,6 +27,7 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from pallas_kernels.backend import Backend
+from pallas_kernels.batch import AttentionBatch
 
 LAYERS = 3
 SMALL: dict[str, Any] = {
@@ -172,8 +173,8 @@ def test_any_segments_compute_the_same(family: str):
     random = np.random.default_rng(2)
     blocks = 1 + 4 * len(groups)
     pages = max(len(group.layers) for group in groups) * blocks
-    cache = random.standard_normal((pages, 2, config.num_kv_heads, 4, config.head_dim), np.float32)
-    batch = AttentionBatch(
+    cache = random.standard_normal((pages, 2 * config.num_kv_heads, 4, config.head_dim), np.float32)
+    attention = AttentionBatch(
         token_seq=jnp.asarray([0, 1, 1, 1, 1, 1]),
         positions=jnp.asarray([6, 0, 1, 2, 3, 4]),
         token_valid=jnp.ones(6, bool),
@@ -182,11 +183,12 @@ def test_any_segments_compute_the_same(family: str):
         block_tables=jnp.arange(1, blocks).reshape(len(groups), 2, 2),
         num_decodes=jnp.asarray(1),
         num_seqs=jnp.asarray(2),
-        backend=Backend(implementation="reference"),
     )
+    batch = StepBatch(tokens=jnp.arange(6), attention=attention)
     params = draw(body_specs(config))
-    step = jax.jit(functools.partial(forward, config, groups))
-    expected, *found = (step(resegment(params, sizes), np.arange(6), cache, batch) for sizes in SEGMENTS.values())
+    context = Context(backend=Backend(implementation="reference"))
+    step = jax.jit(functools.partial(forward, context, config, groups))
+    expected, *found = (step(resegment(params, sizes), cache, batch) for sizes in SEGMENTS.values())
     for other in found:
         jax.tree.map(lambda mine, whole: np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-5), other, expected)
 

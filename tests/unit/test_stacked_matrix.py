@@ -19,11 +19,12 @@ from support.tiny_model import write_tiny_model
 from test_segments import BFLOAT16, FAMILIES, SMALL, draw
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
-from jaxllm.runner.one_row import with_whole_layers
+from jaxllm.runner.heads.sampling_programs import with_whole_layers
 
 #: as `SMALL`, with buckets of one token
 BUCKETS = {**ENGINE, "dtype": "bfloat16", "enforce_eager": False}
@@ -44,7 +45,7 @@ def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, la
     stack = random.standard_normal((layers, out_features, in_features)).astype(BFLOAT16)
     x = random.standard_normal((1, in_features)).astype(BFLOAT16)
     weight = StackedMatrix(jnp.asarray(stack.view(np.uint16)))
-    found = jax.jit(lambda x, w, layer: linear_f32(x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
+    found = jax.jit(lambda x, w, layer: linear_f32(Context(), x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
     exact, wide = x.astype(np.float64), stack[layer].astype(np.float64)
     assert found.dtype == jnp.float32 and found.shape == (1, out_features)
     bound = (in_features + 8) * 2.0**-24 * (abs(exact) @ abs(wide).T)
@@ -67,7 +68,7 @@ def test_several_rows_take_the_weight_itself():
     x, stack = (jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in ((5, 48), (1, 7, 48)))
     nothing = jnp.zeros(stack.shape, jnp.uint16)
     weight = StackedMatrix(nothing, jnp.int32(0), several=stack[0])
-    np.testing.assert_array_equal(linear(x, weight), linear(x, stack[0]))
+    np.testing.assert_array_equal(linear(Context(), x, weight), linear(Context(), x, stack[0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +110,7 @@ def matrices(tree: Any) -> list[StackedMatrix]:
 def test_they_are_in_the_weights_own_memory(llm: LLM):
     runner: Any = llm.engine.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
-    found = matrices(runner._whole.layers) + matrices(runner._head)
+    found = matrices(runner.head._whole.layers) + matrices(runner.head._head)
     assert len(found) == 5
     assert all(matrix.bits.unsafe_buffer_pointer() in own for matrix in found)
 
@@ -118,8 +119,9 @@ def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
     (folder := tmp_path / "same").mkdir()
     with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:
         runner: Any = several.engine.runner
-        bucket = next(iter(runner._programs.decode_packings))
-        assert len(matrices(runner._params_for(bucket))) == 5
+        head = runner.head
+        bucket = next(iter(head.programs.decode_packings))
+        assert len(matrices(head._params_for(bucket))) == 5
         assert text(several) == text(llm)
 
 
@@ -140,7 +142,7 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
         runner: Any = llm.engine.runner
-        assert not matrices(runner._whole)
+        assert not matrices(runner.head._whole)
         # a sampler may have a single row in any engine
-        assert len(matrices(runner._head)) == ("enforce_eager" in option)
+        assert len(matrices(runner.head._head)) == ("enforce_eager" in option)
         assert text(llm)

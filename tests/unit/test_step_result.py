@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from jaxllm.runner.runner import StepResult
+from jaxllm.runner.heads.sampling import StepResult
+from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep
 
 
 class Computed:
@@ -21,8 +21,9 @@ class Computed:
 
 def test_a_step_that_samples_nothing_is_waited_for():
     computed: Any = Computed()
-    packed: Any = SimpleNamespace(sampled_entries=np.zeros(0, np.int32), targets=None)
-    result = StepResult(None, None, packed, 2, None, computed)
+    packed = PackedStep(np.zeros(0, np.int32), None, False, False, False, 2, np.zeros(0, np.int32), None, [])
+    result = StepResult(None, None, packed, NOTHING_LOST, computed)
     assert not computed.waited
-    assert list(result.result().token_ids) == [-1, -1]
+    output = result.result()
+    assert output.token_ids == [] and output.counts == [0, 0]
     assert computed.waited

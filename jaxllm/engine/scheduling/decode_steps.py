@@ -36,11 +36,6 @@ class DecodeSteps:
         self._stream_interval = config.stream_interval
         self._pace = 1
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether the number is not always 1."""
-        return self._most > 1
-
     def add(self, request: Request) -> None:
         """Take notice of an arrival: note what it allows, and begin small again."""
         if self._most == 1:

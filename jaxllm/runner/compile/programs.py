@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import dataclasses
 import functools
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.api.logits_processor import extra_arg_defaults
-from jaxllm.models.decoder import Params
 from jaxllm.parallel.mesh import on_each_device
-from jaxllm.parallel.rules import CACHE
-from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.store import ProgramStore, open_store
-from jaxllm.runner.decode_steps import decode_steps
-from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.memory import freed_memory
-from jaxllm.runner.one_row import with_head_for_one, with_whole_layers
-from jaxllm.runner.packing import decode_packing, forward_packing, sample_packing
-from jaxllm.runner.step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.runner.packing import Packing
 
 logger = logging.getLogger("jaxllm")
 
@@ -49,35 +42,28 @@ if jax.__version_info__ < (0, 11):
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
 GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
-#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
-#: several blocks, a CPU goes on to the next block as long as there are rows
-SAMPLE_ROWS_CPU = (8, 32)
-SAMPLE_ROWS_GPU = (8, 64, 256)
-
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
-WRITER: Key = ("write tokens",)
-SCORER: Key = ("score",)
 #: programs that have the head and no layers
 HEAD_PROGRAMS = ("sample", "score")
 ALLOCATOR: Key = ("allocate",)
-#: tokens that one launch of it carries
-WRITE_TOKENS = 1024
 
 
-class Compiler(abc.ABC):
-    """Compiles programs ahead of time and keeps them. Asking for one that was not compiled is an error, never a silent
-    compile.
+class Programs(abc.ABC):
+    """The compiled programs of one engine, made ahead of time and kept. Asking for one that was not compiled is an
+    error, never a silent compile.
 
     Args:
+        packings: of each bucket the fields that its program reads; the last is the largest.
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
     """
 
-    def __init__(self, state: Any, *, platform: str, cache_dir: Path | None, source: Any):
-        self._state = state
+    def __init__(
+        self, packings: dict[Bucket, Packing], state: Any, *, platform: str, cache_dir: Path | None, source: Any
+    ):
+        self.packings, self._state = packings, state
         #: of what every device has whole
         self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
         #: None: there is one device
@@ -169,182 +155,45 @@ class Compiler(abc.ABC):
                 self._compiled[futures[future]] = future.result()
                 bar.update()
 
+    def activation_bytes(self) -> int:
+        """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
+        largest = self._largest()
+        self._compile((*itertools.chain(*largest), ALLOCATOR), progress=False)
+        return max(sum(map(self._needed_bytes, keys)) for keys in largest)
+
+    def compile_all(self, progress: bool) -> None:
+        """Compile what is missing."""
+        self._compile(self._keys(), progress)
+
     @abc.abstractmethod
+    def _keys(self) -> list[Key]:
+        """Of all programs."""
+
+    @abc.abstractmethod
+    def _largest(self) -> list[tuple[Key, ...]]:
+        """Of the programs that may need most; together those whose results live at the same time."""
+
     def _lower(self, key: Key) -> jax.stages.Lowered:
         """The program of a key, ready to be compiled."""
+        return self.lower_allocator() if key == ALLOCATOR else self._lowerings()[key[0]](*key[1:])
+
+    @abc.abstractmethod
+    def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
+        """What lowers each kind of program, of the rest of its key."""
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """The one that a step of this size runs in."""
+        return pick_bucket(tuple(self.packings), num_tokens, num_seqs)
+
+    @property
+    def largest(self) -> Bucket:
+        return next(reversed(self.packings))
 
     def _get(self, key: Key) -> jax.stages.Compiled:
         try:
             return self._compiled[key]
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
-
-
-class Programs(Compiler):
-    """The compiled programs of one engine: a forward step for every bucket, sampling for a few sizes of block."""
-
-    def __init__(
-        self,
-        config: StepConfig,
-        buckets: tuple[Bucket, ...],
-        table_width: int,
-        params: Params,
-        state: State,
-        *,
-        platform: str,
-        eager: bool,
-        cache_dir: Path | None,
-        num_decode_steps: int = 1,
-        decode_buckets: tuple[Bucket, ...] = (),
-    ):
-        """
-        Args:
-            params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-            num_decode_steps: most steps of one launch of a program for several.
-            decode_buckets: those that have such programs.
-            eager: one sampler instead of one for each size of block.
-            cache_dir: see `Compiler`.
-        """
-        made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
-        super().__init__(state, platform=platform, cache_dir=cache_dir, source=made_from)
-        if platform != "cpu":
-            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
-        self.config = config
-        self._params = params
-        #: whether a single row has products of its own (`one_row`)
-        self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.backend.deterministic
-        self.packings = {
-            b: forward_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in buckets
-        }
-        self.num_decode_steps = num_decode_steps
-        self.decode_packings = {
-            b: decode_packing(b, len(config.groups), table_width, config.max_scored_tokens) for b in decode_buckets
-        }
-        self.max_num_seqs = state.tokens.shape[0] - 1
-        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
-        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
-        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
-        while platform != "cpu" and self._sample_rows[-1] < self.max_num_seqs:
-            self._sample_rows.append(min(2 * self._sample_rows[-1], self.max_num_seqs))
-        if eager:
-            self._sample_rows = self._sample_rows[-1:]
-        #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
-        self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
-
-    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
-        packing = self.packings[bucket]
-        function = functools.partial(forward_step, self.config, bucket, packing)
-        words = self._words(packing.size + self.sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
-        return self._lowered(function, self._params_for(bucket), self._state, words, donate=1, out=out)
-
-    def takes_whole_layers(self, bucket: Bucket) -> bool:
-        """Whether a bucket's programs take `one_row.with_whole_layers` of the params."""
-        return bucket.tokens == 1 and self.has_one_row_products
-
-    def _params_for(self, bucket: Bucket) -> Params:
-        return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
-
-    def head_params(self, params: Params) -> Params:
-        """What sampling takes of the weights: few arguments make quick launches.
-
-        Args:
-            params: arrays, or their shapes.
-        """
-        params = dataclasses.replace(params, layers=None, norm=None)
-        return with_head_for_one(params) if self.has_one_row_products else params
-
-    def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
-        packing = self.sample_packing
-        function = functools.partial(sample_step, self.config, rows, packing)
-        hidden = self._hidden(self.max_num_seqs)
-        head = self.head_params(self._params)
-        words = self._words(packing.size)
-        return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
-
-    def _constraints(self, full: bool) -> jax.ShapeDtypeStruct | None:
-        shape = ConstraintShape(self.config.model.vocab_size)
-        return self._words(self.max_num_seqs, shape.row_size) if full else None
-
-    def lower_decode_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
-        packing, sample_packing = self.decode_packings[bucket], self.sample_packing
-        rows = self._sampler_rows(bucket.seqs)
-        function = functools.partial(
-            decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
-        )
-        words = self._words(packing.size + sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
-        params = self._params_for(bucket)
-        return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
-
-    def lower_scorer(self) -> jax.stages.Lowered:
-        capacity = self.config.max_scored_tokens
-        function = functools.partial(score_step, self.config, self._sample_rows[-1])
-        hidden = self._hidden(capacity)
-        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
-
-    def lower_writer(self) -> jax.stages.Lowered:
-        return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
-
-    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        size = (rows, self.config.model.hidden_size)
-        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self.sharding)
-
-    def activation_bytes(self) -> int:
-        """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        keys: tuple[Key, ...] = (("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER)
-        if self.decode_packings:
-            keys = (*keys, ("decode steps", next(reversed(self.decode_packings)), True))
-        self._compile((*keys, ALLOCATOR), progress=False)
-        return max(self._needed_bytes(key) for key in keys)
-
-    def compile_all(self, progress: bool) -> None:
-        """Compile what is missing."""
-        samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
-        forwards = [("forward", bucket) for bucket in self.packings]
-        several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
-        self._compile((*several, *samplers, SCORER, *forwards, WRITER), progress)
-
-    def _lower(self, key: Key) -> jax.stages.Lowered:
-        lower = {
-            "forward": self.lower_forward,
-            "sample": self.lower_sampler,
-            "decode steps": self.lower_decode_steps,
-            "score": self.lower_scorer,
-            "write tokens": self.lower_writer,
-            "allocate": self.lower_allocator,
-        }
-        return lower[key[0]](*key[1:])
-
-    def forward(self, bucket: Bucket) -> jax.stages.Compiled:
-        return self._get(("forward", bucket))
-
-    def sampler(self, num_samples: int, full: bool) -> tuple[jax.stages.Compiled, bool]:
-        """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely
-        token.
-        """
-        full = full or False not in self._variants
-        return self._get(("sample", self._sampler_rows(num_samples), full)), full
-
-    def _sampler_rows(self, num_samples: int) -> int:
-        return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
-
-    def decode_steps(self, bucket: Bucket, full: bool) -> tuple[jax.stages.Compiled, bool]:
-        """The program for several steps, and whether it takes constraints, as `sampler`."""
-        full = full or False not in self._variants
-        return self._get(("decode steps", bucket, full)), full
-
-    @property
-    def scorer(self) -> jax.stages.Compiled:
-        return self._get(SCORER)
-
-    @property
-    def writer(self) -> jax.stages.Compiled:
-        return self._get(WRITER)
-
-    @property
-    def largest(self) -> Bucket:
-        return next(reversed(self.packings))
 
 
 def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:

@@ -10,13 +10,12 @@ from jax import lax
 
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
 from jaxllm.models.pooler import Head, PoolingModel, finish
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing
-from jaxllm.runner.step import attention_batch
-from pallas_kernels.backend import Backend
+from jaxllm.runner.packing import Packing, attention_batch, forward_fields
 
 #: sequences, and tokens of each, that one round of a sum takes
 SUM_ROWS = 8
@@ -30,8 +29,7 @@ class PoolingStepConfig:
     model: ModelConfig
     groups: tuple[KVCacheGroup, ...]
     pooler: Pooler
-    #: what attention is compiled to
-    backend: Backend = Backend()
+    context: Context = Context()
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +41,15 @@ class PoolingState:
     #: f32 [R + 1, d]: the first token's state (CLS), or the sum so far (MEAN), of each row; the last row is trash.
     #: None with LAST, which needs nothing of earlier chunks
     pooled: jax.Array | None
+
+
+def pooling_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+    """What `pooling_step` reads: `forward_fields`, and some of each sequence.
+
+    Those are the components of its embedding, whether to normalise or activate, and where its second segment begins.
+    """
+    per_seq = dict.fromkeys(("dimensions", "activate", "segment_starts"), (bucket.seqs,))
+    return Packing({**forward_fields(bucket, num_groups, table_width), **per_seq})
 
 
 def pooling_step(
@@ -64,12 +71,14 @@ def pooling_step(
         hidden [T, d] of all tokens, for `token_step`.
     """
     fields = packing.unpack(buffer)
-    batch = attention_batch(fields, bucket, config.backend)
-    if isinstance(config.model, BertConfig):
-        batch = dataclasses.replace(batch, segment_starts=fields["segment_starts"])
-    cache, hidden = forward(config.model, config.groups, params.body, fields["token_ids"], state.cache, batch)
+    batch = StepBatch(
+        tokens=fields["token_ids"],
+        attention=attention_batch(fields, bucket),
+        segment_starts=fields["segment_starts"] if isinstance(config.model, BertConfig) else None,
+    )
+    cache, hidden = forward(config.context, config.model, config.groups, params.body, state.cache, batch)
     pooled, kept = _pool(config.pooler.seq_pooling_type, hidden, state.pooled, fields)
-    results = finish(config.pooler, params.head, pooled, fields["dimensions"], fields["activate"] != 0)
+    results = finish(config.context, config.pooler, params.head, pooled, fields["dimensions"], fields["activate"] != 0)
     return PoolingState(cache=cache, pooled=kept), results, hidden
 
 
@@ -80,7 +89,12 @@ def token_step(
     fields = packing.unpack(buffer)
     seq = fields["token_seq"]
     return finish(
-        config.pooler, head, hidden.astype(jnp.float32), fields["dimensions"][seq], fields["activate"][seq] != 0
+        config.context,
+        config.pooler,
+        head,
+        hidden.astype(jnp.float32),
+        fields["dimensions"][seq],
+        fields["activate"][seq] != 0,
     )
 
 

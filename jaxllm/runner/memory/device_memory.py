@@ -43,11 +43,11 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         #: copies in the host's memory, while the device's are freed
         self._on_host: Weights | None = None
         self._state: StateTree | None = allocator.allocate()  # pyright: ignore[reportAttributeAccessIssue]
-        self._heads()
+        self._weights_changed()
 
     @abc.abstractmethod
-    def _heads(self) -> None:
-        """Take from the weights what is passed to programs by itself."""
+    def _weights_changed(self) -> None:
+        """Programs get `params` from here on; None: they are not on the device."""
 
     def _live(self) -> StateTree:
         if self._state is None:
@@ -112,13 +112,13 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
     def _use(self, params: Weights, *, owned: bool) -> None:
         self.params = params
         self._owns_params, self._on_host = owned, None
-        self._heads()
+        self._weights_changed()
 
     def _delete_params(self) -> None:
         if self._owns_params:
             self._delete(self.params)
         self.params = self._on_host = None
-        self._heads()
+        self._weights_changed()
 
     @staticmethod
     def _delete(tree: object) -> None:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing
-from jaxllm.runner.step import ENDED, State, StepConfig, attention_batch, place_known_tokens, sample_rows
+from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
+from jaxllm.runner.packing import Packing, attention_batch
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +46,9 @@ def decode_steps(
     """Up to `num_steps` tokens for each row of a step in which every sequence has one token.
 
     Args:
-        config, num_steps, rows (of a block, as in `step.sample_step`), bucket, packing, sample_packing: static.
+        config, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
         buffer: int32, `decode_packing`'s fields, then `sample_packing`'s.
-        constraints: as in `step.sample_step`; the same in every step.
+        constraints: as in `sample_step`; the same in every step.
 
     Returns:
         (state, sampled): i32 [num_steps, S], sequences in the buffer's order; -1 where a row had ended.
@@ -57,7 +58,7 @@ def decode_steps(
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[: bucket.seqs] if field.ndim else field for name, field in sampling.items()}
     constraints = None if constraints is None else constraints[: bucket.seqs]
-    batch = attention_batch(fields, bucket, config.backend)
+    attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row, first, limits = fields["rows"], fields["positions"], fields["steps"]
 
@@ -67,9 +68,9 @@ def decode_steps(
     def one_step(loop: _Loop) -> _Loop:
         position = jnp.where(loop.going_on, first + loop.step, 0)
         active_row = jnp.where(loop.going_on, row, trash)
-        now = dataclasses.replace(batch, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
-        ids = loop.state.tokens[active_row, position]
-        cache, hidden = forward(config.model, config.groups, params, ids, loop.state.cache, now)
+        now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
+        batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
+        cache, hidden = forward(config.context, config.model, config.groups, params, loop.state.cache, batch)
         # what is compiled for the sampler is to be what a step alone has
         hidden = lax.optimization_barrier(hidden)
         tokens, found = sample_rows(
@@ -89,7 +90,7 @@ def decode_steps(
             sampled=lax.dynamic_update_index_in_dim(loop.sampled, new, loop.step, 0),
         )
 
-    tokens = place_known_tokens(state.tokens, fields, batch)
+    tokens = place_known_tokens(state.tokens, fields, attention)
     loop = _Loop(
         step=jnp.int32(0),
         state=State(cache=state.cache, tokens=tokens),

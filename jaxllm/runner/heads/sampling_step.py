@@ -11,16 +11,17 @@ from jax import lax
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
-from jaxllm.layers.attention import AttentionBatch
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
-from jaxllm.runner.packing import FLAGS, FLOATS, INTS, Packing
+from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
+from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import in_blocks, sample, sample_greedy
-from pallas_kernels.backend import Backend
+from pallas_kernels.batch import AttentionBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class StepConfig:
     logprobs_mode: str
     #: prompt tokens of a step whose successors' log-probabilities can be asked for
     max_scored_tokens: int
-    #: what attention is compiled to
-    backend: Backend = Backend()
+    context: Context = Context()
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
     #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
@@ -88,14 +88,14 @@ def forward_step(
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
-    batch = attention_batch(fields, bucket, config.backend)
+    attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
-    tokens = place_known_tokens(state.tokens, fields, batch)
+    tokens = place_known_tokens(state.tokens, fields, attention)
     ids = fields["token_ids"]
-    sampled = tokens[_token_rows(fields, batch, trash), batch.positions]
+    sampled = tokens[_token_rows(fields, attention, trash), attention.positions]
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
-    ids = jnp.where(ids >= 0, ids, sampled)
-    cache, hidden = forward(config.model, config.groups, params, ids, state.cache, batch)
+    batch = StepBatch(tokens=jnp.where(ids >= 0, ids, sampled), attention=attention)
+    cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
 
     def rows(tokens: jax.Array, capacity: int) -> jax.Array:
         return jnp.zeros((capacity, hidden.shape[1]), hidden.dtype).at[: tokens.shape[0]].set(hidden[tokens])
@@ -117,23 +117,6 @@ def place_known_tokens(tokens: jax.Array, fields: dict[str, jax.Array], batch: A
 def _token_rows(fields: dict[str, jax.Array], batch: AttentionBatch, trash: int) -> jax.Array:
     """i32 [T]: the row of each token's sequence."""
     return jnp.where(batch.token_valid, fields["rows"][batch.token_seq], trash)
-
-
-def attention_batch(fields: dict[str, jax.Array], bucket: Bucket, backend: Backend) -> AttentionBatch:
-    """What attention must know of the fields of a step's buffer."""
-    token = jnp.arange(bucket.tokens, dtype=jnp.int32)
-    return AttentionBatch(
-        token_seq=fields["token_seq"],
-        positions=fields["positions"],
-        token_valid=token < fields["query_start"][-1],
-        query_start=fields["query_start"],
-        kv_lens=fields["kv_lens"],
-        block_tables=fields["block_tables"],
-        num_decodes=fields["num_decodes"],
-        num_seqs=fields["num_seqs"],
-        backend=backend,
-        decode_only=bucket.decode_only,
-    )
 
 
 def sample_step(
@@ -206,7 +189,7 @@ def sample_rows(
 
 
 def _scores(config: StepConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    return logits(config.model, params, hidden, deterministic=config.backend.deterministic)
+    return logits(config.context, config.model, params, hidden)
 
 
 def _scores_of_some(config: StepConfig, params: Params, hidden: jax.Array, num_samples: jax.Array) -> jax.Array:

@@ -1,0 +1,46 @@
+"""What layers are told besides their operands: how the program is compiled, and what its step computes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.batch import AttentionBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """How a program is compiled. Layers must know it, models only hand it on. Static: a program is made for one of
+    these.
+    """
+
+    #: which implementations the operations take
+    backend: Backend = Backend()
+    #: the logical axes of weights that are split over devices, each with the mesh axis that it is split over
+    split: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a token's numbers must not depend, to the bit, on what it is computed with."""
+        return self.backend.deterministic
+
+    def mesh_axis(self, logical: str) -> str | None:
+        """The mesh axis that a logical axis is split over; None: every device has it whole."""
+        return dict(self.split).get(logical)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What a step computes. T: token bucket, S: sequence bucket.
+
+    Optional fields are None where no request of the engine can have them, and not merely none of the step: a program
+    is compiled with them or without.
+    """
+
+    tokens: jax.Array  # i32 [T], within the vocabulary; padding: any
+    attention: AttentionBatch
+    #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
+    segment_starts: jax.Array | None = None

@@ -1,0 +1,54 @@
+"""What a step ends in: what becomes of the hidden states of its tokens, and what the host reads of that."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepFuture
+from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.rows import Rows
+
+Weights = TypeVar("Weights")
+#: what lives on the device between steps: the cache, and what the head keeps of each row
+State = TypeVar("State")
+
+
+class Head(abc.ABC, Generic[Weights, State]):
+    """The part of a runner that differs with what is asked of the model.
+
+    It owns the compiled programs, the fields that a step's buffer has for it, what it must know of each row, and how
+    results are read. Programs consume the state that they are given: methods take it and return the one that lives on.
+    """
+
+    programs: Programs
+
+    @abc.abstractmethod
+    def use(self, params: Weights | None) -> None:
+        """Launch programs with these weights from here on; None: they are not on the device."""
+
+    @abc.abstractmethod
+    def admit(self, state: State, request: AdmittedRequest) -> State:
+        """Take a request into its row."""
+
+    @abc.abstractmethod
+    def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, Any]:
+        """Launch a step's first part; what is returned with the state goes to `sample`."""
+
+    @abc.abstractmethod
+    def sample(self, state: State, launched: Any, masks: Mapping[int, np.ndarray]) -> tuple[State, StepFuture]:
+        """Launch what is left of a step (`ModelRunner.sample`)."""
+
+    def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
+        """Launch several steps at once; only a head that feeds the model with its results is asked to."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def warm_up(self, state: State, *, smallest: bool) -> State:
+        """Run every program on padding alone, or those of the smallest bucket."""
+
+    def free(self) -> None:
+        """Free the arrays that are the head's own."""

@@ -1,0 +1,195 @@
+"""The head of a model that pools: a vector, or scores of classes, of each sequence or of each of its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
+from jaxllm.models.pooler import PoolingModel
+from jaxllm.parallel.rules import CACHE
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_packing, pooling_step, token_step
+from jaxllm.runner.rows import Rows
+
+
+class PoolingPrograms(Programs):
+    """A pooling step for every bucket, and what makes results of each of its tokens.
+
+    Args:
+        params, state: trees of `jax.ShapeDtypeStruct` with shardings.
+        platform, cache_dir: see `Programs`.
+    """
+
+    def __init__(
+        self,
+        config: PoolingStepConfig,
+        buckets: tuple[Bucket, ...],
+        table_width: int,
+        params: PoolingModel,
+        state: PoolingState,
+        *,
+        platform: str,
+        cache_dir: Path | None,
+    ):
+        packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
+        made_from = (config, buckets, table_width, params, state)
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        self.config, self._params = config, params
+
+    def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing = self.packings[bucket]
+        function = functools.partial(pooling_step, self.config, bucket, packing)
+        kept = PoolingState(cache=CACHE, pooled=None if self._state.pooled is None else jax.P())  # pyright: ignore
+        words = self._words(packing.size)
+        return self._lowered(function, self._params, self._state, words, donate=1, out=(kept, jax.P(), jax.P()))
+
+    def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing = self.packings[bucket]
+        function = functools.partial(token_step, self.config, packing)
+        size = (bucket.tokens, self.config.model.hidden_size)
+        hidden = jax.ShapeDtypeStruct(size, self._params.body.embedding.dtype, sharding=self.sharding)
+        return self._lowered(function, self._params.head, hidden, self._words(packing.size))
+
+    def _keys(self) -> list[Key]:
+        return [(kind, bucket) for kind in ("pool", "tokens") for bucket in self.packings]
+
+    def _largest(self) -> list[tuple[Key, ...]]:
+        # what one step returns lives until it is read, which may be after the next was launched
+        return [(("pool", self.largest), ("tokens", self.largest))]
+
+    def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:
+        return {"pool": self.lower_pooling, "tokens": self.lower_tokens}
+
+    def pool(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(("pool", bucket))
+
+    def tokens(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(("tokens", bucket))
+
+
+@dataclasses.dataclass(slots=True)
+class Entry:
+    """Where in a step's results one entry of its SchedulerOutput is."""
+
+    seq: int
+    #: of its tokens, when the request wants them all; None: it does not
+    tokens: slice | None
+    #: whether these are the last ones
+    ends: bool
+    #: what earlier chunks of the request left on the host
+    pieces: list[np.ndarray]
+
+
+class PoolingResult:
+    """A launched step (`engine.step.StepFuture`).
+
+    Args:
+        results, tokens: as `pooling_step` and `token_step` return them; `tokens` None: nobody wants them.
+        entries: in the order of the SchedulerOutput's.
+    """
+
+    def __init__(self, results: jax.Array, tokens: jax.Array | None, entries: list[Entry]):
+        self._results, self._tokens, self._entries = results, tokens, entries
+        for array in (results, tokens):
+            if array is not None:
+                array.copy_to_host_async()
+
+    def result(self) -> StepOutput:
+        results = np.asarray(self._results)
+        tokens = None if self._tokens is None else np.asarray(self._tokens)
+        pooled: list[np.ndarray | None] = [None] * len(self._entries)
+        for i, entry in enumerate(self._entries):
+            if entry.tokens is not None:
+                assert tokens is not None
+                # steps are read in their order, so the pieces of earlier chunks are here already
+                entry.pieces.append(tokens[entry.tokens].copy())
+                if entry.ends:
+                    pooled[i] = np.concatenate(entry.pieces)
+            elif entry.ends:
+                pooled[i] = results[entry.seq].copy()
+        return StepOutput(token_ids=[], counts=[0] * len(self._entries), pooled=pooled)
+
+
+class PoolingHead(Head[PoolingModel, PoolingState]):
+    """Pools each sequence in the program that computes its tokens; a position is wanted where the sequence ends.
+
+    Args:
+        max_num_seqs: rows.
+    """
+
+    def __init__(self, programs: PoolingPrograms, max_num_seqs: int):
+        self.programs: PoolingPrograms = programs
+        self._params: PoolingModel | None = None
+        #: of all rows, the fields that `pooling_packing` has for each sequence
+        self._fields = {name: np.zeros(max_num_seqs, np.int32) for name in ("dimensions", "activate", "segment_starts")}
+        self._wants_tokens = np.zeros(max_num_seqs, bool)
+        #: a new list for every admission: a step that is still in flight keeps the list of its own
+        self._pieces: list[list[np.ndarray]] = [[] for _ in range(max_num_seqs)]
+
+    def use(self, params: PoolingModel | None) -> None:
+        self._params = params
+
+    def admit(self, state: PoolingState, request: AdmittedRequest) -> PoolingState:
+        row, params = request.row, request.params
+        assert isinstance(params, PoolingParams)
+        start = params.segment_start
+        self._fields["dimensions"][row] = params.dimensions or self.programs.config.model.hidden_size
+        self._fields["activate"][row] = bool(params.use_activation)
+        self._fields["segment_starts"][row] = np.iinfo(np.int32).max if start is None else start
+        self._wants_tokens[row] = params.wants_tokens
+        self._pieces[row] = []
+        return state
+
+    def forward(
+        self, state: PoolingState, scheduled: SchedulerOutput, rows: Rows
+    ) -> tuple[PoolingState, PoolingResult]:
+        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        packing = self.programs.packings[bucket]
+        # never reused: the device may read it in place
+        buffer = np.zeros(packing.size, np.int32)
+        fields = packing.views(buffer)
+        order, row, first, end, _ = rows.pack(scheduled, fields)
+        for name, values in self._fields.items():
+            fields[name][: len(row)] = values[row]
+        wants = self._wants_tokens[row]
+        entries = [
+            Entry(
+                seq,
+                slice(int(first[seq]), int(end[seq])) if wants[seq] else None,
+                scheduled.wanted[entry] > 0,
+                self._pieces[row[seq]],
+            )
+            for entry, seq in enumerate(np.argsort(order).tolist())
+        ]
+        state, results, tokens = self._launch(state, bucket, buffer, want_tokens=bool(wants.any()))
+        return state, PoolingResult(results, tokens, entries)
+
+    def sample(
+        self, state: PoolingState, launched: PoolingResult, masks: Mapping[int, np.ndarray]
+    ) -> tuple[PoolingState, PoolingResult]:
+        """Nothing is left to do: a pooling step is one program, and there is nothing that a mask could restrict."""
+        return state, launched
+
+    def warm_up(self, state: PoolingState, *, smallest: bool) -> PoolingState:
+        for bucket, packing in list(self.programs.packings.items())[: 1 if smallest else None]:
+            state, *_ = self._launch(state, bucket, np.zeros(packing.size, np.int32), want_tokens=True)
+        return state
+
+    def _launch(
+        self, state: PoolingState, bucket: Bucket, words: np.ndarray, *, want_tokens: bool
+    ) -> tuple[PoolingState, jax.Array, jax.Array | None]:
+        buffer, params = jax.device_put(words, self.programs.sharding), self._params
+        state, results, hidden = self.programs.pool(bucket)(params, state, buffer)
+        tokens = None
+        if want_tokens and params is not None:
+            tokens = self.programs.tokens(bucket)(params.head, hidden, buffer)
+        return state, results, tokens

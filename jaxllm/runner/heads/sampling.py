@@ -1,0 +1,230 @@
+"""The head of a model that generates: logits at the wanted positions, and tokens sampled from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
+from jaxllm.models.decoder import Params
+from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms, with_whole_layers
+from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
+from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
+from jaxllm.runner.rows import Rows
+from jaxllm.sampling.logprobs import Logprobs
+
+
+class LaunchedStep(NamedTuple):
+    """A step whose forward program is launched, and whose sampler is not."""
+
+    hidden: Hidden
+    sampling: jax.Array
+    packed: PackedStep
+
+
+class StepResult:
+    """A launched step (`engine.step.StepFuture`).
+
+    Args:
+        lost: entries whose masks could not be made, bool.
+        computed: is ready when the step is done, also where nobody samples.
+    """
+
+    def __init__(
+        self,
+        sampled: Sampled | None,
+        scores: Logprobs | None,
+        packed: PackedStep,
+        lost: np.ndarray,
+        computed: jax.Array,
+    ):
+        self._sampled, self._scores, self._packed = sampled, scores, packed
+        self._lost, self._computed = lost, computed
+        wanted: list[Any] = [scores]
+        if sampled is not None:
+            wanted += [sampled.token_ids, self._logprobs]
+        for array in jax.tree.leaves(wanted):
+            array.copy_to_host_async()
+
+    @property
+    def _logprobs(self) -> Logprobs | None:
+        """What somebody wants of the step's log-probabilities."""
+        if self._sampled is None or self._sampled.logprobs is None or not self._packed.want_logprobs:
+            return None
+        found = self._sampled.logprobs
+        return found if self._packed.want_chosen else dataclasses.replace(found, chosen=None)  # pyright: ignore
+
+    def result(self) -> StepOutput:
+        packed, sampled = self._packed, self._sampled
+        if sampled is None:
+            # else the host would run ahead through a long prompt: steps would pile up, and a trace could not time them
+            self._computed.block_until_ready()
+        rows, counts = packed.flat_rows(self._lost)
+        scores = None
+        if self._scores is not None and packed.targets is not None:
+            scores = _arrays(jax.tree.map(lambda x: np.asarray(x)[: packed.targets[0]], self._scores))  # pyright: ignore
+        found = self._logprobs
+        return StepOutput(
+            token_ids=[] if sampled is None else np.asarray(sampled.token_ids)[rows].tolist(),
+            counts=counts,
+            logprobs=None if found is None else _arrays(jax.tree.map(lambda x: np.asarray(x)[rows], found)),
+            prompt_logprobs=scores,
+            scored_counts=packed.scored_counts,
+        )
+
+
+class DecodeStepsResult:
+    """A launch of several steps (`engine.step.StepFuture`).
+
+    Args:
+        sampled: i32 [steps, S], as `decode_steps` returns it.
+    """
+
+    def __init__(self, sampled: jax.Array | np.ndarray, packed: PackedStep):
+        self._sampled, self._packed = sampled, packed
+
+    def result(self) -> StepOutput:
+        rows, _ = self._packed.flat_rows(NOTHING_LOST)
+        ids = np.asarray(self._sampled)[:, rows].T
+        there = ids != ENDED
+        return StepOutput(token_ids=ids[there].tolist(), counts=there.sum(axis=1).tolist())
+
+
+def _arrays(found: Logprobs) -> LogprobArrays:
+    return LogprobArrays(
+        sampled=np.asarray(found.sampled),
+        rank=np.asarray(found.rank),
+        top_ids=np.asarray(found.top_ids),
+        top=np.asarray(found.top),
+        chosen=None if found.chosen is None else np.asarray(found.chosen),
+    )
+
+
+class SamplingHead(Head[Params, State]):
+    """Samples, scores what is known, and does several decode steps in one launch."""
+
+    def __init__(self, programs: SamplingPrograms):
+        self.programs: SamplingPrograms = programs
+        self._sharding = programs.sharding
+        self._rows = SamplingRows(programs)
+        self._params: Params | None = None
+        #: the weights as programs of a single row take them, and as samplers do
+        self._whole: Params | None = None
+        self._head: Params | None = None
+        constraints = ConstraintShape(programs.config.model.vocab_size).empty(programs.max_num_seqs)
+        self._no_constraints = jax.device_put(constraints, self._sharding)
+
+    def use(self, params: Params | None) -> None:
+        programs = self.programs
+        self._params, self._whole, self._head = params, None, None
+        if params is not None:
+            self._head = programs.head_params(params)
+            if any(map(programs.takes_whole_layers, (*programs.packings, *programs.decode_packings))):
+                self._whole = with_whole_layers(params)
+
+    def admit(self, state: State, request: AdmittedRequest) -> State:
+        self._rows.admit(request)
+        if request.num_computed_tokens and self._rows.needs_history(request):
+            known = np.asarray(request.token_ids[: request.num_computed_tokens], np.int32)
+            return self._write_tokens(state, request.row, known)
+        return state
+
+    def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
+        packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
+        state, sampled = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
+        sampled.copy_to_host_async()
+        return state, DecodeStepsResult(sampled, packed)
+
+    def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
+        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
+        state, hidden, sampling = self._forward(state, bucket, packed.buffer)
+        return state, LaunchedStep(hidden, sampling, packed)
+
+    def sample(self, state: State, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> tuple[State, StepResult]:
+        hidden, sampling, packed = launched
+        lost = self._rows.restrict(packed, masks) if masks else NOTHING_LOST
+        sampled = None
+        if count := len(packed.sampled_entries):
+            state, sampled = self._sample(state, hidden, sampling, packed.constraints, count, packed.full)
+        scores = None if packed.targets is None else self._score(hidden, packed.targets)
+        return state, StepResult(sampled, scores, packed, lost, hidden.sampled)
+
+    def warm_up(self, state: State, *, smallest: bool) -> State:
+        programs = self.programs
+        sample_size, trash = programs.sample_packing.size, programs.max_num_seqs
+        for bucket, packing in list(programs.packings.items())[: 1 if smallest else None]:
+            state, hidden, sampling = self._forward(state, bucket, np.zeros(packing.size + sample_size, np.int32))
+            for full in (True, False):
+                state, _ = self._sample(state, hidden, sampling, None, bucket.seqs, full)
+            self._score(hidden, np.zeros(1 + programs.config.max_scored_tokens, np.int32))
+        for bucket, packing in list(programs.decode_packings.items())[: 1 if smallest else None]:
+            buffer = np.zeros(packing.size + sample_size, np.int32)
+            fields, sampling = packing.views(buffer[: packing.size]), buffer[packing.size :]
+            for name in ("num_decodes", "num_seqs"):
+                fields[name][...] = 1
+            # one token of the trash row
+            fields["query_start"][1:] = 1
+            fields["rows"][0], fields["steps"][0], fields["end_ids"][0] = trash, 1, -1
+            programs.sample_packing.views(sampling)["num_samples"][...] = 1
+            for full in (True, False):
+                state, _ = self._decode_steps(state, bucket, buffer, None, full)
+        return self._write_tokens(state, trash, np.zeros(1, np.int32))
+
+    def free(self) -> None:
+        if not self._no_constraints.is_deleted():
+            self._no_constraints.delete()
+
+    def _forward(self, state: State, bucket: Bucket, buffer: np.ndarray) -> tuple[State, Hidden, jax.Array]:
+        words = jax.device_put(buffer, self._sharding)
+        return self.programs.forward(bucket)(self._params_for(bucket), state, words)
+
+    def _sample(
+        self,
+        state: State,
+        hidden: Hidden,
+        sampling: jax.Array,
+        constraints: np.ndarray | None,
+        count: int,
+        full: bool,
+    ) -> tuple[State, Sampled]:
+        program, full = self.programs.sampler(count, full)
+        given = self._given(constraints) if full else None
+        tokens, sampled = program(self._head, state.tokens, hidden.sampled, sampling, given)
+        return State(cache=state.cache, tokens=tokens), sampled
+
+    def _given(self, constraints: np.ndarray | None) -> jax.Array:
+        return self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
+
+    def _decode_steps(
+        self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
+    ) -> tuple[State, jax.Array]:
+        program, full = self.programs.decode_steps(bucket, full)
+        given = self._given(constraints) if full else None
+        return program(self._params_for(bucket), state, jax.device_put(buffer, self._sharding), given)
+
+    def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:
+        return self.programs.scorer(self._head, hidden.scored, jax.device_put(targets, self._sharding))
+
+    def _write_tokens(self, state: State, row: int, ids: np.ndarray) -> State:
+        """Put tokens from a row's first position on into `State.tokens`, without computing them."""
+        tokens = state.tokens
+        for first in range(0, len(ids), WRITE_TOKENS):
+            part = ids[first : first + WRITE_TOKENS]
+            buffer = np.zeros(3 + WRITE_TOKENS, np.int32)
+            buffer[:3] = row, first, len(part)
+            buffer[3 : 3 + len(part)] = part
+            tokens = self.programs.writer(tokens, jax.device_put(buffer, self._sharding))
+        return State(cache=state.cache, tokens=tokens)
+
+    def _params_for(self, bucket: Bucket) -> Params | None:
+        return self._whole if self.programs.takes_whole_layers(bucket) else self._params

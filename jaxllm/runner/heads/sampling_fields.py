@@ -1,0 +1,49 @@
+"""What a step's buffer holds for sampling: the fields of `forward_packing` or `decode_packing`, then those of
+`sample_packing`, which the forward program passes on.
+"""
+
+from __future__ import annotations
+
+from jaxllm.engine.step import MAX_END_TOKEN_IDS
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.packing import Packing, forward_fields
+
+#: per-row sampling parameters, float32
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+#: per-row sampling parameters, int32
+INTS = ("top_k", "seed_low", "seed_high", "prompt_length")
+#: fields of float32
+FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
+#: which parts of the sampler any row needs, 0 or 1
+FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
+
+
+def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+    """What `sampling_step.forward_step` reads."""
+    return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens))
+
+
+def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+    """What `decode_steps.decode_steps` reads: a forward step's fields, and of each sequence how many tokens it samples
+    at most, and the ids that end it (-1: none).
+    """
+    per_seq = {"steps": (bucket.seqs,), "end_ids": (bucket.seqs, MAX_END_TOKEN_IDS)}
+    return Packing({**_step_fields(bucket, num_groups, table_width, max_scored_tokens), **per_seq})
+
+
+def _step_fields(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    return {
+        **forward_fields(bucket, num_groups, table_width),
+        # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
+        "sampled_tokens": (bucket.seqs,),
+        "scored_tokens": (min(bucket.tokens, max_scored_tokens),),
+    }
+
+
+def sample_packing(max_num_seqs: int, num_extra_args: int) -> Packing:
+    """What `sampling_step.sample_step` reads; entry i is the i-th sampled token. One layout for all buckets."""
+    per_row = dict.fromkeys(("rows", "positions", *FLOATS, *INTS), (max_num_seqs,))
+    extra = {"extra_args": (max_num_seqs, num_extra_args)}
+    return Packing({"num_samples": (), **dict.fromkeys(FLAGS, ()), **per_row, **extra}, floats=FLOAT_FIELDS)

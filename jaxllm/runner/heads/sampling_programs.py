@@ -1,0 +1,225 @@
+"""The compiled programs of an engine that samples, and the weights as they take them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
+from jaxllm.models.decoder import Params
+from jaxllm.parallel.rules import CACHE
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.heads.decode_steps import decode_steps
+from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
+from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+
+#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
+#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
+#: several blocks, a CPU goes on to the next block as long as there are rows
+SAMPLE_ROWS_CPU = (8, 32)
+SAMPLE_ROWS_GPU = (8, 64, 256)
+
+WRITER: Key = ("write tokens",)
+SCORER: Key = ("score",)
+#: tokens that one launch of it carries
+WRITE_TOKENS = 1024
+
+
+class SamplingPrograms(Programs):
+    """A forward step for every bucket, sampling for a few sizes of block."""
+
+    def __init__(
+        self,
+        config: StepConfig,
+        buckets: tuple[Bucket, ...],
+        table_width: int,
+        params: Params,
+        state: State,
+        *,
+        platform: str,
+        eager: bool,
+        cache_dir: Path | None,
+        num_decode_steps: int = 1,
+        decode_buckets: tuple[Bucket, ...] = (),
+    ):
+        """
+        Args:
+            params, state: trees of `jax.ShapeDtypeStruct` with shardings.
+            num_decode_steps: most steps of one launch of a program for several.
+            decode_buckets: those that have such programs.
+            eager: one sampler instead of one for each size of block.
+            platform, cache_dir: see `Programs`.
+        """
+        made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
+        numbers = len(config.groups), table_width, config.max_scored_tokens
+        packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        if platform != "cpu":
+            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
+        self.config = config
+        self._params = params
+        #: whether a single row has products of its own (`layers.stacked_matrix`)
+        self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
+        self.num_decode_steps = num_decode_steps
+        self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
+        self.max_num_seqs = state.tokens.shape[0] - 1
+        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
+        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
+        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
+        while platform != "cpu" and self._sample_rows[-1] < self.max_num_seqs:
+            self._sample_rows.append(min(2 * self._sample_rows[-1], self.max_num_seqs))
+        if eager:
+            self._sample_rows = self._sample_rows[-1:]
+        #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
+        self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
+
+    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing = self.packings[bucket]
+        function = functools.partial(forward_step, self.config, bucket, packing)
+        words = self._words(packing.size + self.sample_packing.size)
+        out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        return self._lowered(function, self._params_for(bucket), self._state, words, donate=1, out=out)
+
+    def takes_whole_layers(self, bucket: Bucket) -> bool:
+        """Whether a bucket's programs take `with_whole_layers` of the params."""
+        return bucket.tokens == 1 and self.has_one_row_products
+
+    def _params_for(self, bucket: Bucket) -> Params:
+        return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
+
+    def head_params(self, params: Params) -> Params:
+        """What sampling takes of the weights: few arguments make quick launches.
+
+        Args:
+            params: arrays, or their shapes.
+        """
+        params = dataclasses.replace(params, layers=None, norm=None)
+        return with_head_for_one(params) if self.has_one_row_products else params
+
+    def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
+        packing = self.sample_packing
+        function = functools.partial(sample_step, self.config, rows, packing)
+        hidden = self._hidden(self.max_num_seqs)
+        head = self.head_params(self._params)
+        words = self._words(packing.size)
+        return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
+
+    def _constraints(self, full: bool) -> jax.ShapeDtypeStruct | None:
+        shape = ConstraintShape(self.config.model.vocab_size)
+        return self._words(self.max_num_seqs, shape.row_size) if full else None
+
+    def lower_decode_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
+        packing, sample_packing = self.decode_packings[bucket], self.sample_packing
+        rows = self._sampler_rows(bucket.seqs)
+        function = functools.partial(
+            decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
+        )
+        words = self._words(packing.size + sample_packing.size)
+        out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
+        params = self._params_for(bucket)
+        return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
+
+    def lower_scorer(self) -> jax.stages.Lowered:
+        capacity = self.config.max_scored_tokens
+        function = functools.partial(score_step, self.config, self._sample_rows[-1])
+        hidden = self._hidden(capacity)
+        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
+
+    def lower_writer(self) -> jax.stages.Lowered:
+        return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
+
+    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        size = (rows, self.config.model.hidden_size)
+        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self.sharding)
+
+    def _keys(self) -> list[Key]:
+        samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        forwards = [("forward", bucket) for bucket in self.packings]
+        several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
+        return [*several, *samplers, SCORER, *forwards, WRITER]
+
+    def _largest(self) -> list[tuple[Key, ...]]:
+        keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
+        if self.decode_packings:
+            keys.append(("decode steps", next(reversed(self.decode_packings)), True))
+        return [(key,) for key in keys]
+
+    def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:
+        return {
+            "forward": self.lower_forward,
+            "sample": self.lower_sampler,
+            "decode steps": self.lower_decode_steps,
+            "score": self.lower_scorer,
+            "write tokens": self.lower_writer,
+        }
+
+    def forward(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(("forward", bucket))
+
+    def sampler(self, num_samples: int, full: bool) -> tuple[jax.stages.Compiled, bool]:
+        """The sampler for a step, and whether it takes constraints; `full` when a row needs more than its most likely
+        token.
+        """
+        full = full or False not in self._variants
+        return self._get(("sample", self._sampler_rows(num_samples), full)), full
+
+    def _sampler_rows(self, num_samples: int) -> int:
+        return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
+
+    def decode_steps(self, bucket: Bucket, full: bool) -> tuple[jax.stages.Compiled, bool]:
+        """The program for several steps, and whether it takes constraints, as `sampler`."""
+        full = full or False not in self._variants
+        return self._get(("decode steps", bucket, full)), full
+
+    @property
+    def scorer(self) -> jax.stages.Compiled:
+        return self._get(SCORER)
+
+    @property
+    def writer(self) -> jax.stages.Compiled:
+        return self._get(WRITER)
+
+
+def with_whole_layers(params: Params) -> Params:
+    """The weights as steps of one token take them on a CPU (`layers.stacked_matrix`), in the same memory: with the
+    matrices of stacked layers as they lie, and `with_head_for_one`.
+
+    Args:
+        params: arrays, or their shapes.
+    """
+    layers = jax.tree.map(lambda w: StackedMatrix(_bits(w)) if w.ndim == 3 and can_be_read(w) else w, params.layers)
+    return with_head_for_one(dataclasses.replace(params, layers=layers))
+
+
+def with_head_for_one(params: Params) -> Params:
+    """The weights with a head that has one row multiplied by itself.
+
+    Args:
+        params: arrays, or their shapes.
+    """
+    head: Any = params.embedding if params.head is None else params.head
+    if not can_be_read(head):
+        return params
+    number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
+    layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
+    own: Any = StackedMatrix(_bits(head), layer, several=head)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(params, head=own)
+
+
+def _bits(weight: Any) -> Any:
+    """uint16 [L, out, in] of a bfloat16 weight [L, out, in], or [out, in]; of an array in the same memory, which is in
+    use as long as either of them is.
+    """
+    shape = (1, *weight.shape)[-3:]
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, np.uint16, sharding=weight.sharding)
+    return jax.device_put(np.asarray(weight).view(np.uint16).reshape(shape), weight.sharding, may_alias=True)
