@@ -496,7 +496,8 @@ class LLM:
         return [self.engine.apply_model(function)]
 
     def update_weights(self, params: Any) -> None:
-        """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes.
+        """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
+        `flax.nnx`, or the module, that `jaxllm.flax.to_nnx` gave, in any float dtype.
 
         Its layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as engines
         on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not the
@@ -530,7 +531,7 @@ class LLM:
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses."""
-        return 1
+        return self.engine.model_files.config.target.num_devices
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.
