@@ -42,7 +42,7 @@ BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN = 16, 6, 128
 def make_programs(dtype: str, num_blocks: int) -> tuple[SamplingPrograms, State]:
     """Programs of a model with two groups of layers, not compiled yet."""
     model = dataclasses.replace(model_config(LLAMA), layer_window=(32, None, 32))
-    groups = kv_cache_groups(model.layer_window)
+    groups = kv_cache_groups(model.kv_specs)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
     page = (2 * model.num_kv_heads, BLOCK_SIZE, model.head_dim)
