@@ -78,7 +78,7 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
             "devices (tensor_parallel_size). Train a copy with tensor_parallel_size=1, and llm.save() it for this one."
         )
     copied = jax.tree.map(lambda array: jnp.array(array, dtype=dtype, copy=True), params)
-    config = llm._started.config.model
+    config = llm.engine.model_files.config.model
     assert isinstance(config, DecoderConfig)
     return Model(config, copied)
 
