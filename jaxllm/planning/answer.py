@@ -26,7 +26,7 @@ from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingProgr
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.setup import Setup, read_setup
+from jaxllm.startup.setup import Setup, read_setup
 
 logger = logging.getLogger("jaxllm")
 
@@ -102,7 +102,7 @@ class _Planner:
         self._needed: dict[SchedulerConfig, int] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
-        """Raises DoesNotFitError, whose plan has its activations."""
+        """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
         config = question.setup().runner_config(target, progress=False)
         self.compiled = bool(target.devices)

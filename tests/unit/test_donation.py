@@ -204,11 +204,11 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         max_num_seqs=MAX_NUM_SEQS,
     ) as llm:
         places, count = set(), 0
-        core, runner = llm._engine(), llm._started.runner
+        core, runner = llm.engine.core, llm.engine.runner
         assert isinstance(runner, Runner)
         params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
         for i, length in enumerate((1, 70, 12, 100, 33)):
-            core.add_request(*llm._inputs.request(str(i), list(range(length)), params))
+            core.add_request(*llm.engine.inputs.request(str(i), list(range(length)), params))
         while core.has_unfinished:
             core.step()
             count += 1
