@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 import pallas_kernels
 from jaxllm.api.pooler import Pooler
@@ -24,11 +25,28 @@ from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig
+from pallas_kernels.backend import device_backend
+from pallas_kernels.batch import Layout
+from pallas_kernels.kv_write.api import write_kv
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.configurations import Heads, Step
 
 from .models import MODELS, Model
 
 #: bytes of temporaries that no program of an engine may exceed; with the weights, they are what the KV cache is not
 MOST_TEMPORARY_BYTES = 3 * 2**30
+#: KV heads, head_dim, dtype and positions of the pages that two layers alone are compiled for
+POOLS = (
+    (1, 256, "bfloat16", 16),
+    (1, 64, "float32", 64),
+    (1, 96, "bfloat16", 64),
+    (2, 128, "bfloat16", 64),
+    (3, 64, "bfloat16", 16),
+    (4, 80, "float32", 16),
+    (8, 128, "bfloat16", 16),
+)
+#: blocks of such a pool
+POOL_BLOCKS = (1_000, 10_000)
 #: what kinds of programs write of their state
 _WRITTEN = {
     "forward": ("cache", "tokens"),
@@ -91,6 +109,53 @@ def _operations() -> list[Callable[..., Any]]:
             if hasattr(api, "configurations"):
                 found.append(api.configurations)
     return found
+
+
+def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
+    """Two layers, which write keys and values and attend to them: pages of several shapes, in pools of two sizes."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    backend = device_backend(device)
+
+    def step(cache: Any, query: Any, new: Any, batch: Any) -> Any:
+        def layer(carry: tuple[Any, Any], place: Layout) -> tuple[tuple[Any, Any], None]:
+            cache, query = carry
+            cache, _ = write_kv(cache, new, new, place, batch)
+            return (cache, paged_attention(query, cache, place, batch, scale=1.0)), None
+
+        places: Any = np.array([[0, 0], [0, cache.shape[0] // 2], [1000, 1000]], np.int32)
+        return jax.lax.scan(layer, (cache, query), Layout(*places))[0]
+
+    for kv_heads, head_dim, dtype, block_size in POOLS[:2] if quick else POOLS:
+        heads = Heads(model="layers", heads=2 * kv_heads, kv_heads=kv_heads, head_dim=head_dim)
+        for num_blocks in POOL_BLOCKS:
+            page = 2 * kv_heads * block_size * head_dim * jax.numpy.dtype(dtype).itemsize
+            about = Step(
+                heads=heads,
+                tokens=8,
+                seqs=8,
+                query=dtype,
+                stored=dtype,
+                block_size=block_size,
+                context=1024,
+                cache_bytes=2 * num_blocks * page,
+                decode_only=True,
+            )
+            query, new = (
+                jax.ShapeDtypeStruct((8, number, head_dim), jax.numpy.dtype(dtype))
+                for number in (2 * kv_heads, kv_heads)
+            )
+            arguments = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+                (about.cache()[0], query, new, about.batch(backend)),
+            )
+            size = "" if num_blocks == POOL_BLOCKS[0] else f", {num_blocks} blocks"
+            yield Case(
+                name=f"pool of pages: {kv_heads} KV heads of {head_dim}, blocks of {block_size} in {dtype}{size}",
+                lower=lambda arguments=arguments: jax.jit(step, donate_argnums=0).lower(*arguments),
+                in_place_bytes=_bytes(arguments[0]),
+                cache_bytes=_bytes(arguments[0]),
+                most_temporary_bytes=None,
+            )
 
 
 def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:

@@ -20,12 +20,12 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.compile.deviceless import devices, lowering_for
 from jaxllm.runner.compile.programs import GPU_OPTIONS
 
-from .cases import Case, kernel_cases, step_cases
+from .cases import Case, kernel_cases, pool_cases, step_cases
 from .compiling import TARGETS
 from .executable import Launch, read_executable
 from .probes import probe_cases
 
-MAKERS = (kernel_cases, step_cases)
+MAKERS = (kernel_cases, pool_cases, step_cases)
 
 
 def main() -> None:

@@ -168,12 +168,9 @@ def test_pages_of_no_shape_are_copied(kv_heads: int, head_dim: int, stored: Any,
         )
 
         def step(cache: jax.Array, new: jax.Array, batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
-            layer = np.arange(2, dtype=np.int32)
-            places = Layout(
-                group=layer % groups,
-                page_offset=layer // groups * np.int32(num_blocks),
-                window=np.full(2, 30, np.int32),
-            )
+            layer: Any = np.arange(2, dtype=np.int32)
+            window: Any = np.full(2, 30, np.int32)
+            places = Layout(group=layer % groups, page_offset=layer // groups * np.int32(num_blocks), window=window)
 
             def one(carry: tuple[jax.Array, jax.Array], place: Layout) -> tuple[tuple[jax.Array, jax.Array], None]:
                 cache, query = carry
@@ -184,7 +181,8 @@ def test_pages_of_no_shape_are_copied(kv_heads: int, head_dim: int, stored: Any,
 
         program = jax.jit(step, donate_argnums=0).lower(cache, new, batch)
         # the machine code of each program is not run: how good it is does not matter
-        memory = program.compile({**CPU_OPTIONS, "xla_backend_optimization_level": 0}).memory_analysis()
+        options: Any = {**CPU_OPTIONS, "xla_backend_optimization_level": 0}
+        memory = program.compile(options).memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == size(cache)
         return memory.temp_size_in_bytes
 
