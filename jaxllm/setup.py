@@ -45,6 +45,15 @@ class Setup:
     #: the model's sentence-transformers files
     pooling: SentenceTransformersConfig | None
 
+    def check_devices(self, count: int) -> None:
+        """Raises ValidationError where the engine cannot be split over so many devices."""
+        check_split(self.model, count)
+        if count > 1 and self.args.deterministic:
+            raise ValidationError(
+                f"deterministic=True with tensor_parallel_size={count}: sums over devices are not added up in a fixed "
+                "order. Set tensor_parallel_size=1."
+            )
+
     def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
         """What the runner is built from on the devices of `target`.
 
@@ -52,12 +61,7 @@ class Setup:
             ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
         """
         args, model = self.args, self.model
-        if target.num_devices > 1:
-            if self.pooler is not None or not isinstance(model, DecoderConfig):
-                raise ValidationError(
-                    f"tensor_parallel_size={target.num_devices}: only models that generate can be split."
-                )
-            check_split(model, target.num_devices)
+        self.check_devices(target.num_devices)
         num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
         limits = scheduler_config(
             args,
@@ -67,6 +71,8 @@ class Setup:
             device_memory_bytes=target.total_bytes,
             device_kind=target.kind,
         )
+        if target.platform == "cpu" and target.num_devices > 1:
+            limits = dataclasses.replace(limits, async_scheduling=False)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None)

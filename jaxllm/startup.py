@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
@@ -83,7 +84,14 @@ def start(args: EngineArgs) -> Started:
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"
     share_gpu_memory(args.gpu_memory_utilization)
-    target = target_here("cpu" if is_null else args.device)
+    if is_null and args.tensor_parallel_size > 1:
+        raise ValidationError(
+            f'tensor_parallel_size={args.tensor_parallel_size} with load_format="null": there is no model to split. '
+            "Leave it out."
+        )
+    # before JAX is asked for devices that would not do
+    setup.check_devices(args.tensor_parallel_size)
+    target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
 
     # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy
@@ -94,6 +102,13 @@ def start(args: EngineArgs) -> Started:
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target, progress=progress)
+
+        if args.async_scheduling and not config.scheduler.async_scheduling:
+            logger.info(
+                "tensor_parallel_size=%d on a CPU: one step at a time is under way (async_scheduling=False), since "
+                "virtual devices that wait for each other in two programs at once may wait for ever.",
+                args.tensor_parallel_size,
+            )
 
         def record(phase: str, seconds: float) -> None:
             times[phase] = seconds

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxllm.config.argument import Arguments, not_yet
+from jaxllm.config.argument import Arguments, argument, not_yet
+from jaxllm.config.argument_checks import at_least
 
 _CAPABILITY = "parallelism"
 
@@ -13,8 +14,8 @@ _CAPABILITY = "parallelism"
 class ParallelConfig(Arguments):
     """The sizes of the mesh's axes, under vLLM's names."""
 
-    #: devices that share every layer
-    tensor_parallel_size: int = not_yet(1, _CAPABILITY, short="-tp")
+    #: a CPU becomes as many devices
+    tensor_parallel_size: int = argument(1, at_least(1), "devices that share every layer", short="-tp")
     #: stages of layers, each on devices of its own
     pipeline_parallel_size: int = not_yet(1, _CAPABILITY, short="-pp")
     #: copies of the model, each with requests of its own

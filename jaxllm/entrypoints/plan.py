@@ -6,7 +6,6 @@ import argparse
 import json
 
 from jaxllm.command_options import add_engine_options, engine_arguments
-from jaxllm.config.command_line import count
 from jaxllm.config.devices import DEVICE_NAMES
 
 
@@ -24,14 +23,6 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=argparse.SUPPRESS,
         help=f"{', '.join(DEVICE_NAMES)}; auto (default): what this machine has",
-    )
-    parser.add_argument(
-        "--tensor-parallel-size",
-        "-tp",
-        type=count,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="devices that share the model (default: 1); the plan is of each",
     )
     parser.add_argument(
         "--compiler",

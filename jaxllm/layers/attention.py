@@ -1,4 +1,5 @@
-"""Paged attention as the models call it: keys and values into their pages, then attention over them.
+"""Attention as the models call it: keys and values into their pages, then attention over them; or, in training,
+attention over whole sequences, without pages.
 
 How pages lie in the cache is said in `pallas_kernels.storage`, what a batch is in `pallas_kernels.batch`.
 """
@@ -8,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.dense_attention import WholeSequences, dense_attention
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention.api import paged_attention
@@ -21,6 +24,8 @@ def write_kv(
     context: Context, cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: StepBatch
 ) -> jax.Array:
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
+    if isinstance(batch.attention, WholeSequences):
+        return jnp.stack([key, value])
     return kv_write.write_kv(cache, key, value, layout, _for_kernels(context, batch))[0]
 
 
@@ -46,10 +51,16 @@ def attention(
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
     """
+    if isinstance(batch.attention, WholeSequences):
+        key, value = cache
+        return dense_attention(
+            query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal
+        )
     attended = _for_kernels(context, batch)
     return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal)
 
 
 def _for_kernels(context: Context, batch: StepBatch) -> AttentionBatch:
     """The kernels find their implementation in their batch."""
+    assert isinstance(batch.attention, AttentionBatch)
     return dataclasses.replace(batch.attention, backend=context.backend)

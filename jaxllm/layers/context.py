@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 
+from jaxllm.layers.dense_attention import WholeSequences
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch
 
@@ -41,6 +42,7 @@ class StepBatch:
     """
 
     tokens: jax.Array  # i32 [T], within the vocabulary; padding: any
-    attention: AttentionBatch
+    #: over the engine's pages; or, in training, without them
+    attention: AttentionBatch | WholeSequences
     #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
     segment_starts: jax.Array | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -79,7 +80,8 @@ class ControlMethods(EngineMethods):
             return [function(self._started.runner.params)]
 
     def update_weights(self, params: Any) -> None:
-        """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes.
+        """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
+        `flax.nnx`, or the module, that `jaxllm.flax.to_nnx` gave, in any float dtype.
 
         Its layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as engines
         on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not the
@@ -94,7 +96,13 @@ class ControlMethods(EngineMethods):
         with self._client.lock:
             if self._client.has_unfinished:
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
-            self._started.runner.set_params(params)
+            runner = self._started.runner
+            if "flax.nnx" in sys.modules and runner.params is not None:
+                from jaxllm.flax import is_nnx, to_params
+
+                if is_nnx(params):
+                    params = to_params(params, like=runner.params)
+            runner.set_params(params)
             self._client.core.reset_prefix_cache()
 
     def collective_rpc(
@@ -126,4 +134,4 @@ class ControlMethods(EngineMethods):
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses."""
-        return 1
+        return self._started.config.target.num_devices

@@ -32,15 +32,12 @@ class BertConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
+    head_dim: int
     norm_eps: float
     max_position_embeddings: int
     type_vocab_size: int
     activation: str
     causal: bool = False
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def num_kv_heads(self) -> int:
@@ -109,6 +106,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
         intermediate_size=hf["intermediate_size"],
         num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"],
+        head_dim=hf["hidden_size"] // hf["num_attention_heads"],
         norm_eps=hf.get("layer_norm_eps", 1e-12),
         max_position_embeddings=hf["max_position_embeddings"],
         type_vocab_size=hf.get("type_vocab_size", 2),

@@ -7,6 +7,10 @@ devices exchange is written where it happens (`layers.linear`, `layers.embedding
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +24,35 @@ TENSOR = "tp"
 def make_mesh(devices: Sequence[Any]) -> jax.sharding.Mesh:
     """All devices along `TENSOR`."""
     return jax.sharding.Mesh(np.array(devices, dtype=object), (TENSOR,))
+
+
+def ask_for_cpu_devices(count: int) -> None:
+    """Have JAX start with so many devices on the CPU, or more. Without effect where it has started."""
+    forced = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    asked = max(jax.config.jax_num_cpu_devices, int(forced[1]) if forced else 1)
+    if count > asked:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+
+
+class OneAtATime:
+    """A compiled program of several devices of a CPU: a call returns when it is done.
+
+    XLA:CPU runs them in one pool of threads, and who waits for the others in a collective keeps a thread. So of two
+    programs that run at once each may have the threads that the other one waits for.
+    """
+
+    _lock = threading.Lock()
+
+    def __init__(self, compiled: jax.stages.Compiled):
+        self._compiled = compiled
+
+    def __call__(self, *args: Any) -> Any:
+        with self._lock:
+            return jax.block_until_ready(self._compiled(*args))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
 
 
 def on_each_device(

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import TENSOR
 
 Tree = TypeVar("Tree")
+Model = TypeVar("Model", DecoderConfig, BertConfig)
 
 
 class Rule(NamedTuple):
@@ -96,6 +98,18 @@ def mesh_sizes(sharding: jax.sharding.Sharding | None) -> Mapping[str, int]:
     return dict(sharding.mesh.shape) if isinstance(sharding, jax.sharding.NamedSharding) else {}
 
 
+def place_on_mesh(spec: WeightSpec, sharding: jax.sharding.Sharding, index: tuple[slice, ...] | None) -> dict[str, int]:
+    """The device whose part has this index in an array: its number along each axis of the mesh that the array is split
+    over.
+
+    Args:
+        sharding: of what every device has whole, or of the array.
+    """
+    sizes = mesh_sizes(sharding)
+    places = zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False)
+    return {name: (place.start or 0) // size for name, place, size in places if name is not None}
+
+
 def shape_and_sharding(
     spec: WeightSpec, sharding: jax.sharding.Sharding | None
 ) -> tuple[tuple[int, ...], jax.sharding.Sharding | None]:
@@ -163,16 +177,19 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
     return None
 
 
-def local_model(model: DecoderConfig, devices: int) -> DecoderConfig:
+def local_model(model: Model, devices: int) -> Model:
     """What one device computes of a model that can be split (`check_split`). The vocabulary stays whole: logits are."""
     if devices == 1:
         return model
-    sizes = {TENSOR: devices}
+    axes = {"num_heads": "heads", "num_kv_heads": "kv_heads", "intermediate_size": "mlp"}
+    fields = {field.name for field in dataclasses.fields(model)}
     return dataclasses.replace(
         model,
-        num_heads=held(Axis("heads", model.num_heads), sizes).size,
-        num_kv_heads=held(Axis("kv_heads", model.num_kv_heads), sizes).size,
-        intermediate_size=held(Axis("mlp", model.intermediate_size), sizes).size,
+        **{
+            name: held(Axis(axis, getattr(model, name)), {TENSOR: devices}).size
+            for name, axis in axes.items()
+            if name in fields
+        },
     )
 
 

@@ -110,6 +110,7 @@ class _Planner:
         self._needed.clear()
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
+        blocks = 0 if config.pooler is not None else blocks
         self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices, blocks=blocks)
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 

@@ -147,7 +147,9 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
-            PoolingStepConfig(model=config.model, groups=config.groups, pooler=config.pooler, context=config.context),
+            PoolingStepConfig(
+                model=config.step_model, groups=config.groups, pooler=config.pooler, context=config.context
+            ),
             buckets,
             config.table_width,
             params,

@@ -86,8 +86,7 @@ class RunnerConfig:
     @property
     def step_model(self) -> ModelConfig:
         """What one device computes of the model."""
-        devices = self.target.num_devices
-        return local_model(self.model, devices) if isinstance(self.model, DecoderConfig) else self.model
+        return local_model(self.model, self.target.num_devices)
 
     @property
     def table_width(self) -> int:

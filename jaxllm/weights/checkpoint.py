@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.parallel.rules import shapes
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
@@ -110,7 +109,7 @@ class Checkpoint:
         if self.load_format == "dummy":
             return loader.dummy(specs, dtype, sharding, seed, stop=stop)
         if self.load_format == "orbax":
-            return orbax.load(self.path, shapes(specs, dtype, sharding))
+            return orbax.load(self.path, specs, dtype, sharding)
         with self._reader() as reader:
             named = CommonNames(reader, prefix)
             if named.left_out:

@@ -16,7 +16,7 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
-from jaxllm.parallel.rules import held, local_shape, mesh_axes, mesh_sizes, shape_and_sharding
+from jaxllm.parallel.rules import held, local_shape, mesh_sizes, place_on_mesh, shape_and_sharding
 from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
@@ -78,7 +78,7 @@ def load(
         shape, own = shape_and_sharding(spec, sharding)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return _read(reader, spec, _numbers(spec, sharding, index), mesh_sizes(sharding), dtype, stop)
+            return read_part(reader, spec, index, sharding, dtype, stop)
 
         array = jax.make_array_from_callback(shape, own, part)
         bar.update()
@@ -110,29 +110,22 @@ def check(reader: WeightReader, specs: object) -> None:
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 
-def _numbers(spec: WeightSpec, sharding: jax.sharding.Sharding, index: tuple[slice, ...] | None) -> dict[str, int]:
-    """The device whose part has this index in the array: its number along each axis of the mesh that the array is
-    split over.
-    """
-    sizes = mesh_sizes(sharding)
-    places = zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False)
-    return {name: (place.start or 0) // size for name, place, size in places if name is not None}
-
-
-def _read(
+def read_part(
     reader: WeightReader,
     spec: WeightSpec,
-    numbers: Mapping[str, int],
-    sizes: Mapping[str, int],
+    index: tuple[slice, ...] | None,
+    sharding: jax.sharding.Sharding,
     dtype: jnp.dtype,
     stop: threading.Event | None = None,
 ) -> np.ndarray:
-    """One device's part of an array.
+    """One device's part of an array, in memory of its own.
 
     Args:
-        numbers: of the device, along the axes of the mesh.
-        sizes: of the mesh's axes.
+        index: of the part in the array.
+        sharding: of what every device has whole.
+        dtype: if the spec has none of its own.
     """
+    sizes, numbers = mesh_sizes(sharding), place_on_mesh(spec, sharding, index)
     out = _aligned(local_shape(spec, sizes), jnp.dtype(spec.dtype or dtype))
     for i, layer in enumerate(spec.layers if spec.layers is not None else (0,)):
         into = out if spec.layers is None else out[i]
@@ -194,9 +187,10 @@ def dummy(
         shape, own = shape_and_sharding(spec, sharding)
         if spec.init is not None:
             return jnp.full(shape, spec.init, own_dtype, device=own)
+        assert own is not None
         parts = []
         for device, index in own.addressable_devices_indices_map(shape).items():
-            numbers = _numbers(spec, sharding, index)
+            numbers = place_on_mesh(spec, sharding, index)
             at = jax.device_put(_own_key(key, numbers), device)
             parts.append(jax.block_until_ready(draw(at, local_shape(spec, sizes), own_dtype)))
         return jax.make_array_from_single_device_arrays(shape, own, parts)

@@ -56,7 +56,7 @@ def save(
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
     with _appearing(directory) as folder:
         if format == "orbax":
-            orbax.save(folder, params)
+            orbax.save(folder, params, specs)
             written = dict(config)
         else:
             written = hugging_face_config(config, model, params)

@@ -3,6 +3,8 @@ has Pallas' Triton lowering.
 
 It needs jax-triton (the extra ``triton``), which needs JAX's CUDA plugin to be importable, but no GPU.
 """
+# The names of the packages are those of modules beside this one.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.paged_model import PagedModel
 
+from jaxllm.models import whole_sequences
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
@@ -272,6 +273,16 @@ def test_logits_equal_transformers(case: Case, schedule: Callable[[Case], Iterat
     print(f"max abs difference {worst:.1e}, logits' deviation {spread:.2f}")
     assert spread > 0.3, "logits this close together would hide an error"
     assert worst < 1e-4
+
+
+def test_whole_sequences_equal_transformers(case: Case):
+    """The forward pass for training, of two rows; what fills the shorter one up changes nothing before it."""
+    long, short = case.tokens["300"], case.tokens["129"]
+    rows = np.array([long, short + long[len(short) :]])
+    scores = np.asarray(jax.jit(whole_sequences.logits, static_argnums=0)(case.config, case.params, rows))
+    for row, name in zip(scores, ("300", "129"), strict=True):
+        expected = case.expected[name]
+        assert np.abs(row[: len(expected)] - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "cache_dtype"), [("gemma3", jnp.uint16), ("qwen2", jnp.bfloat16)])

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from jaxllm.models import whole_sequences
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig, base_prefix, body_specs
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.models.registry import model_config, pooling_model_config
@@ -212,3 +214,28 @@ def test_saving_copies_nothing(tmp_path: Path) -> None:
     )
     grown, weights = map(float, done.stdout.split())
     assert weights > 250 and grown < 50
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Gemma3ForCausalLM"])
+def test_gradients_equal_torchs(name: str, tmp_path: Path) -> None:
+    """Of the mean log-probability of each next token, with respect to every weight; tied ones count twice."""
+    original = random_model(getattr(transformers, name)(config_class(name)(**MODELS[name])))
+    original.save_pretrained(tmp_path)
+    ids = torch.tensor(TOKENS)
+    original.zero_grad()
+    (-original(ids, labels=ids).loss).backward()
+    expected = {key: parameter.grad.numpy() for key, parameter in original.named_parameters()}
+    model, specs, params, _ = loaded(tmp_path)
+    assert isinstance(model, DecoderConfig)
+    tokens = jnp.asarray(TOKENS)
+    gradient_of = jax.jit(jax.grad(lambda params: whole_sequences.token_logprobs(model, params, tokens).mean()))
+    ours = gradient_of(params)
+    found = {tensor.name: tensor.value() for tensor in hugging_face.tensors(specs, ours)}
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert np.abs(found[key] - gradient).max() < 1e-4 * max(np.abs(gradient).max(), 0.1), key
+    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params)
+    rough = gradient_of(rounded)
+    for array, exact in zip(jax.tree.leaves(rough), jax.tree.leaves(ours), strict=True):
+        error = np.linalg.norm(np.asarray(array, np.float32) - exact) / np.linalg.norm(exact)
+        assert array.dtype == jnp.bfloat16 and error < 0.1

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.capabilities import arguments_to_come
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.command_options import add_engine_options, engine_arguments
@@ -16,14 +15,7 @@ from jaxllm.config.files import load_config, merged, shipped_configs, with_overr
 from jaxllm.config.resolve import scheduler_config
 
 NAMES = tuple(shipped_configs())
-#: configurations that need a capability; until jaxllm has it, that is what the refusal has to name
-NEEDS = {
-    "llama-3.3-70b-4xh100": "parallelism",
-    "qwq-32b-2x80g": "parallelism",
-}
 GPU_BYTES = {"l4": 24 * 10**9, "80g": 80 * 10**9, "h100": 80 * 10**9}
-
-TO_COME = arguments_to_come()
 
 
 def read(name: str) -> tuple[Any, dict[str, Any]]:
@@ -31,31 +23,13 @@ def read(name: str) -> tuple[Any, dict[str, Any]]:
     return merged(name, {} if "model" in arguments else {"model": "any"})
 
 
-def is_built(capability: str) -> bool:
-    return capability not in TO_COME
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_configuration_is_accepted_as_soon_as_it_can_be(name: str):
+def test_every_shipped_configuration_is_accepted(name: str):
     model, arguments = read(name)
-    capability = NEEDS.get(name)
-    if capability and not is_built(capability):
-        with pytest.raises(ValidationError, match=f"not supported yet: jaxllm does not have {capability} so far"):
-            engine_args(model, **arguments)
-        # nothing else is wrong with it
-        arguments = {key: value for key, value in arguments.items() if key not in TO_COME[capability]}
     args = engine_args(model, **arguments)
     size = next((size for gpu, size in GPU_BYTES.items() if name.endswith(gpu)), 80 * 10**9)
     limits = scheduler_config(args, max_model_len=8192, platform="gpu", device_memory_bytes=size)
     assert limits.max_num_batched_tokens == args.max_num_batched_tokens, "more than a step can hold"
-
-
-def test_what_configurations_wait_for_is_written_down():
-    assert NEEDS.keys() <= set(NAMES)
-    for name in NAMES:
-        _, arguments = read(name)
-        asked = {capability for capability, names in TO_COME.items() if names & arguments.keys()}
-        assert asked <= {NEEDS.get(name)}, f"{name} needs {asked}"
 
 
 @pytest.mark.parametrize("name", NAMES)

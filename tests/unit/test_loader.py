@@ -21,6 +21,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.models.decoder import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.mesh import TENSOR
 from jaxllm.weights import loader
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
@@ -233,7 +234,9 @@ def test_a_device_reads_only_its_rows():
     tensors = weights()
     reader = CountingReader(tensors)
     [segment] = decoder_specs(model_config(CONFIG)).layers
-    part = loader._read(reader, segment.qkv, {"tp": 2}, {"tp": 4}, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+    devices = jax.sharding.NamedSharding(jax.sharding.AbstractMesh((4,), (TENSOR,)), jax.P())
+    index = (slice(None), slice(24, 36), slice(None))
+    part = loader.read_part(reader, segment.qkv, index, devices, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
     whole = by_hand(tensors)["qkv"]
     np.testing.assert_array_equal(part, np.concatenate([whole[:, 8:12], whole[:, 20:24], whole[:, 28:32]], axis=1))
     read = {name: rows for name, rows in reader.rows.items() if rows}

@@ -17,7 +17,6 @@ import pytest
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel import rules
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
@@ -38,21 +37,21 @@ CONFIG = model_config(
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def shapes(config: DecoderConfig, dtype: str = "bfloat16") -> Params:
-    return rules.shapes(decoder_specs(config), jnp.dtype(dtype), DEVICE)
+def load(directory: Path, config: DecoderConfig = CONFIG, dtype: str = "bfloat16") -> Params:
+    return orbax.load(directory, decoder_specs(config), jnp.dtype(dtype), DEVICE)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
     params = loader.dummy(decoder_specs(CONFIG), jnp.dtype(jnp.bfloat16), DEVICE, seed=5)
     directory = tmp_path_factory.mktemp("saved")
-    orbax.save(directory, params)
+    orbax.save(directory, params, decoder_specs(CONFIG))
     return directory, params
 
 
 def test_what_is_loaded_is_what_was_saved(saved: tuple[Path, Params]):
     directory, params = saved
-    loaded = orbax.load(directory, shapes(CONFIG))
+    loaded = load(directory, CONFIG)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(loaded), strict=True):
         assert after.dtype == jnp.bfloat16 and after.sharding == DEVICE
@@ -62,14 +61,14 @@ def test_what_is_loaded_is_what_was_saved(saved: tuple[Path, Params]):
 def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 1000)
     params = loader.dummy(decoder_specs(CONFIG), jnp.dtype(jnp.float32), DEVICE)
-    orbax.save(tmp_path, params)
-    loaded = orbax.load(tmp_path, shapes(CONFIG, "float32"))
+    orbax.save(tmp_path, params, decoder_specs(CONFIG))
+    loaded = load(tmp_path, CONFIG, "float32")
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_another_dtype_is_converted_to(saved: tuple[Path, Params]):
     directory, params = saved
-    loaded = orbax.load(directory, shapes(CONFIG, "float32"))
+    loaded = load(directory, CONFIG, "float32")
     assert loaded.embedding.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(loaded.embedding), np.asarray(params.embedding, np.float32))
 
@@ -85,16 +84,16 @@ def test_another_dtype_is_converted_to(saved: tuple[Path, Params]):
 )
 def test_a_saved_model_of_another_shape_is_refused_by_name(saved: tuple[Path, Params], change, message: str):
     with pytest.raises(WeightsError, match=message):
-        orbax.load(saved[0], shapes(dataclasses.replace(CONFIG, **change)))
+        load(saved[0], dataclasses.replace(CONFIG, **change))
 
 
 DAMAGED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_orbax import CONFIG, WeightsError, orbax, shapes
+from test_orbax import WeightsError, load
 try:
-    orbax.load(Path(sys.argv[2]), shapes(CONFIG))
+    load(Path(sys.argv[2]))
 except WeightsError as error:
     print("refused:", error)
 """
@@ -123,9 +122,9 @@ def test_a_damaged_file_is_refused(saved: tuple[Path, Params], tmp_path: Path, c
 
 def test_a_directory_without_a_saved_model_is_refused(tmp_path: Path):
     with pytest.raises(WeightsError, match="not a readable orbax checkpoint"):
-        orbax.load(tmp_path, shapes(CONFIG))
+        load(tmp_path, CONFIG)
 
 
 def test_a_saved_model_is_not_overwritten(saved: tuple[Path, Params]):
     with pytest.raises(WeightsError, match="exists already"):
-        orbax.save(*saved)
+        orbax.save(*saved, decoder_specs(CONFIG))

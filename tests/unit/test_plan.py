@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
@@ -185,11 +186,11 @@ class TestModels:
         with pytest.raises(FileNotFoundError):
             jaxllm.plan(tmp_path / "nothing", device="h200")
 
-    def test_a_model_that_pools_is_not_split(self, tmp_path: Path):
+    def test_a_model_that_pools_is_split_and_exchanges_no_logits(self, tmp_path: Path):
         folder = config(tmp_path, {**QWQ, "architectures": ["Qwen2Model"]})
-        assert jaxllm.plan(folder, device="h200").fits
-        with pytest.raises(ValidationError, match="only models that generate can be split"):
-            jaxllm.plan(folder, device="h200", tensor_parallel_size=2)
+        one, two = (jaxllm.plan(folder, device="h200", tensor_parallel_size=n) for n in (1, 2))
+        assert one.fits and two.memory.weight_bytes < 0.51 * one.memory.weight_bytes
+        assert one.collectives == {} and two.collectives == {"all-reduce": 2 * QWQ["num_hidden_layers"] + 1}
 
 
 class TestErrors:
@@ -222,6 +223,7 @@ class TestErrors:
             jaxllm.plan(qwq, device="h200", load_format="null")
 
     def test_more_devices_than_there_are(self, tmp_path: Path):
+        jax.devices()  # a JAX that has not started would start with as many
         with pytest.raises(ValidationError, match="tensor_parallel_size=64 needs as many devices; JAX has"):
             jaxllm.plan(config(tmp_path, CONFIG), device="cpu", tensor_parallel_size=64)
 

@@ -134,19 +134,19 @@ def test_dummy_weights_of_separate_layers(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("loaded", SEGMENTS.values(), ids=SEGMENTS)
 def test_a_saved_model_is_loaded_into_any_segments(tmp_path: Path, saved: tuple[int, ...], loaded: tuple[int, ...]):
     stacked = draw(STACKED, BFLOAT16)
-    orbax.save(tmp_path, resegment(stacked, saved))
+    orbax.save(tmp_path, resegment(stacked, saved), resegment(STACKED, saved))
     wanted = shapes(resegment(STACKED, loaded), BFLOAT16, DEVICE)
-    found = orbax.load(tmp_path, wanted)
+    found = orbax.load(tmp_path, resegment(STACKED, loaded), BFLOAT16, DEVICE)
     for array, shape in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (array.dtype, array.sharding) == (shape.dtype, shape.sharding)
     check_rows(found, stacked)
 
 
 def test_a_saved_model_of_another_depth_is_refused_in_the_form_of_the_file(tmp_path: Path):
-    orbax.save(tmp_path, draw(SEPARATE))
+    orbax.save(tmp_path, draw(SEPARATE), SEPARATE)
     less = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=2)), (1,) * (2))
     with pytest.raises(WeightsError, match=r"'layers\.attention_norm' has shape \(3, 16\), .* asks for \(2, 16\)"):
-        orbax.load(tmp_path, shapes(less, FLOAT32, DEVICE))
+        orbax.load(tmp_path, less, FLOAT32, DEVICE)
 
 
 @pytest.mark.parametrize("specs", [STACKED, body_specs(BERT)], ids=["decoder", "BERT"])

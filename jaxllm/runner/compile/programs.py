@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.parallel.mesh import on_each_device
+from jaxllm.parallel.mesh import OneAtATime, on_each_device
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.memory import freed_memory
@@ -60,6 +60,9 @@ class Programs(abc.ABC):
         source: what the programs are made from, besides their keys.
     """
 
+    #: shapes of the weights, with their shardings
+    _params: Any
+
     def __init__(
         self, packings: dict[Bucket, Packing], state: Any, *, platform: str, cache_dir: Path | None, source: Any
     ):
@@ -72,6 +75,7 @@ class Programs(abc.ABC):
             assert isinstance(self.sharding.mesh, jax.sharding.Mesh)
             self._mesh = self.sharding.mesh
             self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
+        self._runs_alone = platform == "cpu" and self._mesh is not None
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
         self._workers = 1 if platform == "cpu" else os.cpu_count()
@@ -181,6 +185,11 @@ class Programs(abc.ABC):
     def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
         """What lowers each kind of program, of the rest of its key."""
 
+    @property
+    def param_shardings(self) -> Any:
+        """Of each array of the weights."""
+        return jax.tree.map(lambda shape: shape.sharding, self._params)
+
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""
         return pick_bucket(tuple(self.packings), num_tokens, num_seqs)
@@ -189,9 +198,11 @@ class Programs(abc.ABC):
     def largest(self) -> Bucket:
         return next(reversed(self.packings))
 
-    def _get(self, key: Key) -> jax.stages.Compiled:
+    def _get(self, key: Key) -> Any:
+        """A `jax.stages.Compiled`, or what is called as one."""
         try:
-            return self._compiled[key]
+            compiled = self._compiled[key]
+            return OneAtATime(compiled) if self._runs_alone else compiled
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
 

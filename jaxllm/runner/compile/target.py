@@ -9,7 +9,7 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPU
-from jaxllm.parallel.mesh import TENSOR, make_mesh
+from jaxllm.parallel.mesh import TENSOR, ask_for_cpu_devices, make_mesh
 from jaxllm.runner.memory.plan import device_memory
 
 
@@ -79,18 +79,30 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
 
 
 def target_here(name: str, num_devices: int = 1) -> Target:
-    """Devices of this machine, by their platform (`find_device`).
+    """Devices of this machine, by their platform (`find_device`). A CPU becomes as many devices as are needed, unless
+    JAX has started.
 
     Raises:
         ValidationError: there are not so many.
     """
+    if name in ("auto", "cpu"):
+        ask_for_cpu_devices(num_devices)
     device = find_device(name)
     present = jax.devices(device.platform)
     if len(present) < num_devices:
+        more = ""
+        if device.platform == "cpu":
+            more = (
+                " JAX has started: make the engine before anything else asks JAX for its devices, or start Python with "
+                f"JAX_NUM_CPU_DEVICES={num_devices} in its environment."
+            )
         raise ValidationError(
             f"tensor_parallel_size={num_devices} needs as many devices; JAX has {len(present)} of {device.platform}."
+            + more
         )
     total, free = device_memory(device)
+    if device.platform == "cpu":  # they share the machine's memory
+        total, free = total // num_devices, free // num_devices
     return Target(
         platform=device.platform,
         kind=device.device_kind,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ class Allocator(Protocol):
     """What makes the state."""
 
     sharding: jax.sharding.Sharding
+    #: of each array of the weights
+    param_shardings: Any
 
     def allocate(self) -> object: ...
 
@@ -78,7 +80,8 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
     def restore_weights(self) -> None:
         """Undo `free_weights`: from the host, or from where they were first read."""
         if self.params is None:
-            params = self._reload() if self._on_host is None else jax.device_put(self._on_host, self._sharding)
+            on_host, shardings = self._on_host, self._allocator.param_shardings
+            params = self._reload() if on_host is None else jax.device_put(on_host, shardings)
             self._use(params, owned=True)
 
     def reload_weights(self) -> None:
@@ -107,7 +110,20 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
                 shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
                 raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
         params = resegment(params, sizes)
-        self._use(jax.device_put(params, self._sharding), owned=False)
+        wanted = self._allocator.param_shardings
+        self._check_parts(params, wanted)
+        self._use(jax.device_put(params, wanted), owned=False)
+
+    def _check_parts(self, params: Weights, wanted: Any) -> None:
+        """An array that is split has its rows by device: of one that lies elsewhere nobody knows the order."""
+        for (path, array), own in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
+            if own.is_fully_replicated or getattr(array, "sharding", None) == own:
+                continue
+            raise ValidationError(
+                f"params{jax.tree_util.keystr(path)} must be split over the engine's {len(own.device_set)} devices as "
+                "apply_model shows it: its rows are in the order of the devices. Change the arrays that apply_model "
+                "gives, or set tensor_parallel_size=1."
+            )
 
     def _use(self, params: Weights, *, owned: bool) -> None:
         self.params = params

@@ -15,9 +15,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxllm.layers.weight import is_spec
+from jaxllm.layers.weight import Part, WeightSpec, is_spec
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import INDEX, SINGLE
+from jaxllm.weights.whole import gather_tensor, is_split
 
 #: of one file, unless a single tensor is larger; what transformers 4 takes
 SHARD_BYTES = 5 * 10**9
@@ -28,10 +29,15 @@ class Tensor:
     """One tensor of a checkpoint, and where it lies in the model's arrays."""
 
     name: str
+    spec: WeightSpec
+    part: Part
     array: jax.Array
-    #: of `array`: a layer, if layers are stacked in it, and rows
+    #: of the whole array: a layer, if layers are stacked in it, and rows
     index: tuple[int | slice, ...]
-    shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
 
     @property
     def nbytes(self) -> int:
@@ -40,6 +46,8 @@ class Tensor:
     def value(self) -> np.ndarray:
         """The numbers: the model's own memory on a CPU, a copy in the host's elsewhere."""
         array = self.array
+        if is_split(self.spec, array.sharding):
+            return gather_tensor(self.spec, array, self.part, self.index)
         if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
             return np.ascontiguousarray(np.asarray(array)[self.index])
         part = array[self.index]
@@ -55,7 +63,7 @@ def tensors(specs: Any, params: Any) -> Iterator[Tensor]:
     """
     for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True):
         for name, part, index in spec.places():
-            yield Tensor(name=name, array=array, index=index, shape=part.shape)
+            yield Tensor(name=name, spec=spec, part=part, array=array, index=index)
 
 
 def write(directory: Path, found: Sequence[Tensor]) -> None:

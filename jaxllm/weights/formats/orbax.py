@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.api.errors import JaxLLMError
+from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.whole import gather, is_split, scatter
 
 #: the arrays' folder inside a model's directory, beside config.json
 FOLDER = "orbax"
@@ -26,29 +29,35 @@ CHUNK_BYTES = 2**27
 class _Array:
     """What a file holds as one array: a leaf of the weights, or that of every segment, the first layers' first."""
 
-    leaves: list[Any] = dataclasses.field(default_factory=list)
+    specs: list[WeightSpec] = dataclasses.field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = tuple(self.leaves[0].shape)
-        return shape if len(self.leaves) == 1 else (sum(leaf.shape[0] for leaf in self.leaves), *shape[1:])
+        shape = self.specs[0].shape
+        return shape if len(self.specs) == 1 else (sum(spec.shape[0] for spec in self.specs), *shape[1:])
 
-    def value(self) -> Any:
-        """What is saved; in the host's memory where segments have to be joined."""
-        if len(self.leaves) == 1:
-            return self.leaves[0]
-        joined = np.empty(self.shape, self.leaves[0].dtype)
-        for part, leaf in zip(self.split(joined), self.leaves, strict=True):
-            part[...] = leaf
+    def value(self, leaves: list[jax.Array]) -> Any:
+        """What is saved; in the host's memory where segments have to be joined, or the parts of devices."""
+        pairs = zip(self.specs, leaves, strict=True)
+        parts = [gather(spec, leaf) if is_split(spec, leaf.sharding) else leaf for spec, leaf in pairs]
+        if len(parts) == 1:
+            return parts[0]
+        joined = np.empty(self.shape, leaves[0].dtype)
+        for place, part in zip(self.split(joined), parts, strict=True):
+            place[...] = part
         return joined
 
     def split(self, joined: np.ndarray) -> list[np.ndarray]:
-        """Each leaf's part of the array."""
-        return np.split(joined, list(itertools.accumulate(leaf.shape[0] for leaf in self.leaves[:-1])))
+        """Each segment's part of the array."""
+        return np.split(joined, list(itertools.accumulate(spec.shape[0] for spec in self.specs[:-1])))
 
 
-def save(directory: Path, params: Any) -> None:
-    """Write the arrays into ``directory/orbax``. All layers are stacked there, whatever segments the engine has.
+def save(directory: Path, params: Any, specs: Any) -> None:
+    """Write the arrays into ``directory/orbax``. All layers are stacked there, whatever segments the engine has, and
+    arrays are whole, over however many devices they are split.
+
+    Args:
+        specs: what each of `params` is, a tree of `WeightSpec`s of the same form.
 
     Raises:
         WeightsError: that folder exists.
@@ -56,23 +65,29 @@ def save(directory: Path, params: Any) -> None:
     folder = (directory / FOLDER).absolute()
     if folder.exists():
         raise WeightsError(f"{folder} exists already; save into another directory, or remove it first")
-    tree = {name: array.value() for name, array in _arrays(params).items()}
+    leaves: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        leaves.setdefault(_name(path), []).append(leaf)
+    tree = {name: array.value(leaves[name]) for name, array in _arrays(specs).items()}
     with _checkpointer() as (checkpointer, ocp):
         how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in tree}
         checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=how))
 
 
-def load(directory: Path, shapes: Any) -> Any:
-    """Read arrays with the shapes, dtypes and shardings of `shapes`, one after the other. Several segments are
-    taken from the stored stacks, which are in the host's memory for it, one at a time.
+def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Any:
+    """Read a model's arrays, one after the other. What is cut, into segments or into the parts of devices, is in the
+    host's memory for it, one array at a time.
+
+    Args:
+        specs, dtype, sharding: as for `loader.load`.
 
     Raises:
         WeightsError: the stored arrays have other names or shapes, or cannot be read.
     """
-    wanted = _arrays(shapes)
+    wanted = _arrays(specs)
     folder = (directory / FOLDER).absolute()
     # an array as large as the limit would be refused
-    largest = max(math.prod(array.shape) * array.leaves[0].dtype.itemsize for array in wanted.values())
+    largest = max(math.prod(array.shape) for array in wanted.values()) * dtype.itemsize
     with _checkpointer(in_flight_bytes=largest + CHUNK_BYTES) as (checkpointer, ocp):
         try:
             stored = getattr(checkpointer.metadata(folder).item_metadata, "tree", {})
@@ -88,20 +103,23 @@ def load(directory: Path, shapes: Any) -> Any:
                 )
         read: dict[str, Iterator[jax.Array]] = {}
         for name, array in wanted.items():
-            leaf = array.leaves[0]
-            several = len(array.leaves) > 1
-            if several:
-                how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+            own = jnp.dtype(array.specs[0].dtype or dtype)
+            is_cut = len(array.specs) > 1 or is_split(array.specs[0], sharding)
+            if is_cut:
+                how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=own)
             else:
-                how = ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+                how = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=array.shape, dtype=own)
             args = ocp.args.PyTreeRestore({name: 0}, restore_args={name: how}, partial_restore=True)
             try:
                 value = checkpointer.restore(folder, args=args)[name]
             except Exception as error:  # what orbax raises for unreadable data is a bare Exception
                 raise WeightsError(f"{folder}: tensor {name} cannot be read: {error!r:.300}") from error
-            parts = [jax.device_put(part, leaf.sharding) for part in array.split(value)] if several else [value]
+            parts = [value]
+            if is_cut:
+                pieces = array.split(value) if len(array.specs) > 1 else [value]
+                parts = [scatter(spec, piece, sharding) for spec, piece in zip(array.specs, pieces, strict=True)]
             read[name] = iter(jax.block_until_ready(parts))
-    return jax.tree.map_with_path(lambda path, _: next(read[_name(path)]), shapes)
+    return jax.tree.map_with_path(lambda path, _: next(read[_name(path)]), specs, is_leaf=is_spec)
 
 
 @contextlib.contextmanager
@@ -117,11 +135,11 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
         yield checkpointer, ocp
 
 
-def _arrays(params: Any) -> dict[str, _Array]:
+def _arrays(specs: Any) -> dict[str, _Array]:
     """By the path of their leaves, such as ``layers.qkv``."""
     arrays: dict[str, _Array] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        arrays.setdefault(_name(path), _Array()).leaves.append(leaf)
+    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
+        arrays.setdefault(_name(path), _Array()).specs.append(spec)
     return arrays
 
 

@@ -1,0 +1,128 @@
+"""A loaded model as a module of `flax.nnx`, and back: trained in the process that generates with it.
+
+    model = to_nnx(llm)
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-5), wrt=nnx.Param)
+
+    @nnx.jit
+    def train(model, optimizer, tokens):
+        loss, gradients = nnx.value_and_grad(lambda model: -model.token_logprobs(tokens).mean())(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    train(model, optimizer, tokens)
+    llm.update_weights(nnx.state(model))
+
+The forward pass is the engine's own layers over attention without pages (`models.whole_sequences`), so that what is
+trained is what generates. The weights in `update_weights` become the engine's without a copy where their dtype is the
+engine's: a training step must not donate them, and their arrays live as long as either side uses them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.models import whole_sequences
+from jaxllm.models.decoder import DecoderConfig, Params
+
+if TYPE_CHECKING:
+    from jaxllm.llm import LLM
+
+
+class Model(nnx.Module):
+    """A generating model over whole sequences. Every weight is an `nnx.Param`, under the name that it has in
+    `models.decoder.Params`: ``model.weights.layers[0].qkv``.
+    """
+
+    def __init__(self, config: DecoderConfig, params: Params):
+        self.config = config
+        self.weights = _nodes(params)
+        self._structure = jax.tree.structure(params)
+
+    @property
+    def params(self) -> Params:
+        """The weights as the model's functions take them."""
+        return _as_params(self, self._structure)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Scores over the vocabulary, float32 [B, L, V], of tokens i32 [B, L] (see `whole_sequences.logits`)."""
+        return whole_sequences.logits(self.config, self.params, tokens)
+
+    def token_logprobs(self, tokens: jax.Array) -> jax.Array:
+        """float32 [B, L - 1] of tokens i32 [B, L] (see `whole_sequences.token_logprobs`)."""
+        return whole_sequences.token_logprobs(self.config, self.params, tokens)
+
+
+def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
+    """The model of an engine that generates, with a copy of its weights.
+
+    Args:
+        dtype: of the copy, in which the layers compute then; None: the engine's. Optimizers want float32, whose small
+            steps bfloat16 rounds away.
+
+    Raises:
+        ValidationError: the engine pools.
+        RuntimeError: it sleeps.
+    """
+    (params,) = llm.apply_model(lambda params: params)
+    if not isinstance(params, Params):
+        raise ValidationError("to_nnx takes an engine that generates; this one pools (runner='pooling').")
+    copied = jax.tree.map(lambda array: jnp.array(array, dtype=dtype, copy=True), params)
+    config = llm._started.config.model
+    assert isinstance(config, DecoderConfig)
+    return Model(config, copied)
+
+
+def is_nnx(value: object) -> bool:
+    """Whether it is a `Model`, or a state of one."""
+    return isinstance(value, (Model, nnx.State))
+
+
+def to_params(value: Model | nnx.State, like: Any) -> Params:
+    """The weights as an engine takes them, in its dtypes.
+
+    Args:
+        like: the engine's own.
+
+    Raises:
+        ValidationError: a weight is missing, or is there that the engine has none of; the text names it.
+    """
+    params = _as_params(value, jax.tree.structure(like))
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
+
+
+def _nodes(tree: Any) -> Any:
+    """Dataclasses become `nnx.Dict`s, tuples `nnx.List`s and arrays `nnx.Param`s; what is None is left out."""
+    if dataclasses.is_dataclass(tree):
+        found = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        return nnx.Dict({name: _nodes(value) for name, value in found.items() if value is not None})
+    return nnx.List([_nodes(value) for value in tree]) if isinstance(tree, tuple) else nnx.Param(tree)
+
+
+def _as_params(value: Model | nnx.State, structure: Any) -> Params:
+    """The `nnx.Param`s of a model or a state as a tree of this structure."""
+    state = nnx.state(value, nnx.Param) if isinstance(value, nnx.Module) else nnx.filter_state(value, nnx.Param)
+    pure = nnx.to_pure_dict(state)
+    found = {path[1:]: array for path, array in _flat(pure.get("weights", {}), ("weights",))}
+    numbers = structure.unflatten(range(structure.num_leaves))
+    names = {_path(path): number for path, number in jax.tree.leaves_with_path(numbers)}
+    if different := names.keys() ^ found.keys():
+        name = ".".join(map(str, min(different, key=str)))
+        problem = "is missing" if min(different, key=str) in names else "is no weight of this engine's model"
+        raise ValidationError(f"weights.{name} {problem}: pass a state of what to_nnx gave, as it was.")
+    return structure.unflatten([found[path] for path in names])
+
+
+def _flat(node: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Any]]:
+    if not isinstance(node, dict):
+        return [(path, node)]
+    return [pair for name, child in node.items() for pair in _flat(child, (*path, name))]
+
+
+def _path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.name for key in path)

@@ -1,0 +1,69 @@
+"""Attention over whole sequences, without pages: plain XLA that can be differentiated, for training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeSequences:
+    """Sequences of equal length, one after the other, each from its first token on: what stands in a `StepBatch` in
+    place of an `AttentionBatch`. T is the product of the two numbers.
+
+    There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim].
+    """
+
+    sequences: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def token_seq(self) -> jax.Array:
+        """i32 [T], the sequence of each token."""
+        return jnp.arange(self.sequences * self.length, dtype=jnp.int32) // self.length
+
+    @property
+    def positions(self) -> jax.Array:
+        """i32 [T], each token's position in its sequence."""
+        return jnp.arange(self.sequences * self.length, dtype=jnp.int32) % self.length
+
+
+def dense_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: jax.Array,
+    batch: WholeSequences,
+    *,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+) -> jax.Array:
+    """`layers.attention.attention` of whole sequences, in float32.
+
+    Args:
+        query: [T, heads, head_dim].
+        key, value: [T, kv_heads, head_dim].
+        window: i32 [], positions that a token sees, itself included.
+
+    Returns:
+        [T, heads, head_dim] in query's dtype.
+    """
+    _, heads, dim = query.shape
+    kv_heads, shape = key.shape[1], (batch.sequences, batch.length)
+    q = query.astype(jnp.float32).reshape(*shape, kv_heads, heads // kv_heads, dim)
+    k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, dim) for x in (key, value))
+    precision = lax.Precision.HIGHEST  # float32 means float32: no TF32 on GPUs
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=precision) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    position = jnp.arange(batch.length, dtype=jnp.int32)
+    distance = position[:, None] - position[None, :]
+    seen = (distance < window) & (distance >= 0 if causal else True)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)
+    return attended.reshape(query.shape).astype(query.dtype)

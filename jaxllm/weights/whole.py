@@ -1,0 +1,74 @@
+"""Arrays that are split over devices, whole in the host's memory, one at a time, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxllm.layers.weight import Part, WeightSpec
+from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
+from jaxllm.weights.loader import read_part
+
+
+def is_split(spec: WeightSpec, sharding: jax.sharding.Sharding | None) -> bool:
+    """Whether devices hold parts of an array, whose order is not the whole array's."""
+    return any(mesh_axes(spec, mesh_sizes(sharding)))
+
+
+def gather(spec: WeightSpec, array: jax.Array) -> np.ndarray:
+    """The whole array, as one device would have it: without what is repeated or filled up."""
+    if not is_split(spec, array.sharding):
+        return np.asarray(array)
+    whole = np.empty(spec.shape, array.dtype)
+    for _, part, index in spec.places():
+        whole[index] = gather_tensor(spec, array, part, index)
+    return whole
+
+
+def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:
+    """One tensor of an array that is split.
+
+    Args:
+        part, index: of `WeightSpec.places`.
+    """
+    whole, sizes, layer = np.empty(part.shape, array.dtype), mesh_sizes(array.sharding), index[:-1]
+    before = spec.parts[: spec.parts.index(part)]
+    for shard in array.addressable_shards:
+        numbers = place_on_mesh(spec, array.sharding, shard.index)
+        first = sum(held(other.axes[0], sizes, numbers).size for other in before)
+        own = [held(axis, sizes, numbers) for axis in part.axes]
+        mine = shard.data[(*layer, slice(first, first + own[0].count))]
+        whole[tuple(slice(axis.first, axis.first + axis.count) for axis in own)] = mine
+    return whole
+
+
+class _Whole:
+    """A whole array as a checkpoint of its tensors."""
+
+    def __init__(self, spec: WeightSpec, array: np.ndarray):
+        self._tensors: Mapping[str, np.ndarray] = {name: array[index] for name, _, index in spec.places()}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self._tensors[name][slice(None) if rows is None else rows]
+
+
+def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`gather`'s inverse: each device's part, copied.
+
+    Args:
+        sharding: of what every device has whole.
+    """
+    shape, own = shape_and_sharding(spec, sharding)
+    assert own is not None
+    reader = _Whole(spec, whole)
+    return jax.make_array_from_callback(
+        shape, own, lambda index: read_part(reader, spec, index, sharding, np.dtype(whole.dtype))
+    )

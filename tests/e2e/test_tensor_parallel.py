@@ -1,0 +1,120 @@
+"""A model split over devices answers as the whole one does; what devices exchange; what cannot be split is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.tensor_parallel import ARGUMENTS, DEVICES
+from support.tiny_model import CONFIG, VOCAB_SIZE
+
+from jaxllm import LLM
+from jaxllm.api.errors import ValidationError
+from jaxllm.parallel.collectives import expected_collectives
+
+ROOT = Path(__file__).parents[2]
+SPLIT = [n for n in DEVICES if n > 1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What engines over several devices answered, in one process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.tensor_parallel", str(tmp_path_factory.mktemp("split"))],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured"])
+@pytest.mark.parametrize("devices", SPLIT)
+def test_tokens_are_those_of_one_device(found: dict[str, Any], devices: int, kind: str):
+    assert found[str(devices)][kind] == found["1"][kind]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], devices: int):
+    assert found[str(devices)]["preemptions"] > 0 and found[str(devices)]["prefix hits"] > 0
+    assert found["1"]["structured"] in ("yes", "no", "perhaps")
+
+
+@pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
+@pytest.mark.parametrize("devices", SPLIT)
+def test_log_probabilities_are_those_of_one_device(found: dict[str, Any], devices: int, kind: str):
+    np.testing.assert_allclose(found[str(devices)][kind], found["1"][kind], rtol=1e-4, atol=1e-4)
+
+
+def test_several_decode_steps_in_one_launch(found: dict[str, Any]):
+    assert found["launches"]
+    assert found["several"] == found["1"]["greedy"] and found["several seeded"] == found["1"]["seeded"]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_split_model_pools_as_the_whole_one(found: dict[str, Any], kind: str):
+    whole, split = found["embeddings"][kind]
+    np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_devices_exchange_what_they_must(found: dict[str, Any], devices: int):
+    """Two sums of the hidden states a layer and one for the embedding; the logits once, filled up by the vocabulary."""
+    exchanged, layers = found[str(devices)]["exchanged"], CONFIG["num_hidden_layers"]
+    step, sampler = exchanged["count"]
+    assert {**step, **sampler} == expected_collectives(layers, devices)
+    if devices == 1:
+        return
+    hidden = exchanged["tokens"] * CONFIG["hidden_size"] * 4
+    rows, words = ARGUMENTS["max_num_seqs"], -(-VOCAB_SIZE // devices) * devices
+    assert exchanged["bytes"] == [{"all-reduce": (2 * layers + 1) * hidden}, {"all-gather": rows * words * 4}]
+
+
+@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "saved as safetensors", "saved as orbax"])
+def test_weights_come_back(found: dict[str, Any], kind: str):
+    assert found["changed"][kind] == found["1"]["greedy"]
+
+
+def test_other_weights_are_used_where_their_devices_are_known(found: dict[str, Any]):
+    changed = found["changed"]
+    assert changed["other weights"] != found["1"]["greedy"]
+    assert "must be split over the engine's 8 devices as apply_model shows it" in changed["refused"]
+    # 257 words over eight devices
+    assert changed["shards"] == [[33, CONFIG["hidden_size"]]] and changed["world"] == 8
+
+
+def test_the_shipped_configurations_for_several_gpus_start(found: dict[str, Any]):
+    assert found["shipped"] == {"llama-3.3-70b-4xh100": [4, 40], "qwq-32b-2x80g": [2, 40]}
+
+
+def test_sizes_that_do_not_divide_are_refused(tiny_model: Path):
+    with pytest.raises(
+        ValidationError, match=r"size=3 does not divide the model's 4 attention heads\. What would work: 1, 2, 4\."
+    ):
+        LLM(tiny_model, tensor_parallel_size=3)
+
+
+def test_a_started_jax_has_the_devices_that_it_has(tiny_model: Path):
+    assert len(jax.devices()) == 1
+    with pytest.raises(ValidationError, match=r"JAX has 1 of cpu\..*start Python with JAX_NUM_CPU_DEVICES=2"):
+        LLM(tiny_model, tensor_parallel_size=2)
+
+
+def test_the_null_model_has_nothing_to_split(tiny_model: Path):
+    with pytest.raises(ValidationError, match="there is no model to split"):
+        LLM(tiny_model, tensor_parallel_size=2, load_format="null")
+
+
+def test_sums_over_devices_have_no_fixed_order(tiny_model: Path):
+    with pytest.raises(ValidationError, match="deterministic=True with tensor_parallel_size=2"):
+        LLM(tiny_model, tensor_parallel_size=2, deterministic=True)
