@@ -21,6 +21,7 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.api.metric import Counter
 from jaxllm.config.files import merged
+from jaxllm.flax import to_nnx
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.registry import pooling_model_config
@@ -68,7 +69,7 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 def exchanged(llm: LLM) -> dict[str, Any]:
     """What the largest step and its sampler exchange."""
-    programs: Any = llm._started.runner.head.programs
+    programs: Any = llm.engine.runner.head.programs
     step, sampler = programs.forward(programs.largest), programs.sampler(1, True)[0]
     return {
         "count": [count_collectives(program.as_text()) for program in (step, sampler)],
@@ -93,6 +94,10 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
         llm.update_weights(jax.tree.map(np.asarray, params))
     except JaxLLMError as error:
         found["refused"] = str(error)
+    try:
+        to_nnx(llm)
+    except JaxLLMError as error:
+        found["not trained"] = str(error)
     for form in ("safetensors", "orbax"):
         llm.save(folder / form, format=form)
     found["shards"] = sorted({shard.data.shape for shard in params.embedding.addressable_shards})
@@ -174,7 +179,7 @@ def main() -> None:
     with LLM(folder / "model", tensor_parallel_size=2, **several) as llm:
         found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
-        runner: Any = llm._started.runner
+        runner: Any = llm.engine.runner
         found["launches"] = list(map(str, runner.head.programs.decode_packings))
     found["shipped"] = {name: shipped(folder / name, name) for name in SHIPPED}
     write_encoder(folder / "encoder")
