@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import collections
-import logging
 import os
-import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
@@ -18,17 +15,16 @@ from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
+from jaxllm.engine.thread import EngineThread
 from jaxllm.llm import LLM
-from jaxllm.methods.generation import chat_prompt
 from jaxllm.tokenization.chat import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
-
-logger = logging.getLogger("jaxllm")
 
 Result = TypeVar("Result")
 
@@ -45,13 +41,14 @@ class AsyncLLM:
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
         #: the engine's other methods; those that run requests share the engine with this object's
         self.llm = LLM(model, **kwargs)
-        self._work: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._drive, name="jaxllm engine", daemon=True)
-        self._thread.start()
-        # the interpreter ends a thread wherever it is, and in the middle of XLA's code the whole process with it
-        atexit.register(self._end_thread)
+        #: what both are faces of
+        self.engine = self.llm.engine
+        self._thread = EngineThread(self.engine.client)
+        # The thread ends before the engine is freed, and before the interpreter ends, which would end it wherever it
+        # is, and in the middle of XLA's code the whole process with it.
+        atexit.register(self._thread.close)
+        self._end = weakref.finalize(self, _end, self._thread)
+        self._end.atexit = False
 
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
@@ -83,13 +80,11 @@ class AsyncLLM:
             ValidationError: prompt or parameters are refused, or the id is in use.
             RuntimeError: the engine failed or was shut down.
         """
-        llm = self.llm
-        llm._require_generation("generate")
-        options = TokenizationOptions.of(
-            tokenization_kwargs, max_model_len=llm._client.core.scheduler.config.max_model_len
-        )
-        params = llm._default_params if sampling_params is None else sampling_params
-        return self._run(llm._inputs, prompt, params, request_id, priority, options)
+        engine = self.engine
+        engine.check_generates("generate")
+        options = TokenizationOptions.of(tokenization_kwargs, max_model_len=engine.core.scheduler.config.max_model_len)
+        params = engine.default_params if sampling_params is None else sampling_params
+        return self._run(engine.inputs, prompt, params, request_id, priority, options)
 
     def encode(
         self,
@@ -102,7 +97,8 @@ class AsyncLLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
         """The one output of a prompt that is pooled; the arguments are those of `LLM.encode`, and of `generate`."""
-        inputs, params = self.llm._pooling_request("encode", pooling_task, pooling_params)
+        pooling = self.engine.pooling("encode")
+        inputs, params = pooling.inputs, pooling.params(pooling_task, pooling_params)
         options = inputs.options(tokenization_kwargs, [params])
         return self._run(inputs, prompt, params, request_id, priority, options)
 
@@ -116,13 +112,13 @@ class AsyncLLM:
         options: TokenizationOptions,
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a request that `inputs` makes."""
-        llm = self.llm
+        client, pool = self.engine.client, self.engine.pool
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
-        (prepared,) = await asyncio.wrap_future(llm._pool.submit(inputs.reader.read, [prompt], options))
+        (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
         if isinstance(prepared, ValidationError):
             raise prepared
-        own_id = llm._client.next_id(request_id)
+        own_id = client.next_id(request_id)
 
         def receive(output: Any) -> None:
             # a loop that has been closed has nobody left who waits
@@ -131,10 +127,7 @@ class AsyncLLM:
 
         def add() -> None:
             request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
-            llm._client.add(request, text, receive, request_id)
-
-        def end() -> None:
-            _logged(lambda: llm._client.end([own_id]))
+            client.add(request, text, receive, request_id)
 
         try:
             await self._call(add)
@@ -146,7 +139,7 @@ class AsyncLLM:
                     raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
                 yield output
         finally:
-            self._post(end)
+            self._thread.post_logged(lambda: client.end([own_id]))
 
     def chat(
         self,
@@ -163,37 +156,36 @@ class AsyncLLM:
     async def abort(self, request_id: str | list[str]) -> None:
         """End requests: their generators yield what there is, with ``finish_reason="abort"``."""
         names = [request_id] if isinstance(request_id, str) else list(request_id)
-        client = self.llm._client
+        client = self.engine.client
         await self._call(lambda: client.abort([client.id_of(name) for name in names]))
 
     # The engine.
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        return await self._call(lambda: self.llm.reset_prefix_cache(reset_running_requests))
+        return await self._call(lambda: self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests))
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`."""
-        await self._call(lambda: self.llm.sleep(level, mode))
+        await self._call(lambda: self.engine.sleep(level, mode))
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
         """As `LLM.wake_up`."""
-        return await self._call(lambda: self.llm.wake_up(tags))
+        return await self._call(lambda: self.engine.wake_up(tags))
 
     async def is_sleeping(self) -> bool:
-        return self.llm.is_sleeping
+        return self.engine.core.is_sleeping
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.llm.get_tokenizer()
+        return self.engine.get_tokenizer()
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""
-        return self.llm.get_metrics()
+        return self.engine.core.metrics()
 
     async def check_health(self) -> None:
         """Raise RuntimeError when the engine has been shut down."""
-        if self._closing:
-            _refuse()
+        self._thread.check_open()
 
     @property
     def errored(self) -> bool:
@@ -202,13 +194,13 @@ class AsyncLLM:
 
     @property
     def is_running(self) -> bool:
-        return not self._closing
+        return not self._thread.is_closed
 
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""
-        self._end_thread()
-        atexit.unregister(self._end_thread)
-        self.llm.shutdown()
+        self._thread.close()
+        self._end()
+        self.engine.shutdown()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -216,65 +208,11 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
-    # The engine's thread.
-
-    def _end_thread(self) -> None:
-        """Let the thread finish its step, and do nothing more. Idempotent."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _post(self, work: Callable[[], Result]) -> Future[Result]:
-        """What `work` returns or raises, done by the engine's thread between two steps."""
-        future: Future[Result] = Future()
-        with self._wake:
-            if self._closing:
-                _do(future, _refuse)
-            else:
-                self._work.append((future, work))
-                self._wake.notify()
-        return future
-
     async def _call(self, work: Callable[[], Result]) -> Result:
-        """As `_post`, waiting for it."""
-        return await asyncio.wrap_future(self._post(work))
-
-    def _drive(self) -> None:
-        client = self.llm._client
-        while True:
-            with self._wake:
-                while not (self._closing or self._work or client.can_step):
-                    self._wake.wait()
-                if self._closing:
-                    break
-            while self._work:
-                _do(*self._work.popleft())
-            if client.can_step:
-                _logged(client.step)
-        # nothing is added any more
-        for future, _ in self._work:
-            _do(future, _refuse)
+        """What `work` returns or raises, done by the engine's thread between two steps."""
+        return await asyncio.wrap_future(self._thread.post(work))
 
 
-def _refuse() -> None:
-    raise RuntimeError("the engine has been shut down; make a new AsyncLLM")
-
-
-def _do(future: Future[Any], work: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)
-
-
-def _logged(work: Callable[[], None]) -> None:
-    """Do what runs steps of the engine, with nobody there to hear of an error."""
-    try:
-        work()
-    except Exception:
-        # whoever waits for a request has been told
-        logger.exception("a step of the engine failed; its requests are ended")
+def _end(thread: EngineThread) -> None:
+    atexit.unregister(thread.close)
+    thread.close()

@@ -73,7 +73,7 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
     if not isinstance(params, Params):
         raise ValidationError("to_nnx takes an engine that generates; this one pools (runner='pooling').")
     copied = jax.tree.map(lambda array: jnp.array(array, dtype=dtype, copy=True), params)
-    config = llm._started.config.model
+    config = llm.engine.model_files.config.model
     assert isinstance(config, DecoderConfig)
     return Model(config, copied)
 

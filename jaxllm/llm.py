@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import json
 import os
 import traceback
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxllm.api import checks
+from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.pooling_outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
+from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
-from jaxllm.engine.client import EngineClient, Mailbox
-from jaxllm.engine.core import EngineCore
+from jaxllm.engine.beam_search import beam_search
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
+from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.io.text_stream import stream_text
 from jaxllm.engine.observe.progress import bar_class
-from jaxllm.methods.beam_search import BeamSearchMethods
-from jaxllm.methods.control import ControlMethods
-from jaxllm.methods.generation import GenerationMethods
-from jaxllm.methods.pooling import PoolingMethods
-from jaxllm.methods.queueing import QueueingMethods
-from jaxllm.methods.watching import WatchingMethods
-from jaxllm.startup import Started, start
-from jaxllm.tokenization.pool import TokenizerPool
+from jaxllm.startup.start import start
+from jaxllm.tokenization.chat import Conversation
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.api.metric import Metric
+    from jaxllm.engine.observe.prometheus import MetricsServer
+    from jaxllm.engine.observe.trace import Trace
     from jaxllm.llm_engine import LLMEngine
+    from jaxllm.runner.memory.plan import MemoryPlan
+
+Result = TypeVar("Result")
+
+OnOutput = Callable[[RequestOutput], object]
+PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 
-class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods, ControlMethods, WatchingMethods):
+class LLM:
     """A model and the engine that runs it, with vLLM's interface.
 
     Usable as a context manager; `shutdown` (or dropping the last reference) frees everything that it holds on the
@@ -55,35 +70,13 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
         show_log()
         # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
         bar_class()
-        args: EngineArgs = engine_args(model, **kwargs)
+        args = engine_args(model, **kwargs)
         try:
-            started = start(args)
+            #: what this is a face of, as other classes may be at the same time
+            self.engine: Engine = start(args)
         except BaseException as error:
             # whoever keeps the exception (a notebook does) would keep the arrays in its frames
             traceback.clear_frames(error.__traceback__)
-            raise
-        self._model = args.model
-        self._started: Started = started
-        self._client = EngineClient(started.core)
-        self._inputs = started.inputs
-        self._tokenizer = started.tokenizer
-        self._default_params = started.default_params
-        self._enqueued = []
-        self._mailbox = Mailbox()
-        self._pool = TokenizerPool(args.tokenizer_pool_size)
-        self.memory_plan = started.memory_plan
-        #: seconds of each start-up phase
-        self.startup_times: dict[str, float] = started.times
-        # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
-        # is, and in the middle of XLA's code the whole process with it.
-        hold = atexit.register(functools.partial(self._client.lock.acquire))
-        self._free = weakref.finalize(self, _free, started.core, self._pool, hold)
-        # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
-        self._free.atexit = False
-        try:
-            self._start_watching(args)
-        except BaseException:
-            self.shutdown()
             raise
 
     @classmethod
@@ -107,24 +100,438 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
 
         return LLMEngine(self)
 
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """What the device's memory holds, in bytes; prints as a table."""
+        return self.engine.memory_plan
+
+    @property
+    def startup_times(self) -> dict[str, float]:
+        """Seconds of each start-up phase."""
+        return self.engine.startup_times
+
     def __repr__(self) -> str:
         plan = self.memory_plan
         return (
-            f"LLM({str(self._model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
+            f"LLM({str(self.engine.args.model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
             f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
             f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
         )
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
-        return self._tokenizer
+        return self.engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a call without sampling_params uses: the model's generation_config.json, else vLLM's defaults."""
-        return self._default_params.clone()
+        return self.engine.default_params.clone()
 
-    # The engine's life.
+    # Text.
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: int | Iterable[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+        on_error: str = "raise",
+        on_output: OnOutput | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; the outputs come in the prompts' order.
+
+        Calls from several threads share the engine's batches.
+
+        Args:
+            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
+                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
+                may be endless, and it may be slow.
+            sampling_params: one for all, or one each; None: the model's own defaults.
+            use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
+            priority: smaller runs first, with ``scheduling_policy="priority"``.
+            tokenization_kwargs: ``add_special_tokens``, ``truncate_prompt_tokens`` and ``truncation_side``.
+            lora_request, mm_processor_kwargs: vLLM's; not supported yet.
+            on_error: "raise" ends the whole call when one prompt is refused, before anything has run if it is among
+                the first 256 (or twice ``max_num_seqs``); "return" gives that prompt an output with
+                ``finish_reason="error"`` and its reason in ``error``, and runs the others.
+            on_output: takes each output when it is finished. Nothing is kept then, and the list is empty.
+
+        Raises:
+            ValidationError: a prompt or its parameters are refused.
+        """
+        self.engine.check_generates("generate")
+        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self.engine.generation.run(
+            as_prompts(prompts), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
+            tokenization_kwargs=tokenization_kwargs,
+        )  # fmt: skip
+
+    def chat(
+        self,
+        messages: Conversation | Iterable[Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: int | Iterable[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+        *,
+        on_error: str = "raise",
+        on_output: OnOutput | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many: lists of messages with ``role`` and ``content`` (text, or parts of text).
+
+        The arguments are those of `generate`, and of the chat template (``tools``, ``chat_template_kwargs``, ...),
+        which writes the special tokens: the tokenizer adds none.
+        """
+        self.engine.check_generates("chat")
+        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        convert = functools.partial(
+            chat_prompt,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.engine.generation.run(
+            as_conversations(messages), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
+            tokenization_kwargs=tokenization_kwargs, convert=convert,
+        )  # fmt: skip
+
+    def as_completed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        priority: int | Iterable[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        on_error: str = "raise",
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> Generator[RequestOutput, None, None]:
+        """Complete prompts, and yield each output when it is finished; `RequestOutput.index` says whose it is.
+
+        The arguments are those of `generate`. The engine works while the next output is asked for. Closing the
+        iterator ends what still runs.
+        """
+        self.engine.check_generates("as_completed")
+        return self.engine.generation.as_completed(
+            as_prompts(prompts), sampling_params, use_tqdm, priority=priority, on_error=on_error,
+            tokenization_kwargs=tokenization_kwargs,
+        )  # fmt: skip
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
+        """The completion of one prompt, piece by piece as it is generated. Closing the iterator ends the request."""
+        engine = self.engine
+        engine.check_generates("stream")
+        params = engine.default_params if sampling_params is None else sampling_params
+        return stream_text(engine.client, engine.inputs, prompt, params)
+
+    def stream_chat(
+        self, messages: Conversation, sampling_params: SamplingParams | None = None, **chat_options: Any
+    ) -> Generator[str, None, None]:
+        """The answer to one conversation, piece by piece; `chat_options` are those of `chat`."""
+        return self.stream(chat_prompt(messages, **chat_options), sampling_params)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+        priority: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest sequences of each prompt.
+
+        A prompt one of whose requests is aborted ends there: its sequences are what there is, with
+        ``finish_reason="abort"``, and the other prompts go on.
+
+        A step asks for the 2 * beam_width most likely next tokens of every beam; the prefix cache has what beams share.
+
+        Args:
+            prompts: as in `generate`.
+            concurrency_limit: prompts searched at the same time; None: all.
+
+        Raises:
+            ValidationError: a prompt is refused, or ``2 * beam_width`` is more than the engine's ``max_logprobs``.
+            RuntimeError: the engine failed or was shut down by another call.
+        """
+        self.engine.check_generates("beam_search")
+        checks.refuse(lora_request=lora_request)
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
+        if concurrency_limit is not None and checks.integer("concurrency_limit", concurrency_limit) < 1:
+            raise ValidationError(f"concurrency_limit must be at least 1, got {concurrency_limit}.")
+        return beam_search(
+            self.engine.feeds, self.engine.inputs, list(as_prompts(prompts)), params, priority=priority,
+            concurrency_limit=concurrency_limit, use_tqdm=use_tqdm,
+        )  # fmt: skip
+
+    # Submitting and collecting as two calls.
+
+    def enqueue(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        lora_request: None = None,
+        priority: int | Iterable[int] | None = None,
+        use_tqdm: bool = True,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[str]:
+        """Queue prompts and return their request ids; `wait_for_completion` runs them.
+
+        The arguments are those of `generate`. All prompts are tokenized before this returns, without a progress bar.
+
+        Raises:
+            ValidationError: a prompt or its parameters are refused; nothing of the call is queued then.
+        """
+        self.engine.check_generates("enqueue")
+        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        return self.engine.generation.enqueue(as_prompts(prompts), sampling_params, priority, tokenization_kwargs)
+
+    def enqueue_chat(
+        self,
+        messages: Conversation | Iterable[Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: int | Iterable[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **chat_options: Any,
+    ) -> list[str]:
+        """`enqueue` for conversations; `chat_options` are the chat template's, as in `chat`."""
+        self.engine.check_generates("enqueue_chat")
+        checks.refuse(lora_request=lora_request)
+        prompts = [chat_prompt(conversation, **chat_options) for conversation in as_conversations(messages)]
+        return self.engine.generation.enqueue(prompts, sampling_params, priority, tokenization_kwargs)
+
+    def wait_for_completion(
+        self,
+        output_type: type[Any] | tuple[type[Any], ...] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[RequestOutput]:
+        """Run what was enqueued to its end; the outputs come in the order of submission.
+
+        Raises:
+            TypeError: an output is not of `output_type`.
+            RuntimeError: the engine failed, in another call perhaps; nothing of what was enqueued is left then.
+        """
+        outputs = self.engine.generation.collect(use_tqdm)
+        for output in outputs:
+            if output_type is not None and not isinstance(output, output_type):
+                raise TypeError(f"request {output.request_id} gave {type(output).__name__}, not {output_type}")
+        return outputs
+
+    # Vectors, classes and scores.
+
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParamsGiven = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        truncate_prompt_tokens: int | None = None,
+        on_error: str = "raise",
+    ) -> list[EmbeddingRequestOutput]:
+        """An embedding for each prompt, in the prompts' order.
+
+        Args:
+            prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, and ``cache_salt``), or any
+                iterable of them.
+            pooling_params: one for all, or one each; None: the model's own defaults.
+            tokenization_kwargs: ``truncate_prompt_tokens`` (-1: as many tokens as the model takes),
+                ``truncation_side`` and ``add_special_tokens``.
+            truncate_prompt_tokens: older place of it.
+            lora_request: vLLM's; not supported yet.
+            on_error: "raise" ends the call when a prompt is refused; "return" gives that prompt an output without
+                data and its reason in ``error``.
+
+        Raises:
+            ValidationError: the model does not embed, or a prompt or its parameters are refused.
+        """
+        checks.refuse(lora_request=lora_request)
+        outputs = self.engine.pooling("embed").run(
+            prompts, "embed", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        )
+        return [EmbeddingRequestOutput.from_base(output) for output in outputs]
+
+    def classify(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_params: PoolingParamsGiven = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        truncate_prompt_tokens: int | None = None,
+        on_error: str = "raise",
+    ) -> list[ClassificationRequestOutput]:
+        """Probabilities of the model's classes for each prompt. The arguments are those of `embed`."""
+        checks.refuse(lora_request=lora_request)
+        outputs = self.engine.pooling("classify").run(
+            prompts, "classify", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        )
+        return [ClassificationRequestOutput.from_base(output) for output in outputs]
+
+    def encode(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        pooling_params: PoolingParamsGiven = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        pooling_task: str | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        truncate_prompt_tokens: int | None = None,
+        on_error: str = "raise",
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What the model makes of each prompt, as arrays. The other arguments are those of `embed`.
+
+        Args:
+            pooling_task: "embed" or "classify", for one row a prompt; "token_embed" or "token_classify", for one row
+                a token.
+        """
+        checks.refuse(lora_request=lora_request)
+        pooling = self.engine.pooling("encode")
+        return pooling.run(
+            prompts,
+            pooling.task(pooling_task),
+            pooling_params,
+            use_tqdm,
+            tokenization_kwargs,
+            truncate_prompt_tokens,
+            on_error,
+        )
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: None = None,
+        truncate_prompt_tokens: int | None = None,
+        on_error: str = "raise",
+    ) -> list[ScoringRequestOutput]:
+        """How well texts fit: one with one, one with many, or pairs of two lists.
+
+        A model with one class reads both texts together (a cross-encoder); one that embeds gives the cosine of the
+        two embeddings. The other arguments are those of `embed`.
+
+        Raises:
+            ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
+        """
+        checks.refuse(lora_request=lora_request, chat_template=chat_template)
+        return self.engine.pooling("score").score(
+            data_1, data_2, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        )
+
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """What the engine can be asked for: "generate", or the tasks of `encode`, and "score"."""
+        return self.engine.supported_tasks
+
+    # The engine's state: caches, sleep, weights.
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes. Returns False, and does nothing, while requests run.
+
+        Args:
+            reset_running_requests: preempt what runs first; it is computed anew.
+            reset_connector: without effect, there is no connector.
+        """
+        return self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give the device's memory back, and keep the compiled programs for `wake_up`.
+
+        Args:
+            level: 0 only pauses; 1 drops the KV cache and moves the weights to the host's memory (on CPU, where that
+                is the same memory, they stay where they are); 2 drops both, and `wake_up` reads the weights anew.
+            mode: what happens to requests: "abort" ends them (``finish_reason="abort"``), "wait" runs them to their
+                end first, "keep" computes them anew after `wake_up`.
+
+        While the engine sleeps, requests are refused with a RuntimeError.
+        """
+        self.engine.sleep(level, mode)
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> bool:
+        """Undo `sleep`, wholly or (with `tags` among "weights", "kv_cache", "scheduling") in part.
+
+        Returns:
+            Whether the engine is awake: nothing sleeps any more.
+        """
+        return self.engine.wake_up(tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.engine.core.is_sleeping
+
+    def release_kv_cache_memory(self) -> None:
+        """Drop the KV cache alone; ``wake_up(["kv_cache"])`` makes a new one."""
+        self.engine.release_kv_cache_memory()
+
+    def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
+        """What `function` makes of the model's weights, a pytree of `jax.Array`; a list of one, as there is one
+        process.
+        """
+        return [self.engine.apply_model(function)]
+
+    def update_weights(self, params: Any) -> None:
+        """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
+        `flax.nnx`, or the module, that `jaxllm.flax.to_nnx` gave, in any float dtype.
+
+        Its layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as engines
+        on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not the
+        engine's are joined or cut, which takes new arrays.
+
+        The prefix cache, which the old weights made, is dropped.
+
+        Raises:
+            ValidationError: another structure, shape or dtype; the text names the first difference.
+            RuntimeError: requests are running.
+        """
+        self.engine.update_weights(params)
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call something on the runner, which is what vLLM's workers are here; a list of one result.
+
+        Args:
+            method: the name of one of the runner's methods (``"reload_weights"``), or a function of the runner.
+            timeout: without effect: the call is made in this thread.
+
+        Raises:
+            ValidationError: the runner has no such method.
+        """
+        return [self.engine.call_runner(method, args, kwargs)]
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """Devices that the engine uses."""
+        return self.engine.model_files.config.target.num_devices
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.
@@ -141,46 +548,75 @@ class LLM(GenerationMethods, PoolingMethods, QueueingMethods, BeamSearchMethods,
             WeightsError: something is in the directory, there is no room for the weights, or they cannot be written.
             RuntimeError: the engine sleeps, or has been shut down.
         """
-        from jaxllm.weights import saved_model
+        self.engine.save(Path(directory), format=format)
 
-        started, checkpoint = self._started, self._started.checkpoint
-        files = {name: (checkpoint.path / name).read_bytes() for name in started.pooling_files}
-        if checkpoint.generation_config:
-            files["generation_config.json"] = json.dumps(checkpoint.generation_config, indent=2).encode()
-        with self._client.lock:
-            self._client.core.check_awake()
-            params = started.runner.params
-            if params is None:
-                raise RuntimeError("the engine has been shut down; make a new LLM")
-            saved_model.save(
-                Path(directory),
-                params,
-                format=format,
-                model=started.config.model,
-                specs=started.config.specs(),
-                config=checkpoint.config,
-                files=files,
-                tokenizer=self._tokenizer,
-            )
+    # What watches it. All of it may be called while another thread drives the engine.
+
+    def get_metrics(self) -> list[Metric]:
+        """A snapshot of all counters, gauges and histograms, by vLLM's names.
+
+        They are collected whether or not ``disable_log_stats`` is set: it is about the line in the log alone.
+        """
+        return self.engine.core.metrics()
+
+    def prometheus_registry(self) -> CollectorRegistry:
+        """The metrics for prometheus_client, in a registry of their own: `generate_latest`, `push_to_gateway`, an
+        application of yours. Every use of it takes a new snapshot, from any thread.
+        """
+        return self.engine.watching.prometheus_registry()
+
+    def serve_metrics(self, port: int = 0, address: str = "127.0.0.1") -> MetricsServer:
+        """Answer Prometheus on ``http://address:port/metrics`` until the engine ends, or the result is closed.
+
+        Args:
+            port: 0 takes a free one; the result's `port` and `url` say which. An earlier call's port is closed.
+            address: of the interface to listen on. The default is reached from this machine alone.
+
+        Raises:
+            ValidationError: the port is taken, or the address is not this machine's.
+        """
+        return self.engine.watching.serve_metrics(port, address)
+
+    def trace(self) -> Trace:
+        """Record what each step does: ``with llm.trace() as trace: llm.generate(...)``, or `start` and `stop`.
+
+        The trace has the records (`steps`, `requests`), gives them as arrays or a table, draws them and writes them
+        for Perfetto. Several may be on at once; while none is, steps cost what they did.
+        """
+        return self.engine.watching.trace()
+
+    def start_profile(self, prefix: str | None = None, *, path: str | os.PathLike[str] | None = None) -> Path:
+        """Begin to write a profile with `jax.profiler`: all that host and device do, down to single kernels.
+
+        Args:
+            prefix: a folder of this profile's own inside of `path`.
+            path: where profiles go; None: the engine's ``profiler_config["torch_profiler_dir"]``, else the folder
+                ``profiles`` in jaxllm's cache.
+
+        Returns:
+            The folder, which is written when the profile stops.
+
+        Raises:
+            RuntimeError: this process writes one already.
+        """
+        return self.engine.watching.start_profile(prefix, path=path)
+
+    def stop_profile(self) -> Path:
+        """Write the profile; returns its folder, for ``tensorboard --logdir``. Its trace files open in Perfetto too.
+
+        Raises:
+            RuntimeError: none was started.
+        """
+        return self.engine.watching.stop_profile()
+
+    # The engine's life.
 
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
-        with self._client.lock:
-            self._stop_watching()
-            self._client.close()
-            self._free()
+        self.engine.shutdown()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
-
-    def _engine(self) -> EngineCore:
-        return self._client.core
-
-
-def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
-    atexit.unregister(at_exit)
-    pool.shutdown()
-    core.shutdown()

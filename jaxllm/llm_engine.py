@@ -29,7 +29,8 @@ class LLMEngine:
             raise TypeError(f"an engine that runs already takes no arguments: got {', '.join(kwargs)}")
         #: the engine's other methods
         self.llm = model if isinstance(model, LLM) else LLM(model, **kwargs)
-        self._mailbox = self.llm._mailbox
+        #: what both are faces of
+        self.engine = self.llm.engine
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
@@ -47,24 +48,16 @@ class LLMEngine:
         """Queue a request and return its id.
 
         Raises:
+            TypeError: the id is no string.
             ValidationError: prompt or parameters are refused, or the id is in use.
         """
-        if not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a string, got {type(request_id).__name__}")
-        llm = self.llm
-        request, text = llm._inputs.request(
-            llm._client.next_id(request_id), prompt, llm._default_params if params is None else params, priority
-        )
-        with llm._client.lock:
-            llm._client.add(request, text, self._mailbox.receive, request_id)
-            self._mailbox.unfinished.add(request_id)
+        engine = self.engine
+        engine.stepped.add(request_id, prompt, engine.default_params if params is None else params, priority)
         return request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one step of the engine; returns what it brought, which may be nothing."""
-        if not self._mailbox.outputs:
-            self.llm._client.step()
-        return self._mailbox.take()
+        return self.engine.stepped.step()
 
     def abort_request(self, request_ids: str | list[str]) -> None:
         """End requests, by what their outputs call them; unknown ones are passed over.
@@ -72,40 +65,33 @@ class LLMEngine:
         Nothing comes any more of those that `add_request` has queued. Whoever waits for others (`LLM.generate`, or
         what `LLM.enqueue` has queued) gets what there is of them, with ``finish_reason="abort"``.
         """
-        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        client = self.llm._client
-        with client.lock:
-            own = [name for name in names if name in self._mailbox.unfinished]
-            others = [client.id_of(name) for name in names if name not in self._mailbox.unfinished]
-            client.end(client.id_of(name) for name in own)
-            self._mailbox.drop(names)
-            client.abort(others)
+        self.engine.stepped.abort([request_ids] if isinstance(request_ids, str) else request_ids)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._mailbox.unfinished or self._mailbox.outputs)
+        return not self.engine.stepped.is_done
 
     def get_num_unfinished_requests(self) -> int:
-        return len(self._mailbox.unfinished)
+        return self.engine.stepped.num_unfinished
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        return self.llm.reset_prefix_cache(reset_running_requests)
+        return self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`."""
-        self.llm.sleep(level, mode)
+        self.engine.sleep(level, mode)
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         """As `LLM.wake_up`."""
-        return self.llm.wake_up(tags)
+        return self.engine.wake_up(tags)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.llm.get_tokenizer()
+        return self.engine.get_tokenizer()
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""
-        return self.llm.get_metrics()
+        return self.engine.core.metrics()
 
     def shutdown(self) -> None:
         """Free everything on the device; idempotent."""
-        self.llm.shutdown()
+        self.engine.shutdown()

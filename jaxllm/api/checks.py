@@ -74,3 +74,10 @@ def strings(name: str, value: Any) -> list[str]:
         if not text:
             raise ValidationError(f"{name} cannot contain an empty string.")
     return texts
+
+
+def refuse(**arguments: Any) -> None:
+    """Refuse what later capabilities will take."""
+    for name, value in arguments.items():
+        if value:
+            raise ValidationError(f"{name} is not supported yet")

@@ -136,8 +136,8 @@ class Driver:
     """Keeps an engine busy with a workload, and its times."""
 
     def __init__(self, llm: LLM, workload: HostWorkload, clock: Callable[[], float]):
-        self._core = llm._client.core
-        self._inputs = llm._inputs
+        self._core = llm.engine.core
+        self._inputs = llm.engine.inputs
         self._requests = enumerate(workload.requests())
         self._concurrency = workload.concurrency
         self.times = HostTimes(clock)

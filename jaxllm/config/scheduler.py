@@ -1,4 +1,4 @@
-"""The scheduler is told its limits."""
+"""The scheduler has limits of a step and of a request."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def _backend(name: str, value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredOutputsConfig(Arguments):
-    """How a grammar constrains what is sampled."""
+    """Says how a grammar constrains what is sampled."""
 
     NAME = "structured_outputs_config.{}"
 

@@ -21,7 +21,7 @@ _FIELD = 1 << 30
 
 
 class BadRow(str):
-    """Why a row of a CSV file is none."""
+    """Says why a line of a CSV file cannot be read as a row."""
 
 
 def is_table(path: str) -> bool:

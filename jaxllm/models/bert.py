@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.config.cache import KVCacheGroup
+from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import ACTIVATIONS, activate
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
@@ -44,8 +44,9 @@ class BertConfig:
         return self.num_heads
 
     @property
-    def layer_window(self) -> tuple[None, ...]:
-        return (None,) * self.num_layers
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        """What each layer keeps of a token."""
+        return (KVSpec(heads=self.num_kv_heads, width=self.head_dim),) * self.num_layers
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +139,7 @@ def forward(
         x, cache = _attention_block(context, config, weights, layout, x, cache, batch)
         return _mlp_block(context, config, weights, x), cache
 
-    x, cache = through_layers(layer, (x, cache), params.layers, layouts(config, groups, cache.shape[0]))
+    x, cache = through_layers(layer, (x, cache), params.layers, layouts(config.kv_specs, groups, cache.shape[0]))
     return cache, x
 
 

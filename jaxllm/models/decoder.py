@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config.cache import KVCacheGroup
+from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import gated
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
@@ -64,14 +63,12 @@ class DecoderConfig:
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
 
-
-class HasLayers(Protocol):
-    """What the layers' places in the cache depend on."""
-
     @property
-    def num_layers(self) -> int: ...
-    @property
-    def layer_window(self) -> tuple[int | None, ...]: ...
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        """What each layer keeps of a token."""
+        return tuple(
+            KVSpec(heads=self.num_kv_heads, width=self.head_dim, window=window) for window in self.layer_window
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +132,7 @@ def forward(
         x, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], x, cache, batch)
         return _mlp_block(context, config, weights, x), cache
 
-    places = layouts(config, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
+    places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
     x, cache = through_layers(layer, (x, cache), params.layers, places)
     return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
 
@@ -148,16 +145,16 @@ def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def layouts(config: HasLayers, groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
+def layouts(specs: tuple[KVSpec, ...], groups: tuple[KVCacheGroup, ...], pages: int) -> Layout:
     """Where each layer's keys and values are, numpy arrays [L]: the i-th layer of a group has pages ``i * num_blocks
     ...``.
     """
     num_blocks = pages // max(len(group.layers) for group in groups)
-    group, offset = np.zeros((2, config.num_layers), np.int32)
+    group, offset = np.zeros((2, len(specs)), np.int32)
     for g, members in enumerate(groups):
         for i, layer in enumerate(members.layers):
             group[layer], offset[layer] = g, i * num_blocks
-    window = np.array([w or UNLIMITED for w in config.layer_window], np.int32)
+    window = np.array([spec.window or UNLIMITED for spec in specs], np.int32)
     return Layout(group=group, page_offset=offset, window=window)  # pyright: ignore[reportArgumentType]
 
 

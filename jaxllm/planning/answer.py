@@ -26,7 +26,7 @@ from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingProgr
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.setup import Setup, read_setup
+from jaxllm.startup.setup import Setup, read_setup
 
 logger = logging.getLogger("jaxllm")
 
@@ -102,7 +102,7 @@ class _Planner:
         self._needed: dict[SchedulerConfig, int] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
-        """Raises DoesNotFitError, whose plan has its activations."""
+        """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
         config = question.setup().runner_config(target, progress=False)
         self.compiled = bool(target.devices)
@@ -111,7 +111,7 @@ class _Planner:
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
         blocks = 0 if config.pooler is not None else blocks
-        self.collectives = expected_collectives(len(config.model.layer_window), target.num_devices, blocks=blocks)
+        self.collectives = expected_collectives(config.model.num_layers, target.num_devices, blocks=blocks)
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> int:

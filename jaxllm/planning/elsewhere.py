@@ -1,7 +1,7 @@
 """The same answer comes from another process, which has JAX's CUDA compiler in its environment.
 
-Run as ``python -m jaxllm.planning.elsewhere``: standard input is one JSON object, and so is the last line of standard
-output.
+It runs as ``python -m jaxllm.planning.elsewhere``: standard input is one JSON object, and so is the last line of
+standard output.
 """
 
 from __future__ import annotations

@@ -113,11 +113,11 @@ class RunnerConfig:
     @property
     def page_shape(self) -> tuple[int, ...]:
         """On one device."""
-        return 2 * self.step_model.num_kv_heads, self.block_size, self.model.head_dim
+        return self.step_model.kv_specs[0].page_shape(self.block_size)
 
     @property
     def cache_dtype(self) -> np.dtype:
-        dtype = jnp.dtype(self.dtype)
+        dtype = jnp.dtype(self.model.kv_specs[0].dtype or self.dtype)
         return jnp.dtype(STORAGE.get(dtype, dtype)) if self.platform == "cpu" else dtype
 
     def state(self, num_blocks: int) -> State | PoolingState:

@@ -147,11 +147,10 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
 def _runner_config(model: Model, device: Any, gpu: GPU) -> RunnerConfig:
     pools = model.pooling_type is not None
     read = (pooling_model_config if pools else model_config)(model.config)
-    windows = getattr(read, "layer_window", (None,) * read.num_layers)
     return RunnerConfig(
         model=read,
         pooler=Pooler(seq_pooling_type=model.pooling_type) if model.pooling_type else None,
-        groups=kv_cache_groups(windows),
+        groups=kv_cache_groups(read.kv_specs),
         scheduler=SchedulerConfig(
             max_num_seqs=model.max_num_seqs,
             max_num_batched_tokens=model.max_num_batched_tokens,

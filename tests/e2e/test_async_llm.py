@@ -44,7 +44,7 @@ def test_many_coroutines_share_the_engine(engine: AsyncLLM):
         texts = [output.outputs[0].text for output in outputs]
         assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
         assert len(outputs) == 10
-    assert not engine.llm._client.has_unfinished
+    assert not engine.engine.client.has_unfinished
 
 
 def test_deltas_add_up_to_the_text(engine: AsyncLLM):
@@ -104,8 +104,8 @@ def test_leaving_the_loop_or_being_cancelled_ends_the_request(engine: AsyncLLM):
             await task
         # what is posted is done in order: the ends of both come before this
         await engine.reset_prefix_cache()
-        assert not engine.llm._client.has_unfinished
-        assert engine.llm._client.core.scheduler.kv_cache_manager.pool.num_used == 0
+        assert not engine.engine.client.has_unfinished
+        assert engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
 
     asyncio.run(main())
 
@@ -187,7 +187,7 @@ def test_a_pooling_engine_encodes(tiny_model: Path):
 def test_the_event_loop_does_not_wait_for_steps(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
     """A request is submitted while a step holds the engine: the loop goes on meanwhile."""
     stepping, go_on = threading.Event(), threading.Event()
-    step = engine.llm._client.core.step
+    step = engine.engine.core.step
 
     def slow_step() -> Any:
         stepping.set()
@@ -195,7 +195,7 @@ def test_the_event_loop_does_not_wait_for_steps(engine: AsyncLLM, monkeypatch: p
         return step()
 
     async def main() -> None:
-        monkeypatch.setattr(engine.llm._client.core, "step", slow_step)
+        monkeypatch.setattr(engine.engine.core, "step", slow_step)
         first = asyncio.create_task(collect(engine, "first", GREEDY))
         await asyncio.to_thread(stepping.wait, 60)
         second = asyncio.create_task(collect(engine, "second", GREEDY))
@@ -217,18 +217,18 @@ def test_what_is_posted_while_the_engine_ends_is_told(tiny_model: Path, monkeypa
 
     async def main() -> None:
         engine = await AsyncLLM.start(tiny_model, **SMALL)
-        step = engine.llm._client.core.step
+        step = engine.engine.core.step
 
         def slow_step() -> Any:
             stepping.set()
             assert go_on.wait(60)
             return step()
 
-        monkeypatch.setattr(engine.llm._client.core, "step", slow_step)
+        monkeypatch.setattr(engine.engine.core, "step", slow_step)
         first = asyncio.create_task(collect(engine, "first", LONG))
         await asyncio.to_thread(stepping.wait, 60)
         waiting = [asyncio.create_task(collect(engine, "second", GREEDY)), asyncio.create_task(engine.abort("x"))]
-        while len(engine._work) < len(waiting):
+        while len(engine._thread._work) < len(waiting):
             await asyncio.sleep(0.005)
         end = asyncio.create_task(asyncio.to_thread(engine.shutdown))
         while engine.is_running:
@@ -247,7 +247,7 @@ def test_what_waits_for_the_tokenizer_is_told_of_the_end(tiny_model: Path, monke
 
     async def main() -> None:
         engine = await AsyncLLM.start(tiny_model, **SMALL)
-        reader = engine.llm._inputs.reader
+        reader = engine.engine.inputs.reader
         read = reader.read
 
         def slow_read(*arguments: Any) -> Any:
@@ -277,7 +277,7 @@ def test_an_error_while_a_request_is_ended_leaves_the_engine_usable(
         stream = engine.generate("first", LONG)
         await anext(stream)
         with monkeypatch.context() as patch:
-            patch.setattr(engine.llm._client.core, "drain", fail)
+            patch.setattr(engine.engine.core, "drain", fail)
             await stream.aclose()
             await asyncio.wait_for(engine.abort("nobody"), 20)
         assert (await asyncio.wait_for(collect(engine, PROMPTS[0], GREEDY), 20))[-1].finished
@@ -288,7 +288,7 @@ def test_an_error_while_a_request_is_ended_leaves_the_engine_usable(
 
 def test_a_request_that_is_cancelled_while_it_is_added_is_ended(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
     adding, go_on = threading.Event(), threading.Event()
-    client = engine.llm._client
+    client = engine.engine.client
     add = client.add
 
     def slow_add(*arguments: Any) -> None:
@@ -337,7 +337,7 @@ def test_an_aborted_pooling_request_is_not_its_callers_fault(tiny_model: Path, m
             monkeypatch.setattr(EngineClient, "can_step", False)
             output = anext(engine.encode("x", pooling_task="embed", request_id="x"))
             task = asyncio.ensure_future(output)
-            while not engine.llm._client.has_unfinished:
+            while not engine.engine.client.has_unfinished:
                 await asyncio.sleep(0.005)
             await engine.abort("x")
             with pytest.raises(RuntimeError, match="aborted"):

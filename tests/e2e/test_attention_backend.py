@@ -28,7 +28,9 @@ def test_greedy_tokens_are_those_of_xla(tiny_model: Path, monkeypatch: pytest.Mo
         return used[-1]
 
     monkeypatch.setattr(Programs, "bucket", bucket)
-    monkeypatch.setattr("jaxllm.setup.attention_backend", lambda *_: Backend(implementation="triton", interpret=True))
+    monkeypatch.setattr(
+        "jaxllm.startup.setup.attention_backend", lambda *_: Backend(implementation="triton", interpret=True)
+    )
     with LLM(tiny_model, **ENGINE) as llm:
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
     assert tokens == expected

@@ -98,7 +98,7 @@ def test_bad_calls_are_refused(engine: LLM):
 def test_an_aborted_prompt_returns_its_partial_beams_and_the_others_go_on(engine: LLM, monkeypatch: pytest.MonkeyPatch):
     params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
     whole = engine.beam_search(PROMPTS, params)
-    client, step = engine._client, engine._client.step
+    client, step = engine.engine.client, engine.engine.client.step
     # a search takes an id for the one beam of each prompt, then for two of each
     first_of_second_prompt = int(client.next_id()) + 1 + 2 + 2
 
@@ -122,7 +122,7 @@ def test_an_aborted_prompt_returns_its_partial_beams_and_the_others_go_on(engine
 def test_a_search_whose_requests_are_all_aborted_returns_what_there_is(engine: LLM, monkeypatch: pytest.MonkeyPatch):
     """Another call aborts all requests while this one waits for its turn."""
     with monkeypatch.context() as patch:
-        patch.setattr(engine._client, "step", engine._client.abort_all)
+        patch.setattr(engine.engine.client, "step", engine.engine.client.abort_all)
         outputs = engine.beam_search(PROMPTS, BeamSearchParams(beam_width=2, max_tokens=4))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         (sequence,) = output.sequences

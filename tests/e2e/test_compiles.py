@@ -96,12 +96,12 @@ def test_200_requests_compile_nothing(tiny_model: Path):
     params = [make_params(rng) for _ in prompts]
     with LLM(tiny_model, **ARGUMENTS) as llm:
         with counted_events() as events:
-            core = llm._engine()
+            core = llm.engine.core
             # alone, with others, aborted in every state, and a stream beside them
             llm.generate(prompts[0], params[0], use_tqdm=False)
             llm.generate(prompts[1:90], params[1:90], use_tqdm=False)
             for i in range(90, 150):
-                core.add_request(*llm._inputs.request(f"abort-{i}", prompts[i], params[i]))
+                core.add_request(*llm.engine.inputs.request(f"abort-{i}", prompts[i], params[i]))
             for i in range(90, 150):
                 core.step()
                 core.abort([f"abort-{i}"])

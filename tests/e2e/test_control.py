@@ -41,7 +41,7 @@ def texts_and_one_alone(llm: LLM) -> list[str]:
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_what_slept_wakes_up_the_same(llm: LLM, level: int):
     before = texts(llm)
-    runner: Any = llm._started.runner
+    runner: Any = llm.engine.runner
     llm.sleep(level)
     assert llm.is_sleeping
     assert (runner._state is None) == (level > 0)
@@ -59,7 +59,7 @@ def test_waking_up_in_parts(llm: LLM):
     assert llm.wake_up(["kv_cache"]) and not llm.is_sleeping
     assert texts(llm) == before
     llm.release_kv_cache_memory()
-    runner: Any = llm._started.runner
+    runner: Any = llm.engine.runner
     assert runner._state is None and runner.params is not None
     assert llm.wake_up()
     assert texts(llm) == before
@@ -68,7 +68,7 @@ def test_waking_up_in_parts(llm: LLM):
 def begin(llm: LLM, steps: int) -> None:
     llm.enqueue(PROMPTS, GREEDY)
     for _ in range(steps):
-        llm._client.step()
+        llm.engine.client.step()
 
 
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
@@ -76,7 +76,7 @@ def test_requests_are_brought_to_rest_before_the_engine_sleeps(llm: LLM, mode: s
     before = texts(llm)
     begin(llm, 6)
     llm.sleep(1, mode=mode)
-    assert llm._client.core.scheduler.kv_cache_manager.pool.num_used == 0
+    assert llm.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
     llm.wake_up()
     outputs = llm.wait_for_completion(RequestOutput, use_tqdm=False)
     reasons = {output.outputs[0].finish_reason for output in outputs}

@@ -67,11 +67,11 @@ def compare(single: LLM, several: LLM, prompts: list[list[int]], params: Any) ->
     for llm in (single, several):
         llm.reset_prefix_cache()
     wanted = single.generate(prompts, params, use_tqdm=False)
-    several._engine().observe(launches)
+    several.engine.core.observe(launches)
     got = several.generate(prompts, params, use_tqdm=False)
-    several._engine().stop_observing(launches)
+    several.engine.core.stop_observing(launches)
     assert results(got) == results(wanted)
-    assert several._engine().scheduler.kv_cache_manager.pool.num_used == 0
+    assert several.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
     return got, launches
 
 
@@ -190,11 +190,11 @@ def test_what_needs_the_host_gets_single_steps(single: LLM, several: LLM, option
 def test_streams_get_every_token_by_itself(several: LLM):
     params = SamplingParams(**GREEDY, max_tokens=24, ignore_eos=True)
     launches = Launches()
-    several._engine().observe(launches)
+    several.engine.core.observe(launches)
     pieces = list(several.stream("abc", params))
     assert len(pieces) > 12 and launches.several == 0
     coarse = list(several.stream("abc", dataclasses.replace(params, stream_interval=4)))
-    several._engine().stop_observing(launches)
+    several.engine.core.stop_observing(launches)
     assert "".join(coarse) == "".join(pieces) and launches.several
 
 
@@ -202,12 +202,12 @@ class Traffic:
     """Requests added to an engine's core between its steps."""
 
     def __init__(self, llm: LLM):
-        self.llm, self.core = llm, llm._engine()
+        self.llm, self.core = llm, llm.engine.core
         self.requests: list[Any] = []
 
     def add(self, prompt: list[int], params: SamplingParams, **options: Any) -> Any:
         final = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-        request, text = self.llm._inputs.request(f"t{len(self.requests)}", prompt, final, **options)
+        request, text = self.llm.engine.inputs.request(f"t{len(self.requests)}", prompt, final, **options)
         self.core.add_request(request, text)
         self.requests.append(request)
         return request
@@ -221,7 +221,7 @@ class Traffic:
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 def test_arrivals_aborts_and_preemptions(single: LLM, several: LLM, asynchronous: bool, monkeypatch: Any):
-    monkeypatch.setattr(several._engine(), "_depth", 2 if asynchronous else 1)
+    monkeypatch.setattr(several.engine.core, "_depth", 2 if asynchronous else 1)
     several.reset_prefix_cache()
     rng = random.Random(7)
     prompts = [ids(rng, rng.randint(1, 30)) for _ in range(24)]
@@ -278,9 +278,9 @@ def test_the_number_of_steps_begins_small_and_grows(several: LLM):
 def test_asking_for_it(tiny_model: Path, caplog: pytest.LogCaptureFixture):
     arguments = {**ARGUMENTS, "load_format": "null"}
     with LLM(tiny_model, **arguments, num_scheduler_steps=4) as llm:
-        assert llm._engine().scheduler.config.num_decode_steps == 4
+        assert llm.engine.core.scheduler.config.num_decode_steps == 4
         launches = Launches()
-        llm._engine().observe(launches)
+        llm.engine.core.observe(launches)
         (output,) = llm.generate("abc", SamplingParams(max_tokens=30), use_tqdm=False)
         tokens = output.outputs[0].token_ids
         assert len(tokens) == 30 and launches.several > 5
@@ -288,7 +288,7 @@ def test_asking_for_it(tiny_model: Path, caplog: pytest.LogCaptureFixture):
         (stopped,) = llm.generate("abc", stopping, use_tqdm=False)
         assert stopped.outputs[0].token_ids == tokens[:10]
     with LLM(tiny_model, **arguments, num_decode_steps=4, enforce_eager=True) as llm:
-        assert llm._engine().scheduler.config.num_decode_steps == 1
+        assert llm.engine.core.scheduler.config.num_decode_steps == 1
     assert "num_decode_steps=4 has no effect with enforce_eager=True" in caplog.text
     with pytest.raises(ValidationError, match="two names"):
         LLM(tiny_model, num_decode_steps=4, num_scheduler_steps=8)

@@ -67,8 +67,8 @@ def test_an_endless_source_is_read_as_it_is_needed(engine: LLM, expected: list[s
         ahead = next(copy.copy(read)) - count
         assert ahead <= window
     outputs.close()
-    assert not engine._client.has_unfinished
-    assert engine._client.core.scheduler.kv_cache_manager.pool.num_used == 0
+    assert not engine.engine.client.has_unfinished
+    assert engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
 
 
 def test_outputs_may_make_the_next_prompts(engine: LLM, expected: list[str]):
@@ -113,7 +113,7 @@ def test_an_error_in_the_callers_code_ends_the_call_alone(engine: LLM, expected:
         engine.generate(broken(), GREEDY, use_tqdm=False)
     with pytest.raises(KeyError):
         engine.generate(PROMPTS, GREEDY, use_tqdm=False, on_output=refuse)
-    assert not engine._client.has_unfinished
+    assert not engine.engine.client.has_unfinished
     assert texts(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
@@ -220,7 +220,7 @@ def fail_elsewhere(llm: LLM) -> None:
         raise OSError("the device is gone")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the device is gone"):
-        patch.setattr(llm._client.core, "step", fail)
+        patch.setattr(llm.engine.core, "step", fail)
         llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
 
 

@@ -76,7 +76,7 @@ def test_greedy_tokens_equal_transformers(pair):
         for prompt, output, ids in zip(prompts, outputs, expected, strict=True):
             assert output.outputs[0].token_ids == ids, f"prompt of {len(prompt)} tokens"
     assert outputs[-1].num_cached_tokens >= 64
-    assert llm._engine().scheduler.kv_cache_manager.usage == 0.0
+    assert llm.engine.core.scheduler.kv_cache_manager.usage == 0.0
 
 
 def greedy(reference: torch.nn.Module, prompt: list[int], count: int) -> list[int]:

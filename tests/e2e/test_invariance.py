@@ -198,7 +198,7 @@ class Traffic:
     """Requests that come and go while the engine steps."""
 
     def __init__(self, llm: LLM):
-        self.core, self._inputs = llm._engine(), llm._inputs
+        self.core, self._inputs = llm.engine.core, llm.engine.inputs
         self.requests: dict[int, Request] = {}
         self._count = 0
 
@@ -273,4 +273,4 @@ def test_a_pool_so_small_that_every_request_is_preempted(
             # of few large blocks some short requests get by
             assert len(spared) <= (5 if block_size == 64 else 0)
             check(traffic.tokens(), sampling)
-            assert llm._engine().scheduler.kv_cache_manager.pool.num_used == 0
+            assert llm.engine.core.scheduler.kv_cache_manager.pool.num_used == 0

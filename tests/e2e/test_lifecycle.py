@@ -43,7 +43,7 @@ def tokens(llm: LLM, prompts: list[list[int]] | None = None) -> list[list[int]]:
 
 
 def assert_idle(llm: LLM) -> None:
-    core = llm._engine()
+    core = llm.engine.core
     assert not core.has_unfinished
     assert not core._in_flight
     assert core.scheduler.kv_cache_manager.pool.num_used == 0
@@ -212,7 +212,7 @@ def chat(text: str) -> list[dict[str, str]]:
 def test_a_stream_that_is_closed_early_frees_its_request(engine: LLM, expected: list[list[int]]):
     stream = engine.stream_chat(chat("hello"), LONG)
     next(stream)
-    assert engine._engine().has_unfinished
+    assert engine.engine.core.has_unfinished
     stream.close()
     assert_idle(engine)
     assert tokens(engine) == expected

@@ -158,7 +158,7 @@ def test_what_was_enqueued_and_aborted_returns_what_there_is(engine: LLM):
 def test_a_running_generate_is_aborted_by_its_id(engine: LLM, monkeypatch: pytest.MonkeyPatch, n: int):
     """As another thread does which gets the engine's lock between two steps."""
     params = SamplingParams(seed=1, max_tokens=50, ignore_eos=True, n=n)
-    client, step = engine._client, engine._client.step
+    client, step = engine.engine.client, engine.engine.client.step
     number = int(client.next_id()) + 1
     count = itertools.count(1)
 
@@ -177,7 +177,7 @@ def test_a_running_generate_is_aborted_by_its_id(engine: LLM, monkeypatch: pytes
 
 
 def test_the_users_ids_and_the_engines_own_do_not_collide(engine: LLM, stepped: LLMEngine):
-    first = int(engine._client.next_id())
+    first = int(engine.engine.client.next_id())
     names = [str(first + i) for i in range(1, 4)]
     for name in names:
         stepped.add_request(name, PROMPTS[0], GREEDY)

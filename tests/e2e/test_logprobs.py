@@ -207,10 +207,10 @@ def test_texts_of_split_characters_come_whole(engine: LLM):
 
 
 def test_a_stream_has_the_prompts_once(engine: LLM):
-    core, prompt = engine._engine(), PROMPTS[4]
+    core, prompt = engine.engine.core, PROMPTS[4]
     params = BOTH.clone()
     params.output_kind = RequestOutputKind.DELTA
-    core.add_request(*engine._inputs.request("stream", prompt, params))
+    core.add_request(*engine.engine.inputs.request("stream", prompt, params))
     outputs = []
     while core.has_unfinished:
         outputs += core.step()
@@ -221,9 +221,9 @@ def test_a_stream_has_the_prompts_once(engine: LLM):
 
 
 def test_aborted_at_any_step(tight: LLM, model: Any):
-    core = tight._engine()
+    core = tight.engine.core
     for steps in range(1, 16):
-        core.add_request(*tight._inputs.request(f"abort-{steps}", PROMPTS[-1], BOTH))
+        core.add_request(*tight.engine.inputs.request(f"abort-{steps}", PROMPTS[-1], BOTH))
         for _ in range(steps):
             core.step()
         core.abort([f"abort-{steps}"])

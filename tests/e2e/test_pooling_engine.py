@@ -99,21 +99,25 @@ def fail_elsewhere(llm: LLM) -> None:
         raise OSError("the device is gone")
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):
-        patch.setattr(llm._client.core, "step", fail)
-        EngineClient.step(llm._client)
+        patch.setattr(llm.engine.core, "step", fail)
+        EngineClient.step(llm.engine.client)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return"])
 @pytest.mark.parametrize(
     ("interrupt", "words"),
-    [(lambda llm: llm._client.abort_all(), "aborted"), (LLM.sleep, "aborted"), (fail_elsewhere, "the device is gone")],
+    [
+        (lambda llm: llm.engine.client.abort_all(), "aborted"),
+        (LLM.sleep, "aborted"),
+        (fail_elsewhere, "the device is gone"),
+    ],
     ids=["abort", "sleep", "failure"],
 )
 def test_what_others_do_to_the_engine_is_told(
     pooling: LLM, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[LLM], None], words: str, on_error: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pooling._client, "step", lambda: interrupt(pooling))
+        patch.setattr(pooling.engine.client, "step", lambda: interrupt(pooling))
         if on_error == "raise":
             with pytest.raises(RuntimeError, match=words):
                 pooling.embed(PROMPTS, use_tqdm=False)

@@ -33,15 +33,15 @@ def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, forma
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     with LLM(tmp_path / "model", dtype=dtype, **SMALL) as llm:
         before = answers(llm)
-        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm._started.runner.params)]
+        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm.engine.runner.params)]
         llm.save(tmp_path / "saved", format=format)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == generation
     with LLM(tmp_path / "saved", dtype=dtype, **SMALL) as llm:
-        assert llm._started.checkpoint.load_format == format
+        assert llm.engine.model_files.checkpoint.load_format == format
         assert llm.get_default_sampling_params().temperature == 0.25
-        for saved, loaded in zip(weights, jax.tree.leaves(llm._started.runner.params), strict=True):
+        for saved, loaded in zip(weights, jax.tree.leaves(llm.engine.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()
         assert answers(llm) == before
 

@@ -34,7 +34,7 @@ def test_a_trace_of_generate(engine: LLM):
         outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     again = engine.trace()
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert not again.steps and not engine._client.core._observers
+    assert not again.steps and not engine.engine.core._observers
     assert sum(step.num_decode_tokens for step in trace.steps) == 3 * 5
     cached = sum(output.num_cached_tokens for output in outputs)
     assert sum(step.num_prefill_tokens for step in trace.steps) == 73 - cached
@@ -70,7 +70,7 @@ def test_a_profile_names_steps_and_phases(engine: LLM, tmp_path: Path):
         engine.start_profile(path=tmp_path)
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert engine.stop_profile() == tmp_path / "first"
-    assert not engine._client.core._observers
+    assert not engine.engine.core._observers
     (file,) = tmp_path.glob("first/plugins/profile/*/*.trace.json.gz")
     names = {event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
     assert {"step", "schedule", "wait for the device", "update"} <= names
@@ -121,7 +121,7 @@ def test_an_engine_that_logs_serves_and_profiles_by_its_arguments(
     monkeypatch.setenv("JAXLLM_LOG_STATS_INTERVAL", "0.0001")
     profiles = {"profiler": "torch", "torch_profiler_dir": str(tmp_path / "profiles")}
     llm = LLM(tiny_model, **SMALL, disable_log_stats=False, metrics_port=0, profiler_config=profiles)
-    server = llm._metrics_server
+    server = llm.engine.watching.server
     assert server is not None
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     lines = [message for message in caplog.messages if message.startswith("Engine 000: Avg prompt throughput: ")]

@@ -21,10 +21,11 @@ from gpu_check.sizes import sizes
 from gpu_check.stages import seconds_left
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import engine_args
+from jaxllm.engine.engine import Engine
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 from jaxllm.models.decoder import Params
 from jaxllm.runner.runner import Runner
-from jaxllm.startup import Started, start
+from jaxllm.startup.start import start
 
 DECODE_TARGET = 0.75
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1)
@@ -50,12 +51,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-check-model-") as folder:
         began = time.perf_counter()
         started = start(engine_args(write_config(Path(folder), size.model), **engine_arguments()))
-        records.fact("start", {"seconds": time.perf_counter() - began, "phases": started.times})
+        records.fact("start", {"seconds": time.perf_counter() - began, "phases": started.startup_times})
         records.fact("memory plan", str(started.memory_plan).splitlines())
         try:
             _measure(Bench(started))
         finally:
-            started.core.shutdown()
+            started.shutdown()
 
 
 def _measure(bench: Bench) -> None:
@@ -116,7 +117,7 @@ class Rows:
 class Bench:
     """Times steps of an engine's runner."""
 
-    def __init__(self, started: Started):
+    def __init__(self, started: Engine):
         assert isinstance(started.runner, Runner)
         self.runner, self.plan = started.runner, started.memory_plan
         self.model: Any = self.runner.head.programs.config.model

@@ -41,7 +41,7 @@ class PagedModel:
         seed: int = 0,
     ):
         self._config, self._params, self._block_size = config, params, block_size
-        self._groups = kv_cache_groups(config.layer_window)
+        self._groups = kv_cache_groups(config.kv_specs)
         self._width = -(-max_len // block_size)
         self._num_seqs, self._buckets = num_seqs, tuple(sorted(buckets))
         self._num_blocks = 1 + num_seqs * self._width * len(self._groups)

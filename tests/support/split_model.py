@@ -53,7 +53,7 @@ def main() -> None:
         num_seqs=jnp.asarray(2),
     )
     batch = StepBatch(tokens=jnp.asarray(random.integers(0, MODEL.vocab_size, 12, np.int32)), attention=attention)
-    groups = kv_cache_groups(MODEL.layer_window)
+    groups = kv_cache_groups(MODEL.kv_specs)
 
     def step(context: Context, model: DecoderConfig, params: Params, cache: jax.Array, batch: StepBatch):
         cache, hidden = forward(context, model, groups, params, cache, batch)

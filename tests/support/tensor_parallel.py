@@ -68,7 +68,7 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 def exchanged(llm: LLM) -> dict[str, Any]:
     """What the largest step and its sampler exchange."""
-    programs: Any = llm._started.runner.head.programs
+    programs: Any = llm.engine.runner.head.programs
     step, sampler = programs.forward(programs.largest), programs.sampler(1, True)[0]
     return {
         "count": [count_collectives(program.as_text()) for program in (step, sampler)],
@@ -174,7 +174,7 @@ def main() -> None:
     with LLM(folder / "model", tensor_parallel_size=2, **several) as llm:
         found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
-        runner: Any = llm._started.runner
+        runner: Any = llm.engine.runner
         found["launches"] = list(map(str, runner.head.programs.decode_packings))
     found["shipped"] = {name: shipped(folder / name, name) for name in SHIPPED}
     write_encoder(folder / "encoder")

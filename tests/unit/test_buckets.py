@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.config.cache import kv_cache_groups
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.cache import KVSpec, kv_cache_groups
 from jaxllm.runner.buckets import Bucket, make_buckets, pick_bucket
 from jaxllm.runner.heads.sampling_fields import FLOAT_FIELDS, forward_packing, sample_packing
 
@@ -68,13 +69,24 @@ def test_the_device_reads_what_the_host_wrote(packing):
 
 @given(st.lists(st.sampled_from([None, 8, 16]), min_size=1, max_size=40))
 def test_groups_hold_every_layer_once_with_its_window(windows: list[int | None]):
-    groups = kv_cache_groups(tuple(windows))
+    groups = kv_cache_groups(tuple(KVSpec(heads=1, width=64, window=window) for window in windows))
     assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
     for group in groups:
         assert {windows[layer] for layer in group.layers} == {group.sliding_window}
 
 
 def test_gemma_3_1bs_layers_share_the_pool_in_groups_of_four():
-    windows = tuple(None if (i + 1) % 6 == 0 else 512 for i in range(26))
-    groups = kv_cache_groups(windows)
+    windows = (None if (i + 1) % 6 == 0 else 512 for i in range(26))
+    groups = kv_cache_groups(tuple(KVSpec(heads=1, width=256, window=window) for window in windows))
     assert [(len(g.layers), g.sliding_window) for g in groups] == [(4, 512)] * 5 + [(2, 512), (4, None)]
+
+
+def test_layers_that_keep_tokens_in_different_forms_are_refused():
+    latent = KVSpec(heads=1, width=576, parts=1)
+    with pytest.raises(ValidationError, match="different forms"):
+        kv_cache_groups((KVSpec(heads=8, width=128), latent))
+
+
+def test_pages_of_a_spec_hold_every_part_of_every_head():
+    assert KVSpec(heads=8, width=128).page_shape(16) == (16, 16, 128)
+    assert KVSpec(heads=2, width=576, parts=1, dtype="int8").page_shape(64) == (2, 64, 576)

@@ -42,7 +42,7 @@ BLOCK_SIZE, MAX_NUM_SEQS, MAX_MODEL_LEN = 16, 6, 128
 def make_programs(dtype: str, num_blocks: int) -> tuple[SamplingPrograms, State]:
     """Programs of a model with two groups of layers, not compiled yet."""
     model = dataclasses.replace(model_config(LLAMA), layer_window=(32, None, 32))
-    groups = kv_cache_groups(model.layer_window)
+    groups = kv_cache_groups(model.kv_specs)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
     page = (2 * model.num_kv_heads, BLOCK_SIZE, model.head_dim)
@@ -113,11 +113,11 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         max_num_seqs=MAX_NUM_SEQS,
     ) as llm:
         places, count = set(), 0
-        core, runner = llm._engine(), llm._started.runner
+        core, runner = llm.engine.core, llm.engine.runner
         assert isinstance(runner, Runner)
         params = SamplingParams(temperature=0.7, seed=3, presence_penalty=0.5, max_tokens=9, logprobs=2)
         for i, length in enumerate((1, 70, 12, 100, 33)):
-            core.add_request(*llm._inputs.request(str(i), list(range(length)), params))
+            core.add_request(*llm.engine.inputs.request(str(i), list(range(length)), params))
         while core.has_unfinished:
             core.step()
             count += 1

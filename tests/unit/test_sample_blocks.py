@@ -37,7 +37,7 @@ SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 def programs(max_num_seqs: int, platform: str, *, eager: bool = False) -> SamplingPrograms:
     model = model_config(LLAMA)
-    groups = kv_cache_groups(model.layer_window)
+    groups = kv_cache_groups(model.kv_specs)
     state = State(
         cache=jax.ShapeDtypeStruct((8, 2, 1, 16, 16), jnp.float32, sharding=SHARDING),  # pyright: ignore
         tokens=jax.ShapeDtypeStruct((max_num_seqs + 1, 32), jnp.int32, sharding=SHARDING),  # pyright: ignore

@@ -46,7 +46,7 @@ def scoring_bytes(max_model_len: int, max_num_batched_tokens: int, num_logprobs:
     programs = SamplingPrograms(
         StepConfig(
             model=model,
-            groups=kv_cache_groups(model.layer_window),
+            groups=kv_cache_groups(model.kv_specs),
             num_logprobs=num_logprobs,
             logprobs_mode="raw_logprobs",
             max_scored_tokens=limits.max_scored_tokens,

@@ -169,7 +169,7 @@ def test_any_segments_compute_the_same(family: str):
     config: ModelConfig = BERT
     if family != "BERT":
         config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
-    groups = kv_cache_groups(config.layer_window)
+    groups = kv_cache_groups(config.kv_specs)
     random = np.random.default_rng(2)
     blocks = 1 + 4 * len(groups)
     pages = max(len(group.layers) for group in groups) * blocks

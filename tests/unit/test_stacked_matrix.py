@@ -108,7 +108,7 @@ def matrices(tree: Any) -> list[StackedMatrix]:
 
 
 def test_they_are_in_the_weights_own_memory(llm: LLM):
-    runner: Any = llm._started.runner
+    runner: Any = llm.engine.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
     found = matrices(runner.head._whole.layers) + matrices(runner.head._head)
     assert len(found) == 5
@@ -118,7 +118,8 @@ def test_they_are_in_the_weights_own_memory(llm: LLM):
 def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
     (folder := tmp_path / "same").mkdir()
     with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:
-        head: Any = several._started.runner.head
+        runner: Any = several.engine.runner
+        head = runner.head
         bucket = next(iter(head.programs.decode_packings))
         assert len(matrices(head._params_for(bucket))) == 5
         assert text(several) == text(llm)
@@ -127,7 +128,7 @@ def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
 def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
     before = live()
     with LLM(write_tiny_model(tmp_path), **BUCKETS) as llm:
-        runner: Any = llm._started.runner
+        runner: Any = llm.engine.runner
         weights = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
         text(llm)
         llm.sleep(2)
@@ -140,7 +141,7 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
 @pytest.mark.parametrize("option", [{"deterministic": True}, {"dtype": "float32"}, {"enforce_eager": True}], ids=str)
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
-        runner: Any = llm._started.runner
+        runner: Any = llm.engine.runner
         assert not matrices(runner.head._whole)
         # a sampler may have a single row in any engine
         assert len(matrices(runner.head._head)) == ("enforce_eager" in option)

@@ -106,7 +106,7 @@ class _Pending:
 
 
 class Batch:
-    """The way of a batch's lines through an engine.
+    """Takes a batch's lines through an engine.
 
     Args:
         model_names: that the lines may call the model by.

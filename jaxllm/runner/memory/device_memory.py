@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -89,14 +90,21 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         self.free_weights(keep_on_host=False)
         self.restore_weights()
 
-    def set_params(self, params: Weights) -> None:
-        """Use other weights: a tree of the same structure, shapes and dtypes, its layers in any segments.
+    def set_params(self, params: Any) -> None:
+        """Use other weights: a tree of the same structure, shapes and dtypes, its layers in any segments; or what
+        `jaxllm.flax.to_nnx` made of it.
 
         Raises:
             ValidationError: it differs; the text names the first difference.
         """
         if self.params is None:
             raise RuntimeError("the weights sleep: call wake_up() first")
+        # where flax is not imported, nobody has anything of it
+        if "flax.nnx" in sys.modules:
+            from jaxllm.flax import is_nnx, to_params
+
+            if is_nnx(params):
+                params = to_params(params, like=self.params)
         sizes = segment_sizes(self.params)
         given = segment_sizes(params)
         if sum(given) != sum(sizes):

@@ -82,7 +82,7 @@ class Setup:
         return RunnerConfig(
             model=model,
             pooler=self.pooler,
-            groups=kv_cache_groups(model.layer_window),
+            groups=kv_cache_groups(model.kv_specs),
             scheduler=limits,
             dtype=dtype,
             target=target,

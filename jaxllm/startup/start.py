@@ -16,6 +16,7 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.engine import Engine
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
 from jaxllm.engine.io.token_constraints import TokenConstraints
@@ -26,11 +27,10 @@ from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
-from jaxllm.runner.memory.plan import MemoryPlan
-from jaxllm.runner.null import NullRunner, null_runner, ordinary_tokens
-from jaxllm.runner.runner import Runner
-from jaxllm.runner.runner_config import RunnerConfig
-from jaxllm.setup import read_setup
+from jaxllm.runner.null import null_runner, ordinary_tokens
+from jaxllm.runner.profile import Profile
+from jaxllm.startup.model_files import ModelFiles
+from jaxllm.startup.setup import read_setup
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -53,27 +53,7 @@ _GENERATION_FIELDS = {
 }
 
 
-@dataclasses.dataclass(kw_only=True)
-class Started:
-    """A running engine and what its facade needs to know."""
-
-    core: EngineCore
-    inputs: InputProcessor
-    #: None: the engine generates
-    pooling_inputs: PoolingInputs | None
-    #: sentence-transformers' files of the model, relative to its directory
-    pooling_files: tuple[str, ...]
-    runner: Runner | NullRunner
-    #: what the runner was built from
-    config: RunnerConfig
-    tokenizer: PreTrainedTokenizerBase | None
-    checkpoint: Checkpoint
-    default_params: SamplingParams
-    memory_plan: MemoryPlan
-    times: dict[str, float]
-
-
-def start(args: EngineArgs) -> Started:
+def start(args: EngineArgs) -> Engine:
     """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does."""
     times: dict[str, float] = {}
     clock = time.perf_counter()
@@ -168,18 +148,17 @@ def start(args: EngineArgs) -> Started:
             max_model_len=plan.max_model_len,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
-    return Started(
-        core=core,
-        inputs=inputs,
-        pooling_inputs=pooling_inputs,
-        pooling_files=setup.pooling.files if setup.pooling is not None else (),
+    return Engine(
+        args,
+        core,
+        inputs,
+        pooling_inputs,
         runner=built.runner,
-        config=config,
-        tokenizer=tokenizer,
-        checkpoint=checkpoint,
         default_params=default_params,
+        profile=Profile,
         memory_plan=plan,
-        times=times,
+        startup_times=times,
+        model_files=ModelFiles(checkpoint, config, setup.pooling.files if setup.pooling is not None else ()),
     )
 
 

@@ -55,3 +55,8 @@ def as_conversations(messages: Any) -> Iterable[Conversation]:
         return [list(rest)] if first and isinstance(first[0], Mapping) else rest
     conversations = list(messages)
     return [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+
+
+def chat_prompt(messages: Any, **options: Any) -> Prompt:
+    """A conversation as a prompt; `options` are those of `LLM.chat`."""
+    return {"messages": messages, **options}

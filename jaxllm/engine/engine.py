@@ -1,0 +1,207 @@
+"""The engine: one object, over which `LLM`, `AsyncLLM`, `LLMEngine` and the commands are faces."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.cache_folder import cache_folder
+from jaxllm.engine.client import EngineClient
+from jaxllm.engine.generation import Generation
+from jaxllm.engine.io.feeds import Feeds
+from jaxllm.engine.observe.watching import Watching
+from jaxllm.engine.pooling import Pooling
+from jaxllm.engine.stepped import SteppedRequests
+from jaxllm.tokenization.pool import TokenizerPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.api.sampling_params import SamplingParams
+    from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.engine.core import EngineCore
+    from jaxllm.engine.io.input_processor import InputProcessor
+    from jaxllm.engine.io.pooling_inputs import PoolingInputs
+    from jaxllm.runner.memory.plan import MemoryPlan
+    from jaxllm.runner.null import NullRunner
+    from jaxllm.runner.runner import Runner
+    from jaxllm.startup.model_files import ModelFiles
+
+Result = TypeVar("Result")
+
+_TAGS = ("weights", "kv_cache", "scheduling")
+
+
+class Engine:
+    """A running engine: what drives it, what makes its requests, and its state as it is seen and changed from outside.
+
+    Dropping the last reference frees everything that it holds on the device, as `shutdown` does. So what it is made of
+    holds no reference to it.
+
+    Args:
+        args: what it was started with.
+        inputs: makes requests that continue prompts.
+        pooling_inputs: makes requests that pool them; None: the engine generates.
+        profile: begins a profile in a folder, see `Watching`.
+        memory_plan: what the device's memory holds, in bytes.
+        startup_times: seconds of each start-up phase.
+        model_files: what the model was read from.
+    """
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        core: EngineCore,
+        inputs: InputProcessor,
+        pooling_inputs: PoolingInputs | None,
+        *,
+        runner: Runner | NullRunner,
+        default_params: SamplingParams,
+        profile: Callable[[Path], Any],
+        memory_plan: MemoryPlan,
+        startup_times: dict[str, float],
+        model_files: ModelFiles,
+    ):
+        self.args, self.runner, self.model_files = args, runner, model_files
+        self.memory_plan, self.startup_times = memory_plan, startup_times
+        self.client = EngineClient(core)
+        self.inputs, self.default_params = inputs, default_params
+        #: tokenizes beside the engine
+        self.pool = TokenizerPool(args.tokenizer_pool_size)
+        self.feeds = Feeds(self.client, inputs, self.pool, default_params)
+        self.generation = Generation(self.feeds)
+        self.stepped = SteppedRequests(self.client, inputs)
+        folder = args.profiler_config.torch_profiler_dir
+        self.watching = Watching(
+            self.client, runner.bucket, profile, Path(folder) if folder else cache_folder() / "profiles"
+        )
+        self._pooling = None if pooling_inputs is None else Pooling(self.feeds, pooling_inputs)
+        # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
+        # is, and in the middle of XLA's code the whole process with it.
+        at_exit = atexit.register(functools.partial(self.client.lock.acquire))
+        self._free = weakref.finalize(self, _free, core, self.pool, at_exit)
+        # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
+        self._free.atexit = False
+        try:
+            if args.metrics_port is not None:
+                self.watching.serve_metrics(args.metrics_port)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @property
+    def core(self) -> EngineCore:
+        """Raises RuntimeError after `shutdown`."""
+        return self.client.core
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """None: the engine was made without one."""
+        return self.inputs.tokenizer
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ValidationError when there is none."""
+        if self.tokenizer is None:
+            raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
+        return self.tokenizer
+
+    def shutdown(self) -> None:
+        """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
+        with self.client.lock:
+            self.watching.close()
+            self.client.close()
+            self._free()
+
+    # What it can be asked for.
+
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """The tasks of `LLM.encode` that the model does, and "score"; of a model that generates: "generate"."""
+        return ("generate",) if self._pooling is None else self._pooling.tasks
+
+    def check_generates(self, method: str) -> None:
+        """Refuse a method of `LLM` that continues prompts on an engine that pools them."""
+        if self._pooling is not None:
+            raise ValidationError(
+                f"LLM.{method}() is only supported for generative models. Try passing `--runner generate` to use the "
+                "model as a generative model."
+            )
+
+    def pooling(self, method: str) -> Pooling:
+        """What pools prompts, for a method of `LLM`. Raises ValidationError on an engine that continues them."""
+        if self._pooling is None:
+            raise ValidationError(
+                f"LLM.{method}() is only supported for pooling models. Try passing `--runner pooling` to use the model "
+                'as a pooling model: LLM(..., runner="pooling").'
+            )
+        return self._pooling
+
+    # Its state, as `LLM`'s methods of these names say.
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
+        with self.client.lock:
+            if reset_running_requests:
+                self.client.preempt_all()
+            return self.core.reset_prefix_cache()
+
+    def sleep(self, level: int, mode: str) -> None:
+        if isinstance(level, bool) or level not in (0, 1, 2):
+            raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")
+        if mode not in ("abort", "wait", "keep"):
+            raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
+        with self.client.lock:
+            self.client.pause(mode)
+            self.core.sleep(level)
+
+    def wake_up(self, tags: Iterable[str] | None) -> bool:
+        wanted = set(_TAGS if tags is None else [tags] if isinstance(tags, str) else tags)
+        if unknown := wanted.difference(_TAGS):
+            raise ValidationError(f"tags must be among {', '.join(_TAGS)}; got {', '.join(map(repr, unknown))}.")
+        with self.client.lock:
+            return self.core.wake_up(wanted)
+
+    def release_kv_cache_memory(self) -> None:
+        with self.client.lock:
+            self.client.pause("abort")
+            self.core.sleep(0, kv_cache=True)
+
+    def apply_model(self, function: Callable[[Any], Result]) -> Result:
+        with self.client.lock:
+            self.core.check_awake()
+            return function(self.runner.params)
+
+    def update_weights(self, params: Any) -> None:
+        with self.client.lock:
+            if self.client.has_unfinished:
+                raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
+            self.runner.set_params(params)
+            self.core.reset_prefix_cache()
+
+    def call_runner(
+        self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+    ) -> Any:
+        if isinstance(method, str):
+            known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
+            if method not in known:
+                raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
+            call = getattr(self.runner, method)
+        else:
+            call = functools.partial(method, self.runner)
+        with self.client.lock:
+            return call(*args, **(kwargs or {}))
+
+    def save(self, folder: Path, *, format: str) -> None:
+        with self.client.lock:
+            self.core.check_awake()
+            self.model_files.save(folder, self.runner.params, self.tokenizer, format=format)
+
+
+def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
+    atexit.unregister(at_exit)
+    pool.shutdown()
+    core.shutdown()

@@ -1,0 +1,100 @@
+"""Metrics, traces and profiles of one engine."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.trace import Trace
+from jaxllm.engine.observe.trace_recorder import TraceRecorder
+
+if TYPE_CHECKING:
+    import os
+
+    from prometheus_client import CollectorRegistry
+
+    from jaxllm.engine.client import EngineClient
+    from jaxllm.engine.observe.prometheus import MetricsServer
+
+
+class Watching:
+    """What watches an engine run. All of it may be called while another thread drives the engine.
+
+    Args:
+        bucket: tokens and sequences of a step -> what the runner pads it to.
+        profile: begins a profile in a folder; the result watches the steps, and has `folder` and `stop`.
+        profiles: the folder of profiles that are given none.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        bucket: Callable[[int, int], tuple[int, ...]],
+        profile: Callable[[Path], Any],
+        profiles: Path,
+    ):
+        self._client, self._bucket = client, bucket
+        self._begin_profile, self._profiles = profile, profiles
+        self._profile: Any = None
+        #: the port that is open
+        self.server: MetricsServer | None = None
+
+    def prometheus_registry(self) -> CollectorRegistry:
+        """The metrics, in a registry of their own."""
+        from jaxllm.engine.observe.prometheus import metrics_registry
+
+        return metrics_registry(self._client.core.metrics)
+
+    def serve_metrics(self, port: int = 0, address: str = "127.0.0.1") -> MetricsServer:
+        """Answer Prometheus until the engine ends, or the result is closed."""
+        from jaxllm.engine.observe.prometheus import MetricsServer
+
+        registry = self.prometheus_registry()
+        self.close()
+        self.server = server = MetricsServer(registry, port, address)
+        weakref.finalize(self, server.close)
+        return server
+
+    def trace(self) -> Trace:
+        """What records each step while it is on."""
+        core, bucket = self._client.core, self._bucket
+        recorders: list[TraceRecorder] = []
+
+        def attach(trace: Trace) -> None:
+            recorders.append(TraceRecorder(trace, core.scheduler, bucket))
+            core.observe(recorders[-1])
+
+        def detach(trace: Trace) -> None:
+            while recorders:
+                recorder = recorders.pop()
+                core.stop_observing(recorder)
+                recorder.close()
+
+        return Trace(attach, detach)
+
+    def start_profile(self, prefix: str | None = None, *, path: str | os.PathLike[str] | None = None) -> Path:
+        """Begin to write a profile; returns its folder."""
+        if prefix is not None and (not isinstance(prefix, str) or not prefix or Path(prefix).name != prefix):
+            raise ValidationError(f"prefix must be the name of a folder, got {prefix!r}; path= says where it lies.")
+        core = self._client.core
+        folder = self._profiles if path is None else Path(path)
+        self._profile = self._begin_profile(folder / prefix if prefix else folder)
+        core.observe(self._profile)
+        return self._profile.folder
+
+    def stop_profile(self) -> Path:
+        """Write the profile; returns its folder."""
+        profile, self._profile = self._profile, None
+        if profile is None:
+            raise RuntimeError("no profile was started; call start_profile first")
+        self._client.core.stop_observing(profile)
+        return profile.stop()
+
+    def close(self) -> None:
+        """Close the port. What the engine's end does to traces and profiles, they hear from the engine. Idempotent."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None

@@ -1,0 +1,176 @@
+"""Vectors, classes and scores of many prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import EMBED_TASKS
+from jaxllm.api.pooling_outputs import (
+    PoolingOutput,
+    PoolingRequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    failed_pooling,
+)
+from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.engine.io.call_prompts import as_prompts
+from jaxllm.engine.io.pooling_inputs import PoolingInputs, TextPair
+from jaxllm.engine.observe.progress import Progress
+
+if TYPE_CHECKING:
+    from jaxllm.engine.io.feeds import Feeds
+
+Params = PoolingParams | Sequence[PoolingParams] | None
+Pooled = PoolingRequestOutput[PoolingOutput]
+Bar = bool | Callable[..., Any]
+
+
+class Pooling:
+    """The calls of one engine that pool prompts; `LLM`'s methods say what the arguments are.
+
+    Args:
+        inputs: makes the requests.
+    """
+
+    def __init__(self, feeds: Feeds, inputs: PoolingInputs):
+        self._feeds, self.inputs = feeds, inputs
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of `LLM.encode` that the model does, and "score" where it scores."""
+        pooler = self.inputs.pooler
+        return pooler.tasks if pooler.num_labels > 1 else (*pooler.tasks, "score")
+
+    def run(
+        self,
+        prompts: Any,
+        task: str,
+        given: Params,
+        use_tqdm: Bar,
+        tokenization_kwargs: Mapping[str, Any] | None,
+        truncate_prompt_tokens: int | None,
+        on_error: str,
+    ) -> list[Pooled]:
+        """What the model makes of each prompt, in their order."""
+        self._check_task(task)
+        prompts = prompts if prompts and _are_pairs(prompts) else as_prompts(prompts)
+        if isinstance(given, (list, tuple)):
+            params: Any = [_with_task(item, task) for item in given]
+        else:
+            params = _with_task(PoolingParams() if given is None else given, task)
+        if truncate_prompt_tokens is not None:
+            tokenization_kwargs = {"truncate_prompt_tokens": truncate_prompt_tokens, **(tokenization_kwargs or {})}
+        options = self.inputs.options(tokenization_kwargs, params if isinstance(params, list) else [params])
+        feed = self._feeds.feed(prompts, params, inputs=self.inputs, options=options, on_error=on_error)
+        with Progress(len(prompts) if isinstance(prompts, Sized) else None, enabled=bool(use_tqdm)) as progress:
+            outputs = sorted(feed.outputs(progress), key=lambda output: output.index)
+        return [output if isinstance(output, PoolingRequestOutput) else _failed(output) for output in outputs]
+
+    def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *arguments: Any
+    ) -> list[ScoringRequestOutput]:
+        """How well texts fit; `arguments` are `run`'s, from the parameters on."""
+        labels = self.inputs.pooler.num_labels
+        first, second = _texts("data_1", data_1), _texts("data_2", data_2)
+        if len(first) != 1 and len(first) != len(second):
+            raise ValidationError(
+                f"Input lengths must be either 1:1, 1:N or N:N; got {len(first)} and {len(second)} texts."
+            )
+        if labels > 1:
+            raise ValidationError(f"Scoring API is only enabled for num_labels == 1; this model has {labels}.")
+        if labels == 1:
+            many = first * len(second) if len(first) == 1 else first
+            pairs = [TextPair(a, b) for a, b in zip(many, second, strict=True)]
+            return [ScoringRequestOutput.from_base(output) for output in self.run(pairs, "classify", *arguments)]
+        outputs = self.run(first + second, "embed", *arguments)
+        left, right = outputs[: len(first)], outputs[len(first) :]
+        return [_cosine(a, b, i) for i, (a, b) in enumerate(zip(left * (len(right) // len(left)), right, strict=True))]
+
+    def task(self, asked: str | None) -> str:
+        """What `LLM.encode` is asked for. Raises ValidationError when nobody says it."""
+        task = asked or self.inputs.pooler.task
+        if task is None:
+            raise ValidationError(
+                "pooling_task required for `LLM.encode`\n"
+                "Please use one of the more specific methods or set the pooling_task when using `LLM.encode`:\n"
+                '  - For embeddings, use `LLM.embed(...)` or `pooling_task="embed"`.\n'
+                '  - For classification logits, use `LLM.classify(...)` or `pooling_task="classify"`.\n'
+                "  - For similarity scores, use `LLM.score(...)`.\n"
+                '  - For rewards, `pooling_task="classify"` or `pooling_task="token_classify"`.\n'
+                '  - For token classification, use `pooling_task="token_classify"`.\n'
+                '  - For multi-vector retrieval, use `pooling_task="token_embed"`.'
+            )
+        return task
+
+    def params(self, task: str | None, given: PoolingParams | None) -> PoolingParams:
+        """The parameters of one request. Raises ValidationError for a task that the model does not do."""
+        task = self.task(task)
+        self._check_task(task)
+        return _with_task(PoolingParams() if given is None else given, task)
+
+    def _check_task(self, task: str) -> None:
+        if task not in self.inputs.pooler.tasks:
+            raise ValidationError(_unsupported(task, self.inputs))
+
+
+def _are_pairs(prompts: Any) -> bool:
+    return isinstance(prompts, list) and isinstance(prompts[0], TextPair)
+
+
+def _with_task(params: Any, task: str) -> PoolingParams:
+    if not isinstance(params, PoolingParams):
+        raise TypeError(f"pooling_params must be PoolingParams, got {type(params).__name__}")
+    if params.task not in (None, task):
+        raise ValidationError(f"You cannot overwrite params.task={params.task!r} with task={task!r}!")
+    return dataclasses.replace(params, task=task)
+
+
+def _failed(output: Any) -> Pooled:
+    """What the engine says of a request that never ran, as an output of this kind."""
+    return failed_pooling(output.request_id, output.error or "", index=output.index)
+
+
+def _unsupported(task: str, inputs: PoolingInputs) -> str:
+    kind, convert = ("Embedding", "embed") if task in EMBED_TASKS else ("Classification", "classify")
+    if task not in (*EMBED_TASKS, "classify", "token_classify"):
+        return f"Unsupported task: {task!r} Supported tasks: {list(inputs.pooler.tasks)}"
+    return (
+        f"{kind} API is not supported by this model. Try converting the model using `--convert {convert}`: "
+        f'LLM(..., convert="{convert}").'
+    )
+
+
+def _texts(name: str, data: Any) -> list[str]:
+    texts = [data] if isinstance(data, str) else data
+    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise ValidationError(f"{name} must be a text or a list of texts, got {data!r:.80}")
+    texts = list(texts)
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValidationError(f"{name} must be a text or a list of texts; one of them is {wrong!r:.80}")
+    if not texts:
+        raise ValidationError(f"At least one text element must be given: {name} is empty.")
+    return texts
+
+
+def _cosine(a: Pooled, b: Pooled, index: int) -> ScoringRequestOutput:
+    error = a.error or b.error
+    score = float("nan")
+    if error is None:
+        x, y = a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64)
+        score = float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
+    return ScoringRequestOutput(
+        request_id=f"{a.request_id}_{b.request_id}",
+        outputs=ScoringOutput(score=score),
+        prompt_token_ids=[*a.prompt_token_ids, *b.prompt_token_ids],
+        finished=True,
+        num_cached_tokens=a.num_cached_tokens + b.num_cached_tokens,
+        metrics=b.metrics,
+        error=error,
+        index=index,
+    )

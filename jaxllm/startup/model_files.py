@@ -1,0 +1,45 @@
+"""What an engine's model was read from, for saving it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.weights import saved_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.runner.runner_config import RunnerConfig
+    from jaxllm.weights.checkpoint import Checkpoint
+
+
+class ModelFiles:
+    """A checkpoint, and how the engine understood it.
+
+    Args:
+        config: what the runner was built from.
+        pooling_files: sentence-transformers' files of the model, relative to its directory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: RunnerConfig, pooling_files: tuple[str, ...]):
+        self.checkpoint, self.config = checkpoint, config
+        self._pooling_files = pooling_files
+
+    def save(self, folder: Path, params: Any, tokenizer: PreTrainedTokenizerBase | None, *, format: str) -> None:
+        """Write the model with the weights `params`. Raises what `LLM.save` does."""
+        checkpoint = self.checkpoint
+        files = {name: (checkpoint.path / name).read_bytes() for name in self._pooling_files}
+        if checkpoint.generation_config:
+            files["generation_config.json"] = json.dumps(checkpoint.generation_config, indent=2).encode()
+        saved_model.save(
+            folder,
+            params,
+            format=format,
+            model=self.config.model,
+            specs=self.config.specs(),
+            config=checkpoint.config,
+            files=files,
+            tokenizer=tokenizer,
+        )
