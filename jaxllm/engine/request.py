@@ -112,12 +112,12 @@ class Request:
         "register_at",
         "repetition",
         "request_id",
+        "routine_until",
         "row",
         "scheduled_ts",
         "seed",
         "skip_reading_prefix_cache",
         "status",
-        "stop_check_from",
         "stop_reason",
         "stop_token_ids",
     )
@@ -198,8 +198,8 @@ class Request:
         # The scheduler's.
         #: generation ends when prompt and outputs are this many tokens
         self.max_total_tokens = sys.maxsize
-        #: from so many tokens on, any token may be its last one, and not only those of `end_token_ids`
-        self.stop_check_from = sys.maxsize
+        #: while it has fewer tokens, the next one ends it only if it is one of `end_token_ids`
+        self.routine_until = sys.maxsize
         #: breaks ties between equal arrival times
         self.arrival_order = 0
         #: most decode steps of one launch, once `num_computed_tokens` has come as far as this (`DecodeSteps`)
