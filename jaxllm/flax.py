@@ -66,12 +66,17 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
             steps bfloat16 rounds away.
 
     Raises:
-        ValidationError: the engine pools.
+        ValidationError: the engine pools, or its weights are split over devices.
         RuntimeError: it sleeps.
     """
     (params,) = llm.apply_model(lambda params: params)
     if not isinstance(params, Params):
         raise ValidationError("to_nnx takes an engine that generates; this one pools (runner='pooling').")
+    if any(not array.is_fully_replicated for array in jax.tree.leaves(params)):
+        raise ValidationError(
+            "to_nnx takes an engine on one device: the rows of this one's weights are in the order of its "
+            "devices (tensor_parallel_size). Train a copy with tensor_parallel_size=1, and llm.save() it for this one."
+        )
     copied = jax.tree.map(lambda array: jnp.array(array, dtype=dtype, copy=True), params)
     config = llm.engine.model_files.config.model
     assert isinstance(config, DecoderConfig)

@@ -89,6 +89,7 @@ def test_other_weights_are_used_where_their_devices_are_known(found: dict[str, A
     changed = found["changed"]
     assert changed["other weights"] != found["1"]["greedy"]
     assert "must be split over the engine's 8 devices as apply_model shows it" in changed["refused"]
+    assert changed["not trained"].startswith("to_nnx takes an engine on one device")
     # 257 words over eight devices
     assert changed["shards"] == [[33, CONFIG["hidden_size"]]] and changed["world"] == 8
 

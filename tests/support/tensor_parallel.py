@@ -21,6 +21,7 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.api.metric import Counter
 from jaxllm.config.files import merged
+from jaxllm.flax import to_nnx
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.registry import pooling_model_config
@@ -93,6 +94,10 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
         llm.update_weights(jax.tree.map(np.asarray, params))
     except JaxLLMError as error:
         found["refused"] = str(error)
+    try:
+        to_nnx(llm)
+    except JaxLLMError as error:
+        found["not trained"] = str(error)
     for form in ("safetensors", "orbax"):
         llm.save(folder / form, format=form)
     found["shards"] = sorted({shard.data.shape for shard in params.embedding.addressable_shards})

@@ -94,6 +94,37 @@ def test_each_device_gets_its_part_and_reads_no_more():
     assert "split as asked" in python(SHARDED, str(Path(__file__).parent), JAX_NUM_CPU_DEVICES="4")
 
 
+SAVED = """
+import jax, sys
+import jax.numpy as jnp, numpy as np
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.weights import loader
+from jaxllm.weights.formats import hugging_face
+sys.path.insert(0, sys.argv[1])
+from test_loader import CONFIG, CountingReader, weights
+
+tensors = weights()
+for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    tensors[name] = np.concatenate([tensors[name], tensors[name][:2] + 1])
+specs = decoder_specs(model_config({**CONFIG, "vocab_size": 38}))
+for devices in (1, 2, 4):
+    whole = jax.sharding.NamedSharding(make_mesh(jax.devices()[:devices]), jax.P())
+    params = loader.load(CountingReader(tensors), specs, jnp.dtype(np.float32), whole, progress=False)
+    found = {tensor.name: tensor.value() for tensor in hugging_face.tensors(specs, params)}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=f"{name} of {devices}")
+print("saved as read")
+"""
+
+
+def test_what_is_split_over_devices_is_saved_whole():
+    """Its rows of fused tensors lie by device, some devices share a KV head, and the vocabulary is filled up."""
+    assert "saved as read" in python(SAVED, str(Path(__file__).parent), JAX_NUM_CPU_DEVICES="4")
+
+
 # A dozen layers of a small model, 384 MiB in bfloat16.
 LARGE = {
     "architectures": ["LlamaForCausalLM"],

@@ -39,7 +39,7 @@ def programs(max_num_seqs: int, platform: str, *, eager: bool = False) -> Sampli
     model = model_config(LLAMA)
     groups = kv_cache_groups(model.kv_specs)
     state = State(
-        cache=jax.ShapeDtypeStruct((8, 2, 1, 16, 16), jnp.float32, sharding=SHARDING),  # pyright: ignore
+        cache=jax.ShapeDtypeStruct((8, 2, 16, 16), jnp.float32, sharding=SHARDING),  # pyright: ignore
         tokens=jax.ShapeDtypeStruct((max_num_seqs + 1, 32), jnp.int32, sharding=SHARDING),  # pyright: ignore
     )
     return SamplingPrograms(
