@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.constraints import RepetitionDetectionParams
+from jaxllm.api.outputs import RequestMetrics
 from jaxllm.api.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
@@ -288,6 +289,20 @@ class Request:
             if ends_in_repetition(self.all_token_ids, self.num_prompt_tokens, self.repetition):
                 return RequestStatus.FINISHED_REPETITION, REPETITION_DETECTED
         return None, None
+
+    def metrics(self, arrived: float) -> RequestMetrics:
+        """When things happened to it; `arrived` is the wall-clock time of its arrival (`time.time()`)."""
+        first = self.first_token_ts
+        return RequestMetrics(
+            num_generation_tokens=self.num_output_tokens,
+            arrival_time=arrived,
+            queued_ts=self.queued_ts,
+            scheduled_ts=self.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=self.last_token_ts,
+            first_token_latency=first - self.arrival_time if first else 0.0,
+            num_preemptions=self.num_preemptions,
+        )
 
     def __repr__(self) -> str:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from jaxllm.api.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.engine.io.detokenizer import Detokenizer
 from jaxllm.engine.io.logprobs import RequestLogprobs, TokenTexts
@@ -111,23 +111,9 @@ class OutputState:
             outputs=[completion],
             finished=finished,
             prompt_logprobs=prompt_logprobs,
-            metrics=self._metrics(),
+            metrics=self.request.metrics(self.created),
             num_cached_tokens=max(request.num_cached_tokens, 0),
             error=request.error,
-        )
-
-    def _metrics(self) -> RequestMetrics:
-        request = self.request
-        first = request.first_token_ts
-        return RequestMetrics(
-            num_generation_tokens=request.num_output_tokens,
-            arrival_time=self.created,
-            queued_ts=request.queued_ts,
-            scheduled_ts=request.scheduled_ts,
-            first_token_ts=first,
-            last_token_ts=request.last_token_ts,
-            first_token_latency=first - request.arrival_time if first else 0.0,
-            num_preemptions=request.num_preemptions,
         )
 
 
