@@ -163,10 +163,8 @@ class EngineCore:
         updates = self.scheduler.update(scheduled, output)
         if self._constraints is not None and self._constraints.used:
             lost, complete = self._constraints.advance(updates)
-            for request in lost:
-                self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
-            for request in complete:
-                self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+            for requests, status in ((lost, RequestStatus.FINISHED_ERROR), (complete, RequestStatus.FINISHED_STOPPED)):
+                updates.ended += [request for request in requests if self.scheduler.finish(request, status)]
         for observer in self._observers:
             observer.updated(scheduled, updates)
         outputs: list[Any] = self._outputs.process(scheduled, output, updates, self.scheduler)

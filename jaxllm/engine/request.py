@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.constraints import RepetitionDetectionParams
+from jaxllm.api.outputs import RequestMetrics
 from jaxllm.api.pooling_params import PoolingParams
 
 if TYPE_CHECKING:
@@ -111,12 +112,12 @@ class Request:
         "register_at",
         "repetition",
         "request_id",
+        "routine_until",
         "row",
         "scheduled_ts",
         "seed",
         "skip_reading_prefix_cache",
         "status",
-        "stop_check_from",
         "stop_reason",
         "stop_token_ids",
     )
@@ -197,8 +198,8 @@ class Request:
         # The scheduler's.
         #: generation ends when prompt and outputs are this many tokens
         self.max_total_tokens = sys.maxsize
-        #: from so many tokens on, any token may be its last one, and not only those of `end_token_ids`
-        self.stop_check_from = sys.maxsize
+        #: while it has fewer tokens, the next one ends it only if it is one of `end_token_ids`
+        self.routine_until = sys.maxsize
         #: breaks ties between equal arrival times
         self.arrival_order = 0
         #: most decode steps of one launch, once `num_computed_tokens` has come as far as this (`DecodeSteps`)
@@ -288,6 +289,20 @@ class Request:
             if ends_in_repetition(self.all_token_ids, self.num_prompt_tokens, self.repetition):
                 return RequestStatus.FINISHED_REPETITION, REPETITION_DETECTED
         return None, None
+
+    def metrics(self, arrived: float) -> RequestMetrics:
+        """When things happened to it; `arrived` is the wall-clock time of its arrival (`time.time()`)."""
+        first = self.first_token_ts
+        return RequestMetrics(
+            num_generation_tokens=self.num_output_tokens,
+            arrival_time=arrived,
+            queued_ts=self.queued_ts,
+            scheduled_ts=self.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=self.last_token_ts,
+            first_token_latency=first - self.arrival_time if first else 0.0,
+            num_preemptions=self.num_preemptions,
+        )
 
     def __repr__(self) -> str:
         return (

@@ -28,7 +28,7 @@ def logits(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Arra
     sequences, length = tokens.shape
     cache = jnp.zeros((2, tokens.size, config.num_kv_heads, config.head_dim), params.embedding.dtype)
     batch = StepBatch(tokens=tokens.reshape(-1), attention=WholeSequences(sequences=sequences, length=length))
-    groups = kv_cache_groups(config.layer_window)
+    groups = kv_cache_groups(config.kv_specs)
     _, hidden = decoder.forward(Context(), config, groups, params, cache, batch)
     return decoder.logits(Context(), config, params, hidden).reshape(sequences, length, -1)
 

@@ -120,7 +120,7 @@ def test_weights_are_read_no_further_when_a_start_fails(tiny_model: Path, monkey
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_compiled(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def compiled_plan(config: Any) -> None:
+    def compiled_plan(config: Any, **_: Any) -> None:
         raise Failure
 
     monkeypatch.setattr(build, "compiled_plan", compiled_plan)

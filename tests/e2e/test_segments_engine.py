@@ -51,6 +51,8 @@ def test_weights_are_taken_in_any_segments(engine: LLM, separate: LLM, is_separa
     wrong = dataclasses.replace(wrong, layers=jax.tree.map(lambda array: array[:1], wrong.layers))
     with pytest.raises(ValidationError, match=r"params\.layers\[.\]\.attention_norm must be float32\[., 64\], got"):
         llm.update_weights(wrong)
+    with pytest.raises(ValidationError, match=r"params\.embedding must be float32\[257, 64\], got None"):
+        llm.update_weights({"embedding": params.embedding})
     llm.update_weights(resegment(params, others))
     assert answers(llm) == before
     llm.update_weights(params)

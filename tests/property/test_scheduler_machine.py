@@ -224,6 +224,7 @@ class SchedulerMachine(SchedulerInvariants):
         updates = self.scheduler.update(scheduled, output)
         got = {request: count for request, count in zip(scheduled.requests, output.counts, strict=True) if count}
         assert updates.requests == [request for request in live if request in got], "and in the step's order"
+        assert updates.ended == [request for request in updates.requests if request.is_finished]
         for request, count, first in zip(updates.requests, updates.counts, updates.firsts, strict=True):
             outputs = self.outputs[request.request_id]
             outputs += output.token_ids[first : first + count]

@@ -32,7 +32,8 @@ def got_token(request: Request, *, at: float, status: RequestStatus = RequestSta
 
 def step(*requests: Request) -> StepUpdates:
     """One that brought each of them a token."""
-    return StepUpdates(list(requests), [1] * len(requests), list(range(len(requests))))
+    ended = [request for request in requests if request.is_finished]
+    return StepUpdates(list(requests), [1] * len(requests), list(range(len(requests))), ended)
 
 
 def snapshot(metrics: EngineMetrics) -> dict[str, Metric]:

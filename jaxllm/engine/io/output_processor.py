@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from jaxllm.api.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.engine.io.detokenizer import Detokenizer
 from jaxllm.engine.io.logprobs import RequestLogprobs, TokenTexts
@@ -111,23 +111,9 @@ class OutputState:
             outputs=[completion],
             finished=finished,
             prompt_logprobs=prompt_logprobs,
-            metrics=self._metrics(),
+            metrics=self.request.metrics(self.created),
             num_cached_tokens=max(request.num_cached_tokens, 0),
             error=request.error,
-        )
-
-    def _metrics(self) -> RequestMetrics:
-        request = self.request
-        first = request.first_token_ts
-        return RequestMetrics(
-            num_generation_tokens=request.num_output_tokens,
-            arrival_time=self.created,
-            queued_ts=request.queued_ts,
-            scheduled_ts=request.scheduled_ts,
-            first_token_ts=first,
-            last_token_ts=request.last_token_ts,
-            first_token_latency=first - request.arrival_time if first else 0.0,
-            num_preemptions=request.num_preemptions,
         )
 
 
@@ -153,7 +139,7 @@ class OutputProcessor:
         self._num_streaming += state.kind is not _FINAL_ONLY
 
     def end(self, request: Request) -> RequestOutput | None:
-        """The last output of a request that was ended from outside."""
+        """The last output of a request that has ended."""
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
@@ -172,14 +158,14 @@ class OutputProcessor:
         self, scheduled: SchedulerOutput, output: StepOutput, updates: StepUpdates, scheduler: Scheduler
     ) -> list[RequestOutput]:
         """Outputs of a step; ends requests whose stop string has come."""
-        outputs = []
         states, logprobs = self._states, output.logprobs
         self._take_prompt_logprobs(scheduled, output)
-        entries = zip(updates.requests, updates.counts, updates.firsts, strict=True)
         if logprobs is None and not self._num_stops and not self._num_streaming:
             # nobody else is told anything
-            entries = [entry for entry in entries if entry[0].status > _PREEMPTED]
-        for request, count, first in entries:
+            last_outputs = [self.end(request) for request in updates.ended]
+            return [result for result in last_outputs if result is not None]
+        outputs = []
+        for request, count, first in zip(updates.requests, updates.counts, updates.firsts, strict=True):
             state = states.get(request.request_id)
             if state is None:
                 continue
@@ -190,8 +176,8 @@ class OutputProcessor:
                         if request.is_finished:
                             # the token that fills the length may also complete a stop string, which says more
                             request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
-                        else:
-                            scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop)
+                        elif scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop):
+                            updates.ended.append(request)
             finished = request.status > _PREEMPTED
             if not finished and state.kind is _FINAL_ONLY:
                 continue

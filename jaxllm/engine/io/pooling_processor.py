@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxllm.api.outputs import RequestMetrics
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput, failed_pooling
 from jaxllm.api.pooling_params import PoolingParams
 
@@ -58,20 +57,11 @@ def _output(request: Request, data: np.ndarray, arrival: float) -> PoolingReques
         data = data[np.asarray(request.prompt_token_ids) == params.step_tag_id]
     if params.returned_token_ids is not None:
         data = data[:, params.returned_token_ids]
-    first = request.first_token_ts
     return PoolingRequestOutput(
         request_id=request.request_id,
         outputs=PoolingOutput(data=data),
         prompt_token_ids=request.prompt_token_ids,
         finished=True,
         num_cached_tokens=max(request.num_cached_tokens, 0),
-        metrics=RequestMetrics(
-            arrival_time=arrival,
-            queued_ts=request.queued_ts,
-            scheduled_ts=request.scheduled_ts,
-            first_token_ts=first,
-            last_token_ts=first,
-            first_token_latency=first - request.arrival_time if first else 0.0,
-            num_preemptions=request.num_preemptions,
-        ),
+        metrics=request.metrics(arrival),
     )

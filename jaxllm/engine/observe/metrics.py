@@ -39,7 +39,6 @@ _STEP = (1, *(2**power for power in range(3, 15)))
 
 _COUNTS = (1, 2, 5, 10, 20)
 
-_PREEMPTED = int(RequestStatus.PREEMPTED)
 #: requests that ran to their end; the others' times and lengths say nothing about the model
 _COMPLETED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH, RequestStatus.FINISHED_REPETITION)
 
@@ -117,8 +116,7 @@ class EngineMetrics:
         run, run_length = 0.0, 0
         with self._lock:
             for request, count in zip(updates.requests, updates.counts, strict=True):
-                if not count:  # it failed where its token should have come
-                    self._finish(request)
+                if not count:  # it ended where its token should have come
                     continue
                 num_tokens += count
                 now, before = request.last_token_ts, request.recorded_ts
@@ -133,10 +131,10 @@ class EngineMetrics:
                     self._prompt_tokens += request.num_prompt_tokens
                     self._prompt_tokens_cached += _num_cached(request)
                     self._first_token.add(now - request.arrival_time)
-                if request.status > _PREEMPTED:
-                    self._finish(request)
             self._between_tokens.add(run, run_length)
             self._generation_tokens += num_tokens
+            for request in updates.ended:
+                self._finish(request)
 
     def record_finished(self, request: Request) -> None:
         """Count the end of a request, once. Aborted and failed ones are counted, but not measured."""

@@ -122,9 +122,8 @@ class TraceRecorder(StepObserver):
         if entry := self._launched.pop(step.step, None):
             self.trace.steps.append(StepRecord(**entry, output_start=self._last, output_time=now - self._last))
         self._last = now
-        for request in updates.requests:
-            if request.is_finished:
-                self._end(request.request_id)
+        for request in updates.ended:
+            self._end(request.request_id)
 
     def turn_ends(self) -> None:
         self._turn = None

@@ -74,6 +74,8 @@ class StepUpdates:
     counts: list[int] = dataclasses.field(default_factory=list)
     #: the first of them in `StepOutput.token_ids`, and so in its `logprobs`
     firsts: list[int] = dataclasses.field(default_factory=list)
+    #: those of `requests` that ended with the step; whoever ends more of them for what it brought adds them
+    ended: list[Request] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
@@ -114,7 +116,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
         request.max_total_tokens = self._limits.end_of(request)
-        request.stop_check_from = request.max_total_tokens if request.repetition is None else 0
+        request.routine_until = request.max_total_tokens - 1 if request.repetition is None else 0
         request.queued_ts = time.monotonic()
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
@@ -324,48 +326,61 @@ class Scheduler:
         """
         if len(output.counts) != len(scheduled.requests):
             raise ValueError(f"{len(output.counts)} results for the {len(scheduled.requests)} entries of a step")
-        updates = StepUpdates(list(scheduled.requests), list(output.counts), [0, *itertools.accumulate(output.counts)])
-        now, token_ids, first, any_ended = time.monotonic(), output.token_ids, 0, False
-        passed_over: list[int] = []
-        for entry, request, sampled in zip(range(len(output.counts)), scheduled.requests, output.counts, strict=True):
+        firsts = [0, *itertools.accumulate(output.counts)]
+        updates = StepUpdates(list(scheduled.requests), list(output.counts), firsts[:-1])
+        now, token_ids, passed_over = time.monotonic(), output.token_ids, []
+        for entry, (request, first, count) in enumerate(zip(updates.requests, firsts, output.counts, strict=False)):
             if request.status > _PREEMPTED:
                 passed_over.append(entry)
-                first += sampled
                 continue
-            tokens, last, status, stop_reason = request.all_token_ids, first + sampled, None, None
-            while first < last and status is None:
+            if count == 1 and request.first_token_ts and len(request.all_token_ids) < request.routine_until:
                 token_id = token_ids[first]
-                first += 1
-                tokens.append(token_id)
-                request.num_output_placeholders -= 1
-                if token_id in request.end_token_ids or len(tokens) >= request.stop_check_from:
-                    status, stop_reason = request.check_stop()
-            if status is not None:
-                # Nothing behind an end counts, and what was scheduled there may not be computed.
-                updates.counts[entry] -= last - first
-                first = last
-                request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
-            elif sampled != 1:
-                end = scheduled.starts[entry] + scheduled.counts[entry]
-                if scheduled.wanted[entry] and len(tokens) <= end:
-                    # The token behind the last position has not come. A request that pools has none.
-                    status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
-                    request.error = None if request.pools else NOTHING_ALLOWED
-                elif not sampled:
-                    passed_over.append(entry)
+                if token_id not in request.end_token_ids:
+                    request.all_token_ids.append(token_id)
+                    request.num_output_placeholders -= 1
+                    request.last_token_ts = now
                     continue
+            end = scheduled.starts[entry] + scheduled.counts[entry] if scheduled.wanted[entry] else 0
+            updates.counts[entry] = count = self._take(request, token_ids[first : first + count], end)
+            if request.is_finished:
+                updates.ended.append(request)
+            elif not count:
+                passed_over.append(entry)
+                continue
             request.last_token_ts = now
-            if not request.first_token_ts:
-                request.first_token_ts = now
-            if status is not None:
-                self._end(request, status, stop_reason)
-                any_ended = True
-        if any_ended:
+            request.first_token_ts = request.first_token_ts or now
+        if updates.ended:
             self.running = [request for request in self.running if request.status <= _PREEMPTED]
-        updates.firsts.pop()
         for entry in reversed(passed_over):
             del updates.requests[entry], updates.counts[entry], updates.firsts[entry]
         return updates
+
+    def _take(self, request: Request, token_ids: list[int], end: int) -> int:
+        """Give a request its tokens up to one that ends it, and end it then; the caller takes it out of `running`.
+
+        Args:
+            end: the position of the token that should be there afterwards.
+
+        Returns:
+            The number of tokens that it got.
+        """
+        tokens = request.all_token_ids
+        for count, token_id in enumerate(token_ids, 1):
+            tokens.append(token_id)
+            request.num_output_placeholders -= 1
+            status, stop_reason = request.check_stop()
+            if status is not None:
+                # what was scheduled behind an end may not be computed
+                request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
+                self._end(request, status, stop_reason)
+                return count
+        if len(tokens) <= end:
+            if not request.pools:
+                request.error = NOTHING_ALLOWED
+            # a request that pools has no tokens
+            status = RequestStatus.FINISHED_STOPPED if request.pools else RequestStatus.FINISHED_ERROR
+            self._end(request, status, None)
+        return len(token_ids)
 
     # What others ask.
 

@@ -106,7 +106,10 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             if is_nnx(params):
                 params = to_params(params, like=self.params)
         sizes = segment_sizes(self.params)
-        given = segment_sizes(params)
+        try:
+            given = segment_sizes(params)
+        except (AttributeError, IndexError, TypeError):  # a tree of another kind
+            given = ()
         if sum(given) != sum(sizes):
             given = sizes  # what is wrong is said of ours
         expected = jax.eval_shape(functools.partial(resegment, sizes=given), self.params)
