@@ -106,7 +106,11 @@ MODULES: dict[str, dict[str, str]] = {
     "entrypoints": {},
     "entrypoints.llm": {"LLM": "jaxllm.llm"},
     "envs": {REST: Missing("jaxllm reads no variables of vLLM's; what they set are arguments of LLM(...)")},
-    "inputs": _PROMPTS,
+    # These three are jaxllm's own; scripts import public values by them, as they do by vLLM's paths.
+    "errors": _in("jaxllm.api.errors", "JaxLLMError", "ValidationError", "FetchError", "ModelNotFoundError"),
+    "logits_processor": {"LogitsProcessor": "jaxllm.api.logits_processor"},
+    "output_constraints": _in("jaxllm.api.constraints", "RepetitionDetectionParams", "StructuredOutputsParams"),
+    "inputs": {**_PROMPTS, "ChatPrompt": "jaxllm.api.inputs"},
     "logger": {"init_logger": "jaxllm.aliases"},
     "logprobs": _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"),
     "lora": {},
