@@ -29,10 +29,11 @@ def make_mesh(devices: Sequence[Any]) -> jax.sharding.Mesh:
 def ask_for_cpu_devices(count: int) -> None:
     """Have JAX start with so many devices on the CPU, or more. Without effect where it has started."""
     forced = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    asked = max(jax.config.jax_num_cpu_devices, int(forced[1]) if forced else 1)
+    config: Any = jax.config
+    asked = max(config.jax_num_cpu_devices, int(forced[1]) if forced else 1)
     if count > asked:
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
+            config.update("jax_num_cpu_devices", count)
 
 
 class OneAtATime:

@@ -80,6 +80,7 @@ def load(
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             return read_part(reader, spec, index, sharding, dtype, stop)
 
+        assert own is not None
         array = jax.make_array_from_callback(shape, own, part)
         bar.update()
         return array

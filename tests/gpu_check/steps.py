@@ -120,7 +120,8 @@ class Bench:
     def __init__(self, started: Engine):
         assert isinstance(started.runner, Runner)
         self.runner, self.plan = started.runner, started.memory_plan
-        self.model: Any = self.runner.head.programs.config.model
+        programs: Any = self.runner.head.programs
+        self.model: Any = programs.config.model
         params = self.runner.params
         assert isinstance(params, Params)
         # of the embedding a step reads its tokens' rows alone

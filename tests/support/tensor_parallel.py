@@ -69,7 +69,8 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 def exchanged(llm: LLM) -> dict[str, Any]:
     """What the largest step and its sampler exchange."""
-    programs: Any = llm.engine.runner.head.programs
+    runner: Any = llm.engine.runner
+    programs = runner.head.programs
     step, sampler = programs.forward(programs.largest), programs.sampler(1, True)[0]
     return {
         "count": [count_collectives(program.as_text()) for program in (step, sampler)],
