@@ -189,6 +189,7 @@ class AliasModule(ModuleType):
         super().__init__(name, f"jaxllm under the name of {name}.")
         # It is a package, since it may have submodules.
         self.__path__: list[str] = []
+        self.__file__ = __file__
 
     def __getattr__(self, name: str) -> Any:
         package, _, path = self.__name__.partition(".")
