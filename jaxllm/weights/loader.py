@@ -24,7 +24,7 @@ ALIGNMENT = 64
 #: elements that are read at once, on their way into such a buffer; few enough to stay in the processor's cache
 READ_PIECE = 2**20
 #: random elements that are drawn at once
-PIECE = 2**21
+PIECE = 2**24
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 #: what old Llama checkpoints keep of the rotary embedding; follows from the config
