@@ -58,10 +58,12 @@ class EngineProcess:
         reply = json.loads(line) if line else {"error": None}
         if "error" not in reply:
             return reply
+        # A process that ends closes its output before it writes its last words.
+        status = None if line else self._process.wait()
         self._log.seek(0)
         end = self._log.read().decode(errors="replace")[-_LAST_CHARACTERS:].strip()
         if not line:
-            raise JaxLLMError(f"{self.name} ended with exit status {self._process.wait()}.\n{end}")
+            raise JaxLLMError(f"{self.name} ended with exit status {status}.\n{end}")
         raise JaxLLMError(f"{self.name} failed: {reply['error']}\n{end}")
 
     def cpu_seconds(self) -> float:
