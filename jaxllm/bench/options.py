@@ -218,10 +218,10 @@ def _at_least(least: int, text: str) -> int:
 def _add(
     parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, kind: Any = positive, **more: Any
 ) -> None:
-    """Add an option that takes numbers; a default of None is not shown."""
+    """Add an option that takes numbers; a default of None is what the text says, or nothing."""
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = text if default is None else f"{text} (default: {shown})"
-    metavar = "N,N,..." if kind is counts else "N"
+    metavar = "N,N,..." if kind is counts else "X" if kind in (float, milliseconds) else "N"
     parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
 
 
