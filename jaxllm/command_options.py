@@ -128,6 +128,6 @@ def _schema(text: str) -> str:
         return Path(text).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValidationError(
-            f"--json-schema {text!r:.80} is neither JSON, such as '{{\"type\": \"object\"}}', nor a file that can be "
+            f'--json-schema {text!r:.80} is neither JSON, such as \'{{"type": "object"}}\', nor a file that can be '
             f"read: {error}"
         ) from None

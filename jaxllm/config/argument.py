@@ -10,7 +10,7 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 
 #: the concerns of the engine's arguments, in the order in which ``--help`` lists them; "engine" has the rest
-GROUPS = ("model", "cache", "scheduler", "parallel", "device", "outputs", "observability", "engine")
+GROUPS = ("model", "cache", "scheduler", "parallel", "device", "output", "observability", "engine")
 
 
 class Arguments:

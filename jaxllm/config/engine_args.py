@@ -153,23 +153,23 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     structured_outputs_config: StructuredOutputsConfig = check.part(
         StructuredOutputsConfig,
         'how grammars are read, as in vLLM: {"disable_any_whitespace": true}, for example',
-        group="outputs",
+        group="output",
     )
     reasoning_config: ReasoningConfig = check.part(
-        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str", group="outputs"
+        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str", group="output"
     )
     #: as in the two configurations
     reasoning_parser: str = argument(
-        "", parser, "whose marks of reasoning: a model family, as in vLLM", group="outputs", form="NAME"
+        "", parser, "whose marks of reasoning: a model family, as in vLLM", group="output", form="NAME"
     )
     max_logprobs: int = argument(
-        20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary", group="outputs"
+        20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary", group="output"
     )
     logprobs_mode: str = argument(
         "raw_logprobs",
         check.one_of("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
         "what is reported: before (raw) or after (processed) penalties, bias and temperature",
-        group="outputs",
+        group="output",
     )
     #: jax functions ``(logits, state) -> logits`` that run inside every step, or ``module:name`` of them; see
     #: `jaxllm.LogitsProcessor`
@@ -177,18 +177,18 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         (),
         logits_processor.logits_processors,
         "list of module:name of functions that change logits",
-        group="outputs",
+        group="output",
         form="JSON",
     )
     generation_config: str = argument(
         "auto",
         check.path_text,
         "where sampling defaults come from: auto (the model), vllm (nowhere), or a directory",
-        group="outputs",
+        group="output",
         form="auto|vllm|DIR",
     )
     override_generation_config: dict[str, Any] = argument(
-        dict, check.mapping, "entries of generation_config.json to replace", group="outputs"
+        dict, check.mapping, "entries of generation_config.json to replace", group="output"
     )
     chat_template: str | None = argument(
         None, check.path_text, "a Jinja template, or its file (default: the model's)", group="model", form="TEXT|FILE"
@@ -212,11 +212,11 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         None,
         pooler.pooler_config,
         "how tokens are pooled, as in vLLM (default: as the model says)",
-        group="outputs",
+        group="output",
         form="JSON",
     )
     override_pooler_config: PoolerConfig | None = argument(
-        None, pooler.pooler_config, "older name of --pooler-config (default: that)", group="outputs", form="JSON"
+        None, pooler.pooler_config, "older name of --pooler-config (default: that)", group="output", form="JSON"
     )
     device: str = argument(
         "auto", check.one_of("auto", "cpu", "gpu", cuda="gpu"), "auto: a GPU where JAX has one", group="device"
@@ -231,9 +231,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         form="{auto,xla,triton,mosaic}",
     )
     #: metrics are collected in any case
-    disable_log_stats: bool = switch(
-        True, "do not log a line of statistics every ten seconds", group="observability"
-    )
+    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds", group="observability")
     #: 0: any free one
     metrics_port: int | None = argument(
         None,
@@ -242,9 +240,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         group="observability",
         form="PORT",
     )
-    profiler_config: ProfilerConfig = check.part(
-        ProfilerConfig, "where profiles go, as in vLLM", group="observability"
-    )
+    profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM", group="observability")
     speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
 
     def __post_init__(self) -> None:

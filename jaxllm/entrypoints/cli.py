@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_options(demo)
     add_sampling_options(demo, without=("logprobs",), max_tokens=64, temperature=0.0)
 
-    text = "what is installed and what this machine has; what is slow or broken, and the remedy"
+    text = "versions, devices, caches; what is broken or slow, and the remedy"
     command("doctor", text, _lazily("jaxllm.entrypoints.doctor.report"))
     return parser
 

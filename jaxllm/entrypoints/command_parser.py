@@ -26,7 +26,7 @@ class CommandParser(argparse.ArgumentParser):
         if commands is None:
             self._check_options(words)
         else:
-            self._check_command(words, commands)
+            self._check_command(words, list(commands.choices))
         found, rest = super().parse_known_args(words, namespace)
         if rest:
             options = [word for word in rest if word.startswith("-")]
@@ -40,14 +40,19 @@ class CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         if self.usage is None:
             self.usage = " ".join(["%(prog)s", "[options]", *_required(self._actions)])
-        return super().format_help()
+        action = self._commands()
+        if action is None:
+            return super().format_help()
+        # argparse breaks the lines of commands with long names
+        commands = [(each.dest, each.help or "") for each in action._get_subactions()]
+        options = [(", ".join(each.option_strings), each.help or "") for each in self._actions if each.option_strings]
+        parts = [self.format_usage(), f"{self.description}\n", _rows("commands", commands), _rows("options", options)]
+        return "\n".join([*parts, *([f"{self.epilog}\n"] if self.epilog else [])])
 
-    def _commands(self) -> list[str] | None:
-        """The commands of which one has to be named; None: this is one."""
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                return list(action.choices)
-        return None
+    def _commands(self) -> argparse._SubParsersAction | None:
+        """Where one command of several has to be named; None: this is one."""
+        found = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return next(found, None)
 
     def _check_options(self, words: Iterable[str]) -> None:
         """Argparse would take the value of an unknown option for something else, and complain about that."""
@@ -57,7 +62,12 @@ class CommandParser(argparse.ArgumentParser):
                 return
             option = word.partition("=")[0]
             if word.startswith("--") and " " not in word and word not in known and option not in known:
-                listed = [name for name, action in known.items() if action.help != argparse.SUPPRESS]
+                off = option.startswith("--no-")
+                listed = [
+                    name
+                    for name, action in known.items()
+                    if action.help != argparse.SUPPRESS and name.startswith("--no-") == off
+                ]
                 self.error(f"there is no option {option}{_meant(option, listed)}")
 
     def _check_command(self, words: Sequence[str], commands: list[str]) -> None:
@@ -70,6 +80,11 @@ class CommandParser(argparse.ArgumentParser):
         if word.startswith("-"):
             self.error(f"{word.partition('=')[0]} is in front of the command: options follow it")
         self.error(f"there is no command {word!r}{_meant(word, commands)}")
+
+
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows) + 2
+    return "".join([f"{title}:\n", *(f"  {name:<{width}}{text}\n" for name, text in rows)])
 
 
 def _required(actions: Iterable[argparse.Action]) -> list[str]:

@@ -40,9 +40,7 @@ MACHINE = Machine(
 )
 JAX = JaxHere(jax="0.10.2", jaxlib="0.10.2", devices=(Device(platform="cpu", kind="cpu"),))
 PACKAGE = Package(name="jax", wanted=">=0.10.2,<0.13", version="0.10.2")
-FOLDER = Folder(
-    name="programs", path=Path("/cache/xla"), size=1, writable=True, filesystem="ext4", free=100 * GIB
-)
+FOLDER = Folder(name="programs", path=Path("/cache/xla"), size=1, writable=True, filesystem="ext4", free=100 * GIB)
 
 
 def found(
@@ -77,7 +75,7 @@ def test_a_good_machine_has_no_findings():
         ({"available_bytes": 2 * GIB}, r"2\.1 GB of memory \(available\)", "--max-model-len"),
         ({"memory_limit": GIB}, r"1\.1 GB of memory \(the control group's limit\)", "--max-model-len"),
         ({"nvidia": ("NVIDIA L4",)}, "an NVIDIA card .NVIDIA L4.*does not use it", r"pip install '\.\[cuda12\]'"),
-        ({"folder": {"writable": False}}, "/cache/xla .programs. cannot be written, so every start comp", "JAXLLM_CACHE"),
+        ({"folder": {"writable": False}}, "/cache/xla .programs. cannot be written, so every start", "JAXLLM_CACHE"),
         ({"folder": {"filesystem": "nfs4"}}, "on nfs4, another machine's disk", "JAXLLM_CACHE"),
         ({"folder": {"name": "hub", "free": GIB}}, r"1\.1 GB left", "HF_HOME"),
         ({"jax": dataclasses.replace(JAX, compile_cache="/c")}, "JAX's own compile cache.*/c", "COMPILATION_CACHE_DIR"),
@@ -149,7 +147,10 @@ def test_limits_of_control_groups_of_version_1(tmp_path: Path):
 def test_a_folder_is_known_by_the_disk_that_it_is_on(tmp_path: Path):
     mounts = tmp_path / "mounts"
     mounts.write_text(
-        f"a / ext4 rw 0 0\nb {tmp_path}/far\\040away nfs4 rw 0 0\nc {tmp_path} xfs rw 0 0\nd {tmp_path}/farther tmpfs rw\n"
+        f"a / ext4 rw 0 0\n"
+        f"b {tmp_path}/far\\040away nfs4 rw 0 0\n"
+        f"c {tmp_path} xfs rw 0 0\n"
+        f"d {tmp_path}/farther tmpfs rw\n"
     )
     (tmp_path / "far away").mkdir()
     (tmp_path / "near").mkdir()
@@ -217,7 +218,10 @@ def test_the_report(tmp_path: Path):
     ("source", "why"),
     [
         ("raise ImportError('no such symbol')", "JAX does not import: ImportError: no such symbol"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "JAX does not import: Python was ended by SIGILL while it imported JAX"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+            "JAX does not import: Python was ended by SIGILL while it imported JAX",
+        ),
     ],
 )
 def test_a_jax_that_is_broken_is_told(tmp_path: Path, source: str, why: str):

@@ -90,12 +90,14 @@ def _jax(packages: Sequence[Package], jax: JaxHere, environment: Mapping[str, st
         platforms = environment.get("JAX_PLATFORMS")
         yield Finding(
             problem=f"JAX has no devices: {jax.error.rstrip('.')}",
-            remedy=f"JAX_PLATFORMS={platforms} is set: unset it, or set it to cpu" if platforms else "Set JAX_PLATFORMS=cpu",
+            remedy=f"JAX_PLATFORMS={platforms} is set: unset it, or set it to cpu"
+            if platforms
+            else "Set JAX_PLATFORMS=cpu",
             kind="broken",
         )
     if jax.compile_cache:
         yield Finding(
-            problem=f"JAX's own compile cache is configured ({jax.compile_cache}), and jaxllm keeps no programs beside it",
+            problem=f"JAX's own compile cache is set ({jax.compile_cache}), and jaxllm keeps no programs beside it",
             remedy="Unset JAX_COMPILATION_CACHE_DIR: jaxllm's starts are faster, since it does not trace what it has",
         )
 
@@ -127,10 +129,10 @@ def _processor(machine: Machine) -> Iterator[Finding]:
             )
         elif "AVX-512" not in features:
             yield Finding(
-                problem="the processor has no AVX-512: bfloat16 is computed as float32, in vectors of half the width, so "
-                "prompts and large batches take about twice as long or more",
-                remedy="Take a machine with AVX-512 BF16 or AMX (AMD since Zen 4, Intel Xeon since Sapphire Rapids), or "
-                "a GPU; one request alone is held back by memory, and loses less",
+                problem="the processor has no AVX-512: bfloat16 is computed as float32, in vectors of half the width, "
+                "so prompts and large batches take about twice as long or more",
+                remedy="Take a machine with AVX-512 BF16 or AMX (AMD since Zen 4, Intel Xeon since Sapphire Rapids), "
+                "or a GPU; one request alone is held back by memory, and loses less",
             )
     usable = machine.usable_cores
     if machine.core_quota is not None and machine.core_quota < usable:

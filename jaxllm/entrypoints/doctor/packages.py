@@ -69,17 +69,15 @@ def is_installed() -> bool:
 
 
 def _requirements() -> Iterator[str]:
-    try:
-        yield from importlib.metadata.requires("jaxllm") or ()
-        return
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    # a checkout knows better than what was written down when it was installed
     checkout = Path(jaxllm.__file__).parents[1] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text())["project"]
         yield from project["dependencies"]
         for extra, texts in project["optional-dependencies"].items():
             yield from (f"{text}; extra == '{extra}'" for text in texts)
+    elif is_installed():
+        yield from importlib.metadata.requires("jaxllm") or ()
 
 
 def _version(name: str) -> str | None:
