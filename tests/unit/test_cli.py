@@ -189,7 +189,7 @@ def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "prompt\nM\xfcnchen\n".encode("latin-1"), "not UTF-8: line 2 has the byte 0xFC. It is likely latin-1"),
+        ("p.csv", b"prompt\nM\xfcnchen\n", "not UTF-8: line 2 has the byte 0xFC. It is likely latin-1"),
         ("p.txt", "one\ntwo \u201cquoted\u201d\n".encode("cp1252"), "line 2 has the byte 0x93. It is likely cp1252"),
         ("p.jsonl", b"5\n7\n", "line 1: a prompt must be text or a list of token ids, got the number 5"),
     ],
