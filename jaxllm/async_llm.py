@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -128,8 +129,8 @@ class AsyncLLM:
         own_id = client.next_id(request_id)
 
         def receive(output: Any) -> None:
-            # a loop that has been closed has nobody left who waits
-            if not loop.is_closed():
+            # a loop that is closed, perhaps by now, has nobody left who waits
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
