@@ -59,7 +59,7 @@ class Pooling:
     ) -> list[Pooled]:
         """What the model makes of each prompt, in their order."""
         self._check_task(task)
-        prompts = prompts if prompts and _are_pairs(prompts) else as_prompts(prompts)
+        prompts = prompts if _are_pairs(prompts) else as_prompts(prompts)
         if isinstance(given, (list, tuple)):
             params: Any = [_with_task(item, task) for item in given]
         else:
@@ -120,7 +120,7 @@ class Pooling:
 
 
 def _are_pairs(prompts: Any) -> bool:
-    return isinstance(prompts, list) and isinstance(prompts[0], TextPair)
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], TextPair)
 
 
 def _with_task(params: Any, task: str) -> PoolingParams:
