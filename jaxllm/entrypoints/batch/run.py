@@ -134,9 +134,7 @@ class Batch:
         any_model: they may call it as they like.
     """
 
-    def __init__(
-        self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str], *, any_model: bool = False
-    ):
+    def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str], *, any_model: bool = False):
         self._llm, self._journal, self._tally = llm, journal, tally
         self._model_names, self._any_model = model_names, any_model
         self._sampling = SamplingReader(llm.get_default_sampling_params())
