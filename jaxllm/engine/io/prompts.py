@@ -197,7 +197,7 @@ class PromptReader:
             raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
         if prompt.get("prompt_token_ids") is not None:
             return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
-        if prompt.get("messages") is not None:
+        if "messages" in prompt and prompt.get("prompt") is None:
             # a chat template writes the special tokens itself
             return self._render(prompt), None, salt, False
         if "prompt" not in prompt:
