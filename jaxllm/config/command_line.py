@@ -35,6 +35,16 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number (0.5 and 1e-3 are)") from None
 
 
+def size(text: str) -> int:
+    """Bytes, as `argument_checks.size` reads them."""
+    try:
+        return argument_checks.size("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bytes (4294967296, 4GiB and 500MB are)"
+        ) from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
@@ -114,6 +124,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
             found[name] = next((reader for kind, reader in readers.items() if kind in kinds), _value)
     del found["model"]
     found["max_model_len"] = _length
+    found["kv_cache_memory_bytes"] = size
     return found
 
 

@@ -16,6 +16,7 @@ from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.command_parser import CommandParser
+from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
     )
     generate.add_argument("--prompt-column", metavar="NAME", help="of a CSV or Parquet file (default: prompt)")
+    add_encoding_option(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
@@ -71,9 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_options(chat, without=("n", "logprobs"), max_tokens=1024, temperature=0.7, top_p=0.95)
 
     text = "run a file of OpenAI API calls; resumable"
-    batch = command("run-batch", text, _lazily("jaxllm.entrypoints.batch.run"))
-    add_batch_options(batch)
+    batch = command("run-batch", text, _lazily("jaxllm.entrypoints.batch.run"), conflict_handler="resolve")
     add_engine_options(batch)
+    add_batch_options(batch)
 
     plan = command(
         "plan",
