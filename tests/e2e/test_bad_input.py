@@ -238,7 +238,8 @@ def test_a_table_is_refused_by_its_columns(engine: LLM):
         engine.generate(table["id"])
     outputs = engine.generate(table["question"], GREEDY, use_tqdm=False)
     assert [output.prompt for output in outputs] == ["Why?", "How?"]
-    for ids in (list(table["id"]), table["id"].to_numpy(), (1, 2), iter([1, 2])):
+    forms: list[Any] = [list(table["id"]), table["id"].to_numpy(), (1, 2), iter([1, 2])]
+    for ids in forms:
         (output,) = engine.generate(ids, GREEDY, use_tqdm=False)
         assert output.prompt_token_ids == [1, 2]
     assert_idle(engine)

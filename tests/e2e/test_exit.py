@@ -63,10 +63,9 @@ def test_a_program_that_ends_while_a_thread_of_its_own_generates(tiny_model: Pat
 
 AFTER_MAIN = """
 import sys, threading
-from support.tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 
-llm = LLM(sys.argv[1], **SMALL)
+llm = LLM(sys.argv[1], load_format="null")
 
 def generate():
     threading.main_thread().join()
