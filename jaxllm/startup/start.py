@@ -17,6 +17,7 @@ from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.exit import finished_before_exit
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
 from jaxllm.engine.io.token_constraints import TokenConstraints
@@ -53,6 +54,7 @@ _GENERATION_FIELDS = {
 }
 
 
+@finished_before_exit()
 def start(args: EngineArgs) -> Engine:
     """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does."""
     times: dict[str, float] = {}
