@@ -127,6 +127,7 @@ NEVER: dict[str, Never] = {
     "worker_cls": Never(("auto",), "jaxllm is one process, without workers"),
     "worker_extension_cls": Never((), "jaxllm is one process, without workers"),
     "guided_decoding_backend": Never(BACKENDS, "jaxllm has one backend for structured outputs, guidance (llguidance)"),
+    "enable_trace_replay": Never((False,), "prompt_logprobs of a prompt with them score known tokens"),
     "rope_scaling": Never((), "it is part of the model's config: hf_overrides={'rope_scaling': ...}"),
     "rope_theta": Never((), "it is part of the model's config: hf_overrides={'rope_theta': ...}"),
 }

@@ -23,6 +23,9 @@ from jaxllm.config.quantization import QuantizationConfig
 from jaxllm.config.speculative import SpeculativeConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
+#: what vLLM's scripts run that name no model
+SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineArgs(ParallelConfig, QuantizationConfig):
@@ -261,7 +264,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
         from jaxllm.config.command_line import add_engine_arguments
 
-        parser.add_argument("--model", help=EngineArgs.__dataclass_fields__["model"].metadata["help"])
+        help_text = EngineArgs.__dataclass_fields__["model"].metadata["help"]
+        parser.add_argument("--model", default=SCRIPTS_MODEL, help=f"{help_text} (default: %(default)s)")
         add_engine_arguments(parser, defaults=True)
         return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _ALWAYS_KNOWN = ("user", "assistant")
 
 
-def load_chat_template(template: str | None) -> str | None:
+def load_chat_template(chat_template: str | os.PathLike[str] | None) -> str | None:
     """Return the text of a Jinja template given as itself or as a file.
 
     Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
     """
+    template = None if chat_template is None else os.fspath(chat_template)
     if template is None or "{" in template or "\n" in template:
         return template
     path = Path(template).expanduser()
