@@ -459,22 +459,28 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         lora_request: None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        chat_template: None = None,
+        chat_template: str | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
     ) -> list[ScoringRequestOutput]:
         """How well texts fit: one with one, one with many, or pairs of two lists.
 
         A model with one class reads both texts together (a cross-encoder); one that embeds gives the cosine of the
-        two embeddings. The other arguments are those of `embed`.
+        two embeddings, or with ``PoolerConfig(task="token_embed")`` the sum over the first text's tokens of the best
+        match among the second's (MaxSim). The other arguments are those of `embed`.
+
+        Args:
+            chat_template: a Jinja template, or its file, that writes both texts into one prompt, from messages of the
+                roles "query" and "document"; None: the tokenizer joins them.
 
         Raises:
             ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
         """
-        checks.refuse(lora_request=lora_request, chat_template=chat_template)
+        checks.refuse(lora_request=lora_request)
         return self.engine.pooling("score").score(
-            data_1, data_2, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            data_1, data_2, chat_template, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens,
+            on_error,
+        )  # fmt: skip
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:

@@ -82,6 +82,17 @@ def test_scores_one_with_many_and_pairs(pooling: LLM) -> None:
     assert many == pairs
     with pytest.raises(ValueError, match="1:1, 1:N or N:N"):
         pooling.score(PROMPTS[:2], PROMPTS, use_tqdm=False)
+    with pytest.raises(ValueError, match="chat_template writes two texts into one prompt"):
+        pooling.score("a", "b", use_tqdm=False, chat_template="{{ messages }}")
+
+
+def test_late_interaction(tiny_model: Path) -> None:
+    with LLM(tiny_model, pooler_config={"task": "token_embed"}, **SMALL) as llm:
+        rows = [o.outputs.data for o in llm.encode(PROMPTS, use_tqdm=False)]
+        scores = [o.outputs.score for o in llm.score(PROMPTS[1], PROMPTS, use_tqdm=False)]
+    # each token of the query has its best match
+    expected = [sum(max(float(q @ d) for d in document) for q in rows[1]) for document in rows]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 def test_dimensions(tiny_model: Path, pooling: LLM) -> None:
