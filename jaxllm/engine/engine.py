@@ -223,6 +223,10 @@ class Engine:
         else:
             call = functools.partial(method, self.runner)
         with self.client.lock:
+            if method == "reload_weights":
+                # what was computed with the old ones is computed anew
+                self.client.preempt_all()
+                self.core.reset_prefix_cache()
             return call(*args, **(kwargs or {}))
 
     def update_config(self, overrides: Mapping[str, Any]) -> None:
