@@ -13,7 +13,7 @@ from jaxllm.aliases import MODULES, attribute, install_finder
 if TYPE_CHECKING:
     from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
     from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
-    from jaxllm.api.inputs import ChatPrompt, TextPrompt, TokensPrompt
+    from jaxllm.api.inputs import ChatPrompt, EmbedsPrompt, TextPrompt, TokensPrompt
     from jaxllm.api.logits_processor import LogitsProcessor
     from jaxllm.api.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxllm.api.pooling_outputs import (
@@ -48,6 +48,7 @@ _HOMES = {
     "CompletionOutput": "jaxllm.api.outputs",
     "EmbeddingOutput": "jaxllm.api.pooling_outputs",
     "EmbeddingRequestOutput": "jaxllm.api.pooling_outputs",
+    "EmbedsPrompt": "jaxllm.api.inputs",
     "EngineArgs": "jaxllm.config.engine_args",
     "FlexibleArgumentParser": "jaxllm.config.command_line",
     "LLM": "jaxllm.llm",
@@ -80,6 +81,7 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "EmbedsPrompt",
     "EngineArgs",
     "FlexibleArgumentParser",
     "LLM",

@@ -47,7 +47,7 @@ _SAMPLING = _in(
     "RequestOutputKind",
     "RepetitionDetectionParams",
 )
-_PROMPTS = _in("jaxllm.api.inputs", "PromptType", "TextPrompt", "TokensPrompt")
+_PROMPTS = _in("jaxllm.api.inputs", "EmbedsPrompt", "PromptType", "TextPrompt", "TokensPrompt")
 _OUTPUTS = _in("jaxllm.api.outputs", "CompletionOutput", "RequestOutput", "RequestStateStats", "Logprob")
 _POOLING = _in(
     "jaxllm.api.pooling_outputs",

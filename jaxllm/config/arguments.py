@@ -68,7 +68,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "interleave_mm_strings": (False,),
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
-        "enable_prompt_embeds": (False,),
     },
     "offloading": {
         "cpu_offload_gb": (0,),

@@ -104,6 +104,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         check.at_least(1),
         "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
     )
+    enable_prompt_embeds: bool = switch(False, 'take prompts that are vectors, {"prompt_embeds": array}, too')
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
     deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU")
     #: a request may ask for more

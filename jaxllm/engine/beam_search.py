@@ -75,6 +75,8 @@ def beam_search(
     for prompt in inputs.reader.read(prompts):
         if isinstance(prompt, ValidationError):
             raise prompt
+        if prompt.embeds is not None:
+            raise ValidationError("beam_search takes no prompt_embeds: its beams are lists of token ids.")
         searches.append(_Search(prompt))
     limit = concurrency_limit or max(len(searches), 1)
     total = -(-len(searches) // limit) * params.max_tokens

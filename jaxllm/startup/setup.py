@@ -92,6 +92,7 @@ class Setup:
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             num_gpu_blocks_override=args.num_gpu_blocks_override,
             enable_prefix_caching=args.enable_prefix_caching,
+            prompt_embeds=args.enable_prompt_embeds,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
             num_logprobs=num_logprobs,

@@ -125,6 +125,7 @@ class PoolingInputs:
             priority=priority,
             cache_salt=prompt.cache_salt,
             block_hashes=prompt.block_hashes,
+            prompt_embeds=prompt.embeds,
         )
         return request, prompt.text
 
@@ -162,6 +163,9 @@ class PoolingReader:
         keep = options.keep
         if keep is None or len(prompt.token_ids) <= keep:
             return prompt
+        if prompt.embeds is not None:
+            cut = prompt.with_token_ids(options.cut(prompt.token_ids))
+            return dataclasses.replace(cut, embeds=options.cut(prompt.embeds))
         backend, room = self._backend, 0
         if prompt.text is not None and backend is not None and options.add_special_tokens is not False:
             room = keep - backend.num_special_tokens_to_add(False)
