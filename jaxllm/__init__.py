@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ScoringOutput,
         ScoringRequestOutput,
     )
-    from jaxllm.api.pooling_params import PoolingParams
+    from jaxllm.api.pooling_params import LateChunkingParams, PoolingParams
     from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
     from jaxllm.async_llm import AsyncLLM
     from jaxllm.config.command_line import FlexibleArgumentParser
@@ -53,6 +53,7 @@ _HOMES = {
     "FlexibleArgumentParser": "jaxllm.config.command_line",
     "LLM": "jaxllm.llm",
     "LLMEngine": "jaxllm.llm_engine",
+    "LateChunkingParams": "jaxllm.api.pooling_params",
     "LogitsProcessor": "jaxllm.api.logits_processor",
     "Logprob": "jaxllm.api.outputs",
     "Plan": "jaxllm.planning.plan",
@@ -86,6 +87,7 @@ __all__ = [
     "FlexibleArgumentParser",
     "LLM",
     "LLMEngine",
+    "LateChunkingParams",
     "LogitsProcessor",
     "Logprob",
     "Plan",

@@ -87,9 +87,12 @@ class Pooling:
             many = first * len(second) if len(first) == 1 else first
             pairs = [TextPair(a, b) for a, b in zip(many, second, strict=True)]
             return [ScoringRequestOutput.from_base(output) for output in self.run(pairs, "classify", *arguments)]
-        outputs = self.run(first + second, "embed", *arguments)
+        by_token = self.inputs.pooler.task == "token_embed"
+        outputs = self.run(first + second, "token_embed" if by_token else "embed", *arguments)
         left, right = outputs[: len(first)], outputs[len(first) :]
-        return [_cosine(a, b, i) for i, (a, b) in enumerate(zip(left * (len(right) // len(left)), right, strict=True))]
+        measure = _max_sim if by_token else _cosine
+        pairs = zip(left * (len(right) // len(left)), right, strict=True)
+        return [_scored(a, b, i, measure) for i, (a, b) in enumerate(pairs)]
 
     def task(self, asked: str | None) -> str:
         """What `LLM.encode` is asked for. Raises ValidationError when nobody says it."""
@@ -158,12 +161,22 @@ def _texts(name: str, data: Any) -> list[str]:
     return texts
 
 
-def _cosine(a: Pooled, b: Pooled, index: int) -> ScoringRequestOutput:
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
+
+
+def _max_sim(x: np.ndarray, y: np.ndarray) -> float:
+    """Each token of the first text finds its nearest of the second (ColBERT, arXiv:2004.12832)."""
+    return float((x @ y.T).max(axis=1).sum())
+
+
+def _scored(
+    a: Pooled, b: Pooled, index: int, measure: Callable[[np.ndarray, np.ndarray], float]
+) -> ScoringRequestOutput:
     error = a.error or b.error
     score = float("nan")
     if error is None:
-        x, y = a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64)
-        score = float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
+        score = measure(a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64))
     return ScoringRequestOutput(
         request_id=f"{a.request_id}_{b.request_id}",
         outputs=ScoringOutput(score=score),

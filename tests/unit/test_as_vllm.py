@@ -54,11 +54,11 @@ vllm.distributed cleanup_dist_env_and_memory
 vllm.engine.arg_utils AsyncEngineArgs EngineArgs
 vllm.engine.async_llm_engine AsyncLLMEngine
 vllm.entrypoints.llm LLM
-vllm.inputs TextPrompt TokensPrompt
+vllm.inputs EmbedsPrompt TextPrompt TokensPrompt
 vllm.logger init_logger
 vllm.outputs RequestOutput PoolingRequestOutput
 vllm.platforms current_platform
-vllm.pooling_params PoolingParams
+vllm.pooling_params LateChunkingParams PoolingParams
 vllm.sampling_params BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
 vllm.utils.argparse_utils FlexibleArgumentParser
 vllm.utils.print_utils print_embeddings

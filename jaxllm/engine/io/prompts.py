@@ -76,6 +76,8 @@ class TokenizationOptions:
     keep: int | None = None
     #: which end of the prompt is cut off
     truncation_side: str = "left"
+    #: whether it is kept where in a text each token is
+    offsets: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, *, max_model_len: int) -> TokenizationOptions:

@@ -146,8 +146,11 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         row, params = request.row, request.params
         assert isinstance(params, PoolingParams)
         start = params.segment_start
-        self._fields["dimensions"][row] = params.dimensions or self.programs.config.model.hidden_size
-        self._fields["activate"][row] = bool(params.use_activation)
+        # chunks are made of the tokens' states as they are, by the engine
+        whole = params.late_chunking is not None
+        own = None if whole else params.dimensions
+        self._fields["dimensions"][row] = own or self.programs.config.model.hidden_size
+        self._fields["activate"][row] = bool(params.use_activation) and not whole
         self._fields["segment_starts"][row] = np.iinfo(np.int32).max if start is None else start
         self._wants_tokens[row] = params.wants_tokens
         self._pieces[row] = []
