@@ -83,7 +83,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_events_config": (),
     },
     "logits processors by name pattern": {"logits_processor_pattern": ()},
-    "other tokenizers": {"tokenizer_mode": ("auto", "hf", "fast")},
     "this scheduling option": {
         "performance_mode": ("balanced",),
         "max_num_partial_prefills": (1,),

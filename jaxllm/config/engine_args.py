@@ -42,6 +42,12 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "tokenizer's directory or hub id, when it is not the model's"
     )
+    #: "fast" is an older name of "hf"
+    tokenizer_mode: str = argument(
+        "auto",
+        check.one_of("auto", "hf", "slow", "mistral", fast="hf"),
+        "whose files the tokenizer is read from: auto, hf, or mistral (tekken.json; needs mistral_common)",
+    )
     skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids")
     #: threads, while the engine runs; 0: the caller's own
     tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize")

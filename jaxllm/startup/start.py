@@ -194,7 +194,7 @@ def _tokenizer(args: EngineArgs, model: Path) -> PreTrainedTokenizerBase | None:
         return None
     if args.tokenizer is not None or args.tokenizer_revision is not None:
         model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    return load_tokenizer(model)
+    return load_tokenizer(model, args.tokenizer_mode)
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

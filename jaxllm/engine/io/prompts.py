@@ -212,7 +212,8 @@ class PromptReader:
             return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
         if prompt.get("messages") is not None:
             # a chat template writes the special tokens itself
-            return self._render(prompt), None, salt, False
+            rendered = self._render(prompt)
+            return (rendered, None, salt, False) if isinstance(rendered, str) else (None, rendered, salt, False)
         if "prompt" not in prompt:
             raise ValidationError(
                 "the prompt must have 'prompt', 'prompt_token_ids', 'prompt_embeds' or 'messages', got "
@@ -242,7 +243,7 @@ class PromptReader:
         hashes = self._hasher.hash_prompt(ids, salt, embeds) if self._hasher is not None else ()
         return PreparedPrompt(ids, text, salt, hashes, embeds)
 
-    def _render(self, prompt: Mapping[str, Any]) -> str:
+    def _render(self, prompt: Mapping[str, Any]) -> str | list[int]:
         continues = checks.boolean("continue_final_message", prompt.get("continue_final_message", False))
         generates = checks.boolean("add_generation_prompt", prompt.get("add_generation_prompt", True))
         options = prompt.get("chat_template_kwargs") or {}
