@@ -145,9 +145,9 @@ class LLM:
         Calls from several threads share the engine's batches.
 
         Args:
-            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
-                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
-                may be endless, and it may be slow.
+            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids``, ``prompt_embeds`` or ``messages``,
+                and ``cache_salt``), or any iterable of them. What has no length is read by a thread of its own, as the
+                engine has room: it may be endless, and it may be slow.
             sampling_params: one for all, or one each; None: the model's own defaults.
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
