@@ -97,8 +97,8 @@ class Rows:
         return ids
 
     def embeddings(self, found: Sequences, num_tokens: int) -> np.ndarray | None:
-        """The vectors that prompts bring for a step's tokens, [num_tokens, hidden size], zeros for the others; None where
-        they bring none. Asked for once a step.
+        """What prompts bring for a step's tokens, [num_tokens, hidden size], zeros for the others; None where there is
+        nothing. Asked for once a step.
         """
         vectors = None
         if not self._embeds:

@@ -65,7 +65,7 @@ def byte_tokens(corpus: bytes, count: int) -> list[bytes]:
 
 
 def write_tekken(folder: Path, version: str) -> None:
-    tokens = byte_tokens(CORPUS.encode(), 340)
+    tokens = byte_tokens(CORPUS.encode(), 290)
     content = {
         "config": {
             "pattern": PATTERN,

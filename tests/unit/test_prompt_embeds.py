@@ -1,4 +1,4 @@
-"""Prompts that are vectors: what is taken and what is refused, and that the prefix cache knows them by their content."""
+"""Prompts that are vectors: what is taken and refused, and that the prefix cache knows them by their content."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_callers_array_is_not_kept():
         ({"prompt_embeds": "text"}, r"got shape \(\)"),
         ({"prompt_embeds": [[1.0], [1.0, 2.0]]}, "must be an array of numbers, got list"),
         ({"prompt_embeds": np.where(np.arange(10)[:, None] == 3, np.nan, VECTORS)}, "NaN or infinite.*first in row 3"),
-        ({"prompt_embeds": VECTORS * 1e300}, "NaN or infinite in float32, first in row 0"),
+        ({"prompt_embeds": VECTORS.astype(np.float64) * 1e300}, "NaN or infinite in float32, first in row 0"),
         ({"prompt_embeds": VECTORS, "prompt_token_ids": [1]}, "the key 'prompt_token_ids' beside 'prompt_embeds'"),
         ({"prompt_embeds": VECTORS, "prompt": [1]}, "'prompt' beside 'prompt_embeds' must be a text"),
         ({"prompt_embeds": VECTORS, "cache_salt": ""}, "cache_salt must be a non-empty string"),

@@ -136,7 +136,7 @@ class PoolingInputs:
         if params.late_chunking_params is not None:
             if not isinstance(prompt, PreparedText):
                 raise ValidationError(
-                    "Late chunking requires nonempty plain-text input, and a fast tokenizer, which says where tokens are"
+                    "Late chunking requires nonempty plain-text input, and a fast tokenizer, which knows tokens' places"
                 )
             chunks = chunks_of(prompt.offsets, params.late_chunking_params.chunk_size)
             params = dataclasses.replace(params, late_chunking=chunks)

@@ -1,4 +1,4 @@
-"""Vectors of prompts on their way to the device: the one argument of forward programs that most steps have no use for."""
+"""Vectors of prompts on their way to the device: an argument of forward programs that most steps have no use for."""
 
 from __future__ import annotations
 

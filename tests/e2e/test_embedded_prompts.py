@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.tiny_model import CONFIG, SMALL
 
-from jaxllm import LLM, AsyncLLM, EmbedsPrompt, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, EmbedsPrompt, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, Any] = {
     "block_size": 16,
     # fewer than four requests of 96 tokens fill
     "num_gpu_blocks_override": 20,
-    "num_decode_steps": 4,
+    "enforce_eager": True,
     "enable_prompt_embeds": True,
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -81,13 +81,14 @@ def test_vectors_of_tokens_are_the_tokens(llm: LLM, table: np.ndarray):
     assert len(outputs[-1].outputs[0].token_ids) == 12
 
     several = SamplingParams(temperature=1.2, n=3, seed=3, max_tokens=20, ignore_eos=True)
-    for params in (GREEDY, several):  # without log-probabilities, several decode steps are one launch
+    for params in (GREEDY, several):
         assert tokens(llm.generate(embedded, params, use_tqdm=False)) == tokens(
             llm.generate(prompts, params, use_tqdm=False)
         )
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")  # it means what we test
 def test_any_vectors_are_what_transformers_makes_of_them(llm: LLM, theirs: Any, penalty: float):
     """A repetition penalty counts outputs only: vectors are no tokens."""
     rng = np.random.default_rng(8)
@@ -168,7 +169,7 @@ def test_a_bad_prompt_fails_alone_and_what_cannot_be_is_named(llm: LLM, table: n
     with pytest.raises(ValidationError, match="prompt_logprobs is not compatible with prompt embeds"):
         llm.generate(good, SamplingParams(prompt_logprobs=1), use_tqdm=False)
     with pytest.raises(ValidationError, match="beam_search takes no prompt_embeds"):
-        llm.beam_search([good], beam_width=2, max_tokens=2)  # pyright: ignore[reportCallIssue]
+        llm.beam_search([good], BeamSearchParams(beam_width=2, max_tokens=2))
     with pytest.raises(ValidationError, match="longer than the maximum model length|max_model_len"):
         llm.generate({"prompt_embeds": np.zeros((161, 64), np.float32)}, GREEDY, use_tqdm=False)
 
@@ -183,7 +184,7 @@ def test_a_pooling_engine_takes_them_too(tiny_model: Path, table: np.ndarray):
 
 def test_async(tiny_model: Path, table: np.ndarray, llm: LLM):
     async def run() -> list[int]:
-        engine = await AsyncLLM.start(tiny_model, **{**SMALL, "enable_prompt_embeds": True})
+        engine = await AsyncLLM.start(tiny_model, **ARGUMENTS)
         try:
             last = None
             async for output in engine.generate({"prompt_embeds": table[ids(1, 9)]}, GREEDY):
