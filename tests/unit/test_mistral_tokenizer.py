@@ -178,7 +178,8 @@ def test_a_missing_package_or_file_is_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(WeightsError, match=r"reads tekken.json or tokenizer.model.v\*, and there is neither"):
         load_tokenizer(tmp_path, "mistral")
     write_tekken(tmp_path, "v3")
-    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    for module in ("mistral_common", "mistral_common.protocol.instruct.validator"):  # it may have been imported
+        monkeypatch.setitem(sys.modules, module, None)
     for mode in ("mistral", "auto"):
         with pytest.raises(ValidationError, match=r"needs mistral_common.*pip install 'mistral-common\[sentencepiece"):
             load_tokenizer(tmp_path, mode)
@@ -219,9 +220,8 @@ def test_an_engine_talks_through_it(engine: tuple[LLM, Any]):
         (output,) = llm.chat(messages, params, use_tqdm=False)
         expected = theirs.encode_chat_completion(ChatCompletionRequest.from_openai(messages=messages)).tokens
         assert output.prompt_token_ids == expected
-        assert output.outputs[0].text == llm.get_tokenizer().decode(
-            output.outputs[0].token_ids, skip_special_tokens=True
-        )
+        whole = llm.get_tokenizer().decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        assert whole.rstrip("\ufffd") == output.outputs[0].text.rstrip("\ufffd")  # the last character may have begun
     (output,) = llm.generate(TEXTS[3], params, use_tqdm=False)
     assert output.prompt_token_ids == theirs.instruct_tokenizer.tokenizer.encode(TEXTS[3], bos=True, eos=False)
     choice = SamplingParams(temperature=0, max_tokens=20, structured_outputs={"choice": ["a rose", "a fox"]})  # pyright: ignore
