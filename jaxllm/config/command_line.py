@@ -26,6 +26,16 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)") from None
 
 
+def size(text: str) -> int:
+    """Bytes, as `argument_checks.size` reads them."""
+    try:
+        return argument_checks.size("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bytes (4294967296, 4GiB and 500MB are)"
+        ) from None
+
+
 def _length(text: str) -> int | str:
     return "auto" if text.strip().lower() == "auto" else count(text)
 
@@ -89,6 +99,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
             found[name] = next((reader for kind, reader in readers.items() if kind in kinds), _value)
     del found["model"]
     found["max_model_len"] = _length
+    found["kv_cache_memory_bytes"] = size
     return found
 
 

@@ -12,6 +12,7 @@ from jaxllm.api import logits_processor, pooler
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import argument, not_yet, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
@@ -30,7 +31,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     Each argument is written once: a field with its check and its help, here or in the configuration of its concern.
 
     Construction checks every value and normalises it to the type of its field: counts may come as strings ("1k" is
-    1000, "8K" is 8192, "25.6k" is 25600), and None stands for the default.
+    1000, "8K" is 8192, "25.6k" is 25600), bytes too ("4GiB", "500MB"), and None stands for the default.
 
     Raises:
         ValidationError: a value has the wrong type or lies outside its range; the text names both.
@@ -97,7 +98,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     )
     #: in bytes
     kv_cache_memory_bytes: int | None = argument(
-        None, check.at_least(1), "size of the KV cache, in place of gpu_memory_utilization"
+        None,
+        check.at_least(1, check.size),
+        "size of the KV cache, such as 4GiB or 500MB, in place of gpu_memory_utilization",
     )
     #: block 0 is trash, so one block would hold nothing
     num_gpu_blocks_override: int | None = argument(
@@ -233,3 +236,16 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
     result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
     report_without_effect(given)
     return result
+
+
+def refuse_to_set(name: str, value: Any) -> None:
+    """Raise AttributeError where the attribute that an engine's user sets is an argument: it would change nothing."""
+    if name in argument_names() | known_names():
+        raise AttributeError(
+            f"{name} cannot be changed while the engine runs. End it with shutdown(), and start another: "
+            f"LLM(model, {name}={value!r:.60})."
+        )
+    if name in {field.name for field in dataclasses.fields(SamplingParams)}:
+        raise AttributeError(
+            f"{name} is asked for with each call, not of the engine: SamplingParams({name}={value!r:.60})."
+        )

@@ -14,6 +14,7 @@ from jaxllm.bench.options import add_benchmarks
 from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
+from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 
 
@@ -51,14 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
     )
     generate.add_argument("--prompt-column", metavar="NAME", help="of a CSV or Parquet file (default: prompt)")
+    add_encoding_option(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
     generate.set_defaults(run=_lazily("jaxllm.entrypoints.generate"))
 
-    batch = commands.add_parser("run-batch", allow_abbrev=False, help="run a file of OpenAI API calls; resumable")
-    add_batch_options(batch)
+    batch = commands.add_parser(
+        "run-batch",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        help="run a file of OpenAI API calls; resumable",
+    )
     add_engine_options(batch)
+    add_batch_options(batch)
     batch.set_defaults(run=_lazily("jaxllm.entrypoints.batch.run"))
 
     chat = commands.add_parser(

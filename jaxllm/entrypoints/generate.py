@@ -58,10 +58,12 @@ def in_order(outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
 def _prompts(arguments: argparse.Namespace) -> Iterator[Any]:
     if arguments.prompt_column and not arguments.input_file:
         raise ValidationError("--prompt-column is for --input-file with a CSV or Parquet file.")
+    if arguments.encoding and not arguments.input_file:
+        raise ValidationError("--encoding is for --input-file.")
     if arguments.input_file:
         if arguments.prompts:
             raise ValidationError("Give prompts as arguments or with --input-file, not both.")
-        return read_prompts(arguments.input_file, arguments.prompt_column)
+        return read_prompts(arguments.input_file, arguments.prompt_column, arguments.encoding)
     return read_stdin() if arguments.prompts in ([], ["-"]) else iter(arguments.prompts)
 
 

@@ -73,6 +73,7 @@ def start(args: EngineArgs) -> Engine:
             "Leave it out."
         )
     # before JAX is asked for devices that would not do
+    setup.check_classifier()
     setup.check_devices(args.tensor_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock

@@ -175,6 +175,7 @@ def test_generate_reads_prompts_from_a_file(
         (["--input-file", "nowhere.txt"], "cannot be read"),
         (["--input-file", "f.txt", "--prompt-column", "p"], "is for CSV and Parquet"),
         (["--prompt-column", "p"], "is for --input-file"),
+        (["--encoding", "latin-1"], "is for --input-file"),
     ],
 )
 def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
@@ -183,6 +184,30 @@ def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
     assert main(["generate", *argv]) == 1
     assert message in capsys.readouterr().err
     assert engine.made == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", b"prompt\nM\xfcnchen\n", "not UTF-8: line 2 has the byte 0xFC. It is likely latin-1"),
+        ("p.txt", "one\ntwo \u201cquoted\u201d\n".encode("cp1252"), "line 2 has the byte 0x93. It is likely cp1252"),
+        ("p.jsonl", b"5\n7\n", "line 1: a prompt must be text or a list of token ids, got the number 5"),
+    ],
+)
+def test_files_that_would_come_out_wrong_are_refused_before_the_engine_is_built(
+    engine: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, message: str
+):
+    (tmp_path / name).write_bytes(text)
+    assert main(["generate", "--input-file", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+    assert engine.made == []
+
+
+def test_a_file_in_the_encoding_that_is_given(engine: type[FakeLLM], tmp_path: Path):
+    for name, text in (("p.csv", "prompt\nM\xfcnchen\nB\xe4r\n"), ("p.txt", "M\xfcnchen\nB\xe4r\n")):
+        (tmp_path / name).write_bytes(text.encode("cp1252"))
+        assert main(["generate", "--input-file", str(tmp_path / name), "--encoding", "cp1252"]) == 0
+        assert engine.made[-1].calls[0][0] == ["M\xfcnchen", "B\xe4r"]
 
 
 def test_bad_values_end_before_the_engine_is_built(

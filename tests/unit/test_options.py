@@ -34,6 +34,12 @@ def test_a_count_is_the_same_from_the_command_line_and_from_python(parser: argpa
     assert EngineArgs(model="m", **given) == EngineArgs(model="m", max_num_batched_tokens=text)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("text", ["4GB", "4GiB", "4G", "4g", "500MB", "100"])
+def test_a_size_is_the_same_from_the_command_line_and_from_python(parser: argparse.ArgumentParser, text: str):
+    _, given = engine_arguments(parser.parse_args(["--kv-cache-memory-bytes", text]))
+    assert EngineArgs(model="m", **given) == EngineArgs(model="m", kv_cache_memory_bytes=text)  # pyright: ignore[reportArgumentType]
+
+
 def test_every_engine_argument_reaches_the_engine(parser: argparse.ArgumentParser):
     """Each option alone gives the argument, as a value of the field's own type."""
     defaults = EngineArgs(model="m")

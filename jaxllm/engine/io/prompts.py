@@ -210,7 +210,7 @@ class PromptReader:
         salt = _salt(prompt)
         if prompt.get("prompt_token_ids") is not None:
             return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
-        if prompt.get("messages") is not None:
+        if "messages" in prompt and prompt.get("prompt") is None:
             # a chat template writes the special tokens itself
             rendered = self._render(prompt)
             return (rendered, None, salt, False) if isinstance(rendered, str) else (None, rendered, salt, False)
@@ -279,6 +279,7 @@ class PromptReader:
 
     @staticmethod
     def _ids(ids: Any) -> list[int]:
+        checks.no_table("the prompt", ids)
         try:
             if isinstance(ids, (bytes, bytearray)):
                 raise TypeError
@@ -286,7 +287,7 @@ class PromptReader:
             wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
         except TypeError:
             raise ValidationError(
-                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}"
+                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}{_hint(ids)}"
             ) from None
         if wrong is not None:
             raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
@@ -298,3 +299,10 @@ def _salt(prompt: Mapping[str, Any]) -> str | None:
     if salt is not None and not (isinstance(salt, str) and salt):
         raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
     return salt
+
+
+def _hint(value: Any) -> str:
+    """What tables have where nothing is."""
+    is_nan = isinstance(value, float) and value != value
+    is_empty = is_nan or type(value).__name__ in ("NoneType", "NAType", "NaTType")
+    return ", an empty cell perhaps: leave such rows out, or give text in their place" if is_empty else ""
