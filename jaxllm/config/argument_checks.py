@@ -128,17 +128,22 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def one_of(*choices: str, **others: str) -> Callable[[str, Any], str]:
+class OneOf:
     """One of `choices`, in whatever case; `others` are further names of some of them."""
-    known = {choice: choice for choice in choices} | others
 
-    def check(name: str, value: Any) -> str:
-        choice = known.get(value.strip().lower()) if isinstance(value, str) else None
+    def __init__(self, *choices: str, **others: str):
+        self.choices = choices
+        self._known = {choice: choice for choice in choices} | others
+
+    def __call__(self, name: str, value: Any) -> str:
+        choice = self._known.get(value.strip().lower()) if isinstance(value, str) else None
         if choice is None:
-            raise ValidationError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+            raise ValidationError(f"{name} must be one of {', '.join(self._known)}; got {value!r}.")
         return choice
 
-    return check
+
+def one_of(*choices: str, **others: str) -> OneOf:
+    return OneOf(*choices, **others)
 
 
 def attention_backend(name: str, value: Any) -> str:
@@ -177,6 +182,6 @@ def dtype(name: str, value: Any) -> str:
     return one_of("auto", "float32", "bfloat16", "float16", float="float32", half="float16")(name, value)
 
 
-def part(kind: type, help: str) -> Any:
+def part(kind: type, help: str, *, group: str = "engine") -> Any:
     """An `argument` that is a configuration of its own, or a dict of its fields."""
-    return argument(kind, fields_of(kind), help)
+    return argument(kind, fields_of(kind), help, group=group, form="JSON")

@@ -129,7 +129,8 @@ def start(args: EngineArgs) -> Engine:
         constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
     core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints, pools=pooler is not None)
     if log_interval is not None:
-        core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
+        prefix_caching = cache.enable_prefix_caching
+        core.observe(StatsLog(core.stats, log_interval, prefix_caching=prefix_caching, cache_name=plan.cache_name))
     inputs = InputProcessor(
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),

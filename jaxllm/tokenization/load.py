@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllm")
 
-#: any of them is a tokenizer of Hugging Face's
-_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
+#: a directory without any of these, and without tekken.json, has no tokenizer that transformers could build
+_FILES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken")
 #: transformers imports its parts when they are asked for, and fails where two threads ask at once
 _transformers = threading.Lock()
 
@@ -32,7 +31,7 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             where they exist, and "slow" as "auto".
 
     Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
-    cannot be built, or when transformers cannot load the directory's.
+    cannot be built, when the directory has none, or when transformers cannot load it.
     """
     path = Path(path)
     if mode == "slow":
@@ -45,8 +44,15 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
 
             return load_mistral_tokenizer(path)
     if path.is_dir():
+        has_tekken = (path / "tekken.json").exists()
+        if not (has_tekken or _has_own_files(path)):
+            raise WeightsError(
+                f"{path}: there is no tokenizer: tokenizer.json is missing, and so is any other form of one. Put the "
+                "model's tokenizer.json there; or pass tokenizer=..., a folder, .gguf file or hub id that has one; or "
+                "skip_tokenizer_init=True, and prompts as token ids."
+            )
         # with mistral_common installed, transformers would take Mistral's files
-        given = {"mistral_format": False} if (path / "tekken.json").exists() else {}
+        given = {"mistral_format": False} if has_tekken else {}
         with _with_transformers():
             from transformers import AutoTokenizer
 
@@ -73,8 +79,12 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             raise WeightsError(f"{path}: {error}") from error
 
 
+def _has_own_files(path: Path) -> bool:
+    return any(found for pattern in _FILES for found in path.glob(pattern))
+
+
 def _has_mistral_files_alone(path: Path) -> bool:
-    if not path.is_dir() or any((path / name).exists() for name in _HUGGING_FACE_FILES):
+    if not path.is_dir() or _has_own_files(path):
         return False
     from jaxllm.tokenization.mistral import mistral_file
 
