@@ -59,7 +59,7 @@ _SAMPLING = _in(
     "RequestOutputKind",
     "RepetitionDetectionParams",
 )
-_PROMPTS = _in("jaxllm.api.inputs", "PromptType", "TextPrompt", "TokensPrompt")
+_PROMPTS = _in("jaxllm.api.inputs", "EmbedsPrompt", "PromptType", "TextPrompt", "TokensPrompt")
 _OUTPUTS = _in("jaxllm.api.outputs", "CompletionOutput", "RequestOutput", "RequestStateStats", "Logprob")
 _POOLING = _in(
     "jaxllm.api.pooling_outputs",
@@ -67,6 +67,8 @@ _POOLING = _in(
     "ClassificationRequestOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "LateChunk",
+    "LateChunkingMetadata",
     "PoolingOutput",
     "PoolingRequestOutput",
     "ScoringOutput",
@@ -152,10 +154,7 @@ MODULES: dict[str, dict[str, str]] = {
     "multimodal": _NO_MEDIA,
     "outputs": {**_OUTPUTS, **_POOLING},
     "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
-    "pooling_params": {
-        "PoolingParams": "jaxllm.api.pooling_params",
-        "LateChunkingParams": Missing("jaxllm does not have late chunking so far"),
-    },
+    "pooling_params": _in("jaxllm.api.pooling_params", "LateChunkingParams", "PoolingParams"),
     "reasoning": _nothing("a reasoning parser is the marks around reasoning: reasoning_parser, or reasoning_config"),
     "renderers": {},
     "renderers.chat_utils": _CHAT_TEMPLATES,

@@ -68,7 +68,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "interleave_mm_strings": (False,),
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
-        "enable_prompt_embeds": (False,),
     },
     "offloading": {
         "cpu_offload_gb": (0,),
@@ -84,7 +83,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_events_config": (),
     },
     "logits processors by name pattern": {"logits_processor_pattern": ()},
-    "other tokenizers": {"tokenizer_mode": ("auto", "hf", "fast")},
     "this scheduling option": {
         "performance_mode": ("balanced",),
         "max_num_partial_prefills": (1,),

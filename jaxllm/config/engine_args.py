@@ -46,6 +46,13 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "the tokenizer's directory, .gguf file or hub id (default: the model's)", group="model"
     )
+    #: "fast" is an older name of "hf"
+    tokenizer_mode: str = argument(
+        "auto",
+        check.one_of("auto", "hf", "slow", "mistral", fast="hf"),
+        "whose files the tokenizer is read from; mistral (tekken.json) needs mistral_common",
+        group="model",
+    )
     skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids", group="model")
     #: threads, while the engine runs; 0: the caller's own
     tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize", group="model")
@@ -147,6 +154,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         check.at_least(1),
         "most decode steps of one launch, where nobody waits and nothing is streamed (default: 1)",
         group="scheduler",
+    )
+    enable_prompt_embeds: bool = switch(
+        False, 'take prompts that are vectors, {"prompt_embeds": array}, too', group="model"
     )
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
     deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU", group="device")

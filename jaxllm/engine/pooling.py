@@ -105,12 +105,13 @@ class Pooling:
                 tokenization_kwargs = {"add_special_tokens": True, **(tokenization_kwargs or {})}
             outputs = self.run(pairs, "classify", params, use_tqdm, tokenization_kwargs, *arguments)
             return [ScoringRequestOutput.from_base(output) for output in outputs]
-        task = "token_embed" if self.inputs.pooler.task == "token_embed" else "embed"
+        by_token = self.inputs.pooler.task == "token_embed"
+        task = "token_embed" if by_token else "embed"
         outputs = self.run(first + second, task, params, use_tqdm, tokenization_kwargs, *arguments)
         left, right = outputs[: len(first)], outputs[len(first) :]
-        compare = _late_interaction if task == "token_embed" else _cosine
+        measure = _max_sim if by_token else _cosine
         pairs = list(zip(left * (len(right) // len(left)), right, strict=True))
-        return [_compared(a, b, i, compare) for i, (a, b) in enumerate(pairs)]
+        return [_scored(a, b, i, measure) for i, (a, b) in enumerate(pairs)]
 
     def task(self, asked: str | None) -> str:
         """What `LLM.encode` is asked for. Raises ValidationError when nobody says it."""
@@ -190,20 +191,18 @@ def _cosine(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
 
 
-def _late_interaction(x: np.ndarray, y: np.ndarray) -> float:
-    """ColBERT's score (MaxSim): each token of the query counts with the token of the document that is most like it.
-
-    Args:
-        x, y: a row for each token.
-    """
+def _max_sim(x: np.ndarray, y: np.ndarray) -> float:
+    """Each token of the first text finds its nearest of the second (ColBERT, arXiv:2004.12832)."""
     return float((x @ y.T).max(axis=1).sum())
 
 
-def _compared(a: Pooled, b: Pooled, index: int, compare: Callable[..., float]) -> ScoringRequestOutput:
+def _scored(
+    a: Pooled, b: Pooled, index: int, measure: Callable[[np.ndarray, np.ndarray], float]
+) -> ScoringRequestOutput:
     error = a.error or b.error
     score = float("nan")
     if error is None:
-        score = compare(a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64))
+        score = measure(a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64))
     return ScoringRequestOutput(
         request_id=f"{a.request_id}_{b.request_id}",
         outputs=ScoringOutput(score=score),

@@ -15,12 +15,15 @@ from jaxllm.api.errors import ValidationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.tokenization.mistral import MistralChat
+
 logger = logging.getLogger("jaxllm")
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 CONTENT_FORMATS = ("auto", "string", "openai")
+_NO_TEMPLATE = "chat_template is not supported for Mistral tokenizers: mistral_common writes conversations itself."
 #: roles that OpenAI's API has
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _ALWAYS_KNOWN = ("user", "assistant")
@@ -53,13 +56,17 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None):
         self._tokenizer = tokenizer
         self._template = load_chat_template(template)
+        #: what Mistral's own tokenizers have in a template's place
+        self._mistral: MistralChat | None = getattr(tokenizer, "mistral_chat", None)
+        if self._mistral is not None and template is not None:
+            raise ValidationError(_NO_TEMPLATE)
         #: roles that were warned of
         self._told: set[str] = set()
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
-    ) -> str:
-        """Return the prompt's text, special tokens included.
+    ) -> str | list[int]:
+        """Return the prompt's text, special tokens included; or, of Mistral's own tokenizers, its token ids.
 
         Args:
             content_format: what the template expects as a message's content: "string" (and "auto"), or "openai", a
@@ -84,6 +91,10 @@ class ChatRenderer:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
+        if self._mistral is not None:
+            if template is not None:
+                raise ValidationError(_NO_TEMPLATE)
+            return self._mistral.encode(messages, **kwargs)
         template = load_chat_template(template) or self._template
         if template is None and not self._tokenizer.chat_template:
             raise ValidationError("the model has no chat template: pass chat_template, or use generate()")

@@ -52,6 +52,9 @@ class Checkpoint:
         self.is_gguf = path.is_file()
         self.use_format(load_format)
         self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
+        if "rope_parameters" in (overrides or {}) and "rope_scaling" not in (overrides or {}):
+            # the older name of what is replaced
+            self.config.pop("rope_scaling", None)
         #: what a classification head is made of that the weights have not got; None: nothing
         self.classifier: ClassifierRows | None = None
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxllm import LLM, PoolingParams
+from jaxllm import LLM, LateChunkingParams, PoolingParams
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -89,6 +89,25 @@ def test_minilm_tokens_and_raw_means(engine: LLM, minilm: Path) -> None:
     (mean,) = engine.encode(SENTENCES[0], raw, pooling_task="embed", use_tqdm=False)
     np.testing.assert_allclose(tokens.outputs.data, hidden, atol=1e-5)
     np.testing.assert_allclose(mean.outputs.data, hidden.mean(0), atol=1e-5)
+
+
+def test_minilm_late_chunks(engine: LLM, minilm: Path) -> None:
+    """Means over the states of a whole text, special tokens included, and where in the text they are."""
+    text = SENTENCES[4] + " " + SENTENCES[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    batch = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets = batch.pop("offset_mapping")[0].tolist()
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state[0]
+    params = PoolingParams(late_chunking_params=LateChunkingParams(5))
+    (output,) = engine.encode(text, params, pooling_task="token_embed", use_tqdm=False)
+    expected = torch.stack([torch.nn.functional.normalize(part.mean(0), dim=0) for part in hidden.split(5)])
+    np.testing.assert_allclose(output.outputs.data, expected, atol=1e-5)
+    assert output.late_chunking is not None
+    for chunk in output.late_chunking.chunks:
+        own = [offset for offset in offsets[slice(*chunk.token_range)] if offset[0] < offset[1]]
+        assert chunk.char_range == ((own[0][0], own[-1][1]) if own else None)
 
 
 # Decoders, small and random.
