@@ -21,7 +21,7 @@ def outcome(returncode: int | None, stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     reason = (errors or lines or [f"exit status {returncode}"])[-1]
-    return f"{'refused' if _REFUSAL.match(reason) else 'failed'}: {reason[:300]}"
+    return f"{'refused' if _REFUSAL.match(reason) else 'failed'}: {reason[:160]}"
 
 
 def renamed(script: str) -> str:
