@@ -78,3 +78,32 @@ threading.Thread(target=generate).start()
 def test_a_thread_goes_on_after_the_main_thread_has_ended(tiny_model: Path):
     found, errors = ends(AFTER_MAIN, tiny_model)
     assert found == 0, errors
+
+
+STARTING = """
+import sys, threading
+import jax, jax.numpy as jnp
+import jaxllm.startup.start as startup
+from jaxllm import LLM
+
+begun = threading.Event()
+null_runner, product = startup.null_runner, jax.jit(lambda x: x @ x / 300)
+
+def in_xla(*args, **kwargs):
+    x = product(jnp.ones((300, 300)))
+    begun.set()
+    for _ in range(300):
+        x = product(x).block_until_ready()
+    return null_runner(*args, **kwargs)
+
+startup.null_runner = in_xla
+threading.Thread(target=lambda: LLM(sys.argv[1], load_format="null"), daemon=True).start()
+begun.wait()
+raise ValueError("the user's own")
+"""
+
+
+def test_a_program_that_ends_while_a_thread_of_its_own_starts_an_engine(tiny_model: Path):
+    found, errors = ends(STARTING, tiny_model)
+    assert found == 1, errors
+    assert "ValueError: the user's own" in errors

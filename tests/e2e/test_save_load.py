@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import JaxLLMError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["one", "two and two", "a longer line that fills more than one block of the cache"]
@@ -44,6 +46,17 @@ def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, forma
         for saved, loaded in zip(weights, jax.tree.leaves(llm.engine.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()
         assert answers(llm) == before
+
+
+def test_saving_needs_nothing_that_is_not_installed(engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "orbax"] + ["orbax"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    engine.save(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    hint = r"orbax-checkpoint is not installed: pip install .orbax-checkpoint.*'\.\[orbax\]"
+    with pytest.raises(JaxLLMError, match=hint):
+        engine.save(tmp_path / "other", format="orbax")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_engine_that_was_shut_down_saves_nothing(engine: LLM, tiny_model: Path, tmp_path: Path):
