@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # processes that run the tests; 0: all in one
 WORKERS ?= 2
+# Whole files go to a worker, in the order of tests/conftest.py.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not peer and not large and not cuda"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
@@ -28,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # Runs the notebooks and writes their outputs into them.
 notebooks: $(VENV)/.installed-test
@@ -41,7 +43,7 @@ test-py312:
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
-	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS) $(CORE_TESTS)
+	$(VENV312)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS) $(CORE_TESTS)
 
 # JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own, for
 # each JAX one. QUICK=1 compiles a part of the configurations.
