@@ -74,7 +74,10 @@ FITTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 #: what does not fit on one card; QwQ is what vLLM's second tuning guide meets
 TOO_LARGE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama-l4": (LLAMA, {"device": "l4", "max_model_len": 131072}),
+    "llama-l4": (
+        {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 2**20},
+        {"device": "l4", "max_model_len": 2**20, "max_num_seqs": 16},
+    ),
     "qwq-h100": (QWQ, {"device": "h100", "max_model_len": 131072}),
 }
 
