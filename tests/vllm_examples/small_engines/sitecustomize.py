@@ -1,5 +1,6 @@
-"""Python imports it at the start of every example: engines start small, where a script leaves it open. A script of vLLM's
-is written for a GPU, and would compile for hundreds of requests at once here.
+"""Python imports it at the start of every example: engines start small, where a script leaves it open.
+
+Scripts of vLLM's are written for GPUs, and would compile for hundreds of requests at once here.
 """
 
 from __future__ import annotations
