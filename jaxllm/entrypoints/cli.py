@@ -15,6 +15,7 @@ from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.plan import add_plan_options
+from jaxllm.runner.compile.workers import leave_if_held_up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
+        if argv is None:
+            leave_if_held_up(130)
         return 130
     except BrokenPipeError:
         # Whoever read the output has enough; the interpreter's last flush must not fail on it again.
