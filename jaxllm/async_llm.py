@@ -66,7 +66,7 @@ class AsyncLLM:
 
         def begin() -> AsyncLLM:
             llm, self = LLM.__new__(LLM), cls.__new__(cls)
-            llm.engine = start_engine(model, kwargs, wanted=lambda: not cancelled.is_set())
+            llm.engine = start_engine(model, kwargs, cancelled=cancelled.is_set)
             self._drive(llm)
             return self
 

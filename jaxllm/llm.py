@@ -28,6 +28,7 @@ from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
 from jaxllm.engine.beam_search import beam_search
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.io.text_stream import stream_text
@@ -615,28 +616,29 @@ class LLM:
 
 
 def start_engine(
-    model: str | os.PathLike[str], arguments: Mapping[str, Any], *, wanted: Callable[[], bool] | None = None
+    model: str | os.PathLike[str], arguments: Mapping[str, Any], *, cancelled: Callable[[], bool] | None = None
 ) -> Engine:
     """The engine that the arguments of a face describe. Raises what `LLM` does.
 
     Args:
-        wanted: asked now and then; where it is False, the start ends with KeyboardInterrupt. None: it is wanted unless
-            the task of asyncio that this runs in is cancelled, which is what Ctrl-C does under ``asyncio.run``.
+        cancelled: asked now and then; where it is True, the start ends with KeyboardInterrupt. None: when the task of
+            asyncio that this runs in is cancelled, which is what Ctrl-C does under ``asyncio.run``.
     """
     show_log()
     # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
     bar_class()
     args = engine_args(model, **arguments)
     try:
-        return start(args, wanted or _own_task_goes_on())
+        with StartInterrupt(cancelled or _own_task_is_cancelled()) as interrupt:
+            return start(args, interrupt)
     except BaseException as error:
         clear_frames(error)
         raise
 
 
-def _own_task_goes_on() -> Callable[[], bool]:
+def _own_task_is_cancelled() -> Callable[[], bool]:
     try:
         task = asyncio.current_task()
     except RuntimeError:  # there is no event loop
         task = None
-    return lambda: task is None or not task.cancelling()
+    return lambda: task is not None and task.cancelling() > 0

@@ -35,6 +35,7 @@ class ShortTracebacks:
             # what the caller was handling, but not what led to the refusal, which its text tells
             error.__cause__ = None
             error.__context__ = self._handled if self._handled is not error else None
+            error.__suppress_context__ = False  # which setting the cause has changed
 
 
 def short_tracebacks(face: Face) -> Face:

@@ -8,7 +8,6 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
 from jaxllm.engine.io.token_constraints import TokenConstraints
@@ -58,11 +58,11 @@ _GENERATION_FIELDS = {
 }
 
 
-def start(args: EngineArgs, wanted: Callable[[], bool] = lambda: True) -> Engine:
+def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does.
 
     Args:
-        wanted: asked now and then from this thread; where it is False, the start ends with KeyboardInterrupt.
+        interrupt: asked now and then whether the start is to end.
     """
     _tell_of_others()
     times: dict[str, float] = {}
@@ -84,7 +84,7 @@ def start(args: EngineArgs, wanted: Callable[[], bool] = lambda: True) -> Engine
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
     progress = StartProgress(
-        quiet=is_null, on_terminal=sys.stderr.isatty(), expected=start_times.read(), wanted=wanted
+        quiet=is_null, on_terminal=sys.stderr.isatty(), expected=start_times.read(), interrupt=interrupt
     )
 
     # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy

@@ -21,7 +21,9 @@ from support.tiny_model import SMALL
 from jaxllm import LLM, AsyncLLM
 
 PROGRAM = """
-import sys, threading
+import signal, sys, threading
+# a shell's background jobs ignore Ctrl-C, and so does what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax
 from support.tiny_model import SMALL
 from jaxllm import LLM
@@ -139,8 +141,6 @@ def test_a_program_ends_as_it_would_have(tiny_model: Path, tmp_path: Path, progr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell's background jobs, and so what they start, ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         assert process.stdout is not None

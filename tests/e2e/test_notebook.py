@@ -64,9 +64,7 @@ def test_out_keeps_no_engine(tiny_model: Path, tmp_path: Path):
     assert done.stderr.count("The engine that this cell showed had no name, and is freed") == 1
 
 
-def test_a_start_tells_of_the_engines_that_there_are(
-    tiny_model: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_start_tells_of_the_engines_that_there_are(tiny_model: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "jaxllm")
 
     def told() -> list[str]:

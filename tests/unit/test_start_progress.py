@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.read_only import read_only, temporary_folder
 
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.runner.compile.progress import LINE_INTERVAL, StartProgress
 from jaxllm.startup.start_times import KEPT, StartTimes
 
@@ -80,12 +81,11 @@ def test_a_terminal_shows_a_bar(caplog: pytest.LogCaptureFixture, monkeypatch: p
 
 
 def test_waiting_ends_where_the_start_is_not_wanted_any_more():
-    wanted = threading.Event()
-    wanted.set()
-    progress = StartProgress(quiet=True, wanted=wanted.is_set)
+    ended = threading.Event()
+    progress = StartProgress(quiet=True, interrupt=StartInterrupt(ended.is_set))
     done: concurrent.futures.Future[int] = concurrent.futures.Future()
     done.set_result(1)
-    waiting = progress.wait([done, concurrent.futures.Future()], wanted.clear)
+    waiting = progress.wait([done, concurrent.futures.Future()], ended.set)
     assert next(waiting).result() == 1
     with pytest.raises(KeyboardInterrupt):
         next(waiting)

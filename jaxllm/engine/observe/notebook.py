@@ -1,7 +1,7 @@
 """What a notebook keeps of an engine that a cell shows: its text, and not the engine.
 
-IPython puts whatever a cell's last line gives into `Out`, `_` and their like, where it stays. An engine there would keep
-its memory for as long as the notebook runs, also when the cell is run again and its name means a new one.
+IPython puts whatever a cell's last line gives into `Out`, `_` and their like, where it stays. An engine there would
+keep its memory for as long as the notebook runs, also when the cell is run again and its name means a new one.
 """
 
 from __future__ import annotations

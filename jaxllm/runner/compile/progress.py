@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxllm.engine.interrupt import StartInterrupt
+
 logger = logging.getLogger("jaxllm")
 
 #: seconds between two lines of the log
@@ -25,7 +27,7 @@ class StartProgress:
         quiet: nothing is said.
         on_terminal: whether there is a terminal that shows bars.
         expected: seconds that the last start like this one took, by whether programs were compiled in it.
-        wanted: False when the start is to end.
+        interrupt: ends the start.
         clock: seconds, monotonic.
     """
 
@@ -35,11 +37,12 @@ class StartProgress:
         quiet: bool = False,
         on_terminal: bool = False,
         expected: dict[bool, float] | None = None,
-        wanted: Callable[[], bool] = lambda: True,
+        interrupt: StartInterrupt | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._quiet, self.on_terminal = quiet, on_terminal and not quiet
-        self._expected, self._wanted, self._clock = expected or {}, wanted, clock
+        self._expected, self._clock = expected or {}, clock
+        self._interrupt = interrupt or StartInterrupt()
         self._began = self._said = clock()
         self._seconds: float | None = None
         self._bar: tqdm[Any] | None = None
@@ -87,22 +90,25 @@ class StartProgress:
             logger.info("%d of %d programs, %.0f%s s", done, total, now - self._began, expected)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt where the start is not wanted any more."""
-        if not self._wanted():
-            raise KeyboardInterrupt("the start was cancelled")
+        """Raise KeyboardInterrupt where the start is to end."""
+        self._interrupt.check()
 
     def wait(
         self, futures: Collection[concurrent.futures.Future[Any]], still: Callable[[], object]
     ) -> Iterator[concurrent.futures.Future[Any]]:
         """The futures as they are done; `still` is called in between, and now and then where none is."""
         pending = set(futures)
-        while pending:
-            done, pending = concurrent.futures.wait(
-                pending, timeout=LOOK_INTERVAL, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            self.check()
-            yield from done
-            still()
+        self._interrupt.is_polled = True
+        try:
+            while pending:
+                done, pending = concurrent.futures.wait(
+                    pending, timeout=LOOK_INTERVAL, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                self.check()
+                yield from done
+                still()
+        finally:
+            self._interrupt.is_polled = False
 
     def close(self) -> None:
         """Show nothing any more; idempotent."""
