@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 import weakref
@@ -11,12 +12,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import ShortTracebacks, short_tracebacks
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
 from jaxllm.engine.observe.notebook import shown
@@ -57,6 +59,10 @@ class AsyncLLM:
         self._end = weakref.finalize(self, _end, self._thread)
         self._end.atexit = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
         """An engine, started in a thread. When the task is cancelled, which is what Ctrl-C does under ``asyncio.run``,
@@ -90,6 +96,7 @@ class AsyncLLM:
 
     # Requests.
 
+    @with_params("sampling_params", SamplingParams)
     def generate(
         self,
         prompt: Prompt,
@@ -114,6 +121,7 @@ class AsyncLLM:
         params = engine.default_params if sampling_params is None else sampling_params
         return self._run(engine.inputs, prompt, params, request_id, priority, options)
 
+    @with_params("pooling_params", PoolingParams)
     def encode(
         self,
         prompt: Prompt,
@@ -150,8 +158,8 @@ class AsyncLLM:
             own_id = client.next_id(request_id)
 
             def receive(output: Any) -> None:
-                # a loop that has been closed has nobody left who waits
-                if not loop.is_closed():
+                # a loop that is closed, perhaps by now, has nobody left who waits
+                with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(outputs.put_nowait, output)
 
             def add() -> None:
@@ -170,6 +178,7 @@ class AsyncLLM:
             finally:
                 self._thread.post_logged(lambda: client.end([own_id]))
 
+    @with_params("sampling_params", SamplingParams)
     def chat(
         self,
         messages: Conversation,

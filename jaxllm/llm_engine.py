@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import short_tracebacks
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.observe.notebook import shown
 from jaxllm.llm import LLM
@@ -35,6 +36,10 @@ class LLMEngine:
         #: what both are faces of
         self.engine = self.llm.engine
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
         """An engine from arguments that are checked already."""
@@ -46,6 +51,7 @@ class LLMEngine:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return shown(self, include, exclude)
 
+    @with_params("params", SamplingParams)
     def add_request(
         self,
         request_id: str,

@@ -79,6 +79,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
             "Leave it out."
         )
     # before JAX is asked for devices that would not do
+    setup.check_classifier()
     setup.check_devices(args.tensor_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
@@ -140,7 +141,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
         constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
     core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints, pools=pooler is not None)
     if log_interval is not None:
-        core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
+        prefix_caching = cache.enable_prefix_caching
+        core.observe(StatsLog(core.stats, log_interval, prefix_caching=prefix_caching, cache_name=plan.cache_name))
     inputs = InputProcessor(
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),
@@ -183,9 +185,9 @@ def _tell_of_others() -> None:
         return
     gc.collect()  # what only waits for the collector is not alive
     if running := Engine.running():
-        size = sum(engine.runner.num_bytes for engine in running) / 2**30
+        size = sum(engine.runner.num_bytes for engine in running) / 1e6
         logger.info(
-            "This process has %s that hold%s %.2f GiB (%s). To end one: llm.shutdown(), or `del llm` before the next "
+            "This process has %s that hold%s %.0f MB (%s). To end one: llm.shutdown(), or `del llm` before the next "
             "`llm = LLM(...)`.",
             "an engine" if len(running) == 1 else f"{len(running)} engines",
             "s" if len(running) == 1 else "",
