@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -28,7 +29,7 @@ def gather(spec: WeightSpec, array: jax.Array) -> np.ndarray:
 
 
 def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:
-    """One tensor of an array that is split.
+    """One part of an array that is split.
 
     Args:
         part, index: of `WeightSpec.places`.
@@ -68,6 +69,9 @@ def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding
     """
     shape, own = shape_and_sharding(spec, sharding)
     assert own is not None
+    # each part is a tensor of its own here, whatever a checkpoint makes of them
+    parts = (dataclasses.replace(part, name=f"{i} {part.name}", rows=None) for i, part in enumerate(spec.parts))
+    spec = dataclasses.replace(spec, parts=tuple(parts))
     reader = _Whole(spec, whole)
     return jax.make_array_from_callback(
         shape, own, lambda index: read_part(reader, spec, index, sharding, np.dtype(whole.dtype))

@@ -53,6 +53,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {**DECODER, "tie_word_embeddings": True},
     "Qwen3ForCausalLM": {**DECODER, "head_dim": 24},
     "Gemma3ForCausalLM": {**DECODER, "head_dim": 20, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma2ForCausalLM": {**DECODER, "head_dim": 20},
+    "Phi3ForCausalLM": DECODER,
+    "Olmo2ForCausalLM": DECODER,
+    "GPTNeoXForCausalLM": DECODER,
+    "StableLmForCausalLM": {**DECODER, "qk_layernorm": True, "use_parallel_residual": True},
+    "CohereForCausalLM": {**DECODER, "use_qk_norm": True},
+    "Glm4ForCausalLM": {**DECODER, "head_dim": 24},
     "BertModel": {**DECODER, "type_vocab_size": 2},
     "LlamaModel": DECODER,
 }

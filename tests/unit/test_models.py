@@ -113,7 +113,7 @@ def test_missing_fields_have_transformers_defaults():
         ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
         del full["architectures"]
         assert ours == config(name, **full), name
-        if family in ("Qwen3", "Gemma3"):
+        if family in ("Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4"):
             without = {key: value for key, value in BASE.items() if key != "head_dim"}
             assert model_config({**without, "architectures": [name]}).head_dim == full["head_dim"]
 
@@ -121,10 +121,7 @@ def test_missing_fields_have_transformers_defaults():
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
-        ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
-        ("Gemma3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
         ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
@@ -132,6 +129,8 @@ def test_missing_fields_have_transformers_defaults():
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
+        ("Phi3ForCausalLM", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(architecture: str, fields: dict[str, Any], message: str):
