@@ -29,7 +29,7 @@ def cohere2_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **{
             **fields,
-            "rope_frequencies": with_no_rope(fields["rope_frequencies"]),
+            "rope": with_no_rope(fields["rope"]),
             "layer_rope": tuple(1 if window is None else 0 for window in windows),
             "layer_window": windows,
         }

@@ -22,7 +22,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.embedding import embed, unembed
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
-from jaxllm.layers.rope import apply_rope, rope_tables
+from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.names import WeightNames
 from jaxllm.models.segments import through_layers
 
@@ -42,10 +42,10 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    #: tokens of the longest context
     max_position_embeddings: int
-    #: one tuple of inverse frequencies a kind of rotary embedding: half as many as numbers of a head turn; zeros turn
-    #: nothing
-    rope_frequencies: tuple[tuple[float, ...], ...]
+    #: the kinds of rotary embedding
+    rope: tuple[Rotary, ...]
     #: which of them each layer uses
     layer_rope: tuple[int, ...]
     #: sliding window of each layer, in tokens, itself included; None: all
@@ -86,6 +86,8 @@ class DecoderConfig:
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     names: WeightNames = WeightNames()
+    #: `max_model_len` unless one is asked for; None: `max_position_embeddings`
+    default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
 
@@ -156,8 +158,7 @@ def forward(
     Returns:
         (cache, hidden): hidden [T, d] after the final norm.
     """
-    frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
-    cos, sin = jax.vmap(lambda f: rope_tables(batch.attention.positions, f))(frequencies)
+    cos, sin = rope_tables(batch.attention.positions, config.rope)
     x = embed(context, params.embedding, batch.tokens)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)

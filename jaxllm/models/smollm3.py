@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxllm.layers.rope import Rotary
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.llama import common_fields
 
@@ -21,7 +22,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **{
             **fields,
-            "rope_frequencies": with_no_rope(fields["rope_frequencies"]),
+            "rope": with_no_rope(fields["rope"]),
             # what the field is called is not what it says: 1 is a layer with rotary embedding
             "layer_rope": tuple(0 if has_rope else 1 for has_rope in turned[:layers]),
             "layer_window": windows,
@@ -29,7 +30,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def with_no_rope(frequencies: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    """Of a rotary embedding, and as the second of one that turns nothing."""
-    (turning,) = frequencies
-    return turning, (0.0,) * len(turning)
+def with_no_rope(rope: tuple[Rotary, ...]) -> tuple[Rotary, Rotary]:
+    """A model's rotary embedding, and as the second one that turns nothing."""
+    (turning,) = rope
+    return turning, Rotary((0.0,) * len(turning.inverse_frequencies))

@@ -117,7 +117,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     if runner_kind == "pooling":
         model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
     else:
-        model = model_config(checkpoint.config)
+        model = model_config(checkpoint.config, _asked_length(args))
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
 
 
@@ -129,7 +129,7 @@ def _for_pooling(
 ) -> tuple[ModelConfig, EngineArgs, Pooler]:
     """The model, the arguments and the pooler of a pooling engine."""
     check_pooling(args)
-    model = pooling_model_config(hf)
+    model = pooling_model_config(hf, _asked_length(args))
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)
     if not model.causal:
@@ -163,12 +163,19 @@ def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
 
 def _max_model_len(args: EngineArgs, model: ModelConfig, pooling: SentenceTransformersConfig | None) -> int:
     longest = model.max_position_embeddings
-    if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
+    asked = _asked_length(args)
+    if asked is None:
+        usual = model.default_length if isinstance(model, DecoderConfig) else None
         trained = pooling.max_seq_length if pooling is not None else None
-        return min(trained or longest, longest)
-    if args.max_model_len > longest:
+        return min(trained or usual or longest, longest)
+    if asked > longest:
         raise ValidationError(
             f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "
             f"(max_position_embeddings={longest}). Set max_model_len <= {longest}."
         )
-    return args.max_model_len
+    return asked
+
+
+def _asked_length(args: EngineArgs) -> int | None:
+    """`max_model_len` where it is a number of tokens."""
+    return None if args.max_model_len == FIT_TO_MEMORY else args.max_model_len

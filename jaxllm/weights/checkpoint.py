@@ -58,6 +58,9 @@ class Checkpoint:
             raise ValidationError(f"load_format={load_format!r}, but {path} holds {found} weights.")
         self.load_format = load_format
         self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
+        if "rope_parameters" in (overrides or {}) and "rope_scaling" not in (overrides or {}):
+            # the older name of what is replaced
+            self.config.pop("rope_scaling", None)
 
     def _found(self) -> str:
         if self.is_gguf:

@@ -176,7 +176,15 @@ FAMILIES = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "sliding_window": 37,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.75},
+            "max_position_embeddings": 2048,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 1.8, 2.0],
+                "long_factor": [2.0, 2.1, 2.3, 2.6, 2.8, 3.0],
+            },
         },
     ),
     "granite": Family(
