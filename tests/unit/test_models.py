@@ -86,12 +86,43 @@ def test_the_first_known_architecture_is_taken():
                 },
             },
         ),
+        (
+            "GPTNeoXForCausalLM",
+            {"rotary_pct": 0.5, "rotary_emb_base": 500},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            "GlmForCausalLM",
+            {"rope_theta": 500, "partial_rotary_factor": 0.75},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.75}},
+        ),
+        (
+            "Cohere2ForCausalLM",
+            {"sliding_window": 8, "sliding_window_pattern": 3},
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+        ),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8},
+            {
+                "no_rope_layers": [1, 1, 0, 1, 1, 0],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"] * 2,
+            },
+        ),
     ],
 )
 def test_both_spellings_mean_the_same(architecture: str, old: dict[str, Any], new: dict[str, Any]):
     ours = config(architecture, **old)
     assert ours == config(architecture, **new)
     assert ours != config(architecture)
+
+
+def test_gemmas_gelu_is_the_tanh_form():
+    for name in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
+        assert config(name, hidden_act="gelu") == config(name)
+        assert config(name).activation == "gelu_pytorch_tanh"
 
 
 def test_windows_are_the_layers_own():
@@ -101,6 +132,9 @@ def test_windows_are_the_layers_own():
     assert config("Qwen3ForCausalLM", sliding_window=8, max_window_layers=0).layer_window == (None,) * 6
     gemma = config("Gemma3ForCausalLM", sliding_window=8)
     assert gemma.layer_window == (8, 8, 8, 8, 8, None) and gemma.layer_rope == (1, 1, 1, 1, 1, 0)
+    assert config("Gemma2ForCausalLM", sliding_window=8).layer_window == (8, None) * 3
+    cohere = config("Cohere2ForCausalLM", sliding_window=8)
+    assert cohere.layer_window == (8, 8, 8, None, 8, 8) and cohere.layer_rope == (0, 0, 0, 1, 0, 0)
 
 
 def test_missing_fields_have_transformers_defaults():

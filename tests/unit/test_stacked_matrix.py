@@ -71,10 +71,12 @@ def test_several_rows_take_the_weight_itself():
     np.testing.assert_array_equal(linear(Context(), x, weight), linear(Context(), x, stack[0]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "Cohere"])
 def test_a_model_reads_its_matrices_where_they_lie(family: str):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
-    config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
+    # the norms of each head of Cohere are no matrices
+    fields = {**FAMILIES, "Cohere": {"use_qk_norm": True, "head_dim": 16}}[family]
+    config = model_config({**SMALL, **fields, "architectures": [f"{family}ForCausalLM"]})
     params = draw(decoder_specs(config), BFLOAT16)
     whole = with_whole_layers(params)
     kinds = [isinstance(leaf, StackedMatrix) for leaf in jax.tree.leaves(whole.layers, is_leaf=_is_matrix)]
