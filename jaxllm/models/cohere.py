@@ -13,9 +13,7 @@ from jaxllm.models.smollm3 import with_no_rope
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    return DecoderConfig(
-        **{**_fields(hf, theta=500000.0), "qk_norm": bool(hf.get("use_qk_norm")), "qk_norm_of": "own"}
-    )
+    return DecoderConfig(**{**_fields(hf, theta=500000.0), "qk_norm": bool(hf.get("use_qk_norm")), "qk_norm_of": "own"})
 
 
 def cohere2_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:

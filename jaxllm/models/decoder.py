@@ -63,7 +63,8 @@ class DecoderConfig:
     norm_bias: bool = False
     #: norms of queries and keys
     qk_norm: bool = False
-    #: "shared": of each head, all with the same weights; "own": of each head, with its own; "joint": of all as one vector
+    #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
+    #: heads as one vector
     qk_norm_of: Literal["shared", "own", "joint"] = "shared"
     #: norms in front of attention and MLP
     pre_norms: bool = True

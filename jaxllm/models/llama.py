@@ -40,7 +40,9 @@ def common_fields(
     scaling, rotary_dim = rope_scaling(hf), head_dim
     if rotary_factor is not None:
         scaling = dict(scaling or {})
-        rotary_dim = int(head_dim * scaling.pop("partial_rotary_factor", hf.get("partial_rotary_factor", rotary_factor)))
+        rotary_dim = int(
+            head_dim * scaling.pop("partial_rotary_factor", hf.get("partial_rotary_factor", rotary_factor))
+        )
     if rotary_dim % 2:
         of = "head_dim" if rotary_dim == head_dim else f"partial_rotary_factor x head_dim ({head_dim})"
         raise ValidationError(f"{of}={rotary_dim} is odd; rotary embeddings need an even one")

@@ -13,6 +13,4 @@ from jaxllm.models.llama import common_fields
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields({"rms_norm_eps": 1e-5, **hf})
-    return DecoderConfig(
-        **{**fields, "pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_of": "joint"}
-    )
+    return DecoderConfig(**{**fields, "pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_of": "joint"})

@@ -90,9 +90,7 @@ def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
     """
     total, step = sum(axis.size for axis in axes), sum(axis.width for axis in axes)
     firsts = itertools.accumulate((axis.width if by_unit else axis.size for axis in axes), initial=0)
-    return [
-        Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)
-    ]
+    return [Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)]
 
 
 def bert_specs(c: BertConfig) -> BertParams:

@@ -11,9 +11,7 @@ from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.llama import common_fields
 from jaxllm.models.names import WeightNames
 
-NAMES = WeightNames(
-    query_norm="self_attn.q_layernorm.norms.{head}", key_norm="self_attn.k_layernorm.norms.{head}"
-)
+NAMES = WeightNames(query_norm="self_attn.q_layernorm.norms.{head}", key_norm="self_attn.k_layernorm.norms.{head}")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:

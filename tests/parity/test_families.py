@@ -151,7 +151,13 @@ FAMILIES = {
     "gemma3-softcap": Family("Gemma3", GEMMA3 | {"attn_logit_softcapping": 1.5}, block_size=32, config="Gemma3Text"),
     "llama-biases": Family(
         "Llama",
-        {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
     ),
     "gemma": Family("Gemma", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}),
     "gemma2": Family(

@@ -55,7 +55,10 @@ def fields(scaling: dict[str, Any], max_position_embeddings: int, theta: float =
         pytest.param({**YARN, "original_max_position_embeddings": 2048}, 2048, None, id="yarn"),
         pytest.param({"rope_type": "yarn", "factor": 4.0}, 2048, None, id="yarn, original left out"),
         pytest.param(
-            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024}, 8192, None, id="yarn, ratio"
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024},
+            8192,
+            None,
+            id="yarn, ratio",
         ),
         pytest.param({**YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False}, 96, None, id="yarn, bounds"),
         pytest.param({**YARN, "attention_factor": 0.8}, 96, None, id="yarn, attention factor"),

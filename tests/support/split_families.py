@@ -1,5 +1,5 @@
-"""Read a checkpoint of several families onto one device and onto four, compute a step on both, and compare; then compare
-what the four would save with what was read. Prints the families.
+"""Read a checkpoint of several families onto one device and onto four, compute a step on both, and compare; then
+compare what the four would save with what was read. Prints the families.
 
 Run with ``JAX_NUM_CPU_DEVICES=4``.
 """
@@ -73,9 +73,7 @@ def compare(folder: Path, config: dict[str, Any]) -> None:
             jax.device_put(batch, whole),
         )
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arguments)
-        function = on_each_device(
-            functools.partial(step, groups, context, part), mesh, shapes, (cache_spec, jax.P())
-        )
+        function = on_each_device(functools.partial(step, groups, context, part), mesh, shapes, (cache_spec, jax.P()))
         compiled = jax.jit(function).lower(*arguments).compile()
         computed.append(compiled(*arguments)[1])
     np.testing.assert_allclose(computed[1], computed[0], rtol=2e-5, atol=2e-5)

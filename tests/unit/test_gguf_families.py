@@ -1,4 +1,4 @@
-"""A GGUF file of every family, written with llama.cpp's names, keys and changes: config and weights as from safetensors."""
+"""A GGUF file of every family, with llama.cpp's names, keys and changes: config and weights as from safetensors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope.dimension_count": HEAD_DIM // 4, "use_parallel_residual": True},
     ),
     "command-r": ({**TIED, "logit_scale": 0.25, "use_qk_norm": True}, {"logit_scale": 0.25}),
-    "cohere2": ({**TIED, "logit_scale": 0.25, "sliding_window": 16}, {"logit_scale": 0.25, "attention.sliding_window": 16}),
+    "cohere2": (
+        {**TIED, "logit_scale": 0.25, "sliding_window": 16},
+        {"logit_scale": 0.25, "attention.sliding_window": 16},
+    ),
     "glm4": ({}, {"rope.dimension_count": HEAD_DIM // 2}),
 }
 

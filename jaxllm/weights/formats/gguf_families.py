@@ -41,9 +41,7 @@ LAYER_NORM = frozenset(("gptneox", "stablelm", "command-r", "cohere2"))
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 
 
-def family_fields(
-    view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def family_fields(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that only this family's config.json has.
 
     Args:
