@@ -339,7 +339,8 @@ def load(directory: Path, dtype: Any) -> tuple[DecoderConfig, Params]:
     checkpoint = Checkpoint(directory)
     config = model_config(checkpoint.config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return config, checkpoint.load(decoder_specs(config), jnp.dtype(dtype), device, seed=0, progress=False)
+    specs, prefix = decoder_specs(config), config.names.prefix
+    return config, checkpoint.load(specs, jnp.dtype(dtype), device, prefix=prefix, seed=0, progress=False)
 
 
 Step = dict[str, list[int]]
