@@ -3,7 +3,8 @@
 With only the package's name changed, ``from jaxllm.sampling_params import SamplingParams`` finds the class wherever it
 lives (`AliasFinder`, which `jaxllm` puts behind Python's own finders). Unchanged, the script runs under
 ``python -m jaxllm.as_vllm``, which puts the same modules under the name ``vllm``. Each name is loaded when it is used;
-one that has no meaning here is an ImportError that says why.
+one that has no meaning here is an error that says why: an ImportError where it is imported, and an AttributeError
+elsewhere, so that `hasattr` answers.
 """
 
 from __future__ import annotations
@@ -165,16 +166,24 @@ def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:
 def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
     """What vLLM's module `path` has under `name`.
 
-    Raises ImportError for anything else, with the reason where there is one, or else with the names that are there.
+    Raises AttributeError for anything else, with the reason where there is one, or else with the names that are there.
     """
     if name.startswith("__") and name not in MODULES[path]:
         raise AttributeError(name)
-    home = MODULES[path].get(name) or MODULES[path].get(REST)
+    home = _home(path, name)
     if home is None or isinstance(home, Missing):
-        module = f"{package}.{path}" if path else package
-        reason = home or f"of this module it has: {', '.join(names(path)) or 'none'}"
-        raise ImportError(f"jaxllm has no {module}.{name}; {reason}")
+        raise AttributeError(_why_missing(path, name, package))
     return getattr(importlib.import_module(home), _RENAMED.get(name, name))
+
+
+def _home(path: str, name: str) -> str | None:
+    return MODULES[path].get(name) or MODULES[path].get(REST)
+
+
+def _why_missing(path: str, name: str, package: str) -> str:
+    module = f"{package}.{path}" if path else package
+    reason = _home(path, name) or f"of this module it has: {', '.join(names(path)) or 'none'}"
+    return f"jaxllm has no {module}.{name}; {reason}"
 
 
 def names(path: str) -> list[str]:
@@ -202,13 +211,28 @@ class AliasModule(ModuleType):
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Finds vLLM's submodules below ``jaxllm`` where jaxllm has none of that name itself."""
+    """Finds vLLM's submodules below ``jaxllm`` where jaxllm has none of that name itself.
+
+    ``from vllm.config import Name`` looks for a submodule where the module has no such attribute, and forgets why it
+    has none: so what is missing is said here once more.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, submodule = fullname.partition(".")
-        if package != "jaxllm" or submodule not in MODULES:
-            return None
-        return ModuleSpec(fullname, self, is_package=True)
+        if package == "jaxllm" and submodule in MODULES:
+            return ModuleSpec(fullname, self, is_package=True)
+        parent, _, name = submodule.rpartition(".")
+        if parent in MODULES and self._explains(package, parent, name):
+            raise ModuleNotFoundError(_why_missing(parent, name, package))
+        return None
+
+    def _explains(self, package: str, parent: str, name: str) -> bool:
+        """Whether a missing name of a module is ours to explain: not where jaxllm has a package of this name itself, or
+        vLLM is not jaxllm.
+        """
+        module = sys.modules.get(f"{package}.{parent}".rstrip("."))
+        is_ours = package == "jaxllm" and isinstance(_home(parent, name), Missing)
+        return is_ours or isinstance(module, AliasModule)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return AliasModule(spec.name)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
 from jaxllm.engine.thread import EngineThread
@@ -50,6 +52,10 @@ class AsyncLLM:
         self._end = weakref.finalize(self, _end, self._thread)
         self._end.atexit = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
         """An engine, started in a thread."""
@@ -62,6 +68,7 @@ class AsyncLLM:
 
     # Requests.
 
+    @with_params("sampling_params", SamplingParams)
     def generate(
         self,
         prompt: Prompt,
@@ -86,6 +93,7 @@ class AsyncLLM:
         params = engine.default_params if sampling_params is None else sampling_params
         return self._run(engine.inputs, prompt, params, request_id, priority, options)
 
+    @with_params("pooling_params", PoolingParams)
     def encode(
         self,
         prompt: Prompt,
@@ -121,8 +129,8 @@ class AsyncLLM:
         own_id = client.next_id(request_id)
 
         def receive(output: Any) -> None:
-            # a loop that has been closed has nobody left who waits
-            if not loop.is_closed():
+            # a loop that is closed, perhaps by now, has nobody left who waits
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
@@ -141,6 +149,7 @@ class AsyncLLM:
         finally:
             self._thread.post_logged(lambda: client.end([own_id]))
 
+    @with_params("sampling_params", SamplingParams)
     def chat(
         self,
         messages: Conversation,

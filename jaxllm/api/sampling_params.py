@@ -237,7 +237,10 @@ class SamplingParams:
             raise ValidationError(f"min_p must be in [0, 1], got {self.min_p}.")
         if self.is_greedy:
             if self.n > 1:
-                raise ValidationError(f"n must be 1 when using greedy sampling, got {self.n}.")
+                raise ValidationError(
+                    f"n must be 1 when using greedy sampling, got {self.n}. Completions differ with a "
+                    "temperature above 0, such as 0.8."
+                )
             self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
         elif self.temperature < LOWEST_TEMPERATURE:
             logger.warning(

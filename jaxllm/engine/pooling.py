@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.pooler import EMBED_TASKS
 from jaxllm.api.pooling_outputs import (
@@ -58,7 +59,7 @@ class Pooling:
     ) -> list[Pooled]:
         """What the model makes of each prompt, in their order."""
         self._check_task(task)
-        prompts = prompts if prompts and _are_pairs(prompts) else as_prompts(prompts)
+        prompts = prompts if _are_pairs(prompts) else as_prompts(prompts)
         if isinstance(given, (list, tuple)):
             params: Any = [_with_task(item, task) for item in given]
         else:
@@ -119,7 +120,7 @@ class Pooling:
 
 
 def _are_pairs(prompts: Any) -> bool:
-    return isinstance(prompts, list) and isinstance(prompts[0], TextPair)
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], TextPair)
 
 
 def _with_task(params: Any, task: str) -> PoolingParams:
@@ -147,12 +148,13 @@ def _unsupported(task: str, inputs: PoolingInputs) -> str:
 
 def _texts(name: str, data: Any) -> list[str]:
     texts = [data] if isinstance(data, str) else data
+    checks.no_table(name, data)
     if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
         raise ValidationError(f"{name} must be a text or a list of texts, got {data!r:.80}")
     texts = list(texts)
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise ValidationError(f"{name} must be a text or a list of texts; one of them is {wrong!r:.80}")
+        raise ValidationError(f"{name} must be a text or a list of texts; {name}[{wrong}] is {texts[wrong]!r:.80}")
     if not texts:
         raise ValidationError(f"At least one text element must be given: {name} is empty.")
     return texts

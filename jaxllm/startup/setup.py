@@ -18,9 +18,10 @@ from jaxllm.config.cross_checks import check_deterministic, check_pooling, check
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.model import ModelConfig
+from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import make_pooler, runner_type
-from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.target import Target
@@ -53,6 +54,23 @@ class Setup:
                 f"deterministic=True with tensor_parallel_size={count}: sums over devices are not added up in a fixed "
                 "order. Set tensor_parallel_size=1."
             )
+
+    def check_classifier(self) -> None:
+        """Raises ValidationError where classes are asked for and the weights cannot tell any."""
+        if self.pooler is None or not self.pooler.num_labels:
+            return
+        head = pooling_specs(self.model, self.pooler).head
+        assert head is not None
+        specs: Any = head.classifier
+        name = specs.parts[0].name
+        if self.checkpoint.has(name, prefix=base_prefix(self.model)):
+            return
+        architecture = next(iter(self.checkpoint.config.get("architectures") or ()), "the model")
+        raise ValidationError(
+            f'convert="classify" needs a classifier, and {architecture} has none: its weights have no {name!r}. '
+            'For vectors, LLM(..., convert="embed"); for text, leave convert out; for classes, take a model whose '
+            f"architecture ends in {CLASSIFIER_SUFFIX}."
+        )
 
     def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
         """What the runner is built from on the devices of `target`.

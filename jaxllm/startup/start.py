@@ -70,6 +70,7 @@ def start(args: EngineArgs) -> Engine:
             "Leave it out."
         )
     # before JAX is asked for devices that would not do
+    setup.check_classifier()
     setup.check_devices(args.tensor_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
@@ -125,7 +126,8 @@ def start(args: EngineArgs) -> Engine:
         constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
     core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints, pools=pooler is not None)
     if log_interval is not None:
-        core.observe(StatsLog(core.stats, log_interval, prefix_caching=cache.enable_prefix_caching))
+        prefix_caching = cache.enable_prefix_caching
+        core.observe(StatsLog(core.stats, log_interval, prefix_caching=prefix_caching, cache_name=plan.cache_name))
     inputs = InputProcessor(
         tokenizer,
         ChatRenderer(tokenizer, args.chat_template),

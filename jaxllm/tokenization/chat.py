@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +14,15 @@ from jaxllm.api.errors import ValidationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("jaxllm")
+
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 CONTENT_FORMATS = ("auto", "string", "openai")
+#: roles that OpenAI's API has
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_ALWAYS_KNOWN = ("user", "assistant")
 
 
 def load_chat_template(template: str | None) -> str | None:
@@ -43,6 +51,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None):
         self._tokenizer = tokenizer
         self._template = load_chat_template(template)
+        #: roles that were warned of
+        self._told: set[str] = set()
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
@@ -67,7 +77,7 @@ class ChatRenderer:
                 "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
                 f"got {conversation!r:.80}"
             )
-        messages = [_message(index, message) for index, message in enumerate(conversation)]
+        messages = plain = [_message(index, message) for index, message in enumerate(conversation)]
         if content_format == "openai":
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if not messages:
@@ -78,9 +88,39 @@ class ChatRenderer:
         from jinja2 import TemplateError
 
         try:
-            return str(self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs))
+            text = self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValidationError(f"the chat template cannot render the conversation: {error}") from error
+        self._check_roles(plain, str(template or self._tokenizer.chat_template), str(text))
+        return str(text)
+
+    def _check_roles(self, messages: Conversation, template: str, text: str) -> None:
+        """See what became of messages whose role the template does not name: most templates pass any role on, and some
+        leave such messages out.
+
+        Raises ValidationError for one that is left out and has a role that nobody knows.
+        """
+        for index, (role, content) in enumerate((message["role"], message["content"].strip()) for message in messages):
+            if role in _ALWAYS_KNOWN or any(f"{quote}{role}{quote}" in template for quote in "'\""):
+                continue
+            is_there = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+            if not is_there and role not in ROLES:
+                raise ValidationError(
+                    f"the chat template leaves message {index} out: it does not know the role {role!r}.{_close(role)}"
+                )
+            if role in self._told or (is_there and role in ROLES):
+                continue
+            self._told.add(role)
+            if is_there:
+                known = ", ".join(ROLES)
+                logger.warning("The chat template gets the role %r, which is none of %s.%s", role, known, _close(role))
+            else:
+                logger.warning("The chat template does not know the role %r: it leaves such messages out.", role)
+
+
+def _close(role: str) -> str:
+    close = difflib.get_close_matches(role.lower(), ROLES, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _message(index: int, message: Message) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from jaxllm.weights.errors import WeightsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: a directory without any of these has no tokenizer that transformers could build
+_FILES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 #: transformers imports its parts when they are asked for, and fails where two threads ask at once
 _transformers = threading.Lock()
 
@@ -22,10 +24,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout.
 
     Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
-    cannot be built, or when transformers cannot load the directory's.
+    cannot be built, when the directory has none, or when transformers cannot load it.
     """
     path = Path(path)
     if path.is_dir():
+        if not any(found for pattern in _FILES for found in path.glob(pattern)):
+            raise WeightsError(
+                f"{path}: there is no tokenizer: tokenizer.json is missing, and so is any other form of one. Put the "
+                "model's tokenizer.json there; or pass tokenizer=..., a folder, .gguf file or hub id that has one; or "
+                "skip_tokenizer_init=True, and prompts as token ids."
+            )
         with _with_transformers():
             from transformers import AutoTokenizer
 

@@ -134,6 +134,16 @@ class Checkpoint:
             with self._reader() as reader:
                 loader.check(CommonNames(reader, prefix), specs)
 
+    def has(self, name: str, *, prefix: str = "model.") -> bool:
+        """Whether it has a tensor of this name; True where that is not quickly known: of orbax's files and no files.
+
+        Raises WeightsError when the weights cannot be opened.
+        """
+        if self.load_format not in ("gguf", "safetensors"):
+            return True
+        with self._reader() as reader:
+            return name in CommonNames(reader, prefix).names()
+
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:
         with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:

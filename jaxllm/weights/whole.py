@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from jaxllm.layers.weight import Part, WeightSpec
-from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
-from jaxllm.weights.loader import read_part
+from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh
+from jaxllm.weights.loader import read_array
 
 
 def is_split(spec: WeightSpec, sharding: jax.sharding.Sharding | None) -> bool:
@@ -67,12 +67,7 @@ def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding
     Args:
         sharding: of what every device has whole.
     """
-    shape, own = shape_and_sharding(spec, sharding)
-    assert own is not None
     # each part is a tensor of its own here, whatever a checkpoint makes of them
     parts = (dataclasses.replace(part, name=f"{i} {part.name}", rows=None) for i, part in enumerate(spec.parts))
     spec = dataclasses.replace(spec, parts=tuple(parts))
-    reader = _Whole(spec, whole)
-    return jax.make_array_from_callback(
-        shape, own, lambda index: read_part(reader, spec, index, sharding, np.dtype(whole.dtype))
-    )
+    return read_array(_Whole(spec, whole), spec, sharding, np.dtype(whole.dtype))

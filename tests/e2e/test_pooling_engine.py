@@ -53,6 +53,17 @@ def test_one_bad_prompt_fails_alone(pooling: LLM) -> None:
     assert vectors(pooling, "y" * 256).shape == (1, 64)  # all of max_model_len
 
 
+def test_tables_and_their_columns(pooling: LLM) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"number": [1, 2], "text": ["a", "b"]})
+    np.testing.assert_array_equal(vectors(pooling, table["text"]), vectors(pooling, ["a", "b"]))
+    for call in (pooling.embed, lambda data: pooling.score("a", data)):
+        with pytest.raises(ValueError, match=r"is a DataFrame: give one of its columns, such as df\['text'\]"):
+            call(table)
+    with pytest.raises(ValueError, match=r"data_2\[1\] is nan"):
+        pooling.score("a", ["b", float("nan")])
+
+
 def test_long_prompts_wait_for_room(pooling: LLM) -> None:
     prompts = [character * 250 for character in "abcdefgh"]
     together = vectors(pooling, prompts)

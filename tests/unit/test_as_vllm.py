@@ -40,8 +40,12 @@ def test_a_name_without_meaning_says_why(package: str):
         for name, home in homes.items():
             if isinstance(home, Missing):
                 name = "Anything" if name == REST else name
-                with pytest.raises(ImportError, match=re.escape(f"jaxllm has no {module.__name__}.{name}; {home}")):
+                why = re.escape(f"jaxllm has no {module.__name__}.{name}; {home}")
+                with pytest.raises(AttributeError, match=why):
                     getattr(module, name)
+                with pytest.raises(ImportError, match=why):
+                    exec(f"from {module.__name__} import {name}")
+                assert not hasattr(module, name)
                 assert "\n" not in home
 
 

@@ -197,7 +197,7 @@ class PromptReader:
             raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
         if prompt.get("prompt_token_ids") is not None:
             return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
-        if prompt.get("messages") is not None:
+        if "messages" in prompt and prompt.get("prompt") is None:
             # a chat template writes the special tokens itself
             return self._render(prompt), None, salt, False
         if "prompt" not in prompt:
@@ -244,6 +244,7 @@ class PromptReader:
 
     @staticmethod
     def _ids(ids: Any) -> list[int]:
+        checks.no_table("the prompt", ids)
         try:
             if isinstance(ids, (bytes, bytearray)):
                 raise TypeError
@@ -251,8 +252,15 @@ class PromptReader:
             wrong = next((i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")), None)
         except TypeError:
             raise ValidationError(
-                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}"
+                f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}{_hint(ids)}"
             ) from None
         if wrong is not None:
             raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
         return [int(i) for i in ids]
+
+
+def _hint(value: Any) -> str:
+    """What tables have where nothing is."""
+    is_nan = isinstance(value, float) and value != value
+    is_empty = is_nan or type(value).__name__ in ("NoneType", "NAType", "NaTType")
+    return ", an empty cell perhaps: leave such rows out, or give text in their place" if is_empty else ""
