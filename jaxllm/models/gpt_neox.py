@@ -15,6 +15,7 @@ NAMES = WeightNames(
     prefix="gpt_neox.",
     embedding="embed_in",
     norm="final_layer_norm",
+    head="embed_out",
     qkv=("attention.query_key_value",),
     qkv_by_head=True,
     output="attention.dense",

@@ -8,9 +8,7 @@ from typing import Protocol
 import numpy as np
 
 #: heads stand beside the body, never inside
-_HEADS = ("lm_head.", "score.", "classifier.", "cls.")
-#: what GPT-NeoX's checkpoints call their head
-_OLD_HEAD = "embed_out."
+_HEADS = ("lm_head.", "embed_out.", "score.", "classifier.", "cls.")
 #: TensorFlow's names of a norm's weights, in BERT's first checkpoints
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 
@@ -62,8 +60,6 @@ def _text(name: str) -> str:
 
 
 def _common(name: str, prefix: str) -> str:
-    if name.startswith(_OLD_HEAD):
-        return _HEADS[0] + name.removeprefix(_OLD_HEAD)
     for old, new in _OLD_ENDS.items():
         if name.endswith(old):
             name = name.removesuffix(old) + new

@@ -47,7 +47,7 @@ _GPT_NEOX_TOP = {
     "token_embd.weight": "gpt_neox.embed_in.weight",
     "output_norm.weight": "gpt_neox.final_layer_norm.weight",
     "output_norm.bias": "gpt_neox.final_layer_norm.bias",
-    "output.weight": "lm_head.weight",
+    "output.weight": "embed_out.weight",
 }
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
