@@ -19,7 +19,7 @@ from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.embedding import embed, unembed
+from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
@@ -163,6 +163,7 @@ def forward(
     x = embed(context, params.embedding, batch.tokens)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    x = with_embeddings(x, batch)
 
     def layer(carry, weights, place):
         x, cache = carry

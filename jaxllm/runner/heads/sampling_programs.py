@@ -89,7 +89,8 @@ class SamplingPrograms(Programs):
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
         out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
-        return self._lowered(function, self._params_for(bucket), self._state, words, donate=1, out=out)
+        args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
+        return self._lowered(function, *args, donate=1, out=out)
 
     def takes_whole_layers(self, bucket: Bucket) -> bool:
         """Whether a bucket's programs take `with_whole_layers` of the params."""
