@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.decoder import Params
+from jaxllm.models.decoder import MATRICES, Layers, Params
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
@@ -201,8 +201,13 @@ def with_whole_layers(params: Params) -> Params:
     Args:
         params: arrays, or their shapes.
     """
-    layers = jax.tree.map(lambda w: StackedMatrix(_stored(w)) if w.ndim == 3 and can_be_read(w) else w, params.layers)
-    return with_head_for_one(dataclasses.replace(params, layers=layers))
+
+    def with_whole(segment: Layers) -> Layers:
+        matrices = {name: getattr(segment, name) for name in MATRICES}
+        whole: Any = {name: StackedMatrix(_stored(w)) for name, w in matrices.items() if w.ndim == 3 and can_be_read(w)}
+        return dataclasses.replace(segment, **whole)
+
+    return with_head_for_one(dataclasses.replace(params, layers=tuple(map(with_whole, params.layers))))
 
 
 def with_head_for_one(params: Params) -> Params:
