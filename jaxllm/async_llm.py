@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
 from jaxllm.engine.thread import EngineThread
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 Result = TypeVar("Result")
 
@@ -50,6 +53,10 @@ class AsyncLLM:
         self._end = weakref.finalize(self, _end, self._thread)
         self._end.atexit = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
         """An engine, started in a thread."""
@@ -62,6 +69,7 @@ class AsyncLLM:
 
     # Requests.
 
+    @with_params("sampling_params", SamplingParams)
     def generate(
         self,
         prompt: Prompt,
@@ -86,6 +94,7 @@ class AsyncLLM:
         params = engine.default_params if sampling_params is None else sampling_params
         return self._run(engine.inputs, prompt, params, request_id, priority, options)
 
+    @with_params("pooling_params", PoolingParams)
     def encode(
         self,
         prompt: Prompt,
@@ -121,8 +130,8 @@ class AsyncLLM:
         own_id = client.next_id(request_id)
 
         def receive(output: Any) -> None:
-            # a loop that has been closed has nobody left who waits
-            if not loop.is_closed():
+            # a loop that is closed, perhaps by now, has nobody left who waits
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
@@ -141,6 +150,7 @@ class AsyncLLM:
         finally:
             self._thread.post_logged(lambda: client.end([own_id]))
 
+    @with_params("sampling_params", SamplingParams)
     def chat(
         self,
         messages: Conversation,
@@ -176,8 +186,40 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         return self.engine.core.is_sleeping
 
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stop between two steps until `resume_generation`, so that weights can change (`LLM.update_weights`).
+
+        Args:
+            mode: what happens to requests: "abort" ends them (``finish_reason="abort"``), "wait" runs them to their
+                end first, "keep" lets them go on afterwards. New requests are refused with a RuntimeError meanwhile;
+                with "keep" they wait.
+            clear_cache: forget the KV cache: cached prefixes, and what requests that are kept have computed, which
+                is computed anew. Weights that change do that in any case.
+
+        Raises ValidationError for another mode.
+        """
+        await self._call(lambda: self.engine.pause_generation(mode, clear_cache))
+
+    async def resume_generation(self) -> None:
+        """Go on; does nothing when the engine is not paused."""
+        await self._call(self.engine.resume_generation)
+
+    async def is_paused(self) -> bool:
+        """Whether no step is run: the engine is paused, or sleeps."""
+        core = self.engine.core
+        return core.is_paused or core.is_sleeping
+
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """As `LLMEngine.vllm_config`."""
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config.command_line import add_engine_arguments, add_option, count, engine_types, unlisted
+from jaxllm.api.constraints import StructuredOutputsParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.config.command_line import add_engine_arguments, add_option, count, engine_types, number, unlisted
 
 if TYPE_CHECKING:
-    from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.llm import LLM
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -17,14 +21,16 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", count, "most tokens to generate"),
     ("min_tokens", count, "fewest tokens to generate"),
-    ("temperature", float, "randomness; 0: always the likeliest token"),
-    ("top_p", float, "sample among the likeliest tokens that make up this share"),
-    ("top_k", int, "sample among this many tokens"),
-    ("min_p", float, "leave out tokens less likely than this share of the likeliest one"),
-    ("repetition_penalty", float, "above 1: discourage tokens of prompt and output"),
-    ("presence_penalty", float, "above 0: discourage tokens generated before"),
-    ("frequency_penalty", float, "above 0: discourage tokens by how often they were generated"),
+    ("n", count, "completions of each prompt; for several, --temperature is above 0"),
+    ("temperature", number, "randomness; 0: always the likeliest token"),
+    ("top_p", number, "sample among the likeliest tokens that make up this share"),
+    ("top_k", int, "sample among this many tokens; 0: all"),
+    ("min_p", number, "leave out tokens less likely than this share of the likeliest one"),
+    ("repetition_penalty", number, "above 1: discourage tokens of prompt and output"),
+    ("presence_penalty", number, "above 0: discourage tokens generated before"),
+    ("frequency_penalty", number, "above 0: discourage tokens by how often they were generated"),
     ("ignore_eos", None, "do not stop at the end-of-sequence token"),
+    ("logprobs", int, "report each token's log-probability, and those of the N likeliest (default: do not)"),
 )
 
 
@@ -48,13 +54,30 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the sampling parameters. `defaults` are this command's own, where they differ from `SamplingParams`."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (), **defaults: Any) -> None:
+    """Add the sampling parameters.
+
+    Args:
+        without: parameters that this command has no use for.
+        defaults: this command's own, where they differ from `SamplingParams`.
+    """
     group = parser.add_argument_group("sampling options")
     for name, kind, text in _SAMPLING:
-        add_option(group, name, kind, text, default=defaults.get(name, argparse.SUPPRESS))
+        if name not in without:
+            shown = defaults.get(name, SamplingParams.__dataclass_fields__[name].default)
+            add_option(group, name, kind, text, default=defaults.get(name, argparse.SUPPRESS), shown=shown)
     group.add_argument(
-        "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help="end at this text (may be repeated)"
+        "--stop",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="end at this text (may be repeated; default: none)",
+    )
+    group.add_argument(
+        "--json-schema",
+        default=argparse.SUPPRESS,
+        metavar="JSON|FILE",
+        help="answer in JSON that has this schema, or the schema in this file (default: any text)",
     )
 
 
@@ -84,7 +107,27 @@ def build_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
 
 def build_sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """Return the sampling parameters that the command line describes; raise `ValidationError` for one out of range."""
-    from jaxllm.api.sampling_params import SamplingParams
-
     names = (*(name for name, _, _ in _SAMPLING), "stop")
-    return SamplingParams(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if hasattr(arguments, "json_schema"):
+        given["structured_outputs"] = StructuredOutputsParams(json=_schema(arguments.json_schema))
+    return SamplingParams(**given)
+
+
+def _schema(text: str) -> str:
+    """The JSON in `text`, or in the file that it names."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        # JSON with a mistake in it is no file's name
+        if text.lstrip().startswith(("{", "[", '"')):
+            raise ValidationError(f"--json-schema is not JSON: {error}: {text!r:.80}") from None
+    else:
+        return text
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValidationError(
+            f'--json-schema {text!r:.80} is neither JSON, such as \'{{"type": "object"}}\', nor a file that can be '
+            f"read: {error}"
+        ) from None

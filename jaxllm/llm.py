@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jaxllm.api import checks
 from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.pooling_outputs import (
     ClassificationRequestOutput,
@@ -22,7 +23,7 @@ from jaxllm.api.pooling_outputs import (
 )
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.config.engine_args import EngineArgs, engine_args
+from jaxllm.config.engine_args import EngineArgs, engine_args, refuse_to_set
 from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
 from jaxllm.engine.beam_search import beam_search
@@ -79,6 +80,10 @@ class LLM:
             traceback.clear_frames(error.__traceback__)
             raise
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
         """An engine from arguments that are checked already."""
@@ -127,6 +132,7 @@ class LLM:
 
     # Text.
 
+    @with_params("sampling_params", SamplingParams)
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -145,9 +151,9 @@ class LLM:
         Calls from several threads share the engine's batches.
 
         Args:
-            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
-                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
-                may be endless, and it may be slow.
+            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids``, ``prompt_embeds`` or ``messages``,
+                and ``cache_salt``), or any iterable of them. What has no length is read by a thread of its own, as the
+                engine has room: it may be endless, and it may be slow.
             sampling_params: one for all, or one each; None: the model's own defaults.
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
@@ -168,6 +174,7 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
         )  # fmt: skip
 
+    @with_params("sampling_params", SamplingParams)
     def chat(
         self,
         messages: Conversation | Iterable[Conversation],
@@ -208,6 +215,7 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs, convert=convert,
         )  # fmt: skip
 
+    @with_params("sampling_params", SamplingParams)
     def as_completed(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -229,6 +237,7 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
         )  # fmt: skip
 
+    @with_params("sampling_params", SamplingParams)
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
         """The completion of one prompt, piece by piece as it is generated. Closing the iterator ends the request."""
         engine = self.engine
@@ -236,12 +245,14 @@ class LLM:
         params = engine.default_params if sampling_params is None else sampling_params
         return stream_text(engine.client, engine.inputs, prompt, params)
 
+    @with_params("sampling_params", SamplingParams)
     def stream_chat(
         self, messages: Conversation, sampling_params: SamplingParams | None = None, **chat_options: Any
     ) -> Generator[str, None, None]:
         """The answer to one conversation, piece by piece; `chat_options` are those of `chat`."""
         return self.stream(chat_prompt(messages, **chat_options), sampling_params)
 
+    @with_params("params", BeamSearchParams)
     def beam_search(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -250,17 +261,18 @@ class LLM:
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
         priority: int | None = None,
+        *,
+        request_ids: str | Sequence[str] | None = None,
     ) -> list[BeamSearchOutput]:
         """The likeliest sequences of each prompt.
-
-        A prompt one of whose requests is aborted ends there: its sequences are what there is, with
-        ``finish_reason="abort"``, and the other prompts go on.
 
         A step asks for the 2 * beam_width most likely next tokens of every beam; the prefix cache has what beams share.
 
         Args:
             prompts: as in `generate`.
             concurrency_limit: prompts searched at the same time; None: all.
+            request_ids: a name for each prompt, by which `abort` ends its search from another thread: its sequences are
+                what there is, with ``finish_reason="abort"``, and the other prompts go on.
 
         Raises:
             ValidationError: a prompt is refused, or ``2 * beam_width`` is more than the engine's ``max_logprobs``.
@@ -272,13 +284,20 @@ class LLM:
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
         if concurrency_limit is not None and checks.integer("concurrency_limit", concurrency_limit) < 1:
             raise ValidationError(f"concurrency_limit must be at least 1, got {concurrency_limit}.")
+        listed = list(as_prompts(prompts))
+        ids = None if request_ids is None else checks.strings("request_ids", request_ids)
+        if ids is not None and not len(set(ids)) == len(ids) == len(listed):
+            raise ValidationError(
+                f"request_ids must be {len(listed)} different names, one for each prompt; got {ids!r:.80}."
+            )
         return beam_search(
-            self.engine.feeds, self.engine.inputs, list(as_prompts(prompts)), params, priority=priority,
+            self.engine.feeds, self.engine.inputs, listed, params, request_ids=ids, priority=priority,
             concurrency_limit=concurrency_limit, use_tqdm=use_tqdm,
         )  # fmt: skip
 
     # Submitting and collecting as two calls.
 
+    @with_params("sampling_params", SamplingParams)
     def enqueue(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -300,6 +319,7 @@ class LLM:
         checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         return self.engine.generation.enqueue(as_prompts(prompts), sampling_params, priority, tokenization_kwargs)
 
+    @with_params("sampling_params", SamplingParams)
     def enqueue_chat(
         self,
         messages: Conversation | Iterable[Conversation],
@@ -334,8 +354,17 @@ class LLM:
                 raise TypeError(f"request {output.request_id} gave {type(output).__name__}, not {output_type}")
         return outputs
 
+    def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests that another thread waits for: it gets what there is, with ``finish_reason="abort"``.
+
+        Args:
+            request_id: of `enqueue`, of `beam_search`, or of `LLMEngine.add_request`; unknown ones are passed over.
+        """
+        self.llm_engine.abort_request([request_id] if isinstance(request_id, str) else list(request_id))
+
     # Vectors, classes and scores.
 
+    @with_params("pooling_params", PoolingParams)
     def embed(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -348,6 +377,9 @@ class LLM:
         on_error: str = "raise",
     ) -> list[EmbeddingRequestOutput]:
         """An embedding for each prompt, in the prompts' order.
+
+        Of an engine with ``PoolerConfig(task="token_embed")``, what `encode` returns: a matrix in ``outputs.data``,
+        a row for each token or chunk (`LateChunkingParams`).
 
         Args:
             prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, and ``cache_salt``), or any
@@ -364,11 +396,16 @@ class LLM:
             ValidationError: the model does not embed, or a prompt or its parameters are refused.
         """
         checks.refuse(lora_request=lora_request)
-        outputs = self.engine.pooling("embed").run(
-            prompts, "embed", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        pooling = self.engine.pooling("embed")
+        task = "token_embed" if pooling.inputs.pooler.task == "token_embed" else "embed"
+        outputs = pooling.run(
+            prompts, task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
         )
+        if task == "token_embed":
+            return outputs  # pyright: ignore[reportReturnType]
         return [EmbeddingRequestOutput.from_base(output) for output in outputs]
 
+    @with_params("pooling_params", PoolingParams)
     def classify(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -387,6 +424,7 @@ class LLM:
         )
         return [ClassificationRequestOutput.from_base(output) for output in outputs]
 
+    @with_params("pooling_params", PoolingParams)
     def encode(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -417,6 +455,7 @@ class LLM:
             on_error,
         )
 
+    @with_params("pooling_params", PoolingParams)
     def score(
         self,
         data_1: str | Sequence[str],
@@ -427,22 +466,28 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         lora_request: None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        chat_template: None = None,
+        chat_template: str | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
     ) -> list[ScoringRequestOutput]:
         """How well texts fit: one with one, one with many, or pairs of two lists.
 
         A model with one class reads both texts together (a cross-encoder); one that embeds gives the cosine of the
-        two embeddings. The other arguments are those of `embed`.
+        two embeddings, or with ``PoolerConfig(task="token_embed")`` the sum over the first text's tokens of the best
+        match among the second's (MaxSim). The other arguments are those of `embed`.
+
+        Args:
+            chat_template: a Jinja template, or its file, that writes both texts into one prompt, from messages of the
+                roles "query" and "document"; None: the tokenizer joins them.
 
         Raises:
             ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
         """
-        checks.refuse(lora_request=lora_request, chat_template=chat_template)
+        checks.refuse(lora_request=lora_request)
         return self.engine.pooling("score").score(
-            data_1, data_2, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            data_1, data_2, chat_template, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens,
+            on_error,
+        )  # fmt: skip
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:

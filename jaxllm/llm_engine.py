@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.llm import LLM
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 
 class LLMEngine:
@@ -32,11 +34,16 @@ class LLMEngine:
         #: what both are faces of
         self.engine = self.llm.engine
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(name, value)
+        super().__setattr__(name, value)
+
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
 
+    @with_params("params", SamplingParams)
     def add_request(
         self,
         request_id: str,
@@ -87,6 +94,18 @@ class LLMEngine:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """What the engine was started with and found out, under vLLM's names: `model_config`, `cache_config`,
+        `scheduler_config` and `parallel_config`. It is there to be read.
+        """
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Its part about the model: `hf_config`, `max_model_len`, `dtype`, ..."""
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

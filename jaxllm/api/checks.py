@@ -81,3 +81,26 @@ def refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value:
             raise ValidationError(f"{name} is not supported yet")
+
+
+def no_table(name: str, value: Any, *, give: str = "{column}") -> None:
+    """Refuse a DataFrame, of pandas or polars: what it holds one after the other is the names of its columns, or whole
+    columns.
+
+    Args:
+        give: what to give in its place, made of one column, which stands for ``{column}``.
+    """
+    if isinstance(value, (str, list, tuple, Mapping)) or not hasattr(type(value), "columns") or callable(value.columns):
+        return
+    names = list(value.columns)
+    # most often the first column of texts holds what was meant
+    best = next((column for column in names if isinstance(next(iter(value[column]), None), str)), "name")
+    raise ValidationError(
+        f"{name} is a {type(value).__name__}: give one of its columns, such as {give.format(column=f'df[{best!r}]')}. "
+        f"Its columns are {', '.join(map(repr, names)) or 'none'}."
+    )
+
+
+def is_column(value: Any) -> bool:
+    """Whether `value` is a column of a table (a Series of pandas or polars), not a list or an array of numbers."""
+    return hasattr(value, "dtype") and hasattr(value, "name")

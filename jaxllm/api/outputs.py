@@ -144,6 +144,8 @@ class RequestOutput:
         ]
         if self.num_cached_tokens:
             parts.append(f"num_cached_tokens={self.num_cached_tokens}")
+        if self.error is not None:
+            parts.append(f"error={self.error!r}")
         return f"RequestOutput({', '.join(parts)})"
 
     def _repr_html_(self) -> str:

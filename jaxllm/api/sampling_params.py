@@ -35,7 +35,8 @@ _REMOVED = {
     "use_beam_search": "beam search is no longer a sampling parameter",
     "early_stopping": "it belonged to beam search, which is no longer a sampling parameter",
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
-    "logits_processors": "pass them to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or bad_words",
+    "logits_processors": "pass jax functions to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or "
+    "bad_words",
     "truncate_prompt_tokens": "pass tokenization_kwargs={'truncate_prompt_tokens': N} to generate()",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...), whose fields have the same names",
 }
@@ -237,7 +238,10 @@ class SamplingParams:
             raise ValidationError(f"min_p must be in [0, 1], got {self.min_p}.")
         if self.is_greedy:
             if self.n > 1:
-                raise ValidationError(f"n must be 1 when using greedy sampling, got {self.n}.")
+                raise ValidationError(
+                    f"n must be 1 when using greedy sampling, got {self.n}. Completions differ with a "
+                    "temperature above 0, such as 0.8."
+                )
             self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
         elif self.temperature < LOWEST_TEMPERATURE:
             logger.warning(

@@ -156,11 +156,9 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
 BENCHMARKS = (
     Benchmark("tokenizer", "tokens tokenized per second, by the number of the pool's workers", add_tokenizer_options),
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
-    Benchmark(
-        "throughput", "requests and tokens per second of one batch; also of other engines", add_throughput_options
-    ),
+    Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
-    Benchmark("profile", "milliseconds of the compiled steps, by what they are for; on a CPU", add_profile_options),
+    Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
     Benchmark("startup", "seconds from process start to the first token", add_startup_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),
 )
@@ -218,10 +216,10 @@ def _at_least(least: int, text: str) -> int:
 def _add(
     parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, kind: Any = positive, **more: Any
 ) -> None:
-    """Add an option that takes numbers; a default of None is not shown."""
+    """Add an option that takes numbers; a default of None is what the text says, or nothing."""
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = text if default is None else f"{text} (default: {shown})"
-    metavar = "N,N,..." if kind is counts else "N"
+    metavar = "N,N,..." if kind is counts else "X" if kind in (float, milliseconds) else "N"
     parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
 
 

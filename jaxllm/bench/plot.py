@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.extras import how_to_install
 
 #: (x, y) of one line
 Points = list[tuple[float, float]]
@@ -19,7 +20,7 @@ def require(path: Path | None) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ValidationError(f"--plot draws a {', '.join(SUFFIXES)} file, which {str(path)!r} is not.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValidationError("--plot needs matplotlib; in a checkout of jaxllm: pip install '.[plot]'")
+        raise ValidationError(f"--plot needs matplotlib: {how_to_install('plot')}.")
 
 
 def draw(path: Path, lines: dict[str, Points], *, x: str, y: str) -> None:

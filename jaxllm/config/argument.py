@@ -9,6 +9,9 @@ from typing import Any
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 
+#: the concerns of the engine's arguments, in the order in which ``--help`` lists them; "engine" has the rest
+GROUPS = ("model", "cache", "scheduler", "parallel", "device", "output", "observability", "engine")
+
 
 class Arguments:
     """A dataclass whose fields are made by `argument`: construction brings every value into its field's form.
@@ -37,6 +40,8 @@ def argument(
     check: Callable[[str, Any], Any],
     help: str | None,
     *,
+    group: str = "engine",
+    form: str | None = None,
     short: str | None = None,
     repr: bool = True,
     waits_for: str | None = None,
@@ -47,19 +52,22 @@ def argument(
         default: a class stands for what it makes when it is called, ``dataclasses.MISSING`` for no default.
         check: (name, value) -> the value in the field's type; raises ValidationError. None, the default of everything,
             does not come to it.
-        help: its line of the command line's ``--help``; None: it is not listed there.
+        help: its line of the command line's ``--help``, which says what the default is where that is None; None: it is
+            not listed there.
+        group: one of `GROUPS`, under which it is listed.
+        form: what its value looks like there, such as "BYTES", where type and check do not tell.
         short: a short form of its option, such as "-tp".
         repr: whether its value may be printed.
         waits_for: the capability without which it has one value.
     """
     made: dict[str, Any] = {"default_factory": default} if isinstance(default, type) else {"default": default}
-    metadata = {"check": check, "help": help, "short": short, "waits_for": waits_for}
+    metadata = {"check": check, "help": help, "group": group, "form": form, "short": short, "waits_for": waits_for}
     return dataclasses.field(**made, repr=repr, metadata=metadata)
 
 
-def switch(default: bool, help: str) -> Any:
+def switch(default: bool, help: str, *, group: str = "engine") -> Any:
     """An argument that is on or off."""
-    return argument(default, checks.boolean, help)
+    return argument(default, checks.boolean, help, group=group)
 
 
 def not_yet(default: Any, capability: str, *others: Any, short: str | None = None) -> Any:

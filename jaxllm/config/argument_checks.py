@@ -25,6 +25,8 @@ ATTENTION_BACKENDS = ("auto", "xla", "triton", "mosaic")
 MOST_SEQS = 2**16
 
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+#: of bytes, by the prefix in small letters, as IEC 80000-13 has them
+_BYTES = {"": 1, **{p: 1000**n for n, p in enumerate("kmgt", 1)}, **{f"{p}i": 1024**n for n, p in enumerate("kmgt", 1)}}
 
 
 def count(name: str, value: Any) -> int:
@@ -39,6 +41,22 @@ def count(name: str, value: Any) -> int:
     return int(number)
 
 
+def size(name: str, value: Any) -> int:
+    """Bytes: a whole number, or a string. 4GB is 4 * 10^9 and 4GiB is 4 * 2^30; without the B it is a `count`, in which
+    4g is 10^9 and 4G is 2^30.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b|[kmgt]i)", value.strip().lower())
+        if match and (unit := match[2].removesuffix("b")) in _BYTES:
+            return int(Fraction(match[1]) * _BYTES[unit])
+    try:
+        return count(name, value)
+    except ValidationError:
+        raise ValidationError(
+            f"{name} must be a number of bytes such as 4294967296, '4GiB' or '500MB', got {value!r}."
+        ) from None
+
+
 def such_that(read: Callable[[str, Any], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str, Any], Any]:
     """What `read` makes of a value, where it `holds`; the error says that the argument must `wanted`."""
 
@@ -51,8 +69,8 @@ def such_that(read: Callable[[str, Any], Any], holds: Callable[[Any], bool], wan
     return check
 
 
-def at_least(least: int) -> Callable[[str, Any], int]:
-    return such_that(count, lambda number: number >= least, f"be at least {least}")
+def at_least(least: int, read: Callable[[str, Any], int] = count) -> Callable[[str, Any], int]:
+    return such_that(read, lambda number: number >= least, f"be at least {least}")
 
 
 block_size = such_that(count, lambda number: number in (8, 16, 32, 64, 128), "be 8, 16, 32, 64 or 128 tokens")
@@ -110,17 +128,22 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def one_of(*choices: str, **others: str) -> Callable[[str, Any], str]:
+class OneOf:
     """One of `choices`, in whatever case; `others` are further names of some of them."""
-    known = {choice: choice for choice in choices} | others
 
-    def check(name: str, value: Any) -> str:
-        choice = known.get(value.strip().lower()) if isinstance(value, str) else None
+    def __init__(self, *choices: str, **others: str):
+        self.choices = choices
+        self._known = {choice: choice for choice in choices} | others
+
+    def __call__(self, name: str, value: Any) -> str:
+        choice = self._known.get(value.strip().lower()) if isinstance(value, str) else None
         if choice is None:
-            raise ValidationError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+            raise ValidationError(f"{name} must be one of {', '.join(self._known)}; got {value!r}.")
         return choice
 
-    return check
+
+def one_of(*choices: str, **others: str) -> OneOf:
+    return OneOf(*choices, **others)
 
 
 def attention_backend(name: str, value: Any) -> str:
@@ -159,6 +182,6 @@ def dtype(name: str, value: Any) -> str:
     return one_of("auto", "float32", "bfloat16", "float16", float="float32", half="float16")(name, value)
 
 
-def part(kind: type, help: str) -> Any:
+def part(kind: type, help: str, *, group: str = "engine") -> Any:
     """An `argument` that is a configuration of its own, or a dict of its fields."""
-    return argument(kind, fields_of(kind), help)
+    return argument(kind, fields_of(kind), help, group=group, form="JSON")

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks
+from jaxllm.config.argument import GROUPS
 from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
 
@@ -26,11 +27,26 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)") from None
 
 
-def _length(text: str) -> int | str:
-    return "auto" if text.strip().lower() == "auto" else count(text)
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number (0.5 and 1e-3 are)") from None
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def size(text: str) -> int:
+    """Bytes, as `argument_checks.size` reads them."""
+    try:
+        return argument_checks.size("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bytes (4294967296, 4GiB and 500MB are)"
+        ) from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -40,12 +56,20 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
+def _length(text: str) -> int | str:
+    return "auto" if text.strip().lower() == "auto" else count(text)
+
+
 def _value(text: str) -> Any:
     """For vLLM's arguments without a type here: JSON where it is JSON, text elsewhere."""
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+#: what reads an option's text -> what the text looks like, in ``--help``
+_FORMS: dict[Any, str] = {count: "N", int: "N", number: "X", json_object: "JSON", str: "TEXT", _value: "VALUE"}
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):
@@ -63,21 +87,32 @@ def add_engine_arguments(parser: argparse._ActionsContainer, *, defaults: bool =
     Args:
         defaults: whether an argument that is not given has its default; otherwise it is not there at all.
     """
-    group = parser.add_argument_group("engine options")
-    readers = engine_types()
-    for field in dataclasses.fields(EngineArgs):
-        if field.name in readers:
-            default = field.default if defaults and field.default is not dataclasses.MISSING else argparse.SUPPRESS
-            text = field.metadata["help"] or argparse.SUPPRESS
-            add_option(group, field.name, readers[field.name], text, default=default, short=field.metadata["short"])
+    readers, fields = engine_types(), dataclasses.fields(EngineArgs)
+    for name in GROUPS:
+        group = parser.add_argument_group(f"{name} options")
+        for field in fields:
+            if field.name in readers and field.metadata["group"] == name:
+                about = field.metadata
+                default = {} if field.default is dataclasses.MISSING else field.default
+                add_option(
+                    group,
+                    field.name,
+                    readers[field.name],
+                    about["help"],
+                    default=field.default if defaults and default != {} else argparse.SUPPRESS,
+                    shown=default,
+                    form=about["form"] or _choices(about["check"]),
+                    short=about["short"],
+                )
     for name, values in unlisted().items():
         kind = None if values and all(isinstance(value, bool) for value in values) else _value
-        add_option(group, name, kind, argparse.SUPPRESS)
+        add_option(parser, name, kind, None)
 
 
 def engine_types() -> dict[str, Callable[[str], Any] | None]:
     """Engine argument -> what reads its text; None: a switch. `model` is an option of its own."""
-    readers: dict[type, Callable[[str], Any]] = {int: count, float: float, dict: _mapping, str: str, os.PathLike: str}
+    readers: dict[type, Callable[[str], Any]] = {int: count, float: number, dict: json_object, str: str}
+    readers[os.PathLike] = str
     found: dict[str, Callable[[str], Any] | None] = {}
     for name, hint in typing.get_type_hints(EngineArgs).items():
         members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -89,6 +124,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
             found[name] = next((reader for kind, reader in readers.items() if kind in kinds), _value)
     del found["model"]
     found["max_model_len"] = _length
+    found["kv_cache_memory_bytes"] = size
     return found
 
 
@@ -102,22 +138,44 @@ def unlisted() -> dict[str, tuple[Any, ...]]:
 
 
 def add_option(
-    group: argparse._ArgumentGroup,
+    group: argparse._ActionsContainer,
     name: str,
     kind: Any,
-    text: str,
+    text: str | None,
     *,
     default: Any = argparse.SUPPRESS,
+    shown: Any = None,
+    form: str | None = None,
     short: str | None = None,
 ) -> None:
+    """Add the option of an argument.
+
+    Args:
+        name: with underscores.
+        kind: what reads its text; None: a switch with a ``--no-`` form.
+        text: its line of ``--help``; None: it is not listed.
+        default: what the parsed arguments have where it is not given; SUPPRESS: nothing.
+        shown: the default that ``--help`` tells; None: `text` does.
+        form: what its value looks like; None: as `kind` reads it.
+        short: a short form of the option.
+    """
     flags = [*([short] if short else []), f"--{name.replace('_', '-')}"]
+    help_text = argparse.SUPPRESS if text is None else text if shown is None else f"{text} (default: {_plain(shown)})"
     if kind is None:
-        group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, help=text, dest=name)
-        return
-    shown = "" if default is argparse.SUPPRESS else f" (default: {default})"
-    metavar = "JSON" if kind is _mapping else "TEXT" if kind is str else "N"
-    help_text = text if text is argparse.SUPPRESS else text + shown
-    group.add_argument(*flags, type=kind, default=default, help=help_text, metavar=metavar, dest=name)
+        action = group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=default, dest=name)
+    else:
+        metavar = form or _FORMS.get(kind, "VALUE")
+        action = group.add_argument(*flags, type=kind, default=default, metavar=metavar, dest=name)
+    # some versions of argparse add the default to a switch's help by themselves
+    action.help = help_text
+
+
+def _choices(check: Any) -> str | None:
+    return f"{{{','.join(check.choices)}}}" if isinstance(check, argument_checks.OneOf) else None
+
+
+def _plain(default: Any) -> str:
+    return "none" if default in ("", (), {}) else str(default)
 
 
 def with_hyphens(argv: Sequence[str]) -> list[str]:

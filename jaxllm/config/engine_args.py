@@ -12,6 +12,7 @@ from jaxllm.api import logits_processor, pooler
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
+from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import argument, not_yet, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
@@ -22,6 +23,9 @@ from jaxllm.config.quantization import QuantizationConfig
 from jaxllm.config.speculative import SpeculativeConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
+#: what vLLM's scripts run that name no model
+SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineArgs(ParallelConfig, QuantizationConfig):
@@ -30,144 +34,227 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     Each argument is written once: a field with its check and its help, here or in the configuration of its concern.
 
     Construction checks every value and normalises it to the type of its field: counts may come as strings ("1k" is
-    1000, "8K" is 8192, "25.6k" is 25600), and None stands for the default.
+    1000, "8K" is 8192, "25.6k" is 25600), bytes too ("4GiB", "500MB"), and None stands for the default.
 
     Raises:
         ValidationError: a value has the wrong type or lies outside its range; the text names both.
     """
 
     model: str | os.PathLike[str] = argument(
-        dataclasses.MISSING, check.place, "a named model, a local directory, a .gguf file, or a hub id"
+        dataclasses.MISSING, check.place, "a named model, a local directory, a .gguf file, or a hub id", group="model"
     )
     tokenizer: str | os.PathLike[str] | None = argument(
-        None, check.place, "tokenizer's directory or hub id, when it is not the model's"
+        None, check.place, "the tokenizer's directory, .gguf file or hub id (default: the model's)", group="model"
     )
-    skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids")
+    #: "fast" is an older name of "hf"
+    tokenizer_mode: str = argument(
+        "auto",
+        check.one_of("auto", "hf", "slow", "mistral", fast="hf"),
+        "whose files the tokenizer is read from; mistral (tekken.json) needs mistral_common",
+        group="model",
+    )
+    skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids", group="model")
     #: threads, while the engine runs; 0: the caller's own
-    tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize")
-    revision: str | None = argument(None, check.text, "branch, tag or commit of a hub model")
-    tokenizer_revision: str | None = argument(None, check.text, "as --revision, of the tokenizer")
+    tokenizer_pool_size: int = argument(1, check.at_least(0), "threads that tokenize", group="model")
+    revision: str | None = argument(
+        None, check.text, "branch, tag or commit of a hub model (default: its main branch)", group="model"
+    )
+    tokenizer_revision: str | None = argument(
+        None, check.text, "as --revision, of the tokenizer (default: the same)", group="model"
+    )
     #: True: the one that is logged in
-    hf_token: str | bool | None = argument(None, check.token, "the hub's access token", repr=False)
-    hf_overrides: dict[str, Any] = argument(dict, check.mapping, "entries of config.json to replace")
+    hf_token: str | bool | None = argument(
+        None, check.token, "the hub's access token (default: $HF_TOKEN, or who is logged in)", group="model", repr=False
+    )
+    hf_overrides: dict[str, Any] = argument(dict, check.mapping, "entries of config.json to replace", group="model")
     #: of the KV cache, too
-    dtype: str = argument("auto", check.dtype, "of weights and activations: auto, float32, bfloat16, float16")
+    dtype: str = argument(
+        "auto", check.dtype, "of weights and activations", group="model", form="{auto,float32,bfloat16,float16}"
+    )
     #: "null" is `jaxllm.runner.null`
     load_format: str = argument(
         "auto",
         check.one_of("auto", "safetensors", "gguf", "orbax", "dummy", "null"),
-        "auto, safetensors, gguf, orbax, dummy (random weights), null (no model: measures the host)",
+        "what the weights are read from; dummy: random ones; null: no model, which measures the host",
+        group="model",
     )
     #: of the dummy weights, too
-    seed: int = argument(0, check.seed, "the engine's seed, from which every request gets its own")
+    seed: int = argument(0, check.seed, "the engine's seed, from which every request gets its own", group="model")
     #: None: the model's own; `FIT_TO_MEMORY` (-1, "auto"): what fits
     max_model_len: int | None = argument(
-        None, check.max_model_len, "longest prompt and output together, in tokens; auto: what fits into memory"
+        None,
+        check.max_model_len,
+        "longest prompt and output together, in tokens; auto: what fits into memory (default: the model's own)",
+        group="model",
+        form="N|auto",
     )
     #: None: the platform's, see `jaxllm.config.resolve`
-    max_num_seqs: int | None = argument(None, check.max_num_seqs, "most requests in one step")
-    max_num_batched_tokens: int | None = argument(None, check.at_least(1), "most tokens in one step")
+    max_num_seqs: int | None = argument(
+        None,
+        check.max_num_seqs,
+        "most requests in one step (default: 256; 1024 on a large GPU; 1 in a chat)",
+        group="scheduler",
+    )
+    max_num_batched_tokens: int | None = argument(
+        None,
+        check.at_least(1),
+        "most tokens in one step (default: 512 on a CPU; 8192 or 16384 on a GPU, by its size)",
+        group="scheduler",
+    )
     long_prefill_token_threshold: int = argument(
-        0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit"
+        0, check.at_least(0), "most prompt tokens of one request in a step; 0: no limit", group="scheduler"
     )
     long_prefill_token_threshold_adaptive: bool = switch(
-        False, "let that limit be no less than a request's fair share of the step"
+        False, "let that limit be no less than a request's fair share of the step", group="scheduler"
     )
     max_num_active_seqs: int | None = argument(
-        None, check.at_least(1), "most requests that run at once, of the max_num_seqs that there is room for"
+        None,
+        check.at_least(1),
+        "most requests that run at once, of the max_num_seqs that there is room for (default: all of them)",
+        group="scheduler",
     )
-    scheduling_policy: str = argument("fcfs", check.one_of("fcfs", "priority"), "fcfs or priority")
-    enable_chunked_prefill: bool = switch(True, "split long prompts over several steps")
-    enable_prefix_caching: bool = switch(True, "share the KV cache of equal prompt beginnings")
-    async_scheduling: bool = switch(True, "schedule a step while the one before runs")
-    scheduler_reserve_full_isl: bool = switch(True, "admit a prompt only when all of it fits into the free blocks")
+    scheduling_policy: str = argument(
+        "fcfs",
+        check.one_of("fcfs", "priority"),
+        "who runs first: who came first, or whose priority is the smaller number",
+        group="scheduler",
+    )
+    enable_chunked_prefill: bool = switch(True, "split long prompts over several steps", group="scheduler")
+    enable_prefix_caching: bool = switch(True, "share the KV cache of equal prompt beginnings", group="cache")
+    async_scheduling: bool = switch(True, "schedule a step while the one before runs", group="scheduler")
+    scheduler_reserve_full_isl: bool = switch(
+        True, "admit a prompt only when all of it fits into the free blocks", group="scheduler"
+    )
     block_size: int | None = argument(
         None,
         check.block_size,
-        "tokens in a KV-cache block: 8, 16, 32, 64 or 128; 64 on a CPU and 16 on a GPU unless given",
+        "tokens in a KV-cache block (default: 64 on a CPU, 16 on a GPU)",
+        group="cache",
+        form="{8,16,32,64,128}",
     )
     gpu_memory_utilization: float = argument(
-        0.9, check.share, "share of the device's memory that may be used, in (0, 1]"
+        0.9, check.share, "share of the device's memory that may be used, in (0, 1]", group="cache", form="SHARE"
     )
     #: in bytes
     kv_cache_memory_bytes: int | None = argument(
-        None, check.at_least(1), "size of the KV cache, in place of gpu_memory_utilization"
+        None,
+        check.at_least(1, check.size),
+        "its size, such as 4GiB or 500MB (default: what gpu_memory_utilization leaves; at most 2 GiB on a CPU)",
+        group="cache",
+        form="BYTES",
     )
     #: block 0 is trash, so one block would hold nothing
     num_gpu_blocks_override: int | None = argument(
-        None, check.at_least(2), "number of KV-cache blocks, in place of planning them"
+        None, check.at_least(2), "number of KV-cache blocks (default: as the memory plan finds)", group="cache"
     )
-    enforce_eager: bool = switch(False, "compile as little as possible: starts sooner, runs slower")
+    enforce_eager: bool = switch(False, "compile as little as possible: starts sooner, runs slower", group="device")
     #: None: the platform's, see `jaxllm.config.resolve`
     num_decode_steps: int | None = argument(
         None,
         check.at_least(1),
-        "most decode steps of one launch, where nobody waits and nothing is streamed; 1: off",
+        "most decode steps of one launch, where nobody waits and nothing is streamed (default: 1)",
+        group="scheduler",
+    )
+    enable_prompt_embeds: bool = switch(
+        False, 'take prompts that are vectors, {"prompt_embeds": array}, too', group="model"
     )
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
-    deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU")
+    deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU", group="device")
     #: a request may ask for more
-    stream_interval: int = argument(1, check.at_least(1), "tokens between two outputs of a streamed request")
+    stream_interval: int = argument(
+        1, check.at_least(1), "tokens between two outputs of a streamed request", group="scheduler"
+    )
     structured_outputs_config: StructuredOutputsConfig = check.part(
-        StructuredOutputsConfig, "how grammars are read, as in vLLM"
+        StructuredOutputsConfig,
+        'how grammars are read, as in vLLM: {"disable_any_whitespace": true}, for example',
+        group="output",
     )
     reasoning_config: ReasoningConfig = check.part(
-        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str"
+        ReasoningConfig, "the marks of reasoning: reasoning_start_str and reasoning_end_str", group="output"
     )
     #: as in the two configurations
-    reasoning_parser: str = argument("", parser, "whose marks of reasoning: a model family, as in vLLM")
+    reasoning_parser: str = argument(
+        "", parser, "whose marks of reasoning: a model family, as in vLLM", group="output", form="NAME"
+    )
     max_logprobs: int = argument(
-        20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary"
+        20, check.max_logprobs, "most log-probabilities a request may ask for; -1: the vocabulary", group="output"
     )
     logprobs_mode: str = argument(
         "raw_logprobs",
         check.one_of("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
-        "raw_logprobs, raw_logits, processed_logprobs or processed_logits",
+        "what is reported: before (raw) or after (processed) penalties, bias and temperature",
+        group="output",
     )
     #: jax functions ``(logits, state) -> logits`` that run inside every step, or ``module:name`` of them; see
     #: `jaxllm.LogitsProcessor`
     logits_processors: tuple[LogitsProcessor, ...] = argument(
-        (), logits_processor.logits_processors, "JSON list of module:name of functions that change logits"
+        (),
+        logits_processor.logits_processors,
+        "list of module:name of functions that change logits",
+        group="output",
+        form="JSON",
     )
     generation_config: str = argument(
         "auto",
         check.path_text,
         "where sampling defaults come from: auto (the model), vllm (nowhere), or a directory",
+        group="output",
+        form="auto|vllm|DIR",
     )
     override_generation_config: dict[str, Any] = argument(
-        dict, check.mapping, "entries of generation_config.json to replace"
+        dict, check.mapping, "entries of generation_config.json to replace", group="output"
     )
     chat_template: str | None = argument(
-        None, check.path_text, "a Jinja template, or its file, in place of the model's"
+        None, check.path_text, "a Jinja template, or its file (default: the model's)", group="model", form="TEXT|FILE"
     )
     runner: str = argument(
         "auto",
         check.one_of("auto", "generate", "pooling"),
-        "auto, generate, or pooling (embeddings, classes, scores)",
+        "pooling: embeddings, classes, scores",
+        group="model",
     )
     convert: str = argument(
-        "auto",
-        check.one_of("auto", "none", "embed", "classify"),
-        "how a model is made to pool: auto, none, embed or classify",
+        "auto", check.one_of("auto", "none", "embed", "classify"), "how a model is made to pool", group="model"
     )
     task: str | None = argument(
         None,
         check.one_of("auto", "generate", "embed", "embedding", "classify", "score"),
-        "older form of --runner and --convert: generate, embed, classify or score",
+        "older form of --runner and --convert (default: auto)",
+        group="model",
     )
-    pooler_config: PoolerConfig | None = argument(None, pooler.pooler_config, "how tokens are pooled, as in vLLM")
-    override_pooler_config: PoolerConfig | None = argument(None, pooler.pooler_config, "older name of --pooler-config")
-    device: str = argument("auto", check.one_of("auto", "cpu", "gpu", cuda="gpu"), "auto, cpu or gpu")
+    pooler_config: PoolerConfig | None = argument(
+        None,
+        pooler.pooler_config,
+        "how tokens are pooled, as in vLLM (default: as the model says)",
+        group="output",
+        form="JSON",
+    )
+    override_pooler_config: PoolerConfig | None = argument(
+        None, pooler.pooler_config, "older name of --pooler-config (default: that)", group="output", form="JSON"
+    )
+    device: str = argument(
+        "auto", check.one_of("auto", "cpu", "gpu", cuda="gpu"), "auto: a GPU where JAX has one", group="device"
+    )
     #: "auto": what is known to be fastest on the device; "triton": kernels for NVIDIA GPUs; "mosaic": another one for
     #: prompts, on Hopper (H100, H200); names of vLLM's own, such as "FLASH_ATTN", stand for "auto"
     attention_backend: str = argument(
-        "auto", check.attention_backend, "what attention is compiled to: auto, xla, triton or mosaic"
+        "auto",
+        check.attention_backend,
+        "what attention is compiled to",
+        group="device",
+        form="{auto,xla,triton,mosaic}",
     )
     #: metrics are collected in any case
-    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds")
+    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds", group="observability")
     #: 0: any free one
-    metrics_port: int | None = argument(None, check.port, "serve Prometheus metrics at this port of the local machine")
-    profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM")
+    metrics_port: int | None = argument(
+        None,
+        check.port,
+        "serve Prometheus metrics at this port of the local machine; 0: any free one (default: do not)",
+        group="observability",
+        form="PORT",
+    )
+    profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM", group="observability")
     speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
 
     def __post_init__(self) -> None:
@@ -187,7 +274,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
         from jaxllm.config.command_line import add_engine_arguments
 
-        parser.add_argument("--model", help=EngineArgs.__dataclass_fields__["model"].metadata["help"])
+        help_text = EngineArgs.__dataclass_fields__["model"].metadata["help"]
+        parser.add_argument("--model", default=SCRIPTS_MODEL, help=f"{help_text} (default: %(default)s)")
         add_engine_arguments(parser, defaults=True)
         return parser
 
@@ -226,3 +314,16 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
     result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
     report_without_effect(given)
     return result
+
+
+def refuse_to_set(name: str, value: Any) -> None:
+    """Raise AttributeError where the attribute that an engine's user sets is an argument: it would change nothing."""
+    if name in argument_names() | known_names():
+        raise AttributeError(
+            f"{name} cannot be changed while the engine runs. End it with shutdown(), and start another: "
+            f"LLM(model, {name}={value!r:.60})."
+        )
+    if name in {field.name for field in dataclasses.fields(SamplingParams)}:
+        raise AttributeError(
+            f"{name} is asked for with each call, not of the engine: SamplingParams({name}={value!r:.60})."
+        )

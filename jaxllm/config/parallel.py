@@ -15,7 +15,9 @@ class ParallelConfig(Arguments):
     """The sizes of the mesh's axes, under vLLM's names."""
 
     #: a CPU becomes as many devices
-    tensor_parallel_size: int = argument(1, at_least(1), "devices that share every layer", short="-tp")
+    tensor_parallel_size: int = argument(
+        1, at_least(1), "devices that share every layer", group="parallel", short="-tp"
+    )
     #: stages of layers, each on devices of its own
     pipeline_parallel_size: int = not_yet(1, _CAPABILITY, short="-pp")
     #: copies of the model, each with requests of its own

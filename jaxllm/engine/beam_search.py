@@ -25,8 +25,12 @@ class _Search:
         self.cache_salt = prompt.cache_salt
         self.beams = [BeamSearchSequence(tokens=list(prompt.token_ids))]
         self.completed: list[BeamSearchSequence] = []
-        #: one of its requests has been ended from outside
+        #: it, or one of its requests, has been ended from outside
         self.is_aborted = False
+
+    def abort(self) -> None:
+        """End the search after its step that runs; any thread may call it."""
+        self.is_aborted = True
 
     def extend(self, logprobs: Sequence[PositionLogprobs], params: BeamSearchParams, eos: frozenset[int]) -> None:
         """Replace the beams by the best of their continuations.
@@ -66,19 +70,26 @@ def beam_search(
     prompts: Sequence[Prompt],
     params: BeamSearchParams,
     *,
+    request_ids: Sequence[str] | None = None,
     priority: int | None = None,
     concurrency_limit: int | None = None,
     use_tqdm: bool = False,
 ) -> list[BeamSearchOutput]:
     """The likeliest sequences of each prompt; `LLM.beam_search` says more."""
     searches: list[_Search] = []
-    for prompt in inputs.reader.read(prompts):
+    for index, prompt in enumerate(inputs.reader.read(prompts)):
         if isinstance(prompt, ValidationError):
-            raise prompt
+            raise prompt if len(prompts) == 1 else ValidationError(f"prompts[{index}]: {prompt}")
+        if prompt.embeds is not None:
+            raise ValidationError("beam_search takes no prompt_embeds: its beams are lists of token ids.")
         searches.append(_Search(prompt))
     limit = concurrency_limit or max(len(searches), 1)
     total = -(-len(searches) // limit) * params.max_tokens
-    with bar_class()(total=total, desc="Beam search", unit="token", disable=not use_tqdm) as bar:
+    aborts = dict(zip(request_ids or (), (search.abort for search in searches), strict=False))
+    with (
+        feeds.client.abortable(aborts),
+        bar_class()(total=total, desc="Beam search", unit="token", disable=not use_tqdm) as bar,
+    ):
         for first in range(0, len(searches), limit):
             _advance(feeds, searches[first : first + limit], params, inputs.eos_token_ids, priority, bar)
     outputs = [BeamSearchOutput(sequences=search.sequences(params)) for search in searches]
@@ -113,7 +124,8 @@ def _advance(
         of_all_beams = iter(positions)
         for search in live:
             of_beams = list(itertools.islice(of_all_beams, len(search.beams)))
-            search.is_aborted = not all(of_beams)
+            if not all(of_beams):
+                search.abort()
             if not search.is_aborted:
                 search.extend([position for (position,) in of_beams], params, eos)
         bar.update()

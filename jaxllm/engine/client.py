@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
@@ -35,6 +36,8 @@ class EngineClient:
         self._children: dict[str, list[str]] = {}
         #: the users' names of their requests -> the engine's ids of them
         self._named: dict[str, str] = {}
+        #: the users' names of what is more than one request -> what ends it
+        self._ends: dict[str, Callable[[], object]] = {}
         # counting needs no lock: an event loop asks for ids while the engine works
         self._ids = itertools.count()
 
@@ -55,7 +58,7 @@ class EngineClient:
         if name is not None:
             return f"{name}-{number}"
         # whoever ends a request by an id has to mean one
-        while str(number) in self._named:
+        while str(number) in self._named or str(number) in self._ends:
             number = next(self._ids)
         return str(number)
 
@@ -76,9 +79,7 @@ class EngineClient:
             if name is None:
                 self._add(request, text, receive)
                 return
-            if name in self._named:
-                # it may have ended, but nobody has been told so
-                raise ValidationError(f"Request id {name!r} is in use; wait for its end or choose another.")
+            self._check_free(name)
 
             def receive_named(output: RequestOutput) -> None:
                 output.request_id = name
@@ -92,6 +93,29 @@ class EngineClient:
             except BaseException:
                 self._named.pop(name, None)
                 raise
+
+    @contextlib.contextmanager
+    def abortable(self, ends: Mapping[str, Callable[[], object]]) -> Iterator[None]:
+        """While it lasts, `abort` takes these names, too: of work of many requests, which each has a function to end.
+
+        Raises:
+            ValidationError: a request of such a name runs.
+        """
+        with self.lock:
+            for name in ends:
+                self._check_free(name)
+            self._ends.update(ends)
+        try:
+            yield
+        finally:
+            with self.lock:
+                for name in ends:
+                    del self._ends[name]
+
+    def _check_free(self, name: str) -> None:
+        if name in self._named or name in self._ends:
+            # it may have ended, but nobody has been told so
+            raise ValidationError(f"Request id {name!r} is in use; wait for its end or choose another.")
 
     def _add(self, request: Request, text: str | None, receive: Receiver) -> None:
         if request.pools or request.params.n == 1:
@@ -122,10 +146,11 @@ class EngineClient:
         """Run one step of the engine and deliver what it brings.
 
         An error of the device ends every request: this call raises it, and the receivers of all requests get an output
-        that says so. While the engine sleeps, a RuntimeError is raised that ends none of them.
+        that says so. While the engine sleeps or is paused, a RuntimeError is raised that ends none of
+        them.
         """
         with self.lock:
-            self.core.check_awake()
+            self.core.check_runs()
             self._deliver_all(self.core.step)
 
     @property
@@ -134,9 +159,9 @@ class EngineClient:
 
     @property
     def can_step(self) -> bool:
-        """Whether there is something to run and the engine is awake; takes no lock, and may be asked after `close`."""
+        """Whether there is something to run and the engine runs it; takes no lock, and may be asked after `close`."""
         core = self._core
-        return core is not None and self.has_unfinished and not core.is_sleeping
+        return core is not None and self.has_unfinished and not (core.is_sleeping or core.is_paused)
 
     def end(self, request_ids: Iterable[str]) -> None:
         """Leave nothing of these requests behind, finished or not; nothing of them is delivered any more."""
@@ -154,7 +179,13 @@ class EngineClient:
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests; their receivers get what there is, with ``finish_reason="abort"``."""
         with self.lock:
-            ids = [i for request_id in request_ids for i in self._children.get(request_id, (request_id,))]
+            requests: list[str] = []
+            for name in request_ids:
+                if name in self._ends:
+                    self._ends[name]()
+                else:
+                    requests.append(name)
+            ids = [i for request_id in requests for i in self._children.get(request_id, (request_id,))]
             self._deliver(self.core.abort(ids))
 
     def abort_all(self) -> None:
@@ -169,14 +200,23 @@ class EngineClient:
             self._deliver_all(self.core.drain)
             self.core.scheduler.preempt_all()
 
-    def pause(self, mode: str) -> None:
-        """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" preempts them."""
+    def pause(self, mode: str, *, preempt: bool = True) -> None:
+        """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" leaves them as they are.
+
+        Args:
+            preempt: what is left gives up its blocks, and will be computed anew.
+        """
         with self.lock:
+            # this pause takes the place of an earlier one, whose requests may have to run to their end
+            self.core.resume()
             if mode == "abort":
                 self.abort_all()
             while mode == "wait" and self._receivers:
                 self.step()
-            self.preempt_all()
+            if preempt:
+                self.preempt_all()
+            else:
+                self._deliver_all(self.core.drain)
 
     def close(self) -> None:
         """Let go of the engine, which the caller shuts down; whoever still waits is told."""

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jaxllm
 from jaxllm.api.errors import JaxLLMError
@@ -14,7 +15,10 @@ from jaxllm.bench.options import add_benchmarks
 from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
 from jaxllm.entrypoints.batch.options import add_batch_options
+from jaxllm.entrypoints.command_parser import CommandParser
+from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
+from jaxllm.weights.named_models import NAMED_MODELS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,56 +41,76 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets ``run``, a function from the parsed arguments to the exit status."""
-    parser = argparse.ArgumentParser(prog="jaxllm", description="An LLM inference engine compiled by XLA.")
+    parser = CommandParser(
+        prog="jaxllm",
+        description="An LLM inference engine compiled by XLA.",
+        epilog="jaxllm COMMAND --help says what a command takes.",
+    )
     parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    fetch = commands.add_parser("fetch", allow_abbrev=False, help="bring named models onto this machine")
-    fetch.add_argument("names", nargs="+", metavar="NAME", help="a named model, such as smollm2-135m-instruct")
-    fetch.set_defaults(run=_fetch)
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int], **more: Any) -> argparse.ArgumentParser:
+        description = more.pop("description", f"{text[0].upper()}{text[1:]}.")
+        made = commands.add_parser(name, allow_abbrev=False, help=text, description=description, **more)
+        made.set_defaults(run=run)
+        return made
 
-    generate = commands.add_parser("generate", allow_abbrev=False, help="complete prompts")
+    generate = command("generate", "complete prompts", _lazily("jaxllm.entrypoints.generate"))
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="-, or none: standard input, one prompt a line")
     generate.add_argument(
         "--input-file", metavar="FILE", help="prompts: .csv, .parquet, .jsonl, or a text file with one a line"
     )
     generate.add_argument("--prompt-column", metavar="NAME", help="of a CSV or Parquet file (default: prompt)")
+    add_encoding_option(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_engine_options(generate)
     add_sampling_options(generate, max_tokens=128, temperature=0.0)
-    generate.set_defaults(run=_lazily("jaxllm.entrypoints.generate"))
 
-    batch = commands.add_parser("run-batch", allow_abbrev=False, help="run a file of OpenAI API calls; resumable")
-    add_batch_options(batch)
-    add_engine_options(batch)
-    batch.set_defaults(run=_lazily("jaxllm.entrypoints.batch.run"))
-
-    chat = commands.add_parser(
-        "chat", allow_abbrev=False, help="talk to a model; answers are shown as they are generated"
-    )
+    text = "talk to a model; answers are shown as they are generated"
+    chat = command("chat", text, _lazily("jaxllm.entrypoints.chat"))
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
-    add_sampling_options(chat, max_tokens=1024, temperature=0.7, top_p=0.95)
-    chat.set_defaults(run=_lazily("jaxllm.entrypoints.chat"))
+    add_sampling_options(chat, without=("n", "logprobs"), max_tokens=1024, temperature=0.7, top_p=0.95)
 
-    plan = commands.add_parser(
+    text = "run a file of OpenAI API calls; resumable"
+    batch = command("run-batch", text, _lazily("jaxllm.entrypoints.batch.run"), conflict_handler="resolve")
+    add_engine_options(batch)
+    add_batch_options(batch)
+
+    plan = command(
         "plan",
-        allow_abbrev=False,
+        "what an engine would need, on a GPU that need not be there",
+        _lazily("jaxllm.entrypoints.plan"),
         conflict_handler="resolve",
-        help="what an engine would need, on a GPU that need not be there",
         description="Plan the memory of an engine, without its weights and without its device. Exits with 1 when the "
         "model does not fit, and says with which value of which argument it does.",
     )
     add_plan_options(plan)
-    plan.set_defaults(run=_lazily("jaxllm.entrypoints.plan"))
 
-    add_benchmarks(commands.add_parser("bench", allow_abbrev=False, help="measure"))
+    fetch = command(
+        "fetch",
+        "bring named models onto this machine",
+        _fetch,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["models:", *(f"  {name:<30}{_about(name)}" for name in NAMED_MODELS)]),
+    )
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="one of the models below")
 
-    demo = commands.add_parser("demo", allow_abbrev=False, help="answer a batch of questions, and sum up how it went")
+    bench = commands.add_parser("bench", allow_abbrev=False, help="measure", description="Measure.")
+    add_benchmarks(bench)
+
+    demo = command("demo", "answer a batch of questions, and sum up how it went", _lazily("jaxllm.entrypoints.demo"))
     add_engine_options(demo)
-    add_sampling_options(demo, max_tokens=64, temperature=0.0)
-    demo.set_defaults(run=_demo)
+    add_sampling_options(demo, without=("logprobs",), max_tokens=64, temperature=0.0)
+
+    text = "versions, devices, caches; what is broken or slow, and the remedy"
+    command("doctor", text, _lazily("jaxllm.entrypoints.doctor.report"))
     return parser
+
+
+def _about(name: str) -> str:
+    model = NAMED_MODELS[name]
+    return f"{model.size / 1e6:>5.0f} MB  {model.licence.partition(';')[0]}"
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -95,12 +119,6 @@ def _fetch(arguments: argparse.Namespace) -> int:
     for name in arguments.names:
         print(fetch(name))
     return 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from jaxllm.entrypoints.demo import run
-
-    return run(arguments)
 
 
 def _lazily(module: str) -> Callable[[argparse.Namespace], int]:

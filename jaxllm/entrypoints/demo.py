@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from jaxllm.command_options import build_llm, build_sampling_params, engine_arguments
 
 if TYPE_CHECKING:
-    from jaxllm.api.outputs import RequestOutput
+    from jaxllm.api.outputs import CompletionOutput, RequestOutput
     from jaxllm.llm import LLM
 
 #: the same for all, and longer than a block, so that the prefix cache has something to find
@@ -106,16 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _exchange(question: str, output: RequestOutput) -> str:
-    completion = output.outputs[0]
     width = min(shutil.get_terminal_size().columns, 100)
+    asked = textwrap.fill(question, width, initial_indent="> ", subsequent_indent="  ")
+    answers = (_indented(completion, width) for completion in output.outputs)
+    return "\n".join([f"\n{_bold(asked)}", *answers])
+
+
+def _indented(completion: CompletionOutput, width: int) -> str:
     mark = " ..." if completion.finish_reason == "length" else ""
     lines = (completion.text.strip() + mark).splitlines()
-    answer = "\n".join(
+    return "\n".join(
         textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ", replace_whitespace=False)
         for line in lines
     )
-    asked = textwrap.fill(question, width, initial_indent="> ", subsequent_indent="  ")
-    return f"\n{_bold(asked)}\n{answer}"
 
 
 def _print_summary(llm: LLM, summary: Summary, model: str) -> None:

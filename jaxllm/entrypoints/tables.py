@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.extras import how_to_install
+from jaxllm.entrypoints.encodings import encoding_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,32 +30,37 @@ def is_table(path: str) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+def read_rows(
+    path: str, wanted: Sequence[str], optional: Sequence[str] = (), *, encoding: str | None = None
+) -> Iterator[dict[str, Any] | BadRow]:
     """Return the rows of a CSV (first line: names; all values are text) or Parquet file.
 
-    Bytes of a CSV file that are no UTF-8 come as lone surrogates, which no tokenizer takes: that row is refused, alone.
+    A CSV file that is no UTF-8 is refused, unless its encoding is given: where that is UTF-8, wrong bytes come as lone
+    surrogates, which no tokenizer takes, so that such a row is refused alone.
 
     Args:
         wanted: columns that must be there.
         optional: columns that are read where they are there.
+        encoding: of a CSV file, as the user says.
 
     Raises:
         JaxLLMError: the file cannot be read, or it is Parquet and pyarrow is not installed.
-        ValidationError: a column is missing, or there twice.
+        ValidationError: a column is missing, or there twice, or the encoding does not fit.
     """
     place = Path(path).expanduser()
     if place.suffix.lower() == ".csv":
         try:
-            yield from _csv(place, tuple(wanted), tuple(optional))
+            yield from _csv(place, encoding_of(path, encoding), tuple(wanted), tuple(optional))
         except (OSError, csv.Error) as error:
             raise JaxLLMError(f"The table {path!r} cannot be read: {error}") from error
         return
+    if encoding is not None:
+        raise ValidationError(f"--encoding is for text; {path!r} says its own.")
     try:
         import pyarrow
     except ImportError as error:
         raise JaxLLMError(
-            f"Reading {path!r} needs pyarrow; in a checkout of jaxllm: pip install '.[tables]' (or write the prompts "
-            "as JSONL)."
+            f"Reading {path!r} needs pyarrow: {how_to_install('tables')}. Or write the prompts as JSONL."
         ) from error
     try:
         for batch in _parquet(place, tuple(wanted), tuple(optional)):
@@ -62,11 +69,15 @@ def read_rows(path: str, wanted: Sequence[str], optional: Sequence[str] = ()) ->
         raise JaxLLMError(f"The table {path!r} cannot be read: {error}") from error
 
 
-def _csv(path: Path, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[dict[str, Any] | BadRow]:
+def _csv(
+    path: Path, encoding: str, wanted: tuple[str, ...], optional: tuple[str, ...]
+) -> Iterator[dict[str, Any] | BadRow]:
     csv.field_size_limit(_FIELD)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open(path, encoding=encoding, errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
-        names = next(reader, [])
+        names = next(reader, None)
+        if names is None:  # an empty file has no rows
+            return
         places = {name: names.index(name) for name in _columns(path, names, wanted, optional)}
         for row in reader:
             if len(row) == len(names):

@@ -97,6 +97,7 @@ class _Planner:
     def __init__(self) -> None:
         #: of what was planned last
         self.collectives: dict[str, int] = {}
+        self.dtype = ""
         self.compiled = False
         self._is_local = True
         self._needed: dict[SchedulerConfig, int] = {}
@@ -105,6 +106,7 @@ class _Planner:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
         config = question.setup().runner_config(target, progress=False)
+        self.dtype = config.dtype
         self.compiled = bool(target.devices)
         self._is_local = question.is_local
         self._needed.clear()
@@ -157,7 +159,7 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
         except ValidationError:
             return None
 
-    for argument, value in _candidates(question.args, refusal):
+    for argument, value in _candidates(question.args, refusal, planner.dtype):
         found = tried(argument, value)
         if found is not None:
             yield found
@@ -172,8 +174,8 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
                 return
 
 
-def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[str, Any]]:
-    """Yield arguments and values that may make it fit on as many devices."""
+def _candidates(args: EngineArgs, refusal: DoesNotFitError, dtype: str) -> Iterator[tuple[str, Any]]:
+    """Yield arguments and values that may make it fit on as many devices, where the weights are of `dtype`."""
     plan = refusal.plan
     if refusal.longest >= 1:
         yield "max_model_len", refusal.longest
@@ -191,5 +193,5 @@ def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[st
             tokens //= 2
         if max(FEWEST_TOKENS, plan.max_num_seqs) <= tokens < plan.max_num_batched_tokens:
             yield "max_num_batched_tokens", tokens
-    if args.dtype in ("auto", "float32"):
+    if dtype == "float32":
         yield "dtype", "bfloat16"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +15,26 @@ from jaxllm.api.errors import ValidationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.tokenization.mistral import MistralChat
+
+logger = logging.getLogger("jaxllm")
+
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 CONTENT_FORMATS = ("auto", "string", "openai")
+_NO_TEMPLATE = "chat_template is not supported for Mistral tokenizers: mistral_common writes conversations itself."
+#: roles that OpenAI's API has
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_ALWAYS_KNOWN = ("user", "assistant")
 
 
-def load_chat_template(template: str | None) -> str | None:
+def load_chat_template(chat_template: str | os.PathLike[str] | None) -> str | None:
     """Return the text of a Jinja template given as itself or as a file.
 
     Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
     """
+    template = None if chat_template is None else os.fspath(chat_template)
     if template is None or "{" in template or "\n" in template:
         return template
     path = Path(template).expanduser()
@@ -43,11 +56,17 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None):
         self._tokenizer = tokenizer
         self._template = load_chat_template(template)
+        #: what Mistral's own tokenizers have in a template's place
+        self._mistral: MistralChat | None = getattr(tokenizer, "mistral_chat", None)
+        if self._mistral is not None and template is not None:
+            raise ValidationError(_NO_TEMPLATE)
+        #: roles that were warned of
+        self._told: set[str] = set()
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
-    ) -> str:
-        """Return the prompt's text, special tokens included.
+    ) -> str | list[int]:
+        """Return the prompt's text, special tokens included; or, of Mistral's own tokenizers, its token ids.
 
         Args:
             content_format: what the template expects as a message's content: "string" (and "auto"), or "openai", a
@@ -67,20 +86,54 @@ class ChatRenderer:
                 "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
                 f"got {conversation!r:.80}"
             )
-        messages = [_message(index, message) for index, message in enumerate(conversation)]
+        messages = plain = [_message(index, message) for index, message in enumerate(conversation)]
         if content_format == "openai":
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
+        if self._mistral is not None:
+            if template is not None:
+                raise ValidationError(_NO_TEMPLATE)
+            return self._mistral.encode(messages, **kwargs)
         template = load_chat_template(template) or self._template
         if template is None and not self._tokenizer.chat_template:
             raise ValidationError("the model has no chat template: pass chat_template, or use generate()")
         from jinja2 import TemplateError
 
         try:
-            return str(self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs))
+            text = self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValidationError(f"the chat template cannot render the conversation: {error}") from error
+        self._check_roles(plain, str(template or self._tokenizer.chat_template), str(text))
+        return str(text)
+
+    def _check_roles(self, messages: Conversation, template: str, text: str) -> None:
+        """See what became of messages whose role the template does not name: most templates pass any role on, and some
+        leave such messages out.
+
+        Raises ValidationError for one that is left out and has a role that nobody knows.
+        """
+        for index, (role, content) in enumerate((message["role"], message["content"].strip()) for message in messages):
+            if role in _ALWAYS_KNOWN or any(f"{quote}{role}{quote}" in template for quote in "'\""):
+                continue
+            is_there = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+            if not is_there and role not in ROLES:
+                raise ValidationError(
+                    f"the chat template leaves message {index} out: it does not know the role {role!r}.{_close(role)}"
+                )
+            if role in self._told or (is_there and role in ROLES):
+                continue
+            self._told.add(role)
+            if is_there:
+                known = ", ".join(ROLES)
+                logger.warning("The chat template gets the role %r, which is none of %s.%s", role, known, _close(role))
+            else:
+                logger.warning("The chat template does not know the role %r: it leaves such messages out.", role)
+
+
+def _close(role: str) -> str:
+    close = difflib.get_close_matches(role.lower(), ROLES, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _message(index: int, message: Message) -> dict[str, Any]:

@@ -39,7 +39,12 @@ class TokenizerPool:
     def submit(self, work: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
         """Return the result of `work`, some time later; a RuntimeError after `shutdown`."""
         if self._executor is not None and not self._ended:
-            return self._executor.submit(self._do, work, *arguments)
+            try:
+                return self._executor.submit(self._do, work, *arguments)
+            except RuntimeError:
+                # The pool has just ended; or the main thread has, after which executors take nothing more: the user's
+                # own thread, which the interpreter waits for, does it by itself.
+                pass
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         try:
             future.set_result(self._do(work, *arguments))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.tiny_model import SMALL
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.errors import WeightsError
 
@@ -102,7 +102,7 @@ def test_a_bad_request_fails_alone(engine: LLM, alone: list[list[int]], prompt: 
         outputs = engine.generate(prompts, all_params, use_tqdm=False, on_error="return")
         bad = outputs.pop(place)
         assert bad.outputs[0].finish_reason == "error" and bad.finished and not bad.outputs[0].token_ids
-        assert words in (bad.error or "")
+        assert words in (bad.error or "") and f"error={bad.error!r}" in repr(bad)
         assert [output.outputs[0].token_ids for output in outputs] == alone
         assert all(output.error is None for output in outputs)
     assert_idle(engine)
@@ -166,6 +166,50 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "message": (lambda e: e.chat([["hello"]]), ValidationError, "must have a .role. and a .content."),
     "message without role": (lambda e: e.chat([{"content": "a"}]), ValidationError, "'role'"),
     "nan": (lambda e: SamplingParams(temperature=math.nan), ValidationError, "temperature must be a finite number"),
+    "parameter": (
+        lambda e: e.generate("a", temperature=0.5, n=2),
+        TypeError,
+        r"LLM.generate\(\) has no argument 'temperature', which is a field of SamplingParams: pass "
+        r"sampling_params=SamplingParams\(temperature=0.5, n=2\)",
+    ),
+    "parameter of chat": (lambda e: e.stream_chat([], max_tokens=5), TypeError, r"SamplingParams\(max_tokens=5\)"),
+    "parameter of embed": (
+        lambda e: e.embed("a", dimensions=5),
+        TypeError,
+        r"pooling_params=PoolingParams\(dimensions=5\)",
+    ),
+    "parameter of a search": (
+        lambda e: e.beam_search("a", beam_width=2),
+        TypeError,
+        r"BeamSearchParams\(beam_width=2\)",
+    ),
+    "argument of the template": (
+        lambda e: e.chat([], enable_thinking=False),
+        TypeError,
+        r"chat_template_kwargs=\{'enable_thinking': False\}",
+    ),
+    "close argument": (lambda e: e.generate("a", sampling_parms=GREEDY), TypeError, "Did you mean 'sampling_params'"),
+    "none in a list": (
+        lambda e: e.generate(["a", None]),
+        ValidationError,
+        r"prompts\[1\]: a prompt .* NoneType: None, an empty cell",
+    ),
+    "nan in a list": (
+        lambda e: e.generate(["a", math.nan]),
+        ValidationError,
+        r"prompts\[1\]: .*float: nan, an empty cell",
+    ),
+    "none in an iterator": (lambda e: e.generate(iter(["a", None])), ValidationError, r"prompts\[1\]: .*NoneType"),
+    "none in a search": (
+        lambda e: e.beam_search(["a", None], BeamSearchParams(beam_width=1, max_tokens=1)),
+        ValidationError,
+        r"prompts\[1\]: .*NoneType",
+    ),
+    "none as a conversation": (
+        lambda e: e.chat([[{"role": "user", "content": "a"}], None]),
+        ValidationError,
+        r"messages\[1\]: messages must be",
+    ),
     "close name": (lambda e: SamplingParams(temprature=1), TypeError, "did you mean 'temperature'"),  # pyright: ignore
     "removed name": (lambda e: SamplingParams(best_of=2), TypeError, "best_of"),  # pyright: ignore
 }
@@ -177,6 +221,52 @@ def test_a_bad_call_says_what_is_wrong(engine: LLM, call: tuple[Callable[[Any], 
     with pytest.raises(kind, match=words):
         function(engine)
     assert_idle(engine)
+
+
+def test_a_table_is_refused_by_its_columns(engine: LLM):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"id": [1, 2], "question": ["Why?", "How?"]})
+    words = re.escape("is a DataFrame: give one of its columns, such as df['question']. Its columns are 'id', ")
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
+    calls = (engine.generate, engine.as_completed, engine.enqueue, lambda prompts: engine.beam_search(prompts, params))
+    for call in (*calls, lambda prompt: list(engine.stream(prompt))):
+        with pytest.raises(ValidationError, match=words):
+            call(table)
+    with pytest.raises(ValidationError, match=r"'content': text\}\] for text in df\['question'\]\]"):
+        engine.chat(table)
+    with pytest.raises(ValidationError, match=r"is a Series of integers.*list\(column\).*\[str\(number\)"):
+        engine.generate(table["id"])
+    outputs = engine.generate(table["question"], GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["Why?", "How?"]
+    for ids in (list(table["id"]), table["id"].to_numpy(), (1, 2), iter([1, 2])):
+        (output,) = engine.generate(ids, GREEDY, use_tqdm=False)
+        assert output.prompt_token_ids == [1, 2]
+    assert_idle(engine)
+
+
+def test_an_argument_of_the_engine_cannot_be_set_while_it_runs(engine: LLM):
+    with pytest.raises(AttributeError, match=r"max_model_len cannot be changed .*LLM\(model, max_model_len=512\)"):
+        engine.max_model_len = 512
+    with pytest.raises(AttributeError, match=r"SamplingParams\(temperature=0.5\)"):
+        engine.temperature = 0.5
+
+
+def test_a_role_that_nobody_knows(engine: LLM, caplog: pytest.LogCaptureFixture):
+    """The model's own template passes it on, which is said once; one that would leave the message out refuses it."""
+    user, other = ({"role": role, "content": f"says the {role}"} for role in ("user", "usr"))
+    for _ in range(2):
+        (output,) = engine.chat([user, other], GREEDY, use_tqdm=False)
+        assert output.prompt == "user: says the user\nusr: says the usr\n"
+    (said,) = [record.getMessage() for record in caplog.records if "role" in record.getMessage()]
+    assert said.startswith("The chat template gets the role 'usr', which is none of system,")
+    assert said.endswith("Did you mean 'user'?")
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValidationError, match="leaves message 1 out: it does not know the role 'usr'"):
+        engine.chat([user, other], GREEDY, chat_template=template, use_tqdm=False)
+    # what the template names is its own business
+    template = template.replace("'user'", "'user' or m.role == 'usr' and false")
+    (output,) = engine.chat([user, other], GREEDY, chat_template=template, use_tqdm=False)
+    assert output.prompt == "says the user"
 
 
 def test_no_prompts_give_no_outputs(engine: LLM):
@@ -196,6 +286,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "share": ({"gpu_memory_utilization": 1.5}, ValidationError, r"must be in \(0, 1\], got 1.5"),
     "contradiction": ({"max_num_seqs": 64}, ValidationError, r"max_num_batched_tokens \(32\) must be greater than"),
     "dtype": ({"dtype": "float8"}, ValidationError, "dtype must be one of .* got 'float8'"),
+    "classifier": (
+        {"convert": "classify"},
+        ValidationError,
+        "needs a classifier, and LlamaForCausalLM has none: its weights have no 'score.weight'.*convert=.embed",
+    ),
     "format": ({"load_format": "gguf"}, ValidationError, "holds safetensors weights"),
     "default params": (
         {"override_generation_config": {"temperature": 9}},

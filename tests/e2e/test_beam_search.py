@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,41 @@ def test_a_search_whose_requests_are_all_aborted_returns_what_there_is(engine: L
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         (sequence,) = output.sequences
         assert sequence.finish_reason == "abort" and sequence.text == prompt
+
+
+def test_another_thread_aborts_a_search_by_its_name(engine: LLM, monkeypatch: pytest.MonkeyPatch):
+    params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+    whole = engine.beam_search(PROMPTS, params)
+    feeds, steps = engine.engine.feeds, 0
+    feed = feeds.feed
+
+    def abort_before_the_third_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            thread = threading.Thread(target=engine.abort, args=("second",))
+            thread.start()
+            thread.join()
+        return feed(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feeds, "feed", abort_before_the_third_step)
+        first, second = engine.beam_search(PROMPTS, params, request_ids=["first", "second"])
+    assert [s.tokens for s in first.sequences] == [s.tokens for s in whole[0].sequences]
+    prompt = engine.get_tokenizer().encode(PROMPTS[1])
+    assert [s.finish_reason for s in second.sequences] == ["abort"] * 2
+    assert [len(s.tokens) - len(prompt) for s in second.sequences] == [2, 2]
+    # the names are free again, and what is unknown is passed over
+    engine.abort(["second", "nobody"])
+    again = engine.beam_search(PROMPTS, params, request_ids=["first", "second"])
+    assert [s.tokens for s in again[1].sequences] == [s.tokens for s in whole[1].sequences]
+    for names in (["a"], ["a", "a"], ["a", "b", "c"]):
+        with pytest.raises(ValidationError, match="request_ids must be 2 different names"):
+            engine.beam_search(PROMPTS, params, request_ids=names)
+
+
+def test_what_is_enqueued_is_aborted_by_its_id(engine: LLM):
+    first, _ = engine.enqueue(PROMPTS)
+    engine.abort(first)
+    outputs = engine.wait_for_completion(use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["abort", "length"]

@@ -59,3 +59,23 @@ def test_a_program_that_ends_while_a_thread_of_its_own_generates(tiny_model: Pat
     found, errors = ends(THREAD, tiny_model)
     assert found == 1, errors
     assert errors.rstrip().endswith("ValueError: the user's own"), errors
+
+
+AFTER_MAIN = """
+import sys, threading
+from support.tiny_model import SMALL
+from jaxllm import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], **SMALL)
+
+def generate():
+    threading.main_thread().join()
+    print(len(llm.generate(["x"] * 300, SamplingParams(max_tokens=2), use_tqdm=False)))
+
+threading.Thread(target=generate).start()
+"""
+
+
+def test_a_thread_goes_on_after_the_main_thread_has_ended(tiny_model: Path):
+    found, errors = ends(AFTER_MAIN, tiny_model)
+    assert found == 0, errors

@@ -46,7 +46,7 @@ def test_the_plan_counts_what_is_allocated(tiny_model: Path):
         assert plan.kv_cache_bytes == 40 * 16 * per_token
         assert plan.num_tokens == 39 * 16
         assert plan.max_concurrency == pytest.approx(39 * 16 / 256)
-        assert "GPU KV cache size: 624 tokens, Maximum concurrency for 256 tokens per request: 2.44x" in str(plan)
+        assert "\nKV cache size: 624 tokens, Maximum concurrency for 256 tokens per request: 2.44x" in str(plan)
 
 
 def test_too_few_blocks_name_the_longest_length_and_the_number_of_blocks_that_fit(tiny_model: Path):

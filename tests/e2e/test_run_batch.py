@@ -217,12 +217,21 @@ def test_standard_input_and_output(folder: Folder, monkeypatch: pytest.MonkeyPat
     assert {json.loads(text)["custom_id"] for text in capfd.readouterr().out.splitlines()} == {"a", "b"}
 
 
-def test_served_model_names(folder: Folder):
+def test_served_model_names(folder: Folder, capsys: pytest.CaptureFixture[str]):
     text = "\n".join([line("a", prompt="x", model="mine"), line("b", prompt="x", model="other")])
     assert folder.run("--served-model-name", "mine", text=text) == 3
     results = folder.results()
     assert results["a"]["response"]["body"]["model"] == "mine"
     assert results["b"]["response"]["status_code"] == 404
+    assert "run-batch: line" not in capsys.readouterr().err
+    for names in (["--served-model-name", "mine", "other"], ["--ignore-model-field"]):
+        assert folder.run("--overwrite", *names) == 0
+        assert [folder.results()[name]["response"]["body"]["model"] for name in "ab"] == ["mine", "other"]
+    # said before the engine starts, which here it does not
+    with pytest.raises(SystemExit):
+        folder.run("--served-model-name", "mine", "--ignore-model-field")
+    assert folder.run("--overwrite", "--model", "./nothing") == 1
+    assert "line 1 is for the model 'mine', and this is './nothing'" in capsys.readouterr().err
 
 
 def test_tables(folder: Folder):
@@ -266,14 +275,66 @@ def test_conversations_in_tables(folder: Folder):
 
 def test_a_bad_row_of_a_table_fails_alone(folder: Folder):
     (folder.path / "p.csv").write_bytes(b"prompt\nfine\noops, a comma\nmore\ncaf\xe9\n")
-    assert folder.run("--body", '{"max_tokens": 3}', source=folder.path / "p.csv") == 3
+    as_it_is = ["--encoding", "utf-8", "--body", '{"max_tokens": 3}']
+    assert folder.run(*as_it_is, source=folder.path / "p.csv") == 3
     lines = [json.loads(text) for text in folder.output.read_text().splitlines()]
     failed = sorted(str(record["error"]["message"]) for record in lines if record["error"])
     assert len(lines) == 4 and len(failed) == 2
     assert "line 2: the row has 2 values, and there are 1 columns" in failed[0]
     assert "lone surrogate" in failed[1]
-    assert folder.run("--resume", "--body", '{"max_tokens": 3}', source=folder.path / "p.csv") == 3
+    assert folder.run("--resume", *as_it_is, source=folder.path / "p.csv") == 3
     assert len(folder.output.read_text().splitlines()) == 4
+
+
+def test_an_input_in_another_encoding(folder: Folder, capsys: pytest.CaptureFixture[str]):
+    """A table is refused before the engine starts and the output is touched, or read as the option says."""
+    body = ["--body", '{"max_tokens": 3}', "--overwrite"]
+    text, table = "prompt\nMünchen\ncafé\n", folder.path / "p.csv"
+    table.write_bytes(text.encode("latin-1"))
+    folder.output.write_text("kept")
+    assert folder.run("--model", "no/such/model", *body, source=table) == 1
+    assert "line 2 has the byte 0xFC. It is likely latin-1: --encoding latin-1." in capsys.readouterr().err
+    assert folder.output.read_text() == "kept"
+    assert folder.run("--encoding", "latin-1", *body, source=table) == 0
+    found = folder.texts()
+    table.write_bytes(text.encode())
+    assert folder.run(*body, source=table) == 0
+    assert folder.texts() == found and len(found) == 2
+
+    # as some shells write it
+    words = enumerate(("München", "café"), start=1)
+    lines = "\n".join(line(f"row-{i}", prompt=word, max_tokens=3) for i, word in words)
+    folder.input.write_bytes(lines.replace("\\u00fc", "ü").replace("\\u00e9", "é").encode("utf-16"))
+    assert folder.run("--model", "no/such/model", "--overwrite") == 1
+    assert "is UTF-16: --encoding utf-16" in capsys.readouterr().err
+    assert folder.run("--encoding", "utf-16", "--overwrite") == 0
+    assert folder.texts() == found
+
+
+EMPTY = [("in.jsonl", ""), ("in.jsonl", "\n \n"), ("p.csv", ""), ("p.csv", "prompt\n")]
+
+
+@pytest.mark.parametrize(("name", "text"), EMPTY)
+def test_an_empty_input_starts_no_engine(folder: Folder, name: str, text: str, capsys: pytest.CaptureFixture[str]):
+    (folder.path / name).write_text(text)
+    assert folder.run("--model", "no/such/model", source=folder.path / name) == 0
+    assert "is empty: there is nothing to run" in capsys.readouterr().err
+    assert folder.output.read_text() == ""
+
+
+def test_without_a_terminal_a_line_says_now_and_then_how_it_goes(capsys: pytest.CaptureFixture[str]):
+    tally, turns = Tally(10, show=False), iter([False, False, True])
+    for _ in range(3):
+        tally.complete({"prompt_tokens": 2, "completion_tokens": 5})
+    tally.fail()
+    with tally.told_regularly(lambda _: next(turns)):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for said in lines:
+        assert said.startswith("run-batch: 4 of 10 lines, about 0 s left; 3 completed, 1 failed; ")
+    with Tally(10, show=True).told_regularly(lambda _: pytest.fail("the bar is there")):
+        pass
 
 
 def test_tables_without_their_columns(folder: Folder, capsys: pytest.CaptureFixture[str]):

@@ -49,9 +49,9 @@ def test_weights_are_taken_in_any_segments(engine: LLM, separate: LLM, is_separa
     assert llm.apply_model(segment_sizes) == [segment_sizes(params)]
     wrong = dataclasses.replace(other, layers=other.layers[:1] + other.layers[2:])
     wrong = dataclasses.replace(wrong, layers=jax.tree.map(lambda array: array[:1], wrong.layers))
-    with pytest.raises(ValidationError, match=r"params\.layers\[.\]\.attention_norm must be float32\[., 64\], got"):
+    with pytest.raises(ValidationError, match=r"params\.layers\[.\]\.attention_norm (must be float|is missing)"):
         llm.update_weights(wrong)
-    with pytest.raises(ValidationError, match=r"params\.embedding must be float32\[257, 64\], got None"):
+    with pytest.raises(ValidationError, match=r"params\['embedding'\] is no array .* you mean params.embedding\?"):
         llm.update_weights({"embedding": params.embedding})
     llm.update_weights(resegment(params, others))
     assert answers(llm) == before

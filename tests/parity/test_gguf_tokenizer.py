@@ -246,6 +246,9 @@ def test_what_cannot_be_built_is_refused(tmp_path: Path) -> None:
             tokenizer_from_gguf(metadata)
     with pytest.raises(WeightsError, match="no such file or directory"):
         load_tokenizer(tmp_path / "none")
+    with pytest.raises(WeightsError, match=r"tokenizer.json is missing.* tokenizer=.*skip_tokenizer_init=True"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import types
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 
 from jaxllm import command_options as options
+from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.outputs import CompletionOutput, RequestMetrics, RequestOutput, failed_output
+from jaxllm.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, failed_output
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.entrypoints import demo
 from jaxllm.entrypoints.cli import main
+from jaxllm.weights.named_models import NAMED_MODELS
 
 
 class FakeLLM:
@@ -51,13 +54,17 @@ class FakeLLM:
         listed = list(prompts)
         self.calls.append((listed, sampling_params))
         for i, prompt in reversed(list(enumerate(listed))):
-            output = failed_output(str(i), prompt, "no good") if "bad" in prompt else self._output(i, prompt)
+            output = (
+                failed_output(str(i), prompt, "no good")
+                if "bad" in prompt
+                else self._output(i, prompt, sampling_params)
+            )
             output.index = i
             yield output
 
     def chat(self, messages: list[Any], sampling_params: SamplingParams, use_tqdm: bool) -> list[RequestOutput]:
         self.calls.append((messages, sampling_params))
-        return [self._output(i, conversation[-1]["content"]) for i, conversation in enumerate(messages)]
+        return [self._output(i, talk[-1]["content"], sampling_params) for i, talk in enumerate(messages)]
 
     def stream_chat(self, messages: list[dict[str, str]], sampling_params: SamplingParams) -> Iterator[str]:
         self.calls.append(([dict(message) for message in messages], sampling_params))
@@ -70,12 +77,22 @@ class FakeLLM:
         yield text[3:]
 
     @staticmethod
-    def _output(index: int, prompt: str) -> RequestOutput:
+    def _output(index: int, prompt: str, params: SamplingParams | None = None) -> RequestOutput:
+        n = params.n if params else 1
+        logprobs = None
+        if params and params.logprobs:
+            logprobs = [{1: Logprob(-0.5, 2, "A"), 7: Logprob(-0.25, 1, "B")}, {2: Logprob(-2.0, 1, "C")}]
+        completions = [
+            CompletionOutput(
+                index=i, text=prompt.upper() + "!" * i, token_ids=[1, 2], finish_reason="length", logprobs=logprobs
+            )
+            for i in range(n)
+        ]
         return RequestOutput(
             request_id=str(index),
             prompt=prompt,
             prompt_token_ids=[1] * 10,
-            outputs=[CompletionOutput(index=0, text=prompt.upper(), token_ids=[1, 2], finish_reason="length")],
+            outputs=completions,
             finished=True,
             num_cached_tokens=4,
             metrics=RequestMetrics(first_token_latency=0.1 * (index + 1), num_preemptions=index % 2),
@@ -175,6 +192,7 @@ def test_generate_reads_prompts_from_a_file(
         (["--input-file", "nowhere.txt"], "cannot be read"),
         (["--input-file", "f.txt", "--prompt-column", "p"], "is for CSV and Parquet"),
         (["--prompt-column", "p"], "is for --input-file"),
+        (["--encoding", "latin-1"], "is for --input-file"),
     ],
 )
 def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
@@ -183,6 +201,30 @@ def test_inputs_that_cannot_be_read_are_refused_before_the_engine_is_built(
     assert main(["generate", *argv]) == 1
     assert message in capsys.readouterr().err
     assert engine.made == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", b"prompt\nM\xfcnchen\n", "not UTF-8: line 2 has the byte 0xFC. It is likely latin-1"),
+        ("p.txt", "one\ntwo \u201cquoted\u201d\n".encode("cp1252"), "line 2 has the byte 0x93. It is likely cp1252"),
+        ("p.jsonl", b"5\n7\n", "line 1: a prompt must be text or a list of token ids, got the number 5"),
+    ],
+)
+def test_files_that_would_come_out_wrong_are_refused_before_the_engine_is_built(
+    engine: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, message: str
+):
+    (tmp_path / name).write_bytes(text)
+    assert main(["generate", "--input-file", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+    assert engine.made == []
+
+
+def test_a_file_in_the_encoding_that_is_given(engine: type[FakeLLM], tmp_path: Path):
+    for name, text in (("p.csv", "prompt\nM\xfcnchen\nB\xe4r\n"), ("p.txt", "M\xfcnchen\nB\xe4r\n")):
+        (tmp_path / name).write_bytes(text.encode("cp1252"))
+        assert main(["generate", "--input-file", str(tmp_path / name), "--encoding", "cp1252"]) == 0
+        assert engine.made[-1].calls[0][0] == ["M\xfcnchen", "B\xe4r"]
 
 
 def test_bad_values_end_before_the_engine_is_built(
@@ -196,12 +238,129 @@ def test_bad_values_end_before_the_engine_is_built(
     assert engine.made == []
 
 
-@pytest.mark.parametrize("argv", [["generate", "--max-model-len", "1.5"], ["generate", "--no-such"], [], ["nothing"]])
-def test_bad_command_lines_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (
+            ["generate", "--max-model-len", "1.5"],
+            "generate: error: argument --max-model-len: '1.5' is not a whole number",
+        ),
+        (["generate", "--temperature", "hot"], "generate: error: argument --temperature: 'hot' is not a number"),
+        (
+            ["generate", "--max-num-seq", "8", "x"],
+            "error: there is no option --max-num-seq; did you mean --max-num-seqs?",
+        ),
+        (["generate", "--max_token=8"], "error: there is no option --max-token; did you mean --max-tokens?"),
+        (["generate", "--no-prefix-caching"], "did you mean --no-enable-prefix-caching?"),
+        (["generate", "--qqqqqq"], "generate: error: there is no option --qqqqqq ("),
+        (["chat", "--system", "x"], "chat: error: there is no option --system; did you mean --system-prompt?"),
+        # what is missing is not what is wrong
+        (["run-batch", "--input", "x"], "there is no option --input; did you mean --input-file?"),
+        (["run-batch"], "run-batch: error: the following arguments are required: -i/--input-file, -o/--output-file"),
+        (["chat", "hello"], "chat: error: there is no place for 'hello'"),
+        (["chat", "-x"], "chat: error: there is no option -x"),
+        (["--model", "m", "chat"], "jaxllm: error: --model is in front of the command: options follow it"),
+        (["generat"], "jaxllm: error: there is no command 'generat'; did you mean generate?"),
+        (["nothing"], "jaxllm: error: there is no command 'nothing' ("),
+        (["bench", "latencies"], "jaxllm bench: error: there is no command 'latencies'; did you mean latency?"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as refusal:
         main(argv)
     assert refusal.value.code == 2
-    assert "usage: jaxllm" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert text in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert "--help says more" in printed.err
+
+
+@pytest.mark.parametrize(("argv", "listed"), [([], "run-batch"), (["bench"], "serve-trace")])
+def test_without_a_command_they_are_listed(argv: list[str], listed: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as refusal:
+        main(argv)
+    assert refusal.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"\n  {listed} " in printed and len(printed.splitlines()) < 25
+    # each has a line that fits a terminal
+    lines = printed.partition("commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(lines) >= 7 and all(re.match(r"  [a-z-]+  +\S", line) and len(line) <= 80 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("generate", "usage: jaxllm generate [options] [PROMPT ...]"),
+        ("run-batch", "usage: jaxllm run-batch [options] -i FILE -o FILE"),
+        ("plan", "usage: jaxllm plan [options] [MODEL]"),
+        ("fetch", "usage: jaxllm fetch [options] NAME ..."),
+    ],
+)
+def test_usage_is_one_line(command: str, usage: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"{usage}\n\n")
+
+
+def test_the_named_models_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["fetch", "--help"])
+    printed = capsys.readouterr().out
+    for name, model in NAMED_MODELS.items():
+        assert re.search(rf"^  {re.escape(name)} +{model.size / 1e6:.0f} MB  \S", printed, re.MULTILINE), name
+
+
+def test_several_completions_are_told_apart(engine: type[FakeLLM], capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a", "--n", "2", "--temperature", "0.8"]) == 0
+    assert engine.made[0].calls[0][1] == SamplingParams(n=2, temperature=0.8, max_tokens=128)
+    assert capsys.readouterr().out == "--- 1\nA\n--- 2\nA!\n"
+    assert main(["generate", "a", "--n", "2", "--temperature", "0.8", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [completion["text"] for completion in record["outputs"]] == ["A", "A!"]
+    assert record["output_tokens"] == 4
+    # greedy is what the command does by itself
+    assert main(["generate", "a", "--n", "2"]) == 1
+    message = "n must be 1 when using greedy sampling, got 2. Completions differ with a temperature above 0"
+    assert message in capsys.readouterr().err
+
+
+def test_log_probabilities_are_shown(engine: type[FakeLLM], capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "a", "--logprobs", "1"]) == 0
+    assert engine.made[0].calls[0][1].logprobs == 1
+    text, *tokens = capsys.readouterr().out.splitlines()
+    assert text == "A"
+    assert [line.split() for line in tokens] == [
+        ["-0.500", "'A'", "of", "'B'", "-0.250,", "'A'", "-0.500"],
+        ["-2.000", "'C'", "of", "'C'", "-2.000"],
+    ]
+    assert main(["generate", "a", "--logprobs", "1", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)["logprobs"]["content"]
+    assert [(entry["token"], entry["logprob"]) for entry in content] == [("A", -0.5), ("C", -2.0)]
+    assert [entry["token"] for entry in content[0]["top_logprobs"]] == ["B", "A"]
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["demo"], ["chat"]])
+def test_a_schema_is_given_as_json_or_as_a_file(
+    engine: type[FakeLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+):
+    schema = json.dumps({"type": "object", "properties": {"a_b": {"type": "integer"}}})
+    (tmp_path / "s.json").write_text(schema)
+    for value in (schema, str(tmp_path / "s.json")):
+        say(monkeypatch, "hello")
+        assert main([*command, "--json-schema", value]) == 0
+        assert engine.made[-1].calls[0][1].structured_outputs == StructuredOutputsParams(json=schema)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("{'type': 1}", "is not JSON"), ("nowhere.json", "neither JSON"), ("", "neither JSON")],
+)
+def test_a_schema_that_is_none_is_refused(
+    engine: type[FakeLLM], value: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", "x", "--json-schema", value]) == 1
+    assert message in capsys.readouterr().err
+    assert engine.made == []
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_many_tokens_and_completions():
 
 PLAN = MemoryPlan(
     device='cpu "<0>"',
+    platform="cpu",
     total_bytes=1000,
     gpu_memory_utilization=0.9,
     weight_bytes=400,

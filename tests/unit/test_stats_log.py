@@ -39,8 +39,10 @@ class Engine:
             prefix_cache_hit_rate=self.hit_rate,
         )
 
-    def log(self, interval: float = 10.0, *, prefix_caching: bool = True) -> StatsLog:
-        return StatsLog(self.stats, interval, prefix_caching=prefix_caching, clock=lambda: self.now)
+    def log(self, interval: float = 10.0, *, prefix_caching: bool = True, cache_name: str = "KV cache") -> StatsLog:
+        return StatsLog(
+            self.stats, interval, prefix_caching=prefix_caching, cache_name=cache_name, clock=lambda: self.now
+        )
 
     def turn(self, log: StatsLog, seconds: float, *, prompt: int = 0, cached: int = 0, generated: int = 0) -> None:
         log.turn_begins()
@@ -53,7 +55,7 @@ class Engine:
 def test_the_line_is_vllms(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, logger="jaxllm")
     engine = Engine()
-    log = engine.log()
+    log = engine.log(cache_name="GPU KV cache")
     engine.turn(log, 4.0, prompt=300_000, cached=60_000, generated=8)
     assert not caplog.messages
     engine.turn(log, 6.0, generated=2400)
@@ -77,7 +79,7 @@ def test_without_a_prefix_cache_there_is_no_hit_rate(caplog: pytest.LogCaptureFi
     engine = Engine()
     log = engine.log(prefix_caching=False)
     engine.turn(log, 10.0, generated=1)
-    assert caplog.messages[0].endswith("GPU KV cache usage: 91.9%")
+    assert caplog.messages[0].endswith(", KV cache usage: 91.9%")
 
 
 def test_the_time_between_two_calls_does_not_count(caplog: pytest.LogCaptureFixture):
@@ -130,7 +132,7 @@ def test_an_engines_own_counters(caplog: pytest.LogCaptureFixture):
     seconds = 7 - 0.5
     assert f"prompt throughput: {7 / seconds:.1f} tokens/s" in line
     assert f"generation throughput: {10 / seconds:.1f} tokens/s" in line
-    assert "Running: 0 reqs, Waiting: 0 reqs, GPU KV cache usage: 0.0%, Prefix cache hit rate: 0.0%" in line
+    assert "Running: 0 reqs, Waiting: 0 reqs, KV cache usage: 0.0%, Prefix cache hit rate: 0.0%" in line
 
 
 def test_the_interval_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch):

@@ -7,18 +7,23 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.tokenization.chat import Conversation
+
+#: of a column of questions
+_CONVERSATIONS = "[[{{'role': 'user', 'content': text}}] for text in {column}]"
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
     """The prompts of a call: one text, mapping or list of token ids stands for a list of one.
 
-    Iterators are not read beyond their first item.
+    Iterators are not read beyond their first item. A list, a tuple or an array of integers is one prompt of token ids;
+    a column of a table with integers is refused, as it may be one or many.
 
     Raises:
-        ValidationError: something that is no prompt and holds none.
+        ValidationError: something that is no prompt and holds none, or a table.
     """
     if isinstance(prompts, (str, Mapping)):
         return [prompts]  # pyright: ignore[reportReturnType]
@@ -32,8 +37,14 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
         if first and isinstance(first[0], numbers.Integral):
             return [[*first, *prompts]]  # pyright: ignore[reportReturnType]
         return itertools.chain(first, prompts)  # pyright: ignore[reportReturnType]
+    checks.no_table("prompts", prompts)
     listed: list[Any] = list(prompts)
     if listed and all(isinstance(item, numbers.Integral) for item in listed):
+        if checks.is_column(prompts):
+            raise ValidationError(
+                f"prompts is a {type(prompts).__name__} of integers. If they are the token ids of one prompt, pass "
+                "list(column); if each is a prompt of its own, [str(number) for number in column]."
+            )
         return [listed]
     return listed
 
@@ -49,6 +60,7 @@ def as_conversations(messages: Any) -> Iterable[Conversation]:
             "messages must be a list of mappings with 'role' and 'content', or a list of such lists; "
             f"got {messages!r:.80}"
         )
+    checks.no_table("messages", messages, give=_CONVERSATIONS)
     if isinstance(messages, Iterator):
         first = list(itertools.islice(messages, 1))
         rest = itertools.chain(first, messages)

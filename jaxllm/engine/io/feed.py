@@ -81,6 +81,8 @@ class Feed:
         self._raise = on_error == "raise"
         self._options = options
         self._convert = convert
+        #: how errors name one of several prompts; "": there is one
+        self._name = "" if ready and len(prompts) == 1 else "prompts" if convert is None else "messages"
         self._check_first = check_first and self._raise and ready
         #: equal parameters, one after the other, are checked once: these, and what came of them
         self._last: tuple[SamplingParams, CheckedParams] | None = None
@@ -120,7 +122,7 @@ class Feed:
                     output = self._finished.popleft()
                     if output.error is not None and self._raise:
                         if was_refused(output):
-                            raise ValidationError(output.error)
+                            raise ValidationError(self._of(output.index, output.error))
                         raise RuntimeError(f"{output.error} (in another call, while this one was waiting)")
                     if progress is not None:
                         progress.finished(output)
@@ -214,9 +216,13 @@ class Feed:
             self._running.pop(request_id, None)
             self._client.core.record_rejection("invalid")
             if self._raise:
-                raise
+                raise ValidationError(self._of(job.index, str(error))) from error.__cause__
             text = job.prompt if isinstance(job.prompt, str) else None
             self._finish(failed_output(request_id, text, str(error)), job.index)
+
+    def _of(self, index: int, reason: str) -> str:
+        """The reason, and of which prompt it is."""
+        return f"{self._name}[{index}]: {reason}" if self._name else reason
 
     def _check(self, params: Any) -> Any:
         if not isinstance(params, SamplingParams):

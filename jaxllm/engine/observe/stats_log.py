@@ -48,6 +48,7 @@ class StatsLog(StepObserver):
     Args:
         stats: where the engine's numbers come from.
         interval: seconds.
+        cache_name: what the KV cache is called.
         prefix_caching: whether there is a hit rate to tell; it is that of the last 1000 requests, vLLM's.
         clock: seconds, monotonic.
     """
@@ -58,9 +59,11 @@ class StatsLog(StepObserver):
         interval: float,
         *,
         prefix_caching: bool,
+        cache_name: str = "KV cache",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stats, self._interval, self._prefix_caching, self._clock = stats, interval, prefix_caching, clock
+        self._cache_name = cache_name
         self._last = stats()
         #: seconds since the last line in which requests ran
         self._busy = 0.0
@@ -103,7 +106,7 @@ class StatsLog(StepObserver):
             f"Running: {now.scheduler.num_running} reqs",
             f"Waiting: {now.scheduler.num_waiting} reqs",
             *([f"Preemptions: {preemptions}"] if preemptions else []),
-            f"GPU KV cache usage: {100 * now.scheduler.kv_cache_usage:.1f}%",
+            f"{self._cache_name} usage: {100 * now.scheduler.kv_cache_usage:.1f}%",
             *([f"Prefix cache hit rate: {100 * now.prefix_cache_hit_rate:.1f}%"] if self._prefix_caching else []),
         ]
         logger.info("Engine %03d: %s", 0, ", ".join(parts))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxllm.api.extras import how_to_install
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
@@ -187,7 +189,7 @@ class Trace:
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            raise ImportError("plot() needs matplotlib; in a checkout of jaxllm: pip install '.[plot]'") from error
+            raise ImportError(f"plot() needs matplotlib: {how_to_install('plot')}.") from error
         return plot(self)
 
     def save_chrome_trace(self, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.entrypoints.batch.journal import INVALID_LINE
+from jaxllm.entrypoints.encodings import encoding_of
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.tables import BadRow
 
@@ -36,16 +39,31 @@ def check_place(name: str, path: str) -> None:
         raise ValidationError(f"{name} {path!r} is a URL, and jaxllm opens local files only: download it first.")
 
 
-def read_lines(path: str) -> Iterator[NumberedLine]:
-    """Return the lines of a JSONL file ("-": standard input), without blank ones."""
+def read_lines(path: str, encoding: str | None = None) -> Iterator[NumberedLine]:
+    """Return the lines of a JSONL file ("-": standard input), without blank ones.
+
+    Args:
+        encoding: as the user says; None: UTF-8, of which a line with wrong bytes is refused alone.
+
+    Raises:
+        JaxLLMError: the file cannot be read.
+        ValidationError: the encoding is not the file's, or there is none, and the file is UTF-16.
+    """
     try:
         file = sys.stdin.buffer if path == "-" else open(Path(path).expanduser(), "rb")
+        decoded = None if encoding is None else encoding_of(path, encoding)
     except OSError as error:
         raise JaxLLMError(f"The input {path!r} cannot be read: {error.strerror}.") from error
     with file:
-        for number, line in enumerate(file, start=1):
+        lines: Iterator[bytes] = iter(file)
+        if decoded is not None:
+            text = io.TextIOWrapper(file, encoding=decoded, errors="surrogateescape", newline="\n")
+            lines = (line.encode("utf-8", "surrogateescape") for line in text)
+        for number, line in enumerate(lines, start=1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValidationError(f"The input {path!r} is UTF-16: --encoding utf-16.")
             if line.strip():
                 yield number, line
 

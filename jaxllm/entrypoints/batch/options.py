@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import argparse
 
+from jaxllm.entrypoints.encodings import add_encoding_option
+
 
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the lines come from and where the results go."""
+    """Add where the lines come from and where the results go; the parser has to resolve conflicts, for the options that
+    mean more here.
+    """
     parser.description = (
         "Each line of the input is an OpenAI API call: {custom_id, method: POST, url, body}, with the urls "
         "/v1/chat/completions, /v1/completions and /v1/embeddings. Each gets one line of output, as it finishes. "
         "The exit status is 0 when all lines succeeded, 3 when some were refused, 1 when the batch did not finish."
     )
-    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="JSONL, CSV or Parquet; -: stdin")
-    parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSONL; -: stdout")
-    parser.add_argument("--resume", action="store_true", help="go on with the output: skip the lines that it has")
-    parser.add_argument("--overwrite", action="store_true", help="begin the output anew")
-    table = parser.add_argument_group("CSV and Parquet input (needs pyarrow: pip install '.[tables]')")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument("-i", "--input-file", required=True, metavar="FILE", help="JSONL, CSV or Parquet; -: stdin")
+    batch.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSONL; -: stdout")
+    batch.add_argument("--resume", action="store_true", help="go on with the output: skip the lines that it has")
+    batch.add_argument("--overwrite", action="store_true", help="begin the output anew")
+    names = batch.add_mutually_exclusive_group()
+    names.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="what the lines may call the model (default: --model); the answer of one that names none has the first",
+    )
+    names.add_argument(
+        "--ignore-model-field", action="store_true", help="run the lines with this model, whatever they call theirs"
+    )
+    add_encoding_option(batch)
+    table = parser.add_argument_group("CSV and Parquet input (Parquet needs pyarrow)")
     table.add_argument("--prompt-column", metavar="NAME", help="column of prompts (default: prompt)")
     table.add_argument("--messages-column", metavar="NAME", help="column of conversations: lists of messages, or JSON")
     table.add_argument("--id-column", metavar="NAME", help="column of custom_ids (default: custom_id, else row-N)")

@@ -30,7 +30,8 @@ def read_table(path: str, arguments: argparse.Namespace) -> Iterator[NumberedLin
         raise ValidationError(f"--messages-column is for {CHAT}, and --url is {url}.")
     id_column = arguments.id_column or ID_COLUMN
     required = [column, id_column] if arguments.id_column else [column]
-    for number, row in enumerate(read_rows(path, required, [id_column]), start=1):
+    rows = read_rows(path, required, [id_column], encoding=arguments.encoding)
+    for number, row in enumerate(rows, start=1):
         if isinstance(row, BadRow):
             yield number, row
             continue

@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,21 +55,27 @@ def run(arguments: argparse.Namespace) -> int:
     lines = _open_lines(arguments)
     if same_file(arguments.input_file, arguments.output_file):
         raise ValidationError(f"Input and output are the same file, {arguments.input_file!r}.")
+    # what is wrong with the input is found before the output is touched and the model is loaded
+    first = next(lines, None)
     with Journal(arguments.output_file, resume=arguments.resume, overwrite=arguments.overwrite) as journal:
-        # what is wrong with the input is found before the model is loaded
-        first = next(lines, None)
-        lines = itertools.chain([first] if first else [], lines)
-        from jaxllm.llm import LLM
-
+        if first is None:
+            print(f"run-batch: the input {arguments.input_file!r} is empty: there is nothing to run.", file=sys.stderr)
+            return SOME_FAILED if journal.num_failed else 0
+        lines = itertools.chain([first], lines)
         model, given = engine_arguments(arguments)
         served = given.pop("served_model_name", None) or model
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
+        if not arguments.ignore_model_field:
+            _warn_of_model(first, names)
+        from jaxllm.llm import LLM
+
         with LLM(model, **given) as llm:
             total = None if is_table(arguments.input_file) else count_lines(arguments.input_file)
             tally = Tally(total, show=sys.stderr.isatty())
-            batch = Batch(llm, journal, tally, names)
+            batch = Batch(llm, journal, tally, names, any_model=arguments.ignore_model_field)
             try:
-                batch.run(lines)
+                with tally.told_regularly():
+                    batch.run(lines)
             except BaseException:
                 tally.close()
                 resumable = arguments.output_file != "-"
@@ -79,6 +85,21 @@ def run(arguments: argparse.Namespace) -> int:
             tally.close()
     print(f"run-batch: {tally}", file=sys.stderr)
     return SOME_FAILED if tally.failed or journal.num_failed else 0
+
+
+def _warn_of_model(first: NumberedLine, names: list[str]) -> None:
+    """Say before the model is loaded that the first line, and most likely the others, is for another one."""
+    try:
+        body = parse_line(*first).body
+    except APIError:
+        return
+    model = body.get("model") if isinstance(body, Mapping) else None
+    if isinstance(model, str) and model not in names:
+        print(
+            f"run-batch: line {first[0]} is for the model {model!r}, and this is {', '.join(map(repr, names))}: such "
+            f"lines are refused. --served-model-name {model} runs them, and --ignore-model-field whatever their model.",
+            file=sys.stderr,
+        )
 
 
 def _open_lines(arguments: argparse.Namespace) -> Iterator[NumberedLine]:
@@ -91,7 +112,7 @@ def _open_lines(arguments: argparse.Namespace) -> Iterator[NumberedLine]:
     for name in ("prompt_column", "messages_column", "id_column", "url", "body"):
         if getattr(arguments, name) is not None:
             raise ValidationError(f"--{name.replace('_', '-')} is for CSV and Parquet input; a JSONL line has its own.")
-    return read_lines(arguments.input_file)
+    return read_lines(arguments.input_file, arguments.encoding)
 
 
 @dataclasses.dataclass(slots=True)
@@ -110,11 +131,12 @@ class Batch:
 
     Args:
         model_names: that the lines may call the model by.
+        any_model: they may call it as they like.
     """
 
-    def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str]):
+    def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str], *, any_model: bool = False):
         self._llm, self._journal, self._tally = llm, journal, tally
-        self._model_names = model_names
+        self._model_names, self._any_model = model_names, any_model
         self._sampling = SamplingReader(llm.get_default_sampling_params())
         self._seen = DigestSet()
         self._embeds = "embed" in getattr(llm, "supported_tasks", ())
@@ -138,7 +160,13 @@ class Batch:
             if self._journal.is_finished(custom_id):
                 self._tally.skip()
                 return None
-            call = translate(request.url, request.body, model_names=self._model_names, sampling=self._sampling)
+            call = translate(
+                request.url,
+                request.body,
+                model_names=self._model_names,
+                any_model=self._any_model,
+                sampling=self._sampling,
+            )
             if (call.url == EMBEDDINGS) != self._embeds:
                 raise APIError(f"The model does not support {call.url}.", param="url")
         except APIError as error:

@@ -1,12 +1,17 @@
-"""This says how a batch goes, by counts, a progress bar and a last line."""
+"""This says how a batch goes, by counts, a progress bar or lines of it, and a last line."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _REFRESH_SECONDS = 0.5
+#: between two lines, where no terminal shows the bar
+LINE_SECONDS = 30.0
 
 
 class Tally:
@@ -23,6 +28,7 @@ class Tally:
         self.prompt_tokens = self.output_tokens = 0
         # lines are refused where they are read, and completed where the engine is driven
         self._lock = threading.Lock()
+        self._total = total
         self._start = self._shown = time.monotonic()
         self._bar = tqdm(total=total, unit=" lines", desc="run-batch", disable=not show, dynamic_ncols=True)
 
@@ -57,6 +63,40 @@ class Tally:
             )
         self._bar.update()
 
+    @contextlib.contextmanager
+    def told_regularly(self, wait: Callable[[threading.Event], bool] | None = None) -> Iterator[None]:
+        """While it lasts, and the bar is not shown, a line on standard error says every 30 seconds how it goes.
+
+        Args:
+            wait: waits until the next line is due; True: the event is set, and there is none.
+        """
+        if not self._bar.disable:
+            yield
+            return
+        done = threading.Event()
+        thread = threading.Thread(target=self._tell, args=(done, wait or _until_due), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _tell(self, done: threading.Event, wait: Callable[[threading.Event], bool]) -> None:
+        while not wait(done):
+            print(f"run-batch: {self.progress()}", file=sys.stderr, flush=True)
+
+    def progress(self) -> str:
+        """How many lines there are a result of, and how long the rest may take."""
+        seen = self.completed + self.failed + self.skipped
+        new, seconds = self.completed + self.failed, time.monotonic() - self._start
+        if self._total is None:
+            return f"{seen} lines; {self}"
+        left = ""
+        if new and seen < self._total:
+            left = f", about {_duration((self._total - seen) * seconds / new)} left"
+        return f"{seen} of {self._total} lines{left}; {self}"
+
     def close(self) -> None:
         self._bar.close()
 
@@ -71,3 +111,12 @@ class Tally:
             f"{self.prompt_tokens} prompt tokens, {self.output_tokens} output tokens "
             f"({self.output_tokens / seconds:.1f}/s)"
         )
+
+
+def _until_due(done: threading.Event) -> bool:
+    return done.wait(LINE_SECONDS)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"

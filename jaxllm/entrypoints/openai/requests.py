@@ -44,11 +44,14 @@ class Call:
     base64: bool = False
 
 
-def translate(url: str, body: Any, *, model_names: Sequence[str], sampling: SamplingReader) -> Call:
+def translate(
+    url: str, body: Any, *, model_names: Sequence[str], sampling: SamplingReader, any_model: bool = False
+) -> Call:
     """Return the call to `url` with `body`.
 
     Args:
         model_names: what this engine's model is called; the first one is told where the body names none.
+        any_model: whatever the body calls its model, it is this engine's; the answer says what the body says.
         sampling: knows the sampling parameters of the model.
 
     Raises APIError for whatever cannot be honoured.
@@ -60,7 +63,7 @@ def translate(url: str, body: Any, *, model_names: Sequence[str], sampling: Samp
     model = body.get("model")
     if model is None:
         model = model_names[0]
-    elif model not in model_names:
+    elif model not in model_names and not (any_model and isinstance(model, str)):
         raise APIError(f"The model `{model}` does not exist.", status=HTTPStatus.NOT_FOUND, param="model")
     try:
         return _TRANSLATORS[url](body, model, sampling)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.extras import how_to_install
 from jaxllm.config.devices import GPU
 from jaxllm.parallel.mesh import TENSOR, ask_for_cpu_devices, make_mesh
 from jaxllm.runner.memory.plan import device_memory
@@ -73,8 +74,8 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
     except RuntimeError as error:
         raise ValidationError(
-            f"device={name!r} is not there: {error}. For NVIDIA GPUs, in a checkout of jaxllm: pip install '.[cuda12]' "
-            "or '.[cuda13]'."
+            f"device={name!r} is not there: {error}. For NVIDIA GPUs: {how_to_install('cuda12')}; where the driver "
+            "has CUDA 13, cuda13 in place of cuda12."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import difflib
 import functools
 import sys
 from collections.abc import Callable
@@ -114,11 +115,11 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             given = sizes  # what is wrong is said of ours
         expected = jax.eval_shape(functools.partial(resegment, sizes=given), self.params)
         ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
-        for path in {**ours, **theirs}:
-            old, new = ours.get(path), theirs.get(path)
-            same = old is not None and new is not None and old.shape == np.shape(new) and old.dtype == new.dtype
-            if not same:
-                shown = [None if x is None else f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
+        _check_names(list(map(jax.tree_util.keystr, ours)), list(map(jax.tree_util.keystr, theirs)))
+        for path, old in ours.items():
+            new = theirs[path]
+            if old.shape != np.shape(new) or old.dtype != new.dtype:
+                shown = [f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
                 raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
         params = resegment(params, sizes)
         wanted = self._allocator.param_shardings
@@ -157,3 +158,14 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         """Free every device array; idempotent."""
         self.free_cache()
         self._delete_params()
+
+
+def _check_names(ours: list[str], theirs: list[str]) -> None:
+    """Raise ValidationError for the first array that the model does not have, or else that was not given."""
+    unknown = next((name for name in theirs if name not in ours), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, ours, n=1, cutoff=0.0)
+        raise ValidationError(f"params{unknown} is no array of the model's. Did you mean params{''.join(close)}?")
+    missing = next((name for name in ours if name not in theirs), None)
+    if missing is not None:
+        raise ValidationError(f"params{missing} is missing: params must have all arrays that apply_model shows.")

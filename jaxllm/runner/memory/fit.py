@@ -84,6 +84,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
     unused = max(int(_usable_bytes(config)) - used, 0)
     return MemoryPlan(
         device=config.target.kind,
+        platform=config.target.platform,
         total_bytes=config.target.total_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         weight_bytes=config.weight_bytes,

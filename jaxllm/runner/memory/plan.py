@@ -20,6 +20,8 @@ class MemoryPlan:
     """Bytes that an engine will use on each device, and what they hold."""
 
     device: str
+    #: JAX's name for its kind, such as "cpu"
+    platform: str
     #: what the device has in all; on CPU, what was available
     total_bytes: int
     gpu_memory_utilization: float
@@ -47,6 +49,11 @@ class MemoryPlan:
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
+
+    @property
+    def cache_name(self) -> str:
+        """vLLM's name of the cache where it lies on a GPU; on a CPU it is the host's own memory."""
+        return "KV cache" if self.platform == "cpu" else "GPU KV cache"
 
     @property
     def used_bytes(self) -> int:
@@ -79,7 +86,7 @@ class MemoryPlan:
     def vllm_lines(self) -> list[str]:
         """The capacity in vLLM's words."""
         return [
-            f"GPU KV cache size: {self.num_tokens:,} tokens, "
+            f"{self.cache_name} size: {self.num_tokens:,} tokens, "
             f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x"
         ]
 

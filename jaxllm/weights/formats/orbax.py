@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.api.errors import JaxLLMError
+from jaxllm.api.extras import how_to_install
 from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.whole import gather, is_split, scatter
@@ -127,9 +128,7 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise JaxLLMError(
-            "orbax-checkpoint is not installed: in a checkout of jaxllm, pip install '.[orbax]'"
-        ) from None
+        raise JaxLLMError(f"orbax-checkpoint is not installed: {how_to_install('orbax')}.") from None
     gigabytes: Any = in_flight_bytes * 1e-9  # declared to be whole, but only ever multiplied
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)) as checkpointer:
         yield checkpointer, ocp

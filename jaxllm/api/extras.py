@@ -1,0 +1,30 @@
+"""How an extra of jaxllm, such as "orbax", gets installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra of pyproject.toml.
+
+    jaxllm is on no index, so ``pip install 'jaxllm[orbax]'`` would find nothing: it is its checkout that pip installs,
+    and the packages that the extra stands for have names that work anywhere.
+    """
+    in_checkout = f"in a checkout of jaxllm, pip install '.[{extra}]'"
+    packages = _packages(extra)
+    return f"pip install {' '.join(packages)} (or, {in_checkout})" if packages else in_checkout
+
+
+def _packages(extra: str) -> list[str]:
+    """What the extra stands for, quoted for a shell; nothing where jaxllm is on the path and not installed."""
+    try:
+        listed = importlib.metadata.requires("jaxllm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found: list[str] = []
+    for line in listed:
+        package, _, marker = line.partition(";")
+        if marker.replace('"', "'").strip() == f"extra == '{extra}'":
+            found.append(f"'{package.strip()}'")
+    return found
