@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 Result = TypeVar("Result")
 
@@ -185,8 +186,40 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         return self.engine.core.is_sleeping
 
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stop between two steps until `resume_generation`, so that weights can change (`LLM.update_weights`).
+
+        Args:
+            mode: what happens to requests: "abort" ends them (``finish_reason="abort"``), "wait" runs them to their
+                end first, "keep" lets them go on afterwards. New requests are refused with a RuntimeError meanwhile;
+                with "keep" they wait.
+            clear_cache: forget the KV cache: cached prefixes, and what requests that are kept have computed, which
+                is computed anew. Weights that change do that in any case.
+
+        Raises ValidationError for another mode.
+        """
+        await self._call(lambda: self.engine.pause_generation(mode, clear_cache))
+
+    async def resume_generation(self) -> None:
+        """Go on; does nothing when the engine is not paused."""
+        await self._call(self.engine.resume_generation)
+
+    async def is_paused(self) -> bool:
+        """Whether no step is run: the engine is paused, or sleeps."""
+        core = self.engine.core
+        return core.is_paused or core.is_sleeping
+
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """As `LLMEngine.vllm_config`."""
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

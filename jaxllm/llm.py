@@ -151,9 +151,9 @@ class LLM:
         Calls from several threads share the engine's batches.
 
         Args:
-            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
-                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
-                may be endless, and it may be slow.
+            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids``, ``prompt_embeds`` or ``messages``,
+                and ``cache_salt``), or any iterable of them. What has no length is read by a thread of its own, as the
+                engine has room: it may be endless, and it may be slow.
             sampling_params: one for all, or one each; None: the model's own defaults.
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
@@ -378,6 +378,9 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """An embedding for each prompt, in the prompts' order.
 
+        Of an engine with ``PoolerConfig(task="token_embed")``, what `encode` returns: a matrix in ``outputs.data``,
+        a row for each token or chunk (`LateChunkingParams`).
+
         Args:
             prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, and ``cache_salt``), or any
                 iterable of them.
@@ -393,9 +396,13 @@ class LLM:
             ValidationError: the model does not embed, or a prompt or its parameters are refused.
         """
         checks.refuse(lora_request=lora_request)
-        outputs = self.engine.pooling("embed").run(
-            prompts, "embed", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        pooling = self.engine.pooling("embed")
+        task = "token_embed" if pooling.inputs.pooler.task == "token_embed" else "embed"
+        outputs = pooling.run(
+            prompts, task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
         )
+        if task == "token_embed":
+            return outputs  # pyright: ignore[reportReturnType]
         return [EmbeddingRequestOutput.from_base(output) for output in outputs]
 
     @with_params("pooling_params", PoolingParams)
@@ -459,22 +466,28 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         lora_request: None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        chat_template: None = None,
+        chat_template: str | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
     ) -> list[ScoringRequestOutput]:
         """How well texts fit: one with one, one with many, or pairs of two lists.
 
         A model with one class reads both texts together (a cross-encoder); one that embeds gives the cosine of the
-        two embeddings. The other arguments are those of `embed`.
+        two embeddings, or with ``PoolerConfig(task="token_embed")`` the sum over the first text's tokens of the best
+        match among the second's (MaxSim). The other arguments are those of `embed`.
+
+        Args:
+            chat_template: a Jinja template, or its file, that writes both texts into one prompt, from messages of the
+                roles "query" and "document"; None: the tokenizer joins them.
 
         Raises:
             ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
         """
-        checks.refuse(lora_request=lora_request, chat_template=chat_template)
+        checks.refuse(lora_request=lora_request)
         return self.engine.pooling("score").score(
-            data_1, data_2, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            data_1, data_2, chat_template, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens,
+            on_error,
+        )  # fmt: skip
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 
 class LLMEngine:
@@ -93,6 +94,18 @@ class LLMEngine:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """What the engine was started with and found out, under vLLM's names: `model_config`, `cache_config`,
+        `scheduler_config` and `parallel_config`. It is there to be read.
+        """
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Its part about the model: `hf_config`, `max_model_len`, `dtype`, ..."""
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache_folder import cache_folder
+from jaxllm.config.vllm_config import VllmConfig, vllm_config
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.generation import Generation
 from jaxllm.engine.io.feeds import Feeds
@@ -117,6 +118,20 @@ class Engine:
             self.client.close()
             self._free()
 
+    @functools.cached_property
+    def vllm_config(self) -> VllmConfig:
+        """What it was started with, under vLLM's names."""
+        config, plan = self.model_files.config, self.memory_plan
+        return vllm_config(
+            self.args,
+            self.model_files.checkpoint.config,
+            scheduler=self.core.scheduler.config,
+            dtype=config.dtype,
+            pools=self._pooling is not None,
+            block_size=plan.block_size,
+            num_blocks=plan.num_blocks,
+        )
+
     # What it can be asked for.
 
     @property
@@ -152,8 +167,7 @@ class Engine:
     def sleep(self, level: int, mode: str) -> None:
         if isinstance(level, bool) or level not in (0, 1, 2):
             raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")
-        if mode not in ("abort", "wait", "keep"):
-            raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
+        _check_mode(mode)
         with self.client.lock:
             self.client.pause(mode)
             self.core.sleep(level)
@@ -164,6 +178,18 @@ class Engine:
             raise ValidationError(f"tags must be among {', '.join(_TAGS)}; got {', '.join(map(repr, unknown))}.")
         with self.client.lock:
             return self.core.wake_up(wanted)
+
+    def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        _check_mode(mode)
+        with self.client.lock:
+            self.client.pause(mode, preempt=clear_cache)
+            self.core.pause(refuse=mode != "keep")
+            if clear_cache:
+                self.core.reset_prefix_cache()
+
+    def resume_generation(self) -> None:
+        with self.client.lock:
+            self.core.resume()
 
     def release_kv_cache_memory(self) -> None:
         with self.client.lock:
@@ -177,15 +203,19 @@ class Engine:
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
-            if self.client.has_unfinished:
+            if self.client.has_unfinished and not self.core.is_paused:
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
+            # what a pause keeps was computed with the old ones
+            self.client.preempt_all()
             self.runner.set_params(params)
             self.core.reset_prefix_cache()
 
     def call_runner(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
     ) -> Any:
-        if isinstance(method, str):
+        if method == "update_config":
+            call = self.update_config
+        elif isinstance(method, str):
             known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
             if method not in known:
                 raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
@@ -193,12 +223,34 @@ class Engine:
         else:
             call = functools.partial(method, self.runner)
         with self.client.lock:
+            if method == "reload_weights":
+                # what was computed with the old ones is computed anew
+                self.client.preempt_all()
+                self.core.reset_prefix_cache()
             return call(*args, **(kwargs or {}))
+
+    def update_config(self, overrides: Mapping[str, Any]) -> None:
+        """What vLLM's workers are told before ``reload_weights``: what weights are read from, and nothing else.
+
+        Raises ValidationError for anything but ``{"load_config": {"load_format": ...}}``.
+        """
+        load = overrides.get("load_config") if isinstance(overrides, Mapping) and len(overrides) == 1 else None
+        if not isinstance(load, Mapping) or set(load) != {"load_format"}:
+            raise ValidationError(
+                "update_config changes what reload_weights reads, {'load_config': {'load_format': ...}}; got "
+                f"{overrides!r:.200}. Anything else is an argument of a new LLM."
+            )
+        self.model_files.checkpoint.use_format(load["load_format"])
 
     def save(self, folder: Path, *, format: str) -> None:
         with self.client.lock:
             self.core.check_awake()
             self.model_files.save(folder, self.runner.params, self.tokenizer, format=format)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("abort", "wait", "keep"):
+        raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
 
 
 def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:

@@ -18,10 +18,10 @@ from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import gated
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.embedding import embed, unembed
+from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import rms_norm
-from jaxllm.layers.rope import apply_rope, rope_tables
+from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.segments import through_layers
 
 #: a window wider than any context
@@ -40,9 +40,10 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    #: tokens of the longest context
     max_position_embeddings: int
-    #: one tuple of inverse frequencies [head_dim // 2] a kind of rotary embedding
-    rope_frequencies: tuple[tuple[float, ...], ...]
+    #: the kinds of rotary embedding
+    rope: tuple[Rotary, ...]
     #: which of them each layer uses
     layer_rope: tuple[int, ...]
     #: sliding window of each layer, in tokens, itself included; None: all
@@ -60,6 +61,8 @@ class DecoderConfig:
     attention_scale: float
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    #: `max_model_len` unless one is asked for; None: `max_position_embeddings`
+    default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
 
@@ -120,11 +123,11 @@ def forward(
     Returns:
         (cache, hidden): hidden [T, d] after the final norm.
     """
-    frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
-    cos, sin = jax.vmap(lambda f: rope_tables(batch.attention.positions, f))(frequencies)
+    cos, sin = rope_tables(batch.attention.positions, config.rope)
     x = embed(context, params.embedding, batch.tokens)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    x = with_embeddings(x, batch)
 
     def layer(carry, weights, place):
         x, cache = carry

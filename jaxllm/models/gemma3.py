@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.layers.rope import Rotary
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.llama import common_fields, frequencies
+from jaxllm.models.llama import MAX_MODEL_LEN, common_fields, rope
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -24,7 +25,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **{
             **fields,
-            "rope_frequencies": _rope_frequencies(hf, head_dim),
+            # scaled in the config already
+            "max_position_embeddings": hf["max_position_embeddings"],
+            "rope": _rope(hf, head_dim),
             "layer_rope": tuple(1 if is_local else 0 for is_local in local),
             "layer_window": tuple(window if is_local else None for is_local in local),
             "tie_word_embeddings": hf.get("tie_word_embeddings", True),
@@ -57,7 +60,7 @@ def text_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         KeyError, ValidationError: as `common_fields`.
     """
-    return config_from_hf(text_alone(hf))
+    return config_from_hf({**text_alone(hf), MAX_MODEL_LEN: hf.get(MAX_MODEL_LEN)})
 
 
 def text_alone(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def _layer_types(num_layers: int, pattern: int) -> list[str]:
     return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
 
 
-def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _rope(hf: Mapping[str, Any], head_dim: int) -> tuple[Rotary, Rotary]:
     """(global, local). Older configs have two thetas at the top level, newer ones `rope_parameters` by layer type."""
     parameters = hf.get("rope_parameters") or {
         "full_attention": {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 1e6)},
@@ -82,6 +85,6 @@ def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float
     }
     whole, local = parameters["full_attention"], parameters["sliding_attention"]
     return (
-        frequencies(head_dim, whole.get("rope_theta", 1e6), whole),
-        frequencies(head_dim, local.get("rope_theta", 1e4), local),
+        rope(hf, head_dim, whole.get("rope_theta", 1e6), whole),
+        rope(hf, head_dim, local.get("rope_theta", 1e4), local),
     )

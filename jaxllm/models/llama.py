@@ -7,8 +7,12 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS
-from jaxllm.layers.rope import inverse_frequencies
+from jaxllm.layers.rope import Rotary
 from jaxllm.models.decoder import DecoderConfig, attention_scale
+from jaxllm.models.rope_scaling import kind_of, longest_context, rotary
+
+#: what `registry` adds to a config.json: the length that the engine is asked to run, None where nobody says
+MAX_MODEL_LEN = "max_model_len"
 
 
 def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +44,9 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "max_position_embeddings": hf["max_position_embeddings"],
-        "rope_frequencies": (frequencies(head_dim, rope_theta(hf), rope_scaling(hf)),),
+        "max_position_embeddings": longest_context(rope_scaling(hf), hf["max_position_embeddings"]),
+        "default_length": default_length(hf),
+        "rope": (rope(hf, head_dim, rope_theta(hf), rope_scaling(hf)),),
         "layer_rope": (0,) * layers,
         "layer_window": (None,) * layers,
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
@@ -50,17 +55,38 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
-    return tuple(inverse_frequencies(head_dim, theta, scaling).tolist())
+def rope(hf: Mapping[str, Any], head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Rotary:
+    """One of a model's rotary embeddings, for the length that the engine runs."""
+    longest = hf.get(MAX_MODEL_LEN) or default_length(hf) or longest_context(scaling, hf["max_position_embeddings"])
+    trained = hf["max_position_embeddings"]
+    return rotary(head_dim, theta, scaling, max_position_embeddings=trained, max_model_len=longest)
 
 
 def rope_theta(hf: Mapping[str, Any], default: float = 10000.0) -> float:
     """`rope_theta`, where older (top level) or newer (`rope_parameters`) configs have it."""
-    return hf.get("rope_theta") or (hf.get("rope_parameters") or {}).get("rope_theta") or default
+    return (
+        (rope_scaling(hf) or {}).get("rope_theta")
+        or (hf.get("rope_parameters") or {}).get("rope_theta")
+        or hf.get("rope_theta")
+        or default
+    )
 
 
 def rope_scaling(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return hf.get("rope_scaling") or hf.get("rope_parameters")
+    """`rope_scaling` or `rope_parameters`, with the length that some configs have beside it."""
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters")
+    original = hf.get("original_max_position_embeddings")
+    if not scaling or original is None:
+        return scaling
+    return {**scaling, "original_max_position_embeddings": original}
+
+
+def default_length(hf: Mapping[str, Any]) -> int | None:
+    """The engine's `max_model_len` unless one is asked for; None: the longest context. As in vLLM, longrope's long
+    factors, with which short texts come out worse, are for those who ask for long ones.
+    """
+    original = hf.get("original_max_position_embeddings")
+    return original if kind_of(hf.get("rope_scaling") or hf.get("rope_parameters")) == "longrope" else None
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:

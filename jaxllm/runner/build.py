@@ -148,7 +148,11 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
             PoolingStepConfig(
-                model=config.step_model, groups=config.groups, pooler=config.pooler, context=config.context
+                model=config.step_model,
+                groups=config.groups,
+                pooler=config.pooler,
+                context=config.context,
+                prompt_embeds=config.prompt_embeds,
             ),
             buckets,
             config.table_width,
@@ -165,6 +169,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             context=config.context,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
+            prompt_embeds=config.prompt_embeds,
             processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.api.sampling_params import SamplingParams
@@ -19,6 +21,7 @@ from jaxllm.engine.core import EngineCore
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
+from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.engine.io.token_constraints import TokenConstraints
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
@@ -138,6 +141,7 @@ def start(args: EngineArgs) -> Engine:
         seed=args.seed,
         constraints=constraints,
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
+        embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
     pooling_inputs = None
     if pooler is not None:
@@ -192,7 +196,7 @@ def _tokenizer(args: EngineArgs, model: Path) -> PreTrainedTokenizerBase | None:
         return None
     if args.tokenizer is not None or args.tokenizer_revision is not None:
         model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    return load_tokenizer(model)
+    return load_tokenizer(model, args.tokenizer_mode)
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import concurrent.futures
 import math
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import jax
@@ -16,15 +16,15 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
-from jaxllm.parallel.rules import held, local_shape, mesh_sizes, place_on_mesh, shape_and_sharding
+from jaxllm.parallel.rules import held, local_shape, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
 from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
 ALIGNMENT = 64
 #: elements that are read at once, on their way into such a buffer; few enough to stay in the processor's cache
 READ_PIECE = 2**20
-#: random elements that are drawn at once
-PIECE = 2**24
+#: random elements that are drawn at once: on their way they take several times their memory
+PIECE = 2**21
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 #: what old Llama checkpoints keep of the rotary embedding; follows from the config
@@ -75,13 +75,7 @@ def load(
     def one(spec: WeightSpec) -> jax.Array:
         if spec.storage != DENSE:
             raise WeightsError(f"{spec.parts[0].name} is to be stored as {spec.storage!r}, which cannot be read yet")
-        shape, own = shape_and_sharding(spec, sharding)
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return read_part(reader, spec, index, sharding, dtype, stop)
-
-        assert own is not None
-        array = jax.make_array_from_callback(shape, own, part)
+        array = read_array(reader, spec, sharding, dtype, stop)
         bar.update()
         return array
 
@@ -111,50 +105,82 @@ def check(reader: WeightReader, specs: object) -> None:
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 
-def read_part(
+def read_array(
     reader: WeightReader,
     spec: WeightSpec,
-    index: tuple[slice, ...] | None,
     sharding: jax.sharding.Sharding,
     dtype: jnp.dtype,
     stop: threading.Event | None = None,
-) -> np.ndarray:
-    """One device's part of an array, in memory of its own.
+) -> jax.Array:
+    """An array on its devices. Of a tensor that they have columns of, each row is read once, for all of them.
 
     Args:
-        index: of the part in the array.
         sharding: of what every device has whole.
         dtype: if the spec has none of its own.
     """
-    sizes, numbers = mesh_sizes(sharding), place_on_mesh(spec, sharding, index)
-    out = _aligned(local_shape(spec, sizes), jnp.dtype(spec.dtype or dtype))
+    shape, own = shape_and_sharding(spec, sharding)
+    assert own is not None
+    sizes = mesh_sizes(sharding)
+    rows, *columns = mesh_axes(spec, sizes)[-len(spec.axes) :]
+    indices = own.addressable_devices_indices_map(shape).values() if rows is None and any(columns) else ()
+    places = [place_on_mesh(spec, sharding, index) for index in indices]
+    parts = read_parts(reader, spec, places, sizes, dtype, stop) if places else []
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        place = place_on_mesh(spec, sharding, index)
+        if places:
+            return parts[places.index(place)]
+        return read_parts(reader, spec, [place], sizes, dtype, stop)[0]
+
+    return jax.make_array_from_callback(shape, own, part)
+
+
+def read_parts(
+    reader: WeightReader,
+    spec: WeightSpec,
+    places: Sequence[Mapping[str, int]],
+    sizes: Mapping[str, int],
+    dtype: jnp.dtype,
+    stop: threading.Event | None = None,
+) -> list[np.ndarray]:
+    """What some devices have of an array, each part in memory of its own.
+
+    Args:
+        places: of each device along the mesh's axes (`place_on_mesh`). All have the same rows of the tensors.
+        sizes: of the mesh's axes.
+        dtype: if the spec has none of its own.
+    """
+    parts = [_aligned(local_shape(spec, sizes), jnp.dtype(spec.dtype or dtype)) for _ in places]
     for i, layer in enumerate(spec.layers if spec.layers is not None else (0,)):
-        into = out if spec.layers is None else out[i]
-        for part in spec.parts:
-            rows = _fill(reader, part, part.name.format(layer=layer), numbers, sizes, into, stop)
-            into = into[rows:]
-    return out
+        into = parts if spec.layers is None else [part[i] for part in parts]
+        for tensor in spec.parts:
+            rows = _fill(reader, tensor, tensor.name.format(layer=layer), places, sizes, into, stop)
+            into = [part[rows:] for part in into]
+    return parts
 
 
 def _fill(
     reader: WeightReader,
     part: Part,
     name: str,
-    numbers: Mapping[str, int],
+    places: Sequence[Mapping[str, int]],
     sizes: Mapping[str, int],
-    out: np.ndarray,
+    outs: Sequence[np.ndarray],
     stop: threading.Event | None,
 ) -> int:
-    """One device's part of a tensor, into the first rows of `out`. Returns how many they are."""
-    rows, *others = (held(axis, sizes, numbers) for axis in part.axes)
-    columns = tuple(slice(own.first, own.first + own.count) for own in others)
+    """Devices' parts of a tensor, into the first rows of each one's `outs`. Returns how many they are."""
+    own = [[held(axis, sizes, place) for axis in part.axes] for place in places]
+    rows = own[0][0]
+    columns = [tuple(slice(axis.first, axis.first + axis.count) for axis in axes[1:]) for axes in own]
     piece = max(READ_PIECE // math.prod(part.shape[1:]), 1)
     for first in range(0, rows.count, piece):
         _raise_if(stop)
         last = min(first + piece, rows.count)
         tensor = reader.read(name, slice(rows.first + first, rows.first + last))
-        out[first:last] = tensor[(slice(None), *columns)]
-    out[rows.count : rows.size] = 0
+        for out, wanted in zip(outs, columns, strict=True):
+            out[first:last] = tensor[(slice(None), *wanted)]
+    for out in outs:
+        out[rows.count : rows.size] = 0
     return rows.size
 
 
@@ -206,11 +232,12 @@ def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers, about `PIECE` at a time: drawing them needs several times their memory."""
-    pieces = min(-(-math.prod(shape) // PIECE), shape[0])
-    while shape[0] % pieces:
+    """Normal numbers, some rows at a time: about `PIECE`, or more where no smaller number of rows divides them."""
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    pieces = min(-(-rows * width // PIECE), rows)
+    while rows % pieces:
         pieces += 1
-    piece = (shape[0] // pieces, *shape[1:])
+    piece = rows // pieces, width
     drawn = lax.map(lambda k: (0.02 * jax.random.normal(k, piece)).astype(dtype), jax.random.split(key, pieces))
     return drawn.reshape(shape)
 

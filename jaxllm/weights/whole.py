@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxllm.layers.weight import Part, WeightSpec
-from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
-from jaxllm.weights.loader import read_part
+from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh
+from jaxllm.weights.loader import read_array
 
 
 def is_split(spec: WeightSpec, sharding: jax.sharding.Sharding | None) -> bool:
@@ -66,9 +66,4 @@ def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding
     Args:
         sharding: of what every device has whole.
     """
-    shape, own = shape_and_sharding(spec, sharding)
-    assert own is not None
-    reader = _Whole(spec, whole)
-    return jax.make_array_from_callback(
-        shape, own, lambda index: read_part(reader, spec, index, sharding, np.dtype(whole.dtype))
-    )
+    return read_array(_Whole(spec, whole), spec, sharding, np.dtype(whole.dtype))

@@ -234,9 +234,7 @@ def test_a_device_reads_only_its_rows():
     tensors = weights()
     reader = CountingReader(tensors)
     [segment] = decoder_specs(model_config(CONFIG)).layers
-    devices = jax.sharding.NamedSharding(jax.sharding.AbstractMesh((4,), (TENSOR,)), jax.P())
-    index = (slice(None), slice(24, 36), slice(None))
-    part = loader.read_part(reader, segment.qkv, index, devices, jnp.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+    [part] = loader.read_parts(reader, segment.qkv, [{TENSOR: 2}], {TENSOR: 4}, jnp.dtype(np.float32))
     whole = by_hand(tensors)["qkv"]
     np.testing.assert_array_equal(part, np.concatenate([whole[:, 8:12], whole[:, 20:24], whole[:, 28:32]], axis=1))
     read = {name: rows for name, rows in reader.rows.items() if rows}

@@ -129,7 +129,7 @@ def test_missing_fields_have_transformers_defaults():
         ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
         ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
         ("LlamaForCausalLM", {"head_dim": 15}, "head_dim=15 is odd"),
-        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],

@@ -36,15 +36,18 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     out_features=st.integers(1, 40),
     layers=st.integers(1, 3),
     seed=st.integers(0, 2**16),
+    dtype=st.sampled_from((BFLOAT16, np.dtype(np.float32))),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, layers: int, seed: int):
+def test_a_row_times_a_matrix_is_the_formula(
+    vectors: int, out_features: int, layers: int, seed: int, dtype: np.dtype[Any]
+):
     """Also of a number of in-features that has no divisor but itself."""
     random = np.random.default_rng(seed)
     in_features, layer = 16 * vectors, int(random.integers(layers))
-    stack = random.standard_normal((layers, out_features, in_features)).astype(BFLOAT16)
-    x = random.standard_normal((1, in_features)).astype(BFLOAT16)
-    weight = StackedMatrix(jnp.asarray(stack.view(np.uint16)))
+    stack = random.standard_normal((layers, out_features, in_features)).astype(dtype)
+    x = random.standard_normal((1, in_features)).astype(dtype)
+    weight = StackedMatrix(jnp.asarray(stack.view(np.uint16) if dtype == BFLOAT16 else stack))
     found = jax.jit(lambda x, w, layer: linear_f32(Context(), x, w.of_layer(layer)))(x, weight, jnp.int32(layer))
     exact, wide = x.astype(np.float64), stack[layer].astype(np.float64)
     assert found.dtype == jnp.float32 and found.shape == (1, out_features)
@@ -52,9 +55,15 @@ def test_a_row_times_a_matrix_is_the_formula(vectors: int, out_features: int, la
     assert (abs(np.asarray(found) - exact @ wide.T) <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("in_features", [16, 48, 64, 576, 896, 1536, 2048, 4096, 4864, 8192, 11008, 14336, 18944])
-def test_matrices_with_narrow_parts_are_read(in_features: int):
-    assert can_be_read(jax.ShapeDtypeStruct((2, 8, in_features), BFLOAT16))
+def test_matrices_with_narrow_parts_are_read(in_features: int, dtype: str):
+    assert can_be_read(jax.ShapeDtypeStruct((2, 8, in_features), jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_numbers_of_other_kinds_are_multiplied_as_ever(dtype: str):
+    assert not can_be_read(jax.ShapeDtypeStruct((2, 8, 64), jnp.dtype(dtype)))
 
 
 @pytest.mark.parametrize("in_features", [20, 592, 2096, 1552])
@@ -71,21 +80,23 @@ def test_several_rows_take_the_weight_itself():
     np.testing.assert_array_equal(linear(Context(), x, weight), linear(Context(), x, stack[0]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_reads_its_matrices_where_they_lie(family: str):
+@pytest.mark.parametrize(
+    ("family", "dtype", "most"), [*((family, "bfloat16", 0.05) for family in FAMILIES), ("Gemma3", "float32", 1e-5)]
+)
+def test_a_model_reads_its_matrices_where_they_lie(family: str, dtype: str, most: float):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
     config = model_config({**SMALL, **FAMILIES[family], "architectures": [f"{family}ForCausalLM"]})
-    params = draw(decoder_specs(config), BFLOAT16)
+    params = draw(decoder_specs(config), jnp.dtype(dtype))
     whole = with_whole_layers(params)
     kinds = [isinstance(leaf, StackedMatrix) for leaf in jax.tree.leaves(whole.layers, is_leaf=_is_matrix)]
-    assert 0 < sum(kinds) < len(kinds) and isinstance(whole.head, StackedMatrix)
+    assert 0 < sum(kinds) < len(kinds) and isinstance(whole.head, StackedMatrix) == (dtype == "bfloat16")
     plain, own = (
-        PagedModel(config, given, block_size=4, max_len=16, buckets=[1], num_seqs=1, cache_dtype=jnp.bfloat16)
+        PagedModel(config, given, block_size=4, max_len=16, buckets=[1], num_seqs=1, cache_dtype=jnp.dtype(dtype))
         for given in (params, whole)
     )
     for token in (3, 20, 36, 5, 11):
         expected, found = (model.step({"a": [token]})["a"] for model in (plain, own))
-        assert abs(found - expected).max() <= 0.05 * abs(expected).max()
+        assert abs(found - expected).max() <= most * abs(expected).max()
 
 
 def _is_matrix(leaf: Any) -> bool:
@@ -93,8 +104,9 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 @pytest.fixture
-def llm(tmp_path: Path) -> Iterator[LLM]:
-    with LLM(write_tiny_model(tmp_path), **BUCKETS) as llm:
+def llm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """In bfloat16, or in the dtype that a test asks for."""
+    with LLM(write_tiny_model(tmp_path), **{**BUCKETS, "dtype": getattr(request, "param", "bfloat16")}) as llm:
         yield llm
 
 
@@ -107,12 +119,13 @@ def matrices(tree: Any) -> list[StackedMatrix]:
     return [leaf for leaf in leaves if _is_matrix(leaf)]
 
 
+@pytest.mark.parametrize("llm", ["bfloat16", "float32"], indirect=True)
 def test_they_are_in_the_weights_own_memory(llm: LLM):
     runner: Any = llm.engine.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
     found = matrices(runner.head._whole.layers) + matrices(runner.head._head)
-    assert len(found) == 5
-    assert all(matrix.bits.unsafe_buffer_pointer() in own for matrix in found)
+    assert len(found) == (5 if runner.params.embedding.dtype == jnp.bfloat16 else 4)
+    assert all(matrix.stored.unsafe_buffer_pointer() in own for matrix in found)
 
 
 def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
@@ -138,7 +151,7 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
     assert live() <= before
 
 
-@pytest.mark.parametrize("option", [{"deterministic": True}, {"dtype": "float32"}, {"enforce_eager": True}], ids=str)
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"enforce_eager": True}], ids=str)
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
         runner: Any = llm.engine.runner

@@ -62,6 +62,8 @@ class Programs(abc.ABC):
 
     #: shapes of the weights, with their shardings
     _params: Any
+    #: what steps are compiled for, besides their buckets
+    config: Any
 
     def __init__(
         self, packings: dict[Bucket, Packing], state: Any, *, platform: str, cache_dir: Path | None, source: Any
@@ -102,6 +104,14 @@ class Programs(abc.ABC):
         """The state, zeroed, each device's part in its place."""
         self._compile((ALLOCATOR,), progress=False)
         return self._get(ALLOCATOR)()
+
+    def embeddings(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The argument of a forward program that brings vectors of prompts; () where the engine takes none."""
+        if not self.config.prompt_embeds:
+            return ()
+        table = getattr(self._params, "body", self._params).embedding
+        shape = (bucket.tokens, self.config.model.hidden_size)
+        return (jax.ShapeDtypeStruct(shape, table.dtype, sharding=self.sharding),)
 
     def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.sharding)
