@@ -12,7 +12,7 @@ import jax.numpy as jnp
 class Rotary:
     """How queries and keys are turned by their positions."""
 
-    #: [head_dim // 2], radians a position
+    #: half as many as numbers of a head turn, radians a position; zeros turn nothing
     inverse_frequencies: tuple[float, ...]
     #: of what is turned; scores of attention grow with its square
     scale: float = 1.0
@@ -29,8 +29,18 @@ def rope_tables(positions: jax.Array, kinds: tuple[Rotary, ...]) -> tuple[jax.Ar
     return cos * scale, sin * scale
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [T, heads, head_dim] by cos, sin [T, head_dim // 2]; halves are paired as in Hugging Face's models."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate the first 2 r numbers of each head of x [T, heads, head_dim] by cos, sin [T, r]; the others stay.
+
+    Args:
+        interleaved: neighbours are paired; otherwise a number of the first r and one of the second, as in most of
+            Hugging Face's models.
+    """
+    width = 2 * cos.shape[-1]
+    turning = x[..., :width].astype(jnp.float32)
+    first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else jnp.split(turning, 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = jnp.stack(turned, axis=-1).reshape(turning.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    joined = joined.astype(x.dtype)
+    return joined if width == x.shape[-1] else jnp.concatenate([joined, x[..., width:]], axis=-1)

@@ -7,17 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.api.errors import ValidationError
 from jaxllm.layers.rope import Rotary
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.llama import MAX_MODEL_LEN, common_fields, rope
+from jaxllm.models.gemma import NAMES, gemma_fields
+from jaxllm.models.llama import MAX_MODEL_LEN, rope
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    if hf.get("use_bidirectional_attention"):
-        raise ValidationError("use_bidirectional_attention=true is not supported: the decoder is causal")
-    activation = hf.get("hidden_activation") or "gelu_pytorch_tanh"
-    fields = common_fields({"head_dim": 256, **hf, "hidden_act": activation})
+    fields = gemma_fields(hf)
     layers, head_dim = fields["num_layers"], fields["head_dim"]
     kinds = hf.get("layer_types") or _layer_types(layers, hf.get("sliding_window_pattern", 6))
     window = hf.get("sliding_window", 4096)
@@ -30,11 +27,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
             "rope": _rope(hf, head_dim),
             "layer_rope": tuple(1 if is_local else 0 for is_local in local),
             "layer_window": tuple(window if is_local else None for is_local in local),
-            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
             "qk_norm": True,
             "post_norms": True,
-            "norm_offset": 1.0,
-            "embedding_scale": fields["hidden_size"] ** 0.5,
+            "names": NAMES,
             "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
             "attention_softcap": hf.get("attn_logit_softcapping"),
             "logits_softcap": hf.get("final_logit_softcapping"),

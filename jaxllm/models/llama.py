@@ -15,8 +15,15 @@ from jaxllm.models.rope_scaling import kind_of, longest_context, rotary
 MAX_MODEL_LEN = "max_model_len"
 
 
-def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def common_fields(
+    hf: Mapping[str, Any], *, theta: float = 10000.0, rotary_factor: float | None = None
+) -> dict[str, Any]:
     """Constructor arguments of `DecoderConfig` for a Llama-like config.json.
+
+    Args:
+        theta: of the rotary embedding where the config has none.
+        rotary_factor: which part of each head turns where the config does not say; None: the family turns whole heads,
+            and a config that says otherwise is refused.
 
     Raises:
         KeyError: a field is missing.
@@ -28,13 +35,17 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     activation = hf.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ValidationError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    for name in ("attention_bias", "mlp_bias"):
-        if hf.get(name):
-            raise ValidationError(f"{name}=true is not supported")
     if heads % kv_heads:
         raise ValidationError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-    if head_dim % 2:
-        raise ValidationError(f"head_dim={head_dim} is odd; rotary embeddings need an even one")
+    scaling, rotary_dim = rope_scaling(hf), head_dim
+    if rotary_factor is not None:
+        scaling = dict(scaling or {})
+        rotary_dim = int(
+            head_dim * scaling.pop("partial_rotary_factor", hf.get("partial_rotary_factor", rotary_factor))
+        )
+    if rotary_dim % 2:
+        of = "head_dim" if rotary_dim == head_dim else f"partial_rotary_factor x head_dim ({head_dim})"
+        raise ValidationError(f"{of}={rotary_dim} is odd; rotary embeddings need an even one")
     return {
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
@@ -44,19 +55,26 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "max_position_embeddings": longest_context(rope_scaling(hf), hf["max_position_embeddings"]),
+        "max_position_embeddings": longest_context(scaling, hf["max_position_embeddings"]),
         "default_length": default_length(hf),
-        "rope": (rope(hf, head_dim, rope_theta(hf), rope_scaling(hf)),),
+        "rope": (rope(hf, rotary_dim, rope_theta(hf, theta), scaling),),
         "layer_rope": (0,) * layers,
         "layer_window": (None,) * layers,
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "qkv_bias": bool(hf.get("attention_bias")),
+        "output_bias": bool(hf.get("attention_bias")),
+        "mlp_bias": bool(hf.get("mlp_bias")),
         "activation": activation,
         "attention_scale": attention_scale(head_dim),
     }
 
 
 def rope(hf: Mapping[str, Any], head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Rotary:
-    """One of a model's rotary embeddings, for the length that the engine runs."""
+    """One of a model's rotary embeddings, for the length that the engine runs.
+
+    Args:
+        head_dim: how many numbers of a head turn.
+    """
     longest = hf.get(MAX_MODEL_LEN) or default_length(hf) or longest_context(scaling, hf["max_position_embeddings"])
     trained = hf["max_position_embeddings"]
     return rotary(head_dim, theta, scaling, max_position_embeddings=trained, max_model_len=longest)

@@ -6,7 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models import bert, gemma3, llama, mistral, qwen2, qwen3
+from jaxllm.models import (
+    bert,
+    cohere,
+    gemma,
+    gemma3,
+    glm,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 
@@ -16,9 +32,21 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "MistralForCausalLM": mistral.config_from_hf,
     "Qwen2ForCausalLM": qwen2.config_from_hf,
     "Qwen3ForCausalLM": qwen3.config_from_hf,
+    "GemmaForCausalLM": gemma.config_from_hf,
+    "Gemma2ForCausalLM": gemma.gemma2_config_from_hf,
     "Gemma3ForCausalLM": gemma3.config_from_hf,
     # its text; images are refused
     "Gemma3ForConditionalGeneration": gemma3.text_config_from_hf,
+    "Phi3ForCausalLM": phi3.config_from_hf,
+    "GraniteForCausalLM": granite.config_from_hf,
+    "Olmo2ForCausalLM": olmo2.config_from_hf,
+    "SmolLM3ForCausalLM": smollm3.config_from_hf,
+    "GPTNeoXForCausalLM": gpt_neox.config_from_hf,
+    "StableLmForCausalLM": stablelm.config_from_hf,
+    "CohereForCausalLM": cohere.config_from_hf,
+    "Cohere2ForCausalLM": cohere.cohere2_config_from_hf,
+    "GlmForCausalLM": glm.config_from_hf,
+    "Glm4ForCausalLM": glm.glm4_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"

@@ -16,7 +16,7 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.rules import split_sizes
+from jaxllm.parallel.rules import layer_sums, split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
 from jaxllm.runner.build import make_programs
@@ -105,7 +105,7 @@ class _Planner:
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
-        config = question.setup().runner_config(target, progress=False)
+        config = question.setup().runner_config(target, progress=None)
         self.dtype = config.dtype
         self.compiled = bool(target.devices)
         self._is_local = question.is_local
@@ -113,7 +113,9 @@ class _Planner:
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
         blocks = 0 if config.pooler is not None else blocks
-        self.collectives = expected_collectives(config.model.num_layers, target.num_devices, blocks=blocks)
+        self.collectives = expected_collectives(
+            config.model.num_layers, target.num_devices, layer_sums=layer_sums(config.model), blocks=blocks
+        )
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> int:

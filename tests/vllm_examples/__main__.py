@@ -22,15 +22,19 @@ from vllm_examples.source import fetch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.json")
+SMALL_ENGINES = Path(__file__).with_name("small_engines")
 ROADS = ("renamed", "as_vllm")
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     work: Path = arguments.work.resolve()
     source: Path = arguments.source or fetch(arguments.version, work / "source")
     stand_ins.write(work / "models")
     chosen = [example for example in EXAMPLES if not arguments.only or any(w in example.path for w in arguments.only)]
+    if not chosen:
+        parser.error(f"no example has {', '.join(arguments.only)} in its path")
     folder = _renamed_copy(source / "examples", work / "renamed")
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for example in chosen:
@@ -40,8 +44,8 @@ def main() -> int:
             place = folder if road == "renamed" else source / "examples"
             found[road] = _run(road, place / example.path, example, work, arguments.timeout)
             print(f"{example.path} {road} {time.monotonic() - begin:.0f} s: {found[road]}", flush=True)
-        # after each: a long run may be cut
         ordered = {example.path: results[example.path] for example in EXAMPLES if example.path in results}
+        # after each: a long run may be cut
         arguments.output.write_text(json.dumps(ordered, indent=1) + "\n")
     print(table(ordered))
     return 0
@@ -78,7 +82,7 @@ def _run(road: str, script: Path, example: Example, work: Path, timeout: float) 
         "HF_HOME": str(work / "models"),
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join((str(SMALL_ENGINES), str(ROOT))),
     }
     try:
         done = subprocess.run(
