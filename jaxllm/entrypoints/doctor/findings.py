@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from jaxllm.api.extras import how_to_install
 from jaxllm.entrypoints.doctor.folders import Folder
 from jaxllm.entrypoints.doctor.jax_here import JaxHere
 from jaxllm.entrypoints.doctor.machine import Machine
@@ -115,7 +116,7 @@ def _gpu(
         remedy = f"{plugins[0]} is installed, so look at what nvidia-smi and JAX_PLATFORMS=cuda jaxllm doctor say"
         yield Finding(problem=problem, remedy=remedy)
     else:
-        remedy = "In a checkout of jaxllm: pip install '.[cuda12]' or '.[cuda13]', as the driver has it (nvidia-smi)"
+        remedy = f"{how_to_install('cuda12')}; or cuda13, as the driver has it (nvidia-smi)"
         yield Finding(problem=problem, remedy=remedy)
 
 

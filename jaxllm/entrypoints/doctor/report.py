@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jaxllm
+from jaxllm.api.extras import how_to_install
 from jaxllm.entrypoints.doctor.findings import Finding, findings
 from jaxllm.entrypoints.doctor.folders import Folder, cache_folders
 from jaxllm.entrypoints.doctor.jax_here import JaxHere, jax_here
@@ -65,7 +66,7 @@ def _extras(there: Sequence[Package]) -> Iterator[Row]:
         of = [package for package in there if package.extra == extra]
         text = ", ".join(f"{package.name} {_version(package)}" for package in of)
         missing = any(package.version is None for package in of)
-        yield extra, f"{text}  (in a checkout: pip install '.[{extra}]')" if missing else text
+        yield extra, f"{text}; {how_to_install(extra)}" if missing else text
 
 
 def _version(package: Package) -> str:
