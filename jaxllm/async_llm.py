@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,11 +17,13 @@ from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import ShortTracebacks, short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.thread import EngineThread
-from jaxllm.llm import LLM
+from jaxllm.llm import LLM, start_engine
 from jaxllm.tokenization.chat import Conversation
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+@short_tracebacks
 class AsyncLLM:
     """An engine that a thread of its own drives, so that the event loop never waits for a step.
 
@@ -42,8 +46,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        self._drive(LLM(model, **kwargs))
+
+    def _drive(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
-        self.llm = LLM(model, **kwargs)
+        self.llm = llm
         #: what both are faces of
         self.engine = self.llm.engine
         self._thread = EngineThread(self.engine.client)
@@ -59,13 +66,34 @@ class AsyncLLM:
 
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
-        """An engine, started in a thread."""
-        return await asyncio.to_thread(lambda: cls(model, **kwargs))
+        """An engine, started in a thread. When the task is cancelled, which is what Ctrl-C does under ``asyncio.run``,
+        the start ends.
+        """
+        cancelled = threading.Event()
+
+        def begin() -> AsyncLLM:
+            llm, self = LLM.__new__(LLM), cls.__new__(cls)
+            llm.engine = start_engine(model, kwargs, cancelled=cancelled.is_set)
+            self._drive(llm)
+            return self
+
+        with ShortTracebacks():
+            try:
+                return await asyncio.to_thread(begin)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
+
+    def __repr__(self) -> str:
+        return self.engine.describe("AsyncLLM")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     # Requests.
 
@@ -124,31 +152,32 @@ class AsyncLLM:
         client, pool = self.engine.client, self.engine.pool
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
-        (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
-        if isinstance(prepared, ValidationError):
-            raise prepared
-        own_id = client.next_id(request_id)
+        with ShortTracebacks():
+            (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
+            if isinstance(prepared, ValidationError):
+                raise prepared
+            own_id = client.next_id(request_id)
 
-        def receive(output: Any) -> None:
-            # a loop that is closed, perhaps by now, has nobody left who waits
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+            def receive(output: Any) -> None:
+                # a loop that is closed, perhaps by now, has nobody left who waits
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        def add() -> None:
-            request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
-            client.add(request, text, receive, request_id)
+            def add() -> None:
+                request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
+                client.add(request, text, receive, request_id)
 
-        try:
-            await self._call(add)
-            finished = False
-            while not finished:
-                output = await outputs.get()
-                finished = output.finished
-                if output.error is not None:
-                    raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
-                yield output
-        finally:
-            self._thread.post_logged(lambda: client.end([own_id]))
+            try:
+                await self._call(add)
+                finished = False
+                while not finished:
+                    output = await outputs.get()
+                    finished = output.finished
+                    if output.error is not None:
+                        raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
+                    yield output
+            finally:
+                self._thread.post_logged(lambda: client.end([own_id]))
 
     @with_params("sampling_params", SamplingParams)
     def chat(

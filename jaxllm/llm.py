@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
-import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,14 +23,17 @@ from jaxllm.api.pooling_outputs import (
 )
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import clear_frames, short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, engine_args, refuse_to_set
 from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
 from jaxllm.engine.beam_search import beam_search
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.io.text_stream import stream_text
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.startup.start import start
 from jaxllm.tokenization.chat import Conversation
@@ -51,6 +54,7 @@ OnOutput = Callable[[RequestOutput], object]
 PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 
+@short_tracebacks
 class LLM:
     """A model and the engine that runs it, with vLLM's interface.
 
@@ -68,17 +72,8 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        show_log()
-        # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
-        bar_class()
-        args = engine_args(model, **kwargs)
-        try:
-            #: what this is a face of, as other classes may be at the same time
-            self.engine: Engine = start(args)
-        except BaseException as error:
-            # whoever keeps the exception (a notebook does) would keep the arrays in its frames
-            traceback.clear_frames(error.__traceback__)
-            raise
+        #: what this is a face of, as other classes may be at the same time
+        self.engine: Engine = start_engine(model, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_to_set(name, value)
@@ -116,12 +111,10 @@ class LLM:
         return self.engine.startup_times
 
     def __repr__(self) -> str:
-        plan = self.memory_plan
-        return (
-            f"LLM({str(self.engine.args.model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
-            f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
-            f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
-        )
+        return self.engine.describe("LLM")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
@@ -665,3 +658,32 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def start_engine(
+    model: str | os.PathLike[str], arguments: Mapping[str, Any], *, cancelled: Callable[[], bool] | None = None
+) -> Engine:
+    """The engine that the arguments of a face describe. Raises what `LLM` does.
+
+    Args:
+        cancelled: asked now and then; where it is True, the start ends with KeyboardInterrupt. None: when the task of
+            asyncio that this runs in is cancelled, which is what Ctrl-C does under ``asyncio.run``.
+    """
+    show_log()
+    # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
+    bar_class()
+    args = engine_args(model, **arguments)
+    try:
+        with StartInterrupt(cancelled or _own_task_is_cancelled()) as interrupt:
+            return start(args, interrupt)
+    except BaseException as error:
+        clear_frames(error)
+        raise
+
+
+def _own_task_is_cancelled() -> Callable[[], bool]:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # there is no event loop
+        task = None
+    return lambda: task is not None and task.cancelling() > 0

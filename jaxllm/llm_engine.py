@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.llm import LLM
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 
+@short_tracebacks
 class LLMEngine:
     """Requests in by `add_request`, outputs out by `step`, as in vLLM's class of this name.
 
@@ -42,6 +45,12 @@ class LLMEngine:
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
+
+    def __repr__(self) -> str:
+        return self.engine.describe("LLMEngine")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     @with_params("params", SamplingParams)
     def add_request(

@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache_folder import cache_folder
@@ -54,6 +54,9 @@ class Engine:
         model_files: what the model was read from.
     """
 
+    #: those that are not shut down; whoever starts another one is told
+    _running: ClassVar[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
     def __init__(
         self,
         args: EngineArgs,
@@ -88,12 +91,27 @@ class Engine:
         self._free = weakref.finalize(self, _free, core, self.pool, at_exit)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
+        Engine._running.add(self)
         try:
             if args.metrics_port is not None:
                 self.watching.serve_metrics(args.metrics_port)
         except BaseException:
             self.shutdown()
             raise
+
+    @classmethod
+    def running(cls) -> list[Engine]:
+        """The engines of this process that have not been shut down."""
+        return list(cls._running)
+
+    def describe(self, face: str) -> str:
+        """This engine as the text of an object that is a face of it."""
+        plan = self.memory_plan
+        return (
+            f"{face}({str(self.args.model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
+            f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
+            f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
+        )
 
     @property
     def core(self) -> EngineCore:
@@ -117,6 +135,7 @@ class Engine:
             self.watching.close()
             self.client.close()
             self._free()
+            Engine._running.discard(self)
 
     @functools.cached_property
     def vllm_config(self) -> VllmConfig:

@@ -105,7 +105,7 @@ class _Planner:
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
-        config = question.setup().runner_config(target, progress=False)
+        config = question.setup().runner_config(target, progress=None)
         self.dtype = config.dtype
         self.compiled = bool(target.devices)
         self._is_local = question.is_local

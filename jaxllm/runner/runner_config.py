@@ -24,6 +24,7 @@ from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
@@ -60,7 +61,8 @@ class RunnerConfig:
     processors: tuple[LogitsProcessor, ...]
     seed: int
     compile_cache: Path | None
-    progress: bool
+    #: told how far the start is; None: nobody is
+    progress: StartProgress | None
 
     @property
     def backend(self) -> Backend:

@@ -24,6 +24,7 @@ from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_t
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split
 from jaxllm.runner.compile.attention_backend import attention_backend
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.sampling.processors import check_processors
@@ -34,6 +35,11 @@ from jaxllm.weights.resolve import resolve
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 
 logger = logging.getLogger("jaxllm")
+
+
+def compile_cache() -> Path:
+    """Where programs are kept that this version of JAX compiled, and how long starts took."""
+    return cache_folder() / "xla" / f"jax-{jax.__version__}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +81,11 @@ class Setup:
             f"architecture ends in {CLASSIFIER_SUFFIX}."
         )
 
-    def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
+    def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
         """What the runner is built from on the devices of `target`.
+
+        Args:
+            progress: told how far the start is.
 
         Raises:
             ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
@@ -120,7 +129,7 @@ class Setup:
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
             seed=args.seed,
-            compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
+            compile_cache=compile_cache(),
             progress=progress,
         )
 

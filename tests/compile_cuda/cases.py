@@ -240,7 +240,7 @@ def _runner_config(model: Model, device: Any, gpu: GPU) -> RunnerConfig:
         processors=(),
         seed=0,
         compile_cache=None,
-        progress=False,
+        progress=None,
     )
 
 

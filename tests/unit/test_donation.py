@@ -89,7 +89,7 @@ def size(shape: Any) -> int:
 
 def test_every_program_writes_in_place():
     programs, state = make_programs("bfloat16", 40)
-    programs.compile_all(progress=False)
+    programs.compile_all()
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
         whole = size(state.cache) + size(state.tokens)
@@ -114,7 +114,7 @@ def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict
     def temporaries(num_blocks: int) -> dict[Key, int]:
         programs, state = make_programs(dtype, num_blocks, buckets=buckets, **shape)
         forwards = [("forward", bucket) for bucket in programs.packings]
-        programs._compile((*forwards, ("decode steps", next(iter(programs.decode_packings)), False)), progress=False)
+        programs._compile((*forwards, ("decode steps", next(iter(programs.decode_packings)), False)))
         found = {}
         for key, program in programs._compiled.items():
             memory = program.memory_analysis()

@@ -16,6 +16,7 @@ from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_packing, pooling_step, token_step
@@ -27,7 +28,7 @@ class PoolingPrograms(Programs):
 
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-        platform, cache_dir: see `Programs`.
+        platform, cache_dir, progress: see `Programs`.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class PoolingPrograms(Programs):
         *,
         platform: str,
         cache_dir: Path | None,
+        progress: StartProgress | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
         made_from = (config, buckets, table_width, params, state)
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
         self.config: PoolingStepConfig = config
         self._params = params
 

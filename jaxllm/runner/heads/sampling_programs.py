@@ -18,6 +18,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
@@ -50,6 +51,7 @@ class SamplingPrograms(Programs):
         platform: str,
         eager: bool,
         cache_dir: Path | None,
+        progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
     ):
@@ -59,12 +61,12 @@ class SamplingPrograms(Programs):
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir: see `Programs`.
+            platform, cache_dir, progress: see `Programs`.
         """
         made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
         if platform != "cpu":
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
