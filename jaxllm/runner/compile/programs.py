@@ -81,6 +81,8 @@ class Programs(abc.ABC):
         self._workers = 1 if platform == "cpu" else os.cpu_count()
         self._cache_dir, self._source = cache_dir, source
         self._compiled: dict[Key, jax.stages.Compiled] = {}
+        #: whether an earlier start has kept all the programs that were asked for until now
+        self.were_found = True
 
     def _lowered(self, function: Callable[..., Any], *args: Any, donate: int | None = None, out: Any = None) -> Any:
         """`function` of `args` (trees of `jax.ShapeDtypeStruct`), lowered.
@@ -143,6 +145,7 @@ class Programs(abc.ABC):
                 missing = [key for key in missing if key not in self._compiled]
             if not missing:
                 return
+            self.were_found = False
             logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
 
             def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
