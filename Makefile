@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # processes that run the tests; 0: all in one
 WORKERS ?= 2
+# Whole files go to a worker, in the order of tests/conftest.py.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not peer and not large and not cuda"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
@@ -28,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # Runs the notebooks and writes their outputs into them.
 notebooks: $(VENV)/.installed-test
@@ -41,11 +43,11 @@ test-py312:
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
-	$(VENV312)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not peer and not large and not cuda" $(PYTEST_ARGS) $(CORE_TESTS)
+	$(VENV312)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS) $(CORE_TESTS)
 
 # JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own, for
-# each JAX one. QUICK=1 compiles a part of the configurations.
-compile-cuda: $(VENV)/.installed-test .cuda-compiler/.installed
+# each JAX one, which the first JAX's shares with jax-triton. QUICK=1 compiles a part of the configurations.
+compile-cuda: $(VENV)/.installed-test .cuda-compiler/.triton
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "compile-cuda: JAX of Python 3.12 skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke .cuda-compiler312/.installed PYTHON312="$$python"
@@ -100,6 +102,14 @@ $(VENV312)/.installed-smoke: pyproject.toml constraints.txt
 
 .cuda-compiler/.installed: $(VENV)/.installed
 	$(call install_cuda_compiler,$(BIN)/python,.cuda-compiler)
+
+# A gigabyte. The versions are here, since constraints.txt also holds for torch, whose builds for CUDA want a Triton of
+# their own.
+.cuda-compiler/.triton: .cuda-compiler/.installed
+	@echo "Installing jax-triton beside it"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target .cuda-compiler \
+		jax-triton==0.3.1 triton==3.9.0
+	@touch $@
 
 .cuda-compiler312/.installed: $(VENV312)/.installed-smoke
 	$(call install_cuda_compiler,$(VENV312)/bin/python,.cuda-compiler312)

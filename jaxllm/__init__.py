@@ -13,7 +13,7 @@ from jaxllm.aliases import MODULES, attribute, install_finder
 if TYPE_CHECKING:
     from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
     from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
-    from jaxllm.api.inputs import ChatPrompt, TextPrompt, TokensPrompt
+    from jaxllm.api.inputs import ChatPrompt, EmbedsPrompt, TextPrompt, TokensPrompt
     from jaxllm.api.logits_processor import LogitsProcessor
     from jaxllm.api.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxllm.api.pooling_outputs import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ScoringOutput,
         ScoringRequestOutput,
     )
-    from jaxllm.api.pooling_params import PoolingParams
+    from jaxllm.api.pooling_params import LateChunkingParams, PoolingParams
     from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
     from jaxllm.async_llm import AsyncLLM
     from jaxllm.config.command_line import FlexibleArgumentParser
@@ -48,10 +48,12 @@ _HOMES = {
     "CompletionOutput": "jaxllm.api.outputs",
     "EmbeddingOutput": "jaxllm.api.pooling_outputs",
     "EmbeddingRequestOutput": "jaxllm.api.pooling_outputs",
+    "EmbedsPrompt": "jaxllm.api.inputs",
     "EngineArgs": "jaxllm.config.engine_args",
     "FlexibleArgumentParser": "jaxllm.config.command_line",
     "LLM": "jaxllm.llm",
     "LLMEngine": "jaxllm.llm_engine",
+    "LateChunkingParams": "jaxllm.api.pooling_params",
     "LogitsProcessor": "jaxllm.api.logits_processor",
     "Logprob": "jaxllm.api.outputs",
     "Plan": "jaxllm.planning.plan",
@@ -80,10 +82,12 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "EmbedsPrompt",
     "EngineArgs",
     "FlexibleArgumentParser",
     "LLM",
     "LLMEngine",
+    "LateChunkingParams",
     "LogitsProcessor",
     "Logprob",
     "Plan",

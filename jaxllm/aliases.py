@@ -2,7 +2,7 @@
 
 With only the package's name changed, ``from jaxllm.sampling_params import SamplingParams`` finds the class wherever it
 lives (`AliasFinder`, which `jaxllm` puts behind Python's own finders). Unchanged, the script runs under
-``python -m jaxllm.as_vllm``, which puts the same modules under the name ``vllm``. Each name is loaded when it is used;
+``python -m jaxllm.as_vllm``, which finds the same modules under the name ``vllm``. Each name is loaded when it is used;
 one that has no meaning here is an error that says why: an ImportError where it is imported, and an AttributeError
 elsewhere, so that `hasattr` answers.
 """
@@ -21,26 +21,37 @@ class Missing(str):
     """Why jaxllm does not have a name of vLLM's; it stands where the name's module would."""
 
 
+#: as a name: every name of the module that is not listed
+REST = "*"
+
+
 def _in(home: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, home)
 
 
-#: as a name: every name of the module that is not listed
-REST = "*"
+def _nothing(why: str) -> dict[str, str]:
+    return {REST: Missing(why)}
 
-_TORCH_PROCESSORS: dict[str, str] = {
-    REST: Missing(
-        "vLLM's logits processors are torch classes; here they are jax functions (logits, state) -> logits, see "
-        "jaxllm.LogitsProcessor"
-    )
-}
-_ONE_PROCESS: dict[str, str] = {REST: Missing("jaxllm is one process, without workers that talk to each other")}
-_NO_MEDIA: dict[str, str] = {REST: Missing("jaxllm does not take images, audio or video so far")}
-_OWN_MODELS: dict[str, str] = {
-    REST: Missing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")
-}
-_NO_TRANSFER = Missing("keys and values stay in the engine: it hands them to nobody")
-_NO_GRAPHS = Missing("XLA compiles every step, and there are no CUDA graphs; enforce_eager=True compiles least")
+
+#: what vLLM's example of a processor is here: requests that name a token get no other one
+JAX_PROCESSOR = (
+    "LogitsProcessor(lambda logits, state: jnp.where((state.extra_args['target_token'][:, None] < 0) | "
+    "(jnp.arange(logits.shape[1]) == state.extra_args['target_token'][:, None]), logits, -jnp.inf), "
+    "extra_args={'target_token': -1})"
+)
+_TORCH_PROCESSORS = _nothing(
+    "vLLM's logits processors are torch classes, and here they are jax functions (logits, state) -> logits: "
+    f"LLM(..., logits_processors=[{JAX_PROCESSOR}]), see jaxllm.LogitsProcessor"
+)
+_ONE_PROCESS = _nothing("jaxllm is one process, without workers that talk to each other")
+_NO_SERVER = _nothing("jaxllm has no server so far: AsyncLLM is for asyncio programs, jaxllm run-batch for files")
+_NO_MEDIA = _nothing("jaxllm does not take images, audio or video so far")
+_NO_LORA = _nothing("jaxllm does not have LoRA so far")
+_OWN_MODELS = _nothing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")
+_NO_TRANSFER = _nothing("keys and values stay in the engine: it hands them to nobody")
+_IN_PLACE = _nothing("weights are replaced in this process: LLM.update_weights(params), see also jaxllm.flax")
+_INSIDE = _nothing("it is inside vLLM's engine, and jaxllm's is another")
+_TORCH = _nothing(f"no torch is involved; a logits processor is a jax function: {JAX_PROCESSOR}")
 _SAMPLING = _in(
     "jaxllm.api.sampling_params",
     "SamplingParams",
@@ -48,7 +59,7 @@ _SAMPLING = _in(
     "RequestOutputKind",
     "RepetitionDetectionParams",
 )
-_PROMPTS = _in("jaxllm.api.inputs", "PromptType", "TextPrompt", "TokensPrompt")
+_PROMPTS = _in("jaxllm.api.inputs", "EmbedsPrompt", "PromptType", "TextPrompt", "TokensPrompt")
 _OUTPUTS = _in("jaxllm.api.outputs", "CompletionOutput", "RequestOutput", "RequestStateStats", "Logprob")
 _POOLING = _in(
     "jaxllm.api.pooling_outputs",
@@ -56,6 +67,8 @@ _POOLING = _in(
     "ClassificationRequestOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "LateChunk",
+    "LateChunkingMetadata",
     "PoolingOutput",
     "PoolingRequestOutput",
     "ScoringOutput",
@@ -64,6 +77,8 @@ _POOLING = _in(
 _BEAM_SEARCH = _in("jaxllm.api.beam_search", "BeamSearchParams", "BeamSearchOutput", "BeamSearchSequence")
 _PARSER = _in("jaxllm.config.command_line", "FlexibleArgumentParser")
 _ENGINE_ARGS = _in("jaxllm.config.engine_args", "EngineArgs", "AsyncEngineArgs")
+_COMPILATION = _in("jaxllm.config.compilation_config", "CompilationConfig", "CompilationMode", "CUDAGraphMode")
+_CHAT_TEMPLATES = _in("jaxllm.tokenization.chat", "load_chat_template")
 
 #: module of vLLM, "" for the package itself -> name -> the module of jaxllm that has it, or why none has (`Missing`)
 MODULES: dict[str, dict[str, str]] = {
@@ -72,75 +87,110 @@ MODULES: dict[str, dict[str, str]] = {
         "LLM": "jaxllm.llm",
         "LLMEngine": "jaxllm.llm_engine",
         "AsyncLLMEngine": "jaxllm.async_llm",
+        "ModelRegistry": _OWN_MODELS[REST],
         "PoolingParams": "jaxllm.api.pooling_params",
         "SamplingParams": "jaxllm.api.sampling_params",
+        "initialize_ray_cluster": _ONE_PROCESS[REST],
         **_ENGINE_ARGS,
         **_OUTPUTS,
         **_POOLING,
         **_PROMPTS,
     },
     "assets": _NO_MEDIA,
-    "assets.audio": _NO_MEDIA,
-    "assets.image": _NO_MEDIA,
-    "assets.video": _NO_MEDIA,
     "beam_search": _BEAM_SEARCH,
     "benchmarks": {},
-    "benchmarks.datasets": {REST: Missing("jaxllm bench has its own data sets and takes a file of prompts")},
+    "benchmarks.datasets": _nothing("jaxllm bench has its own data sets and takes a file of prompts"),
     "config": {
         "PoolerConfig": "jaxllm.api.pooler",
         "ProfilerConfig": "jaxllm.config.profiler",
+        "SchedulerConfig": "jaxllm.config.scheduler",
         **_in("jaxllm.config.structured_outputs", "ReasoningConfig", "StructuredOutputsConfig"),
-        "CompilationConfig": _NO_GRAPHS,
-        "CompilationMode": _NO_GRAPHS,
-        "CUDAGraphMode": _NO_GRAPHS,
+        **_in("jaxllm.config.vllm_config", "CacheConfig", "ModelConfig", "ParallelConfig", "VllmConfig"),
+        **_COMPILATION,
         "AttentionConfig": Missing("attention_backend is the argument that names a kernel"),
-        "KVEventsConfig": _NO_TRANSFER,
-        "KVTransferConfig": _NO_TRANSFER,
+        "KernelConfig": Missing("attention_backend is the argument that names a kernel"),
+        "KVEventsConfig": _NO_TRANSFER[REST],
+        "KVTransferConfig": _NO_TRANSFER[REST],
+        "LoRAConfig": _NO_LORA[REST],
+        "PassConfig": Missing("XLA has passes of its own"),
+        "SpeechToTextConfig": _NO_MEDIA[REST],
+        "SpeculativeConfig": Missing("speculative_config is an argument of LLM, a dict"),
+        "WeightTransferConfig": _IN_PLACE[REST],
     },
+    "config.compilation": {**_COMPILATION, REST: Missing("XLA compiles every step, for the shapes of its buckets")},
+    "config.kv_transfer": _NO_TRANSFER,
     "config.pooler": {"PoolerConfig": "jaxllm.api.pooler"},
+    "config.speech_to_text": _NO_MEDIA,
     "distributed": {"cleanup_dist_env_and_memory": "jaxllm.aliases", **_ONE_PROCESS},
-    "distributed.parallel_state": _ONE_PROCESS,
+    "distributed.kv_transfer": _NO_TRANSFER,
+    "distributed.weight_transfer": _IN_PLACE,
     "engine": {},
     "engine.arg_utils": _ENGINE_ARGS,
     "engine.async_llm_engine": {"AsyncLLMEngine": "jaxllm.async_llm"},
     "engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "entrypoints": {},
+    "entrypoints.chat_utils": _CHAT_TEMPLATES,
+    "entrypoints.launchers": _NO_SERVER,
     "entrypoints.llm": {"LLM": "jaxllm.llm"},
-    "envs": {REST: Missing("jaxllm reads no variables of vLLM's; what they set are arguments of LLM(...)")},
+    "entrypoints.openai": {},
+    "entrypoints.openai.chat_completion": _NO_SERVER,
+    "entrypoints.openai.engine": _NO_SERVER,
+    "entrypoints.pooling": _NO_SERVER,
+    "entrypoints.serve": _NO_SERVER,
+    "envs": _nothing("jaxllm reads no variables of vLLM's; what they set are arguments of LLM(...)"),
     # These three are jaxllm's own; scripts import public values by them, as they do by vLLM's paths.
     "errors": _in("jaxllm.api.errors", "JaxLLMError", "ValidationError", "FetchError", "ModelNotFoundError"),
     "logits_processor": {"LogitsProcessor": "jaxllm.api.logits_processor"},
     "output_constraints": _in("jaxllm.api.constraints", "RepetitionDetectionParams", "StructuredOutputsParams"),
+    "forward_context": _INSIDE,
     "inputs": {**_PROMPTS, "ChatPrompt": "jaxllm.api.inputs"},
+    "inputs.data": _PROMPTS,
+    "ir": _INSIDE,
     "logger": {"init_logger": "jaxllm.aliases"},
     "logprobs": _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"),
-    "lora": {},
-    "lora.request": {"LoRARequest": Missing("jaxllm does not have LoRA so far")},
+    "lora": _NO_LORA,
     "model_executor": _OWN_MODELS,
-    "model_executor.model_loader": _OWN_MODELS,
-    "model_executor.models": _OWN_MODELS,
+    "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,
-    "multimodal.image": _NO_MEDIA,
-    "multimodal.utils": _NO_MEDIA,
     "outputs": {**_OUTPUTS, **_POOLING},
     "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
-    "pooling_params": {"PoolingParams": "jaxllm.api.pooling_params"},
+    "pooling_params": _in("jaxllm.api.pooling_params", "LateChunkingParams", "PoolingParams"),
+    "reasoning": _nothing("a reasoning parser is the marks around reasoning: reasoning_parser, or reasoning_config"),
+    "renderers": {},
+    "renderers.chat_utils": _CHAT_TEMPLATES,
     "sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.api.beam_search"},
-    "usage": {},
-    "usage.usage_lib": {REST: Missing("jaxllm reports no usage to anybody; leave usage_context out")},
-    "utils": _PARSER,
+    "tokenizers": _nothing("LLM.get_tokenizer() is the engine's; transformers.AutoTokenizer makes others"),
+    "transformers_utils": _nothing("transformers itself has it: AutoConfig, AutoTokenizer, and huggingface_hub"),
+    "usage": _nothing("jaxllm reports no usage to anybody; leave usage_context out"),
+    "utils": {**_PARSER, "random_uuid": "jaxllm.aliases"},
     "utils.argparse_utils": _PARSER,
+    "utils.gpu_sync_debug": _TORCH,
     "utils.network_utils": _ONE_PROCESS,
     "utils.print_utils": {"print_embeddings": "jaxllm.aliases"},
+    "utils.serial_utils": _NO_SERVER,
+    "utils.system_utils": _NO_SERVER,
+    "utils.torch_utils": _TORCH,
     "v1": {},
+    "v1.attention": _INSIDE,
+    "v1.core": _INSIDE,
     "v1.engine": {},
     "v1.engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "v1.engine.async_llm": {"AsyncLLM": "jaxllm.async_llm"},
+    "v1.executor": _ONE_PROCESS,
+    "v1.kv_cache_interface": _INSIDE,
+    "v1.kv_offload": _INSIDE,
     "v1.metrics": {},
+    "v1.metrics.loggers": _nothing("LLM.serve_metrics and disable_log_stats=False are what shows metrics"),
     "v1.metrics.reader": _in("jaxllm.api.metric", "Counter", "Gauge", "Histogram", "Metric", "Vector"),
+    "v1.request": _INSIDE,
     "v1.sample": {},
     "v1.sample.logits_processor": _TORCH_PROCESSORS,
-    "v1.sample.logits_processor.builtin": _TORCH_PROCESSORS,
+    "v1.watermarking": _nothing("jaxllm does not mark what it generates"),
+    "v1.worker": _INSIDE,
+    "v1.worker.gpu": _INSIDE,
+    "v1.worker.gpu.sample": _INSIDE,
+    "v1.worker.gpu.sample.logits_processor": _TORCH_PROCESSORS,
+    "version": {"__version__": "jaxllm"},
 }
 #: vLLM's name -> jaxllm's, where they differ
 _RENAMED = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
@@ -163,6 +213,13 @@ def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:
     print(f"{prefix}: [{shown}] (size={len(embeds)})")
 
 
+def random_uuid() -> str:
+    """A name that no other request has."""
+    import uuid
+
+    return uuid.uuid4().hex
+
+
 def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
     """What vLLM's module `path` has under `name`.
 
@@ -170,6 +227,9 @@ def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
     """
     if name.startswith("__") and name not in MODULES[path]:
         raise AttributeError(name)
+    submodule = f"{path}.{name}" if path else name
+    if submodule in MODULES and name not in MODULES[path]:
+        return importlib.import_module(f"{package}.{submodule}")
     home = _home(path, name)
     if home is None or isinstance(home, Missing):
         raise AttributeError(_why_missing(path, name, package))
@@ -196,8 +256,6 @@ class AliasModule(ModuleType):
 
     def __init__(self, name: str):
         super().__init__(name, f"jaxllm under the name of {name}.")
-        # It is a package, since it may have submodules.
-        self.__path__: list[str] = []
         self.__file__ = __file__
 
     def __getattr__(self, name: str) -> Any:
@@ -211,28 +269,31 @@ class AliasModule(ModuleType):
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Finds vLLM's submodules below ``jaxllm`` where jaxllm has none of that name itself.
+    """Finds vLLM's modules under the name of `package`, which is "vllm", or "jaxllm", whose own ones come first.
 
     ``from vllm.config import Name`` looks for a submodule where the module has no such attribute, and forgets why it
     has none: so what is missing is said here once more.
     """
 
+    def __init__(self, package: str):
+        self.package = package
+
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, submodule = fullname.partition(".")
-        if package == "jaxllm" and submodule in MODULES:
+        if package != self.package:
+            return None
+        if submodule in MODULES:
+            # it is a package, since it may have submodules
             return ModuleSpec(fullname, self, is_package=True)
         parent, _, name = submodule.rpartition(".")
-        if parent in MODULES and self._explains(package, parent, name):
+        if parent in MODULES and self._explains(parent, name):
             raise ModuleNotFoundError(_why_missing(parent, name, package))
         return None
 
-    def _explains(self, package: str, parent: str, name: str) -> bool:
-        """Whether a missing name of a module is ours to explain: not where jaxllm has a package of this name itself, or
-        vLLM is not jaxllm.
-        """
-        module = sys.modules.get(f"{package}.{parent}".rstrip("."))
-        is_ours = package == "jaxllm" and isinstance(_home(parent, name), Missing)
-        return is_ours or isinstance(module, AliasModule)
+    def _explains(self, parent: str, name: str) -> bool:
+        """Whether what a module lacks is ours to explain: not in jaxllm's own modules, but for names of vLLM's."""
+        module = sys.modules.get(f"{self.package}.{parent}".rstrip("."))
+        return isinstance(_home(parent, name), Missing) or isinstance(module, AliasModule)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return AliasModule(spec.name)
@@ -242,6 +303,6 @@ class AliasFinder(MetaPathFinder, Loader):
 
 
 def install_finder() -> None:
-    """Put an `AliasFinder` behind Python's own finders, once."""
-    if not any(isinstance(finder, AliasFinder) for finder in sys.meta_path):
-        sys.meta_path.append(AliasFinder())
+    """Put an `AliasFinder` of ``jaxllm`` behind Python's own finders, once."""
+    if not any(isinstance(finder, AliasFinder) and finder.package == "jaxllm" for finder in sys.meta_path):
+        sys.meta_path.append(AliasFinder("jaxllm"))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
+from pathlib import Path
 
-from jaxllm.aliases import MODULES, AliasModule
+from jaxllm.aliases import AliasFinder, AliasModule
 
 
 def install() -> None:
@@ -22,12 +23,9 @@ def install() -> None:
     loaded = sys.modules.get("vllm")
     if loaded is not None and not isinstance(loaded, AliasModule):
         raise ImportError("vllm itself has been imported already; import jaxllm.as_vllm before it")
-    for path in MODULES:
-        name = f"vllm.{path}" if path else "vllm"
-        module = sys.modules.setdefault(name, AliasModule(name))
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    if not any(isinstance(finder, AliasFinder) and finder.package == "vllm" for finder in sys.meta_path):
+        # before Python's own finders: vllm itself may be installed
+        sys.meta_path.insert(0, AliasFinder("vllm"))
 
 
 def main() -> None:
@@ -38,8 +36,14 @@ def main() -> None:
         return
     if len(sys.argv) < 2:
         raise SystemExit(usage)
+    script = Path(sys.argv[1])
+    if not script.exists():
+        raise SystemExit(f"{usage}\nthere is no {script}")
     del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if not sys.flags.safe_path:
+        # as `python script.py` does: the modules beside the script are found
+        sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

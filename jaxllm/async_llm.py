@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,21 +17,25 @@ from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import ShortTracebacks, short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.thread import EngineThread
-from jaxllm.llm import LLM
+from jaxllm.llm import LLM, start_engine
 from jaxllm.tokenization.chat import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 Result = TypeVar("Result")
 
 
+@short_tracebacks
 class AsyncLLM:
     """An engine that a thread of its own drives, so that the event loop never waits for a step.
 
@@ -41,8 +46,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+        self._drive(LLM(model, **kwargs))
+
+    def _drive(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
-        self.llm = LLM(model, **kwargs)
+        self.llm = llm
         #: what both are faces of
         self.engine = self.llm.engine
         self._thread = EngineThread(self.engine.client)
@@ -58,13 +66,34 @@ class AsyncLLM:
 
     @classmethod
     async def start(cls, model: str | os.PathLike[str], **kwargs: Any) -> AsyncLLM:
-        """An engine, started in a thread."""
-        return await asyncio.to_thread(lambda: cls(model, **kwargs))
+        """An engine, started in a thread. When the task is cancelled, which is what Ctrl-C does under ``asyncio.run``,
+        the start ends.
+        """
+        cancelled = threading.Event()
+
+        def begin() -> AsyncLLM:
+            llm, self = LLM.__new__(LLM), cls.__new__(cls)
+            llm.engine = start_engine(model, kwargs, cancelled=cancelled.is_set)
+            self._drive(llm)
+            return self
+
+        with ShortTracebacks():
+            try:
+                return await asyncio.to_thread(begin)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
+
+    def __repr__(self) -> str:
+        return self.engine.describe("AsyncLLM")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     # Requests.
 
@@ -123,31 +152,32 @@ class AsyncLLM:
         client, pool = self.engine.client, self.engine.pool
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
-        (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
-        if isinstance(prepared, ValidationError):
-            raise prepared
-        own_id = client.next_id(request_id)
+        with ShortTracebacks():
+            (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
+            if isinstance(prepared, ValidationError):
+                raise prepared
+            own_id = client.next_id(request_id)
 
-        def receive(output: Any) -> None:
-            # a loop that is closed, perhaps by now, has nobody left who waits
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+            def receive(output: Any) -> None:
+                # a loop that is closed, perhaps by now, has nobody left who waits
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        def add() -> None:
-            request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
-            client.add(request, text, receive, request_id)
+            def add() -> None:
+                request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
+                client.add(request, text, receive, request_id)
 
-        try:
-            await self._call(add)
-            finished = False
-            while not finished:
-                output = await outputs.get()
-                finished = output.finished
-                if output.error is not None:
-                    raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
-                yield output
-        finally:
-            self._thread.post_logged(lambda: client.end([own_id]))
+            try:
+                await self._call(add)
+                finished = False
+                while not finished:
+                    output = await outputs.get()
+                    finished = output.finished
+                    if output.error is not None:
+                        raise (ValidationError if was_refused(output) else RuntimeError)(output.error)
+                    yield output
+            finally:
+                self._thread.post_logged(lambda: client.end([own_id]))
 
     @with_params("sampling_params", SamplingParams)
     def chat(
@@ -185,8 +215,40 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         return self.engine.core.is_sleeping
 
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stop between two steps until `resume_generation`, so that weights can change (`LLM.update_weights`).
+
+        Args:
+            mode: what happens to requests: "abort" ends them (``finish_reason="abort"``), "wait" runs them to their
+                end first, "keep" lets them go on afterwards. New requests are refused with a RuntimeError meanwhile;
+                with "keep" they wait.
+            clear_cache: forget the KV cache: cached prefixes, and what requests that are kept have computed, which
+                is computed anew. Weights that change do that in any case.
+
+        Raises ValidationError for another mode.
+        """
+        await self._call(lambda: self.engine.pause_generation(mode, clear_cache))
+
+    async def resume_generation(self) -> None:
+        """Go on; does nothing when the engine is not paused."""
+        await self._call(self.engine.resume_generation)
+
+    async def is_paused(self) -> bool:
+        """Whether no step is run: the engine is paused, or sleeps."""
+        core = self.engine.core
+        return core.is_paused or core.is_sleeping
+
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """As `LLMEngine.vllm_config`."""
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

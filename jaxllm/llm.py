@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
-import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,14 +23,17 @@ from jaxllm.api.pooling_outputs import (
 )
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import clear_frames, short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, engine_args, refuse_to_set
 from jaxllm.config.files import merged
 from jaxllm.config.log import show_log
 from jaxllm.engine.beam_search import beam_search
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.io.text_stream import stream_text
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.startup.start import start
 from jaxllm.tokenization.chat import Conversation
@@ -51,6 +54,7 @@ OnOutput = Callable[[RequestOutput], object]
 PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 
+@short_tracebacks
 class LLM:
     """A model and the engine that runs it, with vLLM's interface.
 
@@ -68,17 +72,8 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        show_log()
-        # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
-        bar_class()
-        args = engine_args(model, **kwargs)
-        try:
-            #: what this is a face of, as other classes may be at the same time
-            self.engine: Engine = start(args)
-        except BaseException as error:
-            # whoever keeps the exception (a notebook does) would keep the arrays in its frames
-            traceback.clear_frames(error.__traceback__)
-            raise
+        #: what this is a face of, as other classes may be at the same time
+        self.engine: Engine = start_engine(model, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_to_set(name, value)
@@ -116,12 +111,10 @@ class LLM:
         return self.engine.startup_times
 
     def __repr__(self) -> str:
-        plan = self.memory_plan
-        return (
-            f"LLM({str(self.engine.args.model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
-            f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
-            f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
-        )
+        return self.engine.describe("LLM")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
@@ -151,9 +144,9 @@ class LLM:
         Calls from several threads share the engine's batches.
 
         Args:
-            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids`` or ``messages``, and ``cache_salt``),
-                or any iterable of them. What has no length is read by a thread of its own, as the engine has room: it
-                may be endless, and it may be slow.
+            prompts: text, token ids, a mapping (``prompt``, ``prompt_token_ids``, ``prompt_embeds`` or ``messages``,
+                and ``cache_salt``), or any iterable of them. What has no length is read by a thread of its own, as the
+                engine has room: it may be endless, and it may be slow.
             sampling_params: one for all, or one each; None: the model's own defaults.
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
@@ -378,6 +371,9 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """An embedding for each prompt, in the prompts' order.
 
+        Of an engine with ``PoolerConfig(task="token_embed")``, what `encode` returns: a matrix in ``outputs.data``,
+        a row for each token or chunk (`LateChunkingParams`).
+
         Args:
             prompts: text, token ids, a mapping (``prompt`` or ``prompt_token_ids``, and ``cache_salt``), or any
                 iterable of them.
@@ -393,9 +389,13 @@ class LLM:
             ValidationError: the model does not embed, or a prompt or its parameters are refused.
         """
         checks.refuse(lora_request=lora_request)
-        outputs = self.engine.pooling("embed").run(
-            prompts, "embed", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
+        pooling = self.engine.pooling("embed")
+        task = "token_embed" if pooling.inputs.pooler.task == "token_embed" else "embed"
+        outputs = pooling.run(
+            prompts, task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
         )
+        if task == "token_embed":
+            return outputs  # pyright: ignore[reportReturnType]
         return [EmbeddingRequestOutput.from_base(output) for output in outputs]
 
     @with_params("pooling_params", PoolingParams)
@@ -459,22 +459,28 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         lora_request: None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        chat_template: None = None,
+        chat_template: str | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
     ) -> list[ScoringRequestOutput]:
         """How well texts fit: one with one, one with many, or pairs of two lists.
 
         A model with one class reads both texts together (a cross-encoder); one that embeds gives the cosine of the
-        two embeddings. The other arguments are those of `embed`.
+        two embeddings, or with ``PoolerConfig(task="token_embed")`` the sum over the first text's tokens of the best
+        match among the second's (MaxSim). The other arguments are those of `embed`.
+
+        Args:
+            chat_template: a Jinja template, or its file, that writes both texts into one prompt, from messages of the
+                roles "query" and "document"; None: the tokenizer joins them.
 
         Raises:
             ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
         """
-        checks.refuse(lora_request=lora_request, chat_template=chat_template)
+        checks.refuse(lora_request=lora_request)
         return self.engine.pooling("score").score(
-            data_1, data_2, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            data_1, data_2, chat_template, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens,
+            on_error,
+        )  # fmt: skip
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:
@@ -652,3 +658,32 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def start_engine(
+    model: str | os.PathLike[str], arguments: Mapping[str, Any], *, cancelled: Callable[[], bool] | None = None
+) -> Engine:
+    """The engine that the arguments of a face describe. Raises what `LLM` does.
+
+    Args:
+        cancelled: asked now and then; where it is True, the start ends with KeyboardInterrupt. None: when the task of
+            asyncio that this runs in is cancelled, which is what Ctrl-C does under ``asyncio.run``.
+    """
+    show_log()
+    # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
+    bar_class()
+    args = engine_args(model, **arguments)
+    try:
+        with StartInterrupt(cancelled or _own_task_is_cancelled()) as interrupt:
+            return start(args, interrupt)
+    except BaseException as error:
+        clear_frames(error)
+        raise
+
+
+def _own_task_is_cancelled() -> Callable[[], bool]:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # there is no event loop
+        task = None
+    return lambda: task is not None and task.cancelling() > 0

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.prompts import Prompt
+from jaxllm.engine.observe.notebook import shown
 from jaxllm.llm import LLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 
+@short_tracebacks
 class LLMEngine:
     """Requests in by `add_request`, outputs out by `step`, as in vLLM's class of this name.
 
@@ -41,6 +45,12 @@ class LLMEngine:
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
+
+    def __repr__(self) -> str:
+        return self.engine.describe("LLMEngine")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     @with_params("params", SamplingParams)
     def add_request(
@@ -93,6 +103,18 @@ class LLMEngine:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """What the engine was started with and found out, under vLLM's names: `model_config`, `cache_config`,
+        `scheduler_config` and `parallel_config`. It is there to be read.
+        """
+        return self.engine.vllm_config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Its part about the model: `hf_config`, `max_model_len`, `dtype`, ..."""
+        return self.engine.vllm_config.model_config
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

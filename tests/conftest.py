@@ -1,4 +1,4 @@
-"""What every test may use: real weights and compiled programs, kept in the user's cache."""
+"""What every test may use: real weights and compiled programs, kept in the user's cache; and the order of files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the machines are shared and compiling takes its time: slowness is no failure
 settings.register_profile("jaxllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxllm")
+
+TESTS = Path(__file__).parent
+#: The files that take longest, the longest first. `make test` gives whole files to its workers: one that began such a
+#: file last would leave the other without work.
+LONGEST = (
+    "e2e/test_notebooks.py",
+    "e2e/test_gpu_check.py",
+    "e2e/test_deterministic.py",
+    "parity/test_smollm2.py",
+    "e2e/test_compiles.py",
+    "e2e/test_bench.py",
+    "e2e/test_exit.py",
+    "e2e/test_save_load.py",
+    "e2e/test_tensor_parallel.py",
+    "e2e/test_batch_kills.py",
+    "e2e/test_memory_plan.py",
+    "e2e/test_readme.py",
+    "parity/test_real_weights.py",
+    "parity/test_families.py",
+    "property/test_scheduler_machine.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests' files: `LONGEST` first, the others as they were found."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

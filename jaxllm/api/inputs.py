@@ -23,6 +23,16 @@ class TokensPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
+class EmbedsPrompt(TypedDict):
+    """Vectors in place of tokens, for an engine with `enable_prompt_embeds=True`."""
+
+    #: [tokens, hidden size] of floats: an array of numpy, JAX or torch, or lists
+    prompt_embeds: Any
+    #: shown in the output; not tokenized
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
 class ChatPrompt(TypedDict):
     """A conversation, rendered by the model's chat template where prompts are tokenized."""
 
@@ -36,4 +46,4 @@ class ChatPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
-PromptType = str | Sequence[int] | TextPrompt | TokensPrompt | ChatPrompt | Mapping[str, Any]
+PromptType = str | Sequence[int] | TextPrompt | TokensPrompt | EmbedsPrompt | ChatPrompt | Mapping[str, Any]

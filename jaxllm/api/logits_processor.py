@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jaxllm.aliases import JAX_PROCESSOR
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 
@@ -127,7 +129,24 @@ def _check_function(name: str, entry: Any) -> None:
     if inspect.isclass(entry):
         raise ValidationError(
             f"{name} is the class {entry.__name__}, but processors run inside the compiled step. Pass {_FORM}; what "
-            "a vLLM processor collects in update_state is in `state`, and per-request numbers are in its extra_args."
+            "a vLLM processor collects in update_state is in `state`, and per-request numbers are in its extra_args: "
+            f"{JAX_PROCESSOR}."
         )
     if not callable(entry):
         raise ValidationError(f"{name} must be {_FORM}; got {entry!r:.80} of type {type(entry).__name__}.")
+    if _takes_torch(entry):
+        raise ValidationError(
+            f"{name} takes {inspect.signature(entry)}, which is vLLM's form for torch tensors, but processors run "
+            f"inside the compiled step. Pass {_FORM}: {JAX_PROCESSOR}."
+        )
+
+
+def _takes_torch(function: Callable[..., Any]) -> bool:
+    """Whether a function says that it takes torch tensors, or token ids before the logits as vLLM's do."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if any(re.search(r"\b(torch|Tensor)\b", str(parameter.annotation)) for parameter in parameters):
+        return True
+    return any(parameter.name == "logits" for parameter in parameters[1:])

@@ -54,6 +54,24 @@ class ScoringOutput:
     score: float
 
 
+@dataclasses.dataclass(frozen=True)
+class LateChunk:
+    #: its first token, and the one behind its last
+    token_range: tuple[int, int]
+    #: the part of the text that its tokens were made of; None: it has special tokens only
+    char_range: tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LateChunkingMetadata:
+    """Which part of the text each row of a late-chunked embedding stands for."""
+
+    chunk_size: int
+    input_tokens: int
+    chunks: list[LateChunk]
+    strategy: str = "fixed_tokens"
+
+
 @dataclasses.dataclass(kw_only=True)
 class PoolingRequestOutput(Generic[T]):
     """A prompt and what was made of it."""
@@ -69,6 +87,8 @@ class PoolingRequestOutput(Generic[T]):
     error: str | None = None
     #: position of the prompt among those of the call
     index: int = 0
+    #: with `LateChunkingParams`: what each row of the data stands for
+    late_chunking: LateChunkingMetadata | None = None
 
     def replaced(self, outputs: object) -> dict[str, object]:
         """Constructor arguments of an output that differs in `outputs`."""

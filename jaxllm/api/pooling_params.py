@@ -9,10 +9,31 @@ from typing import Any
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.pooler import EMBED_TASKS, POOLING_TASKS, TOKEN_TASKS, Pooler, one_of_two_names
+from jaxllm.api.pooling_outputs import LateChunkingMetadata
 
-#: which parameters each kind of task takes
-_EMBED_PARAMETERS = ("dimensions", "use_activation")
-_CLASSIFY_PARAMETERS = ("use_activation",)
+#: which parameters each task takes
+_PARAMETERS = {
+    "embed": ("dimensions", "use_activation"),
+    "token_embed": ("dimensions", "use_activation", "late_chunking_params"),
+    "classify": ("use_activation",),
+    "token_classify": ("use_activation",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LateChunkingParams:
+    """Embeddings of chunks of a text, each the mean of its tokens' states after the model has read the whole text.
+
+    Special tokens count, and are part of the means.
+    """
+
+    #: tokens of a chunk
+    chunk_size: int
+
+    def __post_init__(self) -> None:
+        size = self.chunk_size
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**63:
+            raise ValidationError(f"chunk_size must be a positive integer less than 2**63, got {size!r}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,8 +59,12 @@ class PoolingParams:
     task: str | None = None
     #: compute the whole prompt even where the cache has it
     skip_reading_prefix_cache: bool | None = None
+    #: with the task "token_embed": one row a chunk in place of one a token
+    late_chunking_params: LateChunkingParams | None = None
     #: position at which the prompt's second segment begins; set by `LLM.score` for pairs
     segment_start: int | None = dataclasses.field(default=None, repr=False)
+    #: where the chunks are; set when the text is tokenized
+    late_chunking: LateChunkingMetadata | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.truncate_prompt_tokens is not None:
@@ -54,6 +79,9 @@ class PoolingParams:
             self.step_tag_id = checks.integer("step_tag_id", self.step_tag_id)
         if self.returned_token_ids is not None:
             self.returned_token_ids = checks.token_ids("returned_token_ids", self.returned_token_ids)
+        given = self.late_chunking_params
+        if given is not None and not isinstance(given, LateChunkingParams):
+            raise ValidationError(f"late_chunking_params must be LateChunkingParams(chunk_size=...), got {given!r:.80}")
         if self.task is not None and self.task not in POOLING_TASKS:
             raise ValidationError(f"task must be one of {', '.join(POOLING_TASKS)}; got {self.task!r}.")
         if self.skip_reading_prefix_cache is not None:
@@ -78,9 +106,14 @@ class PoolingParams:
             raise ValidationError(f"You cannot overwrite self.task={self.task!r} with task={task!r}!")
         params = self.clone()
         params.task = task
-        valid = _EMBED_PARAMETERS if task in EMBED_TASKS else _CLASSIFY_PARAMETERS
+        valid = _PARAMETERS[task]
+        if params.late_chunking_params is not None:
+            if task != "token_embed":
+                raise ValidationError("Late chunking requires token_embed")
+            if params.step_tag_id is not None or params.returned_token_ids is not None:
+                raise ValidationError("Late chunking requires all token rows")
         steps = pooler.tok_pooling_type == "STEP" and params.wants_tokens
-        invalid = [name for name in _EMBED_PARAMETERS if name not in valid and getattr(self, name) is not None]
+        invalid = [name for name in _PARAMETERS["embed"] if name not in valid and getattr(self, name) is not None]
         if not steps:
             invalid += [n for n in ("step_tag_id", "returned_token_ids") if getattr(self, n) is not None]
         if invalid:

@@ -35,7 +35,8 @@ _REMOVED = {
     "use_beam_search": "beam search is no longer a sampling parameter",
     "early_stopping": "it belonged to beam search, which is no longer a sampling parameter",
     "length_penalty": "it belonged to beam search, which is no longer a sampling parameter",
-    "logits_processors": "pass them to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or bad_words",
+    "logits_processors": "pass jax functions to LLM(logits_processors=[...]), or use logit_bias, allowed_token_ids or "
+    "bad_words",
     "truncate_prompt_tokens": "pass tokenization_kwargs={'truncate_prompt_tokens': N} to generate()",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...), whose fields have the same names",
 }

@@ -48,7 +48,8 @@ def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
     """Return the tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
     model, given = engine_arguments(arguments)
     revision = given.get("tokenizer_revision") or given.get("revision")
-    return load_tokenizer(resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token")))
+    path = resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token"))
+    return load_tokenizer(path, given.get("tokenizer_mode") or "auto")
 
 
 def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:

@@ -68,7 +68,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "interleave_mm_strings": (False,),
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
-        "enable_prompt_embeds": (False,),
     },
     "offloading": {
         "cpu_offload_gb": (0,),
@@ -84,7 +83,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_events_config": (),
     },
     "logits processors by name pattern": {"logits_processor_pattern": ()},
-    "other tokenizers": {"tokenizer_mode": ("auto", "hf", "fast")},
     "this scheduling option": {
         "performance_mode": ("balanced",),
         "max_num_partial_prefills": (1,),
@@ -127,6 +125,7 @@ NEVER: dict[str, Never] = {
     "worker_cls": Never(("auto",), "jaxllm is one process, without workers"),
     "worker_extension_cls": Never((), "jaxllm is one process, without workers"),
     "guided_decoding_backend": Never(BACKENDS, "jaxllm has one backend for structured outputs, guidance (llguidance)"),
+    "enable_trace_replay": Never((False,), "prompt_logprobs of a prompt with them score known tokens"),
     "rope_scaling": Never((), "it is part of the model's config: hf_overrides={'rope_scaling': ...}"),
     "rope_theta": Never((), "it is part of the model's config: hf_overrides={'rope_theta': ...}"),
 }

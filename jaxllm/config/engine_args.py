@@ -23,6 +23,9 @@ from jaxllm.config.quantization import QuantizationConfig
 from jaxllm.config.speculative import SpeculativeConfig
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
+#: what vLLM's scripts run that name no model
+SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineArgs(ParallelConfig, QuantizationConfig):
@@ -42,6 +45,13 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     )
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "the tokenizer's directory, .gguf file or hub id (default: the model's)", group="model"
+    )
+    #: "fast" is an older name of "hf"
+    tokenizer_mode: str = argument(
+        "auto",
+        check.one_of("auto", "hf", "slow", "mistral", fast="hf"),
+        "whose files the tokenizer is read from; mistral (tekken.json) needs mistral_common",
+        group="model",
     )
     skip_tokenizer_init: bool = switch(False, "run without a tokenizer: prompts are token ids", group="model")
     #: threads, while the engine runs; 0: the caller's own
@@ -144,6 +154,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         check.at_least(1),
         "most decode steps of one launch, where nobody waits and nothing is streamed (default: 1)",
         group="scheduler",
+    )
+    enable_prompt_embeds: bool = switch(
+        False, 'take prompts that are vectors, {"prompt_embeds": array}, too', group="model"
     )
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
     deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU", group="device")
@@ -261,7 +274,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
         from jaxllm.config.command_line import add_engine_arguments
 
-        parser.add_argument("--model", help=EngineArgs.__dataclass_fields__["model"].metadata["help"])
+        help_text = EngineArgs.__dataclass_fields__["model"].metadata["help"]
+        parser.add_argument("--model", default=SCRIPTS_MODEL, help=f"{help_text} (default: %(default)s)")
         add_engine_arguments(parser, defaults=True)
         return parser
 

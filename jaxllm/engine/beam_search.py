@@ -80,6 +80,8 @@ def beam_search(
     for index, prompt in enumerate(inputs.reader.read(prompts)):
         if isinstance(prompt, ValidationError):
             raise prompt if len(prompts) == 1 else ValidationError(f"prompts[{index}]: {prompt}")
+        if prompt.embeds is not None:
+            raise ValidationError("beam_search takes no prompt_embeds: its beams are lists of token ids.")
         searches.append(_Search(prompt))
     limit = concurrency_limit or max(len(searches), 1)
     total = -(-len(searches) // limit) * params.max_tokens

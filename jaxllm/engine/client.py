@@ -146,10 +146,11 @@ class EngineClient:
         """Run one step of the engine and deliver what it brings.
 
         An error of the device ends every request: this call raises it, and the receivers of all requests get an output
-        that says so. While the engine sleeps, a RuntimeError is raised that ends none of them.
+        that says so. While the engine sleeps or is paused, a RuntimeError is raised that ends none of
+        them.
         """
         with self.lock:
-            self.core.check_awake()
+            self.core.check_runs()
             self._deliver_all(self.core.step)
 
     @property
@@ -158,9 +159,9 @@ class EngineClient:
 
     @property
     def can_step(self) -> bool:
-        """Whether there is something to run and the engine is awake; takes no lock, and may be asked after `close`."""
+        """Whether there is something to run and the engine runs it; takes no lock, and may be asked after `close`."""
         core = self._core
-        return core is not None and self.has_unfinished and not core.is_sleeping
+        return core is not None and self.has_unfinished and not (core.is_sleeping or core.is_paused)
 
     def end(self, request_ids: Iterable[str]) -> None:
         """Leave nothing of these requests behind, finished or not; nothing of them is delivered any more."""
@@ -199,14 +200,23 @@ class EngineClient:
             self._deliver_all(self.core.drain)
             self.core.scheduler.preempt_all()
 
-    def pause(self, mode: str) -> None:
-        """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" preempts them."""
+    def pause(self, mode: str, *, preempt: bool = True) -> None:
+        """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" leaves them as they are.
+
+        Args:
+            preempt: what is left gives up its blocks, and will be computed anew.
+        """
         with self.lock:
+            # this pause takes the place of an earlier one, whose requests may have to run to their end
+            self.core.resume()
             if mode == "abort":
                 self.abort_all()
             while mode == "wait" and self._receivers:
                 self.step()
-            self.preempt_all()
+            if preempt:
+                self.preempt_all()
+            else:
+                self._deliver_all(self.core.drain)
 
     def close(self) -> None:
         """Let go of the engine, which the caller shuts down; whoever still waits is told."""

@@ -57,14 +57,25 @@ class EngineCore:
         self._in_flight: collections.deque[tuple[SchedulerOutput, StepFuture]] = collections.deque()
         #: what `sleep` has put away
         self._asleep: set[str] = set()
+        #: whether no step is run
+        self.is_paused = False
+        #: whether no request is taken meanwhile
+        self._refuses = False
         self._depth = 2 if scheduler_config.async_scheduling else 1
         #: who is told of each step; replaced as a whole, since any thread may do so
         self._observers: tuple[StepObserver, ...] = ()
         self._observers_lock = threading.Lock()
 
     def add_request(self, request: Request, text: str | None) -> None:
-        """Queue a request. Raises ValidationError when it can never run, RuntimeError while the engine sleeps."""
+        """Queue a request.
+
+        Raises:
+            ValidationError: it can never run.
+            RuntimeError: the engine sleeps, or takes no requests while it is paused.
+        """
         self.check_awake()
+        if self._refuses:
+            self.check_runs()
         if request.pools != self._pools:
             kind, runner = ("generative", "generate") if self._pools else ("pooling", "pooling")
             raise ValidationError(
@@ -101,7 +112,7 @@ class EngineCore:
         An error of the device or of a model ends every request, since the cache's contents are lost with the failed
         step, and leaves the engine usable; it is raised to the caller.
         """
-        self.check_awake()
+        self.check_runs()
         try:
             for observer in self._observers:
                 observer.turn_begins()
@@ -207,6 +218,26 @@ class EngineCore:
             self._recover()
             raise
         return outputs
+
+    # Pauses, which keep what is in memory.
+
+    def pause(self, *, refuse: bool) -> None:
+        """Run no step until `resume`.
+
+        Args:
+            refuse: take no requests, either.
+        """
+        self.is_paused, self._refuses = True, refuse
+
+    def resume(self) -> None:
+        """Go on; does nothing when it is not paused."""
+        self.is_paused = self._refuses = False
+
+    def check_runs(self) -> None:
+        """Raise RuntimeError while the engine sleeps or is paused."""
+        self.check_awake()
+        if self.is_paused:
+            raise RuntimeError("generation is paused: call resume_generation() first")
 
     # Sleep. Requests are at rest: ended, or back in the queue.
 

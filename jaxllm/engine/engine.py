@@ -7,10 +7,11 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache_folder import cache_folder
+from jaxllm.config.vllm_config import VllmConfig, vllm_config
 from jaxllm.engine.client import EngineClient
 from jaxllm.engine.generation import Generation
 from jaxllm.engine.io.feeds import Feeds
@@ -53,6 +54,9 @@ class Engine:
         model_files: what the model was read from.
     """
 
+    #: those that are not shut down; whoever starts another one is told
+    _running: ClassVar[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
     def __init__(
         self,
         args: EngineArgs,
@@ -87,12 +91,27 @@ class Engine:
         self._free = weakref.finalize(self, _free, core, self.pool, at_exit)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
+        Engine._running.add(self)
         try:
             if args.metrics_port is not None:
                 self.watching.serve_metrics(args.metrics_port)
         except BaseException:
             self.shutdown()
             raise
+
+    @classmethod
+    def running(cls) -> list[Engine]:
+        """The engines of this process that have not been shut down."""
+        return list(cls._running)
+
+    def describe(self, face: str) -> str:
+        """This engine as the text of an object that is a face of it."""
+        plan = self.memory_plan
+        return (
+            f"{face}({str(self.args.model)!r}, device={plan.device!r}, max_model_len={plan.max_model_len}, "
+            f"max_num_seqs={plan.max_num_seqs}, max_num_batched_tokens={plan.max_num_batched_tokens}, "
+            f"kv_cache={plan.num_blocks} blocks of {plan.block_size} tokens)"
+        )
 
     @property
     def core(self) -> EngineCore:
@@ -116,6 +135,21 @@ class Engine:
             self.watching.close()
             self.client.close()
             self._free()
+            Engine._running.discard(self)
+
+    @functools.cached_property
+    def vllm_config(self) -> VllmConfig:
+        """What it was started with, under vLLM's names."""
+        config, plan = self.model_files.config, self.memory_plan
+        return vllm_config(
+            self.args,
+            self.model_files.checkpoint.config,
+            scheduler=self.core.scheduler.config,
+            dtype=config.dtype,
+            pools=self._pooling is not None,
+            block_size=plan.block_size,
+            num_blocks=plan.num_blocks,
+        )
 
     # What it can be asked for.
 
@@ -152,8 +186,7 @@ class Engine:
     def sleep(self, level: int, mode: str) -> None:
         if isinstance(level, bool) or level not in (0, 1, 2):
             raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")
-        if mode not in ("abort", "wait", "keep"):
-            raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
+        _check_mode(mode)
         with self.client.lock:
             self.client.pause(mode)
             self.core.sleep(level)
@@ -164,6 +197,18 @@ class Engine:
             raise ValidationError(f"tags must be among {', '.join(_TAGS)}; got {', '.join(map(repr, unknown))}.")
         with self.client.lock:
             return self.core.wake_up(wanted)
+
+    def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        _check_mode(mode)
+        with self.client.lock:
+            self.client.pause(mode, preempt=clear_cache)
+            self.core.pause(refuse=mode != "keep")
+            if clear_cache:
+                self.core.reset_prefix_cache()
+
+    def resume_generation(self) -> None:
+        with self.client.lock:
+            self.core.resume()
 
     def release_kv_cache_memory(self) -> None:
         with self.client.lock:
@@ -177,15 +222,19 @@ class Engine:
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
-            if self.client.has_unfinished:
+            if self.client.has_unfinished and not self.core.is_paused:
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
+            # what a pause keeps was computed with the old ones
+            self.client.preempt_all()
             self.runner.set_params(params)
             self.core.reset_prefix_cache()
 
     def call_runner(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
     ) -> Any:
-        if isinstance(method, str):
+        if method == "update_config":
+            call = self.update_config
+        elif isinstance(method, str):
             known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
             if method not in known:
                 raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
@@ -193,12 +242,34 @@ class Engine:
         else:
             call = functools.partial(method, self.runner)
         with self.client.lock:
+            if method == "reload_weights":
+                # what was computed with the old ones is computed anew
+                self.client.preempt_all()
+                self.core.reset_prefix_cache()
             return call(*args, **(kwargs or {}))
+
+    def update_config(self, overrides: Mapping[str, Any]) -> None:
+        """What vLLM's workers are told before ``reload_weights``: what weights are read from, and nothing else.
+
+        Raises ValidationError for anything but ``{"load_config": {"load_format": ...}}``.
+        """
+        load = overrides.get("load_config") if isinstance(overrides, Mapping) and len(overrides) == 1 else None
+        if not isinstance(load, Mapping) or set(load) != {"load_format"}:
+            raise ValidationError(
+                "update_config changes what reload_weights reads, {'load_config': {'load_format': ...}}; got "
+                f"{overrides!r:.200}. Anything else is an argument of a new LLM."
+            )
+        self.model_files.checkpoint.use_format(load["load_format"])
 
     def save(self, folder: Path, *, format: str) -> None:
         with self.client.lock:
             self.core.check_awake()
             self.model_files.save(folder, self.runner.params, self.tokenizer, format=format)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("abort", "wait", "keep"):
+        raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
 
 
 def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.tracebacks import ShortTracebacks
 from jaxllm.engine.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Generation:
         total = len(prompts) if isinstance(prompts, Sized) else None
         cut_at_default = True
         with (
+            ShortTracebacks(),
             Progress(total, enabled=use_tqdm, stats=self._feeds.client.core.stats) as progress,
             contextlib.closing(feed.outputs(progress)) as outputs,
         ):

@@ -73,9 +73,16 @@ class Pooling:
         return [output if isinstance(output, PoolingRequestOutput) else _failed(output) for output in outputs]
 
     def score(
-        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *arguments: Any
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        chat_template: str | None,
+        params: Params,
+        use_tqdm: Bar,
+        tokenization_kwargs: Mapping[str, Any] | None,
+        *arguments: Any,
     ) -> list[ScoringRequestOutput]:
-        """How well texts fit; `arguments` are `run`'s, from the parameters on."""
+        """How well texts fit; the arguments from the parameters on are `run`'s."""
         labels = self.inputs.pooler.num_labels
         first, second = _texts("data_1", data_1), _texts("data_2", data_2)
         if len(first) != 1 and len(first) != len(second):
@@ -84,13 +91,27 @@ class Pooling:
             )
         if labels > 1:
             raise ValidationError(f"Scoring API is only enabled for num_labels == 1; this model has {labels}.")
+        if chat_template is not None and labels != 1:
+            raise ValidationError(
+                "chat_template writes two texts into one prompt, for models with one class; this one compares "
+                "embeddings. Leave it out."
+            )
         if labels == 1:
             many = first * len(second) if len(first) == 1 else first
-            pairs = [TextPair(a, b) for a, b in zip(many, second, strict=True)]
-            return [ScoringRequestOutput.from_base(output) for output in self.run(pairs, "classify", *arguments)]
-        outputs = self.run(first + second, "embed", *arguments)
+            pairs: list[Any] = [TextPair(a, b) for a, b in zip(many, second, strict=True)]
+            if chat_template is not None:
+                pairs = [_templated(pair, chat_template) for pair in pairs]
+                # as around any text: the template is not a chat's, which would write them
+                tokenization_kwargs = {"add_special_tokens": True, **(tokenization_kwargs or {})}
+            outputs = self.run(pairs, "classify", params, use_tqdm, tokenization_kwargs, *arguments)
+            return [ScoringRequestOutput.from_base(output) for output in outputs]
+        by_token = self.inputs.pooler.task == "token_embed"
+        task = "token_embed" if by_token else "embed"
+        outputs = self.run(first + second, task, params, use_tqdm, tokenization_kwargs, *arguments)
         left, right = outputs[: len(first)], outputs[len(first) :]
-        return [_cosine(a, b, i) for i, (a, b) in enumerate(zip(left * (len(right) // len(left)), right, strict=True))]
+        measure = _max_sim if by_token else _cosine
+        pairs = list(zip(left * (len(right) // len(left)), right, strict=True))
+        return [_scored(a, b, i, measure) for i, (a, b) in enumerate(pairs)]
 
     def task(self, asked: str | None) -> str:
         """What `LLM.encode` is asked for. Raises ValidationError when nobody says it."""
@@ -160,12 +181,28 @@ def _texts(name: str, data: Any) -> list[str]:
     return texts
 
 
-def _cosine(a: Pooled, b: Pooled, index: int) -> ScoringRequestOutput:
+def _templated(pair: TextPair, chat_template: str) -> dict[str, Any]:
+    """A pair as a prompt that a template writes, which knows the texts by their roles."""
+    messages = [{"role": "query", "content": pair.first}, {"role": "document", "content": pair.second}]
+    return {"messages": messages, "chat_template": chat_template, "add_generation_prompt": False}
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
+
+
+def _max_sim(x: np.ndarray, y: np.ndarray) -> float:
+    """Each token of the first text finds its nearest of the second (ColBERT, arXiv:2004.12832)."""
+    return float((x @ y.T).max(axis=1).sum())
+
+
+def _scored(
+    a: Pooled, b: Pooled, index: int, measure: Callable[[np.ndarray, np.ndarray], float]
+) -> ScoringRequestOutput:
     error = a.error or b.error
     score = float("nan")
     if error is None:
-        x, y = a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64)
-        score = float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
+        score = measure(a.outputs.data.astype(np.float64), b.outputs.data.astype(np.float64))
     return ScoringRequestOutput(
         request_id=f"{a.request_id}_{b.request_id}",
         outputs=ScoringOutput(score=score),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from concurrent.futures import Future
 
+    import numpy as np
+
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.engine.cache.block_hash import ExtraKey
     from jaxllm.structured.compiler import Grammar
@@ -71,6 +73,7 @@ class Request:
         extra_keys: what else the keys and values depend on (LoRA adapter, images).
         skip_reading_prefix_cache: compute the whole prompt even where the cache has it; None: what `params` say.
         block_hashes: of leading full blocks of the prompt, as far as they are known already.
+        prompt_embeds: [tokens, hidden size], the prompt where it came as vectors; `prompt_token_ids` says nothing then.
     """
 
     __slots__ = (
@@ -106,6 +109,7 @@ class Request:
         "params",
         "pools",
         "priority",
+        "prompt_embeds",
         "prompt_token_ids",
         "queued_ts",
         "recorded_ts",
@@ -136,9 +140,11 @@ class Request:
         extra_keys: tuple[ExtraKey, ...] = (),
         skip_reading_prefix_cache: bool | None = None,
         block_hashes: Sequence[bytes] = (),
+        prompt_embeds: np.ndarray | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
+        self.prompt_embeds = prompt_embeds
         self.num_prompt_tokens = len(prompt_token_ids)
         #: prompt, then the outputs that the host has read
         self.all_token_ids = list(prompt_token_ids)
@@ -243,6 +249,7 @@ class Request:
             # only the child that has the prompt's log-probabilities computes a cached prompt for them
             skip_reading_prefix_cache=None if self.num_scored_tokens else self.skip_reading_prefix_cache,
             block_hashes=self.block_hashes,
+            prompt_embeds=self.prompt_embeds,
         )
         fork.bad_words = self.bad_words
         fork.is_child = True

@@ -24,6 +24,9 @@ MAX_BAD_WORD_TOKENS = 8
 #: ids that end a request on the device, in a launch of several steps
 MAX_END_TOKEN_IDS = 8
 
+#: in `AdmittedRequest.token_ids`, where the prompt has a vector and no token
+EMBEDDED = -2
+
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class AdmittedRequest:
@@ -31,7 +34,7 @@ class AdmittedRequest:
 
     row: int
     request_id: str
-    #: every token known so far: prompt, then the outputs of a resumed request
+    #: every token known so far: prompt, then the outputs of a resumed request; `EMBEDDED` where `prompt_embeds` is
     token_ids: list[int]
     num_prompt_tokens: int
     #: tokens whose keys and values are in the cache already (prefix hits)
@@ -48,6 +51,8 @@ class AdmittedRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     #: those of `stop_token_ids` that do end it: all but EOS under `ignore_eos`
     end_token_ids: frozenset[int] = frozenset()
+    #: [num_prompt_tokens, hidden size], in the dtype that the model computes in, where the prompt came so
+    prompt_embeds: np.ndarray | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

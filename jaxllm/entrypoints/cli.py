@@ -18,6 +18,7 @@ from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
+from jaxllm.runner.compile.workers import leave_if_held_up
 from jaxllm.weights.named_models import NAMED_MODELS
 
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
+        if argv is None:
+            leave_if_held_up(130)
         return 130
     except BrokenPipeError:
         # Whoever read the output has enough; the interpreter's last flush must not fail on it again.

@@ -44,5 +44,9 @@ class StepBatch:
     tokens: jax.Array  # i32 [T], within the vocabulary; padding: any
     #: over the engine's pages; or, in training, without them
     attention: AttentionBatch | WholeSequences
+    #: [T, d] vectors that prompts bring, and bool [T] which tokens have one in place of the row of the model's table;
+    #: None: the engine takes none
+    embeddings: jax.Array | None = None
+    embedded: jax.Array | None = None
     #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
     segment_starts: jax.Array | None = None

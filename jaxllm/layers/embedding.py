@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.context import Context
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix
 
@@ -23,6 +23,13 @@ def embed(context: Context, table: jax.Array, tokens: jax.Array) -> jax.Array:
     here = (local >= 0) & (local < rows)
     found = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
     return lax.psum(found, axis)
+
+
+def with_embeddings(x: jax.Array, batch: StepBatch) -> jax.Array:
+    """x [T, d], the model's vectors of a step's tokens as its first layer takes them, with those that prompts bring."""
+    if batch.embeddings is None or batch.embedded is None:
+        return x
+    return jnp.where(batch.embedded[:, None], batch.embeddings, x)
 
 
 def unembed(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix, vocab_size: int) -> jax.Array:

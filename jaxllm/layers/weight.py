@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 #: the storage of a weight whose array holds its numbers as they are
 DENSE = "dense"
 
@@ -29,16 +31,46 @@ class Axis(NamedTuple):
         return self.units * self.width
 
 
+class Rows(NamedTuple):
+    """Where a part lies in a tensor that holds others, too: which rows its first axis has there."""
+
+    #: the row at which its first unit begins
+    first: int
+    #: rows from the beginning of a unit to that of the next
+    step: int
+    #: of the whole tensor
+    total: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint; `name` holds ``{layer}`` when there is one a layer."""
+    """A tensor of a checkpoint, or some rows of one; `name` holds ``{layer}`` when there is one a layer."""
 
     name: str
     axes: tuple[Axis, ...]
+    #: None: all rows of the tensor
+    rows: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of the tensor in which the part lies."""
+        return self.shape if self.rows is None else (self.rows.total, *self.shape[1:])
+
+    def in_tensor(self, first: int, last: int) -> tuple[slice, slice | np.ndarray]:
+        """Where the part's rows from `first` to before `last`, one at least, lie in the tensor: the rows that hold them
+        all, and which of these they are.
+        """
+        width = self.axes[0].width
+        start, step, _ = self.rows or Rows(0, width, self.shape[0])
+        if step == width:
+            return slice(start + first, start + last), slice(None)
+        units, rest = np.divmod(np.arange(first, last), width)
+        at = start + units * step + rest
+        return slice(int(at[0]), int(at[-1]) + 1), at - at[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import ACTIVATIONS, activate
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.embedding import embed
+from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import attention_scale, layouts
@@ -130,7 +130,7 @@ def forward(
     positions, types = batch.attention.positions, jnp.zeros_like(batch.tokens)
     if batch.segment_starts is not None:
         types = (positions >= batch.segment_starts[batch.attention.token_seq]).astype(jnp.int32)
-    x = embed(context, params.embedding, batch.tokens)
+    x = with_embeddings(embed(context, params.embedding, batch.tokens), batch)
     x = x + params.type_embedding[types] + params.position_embedding[positions]
     x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
 

@@ -1,4 +1,4 @@
-"""The dense decoder that the families share: layers of pre-norm attention and a gated MLP.
+"""The dense decoder that the families share: layers of attention and an MLP, with norms in front of them or behind.
 
 A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are
 called; what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
-from jaxllm.layers.activation import gated
+from jaxllm.layers.activation import activate, gated
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.embedding import embed, unembed
+from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
-from jaxllm.layers.norm import rms_norm
-from jaxllm.layers.rope import apply_rope, rope_tables
+from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
+from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
+from jaxllm.models.names import WeightNames
 from jaxllm.models.segments import through_layers
 
 #: a window wider than any context
@@ -40,26 +42,53 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    #: tokens of the longest context
     max_position_embeddings: int
-    #: one tuple of inverse frequencies [head_dim // 2] a kind of rotary embedding
-    rope_frequencies: tuple[tuple[float, ...], ...]
+    #: the kinds of rotary embedding
+    rope: tuple[Rotary, ...]
     #: which of them each layer uses
     layer_rope: tuple[int, ...]
     #: sliding window of each layer, in tokens, itself included; None: all
     layer_window: tuple[int | None, ...]
+    #: whether neighbours are paired in rotary embeddings, not halves
+    rope_interleaved: bool = False
     tie_word_embeddings: bool
+    #: biases of queries, keys and values, of what follows attention, of the MLP
     qkv_bias: bool = False
-    #: RMS norm over each head of queries and keys
+    output_bias: bool = False
+    mlp_bias: bool = False
+    #: "rms", or "layer": LayerNorm
+    norm: Literal["rms", "layer"] = "rms"
+    #: whether the norms of hidden states have biases (of LayerNorm)
+    norm_bias: bool = False
+    #: norms of queries and keys
     qk_norm: bool = False
-    #: norms after attention and MLP too (Gemma)
+    #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
+    #: heads as one vector
+    qk_norm_of: Literal["shared", "own", "joint"] = "shared"
+    #: norms in front of attention and MLP
+    pre_norms: bool = True
+    #: norms behind attention and MLP
     post_norms: bool = False
     #: added to norm weights
     norm_offset: float = 0.0
+    #: attention and MLP read the same hidden states
+    parallel: bool = False
+    #: they read them behind the same norm, too
+    shared_norm: bool = False
+    #: the MLP multiplies by a gate
+    gated_mlp: bool = True
     activation: str = "silu"
     embedding_scale: float = 1.0
+    #: factor on what attention and MLP add
+    residual_scale: float = 1.0
     attention_scale: float
     attention_softcap: float | None = None
+    logits_scale: float = 1.0
     logits_softcap: float | None = None
+    names: WeightNames = WeightNames()
+    #: `max_model_len` unless one is asked for; None: `max_position_embeddings`
+    default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
 
@@ -79,17 +108,26 @@ class Layers:
     L layers, d hidden size, H heads, K KV heads, D head_dim, F intermediate size.
     """
 
-    attention_norm: jax.Array  # [L, d]
+    attention_norm: jax.Array | None  # [L, d]
+    attention_norm_bias: jax.Array | None  # [L, d]
     qkv: jax.Array  # [L, (H + 2K) * D, d]
     qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
-    query_norm: jax.Array | None  # [L, D]
-    key_norm: jax.Array | None  # [L, D]
+    query_norm: jax.Array | None  # [L, D]; own: [L, H, D] or [L, H * D]; joint: [L, H * D]
+    key_norm: jax.Array | None  # as query_norm, of K heads
     output: jax.Array  # [L, d, H * D]
+    output_bias: jax.Array | None  # [L, d]
     post_attention_norm: jax.Array | None  # [L, d]
-    mlp_norm: jax.Array  # [L, d]
-    gate_up: jax.Array  # [L, 2F, d]
+    mlp_norm: jax.Array | None  # [L, d]
+    mlp_norm_bias: jax.Array | None  # [L, d]
+    gate_up: jax.Array  # [L, 2F, d]; without a gate [L, F, d]
+    gate_up_bias: jax.Array | None  # [L, 2F]; without a gate [L, F]
     down: jax.Array  # [L, d, F]
+    down_bias: jax.Array | None  # [L, d]
     post_mlp_norm: jax.Array | None  # [L, d]
+
+
+#: the fields of `Layers` that `linear` multiplies by
+MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +136,7 @@ class Params:
     embedding: jax.Array  # [V, d]
     layers: tuple[Layers, ...]  # segments
     norm: jax.Array  # [d]
+    norm_bias: jax.Array | None  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding
 
 
@@ -120,27 +159,35 @@ def forward(
     Returns:
         (cache, hidden): hidden [T, d] after the final norm.
     """
-    frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
-    cos, sin = jax.vmap(lambda f: rope_tables(batch.attention.positions, f))(frequencies)
+    cos, sin = rope_tables(batch.attention.positions, config.rope)
     x = embed(context, params.embedding, batch.tokens)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    x = with_embeddings(x, batch)
 
     def layer(carry, weights, place):
         x, cache = carry
         layout, rope = place
-        x, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], x, cache, batch)
-        return _mlp_block(context, config, weights, x), cache
+        normed = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+        y, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], normed, cache, batch)
+        if not config.parallel:
+            x = _add(config, x, y)
+        if not config.shared_norm:
+            normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
+        z = _mlp_block(context, config, weights, normed)
+        return _add(config, x, y + z if config.parallel else z), cache
 
     places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
     x, cache = through_layers(layer, (x, cache), params.layers, places)
-    return cache, rms_norm(x, params.norm, config.norm_eps, offset=config.norm_offset)
+    return cache, _norm(config, x, params.norm, params.norm_bias)
 
 
 def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
     head = params.embedding if params.head is None else params.head
     scores = unembed(context, hidden, head, config.vocab_size)
+    if config.logits_scale != 1.0:
+        scores = scores * config.logits_scale
     cap = config.logits_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
@@ -162,13 +209,11 @@ def _attention_block(
     context: Context, config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: StepBatch
 ):
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    normed = rms_norm(x, w.attention_norm, config.norm_eps, offset=config.norm_offset)
-    qkv = linear(context, normed, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
+    qkv = linear(context, x, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if w.query_norm is not None and w.key_norm is not None:
-        query = rms_norm(query, w.query_norm, config.norm_eps, offset=config.norm_offset)
-        key = rms_norm(key, w.key_norm, config.norm_eps, offset=config.norm_offset)
-    query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
+    query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
     cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
         context,
@@ -180,18 +225,42 @@ def _attention_block(
         softcap=config.attention_softcap,
         causal=config.causal,
     )
-    y = linear(context, attended.reshape(-1, heads * dim), w.output, over="heads")
-    if w.post_attention_norm is not None:
-        y = rms_norm(y, w.post_attention_norm, config.norm_eps, offset=config.norm_offset)
-    return x + y, cache
+    y = linear(context, attended.reshape(-1, heads * dim), w.output, w.output_bias, over="heads")
+    return _norm(config, y, w.post_attention_norm), cache
+
+
+def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight, key_weight):
+    """Of query [T, heads, head_dim] and key [T, kv_heads, head_dim]."""
+    if config.qk_norm_of == "joint":
+        flat = [x.reshape(len(x), -1) for x in (query, key)]
+        axis = context.mesh_axis("heads")
+        normed = joint_rms_norm(flat, (query_weight, key_weight), config.norm_eps, mesh_axis=axis)
+        return tuple(x.reshape(like.shape) for x, like in zip(normed, (query, key), strict=True))
+    if config.qk_norm_of == "own":
+        query_weight, key_weight = (weight.reshape(-1, config.head_dim) for weight in (query_weight, key_weight))
+    return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
 def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
-    normed = rms_norm(x, w.mlp_norm, config.norm_eps, offset=config.norm_offset)
-    y = gated(config.activation, linear(context, normed, w.gate_up))
-    y = linear(context, y, w.down, over="mlp")
-    if w.post_mlp_norm is not None:
-        y = rms_norm(y, w.post_mlp_norm, config.norm_eps, offset=config.norm_offset)
+    y = linear(context, x, w.gate_up, w.gate_up_bias)
+    y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
+    y = linear(context, y, w.down, w.down_bias, over="mlp")
+    return _norm(config, y, w.post_mlp_norm)
+
+
+def _norm(config: DecoderConfig, x: jax.Array, weight: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
+    """x as it is where the family has no norm."""
+    if weight is None:
+        return x
+    if config.norm == "layer":
+        return layer_norm(x, weight, bias, config.norm_eps)
+    return rms_norm(x, weight, config.norm_eps, offset=config.norm_offset)
+
+
+def _add(config: DecoderConfig, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A branch's output to the hidden states."""
+    if config.residual_scale != 1.0:
+        y = (config.residual_scale * y.astype(jnp.float32)).astype(y.dtype)
     return x + y
 
 

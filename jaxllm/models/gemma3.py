@@ -7,16 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.api.errors import ValidationError
+from jaxllm.layers.rope import Rotary
 from jaxllm.models.decoder import DecoderConfig
-from jaxllm.models.llama import common_fields, frequencies
+from jaxllm.models.gemma import NAMES, gemma_fields
+from jaxllm.models.llama import MAX_MODEL_LEN, rope
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    if hf.get("use_bidirectional_attention"):
-        raise ValidationError("use_bidirectional_attention=true is not supported: the decoder is causal")
-    activation = hf.get("hidden_activation") or "gelu_pytorch_tanh"
-    fields = common_fields({"head_dim": 256, **hf, "hidden_act": activation})
+    fields = gemma_fields(hf)
     layers, head_dim = fields["num_layers"], fields["head_dim"]
     kinds = hf.get("layer_types") or _layer_types(layers, hf.get("sliding_window_pattern", 6))
     window = hf.get("sliding_window", 4096)
@@ -24,14 +22,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **{
             **fields,
-            "rope_frequencies": _rope_frequencies(hf, head_dim),
+            # scaled in the config already
+            "max_position_embeddings": hf["max_position_embeddings"],
+            "rope": _rope(hf, head_dim),
             "layer_rope": tuple(1 if is_local else 0 for is_local in local),
             "layer_window": tuple(window if is_local else None for is_local in local),
-            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
             "qk_norm": True,
             "post_norms": True,
-            "norm_offset": 1.0,
-            "embedding_scale": fields["hidden_size"] ** 0.5,
+            "names": NAMES,
             "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
             "attention_softcap": hf.get("attn_logit_softcapping"),
             "logits_softcap": hf.get("final_logit_softcapping"),
@@ -57,7 +55,7 @@ def text_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         KeyError, ValidationError: as `common_fields`.
     """
-    return config_from_hf(text_alone(hf))
+    return config_from_hf({**text_alone(hf), MAX_MODEL_LEN: hf.get(MAX_MODEL_LEN)})
 
 
 def text_alone(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def _layer_types(num_layers: int, pattern: int) -> list[str]:
     return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
 
 
-def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _rope(hf: Mapping[str, Any], head_dim: int) -> tuple[Rotary, Rotary]:
     """(global, local). Older configs have two thetas at the top level, newer ones `rope_parameters` by layer type."""
     parameters = hf.get("rope_parameters") or {
         "full_attention": {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 1e6)},
@@ -82,6 +80,6 @@ def _rope_frequencies(hf: Mapping[str, Any], head_dim: int) -> tuple[tuple[float
     }
     whole, local = parameters["full_attention"], parameters["sliding_attention"]
     return (
-        frequencies(head_dim, whole.get("rope_theta", 1e6), whole),
-        frequencies(head_dim, local.get("rope_theta", 1e4), local),
+        rope(hf, head_dim, whole.get("rope_theta", 1e6), whole),
+        rope(hf, head_dim, local.get("rope_theta", 1e4), local),
     )

@@ -102,8 +102,34 @@ def make_pooler(
     )
 
 
+def classifier_tokens(hf: Mapping[str, Any]) -> tuple[tuple[str, ...], bool] | None:
+    """The tokens whose rows of the last matrix make the head, and whether it is the difference of two; None: it is in
+    the weights. vLLM's entries of ``hf_overrides`` say so.
+
+    Raises ValidationError where they do not say how.
+    """
+    tokens = hf.get("classifier_from_token")
+    if not tokens:
+        return None
+    method = hf.get("method") or ("from_2_way_softmax" if hf.get("is_original_qwen3_reranker") else None)
+    if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
+        raise ValidationError(f"classifier_from_token must be a list of tokens, got {tokens!r:.80}.")
+    if method not in ("from_2_way_softmax", "no_post_processing"):
+        raise ValidationError(
+            f"classifier_from_token={tokens} with method={method!r}: add 'method' to hf_overrides, "
+            "'from_2_way_softmax' (one class, the second token against the first) or 'no_post_processing' (a class for "
+            "each token)."
+        )
+    if method == "from_2_way_softmax" and len(tokens) != 2:
+        raise ValidationError(f"method='from_2_way_softmax' takes two tokens, got classifier_from_token={tokens}.")
+    return tuple(tokens), method == "from_2_way_softmax"
+
+
 def num_labels(hf: Mapping[str, Any]) -> int:
     """Classes of a ForSequenceClassification model; transformers' default is 2."""
+    if made := classifier_tokens(hf):
+        tokens, difference = made
+        return 1 if difference else len(tokens)
     return int(hf.get("num_labels") or len(hf.get("id2label") or ()) or 2)
 
 

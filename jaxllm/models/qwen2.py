@@ -11,7 +11,8 @@ from jaxllm.models.llama import common_fields
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields(hf)
-    return DecoderConfig(**{**fields, "qkv_bias": True, "layer_window": layer_windows(hf, fields["num_layers"])})
+    windows = layer_windows(hf, fields["num_layers"])
+    return DecoderConfig(**{**fields, "qkv_bias": True, "output_bias": False, "layer_window": windows})
 
 
 def layer_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:

@@ -6,7 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models import bert, gemma3, llama, mistral, qwen2, qwen3
+from jaxllm.models import (
+    bert,
+    cohere,
+    gemma,
+    gemma3,
+    glm,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 
@@ -16,9 +32,21 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "MistralForCausalLM": mistral.config_from_hf,
     "Qwen2ForCausalLM": qwen2.config_from_hf,
     "Qwen3ForCausalLM": qwen3.config_from_hf,
+    "GemmaForCausalLM": gemma.config_from_hf,
+    "Gemma2ForCausalLM": gemma.gemma2_config_from_hf,
     "Gemma3ForCausalLM": gemma3.config_from_hf,
     # its text; images are refused
     "Gemma3ForConditionalGeneration": gemma3.text_config_from_hf,
+    "Phi3ForCausalLM": phi3.config_from_hf,
+    "GraniteForCausalLM": granite.config_from_hf,
+    "Olmo2ForCausalLM": olmo2.config_from_hf,
+    "SmolLM3ForCausalLM": smollm3.config_from_hf,
+    "GPTNeoXForCausalLM": gpt_neox.config_from_hf,
+    "StableLmForCausalLM": stablelm.config_from_hf,
+    "CohereForCausalLM": cohere.config_from_hf,
+    "Cohere2ForCausalLM": cohere.cohere2_config_from_hf,
+    "GlmForCausalLM": glm.config_from_hf,
+    "Glm4ForCausalLM": glm.glm4_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -39,30 +67,36 @@ def is_encoder(hf: Mapping[str, Any]) -> bool:
     return any(POOLING_ARCHITECTURES.get(name) is bert.config_from_hf for name in names)
 
 
-def model_config(hf: Mapping[str, Any]) -> DecoderConfig:
+def model_config(hf: Mapping[str, Any], max_model_len: int | None = None) -> DecoderConfig:
     """The generating model that a config.json describes.
+
+    Args:
+        max_model_len: tokens of the longest sequence that it will run, on which some rotary embeddings depend; None:
+            as many as it can.
 
     Raises:
         ValidationError: an unknown architecture (the text lists the known ones), a missing field, or a value that
             the model cannot compute.
     """
-    return _read(hf, ARCHITECTURES)
+    return _read(hf, ARCHITECTURES, max_model_len)
 
 
-def pooling_model_config(hf: Mapping[str, Any]) -> DecoderConfig | BertConfig:
+def pooling_model_config(hf: Mapping[str, Any], max_model_len: int | None = None) -> DecoderConfig | BertConfig:
     """As `model_config`, of a model that is to be pooled: its body."""
-    return _read(hf, {**ARCHITECTURES, **POOLING_ARCHITECTURES})
+    return _read(hf, {**ARCHITECTURES, **POOLING_ARCHITECTURES}, max_model_len)
 
 
 Config = TypeVar("Config")
 
 
-def _read(hf: Mapping[str, Any], known: Mapping[str, Callable[[Mapping[str, Any]], Config]]) -> Config:
+def _read(
+    hf: Mapping[str, Any], known: Mapping[str, Callable[[Mapping[str, Any]], Config]], max_model_len: int | None
+) -> Config:
     names: Sequence[str] = hf.get("architectures") or ()
     for name in names:
         if name in known:
             try:
-                return known[name](hf)
+                return known[name]({**hf, llama.MAX_MODEL_LEN: max_model_len})
             except KeyError as error:
                 raise ValidationError(f"config.json has no field {error.args[0]!r}, which {name} needs") from None
     shown = ", ".join(names) or f"none (model_type {hf.get('model_type')!r})"

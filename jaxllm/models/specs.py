@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
-from jaxllm.layers.weight import Axis, Part, WeightSpec
+import itertools
+from collections.abc import Sequence
+
+from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 
@@ -14,41 +17,80 @@ ZERO, ONE = 0.0, 1.0
 
 def decoder_specs(c: DecoderConfig) -> Params:
     """A `Params` tree of `WeightSpec`s, the layers in one segment. Matrices are [out, in], as checkpoints have them."""
-    prefix, layers = "model.layers.{layer}.", range(c.num_layers)
+    names, layers = c.names, range(c.num_layers)
+    prefix = f"{names.prefix}{names.layer}"
     d, vocab, mlp = Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size), Axis("mlp", c.intermediate_size)
     heads, kv_heads = Axis("heads", c.num_heads, c.head_dim), Axis("kv_heads", c.num_kv_heads, c.head_dim)
-    qkv = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads}
+    qkv, gate_up = (heads, kv_heads, kv_heads), (mlp, mlp) if c.gated_mlp else (mlp,)
     one = ONE - c.norm_offset
 
-    def matrix(columns: Axis, rows: dict[str, Axis]) -> WeightSpec:
-        parts = tuple(Part(f"{prefix}{name}.weight", (axis, columns)) for name, axis in rows.items())
-        return WeightSpec(parts=parts, layers=layers)
+    def joined(modules: tuple[str, ...], rows: Sequence[Axis], *columns: Axis, kind: str = "weight") -> WeightSpec:
+        places: Sequence[Rows | None] = (None,) * len(rows)
+        if len(modules) < len(rows):
+            places = _shared_rows(rows, by_unit=modules is names.qkv and names.qkv_by_head)
+            modules *= len(rows)
+        parts = (
+            Part(f"{prefix}{module}.{kind}", (axis, *columns), place)
+            for module, axis, place in zip(modules, rows, places, strict=True)
+        )
+        return WeightSpec(parts=tuple(parts), layers=layers)
 
-    def norm(name: str, axis: Axis = d) -> WeightSpec:
-        return WeightSpec(parts=(Part(f"{prefix}{name}.weight", (axis,)),), layers=layers, init=one)
+    def bias(has: bool, modules: tuple[str, ...], *rows: Axis) -> WeightSpec | None:
+        return joined(modules, rows, kind="bias") if has else None
 
-    bias = WeightSpec(parts=tuple(Part(f"{prefix}{name}.bias", (axis,)) for name, axis in qkv.items()), layers=layers)
-    head_norm = Axis("head_dim", c.head_dim)
+    def norm(has: bool, module: str, *axes: Axis) -> WeightSpec | None:
+        part = Part(f"{prefix}{module}.weight", axes or (d,))
+        return WeightSpec(parts=(part,), layers=layers, init=one) if has else None
+
+    def norm_bias(has: bool, module: str) -> WeightSpec | None:
+        part = Part(f"{prefix}{module}.bias", (d,))
+        return WeightSpec(parts=(part,), layers=layers, init=ZERO) if has and c.norm_bias else None
+
+    def head_norm(module: str, axis: Axis) -> WeightSpec | None:
+        if c.qk_norm and "{head}" in module:
+            each = Axis("head_dim", c.head_dim)
+            parts = (Part(f"{prefix}{module.replace('{head}', str(i))}.weight", (each,)) for i in range(axis.units))
+            return WeightSpec(parts=tuple(parts), layers=layers, init=one)
+        own = (Axis(axis.name, axis.units), Axis("head_dim", c.head_dim))
+        axes = {"shared": own[1:], "own": own, "joint": (axis,)}[c.qk_norm_of]
+        return norm(c.qk_norm, module, *axes)
+
+    two_norms = c.pre_norms and not c.shared_norm
     segment = Layers(
-        attention_norm=norm("input_layernorm"),
-        qkv=matrix(d, qkv),
-        qkv_bias=bias if c.qkv_bias else None,
-        query_norm=norm("self_attn.q_norm", head_norm) if c.qk_norm else None,
-        key_norm=norm("self_attn.k_norm", head_norm) if c.qk_norm else None,
-        output=matrix(heads, {"self_attn.o_proj": d}),
-        # Llama's "post attention" norm is the one before the MLP; with norms on both sides the name means what it says
-        post_attention_norm=norm("post_attention_layernorm") if c.post_norms else None,
-        mlp_norm=norm("pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"),
-        gate_up=matrix(d, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}),
-        down=matrix(mlp, {"mlp.down_proj": d}),
-        post_mlp_norm=norm("post_feedforward_layernorm") if c.post_norms else None,
+        attention_norm=norm(c.pre_norms, names.attention_norm),
+        attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
+        qkv=joined(names.qkv, qkv, d),
+        qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
+        query_norm=head_norm(names.query_norm, heads),
+        key_norm=head_norm(names.key_norm, kv_heads),
+        output=joined((names.output,), (d,), heads),
+        output_bias=bias(c.output_bias, (names.output,), d),
+        post_attention_norm=norm(c.post_norms, names.post_attention_norm),
+        mlp_norm=norm(two_norms, names.mlp_norm),
+        mlp_norm_bias=norm_bias(two_norms, names.mlp_norm),
+        gate_up=joined(names.gate_up, gate_up, d),
+        gate_up_bias=bias(c.mlp_bias, names.gate_up, *gate_up),
+        down=joined((names.down,), (d,), mlp),
+        down_bias=bias(c.mlp_bias, (names.down,), d),
+        post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
     )
+    last = f"{names.prefix}{names.norm}"
     return Params(
-        embedding=WeightSpec(parts=(Part("model.embed_tokens.weight", (vocab, d)),)),
+        embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
         layers=(segment,),
-        norm=WeightSpec(parts=(Part("model.norm.weight", (d,)),), init=one),
-        head=None if c.tie_word_embeddings else WeightSpec(parts=(Part("lm_head.weight", (vocab, d)),)),
+        norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
+        norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
+        head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
     )
+
+
+def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
+    """Where the parts of a tensor lie that has them one below the other; or, by unit, the first one's first unit, the
+    second one's first unit and so on, then all second units.
+    """
+    total, step = sum(axis.size for axis in axes), sum(axis.width for axis in axes)
+    firsts = itertools.accumulate((axis.width if by_unit else axis.size for axis in axes), initial=0)
+    return [Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)]
 
 
 def bert_specs(c: BertConfig) -> BertParams:

@@ -96,12 +96,13 @@ def _walked(hlo: str, weigh: Callable[[str], int]) -> dict[str, int]:
     return dict(count(entry)) if entry else {}
 
 
-def expected_collectives(num_layers: int, devices: int, *, blocks: int = 1) -> dict[str, int]:
+def expected_collectives(num_layers: int, devices: int, *, layer_sums: int = 2, blocks: int = 1) -> dict[str, int]:
     """What a step of a model that is split exchanges, by the rules of `parallel.rules`: an all-reduce after attention
     and one after the MLP of each layer, one for the embedding, and an all-gather of each block of logits.
 
     Args:
+        layer_sums: see `rules.layer_sums`.
         blocks: of rows that are sampled from; 0: there are no logits.
     """
-    sums = {} if devices == 1 else {"all-reduce": 2 * num_layers + 1}
+    sums = {} if devices == 1 else {"all-reduce": layer_sums * num_layers + 1}
     return {**sums, "all-gather": blocks} if sums and blocks else sums

@@ -174,7 +174,14 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
         return f"the model's {kv_heads} KV heads, nor is it a multiple of them"
     if model.intermediate_size % devices:
         return f"the model's intermediate size of {model.intermediate_size}"
+    if devices > 1 and isinstance(model, DecoderConfig) and model.qk_norm and "{head}" in model.names.query_norm:
+        return "the norms of the model's heads, of which each is a tensor of its own"
     return None
+
+
+def layer_sums(model: ModelConfig) -> int:
+    """How often the devices that a model is split over add up numbers of theirs in a layer."""
+    return 3 if isinstance(model, DecoderConfig) and model.qk_norm and model.qk_norm_of == "joint" else 2
 
 
 def local_model(model: Model, devices: int) -> Model:

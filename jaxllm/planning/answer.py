@@ -16,7 +16,7 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.rules import split_sizes
+from jaxllm.parallel.rules import layer_sums, split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.plan import Plan, Remedy
 from jaxllm.runner.build import make_programs
@@ -97,6 +97,7 @@ class _Planner:
     def __init__(self) -> None:
         #: of what was planned last
         self.collectives: dict[str, int] = {}
+        self.dtype = ""
         self.compiled = False
         self._is_local = True
         self._needed: dict[SchedulerConfig, int] = {}
@@ -104,14 +105,17 @@ class _Planner:
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
         target = question.target(question.num_devices)
-        config = question.setup().runner_config(target, progress=False)
+        config = question.setup().runner_config(target, progress=None)
+        self.dtype = config.dtype
         self.compiled = bool(target.devices)
         self._is_local = question.is_local
         self._needed.clear()
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
         blocks = 0 if config.pooler is not None else blocks
-        self.collectives = expected_collectives(config.model.num_layers, target.num_devices, blocks=blocks)
+        self.collectives = expected_collectives(
+            config.model.num_layers, target.num_devices, layer_sums=layer_sums(config.model), blocks=blocks
+        )
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> int:
@@ -157,7 +161,7 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
         except ValidationError:
             return None
 
-    for argument, value in _candidates(question.args, refusal):
+    for argument, value in _candidates(question.args, refusal, planner.dtype):
         found = tried(argument, value)
         if found is not None:
             yield found
@@ -172,8 +176,8 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
                 return
 
 
-def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[str, Any]]:
-    """Yield arguments and values that may make it fit on as many devices."""
+def _candidates(args: EngineArgs, refusal: DoesNotFitError, dtype: str) -> Iterator[tuple[str, Any]]:
+    """Yield arguments and values that may make it fit on as many devices, where the weights are of `dtype`."""
     plan = refusal.plan
     if refusal.longest >= 1:
         yield "max_model_len", refusal.longest
@@ -191,5 +195,5 @@ def _candidates(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[st
             tokens //= 2
         if max(FEWEST_TOKENS, plan.max_num_seqs) <= tokens < plan.max_num_batched_tokens:
             yield "max_num_batched_tokens", tokens
-    if args.dtype in ("auto", "float32"):
+    if dtype == "float32":
         yield "dtype", "bfloat16"

@@ -27,6 +27,7 @@ from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.fit import plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
+from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.runner_config import RunnerConfig
@@ -77,7 +78,7 @@ def build_runner(
             config.sharding,
             prefix=prefix,
             seed=config.seed,
-            progress=config.progress,
+            progress=config.progress is not None and config.progress.on_terminal,
             stop=stop,
         )
 
@@ -90,14 +91,18 @@ def build_runner(
         return reading.pop().result() if reading else load()
 
     try:
-        programs.compile_all(config.progress)
+        programs.compile_all()
         freed_memory.give_back_code()
         clock.lap("compile")
         # on a CPU the cache is zeroed while they are read
         max_num_seqs = config.scheduler.max_num_seqs
         rows = Rows(max_num_seqs, len(config.groups), config.table_width)
         head = _head(programs, max_num_seqs)
-        runner = Runner(None if on_cpu else weights(), weights, head, rows)
+        padding = None
+        if on_cpu and config.enforce_eager:
+            limits = config.scheduler
+            padding = PaddingCost(tuple(programs.packings), make_buckets(limits.max_num_batched_tokens, max_num_seqs))
+        runner = Runner(None if on_cpu else weights(), weights, head, rows, padding)
         runner.restore_weights()
         # random ones are drawn by programs that were compiled for it
         freed_memory.give_back_code()
@@ -151,7 +156,11 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
             PoolingStepConfig(
-                model=config.step_model, groups=config.groups, pooler=config.pooler, context=config.context
+                model=config.step_model,
+                groups=config.groups,
+                pooler=config.pooler,
+                context=config.context,
+                prompt_embeds=config.prompt_embeds,
             ),
             buckets,
             config.table_width,
@@ -159,6 +168,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             state,
             platform=config.platform,
             cache_dir=config.compile_cache,
+            progress=config.progress,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
     return SamplingPrograms(
@@ -168,6 +178,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             context=config.context,
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
+            prompt_embeds=config.prompt_embeds,
             processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
@@ -178,6 +189,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         platform=config.platform,
         eager=config.enforce_eager,
         cache_dir=config.compile_cache,
+        progress=config.progress,
         num_decode_steps=limits.num_decode_steps,
         decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
     )

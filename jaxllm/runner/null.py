@@ -93,6 +93,11 @@ class NullRunner:
         self._rows = Rows(programs.max_num_seqs, len(programs.config.groups), table_width)
         self._sampling = SamplingRows(programs)
 
+    @property
+    def num_bytes(self) -> int:
+        """It holds nothing."""
+        return 0
+
     def execute(self, scheduled: SchedulerOutput) -> NullStep:
         if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})

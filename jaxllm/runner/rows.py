@@ -37,6 +37,8 @@ class Rows:
         self._tables = np.zeros((num_groups, max_num_seqs, table_width), np.int32)
         self.tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * max_num_seqs
         self.known = np.zeros(max_num_seqs, np.int64)
+        #: row -> vectors of its prompt that are not all computed
+        self._embeds: dict[int, np.ndarray] = {}
 
     def update(self, step: SchedulerOutput) -> None:
         """Take in who enters a row with a step, and the blocks that rows get."""
@@ -52,6 +54,9 @@ class Rows:
             self._tables[group, row, : len(blocks)] = blocks
         self.tokens[row] = np.asarray(request.token_ids, np.int32)
         self.known[row] = len(request.token_ids)
+        self._embeds.pop(row, None)
+        if request.prompt_embeds is not None:
+            self._embeds[row] = request.prompt_embeds
 
     def pack(self, step: SchedulerOutput, fields: Mapping[str, np.ndarray]) -> Sequences:
         """Fill the fields of `packing.forward_fields`."""
@@ -90,3 +95,23 @@ class Rows:
             known = self.tokens[rows[i]][starts[i] : starts[i] + counts[i]]
             ids[first[i] : first[i] + len(known)] = known
         return ids
+
+    def embeddings(self, found: Sequences, num_tokens: int) -> np.ndarray | None:
+        """What prompts bring for a step's tokens, [num_tokens, hidden size], zeros for the others; None where there is
+        nothing. Asked for once a step.
+        """
+        vectors = None
+        if not self._embeds:
+            return None
+        for row, first, end, length in zip(*(x.tolist() for x in found[1:]), strict=True):
+            prompt = self._embeds.get(row)
+            if prompt is None:
+                continue
+            part = prompt[length - (end - first) : length]
+            if vectors is None:
+                # never reused: the device may read it in place
+                vectors = np.zeros((num_tokens, prompt.shape[1]), prompt.dtype)
+            vectors[first : first + len(part)] = part
+            if length >= len(prompt):
+                del self._embeds[row]
+        return vectors

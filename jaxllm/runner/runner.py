@@ -14,6 +14,7 @@ from jaxllm.engine.step import SchedulerOutput, StepFuture
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.memory.device_memory import DeviceMemory
+from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
 
 
@@ -25,10 +26,13 @@ class Runner(DeviceMemory[Any, Any]):
         reload: reads them anew.
         head: what steps end in, with programs compiled for the shapes of the weights and of the state, which is
             allocated here.
+        padding: told of every step; None: padding costs nothing to speak of.
     """
 
-    def __init__(self, params: Any, reload: Callable[[], Any], head: Head, rows: Rows):
-        self.head, self._rows = head, rows
+    def __init__(
+        self, params: Any, reload: Callable[[], Any], head: Head, rows: Rows, padding: PaddingCost | None = None
+    ):
+        self.head, self._rows, self._padding = head, rows, padding
         super().__init__(params, reload, head.programs)
 
     def warm_up(self) -> None:
@@ -49,6 +53,8 @@ class Runner(DeviceMemory[Any, Any]):
 
     def forward(self, scheduled: SchedulerOutput) -> Any:
         self._admit(scheduled)
+        if self._padding is not None:
+            self._padding.count(scheduled.num_tokens, len(scheduled.rows))
         self._state, launched = self.head.forward(self._live(), scheduled, self._rows)
         return launched
 

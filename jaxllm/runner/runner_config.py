@@ -24,6 +24,7 @@ from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
@@ -50,6 +51,8 @@ class RunnerConfig:
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
+    #: whether prompts may be vectors
+    prompt_embeds: bool = False
     enforce_eager: bool
     #: reduce max_model_len to what fits, rather than fail
     fit_max_model_len: bool
@@ -58,7 +61,8 @@ class RunnerConfig:
     processors: tuple[LogitsProcessor, ...]
     seed: int
     compile_cache: Path | None
-    progress: bool
+    #: told how far the start is; None: nobody is
+    progress: StartProgress | None
 
     @property
     def backend(self) -> Backend:
@@ -140,11 +144,20 @@ class RunnerConfig:
 
     @property
     def state_bytes(self) -> int:
-        """Of the state without the cache, and of the empty constraint buffer."""
+        """Of the state without the cache, of the empty constraint buffer, and of prompts' vectors."""
         state = self.state(1)
         words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
-        return 4 * (sum(math.prod(array.shape) for array in words) + self.scheduler.max_num_seqs * constraint_row)
+        bytes_of_words = 4 * (sum(math.prod(a.shape) for a in words) + self.scheduler.max_num_seqs * constraint_row)
+        return bytes_of_words + self._embeddings_bytes
+
+    @property
+    def _embeddings_bytes(self) -> int:
+        """Of the vectors that two steps bring, and of the zeros of every bucket, which double from each to the next."""
+        if not self.prompt_embeds:
+            return 0
+        numbers = self.scheduler.max_num_batched_tokens * self.model.hidden_size
+        return 4 * numbers * jnp.dtype(self.dtype).itemsize
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""

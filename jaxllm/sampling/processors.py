@@ -18,7 +18,8 @@ from jaxllm.sampling.batch import SamplingBatch
 class LogitsState:
     """What a logits processor may know of each of the R rows. M = max_model_len."""
 
-    #: i32 [R, M]: token ids, the prompt's, then the generated ones; anything from `length` on
+    #: i32 [R, M]: token ids, the prompt's (negative where it has vectors), then the generated ones; anything from
+    #: `length` on
     tokens: jax.Array
     #: i32 [R]: how many of `tokens` are valid
     length: jax.Array

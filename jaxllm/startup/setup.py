@@ -20,17 +20,26 @@ from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
-from jaxllm.models.pooling_setup import make_pooler, runner_type
+from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split
 from jaxllm.runner.compile.attention_backend import attention_backend
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.sampling.processors import check_processors
+from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.classifier_rows import ClassifierRows
+from jaxllm.weights.resolve import resolve
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 
 logger = logging.getLogger("jaxllm")
+
+
+def compile_cache() -> Path:
+    """Where programs are kept that this version of JAX compiled, and how long starts took."""
+    return cache_folder() / "xla" / f"jax-{jax.__version__}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,11 @@ class Setup:
             f"architecture ends in {CLASSIFIER_SUFFIX}."
         )
 
-    def runner_config(self, target: Target, *, progress: bool) -> RunnerConfig:
+    def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
         """What the runner is built from on the devices of `target`.
+
+        Args:
+            progress: told how far the start is.
 
         Raises:
             ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
@@ -110,13 +122,14 @@ class Setup:
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             num_gpu_blocks_override=args.num_gpu_blocks_override,
             enable_prefix_caching=args.enable_prefix_caching,
+            prompt_embeds=args.enable_prompt_embeds,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
             num_logprobs=num_logprobs,
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
             seed=args.seed,
-            compile_cache=cache_folder() / "xla" / f"jax-{jax.__version__}",
+            compile_cache=compile_cache(),
             progress=progress,
         )
 
@@ -134,8 +147,10 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     pooler = None
     if runner_kind == "pooling":
         model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
+        if pooler.num_labels:
+            checkpoint.classifier = _classifier(args, checkpoint)
     else:
-        model = model_config(checkpoint.config)
+        model = model_config(checkpoint.config, _asked_length(args))
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
 
 
@@ -147,7 +162,7 @@ def _for_pooling(
 ) -> tuple[ModelConfig, EngineArgs, Pooler]:
     """The model, the arguments and the pooler of a pooling engine."""
     check_pooling(args)
-    model = pooling_model_config(hf)
+    model = pooling_model_config(hf, _asked_length(args))
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)
     if not model.causal:
@@ -163,6 +178,19 @@ def _for_pooling(
     )
     logger.info("Pooling: %s", pooler)
     return model, args, pooler
+
+
+def _classifier(args: EngineArgs, checkpoint: Checkpoint) -> ClassifierRows | None:
+    """What the classification head is made of, where it is not in the weights."""
+    made = classifier_tokens(checkpoint.config)
+    if made is None:
+        return None
+    tokens, difference = made
+    tokenizer = load_tokenizer(checkpoint.path if args.tokenizer is None else resolve(args.tokenizer))
+    known = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in known]:
+        raise ValidationError(f"classifier_from_token: the tokenizer has no token {missing[0]!r}.")
+    return ClassifierRows(token_ids=tuple(known[token] for token in tokens), difference=difference)
 
 
 def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
@@ -181,12 +209,19 @@ def _dtype(asked: str, stored: str, platform: str, *, pools: bool) -> str:
 
 def _max_model_len(args: EngineArgs, model: ModelConfig, pooling: SentenceTransformersConfig | None) -> int:
     longest = model.max_position_embeddings
-    if args.max_model_len is None or args.max_model_len == FIT_TO_MEMORY:
+    asked = _asked_length(args)
+    if asked is None:
+        usual = model.default_length if isinstance(model, DecoderConfig) else None
         trained = pooling.max_seq_length if pooling is not None else None
-        return min(trained or longest, longest)
-    if args.max_model_len > longest:
+        return min(trained or usual or longest, longest)
+    if asked > longest:
         raise ValidationError(
             f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len "
             f"(max_position_embeddings={longest}). Set max_model_len <= {longest}."
         )
-    return args.max_model_len
+    return asked
+
+
+def _asked_length(args: EngineArgs) -> int | None:
+    """`max_model_len` where it is a number of tokens."""
+    return None if args.max_model_len == FIT_TO_MEMORY else args.max_model_len

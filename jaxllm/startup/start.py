@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import gc
 import logging
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import extra_arg_defaults
@@ -17,20 +20,25 @@ from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
+from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.engine.io.token_constraints import TokenConstraints
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.runner.build import Built, build_runner
 from jaxllm.runner.compile import identity as program_identity
-from jaxllm.runner.compile.target import target_here
+from jaxllm.runner.compile.progress import StartProgress
+from jaxllm.runner.compile.target import Target, target_here
+from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
 from jaxllm.startup.model_files import ModelFiles
-from jaxllm.startup.setup import read_setup
+from jaxllm.startup.setup import compile_cache, read_setup
+from jaxllm.startup.start_times import StartTimes
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -53,11 +61,15 @@ _GENERATION_FIELDS = {
 }
 
 
-def start(args: EngineArgs) -> Engine:
-    """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does."""
+def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
+    """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does.
+
+    Args:
+        interrupt: asked now and then whether the start is to end.
+    """
+    _tell_of_others()
     times: dict[str, float] = {}
     clock = time.perf_counter()
-    progress = sys.stderr.isatty()
     log_interval = None if args.disable_log_stats else stats_interval()
     path = resolve(args.model, revision=args.revision, token=args.hf_token)
     setup = read_setup(args, path)
@@ -74,11 +86,15 @@ def start(args: EngineArgs) -> Engine:
     setup.check_devices(args.tensor_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
+    start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
+    progress = StartProgress(
+        quiet=is_null, on_terminal=sys.stderr.isatty(), expected=start_times.read(), interrupt=interrupt
+    )
 
     # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy
     # beside that waits for the interpreter after each operation. Compiling, and loading programs, leave it alone.
     program_identity.sources()
-    with concurrent.futures.ThreadPoolExecutor(1, "load files") as background:
+    with contextlib.closing(progress), Workers(1, "load files") as background:
         loading = background.submit(_tokenizer, args, path)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
@@ -111,6 +127,8 @@ def start(args: EngineArgs) -> Engine:
         logger.info(line)
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
     logger.info("init engine took %.1f s (%s)", sum(times.values()), phases)
+    if not is_null:
+        start_times.keep(sum(times.values()), compiled=progress.compiles)
     metrics = EngineMetrics(
         str(args.model),
         max_model_len=plan.max_model_len,
@@ -138,6 +156,7 @@ def start(args: EngineArgs) -> Engine:
         seed=args.seed,
         constraints=constraints,
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
+        embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
     pooling_inputs = None
     if pooler is not None:
@@ -162,6 +181,29 @@ def start(args: EngineArgs) -> Engine:
         startup_times=times,
         model_files=ModelFiles(checkpoint, config, setup.pooling.files if setup.pooling is not None else ()),
     )
+
+
+def _tell_of_others() -> None:
+    """Say which engines take memory that this one may miss."""
+    if not Engine.running():
+        return
+    gc.collect()  # what only waits for the collector is not alive
+    if running := Engine.running():
+        size = sum(engine.runner.num_bytes for engine in running) / 1e6
+        logger.info(
+            "This process has %s that hold%s %.0f MB (%s). To end one: llm.shutdown(), or `del llm` before the next "
+            "`llm = LLM(...)`.",
+            "an engine" if len(running) == 1 else f"{len(running)} engines",
+            "s" if len(running) == 1 else "",
+            size,
+            ", ".join(str(engine.args.model) for engine in running),
+        )
+
+
+def _engine_text(args: EngineArgs, path: Path, target: Target) -> str:
+    """What decides how long a start takes."""
+    given = {name: value for name, value in args.given().items() if name != "hf_token"}
+    return f"{path} {given} {target.num_devices} {target.kind}"
 
 
 def _token_constraints(
@@ -192,7 +234,7 @@ def _tokenizer(args: EngineArgs, model: Path) -> PreTrainedTokenizerBase | None:
         return None
     if args.tokenizer is not None or args.tokenizer_revision is not None:
         model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    return load_tokenizer(model)
+    return load_tokenizer(model, args.tokenizer_mode)
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

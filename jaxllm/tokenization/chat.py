@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,22 +15,26 @@ from jaxllm.api.errors import ValidationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.tokenization.mistral import MistralChat
+
 logger = logging.getLogger("jaxllm")
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 CONTENT_FORMATS = ("auto", "string", "openai")
+_NO_TEMPLATE = "chat_template is not supported for Mistral tokenizers: mistral_common writes conversations itself."
 #: roles that OpenAI's API has
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _ALWAYS_KNOWN = ("user", "assistant")
 
 
-def load_chat_template(template: str | None) -> str | None:
+def load_chat_template(chat_template: str | os.PathLike[str] | None) -> str | None:
     """Return the text of a Jinja template given as itself or as a file.
 
     Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
     """
+    template = None if chat_template is None else os.fspath(chat_template)
     if template is None or "{" in template or "\n" in template:
         return template
     path = Path(template).expanduser()
@@ -51,13 +56,17 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, template: str | None):
         self._tokenizer = tokenizer
         self._template = load_chat_template(template)
+        #: what Mistral's own tokenizers have in a template's place
+        self._mistral: MistralChat | None = getattr(tokenizer, "mistral_chat", None)
+        if self._mistral is not None and template is not None:
+            raise ValidationError(_NO_TEMPLATE)
         #: roles that were warned of
         self._told: set[str] = set()
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
-    ) -> str:
-        """Return the prompt's text, special tokens included.
+    ) -> str | list[int]:
+        """Return the prompt's text, special tokens included; or, of Mistral's own tokenizers, its token ids.
 
         Args:
             content_format: what the template expects as a message's content: "string" (and "auto"), or "openai", a
@@ -82,6 +91,10 @@ class ChatRenderer:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
+        if self._mistral is not None:
+            if template is not None:
+                raise ValidationError(_NO_TEMPLATE)
+            return self._mistral.encode(messages, **kwargs)
         template = load_chat_template(template) or self._template
         if template is None and not self._tokenizer.chat_template:
             raise ValidationError("the model has no chat template: pass chat_template, or use generate()")

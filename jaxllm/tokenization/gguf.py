@@ -142,7 +142,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     if template is not None and not isinstance(template, str):
         raise WeightsError(f"tokenizer.chat_template is of type {type(template).__name__}, expected a string")
     return PreTrainedTokenizerFast(
-        tokenizer_object=_Given(tokenizer),
+        tokenizer_object=Given(tokenizer),
         chat_template=template,
         clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},
@@ -151,7 +151,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     )
 
 
-class _Given:
+class Given:
     """A tokenizer that is given away: transformers copies what it gets, which takes longer than all else here."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

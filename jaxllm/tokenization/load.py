@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -14,31 +15,49 @@ from jaxllm.weights.errors import WeightsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: a directory without any of these has no tokenizer that transformers could build
-_FILES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+logger = logging.getLogger("jaxllm")
+
+#: a directory without any of these, and without tekken.json, has no tokenizer that transformers could build
+_FILES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken")
 #: transformers imports its parts when they are asked for, and fails where two threads ask at once
 _transformers = threading.Lock()
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout.
+def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout or Mistral's.
+
+    Args:
+        mode: "hf" reads Hugging Face's files, "mistral" Mistral's own (`tokenization.mistral`), "auto" the first ones
+            where they exist, and "slow" as "auto".
 
     Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
     cannot be built, when the directory has none, or when transformers cannot load it.
     """
     path = Path(path)
+    if mode == "slow":
+        logger.warning("tokenizer_mode='slow' has no effect: the tokenizers library makes the same tokens.")
+    if mode == "mistral" or (mode in ("auto", "slow") and _has_mistral_files_alone(path)):
+        if not path.is_dir():
+            raise WeightsError(f"{path}: tokenizer_mode='mistral' reads a directory with Mistral's own files")
+        with _with_transformers():
+            from jaxllm.tokenization.mistral import load_mistral_tokenizer
+
+            return load_mistral_tokenizer(path)
     if path.is_dir():
-        if not any(found for pattern in _FILES for found in path.glob(pattern)):
+        has_tekken = (path / "tekken.json").exists()
+        if not (has_tekken or _has_own_files(path)):
             raise WeightsError(
                 f"{path}: there is no tokenizer: tokenizer.json is missing, and so is any other form of one. Put the "
                 "model's tokenizer.json there; or pass tokenizer=..., a folder, .gguf file or hub id that has one; or "
                 "skip_tokenizer_init=True, and prompts as token ids."
             )
+        # with mistral_common installed, transformers would take Mistral's files
+        given = {"mistral_format": False} if has_tekken else {}
         with _with_transformers():
             from transformers import AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **given)
             except (OSError, ValueError, KeyError) as error:
                 raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -58,6 +77,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             return tokenizer_from_gguf(metadata)
         except WeightsError as error:
             raise WeightsError(f"{path}: {error}") from error
+
+
+def _has_own_files(path: Path) -> bool:
+    return any(found for pattern in _FILES for found in path.glob(pattern))
+
+
+def _has_mistral_files_alone(path: Path) -> bool:
+    if not path.is_dir() or _has_own_files(path):
+        return False
+    from jaxllm.tokenization.mistral import mistral_file
+
+    return mistral_file(path) is not None
 
 
 @contextlib.contextmanager

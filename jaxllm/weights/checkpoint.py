@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.weights import loader
+from jaxllm.weights.classifier_rows import ClassifierRows, WithClassifier
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
@@ -49,15 +50,24 @@ class Checkpoint:
     def __init__(self, path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None):
         self.path = path
         self.is_gguf = path.is_file()
+        self.use_format(load_format)
+        self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
+        if "rope_parameters" in (overrides or {}) and "rope_scaling" not in (overrides or {}):
+            # the older name of what is replaced
+            self.config.pop("rope_scaling", None)
+        #: what a classification head is made of that the weights have not got; None: nothing
+        self.classifier: ClassifierRows | None = None
+
+    def use_format(self, load_format: str) -> None:
+        """Read weights from this form of them from now on. Raises ValidationError as the constructor does."""
         found = self._found()
         if load_format == "auto":
             load_format = found
         elif load_format not in FORMATS:
             raise ValidationError(f"load_format must be auto, {', '.join(FORMATS)}; got {load_format!r}.")
         elif load_format not in _WITHOUT_WEIGHTS and load_format != found:
-            raise ValidationError(f"load_format={load_format!r}, but {path} holds {found} weights.")
+            raise ValidationError(f"load_format={load_format!r}, but {self.path} holds {found} weights.")
         self.load_format = load_format
-        self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
 
     def _found(self) -> str:
         if self.is_gguf:
@@ -119,7 +129,7 @@ class Checkpoint:
                     next(iter(self.config.get("architectures") or ("The model",))),
                     named.left_out,
                 )
-            return loader.load(named, specs, dtype, sharding, progress=progress, stop=stop)
+            return loader.load(self._with_classifier(named), specs, dtype, sharding, progress=progress, stop=stop)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
@@ -129,7 +139,10 @@ class Checkpoint:
         """
         if self.load_format in ("gguf", "safetensors"):
             with self._reader() as reader:
-                loader.check(CommonNames(reader, prefix), specs)
+                loader.check(self._with_classifier(CommonNames(reader, prefix)), specs)
+
+    def _with_classifier(self, named: CommonNames) -> CommonNames | WithClassifier:
+        return named if self.classifier is None else WithClassifier(named, self.classifier)
 
     def has(self, name: str, *, prefix: str = "model.") -> bool:
         """Whether it has a tensor of this name; True where that is not quickly known: of orbax's files and no files.
@@ -139,7 +152,7 @@ class Checkpoint:
         if self.load_format not in ("gguf", "safetensors"):
             return True
         with self._reader() as reader:
-            return name in CommonNames(reader, prefix).names()
+            return name in self._with_classifier(CommonNames(reader, prefix)).names()
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[loader.WeightReader]:

@@ -66,6 +66,13 @@ def fetch(name: str, *, progress: bool = True, registry: Mapping[str, NamedModel
     except Timeout:
         _say(progress, f"Another process is fetching {key}; waiting for it.")
         lock.acquire()
+    except OSError as error:
+        # a folder of others, who brought the model there by other means
+        if _has_companions(folder, model) and _is_file_of(target, model):
+            return found
+        raise FetchError(
+            f"Cannot write to {folder}: {error}. Set JAXLLM_CACHE to a folder you can write to."
+        ) from error
     try:
         if _is_stamped(target, model):
             return found

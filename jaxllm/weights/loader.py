@@ -27,8 +27,8 @@ READ_PIECE = 2**20
 PIECE = 2**21
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
-#: what old Llama checkpoints keep of the rotary embedding; follows from the config
-_DERIVED = ".rotary_emb.inv_freq"
+#: what old checkpoints of Llama and GPT-NeoX keep of the rotary embedding and of the mask; follows from the config
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 #: a model's specs, or something else of each
@@ -85,20 +85,20 @@ def load(
 
 def check(reader: WeightReader, specs: object) -> None:
     """Compare every tensor's name and shape with what the model needs."""
-    unused = set(reader.names())
+    names, used = set(reader.names()), set[str]()
     layers = 0
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
         for name, part in spec.tensors():
-            if name not in unused:
+            if name not in names:
                 raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
-            unused.remove(name)
-            if reader.shape(name) != part.shape:
+            used.add(name)
+            if reader.shape(name) != part.tensor_shape:
                 raise WeightsError(
-                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {part.shape}"
+                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {part.tensor_shape}"
                 )
             if match := _LAYER.search(name):
                 layers = max(layers, int(match[1]) + 1)
-    for name in sorted(unused):
+    for name in sorted(names - used):
         # more layers than the config has are left out on purpose; more in a layer means that it computes something else
         match = _LAYER.search(name)
         if match and int(match[1]) < layers and not name.endswith(_DERIVED):
@@ -168,7 +168,7 @@ def _fill(
     outs: Sequence[np.ndarray],
     stop: threading.Event | None,
 ) -> int:
-    """Devices' parts of a tensor, into the first rows of each one's `outs`. Returns how many they are."""
+    """What devices have of a part, into the first rows of each one's `outs`. Returns how many they are."""
     own = [[held(axis, sizes, place) for axis in part.axes] for place in places]
     rows = own[0][0]
     columns = [tuple(slice(axis.first, axis.first + axis.count) for axis in axes[1:]) for axes in own]
@@ -176,9 +176,10 @@ def _fill(
     for first in range(0, rows.count, piece):
         _raise_if(stop)
         last = min(first + piece, rows.count)
-        tensor = reader.read(name, slice(rows.first + first, rows.first + last))
+        span, ours = part.in_tensor(rows.first + first, rows.first + last)
+        tensor = reader.read(name, span)
         for out, wanted in zip(outs, columns, strict=True):
-            out[first:last] = tensor[(slice(None), *wanted)]
+            out[first:last] = tensor[(ours, *wanted)]
     for out in outs:
         out[rows.count : rows.size] = 0
     return rows.size

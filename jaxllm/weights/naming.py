@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 #: heads stand beside the body, never inside
-_HEADS = ("lm_head.", "score.", "classifier.", "cls.")
+_HEADS = ("lm_head.", "embed_out.", "score.", "classifier.", "cls.")
 #: TensorFlow's names of a norm's weights, in BERT's first checkpoints
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 

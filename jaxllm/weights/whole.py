@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -28,7 +29,7 @@ def gather(spec: WeightSpec, array: jax.Array) -> np.ndarray:
 
 
 def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:
-    """One tensor of an array that is split.
+    """One part of an array that is split.
 
     Args:
         part, index: of `WeightSpec.places`.
@@ -66,4 +67,7 @@ def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding
     Args:
         sharding: of what every device has whole.
     """
+    # each part is a tensor of its own here, whatever a checkpoint makes of them
+    parts = (dataclasses.replace(part, name=f"{i} {part.name}", rows=None) for i, part in enumerate(spec.parts))
+    spec = dataclasses.replace(spec, parts=tuple(parts))
     return read_array(_Whole(spec, whole), spec, sharding, np.dtype(whole.dtype))

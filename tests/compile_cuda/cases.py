@@ -158,9 +158,13 @@ def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
             )
 
 
-def step_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
-    """Programs of each of `MODELS`; quick: its largest steps, and one sampler."""
-    for name, model in MODELS.items():
+def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Programs of each of `MODELS`; quick: its largest steps, and one sampler.
+
+    Args:
+        part: 0 or 1: of every second model alone, from the first or the second one on.
+    """
+    for name, model in list(MODELS.items())[part :: 1 if part is None else 2]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             config = _runner_config(model, device, gpu)
@@ -236,7 +240,7 @@ def _runner_config(model: Model, device: Any, gpu: GPU) -> RunnerConfig:
         processors=(),
         seed=0,
         compile_cache=None,
-        progress=False,
+        progress=None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ PACKAGE = __name__.rpartition(".")[0]
 TARGETS: dict[str, GPU] = {gpu.architecture: gpu for gpu in map(gpu_named, ("a100-80g", "h200", "b200"))}
 #: a case -> what `worker.compile_case` says of it, or {"error": text}
 Results = dict[str, dict[str, Any]]
+#: whether a part is compiled, as `make compile-cuda QUICK=1` asks
+QUICK = os.environ.get("COMPILE_CUDA_QUICK", "0") not in ("", "0")
 #: processes at once; each compiles in threads
 _WORKERS = 2
 
@@ -52,7 +55,8 @@ def compile_everywhere(
     """(version of JAX, target) -> results.
 
     Args:
-        quick: a part of the cases.
+        quick: a part of the cases. Where there are two versions of JAX, each compiles the programs of half of the
+            models for a GPU, and of the other half for the next.
         only: text that the names of cases must contain.
         jaxes: versions; none: all that are there.
         tell: told each configuration that has ended.
@@ -61,9 +65,17 @@ def compile_everywhere(
     chosen = [t for t in toolchains() if not wanted or t.jax in wanted]
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         futures = {
-            (toolchain.jax, target): pool.submit(compile_for, toolchain, target, quick=quick, only=only, tell=tell)
-            for toolchain in chosen
-            for target in TARGETS
+            (toolchain.jax, target): pool.submit(
+                compile_for,
+                toolchain,
+                target,
+                quick=quick,
+                part=(i + j) % 2 if quick and len(chosen) == 2 else None,
+                only=only,
+                tell=tell,
+            )
+            for i, toolchain in enumerate(chosen)
+            for j, target in enumerate(TARGETS)
         }
         return {key: future.result() for key, future in futures.items()}
 
@@ -73,6 +85,7 @@ def compile_for(
     target: str,
     *,
     quick: bool = False,
+    part: int | None = None,
     only: str = "",
     tell: Callable[[str], None] = lambda line: None,
 ) -> Results:
@@ -81,6 +94,7 @@ def compile_for(
     while True:
         command = [toolchain.python, "-m", f"{PACKAGE}.worker", target, "--only", only]
         command += ["--quick"] if quick else []
+        command += [] if part is None else ["--part", str(part)]
         command += [f"--skip={name}" for name in found]
         begun = None
         with tempfile.TemporaryFile("w+") as errors:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from . import table
-from .compiling import Results, compile_everywhere, toolchains
+from .compiling import QUICK, Results, compile_everywhere, toolchains
 
 _KEY = pytest.StashKey[dict[tuple[str, str], Results]]()
 
@@ -18,8 +17,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], Results]:
     """(version of JAX, target) -> what came out, of all configurations, or of some with ``COMPILE_CUDA_QUICK=1``."""
     if not toolchains():
         pytest.skip("`make compile-cuda` installs the compiler")
-    quick = os.environ.get("COMPILE_CUDA_QUICK", "0") not in ("", "0")
-    results = compile_everywhere(quick=quick)
+    results = compile_everywhere(quick=QUICK)
     request.config.stash[_KEY] = results
     return results
 

@@ -6,6 +6,8 @@ plugin without a GPU beside every other test would be in their way.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -44,9 +46,13 @@ def test_everything_compiles(compiled: Compiled):
         if "error" in result
     ]
     assert not failed, "\n".join(failed)
-    kinds = {"decode", "mixed", "sample", "pool"}
-    for key, found in compiled.items():
-        assert kinds <= {name.split(": ")[1].split()[0] for name, result in found.items() if result["is_step"]}, key
+    kinds: collections.defaultdict[str, set[str]] = collections.defaultdict(set)
+    for jax, target, name, result in each(compiled):
+        if result["is_step"]:
+            for key in (jax, target):
+                kinds[key].add(name.split(": ")[1].split()[0])
+    assert kinds.keys() == {part for key in compiled for part in key}
+    assert all({"decode", "mixed", "sample", "pool"} <= found for found in kinds.values()), kinds
 
 
 def test_kernels_fit_into_a_multiprocessor(compiled: Compiled):
@@ -130,11 +136,20 @@ def test_nothing_exceeds_its_stated_number(compiled: Compiled):
     assert not problems, "\n".join(problems)
 
 
+@pytest.fixture(scope="module")
+def probed() -> Compiled:
+    """Kernels of which it is known what they need; two processes at once."""
+    pairs = [(toolchain, target) for toolchain in toolchains() for target in TARGETS]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda pair: compile_for(*pair, only="probe"), pairs)
+        return {(toolchain.jax, target): results for (toolchain, target), results in zip(pairs, found, strict=True)}
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("toolchain", toolchains(), ids=lambda toolchain: f"jax-{toolchain.jax}")
-def test_the_reading_of_machine_code(toolchain, target: str):
+@pytest.mark.parametrize("jax", [toolchain.jax for toolchain in toolchains()])
+def test_the_reading_of_machine_code(probed: Compiled, jax: str, target: str):
     """What is asserted above would be seen: kernels whose registers and shared memory are known by construction."""
-    found = compile_for(toolchain, target, only="probe")
+    found = probed[jax, target]
     (kernel,) = found["probe: 64 values of each thread"]["kernels"]
     assert 64 <= kernel["registers"] < 255 and kernel["stack"] == 0 and kernel["threads"] == 128
     (kernel,) = found["probe: 256 values of each thread"]["kernels"]

@@ -1,7 +1,7 @@
 """Compiles every case for one GPU that is not there, in a process of its own: a compiler for another target may abort
 it, and JAX takes its platforms from the environment.
 
-    python -m tests.compile_cuda.worker sm_90 [--quick] [--only TEXT] [--skip NAME ...]
+    python -m tests.compile_cuda.worker sm_90 [--quick] [--part 0 or 1] [--only TEXT] [--skip NAME ...]
 
 Output: a line of JSON when a case begins, another when it has ended, `read` by `compiling.py`.
 """
@@ -25,20 +25,23 @@ from .compiling import TARGETS
 from .executable import Launch, read_executable
 from .probes import probe_cases
 
-MAKERS = (kernel_cases, pool_cases, step_cases)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part", type=int, choices=(0, 1))
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", action="append", default=[])
     options = parser.parse_args()
     gpu = TARGETS[options.target]
     device = devices(gpu)[0]
-    probes_only = options.only == "probe"
-    for cases in [probe_cases(device)] if probes_only else [make(device, gpu, options.quick) for make in MAKERS]:
+    if options.only == "probe":
+        groups = [probe_cases(device)]
+    else:
+        groups = [make(device, gpu, options.quick) for make in (kernel_cases, pool_cases)]
+        groups.append(step_cases(device, gpu, options.quick, options.part))
+    for cases in groups:
         for case in cases:
             if options.only in case.name and case.name not in options.skip:
                 tell(case=case.name, begins=True)

@@ -5,10 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program_store() -> Iterator[None]:
+    """Engines, and those of processes that a test starts, keep their programs as a user's do, and find them again
+    without tracing them. JAX's own compile cache, which the other tests use, would have them traced at each start.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

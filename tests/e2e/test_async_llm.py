@@ -144,6 +144,91 @@ def test_other_methods_run_beside_it(engine: AsyncLLM):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_a_pause_keeps_requests(engine: AsyncLLM, clear_cache: bool):
+    long = SamplingParams(temperature=0.0, max_tokens=40)
+    expected = engine.llm.generate(["kept", "added"], long, use_tqdm=False)
+    counts: list[int] = []
+
+    async def stream() -> RequestOutput:
+        async for output in engine.generate("kept", long):
+            counts.append(len(output.outputs[0].token_ids))
+        return output
+
+    async def main() -> list[RequestOutput]:
+        running = asyncio.create_task(stream())
+        while len(counts) < 5:
+            await asyncio.sleep(0)
+        await engine.pause_generation(mode="keep", clear_cache=clear_cache)
+        assert await engine.is_paused() and not await engine.is_sleeping()
+        # what the last step has brought is on its way
+        added = asyncio.create_task(collect(engine, "added", long))
+        await engine.check_health()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        at_rest = len(counts)
+        assert (engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0) is clear_cache
+        with pytest.raises(RuntimeError, match=r"generation is paused: call resume_generation\(\) first"):
+            await asyncio.to_thread(lambda: engine.llm.generate("x", GREEDY, use_tqdm=False))
+        await asyncio.sleep(0.1)
+        assert len(counts) == at_rest < 40 and not added.done()
+        await engine.resume_generation()
+        assert not await engine.is_paused()
+        return [await running, (await added)[-1]]
+
+    found = asyncio.run(main())
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
+    assert counts == list(range(1, 41))
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait"])
+def test_a_pause_ends_requests(engine: AsyncLLM, mode: str):
+    long = SamplingParams(temperature=0.0, max_tokens=40)
+
+    async def main() -> RequestOutput:
+        stream = engine.generate("go on", long)
+        first = await anext(stream)
+        await engine.pause_generation(mode=mode)
+        with pytest.raises(RuntimeError, match="generation is paused"):
+            await collect(engine, "refused", GREEDY)
+        # one pause takes the place of another
+        await engine.pause_generation(mode="keep")
+        kept = asyncio.create_task(collect(engine, "kept", GREEDY))
+        await asyncio.sleep(0.05)
+        assert not kept.done()
+        await engine.pause_generation(mode="wait")
+        assert (await kept)[-1].outputs[0].finish_reason == "length"
+        await engine.resume_generation()
+        assert (await collect(engine, "new", GREEDY))[-1].finished
+        with pytest.raises(ValidationError, match="got 'nap'"):
+            await engine.pause_generation(mode="nap")
+        return [first, *[output async for output in stream]][-1]
+
+    last = asyncio.run(main())
+    completion = last.outputs[0]
+    assert completion.finish_reason == ("abort" if mode == "abort" else "length")
+    assert (len(completion.token_ids) == 40) is (mode == "wait")
+
+
+def test_weights_change_in_a_pause(engine: AsyncLLM):
+    long = SamplingParams(temperature=0.0, max_tokens=40)
+    expected = engine.llm.generate("kept", long, use_tqdm=False)[0].outputs[0].token_ids
+    (params,) = engine.llm.apply_model(lambda params: params)
+
+    async def main() -> RequestOutput:
+        pool, stream = engine.engine.core.scheduler.kv_cache_manager.pool, engine.generate("kept", long)
+        await anext(stream)
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        assert pool.num_used > 0
+        await asyncio.to_thread(engine.llm.update_weights, params)
+        assert pool.num_used == 0
+        await engine.resume_generation()
+        return [output async for output in stream][-1]
+
+    last = asyncio.run(main())
+    assert last.outputs[0].token_ids == expected and last.metrics.num_preemptions == 1
+
+
 def test_shutdown_tells_who_waits(tiny_model: Path):
     async def main() -> None:
         async with await AsyncLLM.start(tiny_model, **SMALL) as engine:

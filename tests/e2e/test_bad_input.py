@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import pytest
 from support.tiny_model import SMALL
 
-from jaxllm import LLM, BeamSearchParams, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.runner.runner import Runner
 from jaxllm.weights.errors import WeightsError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -416,3 +419,69 @@ def test_a_bad_conversation_fails_alone(engine: LLM):
     outputs = engine.chat([good, [{"role": "user", "content": 5}], good], GREEDY, use_tqdm=False, on_error="return")
     assert [output.error is None for output in outputs] == [True, False, True]
     assert outputs[0].outputs[0].token_ids == outputs[2].outputs[0].token_ids
+
+
+# What a notebook or a terminal shows of a refusal.
+
+
+def shown(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+TOO_LONG = [1] * 300
+CALLS: dict[str, Callable[[LLM], object]] = {
+    "generate": lambda llm: llm.generate([TOO_LONG], GREEDY, use_tqdm=False),
+    "chat": lambda llm: llm.chat([{"role": "user", "content": "x" * 300}], GREEDY, use_tqdm=False),
+    "as_completed": lambda llm: list(llm.as_completed([TOO_LONG], GREEDY)),
+    "stream": lambda llm: list(llm.stream(TOO_LONG, GREEDY)),
+    "add_request": lambda llm: llm.llm_engine.add_request("a", TOO_LONG, GREEDY),
+    "constructor": lambda _: LLM("no/such/model"),
+    "argument": lambda _: LLM("x", gpu_memory_utilization=7),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_refusal_shows_the_callers_lines_alone(engine: LLM, call: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(JaxLLMError) as caught:
+        CALLS[call](engine)
+    text = shown(caught.value)
+    assert "/jaxllm/" not in text and text.count("Traceback") == 1
+    assert text.count("\n  File ") == 2, "this function, and the lambda"
+    monkeypatch.setenv("JAXLLM_FULL_TRACEBACK", "1")
+    with pytest.raises(JaxLLMError) as caught:
+        CALLS[call](engine)
+    assert "/jaxllm/" in shown(caught.value)
+
+
+def test_a_refusal_under_asyncio_shows_the_callers_lines_alone(engine: LLM):
+    # the engine is driven by its thread for as long as it is a face of it
+    llm = AsyncLLM.__new__(AsyncLLM)
+    llm._drive(engine)
+
+    async def main() -> None:
+        with pytest.raises(ValidationError) as caught:
+            async for _ in llm.generate(TOO_LONG, GREEDY):
+                pass
+        assert "/jaxllm/" not in shown(caught.value) and shown(caught.value).count("\n  File ") == 1
+
+    asyncio.run(main())
+    llm._thread.close()
+
+
+def test_what_the_caller_was_handling_is_still_shown(engine: LLM):
+    with pytest.raises(ValidationError) as caught:
+        try:
+            raise KeyError("the caller's own")
+        except KeyError:
+            engine.generate([TOO_LONG], GREEDY, use_tqdm=False)
+    assert "the caller's own" in shown(caught.value) and "/jaxllm/" not in shown(caught.value)
+
+
+def test_a_failure_that_is_no_refusal_shows_where_it_happened(engine: LLM, monkeypatch: pytest.MonkeyPatch):
+    def broken(self: Runner, scheduled: Any) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Runner, "execute", broken)
+    with pytest.raises(RuntimeError) as caught:
+        engine.generate("x", GREEDY, use_tqdm=False)
+    assert "/jaxllm/engine/core.py" in shown(caught.value)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,8 +144,8 @@ print(json.dumps([[output.outputs[0].token_ids for output in outputs], events]))
 COMPILED, LOWERED = "/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
-def starts(model: Path, cache: Path, count: int) -> list[tuple[list[list[int]], dict[str, int]]]:
-    """So many processes that start at once: what each generates, and JAX's events in it."""
+def starts(model: Path, cache: Path, count: int) -> list[tuple[list[list[int]], dict[str, int], str]]:
+    """So many processes that start at once: what each generates, JAX's events in it, and its log."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
         "JAXLLM_CACHE": str(cache),
@@ -160,18 +161,20 @@ def starts(model: Path, cache: Path, count: int) -> list[tuple[list[list[int]], 
             out, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
             tokens, events = json.loads(out.splitlines()[-1])
-            found.append((tokens, collections.Counter(events)))
+            found.append((tokens, collections.Counter(events), errors))
     return found
 
 
 def test_a_second_process_compiles_nothing(tiny_model: Path, tmp_path: Path):
     """The first two, at once, fill the cache together."""
     both = starts(tiny_model, tmp_path, 2)
-    for tokens, events in both:
+    for tokens, events, log in both:
+        assert re.search(r"Compiling \d+ of 6 programs, and keeping them for the next start\n", log), log
         assert tokens == both[0][0]
         assert events[LOWERED] >= 4, "forward, sampling, allocation, rows of known tokens"
-    assert all(path.suffix in (".name", ".program") for path in tmp_path.glob("xla/*/*"))
-    ((tokens, events),) = starts(tiny_model, tmp_path, 1)
+    assert all(path.suffix in (".name", ".program", ".json") for path in tmp_path.glob("xla/*/*"))
+    ((tokens, events, log),) = starts(tiny_model, tmp_path, 1)
+    assert "Loading 6 programs from the compile cache\n" in log
     assert tokens == both[0][0]
     assert not events[LOWERED]
     assert not events[COMPILED]

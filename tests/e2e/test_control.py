@@ -171,3 +171,15 @@ def test_a_stream_that_is_cut_short_says_so(engine: LLM):
     engine.wake_up()
     with pytest.raises(RuntimeError, match="cut short"):
         list(stream)
+
+
+def test_random_weights_give_way_to_those_on_disk(engine: LLM, tiny_model: Path):
+    with LLM(tiny_model, load_format="dummy", **SMALL) as llm:
+        assert texts(llm) != texts(engine)
+        with pytest.raises(
+            ValidationError, match=r"update_config changes what reload_weights reads.*got \{'seed': 3\}"
+        ):
+            llm.collective_rpc("update_config", args=({"seed": 3},))
+        llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
+        llm.collective_rpc("reload_weights")
+        assert texts(llm) == texts(engine)

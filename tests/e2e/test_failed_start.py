@@ -106,7 +106,7 @@ def test_weights_are_read_no_further_when_a_start_fails(tiny_model: Path, monkey
             ended.set()
         raise CancelledError
 
-    def compile_all(self: Programs, progress: bool) -> None:
+    def compile_all(self: Programs) -> None:
         assert begun.wait(60)
         raise Failure
 

@@ -8,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from gpu_check.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program_store() -> None:
+    """In place of the end-to-end tests': most that the stages compile are kernels by themselves, which JAX's own cache
+    keeps.
+    """
 
 
 def gpu_check(output: Path, *options: str) -> subprocess.CompletedProcess[str]:

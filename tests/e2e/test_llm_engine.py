@@ -194,3 +194,18 @@ def test_the_users_ids_and_the_engines_own_do_not_collide(engine: LLM, stepped: 
     assert {o.outputs[0].finish_reason for o in engine.wait_for_completion(use_tqdm=False)} == {"length"}
     with pytest.raises(TypeError, match="request_id must be a string, got int"):
         stepped.add_request(13, PROMPTS[0], GREEDY)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_configuration_is_read_under_vllms_names(tiny_model: Path, engine: LLM, stepped: LLMEngine):
+    config = stepped.vllm_config
+    assert config is engine.llm_engine.vllm_config and config.model_config is stepped.model_config
+    assert (config.model_config.model, config.model_config.dtype) == (str(tiny_model), "float32")
+    assert config.model_config.max_model_len == config.scheduler_config.max_model_len == 256
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+    # transformers' own defaults are there
+    assert config.model_config.hf_config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert (config.model_config.get_vocab_size(), config.model_config.get_hidden_size()) == (257, 64)
+    assert config.scheduler_config.max_num_seqs == 4
+    assert config.cache_config.num_gpu_blocks == engine.memory_plan.num_blocks
+    parallel = config.parallel_config
+    assert (parallel.data_parallel_rank, parallel.data_parallel_size, parallel.world_size) == (0, 1, 1)

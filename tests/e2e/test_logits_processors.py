@@ -15,6 +15,7 @@ import transformers
 from support.tiny_model import SMALL
 
 from jaxllm import LLM, LogitsProcessor, SamplingParams
+from jaxllm.aliases import JAX_PROCESSOR
 from jaxllm.api.errors import ValidationError
 from jaxllm.sampling.processors import LogitsState
 
@@ -165,6 +166,14 @@ def one_argument(logits):
     return logits
 
 
+def torch_function(logits: torch.Tensor, state):
+    return logits
+
+
+def request_function(output_ids, logits):
+    return logits
+
+
 class VllmProcessor:
     """What a vLLM user might pass."""
 
@@ -194,6 +203,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "path": (["jaxllm"], "logits_processors[0] must be a jax function (logits, state) -> logits, its 'module:name'"),
     "no module": (["no.such:name"], "logits_processors[0]='no.such:name' cannot be imported: No module named"),
     "no name": (["json:nope"], "cannot be imported: module 'json' has no attribute 'nope'"),
+    "torch": ([torch_function], "logits_processors[0] takes (logits: 'torch.Tensor', state), which is vLLM's form"),
+    "per request": ([request_function], "Pass a jax function (logits, state) -> logits"),
     "class by name": (["json:JSONDecoder"], "is the class JSONDecoder"),
     "two defaults": (
         [LogitsProcessor(half, {"a": 1}), LogitsProcessor(half, {"a": 2})],
@@ -221,3 +232,13 @@ def test_what_cannot_run_is_refused_at_the_start(tiny_model: Path, name: str):
 def test_a_wrong_declaration_is_refused(arguments: tuple[Any, ...], words: str):
     with pytest.raises(ValidationError, match=re.escape(words)):
         LogitsProcessor(*arguments)
+
+
+def test_the_form_that_refusals_show_works(tiny_model: Path):
+    processor = eval(JAX_PROCESSOR, {"LogitsProcessor": LogitsProcessor, "jnp": jnp})
+    plain = SamplingParams(temperature=0.0, max_tokens=4)
+    only = SamplingParams(temperature=0.0, max_tokens=4, extra_args={"target_token": 67})
+    with LLM(tiny_model, **SMALL, logits_processors=[processor]) as llm:
+        outputs = llm.generate(["hello", "hello"], [plain, only], use_tqdm=False)
+    untouched, chosen = (output.outputs[0].token_ids for output in outputs)
+    assert chosen == [67] * 4 != untouched

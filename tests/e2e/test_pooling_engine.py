@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from support.tiny_model import SMALL
 
-from jaxllm import LLM, PoolingParams
+from jaxllm import LLM, LateChunkingParams, PoolingParams
+from jaxllm.api.pooler import PoolerConfig
 from jaxllm.engine.client import EngineClient
 
 PROMPTS = ["one", "two and three", "x" * 100, "the last one"]
@@ -82,6 +83,8 @@ def test_scores_one_with_many_and_pairs(pooling: LLM) -> None:
     assert many == pairs
     with pytest.raises(ValueError, match="1:1, 1:N or N:N"):
         pooling.score(PROMPTS[:2], PROMPTS, use_tqdm=False)
+    with pytest.raises(ValueError, match="chat_template writes two texts into one prompt"):
+        pooling.score("a", "b", use_tqdm=False, chat_template="{{ messages }}")
 
 
 def test_dimensions(tiny_model: Path, pooling: LLM) -> None:
@@ -137,3 +140,55 @@ def test_what_others_do_to_the_engine_is_told(
             assert [words in (output.error or "") for output in outputs] == [True] * len(PROMPTS)
     pooling.wake_up()
     assert vectors(pooling, PROMPTS).shape == (len(PROMPTS), 64)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_late_chunks_are_means_over_a_text_that_was_read_as_a_whole(pooling: LLM) -> None:
+    texts = ["Bär: " + "a text of several steps. " * 4, "short"]
+    states = pooling.encode(texts, PoolingParams(use_activation=False), pooling_task="token_embed", use_tqdm=False)
+    for size in (1, 7, 1000):
+        params = PoolingParams(late_chunking_params=LateChunkingParams(size))
+        outputs = pooling.encode(texts, params, pooling_task="token_embed", use_tqdm=False)
+        for text, whole, output in zip(texts, states, outputs, strict=True):
+            tokens = whole.outputs.data
+            parts = [tokens[first : first + size].mean(axis=0) for first in range(0, len(tokens), size)]
+            np.testing.assert_allclose(output.outputs.data, unit(np.array(parts)), atol=1e-5)
+            found = output.late_chunking
+            assert found is not None and (found.chunk_size, found.input_tokens) == (size, len(tokens))
+            assert len(found.chunks) == len(output.outputs.data)
+            spans = [chunk.char_range for chunk in found.chunks]
+            assert all(span is not None for span in spans)
+            if size == 7:  # the second character is two tokens, each a byte
+                assert text[slice(*(spans[0] or ()))] == ("Bär: a" if "ä" in text else text)
+    (plain,) = pooling.encode(texts[1], pooling_task="token_embed", use_tqdm=False)
+    assert plain.late_chunking is None and plain.outputs.data.shape == (5, 64)
+    # one each
+    mixed = [PoolingParams(late_chunking_params=LateChunkingParams(2)), PoolingParams()]
+    outputs = pooling.encode([texts[1]] * 2, mixed, pooling_task="token_embed", use_tqdm=False)
+    assert [len(output.outputs.data) for output in outputs] == [3, 5]
+
+
+def test_what_cannot_be_chunked_is_refused(pooling: LLM) -> None:
+    params = PoolingParams(late_chunking_params=LateChunkingParams(4))
+    with pytest.raises(ValueError, match="requires token_embed"):
+        pooling.embed("x", pooling_params=params, use_tqdm=False)
+    for prompt in ([1, 2, 3], {"prompt_token_ids": [1, 2], "prompt": "other"}):
+        with pytest.raises(ValueError, match="plain-text input"):
+            pooling.encode(prompt, params, pooling_task="token_embed", use_tqdm=False)
+    with pytest.raises(ValueError, match="does not support input truncation"):
+        pooling.encode("x", params, pooling_task="token_embed", truncate_prompt_tokens=3, use_tqdm=False)
+    for size in (0, True, 2.0, 2**63):
+        with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
+            LateChunkingParams(size)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_engine_for_token_embeddings_embeds_and_scores_by_token(tiny_model: Path) -> None:
+    """As vLLM's examples of several vectors a text ask for it."""
+    with LLM(tiny_model, runner="pooling", pooler_config=PoolerConfig(task="token_embed"), **SMALL) as llm:
+        query, *documents = (output.outputs.data for output in llm.embed(PROMPTS, use_tqdm=False))  # pyright: ignore
+        assert query.shape == (3, 64)
+        scores = [output.outputs.score for output in llm.score(PROMPTS[0], PROMPTS[1:], use_tqdm=False)]
+    np.testing.assert_allclose(scores, [(query @ d.T).max(axis=1).sum() for d in documents], rtol=1e-5)

@@ -59,6 +59,7 @@ def test_log_probabilities_are_those_of_one_device(found: dict[str, Any], device
 def test_several_decode_steps_in_one_launch(found: dict[str, Any]):
     assert found["launches"]
     assert found["several"] == found["1"]["greedy"] and found["several seeded"] == found["1"]["seeded"]
+    assert found["embedded"] == found["1"]["greedy"]
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

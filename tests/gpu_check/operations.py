@@ -100,7 +100,7 @@ def prefill_attention_seconds(size: Sizes, backend: Backend, length: int) -> flo
     """Of one layer."""
     lengths = np.full(1, length, np.int32)
     batch, pages = ragged_batch(backend, lengths, lengths, size.block_size)
-    return _attention_seconds(size, batch, pages, length, 4)
+    return _attention_seconds(size, batch, pages, length, size.prefill_layers)
 
 
 def _context_bytes(size: Sizes, tokens: int) -> int:
@@ -114,7 +114,7 @@ def kv_write(size: Sizes, backend: Backend, tokens: int) -> None:
     ones = np.ones(tokens, np.int32)
     batch, pages = ragged_batch(backend, ones, np.full(tokens, size.block_size // 2, np.int32), size.block_size)
     _, kv_heads, dim = size.heads
-    layers = 8
+    layers = size.write_layers
     cache, (key, value) = _cache(size, layers * pages), _normal(2, tokens, kv_heads, dim)
 
     @functools.partial(jax.jit, donate_argnums=0)

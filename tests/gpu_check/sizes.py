@@ -63,6 +63,9 @@ class Sizes:
     decode_contexts: tuple[tuple[int, int], ...]
     prompts: tuple[int, ...]
     kv_writes: tuple[int, ...]
+    #: that one timed program goes through, of prompts and of writes
+    prefill_layers: int
+    write_layers: int
     #: bytes of keys and values that one timed program reads, in as many layers as it takes
     cache_bytes: int
     #: rows of the products of quantized weights and of experts
@@ -99,6 +102,8 @@ FULL = Sizes(
     decode_contexts=((64, 4096), (1, 131072), (256, 1024), (16, 4096)),
     prompts=(2048, 8192),
     kv_writes=(64, 2048),
+    prefill_layers=4,
+    write_layers=8,
     cache_bytes=4 * 2**30,
     matmul_tokens=(16, 64, 256),
     model=LLAMA_3_1_8B,
@@ -136,6 +141,8 @@ REHEARSAL = Sizes(
     decode_contexts=((3, 64),),
     prompts=(32,),
     kv_writes=(3,),
+    prefill_layers=1,
+    write_layers=1,
     cache_bytes=2**16,
     matmul_tokens=(4,),
     model=TINY_LLAMA,

@@ -44,7 +44,8 @@ def main() -> None:
     for name, measure, grid in (("decode", decode, DECODE), ("prefill", prefill, PREFILL)):
         best = _sweep(name, measure, tuned, _candidates(getattr(tuned, name), grid))
         if name == "decode":
-            more = [dataclasses.replace(best, programs_per_sm=number) for number in PROGRAMS_PER_SM]
+            numbers = PROGRAMS_PER_SM[:1] if records.is_rehearsal() else PROGRAMS_PER_SM
+            more = [dataclasses.replace(best, programs_per_sm=number) for number in numbers]
             best = _sweep(name, measure, dataclasses.replace(tuned, decode=best), more)
         records.fact(f"best tile, {name}", dataclasses.asdict(best))
     tiles_module.tiles = usual

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxllm import LLM, PoolingParams
+from jaxllm import LLM, LateChunkingParams, PoolingParams
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -89,6 +89,25 @@ def test_minilm_tokens_and_raw_means(engine: LLM, minilm: Path) -> None:
     (mean,) = engine.encode(SENTENCES[0], raw, pooling_task="embed", use_tqdm=False)
     np.testing.assert_allclose(tokens.outputs.data, hidden, atol=1e-5)
     np.testing.assert_allclose(mean.outputs.data, hidden.mean(0), atol=1e-5)
+
+
+def test_minilm_late_chunks(engine: LLM, minilm: Path) -> None:
+    """Means over the states of a whole text, special tokens included, and where in the text they are."""
+    text = SENTENCES[4] + " " + SENTENCES[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    batch = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets = batch.pop("offset_mapping")[0].tolist()
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state[0]
+    params = PoolingParams(late_chunking_params=LateChunkingParams(5))
+    (output,) = engine.encode(text, params, pooling_task="token_embed", use_tqdm=False)
+    expected = torch.stack([torch.nn.functional.normalize(part.mean(0), dim=0) for part in hidden.split(5)])
+    np.testing.assert_allclose(output.outputs.data, expected, atol=1e-5)
+    assert output.late_chunking is not None
+    for chunk in output.late_chunking.chunks:
+        own = [offset for offset in offsets[slice(*chunk.token_range)] if offset[0] < offset[1]]
+        assert chunk.char_range == ((own[0][0], own[-1][1]) if own else None)
 
 
 # Decoders, small and random.
@@ -205,6 +224,12 @@ BERT = {
     "max_position_embeddings": 64,
 }
 
+#: as vLLM's for rerankers
+RERANK_TEMPLATE = (
+    "Q: {{ (messages | selectattr('role', 'eq', 'query') | first).content }} "
+    "D: {{ (messages | selectattr('role', 'eq', 'document') | first).content }}"
+)
+
 
 @pytest.mark.parametrize("labels", [1, 3])
 def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: Path) -> None:
@@ -222,9 +247,60 @@ def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: 
             outputs = llm.score(query, texts, use_tqdm=False, tokenization_kwargs=truncate)
             np.testing.assert_allclose([o.outputs.score for o in outputs], logits.sigmoid()[:, 0].numpy(), atol=1e-5)
             assert outputs[-1].prompt_token_ids == batch["input_ids"][-1].tolist()
+            written = tokenizer([f"Q: {query} D: {text}" for text in texts[:5]], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                expected = model(**written).logits.sigmoid()[:, 0].numpy()
+            outputs = llm.score(query, texts[:5], use_tqdm=False, chat_template=RERANK_TEMPLATE)
+            np.testing.assert_allclose([o.outputs.score for o in outputs], expected, atol=1e-5)
         single = tokenizer(SENTENCES[:5], padding=True, return_tensors="pt")
         with torch.no_grad():
             scores = model(**single).logits
         expected = scores.sigmoid() if labels == 1 else scores.softmax(-1)
         ours = [o.outputs.probs for o in llm.classify(SENTENCES[:5], use_tqdm=False)]
         np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reranker_is_made_of_two_rows_of_a_generating_model(tied: bool, minilm: Path, tmp_path: Path) -> None:
+    """Qwen3-Reranker as it was published: the score is how likely "yes" is beside "no"."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {**DECODER, "vocab_size": 30522, "head_dim": 12}
+    model = save(tmp_path, "Qwen3ForCausalLM", **sizes, tie_word_embeddings=tied)
+    no, yes = tokenizer.convert_tokens_to_ids(["no", "yes"])
+    query, *texts = SENTENCES[:5]
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            logits = model(**tokenizer(f"Q: {query} D: {text}", return_tensors="pt")).logits[0, -1]
+        expected.append(float(logits[[no, yes]].softmax(0)[1]))
+    overrides = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True,
+    }
+    options = {"chat_template": RERANK_TEMPLATE, "use_tqdm": False}
+    with LLM(tmp_path, **SMALL, runner="pooling", hf_overrides=overrides) as llm:
+        scores = [o.outputs.score for o in llm.score(query, texts, **options)]
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        if tied:
+            llm.save(tmp_path / "saved")
+    if tied:
+        with LLM(tmp_path / "saved", **SMALL) as llm:
+            assert [o.outputs.score for o in llm.score(query, texts, **options)] == scores
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"classifier_from_token": ["no", "yes"]}, "add 'method' to hf_overrides"),
+        ({"classifier_from_token": ["yes"], "method": "from_2_way_softmax"}, "takes two tokens"),
+        ({"classifier_from_token": ["nonesuch"], "method": "no_post_processing"}, "has no token 'nonesuch'"),
+        ({"classifier_from_token": "yes"}, "must be a list of tokens"),
+    ],
+)
+def test_a_head_that_cannot_be_made_is_refused(overrides: dict[str, Any], words: str, minilm: Path, tmp_path: Path):
+    transformers.AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    save(tmp_path, "Qwen3ForCausalLM", **DECODER, head_dim=12)
+    with pytest.raises(ValueError, match=words):
+        LLM(tmp_path, **SMALL, hf_overrides={"architectures": ["Qwen3ForSequenceClassification"], **overrides})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from jaxllm.models import whole_sequences
 from jaxllm.models.decoder import DecoderConfig
@@ -53,6 +54,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {**DECODER, "tie_word_embeddings": True},
     "Qwen3ForCausalLM": {**DECODER, "head_dim": 24},
     "Gemma3ForCausalLM": {**DECODER, "head_dim": 20, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "Gemma2ForCausalLM": {**DECODER, "head_dim": 20},
+    "Phi3ForCausalLM": DECODER,
+    "Olmo2ForCausalLM": DECODER,
+    "GPTNeoXForCausalLM": {**DECODER, "hidden_size": 64},
+    "StableLmForCausalLM": {**DECODER, "hidden_size": 64, "qk_layernorm": True, "use_parallel_residual": True},
+    "CohereForCausalLM": {**DECODER, "use_qk_norm": True},
+    "Glm4ForCausalLM": {**DECODER, "head_dim": 24},
     "BertModel": {**DECODER, "type_vocab_size": 2},
     "LlamaModel": DECODER,
 }
@@ -138,6 +146,24 @@ def test_transformers_loads_what_is_saved(
         jax.tree.leaves(loaded(tmp_path / "original")[2]), jax.tree.leaves(loaded(tmp_path / "saved")[2]), strict=True
     ):
         np.testing.assert_array_equal(before, after)
+
+
+def test_an_old_gpt_neox_is_read(tmp_path: Path) -> None:
+    """The hub's checkpoints have in each layer what follows from the config."""
+    name = "GPTNeoXForCausalLM"
+    random_model(getattr(transformers, name)(config_class(name)(**MODELS[name]))).save_pretrained(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text((tmp_path / "new" / "config.json").read_text())
+    tensors = stored(tmp_path / "new")
+    assert "embed_out.weight" in tensors
+    for layer in range(MODELS[name]["num_hidden_layers"]):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{attention}.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+        tensors[f"{attention}.bias"] = np.ones((1, 1, 8, 8), bool)
+        tensors[f"{attention}.masked_bias"] = np.float32([-1e9])
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    for new, old in zip(*(jax.tree.leaves(loaded(tmp_path / folder)[2]) for folder in ("new", "old")), strict=True):
+        np.testing.assert_array_equal(new, old)
 
 
 def test_the_text_of_a_model_that_sees_images_is_saved_as_a_text_model(tmp_path: Path) -> None:

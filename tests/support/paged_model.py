@@ -47,7 +47,8 @@ class PagedModel:
         self._num_blocks = 1 + num_seqs * self._width * len(self._groups)
         layers = max(len(group.layers) for group in self._groups)
         shape = (layers * self._num_blocks, 2 * config.num_kv_heads, block_size, config.head_dim)
-        self._cache = jnp.full(shape, _nan(jnp.dtype(cache_dtype)))
+        # where it stays, as steps return it: otherwise the first one has a program of its own
+        self._cache = jax.device_put(jnp.full(shape, _nan(jnp.dtype(cache_dtype))), jax.devices()[0])
         self._free = list(np.random.default_rng(seed).permutation(np.arange(1, self._num_blocks)))
         self._tables: dict[str, list[list[int]]] = {}
         self._lengths: dict[str, int] = {}

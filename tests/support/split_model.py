@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from support.tiny_model import CONFIG
 
-from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.registry import model_config
@@ -42,28 +42,14 @@ def main() -> None:
         return (random.standard_normal(shape.shape) / math.sqrt(shape.shape[-1])).astype(np.float32)
 
     params = jax.tree.map(draw, shapes(decoder_specs(MODEL), jnp.dtype("float32"), None))
-    attention = AttentionBatch(
-        token_seq=jnp.asarray([0] * 9 + [1] * 3),
-        positions=jnp.asarray([*range(9), *range(3)]),
-        token_valid=jnp.ones(12, bool),
-        query_start=jnp.asarray([0, 9, 12]),
-        kv_lens=jnp.asarray([9, 3]),
-        block_tables=jnp.asarray([[[1, 2], [3, 4]]]),
-        num_decodes=jnp.asarray(0),
-        num_seqs=jnp.asarray(2),
-    )
-    batch = StepBatch(tokens=jnp.asarray(random.integers(0, MODEL.vocab_size, 12, np.int32)), attention=attention)
+    batch = two_sequences(random, MODEL.vocab_size)
     groups = kv_cache_groups(MODEL.kv_specs)
-
-    def step(context: Context, model: DecoderConfig, params: Params, cache: jax.Array, batch: StepBatch):
-        cache, hidden = forward(context, model, groups, params, cache, batch)
-        return cache, logits(context, model, params, hidden)
 
     def cache_shape(kv_heads: int) -> tuple[int, ...]:
         return MODEL.num_layers * BLOCKS, 2 * kv_heads, BLOCK_SIZE, MODEL.head_dim
 
     cache = jnp.zeros(cache_shape(MODEL.num_kv_heads))
-    pages, expected = jax.jit(step, static_argnums=(0, 1))(Context(), MODEL, params, cache, batch)
+    pages, expected = jax.jit(step, static_argnums=(0, 1, 2))(groups, Context(), MODEL, params, cache, batch)
     for devices, sizes in ((2, (LAYERS,)), (4, (LAYERS,)), (2, (1,) * LAYERS)):
         mesh = make_mesh(jax.devices()[:devices])
         whole = jax.sharding.NamedSharding(mesh, jax.P())
@@ -77,7 +63,7 @@ def main() -> None:
             jax.device_put(batch, whole),
         )
         function = on_each_device(
-            functools.partial(step, context, part),
+            functools.partial(step, groups, context, part),
             mesh,
             jax.tree.map(
                 lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), arguments
@@ -96,6 +82,33 @@ def main() -> None:
         exchanged = count_collectives(compiled.as_text() or "")
         np.testing.assert_equal(exchanged, expected_collectives(MODEL.num_layers, devices))
         print(devices, *sizes)
+
+
+def two_sequences(random: np.random.Generator, vocab_size: int) -> StepBatch:
+    """Of 9 and of 3 tokens, each from its first one on."""
+    attention = AttentionBatch(
+        token_seq=jnp.asarray([0] * 9 + [1] * 3),
+        positions=jnp.asarray([*range(9), *range(3)]),
+        token_valid=jnp.ones(12, bool),
+        query_start=jnp.asarray([0, 9, 12]),
+        kv_lens=jnp.asarray([9, 3]),
+        block_tables=jnp.asarray([[[1, 2], [3, 4]]]),
+        num_decodes=jnp.asarray(0),
+        num_seqs=jnp.asarray(2),
+    )
+    return StepBatch(tokens=jnp.asarray(random.integers(0, vocab_size, 12, np.int32)), attention=attention)
+
+
+def step(
+    groups: tuple[KVCacheGroup, ...],
+    context: Context,
+    model: DecoderConfig,
+    params: Params,
+    cache: jax.Array,
+    batch: StepBatch,
+):
+    cache, hidden = forward(context, model, groups, params, cache, batch)
+    return cache, logits(context, model, params, hidden)
 
 
 def split(params: Params, devices: int) -> Params:
@@ -134,6 +147,7 @@ def split(params: Params, devices: int) -> Params:
             ),
         ),
         norm=params.norm,
+        norm_bias=None,
         head=vocabulary(np.asarray(params.head)),
     )
 

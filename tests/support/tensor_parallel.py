@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
@@ -177,8 +177,11 @@ def main() -> None:
         with LLM(folder / "saved" / form, tensor_parallel_size=devices, **ARGUMENTS) as llm:
             found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
     several = {**SMALL, "enforce_eager": False, "max_num_seqs": 2, "max_num_batched_tokens": 4, "num_decode_steps": 4}
-    with LLM(folder / "model", tensor_parallel_size=2, **several) as llm:
-        found["several"] = tokens(generate(llm, PROMPTS, GREEDY))
+    with LLM(folder / "model", tensor_parallel_size=2, enable_prompt_embeds=True, **several) as llm:
+        outputs = generate(llm, PROMPTS, GREEDY)
+        table = load_file(folder / "model" / "model.safetensors")["model.embed_tokens.weight"]
+        embedded = [{"prompt_embeds": table[output.prompt_token_ids]} for output in outputs]
+        found["several"], found["embedded"] = tokens(outputs), tokens(generate(llm, embedded, GREEDY))
         found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
         runner: Any = llm.engine.runner
         found["launches"] = list(map(str, runner.head.programs.decode_packings))

@@ -1,4 +1,4 @@
-"""vLLM's names for jaxllm's classes, in processes of their own: nothing of it may be left in this one."""
+"""vLLM's names for jaxllm's classes. What runs scripts does so in processes of their own."""
 
 from __future__ import annotations
 
@@ -11,72 +11,65 @@ from pathlib import Path
 import pytest
 
 import jaxllm.as_vllm as as_vllm
-from jaxllm import aliases
-from jaxllm.aliases import MODULES, REST, Missing
+from jaxllm.aliases import MODULES, REST, AliasFinder, Missing
+
+#: "module name name ...": what vLLM 0.33's examples, offline and not, and the Python of its documentation import
+IMPORTS = (Path(__file__).parents[1] / "data" / "vllm_imports.txt").read_text().splitlines()
 
 
 @pytest.fixture(autouse=True)
 def undo():
-    yield
-    for path in MODULES:
-        sys.modules.pop(f"vllm.{path}" if path else "vllm", None)
-
-
-def test_every_name_exists():
+    """Nothing of vllm is left in this process."""
     as_vllm.install()
-    for path, homes in MODULES.items():
-        for package in ("vllm", "jaxllm"):
-            module = importlib.import_module(f"{package}.{path}" if path else package)
-            for name, home in homes.items():
-                if not isinstance(home, Missing):
-                    assert getattr(module, name) is not None, f"{module.__name__}.{name}"
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.meta_path[:] = [f for f in sys.meta_path if not (isinstance(f, AliasFinder) and f.package == "vllm")]
 
 
 @pytest.mark.parametrize("package", ["vllm", "jaxllm"])
-def test_a_name_without_meaning_says_why(package: str):
-    as_vllm.install()
+def test_every_name_exists_or_says_why_not(package: str):
     for path, homes in MODULES.items():
         module = importlib.import_module(f"{package}.{path}" if path else package)
         for name, home in homes.items():
-            if isinstance(home, Missing):
-                name = "Anything" if name == REST else name
-                why = re.escape(f"jaxllm has no {module.__name__}.{name}; {home}")
-                with pytest.raises(AttributeError, match=why):
-                    getattr(module, name)
-                with pytest.raises(ImportError, match=why):
-                    exec(f"from {module.__name__} import {name}")
-                assert not hasattr(module, name)
-                assert "\n" not in home
+            if not isinstance(home, Missing):
+                assert getattr(module, name) is not None, f"{module.__name__}.{name}"
+                continue
+            name = "Anything" if name == REST else name
+            with pytest.raises(ImportError, match=re.escape(f"jaxllm has no {module.__name__}.{name}; {home}")):
+                exec(f"from {module.__name__} import {name}")
+            assert not hasattr(module, name)
+            assert "\n" not in home
 
 
-#: what vLLM 0.33's offline text examples and its documentation of `LLM` import
-IMPORTS = """
-vllm LLM EngineArgs SamplingParams LLMEngine RequestOutput PoolingParams AsyncEngineArgs AsyncLLMEngine TokensPrompt
-vllm.config PoolerConfig ProfilerConfig StructuredOutputsConfig
-vllm.config.pooler PoolerConfig
-vllm.distributed cleanup_dist_env_and_memory
-vllm.engine.arg_utils AsyncEngineArgs EngineArgs
-vllm.engine.async_llm_engine AsyncLLMEngine
-vllm.entrypoints.llm LLM
-vllm.inputs TextPrompt TokensPrompt
-vllm.logger init_logger
-vllm.outputs RequestOutput PoolingRequestOutput
-vllm.platforms current_platform
-vllm.pooling_params PoolingParams
-vllm.sampling_params BeamSearchParams RequestOutputKind SamplingParams StructuredOutputsParams
-vllm.utils.argparse_utils FlexibleArgumentParser
-vllm.utils.print_utils print_embeddings
-vllm.v1.engine.async_llm AsyncLLM
-vllm.v1.metrics.reader Counter Gauge Histogram Vector
-"""
-
-
-def test_what_vllms_examples_import_is_there():
-    for line in IMPORTS.strip().splitlines():
-        module, *names = line.split()
-        path = module.partition(".")[2]
+@pytest.mark.parametrize("package", ["vllm", "jaxllm"])
+def test_what_vllms_examples_import(package: str):
+    for line in IMPORTS:
+        path, *names = line.split()
+        path = path.partition(".")[2]
+        module = f"{package}.{path}" if path else package
         for name in names:
-            assert name in aliases.names(path), f"{module}.{name}"
+            try:
+                exec(f"from {module} import {name}")
+            except ImportError as error:
+                # the module, one above it, or the name
+                assert re.match(rf"jaxllm has no {package}\.[\w.]+; (?!of this module)", str(error)), error
+
+
+def test_names_have_the_same_homes_on_both_roads():
+    for path in ("sampling_params", "outputs", "config", "v1.metrics.reader", "utils.argparse_utils"):
+        for name, home in MODULES[path].items():
+            if not isinstance(home, Missing):
+                ours, theirs = (importlib.import_module(f"{package}.{path}") for package in ("jaxllm", "vllm"))
+                assert getattr(ours, name) is getattr(theirs, name)
+
+
+def test_modules_are_attributes_of_their_package():
+    vllm = importlib.import_module("vllm")
+    assert vllm.sampling_params.SamplingParams is vllm.SamplingParams
+    assert vllm.v1.metrics.reader.Counter.__name__ == "Counter"
+    with pytest.raises(ModuleNotFoundError, match="jaxllm has no vllm.no_such_module; of this module it has: "):
+        importlib.import_module("vllm.no_such_module")
 
 
 def test_the_platform_is_jaxs():
@@ -86,6 +79,12 @@ def test_the_platform_is_jaxs():
     assert (platform.is_cpu(), platform.is_cuda(), platform.is_rocm()) == (True, False, False)
     assert (platform.device_type, platform.device_name, platform.device_count()) == ("cpu", "cpu", jax.device_count())
     assert platform.get_device_name() == jax.devices()[0].device_kind
+
+
+def test_a_chat_template_is_read_by_vllms_name(tmp_path: Path):
+    load = importlib.import_module("vllm.renderers.chat_utils").load_chat_template
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    assert load(chat_template=tmp_path / "template.jinja") == "{{ messages }}" == load("{{ messages }}")
 
 
 def test_vllm_paths_with_only_the_package_renamed():
@@ -107,26 +106,29 @@ def test_vllm_paths_with_only_the_package_renamed():
 
 def test_a_script_runs_unchanged(tmp_path: Path):
     script = tmp_path / "script.py"
+    (tmp_path / "beside.py").write_text("number = 7\n")
     script.write_text(
         "import sys\n"
+        "from beside import number\n"
         "from vllm import LLM, SamplingParams\n"
         "from vllm.sampling_params import StructuredOutputsParams\n"
         "import vllm.v1.metrics.reader\n"
-        "assert __name__ == '__main__'\n"
+        "assert __name__ == '__main__' and number == 7\n"
         "print(LLM.__module__, SamplingParams(max_tokens=3).max_tokens, vllm.__version__, sys.argv[1:])\n"
         "try:\n"
-        "    from vllm.config import ModelConfig\n"
+        "    from vllm.config import NoSuchConfig\n"
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxllm.as_vllm", script, "--flag", "x"], capture_output=True, text=True, check=True
-    )
+    run = [sys.executable, "-m", "jaxllm.as_vllm", script, "--flag", "x"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
     assert first.startswith("jaxllm.llm 3 ") and first.endswith(" ['--flag', 'x']")
     assert second.startswith(
-        "jaxllm has no vllm.config.ModelConfig; of this module it has: PoolerConfig, ProfilerConfig,"
+        "jaxllm has no vllm.config.NoSuchConfig; of this module it has: PoolerConfig, ProfilerConfig,"
     )
+    done = subprocess.run([*run[:3], tmp_path / "none.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"there is no {tmp_path / 'none.py'}"
 
 
 def test_the_real_one_is_not_replaced(tmp_path: Path):
@@ -135,3 +137,6 @@ def test_the_real_one_is_not_replaced(tmp_path: Path):
     code = "import vllm\nimport jaxllm.as_vllm"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "vllm itself has been imported already" in done.stderr
+    code = "import jaxllm.as_vllm\nfrom vllm import LLM\nprint(LLM.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "jaxllm.llm\n"

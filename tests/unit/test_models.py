@@ -86,12 +86,43 @@ def test_the_first_known_architecture_is_taken():
                 },
             },
         ),
+        (
+            "GPTNeoXForCausalLM",
+            {"rotary_pct": 0.5, "rotary_emb_base": 500},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            "GlmForCausalLM",
+            {"rope_theta": 500, "partial_rotary_factor": 0.75},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.75}},
+        ),
+        (
+            "Cohere2ForCausalLM",
+            {"sliding_window": 8, "sliding_window_pattern": 3},
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+        ),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8},
+            {
+                "no_rope_layers": [1, 1, 0, 1, 1, 0],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"] * 2,
+            },
+        ),
     ],
 )
 def test_both_spellings_mean_the_same(architecture: str, old: dict[str, Any], new: dict[str, Any]):
     ours = config(architecture, **old)
     assert ours == config(architecture, **new)
     assert ours != config(architecture)
+
+
+def test_gemmas_gelu_is_the_tanh_form():
+    for name in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
+        assert config(name, hidden_act="gelu") == config(name)
+        assert config(name).activation == "gelu_pytorch_tanh"
 
 
 def test_windows_are_the_layers_own():
@@ -101,6 +132,9 @@ def test_windows_are_the_layers_own():
     assert config("Qwen3ForCausalLM", sliding_window=8, max_window_layers=0).layer_window == (None,) * 6
     gemma = config("Gemma3ForCausalLM", sliding_window=8)
     assert gemma.layer_window == (8, 8, 8, 8, 8, None) and gemma.layer_rope == (1, 1, 1, 1, 1, 0)
+    assert config("Gemma2ForCausalLM", sliding_window=8).layer_window == (8, None) * 3
+    cohere = config("Cohere2ForCausalLM", sliding_window=8)
+    assert cohere.layer_window == (8, 8, 8, None, 8, 8) and cohere.layer_rope == (0, 0, 0, 1, 0, 0)
 
 
 def test_missing_fields_have_transformers_defaults():
@@ -113,7 +147,7 @@ def test_missing_fields_have_transformers_defaults():
         ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
         del full["architectures"]
         assert ours == config(name, **full), name
-        if family in ("Qwen3", "Gemma3"):
+        if family in ("Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4"):
             without = {key: value for key, value in BASE.items() if key != "head_dim"}
             assert model_config({**without, "architectures": [name]}).head_dim == full["head_dim"]
 
@@ -121,17 +155,15 @@ def test_missing_fields_have_transformers_defaults():
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
-        ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
-        ("Gemma3ForCausalLM", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
         ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
         ("LlamaForCausalLM", {"head_dim": 15}, "head_dim=15 is odd"),
-        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(architecture: str, fields: dict[str, Any], message: str):

@@ -103,12 +103,16 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
             check_split(model, devices)
 
 
-def test_a_split_computes_what_the_whole_does():
+@pytest.mark.parametrize(
+    ("script", "printed"),
+    [("split_model.py", ["2 2", "4 2", "2 1 1"]), ("split_families.py", ["Phi3", "GPTNeoX", "Olmo2", "Cohere"])],
+)
+def test_a_split_computes_what_the_whole_does(script: str, printed: list[str]):
     """In a process of its own, which has more than one device."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "support" / "split_model.py")],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / script)],
         env=environment,
         capture_output=True,
         text=True,
@@ -116,4 +120,4 @@ def test_a_split_computes_what_the_whole_does():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 2", "4 2", "2 1 1"]
+    assert done.stdout.splitlines() == printed

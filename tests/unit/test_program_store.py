@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import io
 import logging
+import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.read_only import read_only, temporary_folder
 
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile import identity as program_identity
@@ -217,15 +219,70 @@ def test_no_store_where_jax_keeps_programs_or_shall_not(tmp_path: Path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file can grow over `size` bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING, "jaxllm")
+    kept = store(tmp_path)
+    with file_size_limit(100):
+        check(kept.compile(KEY, program()))
+        check(kept.compile(("forward", Bucket(16, 4)), program()))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "The compile cache keeps no more programs" in said and "File too large" in said
+    assert not list(tmp_path.iterdir()), "what was written in part is no use to anybody"
 
-    def full(*_: Any, **__: Any) -> io.BytesIO:
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(program_store.tempfile, "NamedTemporaryFile", full)
-    check(store(tmp_path).compile(KEY, program()))
-    assert "cannot keep a program: No space left on device" in caplog.text
+def test_a_read_only_folder_is_read(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "jaxllm")
+    with temporary_folder() as folder:
+        store(folder).compile(KEY, program())
+        before = set(folder.iterdir())
+        with read_only(folder):
+            with counted() as events:
+                found = store(folder).find(KEY)
+                assert found is not None
+                check(found)
+            assert not events and not caplog.records, "nothing is to be kept, so nothing is said"
+            kept, again = store(folder), program()
+            for size in (1, 2):
+                with counted() as events:
+                    check(kept.compile(("forward", Bucket(size, 1)), again))
+                assert not events, "the same program has been kept under another name"
+        assert set(folder.iterdir()) == before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"The compile cache in {folder} can only be read (Permission denied)" in said and "JAXLLM_CACHE" in said
+
+
+def test_files_that_cannot_be_read_are_made_anew(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "jaxllm")
+    with temporary_folder() as folder:
+        store(folder).compile(KEY, program())
+        for file in folder.iterdir():
+            file.chmod(0)
+        with read_only(folder):
+            kept = store(folder)
+            assert kept.find(KEY) is None
+            check(kept.compile(KEY, program()))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "cannot be read, and are made anew" in said[0] and "can only be read" in said[1]
+
+
+def test_whoever_shares_the_folder_can_read_what_is_kept(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        store(tmp_path).compile(KEY, program())
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
 SCALARS = (

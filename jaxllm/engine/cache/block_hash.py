@@ -13,6 +13,8 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.engine.request import Request
 
 DIGEST_BYTES = 16
@@ -51,19 +53,28 @@ class BlockHasher:
         """
         hashes = request.block_hashes
         if len(hashes) < num_blocks:
-            self._extend(hashes, request.all_token_ids, num_blocks, request.cache_salt, request.extra_keys)
+            content = request.all_token_ids, request.prompt_embeds
+            self._extend(hashes, *content, num_blocks, request.cache_salt, request.extra_keys)
         return hashes
 
-    def hash_prompt(self, token_ids: list[int], cache_salt: str | None = None) -> list[bytes]:
-        """The hashes of a prompt's full blocks, as `extend` makes them for a request without extra keys."""
+    def hash_prompt(
+        self, token_ids: list[int], cache_salt: str | None = None, embeds: np.ndarray | None = None
+    ) -> list[bytes]:
+        """The hashes of a prompt's full blocks, as `extend` makes them for a request without extra keys.
+
+        Args:
+            embeds: [tokens, hidden size], where the prompt is vectors; they are hashed as they are, so that prompts
+                share blocks whose vectors are equal to the bit. With a prompt of token ids they share none.
+        """
         hashes: list[bytes] = []
-        self._extend(hashes, token_ids, len(token_ids) // self.block_size, cache_salt, ())
+        self._extend(hashes, token_ids, embeds, len(token_ids) // self.block_size, cache_salt, ())
         return hashes
 
     def _extend(
         self,
         hashes: list[bytes],
         token_ids: list[int],
+        embeds: np.ndarray | None,
         num_blocks: int,
         cache_salt: str | None,
         extra_keys: tuple[ExtraKey, ...],
@@ -72,10 +83,13 @@ class BlockHasher:
         plain = cache_salt is None and not extra_keys
         parent = hashes[-1] if hashes else NONE_HASH
         for index in range(len(hashes), num_blocks):
-            # Parent and tokens have fixed lengths, so where the extra keys begin is never in doubt.
+            # Parent and tokens have fixed lengths, and a repr has its own end, so where each part begins is never in
+            # doubt.
             packed = parent + pack(*token_ids[index * size : (index + 1) * size])
             if not plain and (keys := self._extra_keys(cache_salt, extra_keys, index)):
                 packed += repr(keys).encode()
+            if embeds is not None and index * size < len(embeds):
+                packed += b"prompt_embeds" + embeds[index * size : (index + 1) * size].tobytes()
             parent = blake2b(packed, digest_size=DIGEST_BYTES).digest()
             hashes.append(parent)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.engine.cache.block_hash import BlockHasher
+    from jaxllm.engine.io.prompt_embeds import EmbedsReader
     from jaxllm.engine.io.token_constraints import TokenConstraints
     from jaxllm.tokenization.chat import ChatRenderer
 
@@ -43,6 +44,7 @@ class InputProcessor:
         seed: the engine's seed, from which requests without one get theirs.
         constraints: judges structured outputs and thinking budgets.
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
+        embeds: reads prompts that are vectors; None: there are none.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class InputProcessor:
         seed: int,
         constraints: TokenConstraints | None = None,
         hasher: BlockHasher | None = None,
+        embeds: EmbedsReader | None = None,
     ):
         self.tokenizer = tokenizer
         #: reads prompts; several threads may use it
-        self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher)
+        self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher, embeds)
         self._vocab_size = vocab_size
         # some checkpoints name ends that their vocabulary does not have
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -103,6 +106,10 @@ class InputProcessor:
                 raise read
             prompt = read
         checked = params if isinstance(params, CheckedParams) else self.check(params)
+        if prompt.embeds is not None and checked.params.prompt_logprobs is not None:
+            raise ValidationError(
+                "prompt_logprobs is not compatible with prompt embeds: a vector is no token that could be likely."
+            )
         request = Request(
             request_id,
             prompt.token_ids,
@@ -112,6 +119,7 @@ class InputProcessor:
             priority=priority,
             cache_salt=prompt.cache_salt,
             block_hashes=prompt.block_hashes,
+            prompt_embeds=prompt.embeds,
         )
         request.bad_words = checked.bad_words
         return request, prompt.text

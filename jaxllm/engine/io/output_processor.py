@@ -41,7 +41,8 @@ class OutputState:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.detokenizer = None
         if request.params.detokenize and backend is not None:
-            self.detokenizer = Detokenizer(backend, request.prompt_token_ids, request.params)
+            before = request.prompt_token_ids if request.prompt_embeds is None else []
+            self.detokenizer = Detokenizer(backend, before, request.params)
         #: every token has to be looked at when it comes; else text is made when it is delivered
         self.finds_stops = self.detokenizer is not None and bool(request.params.stop)
         self.logprobs = RequestLogprobs(

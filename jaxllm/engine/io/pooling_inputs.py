@@ -10,6 +10,7 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.pooler import Pooler
 from jaxllm.api.pooling_params import PoolingParams, truncation
+from jaxllm.engine.io.late_chunking import chunks_of
 from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions
 from jaxllm.engine.request import Request
 
@@ -33,6 +34,13 @@ class PreparedPair(PreparedPrompt):
 
     #: position at which the second text's segment begins
     segment_start: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedText(PreparedPrompt):
+    """A text as token ids, with where in it they are."""
+
+    offsets: Sequence[tuple[int, int]] = ()
 
 
 class PoolingInputs:
@@ -94,7 +102,14 @@ class PoolingInputs:
         if side not in ("left", "right"):
             raise ValidationError(f'truncation_side must be "left" or "right", got {side!r}.')
         special = given.get("add_special_tokens")
+        chunked = any(p.late_chunking_params is not None for p in params)
+        if chunked and (keep is not None or self.reader.lower_case):
+            raise ValidationError(
+                "Late chunking does not support input truncation or text normalization: leave truncate_prompt_tokens "
+                "out"
+            )
         return TokenizationOptions(
+            offsets=chunked,
             add_special_tokens=None if special is None else checks.boolean("add_special_tokens", special),
             keep=keep,
             truncation_side=side,
@@ -118,6 +133,13 @@ class PoolingInputs:
         """A request, of parameters that `check` returned, and the prompt's text, None when it came as token ids."""
         if isinstance(prompt, PreparedPair):
             params = dataclasses.replace(params, segment_start=prompt.segment_start)
+        if params.late_chunking_params is not None:
+            if not isinstance(prompt, PreparedText):
+                raise ValidationError(
+                    "Late chunking requires nonempty plain-text input, and a fast tokenizer, which knows tokens' places"
+                )
+            chunks = chunks_of(prompt.offsets, params.late_chunking_params.chunk_size)
+            params = dataclasses.replace(params, late_chunking=chunks)
         request = Request(
             request_id,
             prompt.token_ids,
@@ -125,6 +147,7 @@ class PoolingInputs:
             priority=priority,
             cache_salt=prompt.cache_salt,
             block_hashes=prompt.block_hashes,
+            prompt_embeds=prompt.embeds,
         )
         return request, prompt.text
 
@@ -135,7 +158,7 @@ class PoolingReader:
     """
 
     def __init__(self, reader: PromptReader, tokenizer: PreTrainedTokenizerBase | None, lower_case: bool):
-        self._reader, self._lower_case = reader, lower_case
+        self._reader, self.lower_case = reader, lower_case
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
 
     def read(
@@ -143,7 +166,7 @@ class PoolingReader:
     ) -> list[PreparedPrompt | ValidationError]:
         """Each prompt as token ids, or why it is refused."""
         options = options or TokenizationOptions()
-        if self._lower_case:
+        if self.lower_case:
             prompts = [_lower(prompt) for prompt in prompts]
         found: list[PreparedPrompt | ValidationError | None] = [None] * len(prompts)
         others: list[int] = []
@@ -155,13 +178,28 @@ class PoolingReader:
         whole = dataclasses.replace(options, keep=None)
         read = self._reader.read([prompts[i] for i in others], whole)  # pyright: ignore[reportArgumentType]
         for i, prepared in zip(others, read, strict=True):
-            found[i] = prepared if isinstance(prepared, ValidationError) else self._cut(prepared, options)
+            if not isinstance(prepared, ValidationError):
+                prepared = self._located(prepared, options) if options.offsets else self._cut(prepared, options)
+            found[i] = prepared
         return [item for item in found if item is not None]
+
+    def _located(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt:
+        """A text with the places of its tokens; any other prompt as it is."""
+        if not prompt.text or prompt.embeds is not None or self._backend is None:
+            return prompt
+        encoding = self._backend.encode(prompt.text, add_special_tokens=options.add_special_tokens is not False)
+        if encoding.ids != prompt.token_ids:
+            return prompt
+        offsets = encoding.offsets
+        return PreparedText(prompt.token_ids, prompt.text, prompt.cache_salt, prompt.block_hashes, offsets=offsets)
 
     def _cut(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt:
         keep = options.keep
         if keep is None or len(prompt.token_ids) <= keep:
             return prompt
+        if prompt.embeds is not None:
+            cut = prompt.with_token_ids(options.cut(prompt.token_ids))
+            return dataclasses.replace(cut, embeds=options.cut(prompt.embeds))
         backend, room = self._backend, 0
         if prompt.text is not None and backend is not None and options.add_special_tokens is not False:
             room = keep - backend.num_special_tokens_to_add(False)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput, failed_pooling
 from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.engine.io.late_chunking import chunk_embeddings
 
 if TYPE_CHECKING:
     from jaxllm.engine.request import Request
@@ -52,6 +53,9 @@ class PoolingProcessor:
 def _output(request: Request, data: np.ndarray, arrival: float) -> PoolingRequestOutput[PoolingOutput]:
     params = request.params
     assert isinstance(params, PoolingParams)
+    if params.late_chunking is not None:
+        wanted = {"dimensions": params.dimensions, "normalize": bool(params.use_activation)}
+        data = chunk_embeddings(data, params.late_chunking, **wanted)
     data = data[..., : params.dimensions]
     if params.step_tag_id is not None:
         data = data[np.asarray(request.prompt_token_ids) == params.step_tag_id]
@@ -64,4 +68,5 @@ def _output(request: Request, data: np.ndarray, arrival: float) -> PoolingReques
         finished=True,
         num_cached_tokens=max(request.num_cached_tokens, 0),
         metrics=request.metrics(arrival),
+        late_chunking=params.late_chunking,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.tokenization.pool import encode
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.tokenization.chat import ChatRenderer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+Cut = TypeVar("Cut", list[int], np.ndarray)
 
 #: what `ChatRenderer.render` takes, by the keys of a prompt with messages
 _CHAT_KEYS = (
@@ -30,10 +34,11 @@ _CHAT_KEYS = (
 )
 #: names that `ChatRenderer.render` gets from other keys
 _RENDER_OPTIONS = ("template", "content_format", "add_generation_prompt", "continue_final_message", "tools")
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages", "cache_salt")
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "prompt_embeds", "messages", "cache_salt")
+#: of a prompt with vectors
+_EMBEDS_KEYS = ("prompt_embeds", "prompt", "cache_salt")
 #: vLLM's others
 _LATER_KEYS = (
-    "prompt_embeds",
     "multi_modal_data",
     "multi_modal_uuids",
     "mm_processor_kwargs",
@@ -53,6 +58,8 @@ class PreparedPrompt:
     cache_salt: str | None = None
     #: of leading full blocks of `token_ids`, made where the prompt is read so that the engine's thread need not
     block_hashes: Sequence[bytes] = ()
+    #: [tokens, hidden size], where the prompt came so; `token_ids` are zeros then, as many
+    embeds: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
         """The same prompt with other tokens."""
@@ -69,6 +76,8 @@ class TokenizationOptions:
     keep: int | None = None
     #: which end of the prompt is cut off
     truncation_side: str = "left"
+    #: whether it is kept where in a text each token is
+    offsets: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, *, max_model_len: int) -> TokenizationOptions:
@@ -108,7 +117,8 @@ class TokenizationOptions:
             truncation_side=side,
         )
 
-    def cut(self, ids: list[int]) -> list[int]:
+    def cut(self, ids: Cut) -> Cut:
+        """What is kept of the tokens of a prompt, or of its vectors."""
         if self.keep is None or len(ids) <= self.keep:
             return ids
         return ids[-self.keep :] if self.truncation_side == "left" else ids[: self.keep]
@@ -121,6 +131,7 @@ class PromptReader:
         tokenizer: None when the engine was built without one; then only token ids are taken.
         vocab_size: token ids must be below it.
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
+        embeds: reads vectors; None: the engine was not started for them.
     """
 
     def __init__(
@@ -129,8 +140,9 @@ class PromptReader:
         renderer: ChatRenderer,
         vocab_size: int,
         hasher: BlockHasher | None = None,
+        embeds: EmbedsReader | None = None,
     ):
-        self._hasher = hasher
+        self._hasher, self._embeds = hasher, embeds
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._vocab_size = vocab_size
@@ -145,6 +157,9 @@ class PromptReader:
         for position, prompt in enumerate(prompts):
             read.append(None)
             try:
+                if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
+                    read[position] = self._embedded(prompt, options)
+                    continue
                 text, ids, salt, special = self._parts(prompt)
                 if ids is not None:
                     read[position] = self._prepared(ids, text, salt, options)
@@ -192,23 +207,43 @@ class PromptReader:
                 raise ValidationError(
                     f"the prompt has the key {key!r}, which {why}; supported: {', '.join(_PROMPT_KEYS)}"
                 )
-        salt = prompt.get("cache_salt")
-        if salt is not None and not (isinstance(salt, str) and salt):
-            raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
+        salt = _salt(prompt)
         if prompt.get("prompt_token_ids") is not None:
             return prompt.get("prompt"), self._ids(prompt["prompt_token_ids"]), salt, False
         if "messages" in prompt and prompt.get("prompt") is None:
             # a chat template writes the special tokens itself
-            return self._render(prompt), None, salt, False
+            rendered = self._render(prompt)
+            return (rendered, None, salt, False) if isinstance(rendered, str) else (None, rendered, salt, False)
         if "prompt" not in prompt:
             raise ValidationError(
-                f"the prompt must have 'prompt', 'prompt_token_ids' or 'messages', got {sorted(prompt)}"
+                "the prompt must have 'prompt', 'prompt_token_ids', 'prompt_embeds' or 'messages', got "
+                f"{sorted(prompt)}"
             )
         if isinstance(prompt["prompt"], str):
             return prompt["prompt"], None, salt, True
         return None, self._ids(prompt["prompt"]), salt, False
 
-    def _render(self, prompt: Mapping[str, Any]) -> str:
+    def _embedded(self, prompt: Mapping[str, Any], options: TokenizationOptions) -> PreparedPrompt:
+        """A prompt that is vectors."""
+        if self._embeds is None:
+            raise ValidationError(
+                "You must set `--enable-prompt-embeds` to input `prompt_embeds`: LLM(..., enable_prompt_embeds=True)."
+            )
+        for key in prompt:
+            if key not in _EMBEDS_KEYS:
+                raise ValidationError(
+                    f"the prompt has the key {key!r} beside 'prompt_embeds', which takes a 'prompt' (the text that the "
+                    "output shows) and a 'cache_salt' besides"
+                )
+        text, salt = prompt.get("prompt"), _salt(prompt)
+        if text is not None and not isinstance(text, str):
+            raise ValidationError(f"'prompt' beside 'prompt_embeds' must be a text, got {text!r:.80}")
+        embeds = options.cut(self._embeds.read(prompt["prompt_embeds"]))
+        ids = [0] * len(embeds)
+        hashes = self._hasher.hash_prompt(ids, salt, embeds) if self._hasher is not None else ()
+        return PreparedPrompt(ids, text, salt, hashes, embeds)
+
+    def _render(self, prompt: Mapping[str, Any]) -> str | list[int]:
         continues = checks.boolean("continue_final_message", prompt.get("continue_final_message", False))
         generates = checks.boolean("add_generation_prompt", prompt.get("add_generation_prompt", True))
         options = prompt.get("chat_template_kwargs") or {}
@@ -257,6 +292,13 @@ class PromptReader:
         if wrong is not None:
             raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
         return [int(i) for i in ids]
+
+
+def _salt(prompt: Mapping[str, Any]) -> str | None:
+    salt = prompt.get("cache_salt")
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise ValidationError(f"cache_salt must be a non-empty string, got {salt!r}")
+    return salt
 
 
 def _hint(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.api.tracebacks import ShortTracebacks
 from jaxllm.engine.interrupt import DeferredInterrupt
 
 if TYPE_CHECKING:
@@ -33,26 +34,27 @@ def stream_text(
 
     def pieces() -> Generator[str, None, None]:
         outputs: collections.deque[RequestOutput] = collections.deque()
-        client.add(request, text, outputs.append)
-        try:
-            finished = False
-            while not finished:
-                with DeferredInterrupt(), client.lock:
-                    # another thread's steps may have brought something while this one waited
-                    if not outputs:
-                        client.step()
-                while outputs:
-                    output = outputs.popleft()
-                    finished = output.finished
-                    if output.error is not None and output.outputs[0].finish_reason == "error":
-                        raise ValidationError(output.error)
-                    if output.error is not None:
-                        raise RuntimeError(f"the text is cut short: {output.error}")
-                    if output.outputs[0].finish_reason == "abort":
-                        raise RuntimeError("the text is cut short: the request was aborted")
-                    if output.outputs[0].text:
-                        yield output.outputs[0].text
-        finally:
-            client.end([request.request_id])
+        with ShortTracebacks():
+            client.add(request, text, outputs.append)
+            try:
+                finished = False
+                while not finished:
+                    with DeferredInterrupt(), client.lock:
+                        # another thread's steps may have brought something while this one waited
+                        if not outputs:
+                            client.step()
+                    while outputs:
+                        output = outputs.popleft()
+                        finished = output.finished
+                        if output.error is not None and output.outputs[0].finish_reason == "error":
+                            raise ValidationError(output.error)
+                        if output.error is not None:
+                            raise RuntimeError(f"the text is cut short: {output.error}")
+                        if output.outputs[0].finish_reason == "abort":
+                            raise RuntimeError("the text is cut short: the request was aborted")
+                        if output.outputs[0].text:
+                            yield output.outputs[0].text
+            finally:
+                client.end([request.request_id])
 
     return pieces()

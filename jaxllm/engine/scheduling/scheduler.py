@@ -31,7 +31,7 @@ from jaxllm.engine.scheduling.decode_steps import DecodeSteps
 from jaxllm.engine.scheduling.limits import LengthLimits
 from jaxllm.engine.scheduling.preemption import PreemptionLog, Shortage
 from jaxllm.engine.scheduling.queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
-from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
+from jaxllm.engine.step import EMBEDDED, AdmittedRequest, SchedulerOutput
 
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
@@ -413,10 +413,13 @@ class Scheduler:
 
 def _admitted(request: Request, num_cached_tokens: int) -> AdmittedRequest:
     """What the runner is told of a request that has its row and blocks, with the tokens that the prefix cache had."""
+    token_ids, embeds = list(request.all_token_ids), request.prompt_embeds
+    if embeds is not None:
+        token_ids[: len(embeds)] = [EMBEDDED] * len(embeds)
     return AdmittedRequest(
         row=request.row,
         request_id=request.request_id,
-        token_ids=list(request.all_token_ids),
+        token_ids=token_ids,
         num_prompt_tokens=request.num_prompt_tokens,
         num_computed_tokens=num_cached_tokens,
         params=request.params,
@@ -425,4 +428,5 @@ def _admitted(request: Request, num_cached_tokens: int) -> AdmittedRequest:
         end_token_ids=request.end_token_ids,
         block_ids=tuple(list(table) for table in request.block_tables),
         bad_words=request.bad_words,
+        prompt_embeds=embeds,
     )

@@ -6,7 +6,6 @@ import abc
 import concurrent.futures
 import functools
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jaxllm.parallel.mesh import OneAtATime, on_each_device
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
+from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.packing import Packing
-
-logger = logging.getLogger("jaxllm")
 
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
@@ -58,13 +56,23 @@ class Programs(abc.ABC):
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
+        progress: told how far compiling is; None: nobody is.
     """
 
     #: shapes of the weights, with their shardings
     _params: Any
+    #: what steps are compiled for, besides their buckets
+    config: Any
 
     def __init__(
-        self, packings: dict[Bucket, Packing], state: Any, *, platform: str, cache_dir: Path | None, source: Any
+        self,
+        packings: dict[Bucket, Packing],
+        state: Any,
+        *,
+        platform: str,
+        cache_dir: Path | None,
+        source: Any,
+        progress: StartProgress | None = None,
     ):
         self.packings, self._state = packings, state
         #: of what every device has whole
@@ -80,6 +88,7 @@ class Programs(abc.ABC):
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
         self._workers = 1 if platform == "cpu" else os.cpu_count()
         self._cache_dir, self._source = cache_dir, source
+        self._progress = progress or StartProgress(quiet=True)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
@@ -102,8 +111,16 @@ class Programs(abc.ABC):
 
     def allocate(self) -> Any:
         """The state, zeroed, each device's part in its place."""
-        self._compile((ALLOCATOR,), progress=False)
+        self._compile((ALLOCATOR,))
         return self._get(ALLOCATOR)()
+
+    def embeddings(self, bucket: Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The argument of a forward program that brings vectors of prompts; () where the engine takes none."""
+        if not self.config.prompt_embeds:
+            return ()
+        table = getattr(self._params, "body", self._params).embedding
+        shape = (bucket.tokens, self.config.model.hidden_size)
+        return (jax.ShapeDtypeStruct(shape, table.dtype, sharding=self.sharding),)
 
     def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.sharding)
@@ -122,55 +139,68 @@ class Programs(abc.ABC):
             devices = list(self._mesh.devices.flat)
         return open_store(self._cache_dir, devices, self._options, self._source)
 
-    def _compile(self, keys: Iterable[Key], progress: bool) -> None:
+    def _compile(self, keys: Iterable[Key]) -> None:
         """Tracing is serial (it holds the interpreter), compiling and loading run beside it in threads.
 
         On a CPU in one: XLA shares a compilation out by itself, and two at once take longer than one after the other,
         and twice the memory.
         """
         store, missing = self._store, [key for key in keys if key not in self._compiled]
-        bar = tqdm(total=len(missing), desc="Compiling steps", unit="program", disable=not progress, leave=False)
-        with bar, concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
+        if not missing:
+            return
+        everything = {*self._keys(), ALLOCATOR}
+        unknown = None if store is None else sum(not store.has(key) for key in everything)
+        self._progress.begin(len(everything), unknown)
+
+        def found(key: Key) -> jax.stages.Compiled | None:
+            assert store is not None
+            program = store.find(key)
+            freed_memory.give_back()
+            return program
+
+        def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
+            own = self._head_options if key[0] in HEAD_PROGRAMS else {}
+            if store is None:
+                result = program.compile({**self._options, **own})
+            else:
+                result = store.compile(key, program, own)
+            freed_memory.give_back()
+            return result
+
+        with Workers(self._workers, "compile") as pool:
             if store is not None:
+                self._collect({pool.submit(found, key): key for key in missing}, len(everything))
+            futures: dict[concurrent.futures.Future[jax.stages.Compiled | None], Key] = {}
+            for key in missing:
+                if key not in self._compiled:
+                    self.were_found = False
+                    self._progress.check()
+                    futures[pool.submit(compiled, key, self._lower(key))] = key
+                    self._say(futures, len(everything))
+            self._collect(futures, len(everything))
 
-                def found(key: Key) -> jax.stages.Compiled | None:
-                    program = store.find(key)
-                    freed_memory.give_back()
-                    return program
+    def _collect(
+        self, futures: Mapping[concurrent.futures.Future[jax.stages.Compiled | None], Key], total: int
+    ) -> None:
+        """Take the programs as they come, where there are any."""
+        for future in self._progress.wait(futures, lambda: self._say((), total)):
+            program = future.result()
+            if program is not None:
+                self._compiled[futures[future]] = program
 
-                for key, program in zip(missing, pool.map(found, missing), strict=True):
-                    if program is not None:
-                        self._compiled[key] = program
-                        bar.update()
-                missing = [key for key in missing if key not in self._compiled]
-            if not missing:
-                return
-            self.were_found = False
-            logger.info("Compiling %d programs, or loading those that the compile cache has", len(missing))
-
-            def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
-                own = self._head_options if key[0] in HEAD_PROGRAMS else {}
-                if store is None:
-                    result = program.compile({**self._options, **own})
-                else:
-                    result = store.compile(key, program, own)
-                freed_memory.give_back()
-                return result
-
-            futures = {pool.submit(compiled, key, self._lower(key)): key for key in missing}
-            for future in concurrent.futures.as_completed(futures):
-                self._compiled[futures[future]] = future.result()
-                bar.update()
+    def _say(self, futures: Iterable[concurrent.futures.Future[Any]], total: int) -> None:
+        """Say how far it is, with so many futures that nobody has collected yet."""
+        self._progress.programs(len(self._compiled) + sum(future.done() for future in futures), total)
 
     def activation_bytes(self) -> int:
         """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
         largest = self._largest()
-        self._compile((*itertools.chain(*largest), ALLOCATOR), progress=False)
+        self._compile((*itertools.chain(*largest), ALLOCATOR))
         return max(sum(map(self._needed_bytes, keys)) for keys in largest)
 
-    def compile_all(self, progress: bool) -> None:
+    def compile_all(self) -> None:
         """Compile what is missing."""
-        self._compile(self._keys(), progress)
+        self._compile(self._keys())
 
     @abc.abstractmethod
     def _keys(self) -> list[Key]:

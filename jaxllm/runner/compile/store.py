@@ -4,17 +4,21 @@ JAX's own compile cache asks for the lowered program first, which takes longer t
 program has two names. One is a hash of everything that decides what will be traced: configuration, shapes, sources,
 versions, machine. The other is a hash of the lowered program, so that an edit that changes no program compiles none.
 
+The folder may be one that this user can only read, a team's for example: what it has is used.
+
 Files are trusted as JAX's compile cache is: who can write to the folder can run code in this process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import pickle
-import tempfile
+import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ _MAGIC = b"jaxllm program 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 #: of a lowered program that calls back into this process, at addresses that mean nothing in another
 _CALLBACK = "callback"
+#: errors of a folder that others may write to
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class ProgramStore:
@@ -46,6 +52,9 @@ class ProgramStore:
     def __init__(self, folder: Path, devices: Sequence[Any], options: dict[str, str | bool], source: Any):
         self._folder, self._devices, self._options = folder, list(devices), options
         self._environment = environment(self._devices) + described(options)
+        self._keeps = True
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
         self._source: str | None = None
         with contextlib.suppress(TypeError):
             self._source = sources() + described(source)
@@ -84,6 +93,11 @@ class ProgramStore:
             self._write(name, path.name.encode())
         return compiled
 
+    def has(self, key: tuple[Any, ...]) -> bool:
+        """Whether `find` will most probably find the program; reads nothing."""
+        name = self._name(key)
+        return name is not None and os.path.exists(name)  # whose parent may be hidden
+
     def _name(self, key: tuple[Any, ...]) -> Path | None:
         if self._source is None:
             return None
@@ -108,7 +122,7 @@ class ProgramStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            logger.warning("%s cannot be read, and is made anew: %s", path, error)
+            self._warn_once("reading", "Programs of the compile cache cannot be read, and are made anew: %s", error)
             return None
         start = len(_MAGIC) + _DIGEST_BYTES
         content = stored[start:]
@@ -118,20 +132,50 @@ class ProgramStore:
         return content
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Write a file that is there as a whole or not at all."""
+        """Write a file that is there as a whole or not at all. What fails once is not tried again."""
+        if not self._keeps:
+            return
+        # made with the user's umask, unlike files of tempfile: whoever shares the folder shall read it
+        new = self._folder / f".new-{uuid.uuid4().hex}"
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".new-", delete=False) as file:
-                file.write(_MAGIC + hashlib.sha256(content).digest() + content)
-            os.replace(file.name, path)
+            try:
+                with new.open("xb") as file:
+                    file.write(_MAGIC + hashlib.sha256(content).digest() + content)
+                os.replace(new, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    new.unlink()
+                raise
         except OSError as error:
-            logger.warning("The compile cache cannot keep a program: %s", error)
+            self._keeps = False
+            if error.errno in _READ_ONLY:
+                self._warn_once(
+                    "writing",
+                    "The compile cache in %s can only be read (%s): what it does not have is compiled at every start. "
+                    "Set JAXLLM_CACHE to a folder that can be written to keep it.",
+                    self._folder,
+                    error.strerror,
+                )
+            else:
+                self._warn_once(
+                    "writing",
+                    "The compile cache keeps no more programs, which are compiled again at the next start: %s",
+                    error,
+                )
+
+    def _warn_once(self, about: str, message: str, *arguments: object) -> None:
+        with self._lock:
+            if about in self._warned:
+                return
+            self._warned.add(about)
+        logger.warning(message, *arguments)
 
 
 def open_store(
     folder: Path | None, devices: Sequence[Any], options: dict[str, str | bool], source: Any
 ) -> ProgramStore | None:
-    """A store in `folder`; None where the user configured a compile cache in JAX, or turned compile caches off there,
-    or where the folder cannot be written.
+    """A store in `folder`, which may be read-only; None where the user configured a compile cache in JAX, or turned
+    compile caches off there, or where there is no folder and none can be made.
     """
     if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return None
@@ -141,12 +185,11 @@ def open_store(
     compilation_cache.reset_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    except OSError as error:
         logger.warning(
-            "No compile cache: cannot write to %s. Set JAXLLM_CACHE to a folder that can be written.", folder
+            "No compile cache: cannot write to %s (%s). Set JAXLLM_CACHE to a folder that can be written.",
+            folder,
+            error.strerror,
         )
         return None
     return ProgramStore(folder, devices, options, source)

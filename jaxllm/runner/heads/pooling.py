@@ -16,6 +16,8 @@ from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.progress import StartProgress
+from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_packing, pooling_step, token_step
 from jaxllm.runner.rows import Rows
@@ -26,7 +28,7 @@ class PoolingPrograms(Programs):
 
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-        platform, cache_dir: see `Programs`.
+        platform, cache_dir, progress: see `Programs`.
     """
 
     def __init__(
@@ -39,18 +41,21 @@ class PoolingPrograms(Programs):
         *,
         platform: str,
         cache_dir: Path | None,
+        progress: StartProgress | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
         made_from = (config, buckets, table_width, params, state)
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
-        self.config, self._params = config, params
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
+        self.config: PoolingStepConfig = config
+        self._params = params
 
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(pooling_step, self.config, bucket, packing)
         kept = PoolingState(cache=CACHE, pooled=None if self._state.pooled is None else jax.P())  # pyright: ignore
         words = self._words(packing.size)
-        return self._lowered(function, self._params, self._state, words, donate=1, out=(kept, jax.P(), jax.P()))
+        args = self._params, self._state, words, *self.embeddings(bucket)
+        return self._lowered(function, *args, donate=1, out=(kept, jax.P(), jax.P()))
 
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -128,6 +133,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
 
     def __init__(self, programs: PoolingPrograms, max_num_seqs: int):
         self.programs: PoolingPrograms = programs
+        self._embeddings = Embeddings(programs)
         self._params: PoolingModel | None = None
         #: of all rows, the fields that `pooling_packing` has for each sequence
         self._fields = {name: np.zeros(max_num_seqs, np.int32) for name in ("dimensions", "activate", "segment_starts")}
@@ -142,8 +148,11 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         row, params = request.row, request.params
         assert isinstance(params, PoolingParams)
         start = params.segment_start
-        self._fields["dimensions"][row] = params.dimensions or self.programs.config.model.hidden_size
-        self._fields["activate"][row] = bool(params.use_activation)
+        # chunks are made of the tokens' states as they are, by the engine
+        whole = params.late_chunking is not None
+        own = None if whole else params.dimensions
+        self._fields["dimensions"][row] = own or self.programs.config.model.hidden_size
+        self._fields["activate"][row] = bool(params.use_activation) and not whole
         self._fields["segment_starts"][row] = np.iinfo(np.int32).max if start is None else start
         self._wants_tokens[row] = params.wants_tokens
         self._pieces[row] = []
@@ -157,7 +166,9 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size, np.int32)
         fields = packing.views(buffer)
-        order, row, first, end, _ = rows.pack(scheduled, fields)
+        found = rows.pack(scheduled, fields)
+        order, row, first, end, _ = found
+        vectors = rows.embeddings(found, bucket.tokens)
         for name, values in self._fields.items():
             fields[name][: len(row)] = values[row]
         wants = self._wants_tokens[row]
@@ -170,7 +181,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
             )
             for entry, seq in enumerate(np.argsort(order).tolist())
         ]
-        state, results, tokens = self._launch(state, bucket, buffer, want_tokens=bool(wants.any()))
+        state, results, tokens = self._launch(state, bucket, buffer, vectors, want_tokens=bool(wants.any()))
         return state, PoolingResult(results, tokens, entries)
 
     def sample(
@@ -181,14 +192,18 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
 
     def warm_up(self, state: PoolingState, *, smallest: bool) -> PoolingState:
         for bucket, packing in list(self.programs.packings.items())[: 1 if smallest else None]:
-            state, *_ = self._launch(state, bucket, np.zeros(packing.size, np.int32), want_tokens=True)
+            state, *_ = self._launch(state, bucket, np.zeros(packing.size, np.int32), None, want_tokens=True)
         return state
 
+    def free(self) -> None:
+        self._embeddings.free()
+
     def _launch(
-        self, state: PoolingState, bucket: Bucket, words: np.ndarray, *, want_tokens: bool
+        self, state: PoolingState, bucket: Bucket, words: np.ndarray, vectors: np.ndarray | None, *, want_tokens: bool
     ) -> tuple[PoolingState, jax.Array, jax.Array | None]:
         buffer, params = jax.device_put(words, self.programs.sharding), self._params
-        state, results, hidden = self.programs.pool(bucket)(params, state, buffer)
+        embeddings = self._embeddings.argument(bucket, vectors)
+        state, results, hidden = self.programs.pool(bucket)(params, state, buffer, *embeddings)
         tokens = None
         if want_tokens and params is not None:
             tokens = self.programs.tokens(bucket)(params.head, hidden, buffer)

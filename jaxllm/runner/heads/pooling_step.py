@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import KVCacheGroup
+from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
@@ -30,6 +31,8 @@ class PoolingStepConfig:
     groups: tuple[KVCacheGroup, ...]
     pooler: Pooler
     context: Context = Context()
+    #: whether steps bring vectors of prompts
+    prompt_embeds: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -59,12 +62,14 @@ def pooling_step(
     params: PoolingModel,
     state: PoolingState,
     buffer: jax.Array,
+    embeddings: jax.Array | None = None,
 ) -> tuple[PoolingState, jax.Array, jax.Array]:
     """Compute the scheduled tokens and pool every sequence, as far as it has come.
 
     Args:
         config, bucket, packing: static.
         buffer: int32, `pooling_packing`'s fields.
+        embeddings: [T, d], of the tokens whose id is `EMBEDDED`, where the engine takes such prompts.
 
     Returns:
         (state, results, hidden): results f32 [S, `output_size`], of use where the step holds a sequence's last token;
@@ -74,6 +79,8 @@ def pooling_step(
     batch = StepBatch(
         tokens=fields["token_ids"],
         attention=attention_batch(fields, bucket),
+        embeddings=embeddings,
+        embedded=None if embeddings is None else fields["token_ids"] == EMBEDDED,
         segment_starts=fields["segment_starts"] if isinstance(config.model, BertConfig) else None,
     )
     cache, hidden = forward(config.context, config.model, config.groups, params.body, state.cache, batch)

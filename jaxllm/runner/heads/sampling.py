@@ -13,6 +13,7 @@ from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, 
 from jaxllm.models.decoder import Params
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms, with_whole_layers
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
@@ -114,6 +115,7 @@ class SamplingHead(Head[Params, State]):
         self.programs: SamplingPrograms = programs
         self._sharding = programs.sharding
         self._rows = SamplingRows(programs)
+        self._embeddings = Embeddings(programs)
         self._params: Params | None = None
         #: the weights as programs of a single row take them, and as samplers do
         self._whole: Params | None = None
@@ -147,7 +149,7 @@ class SamplingHead(Head[Params, State]):
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
-        state, hidden, sampling = self._forward(state, bucket, packed.buffer)
+        state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
         return state, LaunchedStep(hidden, sampling, packed)
 
     def sample(self, state: State, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> tuple[State, StepResult]:
@@ -181,12 +183,15 @@ class SamplingHead(Head[Params, State]):
         return self._write_tokens(state, trash, np.zeros(1, np.int32))
 
     def free(self) -> None:
+        self._embeddings.free()
         if not self._no_constraints.is_deleted():
             self._no_constraints.delete()
 
-    def _forward(self, state: State, bucket: Bucket, buffer: np.ndarray) -> tuple[State, Hidden, jax.Array]:
-        words = jax.device_put(buffer, self._sharding)
-        return self.programs.forward(bucket)(self._params_for(bucket), state, words)
+    def _forward(
+        self, state: State, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None
+    ) -> tuple[State, Hidden, jax.Array]:
+        words, embeddings = jax.device_put(buffer, self._sharding), self._embeddings.argument(bucket, vectors)
+        return self.programs.forward(bucket)(self._params_for(bucket), state, words, *embeddings)
 
     def _sample(
         self,

@@ -14,10 +14,11 @@ import numpy as np
 
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.decoder import Params
+from jaxllm.models.decoder import MATRICES, Layers, Params
 from jaxllm.parallel.rules import CACHE
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
@@ -50,6 +51,7 @@ class SamplingPrograms(Programs):
         platform: str,
         eager: bool,
         cache_dir: Path | None,
+        progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
     ):
@@ -59,12 +61,12 @@ class SamplingPrograms(Programs):
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir: see `Programs`.
+            platform, cache_dir, progress: see `Programs`.
         """
         made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from)
+        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
         if platform != "cpu":
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
@@ -89,7 +91,8 @@ class SamplingPrograms(Programs):
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
         out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
-        return self._lowered(function, self._params_for(bucket), self._state, words, donate=1, out=out)
+        args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
+        return self._lowered(function, *args, donate=1, out=out)
 
     def takes_whole_layers(self, bucket: Bucket) -> bool:
         """Whether a bucket's programs take `with_whole_layers` of the params."""
@@ -198,8 +201,13 @@ def with_whole_layers(params: Params) -> Params:
     Args:
         params: arrays, or their shapes.
     """
-    layers = jax.tree.map(lambda w: StackedMatrix(_stored(w)) if w.ndim == 3 and can_be_read(w) else w, params.layers)
-    return with_head_for_one(dataclasses.replace(params, layers=layers))
+
+    def with_whole(segment: Layers) -> Layers:
+        matrices = {name: getattr(segment, name) for name in MATRICES}
+        whole: Any = {name: StackedMatrix(_stored(w)) for name, w in matrices.items() if w.ndim == 3 and can_be_read(w)}
+        return dataclasses.replace(segment, **whole)
+
+    return with_head_for_one(dataclasses.replace(params, layers=tuple(map(with_whole, params.layers))))
 
 
 def with_head_for_one(params: Params) -> Params:

@@ -35,6 +35,8 @@ class PackedStep:
     targets: np.ndarray | None
     #: positions that each entry has scored; [] where nothing is
     scored_counts: list[int]
+    #: [tokens of the bucket, hidden size], of prompts that bring vectors; None: no token of the step has one
+    embeddings: np.ndarray | None = None
     #: masked row -> its place in `constraints`
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -125,6 +127,7 @@ class SamplingRows:
 
         full = bool(step.masked_rows) or bool(self._full[row].any())
         packed = PackedStep(buffer, None, full, False, False, len(step.rows), order, targets, scored_counts)
+        packed.embeddings = rows.embeddings(found, len(fields["token_ids"]))
         if len(row):
             fields = self._sample_packing.views(buffer[packing.size :])
             self._pack_sampling(packed, fields, row, lengths)

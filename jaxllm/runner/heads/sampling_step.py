@@ -11,6 +11,7 @@ from jax import lax
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
+from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.runner.buckets import Bucket
@@ -36,6 +37,8 @@ class StepConfig:
     #: prompt tokens of a step whose successors' log-probabilities can be asked for
     max_scored_tokens: int
     context: Context = Context()
+    #: whether steps bring vectors of prompts
+    prompt_embeds: bool = False
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
     #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
@@ -76,13 +79,20 @@ class Sampled:
 
 
 def forward_step(
-    config: StepConfig, bucket: Bucket, packing: Packing, params: Params, state: State, buffer: jax.Array
+    config: StepConfig,
+    bucket: Bucket,
+    packing: Packing,
+    params: Params,
+    state: State,
+    buffer: jax.Array,
+    embeddings: jax.Array | None = None,
 ) -> tuple[State, Hidden, jax.Array]:
     """Compute the scheduled tokens and write their keys and values.
 
     Args:
         config, bucket, packing: static.
         buffer: int32, `forward_packing`'s fields, then `sample_packing`'s.
+        embeddings: [T, d], of the tokens whose id is `EMBEDDED`, where the engine takes such prompts.
 
     Returns:
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
@@ -91,10 +101,17 @@ def forward_step(
     attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     tokens = place_known_tokens(state.tokens, fields, attention)
-    ids = fields["token_ids"]
-    sampled = tokens[_token_rows(fields, attention, trash), attention.positions]
+    ids, rows_of_tokens = fields["token_ids"], _token_rows(fields, attention, trash)
+    embedded = None
+    if embeddings is not None:
+        embedded = ids == EMBEDDED
+        # who looks for the row's tokens finds none there
+        tokens = tokens.at[jnp.where(embedded, rows_of_tokens, trash), attention.positions].set(EMBEDDED)
+    sampled = tokens[rows_of_tokens, attention.positions]
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
-    batch = StepBatch(tokens=jnp.where(ids >= 0, ids, sampled), attention=attention)
+    batch = StepBatch(
+        tokens=jnp.where(ids >= 0, ids, sampled), attention=attention, embeddings=embeddings, embedded=embedded
+    )
     cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
 
     def rows(tokens: jax.Array, capacity: int) -> jax.Array:

@@ -58,6 +58,12 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             raise RuntimeError("the engine has been shut down")
         return self._state
 
+    @property
+    def num_bytes(self) -> int:
+        """What the weights and the state take at present, wherever they are."""
+        arrays = jax.tree.leaves((self.params, self._on_host, self._state))
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
+
     def reset(self) -> None:
         """Allocate the state anew: a failed step may have consumed what was donated to it."""
         self.free_cache()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf_config import MetadataView, hf_config
 from jaxllm.weights.formats.gguf_header import GGUFHeader, TensorInfo, parse_header
-from jaxllm.weights.formats.gguf_names import ROPE_FREQS, StoredTensor, stored_rows, tensor_map
+from jaxllm.weights.formats.gguf_names import ROPE_FREQS, StoredTensor, tensor_map
 from jaxllm.weights.formats.gguf_quants import dequantize_rows
 from jaxllm.weights.formats.plain_file import PlainFile
 
@@ -54,7 +54,7 @@ class GGUFReader:
         kv_heads = view.count("attention.head_count_kv", heads)
         self._map = tensor_map(view.architecture, header.tensors, heads, kv_heads, str(self.path))
         for stored in self._map.values():
-            self._check_rope_rows(stored)
+            self._check_rows(stored)
 
     def __enter__(self) -> GGUFReader:
         return self
@@ -95,7 +95,8 @@ class GGUFReader:
         """
         stored, info = self._find(name)
         wanted = slice(None) if rows is None else rows
-        index = stored_rows(info.shape[0], stored.rope_heads)[wanted] if stored.rope_heads else wanted
+        order = stored.rows(info.shape[0])
+        index = wanted if order is None else order[wanted]
         values = self._dequantize(info, index)
         if stored.subtract:
             return values.astype(np.float32) - np.float32(stored.subtract)
@@ -119,13 +120,14 @@ class GGUFReader:
         picked = raw.reshape(last + 1 - first, row_bytes)[wanted - first]
         return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
 
-    def _check_rope_rows(self, stored: StoredTensor) -> None:
+    def _check_rows(self, stored: StoredTensor) -> None:
         info = self._tensors[stored.name]
-        if stored.rope_heads and info.shape[0] % (2 * stored.rope_heads):
-            raise WeightsError(
-                f"{self.path}: tensor {stored.name!r} has {info.shape[0]} rows, "
-                f"expected a multiple of twice its {stored.rope_heads} heads"
-            )
+        for heads, times, word in ((stored.rope_heads, 2, "twice"), (stored.fused_heads, 3, "three times")):
+            if heads and info.shape[0] % (times * heads):
+                raise WeightsError(
+                    f"{self.path}: tensor {stored.name!r} has {info.shape[0]} rows, "
+                    f"expected a multiple of {word} its {heads} heads"
+                )
 
 
 def _header(file: PlainFile) -> GGUFHeader:

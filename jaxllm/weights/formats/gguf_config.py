@@ -15,20 +15,13 @@ from typing import Any
 import numpy as np
 
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.gguf_families import LAYER_NORM, MODEL_CLASSES, PARTIAL_ROTARY, family_fields
 from jaxllm.weights.formats.gguf_header import TensorInfo
 from jaxllm.weights.formats.gguf_names import KNOWN_ARCHITECTURES, ROPE_FREQS, unknown_architecture
 
-_MODEL_CLASSES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
-}
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Meta's values for every Llama 3.1, 3.2 and 3.3; only the factor (8 or 32) differs, and it is in the tensor.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL_CONTEXT = 1.0, 4.0, 8192
-# llama.cpp recognises Gemma 3 27B by its depth too: the one size whose attention scale is not 1/sqrt(head_dim).
-_GEMMA3_27B_LAYERS = 62
 _REQUIRED: Any = object()
 
 
@@ -104,7 +97,7 @@ def hf_config(
         raise WeightsError(f"{source}: embedding_length {hidden} is not a multiple of attention.head_count {heads}")
     head_dim = view.count("attention.key_length", hidden // heads)
     _refuse_unsupported(view, head_dim)
-    class_name, model_type = _MODEL_CLASSES[view.architecture]
+    class_name, model_type = MODEL_CLASSES[view.architecture]
     # Gemma 3's converter leaves rope.freq_base out where it is the family's default.
     theta = view.positive("rope.freq_base", 1_000_000.0 if view.architecture == "gemma3" else 10_000.0)
     config: dict[str, Any] = {
@@ -116,7 +109,6 @@ def hf_config(
         "num_key_value_heads": view.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": view.count("feed_forward_length"),
-        "rms_norm_eps": view.positive("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
         "max_position_embeddings": view.count("context_length"),
         "vocab_size": _vocab_size(view, tensors),
@@ -124,22 +116,25 @@ def hf_config(
         "hidden_act": "silu",
         "torch_dtype": _float_type(tensors),
     }
+    if view.architecture in LAYER_NORM:
+        config["layer_norm_eps"] = view.positive("attention.layer_norm_epsilon")
+    else:
+        config["rms_norm_eps"] = view.positive("attention.layer_norm_rms_epsilon")
+    if view.architecture in PARTIAL_ROTARY:
+        config["partial_rotary_factor"] = view.count("rope.dimension_count", head_dim) / head_dim
     scaling = _rope_scaling(view) or _llama3_scaling(rope_freqs, theta, head_dim, source)
     if scaling:
         config["rope_scaling"] = scaling
     config |= _token_ids(view)
-    if view.architecture == "llama":
-        config |= _llama_extras(view, tensors)
-    elif view.architecture == "gemma3":
-        config |= _gemma3_extras(view, config)
-    return config
+    return config | family_fields(view, tensors, config)
 
 
 def _refuse_unsupported(view: MetadataView, head_dim: int) -> None:
     if view.metadata.get(f"{view.architecture}.expert_count"):
         raise WeightsError(f"{view.source}: this is a mixture of experts, which is not supported; use a dense model")
     for key in ("rope.dimension_count", "attention.value_length"):
-        if view.count(key, head_dim) != head_dim:
+        is_partial = key == "rope.dimension_count" and view.architecture in PARTIAL_ROTARY
+        if view.count(key, head_dim) != head_dim and not is_partial:
             raise WeightsError(
                 f"{view.source}: {key} is {view.count(key)} and the head dimension {head_dim}; "
                 "only models where they are equal are supported"
@@ -227,31 +222,3 @@ def _llama3_scaling(divisors: np.ndarray | None, theta: float, head_dim: int, so
             f"scaling for head dimension {head_dim}, rope_theta {theta} and {_LLAMA3_ORIGINAL_CONTEXT} positions"
         )
     return scaling
-
-
-def _llama_extras(view: MetadataView, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    extras: dict[str, Any] = {
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-    }
-    window = view.count("attention.sliding_window", None)
-    if window is not None:
-        # Llama has no window: with one, the file was made from a Mistral.
-        extras |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
-    return extras
-
-
-def _gemma3_extras(view: MetadataView, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every sixth layer is global; local ones rotate with theta 10,000. The file stores the window only."""
-    layers = config["num_hidden_layers"]
-    is_27b = layers == _GEMMA3_27B_LAYERS
-    scale_dim = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": view.count("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)],
-        "rope_local_base_freq": view.positive("rope.freq_base_swa", 10_000.0),
-        "query_pre_attn_scalar": scale_dim,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    }

@@ -1,6 +1,6 @@
 """GGUF files have tensor names of their own; these are Hugging Face's, with what llama.cpp's converter changed.
 
-llama.cpp renames every tensor, stores the ``llama`` architecture's Q and K rows in the order that interleaved rotary
+llama.cpp renames every tensor, stores some architectures' Q and K rows in the order that interleaved rotary
 embedding wants, and adds 1 to Gemma's RMS norm weights. ``tensor_map`` says how to undo all three.
 """
 
@@ -20,6 +20,7 @@ ROPE_FREQS = "rope_freqs.weight"
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
 }
 _LLAMA = {
@@ -34,18 +35,45 @@ _LLAMA = {
     "ffn_down": "mlp.down_proj",
 }
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GPT_NEOX = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_GPT_NEOX_TOP = {
+    "token_embd.weight": "gpt_neox.embed_in.weight",
+    "output_norm.weight": "gpt_neox.final_layer_norm.weight",
+    "output_norm.bias": "gpt_neox.final_layer_norm.bias",
+    "output.weight": "embed_out.weight",
+}
+_POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 _LAYER_NAMES = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | _QK_NORM,
-    "gemma3": _LLAMA
-    | _QK_NORM
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3": _LLAMA | _QK_NORM | _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": _LLAMA | _FUSED_MLP | {"attn_qkv": "self_attn.qkv_proj"},
+    "granite": _LLAMA,
+    "olmo2": _LLAMA | _QK_NORM | _POST_NORMS,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "gptneox": _GPT_NEOX,
+    "command-r": _LLAMA | _QK_NORM,
+    "cohere2": _LLAMA,
+    "glm4": _LLAMA
+    | _FUSED_MLP
+    | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
 }
+#: architectures whose rows of Q and K lie in the order of interleaved rotary embedding
+_INTERLEAVED = ("llama", "granite", "smollm3")
+#: architectures whose norms are stored with 1 added
+_SHIFTED = ("gemma", "gemma2", "gemma3")
 KNOWN_ARCHITECTURES = tuple(_LAYER_NAMES)
 
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
@@ -54,11 +82,19 @@ _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """Where an HF tensor is in the file: ``name`` there, what to ``subtract`` from its values, and, when its rows were
-    reordered for interleaved rope, the ``rope_heads`` they belong to (0: rows are in HF's order)."""
+    reordered for interleaved rope, the ``rope_heads`` they belong to; or, when HF has the queries, keys and values of
+    each head together and the file does not, the ``fused_heads`` (0: rows are in HF's order)."""
 
     name: str
     subtract: float = 0.0
     rope_heads: int = 0
+    fused_heads: int = 0
+
+    def rows(self, count: int) -> np.ndarray | None:
+        """For each of HF's ``count`` rows, the row where it is stored; None: the same."""
+        if self.fused_heads:
+            return np.arange(count).reshape(3, self.fused_heads, -1).swapaxes(0, 1).reshape(-1)
+        return stored_rows(count, self.rope_heads) if self.rope_heads else None
 
 
 def tensor_map(
@@ -72,6 +108,8 @@ def tensor_map(
     layer_names = _LAYER_NAMES.get(architecture)
     if layer_names is None:
         raise unknown_architecture(architecture, source)
+    body, top = ("gpt_neox", _GPT_NEOX_TOP) if architecture == "gptneox" else ("model", _TOP)
+    per_head = {"attn_q": heads, "attn_k": kv_heads} if architecture in _INTERLEAVED else {}
     result: dict[str, StoredTensor] = {}
     for name in names:
         if name == ROPE_FREQS:
@@ -79,17 +117,22 @@ def tensor_map(
         match = _LAYER_TENSOR.fullmatch(name)
         hf_part = layer_names.get(match[2]) if match else None
         if match and hf_part:
-            hf_name = f"model.layers.{match[1]}.{hf_part}.{match[3]}"
-        elif name in _TOP:
-            hf_name = _TOP[name]
+            hf_name = f"{body}.layers.{match[1]}.{hf_part}.{match[3]}"
+        elif name in top:
+            hf_name = top[name]
         else:
             raise WeightsError(
                 f"{source}: tensor {name!r} is not one that architecture {architecture!r} has; "
-                f"per layer it has {', '.join(layer_names)}, besides them {', '.join(_TOP)}"
+                f"per layer it has {', '.join(layer_names)}, besides them {', '.join(top)}"
             )
-        rope_heads = {"attn_q": heads, "attn_k": kv_heads}.get(match[2], 0) if match and architecture == "llama" else 0
-        shifted = architecture == "gemma3" and name.endswith("norm.weight")
-        result[hf_name] = StoredTensor(name=name, subtract=1.0 if shifted else 0.0, rope_heads=rope_heads)
+        part = match[2] if match else ""
+        shifted = architecture in _SHIFTED and name.endswith("norm.weight")
+        result[hf_name] = StoredTensor(
+            name=name,
+            subtract=1.0 if shifted else 0.0,
+            rope_heads=per_head.get(part, 0),
+            fused_heads=heads if body == "gpt_neox" and part == "attn_qkv" else 0,
+        )
     return result
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,40 +32,49 @@ class Tensor:
 
     name: str
     spec: WeightSpec
-    part: Part
     array: jax.Array
-    #: of the whole array: a layer, if layers are stacked in it, and rows
-    index: tuple[int | slice, ...]
+    #: what it is made of, each with its place in the whole array: a layer, if layers are stacked in it, and rows
+    places: tuple[tuple[Part, tuple[int | slice, ...]], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.part.shape
+        return self.places[0][0].tensor_shape
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.array.dtype.itemsize
 
     def value(self) -> np.ndarray:
-        """The numbers: the model's own memory on a CPU, a copy in the host's elsewhere."""
+        """The numbers: the model's own memory on a CPU, a copy in the host's elsewhere and of parts that are joined."""
+        if len(self.places) == 1:
+            return self._part(*self.places[0])
+        whole = np.empty(self.shape, self.array.dtype)
+        for part, index in self.places:
+            span, ours = part.in_tensor(0, part.shape[0])
+            whole[span][ours] = self._part(part, index)
+        return whole
+
+    def _part(self, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:
         array = self.array
         if is_split(self.spec, array.sharding):
-            return gather_tensor(self.spec, array, self.part, self.index)
+            return gather_tensor(self.spec, array, part, index)
         if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
-            return np.ascontiguousarray(np.asarray(array)[self.index])
-        part = array[self.index]
+            return np.ascontiguousarray(np.asarray(array)[index])
+        own = array[index]
         # an array keeps what numpy has seen of it, and the model's must not keep a copy on the host
-        return np.ascontiguousarray(part.copy() if part is array else part)
+        return np.ascontiguousarray(own.copy() if own is array else own)
 
 
 def tensors(specs: Any, params: Any) -> Iterator[Tensor]:
-    """Every tensor of a checkpoint that `params` would be read from: fused ones split, stacked layers each by itself.
+    """Every tensor of a checkpoint that `params` would be read from: parts of an array apart, or joined as the
+    checkpoint joins them, stacked layers each by itself.
 
     Args:
         specs: what each array of `params` is, a tree of `WeightSpec`s of the same form.
     """
     for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True):
-        for name, part, index in spec.places():
-            yield Tensor(name=name, spec=spec, part=part, array=array, index=index)
+        for name, places in itertools.groupby(spec.places(), key=operator.itemgetter(0)):
+            yield Tensor(name=name, spec=spec, array=array, places=tuple(place[1:] for place in places))
 
 
 def write(directory: Path, found: Sequence[Tensor]) -> None:

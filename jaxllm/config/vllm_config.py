@@ -1,0 +1,142 @@
+"""A running engine's configuration under vLLM's names: scripts read ``llm.llm_engine.vllm_config``, nothing of jaxllm
+does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.config.scheduler import SchedulerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model, as the engine runs it."""
+
+    model: str
+    tokenizer: str
+    revision: str | None
+    #: "generate" or "pooling"
+    runner_type: str
+    #: numpy's name of it; vLLM has torch's type here
+    dtype: str
+    seed: int
+    max_model_len: int
+    quantization: str | None
+    max_logprobs: int
+    enforce_eager: bool
+    #: config.json with ``hf_overrides``, as transformers reads it
+    hf_config: PretrainedConfig
+
+    @property
+    def hf_text_config(self) -> PretrainedConfig:
+        """What of it is about text."""
+        return self.hf_config.get_text_config()
+
+    def get_vocab_size(self) -> int:
+        return self.hf_text_config.vocab_size
+
+    def get_hidden_size(self) -> int:
+        return self.hf_text_config.hidden_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The KV cache, as the engine has made it."""
+
+    block_size: int
+    #: block 0 included, which holds no request's tokens
+    num_gpu_blocks: int
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The devices that the engine is split over. There is one process, so every rank is 0."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    data_parallel_rank: int = 0
+    rank: int = 0
+
+    @property
+    def world_size(self) -> int:
+        """Devices of one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """All of it. What is set here changes nothing: the engine runs already."""
+
+    model_config: ModelConfig
+    cache_config: CacheConfig
+    scheduler_config: SchedulerConfig
+    parallel_config: ParallelConfig
+
+
+def vllm_config(
+    args: EngineArgs,
+    config: Mapping[str, Any],
+    *,
+    scheduler: SchedulerConfig,
+    dtype: str,
+    pools: bool,
+    block_size: int,
+    num_blocks: int,
+) -> VllmConfig:
+    """The configuration of an engine.
+
+    Args:
+        args: what it was started with.
+        config: the model's config.json.
+        scheduler: the limits that hold, which the arguments may have left open.
+        pools: whether it pools prompts.
+    """
+    return VllmConfig(
+        model_config=ModelConfig(
+            model=str(args.model),
+            tokenizer=str(args.tokenizer or args.model),
+            revision=args.revision,
+            runner_type="pooling" if pools else "generate",
+            dtype=dtype,
+            seed=args.seed,
+            max_model_len=scheduler.max_model_len,
+            quantization=args.quantization,
+            max_logprobs=args.max_logprobs,
+            enforce_eager=args.enforce_eager,
+            hf_config=_hf_config(config),
+        ),
+        cache_config=CacheConfig(
+            block_size=block_size,
+            num_gpu_blocks=num_blocks,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            enable_prefix_caching=args.enable_prefix_caching,
+        ),
+        scheduler_config=scheduler,
+        parallel_config=ParallelConfig(
+            tensor_parallel_size=args.tensor_parallel_size,
+            pipeline_parallel_size=args.pipeline_parallel_size,
+            data_parallel_size=args.data_parallel_size,
+        ),
+    )
+
+
+def _hf_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """config.json as transformers' class of the model, with that class's defaults; else as its general one."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (KeyError, TypeError, ValueError):
+        return PretrainedConfig.from_dict(dict(config))

@@ -1,0 +1,35 @@
+"""What the families' checkpoints call their tensors, in transformers' spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightNames:
+    """The modules of one family, ``.weight`` and ``.bias`` left out; as most families have them where nothing is said.
+
+    Several projections under one name are a single tensor.
+    """
+
+    #: in front of all but the head
+    prefix: str = "model."
+    #: of a layer, behind the prefix
+    layer: str = "layers.{layer}."
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    head: str = "lm_head"
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    #: whether the rows of one tensor are each head's query, key and value in turn, not all queries first
+    qkv_by_head: bool = False
+    #: with ``{head}``: each head's weights are a tensor of their own
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    output: str = "self_attn.o_proj"
+    post_attention_norm: str = "post_attention_layernorm"
+    # the "post attention" norm of Llama and most others is the one in front of the MLP
+    mlp_norm: str = "post_attention_layernorm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    post_mlp_norm: str = "post_feedforward_layernorm"

@@ -1,0 +1,118 @@
+"""How far a start is, said while it lasts: programs that are there, of how many, and when it may be over."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxllm.engine.interrupt import StartInterrupt
+
+logger = logging.getLogger("jaxllm")
+
+#: seconds between two lines of the log
+LINE_INTERVAL = 5.0
+#: seconds between two looks at whether the start is still wanted
+LOOK_INTERVAL = 0.1
+
+
+class StartProgress:
+    """Shows a bar on a terminal, and writes lines into the log elsewhere.
+
+    Args:
+        quiet: nothing is said.
+        on_terminal: whether there is a terminal that shows bars.
+        expected: seconds that the last start like this one took, by whether programs were compiled in it.
+        interrupt: ends the start.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        on_terminal: bool = False,
+        expected: dict[bool, float] | None = None,
+        interrupt: StartInterrupt | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._quiet, self.on_terminal = quiet, on_terminal and not quiet
+        self._expected, self._clock = expected or {}, clock
+        self._interrupt = interrupt or StartInterrupt()
+        self._began = self._said = clock()
+        self._seconds: float | None = None
+        self._bar: tqdm[Any] | None = None
+        self._has_begun = False
+        #: whether programs were compiled, or may have been
+        self.compiles = False
+
+    def begin(self, total: int, missing: int | None) -> None:
+        """Say what there is to do; once.
+
+        Args:
+            total: number of programs.
+            missing: those that the compile cache does not have; None: nobody knows.
+        """
+        self.compiles = self.compiles or missing != 0
+        if self._has_begun or self._quiet:
+            return
+        self._has_begun, self._said = True, self._clock()
+        self._seconds = self._expected.get(self.compiles)
+        if missing is None:
+            what = f"Compiling {total} programs, or loading those that JAX's compile cache has"
+        elif missing:
+            what = f"Compiling {missing} of {total} programs, and keeping them for the next start"
+        else:
+            what = f"Loading {total} programs from the compile cache"
+        last = "" if self._seconds is None else f"; the last start like this one took {self._seconds:.0f} s"
+        logger.info("%s%s", what, last)
+
+    def programs(self, done: int, total: int) -> None:
+        """So many programs are there."""
+        if self._quiet:
+            return
+        if self.on_terminal:
+            if self._bar is None:
+                expected = "" if self._seconds is None else f" of about {self._seconds:.0f} s"
+                form = "{n_fmt} of {total_fmt} programs |{bar}| {elapsed}" + expected
+                self._bar = tqdm(total=total, bar_format=form, leave=False)
+            self._bar.total, self._bar.n = total, done
+            self._bar.refresh()
+            return
+        now = self._clock()
+        if now - self._said >= LINE_INTERVAL:
+            self._said = now
+            expected = "" if self._seconds is None else f" of about {self._seconds:.0f}"
+            logger.info("%d of %d programs, %.0f%s s", done, total, now - self._began, expected)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where the start is to end."""
+        self._interrupt.check()
+
+    def wait(
+        self, futures: Collection[concurrent.futures.Future[Any]], still: Callable[[], object]
+    ) -> Iterator[concurrent.futures.Future[Any]]:
+        """The futures as they are done; `still` is called in between, and now and then where none is."""
+        pending = set(futures)
+        self._interrupt.is_polled = True
+        try:
+            while pending:
+                done, pending = concurrent.futures.wait(
+                    pending, timeout=LOOK_INTERVAL, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                self.check()
+                yield from done
+                still()
+        finally:
+            self._interrupt.is_polled = False
+
+    def close(self) -> None:
+        """Show nothing any more; idempotent."""
+        self._quiet = True
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,87 @@
+"""Read a checkpoint of several families onto one device and onto four, compute a step on both, and compare; then
+compare what the four would save with what was read. Prints the families.
+
+Run with ``JAX_NUM_CPU_DEVICES=4``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from support.split_model import BLOCK_SIZE, BLOCKS, step, two_sequences
+from support.tiny_model import CONFIG
+
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.layers.context import Context
+from jaxllm.layers.weight import is_spec
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.collectives import count_collectives, expected_collectives
+from jaxllm.parallel.mesh import make_mesh, on_each_device
+from jaxllm.parallel.rules import CACHE, layer_sums, local_model, split_axes
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.formats import hugging_face
+
+DEVICES = 4
+#: of tensors that are split by their parts, by heads and over all heads; two KV heads are fewer than the devices
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Phi3": {},
+    "GPTNeoX": {},
+    "Olmo2": {},
+    "Cohere": {"use_qk_norm": True},
+}
+
+
+def main() -> None:
+    for family, fields in FAMILIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compare(Path(folder), {**CONFIG, **fields, "architectures": [f"{family}ForCausalLM"]})
+        print(family)
+
+
+def compare(folder: Path, config: dict[str, Any]) -> None:
+    model = model_config(config)
+    specs, random, groups = decoder_specs(model), np.random.default_rng(0), kv_cache_groups(model.kv_specs)
+    tensors = {
+        name: (random.standard_normal(part.tensor_shape) / part.shape[-1] ** 0.5).astype(np.float32)
+        for spec in jax.tree.leaves(specs, is_leaf=is_spec)
+        for name, part in spec.tensors()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    batch, computed = two_sequences(random, model.vocab_size), []
+    for devices in (1, DEVICES):
+        mesh = make_mesh(jax.devices()[:devices])
+        whole = jax.sharding.NamedSharding(mesh, jax.P())
+        params = Checkpoint(folder).load(
+            specs, jnp.dtype("float32"), whole, prefix=model.names.prefix, seed=0, progress=False
+        )
+        part, context = local_model(model, devices), Context(split=split_axes(mesh.shape))
+        cache_spec = CACHE if devices > 1 else jax.P()
+        shape = (model.num_layers * BLOCKS, 2 * part.num_kv_heads * devices, BLOCK_SIZE, model.head_dim)
+        arguments = (
+            params,
+            jnp.zeros(shape, device=jax.sharding.NamedSharding(mesh, cache_spec)),
+            jax.device_put(batch, whole),
+        )
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arguments)
+        function = on_each_device(functools.partial(step, groups, context, part), mesh, shapes, (cache_spec, jax.P()))
+        compiled = jax.jit(function).lower(*arguments).compile()
+        computed.append(compiled(*arguments)[1])
+    np.testing.assert_allclose(computed[1], computed[0], rtol=2e-5, atol=2e-5)
+    counted = count_collectives(compiled.as_text() or "")
+    np.testing.assert_equal(counted, expected_collectives(model.num_layers, DEVICES, layer_sums=layer_sums(model)))
+    saved = {tensor.name: tensor.value() for tensor in hugging_face.tensors(specs, params)}
+    np.testing.assert_equal(saved, tensors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Small models under the names that the examples load, in a folder that is a Hugging Face cache: the scripts find them
+there unchanged, and so does transformers where a script uses it.
+
+They have random weights and do what the example's own model is for. The architecture may be another one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.resolve import resolve
+
+#: of a snapshot that nobody has made
+REVISION = "0" * 40
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 16384,
+}
+
+
+def causal(folder: Path, kind: str, **config: Any) -> None:
+    """A model that generates, with SmolLM2's tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM
+
+    _decoder(folder, AutoModelForCausalLM, kind, config)
+
+
+def classifier(folder: Path, kind: str, **config: Any) -> None:
+    """A generating model's body with a classification head."""
+    from transformers import AutoModelForSequenceClassification
+
+    _decoder(folder, AutoModelForSequenceClassification, kind, config)
+
+
+def _decoder(folder: Path, head: Any, kind: str, config: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(resolve("smollm2-135m-instruct"))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    shape = AutoConfig.for_model(kind, **{**SIZES, **ends, "vocab_size": len(tokenizer), **config})
+    head.from_config(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def embedder(folder: Path, **config: Any) -> None:
+    """all-MiniLM-L6-v2 itself, which is small; `config` changes its config.json."""
+    shutil.copytree(resolve("all-minilm-l6-v2"), folder, dirs_exist_ok=True)
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def cross_encoder(folder: Path, **config: Any) -> None:
+    """A BERT that reads two texts, with all-MiniLM-L6-v2's tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    files = resolve("all-minilm-l6-v2")
+    tokenizer = load_tokenizer(files)
+    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    shape = BertConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_labels=1, **sizes, **config)
+    BertForSequenceClassification(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+#: hub id -> what writes its stand-in into a folder
+STAND_INS: dict[str, Callable[[Path], None]] = {
+    **dict.fromkeys(
+        (
+            "facebook/opt-125m",
+            "lmsys/longchat-13b-16k",
+            "meta-llama/Llama-2-13b-chat-hf",
+            "meta-llama/Llama-3.1-8B-Instruct",
+            "meta-llama/Llama-3.2-1B-Instruct",
+            "mistralai/Mistral-7B-Instruct-v0.3",
+        ),
+        lambda folder: causal(folder, "llama"),
+    ),
+    "Qwen/Qwen2.5-3B-Instruct": lambda folder: causal(folder, "qwen2"),
+    "Qwen/Qwen2.5-7B-Instruct-1M": lambda folder: causal(folder, "qwen2", max_position_embeddings=1048576),
+    "Qwen/Qwen3-0.6B": lambda folder: causal(folder, "qwen3", max_position_embeddings=40960),
+    "Qwen/Qwen3-Reranker-0.6B": lambda folder: causal(folder, "qwen3"),
+    "jason9693/Qwen2.5-1.5B-apeach": lambda folder: classifier(folder, "qwen2", num_labels=2),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": lambda folder: classifier(folder, "qwen3", num_labels=1),
+    "internlm/internlm2-1_8b-reward": lambda folder: classifier(folder, "llama", num_labels=1),
+    "nvidia/llama-nemotron-rerank-1b-v2": lambda folder: classifier(folder, "llama", num_labels=1),
+    "boltuix/NeuroBERT-NER": lambda folder: classifier(folder, "qwen3", num_labels=5),
+    "BAAI/bge-reranker-v2-m3": cross_encoder,
+    **dict.fromkeys(
+        ("intfloat/e5-small", "intfloat/multilingual-e5-small", "BAAI/bge-m3", "jinaai/jina-reranker-v3"), embedder
+    ),
+    "jinaai/jina-embeddings-v3": lambda folder: embedder(folder, matryoshka_dimensions=[32, 64, 384]),
+}
+
+
+def write(home: Path) -> None:
+    """Write those that are not there yet into a folder that is to be HF_HOME."""
+    for name, make in STAND_INS.items():
+        model = home / "hub" / f"models--{name.replace('/', '--')}"
+        reference = model / "refs" / "main"
+        if reference.exists():
+            continue
+        snapshot = model / "snapshots" / REVISION
+        snapshot.mkdir(parents=True, exist_ok=True)
+        make(snapshot)
+        # last: now it is whole
+        reference.parent.mkdir(exist_ok=True)
+        reference.write_text(REVISION)
