@@ -65,7 +65,7 @@ def _packages(packages: Sequence[Package]) -> Iterator[Finding]:
     if missing:
         yield Finding(
             problem=f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
-            remedy="In a checkout of jaxllm: pip install .",
+            remedy="Run pip install . in a checkout of jaxllm",
             kind="broken",
         )
     for package in packages:
