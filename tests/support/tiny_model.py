@@ -50,7 +50,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     """Write the model into `folder`, which exists, as a Hugging Face checkpoint."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     save_file(_weights(np.random.default_rng(seed)), folder / "model.safetensors", {"format": "pt"})
-    _tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     return folder
@@ -81,7 +81,7 @@ def _weights(random: np.random.Generator) -> dict[str, np.ndarray]:
     return weights | {"model.norm.weight": np.ones(d, np.float32)}
 
 
-def _tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,208 @@
+"""Every capability beside every other one: engines with many settings on, asked for every pair of requests' options.
+
+``python -m support.pairs FOLDER`` prints one JSON object, by engine, of what each request got. An engine that has two
+settings on and answers as the plain engine does shows that these two work together, and with everything that was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from support.tiny_model import CONFIG, EOS, SMALL, byte_tokenizer, write_tiny_model
+
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, LogitsProcessor, SamplingParams
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import RequestOutputKind
+
+TOKEN = byte_tokenizer().get_vocab()
+LETTERS = [TOKEN[letter] for letter in "abcdefghijklm"]
+BUDGET = 2
+#: option of a request -> its parameters
+KINDS: dict[str, dict[str, Any]] = {
+    "seed": {"temperature": 1.3, "top_p": 0.95, "seed": 11},
+    "n": {"n": 2, "temperature": 1.0, "seed": 5},
+    "logprobs": {"logprobs": 3},
+    "prompt logprobs": {"prompt_logprobs": 2},
+    "structured outputs": {"structured_outputs": {"regex": "(ab|cd|fg){2,9}"}},
+    "stop string": {"stop": ["c", "ab"]},
+    "min_tokens": {"min_tokens": 9, "stop_token_ids": LETTERS[7:]},
+    "bad words": {"bad_words": ["a", "dd"]},
+    "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    "logit bias": {"logit_bias": {TOKEN["d"]: 4.0}},
+    "logits processor": {"extra_args": {"bonus": 6.0}},
+    "repetition detection": {"repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 3}},
+    "thinking budget": {"thinking_token_budget": BUDGET, "allowed_token_ids": [*LETTERS, TOKEN[")"], EOS]},
+}
+#: setting of an engine -> its arguments; none of them changes what a request gets
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prefix caching": {"enable_prefix_caching": True},
+    "preemption": {"num_gpu_blocks_override": 14},
+    "chunked prefill": {"max_num_batched_tokens": 8},
+    "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
+    "asynchronous scheduling": {"async_scheduling": True},
+    "priorities": {"scheduling_policy": "priority"},
+    "active requests": {"max_num_active_seqs": 3},
+    "deterministic": {"deterministic": True},
+    "tensor parallel": {"tensor_parallel_size": 2},
+}
+PLAIN: dict[str, Any] = {
+    **SMALL,
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "block_size": 8,
+    "num_gpu_blocks_override": 400,
+    "enable_prefix_caching": False,
+    "async_scheduling": False,
+    "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": ")"},
+}
+ON_ONE = [name for name in SETTINGS if name not in ("deterministic", "tensor parallel")]
+#: engines by name -> the settings that are on; the model of all of them has sliding windows
+ENGINES: dict[str, list[str]] = {
+    "plain": [],
+    "all": ON_ONE,
+    "all, deterministic": [*ON_ONE, "deterministic"],
+    "all, split": [*ON_ONE, "tensor parallel"],
+}
+#: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
+POOLING = ["prefix caching", "chunked prefill", "asynchronous scheduling", "priorities", "tensor parallel"]
+BEGINNING = "a beginning that fills blocks "
+
+
+def asked() -> dict[str, tuple[str, SamplingParams]]:
+    """Each option and each pair of options -> (prompt, parameters)."""
+    requests = {}
+    for kinds in [*((kind,) for kind in KINDS), *itertools.combinations(KINDS, 2)]:
+        params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 14, "allowed_token_ids": [*LETTERS, EOS]}
+        for kind in kinds:
+            params |= KINDS[kind]
+        prompt = BEGINNING + " and ".join(kinds) + " "
+        # reasoning is open where its length is limited, and over elsewhere
+        prompt += "(" if "thinking budget" in kinds else "()"
+        requests[" + ".join(kinds)] = (prompt, SamplingParams(**params))
+    return requests
+
+
+def add_bonus(logits: Any, state: Any) -> Any:
+    return logits.at[:, TOKEN["k"]].add(state.extra_args["bonus"])
+
+
+def told(output: RequestOutput) -> dict[str, Any]:
+    """What a request got, as JSON."""
+
+    def numbers(entries: Any) -> list[Any]:
+        return [sorted(value.logprob for value in entry.values()) for entry in entries or [] if entry]
+
+    return {
+        "token_ids": [list(completion.token_ids) for completion in output.outputs],
+        "text": [completion.text for completion in output.outputs],
+        "reason": [[completion.finish_reason, completion.stop_reason] for completion in output.outputs],
+        "logprobs": [numbers(completion.logprobs) for completion in output.outputs],
+        "prompt_logprobs": numbers(output.prompt_logprobs),
+        "prompt_tokens": len(output.prompt_token_ids or []),
+    }
+
+
+def generated(llm: LLM) -> dict[str, Any]:
+    requests = asked()
+    priority = [index % 3 for index in range(len(requests))] if llm_has_priorities(llm) else None
+    prompts, params = zip(*requests.values(), strict=True)
+    outputs = llm.generate(list(prompts), list(params), priority=priority, use_tqdm=False)
+    return {name: told(output) for name, output in zip(requests, outputs, strict=True)}
+
+
+def llm_has_priorities(llm: LLM) -> bool:
+    return llm.engine.core.scheduler.config.policy == "priority"
+
+
+def joined(deltas: list[RequestOutput]) -> dict[str, Any]:
+    """Token ids and texts of a stream of deltas, put together by output."""
+    ids: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    for delta in deltas:
+        for completion in delta.outputs:
+            ids.setdefault(completion.index, []).extend(completion.token_ids)
+            texts[completion.index] = texts.get(completion.index, "") + completion.text
+    return {"token_ids": [ids[index] for index in sorted(ids)], "text": [texts[index] for index in sorted(texts)]}
+
+
+def streamed(llm: LLM) -> dict[str, Any]:
+    """What `generated` gets, as deltas of engine steps."""
+    requests, deltas = asked(), {}
+    for name, (prompt, params) in requests.items():
+        params.output_kind = RequestOutputKind.DELTA
+        llm.llm_engine.add_request(name, prompt, params)
+        deltas[name] = []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            deltas[output.request_id].append(output)
+    return {name: joined(found) for name, found in deltas.items()}
+
+
+async def streamed_by_tasks(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `streamed` gets, from tasks of one event loop."""
+
+    async def one(prompt: str, params: SamplingParams) -> dict[str, Any]:
+        params.output_kind = RequestOutputKind.DELTA
+        return joined([output async for output in llm.generate(prompt, params)])
+
+    llm = AsyncLLM(model, **arguments)
+    requests = asked()
+    found = await asyncio.gather(*(one(prompt, params) for prompt, params in requests.values()))
+    llm.shutdown()
+    return dict(zip(requests, found, strict=True))
+
+
+def write_windows(folder: Path) -> Path:
+    """The tiny model with a window of 40 tokens, as a Mistral."""
+    write_tiny_model(folder)
+    windowed = {**CONFIG, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
+    (folder / "config.json").write_text(json.dumps(windowed))
+    return folder
+
+
+def arguments_of(settings: list[str]) -> dict[str, Any]:
+    arguments = dict(PLAIN)
+    for setting in settings:
+        arguments |= SETTINGS[setting]
+    return arguments
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    model = write_windows(folder)
+    found: dict[str, Any] = {}
+    beams = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+    # the engine over two devices comes first: what JAX has cannot be changed later
+    for name in sorted(ENGINES, key=lambda name: "split" not in name):
+        settings = ENGINES[name]
+        processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
+        arguments = {**arguments_of(settings), "logits_processors": processors}
+        with LLM(model, **arguments) as llm:
+            found[name] = {"generated": generated(llm), "streamed": streamed(llm)}
+            prompts = [BEGINNING, "another one"]
+            found[name]["beams"] = [[b.tokens for b in o.sequences] for o in llm.beam_search(prompts, beams)]
+            llm.sleep(1)
+            llm.wake_up()
+            found[name]["after sleep"] = generated(llm)
+            metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+            found[name]["preemptions"] = metrics["vllm:num_preemptions"]
+            found[name]["hits"] = metrics["vllm:prefix_cache_hits"]
+        if name == "all, split":
+            found[name]["tasks"] = asyncio.run(streamed_by_tasks(model, arguments))
+    for name, settings in (("plain", []), ("all", POOLING)):
+        arguments = arguments_of(settings)
+        del arguments["reasoning_config"]
+        with LLM(model, runner="pooling", convert="embed", **arguments) as llm:
+            texts = [BEGINNING + str(index) for index in range(6)]
+            found.setdefault("pooling", {})[name] = [o.outputs.embedding for o in llm.embed(texts, use_tqdm=False)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
