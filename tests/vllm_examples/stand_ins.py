@@ -67,7 +67,8 @@ def cross_encoder(folder: Path, **config: Any) -> None:
     files = resolve("all-minilm-l6-v2")
     tokenizer = load_tokenizer(files)
     sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    shape = BertConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_labels=1, **sizes, **config)
+    config = {"vocab_size": len(tokenizer), "num_attention_heads": 4, "num_labels": 1, **config}
+    shape = BertConfig(**sizes, **config)
     BertForSequenceClassification(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
