@@ -180,8 +180,8 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
 
 
 def layer_sums(model: ModelConfig) -> int:
-    """How often the devices that a model is split over add up numbers of theirs in a layer. Two sums that are only added
-    to each other the compiler makes one.
+    """How often the devices that a model is split over add up numbers of theirs in a layer. Of two sums that are
+    only added to each other the compiler makes one.
     """
     if isinstance(model, DecoderConfig) and model.parallel and not model.post_norms:
         return 1
