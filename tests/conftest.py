@@ -27,6 +27,7 @@ TESTS = Path(__file__).parent
 #: file last would leave the other without work.
 LONGEST = (
     "e2e/test_notebooks.py",
+    "e2e/test_pairs.py",
     "e2e/test_gpu_check.py",
     "e2e/test_deterministic.py",
     "parity/test_smollm2.py",

@@ -57,7 +57,7 @@ def build_runner(
 
     Args:
         record: told each start-up phase and its seconds.
-        background: reads the weights while programs are compiled, on a CPU.
+        background: reads the weights while programs are loaded that an earlier start has compiled, on a CPU.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -83,8 +83,9 @@ def build_runner(
         )
 
     on_cpu, stop = config.platform == "cpu", threading.Event()
-    # elsewhere they come last: a GPU's compiler tries out products on the card, which must not be full
-    reading = [background.submit(load, stop)] if on_cpu else []
+    # beside compilers they come last: a GPU's tries out products on the card, which must not be full, and a CPU's takes
+    # as much of the host's memory as a small model does
+    reading = [background.submit(load, stop)] if on_cpu and programs.were_found else []
 
     def weights() -> Params | PoolingModel:
         return reading.pop().result() if reading else load()
@@ -103,6 +104,8 @@ def build_runner(
             padding = PaddingCost(tuple(programs.packings), make_buckets(limits.max_num_batched_tokens, max_num_seqs))
         runner = Runner(None if on_cpu else weights(), weights, head, rows, padding)
         runner.restore_weights()
+        # random ones are drawn by programs that were compiled for it
+        freed_memory.give_back_code()
     except BaseException:
         stop.set()
         raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.extras import how_to_install
 from jaxllm.tokenization.gguf import Given, tokenizer_from_gguf
 from jaxllm.weights.errors import WeightsError
 
@@ -61,8 +62,8 @@ def load_mistral_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         common: Any = MistralTokenizer.from_file(str(file), mode=ValidationMode.test)
     except ImportError as error:
         raise ValidationError(
-            f"tokenizer_mode='mistral' needs mistral_common, which cannot be imported ({error}): pip install "
-            "'mistral-common[sentencepiece]'"
+            f"tokenizer_mode='mistral' needs mistral_common, which cannot be imported ({error}): "
+            f"{how_to_install('mistral')}"
         ) from error
     except Exception as error:  # of many kinds, bare assertions among them
         raise WeightsError(f"{file}: mistral_common cannot read it: {error}") from error

@@ -181,7 +181,7 @@ def test_a_missing_package_or_file_is_named(tmp_path: Path, monkeypatch: pytest.
     for module in ("mistral_common", "mistral_common.protocol.instruct.validator"):  # it may have been imported
         monkeypatch.setitem(sys.modules, module, None)
     for mode in ("mistral", "auto"):
-        with pytest.raises(ValidationError, match=r"needs mistral_common.*pip install 'mistral-common\[sentencepiece"):
+        with pytest.raises(ValidationError, match=r"needs mistral_common.*pip install"):
             load_tokenizer(tmp_path, mode)
     monkeypatch.undo()
     pytest.importorskip("mistral_common")

@@ -12,7 +12,7 @@ from vllm_examples.outcome import outcome, renamed
 
 def test_most_examples_run_both_ways():
     results = json.loads(RESULTS.read_text())
-    assert list(results) == [example.path for example in EXAMPLES if example.path in results]
+    assert list(results) == [example.path for example in EXAMPLES]
     assert all(set(found) == set(ROADS) for found in results.values())
     assert sum(set(found.values()) == {"ok"} for found in results.values()) >= 22
     assert table(results).endswith("run both ways.")

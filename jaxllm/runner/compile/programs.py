@@ -90,6 +90,8 @@ class Programs(abc.ABC):
         self._cache_dir, self._source = cache_dir, source
         self._progress = progress or StartProgress(quiet=True)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
+        #: whether an earlier start has kept all the programs that were asked for until now
+        self.were_found = True
 
     def _lowered(self, function: Callable[..., Any], *args: Any, donate: int | None = None, out: Any = None) -> Any:
         """`function` of `args` (trees of `jax.ShapeDtypeStruct`), lowered.
@@ -171,6 +173,7 @@ class Programs(abc.ABC):
             futures: dict[concurrent.futures.Future[jax.stages.Compiled | None], Key] = {}
             for key in missing:
                 if key not in self._compiled:
+                    self.were_found = False
                     self._progress.check()
                     futures[pool.submit(compiled, key, self._lower(key))] = key
                     self._say(futures, len(everything))
