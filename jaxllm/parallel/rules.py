@@ -180,7 +180,11 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
 
 
 def layer_sums(model: ModelConfig) -> int:
-    """How often the devices that a model is split over add up numbers of theirs in a layer."""
+    """How often the devices that a model is split over add up numbers of theirs in a layer. Of two sums that are
+    only added to each other the compiler makes one.
+    """
+    if isinstance(model, DecoderConfig) and model.parallel and not model.post_norms:
+        return 1
     return 3 if isinstance(model, DecoderConfig) and model.qk_norm and model.qk_norm_of == "joint" else 2
 
 
