@@ -157,6 +157,6 @@ def _original(scaling: Mapping[str, Any], max_position_embeddings: int) -> int:
 
 def _number(scaling: Mapping[str, Any], name: str) -> float:
     value = scaling[name]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
         raise ValidationError(f"{name} of rope_scaling must be a number above 0, such as 4.0; got {value!r}")
     return float(value)

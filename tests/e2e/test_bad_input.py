@@ -430,7 +430,7 @@ def shown(error: BaseException) -> str:
 
 
 TOO_LONG = [1] * 300
-CALLS: dict[str, Callable[[LLM], object]] = {
+TOO_LONG_CALLS: dict[str, Callable[[LLM], object]] = {
     "generate": lambda llm: llm.generate([TOO_LONG], GREEDY, use_tqdm=False),
     "chat": lambda llm: llm.chat([{"role": "user", "content": "x" * 300}], GREEDY, use_tqdm=False),
     "as_completed": lambda llm: list(llm.as_completed([TOO_LONG], GREEDY)),
@@ -441,16 +441,16 @@ CALLS: dict[str, Callable[[LLM], object]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", TOO_LONG_CALLS)
 def test_a_refusal_shows_the_callers_lines_alone(engine: LLM, call: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(JaxLLMError) as caught:
-        CALLS[call](engine)
+        TOO_LONG_CALLS[call](engine)
     text = shown(caught.value)
     assert "/jaxllm/" not in text and text.count("Traceback") == 1
     assert text.count("\n  File ") == 2, "this function, and the lambda"
     monkeypatch.setenv("JAXLLM_FULL_TRACEBACK", "1")
     with pytest.raises(JaxLLMError) as caught:
-        CALLS[call](engine)
+        TOO_LONG_CALLS[call](engine)
     assert "/jaxllm/" in shown(caught.value)
 
 

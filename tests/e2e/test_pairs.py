@@ -105,8 +105,9 @@ def test_pooling_refuses(tiny_model: Path, setting: str):
 
 @pytest.mark.parametrize("kind", sorted({name for params in KINDS.values() for name in params} - {"temperature"}))
 def test_beams_take_no_options_of_sampling(kind: str):
+    given: dict[str, Any] = {kind: 1}
     with pytest.raises(TypeError):
-        BeamSearchParams(beam_width=2, max_tokens=4, **{kind: 1})
+        BeamSearchParams(beam_width=2, max_tokens=4, **given)
 
 
 def promised(answer: dict[str, Any], kinds: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,8 +62,9 @@ def test_tables_and_their_columns(pooling: LLM) -> None:
     for call in (pooling.embed, lambda data: pooling.score("a", data)):
         with pytest.raises(ValueError, match=r"is a DataFrame: give one of its columns, such as df\['text'\]"):
             call(table)
+    missing: Any = float("nan")
     with pytest.raises(ValueError, match=r"data_2\[1\] is nan"):
-        pooling.score("a", ["b", float("nan")])
+        pooling.score("a", ["b", missing])
 
 
 def test_long_prompts_wait_for_room(pooling: LLM) -> None:

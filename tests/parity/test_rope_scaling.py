@@ -129,7 +129,7 @@ def test_logits_beyond_the_original_length_equal_transformers(
 
 def setup(folder: Path, overrides: dict[str, Any], max_model_len: int | None = None) -> Any:
     given = engine_args(model=folder, load_format="dummy", hf_overrides=overrides, max_model_len=max_model_len)
-    return read_setup(given, folder).runner_config(target_here("cpu"), progress=False)
+    return read_setup(given, folder).runner_config(target_here("cpu"), progress=None)
 
 
 def test_an_engine_runs_what_the_scaling_allows(tmp_path: Path):

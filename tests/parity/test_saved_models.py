@@ -160,7 +160,7 @@ def test_an_old_gpt_neox_is_read(tmp_path: Path) -> None:
         attention = f"gpt_neox.layers.{layer}.attention"
         tensors[f"{attention}.rotary_emb.inv_freq"] = np.ones(3, np.float32)
         tensors[f"{attention}.bias"] = np.ones((1, 1, 8, 8), bool)
-        tensors[f"{attention}.masked_bias"] = np.float32([-1e9])
+        tensors[f"{attention}.masked_bias"] = np.array([-1e9], np.float32)
     save_file(tensors, tmp_path / "old" / "model.safetensors")
     for new, old in zip(*(jax.tree.leaves(loaded(tmp_path / folder)[2]) for folder in ("new", "old")), strict=True):
         np.testing.assert_array_equal(new, old)

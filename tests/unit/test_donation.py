@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_pages_of_no_shape_are_copied(part: int):
     check_pages(EVERY[part::8])
 
 
-def check_pages(shapes: list[tuple[int, int, Any, int, int]]) -> None:
+def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
     """By loops over two layers, which write a token's keys and values and attend to what is there: one for each shape,
     in one program, since many programs take longer to compile.
     """

@@ -233,7 +233,8 @@ def test_a_device_reads_only_its_rows():
     """Of four devices the third has the third head and, with its neighbour, the second KV head."""
     tensors = weights()
     reader = CountingReader(tensors)
-    [segment] = decoder_specs(model_config(CONFIG)).layers
+    specs: Any = decoder_specs(model_config(CONFIG))
+    [segment] = specs.layers
     [part] = loader.read_parts(reader, segment.qkv, [{TENSOR: 2}], {TENSOR: 4}, jnp.dtype(np.float32))
     whole = by_hand(tensors)["qkv"]
     np.testing.assert_array_equal(part, np.concatenate([whole[:, 8:12], whole[:, 20:24], whole[:, 28:32]], axis=1))

@@ -221,6 +221,7 @@ def test_an_engine_talks_through_it(engine: tuple[LLM, Any]):
         expected = theirs.encode_chat_completion(ChatCompletionRequest.from_openai(messages=messages)).tokens
         assert output.prompt_token_ids == expected
         whole = llm.get_tokenizer().decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        assert isinstance(whole, str)
         assert whole.rstrip("\ufffd") == output.outputs[0].text.rstrip("\ufffd")  # the last character may have begun
     (output,) = llm.generate(TEXTS[3], params, use_tqdm=False)
     assert output.prompt_token_ids == theirs.instruct_tokenizer.tokenizer.encode(TEXTS[3], bos=True, eos=False)

@@ -8,9 +8,9 @@ import json
 def main() -> None:
     """Print one line of JSON: versions, devices, or why there are none."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
-    found: dict[str, object] = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    found: dict[str, object] = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
     found["compile_cache"] = jax.config.values.get("jax_compilation_cache_dir")
     try:
         found["devices"] = [

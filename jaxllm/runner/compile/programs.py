@@ -86,7 +86,7 @@ class Programs(abc.ABC):
         self._runs_alone = platform == "cpu" and self._mesh is not None
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
-        self._workers = 1 if platform == "cpu" else os.cpu_count()
+        self._workers = 1 if platform == "cpu" else os.cpu_count() or 1
         self._cache_dir, self._source = cache_dir, source
         self._progress = progress or StartProgress(quiet=True)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
@@ -158,7 +158,7 @@ class Programs(abc.ABC):
             freed_memory.give_back()
             return program
 
-        def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled:
+        def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled | None:
             own = self._head_options if key[0] in HEAD_PROGRAMS else {}
             if store is None:
                 result = program.compile({**self._options, **own})
