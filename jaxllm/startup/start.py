@@ -41,7 +41,7 @@ from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
 from jaxllm.tokenization.chat import ChatRenderer
-from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.tokenization.load import check_has_tokenizer, load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import gguf
 from jaxllm.weights.resolve import resolve
@@ -85,6 +85,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
         )
     # before JAX is asked for devices that would not do
     setup.check_classifier()
+    tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
@@ -97,7 +98,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     # beside that waits for the interpreter after each operation. Compiling, and loading programs, leave it alone.
     program_identity.sources()
     with contextlib.closing(progress), Workers(1, "load files") as background:
-        loading = background.submit(_tokenizer, args, path)
+        loading = background.submit(_tokenizer, tokenizer_path, args.tokenizer_mode)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target, progress=progress)
@@ -231,12 +232,18 @@ def _token_constraints(
     )
 
 
-def _tokenizer(args: EngineArgs, model: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer_path(args: EngineArgs, model: Path) -> Path | None:
+    """Where the tokenizer is; None where there is to be none. Raises WeightsError for a directory that has none."""
     if args.skip_tokenizer_init:
         return None
     if args.tokenizer is not None or args.tokenizer_revision is not None:
         model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    return load_tokenizer(model, args.tokenizer_mode)
+    check_has_tokenizer(model)
+    return model
+
+
+def _tokenizer(path: Path | None, mode: str) -> PreTrainedTokenizerBase | None:
+    return None if path is None else load_tokenizer(path, mode)
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -43,16 +43,10 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             from jaxllm.tokenization.mistral import load_mistral_tokenizer
 
             return load_mistral_tokenizer(path)
+    check_has_tokenizer(path)
     if path.is_dir():
-        has_tekken = (path / "tekken.json").exists()
-        if not (has_tekken or _has_own_files(path)):
-            raise WeightsError(
-                f"{path}: there is no tokenizer: tokenizer.json is missing, and so is any other form of one. Put the "
-                "model's tokenizer.json there; or pass tokenizer=..., a folder, .gguf file or hub id that has one; or "
-                "skip_tokenizer_init=True, and prompts as token ids."
-            )
         # with mistral_common installed, transformers would take Mistral's files
-        given = {"mistral_format": False} if has_tekken else {}
+        given = {"mistral_format": False} if (path / "tekken.json").exists() else {}
         with _with_transformers():
             from transformers import AutoTokenizer
 
@@ -77,6 +71,18 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             return tokenizer_from_gguf(metadata)
         except WeightsError as error:
             raise WeightsError(f"{path}: {error}") from error
+
+
+def check_has_tokenizer(path: Path) -> None:
+    """Raise WeightsError for a directory without a tokenizer's files, which is known long before one is loaded."""
+    if path.is_dir() and not (path / "tekken.json").exists() and not _has_own_files(path):
+        if _has_mistral_files_alone(path):
+            return
+        raise WeightsError(
+            f"{path}: there is no tokenizer: tokenizer.json is missing, and so is any other form of one. Put the "
+            "model's tokenizer.json there; or pass tokenizer=..., a folder, .gguf file or hub id that has one; or "
+            "skip_tokenizer_init=True, and prompts as token ids."
+        )
 
 
 def _has_own_files(path: Path) -> bool:
