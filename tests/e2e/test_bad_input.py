@@ -50,7 +50,7 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "later key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
     "empty text": ("", "prompt cannot be empty"),
     "no token ids": ([], "prompt cannot be empty"),
-    "empty mapping": ({}, "must have 'prompt', 'prompt_token_ids' or 'messages'"),
+    "empty mapping": ({}, "must have 'prompt', 'prompt_token_ids', 'prompt_embeds' or 'messages'"),
     "mapping of no ids": ({"prompt_token_ids": []}, "prompt cannot be empty"),
     "id too large": ([1, 257, 3], "Token id 257 is out of vocabulary: the model has 257 tokens, 0 to 256"),
     "huge id": ([2**70], "Token id 1180591620717411303424 is out of vocabulary"),
