@@ -49,7 +49,8 @@ def test_one_bad_prompt_fails_alone(pooling: LLM) -> None:
     outputs = pooling.embed(["a", [999], "b" * 300, "c"], use_tqdm=False, on_error="return")
     assert [bool(o.error) for o in outputs] == [False, True, True, False]
     assert outputs[1].outputs.embedding == []
-    np.testing.assert_array_equal([outputs[3].outputs.embedding], vectors(pooling, "c"))
+    # alone it is computed in a step of one token, which adds up in another order
+    np.testing.assert_allclose([outputs[3].outputs.embedding], vectors(pooling, "c"), atol=1e-6)
     with pytest.raises(ValueError, match="out of vocabulary"):
         pooling.embed(["a", [999]], use_tqdm=False)
     assert vectors(pooling, "y" * 256).shape == (1, 64)  # all of max_model_len
