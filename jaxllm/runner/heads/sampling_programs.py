@@ -231,6 +231,8 @@ def _stored(weight: Any) -> Any:
     long as either of them is.
     """
     shape, dtype = (1, *weight.shape)[-3:], STORAGE.get(weight.dtype, weight.dtype)
+    if (weight.shape, weight.dtype) == (shape, dtype):
+        return weight
     if isinstance(weight, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=weight.sharding)
     return jax.device_put(np.asarray(weight).view(dtype).reshape(shape), weight.sharding, may_alias=True)
