@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from support.own_process import found_by
 from support.tensor_parallel import ARGUMENTS, DEVICES
 from support.tiny_model import CONFIG, VOCAB_SIZE
 
@@ -19,23 +16,13 @@ from jaxllm import LLM
 from jaxllm.api.errors import ValidationError
 from jaxllm.parallel.collectives import expected_collectives
 
-ROOT = Path(__file__).parents[2]
 SPLIT = [n for n in DEVICES if n > 1]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What engines over several devices answered, in one process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.tensor_parallel", str(tmp_path_factory.mktemp("split"))],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_by("support.tensor_parallel", tmp_path_factory.mktemp("split"))
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured"])

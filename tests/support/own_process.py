@@ -1,0 +1,26 @@
+"""Programs of the tests that need a process with a JAX of its own: one with several devices, for example."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def found_by(module: str, folder: Path) -> Any:
+    """The JSON that ``python -m MODULE FOLDER`` prints last, on a CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
