@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxllm.config.argument import Arguments, argument, not_yet
+from jaxllm.config.argument import Arguments, argument, not_yet, switch
 from jaxllm.config.argument_checks import at_least
 
 _CAPABILITY = "parallelism"
@@ -23,4 +23,6 @@ class ParallelConfig(Arguments):
     #: copies of the model, each with requests of its own
     data_parallel_size: int = not_yet(1, _CAPABILITY, short="-dp")
     #: whether experts are spread over devices as wholes, not each of them split
-    enable_expert_parallel: bool = not_yet(False, _CAPABILITY)
+    enable_expert_parallel: bool = switch(
+        False, "devices have experts as wholes, not a part of each of them", group="parallel"
+    )

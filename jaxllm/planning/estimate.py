@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -28,6 +29,10 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    if isinstance(model, DecoderConfig) and model.moe is not None:
+        # a row for each of a token's experts: what goes in, both projections, their product, what comes out
+        own = model.moe.intermediate_size // (1 if model.moe.expert_parallel else config.target.num_devices)
+        widest = max(widest, model.moe.top_k * (3 * own * size + hidden * (2 * size + 4)))
     unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
     stream = 3 * hidden * size
     layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))

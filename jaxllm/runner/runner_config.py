@@ -21,7 +21,7 @@ from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.segments import resegment
+from jaxllm.models.segments import resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
 from jaxllm.runner.compile.progress import StartProgress
@@ -161,11 +161,12 @@ class RunnerConfig:
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""
-        segments = self.target.segments(self.model.num_layers)
         if self.pooler is not None:
-            return resegment(pooling_specs(self.model, self.pooler), segments)
-        assert isinstance(self.model, DecoderConfig)
-        return resegment(decoder_specs(self.model), segments)
+            specs: Any = pooling_specs(self.model, self.pooler)
+        else:
+            assert isinstance(self.model, DecoderConfig)
+            specs = decoder_specs(self.model)
+        return resegment(specs, self.target.segments(segment_sizes(specs)))
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+#: in place of Llama's MLPs
+EXPERTS: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 MAX_NUM_SEQS, MAX_MODEL_LEN = 6, 128
 TWO_GROUPS, ONE_GROUP = (32, None, 32), (None, None, None)
 FEW, MANY = 1_000, 10_000
@@ -59,10 +62,11 @@ def make_programs(
     head_dim: int = 16,
     block_size: int = 16,
     windows: tuple[int | None, ...] = TWO_GROUPS,
+    fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[SamplingPrograms, State]:
     """Programs of a small model, not compiled yet."""
     shape = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    model = dataclasses.replace(model_config({**LLAMA, **shape}), layer_window=windows)
+    model = dataclasses.replace(model_config({**LLAMA, **shape, **fields}), layer_window=windows)
     groups = kv_cache_groups(model.kv_specs)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
@@ -109,6 +113,7 @@ def test_every_program_writes_in_place():
     [
         ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
         ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP), False),
+        ("bfloat16", dict(kv_heads=2, head_dim=16, block_size=16, windows=ONE_GROUP, fields=EXPERTS), True),
     ],
 )
 def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict[str, Any], several: bool):

@@ -204,7 +204,11 @@ def with_whole_layers(params: Params) -> Params:
 
     def with_whole(segment: Layers) -> Layers:
         matrices = {name: getattr(segment, name) for name in MATRICES}
-        whole: Any = {name: StackedMatrix(_stored(w)) for name, w in matrices.items() if w.ndim == 3 and can_be_read(w)}
+        whole: Any = {
+            name: StackedMatrix(_stored(w))
+            for name, w in matrices.items()
+            if w is not None and w.ndim == 3 and can_be_read(w)
+        }
         return dataclasses.replace(segment, **whole)
 
     return with_head_for_one(dataclasses.replace(params, layers=tuple(map(with_whole, params.layers))))

@@ -1,0 +1,27 @@
+"""Qwen2-MoE: Qwen2 with experts in place of some layers' MLPs, beside one MLP that every token goes through (Yang et
+al. 2024, arXiv:2407.10671).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.models import qwen2
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.names import ExpertNames, WeightNames
+from jaxllm.models.qwen3_moe import experts
+
+NAMES = WeightNames(
+    moe=ExpertNames(
+        shared_gate_up=("shared_expert.gate_proj", "shared_expert.up_proj"), shared_down="shared_expert.down_proj"
+    )
+)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    model, moe = qwen2.config_from_hf(hf), experts(hf)
+    if moe is not None:
+        moe = dataclasses.replace(moe, shared_size=hf["shared_expert_intermediate_size"], shared_gate=True)
+    return dataclasses.replace(model, moe=moe, names=NAMES, qkv_bias=hf.get("qkv_bias", True))

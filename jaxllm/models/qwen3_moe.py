@@ -1,0 +1,38 @@
+"""Qwen3-MoE: Qwen3 with experts in place of some layers' MLPs (Yang et al. 2025, arXiv:2505.09388)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.layers.moe import MoEConfig
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.llama import common_fields
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    fields = common_fields(hf)
+    # no layer is without it, other than in Qwen3
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    windows = (window,) * fields["num_layers"]
+    return DecoderConfig(**{**fields, "qk_norm": True, "layer_window": windows, "moe": experts(hf)})
+
+
+def experts(hf: Mapping[str, Any]) -> MoEConfig | None:
+    """The sparse layers of a Qwen: every `decoder_sparse_step`-th, but those of `mlp_only_layers`."""
+    step, dense = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or ()
+    layers = tuple((i + 1) % step == 0 and i not in dense for i in range(hf["num_hidden_layers"]))
+    num_experts = hf.get("num_experts", hf.get("num_local_experts"))
+    if not num_experts or not any(layers):
+        return None
+    moe = MoEConfig(
+        num_experts=num_experts,
+        top_k=hf["num_experts_per_tok"],
+        intermediate_size=hf["moe_intermediate_size"],
+        layers=layers,
+        renormalise=bool(hf.get("norm_topk_prob")),
+    )
+    if moe.top_k > moe.num_experts:
+        raise ValidationError(f"num_experts_per_tok={moe.top_k} is more than the num_experts={num_experts} there are")
+    return moe
