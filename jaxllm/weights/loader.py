@@ -169,7 +169,7 @@ def read_parts(
             at = (() if spec.layers is None else (i,)) + (() if experts is None else (j,))
             into = [part[at] for part in parts]
             for tensor in spec.parts:
-                expert = None if experts is None else experts.first + j
+                expert = 0 if experts is None else experts.first + j
                 name = tensor.name.format(layer=layer, expert=expert)
                 within = expert if spec.has_all_experts(tensor) else None
                 rows = _fill(reader, tensor, name, within, places, sizes, into, stop)

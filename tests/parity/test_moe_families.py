@@ -166,7 +166,8 @@ def test_both_forms_of_experts_are_the_same_weights(made: tuple[Case, Any, Path]
     model.save_pretrained(tmp_path, save_original_format=False)
     stacked, single = (set(load_file(folder / "model.safetensors")) for folder in (tmp_path, directory))
     assert any(name.endswith("experts.gate_up_proj") for name in stacked)
-    assert any(".experts.0." in name for name in single)
+    # gpt-oss has them stacked on the hub, too
+    assert any(".experts.0." in name for name in single) == (case.family.model != "GptOss")
     _, params = load(tmp_path, jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
