@@ -16,8 +16,8 @@ NAMES = WeightNames(moe=ExpertNames(module="block_sparse_moe", gate_up=("w1", "w
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields({"num_key_value_heads": 8, "rms_norm_eps": 1e-5, **hf}, theta=1e6)
     moe = MoEConfig(
-        num_experts=hf["num_local_experts"],
-        top_k=hf["num_experts_per_tok"],
+        num_experts=hf.get("num_local_experts", 8),
+        top_k=hf.get("num_experts_per_tok", 2),
         intermediate_size=hf["intermediate_size"],
         layers=(True,) * fields["num_layers"],
         renormalise=True,

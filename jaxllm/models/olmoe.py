@@ -15,8 +15,8 @@ from jaxllm.models.llama import common_fields
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields({"rms_norm_eps": 1e-5, **hf})
     moe = MoEConfig(
-        num_experts=hf["num_experts"],
-        top_k=hf["num_experts_per_tok"],
+        num_experts=hf.get("num_experts", 64),
+        top_k=hf.get("num_experts_per_tok", 8),
         intermediate_size=hf["intermediate_size"],
         layers=(True,) * fields["num_layers"],
         renormalise=bool(hf.get("norm_topk_prob")),

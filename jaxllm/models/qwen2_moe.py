@@ -19,8 +19,16 @@ NAMES = WeightNames(
     )
 )
 
+DEFAULTS: dict[str, Any] = {
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    hf = {**DEFAULTS, **hf}
     model, moe = qwen2.config_from_hf(hf), experts(hf)
     if moe is not None:
         moe = dataclasses.replace(moe, shared_size=hf["shared_expert_intermediate_size"], shared_gate=True)

@@ -10,20 +10,22 @@ from jaxllm.layers.moe import MoEConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.llama import common_fields
 
+DEFAULTS: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields(hf)
     # no layer is without it, other than in Qwen3
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     windows = (window,) * fields["num_layers"]
-    return DecoderConfig(**{**fields, "qk_norm": True, "layer_window": windows, "moe": experts(hf)})
+    return DecoderConfig(**{**fields, "qk_norm": True, "layer_window": windows, "moe": experts({**DEFAULTS, **hf})})
 
 
 def experts(hf: Mapping[str, Any]) -> MoEConfig | None:
     """The sparse layers of a Qwen: every `decoder_sparse_step`-th, but those of `mlp_only_layers`."""
     step, dense = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or ()
     layers = tuple((i + 1) % step == 0 and i not in dense for i in range(hf["num_hidden_layers"]))
-    num_experts = hf.get("num_experts", hf.get("num_local_experts"))
+    num_experts = hf["num_experts"]
     if not num_experts or not any(layers):
         return None
     moe = MoEConfig(
