@@ -569,7 +569,8 @@ class LLM:
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses."""
-        return self.engine.model_files.config.target.num_devices
+        target = self.engine.model_files.config.target
+        return target.num_devices * target.num_stages
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.

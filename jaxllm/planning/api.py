@@ -74,7 +74,7 @@ def plan(
                 args=args,
                 path=path,
                 # what is free changes from moment to moment; one plan and its remedies are of one moment
-                target=functools.cache(lambda count: target_here(name, count)),
+                target=functools.cache(lambda count: target_here(name, count, args.pipeline_parallel_size)),
                 num_devices=devices,
                 is_local=True,
             )
@@ -95,7 +95,9 @@ def plan(
         question = Question(
             args=args,
             path=path,
-            target=lambda count: target_described(gpu, num_devices=count),
+            target=lambda count: target_described(
+                gpu, num_devices=count, num_stages=args.pipeline_parallel_size
+            ),
             num_devices=devices,
             is_local=False,
         )

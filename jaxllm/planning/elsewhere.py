@@ -101,10 +101,14 @@ def main() -> None:
     asked = json.loads(sys.stdin.read())
     gpu, cuda = GPUS[asked["device"]], asked["cuda"]
     try:
+        args = engine_args(asked["model"], **asked["arguments"])
+        stages = args.pipeline_parallel_size
         question = Question(
-            args=engine_args(asked["model"], **asked["arguments"]),
+            args=args,
             path=Path(asked["path"]),
-            target=lambda count: target_described(gpu, tuple(devices(gpu, count, cuda=cuda)), num_devices=count),
+            target=lambda count: target_described(
+                gpu, tuple(devices(gpu, count * stages, cuda=cuda)), num_devices=count, num_stages=stages
+            ),
             num_devices=asked["num_devices"],
             is_local=False,
         )

@@ -78,16 +78,20 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"
     share_gpu_memory(args.gpu_memory_utilization)
-    if is_null and args.tensor_parallel_size > 1:
+    if is_null and (devices := max(args.tensor_parallel_size, args.pipeline_parallel_size)) > 1:
+        name = "tensor_parallel_size" if devices == args.tensor_parallel_size else "pipeline_parallel_size"
         raise ValidationError(
-            f'tensor_parallel_size={args.tensor_parallel_size} with load_format="null": there is no model to split. '
+            f'{name}={devices} with load_format="null": there is no model to split. '
             "Leave it out."
         )
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
-    target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
+    setup.pipeline(args.pipeline_parallel_size)
+    target = target_here(
+        "cpu" if is_null else args.device, args.tensor_parallel_size, args.pipeline_parallel_size
+    )
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
     progress = StartProgress(
@@ -206,7 +210,7 @@ def _tell_of_others() -> None:
 def _engine_text(args: EngineArgs, path: Path, target: Target) -> str:
     """What decides how long a start takes."""
     given = {name: value for name, value in args.given().items() if name != "hf_token"}
-    return f"{path} {given} {target.num_devices} {target.kind}"
+    return f"{path} {given} {target.num_devices} {target.num_stages} {target.kind}"
 
 
 def _token_constraints(

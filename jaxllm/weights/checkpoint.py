@@ -102,7 +102,7 @@ class Checkpoint:
         self,
         specs: Tree,
         dtype: jnp.dtype,
-        sharding: jax.sharding.Sharding,
+        sharding: Any,
         *,
         prefix: str = "model.",
         seed: int,
@@ -113,6 +113,7 @@ class Checkpoint:
 
         Args:
             specs: a tree of `WeightSpec`s.
+            sharding: see `loader.load`.
             prefix: see `naming.CommonNames`.
             stop: see `loader.load`.
         """

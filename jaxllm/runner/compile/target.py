@@ -35,12 +35,20 @@ class Target:
     #: bytes of one device, in all and not yet taken
     total_bytes: int
     free_bytes: int
-    #: over which the model is split
+    #: over which the model is split; of a pipeline, each stage
     num_devices: int = 1
+    num_stages: int = 1
     #: one of them
     device: Any
-    #: () where there is nothing to compile with
+    #: the stages' one after the other; () where there is nothing to compile with
     devices: tuple[Any, ...] = ()
+
+    def stage(self, index: int) -> Target:
+        """The devices of one stage of the pipeline."""
+        if not self.devices:
+            return dataclasses.replace(self, num_stages=1)
+        own = self.devices[index * self.num_devices : (index + 1) * self.num_devices]
+        return dataclasses.replace(self, num_stages=1, devices=own, device=own[0])
 
     def segments(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each segment of a model of equal layers (`models.segments`)."""
@@ -79,43 +87,50 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         ) from error
 
 
-def target_here(name: str, num_devices: int = 1) -> Target:
+def target_here(name: str, num_devices: int = 1, num_stages: int = 1) -> Target:
     """Devices of this machine, by their platform (`find_device`). A CPU becomes as many devices as are needed, unless
     JAX has started.
+
+    Args:
+        num_devices: over which the model is split, in each stage of a pipeline.
 
     Raises:
         ValidationError: there are not so many.
     """
+    count = num_devices * num_stages
     if name in ("auto", "cpu"):
-        ask_for_cpu_devices(num_devices)
+        ask_for_cpu_devices(count)
     device = find_device(name)
     present = jax.devices(device.platform)
-    if len(present) < num_devices:
+    if len(present) < count:
         more = ""
         if device.platform == "cpu":
             more = (
                 " JAX has started: make the engine before anything else asks JAX for its devices, or start Python with "
-                f"JAX_NUM_CPU_DEVICES={num_devices} in its environment."
+                f"JAX_NUM_CPU_DEVICES={count} in its environment."
             )
+        sizes = {"tensor_parallel_size": num_devices, "pipeline_parallel_size": num_stages}
+        asked = [f"{size}={number}" for size, number in sizes.items() if number > 1]
+        needed = "needs as many devices" if len(asked) == 1 else f"need {count} devices"
         raise ValidationError(
-            f"tensor_parallel_size={num_devices} needs as many devices; JAX has {len(present)} of {device.platform}."
-            + more
+            f"{' and '.join(asked)} {needed}; JAX has {len(present)} of {device.platform}." + more
         )
     total, free = device_memory(device)
     if device.platform == "cpu":  # they share the machine's memory
-        total, free = total // num_devices, free // num_devices
+        total, free = total // count, free // count
     return Target(
         platform=device.platform,
         kind=device.device_kind,
         total_bytes=total,
         free_bytes=free,
         num_devices=num_devices,
+        num_stages=num_stages,
         device=device,
-        devices=(device,) if num_devices == 1 else tuple(present[:num_devices]),
+        devices=(device,) if count == 1 else tuple(present[:count]),
     )
 
 
-def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: int = 1) -> Target:
+def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: int = 1, num_stages: int = 1) -> Target:
     """GPUs that are not there, with all of their memory free.
 
     Args:
@@ -129,6 +144,7 @@ def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: in
         total_bytes=gpu.memory_bytes,
         free_bytes=gpu.memory_bytes,
         num_devices=num_devices,
+        num_stages=num_stages,
         device=devices[0] if devices else described,
         devices=devices,
     )
