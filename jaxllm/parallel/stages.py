@@ -76,9 +76,7 @@ def pipeline(num_layers: int, count: int, layers: Sequence[int] | None = None) -
     if count == 1:
         return ()
     bounds = itertools.pairwise((0, *itertools.accumulate(sizes)))
-    return tuple(
-        Stage(index=index, count=count, first=first, stop=stop) for index, (first, stop) in enumerate(bounds)
-    )
+    return tuple(Stage(index=index, count=count, first=first, stop=stop) for index, (first, stop) in enumerate(bounds))
 
 
 def stage_model(model: Model, stage: Stage) -> Model:
@@ -138,8 +136,8 @@ def of_each_array(specs: Any, stages: Sequence[Stage], values: Sequence[Value]) 
     def fill(tree: Any, value: Value) -> Any:
         return jax.tree.map(lambda _: value, tree, is_leaf=is_spec)
 
-    firsts = itertools.accumulate(segment_sizes(specs), initial=0)
-    numbers = [next(s.index for s in stages if s.first <= first < s.stop) for first in itertools.islice(firsts, len(specs.layers))]
+    firsts = itertools.accumulate(segment_sizes(specs)[:-1], initial=0)
+    numbers = [next(s.index for s in stages if s.first <= first < s.stop) for first in firsts]
     rest = [field.name for field in dataclasses.fields(specs) if field.name != "layers"]
     return dataclasses.replace(
         specs,

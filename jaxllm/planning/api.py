@@ -95,9 +95,7 @@ def plan(
         question = Question(
             args=args,
             path=path,
-            target=lambda count: target_described(
-                gpu, num_devices=count, num_stages=args.pipeline_parallel_size
-            ),
+            target=lambda count: target_described(gpu, num_devices=count, num_stages=args.pipeline_parallel_size),
             num_devices=devices,
             is_local=False,
         )

@@ -20,8 +20,8 @@ from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
-from jaxllm.runner.heads.head import Head
 from jaxllm.runner.compile.progress import StartProgress
+from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pipeline import PipelineHead
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms, StagePrograms
 from jaxllm.runner.heads.pooling import PoolingHead, PoolingPrograms
@@ -145,9 +145,7 @@ def compiled_plan(
     return config, made[0], plan
 
 
-def make_programs(
-    config: RunnerConfig, params: Params | PoolingModel, num_blocks: int
-) -> Programs | PipelinePrograms:
+def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PipelinePrograms:
     """The programs of an engine with so many blocks, not compiled yet.
 
     Args:

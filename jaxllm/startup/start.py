@@ -80,18 +80,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     share_gpu_memory(args.gpu_memory_utilization)
     if is_null and (devices := max(args.tensor_parallel_size, args.pipeline_parallel_size)) > 1:
         name = "tensor_parallel_size" if devices == args.tensor_parallel_size else "pipeline_parallel_size"
-        raise ValidationError(
-            f'{name}={devices} with load_format="null": there is no model to split. '
-            "Leave it out."
-        )
+        raise ValidationError(f'{name}={devices} with load_format="null": there is no model to split. Leave it out.')
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
     setup.pipeline(args.pipeline_parallel_size)
-    target = target_here(
-        "cpu" if is_null else args.device, args.tensor_parallel_size, args.pipeline_parallel_size
-    )
+    target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size, args.pipeline_parallel_size)
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
     progress = StartProgress(

@@ -16,7 +16,15 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
-from jaxllm.parallel.rules import each_sharding, held, local_shape, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
+from jaxllm.parallel.rules import (
+    each_sharding,
+    held,
+    local_shape,
+    mesh_axes,
+    mesh_sizes,
+    place_on_mesh,
+    shape_and_sharding,
+)
 from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so

@@ -50,8 +50,7 @@ def test_log_probabilities_are_those_of_one_device(found: dict[str, Any], stages
         ("2 x 2", [2, 2], [[0, 1], [2, 3]]),
         # as vLLM divides four layers by three
         ("3", [1, 2, 1], [[0], [1], [2]]),
-        ("3,1", [3, 1], [[0], [1]]),
-        ("2", [2, 2], [[0], [1]]),
+        ("2", [3, 1], [[0], [1]]),
     ],
 )
 def test_every_stage_keeps_the_laws(found: dict[str, Any], stages: str, layers: list[int], devices: list[list[int]]):
@@ -72,10 +71,9 @@ def test_other_weights_are_used(found: dict[str, Any]):
     assert found["changed"]["other weights"] != found["one"]["greedy"]
 
 
-@pytest.mark.parametrize("layers", ["3,2", "1,2,2"])
-def test_groups_of_layers_across_stages_and_a_shared_matrix(found: dict[str, Any], layers: str):
-    """In bfloat16, where steps of one token have products of their own on a CPU."""
-    np.testing.assert_allclose(found["hybrid"][layers], found["hybrid"]["one"], atol=0.1)
+def test_groups_of_layers_across_stages_and_a_shared_matrix(found: dict[str, Any]):
+    """Stages of Gemma 3 with local layers, with the last of these and none else, and with global ones."""
+    assert found["hybrid"]["cut"] == found["hybrid"]["one"]
 
 
 def test_more_stages_than_layers_are_refused(tiny_model: Path):

@@ -112,9 +112,7 @@ def target_here(name: str, num_devices: int = 1, num_stages: int = 1) -> Target:
         sizes = {"tensor_parallel_size": num_devices, "pipeline_parallel_size": num_stages}
         asked = [f"{size}={number}" for size, number in sizes.items() if number > 1]
         needed = "needs as many devices" if len(asked) == 1 else f"need {count} devices"
-        raise ValidationError(
-            f"{' and '.join(asked)} {needed}; JAX has {len(present)} of {device.platform}." + more
-        )
+        raise ValidationError(f"{' and '.join(asked)} {needed}; JAX has {len(present)} of {device.platform}." + more)
     total, free = device_memory(device)
     if device.platform == "cpu":  # they share the machine's memory
         total, free = total // count, free // count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -56,9 +55,7 @@ class PipelineHead(SamplingHead):
         self._head = self.programs.head_params(cut[-1][0])
 
     def forward(self, state: Any, scheduled: SchedulerOutput, rows: Rows) -> tuple[PipelineState, LaunchedStep]:
-        needed = {
-            row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]
-        }
+        needed = {row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]}
         state, launched = super().forward(self._take_sampled(state, needed), scheduled, rows)
         sampling: Any = launched.sampling
         return state, launched._replace(sampling=(*sampling, frozenset(scheduled.rows)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.progress import PartProgress, StartProgress, Tally
-from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms, with_whole_segments
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms, with_whole_segments
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.heads.stage_step import PipelineState, stage_step, take_sampled
 from jaxllm.runner.packing import Packing
