@@ -12,6 +12,8 @@ from typing import NoReturn
 
 #: seconds after which an interrupt that had no effect is raised again
 AGAIN = 0.2
+#: finalizers, and what JAX does after a collection of garbage: Python prints a traceback of what they raise, and drops it
+_DROPPING = ("__del__", "_xla_gc_callback")
 
 
 class DeferredInterrupt:
@@ -105,7 +107,8 @@ class StartInterrupt:
         is_again, self._is_again = self._is_again, False
         self._pressed = True
         self._events.put("pressed")
-        if not (self._is_over or self.is_polled or (is_again and self._is_on_its_way())):
+        waits = self._is_over or self.is_polled or (is_again and self._is_on_its_way())
+        if not (waits or _drops(frame)):
             self._interrupt()
 
     def _interrupt(self) -> NoReturn:
@@ -134,3 +137,10 @@ class StartInterrupt:
         """Raise KeyboardInterrupt when Ctrl-C has come, or the start is to end."""
         if self._pressed or self._cancelled():
             self._interrupt()
+
+
+def _drops(frame: FrameType | None) -> bool:
+    """Whether what is raised in a frame is dropped before it reaches anybody."""
+    while frame is not None and frame.f_code.co_name not in _DROPPING:
+        frame = frame.f_back
+    return frame is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
+from collections.abc import Callable
 
 import pytest
 
@@ -32,7 +34,6 @@ class Finalized:
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_start_does_not_lose_it_in_a_finalizer():
     done = []
     with pytest.raises(KeyboardInterrupt), StartInterrupt() as interrupt:
@@ -42,7 +43,6 @@ def test_a_start_does_not_lose_it_in_a_finalizer():
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_start_that_was_done_before_it_was_asked_ends_with_it():
     with pytest.raises(KeyboardInterrupt), StartInterrupt():
         Finalized()
@@ -66,14 +66,27 @@ def test_a_start_that_does_not_ask_is_interrupted_where_it_is():
     assert not done
 
 
+def in_a_finalizer() -> None:
+    Finalized()
+
+
+def in_a_callback() -> None:
+    kept = threading.Event()
+    reference = weakref.ref(kept, lambda _: signal.raise_signal(signal.SIGINT))
+    del kept
+    assert reference() is None
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_a_finalizer_has_dropped_is_raised_again_wherever_a_start_is():
-    never, done = threading.Event(), []
+@pytest.mark.parametrize("press", [in_a_finalizer, in_a_callback])
+def test_what_python_drops_is_raised_again_wherever_a_start_is(press: Callable[[], None]):
+    done = []
     with pytest.raises(KeyboardInterrupt), StartInterrupt():
-        Finalized()
-        never.wait(60)
-        done.append(True)
-    assert not done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        press()
+        done.append("pressed")
+        threading.Event().wait(60)
+        done.append("waited")
+    assert done == ["pressed"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_a_library_has_caught_is_raised_again():
