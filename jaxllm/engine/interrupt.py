@@ -12,7 +12,7 @@ from typing import NoReturn
 
 #: seconds after which an interrupt that had no effect is raised again
 AGAIN = 0.2
-#: finalizers, and what JAX does after a collection of garbage: Python prints a traceback of what they raise, and drops it
+#: finalizers, and what JAX does after garbage is collected: Python prints a traceback of what they raise, and drops it
 _DROPPING = ("__del__", "_xla_gc_callback")
 
 
