@@ -64,7 +64,7 @@ def _folders(system: Path, own: Path) -> Iterator[Path]:
 
 
 def _given_back(folder: Path) -> int:
-    """Bytes of files that a group has read: they count as used, and the system gives them back where memory is short."""
+    """Bytes of files that a group has read: they count as used, but are given back where memory is short."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
