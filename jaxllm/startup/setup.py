@@ -111,7 +111,7 @@ class Setup:
         )
         if target.platform == "cpu" and target.num_devices > 1:
             limits = dataclasses.replace(limits, async_scheduling=False)
-        stages = self.pipeline(target.num_stages)
+        stages = self.pipeline(target.grid.stage)
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:

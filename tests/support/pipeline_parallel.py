@@ -97,17 +97,23 @@ def hybrid(folder: Path) -> dict[str, Any]:
     """A model with sliding windows and one matrix for embedding and head: drawn in stages, saved, and read whole."""
     arguments = {**ARGUMENTS, "skip_tokenizer_init": True, "num_gpu_blocks_override": 60}
     prompts = [{"prompt_token_ids": list(prompt.encode())} for prompt in PROMPTS]
-    params = dataclasses.replace(GREEDY, detokenize=False)
+    params = dataclasses.replace(GREEDY, detokenize=False, prompt_logprobs=0)
     (folder / "drawn").mkdir()
     (folder / "drawn" / "config.json").write_text(json.dumps({**CONFIG, **HYBRID}))
     stages = {"pipeline_parallel_size": 3, "pipeline_layer_partition": (1, 2, 2)}
+
+    def told(llm: LLM) -> list[Any]:
+        outputs = generate(llm, prompts, params)
+        likely = [[next(iter(entry.values())).logprob for entry in o.prompt_logprobs[1:]] for o in outputs]
+        return [tokens(outputs), sum(likely, [])]
+
     with LLM(folder / "drawn", load_format="dummy", **stages, **arguments) as llm:
         [drawn] = llm.apply_model(lambda params: params)
-        llm.update_weights(jax.tree.map(lambda array: array * 8, drawn))
+        llm.update_weights(jax.tree.map(lambda array: array * 16, drawn))
         llm.save(folder / "saved")
-        cut = tokens(generate(llm, prompts, params))
+        cut = told(llm)
     with LLM(folder / "saved", **arguments) as llm:
-        return {"cut": cut, "one": tokens(generate(llm, prompts, params))}
+        return {"cut": cut, "one": told(llm)}
 
 
 def main() -> None:
