@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from support.own_process import found_by
@@ -90,6 +91,7 @@ def test_other_layers_are_refused(tiny_model: Path, layers: Any):
 
 
 def test_a_started_jax_has_the_devices_that_it_has(tiny_model: Path):
+    assert len(jax.devices()) == 1
     with pytest.raises(ValidationError, match=r"pipeline_parallel_size=2 needs as many devices; JAX has 1 of cpu\."):
         LLM(tiny_model, pipeline_parallel_size=2)
     with pytest.raises(ValidationError, match=r"pipeline_parallel_size=2 x tensor_parallel_size=2 needs 4 devices"):
