@@ -62,7 +62,7 @@ def laws(llm: LLM) -> dict[str, Any]:
     assert isinstance(runner.head, PipelineHead)
     copied, devices = [], []
     for programs, state in zip(runner.head.allocator.stages, runner._state.stages, strict=True):
-        memory = programs.forward(programs.largest).memory_analysis()
+        memory: Any = programs.forward(programs.largest).memory_analysis()
         split = 1 if programs._mesh is None else programs._mesh.size
         tokens = 0 if state.tokens is None else state.tokens.nbytes
         copied.append(state.cache.nbytes // split + tokens - memory.alias_size_in_bytes)

@@ -72,7 +72,7 @@ class PipelineHead(SamplingHead):
             self._tied.delete()
         self._tied = None
 
-    def _take_sampled(self, state: PipelineState, rows: set[int], at_most: int | None = None) -> PipelineState:
+    def _take_sampled(self, state: Any, rows: set[int], at_most: int | None = None) -> Any:
         """Write what steps have sampled into the first stage's tokens, up to the last step that has one of these rows.
 
         Args:
