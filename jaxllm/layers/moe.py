@@ -41,8 +41,6 @@ class MoEConfig:
     top_k: int
     #: of each expert
     intermediate_size: int
-    #: which layers have experts; the others have an MLP
-    layers: tuple[bool, ...]
     #: "softmax" and "sigmoid" of all scores, or a softmax of the chosen ones' (`layers.routing`)
     routing: Literal["softmax", "sigmoid", "softmax of chosen"] = "softmax"
     #: whether a token's weights are divided by their sum

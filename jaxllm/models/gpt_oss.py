@@ -46,7 +46,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         num_experts=hf.get("num_local_experts", 128),
         top_k=hf.get("num_experts_per_tok", 4),
         intermediate_size=hf["intermediate_size"],
-        layers=(True,) * num_layers,
         routing="softmax of chosen",
         router_bias=True,
         expert_bias=True,
@@ -56,6 +55,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         "attention_sinks": True,
         "activation": CLAMPED,
         "moe": moe,
+        "layer_moe": (True,) * num_layers,
         "names": NAMES,
     }
     return DecoderConfig(**{**fields, **own})

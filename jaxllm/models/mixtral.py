@@ -19,8 +19,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         num_experts=hf.get("num_local_experts", 8),
         top_k=hf.get("num_experts_per_tok", 2),
         intermediate_size=hf["intermediate_size"],
-        layers=(True,) * fields["num_layers"],
         renormalise=True,
     )
-    windows = (hf.get("sliding_window"),) * fields["num_layers"]
-    return DecoderConfig(**{**fields, "layer_window": windows, "moe": moe, "names": NAMES})
+    layers = {
+        "layer_window": (hf.get("sliding_window"),) * fields["num_layers"],
+        "layer_moe": (True,) * fields["num_layers"],
+    }
+    return DecoderConfig(**{**fields, **layers, "moe": moe, "names": NAMES})

@@ -18,8 +18,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         num_experts=hf.get("num_experts", 64),
         top_k=hf.get("num_experts_per_tok", 8),
         intermediate_size=hf["intermediate_size"],
-        layers=(True,) * fields["num_layers"],
         renormalise=bool(hf.get("norm_topk_prob")),
     )
-    own = {"qk_norm": True, "qk_norm_of": "joint", "qkv_clip": hf.get("clip_qkv"), "moe": moe}
+    own = {"qk_norm": True, "qk_norm_of": "joint", "qkv_clip": hf.get("clip_qkv")}
+    own |= {"moe": moe, "layer_moe": (True,) * fields["num_layers"]}
     return DecoderConfig(**{**fields, **own})

@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm.models import qwen2
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.names import ExpertNames, WeightNames
-from jaxllm.models.qwen3_moe import experts
+from jaxllm.models.qwen3_moe import with_experts
 
 NAMES = WeightNames(
     moe=ExpertNames(
@@ -29,7 +29,5 @@ DEFAULTS: dict[str, Any] = {
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     hf = {**DEFAULTS, **hf}
-    model, moe = qwen2.config_from_hf(hf), experts(hf)
-    if moe is not None:
-        moe = dataclasses.replace(moe, shared_size=hf["shared_expert_intermediate_size"], shared_gate=True)
-    return dataclasses.replace(model, moe=moe, names=NAMES, qkv_bias=hf.get("qkv_bias", True))
+    model = dataclasses.replace(qwen2.config_from_hf(hf), names=NAMES, qkv_bias=hf.get("qkv_bias", True))
+    return with_experts(model, hf, shared_size=hf["shared_expert_intermediate_size"], shared_gate=True)

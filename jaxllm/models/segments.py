@@ -104,6 +104,12 @@ def resegment(params: Tree, sizes: tuple[int, ...]) -> Tree:
     )
 
 
+def cut(sizes: tuple[int, ...], stops: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of segments none of which goes on behind layers that end at one of `stops`."""
+    bounds = sorted({0, *itertools.accumulate(sizes), *stops})
+    return tuple(stop - start for start, stop in itertools.pairwise(bounds))
+
+
 def _bounds(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     """The first layer of each segment, and the one behind its last."""
     return list(itertools.pairwise((0, *itertools.accumulate(sizes))))

@@ -26,7 +26,7 @@ def decoder_specs(c: DecoderConfig) -> Params:
     names, d, vocab = c.names, Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size)
     last, one = f"{names.prefix}{names.norm}", ONE - c.norm_offset
     segments, first = [], 0
-    for sparse, run in itertools.groupby(c.moe.layers if c.moe else (False,) * c.num_layers):
+    for sparse, run in itertools.groupby(c.layer_moe if c.moe else (False,) * c.num_layers):
         layers = range(first, first + len(list(run)))
         segments.append(_segment(c, layers, c.moe if sparse else None))
         first = layers.stop

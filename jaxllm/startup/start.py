@@ -86,6 +86,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     setup.check_devices(args.tensor_parallel_size)
     if args.enable_expert_parallel and args.tensor_parallel_size == 1:
         logger.info("enable_expert_parallel=True has no effect: one device has all experts (tensor_parallel_size=1)")
+    setup.pipeline(args.pipeline_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.grid)
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
@@ -116,7 +117,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
 
         built = None if is_null else build_runner(config, checkpoint, record, background)
         clock = time.perf_counter()
-        tokenizer = loading.result()
+        tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
     gguf.forget_headers()
     freed_memory.give_back()

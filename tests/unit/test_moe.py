@@ -78,7 +78,7 @@ ROUTERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 def moe_config(num_experts: int = EXPERTS, top_k: int = TOP_K, **fields: Any) -> MoEConfig:
-    return MoEConfig(num_experts=num_experts, top_k=top_k, intermediate_size=6, layers=(True,), **fields)
+    return MoEConfig(num_experts=num_experts, top_k=top_k, intermediate_size=6, **fields)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import psutil
 
+from jaxllm.config.control_group import control_group
 from jaxllm.runner.memory.plan_html import plan_html
 
 GIB = 2**30
@@ -46,6 +46,9 @@ class MemoryPlan:
     kv_bytes_per_token: int
     #: devices that share the model, each with the above
     tensor_parallel_size: int = 1
+    #: stages of layers, of which this one has the least room
+    pipeline_parallel_size: int = 1
+    stage: int = 0
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
@@ -65,11 +68,14 @@ class MemoryPlan:
         limit = self.kv_cache_limit
         note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
         whole = self.used_bytes + self.unused_bytes
+        of_stage = ""
+        if self.pipeline_parallel_size > 1:
+            of_stage = f", stage {self.stage + 1} of {self.pipeline_parallel_size}, which has the least room"
         unused = f"  not used     {gib(self.unused_bytes)}  (of {whole / GIB:.3f}; {self.unused_why})"
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
-                f"gpu_memory_utilization={self.gpu_memory_utilization:g})",
+                f"gpu_memory_utilization={self.gpu_memory_utilization:g}{of_stage})",
                 f"  weights      {gib(self.weight_bytes)}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
                 f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
@@ -94,7 +100,9 @@ class MemoryPlan:
 def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[reportInvalidTypeForm]
     """(total, free) bytes of a device; on CPU both are what the machine, or the container's limit, has available."""
     if device.platform == "cpu":
-        available = min(psutil.virtual_memory().available, _container_headroom())
+        available, left = psutil.virtual_memory().available, control_group().memory_left
+        if left is not None:
+            available = min(available, left)
         return available, available
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
@@ -102,14 +110,6 @@ def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[rep
             f"{device} does not tell its memory, which JAX's own allocator does: unset XLA_PYTHON_CLIENT_ALLOCATOR"
         )
     return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
-
-
-def _container_headroom() -> int:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return int(limit.read_text()) - int(used.read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return 2**63
 
 
 def quantize_blocks(num_blocks: int) -> int:
