@@ -44,6 +44,8 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     target: Target
+    #: copies of the model, each on devices such as these
+    data_parallel_size: int = 1
     #: what attention is compiled to; None: the device's fastest
     attention: Backend | None = None
     block_size: int
@@ -173,8 +175,9 @@ class RunnerConfig:
 
     @property
     def weight_bytes(self) -> int:
-        """On one device."""
-        return device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        """On one device; a part of them where other copies of the model share them."""
+        whole = device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        return -(-whole // self.target.sharers)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

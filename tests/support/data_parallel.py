@@ -1,0 +1,64 @@
+"""Replicas of a model that is split over devices, in a process that has JAX, and four virtual devices, to itself.
+
+``python -m support.data_parallel FOLDER`` prints one JSON object: what engines of one device and of two replicas of two
+devices answered.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
+from support.tiny_model import CONFIG, write_tiny_model
+
+from jaxllm import LLM
+
+
+def found_with(llm: LLM) -> dict[str, Any]:
+    found = answers(llm)
+    again = PROMPTS * 3
+    found["many"] = tokens(generate(llm, again, GREEDY))
+    found["many seeded"] = tokens(generate(llm, again, SEEDED))
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    CONFIG.update(HEADS)
+    model = folder / "model"
+    model.mkdir()
+    write_tiny_model(model)
+    found: dict[str, Any] = {}
+    with LLM(model, data_parallel_size=2, tensor_parallel_size=2, **ARGUMENTS) as llm:
+        found["replicas"] = found_with(llm)
+        found["world"] = [llm.get_world_size(), llm.get_world_size(include_dp=False)]
+        found["devices"] = [
+            sorted(device.id for device in params.embedding.sharding.device_set)
+            for params in llm.apply_model(lambda params: params)
+        ]
+        for level in (1, 2):
+            llm.sleep(level)
+            llm.wake_up()
+            found[f"sleep {level}"] = tokens(generate(llm, PROMPTS, GREEDY))
+        own = llm.apply_model(lambda params: params)
+        llm.update_weights(jax.tree.map(lambda array: -array, own[0]))
+        found["other weights"] = tokens(generate(llm, [PROMPTS[0]] * 4, GREEDY))
+        llm.update_weights(own[0])
+        found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+        found["pages"] = [core.scheduler.kv_cache_manager.pool.num_used for core in llm.engine.core.cores]
+        found["steps"] = [
+            metric.count
+            for metric in llm.get_metrics()
+            if metric.name == "vllm:iteration_tokens_total"  # pyright: ignore
+        ]
+    with LLM(model, **ARGUMENTS) as llm:
+        found["one"] = found_with(llm)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
