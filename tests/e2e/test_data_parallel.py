@@ -20,6 +20,7 @@ import jaxllm
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, LLMEngine, RequestOutputKind, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.chrome_trace import events
+from jaxllm.planning import api
 from jaxllm.runner.runner import Runner
 
 MANY = PROMPTS * 3
@@ -272,7 +273,7 @@ def test_statistics_are_of_all_replicas(
     assert len(lines) == 1 and "Running: 0 reqs" in lines[0]
 
 
-def test_the_plan_is_of_each_replica(tiny_model: Path, one: LLM, two: LLM):
+def test_the_plan_is_of_each_replica(tiny_model: Path, one: LLM, two: LLM, monkeypatch: pytest.MonkeyPatch):
     plan, whole = two.memory_plan, one.memory_plan
     assert (plan.data_parallel_size, plan.weight_sharers) == (2, 2)
     assert plan.weight_bytes == -(-whole.weight_bytes // 2)
@@ -280,7 +281,8 @@ def test_the_plan_is_of_each_replica(tiny_model: Path, one: LLM, two: LLM):
     planned = jaxllm.plan(tiny_model, device="cpu", data_parallel_size=2, **ARGUMENTS)
     assert planned.fits and str(planned).startswith("Each of 2 replicas: Memory plan on cpu")
     assert planned.memory.weight_bytes == plan.weight_bytes
-    gpu = jaxllm.plan(tiny_model, device="h100", data_parallel_size=2, compiler=tiny_model, **ARGUMENTS).memory
+    monkeypatch.setattr(api, "find_compiler", lambda folder: None)
+    gpu = jaxllm.plan(tiny_model, device="h100", data_parallel_size=2, **ARGUMENTS).memory
     assert (gpu.data_parallel_size, gpu.weight_sharers, gpu.weight_bytes) == (2, 1, whole.weight_bytes)
 
 
@@ -295,29 +297,29 @@ def test_sizes_that_cannot_be_are_refused(tiny_model: Path):
     assert "JAX_NUM_CPU_DEVICES=4" in str(raised.value)
 
 
-class TestOfASplitModel:
-    """Two replicas of two devices each."""
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two replicas of two devices each, in a process of their own."""
+    return found_by("support.data_parallel", tmp_path_factory.mktemp("replicas"))
 
-    @pytest.fixture(scope="class")
-    def found(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        return found_by("support.data_parallel", tmp_path_factory.mktemp("replicas"))
 
-    @pytest.mark.parametrize(
-        "kind", ["greedy", "seeded", "after prefix hits", "structured", "many", "many seeded", "prefix hits"]
-    )
-    def test_tokens_are_those_of_one_device(self, found: dict[str, Any], kind: str):
-        assert found["replicas"][kind] == found["one"][kind]
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured", "many", "prefix hits"])
+def test_replicas_of_a_split_model_answer_as_one_device(found: dict[str, Any], kind: str):
+    assert found["replicas"][kind] == found["one"][kind]
 
-    @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
-    def test_log_probabilities_are_those_of_one_device(self, found: dict[str, Any], kind: str):
-        np.testing.assert_allclose(found["replicas"][kind], found["one"][kind], atol=1e-4, rtol=1e-4)
 
-    def test_each_has_its_own_devices(self, found: dict[str, Any]):
-        assert found["devices"] == [[0, 1], [2, 3]] and found["world"] == [4, 2]
-        assert min(found["steps"]) > 0 and found["pages"] == [0, 0]
+@pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
+def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], kind: str):
+    np.testing.assert_allclose(found["replicas"][kind], found["one"][kind], atol=1e-4, rtol=1e-4)
 
-    def test_weights_sleep_and_change_everywhere(self, found: dict[str, Any]):
-        for kind in ("sleep 1", "sleep 2", "own weights"):
-            assert found[kind] == found["one"]["greedy"]
-        others = found["other weights"]
-        assert others == [others[0]] * 4 and others[0] != found["one"]["greedy"][0]
+
+def test_each_has_its_own_devices(found: dict[str, Any]):
+    assert found["devices"] == [[0, 1], [2, 3]] and found["world"] == [4, 2]
+    assert min(found["steps"]) > 0 and found["pages"] == [0, 0]
+
+
+def test_their_weights_sleep_and_change_everywhere(found: dict[str, Any]):
+    for kind in ("sleep", "own weights"):
+        assert found[kind] == found["one"]["many"]
+    others = found["other weights"]
+    assert others == [others[0]] * 4 and others[0] != found["one"]["many"][0]
