@@ -123,7 +123,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
                 replicas.append(build_replica(dataclasses.replace(config, target=target.replica(number)), built))
             times["replicas"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        tokenizer = loading.result()
+        tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
     gguf.forget_headers()
     freed_memory.give_back()
