@@ -40,7 +40,7 @@ class Runner(DeviceMemory[Any, Any]):
         source: Runner | None = None,
     ):
         self.head, self._rows, self._padding = head, rows, padding
-        super().__init__(params, reload, head.programs, source)
+        super().__init__(params, reload, head.allocator, source)
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or

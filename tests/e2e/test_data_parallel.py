@@ -308,6 +308,11 @@ def test_replicas_of_a_split_model_answer_as_one_device(found: dict[str, Any], k
     assert found["replicas"][kind] == found["one"][kind]
 
 
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "many"])
+def test_replicas_of_stages_answer_as_one_device(found: dict[str, Any], kind: str):
+    assert found["stages"][kind] == found["one"][kind]
+
+
 @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
 def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], kind: str):
     np.testing.assert_allclose(found["replicas"][kind], found["one"][kind], atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, answers, generate, tokens
+from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm import LLM
@@ -53,6 +53,12 @@ def main() -> None:
             for metric in llm.get_metrics()
             if metric.name == "vllm:iteration_tokens_total"  # pyright: ignore
         ]
+    with LLM(model, data_parallel_size=2, pipeline_parallel_size=2, **ARGUMENTS) as llm:
+        found["stages"] = {"many": tokens(generate(llm, PROMPTS * 3, SHORT))}
+        found["stages"]["seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
+        llm.sleep(2)
+        llm.wake_up()
+        found["stages"]["greedy"] = tokens(generate(llm, PROMPTS, GREEDY))
     with LLM(model, **ARGUMENTS) as llm:
         found["one"] = found_with(llm)
     print(json.dumps(found))

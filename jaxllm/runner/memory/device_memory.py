@@ -107,7 +107,7 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             return
         on_host, shardings, source = self._on_host, self._allocator.param_shardings, self._source
         params = self._reload() if on_host is None else jax.device_put(on_host, shardings)
-        if source is not None and self._sharding != source._sharding:
+        if source is not None and jax.tree.leaves(shardings) != jax.tree.leaves(source._allocator.param_shardings):
             params = jax.device_put(params, shardings)
         self._use(params, owned=source is None or params is not source.params)
 

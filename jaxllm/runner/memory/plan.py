@@ -50,6 +50,9 @@ class MemoryPlan:
     data_parallel_size: int = 1
     #: copies that have one copy of the weights between them, of which `weight_bytes` is one part
     weight_sharers: int = 1
+    #: stages of layers, of which this one has the least room
+    pipeline_parallel_size: int = 1
+    stage: int = 0
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
@@ -71,11 +74,14 @@ class MemoryPlan:
         whole = self.used_bytes + self.unused_bytes
         sharers = self.weight_sharers
         shared = f"  (a part: {sharers} replicas share {self.weight_bytes * sharers / GIB:.3f} GiB)"
+        of_stage = ""
+        if self.pipeline_parallel_size > 1:
+            of_stage = f", stage {self.stage + 1} of {self.pipeline_parallel_size}, which has the least room"
         unused = f"  not used     {gib(self.unused_bytes)}  (of {whole / GIB:.3f}; {self.unused_why})"
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
-                f"gpu_memory_utilization={self.gpu_memory_utilization:g})",
+                f"gpu_memory_utilization={self.gpu_memory_utilization:g}{of_stage})",
                 f"  weights      {gib(self.weight_bytes)}{shared if sharers > 1 else ''}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
                 f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
