@@ -240,7 +240,8 @@ class Engine:
             # what a pause keeps was computed with the old ones
             self.client.preempt_all()
             self.runner.set_params(params)
-            for runner in self.runners[1:]:
+            others: list[Any] = list(self.runners[1:])
+            for runner in others:
                 runner.reload_weights()  # from the first
             self.core.reset_prefix_cache()
 

@@ -110,7 +110,7 @@ def test_a_prompt_comes_back_to_the_replica_that_has_it(two: LLM):
 
 
 def test_nothing_is_compiled_after_the_start(two: LLM):
-    from test_compiles import counted_events
+    from test_compiles import counted_events  # pyright: ignore[reportMissingImports]
 
     with counted_events() as counts:
         generate(two, MANY, SEEDED)

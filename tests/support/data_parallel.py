@@ -17,6 +17,7 @@ from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, a
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm import LLM
+from jaxllm.api.metric import Histogram
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=8)
 
@@ -51,7 +52,7 @@ def main() -> None:
         found["steps"] = [
             metric.count
             for metric in llm.get_metrics()
-            if metric.name == "vllm:iteration_tokens_total"  # pyright: ignore
+            if isinstance(metric, Histogram) and metric.name == "vllm:iteration_tokens_total"
         ]
     with LLM(model, data_parallel_size=2, pipeline_parallel_size=2, **ARGUMENTS) as llm:
         found["stages"] = {"many": tokens(generate(llm, PROMPTS * 3, SHORT))}
