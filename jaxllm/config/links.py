@@ -45,11 +45,11 @@ _SMALL_SHARE = 1 / 4
 def exchange_seconds(kind: str, size: int, devices: int, link: Link) -> float:
     """How long a collective takes at least, as NCCL itself estimates it for a ring on one machine.
 
-    ``base + steps * latency + sent / bandwidth``, by the better one of two protocols: one that sends small messages with
-    their flags, soon and at a quarter of the bandwidth, and one for large ones. `n` devices take ``2 (n - 1)`` steps for
-    an all-reduce, in which each sends ``2 (n - 1) / n`` of the array, and ``n - 1`` steps with ``(n - 1) / n`` of it for
-    an all-gather, a reduce-scatter or an all-to-all (NCCL tests, ``doc/PERFORMANCE.md``). Switches that add up (NVLS)
-    and kernels that wait for each other make it faster or slower than that.
+    ``base + steps * latency + sent / bandwidth``, by the better one of two protocols: one that sends small messages
+    with their flags, soon and at a quarter of the bandwidth, and one for large ones. `n` devices take ``2 (n - 1)``
+    steps for an all-reduce, in which each sends ``2 (n - 1) / n`` of the array, and ``n - 1`` steps with
+    ``(n - 1) / n`` of it for an all-gather, a reduce-scatter or an all-to-all (NCCL tests, ``doc/PERFORMANCE.md``).
+    Switches that add up (NVLS) make it faster than that, devices that wait for each other slower.
 
     Args:
         kind: one of `parallel.collectives.KINDS`.

@@ -100,9 +100,7 @@ def explain(question: Question, *, device: str, basis: str) -> Explanation:
         return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
 
 
-def _answer(
-    question: Question, planner: _Planner, device: str, basis: str
-) -> tuple[Plan, DoesNotFitError | None]:
+def _answer(question: Question, planner: _Planner, device: str, basis: str) -> tuple[Plan, DoesNotFitError | None]:
     """The plan of a question without remedies, and why it does not fit, where it does not."""
     refusal = None
     try:

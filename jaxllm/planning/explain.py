@@ -19,6 +19,7 @@ from jaxllm.planning.layout import ArrayLayout, cache_layout, weight_layouts
 from jaxllm.planning.plan import Plan
 from jaxllm.planning.step_estimate import StepEstimate, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def explain_engine(engine: Engine) -> Explanation:
         ValidationError: it has no model.
         RuntimeError: it has been shut down.
     """
+    _ = engine.core  # which is no more where it has been shut down
     if engine.args.load_format == "null":
         raise ValidationError('load_format="null" has no model, so there is nothing to explain.')
-    runner: Any = engine.core.runner
+    runner: Any = engine.runner
     config, memory, programs = engine.model_files.config, engine.memory_plan, runner.head.programs
     limits = dataclasses.replace(config.scheduler, max_model_len=memory.max_model_len)
     plan = Plan(
@@ -100,13 +102,13 @@ def explanation(plan: Plan, config: RunnerConfig, programs: Programs | None) -> 
 def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Collective]:
     """What the rules of the split make a step exchange: sums of hidden states, and logits in float32."""
     model, sizes, devices = config.model, config.target.mesh_sizes, config.target.num_devices
-    times = expected_collectives(
-        model.num_layers, devices, layer_sums=layer_sums(model), blocks=0 if config.pooler is not None else 1
-    )
+    rows = SAMPLE_ROWS_GPU[-1]
+    blocks = 0 if config.pooler is not None else -(-requests // rows)
+    times = expected_collectives(model.num_layers, devices, layer_sums=layer_sums(model), blocks=blocks)
     hidden = tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
     words = held(Axis(VOCAB, model.vocab_size), sizes).size * devices
-    bytes_of = {"all-reduce": hidden, "all-gather": requests * words * 4}
-    return Counter({Collective(kind, bytes_of[kind], devices, ""): number for kind, number in times.items()})
+    each = {"all-reduce": (hidden, ""), "all-gather": (min(requests, rows) * words * 4, VOCAB)}
+    return Counter({Collective(kind, each[kind][0], devices, each[kind][1]): number for kind, number in times.items()})
 
 
 def _read_and_computed(weights: tuple[ArrayLayout, ...], tokens: int, requests: int) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class Explanation:
         lines = ["Steps, as one device does them:"]
         for step in self.steps:
             least = "" if step.seconds is None else f": at least {time_text(step.seconds)}"
-            lines.append(f"  {step.name} ({step.tokens:,} tokens){least}")
+            lines.append(f"  {step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
             lines.append(f"    reads {size_text(step.weight_bytes)} of weights{_in(step.read_seconds)}")
             lines.append(f"    computes {step.flops / 1e9:,.1f} GFLOP with them{_in(step.compute_seconds)}")
             if step.exchanges:
@@ -81,8 +81,8 @@ class Explanation:
             bandwidth = GPUS[self.gpu].memory_bandwidth
             context = 1000 * self.plan.memory.kv_bytes_per_token / bandwidth
             lines.append(
-                f"  Attention reads the KV cache besides: {time_text(context)} for every 1,000 tokens of context, of all "
-                "requests together."
+                f"  Attention reads the KV cache besides: {time_text(context)} for every 1,000 tokens of context of "
+                "all requests."
             )
         if self.num_devices > 1:
             source = "counted in the compiled programs" if self.compiled else "those of the rules by which it is split"

@@ -40,7 +40,8 @@ def explanation_html(explanation: Explanation) -> str:
         shapes.append(f'<text x="{x}" y="{y + _TITLE - 4}" font-size="11">{html.escape(name)}</text>')
         shapes += [_rectangle(x, y + _TITLE, *part) for part in column]
     entries = " ".join(
-        f'<span><span style="color:{colour}">&#9632;</span> {html.escape(name)}</span>' for name, colour in legend.items()
+        f'<span><span style="color:{colour}">&#9632;</span> {html.escape(name)}</span>'
+        for name, colour in legend.items()
     )
     return (
         f"<div><div>{html.escape(explanation.mesh_line())}</div>"
@@ -61,7 +62,11 @@ def _column(
     """What lies on a device: (top, height, colour, words), in pixels."""
     memory, mesh = explanation.plan.memory, explanation.mesh
     parts = [
-        (*_kind(each), each.device_bytes, f"{each.count} x " * (each.count > 1) + f"{each.name}: {each.part(mesh, numbers)}")
+        (
+            *_kind(each),
+            each.device_bytes,
+            f"{each.count} x " * (each.count > 1) + f"{each.name}: {each.part(mesh, numbers)}",
+        )
         for each in explanation.layouts
     ]
     parts.append(("activations", _ACTIVATIONS, memory.activation_bytes, "activations"))

@@ -111,7 +111,12 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
     return ArrayLayout(
         name=KV_CACHE,
         count=1,
-        axes=((("pages", pages),), (("kv_heads", config.model.num_kv_heads),), (("tokens", block),), (("width", width),)),
+        axes=(
+            (("pages", pages),),
+            (("kv_heads", config.model.num_kv_heads),),
+            (("tokens", block),),
+            (("width", width),),
+        ),
         shape=(pages, *whole),
         mesh_axes=tuple(split),
         device_shape=(pages, *config.page_shape),

@@ -109,8 +109,8 @@ def step_estimate(
     flops: int,
     gpu: GPU | None,
 ) -> StepEstimate:
-    """A step's roofline (Williams et al. 2009): it takes no less than its bytes need at the memory's bandwidth, nor than
-    its products need at the rate of the device's matrix units.
+    """A step's roofline (Williams et al. 2009): it takes no less than its bytes need at the memory's bandwidth, nor
+    than its products need at the rate of the device's matrix units.
     """
     return StepEstimate(
         name=name,

@@ -195,5 +195,8 @@ def test_text_is_no_markup(llama: Explanation):
 
 
 def test_the_null_model_has_nothing_to_explain(tmp_path: Path):
-    with LLM(write_tiny_model(tmp_path), load_format="null", **SMALL) as llm, pytest.raises(ValidationError, match="nothing to explain"):
+    with (
+        LLM(write_tiny_model(tmp_path), load_format="null", **SMALL) as llm,
+        pytest.raises(ValidationError, match="nothing to explain"),
+    ):
         llm.explain()
