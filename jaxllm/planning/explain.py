@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
@@ -72,19 +73,32 @@ def explanation(plan: Plan, config: RunnerConfig, programs: Programs | None) -> 
     wanted.setdefault((limits.max_num_batched_tokens, most), "largest step")
 
     def step(name: str, tokens: int, requests: int) -> StepEstimate:
-        if programs is None:
+        problem = "there is nothing to compile with"
+        if programs is not None:
+            try:
+                texts, problem = programs.step_texts(tokens, requests), ""
+            except jax.errors.JaxRuntimeError as error:
+                problem = f"the compiler says {str(error).splitlines()[0]}"
+        if problem:
             found = _expected(config, tokens, requests)
         else:
-            found = sum(map(collectives, programs.step_texts(tokens, requests)), Counter[Collective]())
+            found = sum(map(collectives, texts), Counter[Collective]())
         devices = config.target.num_devices
         exchanges = step_exchanges(found, num_layers=config.model.num_layers, devices=devices, gpu=gpu)
         size, flops = _read_and_computed(weights, tokens, requests)
         return step_estimate(
-            name, tokens=tokens, requests=requests, exchanges=exchanges, weight_bytes=size, flops=flops, gpu=gpu
+            name,
+            tokens=tokens,
+            requests=requests,
+            exchanges=exchanges,
+            not_compiled=problem,
+            weight_bytes=size,
+            flops=flops,
+            gpu=gpu,
         )
 
     steps = tuple(step(name, *size) for size, name in wanted.items())
-    if programs is not None:
+    if not steps[-1].not_compiled:
         found = Counter[str]()
         for exchange in steps[-1].exchanges:
             found[exchange.kind] += exchange.times
@@ -95,7 +109,6 @@ def explanation(plan: Plan, config: RunnerConfig, programs: Programs | None) -> 
         gpu=None if gpu is None else gpu.name,
         layouts=(*weights, cache_layout(config, plan.memory.num_blocks)),
         steps=steps,
-        compiled=programs is not None,
     )
 
 

@@ -28,8 +28,6 @@ class Explanation:
     layouts: tuple[ArrayLayout, ...]
     #: steps of several sizes; the largest comes last
     steps: tuple[StepEstimate, ...]
-    #: whether the steps' collectives were counted in compiled programs
-    compiled: bool
 
     @property
     def num_devices(self) -> int:
@@ -75,7 +73,8 @@ class Explanation:
             lines.append(f"    reads {size_text(step.weight_bytes)} of weights{_in(step.read_seconds)}")
             lines.append(f"    computes {step.flops / 1e9:,.1f} GFLOP with them{_in(step.compute_seconds)}")
             if step.exchanges:
-                lines.append(f"    exchanges{_in(step.exchange_seconds)}:")
+                told = f" by the rules of the split, since {step.not_compiled}" if step.not_compiled else ""
+                lines.append(f"    exchanges{_in(step.exchange_seconds)}{told}:")
                 lines += [f"    {line}" for line in table(list(exchange_rows(step.exchanges)), right={2, 3, 4, 5})]
         if self.gpu is not None:
             bandwidth = GPUS[self.gpu].memory_bandwidth
@@ -85,8 +84,8 @@ class Explanation:
                 "all requests."
             )
         if self.num_devices > 1:
-            source = "counted in the compiled programs" if self.compiled else "those of the rules by which it is split"
-            lines.append(f"  Exchanges are {source}; times are what bandwidths and NCCL's latencies allow.")
+            lines.append("  Exchanges are counted in the compiled programs, unless it says otherwise; times are what")
+            lines.append("  bandwidths and NCCL's latencies allow.")
         return lines
 
     def _repr_html_(self) -> str:

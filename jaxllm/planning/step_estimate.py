@@ -41,6 +41,8 @@ class StepEstimate:
     tokens: int
     requests: int
     exchanges: tuple[StepExchange, ...]
+    #: why its exchanges are those of the rules of the split; "": they were counted in its compiled programs
+    not_compiled: str
     #: bytes of weights, each read once
     weight_bytes: int
     #: of the products with weights, two for each number and token; attention's are not among them
@@ -105,6 +107,7 @@ def step_estimate(
     tokens: int,
     requests: int,
     exchanges: tuple[StepExchange, ...],
+    not_compiled: str,
     weight_bytes: int,
     flops: int,
     gpu: GPU | None,
@@ -117,6 +120,7 @@ def step_estimate(
         tokens=tokens,
         requests=requests,
         exchanges=exchanges,
+        not_compiled=not_compiled,
         weight_bytes=weight_bytes,
         flops=flops,
         read_seconds=None if gpu is None else weight_bytes / gpu.memory_bandwidth,

@@ -97,6 +97,7 @@ def test_an_engine_explains_what_its_steps_exchange(found: dict[str, Any], devic
     words = -(-VOCAB_SIZE // devices) * devices * 4
     assert [(step.tokens, step.requests) for step in said.steps] == [(1, 1), (4, 4), (32, 4)]
     for step in said.steps:
+        assert not step.not_compiled
         times: dict[str, int] = {}
         for exchange in step.exchanges:
             times[exchange.kind] = times.get(exchange.kind, 0) + exchange.times
