@@ -569,8 +569,13 @@ class LLM:
         return [self.engine.call_runner(method, args, kwargs)]
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """Devices that the engine uses."""
-        return self.engine.model_files.config.target.num_devices
+        """Devices that the engine uses.
+
+        Args:
+            include_dp: those of all copies of the model; False: of one.
+        """
+        grid = self.engine.args.grid
+        return grid.size if include_dp else grid.stage * grid.tensor
 
     def explain(self) -> Explanation:
         """Where each array of the engine lies, and what its steps read, compute and exchange; prints as tables, and

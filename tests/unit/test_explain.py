@@ -91,23 +91,23 @@ def test_arrays_lie_as_megatron_has_them(llama: Explanation):
     qkv, down, norm, cache = (layouts[name] for name in ("layers.qkv", "layers.down", "norm", KV_CACHE))
     # one entry for 80 arrays of one layer each; a quarter of the rows, and of the columns
     assert qkv.count == 80 and qkv.shape == (1, 10240, 8192) and qkv.device_shape == (1, 2560, 8192)
-    assert qkv.mesh_axes == (None, "tp", None) and qkv.device_bytes == 80 * 2560 * 8192 * 2
-    assert down.device_shape == (1, 8192, 7168) and down.mesh_axes == (None, None, "tp")
+    assert qkv.mesh_axes == (None, "tensor", None) and qkv.device_bytes == 80 * 2560 * 8192 * 2
+    assert down.device_shape == (1, 8192, 7168) and down.mesh_axes == (None, None, "tensor")
     assert norm.device_shape == norm.shape == (8192,) and not norm.is_split
     assert cache.device_shape == (cache.shape[0], 4, 16, 128) and cache.shape[1] == 16
     assert cache.device_bytes == math.prod(cache.device_shape) * 2 == llama.plan.memory.kv_cache_bytes
     weights = sum(layout.device_bytes for layout in llama.layouts) - cache.device_bytes
     assert weights == llama.plan.memory.weight_bytes
-    sizes = {"tp": 4}
-    assert qkv.part(sizes, {"tp": 1}) == "heads 16 to 31 of 64, kv_heads 2 to 3 of 8"
-    assert norm.part(sizes, {"tp": 1}) == "all of it"
+    sizes = {"tensor": 4}
+    assert qkv.part(sizes, {"tensor": 1}) == "heads 16 to 31 of 64, kv_heads 2 to 3 of 8"
+    assert norm.part(sizes, {"tensor": 1}) == "all of it"
 
 
 def test_what_does_not_divide_is_noted(model: Path):
     layouts = {layout.name: layout for layout in jaxllm.explain(model, device="h200", tensor_parallel_size=16).layouts}
-    assert layouts["layers.qkv"].note({"tp": 16}) == "neighbours share heads"
-    assert layouts["layers.qkv"].part({"tp": 16}, {"tp": 3}) == "heads 12 to 15 of 64, kv_heads 1 to 1 of 8"
-    assert layouts["head"].note({"tp": 16}) == ""
+    assert layouts["layers.qkv"].note({"tensor": 16}) == "neighbours share heads"
+    assert layouts["layers.qkv"].part({"tensor": 16}, {"tensor": 3}) == "heads 12 to 15 of 64, kv_heads 1 to 1 of 8"
+    assert layouts["head"].note({"tensor": 16}) == ""
 
 
 def test_steps_take_what_the_roofline_says(llama: Explanation):
@@ -144,7 +144,7 @@ def test_what_is_not_compiled_is_said(llama: Explanation):
     assert not llama.plan.exact and all(step.not_compiled for step in llama.steps)
     assert "This is an ESTIMATE from shapes" in text and "pip install --no-deps" in text
     assert text.count("by the rules of the split, since there is nothing to compile with") == 3
-    assert "Mesh: tp=4, each pair connected by NVLink 4, 450 GB/s in each direction" in text
+    assert "Mesh: tensor=4, each pair connected by NVLink 4, 450 GB/s in each direction" in text
 
 
 def test_one_device_exchanges_nothing(model: Path):
@@ -182,7 +182,7 @@ def test_a_notebook_draws_every_device(llama: Explanation):
     html = llama._repr_html_()
     drawn = ElementTree.fromstring(html[html.index("<svg") : html.index("</svg>") + 6])
     titles = [title.text or "" for title in drawn.iter("title")]
-    assert [text.text for text in drawn.iter("text")] == ["tp 0", "tp 1", "tp 2", "tp 3"]
+    assert [text.text for text in drawn.iter("text")] == ["tensor 0", "tensor 1", "tensor 2", "tensor 3"]
     assert len(titles) == 4 * (len(llama.layouts) + 3)
     assert "80 x layers.output: heads 48 to 63 of 64 (2.500 GiB)" in titles
     heights = [float(rectangle.get("height", "")) for rectangle in drawn.iter("rect")]
