@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = command(
         "explain",
-        "how a model is split: where arrays lie, what steps exchange and how long that takes",
+        "how a model is split, and what its devices exchange",
         _lazily("jaxllm.entrypoints.plan", "run_explain"),
         conflict_handler="resolve",
         description="Explain how a model is split over devices: the memory plan of each, where every array lies, what "
