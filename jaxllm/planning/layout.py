@@ -107,7 +107,8 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
     """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer."""
     pages, sizes = config.layers_per_group * num_blocks, config.target.mesh_sizes
     _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
-    split = (axis if sizes.get(axis, 1) > 1 else None for axis in (*CACHE, *(None,) * (4 - len(CACHE))))
+    names: tuple[str | None, ...] = (*CACHE, *(None,) * (4 - len(CACHE)))
+    split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     return ArrayLayout(
         name=KV_CACHE,
         count=1,
