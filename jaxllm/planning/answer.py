@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.deviceless import lowering_for
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.target import Target
+from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
@@ -132,8 +133,8 @@ class _Planner:
         self.compiled = False
         self._is_local = True
         #: the configuration, and its programs where they can be compiled
-        self.planned: tuple[RunnerConfig, Programs | None]
-        self._needed: dict[SchedulerConfig, int] = {}
+        self.planned: tuple[RunnerConfig, Programs | PipelinePrograms | None]
+        self._needed: dict[SchedulerConfig, Sequence[int]] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
@@ -152,7 +153,7 @@ class _Planner:
         )
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
-    def _compile(self, config: RunnerConfig, num_blocks: int) -> int:
+    def _compile(self, config: RunnerConfig, num_blocks: int) -> Sequence[int]:
         # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
         if config.scheduler in self._needed:
             return self._needed[config.scheduler]
@@ -171,8 +172,9 @@ class _Planner:
         programs = make_programs(config, config.params(), num_blocks)
         self.planned = config, programs
         with self.lowering(config):
-            needed = self._needed[config.scheduler] = programs.activation_bytes()
-            if config.target.num_devices > 1:
+            found = programs.activation_bytes()
+            needed = self._needed[config.scheduler] = (found,) if isinstance(found, int) else found
+            if isinstance(programs, Programs) and config.target.num_devices > 1:
                 texts = programs.step_texts(programs.largest.tokens, programs.largest.seqs)
                 self.collectives = dict(sum((Counter(count_collectives(text)) for text in texts), Counter[str]()))
         return needed

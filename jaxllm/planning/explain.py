@@ -20,6 +20,7 @@ from jaxllm.planning.layout import ArrayLayout, cache_layout, weight_layouts
 from jaxllm.planning.plan import Plan
 from jaxllm.planning.step_estimate import StepEstimate, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -54,14 +55,22 @@ def explain_engine(engine: Engine) -> Explanation:
     return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
 
 
-def explanation(plan: Plan, config: RunnerConfig, programs: Programs | None) -> Explanation:
+def explanation(plan: Plan, config: RunnerConfig, programs: Programs | PipelinePrograms | None) -> Explanation:
     """Explain an engine that is planned.
 
     Args:
         config: what the plan is of.
         programs: of the engine, which compile what they lack; None: nothing can be compiled, and exchanges are those
             that the rules of the split make.
+
+    Raises:
+        ValidationError: the model is cut into stages.
     """
+    if config.pipeline or isinstance(programs, PipelinePrograms):
+        raise ValidationError(
+            f"pipeline_parallel_size={len(config.pipeline)} cannot be explained yet; `jaxllm plan` says what each stage "
+            "needs. What works: pipeline_parallel_size=1."
+        )
     sizes, limits = dict(config.target.mesh_sizes), config.scheduler
     gpu = next((gpu for gpu in GPUS.values() if gpu.description == config.target.kind), None)
     weights = weight_layouts(config)
