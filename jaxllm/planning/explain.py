@@ -68,7 +68,7 @@ def explanation(plan: Plan, config: RunnerConfig, programs: Programs | PipelineP
     """
     if config.pipeline or isinstance(programs, PipelinePrograms):
         raise ValidationError(
-            f"pipeline_parallel_size={len(config.pipeline)} cannot be explained yet; `jaxllm plan` says what each stage "
+            f"pipeline_parallel_size={len(config.pipeline)} cannot be explained yet; `jaxllm plan` says what a stage "
             "needs. What works: pipeline_parallel_size=1."
         )
     sizes, limits = dict(config.target.mesh_sizes), config.scheduler
