@@ -21,6 +21,7 @@ from pallas_kernels.paged_attention.configurations import Heads
 from pallas_kernels.paged_attention.tiles import DecodeTile
 from pallas_kernels.paged_attention.triton_decode import decode_attention
 from pallas_kernels.paged_latent_attention.api import paged_latent_attention
+from pallas_kernels.paged_latent_attention.bench import LatentWorkload, measure
 from pallas_kernels.paged_latent_attention.configurations import LatentStep
 
 #: shapes, and how many of the latents' numbers are their value
@@ -137,6 +138,16 @@ def test_gradients_of_the_reference_are_those_of_expanded_keys_and_values():
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.isfinite(ours).all() and np.abs(ours).max() > 0.01
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_benchmark_runs_and_counts():
+    heads = Heads(model="small", heads=4, kv_heads=1, head_dim=24)
+    load = LatentWorkload(
+        heads=heads, seqs=2, computed=10, queries=1, value_width=16, block_size=16, query="float32", stored="float32"
+    )
+    assert load.read_bytes == 2 * 11 * 24 * 4
+    result = measure(Backend(implementation="triton", interpret=True), load, page_bytes=0, repeats=1)
+    assert result["us"] > 0 and np.isfinite(result["GB/s"]) and np.isfinite(result["TFLOP/s"])
 
 
 def _step(**changed: Any) -> tuple[Any, ...]:
