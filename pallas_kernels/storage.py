@@ -123,9 +123,11 @@ def check_latents(cache: jax.Array, tokens: int, name: str, rows: jax.Array, hea
     if cache.ndim != 3:
         raise ValueError(f"a cache of latents must be [pages, block_size, width], got {list(cache.shape)}")
     if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype == jnp.uint16) or is_scaled(cache.dtype):
-        raise ValueError(f"a cache of latents must be of a float dtype of 16 bits or more, or uint16, got {cache.dtype}")
+        raise ValueError(f"a cache of latents must be of 16-bit or wider floats, or uint16, got {cache.dtype}")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(f"{name} must be of a float dtype, got {rows.dtype}")
     width = cache.shape[2]
     if rows.ndim != 3 or rows.shape != (tokens, heads or rows.shape[1], width):
-        raise ValueError(f"{name} must be [{tokens} (the batch's), {heads or 'heads'}, {width}], got {list(rows.shape)}")
+        raise ValueError(
+            f"{name} must be [{tokens} (the batch's), {heads or 'heads'}, {width}], got {list(rows.shape)}"
+        )

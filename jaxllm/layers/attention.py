@@ -80,7 +80,7 @@ def latent_attention(
     scale: float,
     rank: int,
 ) -> jax.Array:
-    """Attention of every query token over its sequence's latents (this step's included), whose first numbers are values.
+    """Attention of every query token over its sequence's latents (this step's included), of which a part are values.
 
     Args:
         query: [T, heads, width].

@@ -23,8 +23,8 @@ def write_kv(
     """`reference.write_kv` by `batch.backend`'s implementation; in place where the cache is donated.
 
     Raises:
-        ValueError: the arrays do not belong together (`storage.check_operands`, `storage.check_latents`), or the kernels
-            cannot address such a cache (`storage.check_addressable`).
+        ValueError: the arrays do not belong together (`storage.check_operands`, `storage.check_latents`), or the
+            kernels cannot address such a cache (`storage.check_addressable`).
     """
     tokens = batch.token_seq.shape[0]
     if value is None:

@@ -1,4 +1,4 @@
-"""DeepSeek's families against transformers: latent attention in pages, with and without latent queries, yarn, routing."""
+"""DeepSeek's families against transformers: latents in pages, queries with and without latents, yarn, routing."""
 
 from __future__ import annotations
 

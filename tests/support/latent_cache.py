@@ -1,10 +1,11 @@
-"""Engines of a small DeepSeek whose heads are split over 1, 2 and 4 virtual devices, in a process that has JAX to itself.
+"""Engines of a small DeepSeek, whose heads are split over 1, 2 and 4 virtual devices, in a process with its own JAX.
 
 ``python -m support.latent_cache FOLDER`` prints one JSON object: by number of devices, what each engine answered.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from support.tensor_parallel import ARGUMENTS, answers, exchanged
+from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, write_tiny_model
 
 from jaxllm import LLM
+from jaxllm.api.metric import Counter
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
@@ -60,6 +62,22 @@ def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
     return folder
 
 
+def answers(llm: LLM) -> dict[str, Any]:
+    """What an engine makes of four prompts that do not fit at once, and of one whose prefix it has; it takes prompts in
+    chunks.
+    """
+    first = generate(llm, PROMPTS, GREEDY)
+    again = generate(llm, PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=8, prompt_logprobs=0))
+    metrics = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
+    return {
+        "greedy": tokens(first),
+        "after prefix hits": tokens(generate(llm, PROMPTS[2], GREEDY)),
+        "prompt logprobs": [next(iter(entry.values())).logprob for entry in again[0].prompt_logprobs[1:]],
+        "preemptions": next(metric.value for metric in metrics if metric.name == "vllm:num_preemptions"),
+        "prefix hits": next(metric.value for metric in metrics if metric.name == "vllm:prefix_cache_hits"),
+    }
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) / "model"
     folder.mkdir()
@@ -72,10 +90,6 @@ def main() -> None:
                 "exchanged": exchanged(llm)["count"],
                 "bytes a token": llm.memory_plan.kv_bytes_per_token,
             }
-            if devices == 4:
-                llm.save(folder.with_name("saved"))
-    with LLM(folder.with_name("saved"), **ARGUMENTS) as llm:
-        found["saved"] = answers(llm)
     print(json.dumps(found))
 
 

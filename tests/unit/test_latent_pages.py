@@ -20,9 +20,9 @@ from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.paged_latent_attention.api import paged_latent_attention
 
 #: (numbers of a latent, of its value), what they are stored as, positions of a block, groups of layers
-SHAPES = list(
-    itertools.product(((576, 512), (288, 256), (80, 64)), (jnp.float32, jnp.uint16), (16, 64), (1, 2)),
-)
+EVERY = list(itertools.product(((576, 512), (80, 64)), (jnp.float32, jnp.uint16), (16, 64), (1, 2)))
+#: every second one: any two values of two columns meet
+SHAPES = [shape for i, shape in enumerate(EVERY) if i.bit_count() % 2 == 0]
 
 
 def test_a_token_has_one_latent_in_a_layer():
