@@ -568,8 +568,13 @@ class LLM:
         return [self.engine.call_runner(method, args, kwargs)]
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """Devices that the engine uses."""
-        return self.engine.model_files.config.target.num_devices
+        """Devices that the engine uses.
+
+        Args:
+            include_dp: those of all copies of the model; False: of one.
+        """
+        grid = self.engine.args.grid
+        return grid.size if include_dp else grid.stage * grid.tensor
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 from jaxllm.config.argument import Arguments, argument, not_yet
 from jaxllm.config.argument_checks import at_least
 
 _CAPABILITY = "parallelism"
+
+
+class Grid(NamedTuple):
+    """How many devices an engine has along each axis of the mesh, outermost first."""
+
+    #: copies of the model
+    data: int = 1
+    #: runs of layers, each on devices of its own
+    stage: int = 1
+    #: devices that share every layer
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self)
+
+    def __str__(self) -> str:
+        """The arguments that ask for more than one device."""
+        names = ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size")
+        asked = [f"{name}={count}" for name, count in zip(names, self, strict=True) if count > 1]
+        return " x ".join(asked) or "tensor_parallel_size=1"
+
+
+ONE_DEVICE = Grid()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,3 +51,7 @@ class ParallelConfig(Arguments):
     data_parallel_size: int = not_yet(1, _CAPABILITY, short="-dp")
     #: whether experts are spread over devices as wholes, not each of them split
     enable_expert_parallel: bool = not_yet(False, _CAPABILITY)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)

@@ -17,8 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-#: the mesh's axis over which heads, the MLP and the vocabulary are split
-TENSOR = "tp"
+#: the axes of the devices, outermost first: copies of the model, each with requests of its own,
+DATA = "data"
+#: runs of layers, each with programs of its own,
+STAGE = "stage"
+#: and the devices that share every layer: heads, the MLP and the vocabulary are split over them
+TENSOR = "tensor"
 
 
 def make_mesh(devices: Sequence[Any]) -> jax.sharding.Mesh:

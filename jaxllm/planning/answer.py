@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.parallel import Grid
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
@@ -41,15 +44,14 @@ class Question:
     """A question is what is to be planned.
 
     Args:
-        args: the engine's; how many devices and which is not among them.
+        args: the engine's; which devices is not among them.
         path: of the model, a directory with a config.json or a .gguf file.
-        target: number of devices -> the devices, with the same memory whenever it is asked.
+        target: how many devices -> the devices, with the same memory whenever it is asked.
     """
 
     args: EngineArgs
     path: Path
-    target: Callable[[int], Target]
-    num_devices: int
+    target: Callable[[Grid], Target]
     #: the devices are this machine's, which has no more of them
     is_local: bool
 
@@ -104,10 +106,10 @@ class _Planner:
 
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
-        target = question.target(question.num_devices)
+        target = question.target(question.args.grid).replica(0)
         config = question.setup().runner_config(target, progress=None)
         self.dtype = config.dtype
-        self.compiled = bool(target.devices)
+        self.compiled = target.devices is not None
         self._is_local = question.is_local
         self._needed.clear()
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
@@ -135,7 +137,7 @@ class _Planner:
                 limits.max_model_len,
             )
         programs = make_programs(config, config.params(), num_blocks)
-        with contextlib.nullcontext() if self._is_local else lowering_for(make_mesh(config.target.devices)):
+        with contextlib.nullcontext() if self._is_local else lowering_for(_mesh_of(config.target)):
             needed = self._needed[config.scheduler] = programs.activation_bytes()
         if isinstance(programs, SamplingPrograms) and config.target.num_devices > 1:
             sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
@@ -146,12 +148,17 @@ class _Planner:
         return needed
 
 
+def _mesh_of(target: Target) -> jax.sharding.Mesh:
+    """The devices that a program is compiled for, also where there is but one."""
+    assert target.devices is not None
+    return make_mesh(target.devices[0, 0])
+
+
 def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:
     """Yield arguments that make it fit, each planned."""
 
-    def tried(argument: str, value: Any, devices: int | None = None) -> Remedy | None:
-        args = question.args if devices else dataclasses.replace(question.args, **{argument: value})
-        again = dataclasses.replace(question, args=args, num_devices=devices or question.num_devices)
+    def tried(argument: str, value: Any) -> Remedy | None:
+        again = dataclasses.replace(question, args=dataclasses.replace(question.args, **{argument: value}))
         try:
             return Remedy(argument=argument, value=value, plan=planner.plan(again))
         except DoesNotFitError as error:
@@ -169,8 +176,8 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
     if question.is_local or not isinstance(model, DecoderConfig):
         return
     for devices in split_sizes(model):
-        if question.num_devices < devices <= MOST_DEVICES and not devices & (devices - 1):
-            found = tried("tensor_parallel_size", devices, devices)
+        if question.args.tensor_parallel_size < devices <= MOST_DEVICES and not devices & (devices - 1):
+            found = tried("tensor_parallel_size", devices)
             if found is not None:
                 yield found
                 return

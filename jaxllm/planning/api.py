@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import CPU, GPUS, device_name
 from jaxllm.config.engine_args import EngineArgs, engine_args
@@ -36,7 +35,6 @@ def plan(
     /,
     *,
     device: str = "auto",
-    tensor_parallel_size: int = 1,
     compiler: str | os.PathLike[str] | None = None,
     **arguments: Any,
 ) -> Plan:
@@ -50,9 +48,8 @@ def plan(
     Args:
         model: as the engine takes it, or a config.json, or a directory with nothing else.
         device: a GPU's name (`jaxllm.config.devices`), "cpu", or "auto" or "gpu" for what this machine has.
-        tensor_parallel_size: devices that share the model. The plan is of each of them.
         compiler: a directory with JAX's CUDA compiler, the only place to look for it.
-        **arguments: the engine's.
+        **arguments: the engine's. Where they ask for several devices, the plan is of each of them.
 
     Raises:
         TypeError: an argument does not exist.
@@ -60,9 +57,6 @@ def plan(
         FileNotFoundError: there is no such model.
     """
     show_log()
-    devices = checks.integer("tensor_parallel_size", tensor_parallel_size)
-    if devices < 1:
-        raise ValidationError(f"tensor_parallel_size must be at least 1, got {devices}.")
     local = device.strip().lower() in HERE
     name = device.strip().lower() if local else _gpu(device)
     args = engine_args(model, **arguments)
@@ -74,8 +68,7 @@ def plan(
                 args=args,
                 path=path,
                 # what is free changes from moment to moment; one plan and its remedies are of one moment
-                target=functools.cache(lambda count: target_here(name, count)),
-                num_devices=devices,
+                target=functools.cache(lambda grid: target_here(name, grid)),
                 is_local=True,
             )
             return answer(question, device=name, basis="Compiled on this machine, for its own devices.")
@@ -88,15 +81,14 @@ def plan(
                 GPUS[name].description,
             )
             try:
-                return answer_elsewhere(found, args, path, arguments, name, devices)
+                return answer_elsewhere(found, args, path, arguments, name)
             except CompilerFailedError as error:
                 why = f"{found} failed ({error}), so this is an estimate from shapes."
         gpu = GPUS[name]
         question = Question(
             args=args,
             path=path,
-            target=lambda count: target_described(gpu, num_devices=count),
-            num_devices=devices,
+            target=lambda grid: target_described(gpu, grid=grid),
             is_local=False,
         )
         return answer(question, device=name, basis=why or _no_compiler())

@@ -37,7 +37,6 @@ def answer_elsewhere(
     path: Path,
     arguments: Mapping[str, Any],
     device: str,
-    num_devices: int,
 ) -> Plan:
     """Answer for GPUs that are not there, by their compiler.
 
@@ -57,7 +56,6 @@ def answer_elsewhere(
                 "path": str(path),
                 "arguments": {**arguments, **({"dtype": args.dtype} if "dtype" in arguments else {})},
                 "device": device,
-                "num_devices": num_devices,
                 "cuda": compiler.cuda,
                 "basis": f"Compiled for {GPUS[device].description} by {compiler}.",
             },
@@ -104,8 +102,7 @@ def main() -> None:
         question = Question(
             args=engine_args(asked["model"], **asked["arguments"]),
             path=Path(asked["path"]),
-            target=lambda count: target_described(gpu, tuple(devices(gpu, count, cuda=cuda)), num_devices=count),
-            num_devices=asked["num_devices"],
+            target=lambda grid: target_described(gpu, devices(gpu, grid.size, cuda=cuda), grid=grid),
             is_local=False,
         )
         reply = {"plan": answer(question, device=asked["device"], basis=asked["basis"]).to_dict()}

@@ -78,16 +78,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"
     share_gpu_memory(args.gpu_memory_utilization)
-    if is_null and args.tensor_parallel_size > 1:
-        raise ValidationError(
-            f'tensor_parallel_size={args.tensor_parallel_size} with load_format="null": there is no model to split. '
-            "Leave it out."
-        )
+    if is_null and args.grid.size > 1:
+        raise ValidationError(f'{args.grid} with load_format="null": there is no model to split. Leave it out.')
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
-    target = target_here("cpu" if is_null else args.device, args.tensor_parallel_size)
+    target = target_here("cpu" if is_null else args.device, args.grid)
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
     progress = StartProgress(
@@ -206,7 +203,7 @@ def _tell_of_others() -> None:
 def _engine_text(args: EngineArgs, path: Path, target: Target) -> str:
     """What decides how long a start takes."""
     given = {name: value for name, value in args.given().items() if name != "hf_token"}
-    return f"{path} {given} {target.num_devices} {target.kind}"
+    return f"{path} {given} {target.kind}"
 
 
 def _token_constraints(

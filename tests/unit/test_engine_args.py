@@ -14,7 +14,7 @@ from support.capabilities import arguments_to_come
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.config.parallel import ParallelConfig
+from jaxllm.config.parallel import Grid, ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.speculative import SpeculativeConfig
 
@@ -347,6 +347,8 @@ def test_the_mesh_has_its_sizes_from_the_arguments():
         ValidationError, match="data_parallel_size=2 is not supported yet: .* does not have parallelism"
     ):
         ParallelConfig(data_parallel_size=2)
+    assert engine_args("m", tensor_parallel_size="2").grid == (1, 1, 2)
+    assert str(Grid(data=3, tensor=2)) == "data_parallel_size=3 x tensor_parallel_size=2"
 
 
 def test_what_a_gguf_file_holds_may_be_named(caplog: pytest.LogCaptureFixture):

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from support.tiny_model import CONFIG
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.devices import GPUS
+from jaxllm.config.parallel import Grid
 from jaxllm.layers.weight import Axis
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import check_split, device_bytes, held, split_sizes
+from jaxllm.runner.compile.target import target_described
 
 MODEL = model_config(CONFIG)
 HLO = """\
@@ -71,6 +74,20 @@ def test_a_vocabulary_is_filled_up(words: int, devices: int):
         own = held(Axis("vocab", words), {TENSOR: devices}, {TENSOR: device})
         assert own.size == len(part)
         np.testing.assert_array_equal(np.arange(own.first, own.first + own.count), part[part >= 0])
+
+
+def test_the_devices_are_replicas_of_stages():
+    """On the axes data, stage and tensor, outermost first."""
+    names = [f"d{number}" for number in range(12)]
+    target = target_described(GPUS["h100"], names, grid=Grid(data=2, stage=3, tensor=2))
+    assert target.device == "d0" and target.grid.size == 12
+    replica = target.replica(1)
+    assert (replica.device, replica.grid) == ("d6", (1, 3, 2))
+    stage = replica.stage(2)
+    assert stage.devices is not None and stage.devices.tolist() == [[["d10", "d11"]]]
+    assert stage.device == "d10" and stage.mesh_sizes == {TENSOR: 2}
+    nothing = target_described(GPUS["h100"], grid=Grid(data=2, tensor=4)).replica(1)
+    assert nothing.grid == (1, 1, 4) and nothing.sharding is None
 
 
 heads = st.integers(1, 64)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.config.devices import GPU
+from jaxllm.config.parallel import ONE_DEVICE, Grid
 from jaxllm.parallel.mesh import TENSOR, ask_for_cpu_devices, make_mesh
 from jaxllm.runner.memory.plan import device_memory
 
@@ -24,9 +27,9 @@ class DescribedDevice:
     compute_capability: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """The devices of one engine, all of one kind."""
+    """The devices of one engine, all of one kind; or those of one of its replicas, or of one stage of that."""
 
     #: JAX's name: "cpu" or "gpu"
     platform: str
@@ -35,34 +38,57 @@ class Target:
     #: bytes of one device, in all and not yet taken
     total_bytes: int
     free_bytes: int
-    #: over which the model is split
-    num_devices: int = 1
+    grid: Grid = ONE_DEVICE
     #: one of them
     device: Any
-    #: () where there is nothing to compile with
-    devices: tuple[Any, ...] = ()
+    #: of objects, [data, stage, tensor], as many as the grid has; None: there is nothing to compile with
+    devices: np.ndarray | None = None
+
+    def replica(self, number: int) -> Target:
+        """The devices of one copy of the model."""
+        return self._part(self.grid._replace(data=1), slice(number, number + 1))
+
+    def stage(self, number: int) -> Target:
+        """The devices of one run of layers, in every copy."""
+        return self._part(self.grid._replace(stage=1), slice(None), slice(number, number + 1))
+
+    def _part(self, grid: Grid, *index: slice) -> Target:
+        if self.devices is None:
+            return dataclasses.replace(self, grid=grid)
+        devices = self.devices[index]
+        return dataclasses.replace(self, grid=grid, devices=devices, device=devices.flat[0])
 
     def segments(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each segment of a model of equal layers (`models.segments`)."""
         return (num_layers,) if self.platform == "cpu" else (1,) * num_layers
 
     @property
+    def num_devices(self) -> int:
+        """Over which each layer is split."""
+        return self.grid.tensor
+
+    @property
     def mesh_sizes(self) -> dict[str, int]:
         """Of the mesh's axes, also where there is nothing to compile with."""
-        return {TENSOR: self.num_devices}
+        return {TENSOR: self.grid.tensor}
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """All devices along one axis; None: there is but one, or nothing to compile with."""
-        return make_mesh(self.devices) if len(self.devices) > 1 else None
+        """The devices of one stage of one replica along one axis; None: it has but one, or there is nothing to compile
+        with.
+        """
+        if self.devices is None or self.grid.tensor == 1:
+            return None
+        assert self.grid.data == self.grid.stage == 1, "a program is made for one stage of one replica"
+        return make_mesh(self.devices[0, 0])
 
     @property
     def sharding(self) -> Any:
         """Of an array that every device has whole; None where there is nothing to compile with."""
-        if not self.devices:
+        if self.devices is None:
             return None
         if self.mesh is None:
-            return jax.sharding.SingleDeviceSharding(self.devices[0])
+            return jax.sharding.SingleDeviceSharding(self.device)
         return jax.sharding.NamedSharding(self.mesh, jax.P())
 
 
@@ -79,47 +105,59 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         ) from error
 
 
-def target_here(name: str, num_devices: int = 1) -> Target:
+def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
     """Devices of this machine, by their platform (`find_device`). A CPU becomes as many devices as are needed, unless
-    JAX has started.
+    JAX has started; copies of a model that is not split share one of them.
 
     Raises:
         ValidationError: there are not so many.
     """
+    shares = grid.stage == grid.tensor == 1
     if name in ("auto", "cpu"):
-        ask_for_cpu_devices(num_devices)
+        ask_for_cpu_devices(1 if shares else grid.size)
     device = find_device(name)
-    present = jax.devices(device.platform)
-    if len(present) < num_devices:
-        more = ""
-        if device.platform == "cpu":
+    on_cpu = device.platform == "cpu"
+    present = [device] * grid.data if on_cpu and shares else jax.devices(device.platform)
+    if len(present) < grid.size:
+        more = f" Set numbers whose product is at most {len(present)}."
+        if on_cpu:
             more = (
                 " JAX has started: make the engine before anything else asks JAX for its devices, or start Python with "
-                f"JAX_NUM_CPU_DEVICES={num_devices} in its environment."
+                f"JAX_NUM_CPU_DEVICES={grid.size} in its environment."
             )
-        raise ValidationError(
-            f"tensor_parallel_size={num_devices} needs as many devices; JAX has {len(present)} of {device.platform}."
-            + more
-        )
-    total, free = device_memory(device)
-    if device.platform == "cpu":  # they share the machine's memory
-        total, free = total // num_devices, free // num_devices
+        raise ValidationError(f"{_needs(grid)}; JAX has {len(present)} of {device.platform}.{more}")
+    present = present[: grid.size]
+    memory = [device_memory(one) for one in dict.fromkeys(present)]
+    # those of a CPU share the machine's memory
+    share = grid.size if on_cpu else 1
     return Target(
         platform=device.platform,
         kind=device.device_kind,
-        total_bytes=total,
-        free_bytes=free,
-        num_devices=num_devices,
-        device=device,
-        devices=(device,) if num_devices == 1 else tuple(present[:num_devices]),
+        total_bytes=min(total for total, _ in memory) // share,
+        free_bytes=min(free for _, free in memory) // share,
+        grid=grid,
+        device=present[0],
+        devices=_array(present, grid),
     )
 
 
-def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: int = 1) -> Target:
+def _needs(grid: Grid) -> str:
+    asked = str(grid)
+    return f"{asked} needs {grid.size} devices" if " x " in asked else f"{asked} needs as many devices"
+
+
+def _array(devices: Sequence[Any], grid: Grid) -> np.ndarray:
+    """The devices as `Target.devices` has them."""
+    array = np.empty(len(devices), dtype=object)
+    array[:] = devices
+    return array.reshape(grid)
+
+
+def target_described(gpu: GPU, devices: Sequence[Any] = (), *, grid: Grid = ONE_DEVICE) -> Target:
     """GPUs that are not there, with all of their memory free.
 
     Args:
-        devices: what to compile for (`deviceless.devices`); () where there is no compiler.
+        devices: what to compile for (`deviceless.devices`), as many as the grid has; () where there is no compiler.
     """
     capability = ".".join(map(str, gpu.compute_capability))
     described = DescribedDevice(platform="gpu", device_kind=gpu.description, compute_capability=capability)
@@ -128,7 +166,7 @@ def target_described(gpu: GPU, devices: tuple[Any, ...] = (), *, num_devices: in
         kind=gpu.description,
         total_bytes=gpu.memory_bytes,
         free_bytes=gpu.memory_bytes,
-        num_devices=num_devices,
+        grid=grid,
         device=devices[0] if devices else described,
-        devices=devices,
+        devices=_array(devices, grid) if devices else None,
     )
