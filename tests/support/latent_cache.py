@@ -68,13 +68,14 @@ def answers(llm: LLM) -> dict[str, Any]:
     """
     first = generate(llm, PROMPTS, GREEDY)
     again = generate(llm, PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=8, prompt_logprobs=0))
+    last = generate(llm, PROMPTS[2], GREEDY)
     metrics = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
     return {
         "greedy": tokens(first),
-        "after prefix hits": tokens(generate(llm, PROMPTS[2], GREEDY)),
+        "after prefix hits": tokens(last),
         "prompt logprobs": [next(iter(entry.values())).logprob for entry in again[0].prompt_logprobs[1:]],
         "preemptions": next(metric.value for metric in metrics if metric.name == "vllm:num_preemptions"),
-        "prefix hits": next(metric.value for metric in metrics if metric.name == "vllm:prefix_cache_hits"),
+        "prefix hits": last[0].num_cached_tokens,
     }
 
 
