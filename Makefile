@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
 GPU_CHECK_ARGS ?=
+VLLM_EXAMPLES_ARGS ?=
 # what runs under the other Python and JAX
 CORE_TESTS ?= tests/unit tests/property
 # 1: `make compile-cuda` compiles a part of the configurations
@@ -23,7 +24,7 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks test-peers test-py312 compile-cuda gpu-check lint format format-check types lock clean
+.PHONY: demo test notebooks test-peers test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
@@ -52,6 +53,10 @@ compile-cuda: $(VENV)/.installed-test .cuda-compiler/.triton
 	if [ -z "$$python" ]; then echo "compile-cuda: JAX of Python 3.12 skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke .cuda-compiler312/.installed PYTHON312="$$python"
 	COMPILE_CUDA_QUICK=$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
+
+# vLLM's offline examples, from its source distribution, which pip fetches: about half an hour.
+vllm-examples: $(VENV)/.installed-test
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(BIN)/python -m vllm_examples $(VLLM_EXAMPLES_ARGS)
 
 # With the Python at hand and what is installed in it: GPU machines come with their JAX, and often without a network.
 gpu-check:

@@ -19,6 +19,8 @@ class ControlGroup:
     #: processor time, in cores: a process that has had its share is stopped for the rest of each 0.1 s
     cores: float | None
     memory_bytes: int | None
+    #: what is left of it to all processes of the group
+    memory_left: int | None
 
 
 def control_group(system: Path = _SYSTEM, own: Path = _OWN) -> ControlGroup:
@@ -30,14 +32,20 @@ def control_group(system: Path = _SYSTEM, own: Path = _OWN) -> ControlGroup:
     """
     cores: list[float] = []
     memory: list[int] = []
+    left: list[int] = []
     for folder in _folders(system, own):
         first = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
         for share in (_numbers(folder / "cpu.max"), first):
             if len(share) == 2 and share[0] > 0:
                 cores.append(share[0] / share[1])
         limits = _numbers(folder / "memory.max") + _numbers(folder / "memory.limit_in_bytes")
-        memory += [limit for limit in limits if limit < _NO_LIMIT]
-    return ControlGroup(cores=min(cores, default=None), memory_bytes=min(memory, default=None))
+        limits = [limit for limit in limits if limit < _NO_LIMIT]
+        memory += limits
+        used = _numbers(folder / "memory.current") + _numbers(folder / "memory.usage_in_bytes")
+        left += [limit - used[0] + _given_back(folder) for limit in limits if used]
+    return ControlGroup(
+        cores=min(cores, default=None), memory_bytes=min(memory, default=None), memory_left=min(left, default=None)
+    )
 
 
 def _folders(system: Path, own: Path) -> Iterator[Path]:
@@ -53,6 +61,17 @@ def _folders(system: Path, own: Path) -> Iterator[Path]:
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             yield (system / controllers).joinpath(*parts[:depth])
+
+
+def _given_back(folder: Path) -> int:
+    """Bytes of files that a group has read: they count as used, but are given back where memory is short."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    numbers = dict(line.split() for line in lines if len(line.split()) == 2)
+    # version 1 has the second one, of the groups inside as well
+    return int(numbers.get("total_inactive_file") or numbers.get("inactive_file") or 0)
 
 
 def _numbers(path: Path) -> list[int]:

@@ -18,6 +18,8 @@ from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.compile.progress import StartProgress
+from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pooling import PoolingHead, PoolingPrograms
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig
@@ -83,12 +85,21 @@ def build_runner(
         )
 
     on_cpu, stop = config.platform == "cpu", threading.Event()
+    progress = config.progress or StartProgress(quiet=True)
     # beside compilers they come last: a GPU's tries out products on the card, which must not be full, and a CPU's takes
     # as much of the host's memory as a small model does
     reading = [background.submit(load, stop)] if on_cpu and programs.were_found else []
 
     def weights() -> Params | PoolingModel:
-        return reading.pop().result() if reading else load()
+        if reading:
+            return progress.result(reading.pop())
+        # never in this thread, which Ctrl-C ends at once
+        unwanted = threading.Event()
+        with Workers(1, "load weights") as worker:
+            try:
+                return progress.result(worker.submit(load, unwanted))
+            finally:
+                unwanted.set()
 
     try:
         programs.compile_all()

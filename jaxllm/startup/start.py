@@ -114,7 +114,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
 
         built = None if is_null else build_runner(config, checkpoint, record, background)
         clock = time.perf_counter()
-        tokenizer = loading.result()
+        tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
     gguf.forget_headers()
     freed_memory.give_back()

@@ -19,6 +19,7 @@ from support.live_buffers import live
 from support.tiny_model import SMALL
 
 from jaxllm import LLM, AsyncLLM
+from jaxllm.weights.checkpoint import Checkpoint
 
 PROGRAM = """
 import signal, sys, threading
@@ -39,12 +40,12 @@ jax.stages.Lowered.compile = compile
 UNHANDLED = """
 import atexit
 atexit.register(print, "what else is to be done")
-LLM(sys.argv[1], **SMALL)
+LLM(sys.argv[1], skip_tokenizer_init=True, **SMALL)
 """
 #: that goes on after it
 HANDLED = """
 try:
-    LLM(sys.argv[1], **SMALL)
+    LLM(sys.argv[1], skip_tokenizer_init=True, **SMALL)
 except KeyboardInterrupt:
     print("the program goes on")
     ended.set()
@@ -127,6 +128,47 @@ def test_an_engine_that_starts_beside_the_event_loop(tiny_model: Path, compiler:
     thread.join()
     assert not compiler.ended.is_set()
     assert live() <= before
+
+
+class Finalized:
+    """Python drops what its finalizer raises."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_python_drops_is_raised_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    phases, never = [], threading.Event()
+
+    def check(*_: Any, **__: Any) -> None:
+        Finalized()
+        phases.append("interrupted")
+        never.wait(60)
+        phases.append("waited")
+
+    monkeypatch.setattr(Checkpoint, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(tiny_model, **SMALL)
+    assert phases == ["interrupted"]
+
+
+def test_nobody_waits_for_a_tokenizer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Inside of a task, where Ctrl-C raises nothing, but cancels."""
+    ended = threading.Event()
+
+    def slow(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(60)
+        ended.set()
+
+    async def main() -> None:
+        AsyncLLM(tiny_model, load_format="null")
+
+    monkeypatch.setattr("jaxllm.startup.start.load_tokenizer", slow)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert not ended.is_set()
+    ended.set()
 
 
 @pytest.mark.parametrize(

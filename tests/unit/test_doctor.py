@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import jaxllm
-from jaxllm.config.control_group import ControlGroup, control_group
 from jaxllm.entrypoints.doctor.findings import Finding, findings
 from jaxllm.entrypoints.doctor.folders import Folder, folder_at
 from jaxllm.entrypoints.doctor.jax_here import Device, JaxHere
@@ -114,35 +113,6 @@ def test_what_is_broken_comes_first():
     no_devices = dataclasses.replace(JAX, devices=(), error="Unable to initialize backend 'cuda'")
     (finding,) = found(no_devices, environment={"JAX_PLATFORMS": "cuda"})
     assert finding.kind == "broken" and finding.remedy == "JAX_PLATFORMS=cuda is set: unset it, or set it to cpu"
-
-
-def write(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
-def test_limits_of_control_groups_of_version_2(tmp_path: Path):
-    """Also those of the groups around count; "max" is none."""
-    write(tmp_path / "job", cpu__max="350000 100000\n", memory__max="max\n")
-    write(tmp_path / "job" / "step", cpu__max="max 100000\n", memory__max="8589934592\n")
-    write(tmp_path / "other", cpu__max="100000 100000\n")
-    (tmp_path / "own").write_text("0::/job/step\n")
-    assert control_group(tmp_path, tmp_path / "own") == ControlGroup(cores=3.5, memory_bytes=8 * GIB)
-    # a container sees the path of its host, and its own group at the top
-    write(tmp_path, cpu__max="200000 100000\n", memory__max="max\n")
-    (tmp_path / "own").write_text("0::/../../elsewhere\n")
-    assert control_group(tmp_path, tmp_path / "own") == ControlGroup(cores=2, memory_bytes=None)
-
-
-def test_limits_of_control_groups_of_version_1(tmp_path: Path):
-    write(tmp_path / "cpu,cpuacct" / "job", **{"cpu__cfs_quota_us": "150000", "cpu__cfs_period_us": "100000"})
-    write(tmp_path / "cpu,cpuacct", **{"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"})
-    write(tmp_path / "memory", memory__limit_in_bytes="9223372036854771712")
-    write(tmp_path / "memory" / "job", memory__limit_in_bytes=str(2 * GIB))
-    (tmp_path / "own").write_text("5:memory:/job\n4:cpu,cpuacct:/job\n0::/\n")
-    assert control_group(tmp_path, tmp_path / "own") == ControlGroup(cores=1.5, memory_bytes=2 * GIB)
-    assert control_group(tmp_path, tmp_path / "none") == ControlGroup(cores=None, memory_bytes=None)
 
 
 def test_a_folder_is_known_by_the_disk_that_it_is_on(tmp_path: Path):

@@ -6,11 +6,13 @@ import concurrent.futures
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from jaxllm.engine.interrupt import StartInterrupt
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("jaxllm")
 
@@ -93,6 +95,12 @@ class StartProgress:
         """Raise KeyboardInterrupt where the start is to end."""
         self._interrupt.check()
 
+    def result(self, future: concurrent.futures.Future[Result]) -> Result:
+        """A future's result, waited for as long as the start is wanted."""
+        for _ in self.wait([future], lambda: None):
+            pass
+        return future.result()
+
     def wait(
         self, futures: Collection[concurrent.futures.Future[Any]], still: Callable[[], object]
     ) -> Iterator[concurrent.futures.Future[Any]]:
@@ -111,8 +119,8 @@ class StartProgress:
             self._interrupt.is_polled = False
 
     def close(self) -> None:
-        """Show nothing any more; idempotent."""
-        self._quiet = True
+        """The start is over: nothing is shown any more, and nothing ends it. Idempotent."""
+        self._quiet, self._interrupt = True, StartInterrupt()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import psutil
 
+from jaxllm.config.control_group import control_group
 from jaxllm.runner.memory.plan_html import plan_html
 
 GIB = 2**30
@@ -94,7 +94,9 @@ class MemoryPlan:
 def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[reportInvalidTypeForm]
     """(total, free) bytes of a device; on CPU both are what the machine, or the container's limit, has available."""
     if device.platform == "cpu":
-        available = min(psutil.virtual_memory().available, _container_headroom())
+        available, left = psutil.virtual_memory().available, control_group().memory_left
+        if left is not None:
+            available = min(available, left)
         return available, available
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
@@ -102,14 +104,6 @@ def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[rep
             f"{device} does not tell its memory, which JAX's own allocator does: unset XLA_PYTHON_CLIENT_ALLOCATOR"
         )
     return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
-
-
-def _container_headroom() -> int:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return int(limit.read_text()) - int(used.read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return 2**63
 
 
 def quantize_blocks(num_blocks: int) -> int:
