@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V3 and R1: latent attention (`layers.mla`), and experts behind the first layers (DeepSeek-AI 2024,
+"""DeepSeek-V2, V3 and R1: latent attention (`layers.mla`); layers with experts are refused (DeepSeek-AI 2024,
 arXiv:2405.04434 and arXiv:2412.19437).
 
 The layers for predicting several tokens, which checkpoints of V3 have behind the last one, are left out.
@@ -31,6 +31,11 @@ def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ValidationError(
             f"the checkpoint's weights are quantized (quant_method {kind!r}), which cannot be read yet; take one in "
             "bfloat16."
+        )
+    if hf.get("n_routed_experts") and hf.get("first_k_dense_replace", 0) < hf["num_hidden_layers"]:
+        raise ValidationError(
+            f"layers from first_k_dense_replace={hf.get('first_k_dense_replace', 0)} on have "
+            f"{hf['n_routed_experts']} experts, which are not supported yet; what works are layers without."
         )
     rank, plain, turned, value = (hf[name] for name in _DIMS)
     # rotary embeddings turn a part of each head, which is all of what `common_fields` is told
