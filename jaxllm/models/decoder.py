@@ -140,11 +140,11 @@ MATRICES = ("qkv", "output", "gate_up", "down")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Params:
-    embedding: jax.Array  # [V, d]
+    embedding: jax.Array  # [V, d]; None in a pipeline stage that has none
     layers: tuple[Layers, ...]  # segments
-    norm: jax.Array  # [d]
+    norm: jax.Array | None  # [d]; None: another pipeline stage has it
     norm_bias: jax.Array | None  # [d]
-    head: jax.Array | None  # [V, d]; None: the embedding
+    head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
 
 
 def forward(
@@ -164,13 +164,15 @@ def forward(
         cache: the KV cache of all layers (`layers.attention`); donate it.
 
     Returns:
-        (cache, hidden): hidden [T, d] after the final norm.
+        (cache, hidden): hidden [T, d] after the final norm, or before the layers of the next pipeline stage.
     """
     cos, sin = rope_tables(batch.attention.positions, config.rope)
-    x = embed(context, params.embedding, batch.tokens)
-    if config.embedding_scale != 1.0:
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    x = with_embeddings(x, batch)
+    x = batch.hidden
+    if x is None:
+        x = embed(context, params.embedding, batch.tokens)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = with_embeddings(x, batch)
 
     def layer(carry, weights, place):
         x, cache = carry

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class _Planner:
         self.dtype = ""
         self.compiled = False
         self._is_local = True
-        self._needed: dict[SchedulerConfig, int] = {}
+        self._needed: dict[SchedulerConfig, Sequence[int]] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
@@ -120,7 +120,7 @@ class _Planner:
         )
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
-    def _compile(self, config: RunnerConfig, num_blocks: int) -> int:
+    def _compile(self, config: RunnerConfig, num_blocks: int) -> Sequence[int]:
         # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
         if config.scheduler in self._needed:
             return self._needed[config.scheduler]
@@ -138,7 +138,8 @@ class _Planner:
             )
         programs = make_programs(config, config.params(), num_blocks)
         with contextlib.nullcontext() if self._is_local else lowering_for(_mesh_of(config.target)):
-            needed = self._needed[config.scheduler] = programs.activation_bytes()
+            found = programs.activation_bytes()
+        needed = self._needed[config.scheduler] = (found,) if isinstance(found, int) else found
         if isinstance(programs, SamplingPrograms) and config.target.num_devices > 1:
             sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
             texts = (programs.forward(programs.largest).as_text(), sampler.as_text())

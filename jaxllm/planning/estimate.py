@@ -22,8 +22,14 @@ UNROUNDED_TOKENS = 4096
 FACTOR = 1.5
 
 
-def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
-    """Return the bytes of temporaries and outputs of the largest step, on one device (`plan.Activations`)."""
+def estimated_activations(config: RunnerConfig, num_blocks: int) -> tuple[int, ...]:
+    """Return the bytes of temporaries and outputs of the largest step, on one device of each pipeline stage
+    (`fit.Activations`).
+    """
+    return tuple(map(_of_stage, config.stages))
+
+
+def _of_stage(config: RunnerConfig) -> int:
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
@@ -39,5 +45,7 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
     if config.pooler is not None:
         return layer + seqs * hidden * size + tables
     outputs = (seqs + limits.max_scored_tokens) * hidden * size
+    if config.stage is not None and not config.stage.is_last:
+        return layer + tables + tokens * hidden * size
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
     return max(layer + outputs + tables, LOGITS_COPIES * block)

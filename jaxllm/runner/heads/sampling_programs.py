@@ -76,7 +76,8 @@ class SamplingPrograms(Programs):
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
-        self.max_num_seqs = state.tokens.shape[0] - 1
+        # the largest step has room for all
+        self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
@@ -100,7 +101,11 @@ class SamplingPrograms(Programs):
         return bucket.tokens == 1 and self.has_one_row_products
 
     def _params_for(self, bucket: Bucket) -> Params:
-        return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
+        return self.whole_params(self._params) if self.takes_whole_layers(bucket) else self._params
+
+    def whole_params(self, params: Params) -> Params:
+        """The weights, or their shapes, as programs of a bucket that `takes_whole_layers` take them."""
+        return with_whole_layers(params)
 
     def head_params(self, params: Params) -> Params:
         """What sampling takes of the weights: few arguments make quick launches.
@@ -196,8 +201,16 @@ class SamplingPrograms(Programs):
 
 
 def with_whole_layers(params: Params) -> Params:
-    """The weights as steps of one token take them on a CPU (`layers.stacked_matrix`), in the same memory: with the
-    matrices of stacked layers as they lie, and `with_head_for_one`.
+    """The weights as steps of one token take them on a CPU: `with_whole_segments`, and `with_head_for_one`.
+
+    Args:
+        params: arrays, or their shapes.
+    """
+    return with_head_for_one(with_whole_segments(params))
+
+
+def with_whole_segments(params: Params) -> Params:
+    """The weights with the matrices of stacked layers as they lie (`layers.stacked_matrix`), in the same memory.
 
     Args:
         params: arrays, or their shapes.
@@ -216,7 +229,7 @@ def with_whole_layers(params: Params) -> Params:
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
         return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
 
-    return with_head_for_one(dataclasses.replace(params, layers=tuple(map(of_segment, params.layers))))
+    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)))
 
 
 def with_head_for_one(params: Params) -> Params:
