@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.observe.prometheus import MetricsServer
     from jaxllm.engine.observe.trace import Trace
     from jaxllm.llm_engine import LLMEngine
+    from jaxllm.planning.explanation import Explanation
     from jaxllm.runner.memory.plan import MemoryPlan
 
 Result = TypeVar("Result")
@@ -528,10 +529,10 @@ class LLM:
         self.engine.release_kv_cache_memory()
 
     def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
-        """What `function` makes of the model's weights, a pytree of `jax.Array`; a list of one, as there is one
-        process.
+        """What `function` makes of the model's weights, a pytree of `jax.Array`; a list with one result for each copy
+        of the model (`data_parallel_size`).
         """
-        return [self.engine.apply_model(function)]
+        return self.engine.apply_model(function)
 
     def update_weights(self, params: Any) -> None:
         """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
@@ -556,7 +557,8 @@ class LLM:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Call something on the runner, which is what vLLM's workers are here; a list of one result.
+        """Call something on the runner, which is what vLLM's workers are here; a list with one result for each copy of
+        the model (`data_parallel_size`).
 
         Args:
             method: the name of one of the runner's methods (``"reload_weights"``), or a function of the runner.
@@ -565,7 +567,7 @@ class LLM:
         Raises:
             ValidationError: the runner has no such method.
         """
-        return [self.engine.call_runner(method, args, kwargs)]
+        return self.engine.call_runner(method, args, kwargs)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses.
@@ -575,6 +577,18 @@ class LLM:
         """
         grid = self.engine.args.grid
         return grid.size if include_dp else grid.stage * grid.tensor
+
+    def explain(self) -> Explanation:
+        """Where each array of the engine lies, and what its steps read, compute and exchange; prints as tables, and
+        draws the devices in a notebook. `jaxllm.explain` says the same of devices that are not there.
+
+        Raises:
+            ValidationError: the engine has no model (``load_format="null"``).
+            RuntimeError: the engine has been shut down.
+        """
+        from jaxllm.planning.explain import explain_engine
+
+        return explain_engine(self.engine)
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.

@@ -15,7 +15,8 @@ class WholeSequences:
     """Sequences of equal length, one after the other, each from its first token on: what stands in a `StepBatch` in
     place of an `AttentionBatch`. T is the product of the two numbers.
 
-    There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim].
+    There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim], or its latents,
+    [1, T, 1, width].
     """
 
     sequences: int = dataclasses.field(metadata={"static": True})
@@ -48,17 +49,17 @@ def dense_attention(
 
     Args:
         query: [T, heads, head_dim].
-        key, value: [T, kv_heads, head_dim].
+        key, value: [T, kv_heads, head_dim]; values may have another number of numbers.
         window: i32 [], positions that a token sees, itself included.
         sinks: [heads], a score of each head that takes part in the softmax and has no value.
 
     Returns:
-        [T, heads, head_dim] in query's dtype.
+        [T, heads, numbers of a value] in query's dtype.
     """
-    _, heads, dim = query.shape
+    tokens, heads, dim = query.shape
     kv_heads, shape = key.shape[1], (batch.sequences, batch.length)
     q = query.astype(jnp.float32).reshape(*shape, kv_heads, heads // kv_heads, dim)
-    k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, dim) for x in (key, value))
+    k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, -1) for x in (key, value))
     precision = lax.Precision.HIGHEST  # float32 means float32: no TF32 on GPUs
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=precision) * scale
     if softcap is not None:
@@ -72,4 +73,4 @@ def dense_attention(
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : batch.length]
     attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)
-    return attended.reshape(query.shape).astype(query.dtype)
+    return attended.reshape(tokens, heads, -1).astype(query.dtype)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.activation import gated
-from jaxllm.layers.context import Context
+from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -122,8 +122,12 @@ def sparse_mlp(
             shared = jax.nn.sigmoid(linear_f32(context, x, w.shared_gate)) * shared
         y = y + shared
     y = y.astype(x.dtype)
-    axis = context.mesh_axis("experts" if config.expert_parallel else "mlp")
-    return y if axis is None else lax.psum(y, axis)
+    over = "experts" if config.expert_parallel else "mlp"
+    axis = context.mesh_axis(over)
+    if axis is None:
+        return y
+    with exchanged(over):
+        return lax.psum(y, axis)
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:

@@ -18,10 +18,11 @@ import numpy as np
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
 from jaxllm.layers.attention import Layout, attention, write_kv
-from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
+from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
 from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
@@ -86,6 +87,8 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     #: which layers have them
     layer_moe: tuple[bool, ...] = ()
+    #: latents in place of keys and values, of which `head_dim` is the queries'; None: there are none
+    latents: LatentConfig | None = None
     #: the MLP multiplies by a gate
     gated_mlp: bool = True
     activation: str = "silu"
@@ -105,6 +108,8 @@ class DecoderConfig:
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What each layer keeps of a token."""
+        if self.latents is not None:
+            return (KVSpec(parts=1, heads=1, width=self.latents.width),) * self.num_layers
         return tuple(
             KVSpec(heads=self.num_kv_heads, width=self.head_dim, window=window) for window in self.layer_window
         )
@@ -120,12 +125,12 @@ class Layers:
 
     attention_norm: jax.Array | None  # [L, d]
     attention_norm_bias: jax.Array | None  # [L, d]
-    qkv: jax.Array  # [L, (H + 2K) * D, d]
+    qkv: jax.Array | None  # [L, (H + 2K) * D, d]; None: there are latents
     qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
     query_norm: jax.Array | None  # [L, D]; own: [L, H, D] or [L, H * D]; joint: [L, H * D]
     key_norm: jax.Array | None  # as query_norm, of K heads
     sinks: jax.Array | None  # [L, H]
-    output: jax.Array  # [L, d, H * D]
+    output: jax.Array  # [L, d, H * D]; of latents, D numbers of a value
     output_bias: jax.Array | None  # [L, d]
     post_attention_norm: jax.Array | None  # [L, d]
     mlp_norm: jax.Array | None  # [L, d]
@@ -137,6 +142,8 @@ class Layers:
     post_mlp_norm: jax.Array | None  # [L, d]
     #: in place of gate_up and down; None: the layers have these
     sparse: SparseMLP | None = None
+    #: in place of qkv; None: the layers have that
+    latents: LatentWeights | None = None
 
 
 #: the fields of `Layers` that `linear` multiplies by
@@ -223,6 +230,22 @@ def layouts(specs: tuple[KVSpec, ...], groups: tuple[KVCacheGroup, ...], pages: 
 def _attention_block(
     context: Context, config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: StepBatch
 ):
+    if w.latents is not None and config.latents is not None:
+        attended, cache = latent_block(
+            context,
+            config.latents,
+            w.latents,
+            layout,
+            cos,
+            sin,
+            x,
+            cache,
+            batch,
+            scale=config.attention_scale,
+            interleaved=config.rope_interleaved,
+        )
+        return linear(context, attended, w.output, over="heads"), cache
+    assert w.qkv is not None
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = linear(context, x, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
@@ -252,7 +275,8 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     if config.qk_norm_of == "joint":
         flat = [x.reshape(len(x), -1) for x in (query, key)]
         axis = context.mesh_axis("heads")
-        normed = joint_rms_norm(flat, (query_weight, key_weight), config.norm_eps, mesh_axis=axis)
+        with exchanged("heads"):
+            normed = joint_rms_norm(flat, (query_weight, key_weight), config.norm_eps, mesh_axis=axis)
         return tuple(x.reshape(like.shape) for x, like in zip(normed, (query, key), strict=True))
     if config.qk_norm_of == "own":
         query_weight, key_weight = (weight.reshape(-1, config.head_dim) for weight in (query_weight, key_weight))

@@ -13,6 +13,7 @@ from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
+from jaxllm.models.mla import latent_specs
 from jaxllm.models.names import ExpertNames
 
 #: a bias before training
@@ -81,15 +82,21 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
 
     two_norms = c.pre_norms and not c.shared_norm
     sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
+    latents, values = None, heads
+    if c.latents is not None:
+        values = Axis("heads", c.num_heads, c.latents.value_dim)
+        latents = latent_specs(
+            c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
+        )
     return Layers(
         attention_norm=norm(c.pre_norms, names.attention_norm),
         attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
-        qkv=joined(names.qkv, qkv, d),
+        qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),
         key_norm=head_norm(names.key_norm, kv_heads),
         sinks=sinks if c.attention_sinks else None,
-        output=joined((names.output,), (d,), heads),
+        output=joined((names.output,), (d,), values),
         output_bias=bias(c.output_bias, (names.output,), d),
         post_attention_norm=norm(c.post_norms, names.post_attention_norm),
         mlp_norm=norm(two_norms, names.mlp_norm),
@@ -100,6 +107,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         down_bias=bias(c.mlp_bias and moe is None, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
         sparse=None if moe is None else sparse_specs(moe, names.moe, prefix, layers, d),
+        latents=latents,
     )
 
 

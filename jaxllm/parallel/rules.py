@@ -174,6 +174,11 @@ def spread_experts(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_parallel=True))
 
 
+def cache_axes(model: ModelConfig) -> jax.P:
+    """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all."""
+    return jax.P() if model.kv_specs[0].parts == 1 else CACHE
+
+
 def check_split(model: ModelConfig, devices: int) -> None:
     """Whether a model can be split over so many devices.
 

@@ -34,7 +34,10 @@ def _of_stage(config: RunnerConfig) -> int:
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    queries = heads * model.head_dim
+    if isinstance(model, DecoderConfig) and model.latents is not None:
+        queries = 3 * model.num_heads * model.latents.width
+    widest = max(3 * model.intermediate_size, queries) * size
     if isinstance(model, DecoderConfig) and model.moe is not None:
         # a row for each of a token's experts: what goes in, both projections, their product, what comes out
         own = model.moe.intermediate_size // (1 if model.moe.expert_parallel else config.target.num_devices)

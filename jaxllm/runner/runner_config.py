@@ -23,7 +23,7 @@ from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
@@ -45,6 +45,8 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     target: Target
+    #: copies of the model, each on devices such as these
+    data_parallel_size: int = 1
     #: () where the model is not cut into stages
     pipeline: tuple[Stage, ...] = ()
     #: what `stages` says of one of them; None: this is the whole model
@@ -158,9 +160,10 @@ class RunnerConfig:
 
         pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
         cache = array((pages, *self.page_shape), self.cache_dtype)
-        if mesh is not None:
+        axes = cache_axes(self.model)
+        if mesh is not None and axes != jax.P():
             heads, *rest = self.page_shape
-            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, axes)
             cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
@@ -208,8 +211,9 @@ class RunnerConfig:
 
     @property
     def weight_bytes(self) -> int:
-        """On one device."""
-        return device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        """On one device; a part of them where other copies of the model share them."""
+        whole = device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        return -(-whole // self.target.sharers)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

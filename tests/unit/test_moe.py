@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_donation import EXPERTS as MIXTRAL
-from test_donation import LLAMA, OPTIONS, make_programs
+from test_donation import MIXTRAL, OPTIONS, make_programs
 
 from jaxllm.layers.context import Context
 from jaxllm.layers.moe import Experts, MoEConfig, route, through_experts
@@ -179,10 +178,10 @@ def test_every_token_gets_the_sum_of_its_own_experts(name: str, chosen: Any, val
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_experts_are_read_where_they_lie(dtype: str):
     """A step's temporaries are smaller than the experts of a layer, of which a scan over layers would make copies."""
-    programs, _ = make_programs(dtype, 40, buckets=(Bucket(1, 1), Bucket(4, 2)), fields=MIXTRAL)
+    programs, _ = make_programs(dtype, 40, buckets=(Bucket(1, 1), Bucket(4, 2)), config=MIXTRAL)
     programs._options = OPTIONS
     programs._compile([("forward", bucket) for bucket in programs.packings])
-    experts = 3 * MIXTRAL["num_local_experts"] * LLAMA["hidden_size"] * LLAMA["intermediate_size"]
+    experts = 3 * MIXTRAL["num_local_experts"] * MIXTRAL["hidden_size"] * MIXTRAL["intermediate_size"]
     for program in programs._compiled.values():
         memory = program.memory_analysis()
         assert memory is not None and memory.temp_size_in_bytes < experts * jnp.dtype(dtype).itemsize
