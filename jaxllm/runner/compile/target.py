@@ -40,6 +40,8 @@ class Target:
     total_bytes: int
     free_bytes: int
     grid: Grid = ONE_DEVICE
+    #: copies of the model that have one copy of the weights between them, and what there is of memory in equal parts
+    sharers: int = 1
     #: one of them
     device: Any
     #: of objects, [data, stage, tensor], as many as the grid has; None: there is nothing to compile with
@@ -149,6 +151,7 @@ def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
         total_bytes=total,
         free_bytes=free,
         grid=grid,
+        sharers=grid.data if on_cpu and shares else 1,
         device=device,
         devices=_array(present, grid),
     )
