@@ -26,11 +26,11 @@ import sys, threading
 from support.tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 
-llm = LLM(sys.argv[1], skip_tokenizer_init=True, **SMALL)
+llm = LLM(sys.argv[1], **SMALL)
 begun = threading.Event()
 
 def generate():
-    for _ in llm.stream([1, 2], SamplingParams(max_tokens=200, ignore_eos=True)):
+    for _ in llm.stream("go on", SamplingParams(max_tokens=200, ignore_eos=True)):
         begun.set()
 
 threading.Thread(target=generate, daemon=True).start()

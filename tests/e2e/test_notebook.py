@@ -52,7 +52,7 @@ real = f"LLM({sys.argv[1]!r}, skip_tokenizer_init=True, kv_cache_memory_bytes={C
 run("del other")
 megabytes = []
 for _ in range(3):
-    run(f"llm = {real}\nllm.generate([[1, 2]], use_tqdm=False)\nllm")
+    run(f"llm = {real}\\nllm.generate([[1, 2]], use_tqdm=False)\\nllm")
     pages = int(open("/proc/self/statm").read().split()[1])
     megabytes.append(pages * resource.getpagesize() // 10**6)
 names = ("same", "tasks", "after", "unnamed", "message")
