@@ -158,6 +158,14 @@ def attention_backend(name: str, value: Any) -> str:
     return backend.lower()
 
 
+def layer_partition(name: str, value: Any) -> tuple[int, ...]:
+    """Layers of each stage of a pipeline: numbers, or a string such as "5,3"."""
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValidationError(f"{name} must be the layers of each stage, such as '5,3' or (5, 3), got {value!r}.")
+    return tuple(at_least(1)(name, number) for number in given)
+
+
 def fields_of(kind: type) -> Callable[[str, Any], Any]:
     """An instance of a dataclass, or a mapping with its fields."""
     names = [field.name for field in dataclasses.fields(kind)]

@@ -59,3 +59,18 @@ def check_deterministic(platform: str, *, pools: bool) -> None:
         )
     if pools:
         raise ValidationError("deterministic=True is only available for models that generate. Leave it out.")
+
+
+def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None) -> None:
+    """Raise ValidationError for what an engine of several pipeline stages cannot do."""
+    refused = f"pipeline_parallel_size={stages}"
+    if pools:
+        raise ValidationError(
+            f"{refused} is only available for models that generate. Set pipeline_parallel_size=1; "
+            "tensor_parallel_size spreads a pooling model over devices."
+        )
+    if num_decode_steps is not None and num_decode_steps > 1:
+        raise ValidationError(
+            f"{refused} with num_decode_steps={num_decode_steps}: one device cannot go on by itself where the next "
+            "token begins at another one. Set num_decode_steps=1, or pipeline_parallel_size=1."
+        )

@@ -33,3 +33,5 @@ class SchedulerConfig:
     num_decode_steps: int = 1
     #: most requests that such a launch has room for
     max_decode_steps_seqs: int = 0
+    #: steps that are under way at different stages of a pipeline, of different requests
+    num_micro_batches: int = 1

@@ -61,7 +61,8 @@ class EngineCore:
         self.is_paused = False
         #: whether no request is taken meanwhile
         self._refuses = False
-        self._depth = 2 if scheduler_config.async_scheduling else 1
+        #: steps under way: one at each stage of a pipeline, and one that waits for the oldest one
+        self._depth = scheduler_config.num_micro_batches + scheduler_config.async_scheduling
         #: who is told of each step; replaced as a whole, since any thread may do so
         self._observers: tuple[StepObserver, ...] = ()
         self._observers_lock = threading.Lock()

@@ -97,6 +97,7 @@ class Request:
         "matcher",
         "max_decode_steps",
         "max_total_tokens",
+        "micro_batch",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_output_placeholders",
@@ -200,6 +201,8 @@ class Request:
         #: prefix hits at the first admission, in tokens; -1 before it
         self.num_cached_tokens = -1
         self.num_preemptions = 0
+        #: of a pipeline, the last step that it was in (`engine.scheduling.micro_batches`)
+        self.micro_batch = -1
 
         # The scheduler's.
         #: generation ends when prompt and outputs are this many tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -32,6 +33,13 @@ class Context:
         return dict(self.split).get(logical)
 
 
+def exchanged(logical: str) -> contextlib.AbstractContextManager[None]:
+    """Name what devices exchange inside by the logical axis that is split over them: compiled programs show it
+    (`parallel.collectives`).
+    """
+    return jax.named_scope(f"over_{logical}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepBatch:
@@ -48,5 +56,7 @@ class StepBatch:
     #: None: the engine takes none
     embeddings: jax.Array | None = None
     embedded: jax.Array | None = None
+    #: [T, d] what the pipeline stage before this one made of the tokens; None: there is none
+    hidden: jax.Array | None = None
     #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one
     segment_starts: jax.Array | None = None

@@ -127,26 +127,41 @@ def shape_and_sharding(
     return whole, jax.sharding.NamedSharding(sharding.mesh, jax.P(*names))
 
 
-def shapes(specs: Tree, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> Tree:
+def each_sharding(specs: Any, sharding: Any) -> Any:
+    """The sharding of what every device has whole, for each array: a tree of them is returned, one is repeated."""
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        return sharding
+    return jax.tree.map(lambda _: sharding, specs, is_leaf=is_spec)
+
+
+def shapes(specs: Tree, dtype: jnp.dtype, sharding: Any) -> Tree:
     """`jax.ShapeDtypeStruct`s of a model's arrays, with their shardings.
 
     Args:
         specs: a tree of `WeightSpec`s.
         dtype: of those that have none of their own.
-        sharding: of what every device has whole; None: one device, of which nothing is known.
+        sharding: of what every device has whole, or a tree of them (`each_sharding`); None: one device, of which
+            nothing is known.
     """
 
-    def one(spec: WeightSpec) -> jax.ShapeDtypeStruct:
+    def one(spec: WeightSpec, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
         shape, own = shape_and_sharding(spec, sharding)
         return jax.ShapeDtypeStruct(shape, spec.dtype or dtype, sharding=own)
 
-    return jax.tree.map(one, specs, is_leaf=is_spec)
+    if sharding is None:
+        return jax.tree.map(lambda spec: one(spec, None), specs, is_leaf=is_spec)
+    return jax.tree.map(one, specs, each_sharding(specs, sharding), is_leaf=is_spec)
 
 
 def device_bytes(specs: Any, dtype: jnp.dtype, sizes: Mapping[str, int]) -> int:
     """What one device of a mesh of these sizes has of a model's arrays."""
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     return sum(math.prod(local_shape(spec, sizes)) * jnp.dtype(spec.dtype or dtype).itemsize for spec in leaves)
+
+
+def cache_axes(model: ModelConfig) -> jax.P:
+    """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all."""
+    return jax.P() if model.kv_specs[0].parts == 1 else CACHE
 
 
 def check_split(model: ModelConfig, devices: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -21,13 +22,22 @@ UNROUNDED_TOKENS = 4096
 FACTOR = 1.5
 
 
-def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
-    """Return the bytes of temporaries and outputs of the largest step, on one device (`plan.Activations`)."""
+def estimated_activations(config: RunnerConfig, num_blocks: int) -> tuple[int, ...]:
+    """Return the bytes of temporaries and outputs of the largest step, on one device of each pipeline stage
+    (`fit.Activations`).
+    """
+    return tuple(map(_of_stage, config.stages))
+
+
+def _of_stage(config: RunnerConfig) -> int:
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    queries = heads * model.head_dim
+    if isinstance(model, DecoderConfig) and model.latents is not None:
+        queries = 3 * model.num_heads * model.latents.width
+    widest = max(3 * model.intermediate_size, queries) * size
     unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
     stream = 3 * hidden * size
     layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))
@@ -35,5 +45,7 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> int:
     if config.pooler is not None:
         return layer + seqs * hidden * size + tables
     outputs = (seqs + limits.max_scored_tokens) * hidden * size
+    if config.stage is not None and not config.stage.is_last:
+        return layer + tables + tokens * hidden * size
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
     return max(layer + outputs + tables, LOGITS_COPIES * block)

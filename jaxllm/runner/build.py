@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -16,11 +17,14 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.pipeline import PipelineHead
+from jaxllm.runner.heads.pipeline_programs import PipelinePrograms, StagePrograms
 from jaxllm.runner.heads.pooling import PoolingHead, PoolingPrograms
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig
 from jaxllm.runner.heads.sampling import SamplingHead
@@ -128,7 +132,7 @@ def build_runner(
 
 def compiled_plan(
     config: RunnerConfig, *, compiled: Callable[[float], object]
-) -> tuple[RunnerConfig, Programs, MemoryPlan]:
+) -> tuple[RunnerConfig, Programs | PipelinePrograms, MemoryPlan]:
     """`plan_memory` by the compiler's own account, and the programs of the plan, of which the largest are compiled.
 
     Args:
@@ -138,25 +142,29 @@ def compiled_plan(
         DoesNotFitError: the KV cache does not hold one request.
     """
     params = config.params()
-    made: list[Programs] = []
+    made: list[Programs | PipelinePrograms] = []
 
-    def activations(config: RunnerConfig, num_blocks: int) -> int:
+    def activations(config: RunnerConfig, num_blocks: int) -> Sequence[int]:
         made[:] = [make_programs(config, params, num_blocks)]
         began = time.perf_counter()
         needed = made[0].activation_bytes()
         compiled(time.perf_counter() - began)
-        return needed
+        return (needed,) if isinstance(needed, int) else needed
 
     config, plan = plan_memory(config, activations)
     return config, made[0], plan
 
 
-def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs:
+def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PipelinePrograms:
     """The programs of an engine with so many blocks, not compiled yet.
 
     Args:
         params: `RunnerConfig.params`.
     """
+    if config.pipeline:
+        assert isinstance(params, Params)
+        make = functools.partial(_stage_programs, config.stages, num_blocks)
+        return PipelinePrograms(config.pipeline, make, params, config.progress)
     state, limits = config.state(num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
@@ -182,7 +190,10 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             progress=config.progress,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
-    return SamplingPrograms(
+    kind = SamplingPrograms
+    if config.stage is not None:
+        kind = functools.partial(StagePrograms, config.stage, jnp.dtype(config.dtype))
+    return kind(
         StepConfig(
             model=config.step_model,
             groups=config.groups,
@@ -206,7 +217,18 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     )
 
 
-def _head(programs: Programs, max_num_seqs: int) -> Head:
+def _stage_programs(
+    stages: Sequence[RunnerConfig], num_blocks: int, stage: Stage, progress: StartProgress
+) -> StagePrograms:
+    config = dataclasses.replace(stages[stage.index], progress=progress)
+    programs = make_programs(config, config.params(), num_blocks)
+    assert isinstance(programs, StagePrograms)
+    return programs
+
+
+def _head(programs: Programs | PipelinePrograms, max_num_seqs: int) -> Head:
+    if isinstance(programs, PipelinePrograms):
+        return PipelineHead(programs)
     if isinstance(programs, PoolingPrograms):
         return PoolingHead(programs, max_num_seqs)
     assert isinstance(programs, SamplingPrograms)

@@ -33,7 +33,7 @@ class Runner(DeviceMemory[Any, Any]):
         self, params: Any, reload: Callable[[], Any], head: Head, rows: Rows, padding: PaddingCost | None = None
     ):
         self.head, self._rows, self._padding = head, rows, padding
-        super().__init__(params, reload, head.programs)
+        super().__init__(params, reload, head.allocator)
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
+from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -44,6 +46,10 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     target: Target
+    #: () where the model is not cut into stages
+    pipeline: tuple[Stage, ...] = ()
+    #: what `stages` says of one of them; None: this is the whole model
+    stage: Stage | None = None
     #: what attention is compiled to; None: the device's fastest
     attention: Backend | None = None
     block_size: int
@@ -65,6 +71,23 @@ class RunnerConfig:
     progress: StartProgress | None
 
     @property
+    def stages(self) -> tuple[RunnerConfig, ...]:
+        """What each stage of the pipeline is built from; itself where there is none."""
+        if not self.pipeline:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self,
+                model=stage_model(self.model, stage),
+                groups=stage_groups(self.groups, stage),
+                target=self.target.stage(stage.index),
+                pipeline=(),
+                stage=stage,
+            )
+            for stage in self.pipeline
+        )
+
+    @property
     def backend(self) -> Backend:
         """What attention is compiled to."""
         return self.attention or device_backend(self.device)
@@ -84,8 +107,11 @@ class RunnerConfig:
         return self.target.device
 
     @property
-    def sharding(self) -> jax.sharding.Sharding:
-        return self.target.sharding
+    def sharding(self) -> Any:
+        """Of what every device has whole; of a pipeline, of each array."""
+        if not self.pipeline:
+            return self.target.sharding
+        return of_each_array(self.specs(), self.pipeline, [stage.target.sharding for stage in self.stages])
 
     @property
     def step_model(self) -> ModelConfig:
@@ -133,39 +159,49 @@ class RunnerConfig:
 
         pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
         cache = array((pages, *self.page_shape), self.cache_dtype)
-        if mesh is not None:
+        axes = cache_axes(self.model)
+        if mesh is not None and axes != jax.P():
             heads, *rest = self.page_shape
-            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, axes)
             cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
-            return State(cache=cache, tokens=array((rows, self.scheduler.max_model_len), jnp.int32))
+            shape = rows, self.scheduler.max_model_len
+            return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None)
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
+
+    @property
+    def _is_end(self) -> bool:
+        """Whether it has the first layers, or the last ones."""
+        return self.stage is None or self.stage.is_first or self.stage.is_last
 
     @property
     def state_bytes(self) -> int:
         """Of the state without the cache, of the empty constraint buffer, and of prompts' vectors."""
         state = self.state(1)
         words = jax.tree.leaves(dataclasses.replace(state, cache=None))
-        constraint_row = 0 if self.pooler else ConstraintShape(self.model.vocab_size).row_size
+        samples = self.pooler is None and (self.stage is None or self.stage.is_last)
+        constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
         bytes_of_words = 4 * (sum(math.prod(a.shape) for a in words) + self.scheduler.max_num_seqs * constraint_row)
         return bytes_of_words + self._embeddings_bytes
 
     @property
     def _embeddings_bytes(self) -> int:
         """Of the vectors that two steps bring, and of the zeros of every bucket, which double from each to the next."""
-        if not self.prompt_embeds:
+        if not self.prompt_embeds or (self.stage is not None and not self.stage.is_first):
             return 0
         numbers = self.scheduler.max_num_batched_tokens * self.model.hidden_size
         return 4 * numbers * jnp.dtype(self.dtype).itemsize
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""
-        segments = self.target.segments(self.model.num_layers)
+        cut = self.pipeline or (self.model,)
+        segments = tuple(itertools.chain(*(self.target.segments(part.num_layers) for part in cut)))
         if self.pooler is not None:
             return resegment(pooling_specs(self.model, self.pooler), segments)
         assert isinstance(self.model, DecoderConfig)
-        return resegment(decoder_specs(self.model), segments)
+        specs = resegment(decoder_specs(self.model), segments)
+        return specs if self.stage is None else with_ends(specs, self.stage)
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""

@@ -14,7 +14,7 @@ from jaxllm.api.pooler import Pooler, PoolerConfig
 from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.cache_folder import cache_folder
-from jaxllm.config.cross_checks import check_deterministic, check_pooling, check_whole_prompts
+from jaxllm.config.cross_checks import check_deterministic, check_pipeline, check_pooling, check_whole_prompts
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
@@ -23,6 +23,7 @@ from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split
+from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
@@ -54,6 +55,13 @@ class Setup:
     pooler: Pooler | None
     #: the model's sentence-transformers files
     pooling: SentenceTransformersConfig | None
+
+    def pipeline(self, count: int) -> tuple[Stage, ...]:
+        """The stages of the engine; () where there is but one. Raises ValidationError where it cannot have so many."""
+        args = self.args
+        if count > 1:
+            check_pipeline(count, pools=self.pooler is not None, num_decode_steps=args.num_decode_steps)
+        return pipeline(self.model.num_layers, count, args.pipeline_layer_partition)
 
     def check_devices(self, count: int) -> None:
         """Raises ValidationError where the engine cannot be split over so many devices."""
@@ -103,6 +111,8 @@ class Setup:
         )
         if target.platform == "cpu" and target.num_devices > 1:
             limits = dataclasses.replace(limits, async_scheduling=False)
+        stages = self.pipeline(target.grid.stage)
+        limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None)
@@ -116,6 +126,7 @@ class Setup:
             scheduler=limits,
             dtype=dtype,
             target=target,
+            pipeline=stages,
             attention=dataclasses.replace(backend, deterministic=args.deterministic),
             block_size=block_size,
             gpu_memory_utilization=args.gpu_memory_utilization,

@@ -84,6 +84,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
+    setup.pipeline(args.pipeline_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.grid)
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
@@ -102,7 +101,7 @@ class Checkpoint:
         self,
         specs: Tree,
         dtype: jnp.dtype,
-        sharding: jax.sharding.Sharding,
+        sharding: Any,
         *,
         prefix: str = "model.",
         seed: int,
@@ -113,6 +112,7 @@ class Checkpoint:
 
         Args:
             specs: a tree of `WeightSpec`s.
+            sharding: see `loader.load`.
             prefix: see `naming.CommonNames`.
             stop: see `loader.load`.
         """

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,15 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
-from jaxllm.parallel.rules import held, local_shape, mesh_axes, mesh_sizes, place_on_mesh, shape_and_sharding
+from jaxllm.parallel.rules import (
+    each_sharding,
+    held,
+    local_shape,
+    mesh_axes,
+    mesh_sizes,
+    place_on_mesh,
+    shape_and_sharding,
+)
 from jaxllm.weights.errors import WeightsError
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
@@ -47,7 +55,7 @@ def load(
     reader: WeightReader,
     specs: Tree,
     dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
+    sharding: Any,
     *,
     progress: bool,
     stop: threading.Event | None = None,
@@ -60,7 +68,7 @@ def load(
     Args:
         specs: a tree of `WeightSpec`s.
         dtype: of those that have none of their own.
-        sharding: of what every device has whole.
+        sharding: of what every device has whole, or a tree of them (`rules.each_sharding`).
         stop: set by another thread that does not want them any more.
 
     Raises:
@@ -72,7 +80,7 @@ def load(
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
 
-    def one(spec: WeightSpec) -> jax.Array:
+    def one(spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
         if spec.storage != DENSE:
             raise WeightsError(f"{spec.parts[0].name} is to be stored as {spec.storage!r}, which cannot be read yet")
         array = read_array(reader, spec, sharding, dtype, stop)
@@ -80,7 +88,7 @@ def load(
         return array
 
     with bar:
-        return jax.tree.map(one, specs, is_leaf=is_spec)
+        return jax.tree.map(one, specs, each_sharding(specs, sharding), is_leaf=is_spec)
 
 
 def check(reader: WeightReader, specs: object) -> None:
@@ -193,7 +201,7 @@ def _raise_if(stop: threading.Event | None) -> None:
 def dummy(
     specs: Tree,
     dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
+    sharding: Any,
     seed: int = 0,
     *,
     stop: threading.Event | None = None,
@@ -201,16 +209,17 @@ def dummy(
     """Random weights made on the devices, each its own part: normal with deviation 0.02, norms that change nothing.
 
     Args:
-        stop: see `load`.
+        sharding, stop: see `load`.
     """
     leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
     # XLA's own generator: several times faster than JAX's default
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    sizes = mesh_sizes(sharding)
+    shardings = jax.tree.leaves(each_sharding(specs, sharding))
     draw = jax.jit(_draw, static_argnums=(1, 2))
 
-    def one(key: jax.Array, spec: WeightSpec) -> jax.Array:
+    def one(key: jax.Array, spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
         _raise_if(stop)
+        sizes = mesh_sizes(sharding)
         own_dtype = jnp.dtype(spec.dtype or dtype)
         shape, own = shape_and_sharding(spec, sharding)
         if spec.init is not None:
@@ -223,7 +232,7 @@ def dummy(
             parts.append(jax.block_until_ready(draw(at, local_shape(spec, sizes), own_dtype)))
         return jax.make_array_from_single_device_arrays(shape, own, parts)
 
-    return jax.tree.unflatten(tree, [one(key, spec) for key, spec in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(tree, list(map(one, keys, leaves, shardings)))
 
 
 def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:

@@ -205,8 +205,8 @@ def test_what_jaxllm_will_not_do_is_refused(name: str):
 
 
 def test_refusals_say_what_would_work():
-    with pytest.raises(ValidationError, match="pipeline_parallel_size=2 is not supported yet.* pass 1"):
-        engine_args("m", pipeline_parallel_size=2)
+    with pytest.raises(ValidationError, match="enable_expert_parallel=True is not supported yet.* pass False"):
+        engine_args("m", enable_expert_parallel=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
     with pytest.raises(ValidationError, match=r"speculative_model='\[ngram\]'.*speculative decoding"):

@@ -29,6 +29,7 @@ from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduling.budget import StepBudget
 from jaxllm.engine.scheduling.decode_steps import DecodeSteps
 from jaxllm.engine.scheduling.limits import LengthLimits
+from jaxllm.engine.scheduling.micro_batches import MicroBatches
 from jaxllm.engine.scheduling.preemption import PreemptionLog, Shortage
 from jaxllm.engine.scheduling.queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
 from jaxllm.engine.step import EMBEDDED, AdmittedRequest, SchedulerOutput
@@ -100,6 +101,9 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._preemptions = PreemptionLog(self.kv_cache_manager)
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
+        self._micro_batches: MicroBatches | None = None
+        if config.num_micro_batches > 1:
+            self._micro_batches = MicroBatches(config.num_micro_batches, ahead=config.async_scheduling)
         self._max_running = config.max_num_active_seqs or config.max_num_seqs
         self._num_arrived = 0
         self._num_scheduled = 0
@@ -181,6 +185,8 @@ class Scheduler:
         self._schedule_running(step, budget)
         if self._preemptions.count == num_preemptions:
             self._schedule_waiting(step, budget)
+        if self._micro_batches is not None:
+            self._micro_batches.end(step)
         return step
 
     def _schedule_running(self, step: SchedulerOutput, budget: StepBudget) -> None:
@@ -188,6 +194,9 @@ class Scheduler:
         manager = self.kv_cache_manager
         rows, starts, counts, wanted, requests = step.rows, step.starts, step.counts, step.wanted, step.requests
         step.num_steps = num_steps = self._decode_steps.choose(self.running, self.waiting)
+        micro_batches = self._micro_batches
+        if micro_batches is not None:
+            micro_batches.begin(len(self.running))
         shortage: Shortage | None = None
         # Whoever is preempted leaves the list at its end: nobody who has got tokens does.
         for request in self.running:
@@ -205,6 +214,8 @@ class Scheduler:
                 count, num_wanted = budget.chunk(request, start, left)
                 if count == 0:
                     continue
+            elif micro_batches is not None and not micro_batches.takes(request):
+                continue
             elif num_steps > 1:
                 count = num_wanted = min(num_steps, request.max_total_tokens - num_tokens)
             end = start + count

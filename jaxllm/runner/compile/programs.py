@@ -148,9 +148,8 @@ class Programs(abc.ABC):
         store, missing = self._store, [key for key in keys if key not in self._compiled]
         if not missing:
             return
-        everything = {*self._keys(), ALLOCATOR}
-        unknown = None if store is None else sum(not store.has(key) for key in everything)
-        self._progress.begin(len(everything), unknown)
+        total, unknown = self.counts()
+        self._progress.begin(total, unknown)
 
         def found(key: Key) -> jax.stages.Compiled | None:
             assert store is not None
@@ -169,15 +168,20 @@ class Programs(abc.ABC):
 
         with Workers(self._workers, "compile") as pool:
             if store is not None:
-                self._collect({pool.submit(found, key): key for key in missing}, len(everything))
+                self._collect({pool.submit(found, key): key for key in missing}, total)
             futures: dict[concurrent.futures.Future[jax.stages.Compiled | None], Key] = {}
             for key in missing:
                 if key not in self._compiled:
                     self.were_found = False
                     self._progress.check()
                     futures[pool.submit(compiled, key, self._lower(key))] = key
-                    self._say(futures, len(everything))
-            self._collect(futures, len(everything))
+                    self._say(futures, total)
+            self._collect(futures, total)
+
+    def counts(self) -> tuple[int, int | None]:
+        """How many programs there are, and how many of them no earlier start has kept; None: nobody knows."""
+        everything, store = {*self._keys(), ALLOCATOR}, self._store
+        return len(everything), None if store is None else sum(not store.has(key) for key in everything)
 
     def _collect(
         self, futures: Mapping[concurrent.futures.Future[jax.stages.Compiled | None], Key], total: int
@@ -201,6 +205,18 @@ class Programs(abc.ABC):
     def compile_all(self) -> None:
         """Compile what is missing."""
         self._compile(self._keys())
+
+    def step_texts(self, num_tokens: int, num_seqs: int) -> list[str]:
+        """The programs that a step of this size runs, one after the other, as their compiler writes them. Those that
+        are missing are compiled.
+        """
+        keys = self._step(self.bucket(num_tokens, num_seqs), num_seqs)
+        self._compile(keys)
+        return [self._compiled[key].as_text() or "" for key in keys]
+
+    @abc.abstractmethod
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        """Of the programs of a step in a bucket, all of whose sequences want something."""
 
     @abc.abstractmethod
     def _keys(self) -> list[Key]:

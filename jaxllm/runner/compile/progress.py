@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -124,3 +125,41 @@ class StartProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@dataclasses.dataclass
+class Tally:
+    """Programs that are made in several parts, one after the other."""
+
+    #: of all parts
+    total: int = 0
+    #: part -> those that are there
+    done: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+class PartProgress(StartProgress):
+    """How far one part of the programs is, told as part of all of them.
+
+    Args:
+        whole: shows it. Whoever makes the parts tells it of the beginning.
+        part: of the tally.
+    """
+
+    def __init__(self, whole: StartProgress, tally: Tally, part: int):
+        super().__init__(quiet=True)
+        self._whole, self._tally, self._part = whole, tally, part
+
+    def begin(self, total: int, missing: int | None) -> None:
+        """Nothing: the whole has begun."""
+
+    def programs(self, done: int, total: int) -> None:
+        self._tally.done[self._part] = done
+        self._whole.programs(sum(self._tally.done.values()), self._tally.total)
+
+    def check(self) -> None:
+        self._whole.check()
+
+    def wait(
+        self, futures: Collection[concurrent.futures.Future[Any]], still: Callable[[], object]
+    ) -> Iterator[concurrent.futures.Future[Any]]:
+        return self._whole.wait(futures, still)

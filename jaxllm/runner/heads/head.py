@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepFuture
 from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.memory.device_memory import Allocator
 from jaxllm.runner.rows import Rows
 
 Weights = TypeVar("Weights")
@@ -25,6 +26,11 @@ class Head(abc.ABC, Generic[Weights, State]):
     """
 
     programs: Programs
+
+    @property
+    def allocator(self) -> Allocator:
+        """Makes the state."""
+        return self.programs
 
     @abc.abstractmethod
     def use(self, params: Weights | None) -> None:

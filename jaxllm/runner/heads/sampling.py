@@ -15,7 +15,7 @@ from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
-from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms, with_whole_layers
+from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
@@ -129,7 +129,7 @@ class SamplingHead(Head[Params, State]):
         if params is not None:
             self._head = programs.head_params(params)
             if any(map(programs.takes_whole_layers, (*programs.packings, *programs.decode_packings))):
-                self._whole = with_whole_layers(params)
+                self._whole = programs.whole_params(params)
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._rows.admit(request)

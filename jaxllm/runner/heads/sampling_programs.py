@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.decoder import MATRICES, Layers, Params
-from jaxllm.parallel.rules import CACHE
+from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -75,7 +76,8 @@ class SamplingPrograms(Programs):
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
-        self.max_num_seqs = state.tokens.shape[0] - 1
+        # the largest step has room for all
+        self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
@@ -90,7 +92,7 @@ class SamplingPrograms(Programs):
         packing = self.packings[bucket]
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
         args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=out)
 
@@ -99,7 +101,11 @@ class SamplingPrograms(Programs):
         return bucket.tokens == 1 and self.has_one_row_products
 
     def _params_for(self, bucket: Bucket) -> Params:
-        return with_whole_layers(self._params) if self.takes_whole_layers(bucket) else self._params
+        return self.whole_params(self._params) if self.takes_whole_layers(bucket) else self._params
+
+    def whole_params(self, params: Params) -> Params:
+        """The weights, or their shapes, as programs of a bucket that `takes_whole_layers` take them."""
+        return with_whole_layers(params)
 
     def head_params(self, params: Params) -> Params:
         """What sampling takes of the weights: few arguments make quick launches.
@@ -129,7 +135,7 @@ class SamplingPrograms(Programs):
             decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
         )
         words = self._words(packing.size + sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
+        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
         params = self._params_for(bucket)
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
@@ -151,6 +157,9 @@ class SamplingPrograms(Programs):
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         return [*several, *samplers, SCORER, *forwards, WRITER]
+
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
     def _largest(self) -> list[tuple[Key, ...]]:
         keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
@@ -195,19 +204,35 @@ class SamplingPrograms(Programs):
 
 
 def with_whole_layers(params: Params) -> Params:
-    """The weights as steps of one token take them on a CPU (`layers.stacked_matrix`), in the same memory: with the
-    matrices of stacked layers as they lie, and `with_head_for_one`.
+    """The weights as steps of one token take them on a CPU: `with_whole_segments`, and `with_head_for_one`.
+
+    Args:
+        params: arrays, or their shapes.
+    """
+    return with_head_for_one(with_whole_segments(params))
+
+
+def with_whole_segments(params: Params) -> Params:
+    """The weights with the matrices of stacked layers as they lie (`layers.stacked_matrix`), in the same memory.
 
     Args:
         params: arrays, or their shapes.
     """
 
-    def with_whole(segment: Layers) -> Layers:
-        matrices = {name: getattr(segment, name) for name in MATRICES}
-        whole: Any = {name: StackedMatrix(_stored(w)) for name, w in matrices.items() if w.ndim == 3 and can_be_read(w)}
-        return dataclasses.replace(segment, **whole)
+    def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
+        matrices = {name: getattr(weights, name) for name in names}
+        whole: Any = {
+            name: StackedMatrix(_stored(w))
+            for name, w in matrices.items()
+            if w is not None and w.ndim == 3 and can_be_read(w)
+        }
+        return dataclasses.replace(weights, **whole)
 
-    return with_head_for_one(dataclasses.replace(params, layers=tuple(map(with_whole, params.layers))))
+    def of_segment(segment: Layers) -> Layers:
+        latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
+        return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
+
+    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)))
 
 
 def with_head_for_one(params: Params) -> Params:

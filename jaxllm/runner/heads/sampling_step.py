@@ -99,28 +99,37 @@ def forward_step(
     """
     fields = packing.unpack(buffer)
     attention = attention_batch(fields, bucket)
-    trash = state.tokens.shape[0] - 1
-    tokens = place_known_tokens(state.tokens, fields, attention)
-    ids, rows_of_tokens = fields["token_ids"], _token_rows(fields, attention, trash)
+    tokens, batch = step_tokens(config, state.tokens, fields, attention)
+    batch = dataclasses.replace(batch, embeddings=embeddings)
+    cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
+    return State(cache=cache, tokens=tokens), wanted_rows(config, tokens, fields, hidden), buffer[packing.size :]
+
+
+def step_tokens(
+    config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], attention: AttentionBatch
+) -> tuple[jax.Array, StepBatch]:
+    """`State.tokens` with what the host knows of a step's tokens, and the batch with all of them."""
+    trash = tokens.shape[0] - 1
+    tokens = place_known_tokens(tokens, fields, attention)
+    ids, rows = fields["token_ids"], _token_rows(fields, attention, trash)
     embedded = None
-    if embeddings is not None:
+    if config.prompt_embeds:
         embedded = ids == EMBEDDED
         # who looks for the row's tokens finds none there
-        tokens = tokens.at[jnp.where(embedded, rows_of_tokens, trash), attention.positions].set(EMBEDDED)
-    sampled = tokens[rows_of_tokens, attention.positions]
+        tokens = tokens.at[jnp.where(embedded, rows, trash), attention.positions].set(EMBEDDED)
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
-    batch = StepBatch(
-        tokens=jnp.where(ids >= 0, ids, sampled), attention=attention, embeddings=embeddings, embedded=embedded
-    )
-    cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
+    ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
+    return tokens, StepBatch(tokens=ids, attention=attention, embedded=embedded)
+
+
+def wanted_rows(config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], hidden: jax.Array) -> Hidden:
+    """Those of a step's hidden states [T, d] whose logits are wanted; `tokens` is `State.tokens`."""
 
     def rows(tokens: jax.Array, capacity: int) -> jax.Array:
         return jnp.zeros((capacity, hidden.shape[1]), hidden.dtype).at[: tokens.shape[0]].set(hidden[tokens])
 
-    wanted = Hidden(
-        sampled=rows(fields["sampled_tokens"], trash), scored=rows(fields["scored_tokens"], config.max_scored_tokens)
-    )
-    return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
+    sampled = rows(fields["sampled_tokens"], tokens.shape[0] - 1)
+    return Hidden(sampled=sampled, scored=rows(fields["scored_tokens"], config.max_scored_tokens))
 
 
 def place_known_tokens(tokens: jax.Array, fields: dict[str, jax.Array], batch: AttentionBatch) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request
@@ -18,8 +18,8 @@ from jaxllm.runner.runner_config import RunnerConfig
 
 logger = logging.getLogger("jaxllm")
 
-#: (configuration, blocks of the cache) -> bytes of temporaries and outputs of the largest step
-Activations = Callable[[RunnerConfig, int], int]
+#: (configuration, blocks of the cache) -> bytes of temporaries and outputs of the largest step, of each pipeline stage
+Activations = Callable[[RunnerConfig, int], Sequence[int]]
 
 
 class DoesNotFitError(ValidationError):
@@ -51,28 +51,36 @@ def plan_memory(
         measure_first: know the activations even of a plan that could be refused without them.
 
     Returns:
-        The configuration, which differs from the given one when `max_model_len` was fitted, and its plan.
+        The configuration, which differs from the given one when `max_model_len` was fitted, and its plan; of a
+        pipeline, that of the stage with the least room.
 
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
     """
-    budget = _usable_bytes(config) - config.weight_bytes - config.state_bytes
-    num_blocks = _num_blocks(config, budget)
+    stages = config.stages
+    budgets = [_usable_bytes(stage) - stage.weight_bytes - stage.state_bytes for stage in stages]
+    num_blocks = min(map(_num_blocks, stages, budgets))
     if config.has_explicit_cache and not measure_first:  # known before anything is compiled
-        _check_explicit_cache(config, num_blocks, 0)
-        config = _fit(config, num_blocks, 0)
+        for stage in stages:
+            _check_explicit_cache(stage, num_blocks, 0)
+        config = _fit(config, max(stages, key=lambda stage: stage.block_bytes), num_blocks, 0)
+        stages = config.stages
     while True:
         needed = activations(config, num_blocks)
-        fitting = _num_blocks(config, budget - needed)
+        left = [budget - own for budget, own in zip(budgets, needed, strict=True)]
+        fitting = min(map(_num_blocks, stages, left))
         if fitting >= num_blocks:
             break
         num_blocks = fitting
     if config.has_explicit_cache:
-        _check_explicit_cache(config, num_blocks, needed)
-    fitted = _fit(config, num_blocks, needed)
+        for stage, own in zip(stages, needed, strict=True):
+            _check_explicit_cache(stage, num_blocks, own)
+    unused = [rest - num_blocks * stage.block_bytes for stage, rest in zip(stages, left, strict=True)]
+    fullest = unused.index(min(unused))
+    fitted = _fit(config, stages[fullest], num_blocks, needed[fullest])
     if fitted is not config:
         return plan_memory(fitted, activations, measure_first=measure_first)
-    return config, memory_plan(config, num_blocks, needed)
+    return config, memory_plan(stages[fullest], num_blocks, needed[fullest])
 
 
 def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> MemoryPlan:
@@ -103,6 +111,8 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         max_concurrency=concurrency,
         kv_bytes_per_token=config.kv_bytes_per_token,
         tensor_parallel_size=config.target.num_devices,
+        pipeline_parallel_size=config.stage.count if config.stage else 1,
+        stage=config.stage.index if config.stage else 0,
     )
 
 
@@ -154,8 +164,11 @@ def _addressable_blocks(config: RunnerConfig) -> int:
     return (2**31 - 1) // rows
 
 
-def _fit(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> RunnerConfig:
+def _fit(config: RunnerConfig, stage: RunnerConfig, num_blocks: int, activation_bytes: int) -> RunnerConfig:
     """Make one request of max_model_len tokens fit into the cache.
+
+    Args:
+        stage: of the pipeline, the one with the least room; else the configuration itself.
 
     Returns:
         The configuration itself when one fits; otherwise, where that is allowed, one with a max_model_len that does.
@@ -169,10 +182,10 @@ def _fit(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> Runner
         return config
     longest = _longest(config, num_blocks)
     if not config.fit_max_model_len or longest < 1:
-        others = config.weight_bytes + config.state_bytes + activation_bytes
-        share = ((needed + 1) * config.block_bytes + others) / config.target.total_bytes
-        problem, advice = _too_small(config, num_blocks, needed, longest, share)
-        plan = memory_plan(config, num_blocks, activation_bytes)
+        others = stage.weight_bytes + stage.state_bytes + activation_bytes
+        share = ((needed + 1) * stage.block_bytes + others) / stage.target.total_bytes
+        problem, advice = _too_small(stage, num_blocks, needed, longest, share)
+        plan = memory_plan(stage, num_blocks, activation_bytes)
         raise DoesNotFitError(problem, advice, plan, longest=longest, share=share, enough_blocks=needed + 1)
     logger.info(
         "Auto-fit max_model_len: reduced from %d to %d to fit in available KV cache memory",

@@ -46,6 +46,9 @@ class MemoryPlan:
     kv_bytes_per_token: int
     #: devices that share the model, each with the above
     tensor_parallel_size: int = 1
+    #: stages of layers, of which this one has the least room
+    pipeline_parallel_size: int = 1
+    stage: int = 0
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
@@ -65,11 +68,14 @@ class MemoryPlan:
         limit = self.kv_cache_limit
         note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
         whole = self.used_bytes + self.unused_bytes
+        of_stage = ""
+        if self.pipeline_parallel_size > 1:
+            of_stage = f", stage {self.stage + 1} of {self.pipeline_parallel_size}, which has the least room"
         unused = f"  not used     {gib(self.unused_bytes)}  (of {whole / GIB:.3f}; {self.unused_why})"
         return "\n".join(
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
-                f"gpu_memory_utilization={self.gpu_memory_utilization:g})",
+                f"gpu_memory_utilization={self.gpu_memory_utilization:g}{of_stage})",
                 f"  weights      {gib(self.weight_bytes)}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
                 f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",

@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.api.extras import how_to_install
 from jaxllm.layers.weight import WeightSpec, is_spec
+from jaxllm.parallel.rules import each_sharding
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.whole import gather, is_split, scatter
 
@@ -31,6 +32,8 @@ class _Array:
     """What a file holds as one array: a leaf of the weights, or that of every segment, the first layers' first."""
 
     specs: list[WeightSpec] = dataclasses.field(default_factory=list)
+    #: of each, where it is known
+    shardings: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +78,7 @@ def save(directory: Path, params: Any, specs: Any) -> None:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=how))
 
 
-def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> Any:
+def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: Any) -> Any:
     """Read a model's arrays, one after the other. What is cut, into segments or into the parts of devices, is in the
     host's memory for it, one array at a time.
 
@@ -85,7 +88,7 @@ def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: jax.sharding.S
     Raises:
         WeightsError: the stored arrays have other names or shapes, or cannot be read.
     """
-    wanted = _arrays(specs)
+    wanted = _arrays(specs, each_sharding(specs, sharding))
     folder = (directory / FOLDER).absolute()
     # an array as large as the limit would be refused
     largest = max(math.prod(array.shape) for array in wanted.values()) * dtype.itemsize
@@ -105,11 +108,11 @@ def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: jax.sharding.S
         read: dict[str, Iterator[jax.Array]] = {}
         for name, array in wanted.items():
             own = jnp.dtype(array.specs[0].dtype or dtype)
-            is_cut = len(array.specs) > 1 or is_split(array.specs[0], sharding)
+            is_cut = len(array.specs) > 1 or is_split(array.specs[0], array.shardings[0])
             if is_cut:
                 how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=own)
             else:
-                how = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=array.shape, dtype=own)
+                how = ocp.ArrayRestoreArgs(sharding=array.shardings[0], global_shape=array.shape, dtype=own)
             args = ocp.args.PyTreeRestore({name: 0}, restore_args={name: how}, partial_restore=True)
             try:
                 value = checkpointer.restore(folder, args=args)[name]
@@ -118,7 +121,7 @@ def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: jax.sharding.S
             parts = [value]
             if is_cut:
                 pieces = array.split(value) if len(array.specs) > 1 else [value]
-                parts = [scatter(spec, piece, sharding) for spec, piece in zip(array.specs, pieces, strict=True)]
+                parts = list(map(scatter, array.specs, pieces, array.shardings))
             read[name] = iter(jax.block_until_ready(parts))
     return jax.tree.map_with_path(lambda path, _: next(read[_name(path)]), specs, is_leaf=is_spec)
 
@@ -134,11 +137,14 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
         yield checkpointer, ocp
 
 
-def _arrays(specs: Any) -> dict[str, _Array]:
+def _arrays(specs: Any, shardings: Any = None) -> dict[str, _Array]:
     """By the path of their leaves, such as ``layers.qkv``."""
+    own = iter(jax.tree.leaves(shardings))
     arrays: dict[str, _Array] = {}
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
-        arrays.setdefault(_name(path), _Array()).specs.append(spec)
+        array = arrays.setdefault(_name(path), _Array())
+        array.specs.append(spec)
+        array.shardings.append(next(own, None))
     return arrays
 
 

@@ -1,0 +1,117 @@
+"""The head of a model in pipeline stages: each step goes from stage to stage, and what is sampled back to the first."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.engine.step import SchedulerOutput
+from jaxllm.models.decoder import Params
+from jaxllm.parallel.stages import stage_params
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.heads.embeddings import Embeddings
+from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
+from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead
+from jaxllm.runner.heads.sampling_step import State
+from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
+from jaxllm.runner.rows import Rows
+
+
+class PipelineHead(SamplingHead):
+    """Launches a step at every stage at once: each program waits for what the one before it hands on, and the host for
+    none of them. Samples with the last stage's programs.
+    """
+
+    def __init__(self, pipeline: PipelinePrograms):
+        super().__init__(pipeline.last)
+        self._pipeline = pipeline
+        self._embeddings = Embeddings(pipeline.first)
+        #: of each stage its weights, as programs of several rows take them and as those of a single row do
+        self._stages: tuple[tuple[Params, Params | None], ...] = ()
+        #: the last stage's own copy of the embedding, where that is the head
+        self._tied: jax.Array | None = None
+
+    @property
+    def allocator(self) -> PipelinePrograms:
+        return self._pipeline
+
+    def use(self, params: Params | None) -> None:
+        self._stages, self._head = (), None
+        self._free_copy()
+        if params is None:
+            return
+        if params.head is None:
+            own: Any = self._pipeline.last.head_shape
+            self._tied = jax.device_put(params.embedding, own.sharding, may_alias=False)
+        cut = []
+        for programs in self._pipeline.stages:
+            part = stage_params(params, programs.stage, self._tied)
+            whole = any(map(programs.takes_whole_layers, programs.packings))
+            cut.append((part, programs.whole_params(part) if whole else None))
+        self._stages = tuple(cut)
+        self._head = self.programs.head_params(cut[-1][0])
+
+    def forward(self, state: Any, scheduled: SchedulerOutput, rows: Rows) -> tuple[PipelineState, LaunchedStep]:
+        needed = {row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]}
+        state, launched = super().forward(self._take_sampled(state, needed), scheduled, rows)
+        sampling: Any = launched.sampling
+        return state, launched._replace(sampling=(*sampling, frozenset(scheduled.rows)))
+
+    def warm_up(self, state: Any, *, smallest: bool) -> PipelineState:
+        return self._take_sampled(super().warm_up(state, smallest=smallest), set(), at_most=0)
+
+    def free(self) -> None:
+        super().free()
+        self._free_copy()
+
+    def _free_copy(self) -> None:
+        if self._tied is not None and not self._tied.is_deleted():
+            self._tied.delete()
+        self._tied = None
+
+    def _take_sampled(self, state: Any, rows: set[int], at_most: int | None = None) -> Any:
+        """Write what steps have sampled into the first stage's tokens, up to the last step that has one of these rows.
+
+        Args:
+            at_most: steps that may stay unwritten; None: as many as there are stages.
+        """
+        unwritten = state.unwritten
+        count = max((i for i, step in enumerate(unwritten, 1) if not rows.isdisjoint(step.rows)), default=0)
+        count = max(count, len(unwritten) - (len(state.stages) if at_most is None else at_most))
+        first, *others = state.stages
+        for step in unwritten[:count]:
+            first = State(cache=first.cache, tokens=self._pipeline.first.take(first.tokens, step.ids, step.sampling))
+        return PipelineState(stages=(first, *others), unwritten=unwritten[count:])
+
+    def _forward(
+        self, state: Any, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None
+    ) -> tuple[PipelineState, Any, Any]:
+        given, made, sampling = self._embeddings.argument(bucket, vectors), [], []
+        for programs, params, own in zip(self._pipeline.stages, self._stages, state.stages, strict=True):
+            words = jax.device_put(buffer, programs.sharding)
+            if programs.stage.index:
+                given = (jax.device_put(given[0], programs.sharding),)
+            weights = params[programs.takes_whole_layers(bucket)]
+            new, hidden, rest = programs.forward(bucket)(weights, own, words, *given)
+            given = (hidden,)
+            made.append(new)
+            sampling.append(rest)
+        return dataclasses.replace(state, stages=tuple(made)), given[0], (sampling[0], sampling[-1])
+
+    def _sample(
+        self, state: Any, hidden: Any, sampling: Any, constraints: np.ndarray | None, count: int, full: bool
+    ) -> tuple[PipelineState, Any]:
+        of_first, of_last, *rows = sampling
+        *others, last = state.stages
+        last, sampled = super()._sample(last, hidden, of_last, constraints, count, full)
+        ids = jax.device_put(sampled.token_ids, self._pipeline.first.sharding)
+        new = Unwritten(ids=ids, sampling=of_first, rows=rows[0] if rows else frozenset())
+        return PipelineState(stages=(*others, last), unwritten=(*state.unwritten, new)), sampled
+
+    def _write_tokens(self, state: Any, row: int, ids: np.ndarray) -> PipelineState:
+        """As `SamplingHead` does, for penalties: at the last stage."""
+        *others, last = state.stages
+        return dataclasses.replace(state, stages=(*others, super()._write_tokens(last, row, ids)))

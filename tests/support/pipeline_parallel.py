@@ -1,0 +1,146 @@
+"""Engines whose model is cut into stages on virtual devices, in a process that has JAX to itself.
+
+``python -m support.pipeline_parallel FOLDER`` prints one JSON object: by engine, what it answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
+from support.tiny_model import CONFIG, write_tiny_model
+
+from jaxllm import LLM
+from jaxllm.models.segments import segment_sizes
+from jaxllm.runner.heads.pipeline import PipelineHead
+
+LAYERS = 4
+#: name -> how the model is spread; the first engine makes as many devices as the others need
+ENGINES: dict[str, dict[str, Any]] = {
+    "4": {"pipeline_parallel_size": 4},
+    "2 x 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "3": {"pipeline_parallel_size": 3},
+    "2": {"pipeline_parallel_size": 2, "pipeline_layer_partition": "3,1"},
+    "one": {},
+}
+#: Gemma 3's local and global layers, whose embedding is the head: groups of which a stage has one, or parts of both
+HYBRID: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def more_answers(llm: LLM) -> dict[str, Any]:
+    """Besides `answers`: several outputs of a prompt, and penalties, which look at what was generated."""
+    several = generate(llm, PROMPTS[:3], dataclasses.replace(SEEDED, n=3, max_tokens=12))
+    penalized = dataclasses.replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.5)
+    return {
+        "several": [[list(completion.token_ids) for completion in output.outputs] for output in several],
+        "penalties": tokens(generate(llm, PROMPTS, penalized)),
+        "penalties after prefix hits": tokens(generate(llm, PROMPTS[2], penalized)),
+    }
+
+
+def laws(llm: LLM) -> dict[str, Any]:
+    """Of each stage: its layers, the bytes of its state that its largest step does not write in place, and its device;
+    and the blocks that are in use when nobody is there.
+    """
+    runner: Any = llm.engine.runner
+    pool = llm.engine.core.scheduler.kv_cache_manager.pool
+    assert isinstance(runner.head, PipelineHead)
+    copied, devices = [], []
+    for programs, state in zip(runner.head.allocator.stages, runner._state.stages, strict=True):
+        memory: Any = programs.forward(programs.largest).memory_analysis()
+        split = 1 if programs._mesh is None else programs._mesh.size
+        tokens = 0 if state.tokens is None else state.tokens.nbytes
+        copied.append(state.cache.nbytes // split + tokens - memory.alias_size_in_bytes)
+        devices.append(sorted(device.id for device in state.cache.devices()))
+    return {
+        "layers": segment_sizes(runner.params),
+        "copied": copied,
+        "devices": devices,
+        "blocks": pool.num_used,
+        "plan": [llm.memory_plan.pipeline_parallel_size, llm.get_world_size()],
+    }
+
+
+def changed(llm: LLM, folder: Path) -> dict[str, Any]:
+    """What becomes of an engine whose weights sleep, change, and are saved."""
+    found: dict[str, Any] = {}
+    for level in (1, 2):
+        llm.sleep(level)
+        llm.wake_up()
+        found[f"sleep {level}"] = tokens(generate(llm, PROMPTS, GREEDY))
+    [params] = llm.apply_model(lambda params: params)
+    llm.update_weights(jax.tree.map(lambda array: -np.asarray(array), params))
+    found["other weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    llm.update_weights(params)
+    found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    for form in ("safetensors", "orbax"):
+        llm.save(folder / form, format=form)
+    return found
+
+
+def hybrid(folder: Path) -> dict[str, Any]:
+    """A model with sliding windows and one matrix for embedding and head: drawn in stages, saved, and read whole."""
+    arguments = {**ARGUMENTS, "skip_tokenizer_init": True, "num_gpu_blocks_override": 60}
+    prompts = [{"prompt_token_ids": list(prompt.encode())} for prompt in PROMPTS]
+    params = dataclasses.replace(GREEDY, detokenize=False, prompt_logprobs=0)
+    (folder / "drawn").mkdir()
+    (folder / "drawn" / "config.json").write_text(json.dumps({**CONFIG, **HYBRID}))
+    stages = {"pipeline_parallel_size": 3, "pipeline_layer_partition": (1, 2, 2)}
+
+    def told(llm: LLM) -> list[Any]:
+        outputs = generate(llm, prompts, params)
+        likely = [[next(iter(entry.values())).logprob for entry in o.prompt_logprobs[1:]] for o in outputs]
+        return [tokens(outputs), sum(likely, [])]
+
+    with LLM(folder / "drawn", load_format="dummy", **stages, **arguments) as llm:
+        [drawn] = llm.apply_model(lambda params: params)
+        llm.update_weights(jax.tree.map(lambda array: array * 16, drawn))
+        llm.save(folder / "saved")
+        cut = told(llm)
+    with LLM(folder / "saved", **arguments) as llm:
+        return {"cut": cut, "one": told(llm)}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    CONFIG.update(HEADS, num_hidden_layers=LAYERS)
+    (folder / "model").mkdir()
+    write_tiny_model(folder / "model")
+    found: dict[str, Any] = {}
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    for name, spread in ENGINES.items():
+        with LLM(folder / "model", **spread, **ARGUMENTS) as llm:
+            before = len(compiled)
+            found[name] = answers(llm) | more_answers(llm)
+            found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
+            if name != "one":
+                found[name]["laws"] = laws(llm)
+            if name == "3":
+                (folder / "changed").mkdir()
+                found["changed"] = changed(llm, folder / "changed")
+    for form, spread in (("safetensors", ENGINES["one"]), ("orbax", ENGINES["2"])):
+        with LLM(folder / "changed" / form, **spread, **ARGUMENTS) as llm:
+            found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
+    (folder / "hybrid").mkdir()
+    found["hybrid"] = hybrid(folder / "hybrid")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
