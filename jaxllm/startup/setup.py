@@ -90,7 +90,7 @@ class Setup:
         )
 
     def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
-        """What the runner is built from on the devices of `target`.
+        """What the runner is built from on the devices of `target`, those of one replica.
 
         Args:
             progress: told how far the start is.
@@ -126,6 +126,7 @@ class Setup:
             scheduler=limits,
             dtype=dtype,
             target=target,
+            data_parallel_size=args.data_parallel_size,
             pipeline=stages,
             attention=dataclasses.replace(backend, deterministic=args.deterministic),
             block_size=block_size,
