@@ -32,6 +32,8 @@ class TraceRecorder(StepObserver):
     Args:
         bucket: (tokens, sequences) of a step -> those of the compiled program that runs it, first.
         clock: seconds; the one of the requests' times, so that both lie on one axis.
+        engine: number of the replica.
+        zero: the clock's time at the trace's start; None: now.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class TraceRecorder(StepObserver):
         scheduler: Scheduler,
         bucket: Callable[[int, int], tuple[int, ...]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        engine: int = 0,
+        zero: float | None = None,
     ) -> None:
-        self.trace = trace
+        self.trace, self._engine = trace, engine
         self._scheduler, self._bucket, self._clock = scheduler, bucket, clock
-        self._zero = clock()
+        self._zero = clock() if zero is None else zero
         self._num_preemptions = scheduler.stats().num_preemptions
         #: when the turn began; None outside of one, or when the trace was not yet on
         self._turn: float | None = None
@@ -78,6 +83,7 @@ class TraceRecorder(StepObserver):
         num_seqs = len(step.rows)
         bucket_tokens, bucket_seqs = self._bucket(step.step_sizes()[0], num_seqs)[:2] if self._bucket else (0, 0)
         self._launched[step.step] = {
+            "engine": self._engine,
             "step": step.step,
             "start": self._turn,
             "num_prefill_tokens": prefill,
@@ -180,6 +186,7 @@ class TraceRecorder(StepObserver):
                 first_token=self._time(request.first_token_ts),
                 last_token=self._time(request.last_token_ts),
                 preempted=tuple(seen.preempted),
+                engine=self._engine,
             )
         )
 
