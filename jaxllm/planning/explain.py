@@ -14,6 +14,7 @@ from jaxllm.config.devices import GPUS
 from jaxllm.layers.embedding import VOCAB
 from jaxllm.layers.weight import Axis
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
+from jaxllm.parallel.mesh import DATA
 from jaxllm.parallel.rules import held, layer_sums
 from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.layout import ArrayLayout, cache_layout, weight_layouts
@@ -52,16 +53,21 @@ def explain_engine(engine: Engine) -> Explanation:
         exact=True,
         basis="These are the programs that the engine runs.",
     )
-    return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
+    return explanation(
+        plan, dataclasses.replace(config, scheduler=limits), programs, replicas=engine.args.data_parallel_size
+    )
 
 
-def explanation(plan: Plan, config: RunnerConfig, programs: Programs | PipelinePrograms | None) -> Explanation:
+def explanation(
+    plan: Plan, config: RunnerConfig, programs: Programs | PipelinePrograms | None, *, replicas: int = 1
+) -> Explanation:
     """Explain an engine that is planned.
 
     Args:
-        config: what the plan is of.
+        config: what the plan is of, one replica.
         programs: of the engine, which compile what they lack; None: nothing can be compiled, and exchanges are those
             that the rules of the split make.
+        replicas: of the model, on devices of their own.
 
     Raises:
         ValidationError: the model is cut into stages.
@@ -114,7 +120,7 @@ def explanation(plan: Plan, config: RunnerConfig, programs: Programs | PipelineP
         plan = dataclasses.replace(plan, collectives=dict(found))
     return Explanation(
         plan=plan,
-        mesh=sizes,
+        mesh={DATA: replicas, **sizes} if replicas > 1 else sizes,
         gpu=None if gpu is None else gpu.name,
         layouts=(*weights, cache_layout(config, plan.memory.num_blocks)),
         steps=steps,

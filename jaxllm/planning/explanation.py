@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxllm.config.devices import GPUS
 from jaxllm.config.links import LINKS
+from jaxllm.parallel.mesh import DATA
 from jaxllm.planning.explanation_html import explanation_html
 from jaxllm.planning.layout import ArrayLayout
 from jaxllm.planning.plan import Plan
@@ -66,7 +67,7 @@ class Explanation:
         return [title, *table(rows, right={1, 6})]
 
     def _step_lines(self) -> list[str]:
-        lines = ["Steps, as one device does them:"]
+        lines = [f"Steps of {'a replica' if DATA in self.mesh else 'the engine'}, as one device does them:"]
         for step in self.steps:
             least = "" if step.seconds is None else f": at least {time_text(step.seconds)}"
             lines.append(f"  {step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
@@ -83,7 +84,7 @@ class Explanation:
                 f"  Attention reads the KV cache besides: {time_text(context)} for every 1,000 tokens of context of "
                 "all requests."
             )
-        if self.num_devices > 1:
+        if any(step.exchanges for step in self.steps):
             lines.append("  Exchanges are counted in the compiled programs, unless it says otherwise; times are what")
             lines.append("  bandwidths and NCCL's latencies allow.")
         return lines

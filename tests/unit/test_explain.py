@@ -155,6 +155,21 @@ def test_one_device_exchanges_nothing(model: Path):
     assert not any(layout.is_split for layout in one.layouts)
 
 
+def test_replicas_have_devices_of_their_own(model: Path, llama: Explanation):
+    two = jaxllm.explain(model, **ASKED, data_parallel_size=2)
+    assert two.mesh == {"data": 2, "tensor": 4} and two.layouts == llama.layouts and two.steps == llama.steps
+    assert "Mesh: data=2 x tensor=4" in str(two) and "Steps of a replica" in str(two)
+    drawn = two._repr_html_()
+    assert drawn.count("<text") == 8 and ">data 1, tensor 3</text>" in drawn
+    assert drawn.count("80 x layers.output: heads 48 to 63 of 64 (2.500 GiB)") == 2
+
+
+@pytest.mark.parametrize("asked", [{"pipeline_parallel_size": 2}])
+def test_what_cannot_be_explained_is_refused(model: Path, asked: dict[str, int]):
+    with pytest.raises(ValidationError, match="cannot be explained yet"):
+        jaxllm.explain(model, **ASKED, **asked)
+
+
 def test_what_does_not_fit_is_explained_all_the_same(model: Path):
     one = jaxllm.explain(model, device="h100")
     assert not one.plan.fits and not one.plan.remedies and one.layouts
