@@ -127,8 +127,8 @@ def _step(
         gpu=gpu,
     )
     if config.stage is not None and not config.stage.is_last:
-        size = tokens * config.model.hidden_size * jnp.dtype(config.dtype).itemsize
-        exchanges += (handed_on(size, gpu),)
+        rows = tokens if programs is None else programs.bucket(tokens, requests).tokens
+        exchanges += (handed_on(rows * config.model.hidden_size * jnp.dtype(config.dtype).itemsize, gpu),)
     size, flops = _read_and_computed(weights, tokens, requests, is_whole=config.stage is None)
     return step_estimate(
         name,

@@ -77,7 +77,7 @@ class Explanation:
             of_stage = "" if step.stage is None else f"stage {step.stage}: "
             lines.append(f"  {of_stage}{step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
             lines.append(f"    reads {size_text(step.weight_bytes)} of weights{_in(step.read_seconds)}")
-            lines.append(f"    computes {step.flops / 1e9:,.1f} GFLOP with them{_in(step.compute_seconds)}")
+            lines.append(f"    computes {flops_text(step.flops)} with them{_in(step.compute_seconds)}")
             if step.exchanges:
                 told = f" by the rules of the split, since {step.not_compiled}" if step.not_compiled else ""
                 lines.append(f"    exchanges{_in(step.exchange_seconds)}{told}:")
@@ -130,6 +130,15 @@ def size_text(size: float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:,.3f} GiB"
+
+
+def flops_text(flops: float) -> str:
+    """Operations in the unit that leaves at most three digits in front of the point."""
+    for unit in ("", "k", "M", "G"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:,.4g} TFLOP"
 
 
 def time_text(seconds: float) -> str:
