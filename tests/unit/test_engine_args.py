@@ -205,8 +205,8 @@ def test_what_jaxllm_will_not_do_is_refused(name: str):
 
 
 def test_refusals_say_what_would_work():
-    with pytest.raises(ValidationError, match="enable_expert_parallel=True is not supported yet.* pass False"):
-        engine_args("m", enable_expert_parallel=True)
+    with pytest.raises(ValidationError, match="enable_eplb=True is not supported yet.* pass False"):
+        engine_args("m", enable_eplb=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
     with pytest.raises(ValidationError, match=r"speculative_model='\[ngram\]'.*speculative decoding"):
