@@ -9,8 +9,6 @@ from typing import NamedTuple
 from jaxllm.config.argument import Arguments, argument, switch
 from jaxllm.config.argument_checks import at_least, layer_partition
 
-_CAPABILITY = "parallelism"
-
 
 class Grid(NamedTuple):
     """How many devices an engine has along each axis of the mesh, outermost first."""
