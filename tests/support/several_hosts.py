@@ -55,7 +55,7 @@ def main() -> None:
     folder, address, processes, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     jax.config.update("jax_num_cpu_devices", 2)  # pyright: ignore[reportAttributeAccessIssue]
     jax.distributed.initialize(address, num_processes=processes, process_id=number)
-    found = {"together": together(folder)}
+    found: dict[str, Any] = {"together": together(folder)}
     found["alone"] = [device.process_index for device in engine_devices("cpu", Grid(tensor=2))]
     print(json.dumps(found))
 
