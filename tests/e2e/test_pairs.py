@@ -31,7 +31,7 @@ WAYS = ["generated", "streamed", "after sleep"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the engines answered, in one process of their own, which has two devices."""
+    """What the engines answered, in one process of their own, which has four devices."""
     return found_by("support.pairs", tmp_path_factory.mktemp("pairs"))
 
 
