@@ -113,9 +113,10 @@ class Setup:
             limits = dataclasses.replace(limits, async_scheduling=False)
         stages = self.pipeline(target.grid.stage)
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
+        limits = dataclasses.replace(limits, lockstep=target.num_processes > 1)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
-            check_deterministic(target.platform, pools=self.pooler is not None)
+            check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
         block_size = args.block_size or default_block_size(target.platform)
         backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size)
@@ -141,7 +142,8 @@ class Setup:
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
             seed=args.seed,
-            compile_cache=compile_cache(),
+            # one process must not wait, in a compiler that they share, for another one that has found its program
+            compile_cache=None if limits.lockstep else compile_cache(),
             progress=progress,
         )
 

@@ -223,7 +223,8 @@ def dummy(
         own_dtype = jnp.dtype(spec.dtype or dtype)
         shape, own = shape_and_sharding(spec, sharding)
         if spec.init is not None:
-            return jnp.full(shape, spec.init, own_dtype, device=own)
+            part = np.full(local_shape(spec, sizes), spec.init, own_dtype)
+            return jax.make_array_from_callback(shape, own, lambda _: part)
         assert own is not None
         parts = []
         for device, index in own.addressable_devices_indices_map(shape).items():
