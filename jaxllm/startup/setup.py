@@ -22,7 +22,7 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
-from jaxllm.parallel.rules import check_split
+from jaxllm.parallel.rules import check_split, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.progress import StartProgress
@@ -165,6 +165,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
             checkpoint.classifier = _classifier(args, checkpoint)
     else:
         model = model_config(checkpoint.config, _asked_length(args))
+    if args.enable_expert_parallel:
+        model = spread_experts(model)
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
 
 

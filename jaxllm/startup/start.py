@@ -88,6 +88,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
+    if args.enable_expert_parallel and args.tensor_parallel_size == 1:
+        logger.info("enable_expert_parallel=True has no effect: one device has all experts (tensor_parallel_size=1)")
     setup.pipeline(args.pipeline_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.grid)
     if in_time and target.num_processes > 1:

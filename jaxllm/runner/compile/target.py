@@ -61,9 +61,13 @@ class Target:
         devices = self.devices[index]
         return dataclasses.replace(self, grid=grid, devices=devices, device=devices.flat[0])
 
-    def segments(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each segment of a model of equal layers (`models.segments`)."""
-        return (num_layers,) if self.platform == "cpu" else (1,) * num_layers
+    def segments(self, runs: tuple[int, ...]) -> tuple[int, ...]:
+        """Layers of each segment of a model (`models.segments`).
+
+        Args:
+            runs: how many layers of a kind follow each other, from the first to the last.
+        """
+        return runs if self.platform == "cpu" else (1,) * sum(runs)
 
     @property
     def num_devices(self) -> int:
