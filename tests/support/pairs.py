@@ -68,11 +68,10 @@ ENGINES: dict[str, list[str]] = {
     "plain": [],
     "all": ON_ONE,
     "all, deterministic": [*ON_ONE, "deterministic", "data parallel"],
-    "all, split": [*ON_ONE, "tensor parallel", "data parallel"],
+    "all, split": [*ON_ONE, "tensor parallel"],
 }
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
-POOLING = ["prefix caching", "chunked prefill", "asynchronous scheduling", "priorities"]
-POOLING += ["tensor parallel", "data parallel"]
+POOLING = ["prefix caching", "chunked prefill", "asynchronous scheduling", "priorities", "tensor parallel"]
 BEGINNING = "a beginning that fills blocks "
 
 
