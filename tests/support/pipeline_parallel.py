@@ -131,6 +131,7 @@ def main() -> None:
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)
+                found[name]["explained"] = llm.explain().to_dict()
             if name == "3":
                 (folder / "changed").mkdir()
                 found["changed"] = changed(llm, folder / "changed")
