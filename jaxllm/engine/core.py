@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.io.token_constraints import TokenConstraints
     from jaxllm.engine.observe.metrics import EngineMetrics, EngineStats, Metric
     from jaxllm.engine.observe.step_observer import StepObserver
-    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StepFuture
+    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StageTimer, StepFuture
 
 
 class EngineCore:
@@ -291,6 +291,10 @@ class EngineCore:
         """Tell `observer` of every step from now on; any thread may ask for it."""
         with self._observers_lock:
             self._observers += (observer,)
+
+    def time_stages(self) -> StageTimer | None:
+        """As `ModelRunner.time_stages`; any thread may ask for it."""
+        return self._runner.time_stages()
 
     def stop_observing(self, observer: StepObserver) -> None:
         """Tell it no more. Does nothing when it is not there; any thread may ask for it."""

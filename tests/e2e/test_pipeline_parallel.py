@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,28 @@ def test_every_stage_keeps_the_laws(found: dict[str, Any], stages: str, layers: 
     assert not found[stages]["compiled"], "something was compiled after the start"
 
 
-@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "saved as safetensors", "saved as orbax"])
+@pytest.mark.parametrize(
+    "kind", ["sleep 1", "sleep 2", "own weights", "trained weights", "saved as safetensors", "saved as orbax"]
+)
 def test_weights_come_back(found: dict[str, Any], kind: str):
     assert found["changed"][kind] == found["one"]["greedy"]
 
 
 def test_other_weights_are_used(found: dict[str, Any]):
     assert found["changed"]["other weights"] != found["one"]["greedy"]
+
+
+def test_a_trace_shows_the_stages(found: dict[str, Any]):
+    """Each has every step, in order, after the stage before; two of them work at once; the rest is the bubble."""
+    trace = found["3"]["trace"]
+    stages = [[record for record in trace["stages"] if record["stage"] == stage] for stage in range(3)]
+    for own in stages:
+        assert [record["step"] for record in own] == trace["steps"]
+        assert all(before["end"] <= after["start"] for before, after in itertools.pairwise(own))
+    for first, second in itertools.pairwise(stages):
+        assert all(early["end"] <= late["start"] for early, late in zip(first, second, strict=True))
+    assert 0 <= trace["bubble"] < 1 and trace["drawn"] == [0, 1, 2]
+    assert re.search(r"; 3 stages busy \d+%, \d+%, \d+% of the time\)$", trace["text"])
 
 
 def test_groups_of_layers_across_stages_and_a_shared_matrix(found: dict[str, Any]):

@@ -18,6 +18,7 @@ from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, a
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm import LLM
+from jaxllm.flax import to_nnx
 from jaxllm.models.segments import segment_sizes
 from jaxllm.runner.heads.pipeline import PipelineHead
 
@@ -76,6 +77,21 @@ def laws(llm: LLM) -> dict[str, Any]:
     }
 
 
+def traced(llm: LLM, folder: Path) -> dict[str, Any]:
+    """What a trace tells of stages."""
+    with llm.trace() as trace:
+        generate(llm, PROMPTS, GREEDY)
+    trace.save_chrome_trace(folder / "trace.json")
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return {
+        "steps": [step.step for step in trace.steps],
+        "stages": [dataclasses.asdict(record) for record in trace.stages],
+        "bubble": trace.bubble,
+        "text": repr(trace),
+        "drawn": sorted({event["tid"] for event in events if event["pid"] == 3 and event["ph"] == "X"}),
+    }
+
+
 def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     """What becomes of an engine whose weights sleep, change, and are saved."""
     found: dict[str, Any] = {}
@@ -88,6 +104,8 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     found["other weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(params)
     found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    llm.update_weights(to_nnx(llm))
+    found["trained weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     for form in ("safetensors", "orbax"):
         llm.save(folder / form, format=form)
     return found
@@ -132,6 +150,7 @@ def main() -> None:
             if name != "one":
                 found[name]["laws"] = laws(llm)
             if name == "3":
+                found[name]["trace"] = traced(llm, folder)
                 (folder / "changed").mkdir()
                 found["changed"] = changed(llm, folder / "changed")
     for form, spread in (("safetensors", ENGINES["one"]), ("orbax", ENGINES["2"])):

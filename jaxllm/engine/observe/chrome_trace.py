@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 
-_ENGINE, _REQUESTS = 1, 2
+_ENGINE, _REQUESTS, _STAGES = 1, 2, 3
 _HOST, _DEVICE = 1, 2
 
 
@@ -31,6 +31,9 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     timed: list[dict[str, Any]] = []
     for step in trace.steps:
         timed += _step(step, zero)
+    for record in trace.stages:
+        what = {"step": record.step}
+        timed.append(_slice(f"step {record.step}", record.start, record.end, _STAGES, record.stage, zero, what))
     for number, request in enumerate(trace.requests, start=1):
         timed += _request(request, number, zero)
     return listed + sorted(timed, key=lambda event: event["ts"])
@@ -44,6 +47,11 @@ def _names(trace: Trace) -> list[dict[str, Any]]:
         name("process_name", "engine", _ENGINE),
         name("thread_name", "host", _ENGINE, _HOST),
         name("thread_name", "device", _ENGINE, _DEVICE),
+        *([name("process_name", "stages", _STAGES)] if trace.stages else []),
+        *(
+            name("thread_name", f"stage {stage + 1}", _STAGES, stage)
+            for stage in sorted({record.stage for record in trace.stages})
+        ),
         name("process_name", "requests", _REQUESTS),
         *(
             name("thread_name", f"request {request.request_id}", _REQUESTS, number)

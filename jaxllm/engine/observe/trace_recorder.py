@@ -43,7 +43,8 @@ class TraceRecorder(StepObserver):
     ) -> None:
         self.trace = trace
         self._scheduler, self._bucket, self._clock = scheduler, bucket, clock
-        self._zero = clock()
+        #: the trace's start on the clock
+        self.zero = clock()
         self._num_preemptions = scheduler.stats().num_preemptions
         #: when the turn began; None outside of one, or when the trace was not yet on
         self._turn: float | None = None
@@ -55,7 +56,7 @@ class TraceRecorder(StepObserver):
         self._requests: dict[str, _Seen] = {}
 
     def _now(self) -> float:
-        return self._clock() - self._zero
+        return self._clock() - self.zero
 
     def turn_begins(self) -> None:
         self._turn = self._now()
@@ -175,7 +176,7 @@ class TraceRecorder(StepObserver):
                 num_cached_tokens=max(request.num_cached_tokens, 0),
                 num_output_tokens=request.num_output_tokens,
                 finish_reason=request.finish_reason,
-                queued=request.queued_ts - self._zero,
+                queued=request.queued_ts - self.zero,
                 scheduled=self._time(request.scheduled_ts),
                 first_token=self._time(request.first_token_ts),
                 last_token=self._time(request.last_token_ts),
@@ -184,4 +185,4 @@ class TraceRecorder(StepObserver):
         )
 
     def _time(self, moment: float) -> float | None:
-        return moment - self._zero if moment else None
+        return moment - self.zero if moment else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.stage_record import stage_records
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.observe.prometheus import MetricsServer
+    from jaxllm.engine.step import StageTimer
 
 
 class Watching:
@@ -62,16 +64,21 @@ class Watching:
         """What records each step while it is on."""
         core, bucket = self._client.core, self._bucket
         recorders: list[TraceRecorder] = []
+        timers: list[StageTimer] = []
 
         def attach(trace: Trace) -> None:
             recorders.append(TraceRecorder(trace, core.scheduler, bucket))
             core.observe(recorders[-1])
+            timer = core.time_stages()
+            timers.extend([] if timer is None else [timer])
 
         def detach(trace: Trace) -> None:
             while recorders:
                 recorder = recorders.pop()
                 core.stop_observing(recorder)
                 recorder.close()
+                while timers:
+                    trace.stages += stage_records(timers.pop().stop(), recorder.zero)
 
         return Trace(attach, detach)
 

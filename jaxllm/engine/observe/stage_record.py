@@ -1,0 +1,57 @@
+"""What the stages of a pipeline did, and how much of the time they had nothing to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """A step at one stage. Times are in seconds from the trace's start.
+
+    It begins when it is launched, when the stage before hands it on, or when this one is done with the step before it,
+    whatever comes last.
+    """
+
+    step: int
+    #: its number in the pipeline, from 0 on
+    stage: int
+    start: float
+    end: float
+
+
+def stage_records(times: Sequence[Sequence[tuple[int, float, float]]], zero: float) -> list[StageRecord]:
+    """The records of a pipeline, stage after stage.
+
+    Args:
+        times: of each stage, in order: step, when it was launched, when it was done.
+        zero: the trace's start.
+    """
+    records: list[StageRecord] = []
+    handed_on: dict[int, float] = {}
+    for stage, steps in enumerate(times):
+        free, ends = 0.0, {}
+        for step, launched, end in steps:
+            start = min(max(launched, free, handed_on.get(step, 0.0)), end)
+            records.append(StageRecord(step=step, stage=stage, start=start - zero, end=end - zero))
+            free = ends[step] = end
+        handed_on = ends
+    return records
+
+
+def busy_shares(records: Sequence[StageRecord]) -> list[float]:
+    """Of each stage, the share of the time from the first step's beginning to the last one's end in which it worked."""
+    if not records:
+        return []
+    whole = max(record.end for record in records) - min(record.start for record in records)
+    stages = groupby(sorted(records, key=attrgetter("stage")), key=attrgetter("stage"))
+    return [sum(record.end - record.start for record in own) / max(whole, 1e-9) for _, own in stages]
+
+
+def bubble(records: Sequence[StageRecord]) -> float | None:
+    """The share of the stages' time in which they had nothing to do; None: there are no stages."""
+    shares = busy_shares(records)
+    return 1 - sum(shares) / len(shares) if shares else None
