@@ -139,8 +139,8 @@ class Trace:
 
     @property
     def bubble(self) -> float | None:
-        """The share of the time in which a pipeline's stages had nothing to do, in [0, 1]; None: there are no stages, or
-        the trace has not stopped.
+        """The share of the time in which a pipeline's stages had nothing to do, in [0, 1]; None: there are no stages,
+        or the trace has not stopped.
         """
         return bubble(self.stages)
 
