@@ -149,8 +149,11 @@ class EngineCore:
         else:
             launched = self._runner.forward(scheduled)
             self._tell_launched(scheduled)
-            # the masks follow from the tokens of all earlier steps
-            while self._in_flight:
+            # the masks follow from the requests' earlier tokens; steps of others may stay under way
+            masked = [
+                r for r, row in zip(scheduled.requests, scheduled.rows, strict=True) if row in scheduled.masked_rows
+            ]
+            while self._in_flight and any(r.num_output_placeholders > 1 and not r.is_finished for r in masked):
                 outputs += self._read()
             masks, lost = self._constraints.masks(scheduled)
             outputs += self._fail(lost)
