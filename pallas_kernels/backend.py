@@ -16,6 +16,8 @@ LEAST_E4M3_COMPUTE_CAPABILITY = (8, 9)
 MOSAIC_COMPUTE_CAPABILITY = (9, 0)
 #: of the attention kernels
 MAX_HEAD_DIM = 256
+#: of the kernels of attention over latents: numbers of a value, and those behind them
+MAX_LATENT_WIDTHS = 512, 64
 #: of blocks whose keys are transposed: with shorter ones XLA:CPU would have to put them side by side
 LEAST_TRANSPOSED_BLOCK = 64
 

@@ -8,6 +8,9 @@ No dimension may have the size 1. XLA may put such a dimension anywhere in an ar
 it chose another place than at the program's boundary, and copied the whole cache in every layer from one layout to the
 other, though both have the same bytes in the same order. So keys and values share a dimension with the heads.
 
+Latents (multi-head latent attention) are one vector a token, whose first numbers are its value, too. Their pages are
+``[pages, block_size, width]``, since there is nothing that a dimension of heads would count.
+
 Where `Backend.transposes_keys`, the keys of a head are ``[head_dim, block_size]``, in the same place of the same array.
 
 int8 and float8 pages have scales beside them, float32 ``[pages, 2 * kv_heads, block_size]``: what is stored times its
@@ -113,3 +116,18 @@ def check_operands(
         fits = array.ndim == 3 and array.shape[0] == tokens and array.shape[2] == dim
         if not fits or array.shape[1] % kv_heads or (exact_heads and array.shape[1] != kv_heads):
             raise ValueError(f"{name} must be [{tokens} (the batch's), {heads}, {dim}], got {list(array.shape)}")
+
+
+def check_latents(cache: jax.Array, tokens: int, name: str, rows: jax.Array, heads: int | None = None) -> None:
+    """`check_operands` of pages of latents, which have no scales, and `rows` [T, heads, width]; None: any heads."""
+    if cache.ndim != 3:
+        raise ValueError(f"a cache of latents must be [pages, block_size, width], got {list(cache.shape)}")
+    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype == jnp.uint16) or is_scaled(cache.dtype):
+        raise ValueError(f"a cache of latents must be of 16-bit or wider floats, or uint16, got {cache.dtype}")
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(f"{name} must be of a float dtype, got {rows.dtype}")
+    width = cache.shape[2]
+    if rows.ndim != 3 or rows.shape != (tokens, heads or rows.shape[1], width):
+        raise ValueError(
+            f"{name} must be [{tokens} (the batch's), {heads or 'heads'}, {width}], got {list(rows.shape)}"
+        )

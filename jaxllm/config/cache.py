@@ -18,16 +18,16 @@ class KVSpec:
     heads: int
     #: numbers of each vector
     width: int
-    #: 2: keys and values
+    #: 2: keys and values; 1: latents, one vector for all heads, which every device of a split model has
     parts: int = 2
     #: tokens that the layer sees, itself included, and therefore keeps; None: all
     window: int | None = None
     #: numpy's name of what the numbers are stored as; None: the engine's dtype
     dtype: str | None = None
 
-    def page_shape(self, block_size: int) -> tuple[int, int, int]:
+    def page_shape(self, block_size: int) -> tuple[int, ...]:
         """Of the layer's part of one block, as `pallas_kernels.storage` lays it out."""
-        return self.parts * self.heads, block_size, self.width
+        return (block_size, self.width) if self.parts == 1 else (2 * self.heads, block_size, self.width)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from jaxllm.layers.dense_attention import WholeSequences, dense_attention
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_latent_attention.api import paged_latent_attention
 
-__all__ = ["Layout", "attention", "write_kv"]
+__all__ = ["Layout", "attention", "latent_attention", "write_kv", "write_latents"]
 
 
 def write_kv(
@@ -58,6 +59,45 @@ def attention(
         )
     attended = _for_kernels(context, batch)
     return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal)
+
+
+def write_latents(
+    context: Context, cache: jax.Array, latents: jax.Array, layout: Layout, batch: StepBatch
+) -> jax.Array:
+    """Write this step's latents [T, 1, width] into their pages; in place, as the cache is donated."""
+    if isinstance(batch.attention, WholeSequences):
+        return latents[None]
+    return kv_write.write_kv(cache, latents, None, layout, _for_kernels(context, batch))[0]
+
+
+def latent_attention(
+    context: Context,
+    query: jax.Array,
+    cache: jax.Array,
+    layout: Layout,
+    batch: StepBatch,
+    *,
+    scale: float,
+    rank: int,
+) -> jax.Array:
+    """Attention of every query token over its sequence's latents (this step's included), of which a part are values.
+
+    Args:
+        query: [T, heads, width].
+        scale: factor on the scores.
+        rank: numbers of a value.
+
+    Returns:
+        [T, heads, rank] in query's dtype; rows of padding tokens hold anything finite.
+    """
+    if isinstance(batch.attention, WholeSequences):
+        (latents,) = cache
+        values = latents[..., :rank]
+        return dense_attention(
+            query, latents, values, layout.window, batch.attention, scale=scale, softcap=None, causal=True
+        )
+    attended = _for_kernels(context, batch)
+    return paged_latent_attention(query, cache, layout, attended, scale=scale, value_width=rank)
 
 
 def _for_kernels(context: Context, batch: StepBatch) -> AttentionBatch:

@@ -15,7 +15,8 @@ class WholeSequences:
     """Sequences of equal length, one after the other, each from its first token on: what stands in a `StepBatch` in
     place of an `AttentionBatch`. T is the product of the two numbers.
 
-    There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim].
+    There are no pages: the cache is a layer's keys and values, [2, T, kv_heads, head_dim], or its latents,
+    [1, T, 1, width].
     """
 
     sequences: int = dataclasses.field(metadata={"static": True})
@@ -47,16 +48,16 @@ def dense_attention(
 
     Args:
         query: [T, heads, head_dim].
-        key, value: [T, kv_heads, head_dim].
+        key, value: [T, kv_heads, head_dim]; values may have another number of numbers.
         window: i32 [], positions that a token sees, itself included.
 
     Returns:
-        [T, heads, head_dim] in query's dtype.
+        [T, heads, numbers of a value] in query's dtype.
     """
-    _, heads, dim = query.shape
+    tokens, heads, dim = query.shape
     kv_heads, shape = key.shape[1], (batch.sequences, batch.length)
     q = query.astype(jnp.float32).reshape(*shape, kv_heads, heads // kv_heads, dim)
-    k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, dim) for x in (key, value))
+    k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, -1) for x in (key, value))
     precision = lax.Precision.HIGHEST  # float32 means float32: no TF32 on GPUs
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=precision) * scale
     if softcap is not None:
@@ -66,4 +67,4 @@ def dense_attention(
     seen = (distance < window) & (distance >= 0 if causal else True)
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)
-    return attended.reshape(query.shape).astype(query.dtype)
+    return attended.reshape(tokens, heads, -1).astype(query.dtype)

@@ -21,6 +21,7 @@ from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
+from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.names import WeightNames
@@ -76,6 +77,8 @@ class DecoderConfig:
     parallel: bool = False
     #: they read them behind the same norm, too
     shared_norm: bool = False
+    #: latents in place of keys and values, of which `head_dim` is the queries'; None: there are none
+    latents: LatentConfig | None = None
     #: the MLP multiplies by a gate
     gated_mlp: bool = True
     activation: str = "silu"
@@ -95,6 +98,8 @@ class DecoderConfig:
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What each layer keeps of a token."""
+        if self.latents is not None:
+            return (KVSpec(parts=1, heads=1, width=self.latents.width),) * self.num_layers
         return tuple(
             KVSpec(heads=self.num_kv_heads, width=self.head_dim, window=window) for window in self.layer_window
         )
@@ -110,11 +115,11 @@ class Layers:
 
     attention_norm: jax.Array | None  # [L, d]
     attention_norm_bias: jax.Array | None  # [L, d]
-    qkv: jax.Array  # [L, (H + 2K) * D, d]
+    qkv: jax.Array | None  # [L, (H + 2K) * D, d]; None: there are latents
     qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
     query_norm: jax.Array | None  # [L, D]; own: [L, H, D] or [L, H * D]; joint: [L, H * D]
     key_norm: jax.Array | None  # as query_norm, of K heads
-    output: jax.Array  # [L, d, H * D]
+    output: jax.Array  # [L, d, H * D]; of latents, D numbers of a value
     output_bias: jax.Array | None  # [L, d]
     post_attention_norm: jax.Array | None  # [L, d]
     mlp_norm: jax.Array | None  # [L, d]
@@ -124,6 +129,8 @@ class Layers:
     down: jax.Array  # [L, d, F]
     down_bias: jax.Array | None  # [L, d]
     post_mlp_norm: jax.Array | None  # [L, d]
+    #: in place of qkv; None: the layers have that
+    latents: LatentWeights | None = None
 
 
 #: the fields of `Layers` that `linear` multiplies by
@@ -210,6 +217,22 @@ def layouts(specs: tuple[KVSpec, ...], groups: tuple[KVCacheGroup, ...], pages: 
 def _attention_block(
     context: Context, config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: StepBatch
 ):
+    if w.latents is not None and config.latents is not None:
+        attended, cache = latent_block(
+            context,
+            config.latents,
+            w.latents,
+            layout,
+            cos,
+            sin,
+            x,
+            cache,
+            batch,
+            scale=config.attention_scale,
+            interleaved=config.rope_interleaved,
+        )
+        return linear(context, attended, w.output, over="heads"), cache
+    assert w.qkv is not None
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = linear(context, x, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
+from jaxllm.models.mla import latent_specs
 
 #: a bias before training
 ZERO, ONE = 0.0, 1.0
@@ -56,14 +57,20 @@ def decoder_specs(c: DecoderConfig) -> Params:
         return norm(c.qk_norm, module, *axes)
 
     two_norms = c.pre_norms and not c.shared_norm
+    latents, values = None, heads
+    if c.latents is not None:
+        values = Axis("heads", c.num_heads, c.latents.value_dim)
+        latents = latent_specs(
+            c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
+        )
     segment = Layers(
         attention_norm=norm(c.pre_norms, names.attention_norm),
         attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
-        qkv=joined(names.qkv, qkv, d),
+        qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),
         key_norm=head_norm(names.key_norm, kv_heads),
-        output=joined((names.output,), (d,), heads),
+        output=joined((names.output,), (d,), values),
         output_bias=bias(c.output_bias, (names.output,), d),
         post_attention_norm=norm(c.post_norms, names.post_attention_norm),
         mlp_norm=norm(two_norms, names.mlp_norm),
@@ -73,6 +80,7 @@ def decoder_specs(c: DecoderConfig) -> Params:
         down=joined((names.down,), (d,), mlp),
         down_bias=bias(c.mlp_bias, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
+        latents=latents,
     )
     last = f"{names.prefix}{names.norm}"
     return Params(

@@ -26,7 +26,8 @@ def logits(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Arra
         float32 [B, L, vocabulary].
     """
     sequences, length = tokens.shape
-    cache = jnp.zeros((2, tokens.size, config.num_kv_heads, config.head_dim), params.embedding.dtype)
+    spec = config.kv_specs[0]
+    cache = jnp.zeros((spec.parts, tokens.size, spec.heads, spec.width), params.embedding.dtype)
     batch = StepBatch(tokens=tokens.reshape(-1), attention=WholeSequences(sequences=sequences, length=length))
     groups = kv_cache_groups(config.kv_specs)
     _, hidden = decoder.forward(Context(), config, groups, params, cache, batch)

@@ -159,6 +159,11 @@ def device_bytes(specs: Any, dtype: jnp.dtype, sizes: Mapping[str, int]) -> int:
     return sum(math.prod(local_shape(spec, sizes)) * jnp.dtype(spec.dtype or dtype).itemsize for spec in leaves)
 
 
+def cache_axes(model: ModelConfig) -> jax.P:
+    """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all."""
+    return jax.P() if model.kv_specs[0].parts == 1 else CACHE
+
+
 def check_split(model: ModelConfig, devices: int) -> None:
     """Whether a model can be split over so many devices.
 

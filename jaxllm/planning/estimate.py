@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -33,7 +34,10 @@ def _of_stage(config: RunnerConfig) -> int:
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    widest = max(3 * model.intermediate_size, heads * model.head_dim) * size
+    queries = heads * model.head_dim
+    if isinstance(model, DecoderConfig) and model.latents is not None:
+        queries = 3 * model.num_heads * model.latents.width
+    widest = max(3 * model.intermediate_size, queries) * size
     unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
     stream = 3 * hidden * size
     layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))

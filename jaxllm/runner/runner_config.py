@@ -24,7 +24,7 @@ from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import CACHE, device_bytes, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
@@ -159,9 +159,10 @@ class RunnerConfig:
 
         pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
         cache = array((pages, *self.page_shape), self.cache_dtype)
-        if mesh is not None:
+        axes = cache_axes(self.model)
+        if mesh is not None and axes != jax.P():
             heads, *rest = self.page_shape
-            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, CACHE)
+            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, axes)
             cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len

@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write import reference, xla
 from pallas_kernels.kv_write.configurations import configurations
-from pallas_kernels.storage import check_addressable, check_operands
+from pallas_kernels.storage import check_addressable, check_latents, check_operands
 
 __all__ = ["configurations", "write_kv"]
 
@@ -15,7 +15,7 @@ __all__ = ["configurations", "write_kv"]
 def write_kv(
     cache: jax.Array,
     key: jax.Array,
-    value: jax.Array,
+    value: jax.Array | None,
     layout: Layout,
     batch: AttentionBatch,
     kv_scales: jax.Array | None = None,
@@ -23,10 +23,14 @@ def write_kv(
     """`reference.write_kv` by `batch.backend`'s implementation; in place where the cache is donated.
 
     Raises:
-        ValueError: the arrays do not belong together (`storage.check_operands`), or the kernels cannot address such a
-            cache (`storage.check_addressable`).
+        ValueError: the arrays do not belong together (`storage.check_operands`, `storage.check_latents`), or the
+            kernels cannot address such a cache (`storage.check_addressable`).
     """
-    check_operands(cache, kv_scales, batch.token_seq.shape[0], {"key": key, "value": value}, exact_heads=True)
+    tokens = batch.token_seq.shape[0]
+    if value is None:
+        check_latents(cache, tokens, "key", key, heads=1)
+    else:
+        check_operands(cache, kv_scales, tokens, {"key": key, "value": value}, exact_heads=True)
     implementation = batch.backend.implementation
     if implementation == "reference":
         write = reference.write_kv

@@ -12,7 +12,7 @@ from pallas_kernels.storage import quantize, to_storage
 def write_kv(
     cache: jax.Array,
     key: jax.Array,
-    value: jax.Array,
+    value: jax.Array | None,
     layout: Layout,
     batch: AttentionBatch,
     kv_scales: jax.Array | None = None,
@@ -21,16 +21,19 @@ def write_kv(
 
     Args:
         cache: see `pallas_kernels.storage`.
-        key, value: [T, kv_heads, head_dim].
+        key, value: [T, kv_heads, head_dim]; or key [T, 1, width] and no value: latents.
         kv_scales: f32 [pages, 2 * kv_heads, block_size], of int8 and float8 pages; written too.
 
     Returns:
         (cache, kv_scales).
     """
-    block_size = cache.shape[2]
+    block_size = cache.shape[-2]
     block = batch.block_tables[layout.group, batch.token_seq, batch.positions // block_size]
     page = jnp.where(batch.token_valid, block + layout.page_offset, 0)
-    new, slot = jnp.concatenate([key, value], axis=1), batch.positions % block_size  # [T, 2 * kv_heads, head_dim]
+    slot = batch.positions % block_size
+    if value is None:
+        return cache.at[page, slot].set(to_storage(key[:, 0], cache.dtype)), None
+    new = jnp.concatenate([key, value], axis=1)  # [T, 2 * kv_heads, head_dim]
     if kv_scales is None:
         return cache.at[page, :, slot].set(to_storage(new, cache.dtype)), None
     stored, scales = quantize(new, cache.dtype)

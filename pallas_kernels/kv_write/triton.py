@@ -20,7 +20,7 @@ WARP_NUMBERS = 256
 def write_kv(
     cache: jax.Array,
     key: jax.Array,
-    value: jax.Array,
+    value: jax.Array | None,
     layout: Layout,
     batch: AttentionBatch,
     kv_scales: jax.Array | None = None,
@@ -28,17 +28,25 @@ def write_kv(
     """As `reference.write_kv`, but that page 0 stays as it is."""
     tokens, kv_heads, dim = key.shape
     heads, lanes = next_power_of_two(kv_heads), next_power_of_two(dim)
-    arguments = [key, value, batch.token_seq, batch.positions, batch.token_valid]
+    halves = [key] if value is None else [key, value]
+    arguments = [*halves, batch.token_seq, batch.positions, batch.token_valid]
     arguments += [batch.block_tables, layout.group.reshape(1), layout.page_offset.reshape(1)]
     pages = [cache.reshape(-1, dim), *([] if kv_scales is None else [kv_scales.reshape(-1)])]
     kernel = functools.partial(
-        _kernel, heads=heads, kv_heads=kv_heads, lanes=lanes, dim=dim, block_size=cache.shape[2], parts=len(pages)
+        _kernel,
+        heads=heads,
+        kv_heads=kv_heads,
+        lanes=lanes,
+        dim=dim,
+        block_size=cache.shape[-2],
+        halves=len(halves),
+        parts=len(pages),
     )
     call = triton_call(
         kernel,
         name="kv_write",
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages],
-        grid=(tokens, 2),
+        grid=(tokens, len(halves)),
         num_warps=min(max(heads * lanes // WARP_NUMBERS, 1), 8),
         num_stages=1,
         interpret=batch.backend.interpret,
@@ -49,25 +57,20 @@ def write_kv(
 
 
 def _kernel(
-    key_ref,
-    value_ref,
-    token_seq_ref,
-    positions_ref,
-    valid_ref,
-    tables_ref,
-    group_ref,
-    page_offset_ref,
     *refs,
     heads: int,
     kv_heads: int,
     lanes: int,
     dim: int,
     block_size: int,
+    halves: int,
     parts: int,
 ) -> None:
+    new_refs, refs = refs[:halves], refs[halves:]
+    token_seq_ref, positions_ref, valid_ref, tables_ref, group_ref, page_offset_ref, *refs = refs
     cache_ref, *scales_ref = refs[parts:]
     token = pl.program_id(0)
-    is_value = pl.program_id(1)
+    half = pl.program_id(1)
 
     @pl.when(valid_ref[token])
     def _():
@@ -76,7 +79,7 @@ def _kernel(
         head = jnp.arange(heads, dtype=jnp.int32)
         lane = jnp.arange(lanes, dtype=jnp.int32)
         exists = (head < kv_heads)[:, None] & (lane < dim)[None, :]
-        row = ((page * 2 + is_value) * kv_heads + head) * block_size + position % block_size
+        row = ((page * halves + half) * kv_heads + head) * block_size + position % block_size
         # heads that do not exist would have another head's rows, which the interpreter would write back as they were
         row = jnp.where(head < kv_heads, row, cache_ref.shape[0])
         at = (token, head[:, None], lane[None, :])
@@ -88,8 +91,8 @@ def _kernel(
                 plt.store(scales_ref[0].at[row], scales, mask=head < kv_heads)
             plt.store(cache_ref.at[row[:, None], lane[None, :]], to_storage(new, cache_ref.dtype), mask=exists)
 
-        pl.when(is_value == 0)(lambda: write(key_ref))
-        pl.when(is_value == 1)(lambda: write(value_ref))
+        for i, new_ref in enumerate(new_refs):
+            pl.when(half == i)(functools.partial(write, new_ref))
 
 
 def _quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -62,14 +62,15 @@ def decode_splits(tile: DecodeTile, programs: int, context: int, num_sms: int) -
     return 1 << (min(wanted, possible).bit_length() - 1)
 
 
-def tiles(device_kind: str, *, head_dim: int, itemsize: int) -> Tiles:
+def tiles(device_kind: str, *, head_dim: int, itemsize: int, operation: str = "paged_attention") -> Tiles:
     """What is tuned for a device, or the default.
 
     Args:
         device_kind: JAX's name of the device; entries match by their beginning, in whole words.
         itemsize: bytes of a number that is multiplied.
+        operation: in whose folder they are.
     """
-    table = _tuned()
+    table = _tuned(operation)
     words = device_kind.replace("-", " ") + " "
     names = [name for name in table if words.startswith(f"{name} ")]
     device = table[max(names, key=len, default="default")]
@@ -88,5 +89,5 @@ def _match(entries: list[dict[str, Any]], head_dim: int, itemsize: int) -> dict[
 
 
 @functools.cache
-def _tuned() -> dict[str, Any]:
-    return json.loads(importlib.resources.files("pallas_kernels.paged_attention").joinpath("tuned.json").read_text())
+def _tuned(operation: str) -> dict[str, Any]:
+    return json.loads(importlib.resources.files(f"pallas_kernels.{operation}").joinpath("tuned.json").read_text())

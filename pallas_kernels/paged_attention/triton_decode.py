@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention.tiles import DecodeTile, decode_splits
-from pallas_kernels.paged_attention.triton_walk import LEAST_ROWS, Geometry, Pages, Place, Softmax, walk
+from pallas_kernels.paged_attention.triton_walk import LEAST_ROWS, Geometry, Pages, Place, Softmax, load_queries, walk
 from pallas_kernels.triton_call import cdiv, next_power_of_two, triton_call
 
 
@@ -34,6 +34,7 @@ def decode_attention(
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
     splits: int | None = None,
+    value_width: int | None = None,
 ) -> jax.Array:
     """Attention of tokens i < num_decodes, of which token i is the only one of sequence i.
 
@@ -41,18 +42,19 @@ def decode_attention(
         query, cache, layout, batch, scale, softcap, sinks, kv_scales: as in `reference.paged_attention`.
         num_sms: multiprocessors of the device.
         splits: parts of a context; None: as many as keep the device busy.
+        value_width: the cache has latents (`paged_latent_attention.reference`), whose values have so many numbers.
 
     Returns:
-        [S, heads, head_dim] in query's dtype; rows from num_decodes on are not written.
+        [S, heads, numbers of a value] in query's dtype; rows from num_decodes on are not written.
     """
-    geometry = Geometry.of(query, cache, scale=scale, softcap=softcap, causal=True)
+    geometry = Geometry.of(query, cache, scale=scale, softcap=softcap, causal=True, value_width=value_width)
     seqs, width = batch.block_tables.shape[1:]
     rows = min(max(next_power_of_two(geometry.group), LEAST_ROWS), tile.rows)
     head_blocks = cdiv(geometry.group, rows)
     programs = geometry.kv_heads * head_blocks
     if splits is None:
         splits = decode_splits(tile, seqs * programs, width * geometry.block_size, num_sms)
-    heads, dim = geometry.heads, geometry.head_dim
+    heads, dim = geometry.heads, geometry.value_dim
     out_shape: Any = [jax.ShapeDtypeStruct((seqs, heads, dim), query.dtype)]
     if splits > 1:
         part = jax.ShapeDtypeStruct((splits, seqs, heads), jnp.float32)
@@ -77,7 +79,7 @@ def decode_attention(
         num_stages=tile.num_stages,
         interpret=batch.backend.interpret,
     )
-    arguments = [query, cache.reshape(-1, dim), batch.block_tables, batch.kv_lens]
+    arguments = [query, cache.reshape(-1, geometry.head_dim), batch.block_tables, batch.kv_lens]
     arguments += [x.reshape(1) for x in (layout.group, layout.page_offset, layout.window, batch.num_decodes)]
     if kv_scales is not None:
         arguments.append(kv_scales.reshape(-1))
@@ -126,10 +128,9 @@ def _kernel(
     def _():
         in_group = head_block * rows + jnp.arange(rows, dtype=jnp.int32)
         head = kv_head * g.group + in_group
-        lane = jnp.arange(g.lanes, dtype=jnp.int32)
-        exists = (in_group < g.group)[:, None] & (lane < g.head_dim)[None, :]
-        at = (seq, head[:, None], lane[None, :])
-        query = plt.load(query_ref.at[at], mask=exists, other=0.0).astype(g.score_dtype)
+        column, exists = g.value.columns(in_group < g.group)
+        at = (seq, head[:, None], column)
+        query = load_queries(g, query_ref, seq, head, in_group < g.group)
         length = kv_lens_ref[seq]
         begin = jnp.maximum(length - window_ref[0], 0)
         first = begin // tile.block_n
@@ -137,10 +138,10 @@ def _kernel(
         share = jnp.maximum((pieces + (splits - 1)) // splits, tile.least_pieces if splits > 1 else 1)
         start = jnp.minimum(split * share, pieces)
         stop = jnp.minimum(start + share, pieces)
-        state = Softmax.zero(rows, g.lanes)
+        state = Softmax.zero(rows, g.value.padded)
         if sinks_ref is not None:
             sinks = plt.load(sinks_ref.at[head], mask=in_group < g.group, other=0.0)
-            state = Softmax.of_sinks(sinks, split == 0, g.lanes)
+            state = Softmax.of_sinks(sinks, split == 0, g.value.padded)
         state = walk(
             g,
             tile.block_n,

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.paged_attention.tiles import PrefillTile
-from pallas_kernels.paged_attention.triton_walk import Geometry, Pages, Place, Softmax, walk
+from pallas_kernels.paged_attention.triton_walk import Geometry, Pages, Place, Softmax, load_queries, walk
 from pallas_kernels.triton_call import cdiv, next_power_of_two, triton_call
 
 
@@ -33,16 +33,18 @@ def prefill_attention(
     causal: bool = True,
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
+    value_width: int | None = None,
 ) -> jax.Array:
     """Attention of the tokens of sequences i with num_decodes <= i < num_seqs.
 
     Args:
         query, cache, layout, batch, scale, softcap, causal, sinks, kv_scales: as in `reference.paged_attention`.
+        value_width: the cache has latents (`paged_latent_attention.reference`), whose values have so many numbers.
 
     Returns:
-        [T, heads, head_dim] in query's dtype; rows of other tokens are not written.
+        [T, heads, numbers of a value] in query's dtype; rows of other tokens are not written.
     """
-    geometry = Geometry.of(query, cache, scale=scale, softcap=softcap, causal=causal)
+    geometry = Geometry.of(query, cache, scale=scale, softcap=softcap, causal=causal, value_width=value_width)
     tokens, heads, dim = query.shape
     seqs = batch.kv_lens.shape[0]
     # a wide group is cut where little of the tile is padding
@@ -65,7 +67,7 @@ def prefill_attention(
     call = triton_call(
         kernel,
         name="paged_attention_prefill",
-        out_shape=jax.ShapeDtypeStruct((tokens, heads, dim), query.dtype),
+        out_shape=jax.ShapeDtypeStruct((tokens, heads, geometry.value_dim), query.dtype),
         grid=(tiles, geometry.kv_heads * head_blocks),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -127,11 +129,10 @@ def _kernel(
         token = first_token + (row >> (group_rows.bit_length() - 1))
         in_group = head_block * group_rows + (row & (group_rows - 1))
         head = kv_head * g.group + in_group
-        lane = jnp.arange(g.lanes, dtype=jnp.int32)
         exists = (token < stop) & (in_group < g.group)
-        written = exists[:, None] & (lane < g.head_dim)[None, :]
-        at = (token[:, None], head[:, None], lane[None, :])
-        query = plt.load(query_ref.at[at], mask=written, other=0.0).astype(g.score_dtype)
+        column, written = g.value.columns(exists)
+        at = (token[:, None], head[:, None], column)
+        query = load_queries(g, query_ref, token[:, None], head, exists)
         length = kv_lens_ref[seq]
         before = length - stop  # a token's position is its index plus this
         last_token = jnp.minimum(first_token + block_q, stop) - 1
@@ -152,10 +153,10 @@ def _kernel(
         full_first = (jnp.maximum(last_token + before - window_ref[0] + 1, 0) + (n - 1)) // n
         full_first = jnp.minimum(jnp.maximum(full_first, first), last)
         full_last = jnp.maximum(full_end // n, full_first)
-        state = Softmax.zero(block_q * group_rows, g.lanes)
+        state = Softmax.zero(block_q * group_rows, g.value.padded)
         if sinks_ref is not None:
             sinks = plt.load(sinks_ref.at[head], mask=exists, other=0.0)
-            state = Softmax.of_sinks(sinks, jnp.bool_(True), g.lanes)
+            state = Softmax.of_sinks(sinks, jnp.bool_(True), g.value.padded)
         pages = Pages(rows_ref, scales_ref, tables_ref)
         place = Place(group_ref[0], page_offset_ref[0], seq, kv_head)
         masks = dict(bounds=(begin, end), seen_from=seen_from, seen_to=seen_to)

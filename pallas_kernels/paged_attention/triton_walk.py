@@ -9,7 +9,9 @@ as many pages as it touches, so a piece is as large as the multiprocessor likes,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +29,35 @@ NEVER = -1e30
 LEAST_ROWS = 16
 
 
+class Lanes(NamedTuple):
+    """Numbers of a row that are loaded at once."""
+
+    first: int
+    width: int
+
+    @property
+    def padded(self) -> int:
+        """`width`, as a power of two that tensor cores take."""
+        return max(next_power_of_two(self.width), LEAST_ROWS)
+
+    def columns(self, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Their indices i32 [1, padded], and bool [M, padded] which of them there are, in rows that `exists` [M]."""
+        lane = jnp.arange(self.padded, dtype=jnp.int32)
+        return self.first + lane[None, :], exists[:, None] & (lane < self.width)[None, :]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Static sizes of one attention call."""
 
     heads: int
     kv_heads: int
+    #: numbers of a query, and of a key
     head_dim: int
+    #: of a value
+    value_dim: int
+    #: pages hold latents: keys alone, whose first `value_dim` numbers are their values
+    latents: bool
     block_size: int
     #: what scores are computed in, and weights times values
     score_dtype: jnp.dtype
@@ -48,19 +72,44 @@ class Geometry:
         return self.heads // self.kv_heads
 
     @property
-    def lanes(self) -> int:
-        """`head_dim`, as a power of two that tensor cores take."""
-        return max(next_power_of_two(self.head_dim), LEAST_ROWS)
+    def heads_of_page(self) -> int:
+        """Heads of keys, and of values, that a page holds one after the other."""
+        return self.kv_heads if self.latents else 2 * self.kv_heads
+
+    @property
+    def pieces(self) -> tuple[Lanes, ...]:
+        """What queries and keys are multiplied in: whole, or a latent's value and what is behind it."""
+        value = Lanes(0, self.value_dim)
+        return (value, Lanes(self.value_dim, self.head_dim - self.value_dim)) if self.latents else (value,)
+
+    @property
+    def value(self) -> Lanes:
+        return self.pieces[0]
 
     @classmethod
-    def of(cls, query: jax.Array, cache: jax.Array, *, scale: float, softcap: float | None, causal: bool) -> Geometry:
-        """Of query [T, heads, head_dim] and a cache as in `pallas_kernels.storage`."""
+    def of(
+        cls,
+        query: jax.Array,
+        cache: jax.Array,
+        *,
+        scale: float,
+        softcap: float | None,
+        causal: bool,
+        value_width: int | None = None,
+    ) -> Geometry:
+        """Of query [T, heads, head_dim] and a cache as in `pallas_kernels.storage`.
+
+        Args:
+            value_width: numbers of a latent that are its value; None: the cache has keys and values.
+        """
         score_dtype, value_dtype = product_dtypes(query.dtype, cache.dtype)
         return cls(
             heads=query.shape[1],
-            kv_heads=cache.shape[1] // 2,
+            kv_heads=cache.shape[1] // 2 if value_width is None else 1,
             head_dim=query.shape[2],
-            block_size=cache.shape[2],
+            value_dim=value_width or query.shape[2],
+            latents=value_width is not None,
+            block_size=cache.shape[-2],
             score_dtype=score_dtype,
             value_dtype=value_dtype,
             scale=scale,
@@ -87,8 +136,8 @@ def product_dtypes(query: Any, stored: Any) -> tuple[jnp.dtype, jnp.dtype]:
 class Pages(NamedTuple):
     """References of a kernel to the cache and its block tables."""
 
-    rows: Any  # [pages * 2 * kv_heads * block_size, head_dim]
-    scales: Any  # f32 [pages * 2 * kv_heads * block_size]; None: the pages have none
+    rows: Any  # [pages * heads_of_page * block_size, head_dim]
+    scales: Any  # f32 [pages * heads_of_page * block_size]; None: the pages have none
     tables: Any  # i32 [G, S, W]
 
 
@@ -99,6 +148,10 @@ class Place(NamedTuple):
     page_offset: jax.Array
     seq: jax.Array
     kv_head: jax.Array
+
+
+#: rows of queries [M, padded], one array for each of `Geometry.pieces`
+Queries = tuple[jax.Array, ...]
 
 
 class Softmax(NamedTuple):
@@ -128,12 +181,27 @@ class Softmax(NamedTuple):
         return self.weighted / jnp.where(self.total == 0, 1.0, self.total)[:, None]
 
 
+def load_queries(geometry: Geometry, ref: Any, token: Any, head: jax.Array, exists: jax.Array) -> Queries:
+    """What `walk` multiplies by: of ref [T, heads, head_dim] the rows of `head` i32 [M], which `exists` bool [M], zeros
+    where they do not.
+
+    Args:
+        token: i32 [], or [M, 1].
+    """
+    found = []
+    for lanes in geometry.pieces:
+        column, there = lanes.columns(exists)
+        loaded = plt.load(ref.at[token, head[:, None], column], mask=there, other=0.0)
+        found.append(loaded.astype(geometry.score_dtype))
+    return tuple(found)
+
+
 def walk(
     geometry: Geometry,
     block_n: int,
     pages: Pages,
     place: Place,
-    query: jax.Array,
+    query: Queries,
     state: Softmax,
     pieces: tuple[Any, Any],
     *,
@@ -144,27 +212,26 @@ def walk(
     """Take the pieces [pieces[0], pieces[1]) of `block_n` positions each into the softmax.
 
     Args:
-        query: [M, lanes] in `geometry.score_dtype`, zeros beyond head_dim.
+        query: of `load_queries`.
         bounds: i32 [], positions [bounds[0], bounds[1]) may be read, no other; None: every piece may, in full.
         seen_from, seen_to: i32 [M], positions that each row sees, within the bounds; None: all within the bounds.
     """
     g = geometry
-    lane = jnp.arange(g.lanes, dtype=jnp.int32)
-    padded = g.lanes != g.head_dim
     shift = g.block_size.bit_length() - 1
     has_scales = pages.scales is not None
     factor = g.scale * LOG2_E if g.softcap is None else g.scale / g.softcap
 
-    def load(ref: Any, row: jax.Array, inside: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    def load(lanes: Lanes, row: jax.Array, inside: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+        ref, lane = pages.rows, jnp.arange(lanes.padded, dtype=jnp.int32)
         mask = None if inside is None else inside[:, None]
-        if padded:
-            exists = (lane < g.head_dim)[None, :]
+        if lanes.padded != lanes.width:
+            exists = (lane < lanes.width)[None, :]
             mask = exists if mask is None else mask & exists
-        at = ref.at[row[:, None], lane[None, :]]
+        at = ref.at[row[:, None], (lane if lanes.first == 0 else lanes.first + lane)[None, :]]
         if mask is None:
             stored = plt.load(at)
         else:
-            mask = jnp.broadcast_to(mask, (block_n, g.lanes))
+            mask = jnp.broadcast_to(mask, (block_n, lanes.padded))
             stored = plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
         return from_storage(stored, dtype).astype(dtype)
 
@@ -173,12 +240,13 @@ def walk(
         inside = None if bounds is None else (position >= bounds[0]) & (position < bounds[1])
         entry = pages.tables.at[place.group, place.seq, position >> shift]
         page = plt.load(entry) if inside is None else plt.load(entry, mask=inside, other=0)
-        block = (page + place.page_offset) * (2 * g.kv_heads) + place.kv_head
+        block = (page + place.page_offset) * g.heads_of_page + place.kv_head
         slot = position & (g.block_size - 1)
         key_row = block * g.block_size + slot
         value_row = (block + g.kv_heads) * g.block_size + slot
-        keys = load(pages.rows, key_row, inside, g.score_dtype)
-        scores = _dot(query, keys, contract=1) * factor
+        keys = [load(lanes, key_row, inside, g.score_dtype) for lanes in g.pieces]
+        products = (_dot(q, k, contract=1) for q, k in zip(query, keys, strict=True))
+        scores = functools.reduce(operator.add, products) * factor
         if has_scales:
             scores = scores * _scales(pages.scales, key_row, inside)[None, :]
         if g.softcap is not None:
@@ -195,7 +263,7 @@ def walk(
         weights = jnp.exp2(scores - highest[:, None])
         keep = jnp.exp2(state.highest - highest)
         total = state.total * keep + jnp.sum(weights, axis=1)
-        values = load(pages.rows, value_row, inside, g.value_dtype)
+        values = keys[0] if g.latents else load(g.value, value_row, inside, g.value_dtype)
         if has_scales:
             weights = weights * _scales(pages.scales, value_row, inside)[None, :]
         weighted = state.weighted * keep[:, None] + _dot(weights.astype(g.value_dtype), values, contract=0)

@@ -7,8 +7,6 @@ batch has them in order of length.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,21 +42,22 @@ def paged_attention(
     causal: bool = True,
     sinks: jax.Array | None = None,
     kv_scales: jax.Array | None = None,
+    value_width: int | None = None,
 ) -> jax.Array:
-    """As `reference.paged_attention`."""
+    """As `reference.paged_attention`; with `value_width` as `paged_latent_attention.reference`."""
     tokens, heads, dim = query.shape
-    kv_heads = cache.shape[1] // 2
+    kv_heads = cache.shape[1] // 2 if value_width is None else 1
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
-    args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales)
-    out = _decode_tiles(grouped, *args)
+    args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales, value_width)
+    out = _decode_tiles(grouped, heads * (value_width or dim), *args)
     if tokens > 1 and not batch.decode_only:
         out = _prefill_tiles(grouped, out, *args)
-    return out.reshape(query.shape).astype(query.dtype)
+    return out.reshape(tokens, heads, -1).astype(query.dtype)
 
 
-def _decode_tiles(query, cache, layout, batch, *how):
-    """Of each sequence's first `num_decodes` tokens, float32 [T, H * D]; the other rows are finite."""
-    tokens, width = query.shape[0], math.prod(query.shape[1:])
+def _decode_tiles(query, width, cache, layout, batch, *how):
+    """Of each sequence's first `num_decodes` tokens, float32 [T, width]; the other rows are finite."""
+    tokens = query.shape[0]
     seqs = batch.kv_lens.shape[0]
     most = min(DECODE_ROWS, seqs)
     # a product of a single row is computed by another kernel, which adds up in another order
@@ -128,17 +127,23 @@ def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layo
     return lax.fori_loop(0, _cdiv(ends[-1], rows), tile, out)
 
 
-def _attend(context, query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales):
-    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> the same shape in float32."""
+def _attend(
+    context, query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales, value_width
+):
+    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads, G, numbers of a
+    value] in float32.
+    """
     blocks, length, kv_heads, groups, dim = query.shape
-    pages, _, block_size, _ = cache.shape
+    pages, block_size = cache.shape[0], cache.shape[-2]
+    # each head's keys, then its values; or latents alone
+    parts = (2 if value_width is None else 1) * kv_heads
     if batch.backend.deterministic:
         context = DETERMINISTIC_CONTEXT
     width = max(context // block_size, 1)
     context = width * block_size
-    flat = cache.reshape(pages * 2 * kv_heads, block_size * dim)
+    flat = cache.reshape(pages * parts, block_size * dim)
     table = batch.block_tables[layout.group]
-    scales = None if kv_scales is None else kv_scales.reshape(pages * 2 * kv_heads, block_size)
+    scales = None if kv_scales is None else kv_scales.reshape(pages * parts, block_size)
     compute = compute_dtype(cache.dtype)
     narrow = cache.dtype == jnp.uint16 and query.dtype == jnp.bfloat16
     if narrow and length > 1 and not batch.backend.deterministic:
@@ -151,7 +156,7 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
     last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     precision = lax.Precision.HIGHEST if compute == jnp.float32 else None
-    transposed = batch.backend.transposes_keys(block_size)
+    transposed = value_width is None and batch.backend.transposes_keys(block_size)
     product = "bkqd,bkdc->bkqc" if transposed else "bkqd,bkcd->bkqc"
 
     def load(index, keep=True, transposed=False):
@@ -171,13 +176,17 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
         maximum, total, accumulated = state
         column = jnp.minimum(c * width + jnp.arange(width, dtype=jnp.int32), table.shape[1] - 1)
         page = table[row[:, None], column] + layout.page_offset  # [B, width]
-        index = page[:, None, :] * (2 * kv_heads) + head
+        index = page[:, None, :] * parts + head
         at = c * context + jnp.arange(context, dtype=jnp.int32)
         visible = (at < seen_to[..., None]) & (at >= seen_from[..., None])  # [B, Q, context]
         # a weight of zero does not silence a NaN that a page's former owner left behind
         written = (at < jnp.max(seen_to, axis=1, keepdims=True)) & (at >= jnp.min(seen_from, axis=1, keepdims=True))
-        k = load(index, transposed=transposed)
-        v = load(index + kv_heads, written[:, None, :, None])
+        if value_width is None:
+            k = load(index, transposed=transposed)
+            v = load(index + kv_heads, written[:, None, :, None])
+        else:
+            k = load(index, written[:, None, :, None])
+            v = k[..., :value_width]
         scores = jnp.einsum(product, q, k, precision=precision, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -198,10 +207,10 @@ def _attend(context, query, position, row, active, cache, layout, batch, scale, 
     if sinks is not None:  # as if a position of this score, and no value, came first
         sink = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, groups), (1, length))
         highest, total = jnp.broadcast_to(sink[None, :, :, None], highest.shape), jnp.ones((*shape, 1))
-    state = (highest, total, jnp.zeros((*shape, dim)))
+    state = (highest, total, jnp.zeros((*shape, value_width or dim)))
     _, total, accumulated = lax.fori_loop(first, last, piece, state)
     attended = accumulated / jnp.maximum(total, 1e-30)
-    return jnp.swapaxes(attended.reshape(blocks, kv_heads, length, groups, dim), 1, 2)
+    return jnp.swapaxes(attended.reshape(blocks, kv_heads, length, groups, -1), 1, 2)
 
 
 def _div(a, b: int):

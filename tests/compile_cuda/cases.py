@@ -30,6 +30,8 @@ from pallas_kernels.batch import Layout
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.configurations import Heads, Step
+from pallas_kernels.paged_latent_attention.api import paged_latent_attention
+from pallas_kernels.paged_latent_attention.configurations import DEEPSEEK_V3_OF_8, LatentStep
 
 from .models import MODELS, Model
 
@@ -156,6 +158,46 @@ def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
                 cache_bytes=_bytes(arguments[0]),
                 most_temporary_bytes=None,
             )
+
+
+def latent_pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
+    """Two layers, which write latents and attend to them, in pools of two sizes."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    heads, backend, value_width = DEEPSEEK_V3_OF_8, device_backend(device), 512
+
+    def step(cache: Any, query: Any, batch: Any) -> Any:
+        def layer(carry: tuple[Any, Any], place: Layout) -> tuple[tuple[Any, Any], None]:
+            cache, query = carry
+            cache, _ = write_kv(cache, query[:, :1], None, place, batch)
+            seen = paged_latent_attention(query, cache, place, batch, scale=1.0, value_width=value_width)
+            return (cache, query.at[..., :value_width].set(seen)), None
+
+        places: Any = np.array([[0, 0], [0, cache.shape[0] // 2], [1000, 1000]], np.int32)
+        return jax.lax.scan(layer, (cache, query), Layout(*places))[0]
+
+    for num_blocks in POOL_BLOCKS:
+        about = LatentStep(
+            heads=heads,
+            tokens=8,
+            seqs=8,
+            context=1024,
+            cache_bytes=2 * num_blocks * 64 * heads.head_dim * 2,
+            decode_only=True,
+            value_width=value_width,
+        )
+        query = jax.ShapeDtypeStruct((8, heads.heads, heads.head_dim), jax.numpy.bfloat16)
+        arguments = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+            (about.cache()[0], query, about.batch(backend)),
+        )
+        size = "" if num_blocks == POOL_BLOCKS[0] else f", {num_blocks} blocks"
+        yield Case(
+            name=f"pool of latents: {heads.head_dim} numbers, blocks of 64 in bfloat16{size}",
+            lower=lambda arguments=arguments: jax.jit(step, donate_argnums=0).lower(*arguments),
+            in_place_bytes=_bytes(arguments[0]),
+            cache_bytes=_bytes(arguments[0]),
+            most_temporary_bytes=None,
+        )
 
 
 def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:

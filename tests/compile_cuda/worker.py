@@ -20,7 +20,7 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.compile.deviceless import devices, lowering_for
 from jaxllm.runner.compile.programs import GPU_OPTIONS
 
-from .cases import Case, kernel_cases, pool_cases, step_cases
+from .cases import Case, kernel_cases, latent_pool_cases, pool_cases, step_cases
 from .compiling import TARGETS
 from .executable import Launch, read_executable
 from .probes import probe_cases
@@ -39,7 +39,7 @@ def main() -> None:
     if options.only == "probe":
         groups = [probe_cases(device)]
     else:
-        groups = [make(device, gpu, options.quick) for make in (kernel_cases, pool_cases)]
+        groups = [make(device, gpu, options.quick) for make in (kernel_cases, pool_cases, latent_pool_cases)]
         groups.append(step_cases(device, gpu, options.quick, options.part))
     for cases in groups:
         for case in cases:

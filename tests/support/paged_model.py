@@ -46,7 +46,7 @@ class PagedModel:
         self._num_seqs, self._buckets = num_seqs, tuple(sorted(buckets))
         self._num_blocks = 1 + num_seqs * self._width * len(self._groups)
         layers = max(len(group.layers) for group in self._groups)
-        shape = (layers * self._num_blocks, 2 * config.num_kv_heads, block_size, config.head_dim)
+        shape = (layers * self._num_blocks, *config.kv_specs[0].page_shape(block_size))
         # where it stays, as steps return it: otherwise the first one has a program of its own
         self._cache = jax.device_put(jnp.full(shape, _nan(jnp.dtype(cache_dtype))), jax.devices()[0])
         self._free = list(np.random.default_rng(seed).permutation(np.arange(1, self._num_blocks)))

@@ -26,7 +26,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh, on_each_device
-from jaxllm.parallel.rules import CACHE, layer_sums, local_model, split_axes
+from jaxllm.parallel.rules import cache_axes, layer_sums, local_model, split_axes
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import hugging_face
 
@@ -37,6 +37,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     "Olmo2": {},
     "Cohere": {"use_qk_norm": True},
+    "DeepseekV2": {
+        "kv_lora_rank": 24,
+        "q_lora_rank": 20,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 2,
+    },
 }
 
 
@@ -65,8 +73,10 @@ def compare(folder: Path, config: dict[str, Any]) -> None:
             specs, jnp.dtype("float32"), whole, prefix=model.names.prefix, seed=0, progress=False
         )
         part, context = local_model(model, devices), Context(split=split_axes(mesh.shape))
-        cache_spec = CACHE if devices > 1 else jax.P()
-        shape = (model.num_layers * BLOCKS, 2 * part.num_kv_heads * devices, BLOCK_SIZE, model.head_dim)
+        cache_spec = cache_axes(model) if devices > 1 else jax.P()
+        shape = [model.num_layers * BLOCKS, *part.kv_specs[0].page_shape(BLOCK_SIZE)]
+        if cache_spec != jax.P():
+            shape[1] *= devices
         arguments = (
             params,
             jnp.zeros(shape, device=jax.sharding.NamedSharding(mesh, cache_spec)),

@@ -43,6 +43,17 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+#: with latents in place of keys and values
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "q_lora_rank": None,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 3,
+}
 MAX_NUM_SEQS, MAX_MODEL_LEN = 6, 128
 TWO_GROUPS, ONE_GROUP = (32, None, 32), (None, None, None)
 FEW, MANY = 1_000, 10_000
@@ -59,14 +70,16 @@ def make_programs(
     head_dim: int = 16,
     block_size: int = 16,
     windows: tuple[int | None, ...] = TWO_GROUPS,
+    config: dict[str, Any] | None = None,
 ) -> tuple[SamplingPrograms, State]:
-    """Programs of a small model, not compiled yet."""
+    """Programs of a small model, not compiled yet; or of the one that `config` describes."""
     shape = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    model = dataclasses.replace(model_config({**LLAMA, **shape}), layer_window=windows)
+    model = model_config(config) if config else model_config({**LLAMA, **shape})
+    model = dataclasses.replace(model, layer_window=windows)
     groups = kv_cache_groups(model.kv_specs)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
-    page = (2 * model.num_kv_heads, block_size, model.head_dim)
+    page = model.kv_specs[0].page_shape(block_size)
     stored = STORAGE.get(jnp.dtype(dtype), jnp.dtype(dtype))
     state = State(
         cache=jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding),  # pyright: ignore[reportArgumentType]
@@ -109,6 +122,7 @@ def test_every_program_writes_in_place():
     [
         ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
         ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP), False),
+        ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), False),
     ],
 )
 def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict[str, Any], several: bool):

@@ -122,7 +122,10 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
 
 @pytest.mark.parametrize(
     ("script", "printed"),
-    [("split_model.py", ["2 2", "4 2", "2 1 1"]), ("split_families.py", ["Phi3", "GPTNeoX", "Olmo2", "Cohere"])],
+    [
+        ("split_model.py", ["2 2", "4 2", "2 1 1"]),
+        ("split_families.py", ["Phi3", "GPTNeoX", "Olmo2", "Cohere", "DeepseekV2"]),
+    ],
 )
 def test_a_split_computes_what_the_whole_does(script: str, printed: list[str]):
     """In a process of its own, which has more than one device."""

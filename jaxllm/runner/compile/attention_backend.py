@@ -7,11 +7,13 @@ import dataclasses
 import jax
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.layers.mla import LatentConfig
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 from pallas_kernels.backend import (
     LEAST_COMPUTE_CAPABILITY,
     MAX_HEAD_DIM,
+    MAX_LATENT_WIDTHS,
     MOSAIC_COMPUTE_CAPABILITY,
     Backend,
     device_backend,
@@ -40,6 +42,10 @@ def attention_backend(
         raise _needs_gpu(asked, f"{_version(LEAST_COMPUTE_CAPABILITY)} or higher", device)
     if asked == "mosaic" and best.compute_capability != MOSAIC_COMPUTE_CAPABILITY:
         raise _needs_gpu(asked, f"{_version(MOSAIC_COMPUTE_CAPABILITY)} (Hopper)", device)
+    latents = model.latents if isinstance(model, DecoderConfig) else None
+    if latents is not None:
+        _check_latents(asked, latents)
+        return best if asked == "auto" else dataclasses.replace(best, implementation=asked)
     if asked == "triton" and model.head_dim > MAX_HEAD_DIM:
         raise ValidationError(
             f"attention_backend='triton' takes heads of up to {MAX_HEAD_DIM} numbers, and the model's have "
@@ -57,6 +63,20 @@ def attention_backend(
         if reason:
             raise ValidationError(f"attention_backend='mosaic' is not for this model: {reason}. Leave it out.")
     return best if asked == "auto" else dataclasses.replace(best, implementation=asked)
+
+
+def _check_latents(asked: str, latents: LatentConfig) -> None:
+    """Whether attention over latents can have what was asked for."""
+    if asked == "mosaic":
+        raise ValidationError(
+            "attention_backend='mosaic' is not for this model: it has no kernel for latent attention. Leave it out."
+        )
+    (most, most_turned), (rank, turned) = MAX_LATENT_WIDTHS, (latents.rank, latents.turned_dim)
+    if asked == "triton" and (rank > most or turned > most_turned):
+        raise ValidationError(
+            f"attention_backend='triton' takes latents of up to {most} numbers and {most_turned} that are turned, and "
+            f"the model's have {rank} and {turned}. Leave it out, or pass 'xla'."
+        )
 
 
 def _needs_gpu(asked: str, capability: str, device: jax.Device) -> ValidationError:  # pyright: ignore[reportInvalidTypeForm]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.models.decoder import Params
-from jaxllm.parallel.rules import CACHE
+from jaxllm.parallel.rules import cache_axes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key
@@ -52,7 +52,7 @@ class StagePrograms(SamplingPrograms):
         function = functools.partial(stage_step, self.config, self.stage, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
         tokens: Any = None if self._state.tokens is None else jax.P()
-        out = State(cache=CACHE, tokens=tokens), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        out = State(cache=cache_axes(self.config.model), tokens=tokens), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
         given = self.embeddings(bucket)
         if not self.stage.is_first:
             given = (self._hidden(bucket.tokens),)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.pooler import PoolingModel
-from jaxllm.parallel.rules import CACHE
+from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -52,7 +52,7 @@ class PoolingPrograms(Programs):
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(pooling_step, self.config, bucket, packing)
-        kept = PoolingState(cache=CACHE, pooled=None if self._state.pooled is None else jax.P())  # pyright: ignore
+        kept = PoolingState(cache=cache_axes(self.config.model), pooled=None if self._state.pooled is None else jax.P())  # pyright: ignore
         words = self._words(packing.size)
         args = self._params, self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=(kept, jax.P(), jax.P()))

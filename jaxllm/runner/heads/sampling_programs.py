@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.decoder import MATRICES, Layers, Params
-from jaxllm.parallel.rules import CACHE
+from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -91,7 +92,7 @@ class SamplingPrograms(Programs):
         packing = self.packings[bucket]
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
         args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=out)
 
@@ -134,7 +135,7 @@ class SamplingPrograms(Programs):
             decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
         )
         words = self._words(packing.size + sample_packing.size)
-        out = State(cache=CACHE, tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
+        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
         params = self._params_for(bucket)
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
@@ -215,12 +216,20 @@ def with_whole_segments(params: Params) -> Params:
         params: arrays, or their shapes.
     """
 
-    def with_whole(segment: Layers) -> Layers:
-        matrices = {name: getattr(segment, name) for name in MATRICES}
-        whole: Any = {name: StackedMatrix(_stored(w)) for name, w in matrices.items() if w.ndim == 3 and can_be_read(w)}
-        return dataclasses.replace(segment, **whole)
+    def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
+        matrices = {name: getattr(weights, name) for name in names}
+        whole: Any = {
+            name: StackedMatrix(_stored(w))
+            for name, w in matrices.items()
+            if w is not None and w.ndim == 3 and can_be_read(w)
+        }
+        return dataclasses.replace(weights, **whole)
 
-    return dataclasses.replace(params, layers=tuple(map(with_whole, params.layers)))
+    def of_segment(segment: Layers) -> Layers:
+        latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
+        return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
+
+    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)))
 
 
 def with_head_for_one(params: Params) -> Params:

@@ -1,0 +1,118 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1): what the cache keeps of a token is one
+latent vector, of which every head's keys and values are made, and a key that is turned by the token's position.
+
+Keys and values are never made. With a head's projection K of latents c to keys, and V to values,
+
+    q . (K c) = (K' q) . c        sum of w_i (V c_i) = V (sum of w_i c_i)
+
+so queries take the projection of the keys in front of attention, and its result that of the values behind: attention of
+all heads over the latents themselves. DeepSeek-V3's latents have 512 numbers, and 64 that are turned: 1,152 bytes a
+token and layer in bfloat16, where its 128 heads' keys and values would be 81,920.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.layers.attention import Layout, latent_attention, write_latents
+from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.linear import linear, matmul_precision
+from jaxllm.layers.norm import rms_norm
+from jaxllm.layers.rope import apply_rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Shapes of one model's latent attention."""
+
+    #: numbers that queries are made of; None: they are made of the hidden states
+    query_rank: int | None
+    #: numbers of a latent that keys and values are made of
+    rank: int
+    #: numbers of a head's query and key that stay as they are, that are turned, and of its value
+    plain_dim: int
+    turned_dim: int
+    value_dim: int
+    #: of the norms of `query_rank` and of `rank` numbers
+    norm_eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        """Numbers that the cache keeps of a token."""
+        return self.rank + self.turned_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Numbers of a head's query."""
+        return self.plain_dim + self.turned_dim
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentWeights:
+    """Stacked as `models.decoder.Layers`, or of one layer, without the first axis. L layers, d hidden size, H heads;
+    q, r, p, t, v: query_rank, rank, plain_dim, turned_dim, value_dim of `LatentConfig`.
+    """
+
+    down: jax.Array  # [L, q + r + t, d]; where queries are made of hidden states [L, r + t, d]
+    query_norm: jax.Array | None  # [L, q]
+    query_up: jax.Array  # [L, H * (p + t), q]; or of d
+    norm: jax.Array  # [L, r]
+    #: of keys of all heads, then of their values
+    up: jax.Array  # [L, H * (p + v), r]
+
+
+#: the fields of `LatentWeights` that `linear` multiplies by
+LATENT_MATRICES = ("down", "query_up")
+
+
+def latent_block(
+    context: Context,
+    config: LatentConfig,
+    w: LatentWeights,
+    layout: Layout,
+    cos: jax.Array,
+    sin: jax.Array,
+    x: jax.Array,
+    cache: jax.Array,
+    batch: StepBatch,
+    *,
+    scale: float,
+    interleaved: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """What the heads of one layer see of hidden states x [T, d], without the projection behind them.
+
+    Args:
+        w: of one layer; where heads are split over devices, one device's.
+        cos, sin: [T, turned_dim // 2].
+        scale: factor on the scores.
+        interleaved: see `apply_rope`.
+
+    Returns:
+        ([T, H * v], cache).
+    """
+    c, tokens = config, x.shape[0]
+    down, query = linear(context, x, w.down), x
+    if w.query_norm is not None:
+        query, down = jnp.split(down, [c.query_rank or 0], axis=1)
+        query = rms_norm(query, w.query_norm, c.norm_eps)
+    query = linear(context, query, w.query_up).reshape(tokens, -1, c.query_dim)
+    heads = query.shape[1]
+    latent = rms_norm(down[:, : c.rank], w.norm, c.norm_eps)[:, None]
+    turned = apply_rope(down[:, None, c.rank :], cos, sin, interleaved=interleaved)
+    cache = write_latents(context, cache, jnp.concatenate([latent, turned], axis=2), layout, batch)
+    keys = w.up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
+    values = w.up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
+    asked = _of_each_head("thn,hnr->thr", query[..., : c.plain_dim], keys)
+    turned = apply_rope(query[..., c.plain_dim :], cos, sin, interleaved=interleaved)
+    query = jnp.concatenate([asked, turned], axis=2)
+    seen = latent_attention(context, query, cache, layout, batch, scale=scale, rank=c.rank)
+    return _of_each_head("thr,hvr->thv", seen, values).reshape(tokens, -1), cache
+
+
+def _of_each_head(product: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    y = jnp.einsum(product, x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)

@@ -1,0 +1,66 @@
+"""A model whose cache has latents, through the whole engine: over several devices it answers as on one, with requests
+that are preempted, prompts in chunks, and prefixes out of the cache.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.latent_cache import DEEPSEEK, DEVICES
+from support.own_process import found_by
+
+from jaxllm import LLM
+from jaxllm.api.errors import ValidationError
+from jaxllm.parallel.collectives import expected_collectives
+
+SPLIT = [n for n in DEVICES if n > 1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What engines over several devices answered, in one process of their own."""
+    return found_by("support.latent_cache", tmp_path_factory.mktemp("latents"))
+
+
+@pytest.mark.parametrize("devices", SPLIT)
+def test_tokens_are_those_of_one_device(found: dict[str, Any], devices: int):
+    assert found[str(devices)]["greedy"] == found["1"]["greedy"]
+    np.testing.assert_allclose(found[str(devices)]["prompt logprobs"], found["1"]["prompt logprobs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], devices: int):
+    assert found[str(devices)]["preemptions"] > 0 and found[str(devices)]["prefix hits"] > 0
+    assert found[str(devices)]["after prefix hits"] == [found["1"]["greedy"][2]]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_every_device_has_all_latents(found: dict[str, Any], devices: int):
+    """What devices exchange is what they would without latents."""
+    width = DEEPSEEK["kv_lora_rank"] + DEEPSEEK["qk_rope_head_dim"]
+    assert found[str(devices)]["bytes a token"] == DEEPSEEK["num_hidden_layers"] * width * 4
+    step, sampler = found[str(devices)]["exchanged"]
+    assert {**step, **sampler} == expected_collectives(DEEPSEEK["num_hidden_layers"], devices)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "text"),
+    [
+        ({"attention_bias": True}, {}, "attention_bias=true is not supported for latent attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantized .quant_method 'fp8'.* take one in bfloat16"),
+        ({"n_routed_experts": 8, "first_k_dense_replace": 1}, {}, "8 experts, which are not supported yet"),
+        (
+            {},
+            {"tensor_parallel_size": 3},
+            r"does not divide the model's 4 attention heads\. What would work: 1, 2, 4\.",
+        ),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(tmp_path: Path, overrides: dict, arguments: dict, text: str):
+    (tmp_path / "config.json").write_text(json.dumps({**DEEPSEEK, **overrides}))
+    with pytest.raises(ValidationError, match=text):
+        LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, **arguments)

@@ -1,0 +1,98 @@
+"""Engines of a small DeepSeek, whose heads are split over 1, 2 and 4 virtual devices, in a process with its own JAX.
+
+``python -m support.latent_cache FOLDER`` prints one JSON object: by number of devices, what each engine answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, exchanged, generate, tokens
+from support.tiny_model import CONFIG, EOS, write_tiny_model
+
+from jaxllm import LLM
+from jaxllm.api.metric import Counter
+from jaxllm.layers.weight import is_spec
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+
+DEVICES = (1, 2, 4)
+#: latents of 24 numbers and 8 that are turned, where keys and values would be 4 heads of 24 and 16
+DEEPSEEK: dict[str, Any] = {
+    **CONFIG,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+
+
+def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
+    """The model with random weights, by which scores lie far apart, and the tiny model's tokenizer."""
+    write_tiny_model(folder)
+    random = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if "norm" in name:
+            return np.ones(shape, np.float32)
+        gain = 4.0 if name.startswith("lm_head") else 2.0 if "q_" in name or "kv_" in name else 1.0
+        return (gain * random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    tensors = {
+        name: draw(name, part.tensor_shape)
+        for spec in jax.tree.leaves(decoder_specs(model_config(config)), is_leaf=is_spec)
+        for name, part in spec.tensors()
+    }
+    tensors["lm_head.weight"][EOS] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def answers(llm: LLM) -> dict[str, Any]:
+    """What an engine makes of four prompts that do not fit at once, and of one whose prefix it has; it takes prompts in
+    chunks.
+    """
+    first = generate(llm, PROMPTS, GREEDY)
+    again = generate(llm, PROMPTS[2], dataclasses.replace(GREEDY, max_tokens=8, prompt_logprobs=0))
+    last = generate(llm, PROMPTS[2], GREEDY)
+    metrics = [metric for metric in llm.get_metrics() if isinstance(metric, Counter)]
+    return {
+        "greedy": tokens(first),
+        "after prefix hits": tokens(last),
+        "prompt logprobs": [next(iter(entry.values())).logprob for entry in again[0].prompt_logprobs[1:]],
+        "preemptions": next(metric.value for metric in metrics if metric.name == "vllm:num_preemptions"),
+        "prefix hits": last[0].num_cached_tokens,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) / "model"
+    folder.mkdir()
+    write_deepseek(folder)
+    found: dict[str, Any] = {}
+    for devices in reversed(DEVICES):  # the first engine makes as many devices as the others need
+        with LLM(folder, tensor_parallel_size=devices, **ARGUMENTS) as llm:
+            found[str(devices)] = {
+                **answers(llm),
+                "exchanged": exchanged(llm)["count"],
+                "bytes a token": llm.memory_plan.kv_bytes_per_token,
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
