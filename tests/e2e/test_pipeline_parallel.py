@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from support.own_process import found_by
+from support.pairs import asked
 from support.pipeline_parallel import ENGINES, LAYERS
 
 from jaxllm import LLM
@@ -74,6 +75,26 @@ def test_weights_come_back(found: dict[str, Any], kind: str):
 
 def test_other_weights_are_used(found: dict[str, Any]):
     assert found["changed"]["other weights"] != found["one"]["greedy"]
+
+
+@pytest.mark.parametrize("kind", asked())
+def test_whatever_is_asked_of_stages_with_every_setting(found: dict[str, Any], kind: str):
+    """Each option of a request, and each pair of them, beside every setting of an engine (`SETTINGS`)."""
+    mine, plain = (found["pairs"][name]["generated"][kind] for name in ("stages", "plain"))
+    for part, value in mine.items():
+        if "logprobs" not in part:
+            assert value == plain[part], part
+        else:
+            np.testing.assert_allclose(flat(value), flat(plain[part]), atol=1e-3)
+
+
+def flat(value: Any) -> list[float]:
+    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
+
+
+def test_beams_and_that_the_settings_were_met(found: dict[str, Any]):
+    assert found["pairs"]["stages"]["beams"] == found["pairs"]["plain"]["beams"]
+    assert all(found["pairs"]["stages"]["met"]) and not any(found["pairs"]["plain"]["met"])
 
 
 def test_a_trace_shows_the_stages(found: dict[str, Any]):

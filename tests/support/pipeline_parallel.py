@@ -14,15 +14,20 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
+from support.pairs import BEGINNING, ON_ONE, PLAIN, add_bonus, arguments_of, generated, write_windows
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
 
-from jaxllm import LLM
+from jaxllm import LLM, BeamSearchParams, LogitsProcessor
 from jaxllm.flax import to_nnx
 from jaxllm.models.segments import segment_sizes
 from jaxllm.runner.heads.pipeline import PipelineHead
 
 LAYERS = 4
+TINY = dict(CONFIG)
+#: settings of `support.pairs` that stages work with; several decode steps in one launch are refused
+SETTINGS = [name for name in [*ON_ONE, "deterministic"] if name != "several decode steps"]
+BEAMS = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
 #: name -> how the model is spread; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
     "4": {"pipeline_parallel_size": 4},
@@ -134,6 +139,22 @@ def hybrid(folder: Path) -> dict[str, Any]:
         return {"cut": cut, "one": told(llm)}
 
 
+def pairs(folder: Path) -> dict[str, Any]:
+    """What the plain engine of `support.pairs`, and one with stages and every setting, make of all that can be asked."""
+    folder.mkdir()
+    model, found = write_windows(folder), {}
+    for name, settings in (("stages", {"pipeline_parallel_size": 2, **arguments_of(SETTINGS)}), ("plain", PLAIN)):
+        processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
+        with LLM(model, **settings, logits_processors=processors) as llm:
+            found[name] = {
+                "generated": generated(llm),
+                "beams": [[b.tokens for b in o.sequences] for o in llm.beam_search([BEGINNING], BEAMS)],
+            }
+            metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+            found[name]["met"] = [metrics["vllm:num_preemptions"], metrics["vllm:prefix_cache_hits"]]
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     CONFIG.update(HEADS, num_hidden_layers=LAYERS)
@@ -158,6 +179,8 @@ def main() -> None:
             found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
     (folder / "hybrid").mkdir()
     found["hybrid"] = hybrid(folder / "hybrid")
+    CONFIG.update(TINY)
+    found["pairs"] = pairs(folder / "pairs")
     print(json.dumps(found))
 
 
