@@ -140,7 +140,7 @@ def hybrid(folder: Path) -> dict[str, Any]:
 
 
 def pairs(folder: Path) -> dict[str, Any]:
-    """What the plain engine of `support.pairs` makes of all that can be asked, and one with stages and every setting."""
+    """What two engines make of all that can be asked: one with stages and every setting, and one with none of them."""
     folder.mkdir()
     model, found = write_windows(folder), {}
     for name, settings in (("stages", {"pipeline_parallel_size": 2, **arguments_of(SETTINGS)}), ("plain", PLAIN)):
