@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
     from jaxllm.llm_engine import LLMEngine
-    from jaxllm.planning.api import plan
+    from jaxllm.planning.api import explain, plan
+    from jaxllm.planning.explanation import Explanation
     from jaxllm.planning.plan import Plan
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ _HOMES = {
     "EmbeddingRequestOutput": "jaxllm.api.pooling_outputs",
     "EmbedsPrompt": "jaxllm.api.inputs",
     "EngineArgs": "jaxllm.config.engine_args",
+    "Explanation": "jaxllm.planning.explanation",
     "FlexibleArgumentParser": "jaxllm.config.command_line",
     "LLM": "jaxllm.llm",
     "LLMEngine": "jaxllm.llm_engine",
@@ -69,6 +71,7 @@ _HOMES = {
     "StructuredOutputsParams": "jaxllm.api.constraints",
     "TextPrompt": "jaxllm.api.inputs",
     "TokensPrompt": "jaxllm.api.inputs",
+    "explain": "jaxllm.planning.api",
     "plan": "jaxllm.planning.api",
 }
 
@@ -84,6 +87,7 @@ __all__ = [
     "EmbeddingRequestOutput",
     "EmbedsPrompt",
     "EngineArgs",
+    "Explanation",
     "FlexibleArgumentParser",
     "LLM",
     "LLMEngine",
@@ -104,6 +108,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "__version__",
+    "explain",
     "plan",
 ]
 

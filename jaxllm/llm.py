@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.observe.prometheus import MetricsServer
     from jaxllm.engine.observe.trace import Trace
     from jaxllm.llm_engine import LLMEngine
+    from jaxllm.planning.explanation import Explanation
     from jaxllm.runner.memory.plan import MemoryPlan
 
 Result = TypeVar("Result")
@@ -575,6 +576,18 @@ class LLM:
         """
         grid = self.engine.args.grid
         return grid.size if include_dp else grid.stage * grid.tensor
+
+    def explain(self) -> Explanation:
+        """Where each array of the engine lies, and what its steps read, compute and exchange; prints as tables, and
+        draws the devices in a notebook. `jaxllm.explain` says the same of devices that are not there.
+
+        Raises:
+            ValidationError: the engine has no model (``load_format="null"``).
+            RuntimeError: the engine has been shut down.
+        """
+        from jaxllm.planning.explain import explain_engine
+
+        return explain_engine(self.engine)
 
     def save(self, directory: str | os.PathLike[str], *, format: str = "safetensors") -> None:
         """Save the model with the weights that it has now, as a directory that ``LLM(directory)`` loads.

@@ -89,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_plan_options(plan)
 
+    explain = command(
+        "explain",
+        "how a model is split, and what its devices exchange",
+        _lazily("jaxllm.entrypoints.plan", "run_explain"),
+        conflict_handler="resolve",
+        description="Explain how a model is split over devices: the memory plan of each, where every array lies, what "
+        "steps read, compute and exchange, and how long that takes at least. Needs no weights and no device. Exits "
+        "with 1 when the model does not fit.",
+    )
+    add_plan_options(explain)
+
     fetch = command(
         "fetch",
         "bring named models onto this machine",
@@ -123,6 +134,6 @@ def _fetch(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _lazily(module: str) -> Callable[[argparse.Namespace], int]:
-    """Return the `run` of a module that is imported when it is called: a command loads only what it needs."""
-    return lambda arguments: importlib.import_module(module).run(arguments)
+def _lazily(module: str, name: str = "run") -> Callable[[argparse.Namespace], int]:
+    """Return a function of a module that is imported when it is called: a command loads only what it needs."""
+    return lambda arguments: getattr(importlib.import_module(module), name)(arguments)

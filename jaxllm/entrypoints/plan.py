@@ -1,16 +1,20 @@
-"""``jaxllm plan`` says what an engine would need on a device that need not be there."""
+"""``jaxllm plan`` says what an engine would need on devices that need not be there, ``jaxllm explain`` how that comes
+about.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from typing import Any
 
 from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``jaxllm plan`` takes; the parser has to resolve conflicts, for the options that mean more here."""
+    """Add what both commands take; the parser has to resolve conflicts, for the options that mean more here."""
     add_engine_options(parser)
     parser.add_argument(
         "model",
@@ -36,7 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 when the model fits, 1 when it does not."""
     from jaxllm.planning.api import plan
 
-    model, given = engine_arguments(arguments)
-    found = plan(model, compiler=arguments.compiler, **given)
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    found = _print(plan, arguments)
     return 0 if found.fits else 1
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """Print the explanation; 0 when the model fits, 1 when it does not."""
+    from jaxllm.planning.api import explain
+
+    found = _print(explain, arguments)
+    return 0 if found.plan.fits else 1
+
+
+def _print(make: Callable[..., Any], arguments: argparse.Namespace) -> Any:
+    model, given = engine_arguments(arguments)
+    found = make(model, compiler=arguments.compiler, **given)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return found

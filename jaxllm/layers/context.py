@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -30,6 +31,13 @@ class Context:
     def mesh_axis(self, logical: str) -> str | None:
         """The mesh axis that a logical axis is split over; None: every device has it whole."""
         return dict(self.split).get(logical)
+
+
+def exchanged(logical: str) -> contextlib.AbstractContextManager[None]:
+    """Name what devices exchange inside by the logical axis that is split over them: compiled programs show it
+    (`parallel.collectives`).
+    """
+    return jax.named_scope(f"over_{logical}")
 
 
 @jax.tree_util.register_dataclass

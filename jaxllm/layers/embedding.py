@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix
 
@@ -22,7 +22,8 @@ def embed(context: Context, table: jax.Array, tokens: jax.Array) -> jax.Array:
     local = tokens - lax.axis_index(axis) * rows
     here = (local >= 0) & (local < rows)
     found = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
-    return lax.psum(found, axis)
+    with exchanged(VOCAB):
+        return lax.psum(found, axis)
 
 
 def with_embeddings(x: jax.Array, batch: StepBatch) -> jax.Array:
@@ -43,4 +44,5 @@ def unembed(context: Context, hidden: jax.Array, table: jax.Array | StackedMatri
     if axis is None:
         return scores
     # the last device's rows may go on behind the vocabulary
-    return lax.all_gather(scores, axis, axis=1, tiled=True)[:, :vocab_size]
+    with exchanged(VOCAB):
+        return lax.all_gather(scores, axis, axis=1, tiled=True)[:, :vocab_size]

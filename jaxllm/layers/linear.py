@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.context import Context
+from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 
 
@@ -28,8 +28,9 @@ def linear(
     """
     y = linear_f32(context, x, weight)
     axis = None if over is None else context.mesh_axis(over)
-    if axis is not None:
-        y = lax.psum(y.astype(x.dtype), axis)
+    if over is not None and axis is not None:
+        with exchanged(over):
+            y = lax.psum(y.astype(x.dtype), axis)
     if bias is not None:
         y = y.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
 from jaxllm.layers.attention import Layout, attention, write_kv
-from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
@@ -259,7 +259,8 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     if config.qk_norm_of == "joint":
         flat = [x.reshape(len(x), -1) for x in (query, key)]
         axis = context.mesh_axis("heads")
-        normed = joint_rms_norm(flat, (query_weight, key_weight), config.norm_eps, mesh_axis=axis)
+        with exchanged("heads"):
+            normed = joint_rms_norm(flat, (query_weight, key_weight), config.norm_eps, mesh_axis=axis)
         return tuple(x.reshape(like.shape) for x, like in zip(normed, (query, key), strict=True))
     if config.qk_norm_of == "own":
         query_weight, key_weight = (weight.reshape(-1, config.head_dim) for weight in (query_weight, key_weight))

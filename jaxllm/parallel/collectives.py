@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -15,27 +15,94 @@ _OPERATION = re.compile(r"= .*?[\]})] ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|async_execution_thread)=\{?%?([\w.\-, %]+)\}?")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+#: the devices that take part: listed, or as [groups, devices of each]
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
+#: the logical axis that is named around what is exchanged (`layers.context.exchanged`)
+_OVER = re.compile(r'op_name="[^"]*\bover_(\w+)')
+
+
+class Collective(NamedTuple):
+    """What devices exchange at one place of a program."""
+
+    kind: str
+    #: that it gives a device
+    bytes: int
+    #: that take part; 0: all
+    devices: int
+    #: the logical axis that is split over them; "": the program does not say
+    over: str
+
+
+def collectives(hlo: str) -> Counter[Collective]:
+    """How often each collective runs in one run of a program.
+
+    What is in a loop of a known number of rounds (the layers) counts that often; in any other loop, once. Of branches
+    the one that exchanges most counts.
+
+    Args:
+        hlo: `jax.stages.Compiled.as_text()`.
+    """
+    lines: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = header[2]
+            lines[current] = []
+            entry = current if header[1] else entry
+        elif current:
+            lines[current].append(line)
+    counted: dict[str, Counter[Collective]] = {}
+
+    def count(name: str) -> Counter[Collective]:
+        if name not in counted:
+            counted[name] = Counter()  # a computation cannot call itself
+            total: Counter[Collective] = Counter()
+            for line in lines.get(name, ()):
+                total += count_line(line)
+            counted[name] = total
+        return counted[name]
+
+    def count_line(line: str) -> Counter[Collective]:
+        match = _OPERATION.search(line)
+        if not match:
+            return Counter()
+        operation = match[1]
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            over = _OVER.search(line)
+            return Counter({Collective(kind, _result_bytes(line), _devices(line), over[1] if over else ""): 1})
+        trips = int(found[1]) if operation == "while" and (found := _TRIPS.search(line)) else 1
+        called = [name.strip() for names in _CALLED.findall(line) for name in names.replace("%", "").split(",")]
+        inside = [count(name) for name in called]
+        if operation == "conditional":  # of the branches one runs
+            return max(inside, key=_weight, default=Counter())
+        total: Counter[Collective] = Counter()
+        for each in inside:
+            total += Counter({collective: trips * number for collective, number in each.items()})
+        return total
+
+    return count(entry) if entry else Counter()
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
-    """How often each kind of collective runs in one run of a program.
-
-    What is in a loop of a known number of rounds (the layers) counts that often; in any other loop, once. Of branches
-    the one with most counts.
-
-    Args:
-        hlo: `jax.stages.Compiled.as_text()`.
-    """
-    return _walked(hlo, lambda line: 1)
+    """How often each kind of collective runs in one run of a program, as `collectives` counts."""
+    total: Counter[str] = Counter()
+    for collective, number in collectives(hlo).items():
+        total[collective.kind] += number
+    return dict(total)
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes that each kind of collective gives a device in one run of a program, counted as `count_collectives` does.
+    """Bytes that each kind of collective gives a device in one run of a program, counted as `collectives` does."""
+    total: Counter[str] = Counter()
+    for collective, number in collectives(hlo).items():
+        total[collective.kind] += number * collective.bytes
+    return dict(total)
 
-    Args:
-        hlo: `jax.stages.Compiled.as_text()`.
-    """
-    return _walked(hlo, _result_bytes)
+
+def _weight(found: Counter[Collective]) -> tuple[int, int]:
+    return sum(number * collective.bytes for collective, number in found.items()), found.total()
 
 
 def _result_bytes(line: str) -> int:
@@ -53,47 +120,11 @@ def _itemsize(kind: str) -> int:
     return int(bits[0]) // 8 if bits else 1
 
 
-def _walked(hlo: str, weigh: Callable[[str], int]) -> dict[str, int]:
-    """What the collectives of a program weigh, by kind, each as often as it runs."""
-    lines: dict[str, list[str]] = {}
-    entry = current = ""
-    for line in hlo.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            current = header[2]
-            lines[current] = []
-            entry = current if header[1] else entry
-        elif current:
-            lines[current].append(line)
-    counted: dict[str, Counter[str]] = {}
-
-    def count(name: str) -> Counter[str]:
-        if name not in counted:
-            counted[name] = Counter()  # a computation cannot call itself
-            total: Counter[str] = Counter()
-            for line in lines.get(name, ()):
-                total += _count_line(line)
-            counted[name] = total
-        return counted[name]
-
-    def _count_line(line: str) -> Counter[str]:
-        match = _OPERATION.search(line)
-        if not match:
-            return Counter()
-        operation = match[1]
-        kind = operation.removesuffix("-start")
-        if kind in KINDS:
-            return Counter({kind: weigh(line)})
-        trips = int(found[1]) if operation == "while" and (found := _TRIPS.search(line)) else 1
-        total: Counter[str] = Counter()
-        for called in _CALLED.findall(line):
-            for name in called.replace("%", "").split(","):
-                inside = Counter({kind: trips * number for kind, number in count(name.strip()).items()})
-                # of a conditional's branches one runs
-                total = total | inside if operation == "conditional" else total + inside
-        return total
-
-    return dict(count(entry)) if entry else {}
+def _devices(line: str) -> int:
+    group = _GROUP.search(line)
+    if group is None:
+        return 0
+    return int(group[2]) if group[2] else group[1].count(",") + 1
 
 
 def expected_collectives(num_layers: int, devices: int, *, layer_sums: int = 2, blocks: int = 1) -> dict[str, int]:

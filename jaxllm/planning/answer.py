@@ -1,4 +1,6 @@
-"""An engine is planned for some devices, and when it does not fit, again with each argument that could help."""
+"""An engine is planned for some devices and explained, and when it does not fit, planned again with each argument that
+could help.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,10 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
@@ -21,11 +22,15 @@ from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import layer_sums, split_sizes
 from jaxllm.planning.estimate import estimated_activations
+from jaxllm.planning.explain import explanation
+from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.plan import Plan, Remedy
 from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.deviceless import lowering_for
+from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU, SamplingPrograms
+from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
+from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
@@ -70,27 +75,52 @@ def answer(question: Question, *, device: str, basis: str) -> Plan:
         ValidationError: what was asked contradicts itself or the model.
     """
     planner = _Planner()
+    plan, refusal = _answer(question, planner, device, basis)
+    if refusal is None:
+        return plan
+    return dataclasses.replace(plan, remedies=tuple(_remedies(question, refusal, planner)))
+
+
+def explain(question: Question, *, device: str, basis: str) -> Explanation:
+    """Return how the plan of a question comes about. What would make it fit is not tried.
+
+    Args:
+        device: as the user called it.
+        basis: what is said of where the numbers come from.
+
+    Raises:
+        ValidationError: what was asked contradicts itself or the model.
+    """
+    planner = _Planner()
+    plan, refusal = _answer(question, planner, device, basis)
+    if refusal is not None:
+        plan = dataclasses.replace(plan, problem=f"{plan.problem} `jaxllm plan` finds what would make it fit.")
+    config, programs = planner.planned
+    limits = dataclasses.replace(config.scheduler, max_model_len=plan.memory.max_model_len)
+    with planner.lowering(config):
+        return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
+
+
+def _answer(question: Question, planner: _Planner, device: str, basis: str) -> tuple[Plan, DoesNotFitError | None]:
+    """The plan of a question without remedies, and why it does not fit, where it does not."""
     refusal = None
     try:
         memory = planner.plan(question)
     except DoesNotFitError as error:
         refusal, memory = error, error.plan
-    collectives, exact = planner.collectives, planner.compiled
-    remedies: tuple[Remedy, ...] = ()
-    if refusal is not None:
-        remedies = tuple(_remedies(question, refusal, planner))
-    return Plan(
+    plan = Plan(
         model=str(question.args.model),
         device=device,
         memory=memory,
         fits=refusal is None,
         # what would help is tried, and said by the remedies alone
         problem="" if refusal is None else refusal.problem,
-        remedies=remedies,
-        collectives=collectives,
-        exact=exact,
+        remedies=(),
+        collectives=planner.collectives,
+        exact=planner.compiled,
         basis=basis,
     )
+    return plan, refusal
 
 
 class _Planner:
@@ -102,6 +132,8 @@ class _Planner:
         self.dtype = ""
         self.compiled = False
         self._is_local = True
+        #: the configuration, and its programs where they can be compiled
+        self.planned: tuple[RunnerConfig, Programs | PipelinePrograms | None]
         self._needed: dict[SchedulerConfig, Sequence[int]] = {}
 
     def plan(self, question: Question) -> MemoryPlan:
@@ -112,6 +144,7 @@ class _Planner:
         self.compiled = target.devices is not None
         self._is_local = question.is_local
         self._needed.clear()
+        self.planned = config, None
         # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
         blocks = 0 if config.pooler is not None else blocks
@@ -137,22 +170,21 @@ class _Planner:
                 limits.max_model_len,
             )
         programs = make_programs(config, config.params(), num_blocks)
-        with contextlib.nullcontext() if self._is_local else lowering_for(_mesh_of(config.target)):
+        self.planned = config, programs
+        with self.lowering(config):
             found = programs.activation_bytes()
-        needed = self._needed[config.scheduler] = (found,) if isinstance(found, int) else found
-        if isinstance(programs, SamplingPrograms) and config.target.num_devices > 1:
-            sampler, _ = programs.sampler(config.scheduler.max_num_seqs, True)
-            texts = (programs.forward(programs.largest).as_text(), sampler.as_text())
-            self.collectives = {}
-            for kind, number in (item for text in texts for item in count_collectives(text or "").items()):
-                self.collectives[kind] = self.collectives.get(kind, 0) + number
+            needed = self._needed[config.scheduler] = (found,) if isinstance(found, int) else found
+            if isinstance(programs, Programs) and config.target.num_devices > 1:
+                texts = programs.step_texts(programs.largest.tokens, programs.largest.seqs)
+                self.collectives = dict(sum((Counter(count_collectives(text)) for text in texts), Counter[str]()))
         return needed
 
-
-def _mesh_of(target: Target) -> jax.sharding.Mesh:
-    """The devices that a program is compiled for, also where there is but one."""
-    assert target.devices is not None
-    return make_mesh(target.devices[0, 0])
+    def lowering(self, config: RunnerConfig) -> contextlib.AbstractContextManager[None]:
+        """Programs are lowered for the devices of a configuration inside."""
+        if self._is_local or config.target.devices is None:
+            return contextlib.nullcontext()
+        # the devices that a program is compiled for, also where there is but one
+        return lowering_for(make_mesh(config.target.devices[0, 0]))
 
 
 def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:

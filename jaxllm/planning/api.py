@@ -1,4 +1,4 @@
-"""`jaxllm.plan` makes the memory plan of an engine on a device that need not be there."""
+"""`jaxllm.plan` and `jaxllm.explain` say what an engine is on devices that need not be there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import CPU, GPUS, device_name
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.log import show_log
-from jaxllm.planning.answer import Question, answer
-from jaxllm.planning.elsewhere import CompilerFailedError, answer_elsewhere
+from jaxllm.planning import answer
+from jaxllm.planning.answer import Question
+from jaxllm.planning.elsewhere import Answer, CompilerFailedError, answer_elsewhere
+from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.plan import Plan
 from jaxllm.runner.compile.deviceless import find_compiler, install_command, search_places
 from jaxllm.runner.compile.target import target_described, target_here
@@ -56,7 +58,36 @@ def plan(
         ValidationError: an argument's value cannot be honoured. That the model does not fit is no error.
         FileNotFoundError: there is no such model.
     """
+    return _answered(Plan, model, device, compiler, arguments)
+
+
+def explain(
+    model: str | os.PathLike[str],
+    /,
+    *,
+    device: str = "auto",
+    compiler: str | os.PathLike[str] | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Say how a model is split over devices: the plan of each of them, where every array lies, what steps of some sizes
+    read, compute and exchange, and how long that takes at least.
+
+    It is made as `plan` is, and takes and raises the same. Exchanges are counted in the compiled programs; where there
+    is nothing to compile with they are those of the rules of the split, and it says so. `LLM.explain` explains an
+    engine that runs.
+    """
+    return _answered(Explanation, model, device, compiler, arguments)
+
+
+def _answered(
+    kind: type[Answer],
+    model: str | os.PathLike[str],
+    device: str,
+    compiler: str | os.PathLike[str] | None,
+    arguments: Mapping[str, Any],
+) -> Answer:
     show_log()
+    make: Any = answer.answer if kind is Plan else answer.explain
     local = device.strip().lower() in HERE
     name = device.strip().lower() if local else _gpu(device)
     args = engine_args(model, **arguments)
@@ -71,17 +102,18 @@ def plan(
                 target=functools.cache(lambda grid: target_here(name, grid)),
                 is_local=True,
             )
-            return answer(question, device=name, basis="Compiled on this machine, for its own devices.")
+            return make(question, device=name, basis="Compiled on this machine, for its own devices.")
         found = find_compiler(compiler)
         why = ""
         if found is not None:
             logger.info(
-                "Compiling the engine's largest programs for %s, which need not be here (about a minute; longer if the "
-                "model does not fit, since what would help is compiled, too)",
+                "Compiling the engine's %s programs for %s, which need not be here (about a minute%s)",
+                "largest" if kind is Plan else "smallest and largest",
                 GPUS[name].description,
+                "; longer if the model does not fit, since what would help is compiled, too" if kind is Plan else "",
             )
             try:
-                return answer_elsewhere(found, args, path, arguments, name)
+                return answer_elsewhere(kind, found, args, path, arguments, name)
             except CompilerFailedError as error:
                 why = f"{found} failed ({error}), so this is an estimate from shapes."
         gpu = GPUS[name]
@@ -91,7 +123,7 @@ def plan(
             target=lambda grid: target_described(gpu, grid=grid),
             is_local=False,
         )
-        return answer(question, device=name, basis=why or _no_compiler())
+        return make(question, device=name, basis=why or _no_compiler())
 
 
 def _gpu(text: str) -> str:

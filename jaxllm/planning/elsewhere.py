@@ -14,15 +14,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.config.devices import GPUS
 from jaxllm.config.engine_args import EngineArgs, engine_args
-from jaxllm.planning.answer import Question, answer
+from jaxllm.planning.answer import Question, answer, explain
+from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.plan import Plan
 from jaxllm.runner.compile.deviceless import CudaCompiler, devices
 from jaxllm.runner.compile.target import target_described
+
+Answer = TypeVar("Answer", Plan, Explanation)
 
 _LOG_LINE = re.compile(r"[EIW]\d{4} |WARNING: All log messages")
 
@@ -32,15 +35,17 @@ class CompilerFailedError(JaxLLMError):
 
 
 def answer_elsewhere(
+    kind: type[Answer],
     compiler: CudaCompiler,
     args: EngineArgs,
     path: Path,
     arguments: Mapping[str, Any],
     device: str,
-) -> Plan:
+) -> Answer:
     """Answer for GPUs that are not there, by their compiler.
 
     Args:
+        kind: of the answer.
         args: the engine's, checked.
         path: of the model.
         arguments: those of the engine that were given.
@@ -52,6 +57,7 @@ def answer_elsewhere(
     try:
         question = json.dumps(
             {
+                "kind": kind.__name__,
                 "model": str(args.model),
                 "path": str(path),
                 "arguments": {**arguments, **({"dtype": args.dtype} if "dtype" in arguments else {})},
@@ -83,7 +89,7 @@ def answer_elsewhere(
     found = json.loads(lines[-1])
     if "refused" in found:
         raise ValidationError(found["refused"])
-    return Plan.from_dict(found["plan"])
+    return kind.from_dict(found["answer"])
 
 
 def _plain(value: Any) -> Any:
@@ -105,7 +111,8 @@ def main() -> None:
             target=lambda grid: target_described(gpu, devices(gpu, grid.size, cuda=cuda), grid=grid),
             is_local=False,
         )
-        reply = {"plan": answer(question, device=asked["device"], basis=asked["basis"]).to_dict()}
+        make = answer if asked["kind"] == Plan.__name__ else explain
+        reply = {"answer": make(question, device=asked["device"], basis=asked["basis"]).to_dict()}
     except ValidationError as error:
         reply = {"refused": str(error)}
     print(json.dumps(reply))

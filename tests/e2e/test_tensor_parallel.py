@@ -12,9 +12,10 @@ from support.own_process import found_by
 from support.tensor_parallel import ARGUMENTS, DEVICES
 from support.tiny_model import CONFIG, VOCAB_SIZE
 
-from jaxllm import LLM
+from jaxllm import LLM, Explanation
 from jaxllm.api.errors import ValidationError
 from jaxllm.parallel.collectives import expected_collectives
+from jaxllm.planning.layout import KV_CACHE
 
 SPLIT = [n for n in DEVICES if n > 1]
 
@@ -66,6 +67,55 @@ def test_devices_exchange_what_they_must(found: dict[str, Any], devices: int):
     hidden = exchanged["tokens"] * CONFIG["hidden_size"] * 4
     rows, words = ARGUMENTS["max_num_seqs"], -(-VOCAB_SIZE // devices) * devices
     assert exchanged["bytes"] == [{"all-reduce": (2 * layers + 1) * hidden}, {"all-gather": rows * words * 4}]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_an_engine_explains_where_its_arrays_lie(found: dict[str, Any], devices: int):
+    explained = found[str(devices)]["explained"]
+    said = Explanation.from_dict(explained["said"])
+    weights = [layout for layout in said.layouts if layout.name != KV_CACHE]
+    assert {layout.name: [list(layout.device_shape), layout.dtype] for layout in weights} == explained["parts"]
+    assert sum(layout.device_bytes for layout in weights) == said.plan.memory.weight_bytes
+    assert said.layouts[-1].device_bytes == said.plan.memory.kv_cache_bytes
+    assert {layout.name for layout in weights if layout.is_split} == (
+        {"embedding", "head", "layers.qkv", "layers.output", "layers.gate_up", "layers.down"} if devices > 1 else set()
+    )
+    # four KV heads on eight devices; 257 words
+    notes = {layout.name: note for layout in said.layouts if (note := layout.note(said.mesh))}
+    filled = {"embedding": "filled up with zeros", "head": "filled up with zeros"} if devices > 1 else {}
+    shared = {"layers.qkv": "neighbours share heads", KV_CACHE: "neighbours share heads"} if devices == 8 else {}
+    assert notes == {**filled, **shared}
+    assert all(name in explained["text"] for name in explained["parts"])
+    assert explained["html"].count("<svg") == 1 and explained["html"].count("activations (") == devices
+
+
+@pytest.mark.parametrize("devices", SPLIT)
+def test_an_engine_explains_what_its_steps_exchange(found: dict[str, Any], devices: int):
+    """Two sums of the hidden states a layer, and of the vocabulary one sum and the logits."""
+    said = Explanation.from_dict(found[str(devices)]["explained"]["said"])
+    layers, hidden = CONFIG["num_hidden_layers"], CONFIG["hidden_size"] * 4
+    words = -(-VOCAB_SIZE // devices) * devices * 4
+    assert [(step.tokens, step.requests) for step in said.steps] == [(1, 1), (4, 4), (32, 4)]
+    for step in said.steps:
+        assert not step.not_compiled
+        times: dict[str, int] = {}
+        for exchange in step.exchanges:
+            times[exchange.kind] = times.get(exchange.kind, 0) + exchange.times
+            assert exchange.devices == devices and exchange.seconds is None
+        assert times == expected_collectives(layers, devices)
+        sums = {exchange.over: exchange for exchange in step.exchanges if exchange.kind == "all-reduce"}
+        assert {over: (each.times, each.times_a_layer) for over, each in sums.items()} == {
+            "heads": (layers, 1),
+            "mlp": (layers, 1),
+            "vocab": (1, 0),
+        }
+        padded = {1: 1, 4: 32, 32: 32}[step.tokens]
+        assert all(exchange.bytes == padded * hidden for exchange in sums.values())
+        [logits] = (exchange for exchange in step.exchanges if exchange.kind == "all-gather")
+        assert logits.over == "vocab" and logits.bytes == 4 * words
+    if devices == 4:
+        planned = Explanation.from_dict(found["planned"])
+        assert planned.steps == said.steps and planned.layouts[:-1] == said.layouts[:-1]
 
 
 @pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "saved as safetensors", "saved as orbax"])

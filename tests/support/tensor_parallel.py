@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
+import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import JaxLLMError
@@ -77,6 +78,18 @@ def exchanged(llm: LLM) -> dict[str, Any]:
         "bytes": [collective_bytes(program.as_text()) for program in (step, sampler)],
         "tokens": programs.largest.tokens,
     }
+
+
+def explained(llm: LLM) -> dict[str, Any]:
+    """What an engine says of itself, and the shapes of its arrays' parts by their names."""
+    [params] = llm.apply_model(lambda params: params)
+    parts: dict[str, list[Any]] = {}
+    for path, array in jax.tree.leaves_with_path(params):
+        name = ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
+        [shape] = {shard.data.shape for shard in array.addressable_shards}
+        parts[name] = [shape, str(array.dtype)]
+    said = llm.explain()
+    return {"said": said.to_dict(), "text": str(said), "html": said._repr_html_(), "parts": parts}
 
 
 def changed(llm: LLM, folder: Path) -> dict[str, Any]:
@@ -169,10 +182,12 @@ def main() -> None:
     found: dict[str, Any] = {}
     for devices in reversed(DEVICES):  # the first engine makes as many devices as the others need
         with LLM(folder / "model", tensor_parallel_size=devices, **ARGUMENTS) as llm:
-            found[str(devices)] = {**answers(llm), "exchanged": exchanged(llm)}
+            found[str(devices)] = {**answers(llm), "exchanged": exchanged(llm), "explained": explained(llm)}
             if devices == 8:
                 (folder / "saved").mkdir()
                 found["changed"] = changed(llm, folder / "saved")
+    planned = jaxllm.explain(folder / "model", device="cpu", tensor_parallel_size=4, **ARGUMENTS)
+    found["planned"] = planned.to_dict()
     for form, devices in (("safetensors", 1), ("orbax", 2)):
         with LLM(folder / "saved" / form, tensor_parallel_size=devices, **ARGUMENTS) as llm:
             found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))

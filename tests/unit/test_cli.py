@@ -292,6 +292,7 @@ def test_without_a_command_they_are_listed(argv: list[str], listed: str, capsys:
         ("generate", "usage: jaxllm generate [options] [PROMPT ...]"),
         ("run-batch", "usage: jaxllm run-batch [options] -i FILE -o FILE"),
         ("plan", "usage: jaxllm plan [options] [MODEL]"),
+        ("explain", "usage: jaxllm explain [options] [MODEL]"),
         ("fetch", "usage: jaxllm fetch [options] NAME ..."),
     ],
 )

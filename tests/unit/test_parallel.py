@@ -21,7 +21,13 @@ from jaxllm.config.parallel import Grid
 from jaxllm.layers.weight import Axis
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.collectives import count_collectives, expected_collectives
+from jaxllm.parallel.collectives import (
+    Collective,
+    collective_bytes,
+    collectives,
+    count_collectives,
+    expected_collectives,
+)
 from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import check_split, device_bytes, held, split_sizes
 from jaxllm.runner.compile.target import target_described
@@ -32,7 +38,7 @@ HloModule jit_step
 
 %body.1 (arg.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %arg.1 = (s32[], f32[8,4]) parameter(0)
-  %sum.1 = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add.1
+  %sum.1 = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add.1, metadata={op_name="f/over_mlp/psum"}
   %sum.2 = f32[8,4]{1,0} all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%add.1
   %sum.3 = f32[8,4]{1,0} all-reduce-done(%sum.2)
   ROOT %tuple.1 = (s32[], f32[8,4]) tuple(%i, %sum.3)
@@ -59,6 +65,28 @@ ENTRY %main.9 (p: f32[8,4]) -> f32[8,4] {
 def test_collectives_are_counted_as_often_as_they_run():
     assert count_collectives(HLO) == {"all-reduce": 2 * 7 + 1, "all-gather": 1}
     assert count_collectives("") == {}
+
+
+def test_collectives_are_told_apart():
+    gathers = """\
+%few (a: f32[2]) -> f32[4] {
+  ROOT %g = f32[4] all-gather(%a), replica_groups=[2,4]<=[8], metadata={op_name="jit(f)/over_vocab/all_gather"}
+}
+
+%many (a: f32[2]) -> f32[4] {
+  %g = f32[4] all-gather(%a), replica_groups={}
+  ROOT %h = bf16[4] reduce-scatter(%g), replica_groups={{0,2,4},{1,3,5}}
+}
+
+ENTRY %main (a: f32[2]) -> f32[4] {
+  %c = f32[4] conditional(%i, %a, %a), branch_computations={%few, %many}
+  ROOT %d = f32[4] conditional(%i, %a), branch_computations={%few}
+}
+"""
+    many = {Collective("all-gather", 16, 0, ""): 1, Collective("reduce-scatter", 8, 3, ""): 1}
+    assert collectives(gathers) == {**many, Collective("all-gather", 16, 4, "vocab"): 1}
+    assert collectives(HLO)[Collective("all-reduce", 128, 2, "mlp")] == 7
+    assert collective_bytes(HLO)["all-reduce"] == (2 * 7 + 1) * 128
 
 
 def test_one_device_exchanges_nothing():

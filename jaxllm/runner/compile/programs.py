@@ -206,6 +206,18 @@ class Programs(abc.ABC):
         """Compile what is missing."""
         self._compile(self._keys())
 
+    def step_texts(self, num_tokens: int, num_seqs: int) -> list[str]:
+        """The programs that a step of this size runs, one after the other, as their compiler writes them. Those that
+        are missing are compiled.
+        """
+        keys = self._step(self.bucket(num_tokens, num_seqs), num_seqs)
+        self._compile(keys)
+        return [self._compiled[key].as_text() or "" for key in keys]
+
+    @abc.abstractmethod
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        """Of the programs of a step in a bucket, all of whose sequences want something."""
+
     @abc.abstractmethod
     def _keys(self) -> list[Key]:
         """Of all programs."""

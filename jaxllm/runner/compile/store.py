@@ -36,6 +36,8 @@ _MAGIC = b"jaxllm program 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 #: of a lowered program that calls back into this process, at addresses that mean nothing in another
 _CALLBACK = "callback"
+#: what a lowered program's text does not show and a compiled one has: the names of exchanges (`context.exchanged`)
+_NAMES = "over"
 #: errors of a folder that others may write to
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -79,7 +81,7 @@ class ProgramStore:
         if _CALLBACK in text:
             return lowered.compile(compiler_options=options)
         trees = f"{lowered.in_tree} {lowered.out_tree}"
-        path = self._folder / f"{_hash(self._environment, described(options), trees, text)}.program"
+        path = self._folder / f"{_hash(self._environment, described(options), trees, text, _NAMES)}.program"
         compiled = self._load(path)
         if compiled is None:
             compiled = lowered.compile(compiler_options=options)

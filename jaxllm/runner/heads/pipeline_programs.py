@@ -83,6 +83,9 @@ class StagePrograms(SamplingPrograms):
             return super()._keys()
         return [*forwards, TAKE] if self.stage.is_first else forwards
 
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        return super()._step(bucket, num_seqs) if self.stage.is_last else (("forward", bucket),)
+
     def _largest(self) -> list[tuple[Key, ...]]:
         return super()._largest() if self.stage.is_last else [(("forward", self.largest),)]
 

@@ -67,6 +67,9 @@ class PoolingPrograms(Programs):
     def _keys(self) -> list[Key]:
         return [(kind, bucket) for kind in ("pool", "tokens") for bucket in self.packings]
 
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        return (("pool", bucket),)
+
     def _largest(self) -> list[tuple[Key, ...]]:
         # what one step returns lives until it is read, which may be after the next was launched
         return [(("pool", self.largest), ("tokens", self.largest))]

@@ -158,6 +158,9 @@ class SamplingPrograms(Programs):
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         return [*several, *samplers, SCORER, *forwards, WRITER]
 
+    def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
+        return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
+
     def _largest(self) -> list[tuple[Key, ...]]:
         keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
         if self.decode_packings:

@@ -1,0 +1,126 @@
+"""Where each array of an engine lies: what its axes count, over which axes of the mesh they are split, what one device
+has of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.parallel.rules import CACHE, RULES, held, local_shape, mesh_axes
+from jaxllm.runner.runner_config import RunnerConfig
+
+KV_CACHE = "KV cache"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """Where an array lies, or several that differ in nothing but their layers."""
+
+    #: as `LLM.apply_model` shows it, without the number of the segment
+    name: str
+    #: how many of them there are
+    count: int
+    #: of each axis, (what it counts, how many of them) of every tensor that is joined along it
+    axes: tuple[tuple[tuple[str, int], ...], ...]
+    #: of the whole array
+    shape: tuple[int, ...]
+    #: the axis of the mesh that each axis is split over; None: every device has all of it
+    mesh_axes: tuple[str | None, ...]
+    #: of what one device has of it
+    device_shape: tuple[int, ...]
+    dtype: str
+    #: of all of them on one device
+    device_bytes: int
+
+    @property
+    def is_split(self) -> bool:
+        return any(self.mesh_axes)
+
+    def note(self, sizes: Mapping[str, int]) -> str:
+        """What of it is there more than once, or nobody's, on a mesh of these sizes; "": nothing."""
+        for axis, size, local, joined in zip(self.mesh_axes, self.shape, self.device_shape, self.axes, strict=True):
+            if axis is not None and local * sizes[axis] > size:
+                repeats = any(
+                    name in RULES and RULES[name].remainder == "repeat" and units < sizes[axis]
+                    for name, units in joined
+                )
+                return "neighbours share heads" if repeats else "filled up with zeros"
+        return ""
+
+    def part(self, sizes: Mapping[str, int], numbers: Mapping[str, int]) -> str:
+        """What the device at a place of the mesh has of the axes that are split, in words."""
+        found = []
+        for joined, axis in zip(self.axes, self.mesh_axes, strict=True):
+            for name, units in dict.fromkeys(joined) if axis is not None else ():
+                first, count, _ = held(Axis(name, units), sizes, numbers)
+                found.append(f"{name} {first} to {first + count - 1} of {units}" if count else f"no {name}")
+        return ", ".join(found) or "all of it"
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ArrayLayout:
+        """Of a `dataclasses.asdict`, which may have been JSON since."""
+        lists = {name: tuple(fields[name]) for name in ("shape", "mesh_axes", "device_shape")}
+        axes = tuple(tuple((name, units) for name, units in joined) for joined in fields["axes"])
+        return cls(**{**fields, **lists, "axes": axes})
+
+
+def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
+    """Of the weights, in the order of the model's tree; equal arrays of several segments are one entry."""
+    found: dict[tuple[str, tuple[Any, ...]], ArrayLayout] = {}
+    for path, spec in jax.tree.leaves_with_path(config.specs(), is_leaf=is_spec):
+        name = ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
+        one = _weight_layout(name, spec, config)
+        key = name, one.shape
+        seen = found.get(key)
+        if seen is None:
+            found[key] = one
+        else:
+            more, size = seen.count + 1, seen.device_bytes + one.device_bytes
+            found[key] = dataclasses.replace(seen, count=more, device_bytes=size)
+    return tuple(found.values())
+
+
+def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLayout:
+    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or config.dtype)
+    shape = local_shape(spec, sizes)
+    layers = () if spec.layers is None else ((("layers", len(spec.layers)),),)
+    return ArrayLayout(
+        name=name,
+        count=1,
+        axes=(*layers, *(tuple((axis.name, axis.units) for axis in joined) for joined in spec.axes)),
+        shape=spec.shape,
+        mesh_axes=mesh_axes(spec, sizes),
+        device_shape=shape,
+        dtype=dtype.name,
+        device_bytes=math.prod(shape) * dtype.itemsize,
+    )
+
+
+def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
+    """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer."""
+    pages, sizes = config.layers_per_group * num_blocks, config.target.mesh_sizes
+    _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
+    names: tuple[str | None, ...] = (*CACHE, *(None,) * (4 - len(CACHE)))
+    split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
+    return ArrayLayout(
+        name=KV_CACHE,
+        count=1,
+        axes=(
+            (("pages", pages),),
+            (("kv_heads", config.model.num_kv_heads),),
+            (("tokens", block),),
+            (("width", width),),
+        ),
+        shape=(pages, *whole),
+        mesh_axes=tuple(split),
+        device_shape=(pages, *config.page_shape),
+        dtype=jnp.dtype(config.cache_dtype).name,
+        device_bytes=num_blocks * config.block_bytes,
+    )

@@ -1,0 +1,204 @@
+"""`jaxllm explain`: layouts, steps and exchanges by the formulas, without a compiler for the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from support.tiny_model import SMALL, write_tiny_model
+
+import jaxllm
+from jaxllm import LLM, Explanation
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.devices import GPUS
+from jaxllm.config.links import LINKS, Link, exchange_seconds
+from jaxllm.entrypoints.cli import main
+from jaxllm.planning import api
+from jaxllm.planning.layout import KV_CACHE
+
+#: Llama 3.3 70B's sizes
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+ASKED: dict[str, Any] = {"device": "h100", "tensor_parallel_size": 4, "max_num_seqs": 128}
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine may have one."""
+    monkeypatch.setattr(api, "find_compiler", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(model: Path) -> Explanation:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "find_compiler", lambda folder: None)
+        return jaxllm.explain(model, **ASKED)
+
+
+def test_every_gpu_has_a_link():
+    assert LINKS.keys() == GPUS.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "steps", "sent"),
+    [
+        # a ring of four; bytes that the collective gives a device -> bytes that each sends
+        ("all-reduce", 2**30, 6, 2 * 2**30 * 3 / 4),
+        ("all-gather", 2**30, 3, 2**30 * 3 / 4),
+        ("reduce-scatter", 2**28, 3, 2**30 * 3 / 4),
+        ("all-to-all", 2**30, 3, 2**30 * 3 / 4),
+        ("collective-permute", 2**30, 1, 2**30),
+    ],
+)
+def test_large_exchanges_take_what_the_links_allow(kind: str, size: int, steps: int, sent: float):
+    link = Link(name="a link", bandwidth=1e11, small_step=1e-6, large_step=2e-6)
+    assert exchange_seconds(kind, size, 4, link) == pytest.approx(8.4e-6 + steps * 2e-6 + sent / 1e11)
+    assert exchange_seconds(kind, size, 1, link) == 0
+
+
+def test_small_exchanges_take_a_latency():
+    """NCCL's numbers: an all-reduce of 16 KiB on eight H100 is 6.6 + 14 * 0.6 us, and a little to send it."""
+    seconds = exchange_seconds("all-reduce", 2**14, 8, LINKS["h100"])
+    assert seconds == pytest.approx(15e-6 + 2 * 2**14 * 7 / 8 * 4 / 450e9)
+
+
+def test_arrays_lie_as_megatron_has_them(llama: Explanation):
+    layouts = {layout.name: layout for layout in llama.layouts}
+    qkv, down, norm, cache = (layouts[name] for name in ("layers.qkv", "layers.down", "norm", KV_CACHE))
+    # one entry for 80 arrays of one layer each; a quarter of the rows, and of the columns
+    assert qkv.count == 80 and qkv.shape == (1, 10240, 8192) and qkv.device_shape == (1, 2560, 8192)
+    assert qkv.mesh_axes == (None, "tensor", None) and qkv.device_bytes == 80 * 2560 * 8192 * 2
+    assert down.device_shape == (1, 8192, 7168) and down.mesh_axes == (None, None, "tensor")
+    assert norm.device_shape == norm.shape == (8192,) and not norm.is_split
+    assert cache.device_shape == (cache.shape[0], 4, 16, 128) and cache.shape[1] == 16
+    assert cache.device_bytes == math.prod(cache.device_shape) * 2 == llama.plan.memory.kv_cache_bytes
+    weights = sum(layout.device_bytes for layout in llama.layouts) - cache.device_bytes
+    assert weights == llama.plan.memory.weight_bytes
+    sizes = {"tensor": 4}
+    assert qkv.part(sizes, {"tensor": 1}) == "heads 16 to 31 of 64, kv_heads 2 to 3 of 8"
+    assert norm.part(sizes, {"tensor": 1}) == "all of it"
+
+
+def test_what_does_not_divide_is_noted(model: Path):
+    layouts = {layout.name: layout for layout in jaxllm.explain(model, device="h200", tensor_parallel_size=16).layouts}
+    assert layouts["layers.qkv"].note({"tensor": 16}) == "neighbours share heads"
+    assert layouts["layers.qkv"].part({"tensor": 16}, {"tensor": 3}) == "heads 12 to 15 of 64, kv_heads 1 to 1 of 8"
+    assert layouts["head"].note({"tensor": 16}) == ""
+
+
+def test_steps_take_what_the_roofline_says(llama: Explanation):
+    names = [(step.name, step.tokens, step.requests) for step in llama.steps]
+    assert names == [
+        ("decode, one request", 1, 1),
+        ("decode, all requests", 128, 128),
+        ("largest step", llama.plan.memory.max_num_batched_tokens, 128),
+    ]
+    d, f, layers, words = 8192, 28672, 80, 128256
+    matrices = layers * (10240 * d + d * d + 3 * d * f) // 4
+    norms = (2 * layers + 1) * d
+    for step in llama.steps:
+        # the table of vectors is looked up in, not read
+        assert step.weight_bytes == 2 * (matrices + words * d // 4 + norms)
+        assert step.flops == 2 * (step.tokens * matrices + step.requests * words * d // 4)
+        assert step.read_seconds == pytest.approx(step.weight_bytes / 3.35232e12)
+        assert step.compute_seconds == pytest.approx(step.flops / 989.4e12)
+        sums, logits = step.exchanges if step.tokens > 128 else sorted(step.exchanges, key=lambda each: each.kind)[::-1]
+        assert (sums.kind, sums.times, sums.times_a_layer, sums.bytes) == ("all-reduce", 161, 2, step.tokens * d * 2)
+        assert (logits.kind, logits.times, logits.bytes) == ("all-gather", 1, step.requests * words * 4)
+        exchanged = 161 * exchange_seconds("all-reduce", sums.bytes, 4, LINKS["h100"])
+        exchanged += exchange_seconds("all-gather", logits.bytes, 4, LINKS["h100"])
+        assert step.exchange_seconds == pytest.approx(exchanged)
+        assert step.read_seconds is not None and step.compute_seconds is not None
+        assert step.seconds == pytest.approx(max(step.read_seconds, step.compute_seconds) + exchanged)
+    # a decode step waits for the memory, a long prompt for the products
+    (read, computed), (long_read, long_computed) = (
+        (step.read_seconds or 0.0, step.compute_seconds or 0.0) for step in (llama.steps[0], llama.steps[-1])
+    )
+    assert read > 100 * computed > 0 and long_computed > long_read
+
+
+def test_what_is_not_compiled_is_said(llama: Explanation):
+    text = str(llama)
+    assert not llama.plan.exact and all(step.not_compiled for step in llama.steps)
+    assert "This is an ESTIMATE from shapes" in text and "pip install --no-deps" in text
+    assert text.count("by the rules of the split, since there is nothing to compile with") == 3
+    assert "Mesh: tensor=4, each pair connected by NVLink 4, 450 GB/s in each direction" in text
+
+
+def test_one_device_exchanges_nothing(model: Path):
+    one = jaxllm.explain(model, device="b200")
+    assert all(not step.exchanges for step in one.steps) and "Mesh: one device" in str(one)
+    assert not any(layout.is_split for layout in one.layouts)
+
+
+def test_what_does_not_fit_is_explained_all_the_same(model: Path):
+    one = jaxllm.explain(model, device="h100")
+    assert not one.plan.fits and not one.plan.remedies and one.layouts
+    assert "`jaxllm plan` finds what would make it fit" in str(one)
+
+
+def test_a_model_that_pools_has_no_logits(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "architectures": ["LlamaModel"]}))
+    found = jaxllm.explain(tmp_path, device="h100", tensor_parallel_size=4)
+    [step] = found.steps
+    assert step.name == "largest step" and [exchange.kind for exchange in step.exchanges] == ["all-reduce"]
+
+
+def test_numbers_survive_json(llama: Explanation):
+    assert Explanation.from_dict(json.loads(json.dumps(llama.to_dict()))) == llama
+
+
+def test_the_command_prints_it(model: Path, llama: Explanation, capsys: pytest.CaptureFixture[str]):
+    argv = ["explain", str(model), "--device", "h100", "-tp", "4", "--max-num-seqs", "128"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(llama)
+    assert main([*argv, "--json"]) == 0
+    assert Explanation.from_dict(json.loads(capsys.readouterr().out)) == llama
+
+
+def test_a_notebook_draws_every_device(llama: Explanation):
+    html = llama._repr_html_()
+    drawn = ElementTree.fromstring(html[html.index("<svg") : html.index("</svg>") + 6])
+    titles = [title.text or "" for title in drawn.iter("title")]
+    assert [text.text for text in drawn.iter("text")] == ["tensor 0", "tensor 1", "tensor 2", "tensor 3"]
+    assert len(titles) == 4 * (len(llama.layouts) + 3)
+    assert "80 x layers.output: heads 48 to 63 of 64 (2.500 GiB)" in titles
+    heights = [float(rectangle.get("height", "")) for rectangle in drawn.iter("rect")]
+    assert sum(heights) == pytest.approx(4 * 220, abs=1)
+
+
+def test_text_is_no_markup(llama: Explanation):
+    named = dataclasses.replace(llama, plan=dataclasses.replace(llama.plan, basis="<script>"))
+    assert "<script>" not in named._repr_html_() and "&lt;script&gt;" in named._repr_html_()
+
+
+def test_the_null_model_has_nothing_to_explain(tmp_path: Path):
+    with (
+        LLM(write_tiny_model(tmp_path), load_format="null", **SMALL) as llm,
+        pytest.raises(ValidationError, match="nothing to explain"),
+    ):
+        llm.explain()
