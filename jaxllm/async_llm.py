@@ -118,7 +118,7 @@ class AsyncLLM:
         """
         engine = self.engine
         engine.check_generates("generate")
-        options = TokenizationOptions.of(tokenization_kwargs, max_model_len=engine.core.scheduler.config.max_model_len)
+        options = TokenizationOptions.of(tokenization_kwargs, max_model_len=engine.core.config.max_model_len)
         params = engine.default_params if sampling_params is None else sampling_params
         return self._run(engine.inputs, prompt, params, request_id, priority, options)
 

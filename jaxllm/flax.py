@@ -69,7 +69,7 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
         ValidationError: the engine pools, or its weights are split over devices.
         RuntimeError: it sleeps.
     """
-    (params,) = llm.apply_model(lambda params: params)
+    params, *_ = llm.apply_model(lambda params: params)
     if not isinstance(params, Params):
         raise ValidationError("to_nnx takes an engine that generates; this one pools (runner='pooling').")
     if any(not array.is_fully_replicated for array in jax.tree.leaves(params)):

@@ -529,10 +529,10 @@ class LLM:
         self.engine.release_kv_cache_memory()
 
     def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
-        """What `function` makes of the model's weights, a pytree of `jax.Array`; a list of one, as there is one
-        process.
+        """What `function` makes of the model's weights, a pytree of `jax.Array`; a list with one result for each copy
+        of the model (`data_parallel_size`).
         """
-        return [self.engine.apply_model(function)]
+        return self.engine.apply_model(function)
 
     def update_weights(self, params: Any) -> None:
         """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
@@ -557,7 +557,8 @@ class LLM:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Call something on the runner, which is what vLLM's workers are here; a list of one result.
+        """Call something on the runner, which is what vLLM's workers are here; a list with one result for each copy of
+        the model (`data_parallel_size`).
 
         Args:
             method: the name of one of the runner's methods (``"reload_weights"``), or a function of the runner.
@@ -566,7 +567,7 @@ class LLM:
         Raises:
             ValidationError: the runner has no such method.
         """
-        return [self.engine.call_runner(method, args, kwargs)]
+        return self.engine.call_runner(method, args, kwargs)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Devices that the engine uses.

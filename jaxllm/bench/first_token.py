@@ -56,7 +56,7 @@ def main() -> None:
         longest = min(plan.max_num_batched_tokens, plan.max_model_len - 1)
         llm.generate({"prompt_token_ids": [1] * longest}, params, use_tqdm=False)
         if plan.device == "cpu":  # whose memory is the process's
-            result["planned_bytes"] = plan.used_bytes * plan.tensor_parallel_size
+            result["planned_bytes"] = plan.used_bytes * plan.tensor_parallel_size * plan.data_parallel_size
         result["peak_rss_bytes"] = peak_rss_bytes()
     print(json.dumps(result))
 

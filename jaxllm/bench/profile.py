@@ -61,7 +61,7 @@ def _ms_per_token(session: JaxLLMSession) -> float | None:
 
 
 def _programs(llm: LLM) -> Any:
-    return llm.engine.core._runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+    return llm.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def profiled(llm: LLM, work: Callable[[], Any]) -> dict[str, list[op_times.Launch]]:

@@ -50,7 +50,7 @@ def check_whole_prompts(args: EngineArgs) -> None:
         )
 
 
-def check_deterministic(platform: str, *, pools: bool) -> None:
+def check_deterministic(platform: str, *, pools: bool, latents: bool = False) -> None:
     """Raise ValidationError where `EngineArgs.deterministic` cannot be kept."""
     if platform != "cpu":
         raise ValidationError(
@@ -59,6 +59,11 @@ def check_deterministic(platform: str, *, pools: bool) -> None:
         )
     if pools:
         raise ValidationError("deterministic=True is only available for models that generate. Leave it out.")
+    if latents:
+        raise ValidationError(
+            "deterministic=True is not available for models with latent attention: the products of their heads are "
+            "added up in an order that depends on how many tokens a step has. Leave it out."
+        )
 
 
 def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None) -> None:

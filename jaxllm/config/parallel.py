@@ -57,8 +57,10 @@ class ParallelConfig(Arguments):
         group="parallel",
         form="N,N,...",
     )
-    #: copies of the model, each with requests of its own
-    data_parallel_size: int = not_yet(1, _CAPABILITY, short="-dp")
+    #: on a CPU, copies of a model that is not split share one copy of its weights
+    data_parallel_size: int = argument(
+        1, at_least(1), "copies of the model, each with requests of its own", group="parallel", short="-dp"
+    )
     #: whether experts are spread over devices as wholes, not each of them split
     enable_expert_parallel: bool = not_yet(False, _CAPABILITY)
 

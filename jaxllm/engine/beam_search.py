@@ -113,7 +113,7 @@ def _advance(
     one_token = SamplingParams(
         max_tokens=1, temperature=params.temperature, logprobs=2 * params.beam_width, detokenize=False
     )
-    room = feeds.client.core.scheduler.config.max_model_len
+    room = feeds.client.core.config.max_model_len
     for _ in range(params.max_tokens):
         live = [s for s in searches if s.beams and not s.is_aborted and len(s.beams[0].tokens) < room]
         prompts = [_prompt(beam, search) for search in live for beam in search.beams]

@@ -15,6 +15,7 @@ from jaxllm.engine.io.parallel_sampling import ParallelSampling
 
 if TYPE_CHECKING:
     from jaxllm.engine.core import EngineCore
+    from jaxllm.engine.replicas import Replicas
     from jaxllm.engine.request import Request
 
 Receiver = Callable[[RequestOutput], object]
@@ -27,8 +28,8 @@ class EngineClient:
     to whoever waits for it. So the calls of several threads share the engine's batches.
     """
 
-    def __init__(self, core: EngineCore):
-        self._core: EngineCore | None = core
+    def __init__(self, core: EngineCore | Replicas):
+        self._core: EngineCore | Replicas | None = core
         #: held while the engine works
         self.lock = threading.RLock()
         self._receivers: dict[str, Receiver] = {}
@@ -42,7 +43,7 @@ class EngineClient:
         self._ids = itertools.count()
 
     @property
-    def core(self) -> EngineCore:
+    def core(self) -> EngineCore | Replicas:
         """Raises RuntimeError after `close`."""
         if self._core is None:
             raise RuntimeError("the engine has been shut down; make a new LLM")
@@ -198,7 +199,7 @@ class EngineClient:
         """Put every running request back into the queue; it will be computed anew."""
         with self.lock:
             self._deliver_all(self.core.drain)
-            self.core.scheduler.preempt_all()
+            self.core.preempt_all()
 
     def pause(self, mode: str, *, preempt: bool = True) -> None:
         """Bring the requests to rest: "abort" ends them, "wait" runs them to their end, "keep" leaves them as they are.

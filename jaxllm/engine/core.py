@@ -67,6 +67,21 @@ class EngineCore:
         self._observers: tuple[StepObserver, ...] = ()
         self._observers_lock = threading.Lock()
 
+    @property
+    def config(self) -> SchedulerConfig:
+        """The limits that hold."""
+        return self.scheduler.config
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that can run at once."""
+        return self.config.max_num_seqs
+
+    @property
+    def cores(self) -> tuple[EngineCore, ...]:
+        """Those whose steps can be watched one by one."""
+        return (self,)
+
     def add_request(self, request: Request, text: str | None) -> None:
         """Queue a request.
 
@@ -74,6 +89,14 @@ class EngineCore:
             ValidationError: it can never run.
             RuntimeError: the engine sleeps, or takes no requests while it is paused.
         """
+        self.check_request(request)
+        self.scheduler.add_request(request)
+        self._outputs.add(request, text)
+        if self._constraints is not None:
+            self._constraints.add(request)
+
+    def check_request(self, request: Request) -> None:
+        """Raise what `add_request` would raise; any thread may ask."""
         self.check_awake()
         if self._refuses:
             self.check_runs()
@@ -88,10 +111,7 @@ class EngineCore:
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
                 'Set scheduling_policy="priority" when making the LLM.'
             )
-        self.scheduler.add_request(request)
-        self._outputs.add(request, text)
-        if self._constraints is not None:
-            self._constraints.add(request)
+        self.scheduler.check_request(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests and return what there is of them; what they hold is free for the next step. Unknown ids are
@@ -103,6 +123,11 @@ class EngineCore:
     def has_unfinished(self) -> bool:
         """Whether a request runs or waits."""
         return self.scheduler.has_unfinished
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits, and no step is to be read."""
+        return not (self.has_unfinished or self._in_flight)
 
     def step(self) -> list[RequestOutput]:
         """Launch a step, if there is anything to launch; and read the oldest one, when that makes enough steps that are
@@ -127,7 +152,7 @@ class EngineCore:
                 observer.turn_ends()
             return outputs
         except BaseException:
-            self._recover()
+            self.recover()
             raise
 
     def _launch(self, outputs: list[RequestOutput]) -> bool:
@@ -202,7 +227,8 @@ class EngineCore:
                 outputs.append(output)
         return outputs
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """End every request after a failed step, and make the device's state anew."""
         self._in_flight.clear()
         for request in self.scheduler.finish_all(RequestStatus.FINISHED_ERROR):
             self._metrics.record_finished(request)
@@ -219,9 +245,16 @@ class EngineCore:
             while self._in_flight:
                 outputs += self._read()
         except BaseException:
-            self._recover()
+            self.recover()
             raise
         return outputs
+
+    def rest(self) -> None:
+        """Wait for what runs in other threads: nothing does."""
+
+    def preempt_all(self) -> None:
+        """Put every running request back into the queue, after all steps have been read."""
+        self.scheduler.preempt_all()
 
     # Pauses, which keep what is in memory.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.core import EngineCore
     from jaxllm.engine.io.input_processor import InputProcessor
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
+    from jaxllm.engine.replicas import Replicas
     from jaxllm.runner.memory.plan import MemoryPlan
     from jaxllm.runner.null import NullRunner
     from jaxllm.runner.runner import Runner
@@ -46,8 +47,10 @@ class Engine:
 
     Args:
         args: what it was started with.
+        core: or several of them, see `Replicas`.
         inputs: makes requests that continue prompts.
         pooling_inputs: makes requests that pool them; None: the engine generates.
+        runners: of each replica.
         profile: begins a profile in a folder, see `Watching`.
         memory_plan: what the device's memory holds, in bytes.
         startup_times: seconds of each start-up phase.
@@ -60,18 +63,18 @@ class Engine:
     def __init__(
         self,
         args: EngineArgs,
-        core: EngineCore,
+        core: EngineCore | Replicas,
         inputs: InputProcessor,
         pooling_inputs: PoolingInputs | None,
         *,
-        runner: Runner | NullRunner,
+        runners: Sequence[Runner | NullRunner],
         default_params: SamplingParams,
         profile: Callable[[Path], Any],
         memory_plan: MemoryPlan,
         startup_times: dict[str, float],
         model_files: ModelFiles,
     ):
-        self.args, self.runner, self.model_files = args, runner, model_files
+        self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
         self.client = EngineClient(core)
         self.inputs, self.default_params = inputs, default_params
@@ -82,12 +85,12 @@ class Engine:
         self.stepped = SteppedRequests(self.client, inputs)
         folder = args.profiler_config.torch_profiler_dir
         self.watching = Watching(
-            self.client, runner.bucket, profile, Path(folder) if folder else cache_folder() / "profiles"
+            self.client, runners[0].bucket, profile, Path(folder) if folder else cache_folder() / "profiles"
         )
         self._pooling = None if pooling_inputs is None else Pooling(self.feeds, pooling_inputs)
         # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
         # is, and in the middle of XLA's code the whole process with it.
-        at_exit = atexit.register(functools.partial(self.client.lock.acquire))
+        at_exit = atexit.register(functools.partial(_end_steps, self.client.lock, core))
         self._free = weakref.finalize(self, _free, core, self.pool, at_exit)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
@@ -114,7 +117,17 @@ class Engine:
         )
 
     @property
-    def core(self) -> EngineCore:
+    def runner(self) -> Runner | NullRunner:
+        """Of the first replica, whose weights all have."""
+        return self.runners[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """What weights and states take at present, wherever they are."""
+        return sum(runner.num_bytes for runner in self.runners)
+
+    @property
+    def core(self) -> EngineCore | Replicas:
         """Raises RuntimeError after `shutdown`."""
         return self.client.core
 
@@ -144,7 +157,7 @@ class Engine:
         return vllm_config(
             self.args,
             self.model_files.checkpoint.config,
-            scheduler=self.core.scheduler.config,
+            scheduler=self.core.config,
             dtype=config.dtype,
             pools=self._pooling is not None,
             block_size=plan.block_size,
@@ -215,10 +228,10 @@ class Engine:
             self.client.pause("abort")
             self.core.sleep(0, kv_cache=True)
 
-    def apply_model(self, function: Callable[[Any], Result]) -> Result:
+    def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
         with self.client.lock:
             self.core.check_awake()
-            return function(self.runner.params)
+            return [function(runner.params) for runner in self.runners]
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
@@ -227,26 +240,31 @@ class Engine:
             # what a pause keeps was computed with the old ones
             self.client.preempt_all()
             self.runner.set_params(params)
+            others: list[Any] = list(self.runners[1:])
+            for runner in others:
+                runner.reload_weights()  # from the first
             self.core.reset_prefix_cache()
 
     def call_runner(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
-    ) -> Any:
+    ) -> list[Any]:
+        calls: list[Callable[..., Any]]
         if method == "update_config":
-            call = self.update_config
+            calls = [self.update_config] * len(self.runners)
         elif isinstance(method, str):
             known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
             if method not in known:
                 raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
-            call = getattr(self.runner, method)
+            calls = [getattr(runner, method) for runner in self.runners]
         else:
-            call = functools.partial(method, self.runner)
+            calls = [functools.partial(method, runner) for runner in self.runners]
         with self.client.lock:
             if method == "reload_weights":
                 # what was computed with the old ones is computed anew
                 self.client.preempt_all()
                 self.core.reset_prefix_cache()
-            return call(*args, **(kwargs or {}))
+            self.core.rest()
+            return [call(*args, **(kwargs or {})) for call in calls]
 
     def update_config(self, overrides: Mapping[str, Any]) -> None:
         """What vLLM's workers are told before ``reload_weights``: what weights are read from, and nothing else.
@@ -272,7 +290,13 @@ def _check_mode(mode: str) -> None:
         raise ValidationError(f'mode must be "abort", "wait" or "keep", got {mode!r}.')
 
 
-def _free(core: EngineCore, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
+def _end_steps(lock: Any, core: EngineCore | Replicas) -> None:
+    """Let what runs end, and nothing begin."""
+    lock.acquire()
+    core.rest()
+
+
+def _free(core: EngineCore | Replicas, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
     atexit.unregister(at_exit)
     pool.shutdown()
     core.shutdown()

@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.layers.attention import Layout, latent_attention, write_latents
 from jaxllm.layers.context import Context, StepBatch
@@ -114,5 +115,18 @@ def latent_block(
 
 
 def _of_each_head(product: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    y = jnp.einsum(product, x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    """The product of each head's numbers with its own matrix, accumulated in float32, in x's dtype."""
+
+    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum(product, x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+
+    def widened(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # XLA:CPU cannot multiply several bfloat16 matrices at once
+        return multiply(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+    y = (
+        lax.platform_dependent(x, weight, cpu=widened, default=multiply)
+        if x.dtype == jnp.bfloat16
+        else multiply(x, weight)
+    )
     return y.astype(x.dtype)

@@ -58,6 +58,8 @@ class Plan:
         if memory.tensor_parallel_size > 1:
             lines[0] = f"Each of {memory.tensor_parallel_size} devices: {lines[0]}"
             lines.append(f"  a step exchanges {exchanged}")
+        if memory.data_parallel_size > 1:
+            lines[0] = f"Each of {memory.data_parallel_size} replicas: {lines[0]}"
         lines.append(self.verdict())
         lines += [f"  {remedy}" for remedy in self.remedies]
         lines.append(self.basis)

@@ -130,6 +130,29 @@ def build_runner(
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
 
 
+def build_replica(config: RunnerConfig, first: Built) -> Runner:
+    """Another runner of the same model: on the devices of the first one it shares its weights and programs, on others
+    it has copies of the weights, and programs compiled for its own devices.
+
+    Args:
+        config: the first one's, on the devices of this one.
+    """
+    runner, plan = first.runner, first.plan
+    assert isinstance(runner, Runner)
+    programs = runner.head.programs
+    config = dataclasses.replace(config, scheduler=first.scheduler)
+    if config.target.sharers == 1:
+        programs = make_programs(config, config.params(), plan.num_blocks)
+        programs.compile_all()
+        freed_memory.give_back_code()
+    max_num_seqs = config.scheduler.max_num_seqs
+    rows = Rows(max_num_seqs, len(config.groups), config.table_width)
+    replica = Runner(None, lambda: runner.params, _head(programs, max_num_seqs), rows, source=runner)
+    replica.restore_weights()
+    replica.warm_up()
+    return replica
+
+
 def compiled_plan(
     config: RunnerConfig, *, compiled: Callable[[float], object]
 ) -> tuple[RunnerConfig, Programs | PipelinePrograms, MemoryPlan]:

@@ -28,13 +28,20 @@ class Runner(DeviceMemory[Any, Any]):
         head: what steps end in, with programs compiled for the shapes of the weights and of the state, which is
             allocated here.
         padding: told of every step; None: padding costs nothing to speak of.
+        source: another runner of the model, whose weights these are.
     """
 
     def __init__(
-        self, params: Any, reload: Callable[[], Any], head: Head, rows: Rows, padding: PaddingCost | None = None
+        self,
+        params: Any,
+        reload: Callable[[], Any],
+        head: Head,
+        rows: Rows,
+        padding: PaddingCost | None = None,
+        source: Runner | None = None,
     ):
         self.head, self._rows, self._padding = head, rows, padding
-        super().__init__(params, reload, head.allocator)
+        super().__init__(params, reload, head.allocator, source)
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or

@@ -46,6 +46,8 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     target: Target
+    #: copies of the model, each on devices such as these
+    data_parallel_size: int = 1
     #: () where the model is not cut into stages
     pipeline: tuple[Stage, ...] = ()
     #: what `stages` says of one of them; None: this is the whole model
@@ -209,8 +211,9 @@ class RunnerConfig:
 
     @property
     def weight_bytes(self) -> int:
-        """On one device."""
-        return device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        """On one device; a part of them where other copies of the model share them."""
+        whole = device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
+        return -(-whole // self.target.sharers)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

@@ -90,7 +90,7 @@ class Setup:
         )
 
     def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
-        """What the runner is built from on the devices of `target`.
+        """What the runner is built from on the devices of `target`, those of one replica.
 
         Args:
             progress: told how far the start is.
@@ -115,7 +115,7 @@ class Setup:
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
-            check_deterministic(target.platform, pools=self.pooler is not None)
+            check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
         block_size = args.block_size or default_block_size(target.platform)
         backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size)
@@ -126,6 +126,7 @@ class Setup:
             scheduler=limits,
             dtype=dtype,
             target=target,
+            data_parallel_size=args.data_parallel_size,
             pipeline=stages,
             attention=dataclasses.replace(backend, deterministic=args.deterministic),
             block_size=block_size,

@@ -28,7 +28,8 @@ from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.engine.io.token_constraints import TokenConstraints
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
-from jaxllm.runner.build import Built, build_runner
+from jaxllm.engine.replicas import Replicas
+from jaxllm.runner.build import Built, build_replica, build_runner
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target, target_here
@@ -48,6 +49,8 @@ from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.runner.runner import Runner
 
 logger = logging.getLogger("jaxllm")
 
@@ -99,7 +102,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
         loading = background.submit(_tokenizer, tokenizer_path, args.tokenizer_mode)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
-        config = setup.runner_config(target, progress=progress)
+        config = setup.runner_config(target.replica(0), progress=progress)
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
@@ -114,6 +117,12 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
                 loading.result()  # nothing more is loaded where it failed
 
         built = None if is_null else build_runner(config, checkpoint, record, background)
+        replicas: list[Runner] = []
+        if built is not None and target.grid.data > 1:
+            clock = time.perf_counter()
+            for number in range(1, target.grid.data):
+                replicas.append(build_replica(dataclasses.replace(config, target=target.replica(number)), built))
+            times["replicas"] = time.perf_counter() - clock
         clock = time.perf_counter()
         tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
@@ -130,20 +139,29 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     logger.info("init engine took %.1f s (%s)", sum(times.values()), phases)
     if not is_null:
         start_times.keep(sum(times.values()), compiled=progress.compiles)
-    metrics = EngineMetrics(
-        str(args.model),
-        max_model_len=plan.max_model_len,
-        cache_info={
-            "block_size": cache.block_size,
-            "num_gpu_blocks": cache.num_blocks,
-            "gpu_memory_utilization": args.gpu_memory_utilization,
-            "enable_prefix_caching": cache.enable_prefix_caching,
-        },
-    )
-    constraints = None
+    runners = [built.runner, *replicas]
+    cache_info = {
+        "block_size": cache.block_size,
+        "num_gpu_blocks": cache.num_blocks,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+    }
+    constraints = [None] * len(runners)
     if pooler is None:
-        constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids)
-    core = EngineCore(built.scheduler, cache, built.runner, tokenizer, metrics, constraints, pools=pooler is not None)
+        constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids, len(runners))
+    cores = [
+        EngineCore(
+            built.scheduler,
+            cache,
+            runner,
+            tokenizer,
+            EngineMetrics(str(args.model), max_model_len=plan.max_model_len, engine=number, cache_info=cache_info),
+            constraints[number],
+            pools=pooler is not None,
+        )
+        for number, runner in enumerate(runners)
+    ]
+    core = cores[0] if len(cores) == 1 else Replicas(cores)
     if log_interval is not None:
         prefix_caching = cache.enable_prefix_caching
         core.observe(StatsLog(core.stats, log_interval, prefix_caching=prefix_caching, cache_name=plan.cache_name))
@@ -155,7 +173,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
         max_logprobs=args.max_logprobs,
         extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
         seed=args.seed,
-        constraints=constraints,
+        constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
         embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
@@ -175,7 +193,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
         core,
         inputs,
         pooling_inputs,
-        runner=built.runner,
+        runners=runners,
         default_params=default_params,
         profile=Profile,
         memory_plan=plan,
@@ -190,7 +208,7 @@ def _tell_of_others() -> None:
         return
     gc.collect()  # what only waits for the collector is not alive
     if running := Engine.running():
-        size = sum(engine.runner.num_bytes for engine in running) / 1e6
+        size = sum(engine.num_bytes for engine in running) / 1e6
         logger.info(
             "This process has %s that hold%s %.0f MB (%s). To end one: llm.shutdown(), or `del llm` before the next "
             "`llm = LLM(...)`.",
@@ -208,8 +226,13 @@ def _engine_text(args: EngineArgs, path: Path, target: Target) -> str:
 
 
 def _token_constraints(
-    args: EngineArgs, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos_token_ids: frozenset[int]
-) -> TokenConstraints:
+    args: EngineArgs,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    eos_token_ids: frozenset[int],
+    count: int,
+) -> list[TokenConstraints]:
+    """Of so many replicas, which share compiled grammars."""
     config, reasoning = args.structured_outputs_config, args.reasoning_config
     parser = args.reasoning_parser or reasoning.reasoning_parser or config.reasoning_parser
     compiler, obstacle = None, "Structured outputs requires a tokenizer so it can't be used with 'skip_tokenizer_init'"
@@ -220,14 +243,17 @@ def _token_constraints(
             obstacle = f"Structured outputs need llguidance, which cannot be imported ({error}): pip install llguidance"
         else:
             compiler = GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, config=config)
-    return TokenConstraints(
-        compiler,
-        tokenizer,
-        obstacle=obstacle,
-        vocab_size=vocab_size,
-        config=config,
-        reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),
-    )
+    return [
+        TokenConstraints(
+            compiler,
+            tokenizer,
+            obstacle=obstacle,
+            vocab_size=vocab_size,
+            config=config,
+            reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),
+        )
+        for _ in range(count)
+    ]
 
 
 def _tokenizer_path(args: EngineArgs, model: Path) -> Path | None:

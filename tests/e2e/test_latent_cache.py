@@ -53,6 +53,7 @@ def test_every_device_has_all_latents(found: dict[str, Any], devices: int):
         ({"attention_bias": True}, {}, "attention_bias=true is not supported for latent attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantized .quant_method 'fp8'.* take one in bfloat16"),
         ({"n_routed_experts": 8, "first_k_dense_replace": 1}, {}, "8 experts, which are not supported yet"),
+        ({}, {"deterministic": True}, "deterministic=True is not available for models with latent attention"),
         (
             {},
             {"tensor_parallel_size": 3},

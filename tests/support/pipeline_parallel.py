@@ -93,7 +93,7 @@ def traced(llm: LLM, folder: Path) -> dict[str, Any]:
         "stages": [dataclasses.asdict(record) for record in trace.stages],
         "bubble": trace.bubble,
         "text": repr(trace),
-        "drawn": sorted({event["tid"] for event in events if event["pid"] == 3 and event["ph"] == "X"}),
+        "drawn": sorted({event["args"]["name"] for event in events if event["name"] == "thread_name"}),
     }
 
 

@@ -344,10 +344,10 @@ def test_the_mesh_has_its_sizes_from_the_arguments():
     args = engine_args("m", pipeline_parallel_size=1, enable_expert_parallel=False)
     assert isinstance(args, ParallelConfig) and args.tensor_parallel_size == 1
     with pytest.raises(
-        ValidationError, match="data_parallel_size=2 is not supported yet: .* does not have parallelism"
+        ValidationError, match="enable_expert_parallel=True is not supported yet: .* does not have parallelism"
     ):
-        ParallelConfig(data_parallel_size=2)
-    assert engine_args("m", tensor_parallel_size="2").grid == (1, 1, 2)
+        ParallelConfig(enable_expert_parallel=True)
+    assert engine_args("m", data_parallel_size=3, tensor_parallel_size="2").grid == (3, 1, 2)
     assert str(Grid(data=3, tensor=2)) == "data_parallel_size=3 x tensor_parallel_size=2"
 
 

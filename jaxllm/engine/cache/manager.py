@@ -87,6 +87,13 @@ class KVCacheManager:
             for table, live, bound in zip(request.block_tables, request.first_live_blocks, self._bounds, strict=True)
         )
 
+    def prompt_hashes(self, request: Request) -> list[bytes]:
+        """Of the blocks of a prompt that the cache may have; [] where it is not asked."""
+        if not self._caching or request.skip_reading_prefix_cache:
+            return []
+        most = (request.num_prompt_tokens - 1) // self.block_size
+        return self._hasher.extend(request, most)[:most]
+
     def get_computed_blocks(self, request: Request) -> PrefixHit:
         """Find the longest cached prefix that every group agrees on. Holds none of its blocks.
 

@@ -123,7 +123,7 @@ class Feed:
                     if output.error is not None and self._raise:
                         if was_refused(output):
                             raise ValidationError(self._of(output.index, output.error))
-                        raise RuntimeError(f"{output.error} (in another call, while this one was waiting)")
+                        raise RuntimeError(output.error)  # a replica's, or of another call's step
                     if progress is not None:
                         progress.finished(output)
                     yield output

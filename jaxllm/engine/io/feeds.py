@@ -49,9 +49,9 @@ class Feeds:
             options: how texts become tokens; None: as `tokenization_kwargs` say.
             window: None: enough to keep the scheduler busy.
         """
-        scheduler = self.client.core.scheduler.config
+        scheduler = self.client.core.config
         if window is None:
-            window = max(2 * scheduler.max_num_seqs, 256)
+            window = max(2 * self.client.core.max_num_seqs, 256)
         # the scheduler sorts by priority only what it has
         if scheduler.policy == "priority" and isinstance(prompts, Sized):
             window = max(window, len(prompts))

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 
-_ENGINE, _REQUESTS, _STAGES = 1, 2, 3
-_HOST, _DEVICE = 1, 2
+#: ids of processes: the requests', and from this one on the replicas' beside the first, which is 1
+_REQUESTS = 2
+#: threads: those of a pipeline's stages are the last
+_HOST, _DEVICE, _STAGES = 1, 2, 3
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -33,7 +35,8 @@ def events(trace: Trace) -> list[dict[str, Any]]:
         timed += _step(step, zero)
     for record in trace.stages:
         what = {"step": record.step}
-        timed.append(_slice(f"step {record.step}", record.start, record.end, _STAGES, record.stage, zero, what))
+        place = _pid(record.engine), _STAGES + record.stage
+        timed.append(_slice(f"step {record.step}", record.start, record.end, *place, zero, what))
     for number, request in enumerate(trace.requests, start=1):
         timed += _request(request, number, zero)
     return listed + sorted(timed, key=lambda event: event["ts"])
@@ -43,14 +46,20 @@ def _names(trace: Trace) -> list[dict[str, Any]]:
     def name(kind: str, text: str, pid: int, tid: int = 0) -> dict[str, Any]:
         return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": text}}
 
+    engines = trace.engines or [0]
     return [
-        name("process_name", "engine", _ENGINE),
-        name("thread_name", "host", _ENGINE, _HOST),
-        name("thread_name", "device", _ENGINE, _DEVICE),
-        *([name("process_name", "stages", _STAGES)] if trace.stages else []),
         *(
-            name("thread_name", f"stage {stage + 1}", _STAGES, stage)
-            for stage in sorted({record.stage for record in trace.stages})
+            each
+            for engine in engines
+            for each in (
+                name("process_name", f"engine {engine}" if len(engines) > 1 else "engine", _pid(engine)),
+                name("thread_name", "host", _pid(engine), _HOST),
+                name("thread_name", "device", _pid(engine), _DEVICE),
+            )
+        ),
+        *(
+            name("thread_name", f"stage {stage + 1}", _pid(engine), _STAGES + stage)
+            for engine, stage in sorted({(record.engine, record.stage) for record in trace.stages})
         ),
         name("process_name", "requests", _REQUESTS),
         *(
@@ -60,7 +69,12 @@ def _names(trace: Trace) -> list[dict[str, Any]]:
     ]
 
 
+def _pid(engine: int) -> int:
+    return engine + (_REQUESTS if engine else 1)
+
+
 def _step(step: StepRecord, zero: float) -> list[dict[str, Any]]:
+    pid = _pid(step.engine)
     what = {
         "step": step.step,
         "prefill tokens": step.num_prefill_tokens,
@@ -71,14 +85,14 @@ def _step(step: StepRecord, zero: float) -> list[dict[str, Any]]:
     decided, waited = step.start + step.schedule_time, step.read_start + step.wait_time
     title = f"step {step.step}"
     slices = [
-        _slice("schedule", step.start, decided, _ENGINE, _HOST, zero, {"step": step.step}),
-        _slice("launch", decided, decided + step.launch_time, _ENGINE, _HOST, zero, {"step": step.step}),
-        _slice("wait", step.read_start, waited, _ENGINE, _HOST, zero, {"step": step.step}),
-        _slice("update", waited, waited + step.update_time, _ENGINE, _HOST, zero, {"step": step.step}),
+        _slice("schedule", step.start, decided, pid, _HOST, zero, {"step": step.step}),
+        _slice("launch", decided, decided + step.launch_time, pid, _HOST, zero, {"step": step.step}),
+        _slice("wait", step.read_start, waited, pid, _HOST, zero, {"step": step.step}),
+        _slice("update", waited, waited + step.update_time, pid, _HOST, zero, {"step": step.step}),
         _slice(
-            "output", step.output_start, step.output_start + step.output_time, _ENGINE, _HOST, zero, {"step": step.step}
+            "output", step.output_start, step.output_start + step.output_time, pid, _HOST, zero, {"step": step.step}
         ),
-        _slice(title, step.device_start, step.device_start + step.device_time, _ENGINE, _DEVICE, zero, what),
+        _slice(title, step.device_start, step.device_start + step.device_time, pid, _DEVICE, zero, what),
     ]
     counters = {
         "tokens": {"prefill": step.num_prefill_tokens, "decode": step.num_decode_tokens},
@@ -87,12 +101,12 @@ def _step(step: StepRecord, zero: float) -> list[dict[str, Any]]:
     }
     at = _microseconds(decided, zero)
     counted = [
-        {"ph": "C", "name": name, "pid": _ENGINE, "tid": _HOST, "ts": at, "args": values}
+        {"ph": "C", "name": name, "pid": pid, "tid": _HOST, "ts": at, "args": values}
         for name, values in counters.items()
     ]
     if step.num_preemptions:
         text = "preemption" if step.num_preemptions == 1 else f"{step.num_preemptions} preemptions"
-        counted.append({"ph": "i", "s": "p", "name": text, "pid": _ENGINE, "tid": _HOST, "ts": at})
+        counted.append({"ph": "i", "s": "p", "name": text, "pid": pid, "tid": _HOST, "ts": at})
     return slices + counted
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
 from jaxllm.engine.request import RequestStatus
+from jaxllm.engine.scheduling.scheduler import SchedulerStats
 
 if TYPE_CHECKING:
     from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.scheduler import SchedulerStats, StepUpdates
+    from jaxllm.engine.scheduling.scheduler import StepUpdates
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 
@@ -61,19 +62,47 @@ class EngineStats:
     prefix_cache_hit_rate: float
 
 
+def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
+    """Of several engines together; shares of the cache are means of theirs."""
+    schedulers = [part.scheduler for part in parts]
+    asked = sum(part.prefix_cache_queries for part in parts)
+    hits = sum(part.prefix_cache_hit_rate * part.prefix_cache_queries for part in parts)
+    return EngineStats(
+        scheduler=SchedulerStats(
+            num_running=sum(one.num_running for one in schedulers),
+            num_waiting=sum(one.num_waiting for one in schedulers),
+            num_preemptions=sum(one.num_preemptions for one in schedulers),
+            num_preempted_tokens=sum(one.num_preempted_tokens for one in schedulers),
+            kv_cache_usage=sum(one.kv_cache_usage for one in schedulers) / len(parts),
+        ),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        prompt_tokens_cached=sum(part.prompt_tokens_cached for part in parts),
+        generation_tokens=sum(part.generation_tokens for part in parts),
+        prefix_cache_queries=asked,
+        prefix_cache_hits=sum(part.prefix_cache_hits for part in parts),
+        prefix_cache_hit_rate=hits / asked if asked else 0.0,
+    )
+
+
 class EngineMetrics:
     """Counters and histograms of one engine, from its start.
 
     Args:
-        model_name: the label of all metrics.
+        model_name: a label of all metrics.
         max_model_len: tokens; the last bound of the histograms of lengths is at most this.
+        engine: the number of this one among several.
         cache_info: what `vllm:cache_config_info` says of the cache (block_size, num_gpu_blocks, ...).
     """
 
     def __init__(
-        self, model_name: str, *, max_model_len: int = 1_000_000, cache_info: Mapping[str, Any] | None = None
+        self,
+        model_name: str,
+        *,
+        max_model_len: int = 1_000_000,
+        engine: int = 0,
+        cache_info: Mapping[str, Any] | None = None,
     ) -> None:
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
         #: held while numbers that belong together change, and while they are read
         self._lock = threading.Lock()

@@ -21,9 +21,13 @@ class StageRecord:
     stage: int
     start: float
     end: float
+    #: number of the replica
+    engine: int = 0
 
 
-def stage_records(times: Sequence[Sequence[tuple[int, float, float]]], zero: float) -> list[StageRecord]:
+def stage_records(
+    times: Sequence[Sequence[tuple[int, float, float]]], zero: float, engine: int = 0
+) -> list[StageRecord]:
     """The records of a pipeline, stage after stage.
 
     Args:
@@ -36,18 +40,19 @@ def stage_records(times: Sequence[Sequence[tuple[int, float, float]]], zero: flo
         free, ends = 0.0, {}
         for step, launched, end in steps:
             start = min(max(launched, free, handed_on.get(step, 0.0)), end)
-            records.append(StageRecord(step=step, stage=stage, start=start - zero, end=end - zero))
+            records.append(StageRecord(step=step, stage=stage, start=start - zero, end=end - zero, engine=engine))
             free = ends[step] = end
         handed_on = ends
     return records
 
 
 def busy_shares(records: Sequence[StageRecord]) -> list[float]:
-    """Of each stage, the share of the time from the first step's beginning to the last one's end in which it worked."""
+    """Of each stage of each replica, the share of the time from the first step's beginning to the last one's end in which it worked."""
     if not records:
         return []
     whole = max(record.end for record in records) - min(record.start for record in records)
-    stages = groupby(sorted(records, key=attrgetter("stage")), key=attrgetter("stage"))
+    place = attrgetter("engine", "stage")
+    stages = groupby(sorted(records, key=place), key=place)
     return [sum(record.end - record.start for record in own) / max(whole, 1e-9) for _, own in stages]
 
 

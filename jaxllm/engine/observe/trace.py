@@ -59,6 +59,8 @@ class StepRecord:
     #: from `device_start` until the host had the result. Never overlaps the step before. It is exact while the host
     #: waits for the device; where the host comes late (`wait_time` near 0), the device may have been done earlier
     device_time: float
+    #: number of the replica that ran it
+    engine: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +89,8 @@ class RequestRecord:
     last_token: float | None
     #: from each preemption to the return
     preempted: tuple[tuple[float, float], ...] = ()
+    #: number of the replica that had it
+    engine: int = 0
 
     def spans(self) -> list[tuple[str, float, float]]:
         """("queued" | "prefill" | "decode", start, end), one after the other."""
@@ -112,7 +116,7 @@ class Trace:
 
     def __init__(self, attach: Callable[[Trace], None], detach: Callable[[Trace], None]) -> None:
         self._attach, self._detach = attach, detach
-        #: in the order in which they ran
+        #: in the order in which they ran, on each replica
         self.steps: list[StepRecord] = []
         #: in the order in which they ended; those that have not come last, once the trace has stopped
         self.requests: list[RequestRecord] = []
@@ -148,10 +152,12 @@ class Trace:
         if not self.steps:
             return "Trace(no steps)"
         arrays = self.arrays()
-        seconds = float(arrays["read_start"][-1] + arrays["wait_time"][-1] - arrays["start"][0])
+        seconds = float((arrays["read_start"] + arrays["wait_time"]).max() - arrays["start"].min())
+        replicas = len(self.engines)
         prefill, decode = int(arrays["num_prefill_tokens"].sum()), int(arrays["num_decode_tokens"].sum())
         return (
-            f"Trace({len(self.steps)} steps and {len(self.requests)} requests in {seconds:.3f} s; "
+            f"Trace({len(self.steps)} steps and {len(self.requests)} requests in {seconds:.3f} s"
+            f"{f' on {replicas} replicas' if replicas > 1 else ''}; "
             f"{prefill} prefill and {decode} decode tokens; "
             f"KV cache at most {100 * arrays['kv_cache_usage'].max():.1f}% full; "
             f"{int(arrays['num_preemptions'].sum())} preemptions; device busy {arrays['device_time'].sum():.3f} s"
@@ -162,11 +168,19 @@ class Trace:
         shares = [f"{100 * share:.0f}%" for share in busy_shares(self.stages)]
         return f"; {len(shares)} stages busy {', '.join(shares)} of the time" if shares else ""
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The steps' fields as arrays of int64 or float64, one entry a step."""
-        return {
-            name: np.array([getattr(step, name) for step in self.steps], dtype=_dtype(name)) for name in _STEP_FIELDS
-        }
+    @property
+    def engines(self) -> list[int]:
+        """Numbers of the replicas that ran steps."""
+        return sorted({step.engine for step in self.steps})
+
+    def arrays(self, engine: int | None = None) -> dict[str, np.ndarray]:
+        """The steps' fields as arrays of int64 or float64, one entry a step.
+
+        Args:
+            engine: of this replica; None: of all.
+        """
+        steps = [step for step in self.steps if engine is None or step.engine == engine]
+        return {name: np.array([getattr(step, name) for step in steps], dtype=_dtype(name)) for name in _STEP_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
         """``{"steps": [...], "requests": [...], "stages": [...]}``, of what JSON knows."""

@@ -28,11 +28,22 @@ class TraceFigure(Figure):
 
 
 def plot(trace: Trace) -> Figure:
-    """Four panels over time: tokens a step, requests, KV cache, milliseconds a step; triangles for preemptions."""
-    figure = TraceFigure(figsize=(9, 7.5), layout="constrained")
-    panels = list(figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 2)))
-    steps = trace.arrays()
-    if trace.steps:
+    """Four panels over time: tokens a step, requests, KV cache, milliseconds a step; triangles for preemptions. Each
+    replica has four of its own.
+    """
+    engines = trace.engines or [0]
+    figure = TraceFigure(figsize=(9 * len(engines), 7.5), layout="constrained")
+    grid = figure.subplots(4, len(engines), sharex=True, squeeze=False, height_ratios=(3, 2, 2, 2))
+    for column, engine in zip(grid.T, engines, strict=True):
+        _column(list(column), trace.arrays(engine))
+        if len(engines) > 1:
+            column[0].set_title(f"replica {engine}")
+    figure.align_ylabels(list(grid.flat))
+    return figure
+
+
+def _column(panels: list[Axes], steps: dict[str, np.ndarray]) -> None:
+    if len(steps["start"]):
         # where the device runs it, until it has the next one; the host decides on a step while another one runs
         import numpy as np
 
@@ -51,8 +62,6 @@ def plot(trace: Trace) -> Figure:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     panels[-1].set_xlabel("seconds")
-    figure.align_ylabels(panels)
-    return figure
 
 
 def _tokens(panel: Axes, edges: np.ndarray, steps: dict[str, np.ndarray]) -> None:

@@ -32,6 +32,8 @@ class TraceRecorder(StepObserver):
     Args:
         bucket: (tokens, sequences) of a step -> those of the compiled program that runs it, first.
         clock: seconds; the one of the requests' times, so that both lie on one axis.
+        engine: number of the replica.
+        zero: the clock's time at the trace's start; None: now.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class TraceRecorder(StepObserver):
         scheduler: Scheduler,
         bucket: Callable[[int, int], tuple[int, ...]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        engine: int = 0,
+        zero: float | None = None,
     ) -> None:
-        self.trace = trace
+        self.trace, self._engine = trace, engine
         self._scheduler, self._bucket, self._clock = scheduler, bucket, clock
-        #: the trace's start on the clock
-        self.zero = clock()
+        self._zero = clock() if zero is None else zero
         self._num_preemptions = scheduler.stats().num_preemptions
         #: when the turn began; None outside of one, or when the trace was not yet on
         self._turn: float | None = None
@@ -56,7 +60,7 @@ class TraceRecorder(StepObserver):
         self._requests: dict[str, _Seen] = {}
 
     def _now(self) -> float:
-        return self._clock() - self.zero
+        return self._clock() - self._zero
 
     def turn_begins(self) -> None:
         self._turn = self._now()
@@ -79,6 +83,7 @@ class TraceRecorder(StepObserver):
         num_seqs = len(step.rows)
         bucket_tokens, bucket_seqs = self._bucket(step.step_sizes()[0], num_seqs)[:2] if self._bucket else (0, 0)
         self._launched[step.step] = {
+            "engine": self._engine,
             "step": step.step,
             "start": self._turn,
             "num_prefill_tokens": prefill,
@@ -176,13 +181,14 @@ class TraceRecorder(StepObserver):
                 num_cached_tokens=max(request.num_cached_tokens, 0),
                 num_output_tokens=request.num_output_tokens,
                 finish_reason=request.finish_reason,
-                queued=request.queued_ts - self.zero,
+                queued=request.queued_ts - self._zero,
                 scheduled=self._time(request.scheduled_ts),
                 first_token=self._time(request.first_token_ts),
                 last_token=self._time(request.last_token_ts),
                 preempted=tuple(seen.preempted),
+                engine=self._engine,
             )
         )
 
     def _time(self, moment: float) -> float | None:
-        return moment - self.zero if moment else None
+        return moment - self._zero if moment else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -62,23 +63,27 @@ class Watching:
 
     def trace(self) -> Trace:
         """What records each step while it is on."""
-        core, bucket = self._client.core, self._bucket
+        cores, bucket = self._client.core.cores, self._bucket
         recorders: list[TraceRecorder] = []
-        timers: list[StageTimer] = []
+        timers: list[tuple[StageTimer, int, float]] = []
 
         def attach(trace: Trace) -> None:
-            recorders.append(TraceRecorder(trace, core.scheduler, bucket))
-            core.observe(recorders[-1])
-            timer = core.time_stages()
-            timers.extend([] if timer is None else [timer])
+            zero = time.monotonic()
+            for number, core in enumerate(cores):
+                recorders.append(TraceRecorder(trace, core.scheduler, bucket, engine=number, zero=zero))
+                core.observe(recorders[-1])
+                timer = core.time_stages()
+                if timer is not None:
+                    timers.append((timer, number, zero))
 
         def detach(trace: Trace) -> None:
-            while recorders:
-                recorder = recorders.pop()
+            stopped, recorders[:] = list(recorders), []
+            for core, recorder in zip(cores, stopped, strict=False):
                 core.stop_observing(recorder)
                 recorder.close()
-                while timers:
-                    trace.stages += stage_records(timers.pop().stop(), recorder.zero)
+            timed, timers[:] = list(timers), []
+            for timer, number, zero in timed:
+                trace.stages += stage_records(timer.stop(), zero, number)
 
         return Trace(attach, detach)
 

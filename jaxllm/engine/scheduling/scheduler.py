@@ -116,9 +116,7 @@ class Scheduler:
         Raises:
             ValidationError: its prompt can never run, or its id is taken.
         """
-        self._limits.check_prompt(request.num_prompt_tokens, pools=request.pools)
-        if request.request_id in self._requests:
-            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
+        self.check_request(request)
         request.max_total_tokens = self._limits.end_of(request)
         request.routine_until = request.max_total_tokens - 1 if request.repetition is None else 0
         request.queued_ts = time.monotonic()
@@ -127,6 +125,12 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._decode_steps.add(request)
         self.waiting.push(request)
+
+    def check_request(self, request: Request) -> None:
+        """Raise what `add_request` would raise; any thread may ask."""
+        self._limits.check_prompt(request.num_prompt_tokens, pools=request.pools)
+        if request.request_id in self._requests:
+            raise ValidationError(f"Request id {request.request_id!r} is in use; wait for its end or choose another.")
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
         """End requests with ``FINISHED_ABORTED`` and return them; unknown and finished ids are passed over."""

@@ -39,6 +39,8 @@ class Target:
     total_bytes: int
     free_bytes: int
     grid: Grid = ONE_DEVICE
+    #: copies of the model that have one copy of the weights between them, and what there is of memory in equal parts
+    sharers: int = 1
     #: one of them
     device: Any
     #: of objects, [data, stage, tensor], as many as the grid has; None: there is nothing to compile with
@@ -136,6 +138,7 @@ def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
         total_bytes=min(total for total, _ in memory) // share,
         free_bytes=min(free for _, free in memory) // share,
         grid=grid,
+        sharers=grid.data if on_cpu and shares else 1,
         device=present[0],
         devices=_array(present, grid),
     )

@@ -36,11 +36,18 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         params: the model's weights, on the device; None: `restore_weights` reads them.
         reload: reads them anew.
         allocator: makes the state.
+        source: has the weights, of which these are a copy, or which these are on the same device.
     """
 
-    def __init__(self, params: Weights | None, reload: Callable[[], Weights], allocator: Allocator):
+    def __init__(
+        self,
+        params: Weights | None,
+        reload: Callable[[], Weights],
+        allocator: Allocator,
+        source: DeviceMemory[Weights, StateTree] | None = None,
+    ):
         self.params = params
-        self._reload, self._allocator = reload, allocator
+        self._reload, self._allocator, self._source = reload, allocator, source
         self._sharding = allocator.sharding
         #: whether nobody else holds the weights' arrays, so that they may be deleted
         self._owns_params = True
@@ -60,9 +67,17 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
 
     @property
     def num_bytes(self) -> int:
-        """What the weights and the state take at present, wherever they are."""
-        arrays = jax.tree.leaves((self.params, self._on_host, self._state))
+        """What the weights and the state take at present, wherever they are; weights that are the source's are not
+        counted twice.
+        """
+        weights = None if self._shares_params else (self.params, self._on_host)
+        arrays = jax.tree.leaves((weights, self._state))
         return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
+
+    @property
+    def _shares_params(self) -> bool:
+        """Whether its weights are the source's."""
+        return self._source is not None and self.params is self._source.params
 
     def reset(self) -> None:
         """Allocate the state anew: a failed step may have consumed what was donated to it."""
@@ -81,16 +96,20 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
         if params is None or (keep_on_host and on_cpu):
             return
-        on_host = jax.device_get(params) if keep_on_host else None
+        # the source keeps those that both have
+        on_host = jax.device_get(params) if keep_on_host and self._source is None else None
         self._delete_params()
         self._on_host = on_host
 
     def restore_weights(self) -> None:
         """Undo `free_weights`: from the host, or from where they were first read."""
-        if self.params is None:
-            on_host, shardings = self._on_host, self._allocator.param_shardings
-            params = self._reload() if on_host is None else jax.device_put(on_host, shardings)
-            self._use(params, owned=True)
+        if self.params is not None:
+            return
+        on_host, shardings, source = self._on_host, self._allocator.param_shardings, self._source
+        params = self._reload() if on_host is None else jax.device_put(on_host, shardings)
+        if source is not None and jax.tree.leaves(shardings) != jax.tree.leaves(source._allocator.param_shardings):
+            params = jax.device_put(params, shardings)
+        self._use(params, owned=source is None or params is not source.params)
 
     def reload_weights(self) -> None:
         """Read the weights anew from where they were first read."""

@@ -111,6 +111,8 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         max_concurrency=concurrency,
         kv_bytes_per_token=config.kv_bytes_per_token,
         tensor_parallel_size=config.target.num_devices,
+        data_parallel_size=config.data_parallel_size,
+        weight_sharers=config.target.sharers,
         pipeline_parallel_size=config.stage.count if config.stage else 1,
         stage=config.stage.index if config.stage else 0,
     )

@@ -46,6 +46,10 @@ class MemoryPlan:
     kv_bytes_per_token: int
     #: devices that share the model, each with the above
     tensor_parallel_size: int = 1
+    #: copies of the model, each on devices with the above
+    data_parallel_size: int = 1
+    #: copies that have one copy of the weights between them, of which `weight_bytes` is one part
+    weight_sharers: int = 1
     #: stages of layers, of which this one has the least room
     pipeline_parallel_size: int = 1
     stage: int = 0
@@ -68,6 +72,8 @@ class MemoryPlan:
         limit = self.kv_cache_limit
         note = f"; at most {limit / GIB:g} GiB unless kv_cache_memory_bytes says more" if limit else ""
         whole = self.used_bytes + self.unused_bytes
+        sharers = self.weight_sharers
+        shared = f"  (a part: {sharers} replicas share {self.weight_bytes * sharers / GIB:.3f} GiB)"
         of_stage = ""
         if self.pipeline_parallel_size > 1:
             of_stage = f", stage {self.stage + 1} of {self.pipeline_parallel_size}, which has the least room"
@@ -76,7 +82,7 @@ class MemoryPlan:
             [
                 f"Memory plan on {self.device} ({self.total_bytes / GIB:.2f} GiB, "
                 f"gpu_memory_utilization={self.gpu_memory_utilization:g}{of_stage})",
-                f"  weights      {gib(self.weight_bytes)}",
+                f"  weights      {gib(self.weight_bytes)}{shared if sharers > 1 else ''}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
                 f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
@@ -91,9 +97,10 @@ class MemoryPlan:
 
     def vllm_lines(self) -> list[str]:
         """The capacity in vLLM's words."""
+        each = f", on each of {self.data_parallel_size} replicas" if self.data_parallel_size > 1 else ""
         return [
             f"{self.cache_name} size: {self.num_tokens:,} tokens, "
-            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x"
+            f"Maximum concurrency for {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x{each}"
         ]
 
 
