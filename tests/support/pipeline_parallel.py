@@ -14,34 +14,32 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
-from support.pairs import BEGINNING, ON_ONE, PLAIN, add_bonus, arguments_of, generated, write_windows
+from support.pairs import PLAIN, add_bonus, generated
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
 
-from jaxllm import LLM, BeamSearchParams, LogitsProcessor
+from jaxllm import LLM, LogitsProcessor
 from jaxllm.flax import to_nnx
 from jaxllm.models.segments import segment_sizes
 from jaxllm.runner.heads.pipeline import PipelineHead
 
-LAYERS = 4
-TINY = dict(CONFIG)
+LAYERS = 5
+#: what every engine of the same model is started with
+COMMON: dict[str, Any] = {**ARGUMENTS, "max_num_batched_tokens": 8, "reasoning_config": PLAIN["reasoning_config"]}
 #: settings of `support.pairs` that stages work with; several decode steps in one launch are refused
-SETTINGS = [name for name in [*ON_ONE, "deterministic"] if name != "several decode steps"]
-BEAMS = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
-#: name -> how the model is spread; the first engine makes as many devices as the others need
+SETTINGS: dict[str, Any] = {"scheduling_policy": "priority", "max_num_active_seqs": 3, "deterministic": True}
+#: name -> how the model is spread, and what else is set; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
-    "4": {"pipeline_parallel_size": 4},
+    "4": {"pipeline_parallel_size": 4, **SETTINGS},
     "2 x 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-    "3": {"pipeline_parallel_size": 3},
-    "2": {"pipeline_parallel_size": 2, "pipeline_layer_partition": "3,1"},
     "one": {},
 }
 #: Gemma 3's local and global layers, whose embedding is the head: groups of which a stage has one, or parts of both
 HYBRID: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
-    "num_hidden_layers": 5,
-    "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 16,
     "query_pre_attn_scalar": 8,
     "tie_word_embeddings": True,
@@ -111,8 +109,7 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(to_nnx(llm))
     found["trained weights"] = tokens(generate(llm, PROMPTS, GREEDY))
-    for form in ("safetensors", "orbax"):
-        llm.save(folder / form, format=form)
+    llm.save(folder, format="orbax")
     return found
 
 
@@ -123,7 +120,7 @@ def hybrid(folder: Path) -> dict[str, Any]:
     params = dataclasses.replace(GREEDY, detokenize=False, prompt_logprobs=0)
     (folder / "drawn").mkdir()
     (folder / "drawn" / "config.json").write_text(json.dumps({**CONFIG, **HYBRID}))
-    stages = {"pipeline_parallel_size": 3, "pipeline_layer_partition": (1, 2, 2)}
+    stages = {"pipeline_parallel_size": 2, "pipeline_layer_partition": "1,2"}
 
     def told(llm: LLM) -> list[Any]:
         outputs = generate(llm, prompts, params)
@@ -139,22 +136,6 @@ def hybrid(folder: Path) -> dict[str, Any]:
         return {"cut": cut, "one": told(llm)}
 
 
-def pairs(folder: Path) -> dict[str, Any]:
-    """What two engines make of all that can be asked: one with stages and every setting, and one with none of them."""
-    folder.mkdir()
-    model, found = write_windows(folder), {}
-    for name, settings in (("stages", {"pipeline_parallel_size": 2, **arguments_of(SETTINGS)}), ("plain", PLAIN)):
-        processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
-        with LLM(model, **settings, logits_processors=processors) as llm:
-            found[name] = {
-                "generated": generated(llm),
-                "beams": [[b.tokens for b in o.sequences] for o in llm.beam_search([BEGINNING], BEAMS)],
-            }
-            metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-            found[name]["met"] = [metrics["vllm:num_preemptions"], metrics["vllm:prefix_cache_hits"]]
-    return found
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     CONFIG.update(HEADS, num_hidden_layers=LAYERS)
@@ -163,24 +144,23 @@ def main() -> None:
     found: dict[str, Any] = {}
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
     for name, spread in ENGINES.items():
-        with LLM(folder / "model", **spread, **ARGUMENTS) as llm:
+        with LLM(folder / "model", **spread, **COMMON, logits_processors=processors) as llm:
             before = len(compiled)
             found[name] = answers(llm) | more_answers(llm)
+            if name != "2 x 2":
+                found[name]["asked"] = generated(llm)
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)
-            if name == "3":
+            if name == "4":
                 found[name]["trace"] = traced(llm, folder)
-                (folder / "changed").mkdir()
-                found["changed"] = changed(llm, folder / "changed")
-    for form, spread in (("safetensors", ENGINES["one"]), ("orbax", ENGINES["2"])):
-        with LLM(folder / "changed" / form, **spread, **ARGUMENTS) as llm:
-            found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
+                found["changed"] = changed(llm, folder / "saved")
+    with LLM(folder / "saved", **COMMON, logits_processors=processors) as llm:
+        found["changed"]["saved"] = tokens(generate(llm, PROMPTS, GREEDY))
     (folder / "hybrid").mkdir()
     found["hybrid"] = hybrid(folder / "hybrid")
-    CONFIG.update(TINY)
-    found["pairs"] = pairs(folder / "pairs")
     print(json.dumps(found))
 
 

@@ -47,7 +47,7 @@ def stage_records(
 
 
 def busy_shares(records: Sequence[StageRecord]) -> list[float]:
-    """Of each stage of each replica, the share of the time from the first step's beginning to the last one's end in which it worked."""
+    """Of each stage of each replica, the share of the whole time in which it worked."""
     if not records:
         return []
     whole = max(record.end for record in records) - min(record.start for record in records)
