@@ -46,7 +46,9 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
-        self._drive(LLM(model, **kwargs))
+        llm = LLM.__new__(LLM)
+        llm.engine = start_engine(model, kwargs, in_time=True)
+        self._drive(llm)
 
     def _drive(self, llm: LLM) -> None:
         #: the engine's other methods; those that run requests share the engine with this object's
@@ -73,7 +75,7 @@ class AsyncLLM:
 
         def begin() -> AsyncLLM:
             llm, self = LLM.__new__(LLM), cls.__new__(cls)
-            llm.engine = start_engine(model, kwargs, cancelled=cancelled.is_set)
+            llm.engine = start_engine(model, kwargs, cancelled=cancelled.is_set, in_time=True)
             self._drive(llm)
             return self
 

@@ -680,13 +680,18 @@ class LLM:
 
 
 def start_engine(
-    model: str | os.PathLike[str], arguments: Mapping[str, Any], *, cancelled: Callable[[], bool] | None = None
+    model: str | os.PathLike[str],
+    arguments: Mapping[str, Any],
+    *,
+    cancelled: Callable[[], bool] | None = None,
+    in_time: bool = False,
 ) -> Engine:
     """The engine that the arguments of a face describe. Raises what `LLM` does.
 
     Args:
         cancelled: asked now and then; where it is True, the start ends with KeyboardInterrupt. None: when the task of
             asyncio that this runs in is cancelled, which is what Ctrl-C does under ``asyncio.run``.
+        in_time: requests come whenever they come, not in an order that other processes would know.
     """
     show_log()
     # whoever imports tqdm.auto first in a notebook without ipywidgets is warned: here nobody is
@@ -694,7 +699,7 @@ def start_engine(
     args = engine_args(model, **arguments)
     try:
         with StartInterrupt(cancelled or _own_task_is_cancelled()) as interrupt:
-            return start(args, interrupt)
+            return start(args, interrupt, in_time=in_time)
     except BaseException as error:
         clear_frames(error)
         raise

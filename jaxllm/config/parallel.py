@@ -6,10 +6,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from jaxllm.config.argument import Arguments, argument, not_yet
+from jaxllm.config.argument import Arguments, argument, switch
 from jaxllm.config.argument_checks import at_least, layer_partition
-
-_CAPABILITY = "parallelism"
 
 
 class Grid(NamedTuple):
@@ -62,7 +60,9 @@ class ParallelConfig(Arguments):
         1, at_least(1), "copies of the model, each with requests of its own", group="parallel", short="-dp"
     )
     #: whether experts are spread over devices as wholes, not each of them split
-    enable_expert_parallel: bool = not_yet(False, _CAPABILITY)
+    enable_expert_parallel: bool = switch(
+        False, "devices have experts as wholes, not a part of each of them", group="parallel"
+    )
 
     @property
     def grid(self) -> Grid:

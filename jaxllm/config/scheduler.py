@@ -25,6 +25,8 @@ class SchedulerConfig:
     max_scored_tokens: int = 256
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
+    #: other processes schedule the same requests, and have to decide the same: nothing may depend on time
+    lockstep: bool = False
     #: admit a prompt only when all of it fits into the free blocks
     reserve_full_prompt: bool = True
     #: tokens between two outputs of a streamed request

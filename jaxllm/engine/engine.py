@@ -200,6 +200,11 @@ class Engine:
         if isinstance(level, bool) or level not in (0, 1, 2):
             raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")
         _check_mode(mode)
+        if level == 1 and self.core.config.lockstep:
+            raise ValidationError(
+                "sleep(level=1) keeps the weights in the host's memory, which works on devices of one process. "
+                "sleep(level=2) reads them anew."
+            )
         with self.client.lock:
             self.client.pause(mode)
             self.core.sleep(level)

@@ -15,6 +15,10 @@ ACTIVATIONS = {
 }
 
 
+#: of GPT-OSS, which only has it with a gate: its slope and its bounds
+CLAMPED, CLAMPED_SLOPE, CLAMPED_AT = "clamped swiglu", 1.702, 7.0
+
+
 def activate(name: str, x: jax.Array) -> jax.Array:
     """x [...] in its dtype. Computed in float32 and rounded once, as torch does: XLA rounds after each operation."""
     return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
@@ -22,7 +26,10 @@ def activate(name: str, x: jax.Array) -> jax.Array:
 
 def gated(name: str, gate_up: jax.Array) -> jax.Array:
     """The activation of the first half times the second: [..., 2F] -> [..., F], rounded once (Shazeer 2020,
-    arXiv:2002.05202).
+    arXiv:2002.05202). `CLAMPED` bounds the gate above, the second half on both sides, and adds one to that.
     """
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    if name == CLAMPED:
+        gate, up = jnp.minimum(gate, CLAMPED_AT), jnp.clip(up, -CLAMPED_AT, CLAMPED_AT)
+        return ((up + 1) * (gate * jax.nn.sigmoid(gate * CLAMPED_SLOPE))).astype(gate_up.dtype)
     return (ACTIVATIONS[name](gate) * up).astype(gate_up.dtype)

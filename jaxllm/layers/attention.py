@@ -40,6 +40,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     causal: bool = True,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every query token over its sequence's pages (this step's keys and values included).
 
@@ -48,6 +49,7 @@ def attention(
         scale: factor on the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         causal: a token sees itself and those before it; otherwise the whole sequence, which this step must complete.
+        sinks: [heads], a score of each head that takes part in the softmax and has no value.
 
     Returns:
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
@@ -55,10 +57,10 @@ def attention(
     if isinstance(batch.attention, WholeSequences):
         key, value = cache
         return dense_attention(
-            query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal
+            query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal, sinks=sinks
         )
     attended = _for_kernels(context, batch)
-    return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal)
+    return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal, sinks=sinks)
 
 
 def write_latents(

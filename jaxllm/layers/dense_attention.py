@@ -43,6 +43,7 @@ def dense_attention(
     scale: float,
     softcap: float | None,
     causal: bool,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`layers.attention.attention` of whole sequences, in float32.
 
@@ -50,6 +51,7 @@ def dense_attention(
         query: [T, heads, head_dim].
         key, value: [T, kv_heads, head_dim]; values may have another number of numbers.
         window: i32 [], positions that a token sees, itself included.
+        sinks: [heads], a score of each head that takes part in the softmax and has no value.
 
     Returns:
         [T, heads, numbers of a value] in query's dtype.
@@ -65,6 +67,10 @@ def dense_attention(
     position = jnp.arange(batch.length, dtype=jnp.int32)
     distance = position[:, None] - position[None, :]
     seen = (distance < window) & (distance >= 0 if causal else True)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : batch.length]
     attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)
     return attended.reshape(tokens, heads, -1).astype(query.dtype)

@@ -7,7 +7,7 @@ and random weights (`weights.loader`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +44,19 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A tensor of a checkpoint, or some rows of one; `name` holds ``{layer}`` when there is one a layer."""
+    """A tensor of a checkpoint, or some rows of one; `name` holds ``{layer}`` when there is one a layer, and
+    ``{expert}`` when there is one an expert; a tensor of a layer's experts that has none has all of them, on an axis in
+    front.
+    """
 
     name: str
     axes: tuple[Axis, ...]
     #: None: all rows of the tensor
     rows: Rows | None = None
+    #: whether the tensor's last two axes are the other way round
+    transposed: bool = False
+    #: what checkpoints of another time have in its place
+    alternative: Part | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +82,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """One array of a model: its parts joined along their first axis, with the layers, if any, on an axis before it.
+    """One array of a model: its parts joined along their first axis, with the layers and the experts, if any, on axes
+    before it.
 
     A tree of these has the form of the model's params.
     """
@@ -83,6 +91,8 @@ class WeightSpec:
     parts: tuple[Part, ...]
     #: the layers that are stacked in the array; None: it belongs to no layer
     layers: range | None = None
+    #: what is stacked behind the layers: each has all of the parts; None: there are none
+    experts: Axis | None = None
     #: what every number is in a randomly initialised model; None: they are drawn
     init: float | None = None
     #: None: the engine's dtype
@@ -94,7 +104,7 @@ class WeightSpec:
     def axes(self) -> tuple[tuple[Axis, ...], ...]:
         """The array's axes but that of the layers, each as the axes that are joined in it."""
         first, *rest = zip(*(part.axes for part in self.parts), strict=True)
-        return (first, *((axis[0],) for axis in rest))
+        return (*(() if self.experts is None else ((self.experts,),)), first, *((axis[0],) for axis in rest))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,13 +122,40 @@ class WeightSpec:
         return [(name, part) for name, part, _ in self.places()]
 
     def places(self) -> Iterator[tuple[str, Part, tuple[int | slice, ...]]]:
-        """Every tensor by its name, and where in the whole array it lies."""
+        """Every tensor by its name, and where in the whole array it lies; one that has all experts is there for each of
+        them.
+        """
         for i, layer in enumerate(self.layers if self.layers is not None else (0,)):
-            first = 0
-            for part in self.parts:
-                rows = slice(first, first + part.axes[0].size)
-                first = rows.stop
-                yield part.name.format(layer=layer), part, (rows,) if self.layers is None else (i, rows)
+            for expert in range(1 if self.experts is None else self.experts.units):
+                stacked = (() if self.layers is None else (i,)) + (() if self.experts is None else (expert,))
+                first = 0
+                for part in self.parts:
+                    rows = slice(first, first + part.axes[0].size)
+                    first = rows.stop
+                    yield part.name.format(layer=layer, expert=expert), part, (*stacked, rows)
+
+    def has_all_experts(self, part: Part) -> bool:
+        """Whether the part's tensor has every expert's, on an axis in front."""
+        return self.experts is not None and "{expert}" not in part.name
+
+    def tensor_shape(self, part: Part) -> tuple[int, ...]:
+        """Of the tensor in which a part lies."""
+        shape = part.tensor_shape[::-1] if part.transposed else part.tensor_shape
+        return (self.experts.units, *shape) if self.experts and self.has_all_experts(part) else shape
+
+    def as_stored(self, names: Container[str]) -> WeightSpec:
+        """Of the tensors that a checkpoint with these names has."""
+
+        def found(part: Part) -> Part:
+            first = 0 if self.layers is None else self.layers[0]
+            have = [
+                option
+                for option in (part, part.alternative)
+                if option is not None and option.name.format(layer=first, expert=0) in names
+            ]
+            return have[0] if have else part
+
+        return dataclasses.replace(self, parts=tuple(map(found, self.parts)))
 
 
 def is_spec(leaf: object) -> bool:

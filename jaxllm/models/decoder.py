@@ -19,9 +19,11 @@ from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
 from jaxllm.layers.attention import Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
+from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
+from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.names import WeightNames
@@ -67,6 +69,10 @@ class DecoderConfig:
     #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
     #: heads as one vector
     qk_norm_of: Literal["shared", "own", "joint"] = "shared"
+    #: queries, keys and values are clipped so, on both sides; None: they are not
+    qkv_clip: float | None = None
+    #: a score of each head, beside those of the tokens (`layers.attention`)
+    attention_sinks: bool = False
     #: norms in front of attention and MLP
     pre_norms: bool = True
     #: norms behind attention and MLP
@@ -77,6 +83,10 @@ class DecoderConfig:
     parallel: bool = False
     #: they read them behind the same norm, too
     shared_norm: bool = False
+    #: experts in place of an MLP; None: no layer has them
+    moe: MoEConfig | None = None
+    #: which layers have them
+    layer_moe: tuple[bool, ...] = ()
     #: latents in place of keys and values, of which `head_dim` is the queries'; None: there are none
     latents: LatentConfig | None = None
     #: the MLP multiplies by a gate
@@ -119,16 +129,19 @@ class Layers:
     qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
     query_norm: jax.Array | None  # [L, D]; own: [L, H, D] or [L, H * D]; joint: [L, H * D]
     key_norm: jax.Array | None  # as query_norm, of K heads
+    sinks: jax.Array | None  # [L, H]
     output: jax.Array  # [L, d, H * D]; of latents, D numbers of a value
     output_bias: jax.Array | None  # [L, d]
     post_attention_norm: jax.Array | None  # [L, d]
     mlp_norm: jax.Array | None  # [L, d]
     mlp_norm_bias: jax.Array | None  # [L, d]
-    gate_up: jax.Array  # [L, 2F, d]; without a gate [L, F, d]
+    gate_up: jax.Array | None  # [L, 2F, d]; without a gate [L, F, d]; None: there are experts
     gate_up_bias: jax.Array | None  # [L, 2F]; without a gate [L, F]
-    down: jax.Array  # [L, d, F]
+    down: jax.Array | None  # [L, d, F]
     down_bias: jax.Array | None  # [L, d]
     post_mlp_norm: jax.Array | None  # [L, d]
+    #: in place of gate_up and down; None: the layers have these
+    sparse: SparseMLP | None = None
     #: in place of qkv; None: the layers have that
     latents: LatentWeights | None = None
 
@@ -183,7 +196,7 @@ def forward(
             x = _add(config, x, y)
         if not config.shared_norm:
             normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-        z = _mlp_block(context, config, weights, normed)
+        z = _mlp_block(context, config, weights, normed, batch)
         return _add(config, x, y + z if config.parallel else z), cache
 
     places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
@@ -238,6 +251,8 @@ def _attention_block(
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if w.query_norm is not None and w.key_norm is not None:
         query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
+    if config.qkv_clip is not None:
+        query, key, value = (jnp.clip(x, -config.qkv_clip, config.qkv_clip) for x in (query, key, value))
     query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
     cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
@@ -249,6 +264,7 @@ def _attention_block(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         causal=config.causal,
+        sinks=w.sinks,
     )
     y = linear(context, attended.reshape(-1, heads * dim), w.output, w.output_bias, over="heads")
     return _norm(config, y, w.post_attention_norm), cache
@@ -267,7 +283,12 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
-def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array) -> jax.Array:
+def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array, batch: StepBatch) -> jax.Array:
+    if w.sparse is not None and config.moe is not None:
+        valid = None if isinstance(batch.attention, WholeSequences) else batch.attention.token_valid
+        y = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
+        return _norm(config, y, w.post_mlp_norm)
+    assert w.gate_up is not None and w.down is not None
     y = linear(context, x, w.gate_up, w.gate_up_bias)
     y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
     y = linear(context, y, w.down, w.down_bias, over="mlp")

@@ -6,6 +6,25 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """The modules of sparse layers, of a layer as those of `WeightNames`."""
+
+    #: of all that follows
+    module: str = "mlp"
+    router: str = "gate"
+    #: what helps the router to choose, a tensor
+    correction: str = "gate.e_score_correction_bias"
+    #: whether a layer's experts are stacked at all times: [in, out], gate and up in turn, with biases
+    stacked: bool = False
+    #: else of each expert, ``experts.{expert}.``; transformers 5 has those of a layer stacked, under names of its own
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    shared_gate_up: tuple[str, str] = ("shared_experts.gate_proj", "shared_experts.up_proj")
+    shared_down: str = "shared_experts.down_proj"
+    shared_gate: str = "shared_expert_gate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightNames:
     """The modules of one family, ``.weight`` and ``.bias`` left out; as most families have them where nothing is said.
 
@@ -26,6 +45,7 @@ class WeightNames:
     #: with ``{head}``: each head's weights are a tensor of their own
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     output: str = "self_attn.o_proj"
     post_attention_norm: str = "post_attention_layernorm"
     # the "post attention" norm of Llama and most others is the one in front of the MLP
@@ -33,3 +53,4 @@ class WeightNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     post_mlp_norm: str = "post_feedforward_layernorm"
+    moe: ExpertNames = ExpertNames()

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.moe import Experts
 from jaxllm.layers.stacked_matrix import StackedMatrix
 from jaxllm.layers.weight import is_spec
 
@@ -36,7 +37,7 @@ def through_layers(
     """``carry = layer(carry, weights, place)``, one layer after the other.
 
     Args:
-        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer.
+        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer; so do `Experts`.
         places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
     """
     # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
@@ -44,7 +45,8 @@ def through_layers(
     for segment in segments:
         last = first + _num_layers(segment)
         here = jax.tree.map(lambda array, first=first, last=last: array[first:last], places)
-        if last - first == 1 and not any(map(_is_whole, jax.tree.leaves(segment, is_leaf=_is_whole))):
+        leaves = jax.tree.leaves(segment, is_leaf=_is_whole)
+        if last - first == 1 and not any(isinstance(leaf, StackedMatrix) for leaf in leaves):
             # a reshape is no copy, as a slice would be
             single = jax.tree.map(lambda array: array.reshape(array.shape[1:]), segment)
             carry = call(carry, single, jax.tree.map(lambda array: array[0], here))
@@ -68,7 +70,7 @@ def _scan(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, segment: Any,
 
 
 def _is_whole(leaf: Any) -> bool:
-    return isinstance(leaf, StackedMatrix)
+    return isinstance(leaf, (StackedMatrix, Experts))
 
 
 def _num_layers(segment: Any) -> int:
@@ -100,6 +102,12 @@ def resegment(params: Tree, sizes: tuple[int, ...]) -> Tree:
     return dataclasses.replace(
         tree, layers=tuple(_layers(tree.layers, given, start, stop) for start, stop in _bounds(sizes))
     )
+
+
+def cut(sizes: tuple[int, ...], stops: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of segments none of which goes on behind layers that end at one of `stops`."""
+    bounds = sorted({0, *itertools.accumulate(sizes), *stops})
+    return tuple(stop - start for start, stop in itertools.pairwise(bounds))
 
 
 def _bounds(sizes: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -4,23 +4,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 from jaxllm.models.mla import latent_specs
+from jaxllm.models.names import ExpertNames
 
 #: a bias before training
 ZERO, ONE = 0.0, 1.0
 
 
 def decoder_specs(c: DecoderConfig) -> Params:
-    """A `Params` tree of `WeightSpec`s, the layers in one segment. Matrices are [out, in], as checkpoints have them."""
-    names, layers = c.names, range(c.num_layers)
+    """A `Params` tree of `WeightSpec`s, a segment for each run of equal layers. Matrices are [out, in], as checkpoints
+    have them.
+    """
+    names, d, vocab = c.names, Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size)
+    last, one = f"{names.prefix}{names.norm}", ONE - c.norm_offset
+    segments, first = [], 0
+    for sparse, run in itertools.groupby(c.layer_moe if c.moe else (False,) * c.num_layers):
+        layers = range(first, first + len(list(run)))
+        segments.append(_segment(c, layers, c.moe if sparse else None))
+        first = layers.stop
+    return Params(
+        embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
+        layers=tuple(segments),
+        norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
+        norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
+        head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+    )
+
+
+def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
+    """Of some equal layers, which have experts if `moe` is given."""
+    names = c.names
     prefix = f"{names.prefix}{names.layer}"
-    d, vocab, mlp = Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size), Axis("mlp", c.intermediate_size)
+    d, mlp = Axis("embed", c.hidden_size), Axis("mlp", c.intermediate_size)
     heads, kv_heads = Axis("heads", c.num_heads, c.head_dim), Axis("kv_heads", c.num_kv_heads, c.head_dim)
     qkv, gate_up = (heads, kv_heads, kv_heads), (mlp, mlp) if c.gated_mlp else (mlp,)
     one = ONE - c.norm_offset
@@ -57,38 +81,89 @@ def decoder_specs(c: DecoderConfig) -> Params:
         return norm(c.qk_norm, module, *axes)
 
     two_norms = c.pre_norms and not c.shared_norm
+    sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
     latents, values = None, heads
     if c.latents is not None:
         values = Axis("heads", c.num_heads, c.latents.value_dim)
         latents = latent_specs(
             c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
         )
-    segment = Layers(
+    return Layers(
         attention_norm=norm(c.pre_norms, names.attention_norm),
         attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
         qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),
         key_norm=head_norm(names.key_norm, kv_heads),
+        sinks=sinks if c.attention_sinks else None,
         output=joined((names.output,), (d,), values),
         output_bias=bias(c.output_bias, (names.output,), d),
         post_attention_norm=norm(c.post_norms, names.post_attention_norm),
         mlp_norm=norm(two_norms, names.mlp_norm),
         mlp_norm_bias=norm_bias(two_norms, names.mlp_norm),
-        gate_up=joined(names.gate_up, gate_up, d),
-        gate_up_bias=bias(c.mlp_bias, names.gate_up, *gate_up),
-        down=joined((names.down,), (d,), mlp),
-        down_bias=bias(c.mlp_bias, (names.down,), d),
+        gate_up=joined(names.gate_up, gate_up, d) if moe is None else None,
+        gate_up_bias=bias(c.mlp_bias and moe is None, names.gate_up, *gate_up),
+        down=joined((names.down,), (d,), mlp) if moe is None else None,
+        down_bias=bias(c.mlp_bias and moe is None, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
+        sparse=None if moe is None else sparse_specs(moe, names.moe, prefix, layers, d),
         latents=latents,
     )
-    last = f"{names.prefix}{names.norm}"
-    return Params(
-        embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
-        layers=(segment,),
-        norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
-        norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
-        head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+
+
+def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range, d: Axis) -> SparseMLP:
+    """Of the experts of some layers, and what belongs to them.
+
+    Args:
+        prefix: of a layer's tensors, with ``{layer}``.
+        d: the hidden size.
+    """
+    experts = Axis("experts" if moe.expert_parallel else "whole experts", moe.num_experts)
+    own = Axis("whole mlp" if moe.expert_parallel else "mlp", moe.intermediate_size)
+    shared = Axis("mlp", moe.shared_size)
+    # transformers 5 calls the module so in every family
+    new = f"{prefix}{ExpertNames.module}."
+
+    def spec(*parts: Part, experts: Axis | None = None, **fields: Any) -> WeightSpec:
+        return WeightSpec(parts=parts, layers=layers, experts=experts, **fields)
+
+    def plain(module: str, *axes: Axis) -> Part:
+        return Part(f"{prefix}{names.module}.{module}.weight", axes)
+
+    def of_each(module: str, stacked: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        other = Part(f"{new}experts.{stacked}", axes, rows)
+        return Part(f"{prefix}{names.module}.experts.{{expert}}.{module}.weight", axes, alternative=other)
+
+    def of_all(module: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        return Part(f"{prefix}{names.module}.experts.{module}", axes, rows, transposed=len(axes) > 1)
+
+    gate_up_bias = down_bias = None
+    if names.stacked:
+        places = _shared_rows((own, own), by_unit=True)
+        gate_up = spec(*(of_all("gate_up_proj", own, d, rows=rows) for rows in places), experts=experts)
+        down = spec(of_all("down_proj", d, own), experts=experts)
+        if moe.expert_bias:
+            biases = (of_all("gate_up_proj_bias", own, rows=rows) for rows in places)
+            gate_up_bias = spec(*biases, experts=experts)
+            down_bias = spec(of_all("down_proj_bias", d), experts=experts)
+    else:
+        places = zip(names.gate_up, _shared_rows((own, own), by_unit=False), strict=True)
+        gate_up = spec(*(of_each(name, "gate_up_proj", own, d, rows=rows) for name, rows in places), experts=experts)
+        down = spec(of_each(names.down, "down_proj", d, own), experts=experts)
+    has_shared, scored = moe.shared_size > 0, Axis("whole experts", moe.num_experts)
+    router = dataclasses.replace(
+        plain(names.router, scored, d), alternative=Part(f"{new}{ExpertNames.router}.weight", (scored, d))
+    )
+    router_bias = Part(f"{prefix}{names.module}.{names.router}.bias", (scored,))
+    correction = Part(f"{prefix}{names.module}.{names.correction}", (scored,))
+    return SparseMLP(
+        router=spec(router),
+        router_bias=spec(router_bias) if moe.router_bias else None,
+        correction=spec(correction, init=ZERO, dtype="float32") if moe.routing == "sigmoid" else None,
+        experts=Experts(gate_up=gate_up, gate_up_bias=gate_up_bias, down=down, down_bias=down_bias),
+        shared_gate_up=spec(*(plain(name, shared, d) for name in names.shared_gate_up)) if has_shared else None,
+        shared_down=spec(plain(names.shared_down, d, shared)) if has_shared else None,
+        shared_gate=spec(plain(names.shared_gate, Axis("gate", 1), d)) if moe.shared_gate else None,
     )
 
 

@@ -4,6 +4,9 @@ As in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): attention by heads, t
 a layer needs two all-reduces; the embedding and the head by the vocabulary. KV heads fewer than devices are repeated:
 neighbouring devices hold the same one.
 
+Experts are split as an MLP is, each of them; or, with `enable_expert_parallel`, spread as wholes (`layers.moe`). Either
+way a device computes a part of what they add, for all tokens, and one sum adds the parts up.
+
 An array whose rows are several tensors (queries, keys and values; gate and up) has them by device: the first device's
 part of each, then the second's. So a device's part is one piece of the array, and computes as a smaller model.
 """
@@ -43,6 +46,7 @@ RULES = {
     "heads": Rule(TENSOR, "refuse"),
     "kv_heads": Rule(TENSOR, "repeat"),
     "mlp": Rule(TENSOR, "refuse"),
+    "experts": Rule(TENSOR, "refuse"),
     "vocab": Rule(TENSOR, "fill"),
 }
 #: the KV cache [pages, 2 * kv_heads, block_size, head_dim]: each device has the keys and the values of its heads
@@ -159,6 +163,17 @@ def device_bytes(specs: Any, dtype: jnp.dtype, sizes: Mapping[str, int]) -> int:
     return sum(math.prod(local_shape(spec, sizes)) * jnp.dtype(spec.dtype or dtype).itemsize for spec in leaves)
 
 
+def spread_experts(model: ModelConfig) -> ModelConfig:
+    """The model with its experts over devices as wholes (`enable_expert_parallel`).
+
+    Raises:
+        ValidationError: it has none.
+    """
+    if not isinstance(model, DecoderConfig) or model.moe is None:
+        raise ValidationError("enable_expert_parallel=True, and the model has no experts. Leave it out.")
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_parallel=True))
+
+
 def cache_axes(model: ModelConfig) -> jax.P:
     """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all."""
     return jax.P() if model.kv_specs[0].parts == 1 else CACHE
@@ -187,8 +202,15 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
         return f"the model's {model.num_heads} attention heads"
     if kv_heads % devices and devices % kv_heads:
         return f"the model's {kv_heads} KV heads, nor is it a multiple of them"
-    if model.intermediate_size % devices:
+    moe = model.moe if isinstance(model, DecoderConfig) else None
+    if not (isinstance(model, DecoderConfig) and moe and all(model.layer_moe)) and model.intermediate_size % devices:
         return f"the model's intermediate size of {model.intermediate_size}"
+    if moe is not None and moe.shared_size % devices:
+        return f"the shared experts' intermediate size of {moe.shared_size}"
+    if moe is not None and moe.expert_parallel and moe.num_experts % devices:
+        return f"the model's {moe.num_experts} experts"
+    if moe is not None and not moe.expert_parallel and moe.intermediate_size % devices:
+        return f"the experts' intermediate size of {moe.intermediate_size}"
     if devices > 1 and isinstance(model, DecoderConfig) and model.qk_norm and "{head}" in model.names.query_norm:
         return "the norms of the model's heads, of which each is a tensor of its own"
     return None

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
-from jaxllm.parallel.rules import CACHE, RULES, held, local_shape, mesh_axes
+from jaxllm.parallel.rules import RULES, cache_axes, held, local_shape, mesh_axes
 from jaxllm.runner.runner_config import RunnerConfig
 
 KV_CACHE = "KV cache"
@@ -107,14 +107,15 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
     """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer."""
     pages, sizes = config.layers_per_group * num_blocks, config.target.mesh_sizes
     _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
-    names: tuple[str | None, ...] = (*CACHE, *(None,) * (4 - len(CACHE)))
+    axes, is_latent = cache_axes(config.model), config.model.kv_specs[0].parts == 1
+    names: tuple[str | None, ...] = (*axes, *(None,) * (4 - len(axes)))
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     return ArrayLayout(
         name=KV_CACHE,
         count=1,
         axes=(
             (("pages", pages),),
-            (("kv_heads", config.model.num_kv_heads),),
+            (("latents", 1) if is_latent else ("kv_heads", config.model.num_kv_heads),),
             (("tokens", block),),
             (("width", width),),
         ),

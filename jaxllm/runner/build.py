@@ -17,6 +17,7 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import decode_step_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
@@ -171,6 +172,9 @@ def compiled_plan(
         made[:] = [make_programs(config, params, num_blocks)]
         began = time.perf_counter()
         needed = made[0].activation_bytes()
+        if config.scheduler.lockstep:
+            # compilers of several processes may choose differently, and all need caches of one size
+            needed = tuple(of_all_processes([needed] if isinstance(needed, int) else needed).max(axis=0).tolist())
         compiled(time.perf_counter() - began)
         return (needed,) if isinstance(needed, int) else needed
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.segments import resegment
+from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
@@ -197,12 +196,13 @@ class RunnerConfig:
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""
-        cut = self.pipeline or (self.model,)
-        segments = tuple(itertools.chain(*(self.target.segments(part.num_layers) for part in cut)))
         if self.pooler is not None:
-            return resegment(pooling_specs(self.model, self.pooler), segments)
-        assert isinstance(self.model, DecoderConfig)
-        specs = resegment(decoder_specs(self.model), segments)
+            specs: Any = pooling_specs(self.model, self.pooler)
+        else:
+            assert isinstance(self.model, DecoderConfig)
+            specs = decoder_specs(self.model)
+        runs = cut(segment_sizes(specs), [stage.stop for stage in self.pipeline])
+        specs = resegment(specs, self.target.segments(runs))
         return specs if self.stage is None else with_ends(specs, self.stage)
 
     def params(self) -> Params | PoolingModel:

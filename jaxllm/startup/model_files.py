@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.weights import saved_model
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class ModelFiles:
 
     def save(self, folder: Path, params: Any, tokenizer: PreTrainedTokenizerBase | None, *, format: str) -> None:
         """Write the model with the weights `params`. Raises what `LLM.save` does."""
+        if self.config.target.num_processes > 1:
+            raise ValidationError(
+                f"The weights of this engine lie in {self.config.target.num_processes} processes, and none has all of "
+                "them: save works on devices of one process. To save them, hand apply_model's arrays to Orbax."
+            )
         checkpoint = self.checkpoint
         files = {name: (checkpoint.path / name).read_bytes() for name in self._pooling_files}
         if checkpoint.generation_config:

@@ -22,7 +22,7 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
-from jaxllm.parallel.rules import check_split
+from jaxllm.parallel.rules import check_split, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.progress import StartProgress
@@ -114,6 +114,7 @@ class Setup:
             limits = dataclasses.replace(limits, async_scheduling=False)
         stages = self.pipeline(target.grid.stage)
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
+        limits = dataclasses.replace(limits, lockstep=target.num_processes > 1)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
@@ -142,7 +143,8 @@ class Setup:
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
             seed=args.seed,
-            compile_cache=compile_cache(),
+            # one process must not wait, in a compiler that they share, for another one that has found its program
+            compile_cache=None if limits.lockstep else compile_cache(),
             progress=progress,
         )
 
@@ -164,6 +166,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
             checkpoint.classifier = _classifier(args, checkpoint)
     else:
         model = model_config(checkpoint.config, _asked_length(args))
+    if args.enable_expert_parallel:
+        model = spread_experts(model)
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
 
 

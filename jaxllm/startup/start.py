@@ -66,11 +66,12 @@ _GENERATION_FIELDS = {
 
 
 @finished_before_exit()
-def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
+def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time: bool = False) -> Engine:
     """Start the engine that `args` describe. Raises what `jaxllm.llm.LLM` does.
 
     Args:
         interrupt: asked now and then whether the start is to end.
+        in_time: requests come whenever they come, which one process alone can serve.
     """
     _tell_of_others()
     times: dict[str, float] = {}
@@ -87,8 +88,16 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
     setup.check_devices(args.tensor_parallel_size)
+    if args.enable_expert_parallel and args.tensor_parallel_size == 1:
+        logger.info("enable_expert_parallel=True has no effect: one device has all experts (tensor_parallel_size=1)")
     setup.pipeline(args.pipeline_parallel_size)
     target = target_here("cpu" if is_null else args.device, args.grid)
+    if in_time and target.num_processes > 1:
+        raise ValidationError(
+            f"AsyncLLM with tensor_parallel_size={args.tensor_parallel_size} over {target.num_processes} processes: "
+            "they would have to get the same requests between the same steps. Use LLM, with the same calls in each; "
+            f"AsyncLLM takes at most the {target.grid.size // target.num_processes} devices of its own process."
+        )
     times["resolve model"] = time.perf_counter() - clock
     start_times = StartTimes(compile_cache(), _engine_text(args, path, target))
     progress = StartProgress(
@@ -148,7 +157,9 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None) -> Engine:
     }
     constraints = [None] * len(runners)
     if pooler is None:
-        constraints = _token_constraints(args, tokenizer, model.vocab_size, eos_token_ids, len(runners))
+        constraints = _token_constraints(
+            args, tokenizer, model.vocab_size, eos_token_ids, len(runners), lockstep=built.scheduler.lockstep
+        )
     cores = [
         EngineCore(
             built.scheduler,
@@ -231,6 +242,8 @@ def _token_constraints(
     vocab_size: int,
     eos_token_ids: frozenset[int],
     count: int,
+    *,
+    lockstep: bool,
 ) -> list[TokenConstraints]:
     """Of so many replicas, which share compiled grammars."""
     config, reasoning = args.structured_outputs_config, args.reasoning_config
@@ -251,6 +264,7 @@ def _token_constraints(
             vocab_size=vocab_size,
             config=config,
             reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),
+            lockstep=lockstep,
         )
         for _ in range(count)
     ]

@@ -40,9 +40,9 @@ class WithClassifier:
         num_classes = 1 if self._rows.difference else len(self._rows.token_ids)
         return num_classes, self._reader.shape(self._source)[1]
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         if name != _MADE or self._source is None:
-            return self._reader.read(name, rows)
+            return self._reader.read(name, rows, within)
         found = [self._reader.read(self._source, slice(i, i + 1)).astype(np.float32) for i in self._rows.token_ids]
         head = found[1] - found[0] if self._rows.difference else np.concatenate(found)
         return head if rows is None else head[rows]

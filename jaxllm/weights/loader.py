@@ -48,7 +48,9 @@ class WeightReader(Protocol):
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        """All of a tensor, or some of its rows; `within` one of those that are stacked on its first axis."""
+        ...
 
 
 def load(
@@ -76,6 +78,7 @@ def load(
         WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
             use it; nothing has been read then.
     """
+    specs = as_stored(reader, specs)
     check(reader, specs)
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
@@ -91,8 +94,15 @@ def load(
         return jax.tree.map(one, specs, each_sharding(specs, sharding), is_leaf=is_spec)
 
 
+def as_stored(reader: WeightReader, specs: Tree) -> Tree:
+    """The specs of the tensors that the checkpoint has, where a model's checkpoints have other ones at other times."""
+    names = set(reader.names())
+    return jax.tree.map(lambda spec: spec.as_stored(names), specs, is_leaf=is_spec)
+
+
 def check(reader: WeightReader, specs: object) -> None:
     """Compare every tensor's name and shape with what the model needs."""
+    specs = as_stored(reader, specs)
     names, used = set(reader.names()), set[str]()
     layers = 0
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
@@ -100,9 +110,10 @@ def check(reader: WeightReader, specs: object) -> None:
             if name not in names:
                 raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
             used.add(name)
-            if reader.shape(name) != part.tensor_shape:
+            shape = spec.tensor_shape(part)
+            if reader.shape(name) != shape:
                 raise WeightsError(
-                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {part.tensor_shape}"
+                    f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {shape}"
                 )
             if match := _LAYER.search(name):
                 layers = max(layers, int(match[1]) + 1)
@@ -129,8 +140,9 @@ def read_array(
     shape, own = shape_and_sharding(spec, sharding)
     assert own is not None
     sizes = mesh_sizes(sharding)
-    rows, *columns = mesh_axes(spec, sizes)[-len(spec.axes) :]
-    indices = own.addressable_devices_indices_map(shape).values() if rows is None and any(columns) else ()
+    *others, columns = mesh_axes(spec, sizes)
+    shared = columns is not None and not any(others) and len(spec.parts[0].axes) > 1
+    indices = own.addressable_devices_indices_map(shape).values() if shared else ()
     places = [place_on_mesh(spec, sharding, index) for index in indices]
     parts = read_parts(reader, spec, places, sizes, dtype, stop) if places else []
 
@@ -154,16 +166,22 @@ def read_parts(
     """What some devices have of an array, each part in memory of its own.
 
     Args:
-        places: of each device along the mesh's axes (`place_on_mesh`). All have the same rows of the tensors.
+        places: of each device along the mesh's axes (`place_on_mesh`). All have the same rows of the same tensors.
         sizes: of the mesh's axes.
         dtype: if the spec has none of its own.
     """
     parts = [_aligned(local_shape(spec, sizes), jnp.dtype(spec.dtype or dtype)) for _ in places]
+    experts = None if spec.experts is None else held(spec.experts, sizes, places[0])
     for i, layer in enumerate(spec.layers if spec.layers is not None else (0,)):
-        into = parts if spec.layers is None else [part[i] for part in parts]
-        for tensor in spec.parts:
-            rows = _fill(reader, tensor, tensor.name.format(layer=layer), places, sizes, into, stop)
-            into = [part[rows:] for part in into]
+        for j in range(1 if experts is None else experts.count):
+            at = (() if spec.layers is None else (i,)) + (() if experts is None else (j,))
+            into = [part[at] for part in parts]
+            for tensor in spec.parts:
+                expert = 0 if experts is None else experts.first + j
+                name = tensor.name.format(layer=layer, expert=expert)
+                within = expert if spec.has_all_experts(tensor) else None
+                rows = _fill(reader, tensor, name, within, places, sizes, into, stop)
+                into = [part[rows:] for part in into]
     return parts
 
 
@@ -171,6 +189,7 @@ def _fill(
     reader: WeightReader,
     part: Part,
     name: str,
+    within: int | None,
     places: Sequence[Mapping[str, int]],
     sizes: Mapping[str, int],
     outs: Sequence[np.ndarray],
@@ -181,11 +200,14 @@ def _fill(
     rows = own[0][0]
     columns = [tuple(slice(axis.first, axis.first + axis.count) for axis in axes[1:]) for axes in own]
     piece = max(READ_PIECE // math.prod(part.shape[1:]), 1)
+    # where rows are columns there, they lie in all of it
+    whole = reader.read(name, within=within).T if part.transposed else None
+    piece = piece if whole is None else rows.count
     for first in range(0, rows.count, piece):
         _raise_if(stop)
         last = min(first + piece, rows.count)
         span, ours = part.in_tensor(rows.first + first, rows.first + last)
-        tensor = reader.read(name, span)
+        tensor = reader.read(name, span, within) if whole is None else whole[span]
         for out, wanted in zip(outs, columns, strict=True):
             out[first:last] = tensor[(ours, *wanted)]
     for out in outs:
@@ -223,7 +245,8 @@ def dummy(
         own_dtype = jnp.dtype(spec.dtype or dtype)
         shape, own = shape_and_sharding(spec, sharding)
         if spec.init is not None:
-            return jnp.full(shape, spec.init, own_dtype, device=own)
+            part = np.full(local_shape(spec, sizes), spec.init, own_dtype)
+            return jax.make_array_from_callback(shape, own, lambda _: part)
         assert own is not None
         parts = []
         for device, index in own.addressable_devices_indices_map(shape).items():

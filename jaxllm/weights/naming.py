@@ -24,7 +24,7 @@ _IMAGE_PARTS = tuple(
 class _Reader(Protocol):
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray: ...
 
 
 class CommonNames:
@@ -48,8 +48,8 @@ class CommonNames:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shape(self._stored.get(name, name))
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        return self._reader.read(self._stored.get(name, name), rows)
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        return self._reader.read(self._stored.get(name, name), rows, within)
 
 
 def _text(name: str) -> str:

@@ -34,13 +34,20 @@ def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[i
     Args:
         part, index: of `WeightSpec.places`.
     """
-    whole, sizes, layer = np.empty(part.shape, array.dtype), mesh_sizes(array.sharding), index[:-1]
+    whole, sizes = np.empty(part.shape, array.dtype), mesh_sizes(array.sharding)
     before = spec.parts[: spec.parts.index(part)]
     for shard in array.addressable_shards:
         numbers = place_on_mesh(spec, array.sharding, shard.index)
         first = sum(held(other.axes[0], sizes, numbers).size for other in before)
         own = [held(axis, sizes, numbers) for axis in part.axes]
-        mine = shard.data[(*layer, slice(first, first + own[0].count))]
+        stacked = list(index[:-1])
+        if spec.experts is not None:
+            experts, number = held(spec.experts, sizes, numbers), index[-2]
+            assert isinstance(number, int)
+            if not experts.first <= number < experts.first + experts.count:
+                continue
+            stacked[-1] = number - experts.first
+        mine = shard.data[(*stacked, slice(first, first + own[0].count))]
         whole[tuple(slice(axis.first, axis.first + axis.count) for axis in own)] = mine
     return whole
 
@@ -57,7 +64,8 @@ class _Whole:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        assert within is None
         return self._tensors[name][slice(None) if rows is None else rows]
 
 
@@ -68,6 +76,6 @@ def scatter(spec: WeightSpec, whole: np.ndarray, sharding: jax.sharding.Sharding
         sharding: of what every device has whole.
     """
     # each part is a tensor of its own here, whatever a checkpoint makes of them
-    parts = (dataclasses.replace(part, name=f"{i} {part.name}", rows=None) for i, part in enumerate(spec.parts))
+    parts = (Part(f"{i} {{layer}} {{expert}}", part.axes) for i, part in enumerate(spec.parts))
     spec = dataclasses.replace(spec, parts=tuple(parts))
     return read_array(_Whole(spec, whole), spec, sharding, np.dtype(whole.dtype))

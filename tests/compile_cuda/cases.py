@@ -81,13 +81,18 @@ class Case:
     is_step: bool = False
 
 
-def kernel_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
-    """Every configuration that `pallas_kernels.<operation>.api.configurations` tells; quick: some of each operation."""
+def kernel_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Every configuration that `pallas_kernels.<operation>.api.configurations` tells; quick: some of each operation.
+
+    Args:
+        part: as in `step_cases`, of these.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
     for configurations in _operations():
         takes_device = "device_kind" in inspect.signature(configurations).parameters
         every = configurations(device_kind=device.device_kind) if takes_device else configurations()
-        for case in every[:: max(len(every) // _QUICK, 1)] if quick else every:
+        some = every[:: max(len(every) // _QUICK, 1)] if quick else every
+        for case in some[part :: 1 if part is None else 2]:
             if not case.runs_on(gpu.compute_capability):
                 continue
             arguments = case.shapes_on(sharding)
@@ -113,8 +118,12 @@ def _operations() -> list[Callable[..., Any]]:
     return found
 
 
-def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
-    """Two layers, which write keys and values and attend to them: pages of several shapes, in pools of two sizes."""
+def pool_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Two layers, which write keys and values and attend to them: pages of several shapes, in pools of two sizes.
+
+    Args:
+        part: as in `step_cases`, of the shapes.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
     backend = device_backend(device)
 
@@ -127,7 +136,7 @@ def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
         places: Any = np.array([[0, 0], [0, cache.shape[0] // 2], [1000, 1000]], np.int32)
         return jax.lax.scan(layer, (cache, query), Layout(*places))[0]
 
-    for kv_heads, head_dim, dtype, block_size in POOLS[:2] if quick else POOLS:
+    for kv_heads, head_dim, dtype, block_size in (POOLS[:2] if quick else POOLS)[part :: 1 if part is None else 2]:
         heads = Heads(model="layers", heads=2 * kv_heads, kv_heads=kv_heads, head_dim=head_dim)
         for num_blocks in POOL_BLOCKS:
             page = 2 * kv_heads * block_size * head_dim * jax.numpy.dtype(dtype).itemsize
@@ -160,8 +169,14 @@ def pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
             )
 
 
-def latent_pool_cases(device: Any, gpu: GPU, quick: bool) -> Iterator[Case]:
-    """Two layers, which write latents and attend to them, in pools of two sizes."""
+def latent_pool_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Two layers, which write latents and attend to them, in pools of two sizes.
+
+    Args:
+        part: of the single shape that there is, 1 has none.
+    """
+    if part == 1:
+        return
     sharding = jax.sharding.SingleDeviceSharding(device)
     heads, backend, value_width = DEEPSEEK_V3_OF_8, device_backend(device), 512
 

@@ -55,8 +55,8 @@ def compile_everywhere(
     """(version of JAX, target) -> results.
 
     Args:
-        quick: a part of the cases. Where there are two versions of JAX, each compiles the programs of half of the
-            models for a GPU, and of the other half for the next.
+        quick: a part of the cases. Where there are two versions of JAX, each compiles half of them for a GPU, and the
+            other half for the next.
         only: text that the names of cases must contain.
         jaxes: versions; none: all that are there.
         tell: told each configuration that has ended.

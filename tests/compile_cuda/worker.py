@@ -39,8 +39,8 @@ def main() -> None:
     if options.only == "probe":
         groups = [probe_cases(device)]
     else:
-        groups = [make(device, gpu, options.quick) for make in (kernel_cases, pool_cases, latent_pool_cases)]
-        groups.append(step_cases(device, gpu, options.quick, options.part))
+        makers = (kernel_cases, pool_cases, latent_pool_cases, step_cases)
+        groups = [make(device, gpu, options.quick, options.part) for make in makers]
     for cases in groups:
         for case in cases:
             if options.only in case.name and case.name not in options.skip:

@@ -138,7 +138,7 @@ def test_serve_trace(options: list[str], tmp_path: Path, capsys: pytest.CaptureF
 def test_compared_with_transformers(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "throughput", tmp_path, *options, "--max-model-len", "256", "--num-prompts", "6", "--input-len", "20",
-        "--random-range-ratio", "0.5", "--output-len", "32", "--num-iters", "2", "--num-iters-warmup", "1",
+        "--random-range-ratio", "0.5", "--output-len", "12", "--num-iters", "2", "--num-iters-warmup", "0",
         "--compare", "transformers",
     )  # fmt: skip
     (case,) = record["cases"]

@@ -136,7 +136,7 @@ jax.monitoring.register_event_listener(lambda event, **_: events.update([event])
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.update([event]))
 from jaxllm import LLM, SamplingParams
 
-with LLM(sys.argv[1], **json.loads(sys.argv[2])) as llm:
+with LLM(sys.argv[1], skip_tokenizer_init=True, **json.loads(sys.argv[2])) as llm:
     params = [SamplingParams(temperature=0), SamplingParams(seed=1, top_p=0.9, presence_penalty=1.0, logprobs=2)]
     outputs = llm.generate([[1, 2, 3], [5] * 70], params, use_tqdm=False)
 print(json.dumps([[output.outputs[0].token_ids for output in outputs], events]))

@@ -10,13 +10,13 @@ from pathlib import Path
 ASYNC = """
 import asyncio, sys
 from support.tiny_model import SMALL
-from jaxllm import AsyncLLM, SamplingParams
+from jaxllm import AsyncLLM, SamplingParams, TokensPrompt
 
 async def main():
-    engine = AsyncLLM(sys.argv[1], **SMALL)
+    engine = AsyncLLM(sys.argv[1], skip_tokenizer_init=True, **SMALL)
     # the engine's thread has something to do until the end
-    engine.llm.enqueue(["x"] * 50, SamplingParams(max_tokens=200, ignore_eos=True))
-    async for output in engine.generate("go on"):
+    engine.llm.enqueue([[1]] * 50, SamplingParams(max_tokens=200, ignore_eos=True))
+    async for output in engine.generate(TokensPrompt(prompt_token_ids=[1, 2])):
         raise ValueError("the user's own")
 
 asyncio.run(main())
@@ -65,11 +65,11 @@ AFTER_MAIN = """
 import sys, threading
 from jaxllm import LLM, SamplingParams
 
-llm = LLM(sys.argv[1], load_format="null")
+llm = LLM(sys.argv[1], load_format="null", skip_tokenizer_init=True)
 
 def generate():
     threading.main_thread().join()
-    print(len(llm.generate(["x"] * 300, SamplingParams(max_tokens=2), use_tqdm=False)))
+    print(len(llm.generate([[1]] * 300, SamplingParams(max_tokens=2), use_tqdm=False)))
 
 threading.Thread(target=generate).start()
 """
@@ -97,7 +97,7 @@ def in_xla(*args, **kwargs):
     return null_runner(*args, **kwargs)
 
 startup.null_runner = in_xla
-threading.Thread(target=lambda: LLM(sys.argv[1], load_format="null"), daemon=True).start()
+threading.Thread(target=lambda: LLM(sys.argv[1], load_format="null", skip_tokenizer_init=True), daemon=True).start()
 begun.wait()
 raise ValueError("the user's own")
 """

@@ -247,22 +247,23 @@ def harass(traffic: Traffic, sampling: dict[str, Any], usable: int, block_size: 
     traffic.finish()
 
 
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"enable_prefix_caching": False, "long_prefill_token_threshold": 5}, {"block_size": 64}],
-    ids=["caching", "no caching, short chunks", "large blocks"],
+    [
+        {},
+        {"async_scheduling": False},
+        {"enable_prefix_caching": False, "long_prefill_token_threshold": 5},
+        {"block_size": 64, "async_scheduling": False},
+    ],
+    ids=["caching", "caching, one step at a time", "no caching, short chunks", "large blocks, one step at a time"],
 )
-def test_a_pool_so_small_that_every_request_is_preempted(
-    tiny_model: Path, check: Any, asynchronous: bool, options: dict[str, Any]
-):
+def test_a_pool_so_small_that_every_request_is_preempted(tiny_model: Path, check: Any, options: dict[str, Any]):
     block_size = options.get("block_size", BASE["block_size"])
     usable = 384 // block_size
     arguments = {
         "num_gpu_blocks_override": usable + 1,
         "max_num_batched_tokens": 256,
         "scheduling_policy": "priority",
-        "async_scheduling": asynchronous,
         **options,
     }
     with LLM(tiny_model, **{**BASE, **arguments}) as llm:

@@ -17,8 +17,10 @@ from support.tiny_model import SMALL
 from jaxllm import LLM
 from jaxllm.engine.engine import Engine
 
+#: bytes of a cache that would be seen if it were kept
+CACHE = 300_000_000
 CELLS = """
-import json, sys
+import json, resource, sys
 from IPython.core.interactiveshell import InteractiveShell
 
 shell = InteractiveShell.instance()
@@ -44,23 +46,34 @@ run("after = len(Engine.running())")
 run(make)
 run("unnamed = len(Engine.running()) - after")
 run("message = None\\ntry:\\n    Out[12].generate\\nexcept AttributeError as error:\\n    message = str(error)")
+
+# the same cell again and again, with an engine that has a device's memory
+real = f"LLM({sys.argv[1]!r}, skip_tokenizer_init=True, kv_cache_memory_bytes={CACHE}, **{json.loads(sys.argv[2])})"
+run("del other")
+megabytes = []
+for _ in range(3):
+    run(f"llm = {real}\\nllm.generate([[1, 2]], use_tqdm=False)\\nllm")
+    pages = int(open("/proc/self/statm").read().split()[1])
+    megabytes.append(pages * resource.getpagesize() // 10**6)
 names = ("same", "tasks", "after", "unnamed", "message")
-print(json.dumps([counts, {name: shell.user_ns[name] for name in names}]))
+print(json.dumps([counts, megabytes, {name: shell.user_ns[name] for name in names}]))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the process's memory from /proc")
 def test_out_keeps_no_engine(tiny_model: Path, tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "IPYTHONDIR": str(tmp_path)}
-    command = [sys.executable, "-c", CELLS, str(tiny_model)]
+    command = [sys.executable, "-c", f"CACHE = {CACHE}\n{CELLS}", str(tiny_model), json.dumps(SMALL)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     *shown, last = done.stdout.strip().splitlines()
-    counts, found = json.loads(last)
+    counts, megabytes, found = json.loads(last)
     assert counts == [1, 1, 1], "one engine, however often the cell has run"
     assert found["same"] and found["tasks"] == ["generate"]
     assert found["after"] == 1 and found["unnamed"] == 0
     assert "the engine has been freed" in found["message"] and "llm = LLM(...)" in found["message"]
     assert sum("LLM(" in line and "max_num_seqs=2" in line for line in shown) == 5
+    assert megabytes[2] - megabytes[0] < CACHE / 10**6 / 2, megabytes
     assert done.stderr.count("The engine that this cell showed had no name, and is freed") == 1
 
 

@@ -26,7 +26,7 @@ def answers(llm: LLM) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def separate(tiny_model: Path) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Target, "segments", lambda self, num_layers: (1,) * num_layers)
+        patch.setattr(Target, "segments", lambda self, runs: (1,) * sum(runs))
         llm = LLM(tiny_model, **SMALL)
     with llm:
         yield llm

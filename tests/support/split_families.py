@@ -22,11 +22,12 @@ from support.tiny_model import CONFIG
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context
 from jaxllm.layers.weight import is_spec
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh, on_each_device
-from jaxllm.parallel.rules import cache_axes, layer_sums, local_model, split_axes
+from jaxllm.parallel.rules import cache_axes, layer_sums, local_model, split_axes, spread_experts
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import hugging_face
 
@@ -37,6 +38,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     "Olmo2": {},
     "Cohere": {"use_qk_norm": True},
+    "Mixtral spread": {"num_local_experts": 8, "intermediate_size": 21},
+    "Qwen2Moe": {
+        "num_experts": 6,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 20,
+        "mlp_only_layers": [0],
+    },
+    "GptOss": {"num_local_experts": 6, "intermediate_size": 20},
     "DeepseekV2": {
         "kv_lora_rank": 24,
         "q_lora_rank": 20,
@@ -49,17 +58,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    for family, fields in FAMILIES.items():
+    for name, fields in FAMILIES.items():
+        family, _, spread = name.partition(" ")
         with tempfile.TemporaryDirectory() as folder:
-            compare(Path(folder), {**CONFIG, **fields, "architectures": [f"{family}ForCausalLM"]})
-        print(family)
+            config = {**CONFIG, **fields, "architectures": [f"{family}ForCausalLM"]}
+            compare(Path(folder), config, spread=bool(spread))
+        print(name)
 
 
-def compare(folder: Path, config: dict[str, Any]) -> None:
+def compare(folder: Path, config: dict[str, Any], *, spread: bool) -> None:
+    """Args: spread: whether devices have experts as wholes."""
     model = model_config(config)
+    if spread:
+        model = spread_experts(model)
+        assert isinstance(model, DecoderConfig)
     specs, random, groups = decoder_specs(model), np.random.default_rng(0), kv_cache_groups(model.kv_specs)
     tensors = {
-        name: (random.standard_normal(part.tensor_shape) / part.shape[-1] ** 0.5).astype(np.float32)
+        name: (random.standard_normal(spec.tensor_shape(part)) / part.shape[-1] ** 0.5).astype(np.float32)
         for spec in jax.tree.leaves(specs, is_leaf=is_spec)
         for name, part in spec.tensors()
     }

@@ -43,6 +43,13 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+#: with experts in place of its MLPs
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 #: with latents in place of keys and values
 DEEPSEEK: dict[str, Any] = {
     **LLAMA,
@@ -123,6 +130,7 @@ def test_every_program_writes_in_place():
         ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
         ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP), False),
         ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), False),
+        ("bfloat16", dict(config=MIXTRAL, windows=ONE_GROUP), True),
     ],
 )
 def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict[str, Any], several: bool):

@@ -190,7 +190,7 @@ class CountingReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         part = self._tensors[name][slice(None) if rows is None else rows]
         self.rows[name] += len(part)
         return part
@@ -215,7 +215,7 @@ def test_reading_ends_when_nobody_wants_the_weights_any_more():
     stop = threading.Event()
 
     class StoppedReader(CountingReader):
-        def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
             assert not stop.is_set()
             if name == "model.layers.1.self_attn.q_proj.weight":
                 stop.set()

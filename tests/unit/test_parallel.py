@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.split_families import FAMILIES
 from support.tiny_model import CONFIG
 
 from jaxllm.api.errors import ValidationError
@@ -150,10 +151,7 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
 
 @pytest.mark.parametrize(
     ("script", "printed"),
-    [
-        ("split_model.py", ["2 2", "4 2", "2 1 1"]),
-        ("split_families.py", ["Phi3", "GPTNeoX", "Olmo2", "Cohere", "DeepseekV2"]),
-    ],
+    [("split_model.py", ["2 2", "4 2", "2 1 1"]), ("split_families.py", list(FAMILIES))],
 )
 def test_a_split_computes_what_the_whole_does(script: str, printed: list[str]):
     """In a process of its own, which has more than one device."""

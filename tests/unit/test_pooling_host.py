@@ -179,7 +179,7 @@ class Names:
     def shape(self, name: str) -> tuple[int, ...]:
         return (self._names.index(name),)
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         return np.full(1, self._names.index(name))
 
 

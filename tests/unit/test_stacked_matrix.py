@@ -106,10 +106,9 @@ def _is_matrix(leaf: Any) -> bool:
     return isinstance(leaf, StackedMatrix)
 
 
-@pytest.fixture
-def llm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    """In bfloat16, or in the dtype that a test asks for."""
-    with LLM(write_tiny_model(tmp_path), **{**BUCKETS, "dtype": getattr(request, "param", "bfloat16")}) as llm:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(write_tiny_model(tmp_path_factory.mktemp("model")), **{**BUCKETS, "dtype": request.param}) as llm:
         yield llm
 
 
@@ -122,7 +121,6 @@ def matrices(tree: Any) -> list[StackedMatrix]:
     return [leaf for leaf in leaves if _is_matrix(leaf)]
 
 
-@pytest.mark.parametrize("llm", ["bfloat16", "float32"], indirect=True)
 def test_they_are_in_the_weights_own_memory(llm: LLM):
     runner: Any = llm.engine.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
@@ -131,6 +129,7 @@ def test_they_are_in_the_weights_own_memory(llm: LLM):
     assert all(matrix.stored.unsafe_buffer_pointer() in own for matrix in found)
 
 
+@pytest.mark.parametrize("llm", ["bfloat16"], indirect=True)
 def test_a_launch_of_several_steps_reads_them_too(tmp_path: Path, llm: LLM):
     (folder := tmp_path / "same").mkdir()
     with LLM(write_tiny_model(folder), num_decode_steps=4, **BUCKETS) as several:

@@ -51,6 +51,7 @@ class Feed:
         on_error: "raise" or "return".
         convert: makes the prompt of what the caller gave (a conversation).
         check_first: with "raise", begin only when all prompts of the window have been read and found good.
+        lockstep: read and add the same prompts between the same steps each time (`SchedulerConfig.lockstep`).
 
     Raises:
         ValidationError: lengths that differ, where they are known.
@@ -70,13 +71,15 @@ class Feed:
         options: TokenizationOptions | None = None,
         convert: Callable[[Any], Prompt] | None = None,
         check_first: bool = True,
+        lockstep: bool = False,
     ):
         if on_error not in ("raise", "return"):
             raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
         self._client, self._inputs, self._pool = client, inputs, pool
         jobs = _jobs(prompts, params, 0 if priority is None else priority)
         ready = isinstance(prompts, Sized)
-        self._source = ReadySource(jobs) if ready else WaitingSource(jobs, window)
+        self._source = ReadySource(jobs) if ready or lockstep else WaitingSource(jobs, window)
+        self._lockstep = lockstep
         self._window = window
         self._raise = on_error == "raise"
         self._options = options
@@ -182,9 +185,10 @@ class Feed:
             self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
 
     def _wait_for_first(self) -> None:
-        """Wait for the pool when there is nothing else to do."""
-        for _, future in self._preparing if self._check_first else itertools.islice(self._preparing, 1):
-            if self._check_first or not self._running:
+        """Wait for the pool when there is nothing else to do, or when others add the same prompts."""
+        every = self._check_first or self._lockstep
+        for _, future in self._preparing if every else itertools.islice(self._preparing, 1):
+            if every or not self._running:
                 concurrent.futures.wait([future])
 
     def _prepare(self, jobs: Sequence[Job]) -> list[PreparedPrompt | ValidationError]:

@@ -62,6 +62,7 @@ class Feeds:
             prompts,
             self._default_params if params is None else params,
             window=window,
+            lockstep=scheduler.lockstep,
             options=options or TokenizationOptions.of(tokenization_kwargs, max_model_len=scheduler.max_model_len),
             **kwargs,
         )

@@ -38,6 +38,7 @@ class TokenConstraints:
         compiler: None: there cannot be grammars.
         obstacle: why not, for the user.
         vocab_size: tokens of the model.
+        lockstep: wait for a grammar when its request comes (`SchedulerConfig.lockstep`).
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class TokenConstraints:
         vocab_size: int,
         config: StructuredOutputsConfig,
         reasoning: ReasoningConfig,
+        lockstep: bool = False,
     ):
         self._compiler, self._obstacle = compiler, obstacle
         self._tokenizer = tokenizer
         self._config = config
-        self._reasoning = reasoning
+        self._reasoning, self._lockstep = reasoning, lockstep
         self._marks: ReasoningMarks | None = None
         self._num_words = -(-vocab_size // 32)
         #: requests whose grammar is being compiled
@@ -88,7 +90,7 @@ class TokenConstraints:
         if request.is_finished or future is None:
             del self._waiting[request.request_id]
             return True
-        if not future.done():
+        if not (self._lockstep or future.done()):
             return False
         del self._waiting[request.request_id]
         try:

@@ -14,6 +14,7 @@ from jaxllm.api.extras import how_to_install
 from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import ONE_DEVICE, Grid
 from jaxllm.parallel.mesh import TENSOR, ask_for_cpu_devices, make_mesh
+from jaxllm.parallel.processes import engine_devices, is_distributed, num_processes, of_all_processes
 from jaxllm.runner.memory.plan import device_memory
 
 
@@ -60,14 +61,23 @@ class Target:
         devices = self.devices[index]
         return dataclasses.replace(self, grid=grid, devices=devices, device=devices.flat[0])
 
-    def segments(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each segment of a model of equal layers (`models.segments`)."""
-        return (num_layers,) if self.platform == "cpu" else (1,) * num_layers
+    def segments(self, runs: tuple[int, ...]) -> tuple[int, ...]:
+        """Layers of each segment of a model (`models.segments`).
+
+        Args:
+            runs: how many layers of a kind follow each other, from the first to the last.
+        """
+        return runs if self.platform == "cpu" else (1,) * sum(runs)
 
     @property
     def num_devices(self) -> int:
         """Over which each layer is split."""
         return self.grid.tensor
+
+    @property
+    def num_processes(self) -> int:
+        """That run the engine together."""
+        return 1 if self.devices is None else num_processes(self.devices.flat)
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
@@ -95,11 +105,15 @@ class Target:
 
 
 def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
-    """The first device of a platform: "auto" takes what JAX prefers. Raises ValidationError when there is none."""
+    """This process's first device of a platform: "auto" takes what JAX prefers.
+
+    Raises:
+        ValidationError: there is none.
+    """
     if name == "auto":
-        return jax.devices()[0]
+        return jax.local_devices()[0]
     try:
-        return jax.devices("cuda" if name in ("cuda", "gpu") else name)[0]
+        return jax.local_devices(backend="cuda" if name in ("cuda", "gpu") else name)[0]
     except RuntimeError as error:
         raise ValidationError(
             f"device={name!r} is not there: {error}. For NVIDIA GPUs: {how_to_install('cuda12')}; where the driver "
@@ -115,11 +129,11 @@ def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
         ValidationError: there are not so many.
     """
     shares = grid.stage == grid.tensor == 1
-    if name in ("auto", "cpu"):
+    if name in ("auto", "cpu") and not is_distributed():
         ask_for_cpu_devices(1 if shares else grid.size)
     device = find_device(name)
     on_cpu = device.platform == "cpu"
-    present = [device] * grid.data if on_cpu and shares else jax.devices(device.platform)
+    present = [device] * grid.data if on_cpu and shares else engine_devices(device.platform, grid)
     if len(present) < grid.size:
         more = f" Set numbers whose product is at most {len(present)}."
         if on_cpu:
@@ -128,18 +142,21 @@ def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
                 f"JAX_NUM_CPU_DEVICES={grid.size} in its environment."
             )
         raise ValidationError(f"{_needs(grid)}; JAX has {len(present)} of {device.platform}.{more}")
-    present = present[: grid.size]
-    memory = [device_memory(one) for one in dict.fromkeys(present)]
-    # those of a CPU share the machine's memory
-    share = grid.size if on_cpu else 1
+    memory = [device_memory(one) for one in dict.fromkeys(present) if one.process_index == device.process_index]
+    # those of a CPU share the machine's memory, of which each process has its own
+    processes = num_processes(present)
+    share = grid.size // processes if on_cpu else 1
+    total, free = min(total for total, _ in memory) // share, min(free for _, free in memory) // share
+    if processes > 1:
+        total, free = of_all_processes((total, free)).min(axis=0).tolist()
     return Target(
         platform=device.platform,
         kind=device.device_kind,
-        total_bytes=min(total for total, _ in memory) // share,
-        free_bytes=min(free for _, free in memory) // share,
+        total_bytes=total,
+        free_bytes=free,
         grid=grid,
         sharers=grid.data if on_cpu and shares else 1,
-        device=present[0],
+        device=device,
         devices=_array(present, grid),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Programs
 
@@ -26,10 +27,10 @@ class Embeddings:
         if not shapes:
             return ()
         if vectors is not None:
-            return (jax.device_put(vectors, shapes[0].sharding),)
+            return (put_whole(vectors, shapes[0].sharding),)
         if bucket not in self._zeros:
             (shape,) = shapes
-            self._zeros[bucket] = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+            self._zeros[bucket] = put_whole(np.zeros(shape.shape, shape.dtype), shape.sharding)
         return (self._zeros[bucket],)
 
     def free(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.parallel.processes import put_whole
 from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
@@ -204,7 +205,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def _launch(
         self, state: PoolingState, bucket: Bucket, words: np.ndarray, vectors: np.ndarray | None, *, want_tokens: bool
     ) -> tuple[PoolingState, jax.Array, jax.Array | None]:
-        buffer, params = jax.device_put(words, self.programs.sharding), self._params
+        buffer, params = put_whole(words, self.programs.sharding), self._params
         embeddings = self._embeddings.argument(bucket, vectors)
         state, results, hidden = self.programs.pool(bucket)(params, state, buffer, *embeddings)
         tokens = None

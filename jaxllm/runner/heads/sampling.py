@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.decoder import Params
+from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.embeddings import Embeddings
@@ -121,7 +122,7 @@ class SamplingHead(Head[Params, State]):
         self._whole: Params | None = None
         self._head: Params | None = None
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(programs.max_num_seqs)
-        self._no_constraints = jax.device_put(constraints, self._sharding)
+        self._no_constraints = put_whole(constraints, self._sharding)
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
@@ -190,7 +191,7 @@ class SamplingHead(Head[Params, State]):
     def _forward(
         self, state: State, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None
     ) -> tuple[State, Hidden, jax.Array]:
-        words, embeddings = jax.device_put(buffer, self._sharding), self._embeddings.argument(bucket, vectors)
+        words, embeddings = put_whole(buffer, self._sharding), self._embeddings.argument(bucket, vectors)
         return self.programs.forward(bucket)(self._params_for(bucket), state, words, *embeddings)
 
     def _sample(
@@ -208,17 +209,17 @@ class SamplingHead(Head[Params, State]):
         return State(cache=state.cache, tokens=tokens), sampled
 
     def _given(self, constraints: np.ndarray | None) -> jax.Array:
-        return self._no_constraints if constraints is None else jax.device_put(constraints, self._sharding)
+        return self._no_constraints if constraints is None else put_whole(constraints, self._sharding)
 
     def _decode_steps(
         self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
     ) -> tuple[State, jax.Array]:
         program, full = self.programs.decode_steps(bucket, full)
         given = self._given(constraints) if full else None
-        return program(self._params_for(bucket), state, jax.device_put(buffer, self._sharding), given)
+        return program(self._params_for(bucket), state, put_whole(buffer, self._sharding), given)
 
     def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:
-        return self.programs.scorer(self._head, hidden.scored, jax.device_put(targets, self._sharding))
+        return self.programs.scorer(self._head, hidden.scored, put_whole(targets, self._sharding))
 
     def _write_tokens(self, state: State, row: int, ids: np.ndarray) -> State:
         """Put tokens from a row's first position on into `State.tokens`, without computing them."""
@@ -228,7 +229,7 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(3 + WRITE_TOKENS, np.int32)
             buffer[:3] = row, first, len(part)
             buffer[3 : 3 + len(part)] = part
-            tokens = self.programs.writer(tokens, jax.device_put(buffer, self._sharding))
+            tokens = self.programs.writer(tokens, put_whole(buffer, self._sharding))
         return State(cache=state.cache, tokens=tokens)
 
     def _params_for(self, bucket: Bucket) -> Params | None:

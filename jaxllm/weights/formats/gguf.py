@@ -86,13 +86,14 @@ class GGUFReader:
         """Return the stored type, for example ``Q4_1`` or ``F32``."""
         return self._find(name)[1].kind.name
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         """Return the weight as HF's checkpoint has it, dequantised; a copy.
 
         ``rows`` slices the first axis; what is read reaches from the first stored row of them to the last. Float16 and
         bfloat16 weights keep their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after
         ``close``.
         """
+        assert within is None, "no architecture with stacked tensors is known (`gguf_names`)"
         stored, info = self._find(name)
         wanted = slice(None) if rows is None else rows
         order = stored.rows(info.shape[0])

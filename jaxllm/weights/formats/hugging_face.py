@@ -38,7 +38,7 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.places[0][0].tensor_shape
+        return self.spec.tensor_shape(self.places[0][0])
 
     @property
     def nbytes(self) -> int:
@@ -50,8 +50,9 @@ class Tensor:
             return self._part(*self.places[0])
         whole = np.empty(self.shape, self.array.dtype)
         for part, index in self.places:
+            matrix = whole[index[-2]] if self.spec.has_all_experts(part) else whole
             span, ours = part.in_tensor(0, part.shape[0])
-            whole[span][ours] = self._part(part, index)
+            (matrix.T if part.transposed else matrix)[span][ours] = self._part(part, index)
         return whole
 
     def _part(self, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:

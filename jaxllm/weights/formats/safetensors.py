@@ -101,8 +101,9 @@ class SafetensorsReader:
         """The stored type, in the format's words, for example ``BF16``."""
         return self._find(name).dtype
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """The tensor, or the `rows` (of step 1) of its first axis, in its stored dtype; only these bytes are read.
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        """The tensor, or the `rows` (of step 1) of its first axis, in its stored dtype; only these bytes are read. With
+        `within`, that one of the tensors that are stacked on its first axis.
 
         Raises ``WeightsError`` for an unknown name, a type that is no weight's, or a file that has become shorter.
         """
@@ -113,10 +114,13 @@ class SafetensorsReader:
                 f"{tensor.file.path}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "
                 "be loaded (quantized safetensors are not supported)"
             )
-        shape, offset = tensor.shape, tensor.offset
+        shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
+        if within is not None:
+            nbytes //= shape[0]
+            offset, shape = offset + within * nbytes, shape[1:]
         if rows is not None:
             start, stop, _ = rows.indices(shape[0])
-            offset += start * (tensor.nbytes // max(shape[0], 1))
+            offset += start * (nbytes // max(shape[0], 1))
             shape = (max(stop - start, 0), *shape[1:])
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         return tensor.file.read(name, offset, nbytes).view(dtype).reshape(shape)

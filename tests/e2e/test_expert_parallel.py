@@ -1,0 +1,69 @@
+"""A model whose experts are split over devices, or spread over them, answers as the whole one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.expert_parallel import ENGINES, EXPERTS
+from support.own_process import found_by
+from support.tiny_model import CONFIG, SMALL
+
+from jaxllm import LLM
+from jaxllm.api.errors import ValidationError
+from jaxllm.models.registry import model_config
+from jaxllm.parallel.collectives import expected_collectives
+from jaxllm.parallel.rules import check_split, spread_experts
+
+SEVERAL = [name for name in ENGINES if name != "one device"]
+MODEL = model_config({**CONFIG, **EXPERTS})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by("support.expert_parallel", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_tokens_are_those_of_one_device(found: dict[str, Any], name: str, kind: str):
+    assert found[name][kind] == found["one device"][kind]
+    assert found[name]["preemptions"] > 0 and found[name]["prefix hits"] > 0
+
+
+def test_devices_have_their_part_of_the_experts(found: dict[str, Any]):
+    """[layers of the segment, experts, gate and up, hidden size]"""
+    shapes = {"one device": [1, 8, 48, 64], "split over 2": [1, 8, 24, 64], "spread over 4": [1, 2, 48, 64]}
+    assert {name: engine["experts"] for name, engine in found.items()} == {name: [s] for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_one_sum_adds_up_what_experts_and_the_shared_mlp_add(found: dict[str, Any], name: str):
+    step, sampler = found[name]["exchanged"]
+    devices = ENGINES[name].get("tensor_parallel_size", 1)
+    assert {**step, **sampler} == expected_collectives(MODEL.num_layers, devices)
+
+
+def test_weights_come_back(found: dict[str, Any]):
+    assert found["spread over 4"]["slept"] == found["one device"]["saved"] == found["one device"]["greedy"]
+
+
+def test_a_size_that_does_not_divide_is_refused():
+    moe = MODEL.moe
+    assert moe is not None
+    spread = spread_experts(dataclasses.replace(MODEL, moe=dataclasses.replace(moe, num_experts=6)))
+    with pytest.raises(ValidationError, match=r"=4 does not divide the model's 6 experts. What would work: 1, 2\."):
+        check_split(spread, 4)
+    narrow = dataclasses.replace(MODEL, moe=dataclasses.replace(moe, intermediate_size=6))
+    with pytest.raises(ValidationError, match=r"=4 does not divide the experts' intermediate size of 6\. .*: 1, 2\."):
+        check_split(narrow, 4)
+    shared = dataclasses.replace(MODEL, moe=dataclasses.replace(moe, shared_size=6))
+    with pytest.raises(ValidationError, match=r"=4 does not divide the shared experts' intermediate size of 6"):
+        check_split(shared, 4)
+
+
+def test_a_model_without_experts_is_refused(tiny_model: Path):
+    with pytest.raises(ValidationError, match="enable_expert_parallel=True, and the model has no experts. Leave it"):
+        LLM(tiny_model, enable_expert_parallel=True, **SMALL)

@@ -1,0 +1,71 @@
+"""One of several processes that run an engine together, each with two virtual devices.
+
+``python -m support.several_hosts FOLDER ADDRESS PROCESSES NUMBER`` prints one JSON object: what the engine answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, answers, generate, tokens
+
+from jaxllm import LLM, AsyncLLM
+from jaxllm.api.errors import JaxLLMError
+from jaxllm.config.parallel import Grid
+from jaxllm.parallel.processes import engine_devices
+
+
+def refused(call: Any) -> str:
+    try:
+        call()
+    except JaxLLMError as error:
+        return str(error)
+    return ""
+
+
+def together(folder: Path) -> dict[str, Any]:
+    """What an engine over the devices of all processes answers, and what it refuses."""
+    found: dict[str, Any] = {}
+    with LLM(folder, tensor_parallel_size=4, **ARGUMENTS) as llm:
+        found |= answers(llm)
+        # what has no length is read in step, too
+        found["streamed"] = tokens(generate(llm, (prompt for prompt in PROMPTS), GREEDY))
+        llm.sleep(2)
+        llm.wake_up()
+        found["read again"] = tokens(generate(llm, PROMPTS, GREEDY))
+        [params] = llm.apply_model(lambda params: params)
+        found["held"] = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+        found["planned"] = llm.memory_plan.weight_bytes
+        found["blocks"] = llm.memory_plan.num_blocks
+        found["explained"] = str(llm.explain())
+        found["no save"] = refused(lambda: llm.save(folder / "saved"))
+        found["no sleep"] = refused(lambda: llm.sleep(1))
+    found["no async"] = refused(lambda: asyncio.run(AsyncLLM.start(folder, tensor_parallel_size=4, **ARGUMENTS)))
+    found["no three"] = refused(lambda: engine_devices("cpu", Grid(tensor=3)))
+    found["no stages"] = refused(lambda: LLM(folder, tensor_parallel_size=2, pipeline_parallel_size=2, **ARGUMENTS))
+    return found
+
+
+def alone(folder: Path, number: int) -> list[list[int]]:
+    """What an engine on one of this process's own devices answers, while the other process's does something else."""
+    with LLM(folder, **ARGUMENTS) as llm:
+        prompts = [prompt for prompt in PROMPTS for _ in range(number + 1)]
+        return tokens(generate(llm, prompts, dataclasses.replace(GREEDY, max_tokens=4)))[:: number + 1]
+
+
+def main() -> None:
+    folder, address, processes, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    jax.config.update("jax_num_cpu_devices", 2)  # pyright: ignore[reportAttributeAccessIssue]
+    jax.distributed.initialize(address, num_processes=processes, process_id=number)
+    found = {"together": together(folder), "alone": alone(folder, number)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
