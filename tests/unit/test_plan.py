@@ -139,12 +139,12 @@ class TestQwQ:
 
 
 def test_a_pipeline_is_planned_by_the_stage_with_the_least_room(qwq: Path, capsys: pytest.CaptureFixture[str]):
-    """The last one: its layers, the head, and what samples. Fewer layers leave it more room, and others less."""
+    """The first or the last one, which have a table of the vocabulary besides their layers; or one of more layers."""
     arguments: dict[str, Any] = {"device": "h200", "max_model_len": 8192, "pipeline_parallel_size": 4}
     memory = jaxllm.plan(qwq, **arguments).memory
     table = QWQ["vocab_size"] * QWQ["hidden_size"] * 2
     assert memory.weight_bytes == pytest.approx((weights(QWQ, 2) - 2 * table) / 4 + table, rel=1e-3)
-    assert "stage 4 of 4, which has the least room" in str(memory)
+    assert re.search("stage [14] of 4, which has the least room", str(memory))
     assert memory.kv_bytes_per_token == 16 * 2 * 8 * 128 * 2
     uneven = jaxllm.plan(qwq, **arguments, pipeline_layer_partition="16,16,20,12").memory
     assert "stage 3 of 4" in str(uneven) and uneven.num_blocks < memory.num_blocks
