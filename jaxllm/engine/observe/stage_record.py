@@ -39,7 +39,8 @@ def stage_records(
     for stage, steps in enumerate(times):
         free, ends = 0.0, {}
         for step, launched, end in steps:
-            start = min(max(launched, free, handed_on.get(step, 0.0)), end)
+            start = max(launched, free, handed_on.get(step, 0.0))
+            end = max(end, start)  # whoever waits for an array may come late
             records.append(StageRecord(step=step, stage=stage, start=start - zero, end=end - zero, engine=engine))
             free = ends[step] = end
         handed_on = ends
