@@ -52,7 +52,12 @@ def test_every_device_has_all_latents(found: dict[str, Any], devices: int):
     [
         ({"attention_bias": True}, {}, "attention_bias=true is not supported for latent attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantized .quant_method 'fp8'.* take one in bfloat16"),
-        ({"n_routed_experts": 8, "first_k_dense_replace": 1}, {}, "8 experts, which are not supported yet"),
+        ({"scoring_func": "softmax"}, {}, "scoring_func='softmax' is not supported; only 'sigmoid' is."),
+        (
+            {"num_experts_per_tok": 5},
+            {},
+            "5 of n_routed_experts=8 cannot be chosen in the topk_group=2",
+        ),
         ({}, {"deterministic": True}, "deterministic=True is not available for models with latent attention"),
         (
             {},
