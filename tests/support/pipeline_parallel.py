@@ -62,7 +62,7 @@ def laws(llm: LLM) -> dict[str, Any]:
     and the blocks that are in use when nobody is there.
     """
     runner: Any = llm.engine.runner
-    pool = llm.engine.core.scheduler.kv_cache_manager.pool
+    pool = llm.engine.core.cores[0].scheduler.kv_cache_manager.pool
     assert isinstance(runner.head, PipelineHead)
     copied, devices = [], []
     for programs, state in zip(runner.head.allocator.stages, runner._state.stages, strict=True):
