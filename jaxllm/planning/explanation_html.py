@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from jaxllm.parallel.mesh import STAGE
 from jaxllm.planning.layout import KV_CACHE, ArrayLayout
 
 if TYPE_CHECKING:
@@ -68,12 +69,17 @@ def _column(
             f"{each.count} x " * (each.count > 1) + f"{each.name}: {each.part(mesh, numbers)}",
         )
         for each in explanation.layouts
+        if each.stage is None or each.stage == numbers[STAGE]
     ]
-    parts.append(("activations", _ACTIVATIONS, memory.activation_bytes, "activations"))
-    parts.append(("state", _STATE, memory.state_bytes, "state"))
+    rest = "not used"
+    if numbers.get(STAGE, memory.stage) == memory.stage:
+        parts.append(("activations", _ACTIVATIONS, memory.activation_bytes, "activations"))
+        parts.append(("state", _STATE, memory.state_bytes, "state"))
+    else:  # the plan is of the stage that has the least room
+        rest = "not used, but for activations and state"
     used = sum(size for _, _, size, _ in parts)
     whole = max(memory.total_bytes, used, 1)
-    parts.append(("not used", "#EEEEEE", whole - used, "not used"))
+    parts.append((rest, "#EEEEEE", whole - used, rest))
     top = 0.0
     # neighbours of one kind are beside each other
     order = list(dict.fromkeys(name for name, *_ in parts))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from support.own_process import found_by
 from support.pairs import asked
-from support.pipeline_parallel import ENGINES, LAYERS
+from support.pipeline_parallel import COMMON, ENGINES, LAYERS
 
-from jaxllm import LLM
+from jaxllm import LLM, Explanation
 from jaxllm.api.errors import ValidationError
+from jaxllm.planning.layout import KV_CACHE
 
 STAGES = [name for name in ENGINES if name != "one"]
 KINDS = [
@@ -62,6 +63,29 @@ def test_every_stage_keeps_the_laws(found: dict[str, Any], stages: str, layers: 
     assert laws["blocks"] == 0
     assert laws["plan"] == [len(layers), sum(map(len, devices))]
     assert not found[stages]["compiled"], "something was compiled after the start"
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_an_engine_explains_its_stages(found: dict[str, Any], stages: str):
+    """Each device of a stage sums hidden states twice a layer; the first and the last stage exchange more."""
+    said = Explanation.from_dict(found[stages]["explained"])
+    layers, devices = found[stages]["laws"]["layers"], said.mesh["tensor"]
+    assert said.mesh["stage"] == len(layers)
+    for index, count in enumerate(layers):
+        of_stage = [step for step in said.steps if step.stage == index]
+        assert [step.tokens for step in of_stage] == [1, 4, COMMON["max_num_batched_tokens"]] and not any(
+            step.not_compiled for step in of_stage
+        )
+        for step in of_stage:
+            times: dict[str, int] = {}
+            for exchange in step.exchanges:
+                times[exchange.kind] = times.get(exchange.kind, 0) + exchange.times
+            is_first, is_last = index == 0, index == len(layers) - 1
+            expected = {"all-reduce": 2 * count + is_first, "all-gather": int(is_last)} if devices > 1 else {}
+            expected["copy to the next stage"] = int(not is_last)
+            assert times == {kind: number for kind, number in expected.items() if number}
+        pages = [layout.shape[0] for layout in said.layouts if layout.stage == index and layout.name == KV_CACHE]
+        assert pages == [count * COMMON["num_gpu_blocks_override"]]
 
 
 @pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "trained weights", "saved"])

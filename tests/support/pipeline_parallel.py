@@ -154,6 +154,7 @@ def main() -> None:
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)
+                found[name]["explained"] = llm.explain().to_dict()
             if name == "4":
                 found[name]["trace"] = traced(llm, folder)
                 found["changed"] = changed(llm, folder / "saved")

@@ -155,6 +155,39 @@ def test_one_device_exchanges_nothing(model: Path):
     assert not any(layout.is_split for layout in one.layouts)
 
 
+def test_replicas_have_devices_of_their_own(model: Path, llama: Explanation):
+    two = jaxllm.explain(model, **ASKED, data_parallel_size=2)
+    assert two.mesh == {"data": 2, "tensor": 4} and two.layouts == llama.layouts and two.steps == llama.steps
+    assert "Mesh: data=2 x tensor=4" in str(two) and "Steps of a replica" in str(two)
+    drawn = two._repr_html_()
+    assert drawn.count("<text") == 8 and ">data 1, tensor 3</text>" in drawn
+    assert drawn.count("80 x layers.output: heads 48 to 63 of 64 (2.500 GiB)") == 2
+
+
+def test_stages_have_their_layers_and_hand_on_hidden_states(model: Path, llama: Explanation):
+    two = jaxllm.explain(model, **ASKED, pipeline_parallel_size=2)
+    assert two.mesh == {"stage": 2, "tensor": 4}
+    counts = {(layout.stage, layout.name): layout.count for layout in two.layouts}
+    assert counts[0, "layers.qkv"] == counts[1, "layers.qkv"] == 40
+    ends = {(stage, name) for stage, name in counts if name in ("embedding", "norm", "head")}
+    assert ends == {(0, "embedding"), (1, "norm"), (1, "head")}
+    largest = max(stage for stage, _ in counts)
+    sizes = [sum(each.device_bytes for each in two.layouts if each.stage == stage) for stage in range(largest + 1)]
+    planned = two.plan.memory
+    assert sizes[planned.stage] == planned.weight_bytes + planned.kv_cache_bytes
+    for whole in llama.steps:
+        first, last = (step for step in two.steps if step.name == whole.name)
+        assert first.weight_bytes + last.weight_bytes == whole.weight_bytes
+        assert first.flops + last.flops == whole.flops
+        handed = whole.tokens * 8192 * 2
+        sums = {step.stage: [(e.kind, e.times, e.bytes) for e in step.exchanges] for step in (first, last)}
+        assert sums[0] == [("all-reduce", 81, handed), ("copy to the next stage", 1, handed)]
+        assert ("all-reduce", 80, handed) in sums[1] and [kind for kind, *_ in sums[1]].count("all-gather") == 1
+    text, drawn = str(two), two._repr_html_()
+    assert "stage 1: decode, one request (1 token): at least" in text and "Mesh: stage=2 x tensor=4" in text
+    assert drawn.count("head: vocab 0 to 32063 of 128256") == 1 and drawn.count("activations (") == 4
+
+
 def test_what_does_not_fit_is_explained_all_the_same(model: Path):
     one = jaxllm.explain(model, device="h100")
     assert not one.plan.fits and not one.plan.remedies and one.layouts
