@@ -56,7 +56,7 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "StableLmForCausalLM": stablelm.config_from_hf,
     "CohereForCausalLM": cohere.config_from_hf,
     "Cohere2ForCausalLM": cohere.cohere2_config_from_hf,
-    "DeepseekV2ForCausalLM": deepseek.config_from_hf,
+    "DeepseekV2ForCausalLM": deepseek.v2_config_from_hf,
     "DeepseekV3ForCausalLM": deepseek.config_from_hf,
     "GlmForCausalLM": glm.config_from_hf,
     "Glm4ForCausalLM": glm.glm4_config_from_hf,

@@ -98,7 +98,8 @@ def explain(question: Question, *, device: str, basis: str) -> Explanation:
     config, programs = planner.planned
     limits = dataclasses.replace(config.scheduler, max_model_len=plan.memory.max_model_len)
     with planner.lowering(config):
-        return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
+        config = dataclasses.replace(config, scheduler=limits)
+        return explanation(plan, config, programs, replicas=question.args.data_parallel_size)
 
 
 def _answer(question: Question, planner: _Planner, device: str, basis: str) -> tuple[Plan, DoesNotFitError | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.config.devices import GPUS
+from jaxllm.config.devices import GPU, GPUS
 from jaxllm.layers.embedding import VOCAB
 from jaxllm.layers.weight import Axis
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
+from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import held, layer_sums
 from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.layout import ArrayLayout, cache_layout, weight_layouts
 from jaxllm.planning.plan import Plan
-from jaxllm.planning.step_estimate import StepEstimate, step_estimate, step_exchanges
+from jaxllm.planning.step_estimate import COPY, StepEstimate, handed_on, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
@@ -39,7 +42,7 @@ def explain_engine(engine: Engine) -> Explanation:
     if engine.args.load_format == "null":
         raise ValidationError('load_format="null" has no model, so there is nothing to explain.')
     runner: Any = engine.runner
-    config, memory, programs = engine.model_files.config, engine.memory_plan, runner.head.programs
+    config, memory, programs = engine.model_files.config, engine.memory_plan, runner.head.allocator
     limits = dataclasses.replace(config.scheduler, max_model_len=memory.max_model_len)
     plan = Plan(
         model=str(engine.args.model),
@@ -52,72 +55,93 @@ def explain_engine(engine: Engine) -> Explanation:
         exact=True,
         basis="These are the programs that the engine runs.",
     )
-    return explanation(plan, dataclasses.replace(config, scheduler=limits), programs)
+    return explanation(
+        plan, dataclasses.replace(config, scheduler=limits), programs, replicas=engine.args.data_parallel_size
+    )
 
 
-def explanation(plan: Plan, config: RunnerConfig, programs: Programs | PipelinePrograms | None) -> Explanation:
+def explanation(
+    plan: Plan, config: RunnerConfig, programs: Programs | PipelinePrograms | None, *, replicas: int = 1
+) -> Explanation:
     """Explain an engine that is planned.
 
     Args:
-        config: what the plan is of.
+        config: what the plan is of, one replica.
         programs: of the engine, which compile what they lack; None: nothing can be compiled, and exchanges are those
             that the rules of the split make.
-
-    Raises:
-        ValidationError: the model is cut into stages.
+        replicas: of the model, on devices of their own.
     """
-    if config.pipeline or isinstance(programs, PipelinePrograms):
-        raise ValidationError(
-            f"pipeline_parallel_size={len(config.pipeline)} cannot be explained yet; `jaxllm plan` says what a stage "
-            "needs. What works: pipeline_parallel_size=1."
-        )
-    sizes, limits = dict(config.target.mesh_sizes), config.scheduler
-    gpu = next((gpu for gpu in GPUS.values() if gpu.description == config.target.kind), None)
-    weights = weight_layouts(config)
+    limits, gpu = config.scheduler, _gpu(config)
     most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     wanted: dict[tuple[int, int], str] = {}
     if config.pooler is None:
         wanted[1, 1] = "decode, one request"
         wanted.setdefault((most, most), "decode, all requests")
     wanted.setdefault((limits.max_num_batched_tokens, most), "largest step")
-
-    def step(name: str, tokens: int, requests: int) -> StepEstimate:
-        problem = "there is nothing to compile with"
-        if programs is not None:
-            try:
-                texts, problem = programs.step_texts(tokens, requests), ""
-            except jax.errors.JaxRuntimeError as error:
-                problem = f"the compiler says {str(error).splitlines()[0]}"
-        if problem:
-            found = _expected(config, tokens, requests)
-        else:
-            found = sum(map(collectives, texts), Counter[Collective]())
-        devices = config.target.num_devices
-        exchanges = step_exchanges(found, num_layers=config.model.num_layers, devices=devices, gpu=gpu)
-        size, flops = _read_and_computed(weights, tokens, requests)
-        return step_estimate(
-            name,
-            tokens=tokens,
-            requests=requests,
-            exchanges=exchanges,
-            not_compiled=problem,
-            weight_bytes=size,
-            flops=flops,
-            gpu=gpu,
-        )
-
-    steps = tuple(step(name, *size) for size, name in wanted.items())
-    if not steps[-1].not_compiled:
+    parts = programs.stages if isinstance(programs, PipelinePrograms) else (programs,) * len(config.stages)
+    layouts: list[ArrayLayout] = []
+    steps: list[StepEstimate] = []
+    for stage, own in zip(config.stages, parts, strict=True):
+        weights = weight_layouts(stage)
+        layouts += [*weights, cache_layout(stage, plan.memory.num_blocks)]
+        steps += [_step(name, stage, own, weights, gpu, *size) for size, name in wanted.items()]
+    largest = [step for step in steps if step.name == [*wanted.values()][-1]]
+    if not any(step.not_compiled for step in largest):
         found = Counter[str]()
-        for exchange in steps[-1].exchanges:
+        for exchange in (exchange for step in largest for exchange in step.exchanges if exchange.kind != COPY):
             found[exchange.kind] += exchange.times
         plan = dataclasses.replace(plan, collectives=dict(found))
+    sizes = {DATA: replicas, STAGE: len(config.stages)}
     return Explanation(
         plan=plan,
-        mesh=sizes,
+        mesh={**{axis: size for axis, size in sizes.items() if size > 1}, **config.target.mesh_sizes},
         gpu=None if gpu is None else gpu.name,
-        layouts=(*weights, cache_layout(config, plan.memory.num_blocks)),
-        steps=steps,
+        layouts=tuple(layouts),
+        steps=tuple(steps),
+    )
+
+
+def _gpu(config: RunnerConfig) -> GPU | None:
+    """What the devices are; None: none that is known."""
+    return next((gpu for gpu in GPUS.values() if gpu.description == config.target.kind), None)
+
+
+def _step(
+    name: str,
+    config: RunnerConfig,
+    programs: Programs | None,
+    weights: tuple[ArrayLayout, ...],
+    gpu: GPU | None,
+    tokens: int,
+    requests: int,
+) -> StepEstimate:
+    """A step of one stage, or of the whole model."""
+    found, problem = None, "there is nothing to compile with"
+    if programs is not None:
+        try:
+            found = sum(map(collectives, programs.step_texts(tokens, requests)), Counter[Collective]())
+        except jax.errors.JaxRuntimeError as error:
+            problem = f"the compiler says {str(error).splitlines()[0]}"
+    exchanges = step_exchanges(
+        _expected(config, tokens, requests) if found is None else found,
+        num_layers=config.model.num_layers,
+        devices=config.target.num_devices,
+        gpu=gpu,
+    )
+    if config.stage is not None and not config.stage.is_last:
+        rows = tokens if programs is None else programs.bucket(tokens, requests).tokens
+        exchanges += (handed_on(rows * config.model.hidden_size * jnp.dtype(config.dtype).itemsize, gpu),)
+    size, flops = _read_and_computed(config, weights, tokens, requests)
+    return step_estimate(
+        name,
+        stage=None if config.stage is None else config.stage.index,
+        tokens=tokens,
+        requests=requests,
+        exchanges=exchanges,
+        not_compiled=problem if found is None else "",
+        weight_bytes=size,
+        flops=flops,
+        gpu=gpu,
     )
 
 
@@ -126,29 +150,38 @@ def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Colle
     model, sizes, devices = config.model, config.target.mesh_sizes, config.target.num_devices
     rows = SAMPLE_ROWS_GPU[-1]
     blocks = 0 if config.pooler is not None else -(-requests // rows)
+    stage = config.stage
+    if stage is not None and not stage.is_last:
+        blocks = 0
     times = expected_collectives(model.num_layers, devices, layer_sums=layer_sums(model), blocks=blocks)
+    if times and stage is not None and not stage.is_first:
+        times["all-reduce"] -= 1  # the embedding's
     hidden = tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
     words = held(Axis(VOCAB, model.vocab_size), sizes).size * devices
     each = {"all-reduce": (hidden, ""), "all-gather": (min(requests, rows) * words * 4, VOCAB)}
     return Counter({Collective(kind, each[kind][0], devices, each[kind][1]): number for kind, number in times.items()})
 
 
-def _read_and_computed(weights: tuple[ArrayLayout, ...], tokens: int, requests: int) -> tuple[int, int]:
+def _read_and_computed(
+    config: RunnerConfig, weights: tuple[ArrayLayout, ...], tokens: int, requests: int
+) -> tuple[int, int]:
     """(bytes of weights that a device reads in a step, operations of its products with them).
 
     Of a table of vectors a step reads a few rows, unless it is the head, too; the head computes logits of one token a
-    request.
+    request. Of experts a step reads those that its tokens go to: with as many tokens as are told, which choose evenly
+    and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``.
     """
     names = {layout.name for layout in weights}
-    size = flops = 0
+    moe = config.model.moe if isinstance(config.model, DecoderConfig) else None
+    size = flops = 0.0
     for layout in weights:
         field = layout.name.rpartition(".")[2]
-        if field.endswith("embedding") and ("head" in names or "." in layout.name):
+        if field.endswith("embedding") and (config.stage is not None or "head" in names or "." in layout.name):
             continue
-        size += layout.device_bytes
-        if len(layout.axes) > 1 + ("layers" == layout.axes[0][0][0]):
-            numbers = layout.count
-            for length in layout.device_shape:
-                numbers *= length
-            flops += 2 * numbers * (requests if VOCAB in {name for name, _ in layout.axes[0]} else tokens)
-    return size, flops
+        chosen = 1.0 if layout.experts is None or moe is None else moe.top_k / layout.experts
+        size += layout.device_bytes * (1 - (1 - chosen) ** tokens)
+        stacked = (layout.axes[0][0][0] == "layers") + (layout.experts is not None)
+        if len(layout.axes) > 1 + stacked:
+            rows = requests if VOCAB in {name for name, _ in layout.axes[0]} else tokens
+            flops += 2 * layout.count * math.prod(layout.device_shape) * rows * chosen
+    return round(size), round(flops)

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxllm.config.devices import GPUS
 from jaxllm.config.links import LINKS
+from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.planning.explanation_html import explanation_html
 from jaxllm.planning.layout import ArrayLayout
 from jaxllm.planning.plan import Plan
@@ -47,11 +48,12 @@ class Explanation:
         return f"Mesh: {axes}, each pair connected by {link.name}, {link.bandwidth / 1e9:.3g} GB/s in each direction"
 
     def _array_lines(self) -> list[str]:
-        rows = [("array", "arrays", "axes", "shape", "on one device", "dtype", "bytes on one device", "")]
+        rows = [("", "array", "arrays", "axes", "shape", "on one device", "dtype", "bytes on one device", "")]
         for each in self.layouts:
             note = each.note(self.mesh)
             rows.append(
                 (
+                    "" if each.stage is None else f"stage {each.stage}",
                     each.name,
                     str(each.count),
                     axes_text(each),
@@ -63,15 +65,19 @@ class Explanation:
                 )
             )
         title = "Arrays, each axis with the axis of the mesh that it is split over:"
-        return [title, *table(rows, right={1, 6})]
+        if STAGE not in self.mesh:
+            rows = [row[1:] for row in rows]
+            return [title, *table(rows, right={1, 6})]
+        return [title, *table(rows, right={2, 7})]
 
     def _step_lines(self) -> list[str]:
-        lines = ["Steps, as one device does them:"]
+        lines = [f"Steps of {'a replica' if DATA in self.mesh else 'the engine'}, as one device does them:"]
         for step in self.steps:
             least = "" if step.seconds is None else f": at least {time_text(step.seconds)}"
-            lines.append(f"  {step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
+            of_stage = "" if step.stage is None else f"stage {step.stage}: "
+            lines.append(f"  {of_stage}{step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
             lines.append(f"    reads {size_text(step.weight_bytes)} of weights{_in(step.read_seconds)}")
-            lines.append(f"    computes {step.flops / 1e9:,.1f} GFLOP with them{_in(step.compute_seconds)}")
+            lines.append(f"    computes {flops_text(step.flops)} with them{_in(step.compute_seconds)}")
             if step.exchanges:
                 told = f" by the rules of the split, since {step.not_compiled}" if step.not_compiled else ""
                 lines.append(f"    exchanges{_in(step.exchange_seconds)}{told}:")
@@ -83,7 +89,7 @@ class Explanation:
                 f"  Attention reads the KV cache besides: {time_text(context)} for every 1,000 tokens of context of "
                 "all requests."
             )
-        if self.num_devices > 1:
+        if any(step.exchanges for step in self.steps):
             lines.append("  Exchanges are counted in the compiled programs, unless it says otherwise; times are what")
             lines.append("  bandwidths and NCCL's latencies allow.")
         return lines
@@ -124,6 +130,15 @@ def size_text(size: float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:,.3f} GiB"
+
+
+def flops_text(flops: float) -> str:
+    """Operations in the unit that leaves at most three digits in front of the point."""
+    for unit in ("", "k", "M", "G"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:,.4g} TFLOP"
 
 
 def time_text(seconds: float) -> str:

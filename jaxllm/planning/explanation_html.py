@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from jaxllm.parallel.mesh import STAGE
 from jaxllm.planning.layout import KV_CACHE, ArrayLayout
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _CACHE, _ACTIVATIONS, _STATE = "#56B4E9", "#E69F00", "#CC79A7"
 #: what an array is of, by a logical axis that it has, and the colour of it; the first that fits
 _KINDS = (
     ("experts", "experts", "#F0E442"),
+    ("whole experts", "experts", "#F0E442"),
     ("heads", "attention", "#0072B2"),
     ("kv_heads", "attention", "#0072B2"),
     ("mlp", "MLP", "#009E73"),
@@ -68,12 +70,17 @@ def _column(
             f"{each.count} x " * (each.count > 1) + f"{each.name}: {each.part(mesh, numbers)}",
         )
         for each in explanation.layouts
+        if each.stage is None or each.stage == numbers[STAGE]
     ]
-    parts.append(("activations", _ACTIVATIONS, memory.activation_bytes, "activations"))
-    parts.append(("state", _STATE, memory.state_bytes, "state"))
+    rest = "not used"
+    if numbers.get(STAGE, memory.stage) == memory.stage:
+        parts.append(("activations", _ACTIVATIONS, memory.activation_bytes, "activations"))
+        parts.append(("state", _STATE, memory.state_bytes, "state"))
+    else:  # the plan is of the stage that has the least room
+        rest = "not used, but for activations and state"
     used = sum(size for _, _, size, _ in parts)
     whole = max(memory.total_bytes, used, 1)
-    parts.append(("not used", "#EEEEEE", whole - used, "not used"))
+    parts.append((rest, "#EEEEEE", whole - used, rest))
     top = 0.0
     # neighbours of one kind are beside each other
     order = list(dict.fromkeys(name for name, *_ in parts))

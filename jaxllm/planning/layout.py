@@ -25,8 +25,12 @@ class ArrayLayout:
 
     #: as `LLM.apply_model` shows it, without the number of the segment
     name: str
+    #: that has it, of a pipeline; None: there is none
+    stage: int | None
     #: how many of them there are
     count: int
+    #: that are stacked in it; None: none are
+    experts: int | None = None
     #: of each axis, (what it counts, how many of them) of every tensor that is joined along it
     axes: tuple[tuple[tuple[str, int], ...], ...]
     #: of the whole array
@@ -93,6 +97,8 @@ def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLa
     layers = () if spec.layers is None else ((("layers", len(spec.layers)),),)
     return ArrayLayout(
         name=name,
+        stage=None if config.stage is None else config.stage.index,
+        experts=None if spec.experts is None else spec.experts.units,
         count=1,
         axes=(*layers, *(tuple((axis.name, axis.units) for axis in joined) for joined in spec.axes)),
         shape=spec.shape,
@@ -112,6 +118,7 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     return ArrayLayout(
         name=KV_CACHE,
+        stage=None if config.stage is None else config.stage.index,
         count=1,
         axes=(
             (("pages", pages),),

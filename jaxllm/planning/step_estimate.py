@@ -12,13 +12,15 @@ from jaxllm.config.links import LINKS, exchange_seconds
 from jaxllm.parallel.collectives import Collective
 
 _VOCAB = "vocab"
+#: of hidden states, from a stage to the next one
+COPY = "copy to the next stage"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepExchange:
     """Collectives of one kind and size in a step."""
 
-    #: such as "all-reduce"
+    #: such as "all-reduce", or `COPY`
     kind: str
     #: the logical axis that is split; "": the program does not say
     over: str
@@ -38,6 +40,8 @@ class StepEstimate:
     """What one device does in a step: the roofline, and what is exchanged beside it."""
 
     name: str
+    #: of a pipeline; None: there is none
+    stage: int | None
     tokens: int
     requests: int
     exchanges: tuple[StepExchange, ...]
@@ -101,9 +105,20 @@ def step_exchanges(
     return tuple(sorted(exchanges, key=lambda exchange: -exchange.times * exchange.bytes))
 
 
+def handed_on(size: int, gpu: GPU | None) -> StepExchange:
+    """The copy of a step's hidden states to the next stage, to each of its devices from one, beside each other.
+
+    Args:
+        size: bytes.
+    """
+    seconds = None if gpu is None else size / LINKS[gpu.name].bandwidth
+    return StepExchange(kind=COPY, over="", times=1, times_a_layer=0, bytes=size, devices=2, seconds=seconds)
+
+
 def step_estimate(
     name: str,
     *,
+    stage: int | None,
     tokens: int,
     requests: int,
     exchanges: tuple[StepExchange, ...],
@@ -117,6 +132,7 @@ def step_estimate(
     """
     return StepEstimate(
         name=name,
+        stage=stage,
         tokens=tokens,
         requests=requests,
         exchanges=exchanges,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from support.paged_model import PagedModel
 from test_families import DECODES, LENGTHS, MAX_LEN, Case, Family, hf_logits, load, mixed_chunks, random_model
 
@@ -33,14 +34,30 @@ LATENTS: dict[str, Any] = {
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "first_k_dense_replace": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 2,
 }
+GROUPS = {"n_group": 4, "topk_group": 2}
 FAMILIES = {
     "v2-lite": Family("DeepseekV2", {**LATENTS, "q_lora_rank": None}, block_size=64, bucket=64),
-    "v2": Family("DeepseekV2", {**LATENTS, "q_lora_rank": 24, "rope_parameters": YARN}, bucket=64),
+    "v2": Family(
+        "DeepseekV2",
+        {
+            **LATENTS,
+            **GROUPS,
+            "q_lora_rank": 24,
+            "rope_parameters": YARN,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.7,
+        },
+        bucket=64,
+    ),
     "v3": Family(
         "DeepseekV3",
-        {**LATENTS, "q_lora_rank": 24, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        {**LATENTS, **GROUPS, "q_lora_rank": 24, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
         bucket=64,
     ),
 }
@@ -50,6 +67,9 @@ FAMILIES = {
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     family = FAMILIES[request.param]
     model = random_model(family, seed=sum(request.param.encode()))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
     directory: Path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
     config, params = load(directory, jnp.float32)

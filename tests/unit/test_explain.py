@@ -155,6 +155,65 @@ def test_one_device_exchanges_nothing(model: Path):
     assert not any(layout.is_split for layout in one.layouts)
 
 
+def test_replicas_have_devices_of_their_own(model: Path, llama: Explanation):
+    two = jaxllm.explain(model, **ASKED, data_parallel_size=2)
+    assert two.mesh == {"data": 2, "tensor": 4} and two.layouts == llama.layouts and two.steps == llama.steps
+    assert "Mesh: data=2 x tensor=4" in str(two) and "Steps of a replica" in str(two)
+    drawn = two._repr_html_()
+    assert drawn.count("<text") == 8 and ">data 1, tensor 3</text>" in drawn
+    assert drawn.count("80 x layers.output: heads 48 to 63 of 64 (2.500 GiB)") == 2
+
+
+def test_stages_have_their_layers_and_hand_on_hidden_states(model: Path, llama: Explanation):
+    two = jaxllm.explain(model, **ASKED, pipeline_parallel_size=2)
+    assert two.mesh == {"stage": 2, "tensor": 4}
+    counts = {(layout.stage, layout.name): layout.count for layout in two.layouts}
+    assert counts[0, "layers.qkv"] == counts[1, "layers.qkv"] == 40
+    ends = {(stage, name) for stage, name in counts if name in ("embedding", "norm", "head")}
+    assert ends == {(0, "embedding"), (1, "norm"), (1, "head")}
+    largest = max(stage for stage, _ in counts)
+    sizes = [sum(each.device_bytes for each in two.layouts if each.stage == stage) for stage in range(largest + 1)]
+    planned = two.plan.memory
+    assert sizes[planned.stage] == planned.weight_bytes + planned.kv_cache_bytes
+    for whole in llama.steps:
+        first, last = (step for step in two.steps if step.name == whole.name)
+        assert first.weight_bytes + last.weight_bytes == whole.weight_bytes
+        assert first.flops + last.flops == whole.flops
+        handed = whole.tokens * 8192 * 2
+        sums = {step.stage: [(e.kind, e.times, e.bytes) for e in step.exchanges] for step in (first, last)}
+        assert sums[0] == [("all-reduce", 81, handed), ("copy to the next stage", 1, handed)]
+        assert ("all-reduce", 80, handed) in sums[1] and [kind for kind, *_ in sums[1]].count("all-gather") == 1
+    text, drawn = str(two), two._repr_html_()
+    assert "stage 1: decode, one request (1 token): at least" in text and "Mesh: stage=2 x tensor=4" in text
+    assert drawn.count("head: vocab 0 to 32063 of 128256") == 1 and drawn.count("activations (") == 4
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_are_read_by_those_that_choose_them(tmp_path: Path, whole: bool):
+    """Mixtral 8x7B on two devices, which have a half of each expert, or four experts each."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+    fields = {**LLAMA, **sizes, **heads, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = jaxllm.explain(tmp_path, device="h100", tensor_parallel_size=2, enable_expert_parallel=whole)
+    [gate_up] = (each for each in found.layouts if each.name.endswith("experts.gate_up"))
+    assert gate_up.shape == (1, 8, 28672, 4096) and gate_up.count == 32
+    assert gate_up.device_shape == ((1, 4, 28672, 4096) if whole else (1, 8, 14336, 4096))
+    if whole:
+        assert gate_up.part(found.mesh, {"tensor": 1}) == "experts 4 to 7 of 8"
+    d, f, layers = 4096, 14336, 32
+    experts = layers * 8 * 3 * d * f // 2
+    router = layers * 8 * d
+    others = layers * (6144 * d + d * d) // 2 + router
+    first = found.steps[0]
+    head, norms = 32000 * d // 2, (2 * layers + 1) * d
+    assert first.weight_bytes == 2 * (experts // 4 + others + head + norms)
+    assert first.flops == 2 * (experts // 4 + others + head)
+    # of very many tokens somebody goes to each expert
+    assert found.steps[-1].weight_bytes == 2 * (experts + others + head + norms)
+    assert "experts" in found._repr_html_()
+
+
 def test_what_does_not_fit_is_explained_all_the_same(model: Path):
     one = jaxllm.explain(model, device="h100")
     assert not one.plan.fits and not one.plan.remedies and one.layouts
