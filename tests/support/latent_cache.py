@@ -26,8 +26,7 @@ from jaxllm.models.specs import decoder_specs
 #: by their name. The first makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
     "spread": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
-    "split": {"tensor_parallel_size": 2},
-    "stages": {"pipeline_parallel_size": 2},
+    "stages": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "one": {},
 }
 #: latents of 24 numbers and 8 that are turned, where keys and values would be 4 heads of 24 and 16
