@@ -77,7 +77,9 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
             "to_nnx takes an engine on one device: the rows of this one's weights are in the order of its "
             "devices (tensor_parallel_size). Train a copy with tensor_parallel_size=1, and llm.save() it for this one."
         )
-    copied = jax.tree.map(lambda array: jnp.array(array, dtype=dtype, copy=True), params)
+    # those of pipeline stages come together
+    home = params.embedding.sharding
+    copied = jax.tree.map(lambda array: jnp.array(jax.device_put(array, home), dtype=dtype, copy=True), params)
     config = llm.engine.model_files.config.model
     assert isinstance(config, DecoderConfig)
     return Model(config, copied)

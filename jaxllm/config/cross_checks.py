@@ -27,6 +27,14 @@ def check_together(args: EngineArgs) -> None:
             f"max_num_batched_tokens ({tokens}) must be greater than or equal to max_num_seqs ({seqs}): a step gives "
             "every running request at least one token."
         )
+    replicas, tensor = args.data_parallel_size, args.tensor_parallel_size
+    if args.enable_expert_parallel and replicas > 1:
+        raise ValidationError(
+            f"enable_expert_parallel=True with data_parallel_size={replicas}: replicas do not step together yet, so "
+            "they cannot share experts. What works: enable_expert_parallel=True with data_parallel_size=1 and "
+            f"tensor_parallel_size={replicas * tensor}, or data_parallel_size={replicas} without "
+            "enable_expert_parallel, where each replica has all experts."
+        )
 
 
 def check_pooling(args: EngineArgs) -> None:

@@ -47,8 +47,8 @@ class ParallelConfig(Arguments):
     pipeline_parallel_size: int = argument(
         1, at_least(1), "stages of layers, each on devices of its own", group="parallel", short="-pp"
     )
-    #: vLLM's environment variable VLLM_PP_LAYER_PARTITION; None: as equally as it goes
-    pipeline_layer_partition: tuple[int, ...] | None = argument(
+    #: vLLM's environment variable VLLM_PP_LAYER_PARTITION, as numbers then; None: as equally as it goes
+    pipeline_layer_partition: str | tuple[int, ...] | None = argument(
         None,
         layer_partition,
         "layers of each stage, such as 5,3 (default: as equally as it goes)",

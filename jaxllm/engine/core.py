@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.io.token_constraints import TokenConstraints
     from jaxllm.engine.observe.metrics import EngineMetrics, EngineStats, Metric
     from jaxllm.engine.observe.step_observer import StepObserver
-    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StepFuture
+    from jaxllm.engine.step import ModelRunner, SchedulerOutput, StageTimer, StepFuture
 
 
 class EngineCore:
@@ -174,8 +174,11 @@ class EngineCore:
         else:
             launched = self._runner.forward(scheduled)
             self._tell_launched(scheduled)
-            # the masks follow from the tokens of all earlier steps
-            while self._in_flight:
+            # the masks follow from the requests' earlier tokens; steps of others may stay under way
+            masked = [
+                r for r, row in zip(scheduled.requests, scheduled.rows, strict=True) if row in scheduled.masked_rows
+            ]
+            while self._in_flight and any(r.num_output_placeholders > 1 and not r.is_finished for r in masked):
                 outputs += self._read()
             masks, lost = self._constraints.masks(scheduled)
             outputs += self._fail(lost)
@@ -324,6 +327,10 @@ class EngineCore:
         """Tell `observer` of every step from now on; any thread may ask for it."""
         with self._observers_lock:
             self._observers += (observer,)
+
+    def time_stages(self) -> StageTimer | None:
+        """As `ModelRunner.time_stages`; any thread may ask for it."""
+        return self._runner.time_stages()
 
     def stop_observing(self, observer: StepObserver) -> None:
         """Tell it no more. Does nothing when it is not there; any thread may ask for it."""

@@ -169,6 +169,12 @@ class StepFuture(Protocol):
         ...
 
 
+class StageTimer(Protocol):
+    def stop(self) -> list[list[tuple[int, float, float]]]:
+        """Of each stage (step, when it was launched, when it was done), in order, in seconds of `time.monotonic`."""
+        ...
+
+
 class ModelRunner(Protocol):
     """All that the engine knows of the device."""
 
@@ -191,6 +197,10 @@ class ModelRunner(Protocol):
             masks: masked row -> int32 [ceil(vocab_size / 32)]: token t is allowed when bit t % 32 of word t // 32 is
                 set. A masked row without a mask may sample anything.
         """
+        ...
+
+    def time_stages(self) -> StageTimer | None:
+        """Note from here on when each stage of a pipeline is done with each step; None: there are no stages."""
         ...
 
     def reset(self) -> None:

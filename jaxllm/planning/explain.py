@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPU, GPUS
 from jaxllm.layers.embedding import VOCAB
 from jaxllm.layers.weight import Axis
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import held, layer_sums
@@ -129,7 +131,7 @@ def _step(
     if config.stage is not None and not config.stage.is_last:
         rows = tokens if programs is None else programs.bucket(tokens, requests).tokens
         exchanges += (handed_on(rows * config.model.hidden_size * jnp.dtype(config.dtype).itemsize, gpu),)
-    size, flops = _read_and_computed(weights, tokens, requests, is_whole=config.stage is None)
+    size, flops = _read_and_computed(config, weights, tokens, requests)
     return step_estimate(
         name,
         stage=None if config.stage is None else config.stage.index,
@@ -161,23 +163,25 @@ def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Colle
 
 
 def _read_and_computed(
-    weights: tuple[ArrayLayout, ...], tokens: int, requests: int, *, is_whole: bool
+    config: RunnerConfig, weights: tuple[ArrayLayout, ...], tokens: int, requests: int
 ) -> tuple[int, int]:
     """(bytes of weights that a device reads in a step, operations of its products with them).
 
     Of a table of vectors a step reads a few rows, unless it is the head, too; the head computes logits of one token a
-    request.
+    request. Of experts a step reads those that its tokens go to: with as many tokens as are told, which choose evenly
+    and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``.
     """
     names = {layout.name for layout in weights}
-    size = flops = 0
+    moe = config.model.moe if isinstance(config.model, DecoderConfig) else None
+    size = flops = 0.0
     for layout in weights:
         field = layout.name.rpartition(".")[2]
-        if field.endswith("embedding") and (not is_whole or "head" in names or "." in layout.name):
+        if field.endswith("embedding") and (config.stage is not None or "head" in names or "." in layout.name):
             continue
-        size += layout.device_bytes
-        if len(layout.axes) > 1 + ("layers" == layout.axes[0][0][0]):
-            numbers = layout.count
-            for length in layout.device_shape:
-                numbers *= length
-            flops += 2 * numbers * (requests if VOCAB in {name for name, _ in layout.axes[0]} else tokens)
-    return size, flops
+        chosen = 1.0 if layout.experts is None or moe is None else moe.top_k / layout.experts
+        size += layout.device_bytes * (1 - (1 - chosen) ** tokens)
+        stacked = (layout.axes[0][0][0] == "layers") + (layout.experts is not None)
+        if len(layout.axes) > 1 + stacked:
+            rows = requests if VOCAB in {name for name, _ in layout.axes[0]} else tokens
+            flops += 2 * layout.count * math.prod(layout.device_shape) * rows * chosen
+    return round(size), round(flops)

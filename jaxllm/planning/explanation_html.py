@@ -19,6 +19,7 @@ _CACHE, _ACTIVATIONS, _STATE = "#56B4E9", "#E69F00", "#CC79A7"
 #: what an array is of, by a logical axis that it has, and the colour of it; the first that fits
 _KINDS = (
     ("experts", "experts", "#F0E442"),
+    ("whole experts", "experts", "#F0E442"),
     ("heads", "attention", "#0072B2"),
     ("kv_heads", "attention", "#0072B2"),
     ("mlp", "MLP", "#009E73"),

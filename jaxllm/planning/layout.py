@@ -29,6 +29,8 @@ class ArrayLayout:
     stage: int | None
     #: how many of them there are
     count: int
+    #: that are stacked in it; None: none are
+    experts: int | None = None
     #: of each axis, (what it counts, how many of them) of every tensor that is joined along it
     axes: tuple[tuple[tuple[str, int], ...], ...]
     #: of the whole array
@@ -96,6 +98,7 @@ def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLa
     return ArrayLayout(
         name=name,
         stage=None if config.stage is None else config.stage.index,
+        experts=None if spec.experts is None else spec.experts.units,
         count=1,
         axes=(*layers, *(tuple((axis.name, axis.units) for axis in joined) for joined in spec.axes)),
         shape=spec.shape,

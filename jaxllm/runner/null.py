@@ -98,6 +98,9 @@ class NullRunner:
         """It holds nothing."""
         return 0
 
+    def time_stages(self) -> None:
+        """It has no stages."""
+
     def execute(self, scheduled: SchedulerOutput) -> NullStep:
         if scheduled.num_steps == 1:
             return self.sample(self.forward(scheduled), {})

@@ -13,6 +13,7 @@ import numpy as np
 from jaxllm.engine.step import SchedulerOutput, StepFuture
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.memory.device_memory import DeviceMemory
 from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
@@ -73,6 +74,10 @@ class Runner(DeviceMemory[Any, Any]):
         self._rows.update(scheduled)
         for request in scheduled.admitted:
             self._state = self.head.admit(self._live(), request)
+
+    def time_stages(self) -> StageClock | None:
+        """As `Head.time_stages`."""
+        return self.head.time_stages()
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
         """The one that a step of this size runs in."""

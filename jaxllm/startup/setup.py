@@ -61,7 +61,8 @@ class Setup:
         args = self.args
         if count > 1:
             check_pipeline(count, pools=self.pooler is not None, num_decode_steps=args.num_decode_steps)
-        return pipeline(self.model.num_layers, count, args.pipeline_layer_partition)
+        layers: Any = args.pipeline_layer_partition
+        return pipeline(self.model.num_layers, count, layers)
 
     def check_devices(self, count: int) -> None:
         """Raises ValidationError where the engine cannot be split over so many devices."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.data_parallel import found_with
 from support.own_process import found_by
 from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, generate, tokens
 
@@ -46,6 +47,12 @@ def nothing_is_left(two: LLM) -> Iterator[None]:
     for replica in core._replicas:
         assert not replica.load and not replica._expected
         assert replica.core.scheduler.kv_cache_manager.pool.num_used == 0
+
+
+@pytest.fixture(scope="module")
+def expected(one: LLM) -> dict[str, Any]:
+    """What one device answers."""
+    return found_with(one)
 
 
 def by_engine(llm: LLM, name: str, field: str = "value") -> list[Any]:
@@ -291,6 +298,8 @@ def test_sizes_that_cannot_be_are_refused(tiny_model: Path):
         LLM(tiny_model, data_parallel_size=0)
     with pytest.raises(ValidationError, match='data_parallel_size=2 with load_format="null": there is no model'):
         LLM(tiny_model, data_parallel_size=2, load_format="null")
+    with pytest.raises(ValidationError, match="enable_expert_parallel=True with data_parallel_size=2: replicas"):
+        LLM(tiny_model, data_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(ValidationError) as raised:
         LLM(tiny_model, data_parallel_size=2, tensor_parallel_size=2)
     assert str(raised.value).startswith("data_parallel_size=2 x tensor_parallel_size=2 needs 4 devices; JAX has 1 of")
@@ -303,28 +312,39 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.data_parallel", tmp_path_factory.mktemp("replicas"))
 
 
-@pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured", "many", "prefix hits"])
-def test_replicas_of_a_split_model_answer_as_one_device(found: dict[str, Any], kind: str):
-    assert found["replicas"][kind] == found["one"][kind]
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured", "many"])
+def test_replicas_of_a_split_model_answer_as_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
+    assert found["replicas"][kind] == expected[kind]
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "many"])
-def test_replicas_of_stages_answer_as_one_device(found: dict[str, Any], kind: str):
-    assert found["stages"][kind] == found["one"][kind]
+def test_replicas_of_stages_answer_as_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
+    assert found["stages"][kind] == expected[kind]
 
 
 @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
-def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], kind: str):
-    np.testing.assert_allclose(found["replicas"][kind], found["one"][kind], atol=1e-4, rtol=1e-4)
+def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
+    np.testing.assert_allclose(found["replicas"][kind], expected[kind], atol=1e-4, rtol=1e-4)
+
+
+def test_replicas_that_pool(tiny_model: Path):
+    arguments = {**ARGUMENTS, "num_gpu_blocks_override": None, "max_model_len": 64}
+
+    def vectors(count: int) -> np.ndarray:
+        with LLM(tiny_model, runner="pooling", convert="embed", data_parallel_size=count, **arguments) as llm:
+            return np.array([output.outputs.embedding for output in llm.embed(PROMPTS, use_tqdm=False)])
+
+    np.testing.assert_allclose(vectors(2), vectors(1), atol=1e-5)
 
 
 def test_each_has_its_own_devices(found: dict[str, Any]):
     assert found["devices"] == [[0, 1], [2, 3]] and found["world"] == [4, 2]
     assert min(found["steps"]) > 0 and found["pages"] == [0, 0]
+    assert found["replicas"]["prefix hits"] > 0
 
 
-def test_their_weights_sleep_and_change_everywhere(found: dict[str, Any]):
+def test_their_weights_sleep_and_change_everywhere(found: dict[str, Any], expected: dict[str, Any]):
     for kind in ("sleep", "own weights"):
-        assert found[kind] == found["one"]["many"]
+        assert found[kind] == expected["many"]
     others = found["other weights"]
-    assert others == [others[0]] * 4 and others[0] != found["one"]["many"][0]
+    assert others == [others[0]] * 4 and others[0] != expected["many"][0]

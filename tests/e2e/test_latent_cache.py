@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.latent_cache import DEEPSEEK, DEVICES
+from support.latent_cache import DEEPSEEK, ENGINES
 from support.own_process import found_by
 
 from jaxllm import LLM
 from jaxllm.api.errors import ValidationError
 from jaxllm.parallel.collectives import expected_collectives
 
-SPLIT = [n for n in DEVICES if n > 1]
+SEVERAL = [name for name in ENGINES if name != "one"]
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +26,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.latent_cache", tmp_path_factory.mktemp("latents"))
 
 
-@pytest.mark.parametrize("devices", SPLIT)
-def test_tokens_are_those_of_one_device(found: dict[str, Any], devices: int):
-    assert found[str(devices)]["greedy"] == found["1"]["greedy"]
-    np.testing.assert_allclose(found[str(devices)]["prompt logprobs"], found["1"]["prompt logprobs"], atol=1e-4)
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_tokens_are_those_of_one_device(found: dict[str, Any], engine: str):
+    assert found[engine]["greedy"] == found["one"]["greedy"]
+    np.testing.assert_allclose(found[engine]["prompt logprobs"], found["one"]["prompt logprobs"], atol=1e-4)
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], devices: int):
-    assert found[str(devices)]["preemptions"] > 0 and found[str(devices)]["prefix hits"] > 0
-    assert found[str(devices)]["after prefix hits"] == [found["1"]["greedy"][2]]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], engine: str):
+    assert found[engine]["preemptions"] > 0 and found[engine]["prefix hits"] > 0
+    assert found[engine]["after prefix hits"] == [found["one"]["greedy"][2]]
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_every_device_has_all_latents(found: dict[str, Any], devices: int):
-    """What devices exchange is what they would without latents."""
-    width = DEEPSEEK["kv_lora_rank"] + DEEPSEEK["qk_rope_head_dim"]
-    assert found[str(devices)]["bytes a token"] == DEEPSEEK["num_hidden_layers"] * width * 4
-    step, sampler = found[str(devices)]["exchanged"]
-    assert {**step, **sampler} == expected_collectives(DEEPSEEK["num_hidden_layers"], devices)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_device_has_all_latents(found: dict[str, Any], engine: str):
+    """Of its layers. What devices exchange is what they would without latents."""
+    layers, width = DEEPSEEK["num_hidden_layers"], DEEPSEEK["kv_lora_rank"] + DEEPSEEK["qk_rope_head_dim"]
+    stages = ENGINES[engine].get("pipeline_parallel_size", 1)
+    assert found[engine]["bytes a token"] == layers // stages * width * 4
+    if stages > 1:
+        return
+    step, sampler = found[engine]["exchanged"]
+    devices = ENGINES[engine].get("tensor_parallel_size", 1)
+    assert {**step, **sampler} == expected_collectives(layers, devices)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 from support.own_process import found_by
-from support.pipeline_parallel import ENGINES, LAYERS
-from support.tensor_parallel import ARGUMENTS
+from support.pairs import asked
+from support.pipeline_parallel import COMMON, ENGINES, LAYERS
 
 from jaxllm import LLM, Explanation
 from jaxllm.api.errors import ValidationError
@@ -49,11 +51,9 @@ def test_log_probabilities_are_those_of_one_device(found: dict[str, Any], stages
 @pytest.mark.parametrize(
     ("stages", "layers", "devices"),
     [
-        ("4", [1, 1, 1, 1], [[0], [1], [2], [3]]),
-        ("2 x 2", [2, 2], [[0, 1], [2, 3]]),
-        # as vLLM divides four layers by three
-        ("3", [1, 2, 1], [[0], [1], [2]]),
-        ("2", [3, 1], [[0], [1]]),
+        # as vLLM divides five layers
+        ("4", [1, 1, 2, 1], [[0], [1], [2], [3]]),
+        ("2 x 2", [3, 2], [[0, 1], [2, 3]]),
     ],
 )
 def test_every_stage_keeps_the_laws(found: dict[str, Any], stages: str, layers: list[int], devices: list[list[int]]):
@@ -73,7 +73,9 @@ def test_an_engine_explains_its_stages(found: dict[str, Any], stages: str):
     assert said.mesh["stage"] == len(layers)
     for index, count in enumerate(layers):
         of_stage = [step for step in said.steps if step.stage == index]
-        assert [step.tokens for step in of_stage] == [1, 4, 32] and not any(step.not_compiled for step in of_stage)
+        assert [step.tokens for step in of_stage] == [1, 4, COMMON["max_num_batched_tokens"]] and not any(
+            step.not_compiled for step in of_stage
+        )
         for step in of_stage:
             times: dict[str, int] = {}
             for exchange in step.exchanges:
@@ -83,10 +85,10 @@ def test_an_engine_explains_its_stages(found: dict[str, Any], stages: str):
             expected["copy to the next stage"] = int(not is_last)
             assert times == {kind: number for kind, number in expected.items() if number}
         pages = [layout.shape[0] for layout in said.layouts if layout.stage == index and layout.name == KV_CACHE]
-        assert pages == [count * ARGUMENTS["num_gpu_blocks_override"]]
+        assert pages == [count * COMMON["num_gpu_blocks_override"]]
 
 
-@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "saved as safetensors", "saved as orbax"])
+@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "trained weights", "saved"])
 def test_weights_come_back(found: dict[str, Any], kind: str):
     assert found["changed"][kind] == found["one"]["greedy"]
 
@@ -95,8 +97,37 @@ def test_other_weights_are_used(found: dict[str, Any]):
     assert found["changed"]["other weights"] != found["one"]["greedy"]
 
 
+@pytest.mark.parametrize("kind", asked())
+def test_whatever_is_asked_of_stages_with_every_setting(found: dict[str, Any], kind: str):
+    """Each option of a request, and each pair of them, beside preemption, prefix hits, chunks and `SETTINGS`."""
+    mine, plain = (found[name]["asked"][kind] for name in ("4", "one"))
+    for part, value in mine.items():
+        if "logprobs" not in part:
+            assert value == plain[part], part
+        else:
+            np.testing.assert_allclose(flat(value), flat(plain[part]), atol=1e-3)
+
+
+def flat(value: Any) -> list[float]:
+    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
+
+
+def test_a_trace_shows_the_stages(found: dict[str, Any]):
+    """Each has every step, in order, after the stage before; two of them work at once; the rest is the bubble."""
+    trace = found["4"]["trace"]
+    stages = [[record for record in trace["stages"] if record["stage"] == stage] for stage in range(4)]
+    for own in stages:
+        # one that nobody read of was launched behind the last request's end
+        assert [record["step"] for record in own][: len(trace["steps"])] == trace["steps"]
+        assert all(before["end"] <= after["start"] for before, after in itertools.pairwise(own))
+    for first, second in itertools.pairwise(stages):
+        assert all(early["end"] <= late["start"] for early, late in zip(first, second, strict=True))
+    assert 0 <= trace["bubble"] < 1 and {"stage 1", "stage 4"} <= set(trace["drawn"])
+    assert re.search(r"; 4 stages busy (\d+%, ){3}\d+% of the time\)$", trace["text"])
+
+
 def test_groups_of_layers_across_stages_and_a_shared_matrix(found: dict[str, Any]):
-    """Stages of Gemma 3 with local layers, with the last of these and none else, and with global ones."""
+    """Gemma 3 in a stage with a local layer, and one with a local and a global layer; read from safetensors."""
     (tokens, likely), (expected, expected_likely) = (found["hybrid"][name] for name in ("cut", "one"))
     assert tokens == expected
     np.testing.assert_allclose(likely, expected_likely, rtol=1e-4, atol=1e-4)
@@ -142,5 +173,5 @@ def test_stages_are_as_vllm_divides_layers():
         return [stage.num_layers for stage in pipeline(layers, count)]
 
     assert sizes(61, 2) == [31, 30] and sizes(61, 4) == [15, 15, 16, 15]
-    assert sizes(LAYERS, 3) == [1, 2, 1] and sizes(7, 4) == [2, 2, 2, 1] and sizes(2, 2) == [1, 1]
+    assert sizes(LAYERS, 4) == [1, 1, 2, 1] and sizes(7, 4) == [2, 2, 2, 1] and sizes(2, 2) == [1, 1]
     assert pipeline(5, 1) == ()

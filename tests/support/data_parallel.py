@@ -1,7 +1,6 @@
 """Replicas of a model that is split over devices, in a process that has JAX, and four virtual devices, to itself.
 
-``python -m support.data_parallel FOLDER`` prints one JSON object: what engines of one device and of two replicas of two
-devices answered.
+``python -m support.data_parallel FOLDER`` prints one JSON object: what engines of two replicas of two devices answered.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
-from support.tiny_model import CONFIG, write_tiny_model
+from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, answers, generate, tokens
+from support.tiny_model import write_tiny_model
 
 from jaxllm import LLM
 from jaxllm.api.metric import Histogram
@@ -28,7 +27,6 @@ def found_with(llm: LLM) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    CONFIG.update(HEADS)
     model = folder / "model"
     model.mkdir()
     write_tiny_model(model)
@@ -60,8 +58,6 @@ def main() -> None:
         llm.sleep(2)
         llm.wake_up()
         found["stages"]["greedy"] = tokens(generate(llm, PROMPTS, GREEDY))
-    with LLM(model, **ARGUMENTS) as llm:
-        found["one"] = found_with(llm)
     print(json.dumps(found))
 
 

@@ -185,6 +185,9 @@ class FakeDevice:
         assert not masks, "the model has one next token, and no other"
         return self.execute(launched)
 
+    def time_stages(self) -> None:
+        """There are none."""
+
     def reset(self) -> None:
         self.slots.clear()
 

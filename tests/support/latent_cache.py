@@ -1,6 +1,6 @@
-"""Engines of a small DeepSeek, whose heads are split over 1, 2 and 4 virtual devices, in a process with its own JAX.
+"""Engines of a small DeepSeek over 1, 2 and 4 virtual devices, in a process with its own JAX.
 
-``python -m support.latent_cache FOLDER`` prints one JSON object: by number of devices, what each engine answered.
+``python -m support.latent_cache FOLDER`` prints one JSON object: by the engine, what it answered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 
-DEVICES = (1, 2, 4)
+#: by their name. The first makes as many devices as the others need
+ENGINES: dict[str, dict[str, Any]] = {
+    "spread": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
+    "stages": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "one": {},
+}
 #: latents of 24 numbers and 8 that are turned, where keys and values would be 4 heads of 24 and 16
 DEEPSEEK: dict[str, Any] = {
     **CONFIG,
@@ -90,11 +95,11 @@ def main() -> None:
     folder.mkdir()
     write_deepseek(folder)
     found: dict[str, Any] = {}
-    for devices in reversed(DEVICES):  # the first engine makes as many devices as the others need
-        with LLM(folder, tensor_parallel_size=devices, **ARGUMENTS) as llm:
-            found[str(devices)] = {
+    for name, devices in ENGINES.items():
+        with LLM(folder, **devices, **ARGUMENTS) as llm:
+            found[name] = {
                 **answers(llm),
-                "exchanged": exchanged(llm)["count"],
+                "exchanged": None if name == "stages" else exchanged(llm)["count"],
                 "bytes a token": llm.memory_plan.kv_bytes_per_token,
             }
     print(json.dumps(found))

@@ -117,7 +117,7 @@ def generated(llm: LLM) -> dict[str, Any]:
 
 
 def llm_has_priorities(llm: LLM) -> bool:
-    return llm.engine.core.scheduler.config.policy == "priority"
+    return llm.engine.core.config.policy == "priority"
 
 
 def joined(deltas: list[RequestOutput]) -> dict[str, Any]:

@@ -14,28 +14,32 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
+from support.pairs import PLAIN, add_bonus, generated
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
 
-from jaxllm import LLM
+from jaxllm import LLM, LogitsProcessor
+from jaxllm.flax import to_nnx
 from jaxllm.models.segments import segment_sizes
 from jaxllm.runner.heads.pipeline import PipelineHead
 
-LAYERS = 4
-#: name -> how the model is spread; the first engine makes as many devices as the others need
+LAYERS = 5
+#: what every engine of the same model is started with
+COMMON: dict[str, Any] = {**ARGUMENTS, "max_num_batched_tokens": 8, "reasoning_config": PLAIN["reasoning_config"]}
+#: settings of `support.pairs` that stages work with; several decode steps in one launch are refused
+SETTINGS: dict[str, Any] = {"scheduling_policy": "priority", "max_num_active_seqs": 3, "deterministic": True}
+#: name -> how the model is spread, and what else is set; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
-    "4": {"pipeline_parallel_size": 4},
+    "4": {"pipeline_parallel_size": 4, **SETTINGS},
     "2 x 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-    "3": {"pipeline_parallel_size": 3},
-    "2": {"pipeline_parallel_size": 2, "pipeline_layer_partition": "3,1"},
     "one": {},
 }
 #: Gemma 3's local and global layers, whose embedding is the head: groups of which a stage has one, or parts of both
 HYBRID: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
-    "num_hidden_layers": 5,
-    "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 16,
     "query_pre_attn_scalar": 8,
     "tie_word_embeddings": True,
@@ -58,7 +62,7 @@ def laws(llm: LLM) -> dict[str, Any]:
     and the blocks that are in use when nobody is there.
     """
     runner: Any = llm.engine.runner
-    pool = llm.engine.core.scheduler.kv_cache_manager.pool
+    pool = llm.engine.core.cores[0].scheduler.kv_cache_manager.pool
     assert isinstance(runner.head, PipelineHead)
     copied, devices = [], []
     for programs, state in zip(runner.head.allocator.stages, runner._state.stages, strict=True):
@@ -76,6 +80,21 @@ def laws(llm: LLM) -> dict[str, Any]:
     }
 
 
+def traced(llm: LLM, folder: Path) -> dict[str, Any]:
+    """What a trace tells of stages."""
+    with llm.trace() as trace:
+        generate(llm, PROMPTS, GREEDY)
+    trace.save_chrome_trace(folder / "trace.json")
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return {
+        "steps": [step.step for step in trace.steps],
+        "stages": [dataclasses.asdict(record) for record in trace.stages],
+        "bubble": trace.bubble,
+        "text": repr(trace),
+        "drawn": sorted({event["args"]["name"] for event in events if event["name"] == "thread_name"}),
+    }
+
+
 def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     """What becomes of an engine whose weights sleep, change, and are saved."""
     found: dict[str, Any] = {}
@@ -88,8 +107,9 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     found["other weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(params)
     found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
-    for form in ("safetensors", "orbax"):
-        llm.save(folder / form, format=form)
+    llm.update_weights(to_nnx(llm))
+    found["trained weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    llm.save(folder, format="orbax")
     return found
 
 
@@ -100,7 +120,7 @@ def hybrid(folder: Path) -> dict[str, Any]:
     params = dataclasses.replace(GREEDY, detokenize=False, prompt_logprobs=0)
     (folder / "drawn").mkdir()
     (folder / "drawn" / "config.json").write_text(json.dumps({**CONFIG, **HYBRID}))
-    stages = {"pipeline_parallel_size": 3, "pipeline_layer_partition": (1, 2, 2)}
+    stages = {"pipeline_parallel_size": 2, "pipeline_layer_partition": "1,2"}
 
     def told(llm: LLM) -> list[Any]:
         outputs = generate(llm, prompts, params)
@@ -124,20 +144,22 @@ def main() -> None:
     found: dict[str, Any] = {}
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
     for name, spread in ENGINES.items():
-        with LLM(folder / "model", **spread, **ARGUMENTS) as llm:
+        with LLM(folder / "model", **spread, **COMMON, logits_processors=processors) as llm:
             before = len(compiled)
             found[name] = answers(llm) | more_answers(llm)
+            if name != "2 x 2":
+                found[name]["asked"] = generated(llm)
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)
                 found[name]["explained"] = llm.explain().to_dict()
-            if name == "3":
-                (folder / "changed").mkdir()
-                found["changed"] = changed(llm, folder / "changed")
-    for form, spread in (("safetensors", ENGINES["one"]), ("orbax", ENGINES["2"])):
-        with LLM(folder / "changed" / form, **spread, **ARGUMENTS) as llm:
-            found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
+            if name == "4":
+                found[name]["trace"] = traced(llm, folder)
+                found["changed"] = changed(llm, folder / "saved")
+    with LLM(folder / "saved", **COMMON, logits_processors=processors) as llm:
+        found["changed"]["saved"] = tokens(generate(llm, PROMPTS, GREEDY))
     (folder / "hybrid").mkdir()
     found["hybrid"] = hybrid(folder / "hybrid")
     print(json.dumps(found))

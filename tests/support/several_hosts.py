@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -52,18 +51,12 @@ def together(folder: Path) -> dict[str, Any]:
     return found
 
 
-def alone(folder: Path, number: int) -> list[list[int]]:
-    """What an engine on one of this process's own devices answers, while the other process's does something else."""
-    with LLM(folder, **ARGUMENTS) as llm:
-        prompts = [prompt for prompt in PROMPTS for _ in range(number + 1)]
-        return tokens(generate(llm, prompts, dataclasses.replace(GREEDY, max_tokens=4)))[:: number + 1]
-
-
 def main() -> None:
     folder, address, processes, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     jax.config.update("jax_num_cpu_devices", 2)  # pyright: ignore[reportAttributeAccessIssue]
     jax.distributed.initialize(address, num_processes=processes, process_id=number)
-    found = {"together": together(folder), "alone": alone(folder, number)}
+    found: dict[str, Any] = {"together": together(folder)}
+    found["alone"] = [device.process_index for device in engine_devices("cpu", Grid(tensor=2))]
     print(json.dumps(found))
 
 

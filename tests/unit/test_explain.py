@@ -188,6 +188,32 @@ def test_stages_have_their_layers_and_hand_on_hidden_states(model: Path, llama: 
     assert drawn.count("head: vocab 0 to 32063 of 128256") == 1 and drawn.count("activations (") == 4
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_are_read_by_those_that_choose_them(tmp_path: Path, whole: bool):
+    """Mixtral 8x7B on two devices, which have a half of each expert, or four experts each."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+    fields = {**LLAMA, **sizes, **heads, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = jaxllm.explain(tmp_path, device="h100", tensor_parallel_size=2, enable_expert_parallel=whole)
+    [gate_up] = (each for each in found.layouts if each.name.endswith("experts.gate_up"))
+    assert gate_up.shape == (1, 8, 28672, 4096) and gate_up.count == 32
+    assert gate_up.device_shape == ((1, 4, 28672, 4096) if whole else (1, 8, 14336, 4096))
+    if whole:
+        assert gate_up.part(found.mesh, {"tensor": 1}) == "experts 4 to 7 of 8"
+    d, f, layers = 4096, 14336, 32
+    experts = layers * 8 * 3 * d * f // 2
+    router = layers * 8 * d
+    others = layers * (6144 * d + d * d) // 2 + router
+    first = found.steps[0]
+    head, norms = 32000 * d // 2, (2 * layers + 1) * d
+    assert first.weight_bytes == 2 * (experts // 4 + others + head + norms)
+    assert first.flops == 2 * (experts // 4 + others + head)
+    # of very many tokens somebody goes to each expert
+    assert found.steps[-1].weight_bytes == 2 * (experts + others + head + norms)
+    assert "experts" in found._repr_html_()
+
+
 def test_what_does_not_fit_is_explained_all_the_same(model: Path):
     one = jaxllm.explain(model, device="h100")
     assert not one.plan.fits and not one.plan.remedies and one.layouts

@@ -138,6 +138,20 @@ class TestQwQ:
         assert plan.memory.activation_bytes > GIB
 
 
+def test_a_pipeline_is_planned_by_the_stage_with_the_least_room(qwq: Path, capsys: pytest.CaptureFixture[str]):
+    """The first or the last one, which have a table of the vocabulary besides their layers; or one of more layers."""
+    arguments: dict[str, Any] = {"device": "h200", "max_model_len": 8192, "pipeline_parallel_size": 4}
+    memory = jaxllm.plan(qwq, **arguments).memory
+    table = QWQ["vocab_size"] * QWQ["hidden_size"] * 2
+    assert memory.weight_bytes == pytest.approx((weights(QWQ, 2) - 2 * table) / 4 + table, rel=1e-3)
+    assert re.search("stage [14] of 4, which has the least room", str(memory))
+    assert memory.kv_bytes_per_token == 16 * 2 * 8 * 128 * 2
+    uneven = jaxllm.plan(qwq, **arguments, pipeline_layer_partition="16,16,20,12").memory
+    assert "stage 3 of 4" in str(uneven) and uneven.num_blocks < memory.num_blocks
+    assert main(["plan", str(qwq), "--device=h200", "-pp", "4", "--max-model-len=8192"]) == 0
+    assert str(memory) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("device", GPUS)
 def test_every_device_holds_a_model_that_is_small(tmp_path: Path, device: str):
     plan = jaxllm.plan(config(tmp_path, CONFIG), device=device)

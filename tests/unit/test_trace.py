@@ -314,7 +314,7 @@ def test_an_empty_trace():
     trace = Trace(lambda _: None, lambda _: None)
     assert repr(trace) == "Trace(no steps)"
     assert {len(array) for array in trace.arrays().values()} == {0}
-    assert trace.to_dict() == {"steps": [], "requests": []}
+    assert trace.to_dict() == {"steps": [], "requests": [], "stages": []}
     check_format(events(trace))
     assert len(trace.plot().axes) == 4
 

@@ -81,7 +81,8 @@ class InputProcessor:
             ValidationError: anything in them that cannot be honoured.
         """
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+            how = ": pass SamplingParams(**it)" if isinstance(params, dict) else ""
+            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}{how}")
         params = params.clone()
         self._check_params(params)
         checked = CheckedParams(params, self._bad_words(params))

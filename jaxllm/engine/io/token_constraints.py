@@ -1,7 +1,7 @@
 """What restricts single requests' next tokens: grammars that compile beside the engine, and thinking budgets.
 
-The masks of a step follow from the tokens of all steps before it. So for a step with such requests the engine launches
-the forward program, reads the earlier steps while it runs, and launches the sampler with the masks.
+The masks of a step follow from its requests' earlier tokens. So for a step with such requests the engine launches
+the forward program, reads their earlier steps while it runs, and launches the sampler with the masks.
 """
 
 from __future__ import annotations

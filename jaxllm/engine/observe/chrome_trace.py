@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 #: ids of processes: the requests', and from this one on the replicas' beside the first, which is 1
 _REQUESTS = 2
-_HOST, _DEVICE = 1, 2
+#: threads: those of a pipeline's stages are the last
+_HOST, _DEVICE, _STAGES = 1, 2, 3
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -32,6 +33,10 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     timed: list[dict[str, Any]] = []
     for step in trace.steps:
         timed += _step(step, zero)
+    for record in trace.stages:
+        what = {"step": record.step}
+        place = _pid(record.engine), _STAGES + record.stage
+        timed.append(_slice(f"step {record.step}", record.start, record.end, *place, zero, what))
     for number, request in enumerate(trace.requests, start=1):
         timed += _request(request, number, zero)
     return listed + sorted(timed, key=lambda event: event["ts"])
@@ -51,6 +56,10 @@ def _names(trace: Trace) -> list[dict[str, Any]]:
                 name("thread_name", "host", _pid(engine), _HOST),
                 name("thread_name", "device", _pid(engine), _DEVICE),
             )
+        ),
+        *(
+            name("thread_name", f"stage {stage + 1}", _pid(engine), _STAGES + stage)
+            for engine, stage in sorted({(record.engine, record.stage) for record in trace.stages})
         ),
         name("process_name", "requests", _REQUESTS),
         *(

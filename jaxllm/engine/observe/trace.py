@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxllm.api.extras import how_to_install
+from jaxllm.engine.observe.stage_record import StageRecord, bubble, busy_shares
 
 if TYPE_CHECKING:
     import pandas
@@ -119,11 +120,13 @@ class Trace:
         self.steps: list[StepRecord] = []
         #: in the order in which they ended; those that have not come last, once the trace has stopped
         self.requests: list[RequestRecord] = []
+        #: of a pipeline, what each stage did, once the trace has stopped
+        self.stages: list[StageRecord] = []
 
     def start(self) -> Trace:
         """Begin anew: what an earlier use has recorded is dropped."""
         self.stop()
-        self.steps, self.requests = [], []
+        self.steps, self.requests, self.stages = [], [], []
         self._attach(self)
         return self
 
@@ -138,6 +141,13 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def bubble(self) -> float | None:
+        """The share of the time in which a pipeline's stages had nothing to do, in [0, 1]; None: there are no stages,
+        or the trace has not stopped.
+        """
+        return bubble(self.stages)
+
     def __repr__(self) -> str:
         if not self.steps:
             return "Trace(no steps)"
@@ -150,8 +160,13 @@ class Trace:
             f"{f' on {replicas} replicas' if replicas > 1 else ''}; "
             f"{prefill} prefill and {decode} decode tokens; "
             f"KV cache at most {100 * arrays['kv_cache_usage'].max():.1f}% full; "
-            f"{int(arrays['num_preemptions'].sum())} preemptions; device busy {arrays['device_time'].sum():.3f} s)"
+            f"{int(arrays['num_preemptions'].sum())} preemptions; device busy {arrays['device_time'].sum():.3f} s"
+            f"{self._stages_text()})"
         )
+
+    def _stages_text(self) -> str:
+        shares = [f"{100 * share:.0f}%" for share in busy_shares(self.stages)]
+        return f"; {len(shares)} stages busy {', '.join(shares)} of the time" if shares else ""
 
     @property
     def engines(self) -> list[int]:
@@ -168,13 +183,14 @@ class Trace:
         return {name: np.array([getattr(step, name) for step in steps], dtype=_dtype(name)) for name in _STEP_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"steps": [...], "requests": [...]}``, of what JSON knows."""
+        """``{"steps": [...], "requests": [...], "stages": [...]}``, of what JSON knows."""
         return {
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "requests": [
                 dataclasses.asdict(request) | {"preempted": [list(times) for times in request.preempted]}
                 for request in self.requests
             ],
+            "stages": [dataclasses.asdict(record) for record in self.stages],
         }
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.stage_record import stage_records
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.observe.prometheus import MetricsServer
+    from jaxllm.engine.step import StageTimer
 
 
 class Watching:
@@ -63,18 +65,25 @@ class Watching:
         """What records each step while it is on."""
         cores, bucket = self._client.core.cores, self._bucket
         recorders: list[TraceRecorder] = []
+        timers: list[tuple[StageTimer, int, float]] = []
 
         def attach(trace: Trace) -> None:
             zero = time.monotonic()
             for number, core in enumerate(cores):
                 recorders.append(TraceRecorder(trace, core.scheduler, bucket, engine=number, zero=zero))
                 core.observe(recorders[-1])
+                timer = core.time_stages()
+                if timer is not None:
+                    timers.append((timer, number, zero))
 
         def detach(trace: Trace) -> None:
             stopped, recorders[:] = list(recorders), []
             for core, recorder in zip(cores, stopped, strict=False):
                 core.stop_observing(recorder)
                 recorder.close()
+            timed, timers[:] = list(timers), []
+            for timer, number, zero in timed:
+                trace.stages += stage_records(timer.stop(), zero, number)
 
         return Trace(attach, detach)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepFuture
 from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.memory.device_memory import Allocator
 from jaxllm.runner.rows import Rows
 
@@ -55,6 +56,10 @@ class Head(abc.ABC, Generic[Weights, State]):
     @abc.abstractmethod
     def warm_up(self, state: State, *, smallest: bool) -> State:
         """Run every program on padding alone, or those of the smallest bucket."""
+
+    def time_stages(self) -> StageClock | None:
+        """Note from here on when each stage of a pipeline is done with each step; None: there are no stages."""
+        return None
 
     def free(self) -> None:
         """Free the arrays that are the head's own."""

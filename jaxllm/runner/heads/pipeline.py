@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +15,24 @@ from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
-from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead
+from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
 from jaxllm.runner.rows import Rows
+
+
+class _Handed(NamedTuple):
+    """What a step's stages leave for its sampler."""
+
+    #: `sample_packing`'s fields, on the first stage's devices and on the last one's
+    first: jax.Array
+    last: jax.Array
+    #: what each stage but the last has handed on
+    hidden: tuple[jax.Array, ...]
+    #: of the step; -1: nobody knows
+    step: int = -1
+    rows: frozenset[int] = frozenset()
 
 
 class PipelineHead(SamplingHead):
@@ -31,6 +46,8 @@ class PipelineHead(SamplingHead):
         self._embeddings = Embeddings(pipeline.first)
         #: of each stage its weights, as programs of several rows take them and as those of a single row do
         self._stages: tuple[tuple[Params, Params | None], ...] = ()
+        #: told of each launch
+        self._clocks: tuple[StageClock, ...] = ()
         #: the last stage's own copy of the embedding, where that is the head
         self._tied: jax.Array | None = None
 
@@ -57,8 +74,29 @@ class PipelineHead(SamplingHead):
     def forward(self, state: Any, scheduled: SchedulerOutput, rows: Rows) -> tuple[PipelineState, LaunchedStep]:
         needed = {row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]}
         state, launched = super().forward(self._take_sampled(state, needed), scheduled, rows)
-        sampling: Any = launched.sampling
-        return state, launched._replace(sampling=(*sampling, frozenset(scheduled.rows)))
+        handed: Any = launched.sampling
+        for clock in self._clocks:
+            for stage, hidden in enumerate(handed.hidden):
+                clock.launched(scheduled.step, stage, hidden)
+        handed = handed._replace(hidden=(), step=scheduled.step, rows=frozenset(scheduled.rows))
+        return state, launched._replace(sampling=handed)
+
+    def sample(self, state: Any, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> tuple[Any, StepResult]:
+        if not len(launched.packed.sampled_entries):
+            self._tell_end(launched.sampling, launched.hidden.sampled)
+        return super().sample(state, launched, masks)
+
+    def _tell_end(self, handed: Any, array: jax.Array) -> None:
+        for clock in self._clocks:
+            clock.launched(handed.step, len(self._pipeline.stages) - 1, array)
+
+    def time_stages(self) -> StageClock:
+        def stopped(clock: StageClock) -> None:
+            self._clocks = tuple(other for other in self._clocks if other is not clock)
+
+        clock = StageClock(len(self._pipeline.stages), stopped)
+        self._clocks += (clock,)
+        return clock
 
     def warm_up(self, state: Any, *, smallest: bool) -> PipelineState:
         return self._take_sampled(super().warm_up(state, smallest=smallest), set(), at_most=0)
@@ -89,7 +127,8 @@ class PipelineHead(SamplingHead):
     def _forward(
         self, state: Any, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None
     ) -> tuple[PipelineState, Any, Any]:
-        given, made, sampling = self._embeddings.argument(bucket, vectors), [], []
+        given = self._embeddings.argument(bucket, vectors)
+        made, handed_on, sampling = [], [], []
         for programs, params, own in zip(self._pipeline.stages, self._stages, state.stages, strict=True):
             words = jax.device_put(buffer, programs.sharding)
             if programs.stage.index:
@@ -99,16 +138,19 @@ class PipelineHead(SamplingHead):
             given = (hidden,)
             made.append(new)
             sampling.append(rest)
-        return dataclasses.replace(state, stages=tuple(made)), given[0], (sampling[0], sampling[-1])
+            handed_on.append(hidden)
+        *between, last = handed_on
+        handed = _Handed(sampling[0], sampling[-1], tuple(between))
+        return dataclasses.replace(state, stages=tuple(made)), last, handed
 
     def _sample(
         self, state: Any, hidden: Any, sampling: Any, constraints: np.ndarray | None, count: int, full: bool
     ) -> tuple[PipelineState, Any]:
-        of_first, of_last, *rows = sampling
         *others, last = state.stages
-        last, sampled = super()._sample(last, hidden, of_last, constraints, count, full)
+        last, sampled = super()._sample(last, hidden, sampling.last, constraints, count, full)
+        self._tell_end(sampling, sampled.token_ids)
         ids = jax.device_put(sampled.token_ids, self._pipeline.first.sharding)
-        new = Unwritten(ids=ids, sampling=of_first, rows=rows[0] if rows else frozenset())
+        new = Unwritten(ids=ids, sampling=sampling.first, rows=sampling.rows)
         return PipelineState(stages=(*others, last), unwritten=(*state.unwritten, new)), sampled
 
     def _write_tokens(self, state: Any, row: int, ids: np.ndarray) -> PipelineState:
