@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "active requests": {"max_num_active_seqs": 3},
     "deterministic": {"deterministic": True},
     "tensor parallel": {"tensor_parallel_size": 2},
+    "data parallel": {"data_parallel_size": 2},
 }
 PLAIN: dict[str, Any] = {
     **SMALL,
@@ -61,12 +62,12 @@ PLAIN: dict[str, Any] = {
     "async_scheduling": False,
     "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": ")"},
 }
-ON_ONE = [name for name in SETTINGS if name not in ("deterministic", "tensor parallel")]
+ON_ONE = [name for name in SETTINGS if name not in ("deterministic", "tensor parallel", "data parallel")]
 #: engines by name -> the settings that are on; the model of all of them has sliding windows
 ENGINES: dict[str, list[str]] = {
     "plain": [],
     "all": ON_ONE,
-    "all, deterministic": [*ON_ONE, "deterministic"],
+    "all, deterministic": [*ON_ONE, "deterministic", "data parallel"],
     "all, split": [*ON_ONE, "tensor parallel"],
 }
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
@@ -178,7 +179,7 @@ def main() -> None:
     model = write_windows(folder)
     found: dict[str, Any] = {}
     beams = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
-    # the engine over two devices comes first: what JAX has cannot be changed later
+    # the engine over several devices comes first: what JAX has cannot be changed later
     for name in sorted(ENGINES, key=lambda name: "split" not in name):
         settings = ENGINES[name]
         processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
@@ -190,9 +191,8 @@ def main() -> None:
             llm.sleep(1)
             llm.wake_up()
             found[name]["after sleep"] = generated(llm)
-            metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-            found[name]["preemptions"] = metrics["vllm:num_preemptions"]
-            found[name]["hits"] = metrics["vllm:prefix_cache_hits"]
+            for kind, metric in (("preemptions", "vllm:num_preemptions"), ("hits", "vllm:prefix_cache_hits")):
+                found[name][kind] = sum(one.value for one in llm.get_metrics() if one.name == metric)  # pyright: ignore
         if name == "all, split":
             found[name]["tasks"] = asyncio.run(streamed_by_tasks(model, arguments))
     for name, settings in (("plain", []), ("all", POOLING)):
