@@ -136,7 +136,7 @@ class Driver:
     """Keeps an engine busy with a workload, and its times."""
 
     def __init__(self, llm: LLM, workload: HostWorkload, clock: Callable[[], float]):
-        self._core = llm.engine.core
+        self._core = llm.engine.core.cores[0]
         self._inputs = llm.engine.inputs
         self._requests = enumerate(workload.requests())
         self._concurrency = workload.concurrency

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -33,7 +34,7 @@ class Context:
         return dict(self.split).get(logical)
 
 
-def exchanged(logical: str) -> contextlib.AbstractContextManager[None]:
+def exchanged(logical: str) -> contextlib.AbstractContextManager[object, Any]:
     """Name what devices exchange inside by the logical axis that is split over them: compiled programs show it
     (`parallel.collectives`).
     """

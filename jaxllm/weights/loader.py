@@ -244,10 +244,10 @@ def dummy(
         sizes = mesh_sizes(sharding)
         own_dtype = jnp.dtype(spec.dtype or dtype)
         shape, own = shape_and_sharding(spec, sharding)
+        assert own is not None
         if spec.init is not None:
             part = np.full(local_shape(spec, sizes), spec.init, own_dtype)
             return jax.make_array_from_callback(shape, own, lambda _: part)
-        assert own is not None
         parts = []
         for device, index in own.addressable_devices_indices_map(shape).items():
             numbers = place_on_mesh(spec, sharding, index)

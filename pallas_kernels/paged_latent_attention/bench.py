@@ -86,7 +86,9 @@ def main() -> None:
     if arguments.device == "interpret-smoke":
         backend = Backend(implementation="triton", interpret=True)
         heads = Heads(model="smoke", heads=4, kv_heads=1, head_dim=24)
-        options = dict(heads=heads, seqs=2, value_width=16, block_size=16, query="float32", stored="float32")
+        options: dict[str, Any] = dict(
+            heads=heads, seqs=2, value_width=16, block_size=16, query="float32", stored="float32"
+        )
         small = [
             LatentWorkload(computed=computed, queries=queries, window=UNLIMITED, **options)
             for computed, queries in ((40, 1), (10, 30))

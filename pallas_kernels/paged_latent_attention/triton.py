@@ -30,11 +30,13 @@ def paged_latent_attention(
     tokens, _, width = query.shape
     itemsize = max(dtype.itemsize for dtype in product_dtypes(query.dtype, cache.dtype))
     tile = tiles(batch.backend.device_kind, head_dim=width, itemsize=itemsize, operation="paged_latent_attention")
-    arguments, how = (query, cache, layout, batch), dict(scale=scale, value_width=value_width)
-    decoded = decode_attention(*arguments, tile.decode, num_sms=tile.num_sms, **how)[:tokens]
+    arguments = query, cache, layout, batch
+    decoded = decode_attention(*arguments, tile.decode, num_sms=tile.num_sms, scale=scale, value_width=value_width)[
+        :tokens
+    ]
     decoded = jnp.pad(decoded, ((0, tokens - decoded.shape[0]), (0, 0), (0, 0)))
     is_decode = (jnp.arange(tokens, dtype=jnp.int32) < batch.num_decodes)[:, None, None]
     if batch.decode_only:
         return jnp.where(is_decode, decoded, 0)
-    prefilled = prefill_attention(*arguments, tile.prefill, **how)
+    prefilled = prefill_attention(*arguments, tile.prefill, scale=scale, value_width=value_width)
     return jnp.where(is_decode, decoded, jnp.where(batch.token_valid[:, None, None], prefilled, 0))

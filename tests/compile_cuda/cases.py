@@ -226,7 +226,7 @@ def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> I
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             config = _runner_config(model, device, gpu)
             params = shapes(config.specs(), jax.numpy.dtype(config.dtype), config.sharding)
-            programs = make_programs(config, params, num_blocks)
+            programs: Any = make_programs(config, params, num_blocks)
             state = config.state(num_blocks)
             body: Any = getattr(params, "body", params)
             for label, key in _keys(programs, which):

@@ -105,7 +105,7 @@ def test_leaving_the_loop_or_being_cancelled_ends_the_request(engine: AsyncLLM):
         # what is posted is done in order: the ends of both come before this
         await engine.reset_prefix_cache()
         assert not engine.engine.client.has_unfinished
-        assert engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
+        assert engine.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
 
     asyncio.run(main())
 
@@ -167,7 +167,7 @@ def test_a_pause_keeps_requests(engine: AsyncLLM, clear_cache: bool):
         for _ in range(20):
             await asyncio.sleep(0)
         at_rest = len(counts)
-        assert (engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0) is clear_cache
+        assert (engine.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0) is clear_cache
         with pytest.raises(RuntimeError, match=r"generation is paused: call resume_generation\(\) first"):
             await asyncio.to_thread(lambda: engine.llm.generate("x", GREEDY, use_tqdm=False))
         await asyncio.sleep(0.1)
@@ -216,7 +216,7 @@ def test_weights_change_in_a_pause(engine: AsyncLLM):
     (params,) = engine.llm.apply_model(lambda params: params)
 
     async def main() -> RequestOutput:
-        pool, stream = engine.engine.core.scheduler.kv_cache_manager.pool, engine.generate("kept", long)
+        pool, stream = engine.engine.core.cores[0].scheduler.kv_cache_manager.pool, engine.generate("kept", long)
         await anext(stream)
         await engine.pause_generation(mode="keep", clear_cache=False)
         assert pool.num_used > 0

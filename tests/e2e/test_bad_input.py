@@ -31,7 +31,7 @@ def alone(engine: LLM) -> list[list[int]]:
 
 
 def assert_idle(llm: LLM) -> None:
-    core = llm.engine.core
+    core = llm.engine.core.cores[0]
     assert not core.has_unfinished and not core._in_flight
     assert core.scheduler.kv_cache_manager.pool.num_used == 0
 
@@ -115,10 +115,10 @@ def test_a_bad_request_fails_alone(engine: LLM, alone: list[list[int]], prompt: 
 def test_a_bad_request_stops_its_call_before_anything_has_run(
     engine: LLM, alone: list[list[int]], prompt: Any, params: Any, words: str
 ):
-    steps = engine.engine.core.scheduler._num_scheduled
+    steps = engine.engine.core.cores[0].scheduler._num_scheduled
     with pytest.raises(ValidationError, match=re.escape(words)):
         engine.generate([*GOOD, prompt], [GREEDY] * 3 + [params], use_tqdm=False)
-    assert engine.engine.core.scheduler._num_scheduled == steps
+    assert engine.engine.core.cores[0].scheduler._num_scheduled == steps
     assert_idle(engine)
 
 

@@ -76,7 +76,7 @@ def test_requests_are_brought_to_rest_before_the_engine_sleeps(llm: LLM, mode: s
     before = texts(llm)
     begin(llm, 6)
     llm.sleep(1, mode=mode)
-    assert llm.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
+    assert llm.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
     llm.wake_up()
     outputs = llm.wait_for_completion(RequestOutput, use_tqdm=False)
     reasons = {output.outputs[0].finish_reason for output in outputs}

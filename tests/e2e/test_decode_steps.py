@@ -71,7 +71,7 @@ def compare(single: LLM, several: LLM, prompts: list[list[int]], params: Any) ->
     got = several.generate(prompts, params, use_tqdm=False)
     several.engine.core.stop_observing(launches)
     assert results(got) == results(wanted)
-    assert several.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
+    assert several.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
     return got, launches
 
 
@@ -202,7 +202,7 @@ class Traffic:
     """Requests added to an engine's core between its steps."""
 
     def __init__(self, llm: LLM):
-        self.llm, self.core = llm, llm.engine.core
+        self.llm, self.core = llm, llm.engine.core.cores[0]
         self.requests: list[Any] = []
 
     def add(self, prompt: list[int], params: SamplingParams, **options: Any) -> Any:
@@ -278,7 +278,7 @@ def test_the_number_of_steps_begins_small_and_grows(several: LLM):
 def test_asking_for_it(tiny_model: Path, caplog: pytest.LogCaptureFixture):
     arguments = {**ARGUMENTS, "load_format": "null"}
     with LLM(tiny_model, **arguments, num_scheduler_steps=4) as llm:
-        assert llm.engine.core.scheduler.config.num_decode_steps == 4
+        assert llm.engine.core.cores[0].scheduler.config.num_decode_steps == 4
         launches = Launches()
         llm.engine.core.observe(launches)
         (output,) = llm.generate("abc", SamplingParams(max_tokens=30), use_tqdm=False)
@@ -288,7 +288,7 @@ def test_asking_for_it(tiny_model: Path, caplog: pytest.LogCaptureFixture):
         (stopped,) = llm.generate("abc", stopping, use_tqdm=False)
         assert stopped.outputs[0].token_ids == tokens[:10]
     with LLM(tiny_model, **arguments, num_decode_steps=4, enforce_eager=True) as llm:
-        assert llm.engine.core.scheduler.config.num_decode_steps == 1
+        assert llm.engine.core.cores[0].scheduler.config.num_decode_steps == 1
     assert "num_decode_steps=4 has no effect with enforce_eager=True" in caplog.text
     with pytest.raises(ValidationError, match="two names"):
         LLM(tiny_model, num_decode_steps=4, num_scheduler_steps=8)

@@ -68,7 +68,7 @@ def test_an_endless_source_is_read_as_it_is_needed(engine: LLM, expected: list[s
         assert ahead <= window
     outputs.close()
     assert not engine.engine.client.has_unfinished
-    assert engine.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
+    assert engine.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
 
 
 def test_outputs_may_make_the_next_prompts(engine: LLM, expected: list[str]):

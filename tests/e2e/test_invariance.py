@@ -198,7 +198,7 @@ class Traffic:
     """Requests that come and go while the engine steps."""
 
     def __init__(self, llm: LLM):
-        self.core, self._inputs = llm.engine.core, llm.engine.inputs
+        self.core, self._inputs = llm.engine.core.cores[0], llm.engine.inputs
         self.requests: dict[int, Request] = {}
         self._count = 0
 
@@ -274,4 +274,4 @@ def test_a_pool_so_small_that_every_request_is_preempted(tiny_model: Path, check
             # of few large blocks some short requests get by
             assert len(spared) <= (5 if block_size == 64 else 0)
             check(traffic.tokens(), sampling)
-            assert llm.engine.core.scheduler.kv_cache_manager.pool.num_used == 0
+            assert llm.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0

@@ -43,7 +43,7 @@ def tokens(llm: LLM, prompts: list[list[int]] | None = None) -> list[list[int]]:
 
 
 def assert_idle(llm: LLM) -> None:
-    core = llm.engine.core
+    core = llm.engine.core.cores[0]
     assert not core.has_unfinished
     assert not core._in_flight
     assert core.scheduler.kv_cache_manager.pool.num_used == 0

@@ -111,13 +111,13 @@ def test_neighbours_and_scheduling_change_nothing(
         return
     with LLM(tiny_model, **SMALL | arguments) as llm:
         assert tokens(llm.generate(prompts, params, use_tqdm=False)) == tokens(alone)
-        preempted = llm.engine.core.scheduler.stats().num_preemptions
+        preempted = llm.engine.core.cores[0].scheduler.stats().num_preemptions
         assert bool(preempted) is ("num_gpu_blocks_override" in arguments)
 
 
 def test_only_steps_with_masks_wait_for_tokens(engine: LLM, monkeypatch: pytest.MonkeyPatch):
     """Free requests run two steps deep; a constrained one samples its step after the one before has been read."""
-    core = engine.engine.core
+    core = engine.engine.core.cores[0]
     runner, depths, masked = core._runner, [], []
     execute, sample = runner.execute, runner.sample
 
@@ -207,7 +207,7 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ):
     with LLM(tiny_model, **SMALL, scheduling_policy=policy) as llm:
-        constraints = llm.engine.core._constraints
+        constraints = llm.engine.core.cores[0]._constraints
         compiler = constraints._compiler  # pyright: ignore[reportOptionalMemberAccess]
         compile_really = compiler.compile  # pyright: ignore[reportOptionalMemberAccess]
         compiling: Future = Future()
@@ -228,7 +228,7 @@ def test_a_request_waits_for_its_grammar_and_others_do_not(
         # aborted while it waits
         compiling = Future()
         request, text = llm.engine.inputs.request("waits", "p", bound)
-        core = llm.engine.core
+        core = llm.engine.core.cores[0]
         core.add_request(request, text)
         core.abort(["waits"])
         compiling.set_result(compile_really(constraint).result())

@@ -146,7 +146,7 @@ def test_the_benchmark_runs_and_counts():
 
 def _step(**changed: Any) -> tuple[Any, ...]:
     heads = Heads(model="small", heads=4, kv_heads=1, head_dim=24)
-    options = dict(query="bfloat16", block_size=16, **changed)
+    options: dict[str, Any] = dict(query="bfloat16", block_size=16, **changed)
     step = LatentStep(heads=heads, tokens=8, seqs=4, context=64, cache_bytes=2**16, value_width=16, **options)
     query = jax.ShapeDtypeStruct((8, 4, 24), jnp.bfloat16)
     return query, step.cache()[0], step.layout(), step.batch(Backend(implementation="triton", interpret=True))

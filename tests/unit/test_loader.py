@@ -170,7 +170,7 @@ def test_fewer_layers_than_the_checkpoint_has_may_be_taken(tmp_path: Path):
     derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     params = load(write(tmp_path, weights() | derived, num_hidden_layers=2))
     [segment] = params.layers
-    assert segment.qkv.shape == (2, HEADS + 2 * KV, 16)
+    assert segment.qkv is not None and segment.qkv.shape == (2, HEADS + 2 * KV, 16)
 
 
 def test_tied_embeddings_leave_a_stored_head_alone(tmp_path: Path):
@@ -316,6 +316,7 @@ def test_the_text_of_a_model_that_sees_images(
     found = Checkpoint(tmp_path).load(specs, jnp.dtype(np.float32), DEVICE, seed=0, progress=False)
     np.testing.assert_array_equal(found.head, tensors["lm_head.weight"])
     [segment] = found.layers
+    assert segment.down is not None
     np.testing.assert_array_equal(segment.down[3], tensors["model.layers.3.mlp.down_proj.weight"])
     [record] = caplog.records
     assert "2 tensors for images are not loaded, and prompts with images are refused" in record.getMessage()
