@@ -19,7 +19,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     # no layer is without it, other than in Qwen3
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     fields |= {"qk_norm": True, "layer_window": (window,) * fields["num_layers"]}
-    return with_experts(DecoderConfig(**fields), {**DEFAULTS, **hf})
+    # as transformers 5 calls them when it saves; checkpoints of the hub have `num_experts`
+    saved = {"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}
+    return with_experts(DecoderConfig(**fields), {**DEFAULTS, **saved, **hf})
 
 
 def with_experts(model: DecoderConfig, hf: Mapping[str, Any], **fields: Any) -> DecoderConfig:
