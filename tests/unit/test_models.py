@@ -142,6 +142,8 @@ def test_missing_fields_have_transformers_defaults():
     transformers = pytest.importorskip("transformers")
     fields = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_attention_heads")}
     for name in [name for name in ARCHITECTURES if name.endswith("ForCausalLM")]:
+        if name.startswith("Deepseek"):
+            continue  # a config of theirs without its sizes is refused: it would be some other model's
         kind = {"Gemma3": "Gemma3Text"}.get(family := name.removesuffix("ForCausalLM"), family)
         full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
         ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
