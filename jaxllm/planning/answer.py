@@ -139,7 +139,8 @@ class _Planner:
 
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
-        target = question.target(question.args.grid).replica(0)
+        target = question.target(question.args.grid)
+        target = target if question.args.steps_together else target.replica(0)
         config = question.setup().runner_config(target, progress=None)
         self.dtype = config.dtype
         self.compiled = target.devices is not None
@@ -185,7 +186,8 @@ class _Planner:
         if self._is_local or config.target.devices is None:
             return contextlib.nullcontext()
         # the devices that a program is compiled for, also where there is but one
-        return lowering_for(make_mesh(config.target.devices[0, 0]))
+        devices = config.target.devices
+        return lowering_for(make_mesh(devices[0, 0] if config.target.replicas == 1 else devices[:, 0]))
 
 
 def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:
