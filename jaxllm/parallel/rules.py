@@ -269,6 +269,11 @@ def layer_sums(model: ModelConfig) -> int:
     return 3 if isinstance(model, DecoderConfig) and model.qk_norm and model.qk_norm_of == "joint" else 2
 
 
+def exchanging_layers(model: ModelConfig, replicas: int) -> int:
+    """Layers whose experts copies of the model that step together, so many of them, have between them."""
+    return sum(model.layer_moe) if isinstance(model, DecoderConfig) and replicas > 1 else 0
+
+
 def local_model(model: Model, devices: int) -> Model:
     """What one device computes of a model that can be split (`check_split`). The vocabulary stays whole: logits are."""
     if devices == 1:
