@@ -35,13 +35,13 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(include_dashboard=False, logging_level=logging.ERROR)
     return True
 
 
 def worker_arguments(model: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[EngineArgs, dict[str, Any]]:
-    """An engine's arguments, checked here, before a process of the cluster starts; and with absolute paths, since such a
-    process may be in another folder.
+    """An engine's arguments, checked here, before a process of the cluster starts; and with absolute paths, since
+    such a process may be in another folder.
 
     Raises TypeError and ValidationError as `LLM` does.
     """
@@ -108,8 +108,8 @@ def _room(machines: list[dict[str, float]], cpus: float, gpus: float, spare_cpus
 
 
 def environment(wanted: dict[str, float]) -> dict[str, str]:
-    """Variables for the process of an engine with these resources, read when JAX starts: the threads that XLA takes on a
-    CPU, and no looking for GPUs that are not the engine's.
+    """Variables for the process of an engine with these resources, read when JAX starts: the threads that XLA takes on
+    a CPU, and no looking for GPUs that are not the engine's.
     """
     threads = {"NPROC": str(max(int(wanted["num_cpus"]), 1))}
     return threads if wanted["num_gpus"] else {**threads, "JAX_PLATFORMS": "cpu"}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.method_arguments import with_params
-from jaxllm.api.outputs import RequestOutput, failed_output, was_refused
+from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import short_tracebacks
 from jaxllm.config.argument_checks import at_least

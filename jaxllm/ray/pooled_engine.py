@@ -98,9 +98,7 @@ class PooledEngine:
         if self.failure is not None:
             raise self.failure
 
-    def take(
-        self, finished: Sequence[Any], again: list[Task]
-    ) -> Generator[tuple[Task, RequestOutput], None, None]:
+    def take(self, finished: Sequence[Any], again: list[Task]) -> Generator[tuple[Task, RequestOutput], None, None]:
         """The outputs among what is finished; when it has died, those of tasks that are to blame. What else it had goes
         to the heap `again`, and it starts anew.
         """
@@ -118,7 +116,7 @@ class PooledEngine:
             return
         lost, self.tasks = list(self.tasks.values()), {}
         reason = _reason(death)
-        logger.warning("Engine %d has died and is started anew; %d prompts are done again: %s", self._number, len(lost), reason)
+        logger.warning("Engine %d died, and is started anew; it had %d prompts: %s", self._number, len(lost), reason)
         self._ray.kill(self._actor)
         self._begin()
         for task in lost:
@@ -127,9 +125,8 @@ class PooledEngine:
                 heapq.heappush(again, task)
                 continue
             prompt = task.job.prompt if isinstance(task.job.prompt, str) else None
-            yield task, failed_output(
-                "", prompt, f"{task.deaths} engines died while they had this prompt, the last one with no other: {reason}"
-            )
+            text = f"{task.deaths} engines died while they had this prompt, the last one with no other: {reason}"
+            yield task, failed_output("", prompt, text)
 
     def _see_start(self) -> None:
         """See how the start went; one in which the process died is tried again."""

@@ -42,7 +42,7 @@ class EngineProcessorConfig:
     batch_size: int = 32
     #: batches that an engine works on at once, so that it is never empty between two of them
     max_concurrent_batches: int = 8
-    #: a row that is refused gets the reason in a column ``__inference_error__``, without postprocess; else it ends the run
+    #: a row that is refused gets its reason in a column ``__inference_error__`` and no postprocess, and ends no run
     should_continue_on_error: bool = False
     #: for each engine, as in `EnginePool`; None leaves a processor of each machine to the other stages
     num_cpus: float | None = None
@@ -95,9 +95,7 @@ def build_processor(
 class Processor:
     """A stage of a dataset; `build_processor` makes it."""
 
-    def __init__(
-        self, config: EngineProcessorConfig, preprocess: RowFunction | None, postprocess: RowFunction | None
-    ):
+    def __init__(self, config: EngineProcessorConfig, preprocess: RowFunction | None, postprocess: RowFunction | None):
         self.config = config
         self._args, arguments = worker_arguments(config.model_source, dict(config.engine_kwargs))
         self._made_with = {
@@ -119,9 +117,11 @@ class Processor:
             batch_size=config.batch_size,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(
-                min_size=least, max_size=most, max_tasks_in_flight_per_actor=config.max_concurrent_batches
+                min_size=least,
+                max_size=most,
+                max_concurrent_calls_per_actor=config.max_concurrent_batches,
+                max_tasks_in_flight_per_actor=config.max_concurrent_batches + 1,
             ),
-            max_concurrency=config.max_concurrent_batches,
             **wanted,
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,8 +48,11 @@ def tokens(outputs: Sequence[RequestOutput]) -> list[list[int]]:
 
 def engine_processes() -> list[psutil.Process]:
     """The processes of engines of pools."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "EngineActor" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            found += [process] if "EngineActor" in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +102,19 @@ def test_prompts_without_a_length_and_outputs_as_they_finish(pool: EnginePool, e
     assert tokens(sorted(found, key=lambda output: output.index)) == expected
 
 
-def test_an_engine_that_is_killed_costs_no_answer_and_gives_none_twice(pool: EnginePool, expected: list[list[int]]):
+def test_engines_that_are_killed_cost_no_answer_and_give_none_twice(pool: EnginePool, expected: list[list[int]]):
     found: list[RequestOutput] = []
+    living = engine_processes()
 
-    def kill_one(output: RequestOutput) -> None:
+    def kill(output: RequestOutput) -> None:
         found.append(output)
-        if len(found) == 3:
-            engine_processes()[0].kill()
+        if len(found) in (3, 12):
+            living.pop().kill()
 
-    pool.generate(PROMPTS, PARAMS, use_tqdm=False, on_output=kill_one)
+    pool.generate(PROMPTS, PARAMS, use_tqdm=False, on_output=kill)
+    assert not living
     assert sorted(output.index for output in found) == list(range(len(PROMPTS)))
     assert tokens(sorted(found, key=lambda output: output.index)) == expected
-
-
-def test_all_engines_may_die(pool: EnginePool, expected: list[list[int]]):
-    for process in engine_processes():
-        process.kill()
-    assert tokens(pool.generate(PROMPTS[:4], PARAMS[:4], use_tqdm=False)) == expected[:4]
 
 
 def test_a_prompt_that_ends_engines_is_found_out(pool: EnginePool, expected: list[list[int]]):
@@ -150,21 +150,20 @@ def test_a_call_that_is_left_does_not_disturb_the_next(pool: EnginePool, expecte
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"max_model_len": 10**6}, ValidationError, "max_model_len"),
-        ({"hf_overrides": {"num_attention_heads": 5}}, Exception, "5"),
+        ({"hf_overrides": {"num_attention_heads": 5}}, ValidationError, "num_attention_heads=5 is not a multiple"),
         ({"max_modle_len": 5}, TypeError, "Did you mean 'max_model_len'"),
-        ({"num_cpus": 10**6}, ValidationError, r"2 engines of num_cpus=1e\+06 .* do not fit .* 0 would fit"),
+        ({"num_cpus": 10**6}, ValidationError, r"1 engines of num_cpus=1e\+06 .* do not fit .* 0 would fit"),
         ({"num_engines": 0}, ValidationError, "num_engines must be at least 1"),
     ],
 )
 def test_a_pool_that_cannot_start_says_why_and_leaves_nothing(
     pool: EnginePool, tiny_model: Path, arguments: dict[str, Any], kind: type[Exception], message: str
 ):
-    before = engine_processes()
+    before = {process.pid for process in engine_processes()}
     with pytest.raises(kind, match=message):
-        EnginePool(tiny_model, **{"num_engines": 2, "num_cpus": 0.25, **SMALL, **arguments})
-    gone, _ = psutil.wait_procs([p for p in engine_processes() if p not in before], timeout=10)
-    assert {process.pid for process in engine_processes()} == {process.pid for process in before}
+        EnginePool(tiny_model, **{"num_engines": 1, "num_cpus": 0.25, **SMALL, **arguments})
+    started = [process for process in engine_processes() if process.pid not in before]
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_a_dataset_is_answered_row_by_row(pool: EnginePool, tiny_model: Path, engine: LLM):
@@ -176,7 +175,7 @@ def test_a_dataset_is_answered_row_by_row(pool: EnginePool, tiny_model: Path, en
     process = build_processor(
         config,
         preprocess=lambda row: {
-            "messages": [{"role": "user" if row["id"] != 7 else "", "content": row["text"]}],
+            "messages": [{"role": "user", "content": row["text"] * (1 if row["id"] != 7 else 50)}],
             "sampling_params": params,
         },
         postprocess=lambda row: {"id": row["id"], "tokens": row["generated_tokens"], "text": row["generated_text"]},
@@ -190,4 +189,4 @@ def test_a_dataset_is_answered_row_by_row(pool: EnginePool, tiny_model: Path, en
             assert list(found[row["id"]]["tokens"]) == output.outputs[0].token_ids
             assert found[row["id"]]["text"] == output.outputs[0].text
             assert found[row["id"]]["__inference_error__"] == ""
-    assert "role" in found[7]["__inference_error__"]
+    assert "256" in found[7]["__inference_error__"] and found[7]["text"] == PROMPTS[7]

@@ -26,7 +26,7 @@ def test_where_ray_is_missing_the_error_says_how_to_install_it(monkeypatch: pyte
         lambda: EnginePool("smollm2-135m-instruct"),
         lambda: build_processor(EngineProcessorConfig(model_source="smollm2-135m-instruct")),
     ):
-        with pytest.raises(JaxLLMError, match=r"ray is not installed: pip install 'ray\[data\].*pip install '\.\[ray\]'"):
+        with pytest.raises(JaxLLMError, match=r"ray is not installed: .*pip install '\.\[ray\]'"):
             use()
 
 
@@ -52,8 +52,8 @@ def test_each_engine_gets_its_share(machines, engines: int, given, wanted):
 
 def test_what_does_not_fit_is_refused():
     machines: list[dict[str, float]] = [{"CPU": 4}, {"CPU": 3}]
-    text = "4 engines of num_cpus=2 and num_gpus=0 do not fit into the Ray cluster, whose machines have 4 CPUs and 0 GPUs, "
-    with pytest.raises(ValidationError, match=f"{text}3 CPUs and 0 GPUs: 3 would fit"):
+    text = r"4 engines of num_cpus=2 and num_gpus=0 .* have 4 CPUs and 0 GPUs, 3 CPUs and 0 GPUs: 3 would fit"
+    with pytest.raises(ValidationError, match=text):
         cluster.resources(machines, engine_args("model"), 4, 2, None)
     with pytest.raises(ValidationError, match="num_cpus must be at least 0, got -1"):
         cluster.resources(machines, engine_args("model"), 1, -1, None)
