@@ -203,10 +203,10 @@ def of_copies() -> Any:
         context, config = Context(split=split), moe_config(E, K, expert_parallel=True)
         return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))
 
-    def all_of_them(gate_up, down, router, x, valid) -> jax.Array:
-        parts = [w.reshape(COPIES, DEVICES, E // (COPIES * DEVICES), *w.shape[1:]) for w in (gate_up, down)]
+    def all_of_them(gate_up, down, *given) -> jax.Array:
+        parts = (w.reshape(COPIES, DEVICES, E // (COPIES * DEVICES), *w.shape[1:]) for w in (gate_up, down))
         devices = jax.vmap(one, in_axes=(0, 0, None, None, None), axis_name="tensor")
-        return jax.vmap(devices, in_axes=(0, 0, None, 0, 0), axis_name="data")(*parts, router, x, valid)
+        return jax.vmap(devices, in_axes=(0, 0, None, 0, 0), axis_name="data")(*parts, *given)
 
     return jax.jit(all_of_them)
 
