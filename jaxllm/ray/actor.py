@@ -39,8 +39,11 @@ async def answer(llm: AsyncLLM, prompt: Any, params: Any, **options: Any) -> Req
         async for output in llm.generate(prompt, params, **options):
             if output.finished:
                 return output
-    except ValidationError as error:
-        return failed_output("", prompt if isinstance(prompt, str) else None, str(error))
+    except RuntimeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the request's own fault, of which others shall not suffer
+        reason = str(error) if isinstance(error, (ValidationError, TypeError)) else repr(error)
+        return failed_output("", prompt if isinstance(prompt, str) else None, reason)
     raise RuntimeError("the engine has ended a request without an output")
 
 
