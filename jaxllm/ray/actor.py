@@ -20,11 +20,12 @@ def set_environment(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-async def answer(llm: AsyncLLM, prompt: Any, params: Any, **options: Any) -> RequestOutput:
+async def answer(llm: AsyncLLM, prompt: Any, params: Any, seed: int, **options: Any) -> RequestOutput:
     """The finished output of a prompt; where it is refused, one that says why.
 
     Args:
         params: None: the model's own defaults.
+        seed: of a request whose parameters have none. Engines that start alike would draw alike, too.
         options: those of `AsyncLLM.generate`.
 
     Raises:
@@ -35,12 +36,16 @@ async def answer(llm: AsyncLLM, prompt: Any, params: Any, **options: Any) -> Req
     if isinstance(params, SamplingParams):
         params = params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.seed = seed if params.seed is None else params.seed
     try:
         async for output in llm.generate(prompt, params, **options):
             if output.finished:
                 return output
-    except ValidationError as error:
-        return failed_output("", prompt if isinstance(prompt, str) else None, str(error))
+    except RuntimeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the request's own fault, of which others shall not suffer
+        reason = str(error) if isinstance(error, (ValidationError, TypeError)) else repr(error)
+        return failed_output("", prompt if isinstance(prompt, str) else None, reason)
     raise RuntimeError("the engine has ended a request without an output")
 
 
@@ -59,6 +64,6 @@ class EngineActor:
         self._llm = await AsyncLLM.start(**arguments)
         return self._llm.engine.core.max_num_seqs
 
-    async def answer(self, prompt: Any, params: Any, options: dict[str, Any]) -> RequestOutput:
+    async def answer(self, prompt: Any, params: Any, seed: int, options: dict[str, Any]) -> RequestOutput:
         """As the function of this name."""
-        return await answer(self._llm, prompt, params, **options)
+        return await answer(self._llm, prompt, params, seed, **options)

@@ -20,6 +20,7 @@ from jaxllm.config.argument_checks import at_least
 from jaxllm.config.log import show_log
 from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
 from jaxllm.engine.io.feed import jobs_of
+from jaxllm.engine.io.input_processor import seed_of
 from jaxllm.engine.io.prompt_source import ReadySource, WaitingSource
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.observe.progress import Progress
@@ -77,7 +78,10 @@ class EnginePool:
         count = at_least(1)("num_engines", num_engines)
         args, arguments = worker_arguments(model, kwargs)
         self._description = f"EnginePool({str(args.model)!r}, num_engines={count}"
-        self._call, self._in_call, self._num_requests = threading.RLock(), False, 0
+        self._call, self._in_call = threading.RLock(), False
+        self._engine_seed = args.seed
+        #: requests so far, and those without a seed of their own
+        self._num_requests = self._num_unseeded = 0
         self._engines: list[PooledEngine] = []
         if connect():
             EnginePool._connected = True
@@ -200,7 +204,7 @@ class EnginePool:
     ) -> Generator[RequestOutput, None, None]:
         """Each output when it is finished. Closing it ends what still runs."""
         ray = import_ray()
-        tasks = (Task(job, {**options, "priority": job.priority}) for job in jobs)
+        tasks = (Task(job, self._seed(job.params), {**options, "priority": job.priority}) for job in jobs)
         window = sum(engine.most for engine in self._engines)
         source = ReadySource(tasks) if ready else WaitingSource(tasks, window)
         #: what has to be done again, the first of the call first
@@ -227,6 +231,13 @@ class EnginePool:
             source.close()
             for engine in self._engines:
                 engine.cancel()
+
+    def _seed(self, params: Any) -> int:
+        """The seed of the next request, if it has none of its own: what one engine would give it, since which engine
+        answers it shall make no difference.
+        """
+        self._num_unseeded += getattr(params, "seed", None) is None
+        return seed_of(self._engine_seed, self._num_unseeded)
 
     def _give(self, source: ReadySource[Task] | WaitingSource[Task], again: list[Task]) -> None:
         """Give tasks to the engines that have room for them, the least busy one first."""

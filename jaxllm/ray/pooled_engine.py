@@ -24,8 +24,8 @@ _PATIENCE = 30.0
 class Task:
     """A prompt of the call, on its way to its answer. Ordered as the prompts are."""
 
-    def __init__(self, job: Job, options: dict[str, Any]):
-        self.job, self.options = job, options
+    def __init__(self, job: Job, seed: int, options: dict[str, Any]):
+        self.job, self.seed, self.options = job, seed, options
         #: engines that died while they had it
         self.deaths = 0
 
@@ -81,7 +81,8 @@ class PooledEngine:
         return len(self.tasks) < max(self.most >> 3 * max(deaths - 1, 0), 1)
 
     def give(self, task: Task) -> None:
-        self.tasks[self._actor.answer.remote(task.job.prompt, task.job.params, task.options)] = task
+        ref = self._actor.answer.remote(task.job.prompt, task.job.params, task.seed, task.options)
+        self.tasks[ref] = task
 
     def wait_for_start(self) -> None:
         """Wait until it has started.

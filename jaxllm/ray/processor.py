@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -163,7 +164,7 @@ class BatchEngine:
         if self._preprocess is not None:
             row = {**row, **self._preprocess(dict(row))}
         try:
-            output = await answer(self._llm, prompt_of(row), params_of(row))
+            output = await answer(self._llm, prompt_of(row), params_of(row), secrets.randbits(64))
             reason = output.error
         except (ValidationError, TypeError) as error:
             output, reason = None, str(error)

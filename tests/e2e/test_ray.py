@@ -86,6 +86,16 @@ def test_answers_are_those_of_one_engine(pool: EnginePool, expected: list[list[i
     assert len({output.request_id for output in outputs}) == len(PROMPTS)
 
 
+def test_what_is_drawn_without_a_seed_differs_from_engine_to_engine_as_in_one(
+    pool: EnginePool, tiny_model: Path, engine: LLM
+):
+    params = SamplingParams(max_tokens=8, temperature=1.0, ignore_eos=True)
+    drawn = tokens(pool.generate(["again"] * 8, params, use_tqdm=False))
+    assert len(set(map(tuple, drawn))) == 8
+    # neither engine has had a request without a seed before
+    assert drawn == tokens(engine.generate(["again"] * 8, params, use_tqdm=False))
+
+
 def test_chats_are_rendered(pool: EnginePool, engine: LLM):
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:3]]
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
