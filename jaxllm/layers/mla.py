@@ -1,13 +1,17 @@
 """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1): what the cache keeps of a token is one
 latent vector, of which every head's keys and values are made, and a key that is turned by the token's position.
 
-Keys and values are never made. With a head's projection K of latents c to keys, and V to values,
+Keys and values of a context are never made. With a head's projection K of latents c to keys, and V to values,
 
     q . (K c) = (K' q) . c        sum of w_i (V c_i) = V (sum of w_i c_i)
 
 so queries take the projection of the keys in front of attention, and its result that of the values behind: attention of
 all heads over the latents themselves. DeepSeek-V3's latents have 512 numbers, and 64 that are turned: 1,152 bytes a
 token and layer in bfloat16, where its 128 heads' keys and values would be 81,920.
+
+That takes 512 + 64 + 512 products a head of a query with a token that it sees, where a key and a value take 128 + 64 +
+128; either way a token's own projections are as many. So where a chunk of a prompt sees itself alone, its keys and
+values are made, on a CPU (`chunk_attention.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.attention import Layout, latent_attention, write_latents
+from jaxllm.layers.chunk_attention import begin_their_sequences, chunk_attention, single_tokens
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.linear import linear, matmul_precision
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope
+from pallas_kernels.batch import AttentionBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,8 @@ class LatentWeights:
     up: jax.Array  # [L, H * (p + v), r]
 
 
+#: tokens of the smallest bucket whose programs also make keys and values
+EXPANDED_TOKENS = 512
 #: the fields of `LatentWeights` that `linear` multiplies by
 LATENT_MATRICES = ("down", "query_up")
 
@@ -107,11 +116,46 @@ def latent_block(
     cache = write_latents(context, cache, jnp.concatenate([latent, turned], axis=2), layout, batch)
     keys = w.up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
     values = w.up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
-    asked = _of_each_head("thn,hnr->thr", query[..., : c.plain_dim], keys)
-    turned = apply_rope(query[..., c.plain_dim :], cos, sin, interleaved=interleaved)
-    query = jnp.concatenate([asked, turned], axis=2)
-    seen = latent_attention(context, query, cache, layout, batch, scale=scale, rank=c.rank)
-    return _of_each_head("thr,hvr->thv", seen, values).reshape(tokens, -1), cache
+    plain = query[..., : c.plain_dim]
+    turned_query = apply_rope(query[..., c.plain_dim :], cos, sin, interleaved=interleaved)
+
+    def absorbed(rows: int, batch: StepBatch) -> jax.Array:
+        asked = jnp.concatenate([_of_each_head("thn,hnr->thr", plain[:rows], keys), turned_query[:rows]], axis=2)
+        seen = latent_attention(context, asked, cache, layout, batch, scale=scale, rank=c.rank)
+        return _of_each_head("thr,hvr->thv", seen, values)
+
+    def expanded(batch: StepBatch, chunks: AttentionBatch) -> jax.Array:
+        made = linear(context, latent[:, 0], w.up)
+        key = made[:, : heads * c.plain_dim].reshape(tokens, heads, c.plain_dim)
+        key = jnp.concatenate([key, jnp.broadcast_to(turned, (tokens, heads, c.turned_dim))], axis=2)
+        value = made[:, heads * c.plain_dim :].reshape(tokens, heads, c.value_dim)
+        query = jnp.concatenate([plain, turned_query], axis=2)
+        seen = chunk_attention(context, query, key, value, layout.window, chunks, stored=cache.dtype, scale=scale)
+        rows = min(tokens, chunks.kv_lens.shape[0])
+        singles = dataclasses.replace(batch, attention=single_tokens(chunks, rows))
+        first = lax.cond(chunks.num_decodes > 0, lambda: absorbed(rows, singles), lambda: seen[:rows])
+        is_single = (jnp.arange(rows, dtype=jnp.int32) < chunks.num_decodes)[:, None, None]
+        return seen.at[:rows].set(jnp.where(is_single, first, seen[:rows]))
+
+    chunks = batch.attention
+    if isinstance(chunks, WholeSequences) or not _expands(context, chunks):
+        seen = absorbed(tokens, batch)
+    else:
+        begin = begin_their_sequences(chunks)
+        seen = lax.cond(begin, lambda: expanded(batch, chunks), lambda: absorbed(tokens, batch))
+    return seen.reshape(tokens, -1), cache
+
+
+def _expands(context: Context, batch: AttentionBatch) -> bool:
+    """Whether a program also has attention of chunks by their heads' keys and values, for steps whose chunks have no
+    context. Which of both a token gets then depends on the others of its step.
+    """
+    return (
+        context.backend.implementation == "xla"
+        and not context.deterministic
+        and not batch.decode_only
+        and batch.token_seq.shape[0] >= EXPANDED_TOKENS
+    )
 
 
 def _of_each_head(product: str, x: jax.Array, weight: jax.Array) -> jax.Array:
