@@ -24,10 +24,12 @@ import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.layers.weight_storage import MARK
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import TENSOR
+from pallas_kernels.quantized import Reordered
 
 Tree = TypeVar("Tree")
 Model = TypeVar("Model", DecoderConfig, BertConfig)
@@ -189,6 +191,33 @@ def check_split(model: ModelConfig, devices: int) -> None:
     if problem:
         fitting = ", ".join(str(n) for n in split_sizes(model))
         raise ValidationError(f"tensor_parallel_size={devices} does not divide {problem}. What would work: {fitting}.")
+
+
+def check_storage_split(specs: Any, sizes: Mapping[str, int]) -> None:
+    """Whether what quantized matrices are stored as can be split over a mesh of these sizes, as the model can.
+
+    Raises:
+        ValidationError: it cannot; the text names the numbers of devices that would do.
+    """
+    for weight in jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, Reordered) or is_spec(leaf)):
+        spec = jax.tree.leaves(weight, is_leaf=is_spec)[0]
+        name = spec.parts[0].name.partition(MARK)[0]
+        if isinstance(weight, Reordered) and _mesh_axis(spec.axes[-1][0], sizes):
+            raise ValidationError(
+                f"tensor_parallel_size={sizes[TENSOR]}: the columns of {name} are in an order of their own "
+                "(desc_act), and cannot be split over devices. What would work: 1."
+            )
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        for axis in (axis for joined in spec.axes for axis in joined):
+            rule = RULES.get(axis.name)
+            devices = sizes.get(rule.mesh_axis, 1) if rule and rule.remainder == "refuse" else 1
+            if axis.units % devices:
+                name, _, kind = spec.parts[0].name.partition(MARK)
+                fitting = ", ".join(str(n) for n in range(1, axis.units + 1) if axis.units % n == 0)
+                raise ValidationError(
+                    f"tensor_parallel_size={devices} does not divide the {axis.units} groups of {name} ({kind}). What "
+                    f"would work: {fitting}."
+                )
 
 
 def split_sizes(model: ModelConfig) -> list[int]:

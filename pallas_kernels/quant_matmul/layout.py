@@ -55,6 +55,15 @@ class Int4Weight:
         """One layer of a stack."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), self)
 
+    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
+        """`dequantize`, as every quantized weight has it."""
+        return dequantize(self, dtype)
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows ``indices`` i32 [T] of a weight [N, K] -> [T, K]."""
+        scales, zeros = (array[:, indices] for array in (self.scales, self.zeros))
+        return dequantize(Int4Weight(packed=self.packed[indices], scales=scales, zeros=zeros), dtype)
+
 
 def int4_weight(packed: jax.Array, scales: jax.Array, zeros: jax.Array) -> Int4Weight:
     """An `Int4Weight` of arrays that fit together.

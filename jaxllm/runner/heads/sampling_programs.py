@@ -24,6 +24,7 @@ from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from pallas_kernels.quantized import is_quantized
 from pallas_kernels.storage import STORAGE
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
@@ -224,7 +225,7 @@ def with_whole_segments(params: Params) -> Params:
         whole: Any = {
             name: StackedMatrix(_stored(w))
             for name, w in matrices.items()
-            if w is not None and w.ndim == 3 and can_be_read(w)
+            if w is not None and not is_quantized(w) and w.ndim == 3 and can_be_read(w)
         }
         return dataclasses.replace(weights, **whole)
 
@@ -243,7 +244,7 @@ def with_head_for_one(params: Params) -> Params:
         params: arrays, or their shapes.
     """
     head: Any = params.embedding if params.head is None else params.head
-    if head.dtype != jnp.bfloat16 or not can_be_read(head):
+    if is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
         return params
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
