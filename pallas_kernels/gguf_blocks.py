@@ -119,9 +119,9 @@ def _q2_k(b: jax.Array) -> jax.Array:
 
 
 def _q3_k(b: jax.Array) -> jax.Array:
-    """hmask[32] (third bits), qs[64], scales[12] (16 of six bits, 32 too large), d; 16 runs of 16. A value is its two low
-    bits, minus 4 where its hmask bit is clear. Scale i: the low nibble i of bytes 0-7 (all low ones, then all high ones),
-    its upper two bits in byte ``8 + i % 4`` at ``2 * (i // 4)``.
+    """hmask[32] (third bits), qs[64], scales[12] (16 of six bits, 32 too large), d; 16 runs of 16. A value is its two
+    low bits, minus 4 where its hmask bit is clear. Scale i: the low nibble i of bytes 0-7 (all low ones, then all high
+    ones), its upper two bits in byte ``8 + i % 4`` at ``2 * (i // 4)``.
     """
     packed = b[..., 96:108]
     upper = _flat(_shifted(packed[..., 8:], (0, 2, 4, 6), 3), 2)
@@ -134,8 +134,8 @@ def _q3_k(b: jax.Array) -> jax.Array:
 
 def _affine_k(b: jax.Array, q: jax.Array) -> jax.Array:
     """``d * scale * q - dmin * minimum`` of eight runs of 32. The first four scales and minima are the low six bits of
-    bytes 0-3 and 4-7; the last four have a nibble of bytes 8-11 (low: scale, high: minimum), and their upper two bits from
-    the top of bytes 0-3 and 4-7.
+    bytes 0-3 and 4-7; the last four have a nibble of bytes 8-11 (low: scale, high: minimum), and their upper two bits
+    from the top of bytes 0-3 and 4-7.
     """
     first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scale = jnp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)
@@ -157,9 +157,9 @@ def _q5_k(b: jax.Array) -> jax.Array:
 
 
 def _q6_k(b: jax.Array) -> jax.Array:
-    """ql[128], qh[64], scales int8[16], d; 16 runs of 16, ``d * scale * (q - 32)``. Each half of 128 values: 64 bytes of ql
-    (low nibbles values 0-63, high ones 64-127) and 32 of qh, whose pairs of bits are the upper ones of values 0-31, 32-63,
-    64-95 and 96-127.
+    """ql[128], qh[64], scales int8[16], d; 16 runs of 16, ``d * scale * (q - 32)``. Each half of 128 values: 64 bytes
+    of ql (low nibbles values 0-63, high ones 64-127) and 32 of qh, whose pairs of bits are the upper ones of values
+    0-31, 32-63, 64-95 and 96-127.
     """
     low = _cut(_flat(_shifted(_cut(b[..., :128], 2, 64), (0, 4), 15), 3), 2, 4, 32)
     high = _shifted(_cut(b[..., 128:192], 2, 32), (0, 2, 4, 6), 3)

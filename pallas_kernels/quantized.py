@@ -1,8 +1,8 @@
 """Weights that stay quantized in memory: pytrees that stand in a matrix's place.
 
 Each is a matrix [N, K] ([out, in]), and its arrays may have further dimensions in front, the same for all: experts, and
-a stack of layers. `shape` is the matrix's own, `dequantize` the matrix, and `rows` some of its rows. Four bits in groups
-have a type of their own beside their kernel (`quant_matmul.layout.Int4Weight`).
+a stack of layers. `shape` is the matrix's own, `dequantize` the matrix, and `rows` some of its rows. Four bits in
+groups have a type of their own beside their kernel (`quant_matmul.layout.Int4Weight`).
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class RoundedInputs:
     """A weight whose inputs are quantized, too."""
 
     weight: Quantized
-    #: f32 [..., parts], of inputs that have one scale for good, of which the largest counts; None: each token has its own
+    #: f32 [..., parts], of inputs that have one scale for good, of which the largest counts; None: each token has its
+    #: own
     scales: jax.Array | None = None
     #: "int8" or "float8_e4m3fn"
     dtype: str = dataclasses.field(metadata={"static": True})

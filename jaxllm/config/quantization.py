@@ -50,10 +50,10 @@ class QuantizationConfig(Arguments):
     quantization: str | None = argument(
         None,
         _method,
-        "how weights are quantized; default: as config.json says. A checkpoint in 16 bits is quantized while it is read, to "
-        "int8, fp8 or int4",
+        "how weights are quantized; default: as config.json says. A checkpoint in 16 bits is quantized while it is "
+        "read, to int8, fp8 or int4",
         group="model",
         short="-q",
     )
     #: of keys and values
-    kv_cache_dtype: str = not_yet("auto", "quantization")
+    kv_cache_dtype: str = not_yet("auto", "quantization of the KV cache")

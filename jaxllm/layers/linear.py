@@ -10,7 +10,7 @@ from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized
@@ -55,9 +55,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
             return one_row_product(x, weight)
         assert weight.several is not None
         weight = weight.several
-    if is_quantized(weight):
+    if not isinstance(weight, jax.Array):
         return _of_quantized(context, x, weight)
-    assert isinstance(weight, jax.Array)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
     if context.deterministic and rows < least:
         return linear_f32(context, _padded(x, least), weight)[:rows]

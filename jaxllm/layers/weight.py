@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+
 class Axis(NamedTuple):
     """An axis of a tensor, by what it counts."""
 

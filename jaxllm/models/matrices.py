@@ -21,8 +21,8 @@ SMALL_FIELDS = ("router", "shared_gate")
 
 
 def matrices(specs: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The name in a checkpoint and the shape [out, in] of each matrix, also of a name that other checkpoints have in its
-    place; of experts that are stacked, the shape of one.
+    """The name in a checkpoint and the shape [out, in] of each matrix, also of a name that other checkpoints have in
+    its place; of experts that are stacked, the shape of one.
     """
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         if _field(path) not in FIELDS:

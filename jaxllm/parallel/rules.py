@@ -201,7 +201,7 @@ def check_storage_split(specs: Any, sizes: Mapping[str, int]) -> None:
     """
     for weight in jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, Reordered) or is_spec(leaf)):
         spec = jax.tree.leaves(weight, is_leaf=is_spec)[0]
-        name = spec.parts[0].name.partition(MARK)[0]
+        name = _first_name(spec)
         if isinstance(weight, Reordered) and _mesh_axis(spec.axes[-1][0], sizes):
             raise ValidationError(
                 f"tensor_parallel_size={sizes[TENSOR]}: the columns of {name} are in an order of their own "
@@ -212,12 +212,16 @@ def check_storage_split(specs: Any, sizes: Mapping[str, int]) -> None:
             rule = RULES.get(axis.name)
             devices = sizes.get(rule.mesh_axis, 1) if rule and rule.remainder == "refuse" else 1
             if axis.units % devices:
-                name, _, kind = spec.parts[0].name.partition(MARK)
                 fitting = ", ".join(str(n) for n in range(1, axis.units + 1) if axis.units % n == 0)
                 raise ValidationError(
-                    f"tensor_parallel_size={devices} does not divide the {axis.units} groups of {name} ({kind}). What "
-                    f"would work: {fitting}."
+                    f"tensor_parallel_size={devices} does not divide the {axis.units} groups of {_first_name(spec)}. "
+                    f"What would work: {fitting}."
                 )
+
+
+def _first_name(spec: WeightSpec) -> str:
+    """Of a matrix, in the checkpoint."""
+    return spec.tensors()[0][0].partition(MARK)[0]
 
 
 def split_sizes(model: ModelConfig) -> list[int]:

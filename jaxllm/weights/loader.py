@@ -263,7 +263,9 @@ def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers, or integers that are all as likely, some rows at a time: about `PIECE`, or more where no smaller number of rows divides them."""
+    """Normal numbers, or integers that are all as likely, some rows at a time: about `PIECE`, or more where no smaller
+    number of rows divides them.
+    """
     rows, width = math.prod(shape[:-1]), shape[-1]
     pieces = min(-(-rows * width // PIECE), rows)
     while rows % pieces:

@@ -56,7 +56,7 @@ def save(
     if format not in SAVED_FORMATS:
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
-        raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint that they are from.")
+        raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint they are from.")
     with _appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)

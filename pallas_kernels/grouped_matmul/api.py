@@ -11,7 +11,7 @@ from pallas_kernels.case import KernelCase
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tiles import tiles_for
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
-from pallas_kernels.quantized import Quantized, is_quantized
+from pallas_kernels.quantized import Quantized
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: (model, experts per token, layers, experts, ((projection, out, in), ...))
@@ -37,9 +37,8 @@ def grouped_matmul(
     "reference" and "xla" are differentiable in x and w.
     Raises ValueError where shapes or dtypes do not fit together.
     """
-    if is_quantized(w):
+    if not isinstance(w, jax.Array):
         return grouped_matmul_xla(x, w, group_sizes, layer=layer)
-    assert isinstance(w, jax.Array)
     _check(x, w, group_sizes, layer)
     if backend.implementation in ("triton", "mosaic"):
         # not above: where no kernel is used, nothing of Pallas is loaded
@@ -53,7 +52,7 @@ def grouped_matmul(
     if backend.implementation == "xla":
         return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     if layer is not None:
-        w = lax.dynamic_index_in_dim(w, layer, keepdims=False)
+        return grouped_matmul_reference(x, lax.dynamic_index_in_dim(w, layer, keepdims=False), group_sizes)
     return grouped_matmul_reference(x, w, group_sizes)
 
 

@@ -178,7 +178,7 @@ def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, fo
 _TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 _GROUPS = {"strategy": "group", "group_size": GROUP, "type": "int"}
 #: by a name: quantization_config, and how a matrix is packed
-FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int, np.random.Generator], Packed]]] = {
+FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq),
     **{
         f"gptq {bits} bits": ({"quant_method": "gptq", "bits": bits, "group_size": GROUP, "sym": False}, gptq(bits))

@@ -1,5 +1,5 @@
-"""Quantized checkpoints: matrices come out of memory as the format's definition says, bit for bit, and what is broken is
-refused by its tensor.
+"""Quantized checkpoints: matrices come out of memory as the format's definition says, bit for bit, and what is broken
+is refused by its tensor.
 """
 
 from __future__ import annotations
@@ -196,7 +196,11 @@ Q = "model.layers.0.self_attn.q_proj"
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("awq", {f"{Q}.scales": None}, r"no tensor 'model.layers.0.self_attn.q_proj.scales'"),
     ("awq", {f"{Q}.qzeros": np.zeros((2, 7), np.int32)}, r"q_proj.qzeros' has shape \(2, 7\).*\[2, 8\]"),
-    ("awq", {f"{Q}.scales": np.zeros((3, 64), np.float16), f"{Q}.qzeros": np.zeros((3, 8), np.int32)}, "scales' has 3 groups, which do not divide .* 64 columns"),
+    (
+        "awq",
+        {f"{Q}.scales": np.zeros((3, 64), np.float16), f"{Q}.qzeros": np.zeros((3, 8), np.int32)},
+        "scales' has 3 groups, which do not divide .* 64 columns",
+    ),
     ("gptq 4 bits", {f"{Q}.g_idx": np.zeros(64, np.int32)}, "g_idx' must give each of the 2 groups 32"),
     ("fp8 static", {f"{Q}.input_scale": None}, r"no tensor '.*q_proj.input_scale'"),
     ("fp8 blocks", {f"{Q}.weight_scale_inv": np.ones((1, 2), np.float32)}, r"weight_scale_inv' has shape \(1, 2\)"),

@@ -1,4 +1,5 @@
-"""bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314), and INT8 (Dettmers et al. 2022, arXiv:2208.07339).
+"""bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314), and INT8 (Dettmers et al. 2022,
+arXiv:2208.07339).
 
 Four bits: ``weight`` uint8 [N * K / 2, 1], the first number of a byte in its high four bits; ``weight.absmax``, the
 largest number of each run of 64 in row-major order, itself in eight bits where it is quantized twice
@@ -98,7 +99,9 @@ class BitsAndBytes(Method):
         for kind in ("nf4", "fp4"):
             if f"{module}{_STATE}{kind}" in names:
                 return json.loads(tensors.raw(f"{module}{_STATE}{kind}").tobytes())
-        raise WeightsError(f"the checkpoint has no tensor {module + _STATE + 'nf4'!r}, which its quantized matrix needs")
+        raise WeightsError(
+            f"the checkpoint has no tensor {module + _STATE + 'nf4'!r}, which its quantized matrix needs"
+        )
 
     def array(
         self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None

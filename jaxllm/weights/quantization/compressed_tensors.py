@@ -1,9 +1,9 @@
 """The compressed-tensors format of vLLM's llm-compressor: groups of matrices, each with a scheme of its own.
 
 int-quantized and float-quantized: ``weight`` in eight bits with ``weight_scale``; pack-quantized: ``weight_packed`` i32
-[N, ceil(K * bits / 32)], a stream of bits along K of numbers that are 2 ** (bits - 1) too large, ``weight_scale`` [N, K / g],
-and, where they are not symmetric, ``weight_zero_point`` i32 [N * bits / 32, K / g], a stream along N. ``weight_g_idx`` is
-act-order's, as GPTQ's.
+[N, ceil(K * bits / 32)], a stream of bits along K of numbers that are 2 ** (bits - 1) too large, ``weight_scale`` [N, K
+/ g], and, where they are not symmetric, ``weight_zero_point`` i32 [N * bits / 32, K / g], a stream along N.
+``weight_g_idx`` is act-order's, as GPTQ's.
 """
 
 from __future__ import annotations

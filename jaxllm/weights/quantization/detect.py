@@ -66,9 +66,7 @@ class Quantization:
         return None if found is None else found.layout
 
 
-def quantization_method(
-    asked: str | None, stored: Mapping[str, Any] | None, *, is_gguf: bool = False
-) -> Method | None:
+def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, is_gguf: bool = False) -> Method | None:
     """How a checkpoint's matrices are stored; None: as they are.
 
     Args:

@@ -1,12 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323): 2, 3, 4 or 8 bits in groups along the inputs.
 
-A matrix [N, K] is ``qweight`` i32 [K * bits / 32, N], a stream of bits along K, ``qzeros`` i32 [K / g, N * bits / 32], a
-stream along N, ``scales`` [K / g, N] and ``g_idx`` i32 [K], the group of each column. The first format ("gptq", or none
-named) has its zero points less one: the writer takes one from each number of a word, and a zero point of 0 borrows from
-its neighbour, so the ones are added to whole words; three bits, which cross words, it has modulo eight.
+A matrix [N, K] is ``qweight`` i32 [K * bits / 32, N], a stream of bits along K, ``qzeros`` i32 [K / g, N * bits / 32],
+a stream along N, ``scales`` [K / g, N] and ``g_idx`` i32 [K], the group of each column. The first format ("gptq", or
+none named) has its zero points less one: the writer takes one from each number of a word, and a zero point of 0 borrows
+from its neighbour, so the ones are added to whole words; three bits, which cross words, it has modulo eight.
 
-With act-order (``desc_act``), groups are not neighbours: columns are sorted by their group, and the input is taken in the
-same order.
+With act-order (``desc_act``), groups are not neighbours: columns are sorted by their group, and the input is taken in
+the same order.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class Method(abc.ABC):
 
     #: vLLM's name
     name: ClassVar[str]
-    #: what a quantized matrix has beside, or in place of, its ``.weight``: ends of the tensors' names behind the module's
+    #: what a quantized matrix has beside, or in place of, its ``.weight``: ends of the tensors' names behind the
+    #: module's
     tensors: ClassVar[tuple[str, ...]]
     #: those of them of which one is there if, and only if, a matrix is quantized
     markers: ClassVar[tuple[str, ...]]
@@ -122,8 +123,8 @@ def inner(layout: Layout) -> Layout:
 
 
 def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Numbers of so many bits that lie one after the other in the 32-bit words of the last axis, from the lowest bit on,
-    across words: uint8 [..., count].
+    """Numbers of so many bits that lie one after the other in the 32-bit words of the last axis, from the lowest bit
+    on, across words: uint8 [..., count].
     """
     words = np.ascontiguousarray(words).view(np.uint32)
     if 32 % bits == 0:

@@ -1,7 +1,7 @@
 """MXFP4 (OCP Microscaling Formats 1.0): four-bit floats (e2m1) in groups of 32 with an exponent of two (e8m0) each.
 
-GPT-OSS has its experts so, those of a layer stacked: ``gate_up_proj_blocks`` uint8 [E, N, K / 32, 16], two numbers a byte,
-the first in the low four bits, and ``gate_up_proj_scales`` uint8 [E, N, K / 32].
+GPT-OSS has its experts so, those of a layer stacked: ``gate_up_proj_blocks`` uint8 [E, N, K / 32, 16], two numbers a
+byte, the first in the low four bits, and ``gate_up_proj_scales`` uint8 [E, N, K / 32].
 """
 
 from __future__ import annotations

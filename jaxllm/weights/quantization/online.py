@@ -1,5 +1,5 @@
-"""Quantization of an unquantized checkpoint while it is read: no device, and no more of the host than a few rows, ever has
-the matrix as it was.
+"""Quantization of an unquantized checkpoint while it is read: no device, and no more of the host than a few rows, ever
+has the matrix as it was.
 
 The largest number of a row, or of a group of its columns, becomes the largest that the format has. Matrices that cannot
 be cut into groups stay as they are, and so do stacked experts, embeddings, heads and routers.
@@ -19,8 +19,8 @@ LARGEST = {"int8": 127.0, FLOAT8: 448.0}
 
 
 class Online(Method):
-    """ "int8": a scale a row; "fp8": that, and inputs of eight bits, too, a scale a token; "int4": groups of 128, or fewer
-    where these do not divide a row, with zero points.
+    """To "int8" with a scale a row; to "fp8" with one, and inputs in eight bits, too, with a scale a token; to "int4"
+    in groups of 128, or fewer where these do not divide a row, with zero points.
     """
 
     tensors = ()

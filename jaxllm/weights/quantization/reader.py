@@ -1,4 +1,4 @@
-"""A quantized checkpoint as the loader reads it: the arrays that matrices are stored as, in place of its own tensors."""
+"""A quantized checkpoint as the loader reads it: the arrays that matrices are stored as, in its own tensors' place."""
 
 from __future__ import annotations
 
