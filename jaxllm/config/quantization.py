@@ -50,8 +50,8 @@ class QuantizationConfig(Arguments):
     quantization: str | None = argument(
         None,
         _method,
-        "how weights are quantized; default: as config.json says. A checkpoint in 16 bits is quantized while it is "
-        "read, to int8, fp8 or int4",
+        "how weights are quantized; a checkpoint in 16 bits is quantized to int8, fp8 or int4 while it is read "
+        "(default: as config.json says)",
         group="model",
         short="-q",
     )

@@ -9,7 +9,7 @@ from jax import lax
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
-from pallas_kernels.quant_matmul.layout import Int4Weight
+from pallas_kernels.quant_matmul.layout import Int4Weight, halves
 from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
 #: what a matrix can be stored as
@@ -83,7 +83,17 @@ def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Arra
         rows, backend = x.shape[0], context.backend
         if implementation_for(backend, rows=rows, group_size=weight.group_size, dtype=x.dtype) == "triton":
             return quant_matmul(x, weight, backend=backend).astype(jnp.float32)
+        if not context.deterministic:
+            return _of_halves(context, x, weight)
     return linear_f32(context, x, weight.dequantize(x.dtype))
+
+
+def _of_halves(context: Context, x: jax.Array, weight: Int4Weight) -> jax.Array:
+    """As two products, so that the bytes of a weight become numbers where they lie."""
+    parts = x.reshape(x.shape[0], -1, 2, weight.group_size // 2)
+    both = zip((parts[:, :, 0], parts[:, :, 1]), halves(weight, x.dtype), strict=True)
+    low, high = (linear_f32(context, part.reshape(x.shape[0], -1), matrix) for part, matrix in both)
+    return low + high
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.quantization import NAMES
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.matrices import matrices, quantized
 from jaxllm.models.registry import model_config
@@ -36,9 +37,10 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
-from jaxllm.weights.quantization.method import stream
+from jaxllm.weights.quantization.method import Found, stream
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
-from pallas_kernels.quantized import RoundedInputs, dense, power_of_two
+from pallas_kernels.quant_matmul.layout import Int4Weight
+from pallas_kernels.quantized import RoundedInputs, ScaledWeight, dense, index, power_of_two
 
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 FIELDS = ("qkv", "output", "gate_up", "down")
@@ -255,3 +257,32 @@ def test_an_integer_tensor_is_no_weight_by_itself(tmp_path: Path):
     edited(folder, **{f"{Q}.weight": np.zeros((64, 64), np.int8)})
     with pytest.raises(WeightsError, match="type I8.*quantization_config"):
         load(folder)
+
+
+@pytest.mark.parametrize(("asked", "columns"), [("int8", 64), ("int4", 64), ("int4", 128 * 75)])
+def test_one_row_reads_the_stack_as_it_lies(asked: str, columns: int):
+    """75 groups are more than a loop has terms."""
+    random = np.random.default_rng(5)
+    method, name, rows = ONLINE[asked](), "x.weight", 24
+    found = Found(method.planned(name, (rows, columns)), (rows, columns))  # pyright: ignore[reportArgumentType]
+
+    class Stored:
+        def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+            return matrix
+
+    layers = []
+    for _ in range(3):
+        matrix = random.standard_normal((rows, columns)).astype(np.float32)
+        kinds = found.layout.shapes(rows, columns)
+        arrays = {kind: method.array(Stored(), name, found, kind, slice(None), None) for kind in kinds}  # pyright: ignore
+        if asked == "int4":
+            layers.append(Int4Weight(packed=arrays["packed"], scales=arrays["scales"].T, zeros=arrays["zeros"].T))
+        else:
+            layers.append(ScaledWeight(values=arrays["values"], scales=arrays["scales"]))
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    assert can_be_read(stack)
+    x = random.standard_normal((1, columns)).astype(np.float32)
+    for layer in range(3):
+        y = jax.jit(one_row_product)(x, StackedMatrix(stack, jnp.int32(layer)))
+        want = x @ np.asarray(dense(index(stack, jnp.int32(layer)), F32)).T
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4 * np.sqrt(columns))

@@ -221,13 +221,8 @@ def with_whole_segments(params: Params) -> Params:
     """
 
     def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
-        matrices = {name: getattr(weights, name) for name in names}
-        whole: Any = {
-            name: StackedMatrix(_stored(w))
-            for name, w in matrices.items()
-            if w is not None and not is_quantized(w) and w.ndim == 3 and can_be_read(w)
-        }
-        return dataclasses.replace(weights, **whole)
+        whole = {name: _whole(getattr(weights, name)) for name in names}
+        return dataclasses.replace(weights, **{name: matrix for name, matrix in whole.items() if matrix is not None})
 
     def of_segment(segment: Layers) -> Layers:
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
@@ -250,6 +245,13 @@ def with_head_for_one(params: Params) -> Params:
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
     own: Any = StackedMatrix(_stored(head), layer, several=head)  # pyright: ignore[reportArgumentType]
     return dataclasses.replace(params, head=own)
+
+
+def _whole(weight: Any) -> StackedMatrix | None:
+    """The matrices of stacked layers as they lie, where they can be read so; else None."""
+    if weight is None or len(weight.shape) != 3 or not can_be_read(weight):
+        return None
+    return StackedMatrix(weight if is_quantized(weight) else _stored(weight))
 
 
 def _stored(weight: Any) -> Any:
