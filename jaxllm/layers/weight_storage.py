@@ -48,7 +48,7 @@ class Int4Layout:
         # random codes are all sixteen, as often
         deviation = math.sqrt((16**2 - 1) / 12)
         return Int4Weight(
-            packed=_array(spec, "packed", "uint8", 2),
+            packed=_array(spec, "packed", "uint8", self.group, times=self.group // 2),
             scales=_array(spec, "scales", self.scale_dtype, self.group, init=DEVIATION / deviation, columns_first=True),
             zeros=_array(spec, "zeros", "uint8", self.group, init=8, columns_first=True),
         )
@@ -98,7 +98,7 @@ class CodebookLayout:
         scale = DEVIATION / deviation
         init = 127 + round(math.log2(scale)) if self.scale_dtype == "uint8" else scale
         return CodebookWeight(
-            packed=_array(spec, "packed", "uint8", 2),
+            packed=_array(spec, "packed", "uint8", self.group, times=self.group // 2),
             scales=_array(spec, "scales", self.scale_dtype, self.group, init=init),
             table=self.table,
         )
@@ -201,7 +201,9 @@ def _array(
 
     def part_of(part: Part) -> Part:
         rows, across = part.axes
-        fewer = divided(across, columns)
+        # a factor of a whole row is one of each device's part of it
+        is_factor = times == 1 and columns == across.size
+        fewer = Axis("group", 1) if is_factor else divided(across, columns)
         other = None if part.alternative is None else part_of(part.alternative)
         return dataclasses.replace(
             part,
@@ -219,7 +221,4 @@ def divided(axis: Axis, columns: int) -> Axis:
     """An axis with one number for so many of its own, which they divide; of whole units where these divide a unit."""
     if axis.width % columns == 0:
         return Axis(axis.name, axis.units, axis.width // columns)
-    if columns == axis.size:
-        # every device has what there is but one of
-        return Axis("group", 1)
     return Axis(axis.name, axis.size // columns)

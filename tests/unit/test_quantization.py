@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.quantized_checkpoints import FORMATS, write
-from support.tiny_model import write_tiny_model
+from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.quantization import NAMES
@@ -32,13 +32,15 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.models.matrices import matrices, quantized
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
-from jaxllm.parallel.rules import device_bytes
+from jaxllm.parallel.rules import check_storage_split, device_bytes
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
 from jaxllm.weights.quantization.method import Found, stream
+from pallas_kernels.backend import Backend
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quantized import RoundedInputs, ScaledWeight, dense, index, power_of_two
 
@@ -286,3 +288,59 @@ def test_one_row_reads_the_stack_as_it_lies(asked: str, columns: int):
         y = jax.jit(one_row_product)(x, StackedMatrix(stack, jnp.int32(layer)))
         want = x @ np.asarray(dense(index(stack, jnp.int32(layer)), F32)).T
         np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4 * np.sqrt(columns))
+
+
+GPT_OSS = {
+    **CONFIG,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+}
+
+
+def test_mxfp4_experts_are_the_gguf_packages(tmp_path: Path):
+    """A byte of HF's has neighbours, one of GGUF's numbers that are sixteen apart; what they stand for is the same."""
+    random = np.random.default_rng(2)
+    for kind in ("quantized", "dense"):
+        (tmp_path / kind).mkdir()
+        config = GPT_OSS | ({"quantization_config": {"quant_method": "mxfp4"}} if kind == "quantized" else {})
+        (tmp_path / kind / "config.json").write_text(json.dumps(config))
+    tensors: dict[str, np.ndarray] = {}
+    for spec in jax.tree.leaves(decoder_specs(model_config(GPT_OSS)), is_leaf=is_spec):
+        for name, part in spec.tensors():
+            tensors[name] = random.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        codes = random.integers(0, 16, (experts, rows, columns // 32, 32)).astype(np.uint8)
+        exponents = random.integers(120, 128, codes.shape[:-1]).astype(np.uint8)
+        stored[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        stored[f"{name}_scales"] = exponents
+        blocks = np.concatenate([exponents[..., None], codes[..., :16] | codes[..., 16:] << 4], axis=-1)
+        matrix = gguf.quants.dequantize(blocks.reshape(experts * rows, -1), GGMLQuantizationType.MXFP4)
+        tensors[name] = np.ascontiguousarray(matrix.reshape(experts, rows, columns).transpose(0, 2, 1))
+    save_file(stored, tmp_path / "quantized" / "model.safetensors")
+    save_file(tensors, tmp_path / "dense" / "model.safetensors")
+    ours, whole = (load(tmp_path / kind).layers[0].sparse.experts for kind in ("quantized", "dense"))
+    for field in ("gate_up", "down"):
+        np.testing.assert_array_equal(dense(getattr(ours, field), F32), getattr(whole, field))
+    assert sum(array.nbytes for array in jax.tree.leaves(ours.gate_up)) < whole.gate_up.nbytes / 7
+    # with rows of three experts, and none of one
+    x, sizes = jnp.asarray(random.standard_normal((6, 64)), F32), jnp.array([2, 0, 3, 1], jnp.int32)
+    product = functools.partial(grouped_matmul, x, group_sizes=sizes, backend=Backend(), layer=jnp.int32(1))
+    np.testing.assert_allclose(product(ours.gate_up), product(whole.gate_up), rtol=1e-5, atol=1e-5)
+    # by the configuration alone
+    _, planned = specs_of(tmp_path / "quantized", load_format="dummy")
+    _, found = specs_of(tmp_path / "quantized")
+    assert device_bytes(planned, F32, {}) == device_bytes(found, F32, {})
+
+
+def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
+    """Four heads of 16 are one group of 64."""
+    _, specs = specs_of(write_tiny_model(tmp_path), "int4")
+    check_storage_split(specs, {"tensor": 1})
+    with pytest.raises(ValidationError, match=r"=4 does not divide the 1 groups of .*o_proj.weight.*: 1\."):
+        check_storage_split(specs, {"tensor": 4})
