@@ -276,7 +276,7 @@ def test_one_row_reads_the_stack_as_it_lies(asked: str, columns: int):
     for _ in range(3):
         matrix = random.standard_normal((rows, columns)).astype(np.float32)
         kinds = found.layout.shapes(rows, columns)
-        arrays = {kind: method.array(Stored(), name, found, kind, slice(None), None) for kind in kinds}  # pyright: ignore
+        arrays: Any = {kind: method.array(Stored(), name, found, kind, slice(None), None) for kind in kinds}  # pyright: ignore
         if asked == "int4":
             layers.append(Int4Weight(packed=arrays["packed"], scales=arrays["scales"].T, zeros=arrays["zeros"].T))
         else:
