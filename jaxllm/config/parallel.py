@@ -65,5 +65,10 @@ class ParallelConfig(Arguments):
     )
 
     @property
+    def steps_together(self) -> bool:
+        """Whether copies of the model have its experts between them, so that none takes a step without the others."""
+        return self.enable_expert_parallel and self.data_parallel_size > 1
+
+    @property
     def grid(self) -> Grid:
         return Grid(self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)

@@ -13,6 +13,10 @@ With three tokens of which each goes to two of four experts,
 Where the experts' intermediate size is split over devices, each has a part of every expert; where experts are spread
 (`MoEConfig.expert_parallel`), each has some of them, and rows of others are padding to it. Either way the devices' sums
 are added up.
+
+Copies of the model that step together, each with tokens of its own, have the experts between them. Each gets the tokens
+of all, computes what its own experts add to them, and the sums of each copy's tokens go back to it: an all-gather and a
+reduce-scatter, whose sizes are those of the bucket, however the tokens choose.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.quantized import Quantized, RoundedInputs
+from pallas_kernels.quantized import Quantized, RoundedInputs, index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,25 +114,41 @@ def sparse_mlp(
     Args:
         activation: a name of `layers.activation`.
         w: of one layer.
-        valid: bool [T], which tokens are no padding; None: all. Padding goes to no expert.
+        valid: bool [T], which tokens are no padding; None: all. Padding goes to no expert. Of copies of the model that
+            step together, that of all (`of_all_copies`).
     """
-    scores = linear_f32(context, x, w.router)
+    rows = of_all_copies(context, x)
+    scores = linear_f32(context, rows, w.router)
     if w.router_bias is not None:
         scores = scores + w.router_bias.astype(jnp.float32)
     weights, chosen = route(config, scores, w.correction)
-    y = through_experts(context, config, activation, w.experts, x, weights, chosen, valid)
+    y = through_experts(context, config, activation, w.experts, rows, weights, chosen, valid)
+    copies = context.mesh_axis("tokens")
+    if copies is not None:
+        with exchanged("tokens"):
+            y = lax.psum_scatter(y.astype(x.dtype), copies, tiled=True).astype(jnp.float32)
     if w.shared_gate_up is not None and w.shared_down is not None:
         shared = linear_f32(context, gated(activation, linear(context, x, w.shared_gate_up)), w.shared_down)
         if w.shared_gate is not None:
             shared = jax.nn.sigmoid(linear_f32(context, x, w.shared_gate)) * shared
         y = y + shared
     y = y.astype(x.dtype)
-    over = "experts" if config.expert_parallel else "mlp"
-    axis = context.mesh_axis(over)
+    axis = context.mesh_axis("mlp")
     if axis is None:
         return y
-    with exchanged(over):
+    with exchanged("experts" if config.expert_parallel else "mlp"):
         return lax.psum(y, axis)
+
+
+def of_all_copies(context: Context, x: jax.Array) -> jax.Array:
+    """The tokens' rows x [T, ...] of all C copies of the model that step together, [C * T, ...]; x where there is but
+    one.
+    """
+    axis = context.mesh_axis("tokens")
+    if axis is None:
+        return x
+    with exchanged("tokens"):
+        return lax.all_gather(x, axis, tiled=True)
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:
@@ -174,7 +194,9 @@ def through_experts(
 
     def product(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
         if isinstance(w, RoundedInputs):
-            # static scales are all experts'
+            if w.scales is not None and experts.layer is not None:
+                # a scale that is said for good is that of all the layer's experts
+                w = dataclasses.replace(w, scales=index(w.scales, experts.layer))
             rounded, scales = w.rounded(x)
             x, w = (rounded * scales).reshape(x.shape).astype(x.dtype), w.weight
         return grouped_matmul(x, w, sizes, backend=context.backend, layer=experts.layer)

@@ -23,7 +23,7 @@ from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
-from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp
+from jaxllm.layers.moe import MoEConfig, SparseMLP, of_all_copies, sparse_mlp
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.names import WeightNames
@@ -186,6 +186,9 @@ def forward(
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = with_embeddings(x, batch)
+    valid = None
+    if config.moe is not None and not isinstance(batch.attention, WholeSequences):
+        valid = of_all_copies(context, batch.attention.token_valid)
 
     def layer(carry, weights, place):
         x, cache = carry
@@ -196,7 +199,7 @@ def forward(
             x = _add(config, x, y)
         if not config.shared_norm:
             normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-        z = _mlp_block(context, config, weights, normed, batch)
+        z = _mlp_block(context, config, weights, normed, valid)
         return _add(config, x, y + z if config.parallel else z), cache
 
     places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
@@ -283,9 +286,9 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
-def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array, batch: StepBatch) -> jax.Array:
+def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`valid` as `sparse_mlp` takes it."""
     if w.sparse is not None and config.moe is not None:
-        valid = None if isinstance(batch.attention, WholeSequences) else batch.attention.token_valid
         y = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
         return _norm(config, y, w.post_mlp_norm)
     assert w.gate_up is not None and w.down is not None

@@ -342,5 +342,5 @@ def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
     """Four heads of 16 are one group of 64."""
     _, specs = specs_of(write_tiny_model(tmp_path), "int4")
     check_storage_split(specs, {"tensor": 1})
-    with pytest.raises(ValidationError, match=r"=4 does not divide the 1 groups of .*o_proj.weight.*: 1\."):
+    with pytest.raises(ValidationError, match=r"4 devices do not divide the 1 groups of .*o_proj.weight.*: 1\."):
         check_storage_split(specs, {"tensor": 4})
