@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.scheduler import StepUpdates
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 

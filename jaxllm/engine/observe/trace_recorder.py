@@ -11,7 +11,8 @@ from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
+    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 
