@@ -30,6 +30,7 @@ from jaxllm.layers.linear import linear, matmul_precision
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope
 from pallas_kernels.batch import AttentionBatch
+from pallas_kernels.quantized import dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,9 @@ def latent_block(
     latent = rms_norm(down[:, : c.rank], w.norm, c.norm_eps)[:, None]
     turned = apply_rope(down[:, None, c.rank :], cos, sin, interleaved=interleaved)
     cache = write_latents(context, cache, jnp.concatenate([latent, turned], axis=2), layout, batch)
-    keys = w.up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
-    values = w.up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
+    up = dense(w.up, x.dtype)
+    keys = up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
+    values = up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
     plain = query[..., : c.plain_dim]
     turned_query = apply_rope(query[..., c.plain_dim :], cos, sin, interleaved=interleaved)
 
@@ -125,7 +127,7 @@ def latent_block(
         return _of_each_head("thr,hvr->thv", seen, values)
 
     def expanded(batch: StepBatch, chunks: AttentionBatch) -> jax.Array:
-        made = linear(context, latent[:, 0], w.up)
+        made = linear(context, latent[:, 0], up)
         key = made[:, : heads * c.plain_dim].reshape(tokens, heads, c.plain_dim)
         key = jnp.concatenate([key, jnp.broadcast_to(turned, (tokens, heads, c.turned_dim))], axis=2)
         value = made[:, heads * c.plain_dim :].reshape(tokens, heads, c.value_dim)
@@ -152,7 +154,6 @@ def _expands(context: Context, batch: AttentionBatch) -> bool:
     """
     return (
         context.backend.implementation == "xla"
-        and not context.deterministic
         and not batch.decode_only
         and batch.token_seq.shape[0] >= EXPANDED_TOKENS
     )

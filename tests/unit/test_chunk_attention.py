@@ -14,7 +14,6 @@ from jaxllm.layers.attention import Layout
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.mla import EXPANDED_TOKENS, LatentConfig, LatentWeights, latent_block
 from jaxllm.runner.compile.programs import CPU_OPTIONS
-from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch
 
 CONFIG = LatentConfig(query_rank=None, rank=16, plain_dim=12, turned_dim=4, value_dim=8)
@@ -61,15 +60,13 @@ def formula(x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def layer(tokens: int, deterministic: bool = False) -> jax.stages.Wrapped:
-    backend = Backend(deterministic=deterministic)
-
+def layer(tokens: int) -> jax.stages.Wrapped:
     def step(x: jax.Array, cache: jax.Array, batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
         nothing = jnp.int32(0)
         place = Layout(group=nothing, page_offset=nothing, window=jnp.int32(2**30))
         angles = jnp.zeros((tokens, CONFIG.turned_dim // 2))
         return latent_block(
-            Context(backend=backend),
+            Context(),
             CONFIG,
             jax.tree.map(jnp.asarray, weights()),
             place,
@@ -122,11 +119,11 @@ def test_heads_see_what_the_formula_says(work: tuple[tuple[int, int], ...]):
 
 
 def test_which_programs_make_keys_and_values():
-    """None of a few tokens, none that is to be deterministic. Both ways are there where one is chosen by the step."""
+    """None of a few tokens."""
 
-    def makes(tokens: int, deterministic: bool = False) -> bool:
+    def makes(tokens: int) -> bool:
         arguments = jnp.zeros((tokens, HIDDEN)), jnp.zeros((1 + SEQS * WIDTH, BLOCK, CONFIG.width))
-        text = str(layer(tokens, deterministic).trace(*arguments, packed(BEGINNING[:1], tokens)).jaxpr)
+        text = str(layer(tokens).trace(*arguments, packed(BEGINNING[:1], tokens)).jaxpr)
         return f"f32[{tokens},{HEADS * (CONFIG.plain_dim + CONFIG.value_dim)}]" in text
 
-    assert makes(EXPANDED_TOKENS) and not makes(EXPANDED_TOKENS // 2) and not makes(EXPANDED_TOKENS, True)
+    assert makes(EXPANDED_TOKENS) and not makes(EXPANDED_TOKENS // 2)
