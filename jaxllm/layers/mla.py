@@ -150,10 +150,12 @@ def latent_block(
 
 def _expands(context: Context, batch: AttentionBatch) -> bool:
     """Whether a program also has attention of chunks by their heads' keys and values, for steps whose chunks have no
-    context. Which of both a token gets then depends on the others of its step.
+    context. Which of both a token gets then depends on the others of its step. Not on a GPU, whose host would wait for
+    the choice in every layer.
     """
     return (
         context.backend.implementation == "xla"
+        and context.backend.compute_capability is None
         and not batch.decode_only
         and batch.token_seq.shape[0] >= EXPANDED_TOKENS
     )
