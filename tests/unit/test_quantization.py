@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
     stored, _ = write(tmp_path, name)
     planned = [specs_of(stored, load_format=kind)[1] for kind in ("dummy", "auto")]
     assert device_bytes(planned[0], F32, {}) == pytest.approx(device_bytes(planned[1], F32, {}), rel=0.02)
+    (tmp_path / "config").mkdir()
+    shutil.copy(stored / "config.json", tmp_path / "config")
+    assert specs_of(tmp_path / "config")[1] == planned[0]
     drawn = load(stored, load_format="dummy")
     for field in FIELDS:
         numbers = np.asarray(dense(getattr(drawn.layers[0], field), F32))
