@@ -124,7 +124,10 @@ def test_config_of_variants(tmp_path: Path) -> None:
         2,
     )
     path = write_gguf(tmp_path / "q.gguf", "qwen2", hf_weights("qwen2"), edit=experts)
-    with GGUFReader(path) as reader, pytest.raises(WeightsError, match="mixture of experts of the architecture .qwen2."):
+    with (
+        GGUFReader(path) as reader,
+        pytest.raises(WeightsError, match="mixture of experts of the architecture .qwen2."),
+    ):
         reader.config()
 
 

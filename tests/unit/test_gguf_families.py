@@ -185,7 +185,6 @@ SPARSE: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
 }
 
 
-
 def write(path: Path, architecture: str, weights: dict[str, np.ndarray], keys: dict[str, Any]) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -199,7 +198,9 @@ def write(path: Path, architecture: str, weights: dict[str, np.ndarray], keys: d
     writer.add_layer_norm_eps(BASE["layer_norm_eps"])
     writer.add_rope_freq_base(BASE["rope_theta"])
     for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
+            type(value)
+        ]
         add(f"{architecture}.{key}", value)
     kind = getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))
     names = gguf.get_tensor_name_map(kind, LAYERS)

@@ -141,7 +141,9 @@ class GGUFReader:
         info = self._tensors[stored.name]
         axes = {"row": 1, "heads": 3, "turned heads": 3}.get(stored.form, len(info.shape))
         if stored.expert is not None and len(info.shape) < 2 or len(info.shape) != axes:
-            raise WeightsError(f"{self.path}: tensor {stored.name!r} has shape {info.shape}, with too many or too few axes")
+            raise WeightsError(
+                f"{self.path}: tensor {stored.name!r} has shape {info.shape}, with too many or too few axes"
+            )
         for heads, times, word in ((stored.rope_heads, 2, "twice"), (stored.fused_heads, 3, "three times")):
             if heads and info.shape[0] % (times * heads):
                 raise WeightsError(

@@ -73,7 +73,9 @@ def _llama(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mappin
         # Llama has no window: with one, the file was made from a Mistral.
         fields |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     if view.metadata.get("llama.expert_count"):
-        fields |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | _experts(view, "num_local_experts")
+        fields |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | _experts(
+            view, "num_local_experts"
+        )
     return fields
 
 
@@ -158,6 +160,7 @@ def _cohere2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapp
 def _glm4(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in tensors}
 
+
 def _experts(view: MetadataView, count: str) -> dict[str, Any]:
     """How many there are, under HF's name `count`, and how many of them a token goes to."""
     return {count: view.count("expert_count"), "num_experts_per_tok": view.count("expert_used_count")}
@@ -234,7 +237,6 @@ def _deepseek2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Ma
         factor = round(10 * weight, 6)
         fields["rope_scaling"] = {**config["rope_scaling"], "mscale": factor, "mscale_all_dim": factor}
     return fields
-
 
 
 _FIELDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -103,11 +103,7 @@ _LAYER_NAMES = {
     "qwen2moe": _LLAMA | _EXPERTS | _SHARED_EXPERT,
     "qwen3moe": _LLAMA | _QK_NORM | _EXPERTS,
     "olmoe": _LLAMA | _QK_NORM | _EXPERTS,
-    "deepseek2": _LLAMA
-    | _LATENTS
-    | _EXPERTS
-    | _SHARED_EXPERTS
-    | {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
+    "deepseek2": _LLAMA | _LATENTS | _EXPERTS | _SHARED_EXPERTS | {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
     "gpt-oss": _LLAMA
     | _EXPERTS
     | {
@@ -171,9 +167,11 @@ class StoredTensor:
 def tensor_map(
     architecture: str, tensors: Mapping[str, TensorInfo], heads: int, kv_heads: int, source: str
 ) -> dict[str, StoredTensor]:
-    """Map HF names to stored tensors, for the file ``source`` with these GGUF ``tensors``. Experts that are stacked there
-    are tensors of their own in HF's checkpoints. So are, of latent attention, what makes the keys and what makes the
-    values where the file has both: ``k_b_proj`` and ``v_b_proj``, whose rows are those of HF's ``kv_b_proj``.
+    """Map HF names to stored tensors, for the file ``source`` with these GGUF ``tensors``.
+
+    Experts that are stacked there are tensors of their own in HF's checkpoints. So are, of latent attention, what makes
+    the keys and what makes the values, where the file has both: ``k_b_proj`` and ``v_b_proj``, whose rows are those of
+    HF's ``kv_b_proj``.
 
     ``heads``, ``kv_heads``: attention heads of Q and of K. Raises ``WeightsError`` for an unknown architecture
     or a tensor that the architecture does not have.
