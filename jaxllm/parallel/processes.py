@@ -8,6 +8,7 @@ out of a step is whole on every device, so each process reads it from one of its
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.parallel import Grid
 
 _LOW = 2**31
-#: characters that a process shows the others of a text
-_SHOWN = 100
+#: characters of a text that are exchanged where texts differ, and shown, some before the first that differs
+_EXCHANGED, _SHOWN, _BEFORE = 4000, 100, 20
 
 
 def is_distributed() -> bool:
@@ -80,8 +81,8 @@ def differing(texts: Sequence[str]) -> tuple[int, list[str]] | None:
     """Compare texts with those of the other processes, all of which have to call it.
 
     Returns:
-        None where all have the same; else the place of the first that differs, and its beginning in each process, ""
-        where there is none.
+        None where all have the same; else the place of the first that differs, and what it is there in each process, ""
+        where there is none; of long texts the part that differs.
     """
     digests = [_digest(text) for text in texts]
     found = of_all_processes([len(texts), _digest(repr(digests))])
@@ -90,9 +91,18 @@ def differing(texts: Sequence[str]) -> tuple[int, list[str]] | None:
     longest = int(found[:, 0].max())
     found = of_all_processes(digests + [0] * (longest - len(digests)))
     place = int(np.flatnonzero((found != found[0]).any(axis=0))[0])
-    shown = [ord(letter) for letter in (texts[place] if place < len(texts) else "")[:_SHOWN]]
-    letters = of_all_processes(shown + [0] * (_SHOWN - len(shown)))
-    return place, ["".join(chr(letter) for letter in row if letter) for row in letters]
+    mine = [ord(letter) for letter in (texts[place] if place < len(texts) else "")[:_EXCHANGED]]
+    letters = of_all_processes(mine + [0] * (_EXCHANGED - len(mine)))
+    whole = ["".join(chr(letter) for letter in row if letter) for row in letters]
+    first = len(os.path.commonprefix(whole))
+    return place, [_around(text, first) for text in whole]
+
+
+def _around(text: str, place: int) -> str:
+    """What stands at a place of a text, and around it."""
+    first = max(place - _BEFORE, 0) if len(text) > _SHOWN else 0
+    last = first + _SHOWN
+    return f"{'...' if first else ''}{text[first:last]}{'...' if last < len(text) else ''}"
 
 
 def _digest(text: str) -> int:

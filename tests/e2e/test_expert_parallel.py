@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from support.expert_parallel import ENGINES, EXPERTS
 from support.own_process import found_by
+from support.tensor_parallel import PROMPTS
 from support.tiny_model import CONFIG, SMALL
+from support.ways import assert_same_ways, transformers_greedy
 
 from jaxllm import LLM
 from jaxllm.api.errors import ValidationError
@@ -22,21 +24,42 @@ MODEL = model_config({**CONFIG, **EXPERTS})
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return found_by("support.expert_parallel", tmp_path_factory.mktemp("experts"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return found_by("support.expert_parallel", folder)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits"])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_tokens_are_those_of_one_device(found: dict[str, Any], name: str, kind: str):
-    """Those that are split have loaded what those that are spread have saved."""
+    """All others have loaded what those that are spread have saved."""
     assert found[name][kind] == found["one device"][kind]
-    assert found[name]["preemptions"] > 0 and found[name]["prefix hits"] > 0
+    # a replica has two of four requests
+    assert (found[name]["preemptions"] > 0 or "replicas" in name) and found[name]["prefix hits"] > 0
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_whatever_is_asked_in_whatever_way(found: dict[str, Any], name: str):
+    """Also of replicas that do several decode steps in one launch."""
+    assert_same_ways(found[name]["ways"], found["one device"]["ways"])
+
+
+def test_transformers_loads_what_is_saved(found: dict[str, Any], folder: Path):
+    assert transformers_greedy(folder / "saved", PROMPTS, 8) == found["one device"]["ways"]["texts"]
 
 
 def test_devices_have_their_part_of_the_experts(found: dict[str, Any]):
     """[layers of the segment, experts, gate and up, hidden size]"""
-    shapes = {"one device": [1, 8, 48, 64], "split over 2": [1, 8, 24, 64], "spread over 4": [1, 2, 48, 64]}
+    shapes = {
+        "one device": [1, 8, 48, 64],
+        "two replicas": [1, 8, 48, 64],
+        "split over 2": [1, 8, 24, 64],
+        "spread over 4": [1, 2, 48, 64],
+    }
     assert {name: engine["experts"] for name, engine in found.items()} == {name: [s] for name, s in shapes.items()}
 
 

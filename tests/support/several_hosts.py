@@ -36,7 +36,7 @@ def others(number: int) -> list[Any]:
     prompt = f"of process {number}"
     return [
         ([PROMPTS[0], prompt], GREEDY),
-        ([PROMPTS[0]] * 2, [GREEDY, dataclasses.replace(GREEDY, top_k=number + 1)]),
+        ([PROMPTS[0]] * 2, [GREEDY, dataclasses.replace(GREEDY, max_tokens=number + 1)]),
         (PROMPTS[: number + 1], GREEDY),
         ((text for text in PROMPTS[: number + 1]), GREEDY),
     ]

@@ -22,8 +22,8 @@ class Agreement:
     """Compares what is asked for with what is asked for in the other processes. All of them have to ask.
 
     Args:
-        differing: texts -> None where all processes have the same; else the place of the first that differs, and its
-            beginning in each process.
+        differing: texts -> None where all processes have the same; else the place of the first that differs, and what
+            it is in each process.
     """
 
     def __init__(self, differing: Callable[[Sequence[str]], tuple[int, list[str]] | None]):
@@ -39,27 +39,26 @@ class Agreement:
         Raises:
             ValidationError: another process has others.
         """
-        told: list[tuple[str, Any]] = []
+        told = [("the number of prompts", f"{first + len(jobs)}{'' if is_all else ' or more'}")]
         for number, job in enumerate(jobs, first):
-            told += [(f"prompts[{number}]", job.prompt), (f"what is asked of prompts[{number}]", job[2:])]
-        told.append((f"what follows prompts[{first + len(jobs) - 1}]", None if is_all else "more"))
-        self._check(told, f"prompts[{first + len(jobs)}]")
+            told.append((f"prompts[{number}]", _text(job.prompt)))
+            told.append((f"what is asked of prompts[{number}]", _text(job[2:])))
+        self._check(told)
 
     def check_request(self, name: str, prompt: Any, params: Any) -> None:
         """Compare a single request. Raises ValidationError as `check_jobs` does."""
-        told = [("the request", name), (f"the prompt of {name!r}", prompt), (f"what is asked of {name!r}", params)]
-        self._check(told, "")
+        given = {"the request": name, f"the prompt of {name!r}": prompt, f"what is asked of {name!r}": params}
+        self._check([(what, _text(value)) for what, value in given.items()])
 
-    def _check(self, told: Sequence[tuple[str, Any]], beyond: str) -> None:
-        found = self._differing([_text(value) for _, value in told])
+    def _check(self, told: Sequence[tuple[str, str]]) -> None:
+        found = self._differing([text for _, text in told])
         if found is None:
             return
         place, each = found
-        name = told[place][0] if place < len(told) else beyond
-        said = ", and ".join(f"{text or 'missing'} in process {number}" for number, text in enumerate(each))
+        said = ", and ".join(f"{text} in process {number}" for number, text in enumerate(each))
         raise ValidationError(
-            f"The {len(each)} processes of this engine must be given the same prompts, in the same order: {name} is "
-            f"{said}. None of them runs."
+            f"The {len(each)} processes of this engine must be given the same prompts, in the same order: "
+            f"{told[place][0]} is {said}. None of them runs."
         )
 
 

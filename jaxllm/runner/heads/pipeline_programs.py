@@ -53,9 +53,8 @@ class StagePrograms(SamplingPrograms):
         words = self._words(packing.size + self.sample_packing.size)
         tokens: Any = None if self._state.tokens is None else jax.P()
         out = State(cache=cache_axes(self.config.model), tokens=tokens), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
-        given = self.embeddings(bucket)
-        if not self.stage.is_first:
-            given = (self._hidden(bucket.tokens),)
+        # vectors of prompts take the place of the embedding, which only the first stage has
+        given = self.embeddings(bucket) if self.stage.is_first else (self._hidden(bucket.tokens),)
         return self._lowered(function, self._params_for(bucket), self._state, words, *given, donate=1, out=out)
 
     def lower_take(self) -> jax.stages.Lowered:
