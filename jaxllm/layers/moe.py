@@ -103,8 +103,9 @@ def sparse_mlp(
     w: SparseMLP,
     x: jax.Array,
     valid: jax.Array | None = None,
-) -> jax.Array:
-    """What a layer's experts add to the hidden states: [T, d] in x's dtype, of x [T, d].
+) -> tuple[jax.Array, jax.Array]:
+    """What a layer's experts add to the hidden states, [T, d] in x's dtype, of x [T, d]; and which experts each token
+    goes to, i32 [T, k], padding too.
 
     Args:
         activation: a name of `layers.activation`.
@@ -125,9 +126,15 @@ def sparse_mlp(
     over = "experts" if config.expert_parallel else "mlp"
     axis = context.mesh_axis(over)
     if axis is None:
-        return y
+        return y, chosen
     with exchanged(over):
-        return lax.psum(y, axis)
+        return lax.psum(y, axis), chosen
+
+
+def tokens_of_experts(config: MoEConfig, chosen: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """i32 [E]: how many tokens each expert gets, of what `sparse_mlp` has chosen."""
+    experts = chosen if valid is None else jnp.where(valid[:, None], chosen, config.num_experts)
+    return jnp.zeros(config.num_experts, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:

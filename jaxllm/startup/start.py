@@ -31,6 +31,7 @@ from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.engine.replicas import Replicas
 from jaxllm.parallel.processes import differing
+from jaxllm.parallel.rules import expert_layers
 from jaxllm.runner.build import Built, build_replica, build_runner
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.progress import StartProgress
@@ -86,6 +87,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     share_gpu_memory(args.gpu_memory_utilization)
     if is_null and args.grid.size > 1:
         raise ValidationError(f'{args.grid} with load_format="null": there is no model to split. Leave it out.')
+    if is_null and args.record_expert_load:
+        raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
@@ -168,7 +171,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             cache,
             runner,
             tokenizer,
-            EngineMetrics(str(args.model), max_model_len=plan.max_model_len, engine=number, cache_info=cache_info),
+            EngineMetrics(
+                str(args.model),
+                max_model_len=plan.max_model_len,
+                engine=number,
+                cache_info=cache_info,
+                expert_layers=expert_layers(model),
+            ),
             constraints[number],
             pools=pooler is not None,
         )

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.expert_parallel import ENGINES, EXPERTS
 from support.own_process import found_by
@@ -52,6 +53,26 @@ def test_transformers_loads_what_is_saved(found: dict[str, Any], folder: Path):
     assert transformers_greedy(folder / "saved", PROMPTS, 8) == found["one device"]["ways"]["texts"]
 
 
+def test_the_load_of_experts_is_what_routers_choose(found: dict[str, Any], folder: Path):
+    """As transformers computes them, of every token but those that nobody has read."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "saved")
+    expected = np.zeros((1, EXPERTS["num_experts"]), int)
+    for prompt, generated in zip(PROMPTS, found["one device"]["load"]["tokens"], strict=True):
+        ids = [*tokenizer(prompt).input_ids, *generated[:-1]]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids]), output_router_logits=True).router_logits
+        for layer, of_layer in enumerate(each for each in scores if each is not None):
+            chosen = of_layer.topk(EXPERTS["num_experts_per_tok"]).indices.numpy()
+            expected[layer] += np.bincount(chosen.ravel(), minlength=expected.shape[1])
+    for engine in found.values():
+        assert engine["load"]["trace"] == expected.tolist()
+        assert engine["load"]["metrics"] == {"0": expected[0].tolist()}
+
+
 def test_devices_have_their_part_of_the_experts(found: dict[str, Any]):
     """[layers of the segment, experts, gate and up, hidden size]"""
     shapes = {
@@ -87,3 +108,7 @@ def test_a_size_that_does_not_divide_is_refused():
 def test_a_model_without_experts_is_refused(tiny_model: Path):
     with pytest.raises(ValidationError, match="enable_expert_parallel=True, and the model has no experts. Leave it"):
         LLM(tiny_model, enable_expert_parallel=True, **SMALL)
+    with pytest.raises(ValidationError, match="record_expert_load=True, and the model has no experts. Leave it"):
+        LLM(tiny_model, record_expert_load=True, **SMALL)
+    with pytest.raises(ValidationError, match="record_expert_load=True with load_format=.null.: there is no model"):
+        LLM(tiny_model, record_expert_load=True, load_format="null", **SMALL)

@@ -92,3 +92,12 @@ def test_whatever_is_asked_in_whatever_way(found: dict[str, Any], engine: str):
 def test_transformers_loads_what_is_saved(found: dict[str, Any], folder: Path):
     """Saved by an engine over four devices."""
     assert transformers_greedy(folder / "saved", PROMPTS, 8) == found["one"]["ways"]["texts"]
+
+
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_the_load_of_experts_is_that_of_one_device(found: dict[str, Any], engine: str):
+    """Also counted in stages, and in several decode steps of one launch."""
+    load, one = found[engine]["load"], found["one"]["load"]
+    assert load == one and load["metrics"] == {"1": load["trace"][0]}
+    length = sum(map(len, PROMPTS)) + sum(len(ids) - 1 for ids in one["tokens"])
+    assert sum(load["trace"][0]) == DEEPSEEK["num_experts_per_tok"] * length

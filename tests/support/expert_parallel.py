@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from support.tensor_parallel import GREEDY, PROMPTS, SEEDED, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, byte_tokenizer
-from support.ways import WAYS_ARGUMENTS, every_way
+from support.ways import WAYS_ARGUMENTS, counted, every_way
 
 from jaxllm import LLM
 from jaxllm.api.metric import Counter
@@ -42,7 +42,12 @@ EXPERTS: dict[str, Any] = {
 ENGINES: dict[str, dict[str, Any]] = {
     "spread over 4": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
     "split over 2": {"tensor_parallel_size": 2},
-    "two replicas": {"data_parallel_size": 2, "num_decode_steps": 4, "enforce_eager": False},
+    "two replicas": {
+        "data_parallel_size": 2,
+        "num_decode_steps": 4,
+        "enforce_eager": False,
+        "max_num_batched_tokens": 8,
+    },
     "one device": {},
 }
 
@@ -87,7 +92,7 @@ def main() -> None:
     for name, arguments in ENGINES.items():
         model = "model" if name.startswith("spread") else "saved"
         with LLM(folder / model, **{**WAYS_ARGUMENTS, **arguments}) as llm:
-            found[name] = {**answers(llm), "exchanged": exchanged(llm)["count"]}
+            found[name] = {"load": counted(llm), **answers(llm), "exchanged": exchanged(llm)["count"]}
             found[name]["ways"] = every_way(llm, folder / "model")
             params, *_ = llm.apply_model(lambda params: params)
             experts = params.layers[0].sparse.experts.gate_up

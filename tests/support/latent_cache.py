@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from support.tensor_parallel import GREEDY, PROMPTS, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, write_tiny_model
-from support.ways import WAYS_ARGUMENTS, every_way
+from support.ways import WAYS_ARGUMENTS, counted, every_way
 
 from jaxllm import LLM
 from jaxllm.api.metric import Counter
@@ -31,6 +31,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "enable_expert_parallel": True,
         "num_decode_steps": 3,
         "enforce_eager": False,
+        "max_num_batched_tokens": 8,
     },
     "stages": {
         "tensor_parallel_size": 2,
@@ -47,6 +48,7 @@ DEEPSEEK: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "num_hidden_layers": 2,
     "num_key_value_heads": 4,
+    "head_dim": 8,
     "q_lora_rank": 32,
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 16,
@@ -109,6 +111,7 @@ def main() -> None:
     for name, devices in ENGINES.items():
         with LLM(folder if name == "spread" else saved, **{**WAYS_ARGUMENTS, **devices}) as llm:
             found[name] = {
+                "load": counted(llm),
                 **answers(llm),
                 "ways": every_way(llm, folder),
                 "exchanged": None if name == "stages" else exchanged(llm)["count"],

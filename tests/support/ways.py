@@ -13,11 +13,13 @@ from support.pairs import BEGINNING, PLAIN, add_bonus, assert_same_answer, gener
 from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, generate, tokens
 
 from jaxllm import LLM, BeamSearchParams, LogitsProcessor
+from jaxllm.api.metric import Counter
 
 #: what engines have to be started with for that
 WAYS_ARGUMENTS: dict[str, Any] = {
     **ARGUMENTS,
     "enable_prompt_embeds": True,
+    "record_expert_load": True,
     "reasoning_config": PLAIN["reasoning_config"],
     "logits_processors": [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})],
 }
@@ -66,3 +68,21 @@ def transformers_greedy(folder: Path, prompts: list[str], count: int) -> list[li
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
         found.append(ids[0, -count:].tolist())
     return found
+
+
+def counted(llm: LLM) -> dict[str, Any]:
+    """How many tokens each expert got, as a trace and as the metrics of an engine say it that has done nothing else."""
+    with llm.trace() as trace:
+        outputs = generate(llm, PROMPTS, SHORT)
+    llm.reset_prefix_cache()
+    assert trace.expert_load is not None
+    metrics: dict[str, dict[str, int]] = {}
+    for metric in llm.get_metrics():
+        if isinstance(metric, Counter) and metric.name == "jaxllm:expert_tokens":
+            layer = metrics.setdefault(metric.labels["layer"], {})
+            layer[metric.labels["expert"]] = layer.get(metric.labels["expert"], 0) + metric.value
+    return {
+        "tokens": tokens(outputs),
+        "trace": trace.expert_load.tolist(),
+        "metrics": {layer: list(counts.values()) for layer, counts in metrics.items()},
+    }
