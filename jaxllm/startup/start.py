@@ -87,8 +87,6 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     share_gpu_memory(args.gpu_memory_utilization)
     if is_null and args.grid.size > 1:
         raise ValidationError(f'{args.grid} with load_format="null": there is no model to split. Leave it out.')
-    if is_null and args.record_expert_load:
-        raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)

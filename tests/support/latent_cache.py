@@ -64,7 +64,7 @@ DEEPSEEK: dict[str, Any] = {
 }
 
 
-def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
+def write_random(folder: Path, config: dict[str, Any]) -> Path:
     """The model with random weights, by which scores lie far apart, and the tiny model's tokenizer."""
     write_tiny_model(folder)
     random = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
         return (gain * random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
 
     tensors = {
-        name: draw(name, part.tensor_shape)
+        name: draw(name, spec.tensor_shape(part))
         for spec in jax.tree.leaves(decoder_specs(model_config(config)), is_leaf=is_spec)
         for name, part in spec.tensors()
     }
@@ -106,7 +106,7 @@ def answers(llm: LLM) -> dict[str, Any]:
 def main() -> None:
     folder, saved = (Path(sys.argv[1]) / name for name in ("model", "saved"))
     folder.mkdir()
-    write_deepseek(folder)
+    write_random(folder, DEEPSEEK)
     found: dict[str, Any] = {}
     for name, devices in ENGINES.items():
         with LLM(folder if name == "spread" else saved, **{**WAYS_ARGUMENTS, **devices}) as llm:
