@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # processes that run the tests; 0: all in one
 WORKERS ?= 2
 # Whole files go to a worker, in the order of tests/conftest.py.
-SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not peer and not large and not cuda"
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not peer and not ray and not large and not cuda"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
@@ -25,7 +25,7 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks test-peers test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
+.PHONY: demo test notebooks test-peers test-ray test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
@@ -40,6 +40,10 @@ notebooks: $(VENV)/.installed-test
 
 test-peers: $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m "peer or large" $(PYTEST_ARGS)
+
+# Engines on a Ray cluster, which is this machine.
+test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray
+	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS)
 
 test-py312:
 	@python="$$($(FIND312))"; \

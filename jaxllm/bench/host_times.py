@@ -11,7 +11,7 @@ from jaxllm.bench.measurements import ranks
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.scheduler import StepUpdates
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 #: what a turn of the engine consists of, in the order of the report

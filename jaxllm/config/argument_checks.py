@@ -6,6 +6,7 @@ Each check takes an argument's name and value, and returns the value in the type
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from jaxllm.config.arguments import VLLM_ATTENTION_BACKENDS
 FIT_TO_MEMORY = -1
 
 ATTENTION_BACKENDS = ("auto", "xla", "triton", "mosaic")
+DTYPES = ("float32", "bfloat16", "float16")
 #: more running requests than a device has memory for: token ids alone, of requests of 131,072 tokens, are 34 GB
 MOST_SEQS = 2**16
 
@@ -29,15 +31,19 @@ _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20,
 _BYTES = {"": 1, **{p: 1000**n for n, p in enumerate("kmgt", 1)}, **{f"{p}i": 1024**n for n, p in enumerate("kmgt", 1)}}
 
 
-def count(name: str, value: Any) -> int:
-    """A whole number, or a string with one: 1k is 1000 and 1K is 1024 (likewise m, g)."""
+def count(name: str, value: Any, such_as: str = "8192, '8K' or '25.6k'") -> int:
+    """A whole number, or a string with one: 1k is 1000 and 1K is 1024 (likewise m, g).
+
+    Args:
+        such_as: examples for the error.
+    """
     if not isinstance(value, str):
         return checks.integer(name, value)
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", value.strip())
     # exact: in floats, 1.001k and its like would not be whole
     number = Fraction(match[1]) * _MULTIPLES[match[2]] if match else Fraction(1, 2)
     if number.denominator != 1:
-        raise ValidationError(f"{name} must be a whole number such as 8192, '8K' or '25.6k', got {value!r}.")
+        raise ValidationError(f"{name} must be a whole number such as {such_as}, got {value!r}.")
     return int(number)
 
 
@@ -73,7 +79,12 @@ def at_least(least: int, read: Callable[[str, Any], int] = count) -> Callable[[s
     return such_that(read, lambda number: number >= least, f"be at least {least}")
 
 
-block_size = such_that(count, lambda number: number in (8, 16, 32, 64, 128), "be 8, 16, 32, 64 or 128 tokens")
+devices = functools.partial(count, such_as="1, 2 or 4")
+block_size = such_that(
+    functools.partial(count, such_as="16 or 64"),
+    lambda number: number in (8, 16, 32, 64, 128),
+    "be 8, 16, 32, 64 or 128 tokens",
+)
 share = such_that(checks.real, lambda number: 0 < number <= 1, "be in (0, 1]")
 max_logprobs = such_that(checks.integer, lambda number: number >= -1, "be at least 0, or -1 for the whole vocabulary")
 seed = such_that(checks.integer, lambda number: -(2**63) <= number < 2**64, "fit 64 bits")
@@ -187,7 +198,13 @@ def dtype(name: str, value: Any) -> str:
     # numpy, jax.numpy and torch each print theirs in another way; none of them is imported here
     if not isinstance(value, str):
         value = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).removeprefix("torch.")
-    return one_of("auto", "float32", "bfloat16", "float16", float="float32", half="float16")(name, value)
+    try:
+        return one_of("auto", *DTYPES, float="float32", half="float16")(name, value)
+    except ValidationError as error:
+        meant = re.sub(r"^(b?)fp?(?=\d)", r"\1float", value.strip().lower())
+        if meant not in DTYPES:
+            raise
+        raise ValidationError(f"{error} Did you mean {meant!r}?") from None
 
 
 def part(kind: type, help: str, *, group: str = "engine") -> Any:

@@ -29,13 +29,24 @@ def check_together(args: EngineArgs) -> None:
         )
     if args.record_expert_load and args.load_format == "null":
         raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
-    replicas, tensor = args.data_parallel_size, args.tensor_parallel_size
-    if args.enable_expert_parallel and replicas > 1:
+    if args.steps_together:
+        _check_stepping_together(args)
+
+
+def _check_stepping_together(args: EngineArgs) -> None:
+    """Raise ValidationError for what replicas that have a model's experts between them cannot do."""
+    asked = f"enable_expert_parallel=True with data_parallel_size={args.data_parallel_size}"
+    stages, steps = args.pipeline_parallel_size, args.num_decode_steps
+    if stages > 1:
         raise ValidationError(
-            f"enable_expert_parallel=True with data_parallel_size={replicas}: replicas do not step together yet, so "
-            "they cannot share experts. What works: enable_expert_parallel=True with data_parallel_size=1 and "
-            f"tensor_parallel_size={replicas * tensor}, or data_parallel_size={replicas} without "
-            "enable_expert_parallel, where each replica has all experts."
+            f"{asked} and pipeline_parallel_size={stages}: replicas that have the experts between them take each step "
+            f"in one program, and stages have programs of their own. Set pipeline_parallel_size=1 and "
+            f"tensor_parallel_size={stages * args.tensor_parallel_size}, or leave enable_expert_parallel out."
+        )
+    if steps is not None and steps > 1:
+        raise ValidationError(
+            f"{asked} and num_decode_steps={steps}: replicas that have the experts between them go on one step at a "
+            "time, since none may be done before the others. Set num_decode_steps=1."
         )
 
 

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from jaxllm.config.argument import Arguments, argument, switch
-from jaxllm.config.argument_checks import at_least, layer_partition
+from jaxllm.config.argument_checks import at_least, devices, layer_partition
 
 
 class Grid(NamedTuple):
@@ -41,11 +41,11 @@ class ParallelConfig(Arguments):
 
     #: a CPU becomes as many devices
     tensor_parallel_size: int = argument(
-        1, at_least(1), "devices that share every layer", group="parallel", short="-tp"
+        1, at_least(1, devices), "devices that share every layer", group="parallel", short="-tp"
     )
     #: stages of layers, each on devices of its own
     pipeline_parallel_size: int = argument(
-        1, at_least(1), "stages of layers, each on devices of its own", group="parallel", short="-pp"
+        1, at_least(1, devices), "stages of layers, each on devices of its own", group="parallel", short="-pp"
     )
     #: vLLM's environment variable VLLM_PP_LAYER_PARTITION, as numbers then; None: as equally as it goes
     pipeline_layer_partition: str | tuple[int, ...] | None = argument(
@@ -57,7 +57,7 @@ class ParallelConfig(Arguments):
     )
     #: on a CPU, copies of a model that is not split share one copy of its weights
     data_parallel_size: int = argument(
-        1, at_least(1), "copies of the model, each with requests of its own", group="parallel", short="-dp"
+        1, at_least(1, devices), "copies of the model, each with requests of its own", group="parallel", short="-dp"
     )
     #: whether experts are spread over devices as wholes, not each of them split
     enable_expert_parallel: bool = switch(
@@ -65,6 +65,11 @@ class ParallelConfig(Arguments):
     )
     #: in the metrics and in traces
     record_expert_load: bool = switch(False, "count how many tokens each expert of each layer gets", group="parallel")
+
+    @property
+    def steps_together(self) -> bool:
+        """Whether copies of the model have its experts between them, so that none takes a step without the others."""
+        return self.enable_expert_parallel and self.data_parallel_size > 1
 
     @property
     def grid(self) -> Grid:

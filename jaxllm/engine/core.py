@@ -140,20 +140,44 @@ class EngineCore:
         """
         self.check_runs()
         try:
-            for observer in self._observers:
-                observer.turn_begins()
-            outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
-            launched = self._launch(outputs)
-            if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
-                outputs += self._read()
-            elif not launched and not outputs and self._constraints is not None:
-                self._constraints.wait()
-            for observer in self._observers:
-                observer.turn_ends()
-            return outputs
+            outputs, launched = self.begin_step()
+            return outputs + self.end_step(launched=launched, waits=not (launched or outputs))
         except BaseException:
             self.recover()
             raise
+
+    def begin_step(self) -> tuple[list[RequestOutput], bool]:
+        """The first half of a `step`: launch one, if there is anything to launch. What either half raises, the caller
+        has to `recover` from.
+
+        Returns:
+            (outputs, whether one was launched).
+        """
+        for observer in self._observers:
+            observer.turn_begins()
+        outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
+        return outputs, self._launch(outputs)
+
+    def end_step(self, *, launched: bool, waits: bool) -> list[RequestOutput]:
+        """The second half: read the oldest step, if it is time.
+
+        Args:
+            launched: whether the first half has launched one.
+            waits: where there is none to read, wait a little for what requests wait for.
+        """
+        outputs: list[RequestOutput] = []
+        if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
+            outputs = self._read()
+        elif waits and self._constraints is not None:
+            self._constraints.wait()
+        for observer in self._observers:
+            observer.turn_ends()
+        return outputs
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether a step is to be read."""
+        return bool(self._in_flight)
 
     def _launch(self, outputs: list[RequestOutput]) -> bool:
         """Schedule and launch a step; returns whether there was anything to launch.

@@ -26,7 +26,7 @@ class Held(NamedTuple):
 
 
 class Replica:
-    """An engine core whose turns run in a thread of its own.
+    """An engine core, and the turns that it takes in a thread of its own, if it is asked to.
 
     Between `begin` and `end` the core belongs to that thread, at all other times to whoever drives the engine.
 
@@ -46,10 +46,8 @@ class Replica:
         self._expected: collections.Counter[bytes] = collections.Counter()
         self.arrived: Arrived = []
         self._work: queue.SimpleQueue[tuple[Future[list[RequestOutput]], Arrived] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(
-            target=_take_turns, args=(core, self._work), name=f"jaxllm replica {number}", daemon=True
-        )
-        self.thread.start()
+        #: for its turns, from the first one on
+        self.thread: threading.Thread | None = None
 
     # What it is asked to do.
 
@@ -101,6 +99,11 @@ class Replica:
     def begin(self) -> None:
         """Let it take a turn, with the requests that have arrived; does not wait for it."""
         arrived, self.arrived = self.arrived, []
+        if self.thread is None:
+            self.thread = threading.Thread(
+                target=_take_turns, args=(self.core, self._work), name=f"jaxllm replica {self.number}", daemon=True
+            )
+            self.thread.start()
         self.turn = Future()
         self._work.put((self.turn, arrived))
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxllm.engine.request import Request
+
 
 #: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of
 #: several tokens
@@ -53,6 +55,27 @@ class AdmittedRequest:
     end_token_ids: frozenset[int] = frozenset()
     #: [num_prompt_tokens, hidden size], in the dtype that the model computes in, where the prompt came so
     prompt_embeds: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, request: Request, num_cached_tokens: int) -> AdmittedRequest:
+        """Of a request that has its row and blocks, with the tokens that the prefix cache had."""
+        token_ids, embeds = list(request.all_token_ids), request.prompt_embeds
+        if embeds is not None:
+            token_ids[: len(embeds)] = [EMBEDDED] * len(embeds)
+        return cls(
+            row=request.row,
+            request_id=request.request_id,
+            token_ids=token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=num_cached_tokens,
+            params=request.params,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+            end_token_ids=request.end_token_ids,
+            block_ids=tuple(list(table) for table in request.block_tables),
+            bad_words=request.bad_words,
+            prompt_embeds=embeds,
+        )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

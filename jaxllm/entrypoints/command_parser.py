@@ -79,7 +79,8 @@ class CommandParser(argparse.ArgumentParser):
             return
         if word.startswith("-"):
             self.error(f"{word.partition('=')[0]} is in front of the command: options follow it")
-        self.error(f"there is no command {word!r}{_meant(word, commands)}")
+        meant = _meant(word, commands) or f"; there are {', '.join(commands)}"
+        self.error(f"there is no command {word!r}{meant}")
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -21,16 +21,17 @@ class Context:
 
     #: which implementations the operations take
     backend: Backend = Backend()
-    #: the logical axes of weights that are split over devices, each with the mesh axis that it is split over
-    split: tuple[tuple[str, str], ...] = ()
+    #: the logical axes of weights that are split over devices, each with the mesh axis that it is split over, or with
+    #: several, the outermost first; and "tokens", where copies of the model step together, each with tokens of its own
+    split: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
     @property
     def deterministic(self) -> bool:
         """Whether a token's numbers must not depend, to the bit, on what it is computed with."""
         return self.backend.deterministic
 
-    def mesh_axis(self, logical: str) -> str | None:
-        """The mesh axis that a logical axis is split over; None: every device has it whole."""
+    def mesh_axis(self, logical: str) -> str | tuple[str, ...] | None:
+        """The mesh axis that a logical axis is split over, or several as one; None: every device has it whole."""
         return dict(self.split).get(logical)
 
 

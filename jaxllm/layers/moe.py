@@ -13,6 +13,10 @@ With three tokens of which each goes to two of four experts,
 Where the experts' intermediate size is split over devices, each has a part of every expert; where experts are spread
 (`MoEConfig.expert_parallel`), each has some of them, and rows of others are padding to it. Either way the devices' sums
 are added up.
+
+Copies of the model that step together, each with tokens of its own, have the experts between them. Each gets the tokens
+of all, computes what its own experts add to them, and the sums of each copy's tokens go back to it: an all-gather and a
+reduce-scatter, whose sizes are those of the bucket, however the tokens choose.
 """
 
 from __future__ import annotations
@@ -110,24 +114,30 @@ def sparse_mlp(
     Args:
         activation: a name of `layers.activation`.
         w: of one layer.
-        valid: bool [T], which tokens are no padding; None: all. Padding goes to no expert.
+        valid: bool [T], which tokens are no padding; None: all. Padding goes to no expert. Of copies of the model that
+            step together, that of all (`of_all_copies`).
     """
-    scores = linear_f32(context, x, w.router)
+    rows = of_all_copies(context, x)
+    scores = linear_f32(context, rows, w.router)
     if w.router_bias is not None:
         scores = scores + w.router_bias.astype(jnp.float32)
     weights, chosen = route(config, scores, w.correction)
-    y = through_experts(context, config, activation, w.experts, x, weights, chosen, valid)
+    y = through_experts(context, config, activation, w.experts, rows, weights, chosen, valid)
+    copies = context.mesh_axis("tokens")
+    if copies is not None:
+        with exchanged("tokens"):
+            y = lax.psum_scatter(y.astype(x.dtype), copies, tiled=True).astype(jnp.float32)
+        chosen = lax.dynamic_slice_in_dim(chosen, lax.axis_index(copies) * len(x), len(x))
     if w.shared_gate_up is not None and w.shared_down is not None:
         shared = linear_f32(context, gated(activation, linear(context, x, w.shared_gate_up)), w.shared_down)
         if w.shared_gate is not None:
             shared = jax.nn.sigmoid(linear_f32(context, x, w.shared_gate)) * shared
         y = y + shared
     y = y.astype(x.dtype)
-    over = "experts" if config.expert_parallel else "mlp"
-    axis = context.mesh_axis(over)
+    axis = context.mesh_axis("mlp")
     if axis is None:
         return y, chosen
-    with exchanged(over):
+    with exchanged("experts" if config.expert_parallel else "mlp"):
         return lax.psum(y, axis), chosen
 
 
@@ -135,6 +145,17 @@ def tokens_of_experts(config: MoEConfig, chosen: jax.Array, valid: jax.Array | N
     """i32 [E]: how many tokens each expert gets, of what `sparse_mlp` has chosen."""
     experts = chosen if valid is None else jnp.where(valid[:, None], chosen, config.num_experts)
     return jnp.zeros(config.num_experts, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
+
+
+def of_all_copies(context: Context, x: jax.Array) -> jax.Array:
+    """The tokens' rows x [T, ...] of all C copies of the model that step together, [C * T, ...]; x where there is but
+    one.
+    """
+    axis = context.mesh_axis("tokens")
+    if axis is None:
+        return x
+    with exchanged("tokens"):
+        return lax.all_gather(x, axis, tiled=True)
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:

@@ -29,7 +29,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, offset: float = 0.0
 
 
 def joint_rms_norm(
-    vectors: Sequence[jax.Array], weights: Sequence[jax.Array], eps: float, *, mesh_axis: str | None
+    vectors: Sequence[jax.Array], weights: Sequence[jax.Array], eps: float, *, mesh_axis: str | tuple[str, ...] | None
 ) -> list[jax.Array]:
     """`rms_norm` of several arrays [..., n], each with its weight [n], whose last axes may be split over devices.
 

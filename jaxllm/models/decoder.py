@@ -23,7 +23,7 @@ from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
-from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_experts
+from jaxllm.layers.moe import MoEConfig, SparseMLP, of_all_copies, sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.models.names import WeightNames
@@ -208,6 +208,10 @@ def forward_with_load(
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = with_embeddings(x, batch)
+    valid = own = None
+    if config.moe is not None and not isinstance(batch.attention, WholeSequences):
+        own = batch.attention.token_valid
+        valid = of_all_copies(context, own)
 
     def layer(carry, weights, place):
         x, cache, load = carry
@@ -218,9 +222,9 @@ def forward_with_load(
             x = _add(config, x, y)
         if not config.shared_norm:
             normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-        z, chosen = _mlp_block(context, config, weights, normed, batch)
+        z, chosen = _mlp_block(context, config, weights, normed, valid)
         if load is not None and chosen is not None and config.moe is not None:
-            load = load.at[number].add(tokens_of_experts(config.moe, chosen, _valid(batch)))
+            load = load.at[number].add(tokens_of_experts(config.moe, chosen, own))
         return _add(config, x, y + z if config.parallel else z), cache, load
 
     load = numbers = None
@@ -317,17 +321,12 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
-def _valid(batch: StepBatch) -> jax.Array | None:
-    """Which tokens are no padding; None: all."""
-    return None if isinstance(batch.attention, WholeSequences) else batch.attention.token_valid
-
-
 def _mlp_block(
-    context: Context, config: DecoderConfig, w: Layers, x: jax.Array, batch: StepBatch
+    context: Context, config: DecoderConfig, w: Layers, x: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What it adds, and the experts of each token; None where there are none."""
+    """What it adds, and the experts of each token; None where there are none. `valid` as `sparse_mlp` takes it."""
     if w.sparse is not None and config.moe is not None:
-        y, chosen = sparse_mlp(context, config.moe, config.activation, w.sparse, x, _valid(batch))
+        y, chosen = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
         return _norm(config, y, w.post_mlp_norm), chosen
     assert w.gate_up is not None and w.down is not None
     y = linear(context, x, w.gate_up, w.gate_up_bias)

@@ -25,9 +25,17 @@ STAGE = "stage"
 TENSOR = "tensor"
 
 
-def make_mesh(devices: Sequence[Any]) -> jax.sharding.Mesh:
-    """All devices along `TENSOR`."""
-    return jax.sharding.Mesh(np.array(devices, dtype=object), (TENSOR,))
+def make_mesh(devices: Sequence[Any] | np.ndarray) -> jax.sharding.Mesh:
+    """Devices [tensor] along `TENSOR`; or [data, tensor], of copies of the model that step together, along both."""
+    array = np.array(devices, dtype=object)
+    return jax.sharding.Mesh(array, (TENSOR,) if array.ndim == 1 else (DATA, TENSOR))
+
+
+def own_rows(mesh: jax.sharding.Mesh | None) -> jax.P:
+    """How arrays are split of which each copy of the model has rows of its own: those of all of them, one behind the
+    other; not at all where a program is that of one copy.
+    """
+    return jax.P(DATA) if mesh is not None and DATA in mesh.axis_names else jax.P()
 
 
 def ask_for_cpu_devices(count: int) -> None:

@@ -5,7 +5,8 @@ a layer needs two all-reduces; the embedding and the head by the vocabulary. KV 
 neighbouring devices hold the same one.
 
 Experts are split as an MLP is, each of them; or, with `enable_expert_parallel`, spread as wholes (`layers.moe`). Either
-way a device computes a part of what they add, for all tokens, and one sum adds the parts up.
+way a device computes a part of what they add, for all tokens, and one sum adds the parts up. Copies of the model that
+step together have the experts between them, and tokens of their own.
 
 An array whose rows are several tensors (queries, keys and values; gate and up) has them by device: the first device's
 part of each, then the second's. So a device's part is one piece of the array, and computes as a smaller model.
@@ -27,30 +28,34 @@ from jaxllm.layers.weight import Axis, WeightSpec, is_spec
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
-from jaxllm.parallel.mesh import TENSOR
+from jaxllm.parallel.mesh import DATA, TENSOR
 
 Tree = TypeVar("Tree")
 Model = TypeVar("Model", DecoderConfig, BertConfig)
 
 
 class Rule(NamedTuple):
-    """How a logical axis is split over an axis of the mesh."""
+    """How a logical axis is split over axes of the mesh, the outermost first; over those that a mesh has."""
 
-    mesh_axis: str
+    mesh_axes: tuple[str, ...]
     #: where the devices do not divide it: the model is refused, zeros fill it up, or devices share a unit
     remainder: Literal["refuse", "fill", "repeat"]
 
 
 #: by the logical axis; every device has the others whole
 RULES = {
-    "heads": Rule(TENSOR, "refuse"),
-    "kv_heads": Rule(TENSOR, "repeat"),
-    "mlp": Rule(TENSOR, "refuse"),
-    "experts": Rule(TENSOR, "refuse"),
-    "vocab": Rule(TENSOR, "fill"),
+    "heads": Rule((TENSOR,), "refuse"),
+    "kv_heads": Rule((TENSOR,), "repeat"),
+    "mlp": Rule((TENSOR,), "refuse"),
+    "experts": Rule((DATA, TENSOR), "refuse"),
+    "vocab": Rule((TENSOR,), "fill"),
+    # of no weight: what copies of the model that step together compute
+    "tokens": Rule((DATA,), "refuse"),
 }
 #: the KV cache [pages, 2 * kv_heads, block_size, head_dim]: each device has the keys and the values of its heads
 CACHE = jax.P(None, TENSOR)
+#: an axis of a mesh, or several as one, the outermost first
+MeshAxis = str | tuple[str, ...]
 
 
 class Held(NamedTuple):
@@ -69,10 +74,12 @@ def held(axis: Axis, sizes: Mapping[str, int], numbers: Mapping[str, int] = Mapp
         numbers: of the device along the mesh's axes; those that are missing are 0.
     """
     rule = RULES.get(axis.name)
-    devices = sizes.get(rule.mesh_axis, 1) if rule else 1
+    devices = 1 if rule is None else math.prod(sizes.get(name, 1) for name in rule.mesh_axes)
     if rule is None or devices == 1:
         return Held(0, axis.size, axis.size)
-    number = numbers.get(rule.mesh_axis, 0)
+    number = 0
+    for name in rule.mesh_axes:
+        number = number * sizes.get(name, 1) + numbers.get(name, 0)
     if rule.remainder == "repeat" and axis.units < devices:
         return Held(number * axis.units // devices * axis.width, axis.width, axis.width)
     units = -(-axis.units // devices)
@@ -86,15 +93,23 @@ def local_shape(spec: WeightSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return (*leading, *(sum(held(axis, sizes).size for axis in joined) for joined in spec.axes))
 
 
-def mesh_axes(spec: WeightSpec, sizes: Mapping[str, int]) -> tuple[str | None, ...]:
+def mesh_axes(spec: WeightSpec, sizes: Mapping[str, int]) -> tuple[MeshAxis | None, ...]:
     """The mesh axis that each axis of an array is split over; None: every device has it whole."""
     leading = () if spec.layers is None else (None,)
-    return (*leading, *(_mesh_axis(joined[0], sizes) for joined in spec.axes))
+    return (*leading, *(_mesh_axis(joined[0].name, sizes) for joined in spec.axes))
 
 
-def _mesh_axis(axis: Axis, sizes: Mapping[str, int]) -> str | None:
-    rule = RULES.get(axis.name)
-    return rule.mesh_axis if rule and sizes.get(rule.mesh_axis, 1) > 1 else None
+def _mesh_axis(name: str, sizes: Mapping[str, int]) -> MeshAxis | None:
+    """What a logical axis is split over on a mesh of these sizes."""
+    rule = RULES.get(name)
+    found = tuple(name for name in rule.mesh_axes if sizes.get(name, 1) > 1) if rule else ()
+    return (found[0] if len(found) == 1 else found) or None
+
+
+def axis_sizes(axis: MeshAxis | None, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Of each axis of a mesh that is split over, outermost first."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return {name: sizes[name] for name in names}
 
 
 def mesh_sizes(sharding: jax.sharding.Sharding | None) -> Mapping[str, int]:
@@ -110,8 +125,12 @@ def place_on_mesh(spec: WeightSpec, sharding: jax.sharding.Sharding, index: tupl
         sharding: of what every device has whole, or of the array.
     """
     sizes = mesh_sizes(sharding)
-    places = zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False)
-    return {name: (place.start or 0) // size for name, place, size in places if name is not None}
+    numbers: dict[str, int] = {}
+    for axis, place, size in zip(mesh_axes(spec, sizes), index or (), local_shape(spec, sizes), strict=False):
+        number = (place.start or 0) // size
+        for name, devices in reversed(axis_sizes(axis, sizes).items()):
+            number, numbers[name] = divmod(number, devices)
+    return numbers
 
 
 def shape_and_sharding(
@@ -127,7 +146,7 @@ def shape_and_sharding(
     if not any(names):
         return shape, sharding
     assert isinstance(sharding, jax.sharding.NamedSharding)
-    whole = tuple(n * (sizes[name] if name else 1) for n, name in zip(shape, names, strict=True))
+    whole = tuple(n * math.prod(axis_sizes(name, sizes).values()) for n, name in zip(shape, names, strict=True))
     return whole, jax.sharding.NamedSharding(sharding.mesh, jax.P(*names))
 
 
@@ -180,29 +199,54 @@ def expert_layers(model: ModelConfig) -> tuple[int, ...]:
     return tuple(number for number, sparse in enumerate(layers) if sparse)
 
 
-def cache_axes(model: ModelConfig) -> jax.P:
-    """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all."""
-    return jax.P() if model.kv_specs[0].parts == 1 else CACHE
+def cache_axes(model: ModelConfig, *, replicas: int = 1) -> jax.P:
+    """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all.
+
+    Args:
+        replicas: that step together, each with pages of its own.
+    """
+    axes = jax.P() if model.kv_specs[0].parts == 1 else CACHE
+    return axes if replicas == 1 else jax.P(DATA, *axes[1:])
 
 
-def check_split(model: ModelConfig, devices: int) -> None:
+def check_split(model: ModelConfig, devices: int, *, replicas: int = 1) -> None:
     """Whether a model can be split over so many devices.
+
+    Args:
+        replicas: that step together, each on so many devices.
 
     Raises:
         ValidationError: it cannot; the text names the numbers that would do.
     """
-    problem = _problem(model, devices)
-    if problem:
+    problem = _problem(model, devices, replicas)
+    if problem is None:
+        return
+    if replicas == 1:
         fitting = ", ".join(str(n) for n in split_sizes(model))
         raise ValidationError(f"tensor_parallel_size={devices} does not divide {problem}. What would work: {fitting}.")
+    tensor, moe = split_sizes(model, replicas=replicas), model.moe if isinstance(model, DecoderConfig) else None
+    most = 1 if moe is None else moe.num_experts
+    data = [n for n in range(1, most + 1) if not _problem(model, devices, n)]
+    advice = [
+        f"{given} with {wanted}={', '.join(map(str, numbers))}"
+        for given, wanted, numbers in (
+            (f"data_parallel_size={replicas}", "tensor_parallel_size", tensor),
+            (f"tensor_parallel_size={devices}", "data_parallel_size", data),
+        )
+        if numbers
+    ]
+    raise ValidationError(
+        f"data_parallel_size={replicas} x tensor_parallel_size={devices} does not divide {problem}. "
+        f"What would work: {'; or '.join(advice)}."
+    )
 
 
-def split_sizes(model: ModelConfig) -> list[int]:
-    """Every number of devices that a model can be split over, ascending."""
-    return [n for n in range(1, model.num_heads + 1) if not _problem(model, n)]
+def split_sizes(model: ModelConfig, *, replicas: int = 1) -> list[int]:
+    """Every number of devices that a model can be split over, ascending; `replicas` as in `check_split`."""
+    return [n for n in range(1, model.num_heads + 1) if not _problem(model, n, replicas)]
 
 
-def _problem(model: ModelConfig, devices: int) -> str | None:
+def _problem(model: ModelConfig, devices: int, replicas: int = 1) -> str | None:
     kv_heads = model.num_kv_heads
     if model.num_heads % devices:
         return f"the model's {model.num_heads} attention heads"
@@ -213,7 +257,7 @@ def _problem(model: ModelConfig, devices: int) -> str | None:
         return f"the model's intermediate size of {model.intermediate_size}"
     if moe is not None and moe.shared_size % devices:
         return f"the shared experts' intermediate size of {moe.shared_size}"
-    if moe is not None and moe.expert_parallel and moe.num_experts % devices:
+    if moe is not None and moe.expert_parallel and moe.num_experts % (replicas * devices):
         return f"the model's {moe.num_experts} experts"
     if moe is not None and not moe.expert_parallel and moe.intermediate_size % devices:
         return f"the experts' intermediate size of {moe.intermediate_size}"
@@ -229,6 +273,11 @@ def layer_sums(model: ModelConfig) -> int:
     if isinstance(model, DecoderConfig) and model.parallel and not model.post_norms:
         return 1
     return 3 if isinstance(model, DecoderConfig) and model.qk_norm and model.qk_norm_of == "joint" else 2
+
+
+def exchanging_layers(model: ModelConfig, replicas: int) -> int:
+    """Layers whose experts copies of the model that step together, so many of them, have between them."""
+    return sum(model.layer_moe) if isinstance(model, DecoderConfig) and replicas > 1 else 0
 
 
 def local_model(model: Model, devices: int) -> Model:
@@ -247,6 +296,7 @@ def local_model(model: Model, devices: int) -> Model:
     )
 
 
-def split_axes(sizes: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+def split_axes(sizes: Mapping[str, int]) -> tuple[tuple[str, MeshAxis], ...]:
     """The logical axes that are split on a mesh of these sizes, each with its mesh axis (`layers.context.Context`)."""
-    return tuple((name, rule.mesh_axis) for name, rule in RULES.items() if sizes.get(rule.mesh_axis, 1) > 1)
+    found = ((name, _mesh_axis(name, sizes)) for name in RULES)
+    return tuple((name, axis) for name, axis in found if axis is not None)

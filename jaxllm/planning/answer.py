@@ -20,7 +20,7 @@ from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.rules import layer_sums, split_sizes
+from jaxllm.parallel.rules import exchanging_layers, layer_sums, split_sizes
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.explain import explanation
 from jaxllm.planning.explanation import Explanation
@@ -139,7 +139,8 @@ class _Planner:
 
     def plan(self, question: Question) -> MemoryPlan:
         """Plan what is asked; raises DoesNotFitError, whose plan has its activations."""
-        target = question.target(question.args.grid).replica(0)
+        target = question.target(question.args.grid)
+        target = target if question.args.steps_together else target.replica(0)
         config = question.setup().runner_config(target, progress=None)
         self.dtype = config.dtype
         self.compiled = target.devices is not None
@@ -150,7 +151,11 @@ class _Planner:
         blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
         blocks = 0 if config.pooler is not None else blocks
         self.collectives = expected_collectives(
-            config.model.num_layers, target.num_devices, layer_sums=layer_sums(config.model), blocks=blocks
+            config.model.num_layers,
+            target.num_devices,
+            layer_sums=layer_sums(config.model),
+            blocks=blocks,
+            exchanging=exchanging_layers(config.model, target.replicas),
         )
         return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
 
@@ -175,7 +180,7 @@ class _Planner:
         with self.lowering(config):
             found = programs.activation_bytes()
             needed = self._needed[config.scheduler] = (found,) if isinstance(found, int) else found
-            if isinstance(programs, Programs) and config.target.num_devices > 1:
+            if isinstance(programs, Programs) and config.target.replicas * config.target.num_devices > 1:
                 texts = programs.step_texts(programs.largest.tokens, programs.largest.seqs)
                 self.collectives = dict(sum((Counter(count_collectives(text)) for text in texts), Counter[str]()))
         return needed
@@ -185,7 +190,8 @@ class _Planner:
         if self._is_local or config.target.devices is None:
             return contextlib.nullcontext()
         # the devices that a program is compiled for, also where there is but one
-        return lowering_for(make_mesh(config.target.devices[0, 0]))
+        devices = config.target.devices
+        return lowering_for(make_mesh(devices[0, 0] if config.target.replicas == 1 else devices[:, 0]))
 
 
 def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -> Iterator[Remedy]:
@@ -209,7 +215,7 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
     model = question.setup().model
     if question.is_local or not isinstance(model, DecoderConfig):
         return
-    for devices in split_sizes(model):
+    for devices in split_sizes(model, replicas=question.args.data_parallel_size if question.args.steps_together else 1):
         if question.args.tensor_parallel_size < devices <= MOST_DEVICES and not devices & (devices - 1):
             found = tried("tensor_parallel_size", devices)
             if found is not None:

@@ -99,7 +99,7 @@ def _answered(
                 args=args,
                 path=path,
                 # what is free changes from moment to moment; one plan and its remedies are of one moment
-                target=functools.cache(lambda grid: target_here(name, grid)),
+                target=functools.cache(lambda grid: target_here(name, grid, together=args.steps_together)),
                 is_local=True,
             )
             return make(question, device=name, basis="Compiled on this machine, for its own devices.")

@@ -39,9 +39,11 @@ def _of_stage(config: RunnerConfig) -> int:
         queries = 3 * model.num_heads * model.latents.width
     widest = max(3 * model.intermediate_size, queries) * size
     if isinstance(model, DecoderConfig) and model.moe is not None:
-        # a row for each of a token's experts: what goes in, both projections, their product, what comes out
+        # a row for each of a token's experts, of the tokens of all replicas that step together: what goes in, both
+        # projections, their product, what comes out
         own = model.moe.intermediate_size // (1 if model.moe.expert_parallel else config.target.num_devices)
-        widest = max(widest, model.moe.top_k * (3 * own * size + hidden * (2 * size + 4)))
+        rows = config.target.replicas * model.moe.top_k
+        widest = max(widest, rows * (3 * own * size + hidden * (2 * size + 4)))
     unrounded = 2 * model.intermediate_size * 4 + model.intermediate_size * size
     stream = 3 * hidden * size
     layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))

@@ -17,7 +17,7 @@ from jaxllm.layers.weight import Axis
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
 from jaxllm.parallel.mesh import DATA, STAGE
-from jaxllm.parallel.rules import held, layer_sums
+from jaxllm.parallel.rules import exchanging_layers, held, layer_sums
 from jaxllm.planning.explanation import Explanation
 from jaxllm.planning.layout import ArrayLayout, cache_layout, weight_layouts
 from jaxllm.planning.plan import Plan
@@ -125,7 +125,7 @@ def _step(
     exchanges = step_exchanges(
         _expected(config, tokens, requests) if found is None else found,
         num_layers=config.model.num_layers,
-        devices=config.target.num_devices,
+        devices=config.target.replicas * config.target.num_devices,
         gpu=gpu,
     )
     if config.stage is not None and not config.stage.is_last:
@@ -159,7 +159,17 @@ def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Colle
     hidden = tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
     words = held(Axis(VOCAB, model.vocab_size), sizes).size * devices
     each = {"all-reduce": (hidden, ""), "all-gather": (min(requests, rows) * words * 4, VOCAB)}
-    return Counter({Collective(kind, each[kind][0], devices, each[kind][1]): number for kind, number in times.items()})
+    found = Counter({Collective(kind, each[kind][0], devices, each[kind][1]): number for kind, number in times.items()})
+    replicas = config.target.replicas
+    if exchanging := exchanging_layers(model, replicas):
+        found += Counter(
+            {
+                Collective("all-gather", replicas * hidden, replicas, "tokens"): exchanging,
+                Collective("all-gather", replicas * tokens, replicas, "tokens"): 1,
+                Collective("reduce-scatter", hidden, replicas, "tokens"): exchanging,
+            }
+        )
+    return found
 
 
 def _read_and_computed(
@@ -169,7 +179,8 @@ def _read_and_computed(
 
     Of a table of vectors a step reads a few rows, unless it is the head, too; the head computes logits of one token a
     request. Of experts a step reads those that its tokens go to: with as many tokens as are told, which choose evenly
-    and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``.
+    and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``. The tokens of all replicas that step
+    together, as many of each, go to them.
     """
     names = {layout.name for layout in weights}
     moe = config.model.moe if isinstance(config.model, DecoderConfig) else None
@@ -179,9 +190,10 @@ def _read_and_computed(
         if field.endswith("embedding") and (config.stage is not None or "head" in names or "." in layout.name):
             continue
         chosen = 1.0 if layout.experts is None or moe is None else moe.top_k / layout.experts
-        size += layout.device_bytes * (1 - (1 - chosen) ** tokens)
+        own = tokens if layout.experts is None else tokens * config.target.replicas
+        size += layout.device_bytes * (1 - (1 - chosen) ** own)
         stacked = (layout.axes[0][0][0] == "layers") + (layout.experts is not None)
         if len(layout.axes) > 1 + stacked:
-            rows = requests if VOCAB in {name for name, _ in layout.axes[0]} else tokens
+            rows = requests if VOCAB in {name for name, _ in layout.axes[0]} else own
             flops += 2 * layout.count * math.prod(layout.device_shape) * rows * chosen
     return round(size), round(flops)

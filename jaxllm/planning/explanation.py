@@ -116,7 +116,8 @@ def axes_text(layout: ArrayLayout) -> str:
     """What the axes count, each with the axis of the mesh that it is split over."""
     names = ("+".join(dict.fromkeys(name for name, _ in joined)) for joined in layout.axes)
     pairs = zip(names, layout.mesh_axes, strict=True)
-    return ", ".join(name if axis is None else f"{name}/{axis}" for name, axis in pairs)
+    over = ((name, (axis,) if isinstance(axis, str) else axis or ()) for name, axis in pairs)
+    return ", ".join("/".join((name, *([" x ".join(axis)] if axis else []))) for name, axis in over)
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
-from jaxllm.parallel.rules import RULES, cache_axes, held, local_shape, mesh_axes
+from jaxllm.parallel.rules import RULES, MeshAxis, axis_sizes, cache_axes, held, local_shape, mesh_axes
 from jaxllm.runner.runner_config import RunnerConfig
 
 KV_CACHE = "KV cache"
@@ -35,8 +35,8 @@ class ArrayLayout:
     axes: tuple[tuple[tuple[str, int], ...], ...]
     #: of the whole array
     shape: tuple[int, ...]
-    #: the axis of the mesh that each axis is split over; None: every device has all of it
-    mesh_axes: tuple[str | None, ...]
+    #: the axis of the mesh that each axis is split over, or several as one; None: every device has all of it
+    mesh_axes: tuple[MeshAxis | None, ...]
     #: of what one device has of it
     device_shape: tuple[int, ...]
     dtype: str
@@ -50,10 +50,10 @@ class ArrayLayout:
     def note(self, sizes: Mapping[str, int]) -> str:
         """What of it is there more than once, or nobody's, on a mesh of these sizes; "": nothing."""
         for axis, size, local, joined in zip(self.mesh_axes, self.shape, self.device_shape, self.axes, strict=True):
-            if axis is not None and local * sizes[axis] > size:
+            devices = math.prod(axis_sizes(axis, sizes).values())
+            if local * devices > size:
                 repeats = any(
-                    name in RULES and RULES[name].remainder == "repeat" and units < sizes[axis]
-                    for name, units in joined
+                    name in RULES and RULES[name].remainder == "repeat" and units < devices for name, units in joined
                 )
                 return "neighbours share heads" if repeats else "filled up with zeros"
         return ""
@@ -70,9 +70,10 @@ class ArrayLayout:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ArrayLayout:
         """Of a `dataclasses.asdict`, which may have been JSON since."""
-        lists = {name: tuple(fields[name]) for name in ("shape", "mesh_axes", "device_shape")}
+        lists = {name: tuple(fields[name]) for name in ("shape", "device_shape")}
         axes = tuple(tuple((name, units) for name, units in joined) for joined in fields["axes"])
-        return cls(**{**fields, **lists, "axes": axes})
+        over = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in fields["mesh_axes"])
+        return cls(**{**fields, **lists, "axes": axes, "mesh_axes": over})
 
 
 def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
@@ -110,10 +111,13 @@ def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLa
 
 
 def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
-    """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer."""
-    pages, sizes = config.layers_per_group * num_blocks, config.target.mesh_sizes
+    """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer. Copies of the model that
+    step together have pages of their own.
+    """
+    own, sizes, replicas = config.layers_per_group * num_blocks, config.target.mesh_sizes, config.target.replicas
+    pages = replicas * own
     _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
-    axes, is_latent = cache_axes(config.model), config.model.kv_specs[0].parts == 1
+    axes, is_latent = cache_axes(config.model, replicas=replicas), config.model.kv_specs[0].parts == 1
     names: tuple[str | None, ...] = (*axes, *(None,) * (4 - len(axes)))
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     return ArrayLayout(
@@ -128,7 +132,7 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
         ),
         shape=(pages, *whole),
         mesh_axes=tuple(split),
-        device_shape=(pages, *config.page_shape),
+        device_shape=(own, *config.page_shape),
         dtype=jnp.dtype(config.cache_dtype).name,
         device_bytes=num_blocks * config.block_bytes,
     )

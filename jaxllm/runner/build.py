@@ -8,7 +8,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -24,6 +24,7 @@ from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.joint import JointHead
 from jaxllm.runner.heads.pipeline import PipelineHead
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms, StagePrograms
 from jaxllm.runner.heads.pooling import PoolingHead, PoolingPrograms
@@ -31,6 +32,7 @@ from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig
 from jaxllm.runner.heads.sampling import SamplingHead
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
+from jaxllm.runner.joint_runner import JointRunner
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.fit import plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 class Built:
     """A runner, ready for its first step, and what the engine must know of it."""
 
-    runner: Runner | NullRunner
+    runner: Runner | JointRunner | NullRunner
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
@@ -111,14 +113,8 @@ def build_runner(
         freed_memory.give_back_code()
         clock.lap("compile")
         # on a CPU the cache is zeroed while they are read
-        max_num_seqs = config.scheduler.max_num_seqs
-        rows = Rows(max_num_seqs, len(config.groups), config.table_width)
-        head = _head(programs, max_num_seqs)
-        padding = None
-        if on_cpu and config.enforce_eager:
-            limits = config.scheduler
-            padding = PaddingCost(tuple(programs.packings), make_buckets(limits.max_num_batched_tokens, max_num_seqs))
-        runner = Runner(None if on_cpu else weights(), weights, head, rows, padding)
+        params = None if on_cpu else weights()
+        runner = _runner(config, programs, params, weights)
         runner.restore_weights()
         # random ones are drawn by programs that were compiled for it
         freed_memory.give_back_code()
@@ -129,6 +125,21 @@ def build_runner(
     runner.warm_up()
     clock.lap("warm up")
     return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
+
+
+def _runner(
+    config: RunnerConfig, programs: Programs | PipelinePrograms, params: Any, reload: Callable[[], Any]
+) -> Runner | JointRunner:
+    limits, replicas = config.scheduler, config.target.replicas
+    rows = [Rows(limits.max_num_seqs, len(config.groups), config.table_width) for _ in range(replicas)]
+    if replicas > 1:
+        assert isinstance(programs, SamplingPrograms)
+        return JointRunner(params, reload, JointHead(programs), rows)
+    padding = None
+    if config.platform == "cpu" and config.enforce_eager:
+        wanted = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs)
+        padding = PaddingCost(tuple(programs.packings), wanted)
+    return Runner(params, reload, _head(programs, limits.max_num_seqs), rows[0], padding)
 
 
 def build_replica(config: RunnerConfig, first: Built) -> Runner:

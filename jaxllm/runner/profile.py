@@ -11,7 +11,7 @@ import jax
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
-    from jaxllm.engine.scheduling.scheduler import StepUpdates
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 

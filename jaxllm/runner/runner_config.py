@@ -23,6 +23,7 @@ from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.compile.progress import StartProgress
@@ -45,7 +46,7 @@ class RunnerConfig:
     scheduler: SchedulerConfig
     dtype: str
     target: Target
-    #: copies of the model, each on devices such as these
+    #: copies of the model, each on devices such as these; or, where these are those of all, on a part of them
     data_parallel_size: int = 1
     #: () where the model is not cut into stages
     pipeline: tuple[Stage, ...] = ()
@@ -155,18 +156,19 @@ class RunnerConfig:
 
     def state(self, num_blocks: int) -> State | PoolingState:
         """Shapes of what lives on the device between steps."""
-        rows = self.scheduler.max_num_seqs + 1
+        rows, replicas = self.scheduler.max_num_seqs + 1, self.target.replicas
+        sizes, mesh = self.target.mesh_sizes, self.target.mesh
+        own = self.sharding if mesh is None else jax.sharding.NamedSharding(mesh, own_rows(mesh))
 
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+            return jax.ShapeDtypeStruct((replicas * shape[0], *shape[1:]), dtype, sharding=own)
 
-        pages, mesh = self.layers_per_group * num_blocks, self.target.mesh
-        cache = array((pages, *self.page_shape), self.cache_dtype)
-        axes = cache_axes(self.model)
-        if mesh is not None and axes != jax.P():
-            heads, *rest = self.page_shape
-            whole, split = (pages, heads * mesh.size, *rest), jax.sharding.NamedSharding(mesh, axes)
-            cache = jax.ShapeDtypeStruct(whole, self.cache_dtype, sharding=split)
+        cache = array((self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype)
+        if mesh is not None:
+            axes = cache_axes(self.model, replicas=replicas)
+            heads = cache.shape[1] * (sizes[TENSOR] if TENSOR in axes else 1)
+            split = jax.sharding.NamedSharding(mesh, axes)
+            cache = jax.ShapeDtypeStruct((cache.shape[0], heads, *cache.shape[2:]), self.cache_dtype, sharding=split)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
             return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None)
@@ -185,7 +187,8 @@ class RunnerConfig:
         words = jax.tree.leaves(dataclasses.replace(state, cache=None))
         samples = self.pooler is None and (self.stage is None or self.stage.is_last)
         constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
-        bytes_of_words = 4 * (sum(math.prod(a.shape) for a in words) + self.scheduler.max_num_seqs * constraint_row)
+        own = sum(math.prod(array.shape) for array in words) // self.target.replicas
+        bytes_of_words = 4 * (own + self.scheduler.max_num_seqs * constraint_row)
         return bytes_of_words + self._embeddings_bytes
 
     @property

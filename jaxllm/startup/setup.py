@@ -64,13 +64,21 @@ class Setup:
         layers: Any = args.pipeline_layer_partition
         return pipeline(self.model.num_layers, count, layers)
 
-    def check_devices(self, count: int) -> None:
-        """Raises ValidationError where the engine cannot be split over so many devices."""
-        check_split(self.model, count)
-        if count > 1 and self.args.deterministic:
+    def check_devices(self) -> None:
+        """Raises ValidationError where the engine cannot be split over the devices that are asked for."""
+        args = self.args
+        replicas, count = args.data_parallel_size if args.steps_together else 1, args.tensor_parallel_size
+        if replicas > 1 and self.pooler is not None:
             raise ValidationError(
-                f"deterministic=True with tensor_parallel_size={count}: sums over devices are not added up in a fixed "
-                "order. Set tensor_parallel_size=1."
+                f"enable_expert_parallel=True with data_parallel_size={replicas} is only available for models that "
+                "generate. Leave enable_expert_parallel out: each replica has all experts then."
+            )
+        check_split(self.model, count, replicas=replicas)
+        if replicas * count > 1 and args.deterministic:
+            asked = f"{args.grid} and enable_expert_parallel=True" if replicas > 1 else f"tensor_parallel_size={count}"
+            raise ValidationError(
+                f"deterministic=True with {asked}: sums over devices are not added up in a fixed order. Set "
+                f"tensor_parallel_size=1{' and enable_expert_parallel=False' if replicas > 1 else ''}."
             )
 
     def check_classifier(self) -> None:
@@ -91,7 +99,8 @@ class Setup:
         )
 
     def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
-        """What the runner is built from on the devices of `target`, those of one replica.
+        """What the runner is built from on the devices of `target`: those of one replica, or of all, if they step
+        together.
 
         Args:
             progress: told how far the start is.
@@ -100,7 +109,7 @@ class Setup:
             ValidationError: the arguments contradict each other or the model, or the model cannot be split so.
         """
         args, model = self.args, self.model
-        self.check_devices(target.num_devices)
+        self.check_devices()
         num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
         limits = scheduler_config(
             args,
@@ -110,7 +119,7 @@ class Setup:
             device_memory_bytes=target.total_bytes,
             device_kind=target.kind,
         )
-        if target.platform == "cpu" and target.num_devices > 1:
+        if target.platform == "cpu" and target.replicas * target.num_devices > 1:
             limits = dataclasses.replace(limits, async_scheduling=False)
         stages = self.pipeline(target.grid.stage)
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)

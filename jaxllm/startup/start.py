@@ -27,6 +27,7 @@ from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.engine.io.token_constraints import TokenConstraints
+from jaxllm.engine.joint_replicas import JointReplicas
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.engine.replicas import Replicas
@@ -37,6 +38,7 @@ from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target, target_here
 from jaxllm.runner.compile.workers import Workers
+from jaxllm.runner.joint_runner import JointRunner
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
@@ -90,11 +92,11 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     # before JAX is asked for devices that would not do
     setup.check_classifier()
     tokenizer_path = _tokenizer_path(args, path)
-    setup.check_devices(args.tensor_parallel_size)
-    if args.enable_expert_parallel and args.tensor_parallel_size == 1:
+    setup.check_devices()
+    if args.enable_expert_parallel and args.tensor_parallel_size == 1 and not args.steps_together:
         logger.info("enable_expert_parallel=True has no effect: one device has all experts (tensor_parallel_size=1)")
     setup.pipeline(args.pipeline_parallel_size)
-    target = target_here("cpu" if is_null else args.device, args.grid)
+    target = target_here("cpu" if is_null else args.device, args.grid, together=args.steps_together)
     if in_time and target.num_processes > 1:
         raise ValidationError(
             f"AsyncLLM with tensor_parallel_size={args.tensor_parallel_size} over {target.num_processes} processes: "
@@ -114,13 +116,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         loading = background.submit(_tokenizer, tokenizer_path, args.tokenizer_mode)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
-        config = setup.runner_config(target.replica(0), progress=progress)
+        config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
-                "tensor_parallel_size=%d on a CPU: one step at a time is under way (async_scheduling=False), since "
-                "virtual devices that wait for each other in two programs at once may wait for ever.",
-                args.tensor_parallel_size,
+                "%s on a CPU: one step at a time is under way (async_scheduling=False), since virtual devices that "
+                "wait for each other in two programs at once may wait for ever.",
+                args.grid if args.steps_together else f"tensor_parallel_size={args.tensor_parallel_size}",
             )
 
         def record(phase: str, seconds: float) -> None:
@@ -130,7 +132,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
 
         built = None if is_null else build_runner(config, checkpoint, record, background)
         replicas: list[Runner] = []
-        if built is not None and target.grid.data > 1:
+        if built is not None and target.grid.data > 1 and not args.steps_together:
             clock = time.perf_counter()
             for number in range(1, target.grid.data):
                 replicas.append(build_replica(dataclasses.replace(config, target=target.replica(number)), built))
@@ -152,16 +154,18 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     if not is_null:
         start_times.keep(sum(times.values()), compiled=progress.compiles)
     runners = [built.runner, *replicas]
+    joint = built.runner if isinstance(built.runner, JointRunner) else None
+    launching = runners if joint is None else joint.replicas
     cache_info = {
         "block_size": cache.block_size,
         "num_gpu_blocks": cache.num_blocks,
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "enable_prefix_caching": cache.enable_prefix_caching,
     }
-    constraints = [None] * len(runners)
+    constraints = [None] * len(launching)
     if pooler is None:
         constraints = _token_constraints(
-            args, tokenizer, model.vocab_size, eos_token_ids, len(runners), lockstep=built.scheduler.lockstep
+            args, tokenizer, model.vocab_size, eos_token_ids, len(launching), lockstep=built.scheduler.lockstep
         )
     cores = [
         EngineCore(
@@ -179,9 +183,9 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             constraints[number],
             pools=pooler is not None,
         )
-        for number, runner in enumerate(runners)
+        for number, runner in enumerate(launching)
     ]
-    core = cores[0] if len(cores) == 1 else Replicas(cores)
+    core = cores[0] if len(cores) == 1 else Replicas(cores) if joint is None else JointReplicas(cores, joint.launch)
     if log_interval is not None:
         prefix_caching = cache.enable_prefix_caching
         core.observe(StatsLog(core.stats, log_interval, prefix_caching=prefix_caching, cache_name=plan.cache_name))

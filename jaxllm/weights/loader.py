@@ -143,7 +143,10 @@ def read_array(
     *others, columns = mesh_axes(spec, sizes)
     shared = columns is not None and not any(others) and len(spec.parts[0].axes) > 1
     indices = own.addressable_devices_indices_map(shape).values() if shared else ()
-    places = [place_on_mesh(spec, sharding, index) for index in indices]
+    places: list[dict[str, int]] = []
+    for index in indices:
+        if (place := place_on_mesh(spec, sharding, index)) not in places:
+            places.append(place)
     parts = read_parts(reader, spec, places, sizes, dtype, stop) if places else []
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -16,6 +16,10 @@ class Model:
     num_blocks: tuple[int, ...]
     #: None: it generates; otherwise which tokens are pooled
     pooling_type: str | None = None
+    #: that it is split over
+    devices: int = 1
+    #: whether they have experts as wholes
+    expert_parallel: bool = False
     #: whether programs of each kind are compiled, not only the largest
     all_programs: bool = False
 

@@ -16,14 +16,16 @@ from typing import Any
 
 import jax
 
+from jaxllm.parallel.collectives import collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.compile.deviceless import devices, lowering_for
 from jaxllm.runner.compile.programs import GPU_OPTIONS
 
-from .cases import Case, kernel_cases, latent_pool_cases, pool_cases, step_cases
+from .cases import Case, kernel_cases, latent_pool_cases, pool_cases
 from .compiling import TARGETS
 from .executable import Launch, read_executable
 from .probes import probe_cases
+from .steps import split_cases, step_cases
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     if options.only == "probe":
         groups = [probe_cases(device)]
     else:
-        makers = (kernel_cases, pool_cases, latent_pool_cases, step_cases)
+        makers = (kernel_cases, pool_cases, latent_pool_cases, step_cases, split_cases)
         groups = [make(device, gpu, options.quick, options.part) for make in makers]
     for cases in groups:
         for case in cases:
@@ -57,7 +59,7 @@ def tell(**what: Any) -> None:
 
 def compile_case(case: Case, device: Any) -> dict[str, Any]:
     begun = time.perf_counter()
-    with lowering_for(make_mesh((device,))):
+    with lowering_for(make_mesh(case.devices or (device,))):
         lowered = case.lower()
     compiled = lowered.compile(compiler_options=GPU_OPTIONS if case.is_step else None)
     seconds = time.perf_counter() - begun
@@ -67,6 +69,7 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "is_step": case.is_step,
         "seconds": seconds,
         "temporaries": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "in_place": case.in_place_bytes,
         "cache": case.cache_bytes,
@@ -74,6 +77,8 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "kernels": [describe(launch) for launch in program if launch.kind == "kernel" or launch.code],
         "layers": case.layers,
         "layer_bytes": case.layer_bytes,
+        "weight_bytes": case.weight_bytes,
+        "collectives": exchanges(compiled) if len(case.devices) > 1 else [],
         "launches": count(program),
     }
 
@@ -87,6 +92,12 @@ def describe(launch: Launch) -> dict[str, Any]:
         "registers": code.registers if code else None,
         "stack": code.stack if code else None,
     }
+
+
+def exchanges(compiled: Any) -> list[tuple[str, str, int, int, int]]:
+    """(kind, logical axis, devices, bytes that each gets, times) of each collective of a program."""
+    found = collectives(compiled.as_text())
+    return sorted((each.kind, each.over, each.devices, each.bytes, times) for each, times in found.items())
 
 
 def count(program: tuple[Launch, ...]) -> dict[str, Any]:

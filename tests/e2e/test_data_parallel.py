@@ -307,8 +307,6 @@ def test_sizes_that_cannot_be_are_refused(tiny_model: Path):
         LLM(tiny_model, data_parallel_size=0)
     with pytest.raises(ValidationError, match='data_parallel_size=2 with load_format="null": there is no model'):
         LLM(tiny_model, data_parallel_size=2, load_format="null")
-    with pytest.raises(ValidationError, match="enable_expert_parallel=True with data_parallel_size=2: replicas"):
-        LLM(tiny_model, data_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(ValidationError) as raised:
         LLM(tiny_model, data_parallel_size=2, tensor_parallel_size=2)
     assert str(raised.value).startswith("data_parallel_size=2 x tensor_parallel_size=2 needs 4 devices; JAX has 1 of")

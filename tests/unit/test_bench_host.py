@@ -20,7 +20,7 @@ from jaxllm.bench.host_workload import HostWorkload
 from jaxllm.bench.measurements import ranks
 from jaxllm.bench.peer_setup import pythons
 from jaxllm.engine.request import Request
-from jaxllm.engine.scheduling.scheduler import StepUpdates
+from jaxllm.engine.scheduling.step_updates import StepUpdates
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
 

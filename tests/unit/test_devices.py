@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import jaxllm
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import DEVICE_NAMES, GPUS, device_name, gpu_named
 from jaxllm.runner.compile.deviceless import CudaCompiler, default_folder, find_compiler, search_places, target_config
@@ -109,7 +110,9 @@ def test_no_compiler_in_the_folder(tmp_path: Path):
 def test_the_environment_of_a_compiler():
     base = {"JAX_ENABLE_X64": "1", "HOME": "/home/me", "PYTHONPATH": "/elsewhere", "XLA_FLAGS": "--x"}
     environment = CudaCompiler(folder=Path("/compiler"), cuda="12").environment(base)
-    assert environment["PYTHONPATH"].split(os.pathsep)[1:] == ["/compiler", "/elsewhere"]
+    found = environment["PYTHONPATH"].split(os.pathsep)
+    assert (Path(found[0]) / "jaxllm" / "__init__.py").samefile(jaxllm.__file__)
+    assert found[1:] == ["/compiler", "/elsewhere"]
     assert environment["JAX_PLATFORMS"] == "cuda,cpu" and environment["HOME"] == "/home/me"
     assert "JAX_ENABLE_X64" not in environment and "XLA_FLAGS" not in environment
 

@@ -10,7 +10,8 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
 from jaxllm.engine.observe.metrics import Counter, EngineMetrics, Gauge, Histogram, Metric, one_two_five
 from jaxllm.engine.request import Request, RequestStatus
-from jaxllm.engine.scheduling.scheduler import SchedulerStats, StepUpdates
+from jaxllm.engine.scheduling.stats import SchedulerStats
+from jaxllm.engine.scheduling.step_updates import StepUpdates
 
 IDLE = SchedulerStats(num_running=0, num_waiting=0, num_preemptions=0, num_preempted_tokens=0, kv_cache_usage=0.0)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_donation import MIXTRAL, OPTIONS, make_programs
 
 from jaxllm.layers.context import Context
-from jaxllm.layers.moe import Experts, MoEConfig, route, through_experts
+from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP, of_all_copies, route, sparse_mlp, through_experts
 from jaxllm.runner.buckets import Bucket
 
 HIDDEN, EXPERTS, TOP_K = 32, 16, 4
@@ -185,3 +185,58 @@ def test_experts_are_read_where_they_lie(dtype: str):
     for program in programs._compiled.values():
         memory = program.memory_analysis()
         assert memory is not None and memory.temp_size_in_bytes < experts * jnp.dtype(dtype).itemsize
+
+
+COPIES, DEVICES = 2, 3
+
+
+@functools.cache
+def of_copies() -> Any:
+    """`sparse_mlp` of copies of a model that have its experts between them, on some devices each: x [copies, T, d] and
+    valid [copies, T] -> [copies, devices, T, d].
+    """
+
+    def one(gate_up, down, router, x, valid) -> jax.Array:
+        experts = Experts(gate_up=gate_up, gate_up_bias=None, down=down, down_bias=None)
+        weights = SparseMLP(router, None, None, experts, None, None, None)
+        split = (("experts", ("data", "tensor")), ("mlp", "tensor"), ("tokens", "data"))
+        context, config = Context(split=split), moe_config(E, K, expert_parallel=True)
+        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))[0]
+
+    def all_of_them(gate_up, down, *given) -> jax.Array:
+        parts = (w.reshape(COPIES, DEVICES, E // (COPIES * DEVICES), *w.shape[1:]) for w in (gate_up, down))
+        devices = jax.vmap(one, in_axes=(0, 0, None, None, None), axis_name="tensor")
+        return jax.vmap(devices, in_axes=(0, 0, None, 0, 0), axis_name="data")(*parts, *given)
+
+    return jax.jit(all_of_them)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    chosen=st.lists(st.permutations(range(E)), min_size=COPIES * TOKENS, max_size=COPIES * TOKENS),
+    valid=st.lists(st.booleans(), min_size=COPIES * TOKENS, max_size=COPIES * TOKENS),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(chosen=[range(E)] * COPIES * TOKENS, valid=[True] * COPIES * TOKENS, seed=0)
+@example(chosen=[range(E)[::-1]] * COPIES * TOKENS, valid=[True] * TOKENS + [False] * TOKENS, seed=0)
+@example(chosen=[range(E)] * COPIES * TOKENS, valid=[False] * COPIES * TOKENS, seed=0)
+def test_copies_that_share_experts_get_what_one_would(chosen: Any, valid: Any, seed: int):
+    """However uneven the choice is: all tokens of both copies may go to the experts of one copy's devices, and a copy
+    may have none. Experts that no token goes to are NaN.
+    """
+    draw, valid = np.random.default_rng(seed), np.array(valid).reshape(COPIES, TOKENS)
+    # the router reads a token's scores off its first numbers
+    router, x = np.eye(E, D), draw.normal(size=(COPIES * TOKENS, D))
+    scores = np.empty((COPIES * TOKENS, E))
+    np.put_along_axis(scores, np.array([list(order) for order in chosen]), np.linspace(2, 1, E)[None], axis=1)
+    x[:, :E] = scores
+    likely = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    best = np.array([list(order[:K]) for order in chosen])
+    gate_up, down = draw.normal(size=(E, 2 * F, D)), draw.normal(size=(E, D, F))
+    wanted = expected(x, gate_up, down, np.take_along_axis(likely, best, axis=1), best).reshape(COPIES, TOKENS, D)
+    unused = [expert for expert in range(E) if expert not in best[valid.reshape(-1)]]
+    gate_up[unused], down[unused] = np.nan, np.nan
+    arrays = [jnp.asarray(array, jnp.float32) for array in (gate_up, down, router, x.reshape(COPIES, TOKENS, D))]
+    got = of_copies()(*arrays, jnp.asarray(valid))
+    for device in range(DEVICES):
+        np.testing.assert_allclose(got[:, device], np.where(valid[..., None], wanted, 0), atol=1e-4, rtol=1e-4)

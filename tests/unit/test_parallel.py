@@ -29,7 +29,7 @@ from jaxllm.parallel.collectives import (
     count_collectives,
     expected_collectives,
 )
-from jaxllm.parallel.mesh import TENSOR
+from jaxllm.parallel.mesh import DATA, TENSOR
 from jaxllm.parallel.rules import check_split, device_bytes, held, split_sizes
 from jaxllm.runner.compile.target import target_described
 
@@ -94,6 +94,22 @@ def test_one_device_exchanges_nothing():
     assert expected_collectives(7, 1) == {}
 
 
+def test_replicas_that_share_experts_exchange_tokens():
+    """A layer's are gathered and its sums scattered; which tokens there are is known to all, once."""
+    assert expected_collectives(7, 1, exchanging=5) == {"all-gather": 6, "reduce-scatter": 5}
+    assert expected_collectives(7, 2, exchanging=5) == {"all-reduce": 15, "all-gather": 7, "reduce-scatter": 5}
+
+
+@given(experts=st.integers(1, 8), data=st.integers(1, 4), tensor=st.integers(1, 4))
+def test_experts_are_spread_over_replicas_and_their_devices(experts: int, data: int, tensor: int):
+    """Oracle: the experts in equal parts, one device of a replica after the other."""
+    sizes, axis = {DATA: data, TENSOR: tensor}, Axis("experts", experts * data * tensor)
+    numbers = [{DATA: replica, TENSOR: device} for replica in range(data) for device in range(tensor)]
+    for part, number in zip(np.split(np.arange(axis.units), data * tensor), numbers, strict=True):
+        own = held(axis, sizes, number)
+        assert part.tolist() == list(range(own.first, own.first + own.count))
+
+
 @given(words=st.integers(1, 100), devices=st.integers(1, 16))
 def test_a_vocabulary_is_filled_up(words: int, devices: int):
     """Oracle: the vocabulary filled up to a multiple, and cut."""
@@ -115,6 +131,8 @@ def test_the_devices_are_replicas_of_stages():
     stage = replica.stage(2)
     assert stage.devices is not None and stage.devices.tolist() == [[["d10", "d11"]]]
     assert stage.device == "d10" and stage.mesh_sizes == {TENSOR: 2}
+    together = target_described(GPUS["h100"], names[:6], grid=Grid(data=3, tensor=2))
+    assert together.replicas == 3 and together.mesh_sizes == {DATA: 3, TENSOR: 2}
     nothing = target_described(GPUS["h100"], grid=Grid(data=2, tensor=4)).replica(1)
     assert nothing.grid == (1, 1, 4) and nothing.sharding is None
 

@@ -16,7 +16,7 @@ from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.config.log import LogHandler
 from jaxllm.engine.observe.metrics import EngineStats
 from jaxllm.engine.observe.progress import Progress
-from jaxllm.engine.scheduling.scheduler import SchedulerStats
+from jaxllm.engine.scheduling.stats import SchedulerStats
 
 
 class Clock:

@@ -10,7 +10,7 @@ from support.fake_engine import FakeEngine
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.metrics import EngineStats
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
-from jaxllm.engine.scheduling.scheduler import SchedulerStats
+from jaxllm.engine.scheduling.stats import SchedulerStats
 
 
 class Engine:

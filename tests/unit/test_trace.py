@@ -15,7 +15,7 @@ from support.fake_engine import FakeEngine
 from jaxllm.engine.observe.chrome_trace import events
 from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
-from jaxllm.engine.scheduling.scheduler import StepUpdates
+from jaxllm.engine.scheduling.step_updates import StepUpdates
 from jaxllm.engine.step import SchedulerOutput
 
 

@@ -76,7 +76,7 @@ class Feed:
         if on_error not in ("raise", "return"):
             raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
         self._client, self._inputs, self._pool = client, inputs, pool
-        jobs = _jobs(prompts, params, 0 if priority is None else priority)
+        jobs = jobs_of(prompts, params, 0 if priority is None else priority)
         ready = isinstance(prompts, Sized)
         self._source = ReadySource(jobs) if ready or lockstep else WaitingSource(jobs, window)
         self._lockstep = lockstep
@@ -257,7 +257,7 @@ class Feed:
         self._source.finished()
 
 
-def _jobs(prompts: Iterable[Any], params: Any, priority: Any) -> Iterator[Job]:
+def jobs_of(prompts: Iterable[Any], params: Any, priority: Any) -> Iterator[Job]:
     """The prompts with what belongs to each. Raises ValidationError as soon as lengths are known to differ."""
     columns: dict[str, Iterator[Any]] = {}
     for name, values, single in (("params", params, (SamplingParams, Mapping)), ("priority", priority, (int, str))):

@@ -187,5 +187,10 @@ class InputProcessor:
         if params.seed is not None:
             return params.seed % 2**64
         self._count += 1
-        digest = hashlib.blake2b(f"{self._seed}:{self._count}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        return seed_of(self._seed, self._count)
+
+
+def seed_of(engine_seed: int, count: int) -> int:
+    """The seed of the request that is the `count`-th one without a seed of its own, in [0, 2^64)."""
+    digest = hashlib.blake2b(f"{engine_seed}:{count}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

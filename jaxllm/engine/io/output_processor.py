@@ -14,7 +14,8 @@ from jaxllm.engine.request import Request, RequestStatus
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
+    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import LogprobArrays, SchedulerOutput, StepOutput
 
 _PREEMPTED = int(RequestStatus.PREEMPTED)

@@ -13,7 +13,8 @@ from jaxllm.engine.io.late_chunking import chunk_embeddings
 
 if TYPE_CHECKING:
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
+    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput, StepOutput
 
 

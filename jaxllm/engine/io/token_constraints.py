@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.scheduler import StepUpdates
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
     from jaxllm.structured.compiler import GrammarCompiler
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
 from jaxllm.engine.request import RequestStatus
-from jaxllm.engine.scheduling.scheduler import SchedulerStats
+from jaxllm.engine.scheduling.stats import SchedulerStats
 
 if TYPE_CHECKING:
     import numpy as np
 
     from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
-    from jaxllm.engine.scheduling.scheduler import StepUpdates
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 

@@ -13,7 +13,8 @@ from jaxllm.engine.request import Request, RequestStatus
 if TYPE_CHECKING:
     import numpy as np
 
-    from jaxllm.engine.scheduling.scheduler import Scheduler, StepUpdates
+    from jaxllm.engine.scheduling.scheduler import Scheduler
+    from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
 

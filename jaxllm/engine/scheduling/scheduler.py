@@ -17,7 +17,6 @@ So the one request that has nobody but itself to preempt never lacks a block.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
@@ -32,7 +31,9 @@ from jaxllm.engine.scheduling.limits import LengthLimits
 from jaxllm.engine.scheduling.micro_batches import MicroBatches
 from jaxllm.engine.scheduling.preemption import PreemptionLog, Shortage
 from jaxllm.engine.scheduling.queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
-from jaxllm.engine.step import EMBEDDED, AdmittedRequest, SchedulerOutput
+from jaxllm.engine.scheduling.stats import SchedulerStats
+from jaxllm.engine.scheduling.step_updates import StepUpdates
+from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
@@ -45,38 +46,6 @@ NOTHING_ALLOWED = (
     "what the request allows (structured_outputs, thinking_token_budget, allowed_token_ids, bad_words, min_tokens) "
     "leaves no token to generate"
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    """The scheduler in numbers."""
-
-    num_running: int
-    num_waiting: int
-    #: preemptions since the start
-    num_preemptions: int
-    #: computed tokens given up by them
-    num_preempted_tokens: int
-    #: share of the KV cache in use, in [0, 1]
-    kv_cache_usage: float
-
-
-@dataclasses.dataclass(slots=True)
-class StepUpdates:
-    """What a step brought. Parallel lists, one entry for each request that got tokens, or that ended where its token
-    should have come.
-
-    No object is made for a token: a thousand of them a step, while they live, count as objects that last, and bring the
-    collector to go through everything that the process holds, which takes longer than many steps.
-    """
-
-    requests: list[Request] = dataclasses.field(default_factory=list)
-    #: tokens that each got, the last ones of its `all_token_ids` until the next step is taken in
-    counts: list[int] = dataclasses.field(default_factory=list)
-    #: the first of them in `StepOutput.token_ids`, and so in its `logprobs`
-    firsts: list[int] = dataclasses.field(default_factory=list)
-    #: those of `requests` that ended with the step; whoever ends more of them for what it brought adds them
-    ended: list[Request] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
@@ -281,7 +250,7 @@ class Scheduler:
             request.num_output_placeholders = int(start + count == num_tokens)
             manager.cache_full_blocks(request)
             budget.take(request, start, count)
-            step.admitted.append(_admitted(request, start))
+            step.admitted.append(AdmittedRequest.of(request, start))
             step.rows.append(request.row)
             step.starts.append(start)
             step.counts.append(count)
@@ -424,24 +393,3 @@ class Scheduler:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Does nothing and returns False while requests run."""
         return self.kv_cache_manager.reset_prefix_cache()
-
-
-def _admitted(request: Request, num_cached_tokens: int) -> AdmittedRequest:
-    """What the runner is told of a request that has its row and blocks, with the tokens that the prefix cache had."""
-    token_ids, embeds = list(request.all_token_ids), request.prompt_embeds
-    if embeds is not None:
-        token_ids[: len(embeds)] = [EMBEDDED] * len(embeds)
-    return AdmittedRequest(
-        row=request.row,
-        request_id=request.request_id,
-        token_ids=token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_computed_tokens=num_cached_tokens,
-        params=request.params,
-        seed=request.seed,
-        stop_token_ids=request.stop_token_ids,
-        end_token_ids=request.end_token_ids,
-        block_ids=tuple(list(table) for table in request.block_tables),
-        bad_words=request.bad_words,
-        prompt_embeds=embeds,
-    )

@@ -49,7 +49,8 @@ class CudaCompiler:
             base: what to start from; None: this process's. JAX's own settings are left out of it.
         """
         kept = {name: value for name, value in (os.environ if base is None else base).items() if _is_kept(name)}
-        here = Path(__file__).parents[2]
+        # where this package is found, and not the package itself, whose modules have names of other packages
+        here = Path(__file__).parents[3]
         path = [str(here), *([str(self.folder)] if self.folder else []), kept.pop("PYTHONPATH", "")]
         return {
             **kept,

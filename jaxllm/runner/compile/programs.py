@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.parallel.mesh import OneAtATime, on_each_device
+from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
@@ -75,14 +75,18 @@ class Programs(abc.ABC):
         progress: StartProgress | None = None,
     ):
         self.packings, self._state = packings, state
-        #: of what every device has whole
+        #: of what a step brings and gives: every device has it whole, of copies of the model that step together those
+        #: of a copy
         self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
         #: None: there is one device
         self._mesh: jax.sharding.Mesh | None = None
+        #: copies of the model that step together: what each brings and gives lies one behind the other
+        self.replicas = 1
         if isinstance(self.sharding, jax.sharding.NamedSharding):
             assert isinstance(self.sharding.mesh, jax.sharding.Mesh)
             self._mesh = self.sharding.mesh
-            self.sharding = jax.sharding.NamedSharding(self._mesh, jax.P())
+            self.replicas = self._mesh.shape.get(DATA, 1)
+            self.sharding = jax.sharding.NamedSharding(self._mesh, own_rows(self._mesh))
         self._runs_alone = platform == "cpu" and self._mesh is not None
         self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
@@ -100,8 +104,13 @@ class Programs(abc.ABC):
             donate: the argument that is donated.
             out: how the results are split over the mesh, where not each device has all of them.
         """
-        spread = on_each_device(function, self._mesh, args, jax.P() if out is None else out)
+        spread = on_each_device(function, self._mesh, args, own_rows(self._mesh) if out is None else out)
         return lowered(spread, *args, donate=donate)
+
+    @property
+    def _state_specs(self) -> Any:
+        """How the state is split over the mesh."""
+        return jax.tree.map(lambda shape: getattr(shape.sharding, "spec", jax.P()), self._state)
 
     def lower_allocator(self) -> jax.stages.Lowered:
         def zeros() -> Any:
@@ -119,11 +128,14 @@ class Programs(abc.ABC):
         if not self.config.prompt_embeds:
             return ()
         table = getattr(self._params, "body", self._params).embedding
-        shape = (bucket.tokens, self.config.model.hidden_size)
-        return (jax.ShapeDtypeStruct(shape, table.dtype, sharding=self.sharding),)
+        return (self._rows(table.dtype, bucket.tokens, self.config.model.hidden_size),)
 
-    def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.sharding)
+    def _rows(self, dtype: Any, count: int, *shape: int) -> jax.ShapeDtypeStruct:
+        """What a step brings or gives: `count` rows of a shape, of each replica."""
+        return jax.ShapeDtypeStruct((self.replicas * count, *shape), dtype, sharding=self.sharding)
+
+    def _words(self, count: int, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._rows(np.int32, count, *shape)
 
     def _needed_bytes(self, key: Key) -> int:
         """Temporaries and outputs of a compiled program."""

@@ -13,7 +13,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import ONE_DEVICE, Grid
-from jaxllm.parallel.mesh import TENSOR, ask_for_cpu_devices, make_mesh
+from jaxllm.parallel.mesh import DATA, TENSOR, ask_for_cpu_devices, make_mesh
 from jaxllm.parallel.processes import engine_devices, is_distributed, num_processes, of_all_processes
 from jaxllm.runner.memory.plan import device_memory
 
@@ -30,7 +30,9 @@ class DescribedDevice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """The devices of one engine, all of one kind; or those of one of its replicas, or of one stage of that."""
+    """The devices of one engine, all of one kind; or those of one of its replicas, or of one stage of that. Programs
+    are made for one stage of one replica, or for all replicas, which step together then.
+    """
 
     #: JAX's name: "cpu" or "gpu"
     platform: str
@@ -75,6 +77,11 @@ class Target:
         return self.grid.tensor
 
     @property
+    def replicas(self) -> int:
+        """Copies of the model that programs for these devices are of."""
+        return self.grid.data
+
+    @property
     def num_processes(self) -> int:
         """That run the engine together."""
         return 1 if self.devices is None else num_processes(self.devices.flat)
@@ -82,17 +89,18 @@ class Target:
     @property
     def mesh_sizes(self) -> dict[str, int]:
         """Of the mesh's axes, also where there is nothing to compile with."""
-        return {TENSOR: self.grid.tensor}
+        copies = {DATA: self.replicas} if self.replicas > 1 else {}
+        return {**copies, TENSOR: self.grid.tensor}
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """The devices of one stage of one replica along one axis; None: it has but one, or there is nothing to compile
-        with.
+        """The devices of one stage of one replica along one axis, or those of all replicas along two; None: there is
+        but one, or there is nothing to compile with.
         """
-        if self.devices is None or self.grid.tensor == 1:
+        if self.devices is None or self.replicas == self.grid.tensor == 1:
             return None
-        assert self.grid.data == self.grid.stage == 1, "a program is made for one stage of one replica"
-        return make_mesh(self.devices[0, 0])
+        assert self.grid.stage == 1, "a program is made for one stage"
+        return make_mesh(self.devices[0, 0] if self.replicas == 1 else self.devices[:, 0])
 
     @property
     def sharding(self) -> Any:
@@ -121,14 +129,17 @@ def find_device(name: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeFo
         ) from error
 
 
-def target_here(name: str, grid: Grid = ONE_DEVICE) -> Target:
+def target_here(name: str, grid: Grid = ONE_DEVICE, *, together: bool = False) -> Target:
     """Devices of this machine, by their platform (`find_device`). A CPU becomes as many devices as are needed, unless
     JAX has started; copies of a model that is not split share one of them.
+
+    Args:
+        together: copies of the model step together, each on devices of its own.
 
     Raises:
         ValidationError: there are not so many.
     """
-    shares = grid.stage == grid.tensor == 1
+    shares = grid.stage == grid.tensor == 1 and not together
     if name in ("auto", "cpu") and not is_distributed():
         ask_for_cpu_devices(1 if shares else grid.size)
     device = find_device(name)

@@ -162,7 +162,7 @@ class PipelineHead(SamplingHead):
         new = Unwritten(ids=ids, sampling=sampling.first, rows=sampling.rows)
         return PipelineState(stages=(*others, last), unwritten=(*state.unwritten, new)), sampled
 
-    def _write_tokens(self, state: Any, row: int, ids: np.ndarray) -> PipelineState:
+    def _write_tokens(self, state: Any, row: int, ids: np.ndarray, replica: int = 0) -> PipelineState:
         """As `SamplingHead` does, for penalties: at the last stage."""
         *others, last = state.stages
-        return dataclasses.replace(state, stages=(*others, super()._write_tokens(last, row, ids)))
+        return dataclasses.replace(state, stages=(*others, super()._write_tokens(last, row, ids, replica)))

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxllm.models.decoder import Params
-from jaxllm.parallel.rules import cache_axes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key
@@ -51,8 +50,7 @@ class StagePrograms(SamplingPrograms):
         packing = self.packings[bucket]
         function = functools.partial(stage_step, self.config, self.stage, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
-        tokens: Any = None if self._state.tokens is None else jax.P()
-        out = State(cache=cache_axes(self.config.model), tokens=tokens), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        out = self._state_specs, jax.P(), jax.P()
         # vectors of prompts take the place of the embedding, which only the first stage has
         given = self.embeddings(bucket) if self.stage.is_first else (self._hidden(bucket.tokens),)
         return self._lowered(function, self._params_for(bucket), self._state, words, *given, donate=1, out=out)
@@ -64,8 +62,7 @@ class StagePrograms(SamplingPrograms):
         return self._lowered(function, self._state.tokens, ids, self._words(packing.size), donate=0)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        size = (rows, self.config.model.hidden_size)
-        return jax.ShapeDtypeStruct(size, self._hidden_dtype, sharding=self.sharding)
+        return self._rows(self._hidden_dtype, rows, self.config.model.hidden_size)
 
     @property
     def head_shape(self) -> Any:

@@ -14,7 +14,6 @@ from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import put_whole
-from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -53,16 +52,14 @@ class PoolingPrograms(Programs):
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(pooling_step, self.config, bucket, packing)
-        kept = PoolingState(cache=cache_axes(self.config.model), pooled=None if self._state.pooled is None else jax.P())  # pyright: ignore
         words = self._words(packing.size)
         args = self._params, self._state, words, *self.embeddings(bucket)
-        return self._lowered(function, *args, donate=1, out=(kept, jax.P(), jax.P()))
+        return self._lowered(function, *args, donate=1, out=(self._state_specs, jax.P(), jax.P()))
 
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(token_step, self.config, packing)
-        size = (bucket.tokens, self.config.model.hidden_size)
-        hidden = jax.ShapeDtypeStruct(size, self._params.body.embedding.dtype, sharding=self.sharding)
+        hidden = self._rows(self._params.body.embedding.dtype, bucket.tokens, self.config.model.hidden_size)
         return self._lowered(function, self._params.head, hidden, self._words(packing.size))
 
     def _keys(self) -> list[Key]:

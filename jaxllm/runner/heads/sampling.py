@@ -131,7 +131,8 @@ class SamplingHead(Head[Params, State]):
         #: the weights as programs of a single row take them, and as samplers do
         self._whole: Params | None = None
         self._head: Params | None = None
-        constraints = ConstraintShape(programs.config.model.vocab_size).empty(programs.max_num_seqs)
+        rows = programs.replicas * programs.max_num_seqs
+        constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
         self._no_constraints = put_whole(constraints, self._sharding)
 
     def use(self, params: Params | None) -> None:
@@ -144,10 +145,7 @@ class SamplingHead(Head[Params, State]):
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._rows.admit(request)
-        if request.num_computed_tokens and self._rows.needs_history(request):
-            known = np.asarray(request.token_ids[: request.num_computed_tokens], np.int32)
-            return self._write_tokens(state, request.row, known)
-        return state
+        return self._write_tokens(state, request.row, self._rows.history(request))
 
     def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
@@ -182,11 +180,13 @@ class SamplingHead(Head[Params, State]):
     def warm_up(self, state: State, *, smallest: bool) -> State:
         programs = self.programs
         sample_size, trash = programs.sample_packing.size, programs.max_num_seqs
+        replicas = programs.replicas
         for bucket, packing in list(programs.packings.items())[: 1 if smallest else None]:
-            state, hidden, sampling = self._forward(state, bucket, np.zeros(packing.size + sample_size, np.int32))
+            buffer = np.zeros(replicas * (packing.size + sample_size), np.int32)
+            state, hidden, sampling = self._forward(state, bucket, buffer)
             for full in (True, False):
                 state, _ = self._sample(state, hidden, sampling, None, bucket.seqs, full)
-            self._score(hidden, np.zeros(1 + programs.config.max_scored_tokens, np.int32))
+            self._score(hidden, np.zeros(replicas * (1 + programs.config.max_scored_tokens), np.int32))
         for bucket, packing in list(programs.decode_packings.items())[: 1 if smallest else None]:
             buffer = np.zeros(packing.size + sample_size, np.int32)
             fields, sampling = packing.views(buffer[: packing.size]), buffer[packing.size :]
@@ -238,15 +238,19 @@ class SamplingHead(Head[Params, State]):
     def _score(self, hidden: Hidden, targets: np.ndarray) -> Logprobs:
         return self.programs.scorer(self._head, hidden.scored, put_whole(targets, self._sharding))
 
-    def _write_tokens(self, state: State, row: int, ids: np.ndarray) -> State:
-        """Put tokens from a row's first position on into `State.tokens`, without computing them."""
+    def _write_tokens(self, state: State, row: int, ids: np.ndarray, replica: int = 0) -> State:
+        """Put tokens from a row's first position on into `State.tokens`, without computing them.
+
+        Args:
+            replica: of those that step together, the one whose row it is.
+        """
         tokens = state.tokens
         for first in range(0, len(ids), WRITE_TOKENS):
             part = ids[first : first + WRITE_TOKENS]
-            buffer = np.zeros(3 + WRITE_TOKENS, np.int32)
-            buffer[:3] = row, first, len(part)
-            buffer[3 : 3 + len(part)] = part
-            tokens = self.programs.writer(tokens, put_whole(buffer, self._sharding))
+            buffers = np.zeros((self.programs.replicas, 3 + WRITE_TOKENS), np.int32)
+            buffers[replica, :3] = row, first, len(part)
+            buffers[replica, 3 : 3 + len(part)] = part
+            tokens = self.programs.writer(tokens, put_whole(buffers.reshape(-1), self._sharding))
         return State(cache=state.cache, tokens=tokens)
 
     def _params_for(self, bucket: Bucket) -> Params | None:

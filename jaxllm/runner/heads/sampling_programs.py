@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.decoder import MATRICES, Layers, Params
-from jaxllm.parallel.rules import cache_axes
-from jaxllm.runner.buckets import Bucket
+from jaxllm.parallel.mesh import own_rows
+from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -77,7 +77,7 @@ class SamplingPrograms(Programs):
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
         # the largest step has room for all
-        self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] - 1
+        self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
         self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
@@ -92,7 +92,7 @@ class SamplingPrograms(Programs):
         packing = self.packings[bucket]
         function = functools.partial(forward_step, self.config, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
-        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P(), jax.P()  # pyright: ignore[reportArgumentType]
+        out = self._state_specs, own_rows(self._mesh), own_rows(self._mesh)
         args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=out)
 
@@ -135,7 +135,7 @@ class SamplingPrograms(Programs):
             decode_steps, self.config, self.num_decode_steps, rows, bucket, packing, sample_packing
         )
         words = self._words(packing.size + sample_packing.size)
-        out = State(cache=cache_axes(self.config.model), tokens=jax.P()), jax.P()  # pyright: ignore[reportArgumentType]
+        out = self._state_specs, jax.P()
         params = self._params_for(bucket)
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
@@ -149,8 +149,7 @@ class SamplingPrograms(Programs):
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        size = (rows, self.config.model.hidden_size)
-        return jax.ShapeDtypeStruct(size, self._params.embedding.dtype, sharding=self.sharding)
+        return self._rows(self._params.embedding.dtype, rows, self.config.model.hidden_size)
 
     def _keys(self) -> list[Key]:
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
@@ -175,6 +174,12 @@ class SamplingPrograms(Programs):
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
         }
+
+    def bucket_of_all(self, sizes: Sequence[tuple[int, int]]) -> Bucket:
+        """The one that the steps of these sizes, (tokens, sequences), all run in."""
+        tokens, seqs = (max(numbers) for numbers in zip(*sizes, strict=True))
+        single = all(tokens == seqs for tokens, seqs in sizes)
+        return pick_bucket(tuple(bucket for bucket in self.packings if single or not bucket.decode_only), tokens, seqs)
 
     def forward(self, bucket: Bucket) -> jax.stages.Compiled:
         return self._get(("forward", bucket))

@@ -106,6 +106,11 @@ class SamplingRows:
             return True
         return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
 
+    def history(self, request: AdmittedRequest) -> np.ndarray:
+        """int32, the first tokens of a request that its sampler looks at, and that no step will bring."""
+        count = request.num_computed_tokens if self.needs_history(request) else 0
+        return np.asarray(request.token_ids[:count], np.int32)
+
     def pack(self, step: SchedulerOutput, rows: Rows, packing: Packing) -> PackedStep:
         """Fill the buffers of a step; `packing` is its bucket's."""
         # never reused: the device may read it in place

@@ -196,7 +196,11 @@ def sample_rows(
 
     def block(i: jax.Array, out: Sampled) -> Sampled:
         first = jnp.minimum(i * rows, capacity - rows)
-        scores = _scores_of_some(config, params, lax.dynamic_slice_in_dim(hidden, first, rows), fields["num_samples"])
+        wanted = lax.dynamic_slice_in_dim(hidden, first, rows)
+        if rows == 1 < capacity and config.fixed_sample_rows is not None:
+            # XLA:GPU of JAX 0.10 takes the slice into the product with the head, and cannot compile that of one row
+            wanted = lax.optimization_barrier(wanted)
+        scores = _scores_of_some(config, params, wanted, fields["num_samples"])
         if constraints is None:
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:

@@ -1,0 +1,19 @@
+"""The scheduler in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """The scheduler in numbers."""
+
+    num_running: int
+    num_waiting: int
+    #: preemptions since the start
+    num_preemptions: int
+    #: computed tokens given up by them
+    num_preempted_tokens: int
+    #: share of the KV cache in use, in [0, 1]
+    kv_cache_usage: float

@@ -1,0 +1,170 @@
+"""The programs of engines with real models, on one device and on several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxllm.api.pooler import Pooler
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.devices import GPU
+from jaxllm.config.parallel import Grid
+from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.parallel.rules import check_split, shapes, spread_experts
+from jaxllm.runner.build import make_programs
+from jaxllm.runner.compile.deviceless import devices as described
+from jaxllm.runner.compile.programs import Key
+from jaxllm.runner.compile.target import target_described
+from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
+from jaxllm.runner.runner_config import RunnerConfig
+
+from .cases import Case, device_bytes
+from .models import MODELS, Model
+from .split_models import HEADS, SPLIT_MODELS
+
+#: bytes of temporaries that no program of an engine may exceed; with the weights, they are what the KV cache is not
+MOST_TEMPORARY_BYTES = 3 * 2**30
+#: what kinds of programs write of their state
+_WRITTEN = {
+    "forward": ("cache", "tokens"),
+    "sample": ("tokens",),
+    "write tokens": ("tokens",),
+    "pool": ("cache", "pooled"),
+}
+#: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
+_KINDS = (("most", "all"), ("few", "most"))
+#: the architecture of the GPUs that the models of several devices run on
+SPLIT_ARCHITECTURE = "sm_90"
+
+
+def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Programs of each of `MODELS`; quick: its largest steps, and one sampler.
+
+    Args:
+        part: 0 or 1: of every second model alone, from the first or the second one on.
+    """
+    for name, model in list(MODELS.items())[part :: 1 if part is None else 2]:
+        for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
+            which = _KINDS[i > 0 or quick][model.all_programs and not i]
+            size = f", {num_blocks} blocks" if i else ""
+            yield from _cases(name, model, gpu, (device,), num_blocks, size, lambda p, which=which: _keys(p, which))
+
+
+def split_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """The largest decode and mixed step of each of `SPLIT_MODELS`, and its samplers of one row and of most; samplers of
+    one row of `HEADS`. Quick: the steps of one, and the samplers of `HEADS`.
+
+    Args:
+        part: 0 or 1: in a quick run the steps alone, or the samplers.
+    """
+    if gpu.architecture != SPLIT_ARCHITECTURE:
+        return
+    if not quick or part != 1:
+        for name in ("Qwen3-30B-A3B on 8",) if quick else SPLIT_MODELS:
+            model = SPLIT_MODELS[name]
+            several = tuple(described(gpu, model.devices))
+            keys = (lambda p: _keys(p, "few")) if quick else (lambda p: (*_keys(p, "most"), *_single_rows(p)))
+            yield from _cases(name, model, gpu, several, model.num_blocks[0], "", keys)
+    if not quick or part != 0:
+        for name, model in HEADS.items():
+            yield from _cases(name, model, gpu, (device,), model.num_blocks[0], "", _single_rows)
+
+
+def _cases(
+    name: str,
+    model: Model,
+    gpu: GPU,
+    devices: tuple[Any, ...],
+    num_blocks: int,
+    size: str,
+    keys: Callable[[Any], Any],
+) -> Iterator[Case]:
+    config = _runner_config(model, devices, gpu)
+    params = shapes(config.specs(), jax.numpy.dtype(config.dtype), config.sharding)
+    programs: Any = make_programs(config, params, num_blocks)
+    state = config.state(num_blocks)
+    body: Any = getattr(params, "body", params)
+    for label, key in keys(programs):
+        written = [getattr(state, part, None) for part in _WRITTEN.get(key[0], ())]
+        has_layers = key[0] in ("forward", "pool")
+        yield Case(
+            name=f"{name}: {label}{size}",
+            lower=lambda key=key: programs._lower(key),
+            in_place_bytes=device_bytes(written),
+            cache_bytes=device_bytes(state.cache),
+            most_temporary_bytes=MOST_TEMPORARY_BYTES,
+            layers=model.config["num_hidden_layers"] if has_layers else None,
+            layer_bytes=tuple(map(device_bytes, body.layers)) if has_layers else (),
+            weight_bytes=device_bytes(params if has_layers else programs.head_params(params)) if written else 0,
+            is_step=True,
+            devices=devices,
+        )
+
+
+def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
+    """Names and keys of "all" kinds of a model's programs, of "most", or of a "few"."""
+    buckets = tuple(programs.packings)
+    decodes = [bucket for bucket in buckets if bucket.decode_only]
+    mixed = [bucket for bucket in buckets if not bucket.decode_only]
+    chosen = [*decodes[-1:], mixed[-1]]
+    if which == "all":
+        chosen = [*decodes[:1], *decodes[len(decodes) // 2 : -1 : 2], *decodes[-1:], mixed[len(mixed) // 2], mixed[-1]]
+    if not isinstance(programs, SamplingPrograms):
+        for bucket in chosen:
+            yield f"pool {bucket}", ("pool", bucket)
+        if which != "few":
+            yield f"pool each token, {chosen[-1]}", ("tokens", chosen[-1])
+        return
+    for bucket in chosen:
+        yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)
+    if which != "few":
+        yield f"sample {programs._sample_rows[-1]} rows", ("sample", programs._sample_rows[-1], True)
+    if which == "all":
+        for rows in programs._sample_rows[:-1]:
+            yield f"sample {rows} rows", ("sample", rows, True)
+        for rows in programs._sample_rows:
+            yield f"sample {rows} rows, greedy", ("sample", rows, False)
+        yield "score", SCORER
+        yield "write tokens", WRITER
+
+
+def _single_rows(programs: Any) -> Iterator[tuple[str, Key]]:
+    for full in (True, False):
+        yield "sample 1 rows" + ("" if full else ", greedy"), ("sample", 1, full)
+
+
+def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerConfig:
+    pools = model.pooling_type is not None
+    read = (pooling_model_config if pools else model_config)(model.config)
+    if model.expert_parallel:
+        read = spread_experts(read)
+    check_split(read, model.devices)
+    return RunnerConfig(
+        model=read,
+        pooler=Pooler(seq_pooling_type=model.pooling_type) if model.pooling_type else None,
+        groups=kv_cache_groups(read.kv_specs),
+        scheduler=SchedulerConfig(
+            max_num_seqs=model.max_num_seqs,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            max_scored_tokens=1024,
+        ),
+        dtype="bfloat16",
+        target=target_described(gpu, devices, grid=Grid(tensor=model.devices)),
+        block_size=16,
+        gpu_memory_utilization=0.9,
+        kv_cache_memory_bytes=None,
+        num_gpu_blocks_override=None,
+        enable_prefix_caching=True,
+        enforce_eager=False,
+        fit_max_model_len=False,
+        num_logprobs=20,
+        logprobs_mode="raw_logprobs",
+        processors=(),
+        seed=0,
+        compile_cache=None,
+        progress=None,
+    )
