@@ -116,11 +116,6 @@ def test_a_trace_shows_the_stages(found: dict[str, Any]):
         assert all(early["end"] <= late["start"] for early, late in zip(first, second, strict=True))
     assert 0 <= trace["bubble"] < 1 and {"stage 1", "stage 4"} <= set(trace["drawn"])
     assert re.search(r"; 4 stages busy (\d+%, ){3}\d+% of the time\)$", trace["text"])
-    plotted = trace["plotted"]
-    assert plotted["panels"] == 5 and plotted["stages"] == [f"stage {number}" for number in range(1, 5)]
-    # one for the whole time of each stage, and one for each step at each
-    assert plotted["bars"] == 4 + len(trace["stages"])
-    assert plotted["legend"] == [f"bubble, {100 * trace['bubble']:.0f}%", "at work"]
 
 
 def test_groups_of_layers_across_stages_and_a_shared_matrix(found: dict[str, Any]):

@@ -19,7 +19,6 @@ from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, a
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm import LLM, LogitsProcessor
-from jaxllm.engine.observe.trace import Trace
 from jaxllm.flax import to_nnx
 from jaxllm.models.segments import segment_sizes
 from jaxllm.runner.heads.pipeline import PipelineHead
@@ -81,19 +80,6 @@ def laws(llm: LLM) -> dict[str, Any]:
     }
 
 
-def plotted(trace: Trace) -> dict[str, Any]:
-    """What a picture says of stages: how many bars each has, and its legend."""
-    panel = trace.plot().axes[-1]
-    legend = panel.get_legend()
-    assert legend is not None
-    return {
-        "panels": len(panel.figure.axes),
-        "stages": [label.get_text() for label in panel.get_yticklabels()],
-        "bars": sum(len(bars.get_paths()) for bars in panel.collections),
-        "legend": [text.get_text() for text in legend.get_texts()],
-    }
-
-
 def traced(llm: LLM, folder: Path) -> dict[str, Any]:
     """What a trace tells of stages."""
     with llm.trace() as trace:
@@ -106,7 +92,6 @@ def traced(llm: LLM, folder: Path) -> dict[str, Any]:
         "bubble": trace.bubble,
         "text": repr(trace),
         "drawn": sorted({event["args"]["name"] for event in events if event["name"] == "thread_name"}),
-        "plotted": plotted(trace),
     }
 
 
