@@ -110,7 +110,11 @@ def build_sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     names = (*(name for name, _, _ in _SAMPLING), "stop")
     given: dict[str, Any] = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if hasattr(arguments, "json_schema"):
-        given["structured_outputs"] = StructuredOutputsParams(json=_schema(arguments.json_schema))
+        from jaxllm.structured.compiler import check_json_schema
+
+        schema = _schema(arguments.json_schema)
+        check_json_schema(schema)
+        given["structured_outputs"] = StructuredOutputsParams(json=schema)
     return SamplingParams(**given)
 
 

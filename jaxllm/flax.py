@@ -29,6 +29,7 @@ from flax import nnx
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import whole_sequences
 from jaxllm.models.decoder import DecoderConfig, Params
+from pallas_kernels.quantized import is_quantized
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -66,12 +67,14 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
             steps bfloat16 rounds away.
 
     Raises:
-        ValidationError: the engine pools, or its weights are split over devices.
+        ValidationError: the engine pools, or its weights are split over devices or quantized.
         RuntimeError: it sleeps.
     """
     params, *_ = llm.apply_model(lambda params: params)
     if not isinstance(params, Params):
         raise ValidationError("to_nnx takes an engine that generates; this one pools (runner='pooling').")
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValidationError("to_nnx takes weights in 16 or 32 bits; this engine's are quantized.")
     if any(not array.is_fully_replicated for array in jax.tree.leaves(params)):
         raise ValidationError(
             "to_nnx takes an engine on one device: the rows of this one's weights are in the order of its "

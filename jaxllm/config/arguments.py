@@ -31,9 +31,11 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "enable_eplb": (False,),
         "eplb_config": (),
     },
-    "quantization": {
-        "quantization_config": (),
+    "quantization of the KV cache": {
         "calculate_kv_scales": (False,),
+    },
+    "a configuration of quantization beside config.json's": {
+        "quantization_config": (),
     },
     "speculative decoding": {
         "speculative_model": (),
@@ -231,9 +233,6 @@ def report_without_effect(arguments: Mapping[str, Any]) -> None:
     backend = arguments.get("attention_backend")
     if isinstance(backend, str) and backend.upper() in VLLM_ATTENTION_BACKENDS:
         reasons.setdefault(_ONE_KERNEL, []).append("attention_backend")
-    quantization = arguments.get("quantization")
-    if isinstance(quantization, str) and quantization.lower() == "gguf":
-        reasons["GGUF weights are dequantised to dtype when loaded"] = ["quantization"]
     if reasons:
         text = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
         logger.warning("These arguments have no effect in jaxllm: %s.", text)

@@ -27,6 +27,14 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)") from None
 
 
+def devices(text: str) -> int:
+    """A number of devices."""
+    try:
+        return argument_checks.count("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1, 2 and 4 are)") from None
+
+
 def number(text: str) -> float:
     """A number."""
     try:
@@ -69,7 +77,15 @@ def _value(text: str) -> Any:
 
 
 #: what reads an option's text -> what the text looks like, in ``--help``
-_FORMS: dict[Any, str] = {count: "N", int: "N", number: "X", json_object: "JSON", str: "TEXT", _value: "VALUE"}
+_FORMS: dict[Any, str] = {
+    count: "N",
+    devices: "N",
+    int: "N",
+    number: "X",
+    json_object: "JSON",
+    str: "TEXT",
+    _value: "VALUE",
+}
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):
@@ -125,6 +141,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
     del found["model"]
     found["max_model_len"] = _length
     found["kv_cache_memory_bytes"] = size
+    found.update({name: devices for name in found if name.endswith("_parallel_size")})
     return found
 
 

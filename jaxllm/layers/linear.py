@@ -8,12 +8,18 @@ from jax import lax
 
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
+from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
+from pallas_kernels.quant_matmul.layout import Int4Weight, halves
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
+
+#: what a matrix can be stored as
+Matrix = jax.Array | StackedMatrix | Quantized
 
 
 def linear(
     context: Context,
     x: jax.Array,
-    weight: jax.Array | StackedMatrix,
+    weight: Matrix,
     bias: jax.Array | None = None,
     *,
     over: str | None = None,
@@ -36,7 +42,7 @@ def linear(
     return y.astype(x.dtype)
 
 
-def linear_f32(context: Context, x: jax.Array, weight: jax.Array | StackedMatrix) -> jax.Array:
+def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
     Where the context is deterministic, on a CPU, a row of the result is the same, to the bit, however many rows
@@ -49,12 +55,45 @@ def linear_f32(context: Context, x: jax.Array, weight: jax.Array | StackedMatrix
             return one_row_product(x, weight)
         assert weight.several is not None
         weight = weight.several
+    if not isinstance(weight, jax.Array):
+        return _of_quantized(context, x, weight)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
     if context.deterministic and rows < least:
         return linear_f32(context, _padded(x, least), weight)[:rows]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)
+
+
+def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:
+    """`linear_f32` of a weight that is no array (`pallas_kernels.quantized`)."""
+    if isinstance(weight, Joined):
+        return jnp.concatenate([linear_f32(context, x, part) for part in weight.parts], axis=-1)
+    if isinstance(weight, Reordered):
+        return linear_f32(context, x[..., weight.order], weight.weight)
+    if isinstance(weight, RoundedInputs):
+        # integers and float8 numbers are exact in every dtype
+        rounded, scales = weight.rounded(x)
+        if scales.shape[-2] > 1:
+            return linear_f32(context, (rounded * scales).reshape(x.shape).astype(x.dtype), weight.weight)
+        return linear_f32(context, rounded.reshape(x.shape).astype(x.dtype), weight.weight) * scales[..., 0]
+    if isinstance(weight, ScaledWeight) and weight.one_scale_a_row:
+        return linear_f32(context, x, weight.values.astype(x.dtype)) * weight.scales[:, 0].astype(jnp.float32)
+    if isinstance(weight, Int4Weight):
+        rows, backend = x.shape[0], context.backend
+        if implementation_for(backend, rows=rows, group_size=weight.group_size, dtype=x.dtype) == "triton":
+            return quant_matmul(x, weight, backend=backend).astype(jnp.float32)
+        if not context.deterministic:
+            return _of_halves(context, x, weight)
+    return linear_f32(context, x, weight.dequantize(x.dtype))
+
+
+def _of_halves(context: Context, x: jax.Array, weight: Int4Weight) -> jax.Array:
+    """As two products, so that the bytes of a weight become numbers where they lie."""
+    parts = x.reshape(x.shape[0], -1, 2, weight.group_size // 2)
+    both = zip((parts[:, :, 0], parts[:, :, 1]), halves(weight, x.dtype), strict=True)
+    low, high = (linear_f32(context, part.reshape(x.shape[0], -1), matrix) for part, matrix in both)
+    return low + high
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.linear import linear, matmul_precision
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import apply_rope
+from pallas_kernels.quantized import dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,9 @@ def latent_block(
     latent = rms_norm(down[:, : c.rank], w.norm, c.norm_eps)[:, None]
     turned = apply_rope(down[:, None, c.rank :], cos, sin, interleaved=interleaved)
     cache = write_latents(context, cache, jnp.concatenate([latent, turned], axis=2), layout, batch)
-    keys = w.up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
-    values = w.up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
+    up = dense(w.up, x.dtype)
+    keys = up[: heads * c.plain_dim].reshape(heads, c.plain_dim, c.rank)
+    values = up[heads * c.plain_dim :].reshape(heads, c.value_dim, c.rank)
     asked = _of_each_head("thn,hnr->thr", query[..., : c.plain_dim], keys)
     turned = apply_rope(query[..., c.plain_dim :], cos, sin, interleaved=interleaved)
     query = jnp.concatenate([asked, turned], axis=2)

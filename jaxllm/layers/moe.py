@@ -34,6 +34,7 @@ from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.quantized import Quantized, RoundedInputs, index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,16 @@ def through_experts(
     in_order = lax.sort(group * rows + jnp.arange(rows, dtype=jnp.int32))
     order, group = in_order % rows, in_order // rows
     sizes = jnp.sum(group[:, None] == jnp.arange(held), axis=0, dtype=jnp.int32)
-    product = functools.partial(grouped_matmul, group_sizes=sizes, backend=context.backend, layer=experts.layer)
+
+    def product(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
+        if isinstance(w, RoundedInputs):
+            if w.scales is not None and experts.layer is not None:
+                # a scale that is said for good is that of all the layer's experts
+                w = dataclasses.replace(w, scales=index(w.scales, experts.layer))
+            rounded, scales = w.rounded(x)
+            x, w = (rounded * scales).reshape(x.shape).astype(x.dtype), w.weight
+        return grouped_matmul(x, w, sizes, backend=context.backend, layer=experts.layer)
+
     y = product(x[order // k], experts.gate_up)
     y = _with_bias(y, experts.gate_up_bias, experts.layer, group)
     y = product(gated(activation, y), experts.down)

@@ -12,11 +12,14 @@ bfloat16 numbers are read as uint16: a slice of a bfloat16 array XLA:CPU widens 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quant_matmul.layout import Int4Weight
+from pallas_kernels.quantized import ScaledWeight, is_quantized
 from pallas_kernels.storage import from_storage
 
 #: in-features come in multiples of it: a vector
@@ -33,8 +36,8 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 class StackedMatrix:
     """[out, in] of a layer: what `linear` takes in place of a weight, for x of one row."""
 
-    #: [L, out, in]: float32, or uint16, the bits of bfloat16
-    stored: jax.Array
+    #: [L, out, in]: float32, or uint16, the bits of bfloat16; int8 with one scale a row; four bits in groups
+    stored: jax.Array | ScaledWeight | Int4Weight
     #: i32 [], unknown to the compiler; None: of all layers
     layer: jax.Array | None = None
     #: [out, in], the same for x of several rows; None: there is no such x
@@ -44,12 +47,19 @@ class StackedMatrix:
         return dataclasses.replace(self, layer=layer)
 
 
-def can_be_read(weight: jax.Array | jax.ShapeDtypeStruct) -> bool:
+def can_be_read(weight: Any) -> bool:
     """Whether a weight [L, out, in] or [out, in] can be a `StackedMatrix`, and its parts are narrow: lanes that are as
     wide as a row cost more than they save.
     """
     in_features = weight.shape[-1]
-    if weight.dtype not in DTYPES or in_features % LANES:
+    if isinstance(weight, Int4Weight):
+        return weight.group_size // 2 % LANES == 0
+    if isinstance(weight, ScaledWeight):
+        if not weight.one_scale_a_row or weight.values.dtype != jnp.int8:
+            return False
+    elif is_quantized(weight) or weight.dtype not in DTYPES:
+        return False
+    if in_features % LANES:
         return False
     width = _part_width(in_features)
     return width <= 4 * LANES or width * 8 <= in_features
@@ -59,15 +69,57 @@ def one_row_product(x: jax.Array, weight: StackedMatrix) -> jax.Array:
     """``x [1, in] @ weight [out, in].T`` -> float32 [1, out], accumulated in float32."""
     _, out_features, in_features = weight.stored.shape
     assert x.shape == (1, in_features) and weight.layer is not None
-    width = _part_width(in_features)
     row = x[0].astype(jnp.float32)
+    if isinstance(weight.stored, Int4Weight):
+        return _four_bit_product(row, weight.stored, weight.layer)
+    stored = weight.stored.values if isinstance(weight.stored, ScaledWeight) else weight.stored
+    width = _part_width(in_features)
     lanes = jnp.zeros((out_features, width))
     for first in range(0, in_features, width):
         # out of the whole stack, not out of a layer's matrix: that would be copied, and widened as a whole
-        part = lax.dynamic_slice(weight.stored, (weight.layer, 0, first), (1, out_features, width))[0]
+        part = lax.dynamic_slice(stored, (weight.layer, 0, first), (1, out_features, width))[0]
         lanes += from_storage(part, lanes.dtype) * row[first : first + width]
-    ones = jnp.ones((width, 1))
-    return lax.dot_general(lanes, ones, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST).T
+    product = _sum(lanes)
+    if isinstance(weight.stored, ScaledWeight):
+        scales = lax.dynamic_index_in_dim(weight.stored.scales, weight.layer, keepdims=False)
+        product *= scales[:, 0].astype(product.dtype)
+    return product[None]
+
+
+def _four_bit_product(row: jax.Array, weight: Int4Weight, layer: jax.Array) -> jax.Array:
+    """float32 [1, out]. A group's bytes are the lanes, of which each has a number in its low and one in its high bits;
+    what the zero points make is taken off in the end.
+    """
+    _, out_features, half_row = weight.packed.shape
+    half, groups = weight.group_size // 2, weight.scales.shape[-2]
+    scales, zeros = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (weight.scales, weight.zeros))
+    scales = scales.astype(jnp.float32)
+    parts = row.reshape(groups, 2, half)
+
+    def some(first: jax.Array | int, count: int) -> jax.Array:
+        """Of so many groups: float32 [out]."""
+        lanes = jnp.zeros((out_features, half))
+        for i in range(count):
+            group = first + i
+            part = lax.dynamic_slice(weight.packed, (layer, 0, group * half), (1, out_features, half))[0]
+            low, high = (codes.astype(jnp.float32) for codes in (part & 15, part >> 4))
+            lanes += (low * parts[group, 0] + high * parts[group, 1]) * scales[group][:, None]
+        return _sum(lanes)
+
+    whole, rest = divmod(groups, MAX_PARTS)
+    product = some(whole * MAX_PARTS, rest) if rest else jnp.zeros(out_features)
+    if whole:
+        product += lax.fori_loop(
+            0, whole, lambda i, y: y + some(i * MAX_PARTS, MAX_PARTS), jnp.zeros(out_features, jnp.float32)
+        )
+    taken_off = jnp.sum(scales * zeros.astype(jnp.float32) * jnp.sum(parts, axis=(1, 2))[:, None], axis=0)
+    return (product - taken_off)[None]
+
+
+def _sum(lanes: jax.Array) -> jax.Array:
+    """[out, width] -> [out]"""
+    ones = jnp.ones((lanes.shape[1], 1))
+    return lax.dot_general(lanes, ones, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)[:, 0]
 
 
 def _part_width(in_features: int) -> int:

@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: the storage of a weight whose array holds its numbers as they are
-DENSE = "dense"
-
 
 class Axis(NamedTuple):
     """An axis of a tensor, by what it counts."""
@@ -97,14 +94,16 @@ class WeightSpec:
     init: float | None = None
     #: None: the engine's dtype
     dtype: str | None = None
-    #: in which form the numbers lie; a quantized one has a name of its own
-    storage: str = DENSE
+    #: whether the array's last two axes are the other way round, and parts are joined along the last
+    columns_first: bool = False
 
     @property
     def axes(self) -> tuple[tuple[Axis, ...], ...]:
         """The array's axes but that of the layers, each as the axes that are joined in it."""
         first, *rest = zip(*(part.axes for part in self.parts), strict=True)
-        return (*(() if self.experts is None else ((self.experts,),)), first, *((axis[0],) for axis in rest))
+        axes = (first, *((axis[0],) for axis in rest))
+        axes = axes[::-1] if self.columns_first else axes
+        return (*(() if self.experts is None else ((self.experts,),)), *axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,7 +131,8 @@ class WeightSpec:
                 for part in self.parts:
                     rows = slice(first, first + part.axes[0].size)
                     first = rows.stop
-                    yield part.name.format(layer=layer, expert=expert), part, (*stacked, rows)
+                    place = (slice(None), rows) if self.columns_first else (rows,)
+                    yield part.name.format(layer=layer, expert=expert), part, (*stacked, *place)
 
     def has_all_experts(self, part: Part) -> bool:
         """Whether the part's tensor has every expert's, on an axis in front."""

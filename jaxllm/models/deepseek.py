@@ -85,12 +85,6 @@ def _experts(
 def _fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     if hf.get("attention_bias"):
         raise ValidationError("attention_bias=true is not supported for latent attention; only false is.")
-    if hf.get("quantization_config"):
-        kind = hf["quantization_config"].get("quant_method")
-        raise ValidationError(
-            f"the checkpoint's weights are quantized (quant_method {kind!r}), which cannot be read yet; take one in "
-            "bfloat16."
-        )
     rank, plain, turned, value = (hf[name] for name in _DIMS)
     # rotary embeddings turn a part of each head, which is all of what `common_fields` is told
     fields = common_fields({**hf, "head_dim": turned, "num_key_value_heads": None})

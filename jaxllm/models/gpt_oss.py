@@ -26,12 +26,6 @@ ROPE: dict[str, Any] = {
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    quantized = hf.get("quantization_config")
-    if quantized:
-        raise ValidationError(
-            f"the weights are quantized ({quantized.get('quant_method')}), which is not supported yet: take a "
-            "checkpoint in bfloat16."
-        )
     for name, known in (("swiglu_alpha", CLAMPED_SLOPE), ("swiglu_limit", CLAMPED_AT)):
         if hf.get(name, known) != known:
             raise ValidationError(f"{name}={hf[name]} is not supported; supported: {known}")

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.layers.weight_storage import MARK
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import DATA, TENSOR
+from pallas_kernels.quantized import Reordered
 
 Tree = TypeVar("Tree")
 Model = TypeVar("Model", DecoderConfig, BertConfig)
@@ -239,6 +241,39 @@ def check_split(model: ModelConfig, devices: int, *, replicas: int = 1) -> None:
         f"data_parallel_size={replicas} x tensor_parallel_size={devices} does not divide {problem}. "
         f"What would work: {'; or '.join(advice)}."
     )
+
+
+def check_storage_split(specs: Any, sizes: Mapping[str, int]) -> None:
+    """Whether what quantized matrices are stored as can be split over a mesh of these sizes, as the model can.
+
+    Raises:
+        ValidationError: it cannot; the text names the numbers of devices that would do.
+    """
+    for weight in jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, Reordered) or is_spec(leaf)):
+        spec = jax.tree.leaves(weight, is_leaf=is_spec)[0]
+        name = _first_name(spec)
+        if isinstance(weight, Reordered) and _mesh_axis(spec.axes[-1][0].name, sizes):
+            raise ValidationError(
+                f"tensor_parallel_size={sizes[TENSOR]}: the columns of {name} are in an order of their own "
+                "(desc_act), and cannot be split over devices. What would work: 1."
+            )
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        for axis in (axis for joined in spec.axes for axis in joined):
+            rule = RULES.get(axis.name)
+            devices = 1
+            if rule is not None and rule.remainder == "refuse":
+                devices = math.prod(axis_sizes(_mesh_axis(axis.name, sizes), sizes).values())
+            if axis.units % devices:
+                fitting = ", ".join(str(n) for n in range(1, axis.units + 1) if axis.units % n == 0)
+                raise ValidationError(
+                    f"{devices} devices do not divide the {axis.units} groups of {_first_name(spec)}. "
+                    f"What would work: {fitting}."
+                )
+
+
+def _first_name(spec: WeightSpec) -> str:
+    """Of a matrix, in the checkpoint."""
+    return spec.tensors()[0][0].partition(MARK)[0]
 
 
 def split_sizes(model: ModelConfig, *, replicas: int = 1) -> list[int]:

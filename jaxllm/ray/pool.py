@@ -30,6 +30,8 @@ from jaxllm.tokenization.chat import Conversation
 
 #: seconds between two looks at what comes in, where nothing does
 _LOOK = 0.2
+#: that an actor may work on, of which it is given no more than its engine has use for
+_MOST_CALLS = 2**16
 
 OnOutput = Callable[[RequestOutput], object]
 Params = SamplingParams | Iterable[SamplingParams] | None
@@ -282,4 +284,4 @@ def _create(remote_args: dict[str, Any], variables: dict[str, str]) -> Any:
     """A new actor, which has started no engine."""
     from jaxllm.ray.actor import EngineActor
 
-    return import_ray().remote(**remote_args)(EngineActor).remote(variables)
+    return import_ray().remote(**{"max_concurrency": _MOST_CALLS, **remote_args})(EngineActor).remote(variables)

@@ -19,6 +19,7 @@ from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
@@ -31,8 +32,21 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE
+
+
+def model_specs(model: ModelConfig, pooler: Pooler | None) -> Any:
+    """What a model's weights are before any is quantized, each run of equal layers in one segment.
+
+    Args:
+        pooler: None: the model generates.
+    """
+    if pooler is not None:
+        return pooling_specs(model, pooler)
+    assert isinstance(model, DecoderConfig)
+    return decoder_specs(model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,8 @@ class RunnerConfig:
     """What a runner is built from. `groups` must be those of `model`."""
 
     model: ModelConfig
+    #: of its matrices; None: they are of the engine's dtype
+    quantization: Quantization | None = None
     #: None: the model generates
     pooler: Pooler | None = None
     groups: tuple[KVCacheGroup, ...]
@@ -201,11 +217,10 @@ class RunnerConfig:
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""
-        if self.pooler is not None:
-            specs: Any = pooling_specs(self.model, self.pooler)
-        else:
-            assert isinstance(self.model, DecoderConfig)
-            specs = decoder_specs(self.model)
+        specs = model_specs(self.model, self.pooler)
+        if self.quantization is not None:
+            first = 0 if self.stage is None else self.stage.first
+            specs = quantized(specs, self.quantization.layout, first_layer=first)
         runs = cut(segment_sizes(specs), [stage.stop for stage in self.pipeline])
         specs = resegment(specs, self.target.segments(runs))
         return specs if self.stage is None else with_ends(specs, self.stage)

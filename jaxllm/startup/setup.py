@@ -18,16 +18,17 @@ from jaxllm.config.cross_checks import check_deterministic, check_pipeline, chec
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
-from jaxllm.parallel.rules import check_split, expert_layers, spread_experts
+from jaxllm.parallel.rules import check_split, check_storage_split, expert_layers, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -130,8 +131,9 @@ class Setup:
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
         block_size = args.block_size or default_block_size(target.platform)
         backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size)
-        return RunnerConfig(
+        config = RunnerConfig(
             model=model,
+            quantization=self.checkpoint.quantization,
             pooler=self.pooler,
             groups=kv_cache_groups(model.kv_specs),
             scheduler=limits,
@@ -157,6 +159,8 @@ class Setup:
             compile_cache=None if limits.lockstep else compile_cache(),
             progress=progress,
         )
+        check_storage_split(config.specs(), target.mesh_sizes)
+        return config
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:
@@ -180,6 +184,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         model = spread_experts(model)
     if args.record_expert_load and not expert_layers(model):
         raise ValidationError("record_expert_load=True, and the model has no experts. Leave it out.")
+    specs = model_specs(model, pooler)
+    checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
 
 

@@ -83,8 +83,7 @@ class GrammarCompiler:
         if known is not None and known.done():
             known.result()
         elif known is None and len(text) <= CHECKED_AT_ONCE and not may_name_special_tokens(params):
-            if error := llguidance.LLMatcher.validate_grammar(text, limits=_LIMITS):
-                raise _error(error)
+            _judge(text)
 
     def compile(self, params: StructuredOutputsParams) -> Future[Grammar]:
         """Return the grammar, from the cache or compiled in a thread.
@@ -153,6 +152,20 @@ class GrammarCompiler:
                     eos_token=self._eos_token_ids or None,
                 )
             return self._trie
+
+
+def check_json_schema(schema: str) -> None:
+    """Refuse a JSON schema that no engine would take, without one.
+
+    Raises:
+        ValidationError: it is wrong; the text says where.
+    """
+    _judge(serialize(StructuredOutputsParams(json=schema), StructuredOutputsConfig()))
+
+
+def _judge(text: str) -> None:
+    if error := llguidance.LLMatcher.validate_grammar(text, limits=_LIMITS):
+        raise _error(error)
 
 
 def _serialized(backend: Tokenizer) -> str:

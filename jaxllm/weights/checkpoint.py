@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,9 @@ from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.naming import CommonNames
+from jaxllm.weights.quantization.detect import Quantization, quantization_method
+from jaxllm.weights.quantization.method import Found
+from jaxllm.weights.quantization.reader import QuantizedTensors
 
 logger = logging.getLogger("jaxllm")
 
@@ -56,6 +59,8 @@ class Checkpoint:
             self.config.pop("rope_scaling", None)
         #: what a classification head is made of that the weights have not got; None: nothing
         self.classifier: ClassifierRows | None = None
+        #: None: the weights are read as they are
+        self.quantization: Quantization | None = None
 
     def use_format(self, load_format: str) -> None:
         """Read weights from this form of them from now on. Raises ValidationError as the constructor does."""
@@ -92,6 +97,38 @@ class Checkpoint:
         """A directory's generation_config.json; {} when it has none."""
         return read_json(Path(directory) / "generation_config.json") or {}
 
+    def quantize(self, asked: str | None, matrices: Iterable[tuple[str, tuple[int, int]]], *, prefix: str) -> None:
+        """Find out which matrices are quantized, or are to be while they are read.
+
+        Args:
+            asked: the engine's `quantization`.
+            matrices: the names and shapes of the model's.
+            prefix: see `naming.CommonNames`.
+
+        Raises:
+            ValidationError: see `quantization_method`.
+            WeightsError: quantized tensors do not fit together.
+        """
+        stored = None if self.is_gguf else self._quantization_config()
+        method = quantization_method(asked, stored, is_gguf=self.is_gguf)
+        if method is None:
+            return
+        found: dict[str, Found] = {}
+        if method.in_files and self.load_format in ("safetensors", "gguf"):
+            with self._reader() as reader:
+                found = method.find(CommonNames(reader, prefix))
+        else:
+            for name, shape in matrices:
+                layout = method.planned(name, shape)
+                if layout is not None:
+                    found[name] = Found(layout, shape)
+        self.quantization = Quantization(method, found)
+
+    def _quantization_config(self) -> dict[str, Any] | None:
+        """Of config.json, or of the file of its own that older tools write."""
+        own = self.config.get("quantization_config") or self.config.get("compression_config")
+        return own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
+
     @property
     def dtype(self) -> str:
         """The dtype that the weights were trained or stored in, "" when the config does not say."""
@@ -122,6 +159,7 @@ class Checkpoint:
             return orbax.load(self.path, specs, dtype, sharding)
         with self._reader() as reader:
             named = CommonNames(reader, prefix)
+            tensors = self._as_stored(named)
             if named.left_out:
                 logger.warning(
                     "%s sees images, too; jaxllm computes its text: %d tensors for images are not loaded, and prompts "
@@ -129,7 +167,7 @@ class Checkpoint:
                     next(iter(self.config.get("architectures") or ("The model",))),
                     named.left_out,
                 )
-            return loader.load(self._with_classifier(named), specs, dtype, sharding, progress=progress, stop=stop)
+            return loader.load(self._with_classifier(tensors), specs, dtype, sharding, progress=progress, stop=stop)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
@@ -139,9 +177,15 @@ class Checkpoint:
         """
         if self.load_format in ("gguf", "safetensors"):
             with self._reader() as reader:
-                loader.check(self._with_classifier(CommonNames(reader, prefix)), specs)
+                loader.check(self._with_classifier(self._as_stored(CommonNames(reader, prefix))), specs)
 
-    def _with_classifier(self, named: CommonNames) -> CommonNames | WithClassifier:
+    def _as_stored(self, named: CommonNames) -> CommonNames | QuantizedTensors:
+        quantization = self.quantization
+        return named if quantization is None else QuantizedTensors(named, quantization.method, quantization.matrices)
+
+    def _with_classifier(
+        self, named: CommonNames | QuantizedTensors
+    ) -> CommonNames | QuantizedTensors | WithClassifier:
         return named if self.classifier is None else WithClassifier(named, self.classifier)
 
     def has(self, name: str, *, prefix: str = "model.") -> bool:
@@ -155,7 +199,7 @@ class Checkpoint:
             return name in self._with_classifier(CommonNames(reader, prefix)).names()
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[loader.WeightReader]:
+    def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
         with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:
             yield reader
 

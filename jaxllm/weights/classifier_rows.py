@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxllm.weights.naming import CommonNames
+from jaxllm.weights.quantization.reader import QuantizedTensors
 
 _MADE = "score.weight"
 #: where a token's row is: in a matrix of its own, or in the one that embeds
@@ -26,7 +27,7 @@ class ClassifierRows:
 class WithClassifier:
     """A checkpoint that has the head, too. One that has a head of its own, as what `LLM.save` writes, keeps it."""
 
-    def __init__(self, reader: CommonNames, rows: ClassifierRows):
+    def __init__(self, reader: CommonNames | QuantizedTensors, rows: ClassifierRows):
         self._reader, self._rows = reader, rows
         names = set(reader.names())
         self._source = None if _MADE in names else next((name for name in _SOURCES if name in names), None)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from jaxllm.layers.weight import DENSE, Part, WeightSpec, is_spec
+from jaxllm.layers.weight import Part, WeightSpec, is_spec
 from jaxllm.parallel.rules import (
     each_sharding,
     held,
@@ -84,8 +84,6 @@ def load(
     bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
 
     def one(spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
-        if spec.storage != DENSE:
-            raise WeightsError(f"{spec.parts[0].name} is to be stored as {spec.storage!r}, which cannot be read yet")
         array = read_array(reader, spec, sharding, dtype, stop)
         bar.update()
         return array
@@ -141,7 +139,7 @@ def read_array(
     assert own is not None
     sizes = mesh_sizes(sharding)
     *others, columns = mesh_axes(spec, sizes)
-    shared = columns is not None and not any(others) and len(spec.parts[0].axes) > 1
+    shared = columns is not None and not any(others) and len(spec.parts[0].axes) > 1 and not spec.columns_first
     indices = own.addressable_devices_indices_map(shape).values() if shared else ()
     places: list[dict[str, int]] = []
     for index in indices:
@@ -178,7 +176,7 @@ def read_parts(
     for i, layer in enumerate(spec.layers if spec.layers is not None else (0,)):
         for j in range(1 if experts is None else experts.count):
             at = (() if spec.layers is None else (i,)) + (() if experts is None else (j,))
-            into = [part[at] for part in parts]
+            into = [part[at].T if spec.columns_first else part[at] for part in parts]
             for tensor in spec.parts:
                 expert = 0 if experts is None else experts.first + j
                 name = tensor.name.format(layer=layer, expert=expert)
@@ -268,13 +266,21 @@ def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers, some rows at a time: about `PIECE`, or more where no smaller number of rows divides them."""
+    """Normal numbers, or integers that are all as likely, some rows at a time: about `PIECE`, or more where no smaller
+    number of rows divides them.
+    """
     rows, width = math.prod(shape[:-1]), shape[-1]
     pieces = min(-(-rows * width // PIECE), rows)
     while rows % pieces:
         pieces += 1
     piece = rows // pieces, width
-    drawn = lax.map(lambda k: (0.02 * jax.random.normal(k, piece)).astype(dtype), jax.random.split(key, pieces))
+
+    def draw(key: jax.Array) -> jax.Array:
+        if jnp.issubdtype(dtype, jnp.integer):
+            return lax.bitcast_convert_type(jax.random.bits(key, piece, jnp.uint8), dtype)
+        return (0.02 * jax.random.normal(key, piece)).astype(dtype)
+
+    drawn = lax.map(draw, jax.random.split(key, pieces))
     return drawn.reshape(shape)
 
 

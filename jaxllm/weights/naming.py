@@ -24,7 +24,9 @@ _IMAGE_PARTS = tuple(
 class _Reader(Protocol):
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray: ...
+    def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray: ...
 
 
 class CommonNames:
@@ -50,6 +52,12 @@ class CommonNames:
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         return self._reader.read(self._stored.get(name, name), rows, within)
+
+    def dtype(self, name: str) -> str:
+        return self._reader.dtype(self._stored.get(name, name))
+
+    def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        return self._reader.raw(self._stored.get(name, name), rows, within)
 
 
 def _text(name: str) -> str:

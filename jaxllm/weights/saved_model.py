@@ -20,6 +20,7 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import hugging_face, orbax
+from pallas_kernels.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ def save(
     """
     if format not in SAVED_FORMATS:
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint they are from.")
     with _appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)

@@ -11,6 +11,7 @@ from pallas_kernels.case import KernelCase
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tiles import tiles_for
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
+from pallas_kernels.quantized import Quantized
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: (model, experts per token, layers, experts, ((projection, out, in), ...))
@@ -23,7 +24,7 @@ TOKENS = (1, 16, 64, 128, 256, 512, 2048)
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, backend: Backend, layer: jax.Array | None = None
+    x: jax.Array, w: jax.Array | Quantized, group_sizes: jax.Array, *, backend: Backend, layer: jax.Array | None = None
 ) -> jax.Array:
     """Every row by the weight of its own group: ``out[m] = w[g(m)] @ x[m]``.
 
@@ -31,10 +32,13 @@ def grouped_matmul(
     with ``layer``, an i32 scalar, a stack [L, E, N, K] of which that layer is meant. (A scan over layers that slices
     the weights itself makes XLA copy every layer's experts before a kernel, on every step.)
     group_sizes: i32 [E], not negative, their sum at most M.
+    A w that is quantized is multiplied by XLA, one group's matrix at a time.
     Returns [M, N] in x's dtype, accumulated in float32; rows beyond the sum are zeros.
     "reference" and "xla" are differentiable in x and w.
     Raises ValueError where shapes or dtypes do not fit together.
     """
+    if not isinstance(w, jax.Array):
+        return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     _check(x, w, group_sizes, layer)
     if backend.implementation in ("triton", "mosaic"):
         # not above: where no kernel is used, nothing of Pallas is loaded
@@ -48,7 +52,7 @@ def grouped_matmul(
     if backend.implementation == "xla":
         return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     if layer is not None:
-        w = lax.dynamic_index_in_dim(w, layer, keepdims=False)
+        return grouped_matmul_reference(x, lax.dynamic_index_in_dim(w, layer, keepdims=False), group_sizes)
     return grouped_matmul_reference(x, w, group_sizes)
 
 

@@ -11,18 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul.tiles import max_tiles
+from pallas_kernels.quantized import Quantized, dense, index
 
 #: rows of a tile: where groups are large, more of them use a weight that has been fetched
 LEAST_ROWS, MOST_ROWS = 8, 128
 
 
 def grouped_matmul_xla(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, layer: jax.Array | None = None
+    x: jax.Array, w: jax.Array | Quantized, group_sizes: jax.Array, *, layer: jax.Array | None = None
 ) -> jax.Array:
     """`grouped_matmul_reference`; with ``layer``, an i32 scalar, of that layer of a stack [L, E, N, K], which is read
-    in place. Weights of groups without rows are not read. Differentiable in x and w."""
-    *_, groups, n, k = w.shape
-    experts = w.reshape(-1, n, k)
+    in place. Weights of groups without rows are not read, and of quantized ones a group's own is made. Differentiable
+    in x and w."""
+    *stack, n, _ = w.shape
+    groups = stack[-1]
+    # all layers' experts, one after the other
+    experts = jax.tree.map(lambda array: array.reshape(-1, *array.shape[len(stack) :]), w)
     first_expert = 0 if layer is None else layer * groups
     rows = x.shape[0]
     block = min(MOST_ROWS, max(LEAST_ROWS, 1 << (rows // groups).bit_length()))
@@ -39,7 +43,7 @@ def grouped_matmul_xla(
         y = lax.dot_general(
             # rows of nobody may be NaN, which would reach the weight's gradient
             jnp.where(own, lax.dynamic_slice_in_dim(padded, start, block), 0),
-            lax.dynamic_index_in_dim(experts, first_expert + group, keepdims=False),
+            dense(index(experts, first_expert + group), x.dtype),
             (((1,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,

@@ -55,6 +55,15 @@ class Int4Weight:
         """One layer of a stack."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), self)
 
+    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
+        """`dequantize`, as every quantized weight has it."""
+        return dequantize(self, dtype)
+
+    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows ``indices`` i32 [T] of a weight [N, K] -> [T, K]."""
+        scales, zeros = (array[:, indices] for array in (self.scales, self.zeros))
+        return dequantize(Int4Weight(packed=self.packed[indices], scales=scales, zeros=zeros), dtype)
+
 
 def int4_weight(packed: jax.Array, scales: jax.Array, zeros: jax.Array) -> Int4Weight:
     """An `Int4Weight` of arrays that fit together.
@@ -99,8 +108,21 @@ def unpack(packed: jax.Array, group_size: int) -> jax.Array:
 
 def dequantize(weight: Int4Weight, dtype: jnp.dtype) -> jax.Array:
     """The weight itself, [..., N, K], computed in float32 and rounded once to ``dtype``."""
-    q = unpack(weight.packed, weight.group_size)
-    spread = lambda per_group: jnp.repeat(jnp.swapaxes(per_group, -1, -2), weight.group_size, axis=-1)  # noqa: E731
+    *rest, k = weight.shape
+    q = unpack(weight.packed, weight.group_size).reshape(*rest, -1, weight.group_size)
+    scales, zeros = (jnp.swapaxes(per_group, -1, -2)[..., None] for per_group in (weight.scales, weight.zeros))
     # the difference of two small integers is exact in any floating type
-    centred = q.astype(jnp.int8) - spread(weight.zeros.astype(jnp.int8))
-    return (centred.astype(jnp.float32) * spread(weight.scales).astype(jnp.float32)).astype(dtype)
+    centred = q.astype(jnp.float32) - zeros.astype(jnp.float32)
+    return (centred * scales.astype(jnp.float32)).reshape(*rest, k).astype(dtype)
+
+
+def halves(weight: Int4Weight, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """A weight [N, K] as two matrices [N, K / 2]: the low halves of all groups, and the high ones."""
+    n, k = weight.shape
+    packed = weight.packed.reshape(n, -1, weight.group_size // 2)
+    scales, zeros = (per_group.T[:, :, None].astype(jnp.float32) for per_group in (weight.scales, weight.zeros))
+
+    def matrix(codes: jax.Array) -> jax.Array:
+        return ((codes.astype(jnp.float32) - zeros) * scales).astype(dtype).reshape(n, k // 2)
+
+    return matrix(packed & 15), matrix(packed >> 4)

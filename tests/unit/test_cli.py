@@ -245,6 +245,7 @@ def test_bad_values_end_before_the_engine_is_built(
             ["generate", "--max-model-len", "1.5"],
             "generate: error: argument --max-model-len: '1.5' is not a whole number",
         ),
+        (["generate", "-tp", "two"], "--tensor-parallel-size: 'two' is not a whole number (1, 2 and 4 are)"),
         (["generate", "--temperature", "hot"], "generate: error: argument --temperature: 'hot' is not a number"),
         (
             ["generate", "--max-num-seq", "8", "x"],
@@ -355,7 +356,12 @@ def test_a_schema_is_given_as_json_or_as_a_file(
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("{'type': 1}", "is not JSON"), ("nowhere.json", "neither JSON"), ("", "neither JSON")],
+    [
+        ('{"type": "nope"}', "Grammar error: Invalid type: nope"),
+        ("{'type': 1}", "is not JSON"),
+        ("nowhere.json", "neither JSON"),
+        ("", "neither JSON"),
+    ],
 )
 def test_a_schema_that_is_none_is_refused(
     engine: type[FakeLLM], value: str, message: str, capsys: pytest.CaptureFixture[str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 from collections.abc import Iterable
@@ -241,13 +240,6 @@ def test_a_device_reads_only_its_rows():
     read = {name: rows for name, rows in reader.rows.items() if rows}
     prefix = "model.layers.{}.self_attn.{}_proj.weight"
     assert read == {prefix.format(layer, part): 4 for layer in range(4) for part in "qkv"}
-
-
-def test_a_form_of_numbers_that_nobody_can_read_is_refused():
-    specs = decoder_specs(model_config(CONFIG))
-    quantized = dataclasses.replace(specs, norm=dataclasses.replace(specs.norm, storage="int4"))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(WeightsError, match=r"model\.norm\.weight is to be stored as 'int4', which cannot be read yet"):
-        loader.load(CountingReader(weights()), quantized, jnp.dtype(np.float32), DEVICE, progress=False)
 
 
 def test_dummy_weights_need_only_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

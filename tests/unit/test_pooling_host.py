@@ -182,6 +182,11 @@ class Names:
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         return np.full(1, self._names.index(name))
 
+    raw = read
+
+    def dtype(self, name: str) -> str:
+        return "F64"
+
 
 def test_bare_models_get_their_prefix() -> None:
     bare = CommonNames(Names("layers.0.q.weight", "score.weight", "embeddings.LayerNorm.gamma"), "model.")

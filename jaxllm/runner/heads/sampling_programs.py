@@ -24,6 +24,7 @@ from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from pallas_kernels.quantized import is_quantized
 from pallas_kernels.storage import STORAGE
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
@@ -225,13 +226,8 @@ def with_whole_segments(params: Params) -> Params:
     """
 
     def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
-        matrices = {name: getattr(weights, name) for name in names}
-        whole: Any = {
-            name: StackedMatrix(_stored(w))
-            for name, w in matrices.items()
-            if w is not None and w.ndim == 3 and can_be_read(w)
-        }
-        return dataclasses.replace(weights, **whole)
+        whole = {name: _whole(getattr(weights, name)) for name in names}
+        return dataclasses.replace(weights, **{name: matrix for name, matrix in whole.items() if matrix is not None})
 
     def of_segment(segment: Layers) -> Layers:
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
@@ -248,12 +244,19 @@ def with_head_for_one(params: Params) -> Params:
         params: arrays, or their shapes.
     """
     head: Any = params.embedding if params.head is None else params.head
-    if head.dtype != jnp.bfloat16 or not can_be_read(head):
+    if is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
         return params
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
     own: Any = StackedMatrix(_stored(head), layer, several=head)  # pyright: ignore[reportArgumentType]
     return dataclasses.replace(params, head=own)
+
+
+def _whole(weight: Any) -> StackedMatrix | None:
+    """The matrices of stacked layers as they lie, where they can be read so; else None."""
+    if weight is None or len(weight.shape) != 3 or not can_be_read(weight):
+        return None
+    return StackedMatrix(weight if is_quantized(weight) else _stored(weight))
 
 
 def _stored(weight: Any) -> Any:

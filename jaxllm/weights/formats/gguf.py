@@ -84,8 +84,9 @@ class GGUFReader:
         return stored.shape(info.shape)
 
     def dtype(self, name: str) -> str:
-        """Return the stored type, for example ``Q4_1`` or ``F32``."""
-        return self._find(name)[1].kind.name
+        """Return the stored type, for example ``Q4_1`` or ``F32``; ``F32`` where the blocks lie across HF's rows."""
+        stored, info = self._find(name)
+        return info.kind.name if stored.form == "same" or info.kind.block == 1 else "F32"
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         """Return the weight as HF's checkpoint has it, dequantised; a copy.
@@ -105,6 +106,14 @@ class GGUFReader:
         if stored.subtract:
             return values.astype(np.float32) - np.float32(stored.subtract)
         return values
+
+    def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        """As `read`, of a quantized matrix, its blocks: uint8 [rows, bytes of a row]."""
+        assert within is None
+        stored, info = self._find(name)
+        order = stored.rows(info.shape[0])
+        wanted = slice(None) if rows is None else rows
+        return self._rows(info, wanted if order is None else order[wanted])
 
     def _find(self, name: str) -> tuple[StoredTensor, TensorInfo]:
         stored = self._map.get(name)
@@ -130,12 +139,16 @@ class GGUFReader:
             # A quantised vector's blocks straddle its elements: unpack it whole.
             whole = self._file.read(info.name, info.offset, info.nbytes)
             return dequantize_rows(whole.reshape(1, -1), info.kind)[0][rows]
+        picked = self._rows(info, rows)
+        return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
+
+    def _rows(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
+        """Bytes of a tensor's rows, uint8 [rows, bytes of a row]."""
         wanted = np.arange(info.shape[0])[rows]
         row_bytes = info.nbytes // max(info.shape[0], 1)
         first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
         raw = self._file.read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
-        picked = raw.reshape(last + 1 - first, row_bytes)[wanted - first]
-        return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
+        return raw.reshape(last + 1 - first, row_bytes)[wanted - first]
 
     def _check_shape(self, stored: StoredTensor) -> None:
         info = self._tensors[stored.name]

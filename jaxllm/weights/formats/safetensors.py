@@ -34,6 +34,17 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: the types that weights can have
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+#: those besides that quantized ones are made of
+STORED_DTYPES = {
+    **DTYPES,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _LENGTH_BYTES = 8
 
 
@@ -107,12 +118,21 @@ class SafetensorsReader:
 
         Raises ``WeightsError`` for an unknown name, a type that is no weight's, or a file that has become shorter.
         """
+        return self._read(name, rows, within, DTYPES)
+
+    def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        """As `read`, also of types that no weight has by itself."""
+        return self._read(name, rows, within, STORED_DTYPES)
+
+    def _read(
+        self, name: str, rows: slice | None, within: int | None, dtypes: Mapping[str, type[np.generic]]
+    ) -> np.ndarray:
         tensor = self._find(name)
-        dtype = DTYPES.get(tensor.dtype)
+        dtype = dtypes.get(tensor.dtype)
         if dtype is None:
             raise WeightsError(
                 f"{tensor.file.path}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "
-                "be loaded (quantized safetensors are not supported)"
+                "be loaded, and others as part of a quantization that config.json names (quantization_config)"
             )
         shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
         if within is not None:

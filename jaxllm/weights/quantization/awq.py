@@ -1,0 +1,83 @@
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): four bits in groups along the inputs, scales and zero points of each.
+
+A matrix [N, K] is ``qweight`` i32 [K, N / 8], ``qzeros`` i32 [K / g, N / 8] and ``scales`` [K / g, N]; the lowest four
+bits of a word are its column 0, the next ones 2, then 4, 6, 1, 3, 5, 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.layers.weight_storage import Int4Layout, Layout
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.quantization.method import Found, Method, StoredTensors, needs, one_of, packed_pairs, stream
+
+#: where each column of eight lies in a word
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+class AWQ(Method):
+    """Raises ValidationError for other layouts than "gemm", and other numbers of bits than four."""
+
+    name = "awq"
+    tensors = (".qweight", ".qzeros", ".scales")
+    markers = (".qweight",)
+
+    def __init__(self, config: Mapping[str, Any]):
+        config = {**config, "version": str(config.get("version", "gemm")).lower()}
+        one_of(config, "version", ("gemm",), "gemm")
+        one_of(config, "bits" if "bits" in config else "w_bit", (4,), 4)
+        self._group = int(config.get("group_size", config.get("q_group_size", 128)))
+        self._left_out = tuple(config.get("modules_to_not_convert") or ())
+
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        if name.startswith("lm_head.") or any(part in name for part in self._left_out):
+            return None
+        return Int4Layout(group=shape[1] if self._group == -1 else self._group, scale_dtype="float16")
+
+    def look(self, tensors: StoredTensors, module: str) -> Found:
+        columns, words = needs(tensors, f"{module}.qweight", (None, None))
+        rows = words * 8
+        groups, _ = needs(tensors, f"{module}.scales", (None, rows))
+        needs(tensors, f"{module}.qzeros", (groups, words))
+        layout = int4_layout(tensors, module, columns, groups)
+        return Found(layout, (rows, columns))
+
+    def array(
+        self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
+    ) -> np.ndarray:
+        module, layout = name.removesuffix(".weight"), found.layout
+        assert isinstance(layout, Int4Layout)
+        if kind == "packed":
+            return packed_pairs(_columns(tensors.raw(f"{module}.qweight")).T, layout.group)
+        if kind == "zeros":
+            return _columns(tensors.raw(f"{module}.qzeros")).T
+        return tensors.read(f"{module}.scales").T
+
+
+def int4_layout(tensors: StoredTensors, module: str, columns: int, groups: int) -> Int4Layout:
+    """By the shape of a matrix's scales. Raises WeightsError where the groups do not divide its columns."""
+    if not groups or columns % groups or columns // groups % 2:
+        raise WeightsError(
+            f"tensor {module + '.scales'!r} has {groups} groups, which do not divide the matrix's {columns} columns "
+            "into groups of an even number"
+        )
+    return Int4Layout(group=columns // groups, scale_dtype=scale_dtype(tensors, f"{module}.scales"))
+
+
+def scale_dtype(tensors: StoredTensors, name: str) -> str:
+    """The dtype of stored scales. Raises WeightsError for one that scales cannot have."""
+    stored = tensors.dtype(name)
+    if stored not in SCALE_DTYPES:
+        raise WeightsError(f"tensor {name!r} has type {stored}, scales have {' or '.join(SCALE_DTYPES)}")
+    return SCALE_DTYPES[stored]
+
+
+def _columns(words: np.ndarray) -> np.ndarray:
+    """i32 [R, N / 8] -> uint8 [R, N]."""
+    rows = words.shape[0]
+    return stream(words, 4, words.shape[1] * 8).reshape(rows, -1, 8)[:, :, _PLACES].reshape(rows, -1)

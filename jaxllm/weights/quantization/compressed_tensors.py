@@ -1,0 +1,201 @@
+"""The compressed-tensors format of vLLM's llm-compressor: groups of matrices, each with a scheme of its own.
+
+int-quantized and float-quantized: ``weight`` in eight bits with ``weight_scale``; pack-quantized: ``weight_packed`` i32
+[N, ceil(K * bits / 32)], a stream of bits along K of numbers that are 2 ** (bits - 1) too large, ``weight_scale`` [N, K
+/ g], and, where they are not symmetric, ``weight_zero_point`` i32 [N * bits / 32, K / g], a stream along N.
+``weight_g_idx`` is act-order's, as GPTQ's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.quantization.awq import scale_dtype
+from jaxllm.weights.quantization.fp8 import FLOAT8
+from jaxllm.weights.quantization.method import (
+    Found,
+    Method,
+    StoredTensors,
+    inner,
+    matches,
+    needs,
+    one_of,
+    packed_pairs,
+    stream,
+)
+
+FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "dense")
+STRATEGIES = ("tensor", "channel", "group", "block")
+
+
+class CompressedTensors(Method):
+    """Raises ValidationError for formats and schemes that are not known, and sparsity."""
+
+    name = "compressed-tensors"
+    tensors = (
+        ".weight",
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_zero_point",
+        ".weight_shape",
+        ".weight_g_idx",
+        ".input_scale",
+        ".input_zero_point",
+    )
+    markers = (".weight_scale",)
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._groups = tuple((config.get("config_groups") or {}).values())
+        self._ignored = tuple(config.get("ignore") or ())
+        if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise ValidationError("quantization_config of config.json has sparse weights, which are not supported.")
+        one_of(config, "format", FORMATS, "dense")
+        for group in self._groups:
+            one_of(group, "format", (None, *FORMATS), None)
+            weights, inputs = group.get("weights") or {}, group.get("input_activations")
+            one_of(weights, "type", ("int", "float"), "int")
+            one_of(weights, "num_bits", (8,) if weights.get("type") == "float" else (2, 3, 4, 8), 8)
+            one_of(weights, "strategy", STRATEGIES, "tensor")
+            if inputs:
+                one_of(inputs, "num_bits", (8,), 8)
+                one_of(inputs, "symmetric", (True,), True)
+                one_of(inputs, "strategy", ("token", "tensor", "group"), "token")
+
+    def _scheme(self, module: str) -> Mapping[str, Any] | None:
+        """Of a module; None: it is left out."""
+        if any(matches(pattern, module) for pattern in self._ignored):
+            return None
+        for by_class in (False, True):
+            for group in self._groups:
+                targets = group.get("targets") or ()
+                if "Linear" in targets if by_class else any(matches(target, module) for target in targets):
+                    return group
+        return None
+
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        scheme = self._scheme(name.removesuffix(".weight"))
+        if scheme is None:
+            return None
+        weights = scheme["weights"]
+        groups = 1
+        if weights.get("strategy") == "group":
+            groups = shape[1] // int(weights["group_size"])
+        elif weights.get("strategy") == "block":
+            groups = shape[1] // math.gcd(shape[1], int(weights["block_structure"][1]))
+        reordered = weights.get("actorder") == "group"
+        return self._layout(scheme, shape[1], groups, "bfloat16", reordered=reordered)
+
+    def _layout(
+        self, scheme: Mapping[str, Any], columns: int, groups: int, scales: str, *, reordered: bool = False
+    ) -> Layout:
+        weights, inputs = scheme["weights"], scheme.get("input_activations")
+        bits, group = weights.get("num_bits", 8), columns // groups
+        layout: Layout
+        if bits < 8 and group % 2 == 0:
+            layout = Int4Layout(group=group, scale_dtype=scales)
+        else:
+            is_float = weights.get("type") == "float"
+            layout = ScaledLayout(
+                dtype=FLOAT8 if is_float else "int8",
+                group=0 if groups == 1 else group,
+                scale_dtype=scales,
+                has_zeros=not weights.get("symmetric", True),
+            )
+        if reordered:
+            layout = ReorderedLayout(layout)
+        if not inputs:
+            return layout
+        dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
+        size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
+        static = inputs.get("dynamic") is False
+        return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=static)
+
+    def look(self, tensors: StoredTensors, module: str) -> Found:
+        scheme = self._scheme(module)
+        if scheme is None:
+            raise WeightsError(
+                f"the checkpoint has a tensor {module + '.weight_scale'!r}, and quantization_config of its config.json "
+                f"has no scheme for {module}"
+            )
+        weights = scheme["weights"]
+        bits = weights.get("num_bits", 8)
+        if f"{module}.weight_packed" in tensors.names():
+            rows, words = needs(tensors, f"{module}.weight_packed", (None, None))
+            needs(tensors, f"{module}.weight_shape")
+            columns = int(np.ravel(tensors.raw(f"{module}.weight_shape"))[1])
+            if words != -(-columns * bits // 32):
+                raise WeightsError(
+                    f"tensor {module + '.weight_packed'!r} has {words} words a row, and {columns} numbers of {bits} "
+                    f"bits are {-(-columns * bits // 32)}"
+                )
+        else:
+            rows, columns = needs(tensors, f"{module}.weight", (None, None))
+        scale = f"{module}.weight_scale"
+        shape = tensors.shape(scale)
+        groups = 1
+        if weights.get("strategy") == "block":
+            across, along = map(int, weights["block_structure"])
+            needs(tensors, scale, (-(-rows // across), -(-columns // along)))
+            groups = columns // math.gcd(columns, along)
+        elif shape not in ((), (1,), (rows,)):
+            rows_of, groups = needs(tensors, scale, (rows, None))
+            if not groups or columns % groups:
+                raise WeightsError(
+                    f"tensor {scale!r} has {groups} groups, which do not divide the matrix's {columns} columns"
+                )
+        reordered = f"{module}.weight_g_idx" in tensors.names()
+        layout = self._layout(scheme, columns, groups, scale_dtype(tensors, scale), reordered=reordered)
+        own = inner(layout)
+        if not weights.get("symmetric", True):
+            packed = isinstance(own, Int4Layout) or f"{module}.weight_packed" in tensors.names()
+            zeros = (-(-rows * bits // 32), groups) if packed else (rows, groups)
+            needs(tensors, f"{module}.weight_zero_point", zeros)
+        if isinstance(layout, RoundedInputsLayout) and layout.static:
+            needs(tensors, f"{module}.input_scale")
+        return Found(layout, (rows, columns))
+
+    def array(
+        self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
+    ) -> np.ndarray:
+        module, layout, (count, columns) = name.removesuffix(".weight"), inner(found.layout), found.shape
+        scheme = self._scheme(module)
+        assert scheme is not None
+        weights = scheme["weights"]
+        bits, groups = weights.get("num_bits", 8), layout.shapes(count, columns)["scales"][1]
+        packed = f"{module}.weight_packed" in tensors.names()
+        order = slice(None)
+        if f"{module}.weight_g_idx" in tensors.names():
+            order = np.argsort(tensors.raw(f"{module}.weight_g_idx"), kind="stable").astype(np.int32)
+        if kind == "order":
+            return np.asarray(order)
+        if kind == "inputs":
+            return np.ravel(tensors.read(f"{module}.input_scale"))[:1]
+        if kind == "scales":
+            scales = tensors.read(f"{module}.weight_scale")
+            if weights.get("strategy") == "block":
+                across, along = map(int, weights["block_structure"])
+                spread = np.repeat(scales, along // math.gcd(columns, along), axis=1)[:, :groups]
+                return np.repeat(spread, across, axis=0)[:count]
+            return np.broadcast_to(scales.reshape(-1, groups), (count, groups))
+        half = 1 << (bits - 1)
+        if kind == "zeros":
+            if weights.get("symmetric", True):
+                return np.full((count, groups), half, np.uint8)
+            zeros = tensors.raw(f"{module}.weight_zero_point")
+            if packed:
+                zeros = stream(zeros.T, bits, count).T
+                return zeros if isinstance(layout, Int4Layout) else zeros.astype(np.int16) - half
+            return zeros
+        if not packed:
+            return tensors.raw(f"{module}.weight")
+        codes = stream(tensors.raw(f"{module}.weight_packed"), bits, columns)[:, order]
+        if isinstance(layout, Int4Layout):
+            return packed_pairs(codes, layout.group)
+        return (codes.astype(np.int16) - half).astype(np.int8)

@@ -1,0 +1,108 @@
+"""Which quantization a checkpoint has, and which one a name asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.layers.weight_storage import Layout
+from jaxllm.weights.quantization.awq import AWQ
+from jaxllm.weights.quantization.bitsandbytes import BitsAndBytes
+from jaxllm.weights.quantization.compressed_tensors import CompressedTensors
+from jaxllm.weights.quantization.fp8 import FP8
+from jaxllm.weights.quantization.gguf import GGUF
+from jaxllm.weights.quantization.gptq import GPTQ
+from jaxllm.weights.quantization.method import Found, Method
+from jaxllm.weights.quantization.mxfp4 import MXFP4
+from jaxllm.weights.quantization.online import Online
+
+#: by the name that config.json gives (quant_method)
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
+    "awq": AWQ,
+    "gptq": GPTQ,
+    "fp8": FP8,
+    "compressed-tensors": CompressedTensors,
+    "bitsandbytes": BitsAndBytes,
+    "mxfp4": MXFP4,
+}
+#: other names of the same
+ALIASES = {
+    "auto_awq": "awq",
+    "awq_marlin": "awq",
+    "auto_gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "fbgemm_fp8": "fp8",
+    "gpt_oss_mxfp4": "mxfp4",
+    "compressed_tensors": "compressed-tensors",
+    "tpu_int8": "int8",
+}
+#: what a checkpoint in 16 bits can be quantized to while it is read
+ONLINE: Mapping[str, Callable[[], Method]] = {
+    "int8": lambda: Online("int8"),
+    "fp8": lambda: Online("fp8"),
+    "int4": lambda: Online("int4"),
+    "experts_int8": lambda: Online("int8", only_experts=True),
+}
+#: what vLLM has and jaxllm has not, and what to take
+REFUSED = {
+    "marlin": "these files are in the order of one GPU kernel: take the GPTQ checkpoint that they were made from",
+    "deepspeedfp": 'take quantization="fp8"',
+    "aqlm": "take an AWQ, GPTQ or compressed-tensors checkpoint",
+    "torchao": 'take quantization="int8", "fp8" or "int4", or a compressed-tensors checkpoint',
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantization:
+    """A model's quantized matrices, by name."""
+
+    method: Method
+    matrices: Mapping[str, Found]
+
+    def layout(self, name: str) -> Layout | None:
+        found = self.matrices.get(name)
+        return None if found is None else found.layout
+
+
+def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, is_gguf: bool = False) -> Method | None:
+    """How a checkpoint's matrices are stored; None: as they are.
+
+    Args:
+        asked: the engine's `quantization`, a name of `config.quantization.NAMES`.
+        stored: the checkpoint's quantization_config.
+        is_gguf: whether it is a GGUF file, whose matrices are widened unless "gguf" is asked for.
+
+    Raises:
+        ValidationError: the two contradict each other, or the format is not supported; the text says what is.
+    """
+    if asked in REFUSED:
+        raise ValidationError(f"quantization={asked!r} is not supported: {REFUSED[asked]}.")
+    asked = ALIASES.get(asked, asked) if asked else None
+    if asked == GGUF.name:
+        if is_gguf:
+            return GGUF()
+        raise ValidationError("quantization='gguf', but the model is no .gguf file. Leave quantization out.")
+    if not stored:
+        if asked is None:
+            return None
+        if asked not in ONLINE:
+            raise ValidationError(
+                f"quantization={asked!r}, but the checkpoint is not quantized: its config.json has no "
+                f"quantization_config. It can be quantized while it is read: {', '.join(map(repr, ONLINE))}."
+            )
+        return ONLINE[asked]()
+    kind = str(stored.get("quant_method", "")).lower()
+    if not kind and ("bits" in stored or "w_bit" in stored):
+        kind = "awq" if "version" in stored or "zero_point" in stored else "gptq"
+    kind = ALIASES.get(kind, kind)
+    if kind not in METHODS:
+        remedy = REFUSED.get(kind, f"what can be read: {', '.join(METHODS)}, GGUF files, and weights in 16 bits")
+        raise ValidationError(f"The checkpoint is quantized by {kind!r}, which is not supported: {remedy}.")
+    if asked is not None and asked != kind:
+        raise ValidationError(
+            f"quantization={asked!r}, but the checkpoint is quantized by {kind!r} (config.json). Leave quantization "
+            "out, or take another checkpoint."
+        )
+    return METHODS[kind](stored)

@@ -1,0 +1,37 @@
+"""Matrices of a GGUF file in the blocks that it has them in (`pallas_kernels.gguf_blocks`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxllm.layers.weight_storage import BlockLayout, Layout
+from jaxllm.weights.quantization.method import Found, Method, StoredTensors
+from pallas_kernels.gguf_blocks import BLOCKS
+
+
+class GGUF(Method):
+    """What has other types, and what is no matrix of a layer, is widened."""
+
+    name = "gguf"
+    tensors = (".weight",)
+    markers = ()
+    whole_matrices = False
+
+    def find(self, tensors: StoredTensors) -> dict[str, Found]:
+        found = {}
+        for name in tensors.names():
+            shape, kind = tensors.shape(name), tensors.dtype(name)
+            if ".layers." in name and name.endswith(".weight") and len(shape) == 2 and kind in BLOCKS:
+                found[name] = Found(BlockLayout(kind), (shape[0], shape[1]))
+        return found
+
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        return None
+
+    def look(self, tensors: StoredTensors, module: str) -> Found:
+        raise AssertionError("a matrix's type says it all")
+
+    def array(
+        self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
+    ) -> np.ndarray:
+        return tensors.raw(name, rows)

@@ -1,0 +1,123 @@
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): 2, 3, 4 or 8 bits in groups along the inputs.
+
+A matrix [N, K] is ``qweight`` i32 [K * bits / 32, N], a stream of bits along K, ``qzeros`` i32 [K / g, N * bits / 32],
+a stream along N, ``scales`` [K / g, N] and ``g_idx`` i32 [K], the group of each column. The first format ("gptq", or
+none named) has its zero points less one: the writer takes one from each number of a word, and a zero point of 0 borrows
+from its neighbour, so the ones are added to whole words; three bits, which cross words, it has modulo eight.
+
+With act-order (``desc_act``), groups are not neighbours: columns are sorted by their group, and the input is taken in
+the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.quantization.awq import int4_layout, scale_dtype
+from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, needs, one_of, packed_pairs, stream
+
+BITS = (2, 3, 4, 8)
+
+
+class GPTQ(Method):
+    """Raises ValidationError for other numbers of bits, and unknown formats."""
+
+    name = "gptq"
+    tensors = (".qweight", ".qzeros", ".scales", ".g_idx")
+    markers = (".qweight",)
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._bits = one_of(config, "bits", BITS, 4)
+        self._group = int(config.get("group_size", 128))
+        self._less_one = one_of(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq") == "gptq"
+        self._reordered = bool(config.get("desc_act"))
+        self._symmetric = bool(config.get("sym", True))
+        self._head = bool(config.get("lm_head"))
+        # ordered: the first that matches decides
+        self._dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = tuple((config.get("dynamic") or {}).items())
+
+    def _rule(self, module: str) -> Mapping[str, Any] | None:
+        """What is otherwise for a module; None: it is left out."""
+        for pattern, changed in self._dynamic:
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+                return None if pattern.startswith("-:") else changed
+        return {}
+
+    def _bits_of(self, module: str) -> int:
+        return one_of(self._rule(module) or {}, "bits", BITS, self._bits)
+
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        module = name.removesuffix(".weight")
+        rule = self._rule(module)
+        if rule is None or (name.startswith("lm_head.") and not self._head):
+            return None
+        group = int(rule.get("group_size", self._group))
+        group = shape[1] if group == -1 else group
+        layout = Int4Layout(group=group, scale_dtype="float16")
+        if self._bits_of(module) == 8:
+            symmetric = bool(rule.get("sym", self._symmetric))
+            layout = ScaledLayout(dtype="int8", group=group, scale_dtype="float16", has_zeros=not symmetric)
+        return ReorderedLayout(layout) if rule.get("desc_act", self._reordered) else layout
+
+    def look(self, tensors: StoredTensors, module: str) -> Found:
+        bits = self._bits_of(module)
+        words, rows = needs(tensors, f"{module}.qweight", (None, None))
+        columns = words * 32 // bits
+        groups, _ = needs(tensors, f"{module}.scales", (None, rows))
+        needs(tensors, f"{module}.qzeros", (groups, -(-rows * bits // 32)))
+        layout: Layout = int4_layout(tensors, module, columns, groups)
+        if bits == 8:
+            has_zeros = bool((self._zeros(tensors, module, rows) != 128).any())
+            layout = ScaledLayout(
+                dtype="int8",
+                group=columns // groups,
+                scale_dtype=scale_dtype(tensors, f"{module}.scales"),
+                has_zeros=has_zeros,
+            )
+        if f"{module}.g_idx" in tensors.names():
+            needs(tensors, f"{module}.g_idx", (columns,))
+            of_group = tensors.raw(f"{module}.g_idx")
+            counts = np.bincount(of_group.clip(0), minlength=groups)
+            if of_group.min() < 0 or len(counts) != groups or (counts != columns // groups).any():
+                raise WeightsError(
+                    f"tensor {module + '.g_idx'!r} must give each of the {groups} groups {columns // groups} of the "
+                    f"matrix's {columns} columns"
+                )
+            if (np.diff(of_group) < 0).any():
+                layout = ReorderedLayout(layout)
+        return Found(layout, (rows, columns))
+
+    def array(
+        self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
+    ) -> np.ndarray:
+        module, layout, (count, columns) = name.removesuffix(".weight"), inner(found.layout), found.shape
+        order = np.arange(columns, dtype=np.int32)
+        if isinstance(found.layout, ReorderedLayout):
+            order = np.argsort(tensors.raw(f"{module}.g_idx"), kind="stable").astype(np.int32)
+        if kind == "order":
+            return order
+        if kind == "scales":
+            return tensors.read(f"{module}.scales").T
+        if kind == "zeros":
+            zeros = self._zeros(tensors, module, count).T
+            return zeros if isinstance(layout, Int4Layout) else zeros - 128
+        codes = stream(tensors.raw(f"{module}.qweight").T, self._bits_of(module), columns)[:, order]
+        if isinstance(layout, Int4Layout):
+            return packed_pairs(codes, layout.group)
+        return (codes ^ 128).view(np.int8)
+
+    def _zeros(self, tensors: StoredTensors, module: str, rows: int) -> np.ndarray:
+        """int16 [K / g, N]."""
+        words, bits = tensors.raw(f"{module}.qzeros").view(np.uint32), self._bits_of(module)
+        if not self._less_one:
+            return stream(words, bits, rows).astype(np.int16)
+        if bits == 3:
+            return (stream(words, bits, rows).astype(np.int16) + 1) & 7
+        ones = sum(1 << place for place in range(0, 32, bits))
+        return stream(words + np.uint32(ones), bits, rows).astype(np.int16)

@@ -1,0 +1,162 @@
+"""What a format of quantized checkpoints is: which matrices it has, and how its tensors become a layout's arrays."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.layers.weight_storage import Layout, ReorderedLayout, RoundedInputsLayout
+from jaxllm.weights.errors import WeightsError
+
+
+class StoredTensors(Protocol):
+    """A checkpoint's tensors as they lie there, whatever their type."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str:
+        """In the file format's words, for example ``F8_E4M3``."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray: ...
+    def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+        """As `read`, of any type that the file can have."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A quantized matrix of a checkpoint."""
+
+    layout: Layout
+    #: of the matrix, [out, in]
+    shape: tuple[int, int]
+    #: how many matrices are stacked under this name; 0: it is one
+    stacked: int = 0
+
+
+class Method(abc.ABC):
+    """A format, with a checkpoint's choices in it.
+
+    A matrix goes by its name in the model, ``model.layers.0.mlp.down_proj.weight``.
+    """
+
+    #: vLLM's name
+    name: ClassVar[str]
+    #: what a quantized matrix has beside, or in place of, its ``.weight``: ends of the tensors' names behind the
+    #: module's
+    tensors: ClassVar[tuple[str, ...]]
+    #: those of them of which one is there if, and only if, a matrix is quantized
+    markers: ClassVar[tuple[str, ...]]
+    #: whether it is the checkpoint's own form
+    in_files: ClassVar[bool] = True
+
+    def find(self, tensors: StoredTensors) -> dict[str, Found]:
+        """The quantized matrices of a checkpoint.
+
+        Raises:
+            WeightsError: a tensor is missing, or has a shape that does not fit the others.
+        """
+        modules = dict.fromkeys(
+            name.removesuffix(end) for name in tensors.names() for end in self.markers if name.endswith(end)
+        )
+        return {f"{module}.weight": self.look(tensors, module) for module in modules}
+
+    @abc.abstractmethod
+    def look(self, tensors: StoredTensors, module: str) -> Found:
+        """A quantized matrix. Raises WeightsError as `find` does."""
+
+    @abc.abstractmethod
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        """How a matrix of a checkpoint with this configuration lies, by the configuration alone; None: unquantized."""
+
+    @abc.abstractmethod
+    def array(
+        self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
+    ) -> np.ndarray:
+        """One of the arrays of the matrix's layout, with the matrix's rows.
+
+        Args:
+            kind: a name of `Layout.shapes`.
+            rows: which rows are wanted.
+            within: which of the matrices that are stacked under this name.
+
+        Returns:
+            These rows, or all, if `whole_matrices`.
+        """
+
+    #: whether `array` takes as long for some rows as for all, and gives all
+    whole_matrices: ClassVar[bool] = True
+
+
+def needs(tensors: StoredTensors, name: str, shape: Sequence[int | None] | None = None) -> tuple[int, ...]:
+    """The shape of a tensor that must be there.
+
+    Args:
+        shape: what it must be; None in it: anything.
+
+    Raises:
+        WeightsError: it is not there, or has another shape.
+    """
+    if name not in tensors.names():
+        raise WeightsError(f"the checkpoint has no tensor {name!r}, which its quantized matrix needs")
+    found = tensors.shape(name)
+    if shape is not None and not (
+        len(found) == len(shape) and all(want is None or have == want for have, want in zip(found, shape, strict=True))
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise WeightsError(f"tensor {name!r} has shape {found}, and beside the matrix's others it must be [{wanted}]")
+    return found
+
+
+def inner(layout: Layout) -> Layout:
+    """Without what is around it."""
+    while isinstance(layout, (ReorderedLayout, RoundedInputsLayout)):
+        layout = layout.layout
+    return layout
+
+
+def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Numbers of so many bits that lie one after the other in the 32-bit words of the last axis, from the lowest bit
+    on, across words: uint8 [..., count].
+    """
+    words = np.ascontiguousarray(words).view(np.uint32)
+    if 32 % bits == 0:
+        each = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & np.uint32((1 << bits) - 1)
+        return each.reshape(*words.shape[:-1], -1)[..., :count].astype(np.uint8)
+    first, shift = np.divmod(np.arange(count) * bits, 32)
+    low = words[..., first] >> shift.astype(np.uint32)
+    following = words[..., np.minimum(first + 1, words.shape[-1] - 1)].astype(np.uint64)
+    high = (following << (32 - shift).astype(np.uint64)).astype(np.uint32)
+    high = np.where(shift + bits > 32, high, 0)
+    return ((low | high) & np.uint32((1 << bits) - 1)).astype(np.uint8)
+
+
+def packed_pairs(codes: np.ndarray, group: int) -> np.ndarray:
+    """Codes 0..15 [N, K] as `quant_matmul.layout.pack` has them, in numpy: uint8 [N, K / 2]."""
+    rows, columns = codes.shape
+    halves = codes.reshape(rows, columns // group, 2, group // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, columns // 2).astype(np.uint8)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """A name, or ``re:`` and a regular expression that matches its beginning."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return pattern == module
+
+
+def one_of(config: Mapping[str, Any], name: str, known: Sequence[Any], default: Any) -> Any:
+    """A field of a quantization_config. Raises ValidationError where its value is not known."""
+    value = config.get(name, default)
+    if value not in known:
+        raise ValidationError(
+            f"quantization_config of config.json says {name}={value!r}; known are {', '.join(map(repr, known))}."
+        )
+    return value

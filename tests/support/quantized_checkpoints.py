@@ -1,0 +1,253 @@
+"""Tiny checkpoints in each quantized format, packed from the formats' definitions number by number, and what their
+matrices are in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from support.tiny_model import CONFIG, byte_tokenizer, write_tiny_model
+
+from jaxllm.weights.formats.safetensors import SafetensorsReader
+
+Tensors = dict[str, np.ndarray]
+#: (the tensors of a matrix behind its module's name, what it is)
+Packed = tuple[Tensors, np.ndarray]
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+def as_stream(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of a row one after the other in 32-bit words, from the lowest bit: i32 [rows, words]."""
+    words = -(-numbers.shape[1] * bits // 32)
+    rows = (sum(int(number) << (bits * i) for i, number in enumerate(row)) for row in numbers)
+    return np.stack([np.frombuffer(row.to_bytes(words * 4, "little"), np.int32) for row in rows])
+
+
+def _codes(shape: tuple[int, ...], bits: int, random: np.random.Generator) -> np.ndarray:
+    return random.integers(0, 1 << bits, shape)
+
+
+def _scales(shape: tuple[int, ...], bits: int, random: np.random.Generator, dtype: Any = np.float16) -> np.ndarray:
+    return (random.uniform(0.5, 1.5, shape) * 0.3 / (1 << bits)).astype(dtype)
+
+
+def _spread(of_group: np.ndarray, columns: int) -> np.ndarray:
+    """[rows, groups] -> [rows, columns], float32."""
+    return np.repeat(of_group.astype(np.float32), columns // of_group.shape[1], axis=1)
+
+
+def awq(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    codes, zeros = _codes((rows, columns), 4, random), _codes((rows, columns // GROUP), 4, random)
+    scales = _scales(zeros.shape, 4, random)
+
+    def words(numbers: np.ndarray) -> np.ndarray:
+        """[rows, n] -> i32 [n, rows / 8]"""
+        taken = numbers.T.reshape(numbers.shape[1], -1, 8)[:, :, AWQ_ORDER]
+        return np.concatenate([as_stream(taken[:, i], 4) for i in range(taken.shape[1])], axis=1)
+
+    tensors = {"qweight": words(codes), "qzeros": words(zeros), "scales": np.ascontiguousarray(scales.T)}
+    return tensors, (codes - _spread(zeros, columns)) * _spread(scales, columns)
+
+
+def gptq(
+    bits: int, *, v2: bool = False, act_order: bool = False, symmetric: bool = False
+) -> Callable[[int, int, np.random.Generator], Packed]:
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        codes, zeros = _codes((rows, columns), bits, random), _codes((rows, columns // GROUP), bits, random)
+        if symmetric:
+            zeros[:] = 1 << (bits - 1)
+        scales = _scales(zeros.shape, bits, random)
+        of_column = np.arange(columns) // GROUP
+        if act_order:
+            # the same for all matrices of the same input
+            of_column = np.random.default_rng(columns).permutation(of_column)
+        stored = as_stream(zeros.T, bits)
+        if not v2 and bits == 3:
+            stored = as_stream((zeros.T - 1) & 7, bits)
+        elif not v2:
+            ones = as_stream(np.ones_like(zeros.T), bits)
+            stored = (stored.view(np.uint32) - ones.view(np.uint32)).view(np.int32)
+        tensors = {
+            "qweight": np.ascontiguousarray(as_stream(codes, bits).T),
+            "qzeros": stored,
+            "scales": np.ascontiguousarray(scales.T),
+            "g_idx": of_column.astype(np.int32),
+        }
+        wide = scales.astype(np.float32)[:, of_column]
+        return tensors, (codes - zeros[:, of_column]).astype(np.float32) * wide
+
+    return pack
+
+
+def _float8(rows: int, columns: int, random: np.random.Generator) -> np.ndarray:
+    return random.normal(0, 60, (rows, columns)).astype(ml_dtypes.float8_e4m3fn)
+
+
+def fp8(kind: str) -> Callable[[int, int, np.random.Generator], Packed]:
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        weight = _float8(rows, columns, random)
+        if kind == "blocks":
+            scales = random.uniform(1e-3, 3e-3, (-(-rows // 48), -(-columns // 48))).astype(np.float32)
+            wide = np.repeat(np.repeat(scales, 48, 0)[:rows], 48, 1)[:, :columns]
+            return {"weight": weight, "weight_scale_inv": scales}, weight.astype(np.float32) * wide
+        shape = {"tensor": (), "row": (rows, 1)}[kind]
+        scales = random.uniform(1e-3, 3e-3, shape).astype(np.float32)
+        tensors = {"weight": weight, "weight_scale": np.asarray(scales)}
+        if kind == "tensor":
+            tensors["input_scale"] = np.asarray(0.02, np.float32)
+        return tensors, weight.astype(np.float32) * scales
+
+    return pack
+
+
+def int8(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    weight = random.integers(-127, 128, (rows, columns)).astype(np.int8)
+    scales = _scales((rows, 1), 8, random, ml_dtypes.bfloat16)
+    return {"weight": weight, "weight_scale": scales}, weight.astype(np.float32) * scales.astype(np.float32)
+
+
+def packed(bits: int, *, symmetric: bool) -> Callable[[int, int, np.random.Generator], Packed]:
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        codes = _codes((rows, columns), bits, random)
+        scales = _scales((rows, columns // GROUP), bits, random, ml_dtypes.bfloat16)
+        zeros = np.full(scales.shape, 1 << (bits - 1)) if symmetric else _codes(scales.shape, bits, random)
+        tensors = {
+            "weight_packed": as_stream(codes, bits),
+            "weight_scale": scales,
+            "weight_shape": np.array([rows, columns], np.int64),
+        }
+        if not symmetric:
+            tensors["weight_zero_point"] = np.ascontiguousarray(as_stream(zeros.T, bits).T)
+        return tensors, (codes - _spread(zeros, columns)) * _spread(scales, columns)
+
+    return pack
+
+
+def nf4(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    codes = _codes((rows * columns,), 4, random)
+    blocks = -(-rows * columns // 64)
+    nested_map = np.sort(random.uniform(-1, 1, 256)).astype(np.float32)
+    nested, offset = random.integers(0, 256, blocks).astype(np.uint8), 0.11
+    outer = random.uniform(0.01, 0.05, -(-blocks // 256)).astype(np.float32)
+    largest = nested_map[nested] * outer[np.arange(blocks) // 256] + np.float32(offset)
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [rows, columns], "dtype": "bfloat16"}
+    state |= {"nested_blocksize": 256, "nested_offset": offset, "nested_dtype": "float32"}
+    tensors = {
+        "weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8).reshape(-1, 1),
+        "weight.absmax": nested,
+        "weight.quant_map": NF4,
+        "weight.nested_absmax": outer,
+        "weight.nested_quant_map": nested_map,
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+    return tensors, (NF4[codes] * largest[np.arange(rows * columns) // 64]).reshape(rows, columns)
+
+
+def scb(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    weight = random.integers(-127, 128, (rows, columns)).astype(np.int8)
+    largest = random.uniform(0.2, 0.4, rows).astype(np.float32)
+    tensors = {"weight": weight, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+    return tensors, weight.astype(np.float32) * (largest[:, None] * np.float32(1 / 127))
+
+
+def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, form: str) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+_GROUPS = {"strategy": "group", "group_size": GROUP, "type": "int"}
+#: by a name: quantization_config, and how a matrix is packed
+FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq),
+    **{
+        f"gptq {bits} bits": ({"quant_method": "gptq", "bits": bits, "group_size": GROUP, "sym": False}, gptq(bits))
+        for bits in (2, 3, 4, 8)
+    },
+    "gptq 8 bits symmetric": (
+        {"quant_method": "gptq", "bits": 8, "group_size": GROUP, "sym": True},
+        gptq(8, symmetric=True),
+    ),
+    "gptq v2": (
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+        gptq(4, v2=True),
+    ),
+    "gptq act-order": (
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
+        gptq(4, act_order=True),
+    ),
+    "fp8 static": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8("tensor")),
+    "fp8 rows": ({"quant_method": "fbgemm_fp8"}, fp8("row")),
+    "fp8 blocks": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 48]},
+        fp8("blocks"),
+    ),
+    "int8": (
+        _compressed({"num_bits": 8, "type": "int", "strategy": "channel"}, {**_TOKEN, "type": "int"}, "int-quantized"),
+        int8,
+    ),
+    "float8": (
+        _compressed(
+            {"num_bits": 8, "type": "float", "strategy": "channel"}, {**_TOKEN, "type": "float"}, "float-quantized"
+        ),
+        fp8("row"),
+    ),
+    **{
+        f"packed {bits} bits{'' if symmetric else ' with zeros'}": (
+            _compressed({**_GROUPS, "num_bits": bits, "symmetric": symmetric}, None, "pack-quantized"),
+            packed(bits, symmetric=symmetric),
+        )
+        for bits, symmetric in ((4, True), (4, False), (8, True), (8, False), (3, True))
+    },
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
+    "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, scb),
+}
+
+
+def write(folder: Path, name: str, *, left_out: str = "lm_head") -> tuple[Path, Path]:
+    """The tiny model in a format, and what its matrices are, in float32: two directories.
+
+    Args:
+        left_out: matrices with this in their name are not quantized.
+    """
+    config, pack = FORMATS[name]
+    random = np.random.default_rng(3)
+    for kind in ("quantized", "dense"):
+        (folder / kind).mkdir()
+    write_tiny_model(folder / "dense")
+    with SafetensorsReader(folder / "dense") as reader:
+        dense = {name: reader.read(name).copy() for name in reader.names()}
+    tensors: Tensors = {}
+    for tensor, value in list(dense.items()):
+        module = tensor.removesuffix(".weight")
+        if not module.endswith("_proj") or left_out in module:
+            tensors[tensor] = value
+            continue
+        stored, matrix = pack(*value.shape, random)
+        tensors.update({f"{module}.{end}": array for end, array in stored.items()})
+        dense[tensor] = np.ascontiguousarray(matrix.astype(np.float32))
+    save_file(dense, folder / "dense" / "model.safetensors")
+    save_file(tensors, folder / "quantized" / "model.safetensors")
+    (folder / "quantized" / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": config}))
+    byte_tokenizer().save(str(folder / "quantized" / "tokenizer.json"))
+    return folder / "quantized", folder / "dense"

@@ -1,0 +1,346 @@
+"""Quantized checkpoints: matrices come out of memory as the format's definition says, bit for bit, and what is broken
+is refused by its tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from support.quantized_checkpoints import FORMATS, write
+from support.tiny_model import CONFIG, write_tiny_model
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.quantization import NAMES
+from jaxllm.layers.context import Context
+from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
+from jaxllm.layers.weight import is_spec
+from jaxllm.models.matrices import matrices, quantized
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.rules import check_storage_split, device_bytes
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
+from jaxllm.weights.quantization.method import Found, stream
+from pallas_kernels.backend import Backend
+from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.quant_matmul.layout import Int4Weight
+from pallas_kernels.quantized import RoundedInputs, ScaledWeight, dense, index, power_of_two
+
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+FIELDS = ("qkv", "output", "gate_up", "down")
+F32 = jnp.dtype(jnp.float32)
+
+
+def specs_of(folder: Path, asked: str | None = None, load_format: str = "auto") -> tuple[Checkpoint, Any]:
+    checkpoint = Checkpoint(folder, load_format)
+    specs = decoder_specs(model_config(checkpoint.config))
+    checkpoint.quantize(asked, matrices(specs), prefix="model.")
+    if checkpoint.quantization is not None:
+        specs = quantized(specs, checkpoint.quantization.layout)
+    return checkpoint, specs
+
+
+def load(folder: Path, asked: str | None = None, load_format: str = "auto") -> Any:
+    checkpoint, specs = specs_of(folder, asked, load_format)
+    checkpoint.check(specs)
+    return checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any]]:
+    """The weights of a format's checkpoint, and those of the matrices that it stands for."""
+
+    @functools.cache
+    def loaded(name: str) -> tuple[Any, Any]:
+        stored, plain = write(tmp_path_factory.mktemp("format"), name)
+        return load(stored), load(plain)
+
+    return loaded
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matrices_are_what_the_format_says(both: Callable[[str], tuple[Any, Any]], name: str):
+    ours, whole = both(name)
+    for field in FIELDS:
+        matrix = getattr(ours.layers[0], field)
+        assert hasattr(matrix, "dequantize"), field
+        np.testing.assert_array_equal(dense(matrix, F32), getattr(whole.layers[0], field), err_msg=field)
+    np.testing.assert_array_equal(ours.head, whole.head)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq 8 bits", "gptq act-order", "fp8 blocks", "packed 4 bits", "nf4"])
+def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
+    stored, _ = write(tmp_path, name)
+    planned = [specs_of(stored, load_format=kind)[1] for kind in ("dummy", "auto")]
+    assert device_bytes(planned[0], F32, {}) == pytest.approx(device_bytes(planned[1], F32, {}), rel=0.02)
+    drawn = load(stored, load_format="dummy")
+    for field in FIELDS:
+        numbers = np.asarray(dense(getattr(drawn.layers[0], field), F32))
+        assert 0.01 < numbers.std() < 0.04, (field, numbers.std())
+
+
+@pytest.mark.parametrize("asked", ["int8", "fp8", "int4"])
+def test_a_checkpoint_is_quantized_while_it_is_read(tmp_path: Path, asked: str):
+    plain = write_tiny_model(tmp_path)
+    ours, whole = load(plain, asked), load(plain)
+    for field in FIELDS:
+        matrix, want = getattr(ours.layers[0], field), np.asarray(getattr(whole.layers[0], field))
+        step = {"int8": 1 / 254, "fp8": 1 / 16, "int4": 1 / 15}[asked]
+        largest = np.abs(want).max(axis=-1, keepdims=True)
+        error = np.abs(np.asarray(dense(matrix, F32)) - want)
+        assert (error <= step * 1.01 * largest).all() and error.max() > 0, field
+
+
+def test_one_matrix_may_be_left_out(tmp_path: Path):
+    """Keys in 32 bits beside queries and values in four: the product is that of all three."""
+    stored, plain = write(tmp_path, "packed 4 bits", left_out="k_proj")
+    ours, whole = load(stored), load(plain)
+    np.testing.assert_array_equal(dense(ours.layers[0].qkv, F32), whole.layers[0].qkv)
+    one = jax.tree.map(lambda array: array[0], ours.layers[0].qkv)
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    y = linear_f32(Context(), jnp.asarray(x), one)
+    np.testing.assert_allclose(y, x @ np.asarray(whole.layers[0].qkv[0]).T, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_different_forms_are_segments(tmp_path: Path):
+    stored, plain = write(tmp_path, "packed 4 bits", left_out="layers.1.mlp.down_proj")
+    ours, whole = load(stored), load(plain)
+    assert len(ours.layers) == 2
+    for layer, segment in enumerate(ours.layers):
+        np.testing.assert_array_equal(dense(segment.down, F32)[0], whole.layers[0].down[layer])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_the_matrix(both: Callable[[str], tuple[Any, Any]], name: str, rows: int = 3):
+    """Inputs that are rounded to eight bits, too, by the formula in numpy."""
+    ours, whole = both(name)
+    matrix = jax.tree.map(lambda array: np.asarray(array)[1], ours.layers[0].down)
+    want = np.asarray(whole.layers[0].down[1])
+    x = np.random.default_rng(1).standard_normal((rows, want.shape[1])).astype(np.float32)
+    taken = x
+    if isinstance(matrix, RoundedInputs):
+        groups = x.reshape(rows, -1, matrix.group or x.shape[1])
+        largest = 127 if matrix.dtype == "int8" else 448
+        scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(largest)
+        if matrix.scales is not None:
+            scale = np.float32(0.02)
+        scaled = np.clip(groups / scale, -largest, largest)
+        rounded = np.rint(scaled) if matrix.dtype == "int8" else scaled.astype(ml_dtypes.float8_e4m3fn)
+        taken = (rounded.astype(np.float32) * scale).reshape(x.shape)
+        assert np.abs(taken - x).max() > 1e-3
+    y = jax.jit(linear_f32, static_argnums=0)(Context(), jnp.asarray(x), matrix)
+    np.testing.assert_allclose(y, taken @ want.T, rtol=2e-5, atol=2e-5)
+
+
+@given(bits=st.sampled_from((2, 3, 4, 8)), numbers=st.lists(st.integers(0, 255), min_size=1, max_size=70))
+def test_streams_of_bits(bits: int, numbers: list[int]):
+    numbers = [number & ((1 << bits) - 1) for number in numbers]
+    whole = sum(number << (bits * i) for i, number in enumerate(numbers))
+    words = np.frombuffer(whole.to_bytes(-(-len(numbers) * bits // 32) * 4, "little"), np.int32)
+    assert stream(words[None], bits, len(numbers))[0].tolist() == numbers
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_the_gguf_packages(kind: str):
+    number = GGMLQuantizationType[kind]
+    block, nbytes, _ = BLOCKS[kind]
+    assert gguf.GGML_QUANT_SIZES[number] == (block, nbytes)
+    random = np.random.default_rng(0)
+    raw = random.integers(0, 256, (3 * 4, nbytes), dtype=np.uint8)
+    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+    for start in {**halves, "Q6_K": (208,), "MXFP4": ()}.get(kind, (0,)):
+        raw[:, start : start + 2] = random.normal(0, 0.1, (12, 1)).astype("<f2").view(np.uint8)
+    if kind == "MXFP4":
+        raw[:, 0] = random.integers(0, 150, 12)
+    raw = raw.reshape(3, 4 * nbytes)
+    ours = BlockWeight(data=jnp.asarray(raw), kind=kind)
+    assert ours.shape == (3, 4 * block)
+    theirs = gguf.quants.dequantize(raw, number)
+    # a product and a sum, which a compiler may make one
+    np.testing.assert_allclose(ours.dequantize(F32), theirs, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(ours.rows(jnp.array([2, 0]), F32), theirs[[2, 0]], rtol=1e-6, atol=1e-9)
+
+
+def test_exponents_are_powers_of_two():
+    assert np.array_equal(power_of_two(jnp.arange(255, dtype=jnp.uint8)), 2.0 ** (np.arange(255.0) - 127))
+
+
+def test_every_name_is_taken_or_refused_with_what_to_take():
+    assert {*METHODS, *ALIASES, *ONLINE, *REFUSED, "gguf"} == set(NAMES)
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    """A checkpoint with other tensors; None: without one."""
+    with SafetensorsReader(folder) as reader:
+        tensors = {name: reader.raw(name).copy() for name in reader.names()}
+    tensors.update({name: value for name, value in changes.items() if value is not None})
+    save_file({n: v for n, v in tensors.items() if changes.get(n, v) is not None}, folder / "model.safetensors")
+    return folder
+
+
+Q = "model.layers.0.self_attn.q_proj"
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("awq", {f"{Q}.scales": None}, r"no tensor 'model.layers.0.self_attn.q_proj.scales'"),
+    ("awq", {f"{Q}.qzeros": np.zeros((2, 7), np.int32)}, r"q_proj.qzeros' has shape \(2, 7\).*\[2, 8\]"),
+    (
+        "awq",
+        {f"{Q}.scales": np.zeros((3, 64), np.float16), f"{Q}.qzeros": np.zeros((3, 8), np.int32)},
+        "scales' has 3 groups, which do not divide .* 64 columns",
+    ),
+    ("gptq 4 bits", {f"{Q}.g_idx": np.zeros(64, np.int32)}, "g_idx' must give each of the 2 groups 32"),
+    ("fp8 static", {f"{Q}.input_scale": None}, r"no tensor '.*q_proj.input_scale'"),
+    ("fp8 blocks", {f"{Q}.weight_scale_inv": np.ones((1, 2), np.float32)}, r"weight_scale_inv' has shape \(1, 2\)"),
+    ("packed 4 bits", {f"{Q}.weight_packed": np.zeros((64, 9), np.int32)}, "weight_packed' has 9 words a row.* 8"),
+    ("int8", {f"{Q}.weight_scale": np.ones((63, 1), np.float32)}, r"weight_scale' has shape \(63, 1\)"),
+    ("nf4", {f"{Q}.weight.quant_map": np.zeros(15, np.float32)}, r"quant_map' has shape \(15,\)"),
+    ("bitsandbytes int8", {f"{Q}.SCB": np.zeros(3, np.float32)}, r"SCB' has shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "text"), BROKEN)
+def test_broken_tensors_are_refused_by_name(tmp_path: Path, name: str, change: dict[str, Any], text: str):
+    stored, _ = write(tmp_path, name)
+    with pytest.raises(WeightsError, match=text):
+        load(edited(stored, **change))
+
+
+REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
+    ("gptq", {"quant_method": "awq"}, "'gptq', but the checkpoint is quantized by 'awq'"),
+    ("int8", {"quant_method": "fp8"}, "'int8', but the checkpoint is quantized by 'fp8'"),
+    ("awq", None, "'awq', but the checkpoint is not quantized.*'int8', 'fp8', 'int4'"),
+    ("aqlm", None, "'aqlm' is not supported: take an AWQ"),
+    ("gguf", None, "is no .gguf file"),
+    (None, {"quant_method": "hqq"}, "quantized by 'hqq', which is not supported: what can be read: awq"),
+    (None, {"quant_method": "awq", "version": "GEMV"}, "version='gemv'; known are 'gemm'"),
+    (None, {"quant_method": "gptq", "bits": 5}, "bits=5; known are 2, 3, 4, 8"),
+    (None, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "config", "text"), REFUSALS)
+def test_contradictions_are_refused_with_both_names(
+    tmp_path: Path, asked: str | None, config: dict[str, Any] | None, text: str
+):
+    folder = write_tiny_model(tmp_path)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
+    with pytest.raises(ValidationError, match=text):
+        specs_of(folder, asked)
+
+
+def test_aliases_are_one_method(tmp_path: Path):
+    stored, _ = write(tmp_path, "gptq 4 bits")
+    _, wanted = specs_of(stored)
+    for alias in ("gptq", "auto_gptq", "gptq_marlin"):
+        _, specs = specs_of(stored, alias)
+        assert jax.tree.leaves(specs, is_leaf=is_spec) == jax.tree.leaves(wanted, is_leaf=is_spec)
+
+
+def test_an_integer_tensor_is_no_weight_by_itself(tmp_path: Path):
+    folder = write_tiny_model(tmp_path)
+    edited(folder, **{f"{Q}.weight": np.zeros((64, 64), np.int8)})
+    with pytest.raises(WeightsError, match="type I8.*quantization_config"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("asked", "columns"), [("int8", 64), ("int4", 64), ("int4", 128 * 75)])
+def test_one_row_reads_the_stack_as_it_lies(asked: str, columns: int):
+    """75 groups are more than a loop has terms."""
+    random = np.random.default_rng(5)
+    method, name, rows = ONLINE[asked](), "x.weight", 24
+    found = Found(method.planned(name, (rows, columns)), (rows, columns))  # pyright: ignore[reportArgumentType]
+
+    class Stored:
+        def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
+            return matrix
+
+    layers = []
+    for _ in range(3):
+        matrix = random.standard_normal((rows, columns)).astype(np.float32)
+        kinds = found.layout.shapes(rows, columns)
+        arrays: Any = {kind: method.array(Stored(), name, found, kind, slice(None), None) for kind in kinds}  # pyright: ignore
+        if asked == "int4":
+            layers.append(Int4Weight(packed=arrays["packed"], scales=arrays["scales"].T, zeros=arrays["zeros"].T))
+        else:
+            layers.append(ScaledWeight(values=arrays["values"], scales=arrays["scales"]))
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    assert can_be_read(stack)
+    x = random.standard_normal((1, columns)).astype(np.float32)
+    for layer in range(3):
+        y = jax.jit(one_row_product)(x, StackedMatrix(stack, jnp.int32(layer)))
+        want = x @ np.asarray(dense(index(stack, jnp.int32(layer)), F32)).T
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4 * np.sqrt(columns))
+
+
+GPT_OSS = {
+    **CONFIG,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+}
+
+
+def test_mxfp4_experts_are_the_gguf_packages(tmp_path: Path):
+    """A byte of HF's has neighbours, one of GGUF's numbers that are sixteen apart; what they stand for is the same."""
+    random = np.random.default_rng(2)
+    for kind in ("quantized", "dense"):
+        (tmp_path / kind).mkdir()
+        config = GPT_OSS | ({"quantization_config": {"quant_method": "mxfp4"}} if kind == "quantized" else {})
+        (tmp_path / kind / "config.json").write_text(json.dumps(config))
+    tensors: dict[str, np.ndarray] = {}
+    for spec in jax.tree.leaves(decoder_specs(model_config(GPT_OSS)), is_leaf=is_spec):
+        for name, part in spec.tensors():
+            tensors[name] = random.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        codes = random.integers(0, 16, (experts, rows, columns // 32, 32)).astype(np.uint8)
+        exponents = random.integers(120, 128, codes.shape[:-1]).astype(np.uint8)
+        stored[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        stored[f"{name}_scales"] = exponents
+        blocks = np.concatenate([exponents[..., None], codes[..., :16] | codes[..., 16:] << 4], axis=-1)
+        matrix = gguf.quants.dequantize(blocks.reshape(experts * rows, -1), GGMLQuantizationType.MXFP4)
+        tensors[name] = np.ascontiguousarray(matrix.reshape(experts, rows, columns).transpose(0, 2, 1))
+    save_file(stored, tmp_path / "quantized" / "model.safetensors")
+    save_file(tensors, tmp_path / "dense" / "model.safetensors")
+    ours, whole = (load(tmp_path / kind).layers[0].sparse.experts for kind in ("quantized", "dense"))
+    for field in ("gate_up", "down"):
+        np.testing.assert_array_equal(dense(getattr(ours, field), F32), getattr(whole, field))
+    assert sum(array.nbytes for array in jax.tree.leaves(ours.gate_up)) < whole.gate_up.nbytes / 7
+    # with rows of three experts, and none of one
+    x, sizes = jnp.asarray(random.standard_normal((6, 64)), F32), jnp.array([2, 0, 3, 1], jnp.int32)
+    product = functools.partial(grouped_matmul, x, group_sizes=sizes, backend=Backend(), layer=jnp.int32(1))
+    np.testing.assert_allclose(product(ours.gate_up), product(whole.gate_up), rtol=1e-5, atol=1e-5)
+    # by the configuration alone
+    _, planned = specs_of(tmp_path / "quantized", load_format="dummy")
+    _, found = specs_of(tmp_path / "quantized")
+    assert device_bytes(planned, F32, {}) == device_bytes(found, F32, {})
+
+
+def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
+    """Four heads of 16 are one group of 64."""
+    _, specs = specs_of(write_tiny_model(tmp_path), "int4")
+    check_storage_split(specs, {"tensor": 1})
+    with pytest.raises(ValidationError, match=r"4 devices do not divide the 1 groups of .*o_proj.weight.*: 1\."):
+        check_storage_split(specs, {"tensor": 4})
