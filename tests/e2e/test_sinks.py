@@ -46,10 +46,12 @@ def test_streams_are_what_is_generated(found: dict[str, Any]):
 
 
 def test_the_load_of_experts_in_both_stages(found: dict[str, Any]):
-    """Every token goes to as many experts of each layer; a layer is a stage."""
+    """Every token goes to as many experts of each layer; a layer is a stage. What a preemption lost is computed anew."""
     layers = GPT_OSS["num_hidden_layers"]
     assert [stage.num_layers for stage in pipeline(layers, 2)] == [1, 1]
     load = found["load"]
     tokens = sum(map(len, PROMPTS)) + sum(len(ids) - 1 for ids in load["tokens"])
-    assert [sum(counts) for counts in load["trace"]] == [GPT_OSS["num_experts_per_tok"] * tokens] * layers
+    (counted,) = {sum(counts) for counts in load["trace"]}
+    assert len(load["trace"]) == layers and counted >= GPT_OSS["num_experts_per_tok"] * tokens
+    assert counted % GPT_OSS["num_experts_per_tok"] == 0
     assert load["metrics"] == {str(layer): counts for layer, counts in enumerate(load["trace"])}
