@@ -14,9 +14,8 @@ Where the experts' intermediate size is split over devices, each has a part of e
 (`MoEConfig.expert_parallel`), each has some of them, and rows of others are padding to it. Either way the devices' sums
 are added up.
 
-Copies of the model that step together, each with tokens of its own, have the experts between them. Each gets the tokens
-of all, computes what its own experts add to them, and the sums of each copy's tokens go back to it: an all-gather and a
-reduce-scatter, whose sizes are those of the bucket, however the tokens choose.
+Copies of the model that step together, each with tokens of its own, have the experts between them: tokens go to them
+and come back (`layers.token_exchange`).
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from jaxllm.layers.activation import gated
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
+from jaxllm.layers.token_exchange import through_all_copies
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.quantized import Quantized, RoundedInputs, index
 
@@ -116,19 +116,24 @@ def sparse_mlp(
         activation: a name of `layers.activation`.
         w: of one layer.
         valid: bool [T], which tokens are no padding; None: all. Padding goes to no expert. Of copies of the model that
-            step together, that of all (`of_all_copies`).
+            step together, that of all (`token_exchange.of_all_copies`).
     """
-    rows = of_all_copies(context, x)
-    scores = linear_f32(context, rows, w.router)
-    if w.router_bias is not None:
-        scores = scores + w.router_bias.astype(jnp.float32)
-    weights, chosen = route(config, scores, w.correction)
-    y = through_experts(context, config, activation, w.experts, rows, weights, chosen, valid)
-    copies = context.mesh_axis("tokens")
-    if copies is not None:
-        with exchanged("tokens"):
-            y = lax.psum_scatter(y.astype(x.dtype), copies, tiled=True).astype(jnp.float32)
-        chosen = lax.dynamic_slice_in_dim(chosen, lax.axis_index(copies) * len(x), len(x))
+
+    def routed(rows: jax.Array) -> Routed:
+        scores = linear_f32(context, rows, w.router)
+        if w.router_bias is not None:
+            scores = scores + w.router_bias.astype(jnp.float32)
+        return route(config, scores, w.correction)
+
+    compute = functools.partial(through_experts, context, config, activation, w.experts)
+    if context.mesh_axis("tokens") is None:
+        weights, chosen = routed(x)
+        y = compute(x, weights, chosen, valid)
+    else:
+        sizes = {"num_experts": config.num_experts, "top_k": config.top_k}
+        y = through_all_copies(context, x, valid, **sizes, routed=routed, compute=compute)
+        # of the copy's own tokens; nothing is computed for it where nobody asks
+        _, chosen = routed(x)
     if w.shared_gate_up is not None and w.shared_down is not None:
         shared = linear_f32(context, gated(activation, linear(context, x, w.shared_gate_up)), w.shared_down)
         if w.shared_gate is not None:
@@ -146,17 +151,6 @@ def tokens_of_experts(config: MoEConfig, chosen: jax.Array, valid: jax.Array | N
     """i32 [E]: how many tokens each expert gets, of what `sparse_mlp` has chosen."""
     experts = chosen if valid is None else jnp.where(valid[:, None], chosen, config.num_experts)
     return jnp.zeros(config.num_experts, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
-
-
-def of_all_copies(context: Context, x: jax.Array) -> jax.Array:
-    """The tokens' rows x [T, ...] of all C copies of the model that step together, [C * T, ...]; x where there is but
-    one.
-    """
-    axis = context.mesh_axis("tokens")
-    if axis is None:
-        return x
-    with exchanged("tokens"):
-        return lax.all_gather(x, axis, tiled=True)
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:

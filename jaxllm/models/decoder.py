@@ -23,9 +23,10 @@ from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
-from jaxllm.layers.moe import MoEConfig, SparseMLP, of_all_copies, sparse_mlp, tokens_of_experts
+from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
+from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.models.names import WeightNames
 from jaxllm.models.segments import through_layers
 

@@ -109,7 +109,9 @@ def _result_bytes(line: str) -> int:
     match = _OPERATION.search(line)
     assert match is not None
     shapes = _SHAPE.findall(line[line.index("= ") : match.start(1)])
-    if match[1].endswith("-start"):  # of what is sent and what is received
+    if match[1] == "all-gather-start":  # of what is sent, then of what is received; several that were made one
+        shapes = shapes[len(shapes) // 2 :]
+    elif match[1].endswith("-start") and match[1] != "all-reduce-start":
         shapes = shapes[-1:]
     return sum(math.prod(int(n) for n in sizes.split(",") if n) * _itemsize(kind) for kind, sizes in shapes)
 

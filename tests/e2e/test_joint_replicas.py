@@ -139,3 +139,15 @@ def sparse_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_without_experts_is_refused(tiny_model: Path):
     with pytest.raises(ValidationError, match="enable_expert_parallel=True, and the model has no experts. Leave it"):
         LLM(tiny_model, data_parallel_size=2, enable_expert_parallel=True, **SMALL)
+
+
+def test_tokens_are_sent_to_the_copies_that_have_their_experts(found: dict[str, Any]):
+    """Of four copies with 256 tokens of 16 numbers each, which go to one expert each: there and back, and the expert's
+    weight and number. Where too many go to one copy, all copies get all of them.
+    """
+    sent, room = found["sent"], 96
+    assert max(sent["errors"]) < 1e-4
+    assert sent["sent"] == [4 * room * 2 * 4, 4 * room * 16 * 4, 4 * room * 16 * 4]
+    size = sent["tokens"] * 16 * 4
+    assert sent["gathered"]["all-gather"] >= 4 * size and sent["gathered"]["reduce-scatter"] == size
+    assert sum(sent["sent"]) < (4 * size + 4 * size) / 2

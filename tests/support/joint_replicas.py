@@ -7,13 +7,17 @@ made of the same requests.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from e2e.test_compiles import counted_events
@@ -24,6 +28,12 @@ from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, exchange
 from support.ways import counted
 
 from jaxllm import LLM
+from jaxllm.layers.context import Context
+from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP, sparse_mlp
+from jaxllm.layers.token_exchange import of_all_copies
+from jaxllm.parallel.collectives import collective_bytes
+from jaxllm.parallel.mesh import DATA, make_mesh, on_each_device
+from jaxllm.parallel.rules import split_axes
 
 TOGETHER = {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}
 MANY = PROMPTS * 3
@@ -98,6 +108,39 @@ def changed(llm: LLM, model: Path, saved: Path) -> dict[str, Any]:
     return found
 
 
+def sent() -> dict[str, Any]:
+    """A layer with experts of four copies on one device each, whose many tokens go to one expert each: what they
+    exchange, and how far they are from one device, where the choice is even and where it is not.
+    """
+    tokens, size, config = 256, 16, MoEConfig(num_experts=8, top_k=1, intermediate_size=8, expert_parallel=True)
+    mesh, random = make_mesh(np.array(jax.devices()).reshape(4, 1)), np.random.default_rng(0)
+
+    def layer(context: Context, x: jax.Array, valid: jax.Array, router: Any, gate_up: Any, down: Any) -> jax.Array:
+        experts = Experts(gate_up=gate_up, gate_up_bias=None, down=down, down_bias=None)
+        weights = SparseMLP(router, None, None, experts, None, None, None)
+        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))
+
+    x, valid = random.normal(size=(4 * tokens, size)), random.random(4 * tokens) < 0.9
+    router, gate_up, down = (random.normal(size=shape) for shape in ((8, size), (8, 16, size), (8, size, 8)))
+    one_expert = np.where(np.arange(8)[:, None] == 5, 100.0, 0) * np.sign(x[0])
+    split = [jax.NamedSharding(mesh, jax.P(DATA) if i != 2 else jax.P()) for i in range(5)]
+    errors, program = [], None
+    for route in (router, one_expert):
+        arrays = [jnp.asarray(a, jnp.float32 if a.dtype != bool else bool) for a in (x, valid, route, gate_up, down)]
+        given = [jax.device_put(a, where) for a, where in zip(arrays, split, strict=True)]
+        if program is None:
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in given]
+            function = functools.partial(layer, Context(split=split_axes(mesh.shape)))
+            program = jax.jit(on_each_device(function, mesh, shapes, jax.P(DATA))).lower(*given).compile()
+        wanted = np.where(valid[:, None], jax.jit(functools.partial(layer, Context()))(*arrays), 0)
+        errors.append(float(np.abs(np.asarray(program(*given)) - wanted).max()))
+    text = program.as_text() if program is not None else ""
+    found = [line for line in text.splitlines() if re.search(r" all-to-all\(", line)]
+    shapes = [re.findall(r"[fs]32\[([\d,]+)\]", line.split(" all-to-all(")[0]) for line in found]
+    exchanged = [sum(4 * math.prod(map(int, shape.split(","))) for shape in each) for each in shapes]
+    return {"errors": errors, "sent": sorted(exchanged), "gathered": collective_bytes(text), "tokens": tokens}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     model = folder / "model"
@@ -131,6 +174,7 @@ def main() -> None:
         found["left"] = [len(core._of), *(replica.load for replica in core._replicas)]
     with LLM(model, record_expert_load=True, **ARGUMENTS) as llm:
         found["one"] = everything(llm)
+    found["sent"] = sent()
     print(json.dumps(found))
 
 

@@ -5,18 +5,20 @@ sum over all of its experts in float64.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_donation import MIXTRAL, OPTIONS, make_programs
 
+from jaxllm.layers import token_exchange
 from jaxllm.layers.context import Context
-from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP, of_all_copies, route, sparse_mlp, through_experts
+from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP, route, sparse_mlp, through_experts
 from jaxllm.runner.buckets import Bucket
 
 HIDDEN, EXPERTS, TOP_K = 32, 16, 4
@@ -188,6 +190,8 @@ def test_experts_are_read_where_they_lie(dtype: str):
 
 
 COPIES, DEVICES = 2, 3
+#: how tokens go to experts of other copies: all to all of them; or one by one, where one is more than there is room for
+EXCHANGES = {"gathered": None, "sent": 4}
 
 
 @functools.cache
@@ -201,7 +205,7 @@ def of_copies() -> Any:
         weights = SparseMLP(router, None, None, experts, None, None, None)
         split = (("experts", ("data", "tensor")), ("mlp", "tensor"), ("tokens", "data"))
         context, config = Context(split=split), moe_config(E, K, expert_parallel=True)
-        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))[0]
+        return sparse_mlp(context, config, "silu", weights, x, token_exchange.of_all_copies(context, valid))[0]
 
     def all_of_them(gate_up, down, *given) -> jax.Array:
         parts = (w.reshape(COPIES, DEVICES, E // (COPIES * DEVICES), *w.shape[1:]) for w in (gate_up, down))
@@ -211,7 +215,17 @@ def of_copies() -> Any:
     return jax.jit(all_of_them)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.fixture(params=EXCHANGES)
+def exchange(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if EXCHANGES[request.param] is not None:
+            patch.setattr(token_exchange, "room_for_sent", lambda *_: EXCHANGES[request.param])
+        of_copies.cache_clear()
+        yield request.param
+    of_copies.cache_clear()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=st.lists(st.permutations(range(E)), min_size=COPIES * TOKENS, max_size=COPIES * TOKENS),
     valid=st.lists(st.booleans(), min_size=COPIES * TOKENS, max_size=COPIES * TOKENS),
@@ -220,7 +234,8 @@ def of_copies() -> Any:
 @example(chosen=[range(E)] * COPIES * TOKENS, valid=[True] * COPIES * TOKENS, seed=0)
 @example(chosen=[range(E)[::-1]] * COPIES * TOKENS, valid=[True] * TOKENS + [False] * TOKENS, seed=0)
 @example(chosen=[range(E)] * COPIES * TOKENS, valid=[False] * COPIES * TOKENS, seed=0)
-def test_copies_that_share_experts_get_what_one_would(chosen: Any, valid: Any, seed: int):
+@example(chosen=[range(E)] * COPIES * TOKENS, valid=([True] * 3 + [False] * 6) * COPIES, seed=0)
+def test_copies_that_share_experts_get_what_one_would(exchange: str, chosen: Any, valid: Any, seed: int):
     """However uneven the choice is: all tokens of both copies may go to the experts of one copy's devices, and a copy
     may have none. Experts that no token goes to are NaN.
     """
@@ -240,3 +255,10 @@ def test_copies_that_share_experts_get_what_one_would(chosen: Any, valid: Any, s
     got = of_copies()(*arrays, jnp.asarray(valid))
     for device in range(DEVICES):
         np.testing.assert_allclose(got[:, device], np.where(valid[..., None], wanted, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_sent_where_that_moves_fewer_bytes():
+    """To few of many copies, in steps of many tokens: half of the room that all tokens would take, or less."""
+    assert [token_exchange.room_for_sent(1024, copies, 1) for copies in (2, 3, 4, 8)] == [None, 512, 384, 192]
+    assert [token_exchange.room_for_sent(1024, copies, 2) for copies in (4, 8)] == [None, 360]
+    assert token_exchange.room_for_sent(64, 8, 1) is None and token_exchange.room_for_sent(4096, 8, 8) is None
