@@ -46,7 +46,7 @@ def test_streams_are_what_is_generated(found: dict[str, Any]):
 
 
 def test_the_load_of_experts_in_both_stages(found: dict[str, Any]):
-    """Every token goes to as many experts of each layer; a layer is a stage. What a preemption lost is computed anew."""
+    """Every token goes to as many experts of each layer, a stage; what a preemption lost is computed anew."""
     layers = GPT_OSS["num_hidden_layers"]
     assert [stage.num_layers for stage in pipeline(layers, 2)] == [1, 1]
     load = found["load"]

@@ -118,7 +118,7 @@ def sent() -> dict[str, Any]:
     def layer(context: Context, x: jax.Array, valid: jax.Array, router: Any, gate_up: Any, down: Any) -> jax.Array:
         experts = Experts(gate_up=gate_up, gate_up_bias=None, down=down, down_bias=None)
         weights = SparseMLP(router, None, None, experts, None, None, None)
-        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))
+        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))[0]
 
     x, valid = random.normal(size=(4 * tokens, size)), random.random(4 * tokens) < 0.9
     router, gate_up, down = (random.normal(size=shape) for shape in ((8, size), (8, 16, size), (8, size, 8)))
