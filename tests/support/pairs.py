@@ -81,10 +81,10 @@ POOLING = [
 BEGINNING = "a beginning that fills blocks "
 
 
-def asked() -> dict[str, tuple[str, SamplingParams]]:
-    """Each option and each pair of options -> (prompt, parameters)."""
+def asked(*, pairs: bool = True) -> dict[str, tuple[str, SamplingParams]]:
+    """Each option, and each pair of options -> (prompt, parameters)."""
     requests = {}
-    for kinds in [*((kind,) for kind in KINDS), *itertools.combinations(KINDS, 2)]:
+    for kinds in [*((kind,) for kind in KINDS), *(itertools.combinations(KINDS, 2) if pairs else ())]:
         params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 14, "allowed_token_ids": [*LETTERS, EOS]}
         for kind in kinds:
             params |= KINDS[kind]
@@ -115,12 +115,26 @@ def told(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def generated(llm: LLM) -> dict[str, Any]:
-    requests = asked()
+def generated(llm: LLM, *, pairs: bool = True) -> dict[str, Any]:
+    requests = asked(pairs=pairs)
     priority = [index % 3 for index in range(len(requests))] if llm_has_priorities(llm) else None
     prompts, params = zip(*requests.values(), strict=True)
     outputs = llm.generate(list(prompts), list(params), priority=priority, use_tqdm=False)
     return {name: told(output) for name, output in zip(requests, outputs, strict=True)}
+
+
+def assert_same_answer(found: dict[str, Any], plain: dict[str, Any], name: str) -> None:
+    """Every part of an answer is the other one's, which may have more; log-probabilities nearly."""
+    for part, value in found.items():
+        if "logprobs" not in part:
+            assert value == plain[part], f"{name}: {part}"
+            continue
+        for mine, theirs in zip(_flat(value), _flat(plain[part]), strict=True):
+            assert abs(mine - theirs) < 1e-3, f"{name}: {part}"
+
+
+def _flat(value: Any) -> list[float]:
+    return [number for part in value for number in _flat(part)] if isinstance(value, list) else [value]
 
 
 def llm_has_priorities(llm: LLM) -> bool:
@@ -138,9 +152,9 @@ def joined(deltas: list[RequestOutput]) -> dict[str, Any]:
     return {"token_ids": [ids[index] for index in sorted(ids)], "text": [texts[index] for index in sorted(texts)]}
 
 
-def streamed(llm: LLM) -> dict[str, Any]:
+def streamed(llm: LLM, *, pairs: bool = True) -> dict[str, Any]:
     """What `generated` gets, as deltas of engine steps."""
-    requests, deltas = asked(), {}
+    requests, deltas = asked(pairs=pairs), {}
     for name, (prompt, params) in requests.items():
         params.output_kind = RequestOutputKind.DELTA
         llm.llm_engine.add_request(name, prompt, params)
