@@ -27,6 +27,8 @@ def check_together(args: EngineArgs) -> None:
             f"max_num_batched_tokens ({tokens}) must be greater than or equal to max_num_seqs ({seqs}): a step gives "
             "every running request at least one token."
         )
+    if args.record_expert_load and args.load_format == "null":
+        raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
     if args.steps_together:
         _check_stepping_together(args)
 

@@ -63,6 +63,8 @@ class ParallelConfig(Arguments):
     enable_expert_parallel: bool = switch(
         False, "devices have experts as wholes, not a part of each of them", group="parallel"
     )
+    #: in the metrics and in traces
+    record_expert_load: bool = switch(False, "count how many tokens each expert of each layer gets", group="parallel")
 
     @property
     def steps_together(self) -> bool:

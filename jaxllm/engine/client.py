@@ -15,6 +15,7 @@ from jaxllm.engine.io.parallel_sampling import ParallelSampling
 
 if TYPE_CHECKING:
     from jaxllm.engine.core import EngineCore
+    from jaxllm.engine.io.agreement import Agreement
     from jaxllm.engine.replicas import Replicas
     from jaxllm.engine.request import Request
 
@@ -28,8 +29,10 @@ class EngineClient:
     to whoever waits for it. So the calls of several threads share the engine's batches.
     """
 
-    def __init__(self, core: EngineCore | Replicas):
+    def __init__(self, core: EngineCore | Replicas, agreement: Agreement | None = None):
         self._core: EngineCore | Replicas | None = core
+        #: with the other processes of the engine; None: there are none
+        self.agreement = agreement
         #: held while the engine works
         self.lock = threading.RLock()
         self._receivers: dict[str, Receiver] = {}

@@ -224,6 +224,10 @@ class EngineCore:
         output = future.result()
         for observer in self._observers:
             observer.read(scheduled)
+        if output.expert_load is not None:
+            self._metrics.record_expert_load(output.expert_load)
+            for observer in self._observers:
+                observer.experts(scheduled, output.expert_load)
         updates = self.scheduler.update(scheduled, output)
         if self._constraints is not None and self._constraints.used:
             lost, complete = self._constraints.advance(updates)

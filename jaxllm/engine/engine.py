@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.engine.core import EngineCore
+    from jaxllm.engine.io.agreement import Agreement
     from jaxllm.engine.io.input_processor import InputProcessor
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
     from jaxllm.engine.replicas import Replicas
@@ -55,6 +56,7 @@ class Engine:
         memory_plan: what the device's memory holds, in bytes.
         startup_times: seconds of each start-up phase.
         model_files: what the model was read from.
+        agreement: with the other processes that run it; None: there are none.
     """
 
     #: those that are not shut down; whoever starts another one is told
@@ -73,10 +75,11 @@ class Engine:
         memory_plan: MemoryPlan,
         startup_times: dict[str, float],
         model_files: ModelFiles,
+        agreement: Agreement | None = None,
     ):
         self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
-        self.client = EngineClient(core)
+        self.client = EngineClient(core, agreement)
         self.inputs, self.default_params = inputs, default_params
         #: tokenizes beside the engine
         self.pool = TokenizerPool(args.tokenizer_pool_size)

@@ -184,6 +184,8 @@ class StepOutput:
     #: of a pooling engine, one per entry: f32 [size], or [tokens, size] for a token task; None where nothing ended.
     #: `token_ids` is [] then, and every count 0.
     pooled: list[np.ndarray | None] | None = None
+    #: i32 [layers with experts, experts]: the tokens that each expert got; None: nobody counts them
+    expert_load: np.ndarray | None = None
 
 
 class StepFuture(Protocol):

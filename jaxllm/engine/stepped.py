@@ -26,6 +26,8 @@ class SteppedRequests:
         """Queue a request. Raises what `LLMEngine.add_request` does."""
         if not isinstance(name, str):
             raise TypeError(f"request_id must be a string, got {type(name).__name__}")
+        if self._client.agreement is not None:
+            self._client.agreement.check_request(name, prompt, params)
         request, text = self._inputs.request(self._client.next_id(name), prompt, params, priority)
         with self._client.lock:
             self._client.add(request, text, self._receive, name)

@@ -108,8 +108,9 @@ def sparse_mlp(
     w: SparseMLP,
     x: jax.Array,
     valid: jax.Array | None = None,
-) -> jax.Array:
-    """What a layer's experts add to the hidden states: [T, d] in x's dtype, of x [T, d].
+) -> tuple[jax.Array, jax.Array]:
+    """What a layer's experts add to the hidden states, [T, d] in x's dtype, of x [T, d]; and which experts each token
+    goes to, i32 [T, k], padding too.
 
     Args:
         activation: a name of `layers.activation`.
@@ -126,10 +127,13 @@ def sparse_mlp(
 
     compute = functools.partial(through_experts, context, config, activation, w.experts)
     if context.mesh_axis("tokens") is None:
-        y = compute(x, *routed(x), valid)
+        weights, chosen = routed(x)
+        y = compute(x, weights, chosen, valid)
     else:
         sizes = {"num_experts": config.num_experts, "top_k": config.top_k}
         y = through_all_copies(context, x, valid, **sizes, routed=routed, compute=compute)
+        # of the copy's own tokens; nothing is computed for it where nobody asks
+        _, chosen = routed(x)
     if w.shared_gate_up is not None and w.shared_down is not None:
         shared = linear_f32(context, gated(activation, linear(context, x, w.shared_gate_up)), w.shared_down)
         if w.shared_gate is not None:
@@ -138,9 +142,15 @@ def sparse_mlp(
     y = y.astype(x.dtype)
     axis = context.mesh_axis("mlp")
     if axis is None:
-        return y
+        return y, chosen
     with exchanged("experts" if config.expert_parallel else "mlp"):
-        return lax.psum(y, axis)
+        return lax.psum(y, axis), chosen
+
+
+def tokens_of_experts(config: MoEConfig, chosen: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """i32 [E]: how many tokens each expert gets, of what `sparse_mlp` has chosen."""
+    experts = chosen if valid is None else jnp.where(valid[:, None], chosen, config.num_experts)
+    return jnp.zeros(config.num_experts, jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
 
 def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) -> Routed:

@@ -23,7 +23,7 @@ from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
-from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp
+from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
@@ -180,6 +180,28 @@ def forward(
     Returns:
         (cache, hidden): hidden [T, d] after the final norm, or before the layers of the next pipeline stage.
     """
+    cache, hidden, _ = forward_with_load(context, config, groups, params, cache, batch, counts=False)
+    return cache, hidden
+
+
+def forward_with_load(
+    context: Context,
+    config: DecoderConfig,
+    groups: tuple[KVCacheGroup, ...],
+    params: Params,
+    cache: jax.Array,
+    batch: StepBatch,
+    *,
+    counts: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """As `forward`, and how many tokens each expert got.
+
+    Args:
+        counts: static; whether they are counted.
+
+    Returns:
+        (cache, hidden, load): load i32 [layers with experts, experts], padding left out; None without `counts`.
+    """
     cos, sin = rope_tables(batch.attention.positions, config.rope)
     x = batch.hidden
     if x is None:
@@ -187,25 +209,38 @@ def forward(
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = with_embeddings(x, batch)
-    valid = None
+    valid = own = None
     if config.moe is not None and not isinstance(batch.attention, WholeSequences):
-        valid = of_all_copies(context, batch.attention.token_valid)
+        own = batch.attention.token_valid
+        valid = of_all_copies(context, own)
 
     def layer(carry, weights, place):
-        x, cache = carry
-        layout, rope = place
+        x, cache, load = carry
+        layout, rope, number = place
         normed = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
         y, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], normed, cache, batch)
         if not config.parallel:
             x = _add(config, x, y)
         if not config.shared_norm:
             normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-        z = _mlp_block(context, config, weights, normed, valid)
-        return _add(config, x, y + z if config.parallel else z), cache
+        z, chosen = _mlp_block(context, config, weights, normed, valid)
+        if load is not None and chosen is not None and config.moe is not None:
+            load = load.at[number].add(tokens_of_experts(config.moe, chosen, own))
+        return _add(config, x, y + z if config.parallel else z), cache, load
 
-    places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32)
-    x, cache = through_layers(layer, (x, cache), params.layers, places)
-    return cache, _norm(config, x, params.norm, params.norm_bias)
+    load = numbers = None
+    if counts:
+        load = no_load(config)
+        numbers = np.cumsum(config.layer_moe, dtype=np.int32) - 1
+    places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32), numbers
+    x, cache, load = through_layers(layer, (x, cache, load), params.layers, places)
+    return cache, _norm(config, x, params.norm, params.norm_bias), load
+
+
+def no_load(config: DecoderConfig) -> jax.Array:
+    """Zeros, as `forward_with_load` counts."""
+    assert config.moe is not None
+    return jnp.zeros((sum(config.layer_moe), config.moe.num_experts), jnp.int32)
 
 
 def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -287,16 +322,18 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
-def _mlp_block(context: Context, config: DecoderConfig, w: Layers, x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """`valid` as `sparse_mlp` takes it."""
+def _mlp_block(
+    context: Context, config: DecoderConfig, w: Layers, x: jax.Array, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """What it adds, and the experts of each token; None where there are none. `valid` as `sparse_mlp` takes it."""
     if w.sparse is not None and config.moe is not None:
-        y = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
-        return _norm(config, y, w.post_mlp_norm)
+        y, chosen = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
+        return _norm(config, y, w.post_mlp_norm), chosen
     assert w.gate_up is not None and w.down is not None
     y = linear(context, x, w.gate_up, w.gate_up_bias)
     y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
     y = linear(context, y, w.down, w.down_bias, over="mlp")
-    return _norm(config, y, w.post_mlp_norm)
+    return _norm(config, y, w.post_mlp_norm), None
 
 
 def _norm(config: DecoderConfig, x: jax.Array, weight: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:

@@ -20,8 +20,8 @@ def latent_specs(c: LatentConfig, *, prefix: str, layers: range, hidden_size: in
     def matrix(*parts: Part) -> WeightSpec:
         return WeightSpec(parts=parts, layers=layers)
 
-    def part(module: str, rows: Axis, columns: Axis, place: Rows | None = None) -> Part:
-        return Part(f"{prefix}self_attn.{module}.weight", (rows, columns), place)
+    def part(module: str, rows: Axis, columns: Axis, place: Rows | None = None, other: Part | None = None) -> Part:
+        return Part(f"{prefix}self_attn.{module}.weight", (rows, columns), place, alternative=other)
 
     def norm(module: str, axis: Axis) -> WeightSpec:
         return WeightSpec(parts=(Part(f"{prefix}self_attn.{module}.weight", (axis,)),), layers=layers, init=1.0)
@@ -35,9 +35,11 @@ def latent_specs(c: LatentConfig, *, prefix: str, layers: range, hidden_size: in
         query_norm=None if query is None else norm("q_a_layernorm", query),
         query_up=matrix(part("q_proj", queries, d) if query is None else part("q_b_proj", queries, query)),
         norm=norm("kv_a_layernorm", latent),
-        # the checkpoint has each head's rows for its keys, then those for its values
+        # the checkpoint has each head's rows for its keys, then those for its values; a GGUF file has them apart
         up=matrix(
-            part("kv_b_proj", keys, latent, Rows(0, each, num_heads * each)),
-            part("kv_b_proj", values, latent, Rows(c.plain_dim, each, num_heads * each)),
+            part("kv_b_proj", keys, latent, Rows(0, each, num_heads * each), part("k_b_proj", keys, latent)),
+            part(
+                "kv_b_proj", values, latent, Rows(c.plain_dim, each, num_heads * each), part("v_b_proj", values, latent)
+            ),
         ),
     )

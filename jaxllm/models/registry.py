@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import (
     bert,
@@ -74,6 +75,16 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
 }
 
 
+#: fields of config.json that count something, those that are numbers, and those that have fields of their own; where a
+#: family has them at all
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps")
+_MAPPINGS = ("rope_scaling", "rope_parameters", "text_config")
+
+
 def is_encoder(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model whose tokens see those behind them too."""
     names = hf.get("architectures") or ()
@@ -105,7 +116,8 @@ Config = TypeVar("Config")
 def _read(
     hf: Mapping[str, Any], known: Mapping[str, Callable[[Mapping[str, Any]], Config]], max_model_len: int | None
 ) -> Config:
-    names: Sequence[str] = hf.get("architectures") or ()
+    _check_fields(hf)
+    names: Sequence[str] = checks.strings("architectures of config.json", hf.get("architectures") or [])
     for name in names:
         if name in known:
             try:
@@ -115,3 +127,16 @@ def _read(
     shown = ", ".join(names) or f"none (model_type {hf.get('model_type')!r})"
     supported = ", ".join({**ARCHITECTURES, **POOLING_ARCHITECTURES})
     raise ValidationError(f"Model architectures [{shown}] are not supported. Supported: {supported}.")
+
+
+def _check_fields(hf: Mapping[str, Any]) -> None:
+    """Refuse values of another kind, which a family would stumble over somewhere."""
+    given = {name: value for name, value in hf.items() if value is not None}
+    for name in given.keys() & set(_COUNTS):
+        if checks.integer(f"{name} of config.json", given[name]) < 1:
+            raise ValidationError(f"{name} of config.json must be at least 1, got {given[name]}.")
+    for name in given.keys() & set(_NUMBERS):
+        checks.real(f"{name} of config.json", given[name])
+    for name in given.keys() & set(_MAPPINGS):
+        if not isinstance(given[name], Mapping):
+            raise ValidationError(f"{name} of config.json must be an object with fields, got {given[name]!r:.80}.")

@@ -134,18 +134,22 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
         other = Part(f"{new}experts.{stacked}", axes, rows)
         return Part(f"{prefix}{names.module}.experts.{{expert}}.{module}.weight", axes, alternative=other)
 
-    def of_all(module: str, *axes: Axis, rows: Rows | None = None) -> Part:
-        return Part(f"{prefix}{names.module}.experts.{module}", axes, rows, transposed=len(axes) > 1)
+    def of_all(module: str, other: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        # GGUF files have each expert's as other families do
+        own = Part(f"{prefix}{names.module}.experts.{{expert}}.{other}", axes)
+        return Part(f"{prefix}{names.module}.experts.{module}", axes, rows, len(axes) > 1, own)
 
     gate_up_bias = down_bias = None
     if names.stacked:
-        places = _shared_rows((own, own), by_unit=True)
-        gate_up = spec(*(of_all("gate_up_proj", own, d, rows=rows) for rows in places), experts=experts)
-        down = spec(of_all("down_proj", d, own), experts=experts)
+        places = list(zip(names.gate_up, _shared_rows((own, own), by_unit=True), strict=True))
+        gate_up = spec(
+            *(of_all("gate_up_proj", f"{name}.weight", own, d, rows=rows) for name, rows in places), experts=experts
+        )
+        down = spec(of_all("down_proj", f"{names.down}.weight", d, own), experts=experts)
         if moe.expert_bias:
-            biases = (of_all("gate_up_proj_bias", own, rows=rows) for rows in places)
+            biases = (of_all("gate_up_proj_bias", f"{name}.bias", own, rows=rows) for name, rows in places)
             gate_up_bias = spec(*biases, experts=experts)
-            down_bias = spec(of_all("down_proj_bias", d), experts=experts)
+            down_bias = spec(of_all("down_proj_bias", f"{names.down}.bias", d), experts=experts)
     else:
         places = zip(names.gate_up, _shared_rows((own, own), by_unit=False), strict=True)
         gate_up = spec(*(of_each(name, "gate_up_proj", own, d, rows=rows) for name, rows in places), experts=experts)

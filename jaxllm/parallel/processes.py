@@ -7,6 +7,8 @@ out of a step is whole on every device, so each process reads it from one of its
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.parallel import Grid
 
 _LOW = 2**31
+#: characters of a text that are exchanged where texts differ, and shown, some before the first that differs
+_EXCHANGED, _SHOWN, _BEFORE = 4000, 100, 20
 
 
 def is_distributed() -> bool:
@@ -71,6 +75,38 @@ def of_all_processes(numbers: Sequence[int]) -> np.ndarray:
     halves = np.array([divmod(number, _LOW) for number in numbers], np.int32)
     gathered = np.asarray(multihost_utils.process_allgather(halves), np.int64).reshape(-1, len(numbers), 2)
     return gathered[..., 0] * _LOW + gathered[..., 1]
+
+
+def differing(texts: Sequence[str]) -> tuple[int, list[str]] | None:
+    """Compare texts with those of the other processes, all of which have to call it.
+
+    Returns:
+        None where all have the same; else the place of the first that differs, and what it is there in each process, ""
+        where there is none; of long texts the part that differs.
+    """
+    digests = [_digest(text) for text in texts]
+    found = of_all_processes([len(texts), _digest(repr(digests))])
+    if (found == found[0]).all():
+        return None
+    longest = int(found[:, 0].max())
+    found = of_all_processes(digests + [0] * (longest - len(digests)))
+    place = int(np.flatnonzero((found != found[0]).any(axis=0))[0])
+    mine = [ord(letter) for letter in (texts[place] if place < len(texts) else "")[:_EXCHANGED]]
+    letters = of_all_processes(mine + [0] * (_EXCHANGED - len(mine)))
+    whole = ["".join(chr(letter) for letter in row if letter) for row in letters]
+    first = len(os.path.commonprefix(whole))
+    return place, [_around(text, first) for text in whole]
+
+
+def _around(text: str, place: int) -> str:
+    """What stands at a place of a text, and around it."""
+    first = max(place - _BEFORE, 0) if len(text) > _SHOWN else 0
+    last = first + _SHOWN
+    return f"{'...' if first else ''}{text[first:last]}{'...' if last < len(text) else ''}"
+
+
+def _digest(text: str) -> int:
+    return 1 + int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:7], "big")
 
 
 def put_whole(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:

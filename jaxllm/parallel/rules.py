@@ -195,6 +195,12 @@ def spread_experts(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_parallel=True))
 
 
+def expert_layers(model: ModelConfig) -> tuple[int, ...]:
+    """The layers that have experts."""
+    layers = model.layer_moe if isinstance(model, DecoderConfig) and model.moe is not None else ()
+    return tuple(number for number, sparse in enumerate(layers) if sparse)
+
+
 def cache_axes(model: ModelConfig, *, replicas: int = 1) -> jax.P:
     """How a model's KV cache is split: `CACHE`; latents, which all heads read, not at all.
 

@@ -91,8 +91,8 @@ def resources(
     if (room := _room(machines, cpus, gpus)) < num_engines:
         total = ", ".join(f"{machine.get('CPU', 0):g} CPUs and {machine.get('GPU', 0):g} GPUs" for machine in machines)
         raise ValidationError(
-            f"{num_engines} engines of num_cpus={cpus:g} and num_gpus={gpus:g} do not fit into the Ray cluster, whose "
-            f"machines have {total}: {room:g} would fit."
+            f"num_engines={num_engines} with num_cpus={cpus:g} and num_gpus={gpus:g} each do not fit into the Ray "
+            f"cluster, whose machines have {total}: {room:g} would fit."
         )
     return {"num_cpus": cpus, "num_gpus": gpus}
 

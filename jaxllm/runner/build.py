@@ -239,6 +239,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             num_logprobs=config.num_logprobs,
             logprobs_mode=config.logprobs_mode,
             prompt_embeds=config.prompt_embeds,
+            expert_load=config.expert_load,
             processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),

@@ -77,6 +77,8 @@ class RunnerConfig:
     enable_prefix_caching: bool
     #: whether prompts may be vectors
     prompt_embeds: bool = False
+    #: whether the tokens of each expert are counted
+    expert_load: bool = False
     enforce_eager: bool
     #: reduce max_model_len to what fits, rather than fail
     fit_max_model_len: bool

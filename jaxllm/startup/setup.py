@@ -23,7 +23,7 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
 from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
-from jaxllm.parallel.rules import check_split, check_storage_split, spread_experts
+from jaxllm.parallel.rules import check_split, check_storage_split, expert_layers, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.progress import StartProgress
@@ -148,6 +148,7 @@ class Setup:
             num_gpu_blocks_override=args.num_gpu_blocks_override,
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
+            expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
             num_logprobs=num_logprobs,
@@ -181,6 +182,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         model = model_config(checkpoint.config, _asked_length(args))
     if args.enable_expert_parallel:
         model = spread_experts(model)
+    if args.record_expert_load and not expert_layers(model):
+        raise ValidationError("record_expert_load=True, and the model has no experts. Leave it out.")
     specs = model_specs(model, pooler)
     checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)

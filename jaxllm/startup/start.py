@@ -22,6 +22,7 @@ from jaxllm.engine.core import EngineCore
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.exit import finished_before_exit
 from jaxllm.engine.interrupt import StartInterrupt
+from jaxllm.engine.io.agreement import Agreement
 from jaxllm.engine.io.input_processor import InputProcessor
 from jaxllm.engine.io.pooling_inputs import PoolingInputs
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
@@ -30,6 +31,8 @@ from jaxllm.engine.joint_replicas import JointReplicas
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.engine.replicas import Replicas
+from jaxllm.parallel.processes import differing
+from jaxllm.parallel.rules import expert_layers
 from jaxllm.runner.build import Built, build_replica, build_runner
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile.progress import StartProgress
@@ -170,7 +173,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             cache,
             runner,
             tokenizer,
-            EngineMetrics(str(args.model), max_model_len=plan.max_model_len, engine=number, cache_info=cache_info),
+            EngineMetrics(
+                str(args.model),
+                max_model_len=plan.max_model_len,
+                engine=number,
+                cache_info=cache_info,
+                expert_layers=expert_layers(model),
+            ),
             constraints[number],
             pools=pooler is not None,
         )
@@ -214,6 +223,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         memory_plan=plan,
         startup_times=times,
         model_files=ModelFiles(checkpoint, config, setup.pooling.files if setup.pooling is not None else ()),
+        agreement=Agreement(differing) if target.num_processes > 1 else None,
     )
 
 

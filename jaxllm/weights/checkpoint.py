@@ -114,7 +114,9 @@ class Checkpoint:
         if method is None:
             return
         found: dict[str, Found] = {}
-        if method.in_files and self.load_format in ("safetensors", "gguf"):
+        # a plan needs the config alone
+        has_files = self.is_gguf or any(self.path.glob("*.safetensors"))
+        if method.in_files and has_files and self.load_format in ("safetensors", "gguf"):
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
         else:

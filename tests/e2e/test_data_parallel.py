@@ -18,7 +18,16 @@ from support.own_process import found_by
 from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, generate, tokens
 
 import jaxllm
-from jaxllm import LLM, AsyncLLM, BeamSearchParams, LLMEngine, RequestOutputKind, SamplingParams
+from jaxllm import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    LateChunkingParams,
+    LLMEngine,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParams,
+)
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.chrome_trace import events
 from jaxllm.planning import api
@@ -328,11 +337,16 @@ def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], 
 def test_replicas_that_pool(tiny_model: Path):
     arguments = {**ARGUMENTS, "num_gpu_blocks_override": None, "max_model_len": 64}
 
-    def vectors(count: int) -> np.ndarray:
-        with LLM(tiny_model, runner="pooling", convert="embed", data_parallel_size=count, **arguments) as llm:
-            return np.array([output.outputs.embedding for output in llm.embed(PROMPTS, use_tqdm=False)])
+    late = PoolingParams(late_chunking_params=LateChunkingParams(4))
 
-    np.testing.assert_allclose(vectors(2), vectors(1), atol=1e-5)
+    def vectors(count: int) -> list[np.ndarray]:
+        with LLM(tiny_model, runner="pooling", convert="embed", data_parallel_size=count, **arguments) as llm:
+            whole = [output.outputs.embedding for output in llm.embed(PROMPTS, use_tqdm=False)]
+            chunks = llm.encode(PROMPTS, late, pooling_task="token_embed", use_tqdm=False)
+            return [np.array(whole), *(np.array(output.outputs.data) for output in chunks)]
+
+    for two, one in zip(vectors(2), vectors(1), strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-5)
 
 
 def test_each_has_its_own_devices(found: dict[str, Any]):

@@ -43,6 +43,11 @@ def test_tokens_are_those_of_one_device(found: dict[str, Any], kind: str):
     assert found["together"][kind] == found["one"][kind]
 
 
+def test_the_load_of_experts_is_that_of_one_device(found: dict[str, Any]):
+    """Each replica counts its own tokens."""
+    assert found["together"]["load"] == found["one"]["load"]
+
+
 @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
 def test_log_probabilities_are_those_of_one_device(found: dict[str, Any], kind: str):
     np.testing.assert_allclose(found["together"][kind], found["one"][kind], atol=1e-4, rtol=1e-4)

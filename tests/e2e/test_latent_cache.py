@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from support.latent_cache import DEEPSEEK, ENGINES
 from support.own_process import found_by
+from support.tensor_parallel import PROMPTS
+from support.ways import assert_same_ways, transformers_greedy
 
 from jaxllm import LLM
 from jaxllm.api.errors import ValidationError
@@ -21,9 +23,14 @@ SEVERAL = [name for name in ENGINES if name != "one"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("latents")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
     """What engines over several devices answered, in one process of their own."""
-    return found_by("support.latent_cache", tmp_path_factory.mktemp("latents"))
+    return found_by("support.latent_cache", folder)
 
 
 @pytest.mark.parametrize("engine", SEVERAL)
@@ -73,3 +80,23 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path, overrides: dict, arg
     (tmp_path / "config.json").write_text(json.dumps({**DEEPSEEK, **overrides}))
     with pytest.raises(ValidationError, match=text):
         LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, **arguments)
+
+
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_whatever_is_asked_in_whatever_way(found: dict[str, Any], engine: str):
+    """Over several devices and in stages, with several decode steps in one launch, with priorities."""
+    assert_same_ways(found[engine]["ways"], found["one"]["ways"])
+
+
+def test_transformers_loads_what_is_saved(found: dict[str, Any], folder: Path):
+    """Saved by an engine over four devices."""
+    assert transformers_greedy(folder / "saved", PROMPTS, 8) == found["one"]["ways"]["texts"]
+
+
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_the_load_of_experts_is_that_of_one_device(found: dict[str, Any], engine: str):
+    """Also counted in stages, and in several decode steps of one launch."""
+    load, one = found[engine]["load"], found["one"]["load"]
+    assert load == one and load["metrics"] == {"1": load["trace"][0]}
+    length = sum(map(len, PROMPTS)) + sum(len(ids) - 1 for ids in one["tokens"])
+    assert sum(load["trace"][0]) == DEEPSEEK["num_experts_per_tok"] * length

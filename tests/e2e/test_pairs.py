@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.own_process import found_by
-from support.pairs import BUDGET, ENGINES, KINDS, LETTERS, SETTINGS, arguments_of
+from support.pairs import BUDGET, ENGINES, KINDS, LETTERS, SETTINGS, arguments_of, assert_same_answer
 
 from jaxllm import LLM, BeamSearchParams
 from jaxllm.api.errors import ValidationError
@@ -39,16 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, answer in wanted.items():
-        for part, value in got[name].items():
-            if "logprobs" not in part:
-                assert value == answer[part], f"{name}: {part}"
-                continue
-            for mine, theirs in itertools.zip_longest(np.ravel(flat(value)), np.ravel(flat(answer[part]))):
-                assert mine == pytest.approx(theirs, abs=1e-3), f"{name}: {part}"
-
-
-def flat(value: Any) -> list[float]:
-    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
+        assert_same_answer(got[name], answer, name)
 
 
 @pytest.mark.parametrize(

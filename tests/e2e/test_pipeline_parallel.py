@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from support.own_process import found_by
-from support.pairs import asked
+from support.pairs import asked, assert_same_answer
 from support.pipeline_parallel import COMMON, ENGINES, LAYERS
 
 from jaxllm import LLM, Explanation
@@ -101,15 +101,7 @@ def test_other_weights_are_used(found: dict[str, Any]):
 def test_whatever_is_asked_of_stages_with_every_setting(found: dict[str, Any], kind: str):
     """Each option of a request, and each pair of them, beside preemption, prefix hits, chunks and `SETTINGS`."""
     mine, plain = (found[name]["asked"][kind] for name in ("4", "one"))
-    for part, value in mine.items():
-        if "logprobs" not in part:
-            assert value == plain[part], part
-        else:
-            np.testing.assert_allclose(flat(value), flat(plain[part]), atol=1e-3)
-
-
-def flat(value: Any) -> list[float]:
-    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
+    assert_same_answer(mine, plain, kind)
 
 
 def test_a_trace_shows_the_stages(found: dict[str, Any]):

@@ -162,7 +162,7 @@ def test_a_call_that_is_left_does_not_disturb_the_next(pool: EnginePool, expecte
     [
         ({"hf_overrides": {"num_attention_heads": 5}}, ValidationError, "num_attention_heads=5 is not a multiple"),
         ({"max_modle_len": 5}, TypeError, "Did you mean 'max_model_len'"),
-        ({"num_cpus": 10**6}, ValidationError, r"1 engines of num_cpus=1e\+06 .* do not fit .* 0 would fit"),
+        ({"num_cpus": 10**6}, ValidationError, r"num_engines=1 with num_cpus=1e\+06 .* do not fit .* 0 would fit"),
         ({"num_engines": 0}, ValidationError, "num_engines must be at least 1"),
     ],
 )

@@ -112,3 +112,16 @@ def test_what_needs_one_process_is_refused(found: list[dict[str, Any]]):
 
 def test_an_engine_that_its_process_has_room_for_is_its_own(found: list[dict[str, Any]]):
     assert [each["alone"] for each in found] == [[0, 0], [1, 1]]
+
+
+def test_processes_that_are_given_something_else_are_told_so(found: list[dict[str, Any]], whole: dict[str, Any]):
+    """Each of what both were given; then they go on together."""
+    first, second = (each["together"]["differ"] for each in found)
+    assert first == second
+    prompt, params, number, streamed, stepped = first
+    assert "prompts[1] is 'of process 0' in process 0, and 'of process 1' in process 1" in prompt
+    assert "what is asked of prompts[1] is ..." in params and "max_tokens=1" in params and "max_tokens=2" in params
+    for text in (number, streamed):
+        assert "the number of prompts is 1 in process 0, and 2 in process 1. None of them runs." in text
+    assert "the request is '0' in process 0, and '1' in process 1" in stepped
+    assert [each["together"]["went on"] for each in found] == [whole["greedy"]] * PROCESSES

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, exchanged, generate, tokens
+from support.tensor_parallel import GREEDY, PROMPTS, SEEDED, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, byte_tokenizer
+from support.ways import WAYS_ARGUMENTS, counted, every_way
 
 from jaxllm import LLM
 from jaxllm.api.metric import Counter
@@ -37,12 +38,19 @@ EXPERTS: dict[str, Any] = {
     "shared_expert_intermediate_size": 40,
     "mlp_only_layers": [1],
 }
-#: name -> engine arguments; the first makes as many devices as the others need, and saves what the second one loads
+#: name -> engine arguments; the first makes as many devices as the others need, and saves what these load
 ENGINES: dict[str, dict[str, Any]] = {
     "spread over 4": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
     "split over 2": {"tensor_parallel_size": 2},
-    "one device": {},
+    "two replicas": {
+        "data_parallel_size": 2,
+        "num_decode_steps": 4,
+        "enforce_eager": False,
+        "max_num_batched_tokens": 8,
+    },
 }
+#: each replica is one device that has the whole model; what transformers answers, too, shows that they are right
+REFERENCE = "two replicas"
 
 
 def write_model(folder: Path) -> None:
@@ -67,7 +75,7 @@ def write_model(folder: Path) -> None:
 
 def answers(llm: LLM) -> dict[str, Any]:
     found: dict[str, Any] = {"greedy": tokens(generate(llm, PROMPTS, GREEDY))}
-    found["preemptions"] = next(
+    found["preemptions"] = sum(
         metric.value
         for metric in llm.get_metrics()
         if isinstance(metric, Counter) and metric.name == "vllm:num_preemptions"
@@ -83,10 +91,11 @@ def main() -> None:
     write_model(folder / "model")
     found: dict[str, Any] = {}
     for name, arguments in ENGINES.items():
-        model = "saved" if name.startswith("split") else "model"
-        with LLM(folder / model, **ARGUMENTS, **arguments) as llm:
-            found[name] = {**answers(llm), "exchanged": exchanged(llm)["count"]}
-            [params] = llm.apply_model(lambda params: params)
+        model = "model" if name.startswith("spread") else "saved"
+        with LLM(folder / model, **{**WAYS_ARGUMENTS, **arguments}) as llm:
+            found[name] = {"load": counted(llm), **answers(llm), "exchanged": exchanged(llm)["count"]}
+            found[name]["ways"] = every_way(llm, folder / "model")
+            params, *_ = llm.apply_model(lambda params: params)
             experts = params.layers[0].sparse.experts.gate_up
             found[name]["experts"] = sorted({shard.data.shape for shard in experts.addressable_shards})
             if name.startswith("spread"):

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from support.data_parallel import SHORT, found_with
 from support.expert_parallel import write_model
 from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, exchanged, generate, tokens
+from support.ways import counted
 
 from jaxllm import LLM
 from jaxllm.layers.context import Context
@@ -44,6 +45,7 @@ def everything(llm: LLM) -> dict[str, Any]:
     # of two requests of different lengths the other replica goes on alone
     uneven = [dataclasses.replace(GREEDY, max_tokens=length) for length in (3, 30)]
     return {
+        "load": counted(llm),
         **found_with(llm),
         "several": [[list(c.token_ids) for c in output.outputs] for output in generate(llm, PROMPTS, several)],
         "penalised, after prefix hits": tokens(generate(llm, PROMPTS, penalised)),
@@ -116,7 +118,7 @@ def sent() -> dict[str, Any]:
     def layer(context: Context, x: jax.Array, valid: jax.Array, router: Any, gate_up: Any, down: Any) -> jax.Array:
         experts = Experts(gate_up=gate_up, gate_up_bias=None, down=down, down_bias=None)
         weights = SparseMLP(router, None, None, experts, None, None, None)
-        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))
+        return sparse_mlp(context, config, "silu", weights, x, of_all_copies(context, valid))[0]
 
     x, valid = random.normal(size=(4 * tokens, size)), random.random(4 * tokens) < 0.9
     router, gate_up, down = (random.normal(size=shape) for shape in ((8, size), (8, 16, size), (8, size, 8)))
@@ -144,7 +146,7 @@ def main() -> None:
     model = folder / "model"
     write_model(model)
     found: dict[str, Any] = {}
-    with LLM(model, **TOGETHER, **ARGUMENTS) as llm:
+    with LLM(model, record_expert_load=True, **TOGETHER, **ARGUMENTS) as llm:
         runner: Any = llm.engine.runner
 
         def places() -> list[int]:
@@ -170,7 +172,7 @@ def main() -> None:
         core: Any = llm.engine.core
         found["pages"] = [core.scheduler.kv_cache_manager.pool.num_used for core in core.cores]
         found["left"] = [len(core._of), *(replica.load for replica in core._replicas)]
-    with LLM(model, **ARGUMENTS) as llm:
+    with LLM(model, record_expert_load=True, **ARGUMENTS) as llm:
         found["one"] = everything(llm)
     found["sent"] = sent()
     print(json.dumps(found))

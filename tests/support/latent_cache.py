@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import save_file
-from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, exchanged, generate, tokens
+from support.tensor_parallel import GREEDY, PROMPTS, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, write_tiny_model
+from support.ways import WAYS_ARGUMENTS, counted, every_way
 
 from jaxllm import LLM
 from jaxllm.api.metric import Counter
@@ -23,10 +24,21 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 
-#: by their name. The first makes as many devices as the others need
+#: by their name. The first makes as many devices as the others need, and saves what these load
 ENGINES: dict[str, dict[str, Any]] = {
-    "spread": {"tensor_parallel_size": 4, "enable_expert_parallel": True},
-    "stages": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "spread": {
+        "tensor_parallel_size": 4,
+        "enable_expert_parallel": True,
+        "num_decode_steps": 3,
+        "enforce_eager": False,
+        "max_num_batched_tokens": 8,
+    },
+    "stages": {
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "scheduling_policy": "priority",
+        "max_num_active_seqs": 3,
+    },
     "one": {},
 }
 #: latents of 24 numbers and 8 that are turned, where keys and values would be 4 heads of 24 and 16
@@ -36,6 +48,7 @@ DEEPSEEK: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "num_hidden_layers": 2,
     "num_key_value_heads": 4,
+    "head_dim": 8,
     "q_lora_rank": 32,
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 16,
@@ -51,7 +64,7 @@ DEEPSEEK: dict[str, Any] = {
 }
 
 
-def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
+def write_random(folder: Path, config: dict[str, Any]) -> Path:
     """The model with random weights, by which scores lie far apart, and the tiny model's tokenizer."""
     write_tiny_model(folder)
     random = np.random.default_rng(0)
@@ -63,7 +76,7 @@ def write_deepseek(folder: Path, config: dict[str, Any] = DEEPSEEK) -> Path:
         return (gain * random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
 
     tensors = {
-        name: draw(name, part.tensor_shape)
+        name: draw(name, spec.tensor_shape(part))
         for spec in jax.tree.leaves(decoder_specs(model_config(config)), is_leaf=is_spec)
         for name, part in spec.tensors()
     }
@@ -91,17 +104,21 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) / "model"
+    folder, saved = (Path(sys.argv[1]) / name for name in ("model", "saved"))
     folder.mkdir()
-    write_deepseek(folder)
+    write_random(folder, DEEPSEEK)
     found: dict[str, Any] = {}
     for name, devices in ENGINES.items():
-        with LLM(folder, **devices, **ARGUMENTS) as llm:
+        with LLM(folder if name == "spread" else saved, **{**WAYS_ARGUMENTS, **devices}) as llm:
             found[name] = {
+                "load": counted(llm),
                 **answers(llm),
+                "ways": every_way(llm, folder),
                 "exchanged": None if name == "stages" else exchanged(llm)["count"],
                 "bytes a token": llm.memory_plan.kv_bytes_per_token,
             }
+            if name == "spread":
+                llm.save(saved)
     print(json.dumps(found))
 
 

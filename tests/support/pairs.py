@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.tiny_model import CONFIG, EOS, SMALL, byte_tokenizer, write_tiny_model
+from support.quantized_checkpoints import write
+from support.tiny_model import EOS, SMALL, byte_tokenizer
 
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, LogitsProcessor, SamplingParams
 from jaxllm.api.outputs import RequestOutput
@@ -47,6 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "asynchronous scheduling": {"async_scheduling": True},
     "priorities": {"scheduling_policy": "priority"},
     "active requests": {"max_num_active_seqs": 3},
+    # of matrices whose numbers the other engines have in float32
+    "quantized weights": {"quantization": "awq"},
     "deterministic": {"deterministic": True},
     "tensor parallel": {"tensor_parallel_size": 2},
     "data parallel": {"data_parallel_size": 2},
@@ -71,14 +74,17 @@ ENGINES: dict[str, list[str]] = {
     "all, split": [*ON_ONE, "tensor parallel"],
 }
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
-POOLING = ["prefix caching", "chunked prefill", "asynchronous scheduling", "priorities", "tensor parallel"]
+POOLING = [
+    *("prefix caching", "chunked prefill", "asynchronous scheduling", "priorities"),
+    *("quantized weights", "tensor parallel"),
+]
 BEGINNING = "a beginning that fills blocks "
 
 
-def asked() -> dict[str, tuple[str, SamplingParams]]:
-    """Each option and each pair of options -> (prompt, parameters)."""
+def asked(*, pairs: bool = True) -> dict[str, tuple[str, SamplingParams]]:
+    """Each option, and each pair of options -> (prompt, parameters)."""
     requests = {}
-    for kinds in [*((kind,) for kind in KINDS), *itertools.combinations(KINDS, 2)]:
+    for kinds in [*((kind,) for kind in KINDS), *(itertools.combinations(KINDS, 2) if pairs else ())]:
         params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 14, "allowed_token_ids": [*LETTERS, EOS]}
         for kind in kinds:
             params |= KINDS[kind]
@@ -109,12 +115,26 @@ def told(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def generated(llm: LLM) -> dict[str, Any]:
-    requests = asked()
+def generated(llm: LLM, *, pairs: bool = True) -> dict[str, Any]:
+    requests = asked(pairs=pairs)
     priority = [index % 3 for index in range(len(requests))] if llm_has_priorities(llm) else None
     prompts, params = zip(*requests.values(), strict=True)
     outputs = llm.generate(list(prompts), list(params), priority=priority, use_tqdm=False)
     return {name: told(output) for name, output in zip(requests, outputs, strict=True)}
+
+
+def assert_same_answer(found: dict[str, Any], plain: dict[str, Any], name: str) -> None:
+    """Every part of an answer is the other one's, which may have more; log-probabilities nearly."""
+    for part, value in found.items():
+        if "logprobs" not in part:
+            assert value == plain[part], f"{name}: {part}"
+            continue
+        for mine, theirs in zip(_flat(value), _flat(plain[part]), strict=True):
+            assert abs(mine - theirs) < 1e-3, f"{name}: {part}"
+
+
+def _flat(value: Any) -> list[float]:
+    return [number for part in value for number in _flat(part)] if isinstance(value, list) else [value]
 
 
 def llm_has_priorities(llm: LLM) -> bool:
@@ -132,9 +152,9 @@ def joined(deltas: list[RequestOutput]) -> dict[str, Any]:
     return {"token_ids": [ids[index] for index in sorted(ids)], "text": [texts[index] for index in sorted(texts)]}
 
 
-def streamed(llm: LLM) -> dict[str, Any]:
+def streamed(llm: LLM, *, pairs: bool = True) -> dict[str, Any]:
     """What `generated` gets, as deltas of engine steps."""
-    requests, deltas = asked(), {}
+    requests, deltas = asked(pairs=pairs), {}
     for name, (prompt, params) in requests.items():
         params.output_kind = RequestOutputKind.DELTA
         llm.llm_engine.add_request(name, prompt, params)
@@ -159,14 +179,6 @@ async def streamed_by_tasks(model: Path, arguments: dict[str, Any]) -> dict[str,
     return dict(zip(requests, found, strict=True))
 
 
-def write_windows(folder: Path) -> Path:
-    """The tiny model with a window of 40 tokens, as a Mistral."""
-    write_tiny_model(folder)
-    windowed = {**CONFIG, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
-    (folder / "config.json").write_text(json.dumps(windowed))
-    return folder
-
-
 def arguments_of(settings: list[str]) -> dict[str, Any]:
     arguments = dict(PLAIN)
     for setting in settings:
@@ -176,7 +188,9 @@ def arguments_of(settings: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    model = write_windows(folder)
+    # with windows of 40 tokens
+    windowed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
+    quantized, dense = write(folder, "awq", changes=windowed)
     found: dict[str, Any] = {}
     beams = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
     # the engine over several devices comes first: what JAX has cannot be changed later
@@ -184,6 +198,7 @@ def main() -> None:
         settings = ENGINES[name]
         processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
         arguments = {**arguments_of(settings), "logits_processors": processors}
+        model = quantized if "quantized weights" in settings else dense
         with LLM(model, **arguments) as llm:
             found[name] = {"generated": generated(llm), "streamed": streamed(llm)}
             prompts = [BEGINNING, "another one"]
@@ -198,6 +213,7 @@ def main() -> None:
     for name, settings in (("plain", []), ("all", POOLING)):
         arguments = arguments_of(settings)
         del arguments["reasoning_config"]
+        model = quantized if "quantized weights" in settings else dense
         with LLM(model, runner="pooling", convert="embed", **arguments) as llm:
             texts = [BEGINNING + str(index) for index in range(6)]
             found.setdefault("pooling", {})[name] = [o.outputs.embedding for o in llm.embed(texts, use_tqdm=False)]

@@ -5,6 +5,7 @@ matrices are in float32.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from support.tiny_model import CONFIG, byte_tokenizer, write_tiny_model
+from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 
@@ -224,11 +225,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def write(folder: Path, name: str, *, left_out: str = "lm_head") -> tuple[Path, Path]:
+def write(
+    folder: Path, name: str, *, left_out: str = "lm_head", changes: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
     """The tiny model in a format, and what its matrices are, in float32: two directories.
 
     Args:
         left_out: matrices with this in their name are not quantized.
+        changes: fields of the model's config.json.
     """
     config, pack = FORMATS[name]
     random = np.random.default_rng(3)
@@ -248,6 +252,9 @@ def write(folder: Path, name: str, *, left_out: str = "lm_head") -> tuple[Path, 
         dense[tensor] = np.ascontiguousarray(matrix.astype(np.float32))
     save_file(dense, folder / "dense" / "model.safetensors")
     save_file(tensors, folder / "quantized" / "model.safetensors")
-    (folder / "quantized" / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": config}))
-    byte_tokenizer().save(str(folder / "quantized" / "tokenizer.json"))
+    model = {**CONFIG, **(changes or {})}
+    (folder / "dense" / "config.json").write_text(json.dumps(model))
+    (folder / "quantized" / "config.json").write_text(json.dumps({**model, "quantization_config": config}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "dense" / name, folder / "quantized" / name)
     return folder / "quantized", folder / "dense"

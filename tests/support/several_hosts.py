@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -28,7 +29,20 @@ def refused(call: Any) -> str:
     return ""
 
 
-def together(folder: Path) -> dict[str, Any]:
+def others(number: int) -> list[Any]:
+    """Calls that differ from process to process: by a prompt, by a parameter, by how many prompts there are, also where
+    these are read as they come.
+    """
+    prompt = f"of process {number}"
+    return [
+        ([PROMPTS[0], prompt], GREEDY),
+        ([PROMPTS[0]] * 2, [GREEDY, dataclasses.replace(GREEDY, max_tokens=number + 1)]),
+        (PROMPTS[: number + 1], GREEDY),
+        ((text for text in PROMPTS[: number + 1]), GREEDY),
+    ]
+
+
+def together(folder: Path, number: int) -> dict[str, Any]:
     """What an engine over the devices of all processes answers, and what it refuses."""
     found: dict[str, Any] = {}
     with LLM(folder, tensor_parallel_size=4, **ARGUMENTS) as llm:
@@ -43,6 +57,10 @@ def together(folder: Path) -> dict[str, Any]:
         found["planned"] = llm.memory_plan.weight_bytes
         found["blocks"] = llm.memory_plan.num_blocks
         found["explained"] = str(llm.explain())
+        found["differ"] = [refused(lambda prompts=prompts: generate(llm, *prompts)) for prompts in others(number)]
+        found["went on"] = tokens(generate(llm, PROMPTS, GREEDY))
+        stepped = llm.llm_engine
+        found["differ"].append(refused(lambda: stepped.add_request(str(number), PROMPTS[0], GREEDY)))
         found["no save"] = refused(lambda: llm.save(folder / "saved"))
         found["no sleep"] = refused(lambda: llm.sleep(1))
     found["no async"] = refused(lambda: asyncio.run(AsyncLLM.start(folder, tensor_parallel_size=4, **ARGUMENTS)))
@@ -55,7 +73,7 @@ def main() -> None:
     folder, address, processes, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     jax.config.update("jax_num_cpu_devices", 2)  # pyright: ignore[reportAttributeAccessIssue]
     jax.distributed.initialize(address, num_processes=processes, process_id=number)
-    found: dict[str, Any] = {"together": together(folder)}
+    found: dict[str, Any] = {"together": together(folder, number)}
     found["alone"] = [device.process_index for device in engine_devices("cpu", Grid(tensor=2))]
     print(json.dumps(found))
 

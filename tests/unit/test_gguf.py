@@ -112,8 +112,23 @@ def test_config_of_variants(tmp_path: Path) -> None:
     assert (scaling["rope_type"], scaling["factor"]) == ("llama3", 32.0)
     with pytest.raises(WeightsError, match=r"m\.gguf.*rope_freqs\.weight.*not Llama 3's"):
         config(lambda writer: None, rope_freqs_weight=divisors * np.array([1, 2, 1, 1], np.float32))
-    with pytest.raises(WeightsError, match="mixture of experts"):
-        config(lambda writer: writer.add_expert_count(8))
+
+    def experts(writer: gguf.GGUFWriter) -> None:
+        writer.add_expert_count(8)
+        writer.add_expert_used_count(2)
+
+    mixtral = config(experts)
+    assert (mixtral["architectures"], mixtral["num_local_experts"], mixtral["num_experts_per_tok"]) == (
+        ["MixtralForCausalLM"],
+        8,
+        2,
+    )
+    path = write_gguf(tmp_path / "q.gguf", "qwen2", hf_weights("qwen2"), edit=experts)
+    with (
+        GGUFReader(path) as reader,
+        pytest.raises(WeightsError, match="mixture of experts of the architecture .qwen2."),
+    ):
+        reader.config()
 
 
 def test_llama3_divisors_are_transformers() -> None:

@@ -26,6 +26,7 @@ SCALES = {
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "MXFP4": [],
 }
 
 
@@ -36,6 +37,9 @@ def random_rows(name: str, rows: int, blocks: int, seed: int) -> np.ndarray:
     raw = rng.integers(0, 256, (rows * blocks, kind.nbytes), dtype=np.uint8)
     for start in SCALES[name]:
         raw[:, start : start + 2] = rng.normal(0, 0.1, (rows * blocks, 1)).astype("<f2").view(np.uint8)
+    if name == "MXFP4":
+        # a power of two of which a multiple is a float32
+        raw[:, 0] %= 250
     return raw.reshape(rows, -1)
 
 

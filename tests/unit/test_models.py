@@ -40,6 +40,28 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
         model_config({**BASE, "model_type": "mamba"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": "many"}, "vocab_size of config.json must be an integer, got 'many'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers of config.json must be an integer, got 2.0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers of config.json must be at least 1, got 0"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings of config.json must be at least 1, got -1"),
+        ({"rope_theta": "big"}, "rope_theta of config.json must be a number, got 'big'"),
+        ({"rms_norm_eps": [1]}, r"rms_norm_eps of config.json must be a number, got \[1\]"),
+        ({"rope_scaling": [1]}, r"rope_scaling of config.json must be an object with fields, got \[1\]"),
+        ({"architectures": [7]}, "architectures of config.json must contain only strings, got 7"),
+    ],
+)
+def test_fields_of_another_kind_are_refused_by_name(fields: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        model_config({**BASE, "architectures": ["LlamaForCausalLM"], **fields})
+
+
+def test_one_architecture_may_be_a_text():
+    assert model_config({**BASE, "architectures": "LlamaForCausalLM"}) == config("LlamaForCausalLM")
+
+
 def test_the_first_known_architecture_is_taken():
     fields = {**BASE, "architectures": ["Unknown", "Qwen2ForCausalLM", "LlamaForCausalLM"]}
     assert model_config(fields).qkv_bias

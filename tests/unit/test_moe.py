@@ -205,7 +205,7 @@ def of_copies() -> Any:
         weights = SparseMLP(router, None, None, experts, None, None, None)
         split = (("experts", ("data", "tensor")), ("mlp", "tensor"), ("tokens", "data"))
         context, config = Context(split=split), moe_config(E, K, expert_parallel=True)
-        return sparse_mlp(context, config, "silu", weights, x, token_exchange.of_all_copies(context, valid))
+        return sparse_mlp(context, config, "silu", weights, x, token_exchange.of_all_copies(context, valid))[0]
 
     def all_of_them(gate_up, down, *given) -> jax.Array:
         parts = (w.reshape(COPIES, DEVICES, E // (COPIES * DEVICES), *w.shape[1:]) for w in (gate_up, down))

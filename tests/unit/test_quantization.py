@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
     stored, _ = write(tmp_path, name)
     planned = [specs_of(stored, load_format=kind)[1] for kind in ("dummy", "auto")]
     assert device_bytes(planned[0], F32, {}) == pytest.approx(device_bytes(planned[1], F32, {}), rel=0.02)
+    (tmp_path / "config").mkdir()
+    shutil.copy(stored / "config.json", tmp_path / "config")
+    assert specs_of(tmp_path / "config")[1] == planned[0]
     drawn = load(stored, load_format="dummy")
     for field in FIELDS:
         numbers = np.asarray(dense(getattr(drawn.layers[0], field), F32))
@@ -344,3 +348,45 @@ def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
     check_storage_split(specs, {"tensor": 1})
     with pytest.raises(ValidationError, match=r"4 devices do not divide the 1 groups of .*o_proj.weight.*: 1\."):
         check_storage_split(specs, {"tensor": 4})
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq act-order", "float8", "nf4"])
+def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
+    """DeepSeek's, each expert's tensors by themselves; a router and what is left out stay as they are."""
+    config, pack = FORMATS[name]
+    model = {
+        **CONFIG,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **{"kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+        **{"moe_intermediate_size": 64, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0},
+    }
+    random = np.random.default_rng(4)
+    plain, stored = {}, {}
+    for spec in jax.tree.leaves(decoder_specs(model_config(model)), is_leaf=is_spec):
+        for tensor, part in spec.tensors():
+            shape, module = spec.tensor_shape(part), tensor.removesuffix(".weight")
+            if tensor in plain:
+                continue
+            if len(shape) == 2 and "proj" in module and "lm_head" not in module:
+                ends, plain[tensor] = pack(*shape, random)
+                stored.update({f"{module}.{end}": array for end, array in ends.items()})
+            else:
+                plain[tensor] = stored[tensor] = random.standard_normal(shape).astype(np.float32)
+    for kind, tensors, extra in (("a", plain, {}), ("b", stored, {"quantization_config": config})):
+        (tmp_path / kind).mkdir()
+        as_written = {key: np.ascontiguousarray(np.asarray(value)) for key, value in tensors.items()}
+        as_written = {k: v.astype(np.float32) if kind == "a" else v for k, v in as_written.items()}
+        save_file(as_written, tmp_path / kind / "model.safetensors")
+        (tmp_path / kind / "config.json").write_text(json.dumps(model | extra))
+    whole, ours = (load(tmp_path / kind) for kind in "ab")
+    sparse, latents = ours.layers[1].sparse, ours.layers[1].latents
+    pairs = [
+        *((getattr(sparse.experts, f), getattr(whole.layers[1].sparse.experts, f)) for f in ("gate_up", "down")),
+        *((getattr(sparse, f), getattr(whole.layers[1].sparse, f)) for f in ("shared_gate_up", "shared_down")),
+        *((getattr(latents, f), getattr(whole.layers[1].latents, f)) for f in ("down", "query_up", "up")),
+    ]
+    for matrix, want in pairs:
+        assert not isinstance(matrix, jax.Array)
+        np.testing.assert_array_equal(dense(matrix, F32), want)
+    np.testing.assert_array_equal(sparse.router, whole.layers[1].sparse.router)

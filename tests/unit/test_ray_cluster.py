@@ -52,7 +52,7 @@ def test_each_engine_gets_its_share(machines, engines: int, given, wanted):
 
 def test_what_does_not_fit_is_refused():
     machines: list[dict[str, float]] = [{"CPU": 4}, {"CPU": 3}]
-    text = r"4 engines of num_cpus=2 and num_gpus=0 .* have 4 CPUs and 0 GPUs, 3 CPUs and 0 GPUs: 3 would fit"
+    text = r"num_engines=4 with num_cpus=2 and num_gpus=0 .* 4 CPUs and 0 GPUs, 3 CPUs and 0 GPUs: 3 would fit"
     with pytest.raises(ValidationError, match=text):
         cluster.resources(machines, engine_args("model"), 4, 2, None)
     with pytest.raises(ValidationError, match="num_cpus must be at least 0, got -1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import defaultdict
@@ -13,6 +14,7 @@ import pytest
 from support.fake_engine import FakeEngine
 
 from jaxllm.engine.observe.chrome_trace import events
+from jaxllm.engine.observe.stage_record import stage_records
 from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
 from jaxllm.engine.scheduling.step_updates import StepUpdates
@@ -346,3 +348,25 @@ def test_the_picture_shows_the_numbers(preempting: tuple[Traced, Trace], tmp_pat
     np.testing.assert_array_equal(edges[:-1], arrays["device_start"])
     figure.savefig(tmp_path / "trace.png")
     assert figure._repr_png_().startswith(b"\x89PNG")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_picture_shows_stages_and_bubbles(preempting: tuple[Traced, Trace], tmp_path: Path):
+    """Two stages of two replicas: a bar is a step at a stage, and what the bars leave free is the bubble."""
+    trace = Trace(lambda _: None, lambda _: None)
+    times = [[(0, 0.0, 1.0), (1, 0.0, 2.0)], [(0, 0.0, 2.0), (1, 0.0, 4.0)]]
+    for engine in (0, 1):
+        trace.steps += [dataclasses.replace(step, engine=engine) for step in preempting[1].steps[:2]]
+        trace.stages += stage_records(times, 0.0, engine)
+    figure = trace.plot()
+    assert len(figure.axes) == 10
+    for panel in figure.axes[8:]:
+        assert [label.get_text() for label in panel.get_yticklabels()] == ["stage 1", "stage 2"]
+        bars = [path.get_extents().bounds for drawn in panel.collections for path in drawn.get_paths()]
+        spans = sorted((round(y + height / 2), x, width) for x, y, width, height in bars)
+        # of each stage the whole time and two steps
+        assert spans == [(0, 0, 1), (0, 0, 4), (0, 1, 1), (1, 0, 4), (1, 1, 1), (1, 2, 2)]
+        legend = panel.get_legend()
+        # the first works for 2 of 4 seconds, the second one for 3
+        assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["bubble, 38%", "at work"]
+    assert [panel.get_xlabel() for panel in figure.axes] == [""] * 8 + ["seconds"] * 2
+    figure.savefig(tmp_path / "trace.png")

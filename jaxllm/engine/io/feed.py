@@ -179,6 +179,8 @@ class Feed:
         while not self._source.exhausted and self._unfinished < self._window:
             idle = not (self._running or self._preparing or self._finished)
             batch = self._source.take(min(BATCH, self._window - self._unfinished), wait=idle)
+            if self._client.agreement is not None:
+                self._client.agreement.check_jobs(batch, self.num_read, is_all=self._source.exhausted)
             if not batch:
                 return
             self.num_read += len(batch)

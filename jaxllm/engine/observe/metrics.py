@@ -16,6 +16,8 @@ from jaxllm.engine.request import RequestStatus
 from jaxllm.engine.scheduling.stats import SchedulerStats
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
     from jaxllm.engine.scheduling.step_updates import StepUpdates
@@ -92,6 +94,7 @@ class EngineMetrics:
         max_model_len: tokens; the last bound of the histograms of lengths is at most this.
         engine: the number of this one among several.
         cache_info: what `vllm:cache_config_info` says of the cache (block_size, num_gpu_blocks, ...).
+        expert_layers: the layers that have experts, where their load is counted.
     """
 
     def __init__(
@@ -101,9 +104,13 @@ class EngineMetrics:
         max_model_len: int = 1_000_000,
         engine: int = 0,
         cache_info: Mapping[str, Any] | None = None,
+        expert_layers: Sequence[int] = (),
     ) -> None:
         self._labels = {"model_name": model_name, "engine": str(engine)}
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
+        self._expert_layers = tuple(expert_layers)
+        #: [layers with experts, experts]; None: nothing has been counted
+        self._expert_load: np.ndarray | None = None
         #: held while numbers that belong together change, and while they are read
         self._lock = threading.Lock()
         self._prompt_tokens = 0
@@ -169,6 +176,12 @@ class EngineMetrics:
         """Count the end of a request, once. Aborted and failed ones are counted, but not measured."""
         with self._lock:
             self._finish(request)
+
+    def record_expert_load(self, load: np.ndarray) -> None:
+        """Count the tokens that each expert got in one step, i32 [layers with experts, experts]."""
+        with self._lock:
+            before = 0 if self._expert_load is None else self._expert_load
+            self._expert_load = before + load.astype("int64")
 
     def record_rejection(self, reason: str) -> None:
         """Count a request that was refused before it became one of the engine's."""
@@ -268,6 +281,12 @@ class EngineMetrics:
             Counter("vllm:admission_rejections", self._with(reason=reason), count)
             for reason, count in self._rejections.items()
         ]
+        if self._expert_load is not None:
+            metrics += [
+                Counter("jaxllm:expert_tokens", self._with(layer=str(layer), expert=str(expert)), count)
+                for layer, counts in zip(self._expert_layers, self._expert_load.tolist(), strict=True)
+                for expert, count in enumerate(counts)
+            ]
         return metrics
 
     def _histograms(self) -> list[Metric]:

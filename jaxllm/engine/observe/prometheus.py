@@ -34,6 +34,7 @@ HELP = {
     "vllm:generation_tokens": "Tokens generated.",
     "vllm:request_success": "Finished requests, by how they ended.",
     "vllm:admission_rejections": "Requests that were refused, by why.",
+    "jaxllm:expert_tokens": "Tokens that each expert of each layer got (record_expert_load).",
     "vllm:iteration_tokens_total": "Tokens a step.",
     "vllm:time_to_first_token_seconds": "From a request's arrival to its first token.",
     "vllm:inter_token_latency_seconds": "Between two tokens of a request.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
 
@@ -32,6 +34,9 @@ class StepObserver:
 
     def read(self, step: SchedulerOutput) -> None:
         """Its sampled tokens are on the host."""
+
+    def experts(self, step: SchedulerOutput, load: np.ndarray) -> None:
+        """How many tokens of it each expert got, where that is counted (`StepOutput.expert_load`)."""
 
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         """The requests have them, and those that end with them have ended."""

@@ -122,11 +122,13 @@ class Trace:
         self.requests: list[RequestRecord] = []
         #: of a pipeline, what each stage did, once the trace has stopped
         self.stages: list[StageRecord] = []
+        #: number of a replica -> `expert_load` of what it ran
+        self.expert_loads: dict[int, np.ndarray] = {}
 
     def start(self) -> Trace:
         """Begin anew: what an earlier use has recorded is dropped."""
         self.stop()
-        self.steps, self.requests, self.stages = [], [], []
+        self.steps, self.requests, self.stages, self.expert_loads = [], [], [], {}
         self._attach(self)
         return self
 
@@ -147,6 +149,13 @@ class Trace:
         or the trace has not stopped.
         """
         return bubble(self.stages)
+
+    @property
+    def expert_load(self) -> np.ndarray | None:
+        """int64 [layers with experts, experts]: how many tokens each expert got, of all replicas; None: nobody counted
+        (`LLM(..., record_expert_load=True)`).
+        """
+        return sum(self.expert_loads.values()) if self.expert_loads else None  # pyright: ignore[reportReturnType]
 
     def __repr__(self) -> str:
         if not self.steps:
@@ -183,7 +192,8 @@ class Trace:
         return {name: np.array([getattr(step, name) for step in steps], dtype=_dtype(name)) for name in _STEP_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"steps": [...], "requests": [...], "stages": [...]}``, of what JSON knows."""
+        """``{"steps": [...], "requests": [...], "stages": [...]}``, and "expert_load" where it is counted; of what
+        JSON knows."""
         return {
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "requests": [
@@ -191,6 +201,7 @@ class Trace:
                 for request in self.requests
             ],
             "stages": [dataclasses.asdict(record) for record in self.stages],
+            **({} if self.expert_load is None else {"expert_load": self.expert_load.tolist()}),
         }
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -11,6 +11,8 @@ from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.engine.scheduling.scheduler import Scheduler
     from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
@@ -110,6 +112,9 @@ class TraceRecorder(StepObserver):
 
     def read(self, step: SchedulerOutput) -> None:
         self._read_end = self._now()
+
+    def experts(self, step: SchedulerOutput, load: np.ndarray) -> None:
+        self.trace.expert_loads[self._engine] = self.trace.expert_loads.get(self._engine, 0) + load.astype("int64")
 
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._last = self._now()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import Params, forward
+from jaxllm.models.decoder import Params, forward_with_load, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch
@@ -29,6 +29,7 @@ class _Loop:
     state: State
     going_on: jax.Array  # bool [S]
     sampled: jax.Array  # i32 [N, S]; -1 where nothing was
+    load: jax.Array | None  # as `Hidden.load`, of all steps
 
 
 def decode_steps(
@@ -42,7 +43,7 @@ def decode_steps(
     state: State,
     buffer: jax.Array,
     constraints: jax.Array | None,
-) -> tuple[State, jax.Array]:
+) -> tuple[State, jax.Array | tuple[jax.Array, jax.Array]]:
     """Up to `num_steps` tokens for each row of a step in which every sequence has one token.
 
     Args:
@@ -51,7 +52,8 @@ def decode_steps(
         constraints: as in `sample_step`; the same in every step.
 
     Returns:
-        (state, sampled): i32 [num_steps, S], sequences in the buffer's order; -1 where a row had ended.
+        (state, sampled): i32 [num_steps, S], sequences in the buffer's order; -1 where a row had ended; with
+        `Hidden.load` of all steps where it is counted.
     """
     fields = packing.unpack(buffer)
     sampling = sample_packing.unpack(buffer[packing.size :])
@@ -70,7 +72,9 @@ def decode_steps(
         active_row = jnp.where(loop.going_on, row, trash)
         now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
         batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-        cache, hidden = forward(config.context, config.model, config.groups, params, loop.state.cache, batch)
+        cache, hidden, load = forward_with_load(
+            config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
+        )
         # what is compiled for the sampler is to be what a step alone has
         hidden = lax.optimization_barrier(hidden)
         tokens, found = sample_rows(
@@ -88,6 +92,7 @@ def decode_steps(
             state=State(cache=cache, tokens=tokens),
             going_on=loop.going_on & ~ends(new) & (loop.step + 1 < limits),
             sampled=lax.dynamic_update_index_in_dim(loop.sampled, new, loop.step, 0),
+            load=load if load is None or loop.load is None else loop.load + load,
         )
 
     tokens = place_known_tokens(state.tokens, fields, attention)
@@ -96,9 +101,11 @@ def decode_steps(
         state=State(cache=state.cache, tokens=tokens),
         going_on=(limits > 0) & ~ends(tokens[row, first]),
         sampled=jnp.full((num_steps, bucket.seqs), ENDED, jnp.int32),
+        load=no_load(config.model) if config.expert_load else None,
     )
     loop = lax.while_loop(lambda loop: jnp.any(loop.going_on) & (loop.step < num_steps), one_step, loop)
     early = jnp.sum(loop.sampled != ENDED, axis=0) < limits
     marked = jnp.where(early, row, trash + 1)
     tokens = loop.state.tokens.at[marked, first + limits].set(ENDED, mode="drop")
-    return State(cache=loop.state.cache, tokens=tokens), loop.sampled
+    state = State(cache=loop.state.cache, tokens=tokens)
+    return state, (loop.sampled if loop.load is None else (loop.sampled, loop.load))

@@ -97,7 +97,8 @@ class JointHead(SamplingHead):
         for i, step in packed.items():
             own = sampled if len(step.sampled_entries) else None
             found = None if step.targets is None else self._part(scores, i)
-            results[i] = StepResult(self._part(own, i), found, step, lost[i], self._part(hidden.sampled, i))
+            loads = () if hidden.load is None else (self._part(hidden.load, i),)
+            results[i] = StepResult(self._part(own, i), found, step, lost[i], self._part(hidden.sampled, i), loads)
         return state, results
 
     def _part(self, results: Any, replica: int) -> Any:

@@ -33,6 +33,8 @@ class _Handed(NamedTuple):
     #: of the step; -1: nobody knows
     step: int = -1
     rows: frozenset[int] = frozenset()
+    #: `Hidden.load` of each stage but the last; (): nobody counts
+    loads: tuple[jax.Array, ...] = ()
 
 
 class PipelineHead(SamplingHead):
@@ -86,6 +88,10 @@ class PipelineHead(SamplingHead):
             self._tell_end(launched.sampling, launched.hidden.sampled)
         return super().sample(state, launched, masks)
 
+    def _loads(self, launched: LaunchedStep) -> tuple[jax.Array, ...]:
+        handed: Any = launched.sampling
+        return (*handed.loads, *super()._loads(launched))
+
     def _tell_end(self, handed: Any, array: jax.Array) -> None:
         for clock in self._clocks:
             clock.launched(handed.step, len(self._pipeline.stages) - 1, array)
@@ -128,19 +134,22 @@ class PipelineHead(SamplingHead):
         self, state: Any, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None
     ) -> tuple[PipelineState, Any, Any]:
         given = self._embeddings.argument(bucket, vectors)
-        made, handed_on, sampling = [], [], []
+        made, handed_on, sampling, loads = [], [], [], []
         for programs, params, own in zip(self._pipeline.stages, self._stages, state.stages, strict=True):
             words = jax.device_put(buffer, programs.sharding)
             if programs.stage.index:
                 given = (jax.device_put(given[0], programs.sharding),)
             weights = params[programs.takes_whole_layers(bucket)]
             new, hidden, rest = programs.forward(bucket)(weights, own, words, *given)
+            if isinstance(hidden, tuple):
+                hidden, load = hidden
+                loads.append(load)
             given = (hidden,)
             made.append(new)
             sampling.append(rest)
             handed_on.append(hidden)
         *between, last = handed_on
-        handed = _Handed(sampling[0], sampling[-1], tuple(between))
+        handed = _Handed(sampling[0], sampling[-1], tuple(between), loads=tuple(loads))
         return dataclasses.replace(state, stages=tuple(made)), last, handed
 
     def _sample(

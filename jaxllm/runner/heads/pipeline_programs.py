@@ -51,9 +51,8 @@ class StagePrograms(SamplingPrograms):
         function = functools.partial(stage_step, self.config, self.stage, bucket, packing)
         words = self._words(packing.size + self.sample_packing.size)
         out = self._state_specs, jax.P(), jax.P()
-        given = self.embeddings(bucket)
-        if not self.stage.is_first:
-            given = (self._hidden(bucket.tokens),)
+        # vectors of prompts take the place of the embedding, which only the first stage has
+        given = self.embeddings(bucket) if self.stage.is_first else (self._hidden(bucket.tokens),)
         return self._lowered(function, self._params_for(bucket), self._state, words, *given, donate=1, out=out)
 
     def lower_take(self) -> jax.stages.Lowered:

@@ -37,6 +37,7 @@ class StepResult:
     Args:
         lost: entries whose masks could not be made, bool.
         computed: is ready when the step is done, also where nobody samples.
+        loads: `Hidden.load`, of all stages; (): nobody counts.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class StepResult:
         packed: PackedStep,
         lost: np.ndarray,
         computed: jax.Array,
+        loads: tuple[jax.Array, ...] = (),
     ):
         self._sampled, self._scores, self._packed = sampled, scores, packed
-        self._lost, self._computed = lost, computed
-        wanted: list[Any] = [scores]
+        self._lost, self._computed, self._loads = lost, computed, loads
+        wanted: list[Any] = [scores, *loads]
         if sampled is not None:
             wanted += [sampled.token_ids, self._logprobs]
         for array in jax.tree.leaves(wanted):
@@ -79,6 +81,7 @@ class StepResult:
             logprobs=None if found is None else _arrays(jax.tree.map(lambda x: np.asarray(x)[rows], found)),
             prompt_logprobs=scores,
             scored_counts=packed.scored_counts,
+            expert_load=_whole_load(self._loads),
         )
 
 
@@ -87,16 +90,23 @@ class DecodeStepsResult:
 
     Args:
         sampled: i32 [steps, S], as `decode_steps` returns it.
+        loads: as of `StepResult`.
     """
 
-    def __init__(self, sampled: jax.Array | np.ndarray, packed: PackedStep):
-        self._sampled, self._packed = sampled, packed
+    def __init__(self, sampled: jax.Array | np.ndarray, packed: PackedStep, loads: tuple[jax.Array, ...] = ()):
+        self._sampled, self._packed, self._loads = sampled, packed, loads
 
     def result(self) -> StepOutput:
         rows, _ = self._packed.flat_rows(NOTHING_LOST)
         ids = np.asarray(self._sampled)[:, rows].T
         there = ids != ENDED
-        return StepOutput(token_ids=ids[there].tolist(), counts=there.sum(axis=1).tolist())
+        return StepOutput(
+            token_ids=ids[there].tolist(), counts=there.sum(axis=1).tolist(), expert_load=_whole_load(self._loads)
+        )
+
+
+def _whole_load(loads: tuple[jax.Array, ...]) -> np.ndarray | None:
+    return np.concatenate([np.asarray(load) for load in loads]) if loads else None
 
 
 def _arrays(found: Logprobs) -> LogprobArrays:
@@ -141,9 +151,11 @@ class SamplingHead(Head[Params, State]):
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
-        state, sampled = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
-        sampled.copy_to_host_async()
-        return state, DecodeStepsResult(sampled, packed)
+        state, found = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
+        sampled, *loads = found if isinstance(found, tuple) else (found,)
+        for array in (sampled, *loads):
+            array.copy_to_host_async()
+        return state, DecodeStepsResult(sampled, packed, tuple(loads))
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
@@ -158,7 +170,12 @@ class SamplingHead(Head[Params, State]):
         if count := len(packed.sampled_entries):
             state, sampled = self._sample(state, hidden, sampling, packed.constraints, count, packed.full)
         scores = None if packed.targets is None else self._score(hidden, packed.targets)
-        return state, StepResult(sampled, scores, packed, lost, hidden.sampled)
+        return state, StepResult(sampled, scores, packed, lost, hidden.sampled, self._loads(launched))
+
+    def _loads(self, launched: LaunchedStep) -> tuple[jax.Array, ...]:
+        """How many tokens each expert got, of each stage that has any."""
+        load = launched.hidden.load
+        return () if load is None else (load,)
 
     def warm_up(self, state: State, *, smallest: bool) -> State:
         programs = self.programs
@@ -213,7 +230,7 @@ class SamplingHead(Head[Params, State]):
 
     def _decode_steps(
         self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
-    ) -> tuple[State, jax.Array]:
+    ) -> tuple[State, jax.Array | tuple[jax.Array, jax.Array]]:
         program, full = self.programs.decode_steps(bucket, full)
         given = self._given(constraints) if full else None
         return program(self._params_for(bucket), state, put_whole(buffer, self._sharding), given)

@@ -13,7 +13,7 @@ from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.decoder import DecoderConfig, Params, forward_with_load, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
@@ -39,6 +39,8 @@ class StepConfig:
     context: Context = Context()
     #: whether steps bring vectors of prompts
     prompt_embeds: bool = False
+    #: whether steps count the tokens of each expert
+    expert_load: bool = False
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
     #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
@@ -67,6 +69,8 @@ class Hidden:
 
     sampled: jax.Array  # [R, d]: tokens to sample from
     scored: jax.Array  # [E, d]: prompt tokens whose successors' log-probabilities are wanted; E = max_scored_tokens
+    #: i32 [layers with experts, experts]: the tokens that each expert got, in this step; None: nobody counts them
+    load: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +105,11 @@ def forward_step(
     attention = attention_batch(fields, bucket)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
     batch = dataclasses.replace(batch, embeddings=embeddings)
-    cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
-    return State(cache=cache, tokens=tokens), wanted_rows(config, tokens, fields, hidden), buffer[packing.size :]
+    cache, hidden, load = forward_with_load(
+        config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
+    )
+    wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
+    return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
 
 
 def step_tokens(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import Params, forward
+from jaxllm.models.decoder import Params, forward_with_load
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import Hidden, State, StepConfig, step_tokens, wanted_rows
@@ -54,7 +54,7 @@ def stage_step(
     state: State,
     buffer: jax.Array,
     given: jax.Array | None = None,
-) -> tuple[State, Hidden | jax.Array, jax.Array]:
+) -> tuple[State, Hidden | jax.Array | tuple[jax.Array, jax.Array], jax.Array]:
     """Compute the scheduled tokens' way through the stage's layers, and write their keys and values.
 
     Args:
@@ -64,8 +64,8 @@ def stage_step(
             takes such prompts.
 
     Returns:
-        (state, hidden, sampling): hidden is [T, d] for the next stage, or the last one's `Hidden`; sampling is the
-        buffer's second part.
+        (state, hidden, sampling): hidden is [T, d] for the next stage, with the load of the stage's experts where it is
+        counted (`Hidden.load`), or the last one's `Hidden`; sampling is the buffer's second part.
     """
     fields = packing.unpack(buffer)
     attention = attention_batch(fields, bucket)
@@ -73,10 +73,13 @@ def stage_step(
     if tokens is not None:
         tokens, batch = step_tokens(config, tokens, fields, attention)
     batch = dataclasses.replace(batch, **{"embeddings" if stage.is_first else "hidden": given})
-    cache, hidden = forward(config.context, config.model, config.groups, params, state.cache, batch)
+    cache, hidden, load = forward_with_load(
+        config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
+    )
+    made: Hidden | jax.Array | tuple[jax.Array, jax.Array] = hidden if load is None else (hidden, load)
     if stage.is_last:
-        hidden = wanted_rows(config, tokens, fields, hidden)
-    return State(cache=cache, tokens=tokens), hidden, buffer[packing.size :]
+        made = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
+    return State(cache=cache, tokens=tokens), made, buffer[packing.size :]
 
 
 def take_sampled(packing: Packing, tokens: jax.Array, ids: jax.Array, buffer: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ class GGUFReader:
         kv_heads = view.count("attention.head_count_kv", heads)
         self._map = tensor_map(view.architecture, header.tensors, heads, kv_heads, str(self.path))
         for stored in self._map.values():
-            self._check_rows(stored)
+            self._check_shape(stored)
 
     def __enter__(self) -> GGUFReader:
         return self
@@ -80,11 +80,13 @@ class GGUFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return HF's shape: linear weights are ``(out_features, in_features)``, embeddings ``(vocab, hidden)``."""
-        return self._find(name)[1].shape
+        stored, info = self._find(name)
+        return stored.shape(info.shape)
 
     def dtype(self, name: str) -> str:
-        """Return the stored type, for example ``Q4_1`` or ``F32``."""
-        return self._find(name)[1].kind.name
+        """Return the stored type, for example ``Q4_1`` or ``F32``; ``F32`` where the blocks lie across HF's rows."""
+        stored, info = self._find(name)
+        return info.kind.name if stored.form == "same" or info.kind.block == 1 else "F32"
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
         """Return the weight as HF's checkpoint has it, dequantised; a copy.
@@ -93,9 +95,11 @@ class GGUFReader:
         bfloat16 weights keep their dtype, all others are float32. Raises ``WeightsError`` for an unknown name or after
         ``close``.
         """
-        assert within is None, "no architecture with stacked tensors is known (`gguf_names`)"
+        assert within is None, "experts are tensors of their own here (`gguf_names`)"
         stored, info = self._find(name)
         wanted = slice(None) if rows is None else rows
+        if stored.form != "same":
+            return self._reshaped(stored, info, wanted)
         order = stored.rows(info.shape[0])
         index = wanted if order is None else order[wanted]
         values = self._dequantize(info, index)
@@ -115,7 +119,20 @@ class GGUFReader:
         stored = self._map.get(name)
         if stored is None:
             raise WeightsError(f"{self.path}: there is no tensor {name!r} among its {len(self._map)} weights")
-        return stored, self._tensors[stored.name]
+        return stored, stored.part(self._tensors[stored.name])
+
+    def _reshaped(self, stored: StoredTensor, info: TensorInfo, wanted: slice) -> np.ndarray:
+        """Rows of a weight whose axes lie otherwise in the file; what is read are the heads that have them."""
+        count, width = stored.shape(info.shape)
+        if stored.form == "row":
+            return self._dequantize(info, slice(None)).reshape(1, width)[wanted]
+        rows, each = np.arange(count)[wanted], count // info.shape[0]
+        if not len(rows):
+            return np.empty((0, width), info.kind.dtype)
+        first = int(rows.min()) // each
+        values = self._dequantize(info, slice(first, int(rows.max()) // each + 1))
+        turned = values.swapaxes(1, 2) if stored.form == "turned heads" else values
+        return turned.reshape(-1, width)[rows - first * each]
 
     def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
         if len(info.shape) == 1 and info.kind.block > 1:
@@ -133,8 +150,13 @@ class GGUFReader:
         raw = self._file.read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
         return raw.reshape(last + 1 - first, row_bytes)[wanted - first]
 
-    def _check_rows(self, stored: StoredTensor) -> None:
+    def _check_shape(self, stored: StoredTensor) -> None:
         info = self._tensors[stored.name]
+        axes = {"row": 1, "heads": 3, "turned heads": 3}.get(stored.form, len(info.shape))
+        if stored.expert is not None and len(info.shape) < 2 or len(info.shape) != axes:
+            raise WeightsError(
+                f"{self.path}: tensor {stored.name!r} has shape {info.shape}, with too many or too few axes"
+            )
         for heads, times, word in ((stored.rope_heads, 2, "twice"), (stored.fused_heads, 3, "three times")):
             if heads and info.shape[0] % (times * heads):
                 raise WeightsError(

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.gguf_families import LAYER_NORM, MODEL_CLASSES, PARTIAL_ROTARY, family_fields
+from jaxllm.weights.formats.gguf_families import (
+    LAYER_NORM,
+    MODEL_CLASSES,
+    PARTIAL_ROTARY,
+    SPARSE,
+    family_fields,
+)
 from jaxllm.weights.formats.gguf_header import TensorInfo
 from jaxllm.weights.formats.gguf_names import KNOWN_ARCHITECTURES, ROPE_FREQS, unknown_architecture
 
@@ -88,7 +94,7 @@ def hf_config(
     ``(head_dim / 2,)`` tensor of that name if there is one. ``torch_dtype`` is the weights' float type, or
     ``bfloat16`` when they are quantised. ``eos_token_id`` is a list when the file names an end-of-turn token too.
     Raises ``WeightsError`` for an unknown architecture, a missing or malformed key, or a feature that the model
-    classes do not have (mixtures of experts, partial rotary embedding, other rope scalings).
+    classes do not have (experts or a partial rotary embedding in other families, other rope scalings).
     """
     view = MetadataView(metadata, source)
     heads = view.count("attention.head_count")
@@ -130,8 +136,13 @@ def hf_config(
 
 
 def _refuse_unsupported(view: MetadataView, head_dim: int) -> None:
-    if view.metadata.get(f"{view.architecture}.expert_count"):
-        raise WeightsError(f"{view.source}: this is a mixture of experts, which is not supported; use a dense model")
+    if view.metadata.get(f"{view.architecture}.expert_count") and view.architecture not in SPARSE:
+        raise WeightsError(
+            f"{view.source}: a mixture of experts of the architecture {view.architecture!r} is not supported; with "
+            f"experts, known are {', '.join(sorted(SPARSE))}"
+        )
+    if view.architecture == "deepseek2":
+        return  # its keys are of latents
     for key in ("rope.dimension_count", "attention.value_length"):
         is_partial = key == "rope.dimension_count" and view.architecture in PARTIAL_ROTARY
         if view.count(key, head_dim) != head_dim and not is_partial:

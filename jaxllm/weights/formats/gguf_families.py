@@ -31,14 +31,23 @@ MODEL_CLASSES = {
     "command-r": ("CohereForCausalLM", "cohere"),
     "cohere2": ("Cohere2ForCausalLM", "cohere2"),
     "glm4": ("Glm4ForCausalLM", "glm4"),
+    "qwen2moe": ("Qwen2MoeForCausalLM", "qwen2_moe"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    "olmoe": ("OlmoeForCausalLM", "olmoe"),
+    "deepseek2": ("DeepseekV2ForCausalLM", "deepseek_v2"),
+    "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
 }
 #: families of which a part of each head turns
 PARTIAL_ROTARY = frozenset(("phi3", "gptneox", "stablelm", "glm4"))
 #: families with LayerNorm
 LAYER_NORM = frozenset(("gptneox", "stablelm", "command-r", "cohere2"))
+#: families that may have experts; those of the architecture "llama" are Mixtrals
+SPARSE = frozenset(("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss"))
 
 # The sizes that llama.cpp recognises by their depth: those whose attention scale is not 1/sqrt(head_dim).
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+# how routers make probabilities of scores, as files number it
+_SOFTMAX, _SIGMOID = 1, 2
 
 
 def family_fields(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +72,10 @@ def _llama(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mappin
     if window is not None:
         # Llama has no window: with one, the file was made from a Mistral.
         fields |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if view.metadata.get("llama.expert_count"):
+        fields |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | _experts(
+            view, "num_local_experts"
+        )
     return fields
 
 
@@ -148,6 +161,84 @@ def _glm4(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping
     return {"attention_bias": "blk.0.attn_q.bias" in tensors}
 
 
+def _experts(view: MetadataView, count: str) -> dict[str, Any]:
+    """How many there are, under HF's name `count`, and how many of them a token goes to."""
+    return {count: view.count("expert_count"), "num_experts_per_tok": view.count("expert_used_count")}
+
+
+def _qwen2_moe(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_experts(view, "num_experts"),
+        "moe_intermediate_size": view.count("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": view.count("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+    }
+
+
+def _qwen3_moe(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_experts(view, "num_experts"),
+        "moe_intermediate_size": view.count("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    clip = view.positive("attention.clamp_kqv", None)
+    return {**_experts(view, "num_experts"), "norm_topk_prob": False, "clip_qkv": clip}
+
+
+def _gpt_oss(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every second layer is global; frequencies are not rounded to whole dimensions."""
+    return {
+        **_experts(view, "num_local_experts"),
+        "intermediate_size": view.count("expert_feed_forward_length"),
+        "sliding_window": view.count("attention.sliding_window"),
+        "rope_scaling": {**config.get("rope_scaling", {"rope_type": "default"}), "truncate": False},
+    }
+
+
+def _deepseek2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSeek-V2, or V3 where experts are chosen by sigmoids. Newer files describe the attention that is computed, of
+    one head of latents, and have the lengths of the model's heads under keys of their own.
+    """
+    key, value = (
+        view.count(f"attention.{name}_length_mla", None) or view.count(f"attention.{name}_length")
+        for name in ("key", "value")
+    )
+    turned = view.count("rope.dimension_count")
+    gating = view.get("deepseek2.expert_gating_func", int, _SOFTMAX)
+    if gating not in (_SOFTMAX, _SIGMOID):
+        raise WeightsError(f"{view.source}: expert_gating_func {gating} is not supported; known are 1 and 2")
+    groups = view.count("expert_group_count", 1)
+    fields: dict[str, Any] = {
+        **_experts(view, "n_routed_experts"),
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": view.count("attention.q_lora_rank", None),
+        "kv_lora_rank": view.count("attention.kv_lora_rank"),
+        "qk_nope_head_dim": key - turned,
+        "qk_rope_head_dim": turned,
+        "v_head_dim": value,
+        "first_k_dense_replace": view.get("deepseek2.leading_dense_block_count", int, 0),
+        "moe_intermediate_size": view.count("expert_feed_forward_length"),
+        "n_shared_experts": view.get("deepseek2.expert_shared_count", int, 0),
+        "routed_scaling_factor": view.positive("expert_weights_scale", 1.0),
+        "norm_topk_prob": view.get("deepseek2.expert_weights_norm", bool, False),
+        "n_group": groups,
+        "topk_group": view.count("expert_group_used_count", 1),
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+    }
+    if gating == _SIGMOID:
+        fields |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc"}
+    weight = view.positive("rope.scaling.yarn_log_multiplier", None)
+    if weight is not None and "rope_scaling" in config:
+        # published models have one value for both
+        factor = round(10 * weight, 6)
+        fields["rope_scaling"] = {**config["rope_scaling"], "mscale": factor, "mscale_all_dim": factor}
+    return fields
+
+
 _FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "llama": _llama,
     "gemma": _gemma,
@@ -161,4 +252,9 @@ _FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "command-r": _command_r,
     "cohere2": _cohere2,
     "glm4": _glm4,
+    "qwen2moe": _qwen2_moe,
+    "qwen3moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "deepseek2": _deepseek2,
+    "gpt-oss": _gpt_oss,
 }

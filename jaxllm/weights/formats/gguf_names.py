@@ -7,12 +7,16 @@ embedding wants, and adds 1 to Gemma's RMS norm weights. ``tensor_map`` says how
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.gguf_header import TensorInfo
+
+Form = Literal["same", "row", "heads", "turned heads"]
 
 # The rotary frequency divisors of Llama 3's rope scaling: configuration, not a weight (see gguf_config).
 ROPE_FREQS = "rope_freqs.weight"
@@ -34,6 +38,33 @@ _LLAMA = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}
+# the tensors of a Mixtral, whose architecture is Llama's
+_MIXTRAL = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}
+_SHARED_EXPERTS = {f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+_SHARED_EXPERT = {name: hf.replace("experts", "expert") for name, hf in _SHARED_EXPERTS.items()} | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
+}
+_LATENTS = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+}
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GPT_NEOX = {
     "attn_norm": "input_layernorm",
@@ -52,7 +83,7 @@ _GPT_NEOX_TOP = {
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 _LAYER_NAMES = {
-    "llama": _LLAMA,
+    "llama": _LLAMA | _MIXTRAL,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | _QK_NORM,
     "gemma": _LLAMA,
@@ -69,7 +100,22 @@ _LAYER_NAMES = {
     "glm4": _LLAMA
     | _FUSED_MLP
     | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
+    "qwen2moe": _LLAMA | _EXPERTS | _SHARED_EXPERT,
+    "qwen3moe": _LLAMA | _QK_NORM | _EXPERTS,
+    "olmoe": _LLAMA | _QK_NORM | _EXPERTS,
+    "deepseek2": _LLAMA | _LATENTS | _EXPERTS | _SHARED_EXPERTS | {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
+    "gpt-oss": _LLAMA
+    | _EXPERTS
+    | {
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+        "post_attention_norm": "post_attention_layernorm",
+    },
 }
+#: tensors of a layer whose HF names have no .weight or .bias
+_WITHOUT_KIND = ("attn_sinks", "exp_probs_b")
+#: tensors whose axes HF has otherwise, by what `StoredTensor.form` calls it
+_FORMS: dict[str, Form] = {"ffn_gate_inp_shexp": "row", "attn_k_b": "turned heads", "attn_v_b": "heads"}
 #: architectures whose rows of Q and K lie in the order of interleaved rotary embedding
 _INTERLEAVED = ("llama", "granite", "smollm3")
 #: architectures whose norms are stored with 1 added
@@ -89,6 +135,27 @@ class StoredTensor:
     subtract: float = 0.0
     rope_heads: int = 0
     fused_heads: int = 0
+    #: which of the experts that the tensor has on its first axis, each an HF tensor; None: it has no such axis
+    expert: int | None = None
+    #: how HF's axes lie there: "row", without the first one, which is 1; "heads", the first one as heads and rows of
+    #: each; "turned heads", with each head's rows as columns
+    form: Form = "same"
+
+    def part(self, info: TensorInfo) -> TensorInfo:
+        """The expert's part of the tensor, as a tensor of its own."""
+        if self.expert is None:
+            return info
+        nbytes = info.nbytes // info.shape[0]
+        return replace(info, shape=info.shape[1:], offset=info.offset + self.expert * nbytes, nbytes=nbytes)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """HF's shape of a part that is stored with this one."""
+        if self.form == "row":
+            return (1, *stored)
+        if self.form == "same":
+            return stored
+        heads, rows, columns = stored if self.form == "heads" else (stored[0], stored[2], stored[1])
+        return (heads * rows, columns)
 
     def rows(self, count: int) -> np.ndarray | None:
         """For each of HF's ``count`` rows, the row where it is stored; None: the same."""
@@ -98,9 +165,13 @@ class StoredTensor:
 
 
 def tensor_map(
-    architecture: str, names: Iterable[str], heads: int, kv_heads: int, source: str
+    architecture: str, tensors: Mapping[str, TensorInfo], heads: int, kv_heads: int, source: str
 ) -> dict[str, StoredTensor]:
-    """Map HF names to stored tensors, for the file ``source`` with GGUF tensor ``names``.
+    """Map HF names to stored tensors, for the file ``source`` with these GGUF ``tensors``.
+
+    Experts that are stacked there are tensors of their own in HF's checkpoints. So are, of latent attention, what makes
+    the keys and what makes the values, where the file has both: ``k_b_proj`` and ``v_b_proj``, whose rows are those of
+    HF's ``kv_b_proj``.
 
     ``heads``, ``kv_heads``: attention heads of Q and of K. Raises ``WeightsError`` for an unknown architecture
     or a tensor that the architecture does not have.
@@ -111,13 +182,14 @@ def tensor_map(
     body, top = ("gpt_neox", _GPT_NEOX_TOP) if architecture == "gptneox" else ("model", _TOP)
     per_head = {"attn_q": heads, "attn_k": kv_heads} if architecture in _INTERLEAVED else {}
     result: dict[str, StoredTensor] = {}
-    for name in names:
+    for name, info in tensors.items():
         if name == ROPE_FREQS:
             continue
         match = _LAYER_TENSOR.fullmatch(name)
         hf_part = layer_names.get(match[2]) if match else None
         if match and hf_part:
-            hf_name = f"{body}.layers.{match[1]}.{hf_part}.{match[3]}"
+            kind = "" if match[2] in _WITHOUT_KIND else f".{match[3]}"
+            hf_name = f"{body}.layers.{match[1]}.{hf_part}{kind}"
         elif name in top:
             hf_name = top[name]
         else:
@@ -127,12 +199,17 @@ def tensor_map(
             )
         part = match[2] if match else ""
         shifted = architecture in _SHIFTED and name.endswith("norm.weight")
-        result[hf_name] = StoredTensor(
+        stored = StoredTensor(
             name=name,
             subtract=1.0 if shifted else 0.0,
             rope_heads=per_head.get(part, 0),
             fused_heads=heads if body == "gpt_neox" and part == "attn_qkv" else 0,
+            form="same" if len(info.shape) == 2 else _FORMS.get(part, "same"),
         )
+        if "{expert}" in hf_name:
+            result |= {hf_name.format(expert=i): replace(stored, expert=i) for i in range(info.shape[0])}
+        else:
+            result[hf_name] = stored
     return result
 
 

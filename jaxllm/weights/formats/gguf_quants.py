@@ -169,6 +169,15 @@ def _q6_k(b: Array) -> Array:
     return (scale * q.reshape(n, 16, 16).astype(np.float32)).reshape(n, 256)
 
 
+#: the sixteen numbers of four bits (E2M1), doubled
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def _mxfp4(b: Array) -> Array:
+    """e u8 (a power of two, biased by 127), qs[16]: ``2^(e - 128) * E2M1[q]``, of numbers that are doubled."""
+    return np.ldexp(_E2M1[_nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 128)
+
+
 def _quantised(name: str, block: int, nbytes: int, unpack: Callable[[Array], Array]) -> TensorType:
     return TensorType(name=name, block=block, nbytes=nbytes, dtype=np.dtype(np.float32), unpack=unpack)
 
@@ -188,6 +197,7 @@ TENSOR_TYPES: dict[int, TensorType] = {
     13: _quantised("Q5_K", 256, 176, _q5_k),
     14: _quantised("Q6_K", 256, 210, _q6_k),
     30: TensorType(name="BF16", block=1, nbytes=2, dtype=np.dtype(ml_dtypes.bfloat16)),
+    39: _quantised("MXFP4", 32, 17, _mxfp4),
 }
 
 TENSOR_TYPE_BY_NAME: dict[str, TensorType] = {kind.name: kind for kind in TENSOR_TYPES.values()}
