@@ -74,8 +74,16 @@ def test_devices_exchange_hidden_states_and_nothing_else(found):
     for jax, model, program, result in found:
         if result["layers"]:
             size = HIDDEN_BYTES[model][program]
-            sums = {("all-reduce", over, 8, size): times for over, times in {**SUMS[model], "vocab": 1}.items()}
-            assert exchanged(result) == sums, (jax, model, program)
+            sums = {("all-reduce", over, 8, size): times for over, times in SUMS[model].items()}
+            given = exchanged(result)
+            # once a step, of the embedding, which XLA of JAX 0.11 may widen to float32 for the norm behind it
+            embedded = {key: times for key, times in given.items() if key[1] == "vocab"}
+            assert embedded in [{("all-reduce", "vocab", 8, size * wider): 1} for wider in (1, 2)], (
+                jax,
+                model,
+                program,
+            )
+            assert given == sums | embedded, (jax, model, program)
 
 
 def test_a_sampler_gathers_scores(found):
