@@ -134,7 +134,7 @@ def sent() -> dict[str, Any]:
             program = jax.jit(on_each_device(function, mesh, shapes, jax.P(DATA))).lower(*given).compile()
         wanted = np.where(valid[:, None], jax.jit(functools.partial(layer, Context()))(*arrays), 0)
         errors.append(float(np.abs(np.asarray(program(*given)) - wanted).max()))
-    text = program.as_text() if program is not None else ""
+    text = (program.as_text() if program is not None else None) or ""
     found = [line for line in text.splitlines() if re.search(r" all-to-all\(", line)]
     shapes = [re.findall(r"[fs]32\[([\d,]+)\]", line.split(" all-to-all(")[0]) for line in found]
     exchanged = [sum(4 * math.prod(map(int, shape.split(","))) for shape in each) for each in shapes]
