@@ -43,6 +43,8 @@ LONGEST = (
     "unit/test_stacked_matrix.py",
     "e2e/test_invariance.py",
     "e2e/test_latent_cache.py",
+    "e2e/test_joint_replicas.py",
+    "e2e/test_sinks.py",
     "parity/test_moe_families.py",
     "parity/test_deepseek.py",
     "e2e/test_peak_memory.py",

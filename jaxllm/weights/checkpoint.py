@@ -119,6 +119,11 @@ class Checkpoint:
         if method.in_files and has_files and self.load_format in ("safetensors", "gguf"):
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
+            if method.markers and not found:
+                raise WeightsError(
+                    f"config.json says that the weights are quantized by {method.name!r}, and no tensor's name ends in "
+                    f"{' or '.join(method.markers)}. If they are not, take quantization_config out of it."
+                )
         else:
             for name, shape in matrices:
                 layout = method.planned(name, shape)

@@ -250,6 +250,13 @@ def test_contradictions_are_refused_with_both_names(
         specs_of(folder, asked)
 
 
+def test_a_checkpoint_that_is_not_what_its_config_says(tmp_path: Path):
+    folder = write_tiny_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(WeightsError, match="quantized by 'gptq', and no tensor's name ends in .qweight"):
+        specs_of(folder)
+
+
 def test_aliases_are_one_method(tmp_path: Path):
     stored, _ = write(tmp_path, "gptq 4 bits")
     _, wanted = specs_of(stored)
@@ -350,7 +357,7 @@ def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
         check_storage_split(specs, {"tensor": 4})
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq act-order", "float8", "nf4"])
+@pytest.mark.parametrize("name", ["awq", "gptq act-order", "fp8 blocks", "nf4"])
 def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
     """DeepSeek's, each expert's tensors by themselves; a router and what is left out stay as they are."""
     config, pack = FORMATS[name]

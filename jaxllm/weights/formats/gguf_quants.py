@@ -170,12 +170,31 @@ def _q6_k(b: Array) -> Array:
 
 
 #: the sixteen numbers of four bits (E2M1), doubled
+#: the sixteen numbers of IQ4_NL and IQ4_XS
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
 def _mxfp4(b: Array) -> Array:
     """e u8 (a power of two, biased by 127), qs[16]: ``2^(e - 128) * E2M1[q]``, of numbers that are doubled."""
     return np.ldexp(_E2M1[_nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 128)
+
+
+def _iq4_nl(b: Array) -> Array:
+    """d f16, qs[16]: ``d * table[q]``."""
+    return _half(b, 0) * _IQ4[_nibbles(b[:, 2:])]
+
+
+def _iq4_xs(b: Array) -> Array:
+    """d f16, scales_h[2] (two bits of each of eight scales), scales_l[4] (a nibble of each), qs[128]; eight runs of 32,
+    ``d * (scale - 32) * table[q]``.
+    """
+    n = len(b)
+    low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(n, 8)
+    high = ((b[:, 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3).reshape(n, 8)
+    scale = (low | (high << 4)).astype(np.float32) - 32
+    values = _IQ4[_shifted(b[:, 8:].reshape(n, 8, 16), (0, 4), 15).reshape(n, 8, 32)]
+    return ((_half(b, 0) * scale)[:, :, None] * values).reshape(n, 256)
 
 
 def _quantised(name: str, block: int, nbytes: int, unpack: Callable[[Array], Array]) -> TensorType:
@@ -196,6 +215,8 @@ TENSOR_TYPES: dict[int, TensorType] = {
     12: _quantised("Q4_K", 256, 144, _q4_k),
     13: _quantised("Q5_K", 256, 176, _q5_k),
     14: _quantised("Q6_K", 256, 210, _q6_k),
+    20: _quantised("IQ4_NL", 32, 18, _iq4_nl),
+    23: _quantised("IQ4_XS", 256, 136, _iq4_xs),
     30: TensorType(name="BF16", block=1, nbytes=2, dtype=np.dtype(ml_dtypes.bfloat16)),
     39: _quantised("MXFP4", 32, 17, _mxfp4),
 }

@@ -105,4 +105,6 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
             f"quantization={asked!r}, but the checkpoint is quantized by {kind!r} (config.json). Leave quantization "
             "out, or take another checkpoint."
         )
-    return METHODS[kind](stored)
+    method = METHODS[kind](stored)
+    # one without groups says something of the KV cache alone
+    return None if kind == CompressedTensors.name and not stored.get("config_groups") else method
