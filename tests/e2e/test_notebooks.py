@@ -13,6 +13,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 AGAIN = "run `make notebooks`"
 #: bytes; what is read in a browser has to come through a network first
 LARGEST = 300_000
+#: those that start engines for minutes: `make test-peers` runs them
+LONG = ("02_parameters", "03_prefix_caching_and_chunked_prefill")
 
 
 def test_all_notebooks_are_there():
@@ -33,7 +35,11 @@ def test_the_committed_outputs_are_of_the_committed_code(path: Path):
     assert path.stat().st_size <= LARGEST
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.large if path.stem in LONG else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path):
     committed = nbformat.read(path, as_version=4)
     fresh = execute(path)

@@ -183,9 +183,10 @@ class ReplicasMachine(RuleBasedStateMachine):
             assert replica.core.scheduler.kv_cache_manager.pool.num_used == 0
         engine.shutdown()
         for replica in engine._replicas:
-            assert replica.thread is not None
-            replica.thread.join(10)
-            assert not replica.thread.is_alive()
+            # one that nothing was sent to has not begun
+            if replica.thread is not None:
+                replica.thread.join(10)
+                assert not replica.thread.is_alive()
 
 
 TestReplicasMachine = ReplicasMachine.TestCase
