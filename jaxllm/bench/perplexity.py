@@ -1,0 +1,69 @@
+"""``jaxllm bench perplexity`` tells how well a model foresees a text, in several forms of its weights: what quantizing
+costs.
+
+Perplexity is exp of the mean negative log-probability of a token, given those before it in its window of the text
+(Jelinek et al. 1977). The first token of a window has none before it and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.bench import report
+from jaxllm.command_options import build_llm
+
+#: the weights as the checkpoint has them
+AS_THEY_ARE = "none"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure one form after the other and print each beside the first."""
+    text, window = _text(arguments.text), arguments.context
+    results: dict[str, Any] = {}
+    for form in arguments.sweep_quantization or [getattr(arguments, "quantization", None) or AS_THEY_ARE]:
+        arguments.quantization = None if form == AS_THEY_ARE else form
+        with build_llm(arguments, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
+            ids = llm.get_tokenizer().encode(text, add_special_tokens=False)[: arguments.num_tokens]
+            windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
+            windows = [each for each in windows if len(each) > 1]
+            if not windows:
+                raise ValidationError(f"The text has {len(ids)} tokens; two at least are needed.")
+            params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+            start = time.perf_counter()
+            outputs = llm.generate([{"prompt_token_ids": each} for each in windows], params)
+            seconds = time.perf_counter() - start
+            found = [
+                entry[token].logprob
+                for output in outputs
+                for token, entry in zip(output.prompt_token_ids or (), output.prompt_logprobs or (), strict=True)
+                if entry
+            ]
+            results[form] = {
+                "perplexity": math.exp(-math.fsum(found) / len(found)),
+                "tokens": len(found),
+                "seconds": seconds,
+                "weight_bytes": llm.memory_plan.weight_bytes,
+            }
+        one, first = results[form], next(iter(results.values()))
+        print(
+            f"{form:8} perplexity {one['perplexity']:8.3f} ({one['perplexity'] / first['perplexity']:.3f}), weights "
+            f"{one['weight_bytes'] / 2**20:,.0f} MiB, {one['tokens']} tokens",
+            flush=True,
+        )
+    report.write(arguments.output_json, arguments, results)
+    return 0
+
+
+def _text(path: Path | None) -> str:
+    """A file's, or what Python says of itself (``help("topics")``), which every installation has."""
+    if path is not None:
+        return path.read_text()
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))

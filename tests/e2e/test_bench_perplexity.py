@@ -1,0 +1,46 @@
+"""``jaxllm bench perplexity`` against transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_model import SMALL, VOCAB_SIZE
+from transformers import AutoModelForCausalLM
+
+from jaxllm.entrypoints.cli import main
+
+
+def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two windows of 24 bytes and one of 12; eight bits cost something, and the weights are smaller."""
+    text = bytes(np.random.default_rng(0).integers(97, 123, 60).tolist()).decode()
+    (tmp_path / "text").write_text(text)
+    options = [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("dtype", "max_num_batched_tokens")]
+    where = ["--model", str(tiny_model), "--text", str(tmp_path / "text"), "--output-json", str(tmp_path / "found")]
+    swept = ["--context", "24", "--sweep-quantization", "none,int8", "--kv-cache-memory-bytes", "8M", "--enforce-eager"]
+    assert main(["bench", "perplexity", *where, *swept, *options]) == 0
+    found = json.loads((tmp_path / "found").read_text())
+    peer = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
+    assert peer.config.vocab_size == VOCAB_SIZE
+    ids = peer_ids(tiny_model, text)
+    losses: list[float] = []
+    for window in (ids[:24], ids[24:48], ids[48:]):
+        with torch.no_grad():
+            scores = torch.log_softmax(peer(torch.tensor([window])).logits[0].double(), -1)
+        losses += [-float(scores[place, token]) for place, token in enumerate(window[1:])]
+    assert found["none"]["tokens"] == len(losses) == 57
+    assert found["none"]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert found["int8"]["perplexity"] == pytest.approx(found["none"]["perplexity"], rel=0.05)
+    assert found["int8"]["perplexity"] != found["none"]["perplexity"]
+    assert found["int8"]["weight_bytes"] < found["none"]["weight_bytes"] * 0.7
+    assert "int8     perplexity" in capsys.readouterr().out
+
+
+def peer_ids(model: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=False)
