@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import signal
 import sys
@@ -12,8 +13,6 @@ from typing import NoReturn
 
 #: seconds after which an interrupt that had no effect is raised again
 AGAIN = 0.2
-#: finalizers, and what JAX does after garbage is collected: Python prints a traceback of what they raise, and drops it
-_DROPPING = ("__del__", "_xla_gc_callback")
 
 
 class DeferredInterrupt:
@@ -140,7 +139,10 @@ class StartInterrupt:
 
 
 def _drops(frame: FrameType | None) -> bool:
-    """Whether what is raised in a frame is dropped before it reaches anybody."""
-    while frame is not None and frame.f_code.co_name not in _DROPPING:
+    """Whether what is raised in a frame is dropped before it reaches anybody: Python prints a traceback of what
+    finalizers raise, and what is called when garbage is collected (JAX has such a function, and so may anybody).
+    """
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame.f_code.co_name != "__del__" and frame.f_code not in callbacks:
         frame = frame.f_back
     return frame is not None

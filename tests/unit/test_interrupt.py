@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import weakref
@@ -41,6 +42,25 @@ def test_a_start_does_not_lose_it_in_a_finalizer():
         done.append(True)
         interrupt.check()
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_start_does_not_lose_it_while_garbage_is_collected():
+    """In a function that anybody has put there, whatever its name; pytest would tell of what is dropped."""
+    done = []
+
+    def told(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and not done:
+            done.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(told)
+    try:
+        with pytest.raises(KeyboardInterrupt), StartInterrupt() as interrupt:
+            gc.collect()
+            interrupt.check()
+    finally:
+        gc.callbacks.remove(told)
+    assert done
 
 
 def test_a_start_that_was_done_before_it_was_asked_ends_with_it():
