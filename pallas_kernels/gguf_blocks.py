@@ -40,9 +40,6 @@ class BlockWeight:
         blocks = self.data.reshape(*self.data.shape[:-1], -1, nbytes)
         return unpack(blocks).reshape(self.shape).astype(dtype)
 
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return dataclasses.replace(self, data=self.data[indices]).dequantize(dtype)
-
 
 def _half(b: jax.Array, start: int) -> jax.Array:
     """The float16 at byte ``start`` of every block, float32 [..., 1]."""

@@ -1,8 +1,8 @@
 """Weights that stay quantized in memory: pytrees that stand in a matrix's place.
 
 Each is a matrix [N, K] ([out, in]), and its arrays may have further dimensions in front, the same for all: experts, and
-a stack of layers. `shape` is the matrix's own, `dequantize` the matrix, and `rows` some of its rows. Four bits in
-groups have a type of their own beside their kernel (`quant_matmul.layout.Int4Weight`).
+a stack of layers. `shape` is the matrix's own, and `dequantize` the matrix. Four bits in groups have a type of
+their own beside their kernel (`quant_matmul.layout.Int4Weight`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ class Quantized(Protocol):
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         """The weight itself, [..., N, K], computed in float32 and rounded once to ``dtype``."""
-        ...
-
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows ``indices`` i32 [T] of a weight [N, K] -> [T, K]."""
         ...
 
 
@@ -66,9 +62,6 @@ class ScaledWeight:
             values = values - self.zeros.astype(jnp.float32)[..., None]
         return (values * self.scales.astype(jnp.float32)[..., None]).reshape(*rest, k).astype(dtype)
 
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jax.tree.map(lambda array: array[indices], self).dequantize(dtype)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +89,6 @@ class CodebookWeight:
             scales = power_of_two(scales)
         return (values.reshape(*rest, groups, k // groups) * scales[..., None]).reshape(*rest, k).astype(dtype)
 
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jax.tree.map(lambda array: array[indices], self).dequantize(dtype)
-
 
 def power_of_two(exponents: jax.Array) -> jax.Array:
     """float32 ``2 ** (e - 127)`` of uint8 exponents (e8m0): the exponent's bits, but for 0, which is subnormal."""
@@ -123,9 +113,6 @@ class Reordered:
         place = jnp.argsort(self.order, axis=-1)[..., None, :]
         return jnp.take_along_axis(self.weight.dequantize(dtype), place, axis=-1)
 
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.weight.rows(indices, dtype)[:, jnp.argsort(self.order)]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,9 +134,6 @@ class RoundedInputs:
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         return self.weight.dequantize(dtype)
-
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.weight.rows(indices, dtype)
 
     def rounded(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., K] in eight bits: numbers, float32 [..., groups, K / groups], and their scales [..., groups, 1]."""
@@ -179,9 +163,6 @@ class Joined:
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         return jnp.concatenate([dense(part, dtype) for part in self.parts], axis=-2)
-
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.dequantize(dtype)[indices]
 
 
 def dense(weight: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:

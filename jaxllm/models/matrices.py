@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
 from jaxllm.layers.weight_storage import Layout, stored
 
@@ -43,7 +44,7 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         first_layer: the model's layer that is the first one of these.
 
     Raises:
-        ValueError: experts of a layer lie in different forms; the text names them.
+        ValidationError: experts of a layer lie in different forms; the text names the layer.
     """
     tree: Any = specs
     if hasattr(tree, "body"):
@@ -58,7 +59,10 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         }
         forms = {form for _, form in found if form is not None}
         if len(forms) > 1 or any((name, None) in found for name, form in found if form is not None):
-            raise ValueError(f"the experts of layer {layer + first_layer} are quantized in different ways")
+            raise ValidationError(
+                f"The experts of layer {layer + first_layer} are quantized in different ways, which is not supported: "
+                "take a checkpoint that quantizes all experts of a layer alike."
+            )
         return next(iter(forms), None)
 
     def forms(spec: WeightSpec, layer: int) -> tuple[Layout | None, ...]:

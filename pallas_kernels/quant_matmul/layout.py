@@ -59,11 +59,6 @@ class Int4Weight:
         """`dequantize`, as every quantized weight has it."""
         return dequantize(self, dtype)
 
-    def rows(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows ``indices`` i32 [T] of a weight [N, K] -> [T, K]."""
-        scales, zeros = (array[:, indices] for array in (self.scales, self.zeros))
-        return dequantize(Int4Weight(packed=self.packed[indices], scales=scales, zeros=zeros), dtype)
-
 
 def int4_weight(packed: jax.Array, scales: jax.Array, zeros: jax.Array) -> Int4Weight:
     """An `Int4Weight` of arrays that fit together.
