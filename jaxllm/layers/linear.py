@@ -11,7 +11,7 @@ from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_pro
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
 
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized
@@ -54,7 +54,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     if isinstance(weight, StackedMatrix):
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
-        if x.shape[0] == 1 and can_be_read(weight.stored):
+        if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
             return one_row_product(x, weight)
         weight = weight.whole()
     if not isinstance(weight, jax.Array):

@@ -1,7 +1,8 @@
 """LLVM code from Python expressions: what kernels for CPUs are written with.
 
 A `Code` writes into one function. Vectors are as long as a kernel wants them, and LLVM cuts them into what the
-processor has. Nothing is reordered: sums are added as they are written, so that a number's bits follow from the kernel alone.
+processor has. Nothing is reordered: sums are added as they are written, so that a number's bits follow from the kernel
+alone.
 """
 
 from __future__ import annotations

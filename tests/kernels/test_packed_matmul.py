@@ -152,7 +152,8 @@ KEPT = """
     from pallas_kernels.quantized import ScaledWeight
     assert not sys.modules.get("llvmlite")
     weight = ScaledWeight(values=jnp.zeros((1, 4, 32), jnp.int8), scales=jnp.ones((1, 4, 1)))
-    print(repr(load([weight], pathlib.Path(sys.argv[1]))), KERNELS.why_not(), "pallas_kernels.packed_matmul.kernel" in sys.modules)
+    version = load([weight], pathlib.Path(sys.argv[1]))
+    print(repr(version), KERNELS.why_not(), "pallas_kernels.packed_matmul.kernel" in sys.modules)
 """
 
 
