@@ -16,6 +16,7 @@ from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.quant_matmul.api import MODELS, TOKENS, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, int4_weight
 from pallas_kernels.quant_matmul.tiles import tiles_for
+from pallas_kernels.quant_matmul.walk import walk_of
 from pallas_kernels.timing import parse_arguments, report, seconds_per_call
 
 #: bytes of packed weights that the timed calls go through in turn: more than any cache holds
@@ -67,9 +68,10 @@ def kernel_product(backend: Backend) -> Product:
     from pallas_kernels.quant_matmul.triton import quant_matmul_triton
 
     def product(x: jax.Array, weight: Int4Weight, layer: jax.Array) -> jax.Array:
-        _, groups, n = weight.scales.shape
-        tiles = tiles_for(rows=x.shape[0], n=n, groups=groups, device_kind=backend.device_kind)
-        return quant_matmul_triton(x, weight, layer=layer, tiles=tiles, interpret=backend.interpret)
+        walk = walk_of(weight, x.dtype, backend)
+        assert walk is not None
+        tiles = tiles_for(rows=x.shape[0], n=weight.shape[-2], steps=walk.steps, device_kind=backend.device_kind)
+        return quant_matmul_triton(x, weight, walk=walk, layer=layer, tiles=tiles, interpret=backend.interpret)
 
     return product
 
