@@ -1,4 +1,4 @@
-"""Product with a quantized weight: which implementation, and every configuration of the kernel."""
+"""Product with a quantized weight: which implementation."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.case import KernelCase
-from pallas_kernels.quant_matmul.layout import Int4Weight, int4_weight
+from pallas_kernels.quant_matmul.configurations import configurations
+from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quant_matmul.reference import quant_matmul_reference
 from pallas_kernels.quant_matmul.tiles import most_rows, tiles_for
 from pallas_kernels.quant_matmul.walk import walk_of
 from pallas_kernels.quant_matmul.xla import quant_matmul_xla
 from pallas_kernels.quantized import Quantized, RoundedInputs, index
 
+__all__ = ["configurations", "implementation_for", "quant_matmul"]
+
 DTYPES = ("bfloat16", "float16", "float32")
-#: (model, layers, ((projection, out, in), ...))
-MODELS = (
-    (
-        "Llama-3.1-8B",
-        32,
-        (("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336)),
-    ),
-    (
-        "Qwen2.5-7B",
-        28,
-        (("qkv", 4608, 3584), ("o", 3584, 3584), ("gate_up", 37888, 3584), ("down", 3584, 18944)),
-    ),
-)
-#: every entry of `tuned.json` is chosen by one of them
-TOKENS = (1, 16, 32, 64, 256, 2048)
 
 
 def quant_matmul(
@@ -75,7 +62,7 @@ def _by_kernel(
         return quant_matmul_jax_triton(x, weight, layer=layer, tiles=tiles, backend=backend).astype(out_dtype)
     x_scales, own = None, weight
     if isinstance(weight, RoundedInputs):
-        x, x_scales = weight.rounded_to_bytes(x, layer)
+        x, x_scales = weight.codes(x, layer=layer, dtype=None if walk.native else x.dtype)
         own = weight.weight
     return quant_matmul_triton(
         x,
@@ -98,50 +85,6 @@ def implementation_for(backend: Backend, weight: Quantized, *, rows: int, dtype:
         return backend.implementation
     walk = walk_of(weight, dtype, backend)
     return "triton" if walk is not None and (walk.native or rows <= most_rows(backend.device_kind)) else "xla"
-
-
-def configurations(device_kind: str = "") -> list[KernelCase]:
-    """The kernel at the shapes of `MODELS`, for each number of tokens in `TOKENS` with which it is chosen, in groups
-    of 128, and in those of 64 and 32 at one shape.
-
-    No case may need the memory of an unpacked weight: all temporaries are the float32 parts of a split K.
-    """
-    backend = Backend(implementation="triton", device_kind=device_kind)
-    shapes = [(*model, 128) for model in MODELS]
-    shapes += [("Llama-3.1-8B", 32, (("qkv", 6144, 4096),), group_size) for group_size in (64, 32)]
-
-    def product(x: jax.Array, weight: Int4Weight, layer: jax.Array) -> jax.Array:
-        return quant_matmul(x, weight, backend=backend, layer=layer)
-
-    def case(model: str, layers: int, projection: str, n: int, k: int, group_size: int, tokens: int) -> KernelCase:
-        groups = k // group_size
-        per_group = lambda dtype: jax.ShapeDtypeStruct((layers, groups, n), dtype)  # noqa: E731
-        weight = jax.eval_shape(
-            int4_weight,
-            jax.ShapeDtypeStruct((layers, n, k // 2), jnp.uint8),
-            per_group(jnp.bfloat16),
-            per_group(jnp.uint8),
-        )
-        split = tiles_for(rows=tokens, n=n, steps=groups, device_kind=device_kind).split_k
-        return KernelCase(
-            operation="quant_matmul",
-            label=f"{model} {projection}, groups of {group_size}, {tokens} tokens",
-            function=product,
-            arguments=(
-                jax.ShapeDtypeStruct((tokens, k), jnp.bfloat16),
-                weight,
-                jax.ShapeDtypeStruct((), jnp.int32),
-            ),
-            max_temporary_bytes=split * tokens * n * 4 if split > 1 else 0,
-        )
-
-    return [
-        case(model, layers, projection, n, k, group_size, tokens)
-        for model, layers, projections, group_size in shapes
-        for projection, n, k in projections
-        for tokens in TOKENS
-        if tokens <= most_rows(device_kind)
-    ]
 
 
 def _check(x: jax.Array, weight: Quantized, layer: jax.Array | None) -> None:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend, device_backend
-from pallas_kernels.quant_matmul.api import MODELS, TOKENS, quant_matmul
+from pallas_kernels.quant_matmul.api import quant_matmul
+from pallas_kernels.quant_matmul.configurations import MODELS, TOKENS
 from pallas_kernels.quant_matmul.layout import Int4Weight, int4_weight
 from pallas_kernels.quant_matmul.tiles import tiles_for
 from pallas_kernels.quant_matmul.walk import walk_of

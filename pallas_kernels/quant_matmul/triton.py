@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quant_matmul.tiles import Tiles
-from pallas_kernels.quant_matmul.triton_walk import Tile
+from pallas_kernels.quant_matmul.triton_walk import Tile, masked_load
 from pallas_kernels.quant_matmul.walk import Walk
 from pallas_kernels.quantized import CodebookWeight, ScaledWeight
 from pallas_kernels.triton_call import cdiv, triton_call
@@ -112,9 +112,9 @@ def load_x(x_ref: Any, rows: Any, mask: jax.Array, first: Any, size: int) -> jax
     inside = mask[:, None]
     if x_ref.shape[1] % size:
         inside = inside & (first + jnp.arange(size) < x_ref.shape[1])[None, :]
-    return plt.load(x_ref.at[rows, pl.ds(first, size)], mask=inside, other=0)
+    return masked_load(x_ref.at[rows, pl.ds(first, size)], inside)
 
 
 def load_x_scale(scales_ref: Any, rows: Any, mask: jax.Array, group: Any) -> jax.Array:
     """float32 [rows] of scales_ref [M, groups]."""
-    return plt.load(scales_ref.at[rows, group], mask=mask, other=0)
+    return masked_load(scales_ref.at[rows, group], mask)

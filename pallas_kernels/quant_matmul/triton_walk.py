@@ -89,7 +89,7 @@ class Tile:
     def _load(self, ref: Any, *index: Any) -> jax.Array:
         """[rows, ...]"""
         wide = any(getattr(part, "size", 1) > 1 for part in index if part is not self.rows)
-        return plt.load(ref.at[self.place, *index], mask=self.mask[:, None] if wide else self.mask, other=0)
+        return masked_load(ref.at[self.place, *index], self.mask[:, None] if wide else self.mask)
 
     def _factors(self, step: Any) -> Factors:
         """A step's zeros and scales, [rows], as far as it has its own."""
@@ -153,7 +153,12 @@ class Tile:
         mask = self.mask[:, None]
         if ref.shape[-1] % size:
             mask = mask & (first + jnp.arange(size) < ref.shape[-1])[None, :]
-        return plt.load(ref.at[self.place, self.rows, pl.ds(first, size)], mask=mask, other=0)
+        return masked_load(ref.at[self.place, self.rows, pl.ds(first, size)], mask)
+
+
+def masked_load(ref: Any, mask: jax.Array) -> jax.Array:
+    """Zeros where ``mask`` is not."""
+    return plt.load(ref, mask=mask, other=0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0)
 
 
 def _dot(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 A step takes as many numbers of each row as lie in one group, or a part of one, so that a step's float32 product has
 one scale a row of the weight. Numbers of eight bits are widened to x's type, in which all of them are exact, or, where
-x is rounded to eight bits, too, multiplied as they are.
+x is rounded to the same eight bits, multiplied as they are.
 """
 
 from __future__ import annotations
@@ -43,57 +43,32 @@ class Walk:
 def walk_of(weight: Quantized, dtype: jnp.dtype, backend: Backend) -> Walk | None:
     """How kernels multiply x of a type, bf16 or f16, by a weight; None: they cannot.
 
-    Not by `Joined` and `Reordered` ones, nor blocks of GGUF files. `RoundedInputs` are taken where both sides can be
-    multiplied in eight bits.
+    Not by `Joined` and `Reordered` ones, nor blocks of GGUF files.
     """
+    own, x_group = (weight.weight, weight.group) if isinstance(weight, RoundedInputs) else (weight, 0)
     # float32 has no tensor cores (TF32 is not float32), so there is nothing to gain
-    if dtype not in (jnp.bfloat16, jnp.float16):
+    if dtype not in (jnp.bfloat16, jnp.float16) or not isinstance(own, (Int4Weight, ScaledWeight, CodebookWeight)):
         return None
-    if isinstance(weight, RoundedInputs):
-        return _native(weight, backend)
-    if isinstance(weight, ScaledWeight):
-        return _of_bytes(weight, backend)
-    if isinstance(weight, Int4Weight):
-        group = weight.group_size
-    elif isinstance(weight, CodebookWeight):
-        group = weight.shape[-1] // weight.scales.shape[-1]
+    k = own.shape[-1]
+    x_group = x_group or k
+    group = k // own.scales.shape[-2 if isinstance(own, Int4Weight) else -1]
+    native = by_bits = False
+    if isinstance(own, ScaledWeight):
+        step = _step(k, math.gcd(group, x_group))
+        stored = own.values.dtype
+        by_bits = stored == jnp.float8_e4m3fn and not backend.supports(stored)
+        native = isinstance(weight, RoundedInputs) and stored == weight.dtype and own.zeros is None and not by_bits
     else:
-        return None
-    if group not in GROUP_SIZES:
-        return None
-    return Walk(step=group, steps=weight.shape[-1] // group, steps_a_scale=1)
-
-
-def _of_bytes(weight: ScaledWeight, backend: Backend) -> Walk | None:
-    k, groups = weight.shape[-1], weight.scales.shape[-1]
-    step = _step(k, k // groups)
+        step = group if group in GROUP_SIZES and x_group % group == 0 else None
     if step is None:
         return None
     return Walk(
         step=step,
         steps=-(-k // step),
-        steps_a_scale=0 if groups == 1 else k // groups // step,
-        by_bits=weight.values.dtype == jnp.float8_e4m3fn and not backend.supports(weight.values.dtype),
-    )
-
-
-def _native(weight: RoundedInputs, backend: Backend) -> Walk | None:
-    own = weight.weight
-    if not isinstance(own, ScaledWeight) or own.values.dtype != weight.dtype or own.zeros is not None:
-        return None
-    if not backend.supports(own.values.dtype):
-        return None
-    k, groups = own.shape[-1], own.scales.shape[-1]
-    x_groups = k // (weight.group or k)
-    step = _step(k, math.gcd(k // groups, k // x_groups))
-    if step is None:
-        return None
-    return Walk(
-        step=step,
-        steps=-(-k // step),
-        steps_a_scale=0 if groups == 1 else k // groups // step,
-        steps_an_x_scale=0 if x_groups == 1 else k // x_groups // step,
-        native=True,
+        steps_a_scale=0 if isinstance(own, ScaledWeight) and group == k else group // step,
+        steps_an_x_scale=0 if x_group == k else x_group // step,
+        native=native,
+        by_bits=by_bits,
     )
 
 

@@ -15,10 +15,11 @@ import pytest
 from kernels.quantized_case import Form, stacked
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
+from pallas_kernels.quant_matmul.api import quant_matmul
 from pallas_kernels.quant_matmul.tiles import Tiles
 from pallas_kernels.quant_matmul.triton import quant_matmul_triton
 from pallas_kernels.quant_matmul.walk import walk_of
+from pallas_kernels.quantized import RoundedInputs
 
 #: sizes that tiles divide and that they do not, one row of a weight, K shorter than a step and not a multiple of it
 FORMS = {
@@ -56,13 +57,11 @@ def by_kernel(x: jax.Array, weight: Any, *, interpret: bool, backend: Backend = 
     walk = walk_of(weight, x.dtype, backend)
     assert walk is not None
     scales, dtype = None, x.dtype
-    if walk.native:
-        x, scales = weight.rounded_to_bytes(x)
+    if isinstance(weight, RoundedInputs):
+        x, scales = weight.codes(x, dtype=None if walk.native else x.dtype)
         weight = weight.weight
     tiles = Tiles(block_m=16, block_n=16, split_k=split, num_warps=4, num_stages=2)
-    return quant_matmul_triton(
-        x, weight, walk=walk, x_scales=scales, tiles=tiles, out_dtype=dtype, interpret=interpret
-    )
+    return quant_matmul_triton(x, weight, walk=walk, x_scales=scales, tiles=tiles, out_dtype=dtype, interpret=interpret)
 
 
 def check(form: Form, rows: int, product: Any, *, seed: int = 0) -> None:
