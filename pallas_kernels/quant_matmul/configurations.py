@@ -63,6 +63,13 @@ class Form:
         weight = ScaledWeight(values=array(self.stored, n, k), scales=scales)
         return weight if self.x_group is None else RoundedInputs(weight=weight, dtype=self.stored, group=self.x_group)
 
+    def temporary_bytes(self, rows: int, k: int) -> int:
+        """Of a product of x [rows, K]: x in eight bits, or the same numbers in its own type, and their scales; or a
+        codebook's numbers. With what memory is aligned to."""
+        if self.x_group is None:
+            return 64 if self.stored == "codebook" else 0
+        return rows * (2 * k + 4 * k // (self.x_group or k)) + 256
+
 
 INT4 = {
     group: Form(name=f"int4 in groups of {group}", stored="int4", group=group, scales="float16")
@@ -103,14 +110,12 @@ def configurations(device_kind: str = "", compute_capability: tuple[int, int] | 
         walk = walk_of(weight, dtype, backend)
         assert walk is not None
         split = tiles_for(rows=tokens, n=n, steps=walk.steps, device_kind=device_kind).split_k
-        # x in eight bits, or the same numbers in its own type, and their scales
-        rounded = 0 if form.x_group is None else tokens * (2 * k + 4 * k // (form.x_group or k))
         return KernelCase(
             operation="quant_matmul",
             label=f"{model} {projection}, {form.name}, {tokens} tokens",
             function=product,
             arguments=(jax.ShapeDtypeStruct((tokens, k), dtype), weight, jax.ShapeDtypeStruct((), jnp.int32)),
-            max_temporary_bytes=(split * tokens * n * 4 if split > 1 else 0) + rounded,
+            max_temporary_bytes=(split * tokens * n * 4 if split > 1 else 0) + form.temporary_bytes(tokens, k),
         )
 
     llama, layers, projections = MODELS[0]

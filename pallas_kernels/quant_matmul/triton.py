@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -46,7 +47,7 @@ def quant_matmul_triton(
     (rows, _), n, split, out_dtype = x.shape, weight.shape[-2], tiles.split_k, out_dtype or x.dtype
     table = None
     if isinstance(weight, CodebookWeight):
-        table = jnp.asarray(weight.table, x.dtype)
+        table = np.asarray(weight.table, x.dtype)
     stacked = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
     place = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32)
     operands, tree = jax.tree.flatten((x, x_scales, stacked, table, place))

@@ -69,22 +69,40 @@ class Form:
             weight = RoundedInputs(weight=weight, dtype=self.kind, group=self.x_group)
         return weight, self._spread(wide, numbers)
 
-    def rounded(self, x: np.ndarray) -> np.ndarray:
-        """x [M, K] as the product sees it, float64: in eight bits, where its numbers have a common scale."""
+    def inputs(self, draw: np.random.Generator, rows: int) -> jax.Array:
+        """x [rows, K]; where it is rounded, of numbers that eight bits have, so that rounding leaves them as they are:
+        each group has the largest of them, and a power of two for a scale."""
         if self.x_group is None:
-            return x.astype(np.float64)
-        largest = np.float32(127 if self.kind == "int8" else 448)
-        grouped = x.astype(np.float32).reshape(len(x), -1, self.x_group or self.k)
-        scales = np.abs(grouped).max(-1, keepdims=True) / largest
-        quotients = grouped / np.where(scales == 0, 1, scales)
-        numbers = np.rint(quotients) if self.kind == "int8" else quotients.astype(ml_dtypes.float8_e4m3fn)
-        return (numbers.astype(np.float64) * scales.astype(np.float64)).reshape(x.shape)
+            return jnp.asarray(draw.normal(size=(rows, self.k)), self.x_dtype)
+        groups = self.k // (self.x_group or self.k)
+        if self.kind == "int8":
+            numbers = draw.integers(-126, 127, (rows, groups, self.k // groups)).astype(np.float64)
+            numbers[..., 0] = 127
+        else:
+            bits = draw.integers(0, 126, (rows, groups, self.k // groups)).astype(np.uint8)
+            numbers = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * draw.choice([-1, 1], bits.shape)
+            numbers[..., 0] = 448
+        scales = 2.0 ** draw.integers(-9, -5, (rows, groups, 1))
+        return jnp.asarray((numbers * scales).reshape(rows, self.k), self.x_dtype)
 
     def _repeat(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group or self.k, axis=-1)
 
     def _spread(self, scales: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         return numbers * self._repeat(scales)
+
+
+def check_close(form: Form, out: np.ndarray, x: np.ndarray, w64: np.ndarray, *, rounds_weight: bool = True) -> None:
+    """Whether out [M, N] is the product of x [M, K] and a weight.
+
+    Of the bound, K products summed in float32, the scales' and their products' roundings there, one rounding to x's
+    type, and of each number of the weight another, where it is rounded.
+    """
+    x64, eps = x.astype(np.float64), float(jnp.finfo(form.x_dtype).eps)
+    expected, summed = x64 @ w64.T, np.abs(x64) @ np.abs(w64).T
+    relative = (form.k + 4) * float(np.finfo(np.float32).eps) + (eps if rounds_weight else 0)
+    assert out.shape == expected.shape
+    assert np.all(np.abs(out - expected) <= relative * summed + eps * np.abs(expected))
 
 
 def stacked(weight: Any, layers: int, layer: int) -> Any:
