@@ -21,7 +21,7 @@ from jaxllm.runner.compile.deviceless import devices as described
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
-from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.method import Found
 
@@ -198,5 +198,5 @@ def _quantization(model: Model, read: Any) -> Quantization | None:
     method = quantization_method(None, model.config.get("quantization_config"))
     if method is None:
         return None
-    layouts = ((name, shape, method.planned(name, shape)) for name, shape in matrices(read.specs()))
+    layouts = ((name, shape, method.planned(name, shape)) for name, shape in matrices(model_specs(read, None)))
     return Quantization(method, {name: Found(layout, shape) for name, shape, layout in layouts if layout is not None})
