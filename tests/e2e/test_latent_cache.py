@@ -42,6 +42,7 @@ def test_tokens_are_those_of_one_device(found: dict[str, Any], engine: str):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], engine: str):
     assert found[engine]["preemptions"] > 0 and found[engine]["prefix hits"] > 0
+    assert found[engine]["hits on the host"] > 0
     assert found[engine]["after prefix hits"] == [found["one"]["greedy"][2]]
 
 

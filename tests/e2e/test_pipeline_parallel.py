@@ -40,6 +40,7 @@ def test_tokens_are_those_of_one_device(found: dict[str, Any], stages: str, kind
 @pytest.mark.parametrize("stages", STAGES)
 def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], stages: str):
     assert found[stages]["preemptions"] > 0 and found[stages]["prefix hits"] > 0
+    assert found[stages]["hits on the host"] > 0
 
 
 @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])

@@ -50,9 +50,7 @@ def drive(
     )
     num_blocks = 1 + blocks_per_request(groups, block_size, 48, max_chunk=16)
     machine = SchedulerMachine()
-    cache = CacheConfig(
-        block_size=block_size, num_blocks=num_blocks, groups=groups, num_host_blocks=num_host_blocks
-    )
+    cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, groups=groups, num_host_blocks=num_host_blocks)
     machine.setup(config, cache, depth)
     for _ in range(60):
         prompt = shared_prompt(rng.randrange(3), rng.randrange(14))

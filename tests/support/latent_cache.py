@@ -32,12 +32,14 @@ ENGINES: dict[str, dict[str, Any]] = {
         "num_decode_steps": 3,
         "enforce_eager": False,
         "max_num_batched_tokens": 8,
+        "kv_offloading_size": "1MB",
     },
     "stages": {
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 2,
         "scheduling_policy": "priority",
         "max_num_active_seqs": 3,
+        "kv_offloading_size": "1MB",
     },
     "one": {},
 }
@@ -100,6 +102,7 @@ def answers(llm: LLM) -> dict[str, Any]:
         "prompt logprobs": [next(iter(entry.values())).logprob for entry in again[0].prompt_logprobs[1:]],
         "preemptions": next(metric.value for metric in metrics if metric.name == "vllm:num_preemptions"),
         "prefix hits": last[0].num_cached_tokens,
+        "hits on the host": next(m.value for m in metrics if m.name == "vllm:external_prefix_cache_hits"),
     }
 
 

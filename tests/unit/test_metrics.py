@@ -94,7 +94,11 @@ def test_tokens_and_ends_are_counted():
     assert counter(metrics, "vllm:prompt_tokens") == 15
     assert counter(metrics, "vllm:prompt_tokens_cached") == 8
     assert counter(metrics, "vllm:generation_tokens") == 4
-    assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {"local_compute": 7, "local_cache_hit": 8}
+    assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {
+        "local_compute": 7,
+        "local_cache_hit": 8,
+        "external_kv_transfer": 0,
+    }
     assert successes(metrics) == {"stop": 1, "length": 1, "abort": 0, "error": 0, "repetition": 0}
 
 

@@ -2,8 +2,8 @@
 
 The pool knows only what each of its blocks contains; the contents are the runner's. A block that is evicted from the
 device is copied out by the step that gives it to somebody else, before that step writes into it. It can be hit once
-that step has been read: until then its copy may be under way. A hit is copied into a new block of the device by the step
-that admits the request, and stays here, so that it need not be copied out again.
+that step has been read: until then its copy may be under way. A hit is copied into a new block of the device by the
+step that admits the request, and stays here, so that it need not be copied out again.
 """
 
 from __future__ import annotations
