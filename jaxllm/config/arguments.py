@@ -71,7 +71,7 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
     },
-    "offloading": {
+    "offloading of weights (kv_offloading_size is what offloads the KV cache)": {
         "cpu_offload_gb": (0,),
         "cpu_offload_params": (),
         "offload_group_size": (0,),
@@ -79,6 +79,8 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "offload_prefetch_step": (1,),
         "offload_params": (),
         "offload_backend": ("auto",),
+    },
+    "transfer of the KV cache between engines": {
         "kv_transfer_config": (),
         "kv_events_config": (),
     },

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.offloading import prompt
 from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
@@ -60,10 +61,6 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 def metric(llm: LLM, name: str) -> float:
     return sum(getattr(one, "value", 0) for one in llm.get_metrics() if one.name == name)
-
-
-def prompt(number: int, length: int = 80) -> dict[str, Any]:
-    return {"prompt_token_ids": [(number * 37 + i * i) % 256 for i in range(length)]}
 
 
 def ask(llm: LLM, number: int) -> RequestOutput:

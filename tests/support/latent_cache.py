@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from support.offloading import asked_again
 from support.tensor_parallel import GREEDY, PROMPTS, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, write_tiny_model
 from support.ways import WAYS_ARGUMENTS, counted, every_way
@@ -102,7 +103,6 @@ def answers(llm: LLM) -> dict[str, Any]:
         "prompt logprobs": [next(iter(entry.values())).logprob for entry in again[0].prompt_logprobs[1:]],
         "preemptions": next(metric.value for metric in metrics if metric.name == "vllm:num_preemptions"),
         "prefix hits": last[0].num_cached_tokens,
-        "hits on the host": next(m.value for m in metrics if m.name == "vllm:external_prefix_cache_hits"),
     }
 
 
@@ -119,6 +119,7 @@ def main() -> None:
                 "ways": every_way(llm, folder),
                 "exchanged": None if name == "stages" else exchanged(llm)["count"],
                 "bytes a token": llm.memory_plan.kv_bytes_per_token,
+                "offloaded": asked_again(llm),
             }
             if name == "spread":
                 llm.save(saved)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
+from support.offloading import asked_again
 from support.pairs import PLAIN, add_bonus, generated
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
@@ -156,6 +157,7 @@ def main() -> None:
             found[name] = answers(llm) | more_answers(llm)
             if name != "2 x 2":
                 found[name]["asked"] = generated(llm)
+            found[name]["offloaded"] = asked_again(llm)
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)

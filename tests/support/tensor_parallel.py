@@ -58,11 +58,6 @@ def answers(llm: LLM) -> dict[str, Any]:
     found["seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
     again = generate(llm, PROMPTS[2], GREEDY)
     found["prefix hits"], found["after prefix hits"] = again[0].num_cached_tokens, tokens(again)
-    found["hits on the host"] = sum(
-        metric.value
-        for metric in llm.get_metrics()
-        if isinstance(metric, Counter) and metric.name == "vllm:external_prefix_cache_hits"
-    )
     scored = generate(llm, PROMPTS[2], dataclasses.replace(GREEDY, prompt_logprobs=0, logprobs=2, max_tokens=4))[0]
     found["prompt logprobs"] = [next(iter(entry.values())).logprob for entry in scored.prompt_logprobs[1:]]
     found["logprobs"] = [sorted(value.logprob for value in entry.values()) for entry in scored.outputs[0].logprobs]
