@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from support.own_process import found_by
 from support.offloading import assert_came_back
+from support.own_process import found_by
 from support.pairs import asked, assert_same_answer
 from support.pipeline_parallel import COMMON, ENGINES, LAYERS
 
