@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.context import Context, exchanged
+from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
 from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
 #: what a matrix can be stored as
-Matrix = jax.Array | StackedMatrix | Quantized
+Matrix = jax.Array | StackedMatrix | Quantized | Observed
 
 
 def linear(
@@ -55,6 +56,9 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
             return one_row_product(x, weight)
         assert weight.several is not None
         weight = weight.several
+    if isinstance(weight, Observed):
+        weight.see(x)
+        weight = weight.weight
     if not isinstance(weight, jax.Array):
         return _of_quantized(context, x, weight)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2

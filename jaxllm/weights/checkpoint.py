@@ -206,6 +206,19 @@ class Checkpoint:
             return name in self._with_classifier(CommonNames(reader, prefix)).names()
 
     @contextlib.contextmanager
+    def tensors(self, *, prefix: str = "model.") -> Iterator[CommonNames]:
+        """The tensors as they are stored, of any form but orbax's.
+
+        Args:
+            prefix: see `naming.CommonNames`.
+
+        Raises:
+            WeightsError: they cannot be opened.
+        """
+        with self._reader() as reader:
+            yield CommonNames(reader, prefix)
+
+    @contextlib.contextmanager
     def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
         with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:
             yield reader

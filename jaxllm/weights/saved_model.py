@@ -57,7 +57,7 @@ def save(
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint they are from.")
-    with _appearing(directory) as folder:
+    with appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)
             written = dict(config)
@@ -69,12 +69,19 @@ def save(
                 prefix = base_prefix(model)
                 found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
             hugging_face.write(folder, found)
-        (folder / "config.json").write_text(json.dumps(written, indent=2))
-        for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        write_files(folder, written, files, tokenizer)
+
+
+def write_files(
+    folder: Path, config: Mapping[str, Any], files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """What a model's directory has beside its weights; `files` by their paths in it."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
 
 
 @contextlib.contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def appearing(directory: Path) -> Iterator[Path]:
     """A folder to be filled that becomes `directory` when the body ends without an error, and vanishes otherwise.
 
     Raises:
