@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxllm.api.errors import ValidationError
@@ -33,6 +33,8 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.shards import ShardWriter
 from jaxllm.weights.resolve import resolve
 
+logger = logging.getLogger("jaxllm")
+
 DTYPES = ("bfloat16", "float16", "float32")
 NUM_SAMPLES, SEQUENCE_LENGTH = 128, 512
 
@@ -48,7 +50,7 @@ def quantize(
     desc_act: bool = False,
     ignore: Sequence[str] = (),
     calibration: str | os.PathLike[str] | None = None,
-    num_samples: int = NUM_SAMPLES,
+    num_samples: int | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
     seed: int = 0,
     dtype: str = "auto",
@@ -74,7 +76,8 @@ def quantize(
         ignore: matrices that stay as they are, by their modules' names, or ``re:`` and a regular expression that
             matches the beginning of the name.
         calibration: a text, or a .jsonl file (`text.read_samples`); None: Python's documentation of its own language.
-        num_samples, sequence_length: how many sequences of how many tokens AWQ and GPTQ look at.
+        num_samples: how many sequences AWQ and GPTQ look at; None: 128.
+        sequence_length: how many tokens a sequence has.
         seed: of which sequences these are.
         dtype: of what is not quantized; "auto": as the checkpoint has it.
         perplexity: measure it, before and after, on text that calibration does not see.
@@ -94,9 +97,16 @@ def quantize(
         desc_act=desc_act,
         ignore=tuple(ignore),
     )
+    needs_text = perplexity or method in CALIBRATED
     for name, value, least in (("num_samples", num_samples, 1), ("sequence_length", sequence_length, 2)):
-        if value < least:
+        if value is not None and value < least:
             raise ValidationError(f"{name} must be at least {least}, got {value}.")
+    for name, value, unused in (
+        ("num_samples", num_samples, method not in CALIBRATED),
+        ("calibration", calibration, not needs_text),
+    ):
+        if value is not None and unused:
+            logger.warning("%s=%r has no effect: method=%r looks at no text", name, value, method)
     if dtype not in ("auto", *DTYPES):
         raise ValidationError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}.")
     checkpoint = Checkpoint(resolve(model, revision=revision, token=hf_token, progress=progress))
@@ -105,12 +115,11 @@ def quantize(
     forms = _forms(scheme, layers)
     with saved_model.appearing(Path(output)) as folder:
         _check_room(folder, layers, forms)
-        needs_text = perplexity or method in CALIBRATED
         tokenizer = _tokenizer(checkpoint, needed=needs_text)
         samples = None
         if needs_text:
             path = None if calibration is None else Path(calibration)
-            samples = read_samples(path, tokenizer, length=sequence_length, count=num_samples, seed=seed)
+            samples = read_samples(path, tokenizer, length=sequence_length, count=num_samples or NUM_SAMPLES, seed=seed)
             longest = config.max_position_embeddings
             if sequence_length > longest:
                 raise ValidationError(f"sequence_length={sequence_length}: the model sees {longest} tokens.")

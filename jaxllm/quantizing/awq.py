@@ -1,5 +1,5 @@
-"""AWQ (Lin et al. 2023, arXiv:2306.00978): columns that large inputs meet are scaled up before they are rounded, so that
-they are rounded more finely, and what makes these inputs is scaled down as much.
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): columns that large inputs meet are scaled up before they are rounded, which
+rounds them more finely, and what makes these inputs is scaled down as much.
 
 The scale of column k is the mean of the inputs' absolute values to the power a; of twenty a from 0 (rounding to the
 nearest) to 1 that one is taken with which the products come out best (section 3.2). Then numbers of each group are

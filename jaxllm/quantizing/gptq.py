@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from scipy.linalg import lapack
 
 from jaxllm.quantizing.grid import Grid, Rounded, better_rows
 from jaxllm.quantizing.inputs import products, row_errors
@@ -50,14 +51,18 @@ def gptq(grid: Grid, matrix: jax.Array, gram: jax.Array, *, act_order: bool) -> 
 
 
 def inverse_factor(gram: np.ndarray) -> np.ndarray:
-    """The upper triangular U, float32, of ``inv(H) = U'U`` with the damped H; computed in float64."""
+    """The upper triangular U, float32, of ``inv(H) = U'U`` with the damped H; computed in float64.
+
+    It is the inverse of the upper triangular R of ``H = RR'``, which is the Cholesky factor of H with rows and columns
+    from last to first, turned round.
+    """
     damped = gram.astype(np.float64)
     diagonal = np.diagonal(damped).copy()
     # an input that is never there says nothing of its column, which is rounded by itself
     diagonal[diagonal == 0] = 1
     np.fill_diagonal(damped, diagonal + DAMPING * diagonal.mean())
-    inverse = np.linalg.inv(damped)
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    turned = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return lapack.dtrtri(np.asfortranarray(turned), lower=0)[0].astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,39 +71,36 @@ def _solve(grid: Grid, matrix: jax.Array, gram: jax.Array, factor: jax.Array) ->
     group, groups = grid.group, columns // grid.group
     block = next(size for size in range(min(BLOCK, group), 0, -1) if group % size == 0)
 
+    # all is transposed, [K, N], so that the numbers of a column are neighbours
     def of_column(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Column i of a block: its code, and what it leaves to the later ones."""
+        """Column i of a block: its codes, and what they leave to the later ones."""
         part, corner, codes, errors, scales, zeros = state
-        own = part[:, i]
+        own = part[i]
         code = grid.codes(own, scales, zeros)
         error = (own - (code - zeros) * scales) / corner[i, i]
-        part -= error[:, None] * corner[i]
-        return part, corner, codes.at[:, i].set(code), errors.at[:, i].set(error), scales, zeros
+        return part - corner[i][:, None] * error, corner, codes.at[i].set(code), errors.at[i].set(error), scales, zeros
 
     def of_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rest, codes, scales, zeros = state
         first = i * block
-        part = lax.dynamic_slice(rest, (0, first), (rows, block))
+        part = lax.dynamic_slice(rest, (first, 0), (block, rows))
         corner = lax.dynamic_slice(factor, (first, first), (block, block))
         empty = jnp.zeros_like(part)
-        _, _, found, errors, _, _ = lax.fori_loop(
-            0, block, of_column, (part, corner, empty, empty, scales, zeros), unroll=False
-        )
+        _, _, found, errors, _, _ = lax.fori_loop(0, block, of_column, (part, corner, empty, empty, scales, zeros))
         # left of the block U is zero
-        rest -= products(errors, lax.dynamic_slice(factor, (first, 0), (block, columns)))
-        return rest, lax.dynamic_update_slice(codes, found, (0, first)), scales, zeros
+        rest -= products(lax.dynamic_slice(factor, (first, 0), (block, columns)).T, errors)
+        return rest, lax.dynamic_update_slice(codes, found, (first, 0)), scales, zeros
 
     def of_group(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rest, codes, all_scales, all_zeros = state
-        scales, zeros = grid.fit(lax.dynamic_slice(rest, (0, i * group), (rows, group)))
+        scales, zeros = grid.fit(lax.dynamic_slice(rest, (i * group, 0), (group, rows)).T)
         each = group // block
         rest, codes, _, _ = lax.fori_loop(i * each, (i + 1) * each, of_block, (rest, codes, scales, zeros))
-        return rest, codes, all_scales.at[:, i].set(scales), all_zeros.at[:, i].set(zeros)
+        return rest, codes, all_scales.at[i].set(scales), all_zeros.at[i].set(zeros)
 
-    none = jnp.zeros((rows, groups), jnp.float32)
-    _, codes, scales, zeros = lax.fori_loop(0, groups, of_group, (matrix, jnp.zeros_like(matrix), none, none))
-    solved, nearest = Rounded(codes, scales, zeros), grid.round(matrix)
+    none = jnp.zeros((groups, rows), jnp.float32)
+    begin = matrix.T, jnp.zeros((columns, rows), jnp.float32), none, none
+    _, codes, scales, zeros = lax.fori_loop(0, groups, of_group, begin)
+    solved, nearest = Rounded(codes.T, scales.T, zeros.T), grid.round(matrix)
     errors = [row_errors(each.matrix() - matrix, gram) for each in (solved, nearest)]
     return better_rows(solved, nearest, errors[0] <= errors[1])
-
-

@@ -1,6 +1,6 @@
 """Rounding to the nearest number of a grid: a few bits, a scale and a zero point for each group of a row's columns.
 
-    w[n, k] = (code[n, k] - zeros[n, k // g]) * scales[n, k // g],    code in 0 .. 2 ** bits - 1
+w[n, k] = (code[n, k] - zeros[n, k // g]) * scales[n, k // g],    code in 0 .. 2 ** bits - 1
 """
 
 from __future__ import annotations

@@ -167,7 +167,9 @@ class _Matrix:
             if own is None:
                 parts.append(dense_rows[..., first:last, :].astype(F32))
             else:
-                parts.append(weight_of(layout, {k: a if k == "order" else a[..., first:last, :] for k, a in arrays.items()}))
+                parts.append(
+                    weight_of(layout, {k: a if k == "order" else a[..., first:last, :] for k, a in arrays.items()})
+                )
         return Joined(tuple(parts))
 
     def _written(self, arrays: Arrays, dense_rows: np.ndarray) -> dict[str, np.ndarray]:

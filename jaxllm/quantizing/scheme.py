@@ -160,9 +160,7 @@ class MatrixForms:
             group = next(group for group in GROUPS if columns % group == 0)
         layout = Int4Layout(group=group, scale_dtype="float16")
         if scheme.own_bits == 8:
-            layout = ScaledLayout(
-                dtype="int8", group=group, scale_dtype="float16", has_zeros=not scheme.is_symmetric
-            )
+            layout = ScaledLayout(dtype="int8", group=group, scale_dtype="float16", has_zeros=not scheme.is_symmetric)
         return ReorderedLayout(layout) if scheme.desc_act else layout
 
     def _configuration(self) -> dict[str, Any]:

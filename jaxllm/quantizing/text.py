@@ -51,7 +51,8 @@ def read_samples(
         ValidationError: the file cannot be read, or has less than two sequences.
     """
     text = own_text() if path is None else _read(path, tokenizer)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    # without a warning that the whole text is longer than the model's context
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     start = tokenizer.bos_token_id
     # models that were trained with a token in front of every text foresee little without it
     first = [start] if start is not None and tokenizer.encode("a")[:1] == [start] else []

@@ -247,9 +247,7 @@ class CompressedTensors(Method):
         return {f"{module}.{end}": np.ascontiguousarray(tensor) for end, tensor in tensors.items()}
 
 
-def configuration(
-    layouts: Mapping[str, Layout], left_out: Iterable[str], *, symmetric: bool = False
-) -> dict[str, Any]:
+def configuration(layouts: Mapping[str, Layout], left_out: Iterable[str], *, symmetric: bool = False) -> dict[str, Any]:
     """quantization_config of a checkpoint in this format.
 
     Args:

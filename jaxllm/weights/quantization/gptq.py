@@ -170,7 +170,9 @@ def _ones(bits: int) -> np.uint32:
     return np.uint32(sum(1 << place for place in range(0, 32, bits)))
 
 
-def configuration(bits: int, group: int, *, symmetric: bool, reordered: bool, left_out: Iterable[str]) -> dict[str, Any]:
+def configuration(
+    bits: int, group: int, *, symmetric: bool, reordered: bool, left_out: Iterable[str]
+) -> dict[str, Any]:
     """quantization_config of a checkpoint in the first format.
 
     Args:
