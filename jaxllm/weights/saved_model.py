@@ -20,7 +20,8 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import hugging_face, orbax
-from pallas_kernels.quantized import is_quantized
+from jaxllm.weights.quantization.detect import Quantization
+from jaxllm.weights.quantization.saved import SavedQuantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ def save(
     format: str,
     model: ModelConfig,
     specs: Any,
+    quantization: Quantization | None,
     config: Mapping[str, Any],
     files: Mapping[str, bytes],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -46,17 +48,19 @@ def save(
         params: the model's arrays.
         format: "safetensors" or "orbax".
         specs: what each of them is, a tree of `WeightSpec`s of the same form.
+        quantization: of its matrices.
         config: the config.json that the model was made from.
         files: what else belongs to the model, by its path in the directory.
 
     Raises:
-        ValidationError: an unknown format.
+        ValidationError: an unknown format, or one that cannot hold how the weights are quantized.
         WeightsError: something is in `directory` already, there is no room for it, or it cannot be written.
     """
     if format not in SAVED_FORMATS:
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
-    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
-        raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint they are from.")
+    if quantization is not None and format == "orbax":
+        raise ValidationError("format='orbax' holds no quantized weights: take format='safetensors'.")
+    saved = None if quantization is None else SavedQuantization(quantization, specs)
     with appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)
@@ -64,11 +68,14 @@ def save(
         else:
             written = hugging_face_config(config, model, params)
             found = list(hugging_face.tensors(specs, params))
-            if written["architectures"][0].endswith("Model"):
-                # the bare model's tensors have no prefix
-                prefix = base_prefix(model)
-                found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
-            hugging_face.write(folder, found)
+            # the bare model's tensors have no prefix
+            prefix = base_prefix(model) if written["architectures"][0].endswith("Model") else ""
+            if saved is None:
+                named = (dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found)
+                hugging_face.write(folder, list(named))
+            else:
+                written = saved.config(written)
+                saved.write(folder, found, prefix)
         write_files(folder, written, files, tokenizer)
 
 

@@ -57,8 +57,9 @@ class Tensor:
         if is_split(self.spec, array.sharding):
             return gather_tensor(self.spec, array, part, index)
         if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
-            return np.ascontiguousarray(np.asarray(array)[index])
-        own = array[index]
+            own = np.asarray(array)[index]
+            return np.ascontiguousarray(own.T if self.spec.columns_first else own)
+        own = array[index].T if self.spec.columns_first else array[index]
         # an array keeps what numpy has seen of it, and the model's must not keep a copy on the host
         return np.ascontiguousarray(own.copy() if own is array else own)
 
