@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
@@ -26,19 +27,19 @@ from jaxllm.runner.packing import Packing
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
 #: 8 rows, 432 MB more). LLVM's expensive passes take a seventh of the compile time and make no step faster.
-CPU_OPTIONS: dict[str, str | bool] = {
+CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
-CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
+CPU_HEAD_OPTIONS: dict[str, str | bool | int] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
 #: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
-GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
+GPU_OPTIONS: dict[str, str | bool | int] = {"xla_disable_hlo_passes": "rematerialization"}
 
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
@@ -56,6 +57,7 @@ class Programs(abc.ABC):
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
+        copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
 
@@ -72,6 +74,7 @@ class Programs(abc.ABC):
         platform: str,
         cache_dir: Path | None,
         source: Any,
+        copied_layers: int = 0,
         progress: StartProgress | None = None,
     ):
         self.packings, self._state = packings, state
@@ -94,6 +97,9 @@ class Programs(abc.ABC):
         self._cache_dir, self._source = cache_dir, source
         self._progress = progress or StartProgress(quiet=True)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
+        self.block_copies: BlockCopies | None = None
+        if copied_layers:
+            self.block_copies = BlockCopies(copied_layers, state.cache, self._words, self._lowered)
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
 
@@ -192,7 +198,7 @@ class Programs(abc.ABC):
 
     def counts(self) -> tuple[int, int | None]:
         """How many programs there are, and how many of them no earlier start has kept; None: nobody knows."""
-        everything, store = {*self._keys(), ALLOCATOR}, self._store
+        everything, store = {*self._all_keys(), ALLOCATOR}, self._store
         return len(everything), None if store is None else sum(not store.has(key) for key in everything)
 
     def _collect(
@@ -216,7 +222,7 @@ class Programs(abc.ABC):
 
     def compile_all(self) -> None:
         """Compile what is missing."""
-        self._compile(self._keys())
+        self._compile(self._all_keys())
 
     def step_texts(self, num_tokens: int, num_seqs: int) -> list[str]:
         """The programs that a step of this size runs, one after the other, as their compiler writes them. Those that
@@ -232,7 +238,10 @@ class Programs(abc.ABC):
 
     @abc.abstractmethod
     def _keys(self) -> list[Key]:
-        """Of all programs."""
+        """Of all programs but those that copy blocks."""
+
+    def _all_keys(self) -> list[Key]:
+        return self._keys() + list(() if self.block_copies is None else self.block_copies.KEYS)
 
     @abc.abstractmethod
     def _largest(self) -> list[tuple[Key, ...]]:
@@ -240,7 +249,10 @@ class Programs(abc.ABC):
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         """The program of a key, ready to be compiled."""
-        return self.lower_allocator() if key == ALLOCATOR else self._lowerings()[key[0]](*key[1:])
+        if key == ALLOCATOR:
+            return self.lower_allocator()
+        copies = {} if self.block_copies is None else self.block_copies.lowerings()
+        return {**self._lowerings(), **copies}[key[0]](*key[1:])
 
     @abc.abstractmethod
     def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
@@ -258,6 +270,12 @@ class Programs(abc.ABC):
     @property
     def largest(self) -> Bucket:
         return next(reversed(self.packings))
+
+    def gather_blocks(self, lot_size: int) -> jax.stages.Compiled:
+        return self._get((GATHER, lot_size))
+
+    def scatter_blocks(self, lot_size: int) -> jax.stages.Compiled:
+        return self._get((SCATTER, lot_size))
 
     def _get(self, key: Key) -> Any:
         """A `jax.stages.Compiled`, or what is called as one."""
