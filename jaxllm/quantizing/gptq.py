@@ -9,6 +9,7 @@ inputs come first, while there are most others to make up for them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -20,13 +21,14 @@ from scipy.linalg import lapack
 from jaxllm.quantizing.grid import Grid, Rounded, better_rows
 from jaxllm.quantizing.inputs import products, row_errors
 
+Matrix = jax.Array | np.ndarray
 #: of the mean of H's diagonal, added to it: what the paper takes
 DAMPING = 0.01
 #: columns after which the errors of all are taken off the rest in one product
 BLOCK = 128
 
 
-def gptq(grid: Grid, matrix: jax.Array, gram: jax.Array, *, act_order: bool) -> tuple[Rounded, np.ndarray | None]:
+def gptq(grid: Grid, matrix: Matrix, gram: Matrix, *, act_order: bool) -> tuple[Rounded, np.ndarray | None]:
     """Round a matrix for its inputs. Rows for which rounding to the nearest does better are rounded so.
 
     Args:
@@ -40,12 +42,12 @@ def gptq(grid: Grid, matrix: jax.Array, gram: jax.Array, *, act_order: bool) -> 
     if act_order:
         order = np.argsort(-np.diagonal(gram), kind="stable").astype(np.int32)
         # within a group, where their order is for nobody to see, they lie as readers have them
-        matrix, gram = matrix[:, order], gram[order][:, order]
+        matrix, gram = np.asarray(matrix)[:, order], np.asarray(gram)[order][:, order]
     rounded = _solve(grid, matrix, gram, inverse_factor(np.asarray(gram)))
     if order is not None:
         inside = order.reshape(-1, grid.group).argsort(axis=1)
         places = (inside + np.arange(0, len(order), grid.group)[:, None]).ravel()
-        rounded = Rounded(rounded.codes[:, places], rounded.scales, rounded.zeros)
+        rounded = dataclasses.replace(rounded, codes=np.asarray(rounded.codes)[:, places])
         order = order[places]
     return rounded, order
 
@@ -66,7 +68,7 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(grid: Grid, matrix: jax.Array, gram: jax.Array, factor: jax.Array) -> Rounded:
+def _solve(grid: Grid, matrix: Matrix, gram: Matrix, factor: Matrix) -> Rounded:
     rows, columns = matrix.shape
     group, groups = grid.group, columns // grid.group
     block = next(size for size in range(min(BLOCK, group), 0, -1) if group % size == 0)

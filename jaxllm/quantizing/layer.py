@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -20,6 +21,7 @@ from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, Ro
 from jaxllm.models.decoder import Layers
 from jaxllm.quantizing.awq import clipped
 from jaxllm.quantizing.gptq import gptq
+from jaxllm.quantizing.grid import Grid, Rounded
 from jaxllm.quantizing.inputs import InputMoments, row_errors
 from jaxllm.quantizing.model_layers import ModelLayers, is_matrix, leaf_name
 from jaxllm.quantizing.report import MatrixError
@@ -77,7 +79,7 @@ def quantize_layer(
         name = leaf_name(path)
         if name not in matrices:
             for tensor in hugging_face.tensors(specs[name], array):
-                tensors[tensor.name] = tensor.value().astype(model.dtype)
+                tensors[tensor.name] = tensor.value().astype(specs[name].dtype or model.dtype)
             return array
         matrix = matrices[name]
         value, written, found = matrix.rounded(name, array, scales, model.dtype)
@@ -131,72 +133,79 @@ class _Matrix:
             dtype: of what is left out.
         """
         *stack, rows, columns = array.shape
-        matrices = array.reshape(-1, rows, columns)
-        dense_rows = jnp.stack([scales.scaled(name, matrix) for matrix in matrices]).reshape(array.shape).astype(dtype)
+        plain = [np.asarray(array).reshape(-1, rows, columns)[i] for i in range(math.prod(stack))]
+        scaled = [scales.scaled(name, matrix) for matrix in plain]
         layout = self.layout
+        kept = None
+        if not self.whole:
+            kept = np.stack(scaled).reshape(array.shape).astype(dtype)
         if layout is None:
-            return dense_rows.astype(F32), dict(self._tensors(np.asarray(dense_rows))), {}
-        found = [self._round(layout, scales.scaled(name, matrix)) for matrix in matrices]
-        made = [scales.undone(name, dense(weight_of(layout, arrays), F32)) for arrays in found]
-        errors = self._errors(layout, matrices, made)
+            assert kept is not None
+            return jnp.asarray(kept, F32), dict(self._tensors(kept)), {}
+        found = [self._round(layout, matrix) for matrix in scaled]
+        made = [
+            scales.undone(name, np.asarray(_matrix(weight_of(layout, jax.tree.map(jnp.asarray, each)))))
+            for each in found
+        ]
+        errors = self._errors(layout, plain, made)
         arrays = {
             kind: np.stack([each[kind] for each in found]).reshape(*stack, *found[0][kind].shape) for kind in found[0]
         }
-        return self._value(layout, arrays, dense_rows), self._written(arrays, np.asarray(dense_rows)), errors
+        return self._value(layout, arrays, kept), self._written(arrays, kept, columns), errors
 
-    def _round(self, layout: Layout, matrix: jax.Array) -> dict[str, np.ndarray]:
+    def _round(self, layout: Layout, matrix: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the layout."""
         forms, inputs = self._forms, self._inputs
         method, reorders = forms.scheme.method, isinstance(layout, ReorderedLayout)
         if method not in GROUPED or (method == "int4" and not forms.scheme.is_symmetric):
-            return nearest_arrays(layout, np.asarray(matrix))
+            return nearest_arrays(layout, matrix)
         grid = forms.grid(layout)
         if method not in CALIBRATED or inputs is None:
             order = np.arange(matrix.shape[1], dtype=np.int32) if reorders else None
-            return rounded_arrays(layout, grid.round(matrix), order)
+            return rounded_arrays(layout, _nearest(grid, matrix), order)
         if method == "awq":
-            return rounded_arrays(layout, clipped(grid, matrix, inputs.gram))
-        return rounded_arrays(layout, *gptq(grid, matrix, inputs.gram, act_order=reorders))
+            return rounded_arrays(layout, clipped(grid, jnp.asarray(matrix), inputs.gram))
+        return rounded_arrays(layout, *gptq(grid, jnp.asarray(matrix), inputs.gram, act_order=reorders))
 
-    def _value(self, layout: Layout, arrays: Arrays, dense_rows: jax.Array) -> Any:
+    def _value(self, layout: Layout, arrays: Arrays, kept: np.ndarray | None) -> Any:
         if self.whole:
             return weight_of(layout, arrays)
         bounds = itertools.pairwise(itertools.accumulate((part.axes[0].size for part in self._spec.parts), initial=0))
         parts = []
         for own, (first, last) in zip(self._layouts, bounds, strict=True):
             if own is None:
-                parts.append(dense_rows[..., first:last, :].astype(F32))
+                assert kept is not None
+                parts.append(jnp.asarray(kept[..., first:last, :], F32))
             else:
                 parts.append(
                     weight_of(layout, {k: a if k == "order" else a[..., first:last, :] for k, a in arrays.items()})
                 )
         return Joined(tuple(parts))
 
-    def _written(self, arrays: Arrays, dense_rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _written(self, arrays: Arrays, kept: np.ndarray | None, columns: int) -> dict[str, np.ndarray]:
         forms = self._forms
         of_kind = {kind: dict(self._tensors(array)) for kind, array in arrays.items() if kind != "order"}
-        tensors: dict[str, np.ndarray] = {}
-        for name, rows in self._tensors(dense_rows):
+        tensors: dict[str, np.ndarray] = {} if kept is None else dict(self._tensors(kept))
+        for name, rows in of_kind["scales"].items():
             layout = forms.layouts.get(name.removesuffix(".weight"))
             if layout is None:
-                tensors[name] = rows
                 continue
+            tensors.pop(name, None)
             own = {kind: array[name] for kind, array in of_kind.items()}
             if "order" in arrays:
-                own["order"] = arrays["order"].reshape(-1, rows.shape[1])[0]
-            tensors.update(forms.writer.written(name, Found(layout, rows.shape), own))  # pyright: ignore
+                own["order"] = arrays["order"].reshape(-1, columns)[0]
+            tensors.update(forms.writer.written(name, Found(layout, (len(rows), columns)), own))
         return tensors
 
-    def _errors(self, layout: Layout, matrices: jax.Array, made: list[jax.Array]) -> dict[str, tuple[float, float]]:
-        rows = []
-        gram = jnp.eye(matrices.shape[2]) if self._inputs is None else self._inputs.gram
-        forms = self._forms
+    def _errors(
+        self, layout: Layout, matrices: list[np.ndarray], made: list[np.ndarray]
+    ) -> dict[str, tuple[float, float]]:
+        forms, rows = self._forms, []
+        gram = None if self._inputs is None else self._inputs.gram
+        grid = forms.grid(layout) if forms.scheme.method in CALIBRATED else None
         for matrix, own in zip(matrices, made, strict=True):
-            plain = own
-            if forms.scheme.method in CALIBRATED:
-                plain = forms.grid(layout).round(matrix).matrix()
-            rows.append(jnp.stack([row_errors(each, gram) for each in (own - matrix, plain - matrix, matrix)], axis=1))
-        together = np.stack([np.asarray(each, np.float64) for each in rows]).reshape(*self._lead, -1, 3)
+            rows.append(np.asarray(_off(grid, matrix, own, gram), np.float64))
+        together = np.stack(rows).reshape(*self._lead, -1, 3)
         sums: dict[str, np.ndarray] = {}
         for name, own in self._tensors(together):
             layout_of = forms.layouts.get(name.removesuffix(".weight"))
@@ -224,6 +233,31 @@ class _Matrix:
                     whole[span][ours] = own
                 rows = whole
             yield name, rows
+
+
+@jax.jit
+def _matrix(weight: Quantized) -> jax.Array:
+    return dense(weight, F32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nearest(grid: Grid, matrix: jax.Array) -> Rounded:
+    return grid.round(matrix)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _off(grid: Grid | None, matrix: jax.Array, made: jax.Array, gram: jax.Array | None) -> jax.Array:
+    """Of each row, how far its products are off, how far those of the nearest numbers are, and the products themselves,
+    squared: float32 [N, 3].
+
+    Args:
+        grid: None: `made` is the nearest.
+        gram: None: of the rows themselves.
+    """
+    nearest = made if grid is None else grid.round(matrix).matrix()
+    each = (made - matrix, nearest - matrix, matrix)
+    errors = [jnp.sum(d * d, axis=1) if gram is None else row_errors(d, gram) for d in each]
+    return jnp.stack(errors, axis=1)
 
 
 def weight_of(layout: Layout, arrays: Arrays) -> Quantized:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
@@ -70,7 +71,7 @@ class ModelLayers:
         # where the model has no head of its own, its embedding is one
         head = ends.embedding if ends.head is None else ends.head
         own: Any = dataclasses.replace(ends, embedding=None, head=head)  # pyright: ignore[reportArgumentType]
-        return jax.tree.map(lambda array: array.astype(jnp.float32), own)
+        return jax.tree.map(lambda array: jnp.asarray(np.asarray(array).astype(np.float32)), own)
 
     def _read(self, specs: Any, dtype: Any = jnp.float32) -> Any:
         with self._checkpoint.tensors(prefix=self.config.names.prefix) as reader:
@@ -79,7 +80,7 @@ class ModelLayers:
             )
 
     def _rounded(self, array: jax.Array) -> jax.Array:
-        return array.astype(self.dtype).astype(jnp.float32)
+        return jnp.asarray(np.asarray(array).astype(self.dtype).astype(np.float32))
 
     def begin(self, ends: Params, sequences: Sequence[Any]) -> list[jax.Array]:
         """What the first layer takes of each sequence of tokens: float32 [tokens, d]."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.layers.activation import CLAMPED
 from jaxllm.models.decoder import DecoderConfig, Layers
@@ -55,16 +56,16 @@ def links(config: DecoderConfig) -> list[Link]:
 class Scales:
     """Of a layer's matrices: what their columns were multiplied by, and their rows divided by; absent: nothing."""
 
-    columns: Mapping[str, jax.Array]
-    rows: Mapping[str, jax.Array]
+    columns: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
 
-    def scaled(self, name: str, matrix: jax.Array) -> jax.Array:
+    def scaled(self, name: str, matrix: np.ndarray) -> np.ndarray:
         """A matrix [N, K] as it is then."""
         if name in self.columns:
             matrix = matrix * self.columns[name]
         return matrix / self.rows[name][:, None] if name in self.rows else matrix
 
-    def undone(self, name: str, matrix: jax.Array) -> jax.Array:
+    def undone(self, name: str, matrix: np.ndarray) -> np.ndarray:
         """`scaled` backwards: what a matrix does for the inputs that it had."""
         if name in self.rows:
             matrix = matrix * self.rows[name][:, None]
@@ -88,34 +89,43 @@ def scale_layer(
     Returns:
         (weights, scales): the weights with what makes inputs scaled down; matrices have their columns yet as they were.
     """
-    columns: dict[str, jax.Array] = {}
-    rows: dict[str, jax.Array] = {}
+    columns: dict[str, np.ndarray] = {}
+    rows: dict[str, np.ndarray] = {}
     changed: dict[str, jax.Array] = {}
+
+    def rounded(vector: np.ndarray) -> jax.Array:
+        return jnp.asarray(vector.astype(dtype).astype(np.float32))[None]
+
+    def vector_of(field: str) -> np.ndarray | None:
+        array = getattr(weights, field)
+        return None if array is None else np.asarray(array)[0]
+
     for link in links(config):
         names = [name for name in link.matrices if name in grids]
         is_norm = link.source.endswith("norm")
         if len(names) != len(link.matrices) or not (is_norm or link.source in grids):
             continue
-        absolute = inputs[names[0]].absolute
+        absolute = np.asarray(inputs[names[0]].absolute)
         if link.times > 1:
             units = absolute.reshape(-1, link.times, link.width).mean(axis=1, keepdims=True)
-            absolute = jnp.broadcast_to(units, (len(units), link.times, link.width)).ravel()
+            absolute = np.repeat(units, link.times, axis=1).ravel()
         matrices = [getattr(weights, name)[0] for name in names]
-        found = column_scales(grids[names[0]], matrices, [inputs[name].gram for name in names], absolute)
+        grams = [inputs[name].gram for name in names]
+        found = np.asarray(column_scales(grids[names[0]], matrices, grams, jnp.asarray(absolute)))
+        bias = vector_of(f"{link.source}_bias")
         if is_norm:
-            norm, offset = getattr(weights, link.source), config.norm_offset
-            new = ((norm + offset) / found - offset).astype(dtype).astype(jnp.float32)
-            found = jnp.where(new[0] + offset == 0, found, (norm[0] + offset) / (new[0] + offset))
+            norm, offset = vector_of(link.source), np.float32(config.norm_offset)
+            assert norm is not None
+            new = rounded((norm + offset) / found - offset)
+            left = np.asarray(new)[0] + offset
+            found = np.where(left == 0, found, (norm + offset) / np.where(left == 0, 1, left))
             changed[link.source] = new
-            bias = getattr(weights, f"{link.source}_bias")
-            if bias is not None:
-                changed[f"{link.source}_bias"] = (bias / found).astype(dtype).astype(jnp.float32)
+            divided = found
         else:
-            own = found.reshape(-1, link.times, link.width)[:, 0].ravel()
-            all_rows = jnp.ones(getattr(weights, link.source).shape[1]).at[link.first_row :].set(own)
-            rows[link.source] = all_rows
-            bias = getattr(weights, f"{link.source}_bias")
-            if bias is not None:
-                changed[f"{link.source}_bias"] = (bias / all_rows).astype(dtype).astype(jnp.float32)
+            divided = np.ones(getattr(weights, link.source).shape[1], np.float32)
+            divided[link.first_row :] = found.reshape(-1, link.times, link.width)[:, 0].ravel()
+            rows[link.source] = divided
+        if bias is not None:
+            changed[f"{link.source}_bias"] = rounded(bias / divided)
         columns.update(dict.fromkeys(names, found))
     return dataclasses.replace(weights, **changed), Scales(columns, rows)

@@ -34,6 +34,7 @@ from jaxllm.quantizing.report import QuantizationReport
 from jaxllm.quantizing.scaling import links, scale_layer
 from jaxllm.quantizing.text import read_samples
 from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights import saved_model
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
@@ -156,19 +157,13 @@ def test_a_scaled_layer_computes_what_it_did(tmp_path: Path, family: str):
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
-def of_method(folder: Path) -> tuple[Any, Checkpoint, Any]:
-    """The method of a quantized checkpoint, and its specs."""
-    checkpoint = Checkpoint(folder)
-    specs = decoder_specs(model_config(checkpoint.config))
-    checkpoint.quantize(None, matrices(specs), prefix="model.")
-    return checkpoint.quantization, checkpoint, specs
-
-
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(("fp8", "nf4", "bits"))])
 def test_what_is_written_is_what_was_read(tmp_path: Path, name: str):
     """Against files of a packer that shares no code with ours."""
     stored, _ = write(tmp_path, name)
-    quantization, checkpoint, _ = of_method(stored)
+    checkpoint, _ = read_specs(stored)
+    quantization = checkpoint.quantization
+    assert quantization is not None
     with SafetensorsReader(stored) as files, checkpoint.tensors() as tensors:
         for matrix, found in quantization.matrices.items():
             arrays = {
@@ -184,12 +179,16 @@ def test_what_is_written_is_what_was_read(tmp_path: Path, name: str):
                 assert array.dtype == files.raw(tensor).dtype
 
 
-def load(folder: Path, asked: str | None = None) -> Any:
+def read_specs(folder: Path, asked: str | None = None) -> tuple[Checkpoint, Any]:
     checkpoint = Checkpoint(folder)
     specs = decoder_specs(model_config(checkpoint.config))
     checkpoint.quantize(asked, matrices(specs), prefix="model.")
     assert checkpoint.quantization is not None
-    specs = quantized(specs, checkpoint.quantization.layout)
+    return checkpoint, quantized(specs, checkpoint.quantization.layout)
+
+
+def load(folder: Path, asked: str | None = None) -> Any:
+    checkpoint, specs = read_specs(folder, asked)
     checkpoint.check(specs)
     return checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
 
@@ -206,6 +205,46 @@ def perplexity(folder: Path, text: Path) -> float:
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8 rows", "awq", "gptq act-order", "packed 3 bits", "int8 in files"])
+def test_quantized_weights_are_saved_bit_for_bit(tiny_model: Path, tmp_path: Path, name: str):
+    if name in ("int8", "fp8"):
+        checkpoint, specs = read_specs(tiny_model, name)
+    else:
+        checkpoint, specs = read_specs(write(tmp_path, name.removesuffix(" in files"), left_out="k_proj")[0])
+    params = checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
+    save(tmp_path / "saved", checkpoint, specs, params)
+    again, own = read_specs(tmp_path / "saved")
+    assert own == specs
+    for one, other in zip(
+        jax.tree.leaves(again.load(own, F32, DEVICE, seed=0, progress=False)), jax.tree.leaves(params), strict=True
+    ):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize(("name", "why"), [("nf4", "bitsandbytes"), ("fp8 static", "scales of the checkpoint's")])
+def test_what_has_no_form_is_not_saved(tmp_path: Path, name: str, why: str):
+    checkpoint, specs = read_specs(write(tmp_path, name)[0])
+    params = checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
+    with pytest.raises(ValidationError, match="which no format that is written holds") as refused:
+        save(tmp_path / "saved", checkpoint, specs, params)
+    assert why in str(refused.value) and "Copy the checkpoint" in str(refused.value)
+    assert not (tmp_path / "saved").exists()
+
+
+def save(folder: Path, checkpoint: Checkpoint, specs: Any, params: Any) -> None:
+    saved_model.save(
+        folder,
+        params,
+        format="safetensors",
+        model=model_config(checkpoint.config),
+        specs=specs,
+        quantization=checkpoint.quantization,
+        config=checkpoint.config,
+        files={},
+        tokenizer=None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +299,8 @@ def test_what_is_left_out_stays_as_it_is(reports: dict[str, QuantizationReport],
         assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"} <= set(same)
         for name in same:
             np.testing.assert_array_equal(before.read(name), after.read(name))
-    _, checkpoint, specs = of_method(reports["gptq"].output)
-    planned = dict(matrices(specs))
+    checkpoint, _ = read_specs(reports["gptq"].output)
+    planned = dict(matrices(decoder_specs(model_config(checkpoint.config))))
     assert checkpoint.quantization is not None
     method = checkpoint.quantization.method
     assert {name for name, shape in planned.items() if method.planned(name, shape)} == {
