@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.context import Context, exchanged
+from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
@@ -14,7 +15,7 @@ from pallas_kernels.quant_matmul.layout import Int4Weight, halves
 from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
 
 #: what a matrix can be stored as
-Matrix = jax.Array | StackedMatrix | Quantized
+Matrix = jax.Array | StackedMatrix | Quantized | Observed
 
 
 def linear(
@@ -57,6 +58,9 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
         if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
             return one_row_product(x, weight)
         weight = weight.whole()
+    if isinstance(weight, Observed):
+        weight.see(x)
+        weight = weight.weight
     if not isinstance(weight, jax.Array):
         return _of_quantized(context, x, weight)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
