@@ -17,7 +17,7 @@ from pallas_kernels.cpu_ffi.vectors import BYTE, LANES, Code, Value
 class Run:
     """Neighbouring columns that share a scale: ``w = scale * values + minimum``."""
 
-    #: vectors of `LANES` numbers, float32
+    #: vectors of `LANES` integers, i8
     values: list[Value]
     #: float32; None: 1
     scale: Value | None = None
@@ -54,7 +54,7 @@ def _int8_row(code: Code, weight: list[Operand], layer: Value, row: Value, colum
 
 def _int8_runs(code: Code, start: Value, first: Value) -> list[Run]:
     """int8 [L, N, K]; a row's scale is a factor of the result."""
-    return [Run([code.signed(part) for part in code.parts(code.bytes(code.at(start, first), 32))])]
+    return [Run(code.parts(code.bytes(code.at(start, first), 32)))]
 
 
 def _int4(group: int, scale_dtype: str) -> Format:
@@ -82,8 +82,8 @@ def _int4(group: int, scale_dtype: str) -> Format:
         codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
         # at most 16 off, which a byte holds
         zero = code.splat(zero)
-        low = [code.signed(code.builder.sub(code.masked(part, 15), zero)) for part in codes]
-        high = [code.signed(code.builder.sub(code.shifted_down(part, 4), zero)) for part in codes]
+        low = [code.builder.sub(code.masked(part, 15), zero) for part in codes]
+        high = [code.builder.sub(code.shifted_down(part, 4), zero) for part in codes]
         return [Run(low + high, scale)]
 
     return Format(columns=group, num_arrays=3, row=row, runs=runs)
@@ -103,8 +103,7 @@ def _blocks(columns: int, nbytes: int, runs: Callable[[Code, Value], list[Run]])
 
 
 def _q8_0(code: Code, block: Value) -> list[Run]:
-    values = code.bytes(code.at(block, 2), 32)
-    return [Run([code.signed(part) for part in code.parts(values)], code.half(block))]
+    return [Run(code.parts(code.bytes(code.at(block, 2), 32)), code.half(block))]
 
 
 def _nibbles(code: Code, start: Value) -> list[Value]:
@@ -115,12 +114,12 @@ def _nibbles(code: Code, start: Value) -> list[Value]:
 
 def _q4_0(code: Code, block: Value) -> list[Run]:
     codes = _nibbles(code, code.at(block, 2))
-    return [Run([code.signed(code.less(part, 8)) for part in codes], code.half(block))]
+    return [Run([code.less(part, 8) for part in codes], code.half(block))]
 
 
 def _q4_1(code: Code, block: Value) -> list[Run]:
     codes = _nibbles(code, code.at(block, 4))
-    return [Run([code.signed(part) for part in codes], code.half(block), code.half(code.at(block, 2)))]
+    return [Run(codes, code.half(block), code.half(code.at(block, 2)))]
 
 
 def _row_of(code: Code, array: Operand, layer: Value, row: Value) -> Value:
