@@ -3,8 +3,8 @@
 Operands: x [M, K] in a form of `INPUTS`; layer i32 []; the weight's arrays, of all layers, read where they lie; the
 result, float32 [M, N]. A row of the weight is multiplied by some rows of x at a time: a run's numbers are made in
 registers, once for these rows, and multiplied and added up in lanes, which are added to each other in the end. What is
-added to what depends on the format alone, and not on how many rows there are, so a row's result has the same bits beside
-any others.
+added to what depends on the format alone, and not on how many rows there are, so a row's result has the same bits
+beside any others.
 """
 
 from __future__ import annotations
