@@ -1,0 +1,39 @@
+"""In which numbers a checkpoint wants its keys and values to be kept.
+
+llm-compressor says it in ``kv_cache_scheme``, which is a scheme as weights have one, or "static" in its first versions;
+ModelOpt says it in ``kv_cache_quant_algo``, in a file of its own or in config.json. Both come with scales of whole
+matrices (``k_scale``, ``v_scale``), which are not read: pages have a scale for each key and each value of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: by what ModelOpt and the first llm-compressor say, and by (type, num_bits) of a scheme
+_KNOWN: Mapping[Any, str] = {
+    "fp8": "fp8_e4m3",
+    "static": "fp8_e4m3",
+    "int8": "int8",
+    ("float", 8): "fp8_e4m3",
+    ("int", 8): "int8",
+}
+_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
+
+
+def wanted_kv_cache(config: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """What a quantization_config says of the KV cache.
+
+    Returns:
+        (wanted, said): a value of the engine's `kv_cache_dtype`, None where there is none for it, and what the config
+        says, None where it says nothing.
+    """
+    for key in _KEYS:
+        said = (config or {}).get(key)
+        if not said or (isinstance(said, str) and said.lower() in ("auto", "none")):
+            continue
+        asked = said.lower() if isinstance(said, str) else None
+        if isinstance(said, Mapping):
+            asked = said.get("type", "int"), said.get("num_bits", 8)
+        return _KNOWN.get(asked), f"{key}={said!r}"
+    return None, None
