@@ -37,6 +37,7 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
 from jaxllm.weights.resolve import resolve
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
+from pallas_kernels.storage import is_scaled
 
 logger = logging.getLogger("jaxllm")
 
@@ -105,28 +106,24 @@ class Setup:
         """numpy's name of what keys and values are stored as, in an engine of this dtype."""
         asked = self.args.kv_cache_dtype
         latents = self.model.kv_specs[0].parts == 1
-        if asked == "auto":
-            wanted, said = self.checkpoint.kv_cache
-            if said is None:
-                return dtype
-            if wanted is None or latents:
-                logger.warning(
-                    "The checkpoint's quantization says %s, which jaxllm does not have for this model: its KV cache is "
-                    "%s.",
-                    said,
-                    dtype,
-                )
-                return dtype
+        wanted, said = self.checkpoint.kv_cache
+        if asked == "auto" and said is None:
+            return dtype
+        if asked == "auto" and (wanted is None or latents):
+            logger.warning(
+                "The checkpoint says %s, which jaxllm does not have for this model: its KV cache is %s.", said, dtype
+            )
+            return dtype
+        stored = KV_CACHE_DTYPES[str(wanted) if asked == "auto" else asked]
+        if said is not None and is_scaled(jnp.dtype(stored)):
             logger.info(
-                "The checkpoint's quantization says %s: kv_cache_dtype=%r, with a scale for each token and head in "
-                "place of the checkpoint's. kv_cache_dtype=%r leaves keys and values as they are.",
+                "The checkpoint says %s: the KV cache is %s, and each key and value of a head gets a scale of its own; "
+                "those of the checkpoint are not read. kv_cache_dtype=%r leaves keys and values as they are.",
                 said,
-                wanted,
+                stored,
                 dtype,
             )
-            asked = wanted
-        stored = KV_CACHE_DTYPES[asked]
-        if latents and jnp.dtype(stored).itemsize == 1:
+        if latents and is_scaled(jnp.dtype(stored)):
             raise ValidationError(
                 f"kv_cache_dtype={asked!r} is not for models with latent attention, whose pages have no scales. Pass "
                 "'auto', 'bfloat16', 'float16' or 'float32'."
