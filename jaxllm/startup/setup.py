@@ -117,8 +117,8 @@ class Setup:
         stored = KV_CACHE_DTYPES[str(wanted) if asked == "auto" else asked]
         if said is not None and is_scaled(jnp.dtype(stored)):
             logger.info(
-                "The checkpoint says %s: the KV cache is %s, and each key and value of a head gets a scale of its own; "
-                "those of the checkpoint are not read. kv_cache_dtype=%r leaves keys and values as they are.",
+                "The checkpoint says %s: the KV cache is %s, with a scale of its own for each key and value of a head. "
+                "kv_cache_dtype=%r leaves them as they are.",
                 said,
                 stored,
                 dtype,

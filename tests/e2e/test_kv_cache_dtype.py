@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fp8(checkpoint: Path) -> Iterator[LLM]:
-    """Of chunks of up to 8 tokens, and so few blocks that requests are preempted."""
+    """By its checkpoint; of chunks of up to 8 tokens, and so few blocks that requests are preempted."""
     processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
     small = {"max_num_batched_tokens": 8, "num_gpu_blocks_override": 18, "enable_prefix_caching": True}
     with LLM(checkpoint, **{**PLAIN, **small}, deterministic=True, logits_processors=processors) as llm:

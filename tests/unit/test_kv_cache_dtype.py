@@ -152,7 +152,7 @@ def test_what_a_checkpoint_says_is_done_and_told(
     (write(tmp_path) / "hf_quant_config.json").write_text(json.dumps(said))
     memory = jaxllm.plan(tmp_path, device="h200").memory
     assert memory.kv_bytes_per_token == width * NUMBERS + (4 * VECTORS if width == 1 else 0)
-    told = {1: "those of the checkpoint are not read", 2: "its KV cache is bfloat16"}[width]
+    told = {1: "the KV cache is float8_e4m3fn, with a scale", 2: "its KV cache is bfloat16"}[width]
     assert f"kv_cache_quant_algo='{algorithm}'" in caplog.text and told in caplog.text
     # who asks for something gets it
     assert jaxllm.plan(tmp_path, device="h200", kv_cache_dtype="bfloat16").memory.kv_bytes_per_token == 2 * NUMBERS

@@ -2,7 +2,7 @@
 
 llm-compressor says it in ``kv_cache_scheme``, which is a scheme as weights have one, or "static" in its first versions;
 ModelOpt says it in ``kv_cache_quant_algo``, in a file of its own or in config.json. Both come with scales of whole
-matrices (``k_scale``, ``v_scale``), which are not read: pages have a scale for each key and each value of a head.
+matrices (`KV_SCALES`), which are not read: pages have a scale for each key and each value of a head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ _KNOWN: Mapping[Any, str] = {
     ("float", 8): "fp8_e4m3",
     ("int", 8): "int8",
 }
+#: what the names of those scales end with, in checkpoints of all ages
+KV_SCALES = (
+    *(".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".k_zero_point", ".v_zero_point"),
+    *(".q_proj.output_scale", ".k_proj.output_scale", ".v_proj.output_scale"),
+)
 _KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype")
 
 
