@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.own_process import found_by
 from support.pairs import PLAIN, add_bonus, asked, told
-from support.tensor_parallel import GREEDY, PROMPTS
+from support.rounded_cache import rounded_cache
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm import LLM, LogitsProcessor, SamplingParams
@@ -60,8 +59,6 @@ def test_the_cache_is_what_the_checkpoint_says(fp8: LLM):
 def test_log_probabilities_are_those_of_transformers(fp8: LLM, checkpoint: Path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from support.rounded_cache import RoundedCache
-
     asked = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=0, ignore_eos=True, logprobs=0)
     (output,) = fp8.generate([TEXT], asked, use_tqdm=False)
     entries = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
@@ -75,7 +72,7 @@ def test_log_probabilities_are_those_of_transformers(fp8: LLM, checkpoint: Path)
     with torch.no_grad():
         rounded, plain = (
             model(torch.tensor([ids]), past_key_values=cache).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-            for cache in (RoundedCache("fp8"), None)
+            for cache in (rounded_cache("fp8"), None)
         )
     assert (rounded - plain).abs().max() > 1e-2, "rounding this small would hide an error"
     np.testing.assert_allclose(found, rounded.numpy(), atol=1e-4)
@@ -99,36 +96,6 @@ def test_requests_get_the_same_alone_and_beside_others(fp8: LLM):
 
 def preemptions(llm: LLM) -> Any:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")  # pyright: ignore
-
-
-def test_devices_and_stages(tmp_path_factory: pytest.TempPathFactory):
-    """int8, with sinks and windows: tokens are those of transformers, in float32."""
-    folder = tmp_path_factory.mktemp("split")
-    found = found_by("support.kv_cache_dtype", folder)
-    assert found["greedy"] == rounded_greedy(folder, PROMPTS, GREEDY.max_tokens or 0)
-    assert found["preemptions"] > 0 and found["prefix hits"] > 0
-    assert found["after prefix hits"] == [found["greedy"][2]]
-    # of each stage, on each of its devices
-    assert sum(found["said"]) == 2 * found["planned"]
-
-
-def rounded_greedy(folder: Path, prompts: list[str], count: int) -> list[list[int]]:
-    """What transformers makes of prompts where its cache is int8."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from support.rounded_cache import RoundedCache
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        with torch.no_grad():
-            for _ in range(count):
-                scores = model(ids, past_key_values=RoundedCache("int8")).logits[:, -1:]
-                ids = torch.cat([ids, scores.argmax(-1)], dim=1)
-        found.append(ids[0, -count:].tolist())
-    return found
 
 
 def test_the_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]):

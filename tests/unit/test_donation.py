@@ -137,10 +137,9 @@ def test_every_program_writes_in_place():
     ("dtype", "shape", "several"),
     [
         ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
-        ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP), False),
+        ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP, kv_dtype="float8_e4m3fn"), False),
         ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), False),
         ("bfloat16", dict(config=MIXTRAL, windows=ONE_GROUP), True),
-        ("bfloat16", dict(kv_heads=1, block_size=64, windows=TWO_GROUPS, kv_dtype="float8_e4m3fn"), False),
     ],
 )
 def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict[str, Any], several: bool):
@@ -170,7 +169,7 @@ EVERY = list(
     itertools.product((1, 2, 3, 4, 8), (64, 80, 96, 128, 256), (jnp.float32, jnp.uint16), (16, 64), (1, 2)),
 )
 #: with scales
-SCALED = [(1, 64, jnp.int8, 64, 1), (1, 128, jnp.uint8, 16, 2), (3, 80, jnp.int8, 16, 2), (2, 256, jnp.uint8, 64, 1)]
+SCALED = [(1, 64, jnp.int8, 64, 1), (1, 128, jnp.uint8, 16, 2), (3, 80, jnp.int8, 16, 2)]
 #: of each number of KV heads and each head_dim one of the eight that there are: any two values of two columns meet
 SOME = [EVERY[8 * (5 * i + j) + (3 * i + 5 * j) % 8] for i in range(5) for j in range(5)]
 
