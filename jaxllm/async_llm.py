@@ -202,9 +202,13 @@ class AsyncLLM:
 
     # The engine.
 
-    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        return await self._call(lambda: self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests))
+        return await self._call(
+            lambda: self.engine.reset_prefix_cache(
+                reset_running_requests=reset_running_requests, reset_connector=reset_connector
+            )
+        )
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`."""

@@ -495,9 +495,12 @@ class LLM:
 
         Args:
             reset_running_requests: preempt what runs first; it is computed anew.
-            reset_connector: without effect, there is no connector.
+            reset_connector: forget the blocks in the host's memory as well (`kv_offloading_size`), which stay
+                otherwise: what they hold is as right as it was. Changed weights make the engine forget them by itself.
         """
-        return self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
+        return self.engine.reset_prefix_cache(
+            reset_running_requests=reset_running_requests, reset_connector=reset_connector
+        )
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Give the device's memory back, and keep the compiled programs for `wake_up`.

@@ -89,9 +89,11 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         return self.engine.stepped.num_unfinished
 
-    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        return self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
+        return self.engine.reset_prefix_cache(
+            reset_running_requests=reset_running_requests, reset_connector=reset_connector
+        )
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`."""

@@ -63,6 +63,19 @@ def size(name: str, value: Any) -> int:
         ) from None
 
 
+def gibibytes(name: str, value: Any) -> float:
+    """GiB: a number of them, or a string with one or with bytes (`size`), such as 500MB."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            value = size(name, value) / 2**30
+    number = checks.real(name, value)
+    if number < 0:
+        raise ValidationError(f"{name} must be at least 0 GiB, got {number}.")
+    return number
+
+
 def such_that(read: Callable[[str, Any], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str, Any], Any]:
     """What `read` makes of a value, where it `holds`; the error says that the argument must `wanted`."""
 

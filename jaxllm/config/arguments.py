@@ -68,7 +68,7 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
     },
-    "offloading": {
+    "offloading of weights (kv_offloading_size is what offloads the KV cache)": {
         "cpu_offload_gb": (0,),
         "cpu_offload_params": (),
         "offload_group_size": (0,),
@@ -76,8 +76,8 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "offload_prefetch_step": (1,),
         "offload_params": (),
         "offload_backend": ("auto",),
-        "kv_offloading_size": (0,),
-        "kv_offloading_backend": ("native",),
+    },
+    "transfer of the KV cache between engines": {
         "kv_transfer_config": (),
         "kv_events_config": (),
     },
@@ -156,7 +156,7 @@ VLLM_ATTENTION_BACKENDS = frozenset(
 NO_EFFECT: dict[str, NoEffect] = {
     "trust_remote_code": NoEffect("jaxllm runs no code from checkpoints, it has its own models", (False,)),
     "use_v2_block_manager": NoEffect("there is one block manager"),
-    "swap_space": NoEffect("preempted requests are recomputed, not swapped"),
+    "swap_space": NoEffect("preempted requests are recomputed, or come back from the host pool of kv_offloading_size"),
     "multi_step_stream_outputs": NoEffect("stream_interval is the number of tokens between two outputs"),
     "disable_async_output_proc": NoEffect("async_scheduling decides what overlaps", (False,)),
     "disable_custom_all_reduce": NoEffect("XLA does the reductions", (False,)),

@@ -49,6 +49,8 @@ class CacheConfig:
     num_blocks: int
     groups: tuple[KVCacheGroup, ...]
     enable_prefix_caching: bool = True
+    #: of the host's memory, for blocks that have left the prefix cache; 0: they are lost
+    num_host_blocks: int = 0
 
 
 def kv_cache_groups(specs: tuple[KVSpec, ...]) -> tuple[KVCacheGroup, ...]:

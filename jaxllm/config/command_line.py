@@ -53,6 +53,14 @@ def size(text: str) -> int:
         ) from None
 
 
+def gibibytes(text: str) -> float:
+    """GiB, as `argument_checks.gibibytes` reads them."""
+    try:
+        return argument_checks.gibibytes("", text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB (4, 0.5 and 500MB are)") from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
@@ -141,6 +149,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
     del found["model"]
     found["max_model_len"] = _length
     found["kv_cache_memory_bytes"] = size
+    found["kv_offloading_size"] = gibibytes
     found.update({name: devices for name in found if name.endswith("_parallel_size")})
     return found
 

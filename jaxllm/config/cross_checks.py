@@ -29,6 +29,12 @@ def check_together(args: EngineArgs) -> None:
         )
     if args.record_expert_load and args.load_format == "null":
         raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
+    if args.kv_offloading_size and not args.enable_prefix_caching:
+        raise ValidationError(
+            f"kv_offloading_size={args.kv_offloading_size:g} keeps blocks that leave the prefix cache, and "
+            "enable_prefix_caching=False leaves none in it. Set enable_prefix_caching=True, or leave "
+            "kv_offloading_size out."
+        )
     if args.steps_together:
         _check_stepping_together(args)
 
@@ -42,6 +48,11 @@ def _check_stepping_together(args: EngineArgs) -> None:
             f"{asked} and pipeline_parallel_size={stages}: replicas that have the experts between them take each step "
             f"in one program, and stages have programs of their own. Set pipeline_parallel_size=1 and "
             f"tensor_parallel_size={stages * args.tensor_parallel_size}, or leave enable_expert_parallel out."
+        )
+    if args.kv_offloading_size:
+        raise ValidationError(
+            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: blocks of replicas whose steps are one "
+            "launch are not copied to the host so far. Leave kv_offloading_size out, or enable_expert_parallel."
         )
     if steps is not None and steps > 1:
         raise ValidationError(

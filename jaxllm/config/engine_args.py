@@ -147,6 +147,16 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     num_gpu_blocks_override: int | None = argument(
         None, check.at_least(2), "number of KV-cache blocks (default: as the memory plan finds)", group="cache"
     )
+    #: in GiB, shared out among the replicas; 0 or None: nothing
+    kv_offloading_size: float | None = argument(
+        None,
+        check.gibibytes,
+        "host memory for blocks that leave the prefix cache, to come back on a hit: GiB, or such as 500MB (default: "
+        "none). Not for weights, as --cpu-offload-gb is",
+        group="cache",
+        form="GIB",
+    )
+    kv_offloading_backend: str = argument("native", check.one_of("native"), "what keeps these blocks", group="cache")
     enforce_eager: bool = switch(False, "compile as little as possible: starts sooner, runs slower", group="device")
     #: None: the platform's, see `jaxllm.config.resolve`
     num_decode_steps: int | None = argument(

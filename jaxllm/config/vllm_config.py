@@ -55,6 +55,9 @@ class CacheConfig:
     num_gpu_blocks: int
     gpu_memory_utilization: float
     enable_prefix_caching: bool
+    #: GiB
+    kv_offloading_size: float | None = None
+    kv_offloading_backend: str = "native"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,8 @@ def vllm_config(
             num_gpu_blocks=num_blocks,
             gpu_memory_utilization=args.gpu_memory_utilization,
             enable_prefix_caching=args.enable_prefix_caching,
+            kv_offloading_size=args.kv_offloading_size,
+            kv_offloading_backend=args.kv_offloading_backend,
         ),
         scheduler_config=scheduler,
         parallel_config=ParallelConfig(

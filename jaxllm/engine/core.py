@@ -317,10 +317,11 @@ class EngineCore:
 
     def sleep(self, level: int, *, kv_cache: bool = False) -> None:
         """Free the device's memory. Level 0: nothing, 1: weights to the host, 2: weights dropped; `kv_cache` (always
-        from level 1 on): the cache.
+        from level 1 on): the cache. Blocks in the host's pool stay below level 2.
         """
         if kv_cache or level:
-            self.scheduler.reset_prefix_cache()
+            # weights that are read anew may be others
+            self.scheduler.reset_prefix_cache(host_pool=level == 2)
             self._runner.free_cache()
             self._asleep.add("kv_cache")
         if level and "weights" not in self._asleep:
@@ -365,17 +366,19 @@ class EngineCore:
         with self._observers_lock:
             self._observers = tuple(other for other in self._observers if other is not observer)
 
-    def reset_prefix_cache(self) -> bool:
-        return self.scheduler.reset_prefix_cache()
+    def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
+        """As `Scheduler.reset_prefix_cache`."""
+        return self.scheduler.reset_prefix_cache(host_pool=host_pool)
 
     def metrics(self) -> list[Metric]:
         """Everything that is counted and measured; any thread may ask."""
-        stats = self.scheduler.kv_cache_manager.prefix_cache_stats
-        return self._metrics.snapshot(self.scheduler.stats(), stats)
+        manager = self.scheduler.kv_cache_manager
+        return self._metrics.snapshot(self.scheduler.stats(), manager.prefix_cache_stats, manager.external_stats)
 
     def stats(self) -> EngineStats:
         """The few numbers of it that are shown while the engine runs; any thread may ask."""
-        return self._metrics.stats(self.scheduler.stats(), self.scheduler.kv_cache_manager.prefix_cache_stats)
+        manager = self.scheduler.kv_cache_manager
+        return self._metrics.stats(self.scheduler.stats(), manager.prefix_cache_stats, manager.external_stats)
 
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""

@@ -193,11 +193,11 @@ class Engine:
 
     # Its state, as `LLM`'s methods of these names say.
 
-    def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
+    def reset_prefix_cache(self, *, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         with self.client.lock:
             if reset_running_requests:
                 self.client.preempt_all()
-            return self.core.reset_prefix_cache()
+            return self.core.reset_prefix_cache(host_pool=reset_connector)
 
     def sleep(self, level: int, mode: str) -> None:
         if isinstance(level, bool) or level not in (0, 1, 2):
@@ -251,7 +251,7 @@ class Engine:
             others: list[Any] = list(self.runners[1:])
             for runner in others:
                 runner.reload_weights()  # from the first
-            self.core.reset_prefix_cache()
+            self.core.reset_prefix_cache(host_pool=True)
 
     def call_runner(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
@@ -270,7 +270,7 @@ class Engine:
             if method == "reload_weights":
                 # what was computed with the old ones is computed anew
                 self.client.preempt_all()
-                self.core.reset_prefix_cache()
+                self.core.reset_prefix_cache(host_pool=True)
             self.core.rest()
             return [call(*args, **(kwargs or {})) for call in calls]
 

@@ -62,9 +62,7 @@ class Replica:
         manager = self.core.scheduler.kv_cache_manager
         hashes = manager.prompt_hashes(request)
         cached = 0
-        while cached < len(hashes) and (
-            hashes[cached] in self._expected or manager.pool.cached_block(hashes[cached], 0) is not None
-        ):
+        while cached < len(hashes) and (hashes[cached] in self._expected or manager.is_cached(hashes[cached], 0)):
             cached += 1
         return _most_tokens(request, self.core.config.max_model_len) - cached * manager.block_size
 

@@ -236,10 +236,10 @@ class Replicas:
         """As `EngineCore.wake_up`; the first replica reads weights, and the others take them from it."""
         return all([core.wake_up(tags) for core in self.cores])
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
         """As `EngineCore.reset_prefix_cache`; False where any replica did nothing."""
         self.rest()
-        return all([core.reset_prefix_cache() for core in self.cores])
+        return all([core.reset_prefix_cache(host_pool=host_pool) for core in self.cores])
 
     # What others count and watch.
 

@@ -100,6 +100,7 @@ class Request:
         "micro_batch",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_external_tokens",
         "num_output_placeholders",
         "num_preemptions",
         "num_prompt_tokens",
@@ -200,6 +201,8 @@ class Request:
         self.num_scheduled_scores = 0
         #: prefix hits at the first admission, in tokens; -1 before it
         self.num_cached_tokens = -1
+        #: those of them that came from the host's pool of blocks
+        self.num_external_tokens = 0
         self.num_preemptions = 0
         #: of a pipeline, the last step that it was in (`engine.scheduling.micro_batches`)
         self.micro_batch = -1

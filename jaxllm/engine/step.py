@@ -131,6 +131,12 @@ class SchedulerOutput:
     masked_rows: frozenset[int] = frozenset()
     #: 1, or the decode steps that the launch does one after the other: the largest of `counts`
     num_steps: int = 1
+    #: (block id, block of the host's pool): contents that the launch copies to the host before anything is written, and
+    #: that are there when its result has been read
+    copies_out: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    #: the same, of contents that it copies from the host into blocks, behind those copies and before it computes; no
+    #: block of the host is in both
+    copies_in: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:

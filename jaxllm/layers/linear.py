@@ -67,6 +67,9 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:
     """`linear_f32` of a weight that is no array (`pallas_kernels.quantized`)."""
+    backend = context.backend
+    if implementation_for(backend, weight, rows=x.shape[0], dtype=x.dtype) == "triton":
+        return quant_matmul(x, weight, backend=backend, out_dtype=jnp.dtype(jnp.float32))
     if isinstance(weight, Joined):
         return jnp.concatenate([linear_f32(context, x, part) for part in weight.parts], axis=-1)
     if isinstance(weight, Reordered):
@@ -79,12 +82,8 @@ def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Arra
         return linear_f32(context, rounded.reshape(x.shape).astype(x.dtype), weight.weight) * scales[..., 0]
     if isinstance(weight, ScaledWeight) and weight.one_scale_a_row:
         return linear_f32(context, x, weight.values.astype(x.dtype)) * weight.scales[:, 0].astype(jnp.float32)
-    if isinstance(weight, Int4Weight):
-        rows, backend = x.shape[0], context.backend
-        if implementation_for(backend, rows=rows, group_size=weight.group_size, dtype=x.dtype) == "triton":
-            return quant_matmul(x, weight, backend=backend).astype(jnp.float32)
-        if not context.deterministic:
-            return _of_halves(context, x, weight)
+    if isinstance(weight, Int4Weight) and not context.deterministic:
+        return _of_halves(context, x, weight)
     return linear_f32(context, x, weight.dequantize(x.dtype))
 
 

@@ -139,7 +139,8 @@ def _runner(
     if config.platform == "cpu" and config.enforce_eager:
         wanted = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs)
         padding = PaddingCost(tuple(programs.packings), wanted)
-    return Runner(params, reload, _head(programs, limits.max_num_seqs), rows[0], padding)
+    head, blocks = _head(programs, limits.max_num_seqs), config.num_host_blocks
+    return Runner(params, reload, head, rows[0], padding, num_host_blocks=blocks)
 
 
 def build_replica(config: RunnerConfig, first: Built) -> Runner:
@@ -159,7 +160,8 @@ def build_replica(config: RunnerConfig, first: Built) -> Runner:
         freed_memory.give_back_code()
     max_num_seqs = config.scheduler.max_num_seqs
     rows = Rows(max_num_seqs, len(config.groups), config.table_width)
-    replica = Runner(None, lambda: runner.params, _head(programs, max_num_seqs), rows, source=runner)
+    head, blocks = _head(programs, max_num_seqs), config.num_host_blocks
+    replica = Runner(None, lambda: runner.params, head, rows, source=runner, num_host_blocks=blocks)
     replica.restore_weights()
     replica.warm_up()
     return replica
@@ -209,6 +211,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     buckets = make_buckets(
         limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager, decode_only=decode_only
     )
+    copied_layers = config.layers_per_group if config.num_host_blocks else 0
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
         return PoolingPrograms(
@@ -225,6 +228,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             state,
             platform=config.platform,
             cache_dir=config.compile_cache,
+            copied_layers=copied_layers,
             progress=config.progress,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
@@ -250,6 +254,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         platform=config.platform,
         eager=config.enforce_eager,
         cache_dir=config.compile_cache,
+        copied_layers=copied_layers,
         progress=config.progress,
         num_decode_steps=limits.num_decode_steps,
         decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),

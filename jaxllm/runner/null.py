@@ -218,7 +218,9 @@ def null_runner(config: RunnerConfig, token_ids: Sequence[int]) -> tuple[NullRun
     logger.warning(
         'load_format="null": there is no model and no device work, so outputs are meaningless; this measures the host.'
     )
-    nothing = dict.fromkeys(("total_bytes", "weight_bytes", "state_bytes", "kv_cache_bytes", "unused_bytes"), 0)
+    nothing = dict.fromkeys(
+        ("total_bytes", "weight_bytes", "state_bytes", "kv_cache_bytes", "host_cache_bytes", "unused_bytes"), 0
+    )
     plan = dataclasses.replace(
         memory_plan(config, num_blocks, 0), device="no device (null model)", kv_cache_limit=None, **nothing
     )

@@ -5,18 +5,32 @@ head makes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxllm.engine.step import SchedulerOutput, StepFuture
+from jaxllm.engine.step import SchedulerOutput, StepFuture, StepOutput
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.memory.device_memory import DeviceMemory
+from jaxllm.runner.memory.host_blocks import HostBlocks, Lot
 from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
+
+
+class CopyingStep(NamedTuple):
+    """A launched step that copies blocks to the host (`engine.step.StepFuture`)."""
+
+    step: StepFuture
+    lots: list[Lot]
+
+    def result(self) -> StepOutput:
+        output = self.step.result()
+        for lot in self.lots:
+            lot.arrive()
+        return output
 
 
 class Runner(DeviceMemory[Any, Any]):
@@ -29,6 +43,7 @@ class Runner(DeviceMemory[Any, Any]):
             allocated here.
         padding: told of every step; None: padding costs nothing to speak of.
         source: another runner of the model, whose weights these are.
+        num_host_blocks: blocks of the KV cache that the host's memory has room for.
     """
 
     def __init__(
@@ -39,9 +54,16 @@ class Runner(DeviceMemory[Any, Any]):
         rows: Rows,
         padding: PaddingCost | None = None,
         source: Runner | None = None,
+        num_host_blocks: int = 0,
     ):
         self.head, self._rows, self._padding = head, rows, padding
         super().__init__(params, reload, head.allocator, source)
+        #: of each cache (`Head.caches`); [] where nothing is copied to the host
+        self._host_blocks: list[HostBlocks] = []
+        if num_host_blocks:
+            self._host_blocks = [HostBlocks(part, num_host_blocks) for part, _ in head.caches(self._live())]
+        #: of the step that is launched, on their way to the host
+        self._leaving: list[Lot] = []
 
     def warm_up(self) -> None:
         """Run every program once on padding alone, so that nothing is left for the first request to load or
@@ -50,6 +72,12 @@ class Runner(DeviceMemory[Any, Any]):
         """
         on_cpu = all(device.platform == "cpu" for device in self._sharding.device_set)
         self._state = self.head.warm_up(self._live(), smallest=on_cpu)
+        caches = self.head.caches(self._live()) if self._host_blocks else []
+        warm = [
+            host.warm_up(cache, smallest=on_cpu) for host, (_, cache) in zip(self._host_blocks, caches, strict=True)
+        ]
+        if warm:
+            self._state = self.head.with_caches(self._live(), warm)
         jax.block_until_ready(self._state)
 
     def execute(self, scheduled: SchedulerOutput) -> StepFuture:
@@ -57,7 +85,7 @@ class Runner(DeviceMemory[Any, Any]):
             return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)
         self._state, future = self.head.decode_steps(self._live(), scheduled, self._rows)
-        return future
+        return self._with_copies(future)
 
     def forward(self, scheduled: SchedulerOutput) -> Any:
         self._admit(scheduled)
@@ -68,9 +96,24 @@ class Runner(DeviceMemory[Any, Any]):
 
     def sample(self, launched: Any, masks: Mapping[int, np.ndarray]) -> StepFuture:
         self._state, future = self.head.sample(self._live(), launched, masks)
-        return future
+        return self._with_copies(future)
+
+    def _with_copies(self, future: StepFuture) -> StepFuture:
+        """A step that is done when what it copies to the host is there as well."""
+        lots, self._leaving = self._leaving, []
+        return CopyingStep(future, lots) if lots else future
+
+    def _copy(self, scheduled: SchedulerOutput) -> None:
+        """Launch a step's copies of blocks: what is evicted leaves before anything is written."""
+        copied = []
+        for host, (_, cache) in zip(self._host_blocks, self.head.caches(self._live()), strict=True):
+            self._leaving += host.copy_out(cache, scheduled.copies_out)
+            copied.append(host.copy_in(cache, scheduled.copies_in))
+        self._state = self.head.with_caches(self._live(), copied)
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
+        if scheduled.copies_out or scheduled.copies_in:
+            self._copy(scheduled)
         self._rows.update(scheduled)
         for request in scheduled.admitted:
             self._state = self.head.admit(self._live(), request)
@@ -86,7 +129,19 @@ class Runner(DeviceMemory[Any, Any]):
     def _weights_changed(self) -> None:
         self.head.use(self.params)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the weights, the state and the host's blocks take at present, wherever they are."""
+        return super().num_bytes + sum(host.num_bytes for host in self._host_blocks)
+
+    def reset(self) -> None:
+        self._leaving.clear()
+        for host in self._host_blocks:
+            host.forget_copies()
+        super().reset()
+
     def shutdown(self) -> None:
         """Free every device array; idempotent."""
         super().shutdown()
+        self._host_blocks, self._leaving = [], []
         self.head.free()

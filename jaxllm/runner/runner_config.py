@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
@@ -28,6 +29,7 @@ from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
+from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -78,6 +80,9 @@ class RunnerConfig:
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
+    #: of the host's memory, for each copy of the model: blocks, and their bytes
+    num_host_blocks: int = 0
+    host_cache_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
     #: whether the tokens of each expert are counted
@@ -160,6 +165,33 @@ class RunnerConfig:
     @property
     def layers_per_group(self) -> int:
         return max(len(group.layers) for group in self.groups)
+
+    @property
+    def host_block_bytes(self) -> int:
+        """Of a block in the host's memory: each device's part of it, of all stages; once what every device has."""
+        if self.pipeline:
+            return sum(stage.host_block_bytes for stage in self.stages)
+        return self.block_bytes * (self.target.num_devices if TENSOR in cache_axes(self.model) else 1)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of the blocks that are on their way to the host, and from there, on one device."""
+        return STAGED_BLOCKS * self.block_bytes if self.num_host_blocks else 0
+
+    def with_host_cache(self, size: int) -> RunnerConfig:
+        """This configuration, with `size` bytes of the host's memory for blocks that leave the prefix cache.
+
+        Raises:
+            ValidationError: they hold no block.
+        """
+        blocks = size // self.host_block_bytes
+        if not blocks:
+            raise ValidationError(
+                f"kv_offloading_size holds no block: it is {size} bytes for each copy of the model, and a block of "
+                f"{self.block_size} tokens takes {self.host_block_bytes}. Set it to at least "
+                f"{self.host_block_bytes * self.data_parallel_size} bytes."
+            )
+        return dataclasses.replace(self, num_host_blocks=blocks, host_cache_bytes=blocks * self.host_block_bytes)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -260,4 +292,5 @@ class RunnerConfig:
             num_blocks=num_blocks,
             groups=self.groups,
             enable_prefix_caching=self.enable_prefix_caching,
+            num_host_blocks=self.num_host_blocks,
         )

@@ -199,7 +199,14 @@ class Setup:
             progress=progress,
         )
         check_storage_split(config.specs(), target.mesh_sizes)
-        return config
+        if not args.kv_offloading_size:
+            return config
+        if limits.lockstep:
+            raise ValidationError(
+                f"kv_offloading_size={args.kv_offloading_size:g} with devices of {target.num_processes} processes: "
+                "blocks are copied to the host on devices of one process so far. Leave it out."
+            )
+        return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:
@@ -241,6 +248,11 @@ def _for_pooling(
         model = dataclasses.replace(model, causal=False)
     if not model.causal:
         check_whole_prompts(args)
+        if args.kv_offloading_size:
+            raise ValidationError(
+                f"kv_offloading_size={args.kv_offloading_size:g} keeps blocks that leave the prefix cache, and a model "
+                "that sees whole prompts has none. Leave it out."
+            )
         logger.info("Every token sees the whole prompt: prompts are not chunked, and prefixes not cached")
         args = dataclasses.replace(args, enable_chunked_prefill=False, enable_prefix_caching=False)
     pooler = make_pooler(

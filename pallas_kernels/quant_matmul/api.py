@@ -11,6 +11,7 @@ from pallas_kernels.quant_matmul.layout import Int4Weight, int4_weight
 from pallas_kernels.quant_matmul.reference import quant_matmul_reference
 from pallas_kernels.quant_matmul.tiles import GROUP_SIZES, most_rows, tiles_for
 from pallas_kernels.quant_matmul.xla import quant_matmul_xla
+from pallas_kernels.quantized import Quantized
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: (model, layers, ((projection, out, in), ...))
@@ -30,41 +31,51 @@ MODELS = (
 TOKENS = (1, 16, 32, 64, 256, 2048)
 
 
-def quant_matmul(x: jax.Array, weight: Int4Weight, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
+def quant_matmul(
+    x: jax.Array,
+    weight: Int4Weight,
+    *,
+    backend: Backend,
+    layer: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
     """``x @ dequantize(weight).T``.
 
     x: [M, K], bf16, f16 or f32. weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that layer
     is meant (a scan over layers that slices the weights itself makes XLA copy them before a kernel).
-    Returns [M, N] in x's dtype, accumulated in float32.
+    Returns [M, N] in ``out_dtype`` (None: x's), accumulated in float32.
     "triton" takes the kernel up to the number of rows where it is the faster way, and "xla" beyond, or where the
     kernel cannot take the group size or x is f32. All but the kernel are differentiable in x and the scales.
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(x, weight, layer)
-    if implementation_for(backend, rows=x.shape[0], group_size=weight.group_size, dtype=x.dtype) == "triton":
+    out_dtype = out_dtype or x.dtype
+    if implementation_for(backend, weight, rows=x.shape[0], dtype=x.dtype) == "triton":
         groups, n = weight.scales.shape[-2:]
         tiles = tiles_for(rows=x.shape[0], n=n, groups=groups, device_kind=backend.device_kind)
         # not above: where no kernel is used, nothing of Pallas or Triton is loaded
         if backend.lowering == "jax-triton":
             from pallas_kernels.quant_matmul.jax_triton import quant_matmul_jax_triton
 
-            return quant_matmul_jax_triton(x, weight, layer=layer, tiles=tiles, backend=backend)
+            return quant_matmul_jax_triton(x, weight, layer=layer, tiles=tiles, backend=backend).astype(out_dtype)
         from pallas_kernels.quant_matmul.triton import quant_matmul_triton
 
-        return quant_matmul_triton(x, weight, layer=layer, tiles=tiles, interpret=backend.interpret)
+        return quant_matmul_triton(
+            x, weight, layer=layer, tiles=tiles, out_dtype=out_dtype, interpret=backend.interpret
+        )
     if layer is not None:
         weight = weight.at(layer)
     if backend.implementation == "reference":
-        return quant_matmul_reference(x, weight)
-    return quant_matmul_xla(x, weight)
+        return quant_matmul_reference(x, weight).astype(out_dtype)
+    return quant_matmul_xla(x, weight).astype(out_dtype)
 
 
-def implementation_for(backend: Backend, *, rows: int, group_size: int, dtype: jnp.dtype) -> str:
-    """What `quant_matmul` takes for x of so many rows and such a type: "reference", "xla" or "triton"."""
+def implementation_for(backend: Backend, weight: Quantized, *, rows: int, dtype: jnp.dtype) -> str:
+    """What is taken for x of so many rows and such a type: "reference", "xla" or, where it has a kernel, "triton"."""
     if backend.implementation in ("reference", "xla"):
         return backend.implementation
     # float32 has no tensor cores (TF32 is not float32), so there is nothing to gain
-    takes = group_size in GROUP_SIZES and dtype != jnp.float32
+    takes = isinstance(weight, Int4Weight) and weight.group_size in GROUP_SIZES and dtype != jnp.float32
     return "triton" if takes and rows <= most_rows(backend.device_kind) else "xla"
 
 
@@ -108,7 +119,7 @@ def configurations(device_kind: str = "") -> list[KernelCase]:
         for model, layers, projections, group_size in shapes
         for projection, n, k in projections
         for tokens in TOKENS
-        if implementation_for(backend, rows=tokens, group_size=group_size, dtype=jnp.dtype(jnp.bfloat16)) == "triton"
+        if tokens <= most_rows(device_kind)
     ]
 
 

@@ -34,7 +34,13 @@ _MAGIC = {
 
 
 def quant_matmul_triton(
-    x: jax.Array, weight: Int4Weight, *, layer: jax.Array | None = None, tiles: Tiles, interpret: bool = False
+    x: jax.Array,
+    weight: Int4Weight,
+    *,
+    layer: jax.Array | None = None,
+    tiles: Tiles,
+    out_dtype: jnp.dtype | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """`quant_matmul_reference`, as a kernel, for group sizes in `GROUP_SIZES`.
 
@@ -47,13 +53,13 @@ def quant_matmul_triton(
     if x.dtype.name not in _MAGIC:
         raise ValueError(f"x must be one of {tuple(_MAGIC)}, got {x.dtype}")
     stacked = weight if layer is not None else jax.tree.map(lambda leaf: leaf[None], weight)
-    rows, n = x.shape[0], stacked.shape[1]
+    rows, n, out_dtype = x.shape[0], stacked.shape[1], out_dtype or x.dtype
     split = tiles.split_k
     kernel = functools.partial(_kernel, tiles=tiles, group_size=weight.group_size)
     out = triton_call(
         kernel,
         name=f"quant_matmul_{tiles.block_m}x{tiles.block_n}_split{split}_group{weight.group_size}",
-        out_shape=jax.ShapeDtypeStruct((split, rows, n), x.dtype if split == 1 else jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((split, rows, n), out_dtype if split == 1 else jnp.float32),
         # rows of x first: programs that share a block of the weight run together
         grid=(cdiv(rows, tiles.block_m), cdiv(n, tiles.block_n), split),
         num_warps=tiles.num_warps,
@@ -66,7 +72,7 @@ def quant_matmul_triton(
         stacked.zeros,
         jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32),
     )
-    return out[0] if split == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+    return out[0] if split == 1 else jnp.sum(out, axis=0).astype(out_dtype)
 
 
 def _kernel(

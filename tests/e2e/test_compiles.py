@@ -95,7 +95,7 @@ def test_200_requests_compile_nothing(tiny_model: Path):
     rng = random.Random(200)
     prompts = make_prompts(rng, 200)
     params = [make_params(rng) for _ in prompts]
-    with LLM(tiny_model, **ARGUMENTS) as llm:
+    with LLM(tiny_model, **ARGUMENTS, kv_offloading_size="2MB") as llm:
         with counted_events() as events:
             core = llm.engine.core
             # alone, with others, aborted in every state, and a stream beside them
@@ -115,6 +115,7 @@ def test_200_requests_compile_nothing(tiny_model: Path):
             metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
         assert not events
         assert metrics["vllm:prefix_cache_hits"] > 0
+        assert metrics["vllm:external_prefix_cache_hits"] > 0
         assert metrics["vllm:num_preemptions"] > 0, "the pool is small enough to preempt"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.latent_cache import DEEPSEEK, ENGINES
+from support.offloading import assert_came_back
 from support.own_process import found_by
 from support.tensor_parallel import PROMPTS
 from support.ways import assert_same_ways, transformers_greedy
@@ -43,6 +44,12 @@ def test_tokens_are_those_of_one_device(found: dict[str, Any], engine: str):
 def test_requests_were_preempted_and_found_their_prefix(found: dict[str, Any], engine: str):
     assert found[engine]["preemptions"] > 0 and found[engine]["prefix hits"] > 0
     assert found[engine]["after prefix hits"] == [found["one"]["greedy"][2]]
+
+
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_what_leaves_the_devices_comes_back(found: dict[str, Any], engine: str):
+    assert_came_back(found[engine]["offloaded"])
+    assert found[engine]["offloaded"]["tokens"] == found["one"]["offloaded"]["tokens"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.offloading import assert_came_back
 from support.own_process import found_by
 from support.pairs import asked, assert_same_answer
 from support.pipeline_parallel import COMMON, ENGINES, LAYERS
@@ -63,6 +64,12 @@ def test_every_stage_keeps_the_laws(found: dict[str, Any], stages: str, layers: 
     assert laws["blocks"] == 0
     assert laws["plan"] == [len(layers), sum(map(len, devices))]
     assert not found[stages]["compiled"], "something was compiled after the start"
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_what_leaves_the_devices_comes_back(found: dict[str, Any], stages: str):
+    assert_came_back(found[stages]["offloaded"])
+    assert found[stages]["offloaded"]["tokens"] == found["one"]["offloaded"]["tokens"]
 
 
 @pytest.mark.parametrize("stages", STAGES)

@@ -242,10 +242,16 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_kernel_is_chosen_where_it_helps():
-    chosen = functools.partial(implementation_for, Backend(implementation="triton"), dtype=jnp.dtype(jnp.bfloat16))
-    assert [chosen(rows=rows, group_size=128) for rows in (1, 256, 257)] == ["triton", "triton", "xla"]
-    assert chosen(rows=1, group_size=48) == "xla"
-    assert implementation_for(Backend(), rows=1, group_size=128, dtype=jnp.dtype(jnp.bfloat16)) == "xla"
+    def groups_of(size: int) -> Int4Weight:
+        groups = jnp.ones((2, 8))
+        return int4_weight(jnp.zeros((8, size), jnp.uint8), groups, groups.astype(jnp.uint8))
+
+    chosen = functools.partial(implementation_for, dtype=jnp.dtype(jnp.bfloat16))
+    triton = Backend(implementation="triton")
+    assert [chosen(triton, groups_of(128), rows=rows) for rows in (1, 256, 257)] == ["triton", "triton", "xla"]
+    assert chosen(triton, groups_of(48), rows=1) == "xla"
+    assert chosen(Backend(), groups_of(128), rows=1) == "xla"
+    assert implementation_for(triton, groups_of(128), rows=1, dtype=jnp.dtype(jnp.float32)) == "xla"
 
 
 @given(

@@ -102,6 +102,23 @@ class SchedulerInvariants(RuleBasedStateMachine):
                 assert self.device.slots.get((block.block_id, offset)) == expected, "a prefix hit would read rubbish"
 
     @invariant()
+    def the_host_pool_tells_the_truth(self) -> None:
+        """What can be hit is there, and every block of the host is free, being filled, or to be hit."""
+        if not hasattr(self, "scheduler") or (pool := self.scheduler.kv_cache_manager.host_pool) is None:
+            return
+        places = [*pool._free, *pool._arriving, *pool._ready.values()]
+        assert sorted(places) == list(range(self.cache.num_host_blocks))
+        under_way = [host for scheduled, _ in self.in_flight for _, host in scheduled.copies_out]
+        assert sorted(pool._arriving) == sorted(under_way)
+        assert pool._expected == {key for key in pool._arriving.values() if key is not None}
+        assert not pool._expected & pool._ready.keys()
+        size = self.cache.block_size
+        for (block_hash, group), host in pool._ready.items():
+            index, hashes = self.contents[block_hash]
+            expected = {offset: (group, index * size + offset, token) for offset, token in enumerate(hashes)}
+            assert self.device.host[host] == expected, "a hit would bring rubbish"
+
+    @invariant()
     def windows_hold_no_more_than_promised(self) -> None:
         if not hasattr(self, "scheduler"):
             return

@@ -67,7 +67,8 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         block_size=block_size,
         num_blocks=1 + smallest + draw(st.integers(0, 6)),
         groups=groups,
-        enable_prefix_caching=draw(st.sampled_from((True, True, True, False))),
+        enable_prefix_caching=(caching := draw(st.sampled_from((True, True, True, False)))),
+        num_host_blocks=draw(st.sampled_from((0, 1, 3, 8, 40))) if caching else 0,
     )
     return scheduler, cache, draw(st.integers(0, 3))
 
@@ -93,6 +94,7 @@ class SchedulerMachine(SchedulerInvariants):
         self.contents: dict[bytes, tuple[int, list[int]]] = {}
         self.last_first_admission = -1
         self.num_victims = 0
+        self.num_copied_in = 0
 
     # What can happen.
 
@@ -160,6 +162,7 @@ class SchedulerMachine(SchedulerInvariants):
         self.every_block_is_in_one_place()
         self.the_prefix_cache_tells_the_truth()
         self.windows_hold_no_more_than_promised()
+        self.the_host_pool_tells_the_truth()
 
     def step(self) -> None:
         """Schedule and launch a step, then read the oldest ones until no more than `depth` are in flight."""
@@ -180,6 +183,8 @@ class SchedulerMachine(SchedulerInvariants):
         self._check_admissions(scheduled)
         if scheduled.num_steps > 1:
             self._check_several_steps(scheduled, self.scheduler.stats().num_preemptions - preempted_before)
+        assert scheduled.rows or not (scheduled.copies_out or scheduled.copies_in)
+        self.num_copied_in += len(scheduled.copies_in)
         if scheduled.rows:
             assert [request.row for request in scheduled.requests] == scheduled.rows
             self.in_flight.append((scheduled, self.device.execute(scheduled)))
@@ -272,7 +277,10 @@ class SchedulerMachine(SchedulerInvariants):
 
     def reset_prefix_cache(self) -> None:
         idle = not self.scheduler.running
-        assert self.scheduler.reset_prefix_cache() == idle
+        host_pool = len(self.requests) % 2 == 0
+        assert self.scheduler.reset_prefix_cache(host_pool=host_pool) == idle
+        if idle and host_pool:
+            self.device.host.clear()
         if idle:
             # Whoever reads one of these slots again reads what is not there.
             self.device.reset()

@@ -28,7 +28,13 @@ def groups_of(windows: tuple[int | None, ...]) -> tuple[KVCacheGroup, ...]:
 
 
 def drive(
-    windows: tuple[int | None, ...], policy: str, depth: int, reserve: bool, block_size: int = 3, seed: int = 0
+    windows: tuple[int | None, ...],
+    policy: str,
+    depth: int,
+    reserve: bool,
+    block_size: int = 3,
+    seed: int = 0,
+    num_host_blocks: int = 0,
 ) -> SchedulerMachine:
     """Run 60 requests to their end in a pool that holds one of the longest, checking after every step."""
     rng = random.Random(f"{windows} {policy} {depth} {reserve} {block_size} {seed}")
@@ -44,7 +50,8 @@ def drive(
     )
     num_blocks = 1 + blocks_per_request(groups, block_size, 48, max_chunk=16)
     machine = SchedulerMachine()
-    machine.setup(config, CacheConfig(block_size=block_size, num_blocks=num_blocks, groups=groups), depth)
+    cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, groups=groups, num_host_blocks=num_host_blocks)
+    machine.setup(config, cache, depth)
     for _ in range(60):
         prompt = shared_prompt(rng.randrange(3), rng.randrange(14))
         prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 4))]
@@ -74,6 +81,23 @@ def test_every_request_survives_a_pool_that_holds_one_of_the_longest(windows: tu
     assert sum(prefix.preempted_hits for prefix in prefixes) > 200
     # Preemptions between requests of unlike urgency, too.
     assert sum(machine.num_victims for machine in machines if machine.config.policy == "priority") > 50
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_what_leaves_the_pool_comes_back_from_the_host(windows: tuple[int | None, ...]) -> None:
+    machines = {
+        host_blocks: [
+            drive(windows, policy, depth, True, num_host_blocks=host_blocks)
+            for policy, depth in (("fcfs", 0), ("priority", 3))
+        ]
+        for host_blocks in (4, 400)
+    }
+    for some in machines.values():
+        assert sum(machine.num_copied_in for machine in some) > 5
+    for machine in machines[400]:
+        stats = machine.scheduler.kv_cache_manager.external_stats
+        assert stats.hits > 20 and stats.preempted_hits > 20
+        assert machine.scheduler.stats().num_stores_skipped == 0
 
 
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -83,8 +84,11 @@ class Done:
     output: StepOutput
     #: request id -> positions that the step samples
     sampled: collections.Counter[str]
+    #: brings what the step has copied out to the host, which may take as long as the step
+    arrive: Callable[[], None] = lambda: None
 
     def result(self) -> StepOutput:
+        self.arrive()
         return self.output
 
 
@@ -106,6 +110,8 @@ class FakeDevice:
         self.rows: dict[int, Row] = {}
         #: (block, offset) -> (group, position, prefix hash)
         self.slots: dict[tuple[int, int], tuple[int, int, int]] = {}
+        #: host block -> offset -> the same
+        self.host: dict[int, dict[int, tuple[int, int, int]]] = {}
         #: request id -> cache salt, for the model; the host does not send it
         self.salts: dict[str, str | None] = {}
         self.num_steps = 0
@@ -113,6 +119,7 @@ class FakeDevice:
 
     def execute(self, scheduled: SchedulerOutput) -> Done:
         self._check_limits(scheduled)
+        arrive = functools.partial(self.host.update, self._copy(scheduled))
         self._admit(scheduled)
         sampled: collections.Counter[str] = collections.Counter()
         for row, start, count, wanted in zip(
@@ -135,7 +142,21 @@ class FakeDevice:
                 prompt_logprobs=_arrays([value for found in scores for value in found]),
             ),
             sampled,
+            arrive,
         )
+
+    def _copy(self, scheduled: SchedulerOutput) -> dict[int, dict[int, tuple[int, int, int]]]:
+        """Copy blocks in; returns what is copied out, by the host's block."""
+        out, copies_in = scheduled.copies_out, scheduled.copies_in
+        assert not {host for _, host in out} & {host for _, host in copies_in}
+        for copies in (out, copies_in):
+            assert len({block for block, _ in copies}) == len(copies) and all(block != 0 for block, _ in copies)
+        assert len({host for _, host in out}) == len(out), "two blocks go to one place"
+        offsets = range(self.cache.block_size)
+        found = {host: {offset: self.slots[block, offset] for offset in offsets} for block, host in out}
+        for block, host in copies_in:
+            self.slots.update({(block, offset): value for offset, value in self.host[host].items()})
+        return found
 
     def _step(
         self, scheduled: SchedulerOutput, index: int, outputs: list[list[int]], scores: list[list[float]]

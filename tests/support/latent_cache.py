@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from support.offloading import asked_again
 from support.tensor_parallel import GREEDY, PROMPTS, exchanged, generate, tokens
 from support.tiny_model import CONFIG, EOS, write_tiny_model
 from support.ways import WAYS_ARGUMENTS, counted, every_way
@@ -32,12 +33,14 @@ ENGINES: dict[str, dict[str, Any]] = {
         "num_decode_steps": 3,
         "enforce_eager": False,
         "max_num_batched_tokens": 8,
+        "kv_offloading_size": "1MB",
     },
     "stages": {
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 2,
         "scheduling_policy": "priority",
         "max_num_active_seqs": 3,
+        "kv_offloading_size": "1MB",
     },
     "one": {},
 }
@@ -116,6 +119,7 @@ def main() -> None:
                 "ways": every_way(llm, folder),
                 "exchanged": None if name == "stages" else exchanged(llm)["count"],
                 "bytes a token": llm.memory_plan.kv_bytes_per_token,
+                "offloaded": asked_again(llm),
             }
             if name == "spread":
                 llm.save(saved)

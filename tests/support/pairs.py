@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "prefix caching": {"enable_prefix_caching": True},
     "preemption": {"num_gpu_blocks_override": 14},
+    "KV offloading": {"kv_offloading_size": "2MB"},
     "chunked prefill": {"max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
     "asynchronous scheduling": {"async_scheduling": True},
@@ -75,9 +76,15 @@ ENGINES: dict[str, list[str]] = {
 }
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
 POOLING = [
-    *("prefix caching", "chunked prefill", "asynchronous scheduling", "priorities"),
+    *("prefix caching", "KV offloading", "chunked prefill", "asynchronous scheduling", "priorities"),
     *("quantized weights", "tensor parallel"),
 ]
+#: what is counted of an engine -> its metric
+COUNTED = {
+    "preemptions": "vllm:num_preemptions",
+    "hits": "vllm:prefix_cache_hits",
+    "hits on the host": "vllm:external_prefix_cache_hits",
+}
 BEGINNING = "a beginning that fills blocks "
 
 
@@ -206,7 +213,7 @@ def main() -> None:
             llm.sleep(1)
             llm.wake_up()
             found[name]["after sleep"] = generated(llm)
-            for kind, metric in (("preemptions", "vllm:num_preemptions"), ("hits", "vllm:prefix_cache_hits")):
+            for kind, metric in COUNTED.items():
                 found[name][kind] = sum(one.value for one in llm.get_metrics() if one.name == metric)  # pyright: ignore
         if name == "all, split":
             found[name]["tasks"] = asyncio.run(streamed_by_tasks(model, arguments))

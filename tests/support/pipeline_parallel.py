@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
+from support.offloading import asked_again
 from support.pairs import PLAIN, add_bonus, generated
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
 from support.tiny_model import CONFIG, write_tiny_model
@@ -27,11 +28,16 @@ LAYERS = 5
 #: what every engine of the same model is started with
 COMMON: dict[str, Any] = {**ARGUMENTS, "max_num_batched_tokens": 8, "reasoning_config": PLAIN["reasoning_config"]}
 #: settings of `support.pairs` that stages work with; several decode steps in one launch are refused
-SETTINGS: dict[str, Any] = {"scheduling_policy": "priority", "max_num_active_seqs": 3, "deterministic": True}
+SETTINGS: dict[str, Any] = {
+    "scheduling_policy": "priority",
+    "max_num_active_seqs": 3,
+    "deterministic": True,
+    "kv_offloading_size": "1MB",
+}
 #: name -> how the model is spread, and what else is set; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
     "4": {"pipeline_parallel_size": 4, **SETTINGS},
-    "2 x 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "2 x 2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "kv_offloading_size": "1MB"},
     "one": {},
 }
 #: Gemma 3's local and global layers, whose embedding is the head: groups of which a stage has one, or parts of both
@@ -151,6 +157,7 @@ def main() -> None:
             found[name] = answers(llm) | more_answers(llm)
             if name != "2 x 2":
                 found[name]["asked"] = generated(llm)
+            found[name]["offloaded"] = asked_again(llm)
             found[name]["compiled"] = [event for event in compiled[before:] if "compil" in event]
             if name != "one":
                 found[name]["laws"] = laws(llm)

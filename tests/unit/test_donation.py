@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import Bucket, decode_step_buckets, make_buckets
+from jaxllm.runner.compile.block_copies import LOT_SIZES, gather_blocks, scatter_blocks
 from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
@@ -111,6 +113,7 @@ def make_programs(
         cache_dir=None,
         num_decode_steps=4,
         decode_buckets=decode_step_buckets(buckets, MAX_NUM_SEQS),
+        copied_layers=len(groups[0].layers),
     )
     return programs, state
 
@@ -126,11 +129,51 @@ def test_every_program_writes_in_place():
     kinds = set()
     for (kind, *_), program in programs._compiled.items():
         whole = size(state.cache) + size(state.tokens)
-        expected = {"forward": whole, "decode steps": whole, "score": 0}.get(kind, size(state.tokens))
+        expected = {
+            "forward": whole,
+            "decode steps": whole,
+            "score": 0,
+            "gather blocks": 0,
+            "scatter blocks": size(state.cache),
+        }.get(kind, size(state.tokens))
         memory = program.memory_analysis()
         assert memory is not None and memory.alias_size_in_bytes == expected
         kinds.add(kind)
-    assert kinds == {"forward", "decode steps", "sample", "score", "write tokens"}
+    copies = {"gather blocks", "scatter blocks"}
+    assert kinds == {"forward", "decode steps", "sample", "score", "write tokens", *copies}
+
+
+@pytest.mark.parametrize(("layers", "stored"), [(1, jnp.float32), (3, jnp.uint16), (2, jnp.int8)])
+def test_copies_of_blocks_move_them_and_nothing_else(layers: int, stored: Any):
+    """Of a cache of pages and of their scales, in memory that does not grow with it; the oracle is numpy's indexing."""
+    random = np.random.default_rng(0)
+
+    def arrays(num_blocks: int) -> list[np.ndarray]:
+        numbers = random.integers(0, 127, (layers * num_blocks, 4, 8, 16)).astype(stored)
+        return [numbers, random.random((layers * num_blocks, 4, 8), np.float32)]
+
+    def compiled(num_blocks: int, function: Any, *more: Any, donate: tuple[int, ...] = ()) -> Any:
+        cache = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays(num_blocks)]
+        lowered = jax.jit(functools.partial(function, layers), donate_argnums=donate).lower(cache, *more)
+        return lowered.compile(OPTIONS)
+
+    for lot in LOT_SIZES:
+        ids = np.array([0, *random.permutation(np.arange(1, 20))][-lot:], np.int32)
+        new = arrays(lot)
+        blocks = [array.reshape(layers, lot, *array.shape[1:]).swapaxes(0, 1).copy() for array in new]
+        gather, scatter = (compiled(20, gather_blocks, ids), compiled(20, scatter_blocks, ids, blocks, donate=(0,)))
+        larger = (compiled(2000, gather_blocks, ids), compiled(2000, scatter_blocks, ids, blocks, donate=(0,)))
+        for few, many in zip((gather, scatter), larger, strict=True):
+            assert few.memory_analysis().temp_size_in_bytes == many.memory_analysis().temp_size_in_bytes
+        before = arrays(20)
+        cache = [jnp.array(array) for array in before]
+        for found, array in zip(gather(cache, ids), before, strict=True):
+            np.testing.assert_array_equal(found, array.reshape(layers, 20, *array.shape[1:])[:, ids].swapaxes(0, 1))
+        after, _ = scatter(cache, ids, blocks)
+        for found, array, block in zip(after, before, blocks, strict=True):
+            expected = array.reshape(layers, 20, *array.shape[1:]).copy()
+            expected[:, ids] = block.swapaxes(0, 1)
+            np.testing.assert_array_equal(found, expected.reshape(array.shape))
 
 
 @pytest.mark.parametrize(

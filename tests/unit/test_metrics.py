@@ -38,7 +38,7 @@ def step(*requests: Request) -> StepUpdates:
 
 
 def snapshot(metrics: EngineMetrics) -> dict[str, Metric]:
-    return {metric.name: metric for metric in metrics.snapshot(IDLE, PrefixCacheStats())}
+    return {metric.name: metric for metric in metrics.snapshot(IDLE, PrefixCacheStats(), PrefixCacheStats())}
 
 
 def histogram(metrics: EngineMetrics, name: str) -> Histogram:
@@ -63,7 +63,7 @@ def steps(histogram: Histogram) -> dict[str, int]:
 def labelled(metrics: EngineMetrics, name: str, label: str) -> dict[str, int]:
     return {
         metric.labels[label]: metric.value
-        for metric in metrics.snapshot(IDLE, PrefixCacheStats())
+        for metric in metrics.snapshot(IDLE, PrefixCacheStats(), PrefixCacheStats())
         if isinstance(metric, Counter) and metric.name == name
     }
 
@@ -94,7 +94,11 @@ def test_tokens_and_ends_are_counted():
     assert counter(metrics, "vllm:prompt_tokens") == 15
     assert counter(metrics, "vllm:prompt_tokens_cached") == 8
     assert counter(metrics, "vllm:generation_tokens") == 4
-    assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {"local_compute": 7, "local_cache_hit": 8}
+    assert labelled(metrics, "vllm:prompt_tokens_by_source", "source") == {
+        "local_compute": 7,
+        "local_cache_hit": 8,
+        "external_kv_transfer": 0,
+    }
     assert successes(metrics) == {"stop": 1, "length": 1, "abort": 0, "error": 0, "repetition": 0}
 
 
@@ -191,11 +195,19 @@ def test_what_others_count_is_passed_on():
     prefix_cache = PrefixCacheStats()
     prefix_cache.record(20, 16, resumed=False)
     prefix_cache.record(50, 48, resumed=True)
+    external = PrefixCacheStats()
+    external.record(4, 3, resumed=False)
     scheduler = SchedulerStats(
-        num_running=3, num_waiting=2, num_preemptions=7, num_preempted_tokens=90, kv_cache_usage=0.25
+        num_running=3,
+        num_waiting=2,
+        num_preemptions=7,
+        num_preempted_tokens=90,
+        kv_cache_usage=0.25,
+        host_cache_usage=0.5,
+        num_stores_skipped=9,
     )
     metrics = EngineMetrics("tiny", cache_info={"block_size": 16, "enable_prefix_caching": True})
-    metrics_now = metrics.snapshot(scheduler, prefix_cache)
+    metrics_now = metrics.snapshot(scheduler, prefix_cache, external)
     found = {metric.name: metric for metric in metrics_now}
     waiting = "vllm:num_requests_waiting_by_reason"
     by_reason = {m.labels["reason"]: m.value for m in metrics_now if m.name == waiting and isinstance(m, Gauge)}
@@ -208,6 +220,15 @@ def test_what_others_count_is_passed_on():
     assert found["vllm:num_preemptions"] == Counter("vllm:num_preemptions", labels, 7)
     assert found["vllm:prefix_cache_queries"] == Counter("vllm:prefix_cache_queries", labels, 20)
     assert found["vllm:prefix_cache_hits"] == Counter("vllm:prefix_cache_hits", labels, 16)
+    for name, value in (
+        ("vllm:external_prefix_cache_queries", 4),
+        ("vllm:external_prefix_cache_hits", 3),
+        ("vllm:kv_offload_stores_skipped", 9),
+    ):
+        assert found[name] == Counter(name, labels, value)
+    usage = "vllm:kv_offload_cpu_cache_usage_perc"
+    assert found[usage] == Gauge(usage, labels, 0.5)
+    assert usage not in snapshot(metrics)
     info = {**labels, "block_size": "16", "enable_prefix_caching": "True"}
     assert found["vllm:cache_config_info"] == Gauge("vllm:cache_config_info", info, 1)
     assert "vllm:cache_config_info" not in snapshot(EngineMetrics("tiny"))

@@ -7,7 +7,7 @@ again, so a later request with the same prefix can take it back from the middle 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 NULL_BLOCK_ID = 0
 
@@ -104,17 +104,22 @@ class BlockPool:
     Args:
         num_blocks: blocks of the device array, the null block included; at least 2.
         num_groups: KV-cache groups; the prefix cache keeps them apart.
+        evicted: told the hash, the group and the id of a block that is handed out, where no other block has what it
+            had cached; None: nobody is.
 
     Raises:
         ValueError: `num_blocks` leaves no block to use.
     """
 
-    def __init__(self, num_blocks: int, num_groups: int = 1) -> None:
+    def __init__(
+        self, num_blocks: int, num_groups: int = 1, evicted: Callable[[bytes, int, int], None] | None = None
+    ) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2, block 0 is not usable; got {num_blocks}")
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.blocks[NULL_BLOCK_ID].ref_count = 1
         self.free_queue = FreeBlockQueue(self.blocks[1:])
+        self._evicted = evicted
         self._cached: tuple[dict[bytes, Block], ...] = tuple({} for _ in range(num_groups))
         # Two requests that compute the same tokens at the same time each fill a block of their own, and neither may
         # swap it for the other's, because the device has the block table already: the others of a hash, which are few.
@@ -211,6 +216,8 @@ class BlockPool:
         cached, doubles = self._cached[block.group], self._doubles[block.group]
         if block_hash not in doubles:
             del cached[block_hash]
+            if self._evicted is not None:
+                self._evicted(block_hash, block.group, block.block_id)
         else:
             others = doubles[block_hash]
             if cached[block_hash] is block:

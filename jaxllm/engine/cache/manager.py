@@ -6,6 +6,9 @@ block of positions ``i * block_size`` and following. Where a sliding window has 
 A block goes into the prefix cache when its tokens are scheduled *and* known: later requests of the same step may
 share it, because the device writes all keys and values of a step before it reads any. A token that is sampled but not
 read yet has no hash, so its block waits until it has been read; blocks of outputs also wait for each other.
+
+Where there is a pool of blocks in the host's memory (`cache.host_pool`), a prefix may be had from both: block after
+block, from wherever it is.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING
 from jaxllm.config.capacity import blocks_per_request, max_tokens_per_request, window_bound
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.cache.block_pool import NULL_BLOCK_ID, BlockPool
+from jaxllm.engine.cache.host_pool import HostPool
 from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
 
 if TYPE_CHECKING:
@@ -33,8 +37,10 @@ class PrefixHit:
 
     #: a multiple of the block size, less than the request's tokens
     num_tokens: int
-    #: per group ``num_tokens / block_size`` ids; null where the group's window has passed
+    #: per group ``num_tokens / block_size`` ids; null where the group's window has passed, or the host has the block
     block_ids: tuple[list[int], ...]
+    #: (group, index of the block, the host's block): what is to be copied in
+    from_host: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
 
 class KVCacheManager:
@@ -50,8 +56,13 @@ class KVCacheManager:
         self.config = config
         self.block_size = config.block_size
         self.max_chunk = max_chunk
-        self.pool = BlockPool(config.num_blocks, len(config.groups))
+        #: None: what is evicted is lost
+        self.host_pool = HostPool(config.num_host_blocks) if config.num_host_blocks else None
+        evicted = None if self.host_pool is None else self.host_pool.store
+        self.pool = BlockPool(config.num_blocks, len(config.groups), evicted)
         self.prefix_cache_stats = PrefixCacheStats()
+        #: of what the device's prefix cache did not have, and the host's pool was asked for
+        self.external_stats = PrefixCacheStats()
         self._hasher = BlockHasher(config.block_size)
         self._caching = config.enable_prefix_caching
         #: full blocks of outputs that go into the prefix cache together, while their request runs
@@ -104,10 +115,10 @@ class KVCacheManager:
             return PrefixHit(num_tokens=0, block_ids=tuple([] for _ in range(self._num_groups)))
         longest = (len(request.all_token_ids) - 1) // self.block_size
         hashes = self._hasher.extend(request, longest)
-        cached_block = self.pool.cached_block
+        is_cached = self.is_cached
         for group in self._full_groups:
             for index in range(longest):
-                if cached_block(hashes[index], group) is None:
+                if not is_cached(hashes[index], group):
                     longest = index
                     break
         # A shorter prefix can lack blocks that a longer one did not need, so go round until no group objects.
@@ -121,14 +132,29 @@ class KVCacheManager:
                     agreed = False
         num_tokens = longest * self.block_size
         block_ids: list[list[int]] = []
+        from_host: list[tuple[int, int, int]] = []
         for group, first in enumerate(self._first_live_blocks(num_tokens)):
             ids = [NULL_BLOCK_ID] * first
             for index in range(first, longest):
-                block_id = cached_block(hashes[index], group)
-                assert block_id is not None
-                ids.append(block_id)
+                block_id = self.pool.cached_block(hashes[index], group)
+                if block_id is None:
+                    assert self.host_pool is not None
+                    host_id = self.host_pool.find(hashes[index], group)
+                    assert host_id is not None
+                    from_host.append((group, index, host_id))
+                ids.append(NULL_BLOCK_ID if block_id is None else block_id)
             block_ids.append(ids)
-        return PrefixHit(num_tokens=num_tokens, block_ids=tuple(block_ids))
+        return PrefixHit(num_tokens=num_tokens, block_ids=tuple(block_ids), from_host=from_host)
+
+    def is_cached(self, block_hash: bytes, group: int) -> bool:
+        """Whether the device or the host has a block of `group` with these contents."""
+        if self.pool.cached_block(block_hash, group) is not None:
+            return True
+        return self.host_pool is not None and self.host_pool.find(block_hash, group) is not None
+
+    def num_external_tokens(self, hit: PrefixHit) -> int:
+        """Tokens of a hit for which a block is copied in from the host."""
+        return len({index for _, index, _ in hit.from_host}) * self.block_size
 
     def _longest_windowed_prefix(self, hashes: list[bytes], longest: int, group: int, window: int) -> int:
         """Largest number of blocks, at most `longest`, whose last blocks within the window are all cached."""
@@ -137,7 +163,7 @@ class KVCacheManager:
         for index in range(longest - 1, -1, -1):
             if run >= needed:
                 return index + 1 + run
-            run = run + 1 if self.pool.cached_block(hashes[index], group) is not None else 0
+            run = run + 1 if self.is_cached(hashes[index], group) else 0
         return run
 
     def _first_live(self, num_computed_tokens: int, window: int) -> int:
@@ -154,10 +180,10 @@ class KVCacheManager:
         """Whether the free blocks hold all tokens of a request that is not running, given what the cache has of it."""
         full = -(-len(request.all_token_ids) // self.block_size)
         needed = 0
-        for ids, bound in zip(hit.block_ids, self._bounds, strict=True):
+        passed = self._first_live_blocks(hit.num_tokens)
+        for ids, bound, first in zip(hit.block_ids, self._bounds, passed, strict=True):
             live = [block_id for block_id in ids if block_id != NULL_BLOCK_ID]
             shared = len(live) - self.pool.count_free(live)
-            first = len(ids) - len(live)
             # Past the bound, a shared block may have left the window by the time the last one is needed.
             needed += min(full - first - shared, bound)
         return needed <= self.pool.num_free
@@ -190,12 +216,15 @@ class KVCacheManager:
             missing = -(-num_new_tokens // self.block_size)
             # Cached blocks that nobody holds are in the free list, so taking them uses it up, too.
             needed = missing * self._num_groups + sum(pool.count_free(ids) for ids in hit.block_ids)
+            needed += len(hit.from_host)
         if needed > pool.num_free:
             return None
         if hit is not None:
             for ids in hit.block_ids:
                 pool.touch(ids)
             self._begin_tables(request, hit)
+            if hit.from_host:
+                self._copy_in(request, hit)
         ids = pool.get_new_blocks(missing * self._num_groups)
         request.num_slots += missing * self.block_size
         if self._num_groups == 1:
@@ -215,6 +244,19 @@ class KVCacheManager:
         request.num_slots = request.num_computed_tokens = hit.num_tokens
         request.num_registered_blocks = num_blocks
         request.register_at = (num_blocks + 1) * self.block_size if self._caching else sys.maxsize
+
+    def _copy_in(self, request: Request, hit: PrefixHit) -> None:
+        """Have what the host has of a hit copied into new blocks, which can be hit like any others from here on."""
+        host_pool = self.host_pool
+        assert host_pool is not None
+        # before new blocks evict others, which go to the host
+        host_pool.hold(host_id for _, _, host_id in hit.from_host)
+        block_ids = self.pool.get_new_blocks(len(hit.from_host))
+        for block_id, (group, index, _) in zip(block_ids, hit.from_host, strict=True):
+            block_hash = request.block_hashes[index]
+            request.block_tables[group][index] = block_id
+            self.pool.register([block_id], [block_hash], group)
+            host_pool.load(block_hash, group, block_id)
 
     def _release_passed_blocks(self, request: Request) -> None:
         for group, window in self._windows:
@@ -259,9 +301,16 @@ class KVCacheManager:
         request.num_registered_blocks = 0
         request.register_at = sys.maxsize
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. Does nothing and returns False while a request holds blocks."""
+    def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
+        """Forget all cached prefixes. Does nothing and returns False while a request holds blocks.
+
+        Args:
+            host_pool: those of the host's pool as well, which stay otherwise: they are as right as they were.
+        """
         if not self.pool.reset_prefix_cache():
             return False
         self.prefix_cache_stats.forget_recent()
+        if host_pool and self.host_pool is not None:
+            self.host_pool.reset()
+            self.external_stats.forget_recent()
         return True

@@ -62,6 +62,8 @@ class EngineStats:
     prefix_cache_hits: int
     #: of the most recent 1000 requests, in [0, 1]
     prefix_cache_hit_rate: float
+    #: of what the prefix cache did not have, and the host's pool of blocks had; None: there is no such pool
+    external_hit_rate: float | None = None
 
 
 def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
@@ -69,6 +71,8 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
     schedulers = [part.scheduler for part in parts]
     asked = sum(part.prefix_cache_queries for part in parts)
     hits = sum(part.prefix_cache_hit_rate * part.prefix_cache_queries for part in parts)
+    usages = [one.host_cache_usage for one in schedulers if one.host_cache_usage is not None]
+    rates = [part.external_hit_rate for part in parts if part.external_hit_rate is not None]
     return EngineStats(
         scheduler=SchedulerStats(
             num_running=sum(one.num_running for one in schedulers),
@@ -76,6 +80,8 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
             num_preemptions=sum(one.num_preemptions for one in schedulers),
             num_preempted_tokens=sum(one.num_preempted_tokens for one in schedulers),
             kv_cache_usage=sum(one.kv_cache_usage for one in schedulers) / len(parts),
+            host_cache_usage=sum(usages) / len(usages) if usages else None,
+            num_stores_skipped=sum(one.num_stores_skipped for one in schedulers),
         ),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         prompt_tokens_cached=sum(part.prompt_tokens_cached for part in parts),
@@ -83,6 +89,7 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
         prefix_cache_queries=asked,
         prefix_cache_hits=sum(part.prefix_cache_hits for part in parts),
         prefix_cache_hit_rate=hits / asked if asked else 0.0,
+        external_hit_rate=sum(rates) / len(rates) if rates else None,
     )
 
 
@@ -115,6 +122,7 @@ class EngineMetrics:
         self._lock = threading.Lock()
         self._prompt_tokens = 0
         self._prompt_tokens_cached = 0
+        self._prompt_tokens_external = 0
         self._generation_tokens = 0
         self._finished = {status: 0 for status in RequestStatus if status.is_finished}
         self._rejections: dict[str, int] = {}
@@ -166,6 +174,7 @@ class EngineMetrics:
                 else:
                     self._prompt_tokens += request.num_prompt_tokens
                     self._prompt_tokens_cached += _num_cached(request)
+                    self._prompt_tokens_external += request.num_external_tokens
                     self._first_token.add(now - request.arrival_time)
             self._between_tokens.add(run, run_length)
             self._generation_tokens += num_tokens
@@ -215,7 +224,9 @@ class EngineMetrics:
             self._n.add(1)
             self._longest_outputs.add(outputs)
 
-    def stats(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> EngineStats:
+    def stats(
+        self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats, external: PrefixCacheStats
+    ) -> EngineStats:
         """The few numbers that are shown while the engine runs."""
         with self._lock:
             return EngineStats(
@@ -226,12 +237,20 @@ class EngineMetrics:
                 prefix_cache_hits=prefix_cache.hits,
                 prefix_cache_queries=prefix_cache.queries,
                 prefix_cache_hit_rate=prefix_cache.hit_rate,
+                external_hit_rate=None if scheduler.host_cache_usage is None else external.hit_rate,
             )
 
-    def snapshot(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
-        """All metrics as they are now; later recording does not change them. Safe from any thread."""
+    def snapshot(
+        self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats, external: PrefixCacheStats
+    ) -> list[Metric]:
+        """All metrics as they are now; later recording does not change them. Safe from any thread.
+
+        Args:
+            external: of the host's pool of blocks.
+        """
         with self._lock:
-            return self._gauges(scheduler, prefix_cache) + self._counters(scheduler, prefix_cache) + self._histograms()
+            counters = self._counters(scheduler, prefix_cache, external)
+            return self._gauges(scheduler, prefix_cache) + counters + self._histograms()
 
     def _gauges(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
         values: dict[str, float] = {
@@ -243,6 +262,8 @@ class EngineMetrics:
             # of the last 1000 requests; vLLM had it as a gauge before it left the division to Prometheus
             "vllm:gpu_prefix_cache_hit_rate": prefix_cache.hit_rate,
         }
+        if scheduler.host_cache_usage is not None:
+            values["vllm:kv_offload_cpu_cache_usage_perc"] = scheduler.host_cache_usage
         metrics: list[Metric] = [Gauge(name, self._with(), value) for name, value in values.items()]
         # whatever waits, waits for a row, blocks or the step's budget
         metrics += [
@@ -253,20 +274,27 @@ class EngineMetrics:
             metrics.append(Gauge("vllm:cache_config_info", self._with(**self._cache_info), 1))
         return metrics
 
-    def _counters(self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats) -> list[Metric]:
+    def _counters(
+        self, scheduler: SchedulerStats, prefix_cache: PrefixCacheStats, external: PrefixCacheStats
+    ) -> list[Metric]:
         # before the queries, which are counted first: another thread never sees more hits than queries
-        hits = prefix_cache.hits
+        hits, external_hits = prefix_cache.hits, external.hits
         values = {
             "vllm:prefix_cache_queries": prefix_cache.queries,
             "vllm:prefix_cache_hits": hits,
+            "vllm:external_prefix_cache_queries": external.queries,
+            "vllm:external_prefix_cache_hits": external_hits,
             "vllm:num_preemptions": scheduler.num_preemptions,
             "vllm:prompt_tokens": self._prompt_tokens,
             "vllm:prompt_tokens_cached": self._prompt_tokens_cached,
             "vllm:generation_tokens": self._generation_tokens,
         }
+        if scheduler.host_cache_usage is not None:
+            values["vllm:kv_offload_stores_skipped"] = scheduler.num_stores_skipped
         by_source = {
             "local_compute": self._prompt_tokens - self._prompt_tokens_cached,
-            "local_cache_hit": self._prompt_tokens_cached,
+            "local_cache_hit": self._prompt_tokens_cached - self._prompt_tokens_external,
+            "external_kv_transfer": self._prompt_tokens_external,
         }
         metrics: list[Metric] = [Counter(name, self._with(), value) for name, value in values.items()]
         metrics += [

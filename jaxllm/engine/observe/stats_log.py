@@ -109,4 +109,6 @@ class StatsLog(StepObserver):
             f"{self._cache_name} usage: {100 * now.scheduler.kv_cache_usage:.1f}%",
             *([f"Prefix cache hit rate: {100 * now.prefix_cache_hit_rate:.1f}%"] if self._prefix_caching else []),
         ]
+        if now.external_hit_rate is not None:
+            parts.append(f"External prefix cache hit rate: {100 * now.external_hit_rate:.1f}%")
         logger.info("Engine %03d: %s", 0, ", ".join(parts))

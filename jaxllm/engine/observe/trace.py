@@ -61,6 +61,9 @@ class StepRecord:
     device_time: float
     #: number of the replica that ran it
     engine: int = 0
+    #: blocks of the KV cache that it copied to the host's memory, and from there
+    num_blocks_out: int = 0
+    num_blocks_in: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -96,6 +96,8 @@ class TraceRecorder(StepObserver):
             "num_waiting": stats.num_waiting,
             "kv_cache_usage": stats.kv_cache_usage,
             "num_preemptions": preemptions,
+            "num_blocks_out": len(step.copies_out),
+            "num_blocks_in": len(step.copies_in),
             "bucket_tokens": bucket_tokens,
             "bucket_seqs": bucket_seqs,
             "schedule_time": now - self._turn,

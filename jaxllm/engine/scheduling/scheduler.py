@@ -121,6 +121,8 @@ class Scheduler:
     def finish_all(self, status: RequestStatus) -> list[Request]:
         """End every request, as after a failed step, and return them in order of arrival."""
         requests = sorted(self._requests.values(), key=lambda request: request.arrival_order)
+        if self.kv_cache_manager.host_pool is not None:
+            self.kv_cache_manager.host_pool.lose_arriving()
         self.running.clear()
         for request in requests:
             self._end(request, status, None)
@@ -160,6 +162,8 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         if self._micro_batches is not None:
             self._micro_batches.end(step)
+        if self.kv_cache_manager.host_pool is not None:
+            step.copies_out, step.copies_in = self.kv_cache_manager.host_pool.take_copies()
         return step
 
     def _schedule_running(self, step: SchedulerOutput, budget: StepBudget) -> None:
@@ -245,7 +249,7 @@ class Scheduler:
             if manager.allocate_slots(request, count, hit) is None:
                 break
             self.waiting.pop()
-            self._admit(request, start)
+            self._admit(request, start, manager.num_external_tokens(hit))
             request.num_computed_tokens = start + count
             request.num_output_placeholders = int(start + count == num_tokens)
             manager.cache_full_blocks(request)
@@ -259,14 +263,21 @@ class Scheduler:
         for request in reversed(skipped):
             self.waiting.push_front(request)
 
-    def _admit(self, request: Request, num_cached_tokens: int) -> None:
-        """Give a request a row and its place among the running ones; it has its blocks."""
+    def _admit(self, request: Request, num_cached_tokens: int, num_external_tokens: int) -> None:
+        """Give a request a row and its place among the running ones; it has its blocks.
+
+        Args:
+            num_external_tokens: those of the cached ones that come from the host.
+        """
         if not request.skip_reading_prefix_cache:
-            self.kv_cache_manager.prefix_cache_stats.record(
-                len(request.all_token_ids), num_cached_tokens, resumed=request.num_preemptions > 0
-            )
+            manager, resumed = self.kv_cache_manager, request.num_preemptions > 0
+            num_tokens, num_local = len(request.all_token_ids), num_cached_tokens - num_external_tokens
+            manager.prefix_cache_stats.record(num_tokens, num_local, resumed=resumed)
+            if manager.host_pool is not None:
+                manager.external_stats.record(num_tokens - num_local, num_external_tokens, resumed=resumed)
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached_tokens
+            request.num_external_tokens = num_external_tokens
             request.scheduled_ts = time.monotonic()
         request.status = RequestStatus.RUNNING
         request.row = self._free_rows.pop()
@@ -310,6 +321,8 @@ class Scheduler:
         """
         if len(output.counts) != len(scheduled.requests):
             raise ValueError(f"{len(output.counts)} results for the {len(scheduled.requests)} entries of a step")
+        if scheduled.copies_out and self.kv_cache_manager.host_pool is not None:
+            self.kv_cache_manager.host_pool.arrived(scheduled.copies_out)
         firsts = [0, *itertools.accumulate(output.counts)]
         updates = StepUpdates(list(scheduled.requests), list(output.counts), firsts[:-1])
         now, token_ids, passed_over = time.monotonic(), output.token_ids, []
@@ -382,14 +395,17 @@ class Scheduler:
         return len(self._requests)
 
     def stats(self) -> SchedulerStats:
+        host_pool = self.kv_cache_manager.host_pool
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_preemptions=self._preemptions.count,
             num_preempted_tokens=self._preemptions.tokens_lost,
             kv_cache_usage=self.kv_cache_manager.usage,
+            host_cache_usage=None if host_pool is None else host_pool.usage,
+            num_stores_skipped=0 if host_pool is None else host_pool.num_skipped,
         )
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes. Does nothing and returns False while requests run."""
-        return self.kv_cache_manager.reset_prefix_cache()
+    def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
+        """As `KVCacheManager.reset_prefix_cache`."""
+        return self.kv_cache_manager.reset_prefix_cache(host_pool=host_pool)

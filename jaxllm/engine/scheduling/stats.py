@@ -17,3 +17,7 @@ class SchedulerStats:
     num_preempted_tokens: int
     #: share of the KV cache in use, in [0, 1]
     kv_cache_usage: float
+    #: share of the host's pool of blocks that has contents, in [0, 1]; None: there is none
+    host_cache_usage: float | None = None
+    #: evicted blocks that the pool had no room for
+    num_stores_skipped: int = 0

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
@@ -56,6 +57,7 @@ class Programs(abc.ABC):
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
+        copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
 
@@ -72,6 +74,7 @@ class Programs(abc.ABC):
         platform: str,
         cache_dir: Path | None,
         source: Any,
+        copied_layers: int = 0,
         progress: StartProgress | None = None,
     ):
         self.packings, self._state = packings, state
@@ -94,6 +97,9 @@ class Programs(abc.ABC):
         self._cache_dir, self._source = cache_dir, source
         self._progress = progress or StartProgress(quiet=True)
         self._compiled: dict[Key, jax.stages.Compiled] = {}
+        self.block_copies: BlockCopies | None = None
+        if copied_layers:
+            self.block_copies = BlockCopies(copied_layers, state.cache, self._words, self._lowered)
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
 
@@ -192,7 +198,7 @@ class Programs(abc.ABC):
 
     def counts(self) -> tuple[int, int | None]:
         """How many programs there are, and how many of them no earlier start has kept; None: nobody knows."""
-        everything, store = {*self._keys(), ALLOCATOR}, self._store
+        everything, store = {*self._all_keys(), ALLOCATOR}, self._store
         return len(everything), None if store is None else sum(not store.has(key) for key in everything)
 
     def _collect(
@@ -216,7 +222,7 @@ class Programs(abc.ABC):
 
     def compile_all(self) -> None:
         """Compile what is missing."""
-        self._compile(self._keys())
+        self._compile(self._all_keys())
 
     def step_texts(self, num_tokens: int, num_seqs: int) -> list[str]:
         """The programs that a step of this size runs, one after the other, as their compiler writes them. Those that
@@ -232,7 +238,10 @@ class Programs(abc.ABC):
 
     @abc.abstractmethod
     def _keys(self) -> list[Key]:
-        """Of all programs."""
+        """Of all programs but those that copy blocks."""
+
+    def _all_keys(self) -> list[Key]:
+        return self._keys() + list(() if self.block_copies is None else self.block_copies.KEYS)
 
     @abc.abstractmethod
     def _largest(self) -> list[tuple[Key, ...]]:
@@ -240,7 +249,10 @@ class Programs(abc.ABC):
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         """The program of a key, ready to be compiled."""
-        return self.lower_allocator() if key == ALLOCATOR else self._lowerings()[key[0]](*key[1:])
+        if key == ALLOCATOR:
+            return self.lower_allocator()
+        copies = {} if self.block_copies is None else self.block_copies.lowerings()
+        return {**self._lowerings(), **copies}[key[0]](*key[1:])
 
     @abc.abstractmethod
     def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
@@ -258,6 +270,12 @@ class Programs(abc.ABC):
     @property
     def largest(self) -> Bucket:
         return next(reversed(self.packings))
+
+    def gather_blocks(self, lot_size: int) -> jax.stages.Compiled:
+        return self._get((GATHER, lot_size))
+
+    def scatter_blocks(self, lot_size: int) -> jax.stages.Compiled:
+        return self._get((SCATTER, lot_size))
 
     def _get(self, key: Key) -> Any:
         """A `jax.stages.Compiled`, or what is called as one."""

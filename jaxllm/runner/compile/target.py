@@ -15,7 +15,7 @@ from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import ONE_DEVICE, Grid
 from jaxllm.parallel.mesh import DATA, TENSOR, ask_for_cpu_devices, make_mesh
 from jaxllm.parallel.processes import engine_devices, is_distributed, num_processes, of_all_processes
-from jaxllm.runner.memory.plan import device_memory
+from jaxllm.runner.memory.plan import device_memory, host_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class Target:
     #: bytes of one device, in all and not yet taken
     total_bytes: int
     free_bytes: int
+    #: bytes of the machine's memory that are not taken; None: nobody knows the machine
+    host_bytes: int | None = None
     grid: Grid = ONE_DEVICE
     #: copies of the model that have one copy of the weights between them, and what there is of memory in equal parts
     sharers: int = 1
@@ -165,6 +167,7 @@ def target_here(name: str, grid: Grid = ONE_DEVICE, *, together: bool = False) -
         kind=device.device_kind,
         total_bytes=total,
         free_bytes=free,
+        host_bytes=host_memory(),
         grid=grid,
         sharers=grid.data if on_cpu and shares else 1,
         device=device,

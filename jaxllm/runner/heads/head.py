@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -56,6 +57,16 @@ class Head(abc.ABC, Generic[Weights, State]):
     @abc.abstractmethod
     def warm_up(self, state: State, *, smallest: bool) -> State:
         """Run every program on padding alone, or those of the smallest bucket."""
+
+    def caches(self, state: State) -> list[tuple[Programs, Any]]:
+        """The KV cache, of each stage of a pipeline, with the programs of its devices."""
+        held: Any = state
+        return [(self.programs, held.cache)]
+
+    def with_caches(self, state: State, caches: Sequence[Any]) -> State:
+        """The state with these in place of `caches`."""
+        held: Any = state
+        return dataclasses.replace(held, cache=caches[0])
 
     def time_stages(self) -> StageClock | None:
         """Note from here on when each stage of a pipeline is done with each step; None: there are no stages."""

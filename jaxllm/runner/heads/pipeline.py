@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxllm.engine.step import SchedulerOutput
 from jaxllm.models.decoder import Params
 from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
@@ -95,6 +96,13 @@ class PipelineHead(SamplingHead):
     def _tell_end(self, handed: Any, array: jax.Array) -> None:
         for clock in self._clocks:
             clock.launched(handed.step, len(self._pipeline.stages) - 1, array)
+
+    def caches(self, state: Any) -> list[tuple[Programs, Any]]:
+        return [(programs, own.cache) for programs, own in zip(self._pipeline.stages, state.stages, strict=True)]
+
+    def with_caches(self, state: Any, caches: Sequence[Any]) -> PipelineState:
+        stages = (dataclasses.replace(own, cache=cache) for own, cache in zip(state.stages, caches, strict=True))
+        return dataclasses.replace(state, stages=tuple(stages))
 
     def time_stages(self) -> StageClock:
         def stopped(clock: StageClock) -> None:

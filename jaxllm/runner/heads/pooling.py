@@ -28,7 +28,7 @@ class PoolingPrograms(Programs):
 
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-        platform, cache_dir, progress: see `Programs`.
+        platform, cache_dir, copied_layers, progress: see `Programs`.
     """
 
     def __init__(
@@ -41,11 +41,20 @@ class PoolingPrograms(Programs):
         *,
         platform: str,
         cache_dir: Path | None,
+        copied_layers: int = 0,
         progress: StartProgress | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
         made_from = (config, buckets, table_width, params, state)
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
+        super().__init__(
+            packings,
+            state,
+            platform=platform,
+            cache_dir=cache_dir,
+            source=made_from,
+            copied_layers=copied_layers,
+            progress=progress,
+        )
         self.config: PoolingStepConfig = config
         self._params = params
 

@@ -53,6 +53,7 @@ class SamplingPrograms(Programs):
         platform: str,
         eager: bool,
         cache_dir: Path | None,
+        copied_layers: int = 0,
         progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
@@ -63,12 +64,20 @@ class SamplingPrograms(Programs):
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir, progress: see `Programs`.
+            platform, cache_dir, copied_layers, progress: see `Programs`.
         """
         made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
-        super().__init__(packings, state, platform=platform, cache_dir=cache_dir, source=made_from, progress=progress)
+        super().__init__(
+            packings,
+            state,
+            platform=platform,
+            cache_dir=cache_dir,
+            source=made_from,
+            copied_layers=copied_layers,
+            progress=progress,
+        )
         if platform != "cpu":
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config

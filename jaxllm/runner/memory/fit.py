@@ -57,6 +57,7 @@ def plan_memory(
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
     """
+    _check_host_cache(config)
     stages = config.stages
     budgets = [_usable_bytes(stage) - stage.weight_bytes - stage.state_bytes for stage in stages]
     num_blocks = min(map(_num_blocks, stages, budgets))
@@ -66,7 +67,7 @@ def plan_memory(
         config = _fit(config, max(stages, key=lambda stage: stage.block_bytes), num_blocks, 0)
         stages = config.stages
     while True:
-        needed = activations(config, num_blocks)
+        needed = [own + stage.staged_bytes for own, stage in zip(activations(config, num_blocks), stages, strict=True)]
         left = [budget - own for budget, own in zip(budgets, needed, strict=True)]
         fitting = min(map(_num_blocks, stages, left))
         if fitting >= num_blocks:
@@ -115,12 +116,28 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         weight_sharers=config.target.sharers,
         pipeline_parallel_size=config.stage.count if config.stage else 1,
         stage=config.stage.index if config.stage else 0,
+        host_cache_bytes=config.host_cache_bytes,
+        num_host_blocks=config.num_host_blocks,
     )
 
 
+def _check_host_cache(config: RunnerConfig) -> None:
+    """Refuse blocks on the host that its memory does not hold."""
+    needed, left = config.host_cache_bytes * config.data_parallel_size, config.target.host_bytes
+    if left is not None and needed > left:
+        raise ValidationError(
+            f"kv_offloading_size={needed / GIB:.3f} GiB does not fit: the machine has {left / GIB:.3f} GiB of memory "
+            f"available. Set it to less than {left / GIB:.3f}."
+        )
+
+
 def _usable_bytes(config: RunnerConfig) -> float:
-    """What the engine may have of one device."""
-    return min(config.target.total_bytes * config.gpu_memory_utilization, config.target.free_bytes)
+    """What the engine may have of one device; on a CPU blocks on the host are of the same memory."""
+    target = config.target
+    usable = min(target.total_bytes * config.gpu_memory_utilization, target.free_bytes)
+    if config.platform != "cpu":
+        return usable
+    return usable - config.host_cache_bytes / (target.num_devices * (config.stage.count if config.stage else 1))
 
 
 def _why_unused(config: RunnerConfig, num_blocks: int) -> str:

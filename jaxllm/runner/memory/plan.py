@@ -53,6 +53,9 @@ class MemoryPlan:
     #: stages of layers, of which this one has the least room
     pipeline_parallel_size: int = 1
     stage: int = 0
+    #: of the host's memory, for blocks of each replica that leave its cache
+    host_cache_bytes: int = 0
+    num_host_blocks: int = 0
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
@@ -88,9 +91,18 @@ class MemoryPlan:
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
                 f"one of them for padding{note})",
                 *([unused] if self.unused_bytes else []),
+                *self._host_lines(),
                 *self.vllm_lines(),
             ]
         )
+
+    def _host_lines(self) -> list[str]:
+        """What lies in the machine's memory."""
+        if not self.num_host_blocks:
+            return []
+        each = f", for each of {self.data_parallel_size} replicas" if self.data_parallel_size > 1 else ""
+        size = f"{self.host_cache_bytes / GIB:8.3f} GiB"
+        return [f"  host KV pool {size}  ({self.num_host_blocks} blocks, in the machine's memory{each})"]
 
     def _repr_html_(self) -> str:
         return plan_html(self)
@@ -104,12 +116,16 @@ class MemoryPlan:
         ]
 
 
+def host_memory() -> int:
+    """Bytes that the machine, or the container's limit, has available."""
+    available, left = psutil.virtual_memory().available, control_group().memory_left
+    return available if left is None else min(available, left)
+
+
 def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[reportInvalidTypeForm]
     """(total, free) bytes of a device; on CPU both are what the machine, or the container's limit, has available."""
     if device.platform == "cpu":
-        available, left = psutil.virtual_memory().available, control_group().memory_left
-        if left is not None:
-            available = min(available, left)
+        available = host_memory()
         return available, available
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:

@@ -43,6 +43,12 @@ def plan_html(plan: MemoryPlan) -> str:
             f'<td style="text-align:right">{size / _GIB:.3f} GiB</td>'
             f'<td style="text-align:left">{html.escape(note)}</td></tr>'
         )
+    if plan.num_host_blocks:
+        rows.append(
+            '<tr><td style="text-align:left">host KV pool</td>'
+            f'<td style="text-align:right">{plan.host_cache_bytes / _GIB:.3f} GiB</td>'
+            f'<td style="text-align:left">{plan.num_host_blocks:,} blocks, in the machine\'s memory</td></tr>'
+        )
     title = f"{plan.device}: {plan.total_bytes / _GIB:.2f} GiB, gpu_memory_utilization={plan.gpu_memory_utilization:g}"
     return (
         f"<div><div>{html.escape(title)}</div>"
