@@ -148,6 +148,19 @@ class RoundedInputs:
         rounded = jnp.round(scaled) if self.dtype == "int8" else scaled.astype(self.dtype).astype(jnp.float32)
         return rounded, scales
 
+    def codes(
+        self, x: jax.Array, *, layer: jax.Array | None = None, dtype: jnp.dtype | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [M, K] in eight bits, [M, K] of ``dtype`` (None: of `dtype`), and their scales, float32 [M, groups].
+
+        Args:
+            layer: i32 scalar; the weight is a stack of which that layer is meant.
+            dtype: in which all these numbers are exact.
+        """
+        own = self if layer is None or self.scales is None else dataclasses.replace(self, scales=self.scales[layer])
+        rounded, scales = own.rounded(x)
+        return rounded.reshape(x.shape).astype(dtype or self.dtype), scales[..., 0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

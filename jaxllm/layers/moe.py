@@ -34,7 +34,7 @@ from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
 from jaxllm.layers.token_exchange import through_all_copies
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.quantized import Quantized, RoundedInputs, index
+from pallas_kernels.quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,12 +195,6 @@ def through_experts(
     sizes = jnp.sum(group[:, None] == jnp.arange(held), axis=0, dtype=jnp.int32)
 
     def product(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
-        if isinstance(w, RoundedInputs):
-            if w.scales is not None and experts.layer is not None:
-                # a scale that is said for good is that of all the layer's experts
-                w = dataclasses.replace(w, scales=index(w.scales, experts.layer))
-            rounded, scales = w.rounded(x)
-            x, w = (rounded * scales).reshape(x.shape).astype(x.dtype), w.weight
         return grouped_matmul(x, w, sizes, backend=context.backend, layer=experts.layer)
 
     y = product(x[order // k], experts.gate_up)

@@ -75,13 +75,13 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
 }
 
 
-#: fields of config.json that count something, those that are numbers, and those that have fields of their own; where a
-#: family has them at all
-_COUNTS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
-)
+#: fields of config.json that count something, those that are numbers, true or false, token ids, and those that have
+#: fields of their own; where a family has them at all
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_COUNTS = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 _NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config")
 
 
@@ -116,6 +116,8 @@ Config = TypeVar("Config")
 def _read(
     hf: Mapping[str, Any], known: Mapping[str, Callable[[Mapping[str, Any]], Config]], max_model_len: int | None
 ) -> Config:
+    # in most fields null has a meaning of its own; in these it stands for none
+    hf = {name: value for name, value in hf.items() if value is not None or name not in (*_NEEDED, *_NUMBERS, *_FLAGS)}
     _check_fields(hf)
     names: Sequence[str] = checks.strings("architectures of config.json", hf.get("architectures") or [])
     for name in names:
@@ -137,6 +139,12 @@ def _check_fields(hf: Mapping[str, Any]) -> None:
             raise ValidationError(f"{name} of config.json must be at least 1, got {given[name]}.")
     for name in given.keys() & set(_NUMBERS):
         checks.real(f"{name} of config.json", given[name])
+    for name in given.keys() & set(_FLAGS):
+        if not isinstance(given[name], bool):
+            raise ValidationError(f"{name} of config.json must be true or false, got {given[name]!r:.80}.")
+    for name in given.keys() & set(_TOKENS):
+        for token in given[name] if isinstance(given[name], list) else [given[name]]:
+            checks.integer(f"{name} of config.json", token)
     for name in given.keys() & set(_MAPPINGS):
         if not isinstance(given[name], Mapping):
             raise ValidationError(f"{name} of config.json must be an object with fields, got {given[name]!r:.80}.")

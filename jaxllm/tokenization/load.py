@@ -48,11 +48,12 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
         # with mistral_common installed, transformers would take Mistral's files
         given = {"mistral_format": False} if (path / "tekken.json").exists() else {}
         with _with_transformers():
+            from huggingface_hub.errors import StrictDataclassError
             from transformers import AutoTokenizer
 
             try:
                 tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **given)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, StrictDataclassError) as error:
                 raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:

@@ -1,7 +1,8 @@
 """``python -m pallas_kernels.grouped_matmul.bench [--device gpu|interpret-smoke] [--json FILE]``
 
-Times every implementation at the shapes of `configurations`, tokens drawn evenly over the experts. GB/s counts what
-must be read and written at least: the weights of experts with tokens, x and the result. TFLOP/s counts two per product.
+Times every implementation at the shapes of `configurations`, tokens drawn evenly over the experts, and the kernel with
+quantized weights at one. GB/s counts what must be read and written at least: the weights of experts with tokens as they
+are stored, x and the result. TFLOP/s counts two per product.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.grouped_matmul.api import MODELS, TOKENS, grouped_matmul
+from pallas_kernels.quant_matmul.bench import random_weight
+from pallas_kernels.quant_matmul.configurations import FORMS, Form
 from pallas_kernels.timing import parse_arguments, report, seconds_per_call
 
 #: bytes of weights that the timed calls go through in turn: more than any cache holds
@@ -30,22 +33,24 @@ def measure(
     n: int,
     k: int,
     layers: int,
+    form: Form | None = None,
     repeats: int = 10,
 ) -> dict[str, Any]:
-    """One line of results. tokens of ``active`` experts each; weights [layers, experts, n, k] in bfloat16."""
+    """One line of results. tokens of ``active`` experts each; weights [layers, experts, n, k] in bfloat16, or of a form
+    of `quant_matmul.configurations`."""
     rows = tokens * active
     draw = np.random.default_rng(0)
     owners = np.concatenate([draw.choice(experts, active, replace=False) for _ in range(tokens)])
     sizes = np.bincount(owners, minlength=experts)
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (rows, k), jnp.bfloat16)
-    w = jax.jit(lambda key: jax.random.normal(key, (layers, experts, n, k), jnp.bfloat16))(keys[1])
+    x = jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16)
+    w = random_weight(form, n, k, layers, experts)
 
-    def every_layer(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> list[jax.Array]:
+    def every_layer(x: jax.Array, w: Any, group_sizes: jax.Array) -> list[jax.Array]:
         return [grouped_matmul(x, w, group_sizes, backend=backend, layer=jnp.int32(layer)) for layer in range(layers)]
 
     seconds = seconds_per_call(every_layer, (x, w, jnp.asarray(sizes, jnp.int32)), calls=layers, repeats=repeats)
-    moved = 2 * (int((sizes > 0).sum()) * n * k + rows * (n + k))
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(w)) / (layers * experts)
+    moved = int((sizes > 0).sum()) * stored + 2 * rows * (n + k)
     return {
         "label": label,
         "implementation": backend.implementation,
@@ -72,6 +77,12 @@ def main() -> None:
                 label = f"{model} {projection}, {tokens} tokens"
                 results.append(measure(kernel, label=label, **shape))
                 results.append(measure(Backend(implementation="xla"), label=label, **shape))
+    for name, form in FORMS.items():
+        shape = {"active": 8, "experts": 128, "n": 1536, "k": 2048, "layers": 8, "form": form}
+        for tokens in TOKENS:
+            results.append(
+                measure(kernel, label=f"Qwen3-30B-A3B gate_up, {name}, {tokens} tokens", tokens=tokens, **shape)
+            )
     report(results, arguments.json)
 
 

@@ -67,8 +67,8 @@ def _kernel(x_ref: Any, w_ref: Any, sizes_ref: Any, layer_ref: Any, out_ref: Any
     """x_ref: [M, K]. w_ref: [L, E, N, K]. sizes_ref: i32 [E]. layer_ref: i32 [1]. out_ref: [M, N]."""
     m, k = x_ref.shape
     _, groups, n, _ = w_ref.shape
-    tile, column = _in_turn(pl.program_id(0), row_tiles, cdiv(n, tiles.block_n))
-    group, start, end = _find_tile(tile, sizes_ref, rows=m, groups=groups, block_m=tiles.block_m)
+    tile, column = in_turn(pl.program_id(0), row_tiles, cdiv(n, tiles.block_n))
+    group, start, end = find_tile(tile, sizes_ref, rows=m, groups=groups, block_m=tiles.block_m)
     rows = start + jnp.arange(tiles.block_m)
     row_mask = (rows < end)[:, None]
     first_column = column * tiles.block_n
@@ -95,7 +95,7 @@ def _kernel(x_ref: Any, w_ref: Any, sizes_ref: Any, layer_ref: Any, out_ref: Any
     plt.store(target, acc.astype(out_ref.dtype), mask=row_mask & column_mask[None, :])
 
 
-def _in_turn(program: Any, row_tiles: int, columns: int) -> tuple[Any, Any]:
+def in_turn(program: Any, row_tiles: int, columns: int) -> tuple[Any, Any]:
     """(tile of rows, block of columns) of a program: `TILES_IN_TURN` tiles go through the columns together."""
     turn = TILES_IN_TURN * columns
     first = program // turn * TILES_IN_TURN
@@ -104,7 +104,7 @@ def _in_turn(program: Any, row_tiles: int, columns: int) -> tuple[Any, Any]:
     return first + within % together, within // together
 
 
-def _find_tile(tile: Any, sizes_ref: Any, *, rows: int, groups: int, block_m: int) -> tuple[Any, Any, Any]:
+def find_tile(tile: Any, sizes_ref: Any, *, rows: int, groups: int, block_m: int) -> tuple[Any, Any, Any]:
     """(group, first row, end of the group's rows) of a tile; groups: the remainder; beyond it: no rows."""
     padded = next_power_of_two(groups + 1)
     index = jnp.arange(padded)

@@ -1,1 +1,1 @@
-"""Products with weights of four bits in groups: AWQ, GPTQ."""
+"""Products with quantized weights: four bits in groups (AWQ, GPTQ), codebooks, and eight bits."""

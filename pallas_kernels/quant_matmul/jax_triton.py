@@ -17,7 +17,8 @@ import triton.language as tl
 from pallas_kernels.backend import Backend
 from pallas_kernels.gpu_only import gpu_only
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quant_matmul.tiles import GROUP_SIZES, Tiles
+from pallas_kernels.quant_matmul.tiles import Tiles
+from pallas_kernels.quant_matmul.walk import GROUP_SIZES
 
 #: of x -> (the bits of the number whose mantissa an integer ends, that number), as in `triton.py`
 _MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}

@@ -1,4 +1,4 @@
-"""Tile sizes of the four-bit kernel, from `tuned.json`."""
+"""Tile sizes of the kernel, from `tuned.json`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-#: group sizes that the kernel takes: half a group is a product's inner dimension, a power of two from 16 up
-GROUP_SIZES = (32, 64, 128, 256)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """One program's share: ``block_m`` rows of x by ``block_n`` rows of the weight, over one of ``split_k`` parts of
-    the groups."""
+    the steps along K (`walk`)."""
 
     block_m: int
     block_n: int
@@ -43,8 +40,8 @@ def most_rows(device_kind: str = "") -> int:
     return _device(device_kind)["most_rows"]
 
 
-def tiles_for(*, rows: int, n: int, groups: int, device_kind: str = "") -> Tiles:
-    """Tiles for x [rows, K] and a weight [n, K] of ``groups`` groups.
+def tiles_for(*, rows: int, n: int, steps: int, device_kind: str = "") -> Tiles:
+    """Tiles for x [rows, K] and a weight [n, K] whose K is walked in ``steps`` steps.
 
     K is split where the columns alone would leave multiprocessors idle, by n and K only: the order of a row's sum
     depends on the number of rows beside it no more than the choice of the entry in `tuned.json` does. A device that
@@ -56,17 +53,17 @@ def tiles_for(*, rows: int, n: int, groups: int, device_kind: str = "") -> Tiles
     return Tiles(
         block_m=entry["block_m"],
         block_n=block_n,
-        split_k=_split(groups, _cdiv(entry["least_programs"], _cdiv(n, block_n)), groups // entry["least_groups"]),
+        split_k=_split(steps, _cdiv(entry["least_programs"], _cdiv(n, block_n)), steps // entry["least_steps"]),
         num_warps=entry["num_warps"],
         num_stages=entry["num_stages"],
     )
 
 
-def _split(groups: int, wanted: int, most: int) -> int:
-    """Into how many parts to cut the groups: from ``wanted`` to twice that, ``most`` at most, the most even ones."""
+def _split(steps: int, wanted: int, most: int) -> int:
+    """Into how many parts to cut the steps: from ``wanted`` to twice that, ``most`` at most, the most even ones."""
     first = max(1, min(wanted, most))
     candidates = range(first, max(first, min(2 * wanted, most) if wanted > 1 else first) + 1)
-    return min(candidates, key=lambda split: (_cdiv(groups, split) * split, split))
+    return min(candidates, key=lambda split: (_cdiv(steps, split) * split, split))
 
 
 def _cdiv(a: int, b: int) -> int:

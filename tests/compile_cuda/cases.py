@@ -70,8 +70,8 @@ def kernel_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) ->
     """
     sharding = jax.sharding.SingleDeviceSharding(device)
     for configurations in _operations():
-        takes_device = "device_kind" in inspect.signature(configurations).parameters
-        every = configurations(device_kind=device.device_kind) if takes_device else configurations()
+        known = {"device_kind": device.device_kind, "compute_capability": gpu.compute_capability}
+        every = configurations(**{name: known[name] for name in inspect.signature(configurations).parameters})
         some = every[:: max(len(every) // _QUICK, 1)] if quick else every
         for case in some[part :: 1 if part is None else 2]:
             if not case.runs_on(gpu.compute_capability):

@@ -26,6 +26,27 @@ LLAMA_33_70B = {
     "tie_word_embeddings": False,
 }
 
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 2,  # of 48
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+
 SPLIT_MODELS: dict[str, Model] = {
     "Llama-3.3-70B on 8": Model(
         config=LLAMA_33_70B,
@@ -36,26 +57,7 @@ SPLIT_MODELS: dict[str, Model] = {
         devices=8,
     ),
     "Qwen3-30B-A3B on 8": Model(
-        config={
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "num_hidden_layers": 2,  # of 48
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "tie_word_embeddings": False,
-        },
+        config=QWEN3_30B_A3B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=40960,

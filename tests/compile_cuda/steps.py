@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import Grid
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.models.matrices import matrices
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split, shapes, spread_experts
 from jaxllm.runner.build import make_programs
@@ -19,10 +21,13 @@ from jaxllm.runner.compile.deviceless import devices as described
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
-from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.runner.runner_config import RunnerConfig, model_specs
+from jaxllm.weights.quantization.detect import Quantization, quantization_method
+from jaxllm.weights.quantization.method import Found
 
 from .cases import Case, device_bytes
 from .models import MODELS, Model
+from .quantized_models import QUANTIZED_MODELS, SMALLEST_MATRIX
 from .split_models import HEADS, SPLIT_MODELS
 
 #: bytes of temporaries that no program of an engine may exceed; with the weights, they are what the KV cache is not
@@ -51,6 +56,23 @@ def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> I
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             size = f", {num_blocks} blocks" if i else ""
             yield from _cases(name, model, gpu, (device,), num_blocks, size, lambda p, which=which: _keys(p, which))
+
+
+def quantized_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
+    """Steps of single tokens of each of `QUANTIZED_MODELS`, of one row and of most; quick: of most.
+
+    Args:
+        part: 0 or 1: of every second model alone, from the first or the second one on.
+    """
+    for name, model in list(QUANTIZED_MODELS.items())[part :: 1 if part is None else 2]:
+
+        def keys(programs: Any) -> Iterator[tuple[str, Key]]:
+            decodes = [bucket for bucket in programs.packings if bucket.decode_only]
+            for bucket in decodes[-1:] if quick else (decodes[0], decodes[-1]):
+                yield f"decode {bucket.seqs} seqs", ("forward", bucket)
+
+        for case in _cases(name, model, gpu, (device,), model.num_blocks[0], "", keys):
+            yield dataclasses.replace(case, most_temporary_bytes=SMALLEST_MATRIX[name])
 
 
 def split_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
@@ -144,6 +166,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
     check_split(read, model.devices)
     return RunnerConfig(
         model=read,
+        quantization=_quantization(model, read),
         pooler=Pooler(seq_pooling_type=model.pooling_type) if model.pooling_type else None,
         groups=kv_cache_groups(read.kv_specs),
         scheduler=SchedulerConfig(
@@ -169,3 +192,12 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         compile_cache=None,
         progress=None,
     )
+
+
+def _quantization(model: Model, read: Any) -> Quantization | None:
+    """As its config.json alone says it."""
+    method = quantization_method(None, model.config.get("quantization_config"))
+    if method is None:
+        return None
+    layouts = ((name, shape, method.planned(name, shape)) for name, shape in matrices(model_specs(read, None)))
+    return Quantization(method, {name: Found(layout, shape) for name, shape, layout in layouts if layout is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.own_process import ROOT
+from support.own_process import environment
 from support.tensor_parallel import ARGUMENTS, HEADS, answers
 from support.tiny_model import CONFIG, write_tiny_model
 
@@ -29,7 +28,7 @@ def processes(folder: Path, count: int) -> list[dict[str, Any]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "support.several_hosts", str(folder), address, str(count), str(number)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -39,9 +39,10 @@ def main() -> None:
         _attempt(prefill_attention, size, backend, length)
     for tokens in size.kv_writes:
         _attempt(kv_write, size, backend, tokens)
-    for tokens in size.matmul_tokens:
-        _attempt(quant_matmul, size, backend, tokens)
-        _attempt(grouped_matmul, size, backend, tokens)
+    for form in size.quantized_forms:
+        _attempt(quant_matmul, size, backend, form, size.matmul_tokens)
+    for form in size.expert_forms:
+        _attempt(grouped_matmul, size, backend, form, size.matmul_tokens)
     if device.platform != "cpu":  # what the kernels replace
         for sequences, context in size.decode_contexts[:1]:
             _attempt(decode_attention, size, Backend(implementation="xla"), sequences, context)
@@ -49,7 +50,7 @@ def main() -> None:
             _attempt(prefill_attention, size, Backend(implementation="xla"), length)
 
 
-def _attempt(measure: Any, size: Sizes, backend: Backend, *arguments: int) -> None:
+def _attempt(measure: Any, size: Sizes, backend: Backend, *arguments: Any) -> None:
     """One measurement. What fails is recorded, and leaves the others alone."""
     name = f"{measure.__name__} {arguments} by {backend.implementation}"
     if seconds_left() < 15:
@@ -134,28 +135,33 @@ def kv_write(size: Sizes, backend: Backend, tokens: int) -> None:
     )
 
 
-def quant_matmul(size: Sizes, backend: Backend, tokens: int) -> None:
-    """Four-bit weights in groups of 128, as they are stored."""
+def quant_matmul(size: Sizes, backend: Backend, form: str, tokens: tuple[int, ...]) -> None:
+    """A weight as a checkpoint stores it, or in bfloat16, multiplied as an engine does; the ratio is of bandwidth."""
     bench = importlib.import_module("pallas_kernels.quant_matmul.bench")
-    shape = {"layers": 16, "n": 28672, "k": 4096} if not records.is_rehearsal() else {"layers": 2, "n": 64, "k": 256}
-    weight = bench.random_weight(**shape, group_size=128)
-    product = bench.kernel_product(backend)
-    _record_row(
-        "quant_matmul",
-        f"int4 {shape['n']} x {shape['k']}, {tokens} tokens",
-        bench.measure(product, backend.implementation, label="", tokens=tokens, weight=weight, repeats=size.repeats),
-    )
+    layers, n, k = (16, 28672, 4096) if not records.is_rehearsal() else (2, 64, 256)
+    weight = bench.random_weight(bench.FORMS.get(form), n, k, layers)
+    for rows in tokens:
+        row = bench.measure(
+            bench.chosen_product(backend),
+            backend.implementation if form in bench.FORMS else "bfloat16",
+            label="",
+            tokens=rows,
+            weight=weight,
+            repeats=size.repeats,
+        )
+        _record_row("quant_matmul", f"{form} {n} x {k}, {rows} tokens", row)
 
 
-def grouped_matmul(size: Sizes, backend: Backend, tokens: int) -> None:
-    """Two experts of eight, Mixtral's."""
+def grouped_matmul(size: Sizes, backend: Backend, form: str, tokens: tuple[int, ...]) -> None:
+    """Two experts of eight, Mixtral's, in bfloat16 or as a checkpoint stores them."""
     bench = importlib.import_module("pallas_kernels.grouped_matmul.bench")
     shape = {"active": 2, "experts": 8, "layers": 4, "n": 28672, "k": 4096}
     if records.is_rehearsal():
-        shape = {"active": 2, "experts": 4, "layers": 2, "n": 64, "k": 64}
-    row = bench.measure(backend, label="", tokens=tokens, repeats=size.repeats, **shape)
-    label = f"{shape['experts']} experts, {shape['n']} x {shape['k']}, {tokens} tokens"
-    _record_row("grouped_matmul", label, row)
+        shape = {"active": 2, "experts": 4, "layers": 2, "n": 64, "k": 256}
+    for rows in tokens:
+        row = bench.measure(backend, label="", tokens=rows, repeats=size.repeats, form=bench.FORMS.get(form), **shape)
+        label = f"{form}, {shape['experts']} experts, {shape['n']} x {shape['k']}, {rows} tokens"
+        _record_row("grouped_matmul", label, row)
 
 
 def _record_row(operation: str, label: str, row: dict[str, Any]) -> None:

@@ -70,6 +70,9 @@ class Sizes:
     cache_bytes: int
     #: rows of the products of quantized weights and of experts
     matmul_tokens: tuple[int, ...]
+    #: as which weights are stored there: "bfloat16", and names of `pallas_kernels.quant_matmul.configurations.FORMS`
+    quantized_forms: tuple[str, ...]
+    expert_forms: tuple[str, ...]
 
     #: the model of the whole steps and of the throughput
     model: dict[str, Any]
@@ -105,7 +108,17 @@ FULL = Sizes(
     prefill_layers=4,
     write_layers=8,
     cache_bytes=4 * 2**30,
-    matmul_tokens=(16, 64, 256),
+    matmul_tokens=(1, 16, 64, 512),
+    quantized_forms=(
+        "bfloat16",
+        "int4 in groups of 128",
+        "int8",
+        "fp8 by fp8",
+        "fp8 in blocks of 128 by fp8",
+        "int8 by int8",
+        "mxfp4",
+    ),
+    expert_forms=("bfloat16", "int4 in groups of 128", "fp8 in blocks of 128 by fp8", "mxfp4"),
     model=LLAMA_3_1_8B,
     engine={"max_model_len": 8192, "max_num_seqs": 256, "max_num_batched_tokens": 2048},
     decode_steps=((64, 4096), (1, 4096), (16, 4096), (256, 1024)),
@@ -145,6 +158,8 @@ REHEARSAL = Sizes(
     write_layers=1,
     cache_bytes=2**16,
     matmul_tokens=(4,),
+    quantized_forms=("bfloat16", "int8"),
+    expert_forms=("int4 in groups of 128",),
     model=TINY_LLAMA,
     engine={"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "enforce_eager": True},
     decode_steps=((4, 64),),

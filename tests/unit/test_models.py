@@ -50,12 +50,20 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
         ({"rope_theta": "big"}, "rope_theta of config.json must be a number, got 'big'"),
         ({"rms_norm_eps": [1]}, r"rms_norm_eps of config.json must be a number, got \[1\]"),
         ({"rope_scaling": [1]}, r"rope_scaling of config.json must be an object with fields, got \[1\]"),
+        ({"hidden_size": None}, "config.json has no field 'hidden_size', which LlamaForCausalLM needs"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings of config.json must be true or false, got 'yes'"),
+        ({"eos_token_id": "x"}, "eos_token_id of config.json must be an integer, got 'x'"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id of config.json must be an integer, got 'x'"),
         ({"architectures": [7]}, "architectures of config.json must contain only strings, got 7"),
     ],
 )
 def test_fields_of_another_kind_are_refused_by_name(fields: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         model_config({**BASE, "architectures": ["LlamaForCausalLM"], **fields})
+
+
+def test_null_stands_for_the_default():
+    assert config("LlamaForCausalLM", rms_norm_eps=None, rope_theta=None) == config("LlamaForCausalLM")
 
 
 def test_one_architecture_may_be_a_text():
