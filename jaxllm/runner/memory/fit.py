@@ -149,7 +149,7 @@ def _why_unused(config: RunnerConfig, num_blocks: int) -> str:
         return "max_num_seqs requests of max_model_len tokens fit"
     if _binding_limit(config, num_blocks) is not None:
         return "left to what else runs here"
-    if num_blocks == 2**31 // _page_numbers(config):
+    if _within_reach(config, num_blocks + 1) == num_blocks:
         return "kernels cannot address a KV cache of one-byte numbers that has 2 to 4 GiB"
     return "the blocks are rounded, so that the next start finds its compiled programs"
 
