@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
 from jaxllm.command_options import build_llm
+from jaxllm.quantizing.text import own_text
 
 #: the weights as the checkpoint has them
 AS_THEY_ARE = "none"
@@ -24,7 +24,8 @@ AS_THEY_ARE = "none"
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure one form after the other and print each beside the first."""
-    text, window = _text(arguments.text), arguments.context
+    text = own_text() if arguments.text is None else arguments.text.read_text()
+    window = arguments.context
     results: dict[str, Any] = {}
     for form, changes in forms(arguments).items():
         for name, value in changes.items():
@@ -70,12 +71,3 @@ def forms(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {form: {**asked, "quantization": None if form == AS_THEY_ARE else form} for form in weights}
     found |= {f"{form} KV cache": {**asked, "kv_cache_dtype": form} for form in caches}
     return found or {asked["quantization"] or AS_THEY_ARE: asked}
-
-
-def _text(path: Path | None) -> str:
-    """A file's, or what Python says of itself (``help("topics")``), which every installation has."""
-    if path is not None:
-        return path.read_text()
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
