@@ -16,6 +16,7 @@ import pytest
 
 from . import stated
 from .compiling import TARGETS, Results, compile_for, toolchains
+from .quantized_models import SMALLEST_MATRIX
 
 Compiled = dict[tuple[str, str], Results]
 
@@ -114,6 +115,17 @@ def test_temporaries(compiled: Compiled):
         if result["cache"] and temporaries >= result["cache"]:
             problems.append(f"JAX {jax}, {target}, {name}: temporaries of {temporaries} bytes may hold the KV cache")
     assert not problems, "\n".join(problems)
+
+
+def test_no_step_widens_a_quantized_matrix(compiled: Compiled):
+    """Kernels read quantized weights as they lie, of attention, of MLPs and of experts."""
+    seen = set()
+    for jax, target, name, result in each(compiled):
+        model = name.partition(": ")[0]
+        if model in SMALLEST_MATRIX:
+            seen.add(model)
+            assert result["temporaries"] < SMALLEST_MATRIX[model], (jax, target, name, result["temporaries"])
+    assert seen == set(SMALLEST_MATRIX)
 
 
 def test_temporaries_do_not_grow_with_the_cache(compiled: Compiled):
