@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from jaxllm.planning.api import explain, plan
     from jaxllm.planning.explanation import Explanation
     from jaxllm.planning.plan import Plan
+    from jaxllm.quantizing.api import quantize
+    from jaxllm.quantizing.report import QuantizationReport
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ _HOMES = {
     "PoolingOutput": "jaxllm.api.pooling_outputs",
     "PoolingParams": "jaxllm.api.pooling_params",
     "PoolingRequestOutput": "jaxllm.api.pooling_outputs",
+    "QuantizationReport": "jaxllm.quantizing.report",
     "RepetitionDetectionParams": "jaxllm.api.constraints",
     "RequestOutput": "jaxllm.api.outputs",
     "RequestOutputKind": "jaxllm.api.sampling_params",
@@ -73,6 +76,7 @@ _HOMES = {
     "TokensPrompt": "jaxllm.api.inputs",
     "explain": "jaxllm.planning.api",
     "plan": "jaxllm.planning.api",
+    "quantize": "jaxllm.quantizing.api",
 }
 
 __all__ = [
@@ -98,6 +102,7 @@ __all__ = [
     "PoolingOutput",
     "PoolingParams",
     "PoolingRequestOutput",
+    "QuantizationReport",
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
@@ -110,6 +115,7 @@ __all__ = [
     "__version__",
     "explain",
     "plan",
+    "quantize",
 ]
 
 install_finder()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
 from jaxllm.command_options import build_llm
+from jaxllm.quantizing.text import own_text
 
 #: the weights as the checkpoint has them
 AS_THEY_ARE = "none"
@@ -24,7 +24,8 @@ AS_THEY_ARE = "none"
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure one form after the other and print each beside the first."""
-    text, window = _text(arguments.text), arguments.context
+    text = own_text() if arguments.text is None else arguments.text.read_text()
+    window = arguments.context
     results: dict[str, Any] = {}
     for form in arguments.sweep_quantization or [getattr(arguments, "quantization", None) or AS_THEY_ARE]:
         arguments.quantization = None if form == AS_THEY_ARE else form
@@ -58,12 +59,3 @@ def run(arguments: argparse.Namespace) -> int:
         )
     report.write(arguments.output_json, arguments, results)
     return 0
-
-
-def _text(path: Path | None) -> str:
-    """A file's, or what Python says of itself (``help("topics")``), which every installation has."""
-    if path is not None:
-        return path.read_text()
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))

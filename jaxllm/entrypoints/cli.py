@@ -18,6 +18,7 @@ from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
+from jaxllm.entrypoints.quantize import add_quantize_options
 from jaxllm.runner.compile.workers import leave_if_held_up
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -99,6 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
         "with 1 when the model does not fit.",
     )
     add_plan_options(explain)
+
+    text = "write a model with quantized weights: AWQ, GPTQ, int8, fp8 or int4"
+    quantize = command("quantize", text, _lazily("jaxllm.entrypoints.quantize"))
+    add_quantize_options(quantize)
 
     fetch = command(
         "fetch",

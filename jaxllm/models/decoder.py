@@ -203,12 +203,7 @@ def forward_with_load(
         (cache, hidden, load): load i32 [layers with experts, experts], padding left out; None without `counts`.
     """
     cos, sin = rope_tables(batch.attention.positions, config.rope)
-    x = batch.hidden
-    if x is None:
-        x = embed(context, params.embedding, batch.tokens)
-        if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        x = with_embeddings(x, batch)
+    x = embedded(context, config, params, batch) if batch.hidden is None else batch.hidden
     valid = own = None
     if config.moe is not None and not isinstance(batch.attention, WholeSequences):
         own = batch.attention.token_valid
@@ -234,7 +229,20 @@ def forward_with_load(
         numbers = np.cumsum(config.layer_moe, dtype=np.int32) - 1
     places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32), numbers
     x, cache, load = through_layers(layer, (x, cache, load), params.layers, places)
-    return cache, _norm(config, x, params.norm, params.norm_bias), load
+    return cache, last_norm(config, params, x), load
+
+
+def embedded(context: Context, config: DecoderConfig, params: Params, batch: StepBatch) -> jax.Array:
+    """What the first layer takes, [T, d]."""
+    x = embed(context, params.embedding, batch.tokens)
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    return with_embeddings(x, batch)
+
+
+def last_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
+    """What `logits` takes of what comes out of the last layer, [T, d]; as it is in a stage without the norm."""
+    return _norm(config, x, params.norm, params.norm_bias)
 
 
 def no_load(config: DecoderConfig) -> jax.Array:

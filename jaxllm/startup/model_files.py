@@ -39,13 +39,17 @@ class ModelFiles:
         files = {name: (checkpoint.path / name).read_bytes() for name in self._pooling_files}
         if checkpoint.generation_config:
             files["generation_config.json"] = json.dumps(checkpoint.generation_config, indent=2).encode()
+        # of a file of its own, in older checkpoints
+        own = None if checkpoint.is_gguf else checkpoint.quantization_config
+        stored = {} if own is None else {"quantization_config": own}
         saved_model.save(
             folder,
             params,
             format=format,
             model=self.config.model,
             specs=self.config.specs(),
-            config=checkpoint.config,
+            quantization=self.config.quantization,
+            config={**checkpoint.config, **stored},
             files=files,
             tokenizer=tokenizer,
         )

@@ -109,7 +109,7 @@ class Checkpoint:
             ValidationError: see `quantization_method`.
             WeightsError: quantized tensors do not fit together.
         """
-        stored = None if self.is_gguf else self._quantization_config()
+        stored = None if self.is_gguf else self.quantization_config
         method = quantization_method(asked, stored, is_gguf=self.is_gguf)
         if method is None:
             return
@@ -131,7 +131,8 @@ class Checkpoint:
                     found[name] = Found(layout, shape)
         self.quantization = Quantization(method, found)
 
-    def _quantization_config(self) -> dict[str, Any] | None:
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
         """Of config.json, or of the file of its own that older tools write."""
         own = self.config.get("quantization_config") or self.config.get("compression_config")
         return own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
@@ -204,6 +205,19 @@ class Checkpoint:
             return True
         with self._reader() as reader:
             return name in self._with_classifier(CommonNames(reader, prefix)).names()
+
+    @contextlib.contextmanager
+    def tensors(self, *, prefix: str = "model.") -> Iterator[CommonNames]:
+        """The tensors as they are stored, of any form but orbax's.
+
+        Args:
+            prefix: see `naming.CommonNames`.
+
+        Raises:
+            WeightsError: they cannot be opened.
+        """
+        with self._reader() as reader:
+            yield CommonNames(reader, prefix)
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:

@@ -20,7 +20,8 @@ from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import hugging_face, orbax
-from pallas_kernels.quantized import is_quantized
+from jaxllm.weights.quantization.detect import Quantization
+from jaxllm.weights.quantization.saved import SavedQuantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ def save(
     format: str,
     model: ModelConfig,
     specs: Any,
+    quantization: Quantization | None,
     config: Mapping[str, Any],
     files: Mapping[str, bytes],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -46,35 +48,47 @@ def save(
         params: the model's arrays.
         format: "safetensors" or "orbax".
         specs: what each of them is, a tree of `WeightSpec`s of the same form.
+        quantization: of its matrices.
         config: the config.json that the model was made from.
         files: what else belongs to the model, by its path in the directory.
 
     Raises:
-        ValidationError: an unknown format.
+        ValidationError: an unknown format, or one that cannot hold how the weights are quantized.
         WeightsError: something is in `directory` already, there is no room for it, or it cannot be written.
     """
     if format not in SAVED_FORMATS:
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
-    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
-        raise ValidationError("The weights are quantized and cannot be saved yet: copy the checkpoint they are from.")
-    with _appearing(directory) as folder:
+    if quantization is not None and format == "orbax":
+        raise ValidationError("format='orbax' holds no quantized weights: take format='safetensors'.")
+    saved = None if quantization is None else SavedQuantization(quantization, specs)
+    with appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)
             written = dict(config)
         else:
             written = hugging_face_config(config, model, params)
             found = list(hugging_face.tensors(specs, params))
-            if written["architectures"][0].endswith("Model"):
-                # the bare model's tensors have no prefix
-                prefix = base_prefix(model)
-                found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
-            hugging_face.write(folder, found)
-        (folder / "config.json").write_text(json.dumps(written, indent=2))
-        for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+            # the bare model's tensors have no prefix
+            prefix = base_prefix(model) if written["architectures"][0].endswith("Model") else ""
+            if saved is None:
+                named = (dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found)
+                hugging_face.write(folder, list(named))
+            else:
+                written = saved.config(written)
+                saved.write(folder, found, prefix)
+        write_files(folder, written, files, tokenizer)
+
+
+def write_files(
+    folder: Path, config: Mapping[str, Any], files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """What a model's directory has beside its weights; `files` by their paths in it."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
 
 
 @contextlib.contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
+def appearing(directory: Path) -> Iterator[Path]:
     """A folder to be filled that becomes `directory` when the body ends without an error, and vanishes otherwise.
 
     Raises:

@@ -24,12 +24,13 @@ def gather(spec: WeightSpec, array: jax.Array) -> np.ndarray:
         return np.asarray(array)
     whole = np.empty(spec.shape, array.dtype)
     for _, part, index in spec.places():
-        whole[index] = gather_tensor(spec, array, part, index)
+        found = gather_tensor(spec, array, part, index)
+        whole[index] = found.T if spec.columns_first else found
     return whole
 
 
 def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[int | slice, ...]) -> np.ndarray:
-    """One part of an array that is split.
+    """One part of an array that is split, rows first.
 
     Args:
         part, index: of `WeightSpec.places`.
@@ -40,14 +41,15 @@ def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[i
         numbers = place_on_mesh(spec, array.sharding, shard.index)
         first = sum(held(other.axes[0], sizes, numbers).size for other in before)
         own = [held(axis, sizes, numbers) for axis in part.axes]
-        stacked = list(index[:-1])
+        stacked = list(index[: -2 if spec.columns_first else -1])
         if spec.experts is not None:
-            experts, number = held(spec.experts, sizes, numbers), index[-2]
+            experts, number = held(spec.experts, sizes, numbers), stacked[-1]
             assert isinstance(number, int)
             if not experts.first <= number < experts.first + experts.count:
                 continue
             stacked[-1] = number - experts.first
-        mine = shard.data[(*stacked, slice(first, first + own[0].count))]
+        rows = slice(first, first + own[0].count)
+        mine = shard.data[(*stacked, slice(None), rows)].T if spec.columns_first else shard.data[(*stacked, rows)]
         whole[tuple(slice(axis.first, axis.first + axis.count) for axis in own)] = mine
     return whole
 

@@ -48,6 +48,19 @@ def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, forma
         assert answers(llm) == before
 
 
+def test_quantized_weights_are_saved_as_they_are(tiny_model: Path, tmp_path: Path):
+    with LLM(tiny_model, quantization="int4", dtype="float32", **SMALL) as llm:
+        before = answers(llm)
+        weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm.engine.runner.params)]
+        llm.save(tmp_path / "saved")
+        with pytest.raises(ValueError, match="format='orbax' holds no quantized weights: take format='safetensors'"):
+            llm.save(tmp_path / "other", format="orbax")
+    with LLM(tmp_path / "saved", dtype="float32", **SMALL) as llm:
+        for saved, loaded in zip(weights, jax.tree.leaves(llm.engine.runner.params), strict=True):
+            assert saved.tobytes() == np.asarray(loaded).tobytes()
+        assert answers(llm) == before
+
+
 def test_saving_needs_nothing_that_is_not_installed(engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "orbax"] + ["orbax"]:
         monkeypatch.setitem(sys.modules, name, None)

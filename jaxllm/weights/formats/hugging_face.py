@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import operator
 import shutil
@@ -14,12 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import INDEX, SINGLE
+from jaxllm.weights.formats.shards import ShardWriter
 from jaxllm.weights.whole import gather_tensor, is_split
 
 #: of one file, unless a single tensor is larger; what transformers 4 takes
@@ -60,8 +57,9 @@ class Tensor:
         if is_split(self.spec, array.sharding):
             return gather_tensor(self.spec, array, part, index)
         if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
-            return np.ascontiguousarray(np.asarray(array)[index])
-        own = array[index]
+            own = np.asarray(array)[index]
+            return np.ascontiguousarray(own.T if self.spec.columns_first else own)
+        own = array[index].T if self.spec.columns_first else array[index]
         # an array keeps what numpy has seen of it, and the model's must not keep a copy on the host
         return np.ascontiguousarray(own.copy() if own is array else own)
 
@@ -91,24 +89,10 @@ def write(directory: Path, found: Sequence[Tensor]) -> None:
         raise WeightsError(
             f"{directory}: the weights take {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
         )
-    shards = _shards(found)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2))
-    for name, shard in zip(names, shards, strict=True):
-        path = directory / name
-        path.touch()
-        mode = path.stat().st_mode
-        try:
-            # transformers reads only files that say so
-            save_file({tensor.name: tensor.value() for tensor in shard}, path, {"format": "pt"})
-            # the package makes files that only their owner may read
-            path.chmod(mode)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{path}: cannot be written: {error}") from error
+    writer = ShardWriter(directory)
+    for shard in _shards(found):
+        writer.write({tensor.name: tensor.value() for tensor in shard})
+    writer.close()
 
 
 def _shards(found: Sequence[Tensor]) -> list[list[Tensor]]:

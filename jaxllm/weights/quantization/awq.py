@@ -6,14 +6,25 @@ bits of a word are its column 0, the next ones 2, then 4, 6, 1, 3, 5, 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.quantization.method import Found, Method, StoredTensors, needs, one_of, packed_pairs, stream
+from jaxllm.weights.quantization.method import (
+    Found,
+    Method,
+    StoredTensors,
+    as_stream,
+    codes_of,
+    needs,
+    one_of,
+    packed_pairs,
+    stream,
+)
 
 #: where each column of eight lies in a word
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -58,6 +69,36 @@ class AWQ(Method):
             return _columns(tensors.raw(f"{module}.qzeros")).T
         return tensors.read(f"{module}.scales").T
 
+    writes = True
+
+    def written(self, name: str, found: Found, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        module, (rows, _) = name.removesuffix(".weight"), found.shape
+        layout, zeros = found.layout, arrays["zeros"]
+        if not isinstance(layout, Int4Layout) or rows % 8 or zeros.max(initial=0) > 15:
+            raise ValidationError(f"{module} [{rows} rows] cannot be written as AWQ: rows come in eights, zeros to 15.")
+        return {
+            f"{module}.qweight": _words(codes_of(arrays["packed"], layout.group).T),
+            f"{module}.qzeros": _words(zeros.T),
+            f"{module}.scales": np.ascontiguousarray(arrays["scales"].T),
+        }
+
+
+def configuration(group: int, left_out: Iterable[str]) -> dict[str, Any]:
+    """quantization_config of a checkpoint in this format.
+
+    Args:
+        group: columns that share a scale.
+        left_out: modules that are not quantized.
+    """
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(left_out),
+    }
+
 
 def int4_layout(tensors: StoredTensors, module: str, columns: int, groups: int) -> Int4Layout:
     """By the shape of a matrix's scales. Raises WeightsError where the groups do not divide its columns."""
@@ -81,3 +122,9 @@ def _columns(words: np.ndarray) -> np.ndarray:
     """i32 [R, N / 8] -> uint8 [R, N]."""
     rows = words.shape[0]
     return stream(words, 4, words.shape[1] * 8).reshape(rows, -1, 8)[:, :, _PLACES].reshape(rows, -1)
+
+
+def _words(numbers: np.ndarray) -> np.ndarray:
+    """`_columns` backwards."""
+    rows = numbers.shape[0]
+    return as_stream(numbers.reshape(rows, -1, 8)[:, :, np.argsort(_PLACES)].reshape(rows, -1), 4)

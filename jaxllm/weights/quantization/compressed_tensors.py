@@ -8,8 +8,9 @@ int-quantized and float-quantized: ``weight`` in eight bits with ``weight_scale`
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from jaxllm.weights.quantization.method import (
     Found,
     Method,
     StoredTensors,
+    as_stream,
+    codes_of,
+    in_their_places,
     inner,
     matches,
     needs,
@@ -53,6 +57,7 @@ class CompressedTensors(Method):
 
     def __init__(self, config: Mapping[str, Any]):
         self._groups = tuple((config.get("config_groups") or {}).values())
+        self._format = str(config.get("format") or "dense")
         self._ignored = tuple(config.get("ignore") or ())
         if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
             raise ValidationError("quantization_config of config.json has sparse weights, which are not supported.")
@@ -199,3 +204,104 @@ class CompressedTensors(Method):
         if isinstance(layout, Int4Layout):
             return packed_pairs(codes, layout.group)
         return (codes.astype(np.int16) - half).astype(np.int8)
+
+    writes = True
+
+    def written(self, name: str, found: Found, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        module, layout, (rows, columns) = name.removesuffix(".weight"), inner(found.layout), found.shape
+        scheme = self._scheme(module)
+        assert scheme is not None
+        weights, order = scheme["weights"], arrays.get("order")
+        bits, groups = weights.get("num_bits", 8), arrays["scales"].shape[1]
+        strategy, scales = weights.get("strategy", "tensor"), arrays["scales"]
+        if strategy == "block":
+            raise ValidationError(
+                f"{module}: scales of blocks lie in memory as scales of rows, and are not written. Copy the checkpoint."
+            )
+        tensors = {"weight_scale": scales[:1, 0] if strategy == "tensor" else scales}
+        if "inputs" in arrays:
+            tensors["input_scale"] = arrays["inputs"]
+        half = 1 << (bits - 1)
+        if isinstance(layout, Int4Layout):
+            codes, zeros = codes_of(arrays["packed"], layout.group), arrays["zeros"].astype(np.int16)
+        else:
+            codes = arrays["values"]
+            zeros = arrays["zeros"] + half if "zeros" in arrays else np.full(scales.shape, half)
+        if zeros.min(initial=0) < 0 or zeros.max(initial=0) >= 1 << bits:
+            raise ValidationError(f"{module}: zero points of {bits} bits reach to {(1 << bits) - 1}.")
+        assert not weights.get("symmetric", True) or (zeros == half).all()
+        if (scheme.get("format") or self._format) == "pack-quantized":
+            if not isinstance(layout, Int4Layout):
+                codes = (codes.astype(np.int16) + half).astype(np.uint8)
+            tensors["weight_packed"] = as_stream(in_their_places(codes, order), bits)
+            tensors["weight_shape"] = np.array([rows, columns], np.int64)
+            if not weights.get("symmetric", True):
+                tensors["weight_zero_point"] = np.ascontiguousarray(as_stream(zeros.T.astype(np.int32), bits).T)
+        else:
+            tensors["weight"] = in_their_places(codes, order)
+            if not weights.get("symmetric", True):
+                tensors["weight_zero_point"] = (zeros - half).astype(np.int8)
+        if order is not None:
+            of_column = np.arange(columns, dtype=np.int32) // (columns // groups)
+            tensors["weight_g_idx"] = in_their_places(of_column[None], order)[0]
+        return {f"{module}.{end}": np.ascontiguousarray(tensor) for end, tensor in tensors.items()}
+
+
+def configuration(layouts: Mapping[str, Layout], left_out: Iterable[str], *, symmetric: bool = False) -> dict[str, Any]:
+    """quantization_config of a checkpoint in this format.
+
+    Args:
+        layouts: of the quantized modules: `Int4Layout` is packed, int8 packed or, where inputs are rounded, as it is,
+            and so is float8.
+        symmetric: whether the zero points of four bits are all 8, and not written.
+        left_out: modules that are not quantized.
+
+    Raises:
+        ValidationError: a layout has no such form, or two need different formats.
+    """
+    schemes: dict[str, dict[str, Any]] = {}
+    modules: dict[str, list[str]] = {}
+    for module, layout in layouts.items():
+        scheme = _written_scheme(layout, symmetric)
+        key = json.dumps(scheme)
+        schemes[key] = scheme
+        modules.setdefault(key, []).append(module)
+    formats = {scheme["format"] for scheme in schemes.values()}
+    if len(formats) != 1:
+        raise ValidationError(f"Matrices of one checkpoint cannot be {' and '.join(sorted(formats))}.")
+    groups = {
+        f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else modules[key], **scheme}
+        for i, (key, scheme) in enumerate(schemes.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop(),
+        "quantization_status": "compressed",
+        "ignore": list(left_out),
+        "config_groups": groups,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _written_scheme(layout: Layout, symmetric: bool) -> dict[str, Any]:
+    """What a config group says of a layout, but for its targets."""
+    own, inputs = inner(layout), None
+    if isinstance(layout, RoundedInputsLayout):
+        kind = "float" if layout.dtype == FLOAT8 else "int"
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+        if layout.static or layout.group:
+            raise ValidationError("Inputs with scales of the checkpoint's or of groups are not written.")
+    weights: dict[str, Any] = {"dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
+    if isinstance(own, Int4Layout):
+        weights |= {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": own.group}
+        return {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
+    if not isinstance(own, ScaledLayout) or own.has_zeros or (own.group and own.dtype == FLOAT8):
+        raise ValidationError(f"{type(own).__name__} has no form in compressed-tensors.")
+    groups = {"strategy": "group", "group_size": own.group} if own.group else {"strategy": "channel"}
+    if own.dtype == FLOAT8:
+        form = "float-quantized"
+    else:
+        form = "pack-quantized" if inputs is None else "int-quantized"
+    weights |= {"num_bits": 8, "type": "float" if own.dtype == FLOAT8 else "int", "symmetric": True, **groups}
+    return {"format": form, "weights": weights, "input_activations": inputs}

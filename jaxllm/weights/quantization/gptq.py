@@ -12,15 +12,28 @@ the same order.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.quantization.awq import int4_layout, scale_dtype
-from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, needs, one_of, packed_pairs, stream
+from jaxllm.weights.quantization.method import (
+    Found,
+    Method,
+    StoredTensors,
+    as_stream,
+    codes_of,
+    in_their_places,
+    inner,
+    needs,
+    one_of,
+    packed_pairs,
+    stream,
+)
 
 BITS = (2, 3, 4, 8)
 
@@ -119,5 +132,62 @@ class GPTQ(Method):
             return stream(words, bits, rows).astype(np.int16)
         if bits == 3:
             return (stream(words, bits, rows).astype(np.int16) + 1) & 7
-        ones = sum(1 << place for place in range(0, 32, bits))
-        return stream(words + np.uint32(ones), bits, rows).astype(np.int16)
+        return stream(words + _ones(bits), bits, rows).astype(np.int16)
+
+    writes = True
+
+    def written(self, name: str, found: Found, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        module, layout, (rows, columns) = name.removesuffix(".weight"), inner(found.layout), found.shape
+        bits, order = self._bits_of(module), arrays.get("order")
+        if isinstance(layout, Int4Layout):
+            codes, zeros = codes_of(arrays["packed"], layout.group), arrays["zeros"]
+        else:
+            codes = arrays["values"].view(np.uint8) ^ 128
+            zeros = arrays["zeros"] + 128 if "zeros" in arrays else np.full(arrays["scales"].shape, 128)
+        if columns * bits % 32 or rows * bits % 32 or max(codes.max(initial=0), zeros.max(initial=0)) >= 1 << bits:
+            raise ValidationError(
+                f"{module} [{rows}, {columns}] cannot be written as GPTQ of {bits} bits: rows and columns fill whole "
+                "words of 32 bits, and no zero point is larger than the largest number."
+            )
+        zeros = np.ascontiguousarray(zeros.T).astype(np.int32)
+        if not self._less_one:
+            stored = as_stream(zeros, bits)
+        elif bits == 3:
+            stored = as_stream((zeros - 1) & 7, bits)
+        else:
+            stored = (as_stream(zeros, bits).view(np.uint32) - _ones(bits)).view(np.int32)
+        of_column = np.arange(columns, dtype=np.int32) // (columns // arrays["scales"].shape[1])
+        return {
+            f"{module}.qweight": np.ascontiguousarray(as_stream(in_their_places(codes, order), bits).T),
+            f"{module}.qzeros": stored,
+            f"{module}.scales": np.ascontiguousarray(arrays["scales"].T),
+            f"{module}.g_idx": in_their_places(of_column[None], order)[0],
+        }
+
+
+def _ones(bits: int) -> np.uint32:
+    """A word with a one at the place of each number."""
+    return np.uint32(sum(1 << place for place in range(0, 32, bits)))
+
+
+def configuration(
+    bits: int, group: int, *, symmetric: bool, reordered: bool, left_out: Iterable[str]
+) -> dict[str, Any]:
+    """quantization_config of a checkpoint in the first format.
+
+    Args:
+        group: columns that share a scale; -1: all.
+        reordered: whether there is act-order.
+        left_out: modules that are not quantized.
+    """
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": reordered,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {f"-:^{re.escape(module)}$": {} for module in left_out},
+    }

@@ -93,6 +93,19 @@ class Method(abc.ABC):
 
     #: whether `array` takes as long for some rows as for all, and gives all
     whole_matrices: ClassVar[bool] = True
+    #: whether `written` is there
+    writes: ClassVar[bool] = False
+
+    def written(self, name: str, found: Found, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of a matrix of which `array` makes these arrays again, bit for bit, by their names.
+
+        Args:
+            arrays: all of the layout's, by their names (`Layout.shapes`), with all of the matrix's rows.
+
+        Raises:
+            ValidationError: the format cannot hold them.
+        """
+        raise NotImplementedError
 
 
 def needs(tensors: StoredTensors, name: str, shape: Sequence[int | None] | None = None) -> tuple[int, ...]:
@@ -138,11 +151,35 @@ def stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return ((low | high) & np.uint32((1 << bits) - 1)).astype(np.uint8)
 
 
+def as_stream(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """`stream` backwards: numbers [..., n] to words i32 [..., ceil(n * bits / 32)], filled up with zeros."""
+    each = (numbers[..., None] >> np.arange(bits, dtype=numbers.dtype)) & 1
+    octets = np.packbits(each.astype(np.uint8).reshape(*numbers.shape[:-1], -1), axis=-1, bitorder="little")
+    filled = np.pad(octets, [*[(0, 0)] * (octets.ndim - 1), (0, -octets.shape[-1] % 4)])
+    return np.ascontiguousarray(filled).view("<i4")
+
+
 def packed_pairs(codes: np.ndarray, group: int) -> np.ndarray:
     """Codes 0..15 [N, K] as `quant_matmul.layout.pack` has them, in numpy: uint8 [N, K / 2]."""
     rows, columns = codes.shape
     halves = codes.reshape(rows, columns // group, 2, group // 2)
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, columns // 2).astype(np.uint8)
+
+
+def codes_of(packed: np.ndarray, group: int) -> np.ndarray:
+    """`packed_pairs` backwards: uint8 [N, K]."""
+    rows, half = packed.shape
+    groups = packed.reshape(rows, -1, group // 2)
+    return np.stack([groups & 15, groups >> 4], axis=2).reshape(rows, half * 2)
+
+
+def in_their_places(codes: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Columns that lie in another order (`ReorderedLayout`), where the matrix has them; None: they lie so."""
+    if order is None:
+        return codes
+    placed = np.empty_like(codes)
+    placed[:, order] = codes
+    return placed
 
 
 def matches(pattern: str, module: str) -> bool:

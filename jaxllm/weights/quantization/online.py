@@ -55,17 +55,26 @@ class Online(Method):
     def array(
         self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
     ) -> np.ndarray:
-        matrix = tensors.read(name, rows, within).astype(np.float32)
-        layout = inner(found.layout)
-        if isinstance(layout, Int4Layout):
-            return _int4(matrix, layout.group, kind)
-        assert isinstance(layout, ScaledLayout)
-        largest = LARGEST[layout.dtype]
-        scales = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(largest)
-        if kind == "scales":
-            return scales
-        scaled = np.clip(matrix / np.where(scales == 0, np.float32(1), scales), -largest, largest)
-        return np.rint(scaled).astype(np.int8) if layout.dtype == "int8" else scaled
+        return rounded(tensors.read(name, rows, within).astype(np.float32), found.layout, kind)
+
+
+def rounded(matrix: np.ndarray, layout: Layout, kind: str) -> np.ndarray:
+    """One of the arrays of a layout that hold what a matrix is rounded to.
+
+    Args:
+        matrix: float32 [N, K].
+        kind: a name of `Layout.shapes`.
+    """
+    layout = inner(layout)
+    if isinstance(layout, Int4Layout):
+        return _int4(matrix, layout.group, kind)
+    assert isinstance(layout, ScaledLayout)
+    largest = LARGEST[layout.dtype]
+    scales = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(largest)
+    if kind == "scales":
+        return scales
+    scaled = np.clip(matrix / np.where(scales == 0, np.float32(1), scales), -largest, largest)
+    return np.rint(scaled).astype(np.int8) if layout.dtype == "int8" else scaled.astype(layout.dtype)
 
 
 def _int4(matrix: np.ndarray, group: int, kind: str) -> np.ndarray:

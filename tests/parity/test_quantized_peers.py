@@ -1,0 +1,135 @@
+"""What `jaxllm.quantize` writes, as the packages that made the formats read it: bit for bit what we make of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.tiny_model import write_tiny_model
+
+import jaxllm
+from jaxllm.models.matrices import matrices
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.quantizing.layer import weight_of
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.formats.safetensors import SafetensorsReader
+from pallas_kernels.quantized import dense
+
+pytestmark = pytest.mark.peer
+MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def written(model: Path, folder: Path, **asked: Any) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """quantization_config, the tensors of a matrix, as torch has them, and the matrix as we read it."""
+    torch = pytest.importorskip("torch")
+    text = folder / "text.txt"
+    text.write_text(" ".join(str(i * i) for i in range(400)))
+    few = {"num_samples": 2, "sequence_length": 64, "perplexity": False, "progress": False}
+    jaxllm.quantize(model, folder / "out", calibration=text, **few, **asked)
+    checkpoint = Checkpoint(folder / "out")
+    specs = decoder_specs(model_config(checkpoint.config))
+    checkpoint.quantize(None, matrices(specs), prefix="model.")
+    assert checkpoint.quantization is not None
+    method, name = checkpoint.quantization.method, f"{MODULE}.weight"
+    found = checkpoint.quantization.matrices[name]
+    with checkpoint.tensors() as reader, SafetensorsReader(folder / "out") as files:
+        arrays = {
+            kind: method.array(reader, name, found, kind, slice(None), None)
+            for kind in found.layout.shapes(*found.shape)
+        }
+        raw = {
+            end: files.raw(tensor) for tensor in files.names() if (end := tensor.removeprefix(f"{MODULE}.")) != tensor
+        }
+        tensors = {
+            end: torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+            if array.dtype.name.startswith("float8")
+            else torch.from_numpy(array.copy())
+            for end, array in raw.items()
+        }
+    ours = np.asarray(dense(weight_of(found.layout, jax.tree.map(jnp.asarray, arrays)), jnp.dtype(jnp.float32)))
+    return json.loads((folder / "out" / "config.json").read_text())["quantization_config"], tensors, ours
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "int8"},
+        {"method": "int4"},
+        {"method": "int4", "symmetric": True, "group_size": 32},
+        {"method": "fp8"},
+    ],
+)
+def test_compressed_tensors(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config, tensors, ours = written(tiny_model, tmp_path, **asked)
+    read = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
+    (scheme,) = read.config_groups.values()
+    tensors = {end: t.float() if end == "weight_scale" else t for end, t in tensors.items()}
+    reader = BaseCompressor.get_value_from_registry(config["format"])
+    theirs = reader.decompress(tensors, scheme)["weight"]
+    np.testing.assert_array_equal(theirs.float().numpy(), ours)
+
+
+def of_file(package: str, *parts: str) -> Any:
+    """A module by its file: a package whose own beginning needs other versions of what is installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"{package} is not installed")
+    path = Path(found.origin).parent.joinpath(*parts)
+    spec = importlib.util.spec_from_file_location(parts[-1].removesuffix(".py"), path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_autoawq(tiny_model: Path, tmp_path: Path):
+    dequantize: Callable[..., Any] = of_file("awq", "utils", "packing_utils.py").dequantize_gemm
+    config, tensors, ours = written(tiny_model, tmp_path, method="awq")
+    theirs = dequantize(
+        tensors["qweight"], tensors["qzeros"], tensors["scales"].float(), config["bits"], config["group_size"]
+    )
+    np.testing.assert_array_equal(theirs.T.numpy(), ours)
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"bits": 8, "symmetric": False}, {"bits": 3, "symmetric": False}, {"bits": 2}, {"desc_act": True}]
+)
+def test_gptqmodel(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    config, tensors, ours = written(tiny_model, tmp_path, method="gptq", **asked)
+    rows, columns = ours.shape
+    layer = TorchLinear(
+        bits=config["bits"],
+        group_size=config["group_size"],
+        sym=config["sym"],
+        desc_act=config["desc_act"],
+        in_features=columns,
+        out_features=rows,
+        bias=False,
+    )
+    layer.load_state_dict(tensors, strict=False)
+    layer.scales = layer.scales.float()
+    convert_gptq_v1_to_v2_format_module(module=layer, bits=config["bits"], pack_dtype=layer.pack_dtype)
+    layer.post_init()
+    theirs = layer.dequantize_weight()
+    np.testing.assert_allclose(theirs.T.float().numpy(), ours, rtol=1e-3, atol=1e-6)
