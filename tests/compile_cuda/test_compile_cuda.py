@@ -26,6 +26,8 @@ STACKS: dict[str, int] = {
     r"^paged_attention: Gemma.* over (int8|float8)": 128,
     # XLA's own products, whose tiles it chooses on the card: without one nothing is autotuned
     r"^Gemma-3-27B: (decode|mixed) .*, fusion\.\d+$": 696,
+    # and of routers
+    r"^Qwen3-30B-A3B in GPTQ: decode .*, fusion\.\d+$": 32,
     # up to four numbers, outside of the loop over the context or for heads of 256
     r"^paged_attention: ": 16,
 }
