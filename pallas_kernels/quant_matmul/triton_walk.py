@@ -45,8 +45,8 @@ class Tile:
     """Rows of a matrix, some of which may lie behind its last, and the x that they are multiplied with."""
 
     walk: Walk
-    #: references to a stack of them
-    weight: Int4Weight | ScaledWeight | CodebookWeight
+    #: an Int4Weight, ScaledWeight or CodebookWeight of references to a stack of them
+    weight: Any
     #: reference to a codebook's numbers, float32 [16]
     table: Any
     #: of the matrix in the stack
