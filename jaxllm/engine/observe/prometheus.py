@@ -27,7 +27,7 @@ HELP = {
     "vllm:cache_config_info": "The cache's configuration, in labels.",
     "vllm:prefix_cache_queries": "Tokens that the prefix cache was asked for.",
     "vllm:prefix_cache_hits": "Tokens of these that it had.",
-    "vllm:external_prefix_cache_queries": "Tokens that the host's blocks were asked for, as the prefix cache lacks them.",
+    "vllm:external_prefix_cache_queries": "Tokens that the prefix cache lacks, and the host was asked for.",
     "vllm:external_prefix_cache_hits": "Tokens of these that the host had.",
     "vllm:kv_offload_cpu_cache_usage_perc": "Share of the host's blocks that have contents, in [0, 1].",
     "vllm:kv_offload_stores_skipped": "Evicted blocks for which the host had no room.",
