@@ -174,6 +174,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
             max_scored_tokens=1024,
         ),
         dtype="bfloat16",
+        kv_dtype="bfloat16",
         target=target_described(gpu, devices, grid=Grid(tensor=model.devices)),
         block_size=16,
         gpu_memory_utilization=0.9,
