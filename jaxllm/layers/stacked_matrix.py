@@ -81,7 +81,7 @@ def one_row_product(x: jax.Array, weight: StackedMatrix) -> jax.Array:
     row = x[0].astype(jnp.float32)
     if isinstance(weight.stored, Int4Weight):
         return _four_bit_product(row, weight.stored, weight.layer)
-    stored = weight.stored.values if isinstance(weight.stored, ScaledWeight) else weight.stored
+    stored: Any = weight.stored.values if isinstance(weight.stored, ScaledWeight) else weight.stored
     width = _part_width(in_features)
     lanes = jnp.zeros((out_features, width))
     for first in range(0, in_features, width):

@@ -164,7 +164,7 @@ class Code:
         result = ir.VectorType(WORD, half)
         if half == 8 and platform.machine() == "x86_64":
             return self.builder.call(self._declared("llvm.x86.avx2.pmadd.wd", result, [a.type, b.type]), [a, b])
-        products = self.builder.mul(self.widened(a, WORD), self.widened(b, WORD))
+        products: Value = self.builder.mul(self.widened(a, WORD), self.widened(b, WORD))
         even, odd = (ir.Constant(result, [2 * i + first for i in range(half)]) for first in (0, 1))
         nothing = ir.Constant(products.type, ir.Undefined)
         left, right = (self.builder.shuffle_vector(products, nothing, places) for places in (even, odd))

@@ -37,5 +37,6 @@ def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Arr
     if not has_kernel(backend, weight, rows=x.shape[0]):
         return packed_matmul_reference(x, weight if layer is None else index(weight, layer))
     if layer is None:
-        weight, layer = jax.tree.map(lambda array: lax.expand_dims(array, [0]), weight), jnp.int32(0)
-    return packed_matmul_cpu(x, weight, layer, version=backend.cpu_kernels)
+        weight = jax.tree.map(lambda array: lax.expand_dims(array, [0]), weight)
+    place = jnp.int32(0) if layer is None else layer
+    return packed_matmul_cpu(x, weight, place, version=backend.cpu_kernels)
