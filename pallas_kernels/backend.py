@@ -36,6 +36,9 @@ class Backend:
     lowering: str = "pallas"
     #: run kernels in Pallas' interpreter, on any device
     interpret: bool = False
+    #: version of the kernels for CPUs that this process has loaded (`cpu_ffi.compiled`), which programs call by it; ""
+    #: none
+    cpu_kernels: str = ""
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
     deterministic: bool = False
 

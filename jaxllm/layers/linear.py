@@ -8,10 +8,11 @@ from jax import lax
 
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
-from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
+from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
+from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
 
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized | Observed
@@ -52,10 +53,11 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, StackedMatrix):
-        if x.shape[0] == 1:
+        if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
+            return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
+        if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
             return one_row_product(x, weight)
-        assert weight.several is not None
-        weight = weight.several
+        weight = weight.whole()
     if isinstance(weight, Observed):
         weight.see(x)
         weight = weight.weight
@@ -84,6 +86,8 @@ def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Arra
         if scales.shape[-2] > 1:
             return linear_f32(context, (rounded * scales).reshape(x.shape).astype(x.dtype), weight.weight)
         return linear_f32(context, rounded.reshape(x.shape).astype(x.dtype), weight.weight) * scales[..., 0]
+    if x.ndim == 2 and has_kernel(context.backend, weight, rows=x.shape[0]):
+        return packed_matmul(x, weight, backend=context.backend)
     if isinstance(weight, ScaledWeight) and weight.one_scale_a_row:
         return linear_f32(context, x, weight.values.astype(x.dtype)) * weight.scales[:, 0].astype(jnp.float32)
     if isinstance(weight, Int4Weight) and not context.deterministic:

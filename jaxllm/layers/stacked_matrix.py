@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quantized import ScaledWeight, is_quantized
+from pallas_kernels.quantized import Quantized, ScaledWeight, index, is_quantized
 from pallas_kernels.storage import from_storage
 
 #: in-features come in multiples of it: a vector
@@ -34,17 +34,26 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedMatrix:
-    """[out, in] of a layer: what `linear` takes in place of a weight, for x of one row."""
+    """[out, in] of a layer: what `linear` takes in place of a weight, for x of one row, or of a few where it is
+    quantized and has a kernel (`pallas_kernels.packed_matmul`).
+    """
 
-    #: [L, out, in]: float32, or uint16, the bits of bfloat16; int8 with one scale a row; four bits in groups
-    stored: jax.Array | ScaledWeight | Int4Weight
+    #: [L, out, in]: float32, or uint16, the bits of bfloat16; or quantized
+    stored: jax.Array | Quantized
     #: i32 [], unknown to the compiler; None: of all layers
     layer: jax.Array | None = None
-    #: [out, in], the same for x of several rows; None: there is no such x
+    #: [out, in], the same for x of several rows; None: there is no such x, or it is quantized
     several: jax.Array | None = None
 
     def of_layer(self, layer: jax.Array) -> StackedMatrix:
         return dataclasses.replace(self, layer=layer)
+
+    def whole(self) -> jax.Array | Quantized:
+        """The layer's matrix by itself: it is copied, where it is not at hand."""
+        if self.several is not None:
+            return self.several
+        assert is_quantized(self.stored) and self.layer is not None
+        return index(self.stored, self.layer)
 
 
 def can_be_read(weight: Any) -> bool:

@@ -26,6 +26,7 @@ from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_mode
 from jaxllm.parallel.rules import check_split, check_storage_split, expert_layers, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
 from jaxllm.runner.compile.attention_backend import attention_backend
+from jaxllm.runner.compile.cpu_kernels import with_cpu_kernels
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
@@ -160,6 +161,7 @@ class Setup:
             progress=progress,
         )
         check_storage_split(config.specs(), target.mesh_sizes)
+        config = with_cpu_kernels(config, cache_folder() / "kernels")
         if not args.kv_offloading_size:
             return config
         if limits.lockstep:

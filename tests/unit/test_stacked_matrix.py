@@ -124,7 +124,7 @@ def matrices(tree: Any) -> list[StackedMatrix]:
 def test_they_are_in_the_weights_own_memory(llm: LLM):
     runner: Any = llm.engine.runner
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params)}
-    found: list[Any] = matrices(runner.head._whole.layers) + matrices(runner.head._head)
+    found: list[Any] = matrices(runner.head._forms["one row"].layers) + matrices(runner.head._head)
     assert len(found) == (5 if runner.params.embedding.dtype == jnp.bfloat16 else 4)
     assert all(matrix.stored.unsafe_buffer_pointer() in own for matrix in found)
 

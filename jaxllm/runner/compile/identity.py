@@ -28,7 +28,7 @@ _PACKAGES = ("jaxllm", "pallas_kernels")
 #: packages that take part in tracing and compiling
 _COMPILERS = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
-    *("jax-triton", "triton"),
+    *("jax-triton", "triton", "llvmlite"),
 )
 _CPU_LINES = ("model name", "flags", "Features")
 

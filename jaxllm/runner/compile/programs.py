@@ -31,6 +31,9 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
+if jax.__version_info__ < (0, 11):
+    # XLA's fusions by YNNPACK add up wrongly there: jax issue 39103
+    CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = ""
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
 CPU_HEAD_OPTIONS: dict[str, str | bool | int] = {}

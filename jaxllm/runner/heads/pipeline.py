@@ -17,6 +17,7 @@ from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
+from jaxllm.runner.heads.sampling_programs import Form
 from jaxllm.runner.heads.sampling_step import State
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
@@ -48,7 +49,7 @@ class PipelineHead(SamplingHead):
         self._pipeline = pipeline
         self._embeddings = Embeddings(pipeline.first)
         #: of each stage its weights, as programs of several rows take them and as those of a single row do
-        self._stages: tuple[tuple[Params, Params | None], ...] = ()
+        self._stages: tuple[tuple[Params, dict[Form, Params]], ...] = ()
         #: told of each launch
         self._clocks: tuple[StageClock, ...] = ()
         #: the last stage's own copy of the embedding, where that is the head
@@ -69,8 +70,7 @@ class PipelineHead(SamplingHead):
         cut = []
         for programs in self._pipeline.stages:
             part = stage_params(params, programs.stage, self._tied)
-            whole = any(map(programs.takes_whole_layers, programs.packings))
-            cut.append((part, programs.whole_params(part) if whole else None))
+            cut.append((part, programs.forms(part)))
         self._stages = tuple(cut)
         self._head = self.programs.head_params(cut[-1][0])
 
@@ -147,7 +147,8 @@ class PipelineHead(SamplingHead):
             words = jax.device_put(buffer, programs.sharding)
             if programs.stage.index:
                 given = (jax.device_put(given[0], programs.sharding),)
-            weights = params[programs.takes_whole_layers(bucket)]
+            _, forms = params
+            weights = forms[programs.form(bucket)]
             new, hidden, rest = programs.forward(bucket)(weights, own, words, *given)
             if isinstance(hidden, tuple):
                 hidden, load = hidden

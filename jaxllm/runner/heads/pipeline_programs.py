@@ -19,6 +19,7 @@ from jaxllm.runner.heads.sampling_programs import SamplingPrograms, with_whole_s
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.heads.stage_step import PipelineState, stage_step, take_sampled
 from jaxllm.runner.packing import Packing
+from pallas_kernels.backend import Backend
 
 TAKE: Key = ("take sampled",)
 
@@ -69,9 +70,8 @@ class StagePrograms(SamplingPrograms):
         """Of the last stage's head."""
         return self._params.head
 
-    def whole_params(self, params: Params) -> Params:
-        """A stage's weights, or their shapes, as programs of a bucket that `takes_whole_layers` take them."""
-        return with_whole_segments(params)
+    def _with_whole(self, params: Params, backend: Backend, *, one_row: bool) -> Params:
+        return with_whole_segments(params, backend, one_row=one_row)
 
     def _keys(self) -> list[Key]:
         forwards: list[Key] = [("forward", bucket) for bucket in self.packings]

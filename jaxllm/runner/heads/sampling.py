@@ -16,7 +16,7 @@ from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
-from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms
+from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, Form, SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
@@ -128,8 +128,8 @@ class SamplingHead(Head[Params, State]):
         self._rows = SamplingRows(programs)
         self._embeddings = Embeddings(programs)
         self._params: Params | None = None
-        #: the weights as programs of a single row take them, and as samplers do
-        self._whole: Params | None = None
+        #: the weights in the forms in which programs take them, and as samplers do
+        self._forms: dict[Form, Params] = {}
         self._head: Params | None = None
         rows = programs.replicas * programs.max_num_seqs
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
@@ -137,11 +137,10 @@ class SamplingHead(Head[Params, State]):
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
-        self._params, self._whole, self._head = params, None, None
+        self._params, self._forms, self._head = params, {}, None
         if params is not None:
             self._head = programs.head_params(params)
-            if any(map(programs.takes_whole_layers, (*programs.packings, *programs.decode_packings))):
-                self._whole = programs.whole_params(params)
+            self._forms = programs.forms(params)
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._rows.admit(request)
@@ -254,4 +253,4 @@ class SamplingHead(Head[Params, State]):
         return State(cache=state.cache, tokens=tokens)
 
     def _params_for(self, bucket: Bucket) -> Params | None:
-        return self._whole if self.programs.takes_whole_layers(bucket) else self._params
+        return self._forms.get(self.programs.form(bucket))

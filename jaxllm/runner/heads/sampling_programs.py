@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,15 @@ from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.backend import Backend
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
+from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
+
+#: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
+#: those that a few rows read so by a kernel
+Form = Literal["plain", "one row", "few rows"]
+PLAIN = Backend()
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
 #: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
@@ -106,16 +113,28 @@ class SamplingPrograms(Programs):
         args = self._params_for(bucket), self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=out)
 
-    def takes_whole_layers(self, bucket: Bucket) -> bool:
-        """Whether a bucket's programs take `with_whole_layers` of the params."""
-        return bucket.tokens == 1 and self.has_one_row_products
+    def form(self, bucket: Bucket) -> Form:
+        """In which form a bucket's programs take the weights."""
+        if bucket.tokens == 1 and self.has_one_row_products:
+            return "one row"
+        backend = self.config.context.backend
+        return "few rows" if backend.cpu_kernels and bucket.tokens <= MOST_ROWS else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
-        return self.whole_params(self._params) if self.takes_whole_layers(bucket) else self._params
+        return self.params_in(self.form(bucket), self._params)
 
-    def whole_params(self, params: Params) -> Params:
-        """The weights, or their shapes, as programs of a bucket that `takes_whole_layers` take them."""
-        return with_whole_layers(params)
+    def forms(self, params: Params) -> dict[Form, Params]:
+        """The weights in all forms that programs take them in, in the same memory."""
+        return {form: self.params_in(form, params) for form in map(self.form, (*self.packings, *self.decode_packings))}
+
+    def params_in(self, form: Form, params: Params) -> Params:
+        """The weights, or their shapes, in a form."""
+        if form == "plain":
+            return params
+        return self._with_whole(params, self.config.context.backend, one_row=form == "one row")
+
+    def _with_whole(self, params: Params, backend: Backend, *, one_row: bool) -> Params:
+        return with_whole_layers(params, backend, one_row=one_row)
 
     def head_params(self, params: Params) -> Params:
         """What sampling takes of the weights: few arguments make quick launches.
@@ -218,25 +237,29 @@ class SamplingPrograms(Programs):
         return self._get(WRITER)
 
 
-def with_whole_layers(params: Params) -> Params:
+def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
     """The weights as steps of one token take them on a CPU: `with_whole_segments`, and `with_head_for_one`.
 
     Args:
         params: arrays, or their shapes.
+        one_row: False: as steps of a few tokens do, which leave the head as it is.
     """
-    return with_head_for_one(with_whole_segments(params))
+    params = with_whole_segments(params, backend, one_row=one_row)
+    return with_head_for_one(params) if one_row else params
 
 
-def with_whole_segments(params: Params) -> Params:
+def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
     """The weights with the matrices of stacked layers as they lie (`layers.stacked_matrix`), in the same memory.
 
     Args:
         params: arrays, or their shapes.
+        backend: whose kernels read some of them.
+        one_row: False: no others.
     """
 
     def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
-        whole = {name: _whole(getattr(weights, name)) for name in names}
-        return dataclasses.replace(weights, **{name: matrix for name, matrix in whole.items() if matrix is not None})
+        whole = {name: _whole(getattr(weights, name), backend, one_row) for name in names}
+        return dataclasses.replace(weights, **whole)
 
     def of_segment(segment: Layers) -> Layers:
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
@@ -261,10 +284,18 @@ def with_head_for_one(params: Params) -> Params:
     return dataclasses.replace(params, head=own)
 
 
-def _whole(weight: Any) -> StackedMatrix | None:
-    """The matrices of stacked layers as they lie, where they can be read so; else None."""
-    if weight is None or len(weight.shape) != 3 or not can_be_read(weight):
-        return None
+def _whole(weight: Any, backend: Backend, one_row: bool) -> Any:
+    """The matrices of stacked layers as they lie, where they can be read so; else as they are given."""
+    if isinstance(weight, Joined):
+        return Joined(tuple(_whole(part, backend, one_row) for part in weight.parts))
+    if isinstance(weight, RoundedInputs | Reordered):
+        return dataclasses.replace(weight, weight=_whole(weight.weight, backend, one_row))
+    if weight is None or len(weight.shape) != 3:
+        return weight
+    if has_kernel(backend, weight):
+        return StackedMatrix(weight)
+    if not one_row or not can_be_read(weight):
+        return weight
     return StackedMatrix(weight if is_quantized(weight) else _stored(weight))
 
 

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, written as LLVM code, and called by XLA as typed FFI targets."""

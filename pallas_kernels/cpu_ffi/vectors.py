@@ -1,0 +1,208 @@
+"""LLVM code from Python expressions: what kernels for CPUs are written with.
+
+A `Code` writes into one function. Vectors are as long as a kernel wants them, and LLVM cuts them into what the
+processor has. Nothing is reordered: sums are added as they are written, so that a number's bits follow from the kernel
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+BYTE, HALF_WORD, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT, POINTER = ir.FloatType(), ir.PointerType()
+#: numbers of the vectors that kernels compute with
+LANES = 16
+
+Value = Any
+
+
+class Code:
+    """Writes the code of a function.
+
+    Args:
+        arguments: types of its arguments.
+        public: whether other modules may call it.
+    """
+
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[ir.Type], *, public: bool = False):
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        if not public:
+            self.function.linkage = "internal"
+        self._module = module
+        self.builder = ir.IRBuilder(self.function.append_basic_block())
+
+    @property
+    def arguments(self) -> Sequence[Value]:
+        return self.function.args
+
+    def end(self) -> None:
+        self.builder.ret_void()
+
+    # ---- integers
+
+    def number(self, value: int) -> Value:
+        return ir.Constant(LONG, value)
+
+    def add(self, a: Value, b: Value | int) -> Value:
+        return self.builder.add(a, self.number(b) if isinstance(b, int) else b)
+
+    def subtract(self, a: Value, b: Value | int) -> Value:
+        return self.builder.sub(a, self.number(b) if isinstance(b, int) else b)
+
+    def times(self, a: Value, b: Value | int) -> Value:
+        return self.builder.mul(a, self.number(b) if isinstance(b, int) else b)
+
+    def divided(self, a: Value, b: Value | int) -> Value:
+        return self.builder.udiv(a, self.number(b) if isinstance(b, int) else b)
+
+    def below(self, a: Value, b: Value) -> Value:
+        return self.builder.icmp_signed("<", a, b)
+
+    # ---- memory
+
+    def at(self, base: Value, offset: Value | int) -> Value:
+        """The address so many bytes further."""
+        offset = self.number(offset) if isinstance(offset, int) else offset
+        return self.builder.gep(base, [offset], source_etype=BYTE)
+
+    def load(self, address: Value, kind: ir.Type, align: int | None = None) -> Value:
+        return self.builder.load(address, align=align, typ=kind)
+
+    def bytes(self, address: Value, count: int) -> Value:
+        """So many bytes, <count x i8>."""
+        return self.load(address, ir.VectorType(BYTE, count), align=1)
+
+    def floats(self, address: Value, count: int = LANES) -> Value:
+        """So many float32 numbers, <count x float>."""
+        return self.load(address, ir.VectorType(FLOAT, count), align=4)
+
+    def store(self, value: Value, address: Value) -> None:
+        self.builder.store(value, address, align=4)
+
+    def half(self, address: Value) -> Value:
+        """The float16 there, as float32."""
+        bits = self.load(address, HALF_WORD, align=1)
+        return self.builder.fpext(self.builder.bitcast(bits, ir.HalfType()), FLOAT)
+
+    def number_of(self, address: Value, dtype: str) -> Value:
+        """The number there, of a dtype of 16 bits or float32, as float32."""
+        if dtype == "float16":
+            return self.half(address)
+        if dtype == "float32":
+            return self.load(address, FLOAT, align=4)
+        bits = self.builder.zext(self.load(address, HALF_WORD, align=2), WORD)
+        return self.builder.bitcast(self.shifted_up(bits, 16), FLOAT)
+
+    def byte(self, address: Value) -> Value:
+        """The byte there, i32 0..255."""
+        return self.builder.zext(self.load(address, BYTE), WORD)
+
+    # ---- vectors
+
+    def splat(self, value: Value, count: int = LANES) -> Value:
+        vector = ir.VectorType(value.type, count)
+        first = self.builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(WORD, 0))
+        zeros = ir.Constant(ir.VectorType(WORD, count), [0] * count)
+        return self.builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+    def all(self, value: int, like: Value) -> Value:
+        """A vector, or number, of this type of nothing but a constant."""
+        kind = like.type
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+    def part(self, vector: Value, first: int, count: int = LANES) -> Value:
+        """Some neighbours of a vector's numbers."""
+        if (first, count) == (0, vector.type.count):
+            return vector
+        places = ir.Constant(ir.VectorType(WORD, count), list(range(first, first + count)))
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+    def parts(self, vector: Value) -> list[Value]:
+        """A vector in parts of `LANES`."""
+        return [self.part(vector, first) for first in range(0, vector.type.count, LANES)]
+
+    def masked(self, value: Value, mask: int) -> Value:
+        return self.builder.and_(value, self.all(mask, value))
+
+    def shifted_down(self, value: Value, bits: int) -> Value:
+        return self.builder.lshr(value, self.all(bits, value)) if bits else value
+
+    def shifted_up(self, value: Value, bits: int) -> Value:
+        return self.builder.shl(value, self.all(bits, value)) if bits else value
+
+    def less(self, value: Value, amount: int) -> Value:
+        return self.builder.sub(value, self.all(amount, value))
+
+    def signed(self, value: Value) -> Value:
+        """Integers with a sign, as float32."""
+        return self.builder.sitofp(value, _with_numbers(value.type, FLOAT))
+
+    def unsigned(self, value: Value) -> Value:
+        return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
+
+    # ---- float32
+
+    def multiplied(self, a: Value, b: Value) -> Value:
+        return self.builder.fmul(a, b)
+
+    def summed(self, a: Value, b: Value) -> Value:
+        return self.builder.fadd(a, b)
+
+    def negated(self, a: Value) -> Value:
+        return self.builder.fneg(a)
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """``a * b + c``, rounded once."""
+        name = f"llvm.fma.v{a.type.count}f32"
+        function = self._module.globals.get(name)
+        if function is None:
+            function = ir.Function(self._module, ir.FunctionType(a.type, [a.type] * 3), name)
+        return self.builder.call(function, [a, b, c])
+
+    def sum_of(self, vector: Value) -> Value:
+        """The sum of a vector's numbers: the right half to the left one, until one is left."""
+        while (half := vector.type.count // 2) >= 1:
+            vector = self.summed(self.part(vector, 0, half), self.part(vector, half, half))
+        return self.builder.extract_element(vector, ir.Constant(WORD, 0))
+
+    # ---- loops
+
+    @contextlib.contextmanager
+    def loop(self, start: Value, stop: Value, step: int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+        """``for i in range(start, stop, step)``, with values that go from one round to the next."""
+        before, builder = self.builder.block, self.builder
+        head, body, end = (self.function.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = builder.phi(LONG)
+        i.add_incoming(start, before)
+        values = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(values, carried, strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", i, stop), body, end)
+        builder.position_at_end(body)
+        loop = Loop(i, values)
+        yield loop
+        last = builder.block
+        i.add_incoming(builder.add(i, self.number(step)), last)
+        for phi, value in zip(values, loop.next, strict=True):
+            phi.add_incoming(value, last)
+        builder.branch(head)
+        builder.position_at_end(end)
+
+
+class Loop:
+    """A loop that is being written: `next` is what the body leaves for the next round; behind the loop, `values` are
+    the last ones."""
+
+    def __init__(self, index: Value, values: list[Value]):
+        self.index, self.values, self.next = index, values, list(values)
+
+
+def _with_numbers(kind: ir.Type, number: ir.Type) -> ir.Type:
+    return ir.VectorType(number, kind.count) if isinstance(kind, ir.VectorType) else number

@@ -1,0 +1,41 @@
+"""Product with a weight that stays packed: which implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.packed_matmul.cpu_ffi import kernel_of, packed_matmul_cpu
+from pallas_kernels.packed_matmul.reference import packed_matmul_reference
+from pallas_kernels.quantized import index
+
+#: most rows of x for which the kernels are the faster way; beyond, a widened matrix pays for itself
+MOST_ROWS = 8
+
+
+def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
+    """Whether a product of so many rows with a weight, or with a tree of its shapes, has a kernel."""
+    return bool(backend.cpu_kernels) and rows <= MOST_ROWS and kernel_of(weight) is not None
+
+
+def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
+    """``x @ dequantize(weight).T``.
+
+    x: [M, K], bf16, f16 or f32. weight: a `Quantized` [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which
+    that layer is meant, and read where it lies.
+    Returns float32 [M, N], computed in float32 from the very numbers that the weight stands for: by the weight's
+    kernel where `has_kernel`, else by the reference, which is differentiable.
+    Raises ValueError where shapes do not fit together.
+    """
+    stack = "" if layer is None else "L, "
+    if x.ndim != 2 or len(weight.shape) != 2 + (layer is not None) or weight.shape[-1] != x.shape[1]:
+        raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
+    if not has_kernel(backend, weight, rows=x.shape[0]):
+        return packed_matmul_reference(x, weight if layer is None else index(weight, layer))
+    if layer is None:
+        weight, layer = jax.tree.map(lambda array: lax.expand_dims(array, [0]), weight), jnp.int32(0)
+    return packed_matmul_cpu(x, weight, layer, version=backend.cpu_kernels)

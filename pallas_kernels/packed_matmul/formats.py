@@ -1,0 +1,146 @@
+"""How the numbers of packed weights are read by a kernel for CPUs: a `Format` for each way in which they lie.
+
+A format says which numbers a row of a weight is, in runs of columns: small integers, exact in float32, and what they
+are multiplied with and raised by. How they lie is told in `quant_matmul.layout`, `quantized` and `gguf_blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from pallas_kernels.cpu_ffi.vectors import BYTE, LANES, Code, Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring columns that share a scale: ``w = scale * values + minimum``."""
+
+    #: vectors of `LANES` numbers, float32
+    values: list[Value]
+    #: float32; None: 1
+    scale: Value | None = None
+    #: float32; None: 0
+    minimum: Value | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way in which weights lie."""
+
+    #: columns that the kernel takes at once
+    columns: int
+    #: arrays of a weight
+    num_arrays: int
+    #: (code, operands of the weight, layer, row, columns of a row) -> what `runs` needs of a row
+    row: Callable[[Code, list[Operand], Value, Value, Value], Any]
+    #: (code, what `row` gave, the first column) -> the runs of the next `columns`, from left to right
+    runs: Callable[[Code, Any, Value], list[Run]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array that a kernel was given."""
+
+    data: Value
+    dims: Value
+
+
+def _int8_row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
+    (values,) = weight
+    return code.at(values.data, code.times(_row_of(code, values, layer, row), columns))
+
+
+def _int8_runs(code: Code, start: Value, first: Value) -> list[Run]:
+    """int8 [L, N, K]; a row's scale is a factor of the result."""
+    return [Run([code.signed(part) for part in code.parts(code.bytes(code.at(start, first), 32))])]
+
+
+def _int4(group: int, scale_dtype: str) -> Format:
+    """`Int4Weight` in groups of `group`: packed uint8 [L, N, K / 2], scales and zeros uint8 [L, K / g, N]."""
+    size = 4 if scale_dtype == "float32" else 2
+
+    def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
+        packed, scales, zeros = weight
+        half_row, groups = code.divided(columns, 2), code.divided(columns, group)
+        rows = _dim(code, packed, 1)
+        first = code.add(code.times(code.times(layer, groups), rows), row)
+        return (
+            code.at(packed.data, code.times(_row_of(code, packed, layer, row), half_row)),
+            code.at(scales.data, code.times(first, size)),
+            code.at(zeros.data, first),
+            rows,
+        )
+
+    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+        packed, scales, zeros, rows = of_row
+        skipped = code.times(code.divided(first, group), rows)
+        scale = code.number_of(code.at(scales, code.times(skipped, size)), scale_dtype)
+        zero = code.load(code.at(zeros, skipped), BYTE)
+        start = code.at(packed, code.divided(first, 2))
+        codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
+        # at most 16 off, which a byte holds
+        zero = code.splat(zero)
+        low = [code.signed(code.builder.sub(code.masked(part, 15), zero)) for part in codes]
+        high = [code.signed(code.builder.sub(code.shifted_down(part, 4), zero)) for part in codes]
+        return [Run(low + high, scale)]
+
+    return Format(columns=group, num_arrays=3, row=row, runs=runs)
+
+
+def _blocks(columns: int, nbytes: int, runs: Callable[[Code, Value], list[Run]]) -> Format:
+    """Blocks of a GGUF file: uint8 [L, N, K / columns * nbytes]."""
+
+    def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
+        (data,) = weight
+        return code.at(data.data, code.times(_row_of(code, data, layer, row), _dim(code, data, 2)))
+
+    def of_block(code: Code, start: Value, first: Value) -> list[Run]:
+        return runs(code, code.at(start, code.times(code.divided(first, columns), nbytes)))
+
+    return Format(columns=columns, num_arrays=1, row=row, runs=of_block)
+
+
+def _q8_0(code: Code, block: Value) -> list[Run]:
+    values = code.bytes(code.at(block, 2), 32)
+    return [Run([code.signed(part) for part in code.parts(values)], code.half(block))]
+
+
+def _nibbles(code: Code, start: Value) -> list[Value]:
+    """16 bytes as two vectors: the low nibbles, and the high ones."""
+    packed = code.bytes(start, 16)
+    return [code.masked(packed, 15), code.shifted_down(packed, 4)]
+
+
+def _q4_0(code: Code, block: Value) -> list[Run]:
+    codes = _nibbles(code, code.at(block, 2))
+    return [Run([code.signed(code.less(part, 8)) for part in codes], code.half(block))]
+
+
+def _q4_1(code: Code, block: Value) -> list[Run]:
+    codes = _nibbles(code, code.at(block, 4))
+    return [Run([code.signed(part) for part in codes], code.half(block), code.half(code.at(block, 2)))]
+
+
+def _row_of(code: Code, array: Operand, layer: Value, row: Value) -> Value:
+    """Of an array [L, N, ...]: the number of a row, counted through all layers."""
+    return code.add(code.times(layer, _dim(code, array, 1)), row)
+
+
+def _dim(code: Code, array: Operand, axis: int) -> Value:
+    return code.load(code.at(array.dims, 8 * axis), code.number(0).type)
+
+
+#: groups of `Int4Weight` that have a kernel, and the types of their scales
+GROUPS = (32, 64, 128)
+SCALE_DTYPES = ("bfloat16", "float16", "float32")
+
+#: by the name of a kernel
+FORMATS: dict[str, Format] = {
+    "int8": Format(columns=32, num_arrays=1, row=_int8_row, runs=_int8_runs),
+    **{f"int4_{group}_{dtype}": _int4(group, dtype) for group in GROUPS for dtype in SCALE_DTYPES},
+    "Q8_0": _blocks(32, 34, _q8_0),
+    "Q4_0": _blocks(32, 18, _q4_0),
+    "Q4_1": _blocks(32, 20, _q4_1),
+}

@@ -1,0 +1,181 @@
+"""Products with packed weights: the kernels for CPUs, and the reference, against the numbers that weights stand for."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.cpu_ffi import call_frame
+from pallas_kernels.gguf_blocks import BLOCKS as GGUF_BLOCKS
+from pallas_kernels.gguf_blocks import BlockWeight
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, packed_matmul
+from pallas_kernels.packed_matmul.cpu_ffi import BLOCKS, GROUPS, SCALE_DTYPES, kernel_of, load
+from pallas_kernels.quant_matmul.layout import int4_weight
+from pallas_kernels.quantized import ScaledWeight, dense, index
+
+LAYERS, LAYER = 3, 1
+#: kernels, each with its weight's columns
+KERNELS = {
+    "int8": 96,
+    **{f"int4_{group}_{dtype}": 3 * group for group, dtype in zip(GROUPS, SCALE_DTYPES, strict=True)},
+    **{kind: 3 * GGUF_BLOCKS[kind][0] for kind in BLOCKS},
+}
+#: 4 rows of a weight are multiplied at once, and so are 4 of x
+ROWS, NUM_OUT = (1, 2, 4, 7, MOST_ROWS), 37
+
+
+def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
+    """A stack of random weights [LAYERS, n, columns] that has this kernel."""
+    draw, k = np.random.default_rng(seed), KERNELS[kernel]
+    if kernel == "int8":
+        values = draw.integers(-128, 128, (LAYERS, n, k)).astype(np.int8)
+        scales = jnp.asarray(draw.normal(size=(LAYERS, n, 1)), jnp.bfloat16)
+        return ScaledWeight(values=jnp.asarray(values), scales=scales)
+    if kernel.startswith("int4"):
+        _, group, dtype = kernel.split("_")
+        groups = LAYERS, k // int(group), n
+        packed = draw.integers(0, 256, (LAYERS, n, k // 2)).astype(np.uint8)
+        scales = jnp.asarray(draw.normal(size=groups), dtype)
+        return int4_weight(jnp.asarray(packed), scales, jnp.asarray(draw.integers(0, 17, groups), jnp.uint8))
+    block, nbytes, _ = GGUF_BLOCKS[kernel]
+    data = draw.integers(0, 256, (LAYERS, n, k // block, nbytes)).astype(np.uint8)
+    for start in HALVES[kernel]:
+        numbers = draw.normal(size=data.shape[:-1]).astype(np.float16)
+        data[..., start : start + 2] = numbers[..., None].view(np.uint8)
+    return BlockWeight(data=jnp.asarray(data.reshape(LAYERS, n, -1)), kind=kernel)
+
+
+#: where a block has float16 numbers: random bytes could be NaN
+HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2)}
+
+
+@functools.cache
+def backend() -> Backend:
+    return Backend(cpu_kernels=load([stack(kernel) for kernel in KERNELS], None))
+
+
+def rows_of(count: int, kernel: str, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(count).normal(size=(count, KERNELS[kernel])), dtype)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def product(x: jax.Array, weights: Any, layer: jax.Array, backend: Backend) -> jax.Array:
+    return packed_matmul(x, weights, backend=backend, layer=layer)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu_ffi"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_formula(kernel: str, implementation: str):
+    weights, own = stack(kernel), backend() if implementation == "cpu_ffi" else Backend()
+    assert kernel_of(weights) == kernel and has_kernel(own, weights) == (implementation == "cpu_ffi")
+    w = np.asarray(dense(index(weights, jnp.int32(LAYER)), jnp.dtype(jnp.float32)), np.float64)
+    # numbers with a minimum are small differences of larger ones
+    size = np.abs(w) + (np.abs(w).max(axis=1, keepdims=True) if kernel == "Q4_1" else 0)
+    for count in ROWS:
+        for dtype in ("float32", "bfloat16"):
+            x = rows_of(count, kernel, dtype)
+            exact = np.asarray(x, np.float64)
+            found = product(x, weights, jnp.int32(LAYER), backend=own)
+            assert found.shape == (count, NUM_OUT) and found.dtype == jnp.float32
+            bound = (w.shape[1] + 8) * 2.0**-24 * (np.abs(exact) @ size.T)
+            assert (np.abs(np.asarray(found) - exact @ w.T) <= bound).all(), (count, dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_has_the_same_bits_beside_any_others(kernel: str):
+    weights, x = stack(kernel), rows_of(MOST_ROWS, kernel)
+    whole = np.asarray(product(x, weights, jnp.int32(LAYER), backend=backend()))
+    for count in ROWS:
+        part = product(x[:count], weights, jnp.int32(LAYER), backend=backend())
+        np.testing.assert_array_equal(part, whole[:count])
+    nan_beside = product(x.at[1].set(jnp.nan), weights, jnp.int32(LAYER), backend=backend())
+    assert np.isnan(nan_beside[1]).all()
+    np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
+
+
+@pytest.mark.parametrize("n", [1, 3, 500])
+def test_any_number_of_results(n: int):
+    """Fewer than a tile has, and more than a thread takes at once."""
+    weights, x = stack("Q4_0", n=n), rows_of(5, "Q4_0")
+    found = product(x, weights, jnp.int32(LAYER), backend=backend())
+    np.testing.assert_allclose(found, product(x, weights, jnp.int32(LAYER), backend=Backend()), rtol=1e-4, atol=1e-3)
+
+
+def test_many_rows_and_other_weights_take_the_reference():
+    weights = stack("int8")
+    assert has_kernel(backend(), weights, rows=MOST_ROWS) and not has_kernel(backend(), weights, rows=MOST_ROWS + 1)
+    assert not has_kernel(Backend(), weights)
+    assert kernel_of(jnp.zeros((3, 32))) is None
+    assert kernel_of(jax.tree.map(lambda array: array[..., :40], weights)) is None  # no multiple of 32
+
+
+def test_launches_at_once_do_not_meet():
+    """From several threads, and several in one program."""
+    kernels = ("int8", "Q4_1")
+    weights = {kernel: stack(kernel, n=256) for kernel in kernels}
+
+    @jax.jit
+    def both(xs: list[jax.Array], weights: dict[str, Any]) -> list[jax.Array]:
+        return [packed_matmul(x, weights[k], backend=backend(), layer=jnp.int32(1)) for x, k in zip(xs, kernels)]  # noqa: B905
+
+    xs = [rows_of(3, kernel) for kernel in kernels]
+    expected = both(xs, weights)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: [both(xs, weights) for _ in range(25)], range(8)):
+            for each in found:
+                jax.tree.map(np.testing.assert_array_equal, each, expected)
+
+
+def test_frames_of_other_versions_are_not_read():
+    assert call_frame.why_not((120, 200, 0, 3)) is None
+    assert "version 1.0" in (call_frame.why_not((120, 200, 1, 0)) or "")
+    assert "80 and 200 bytes" in (call_frame.why_not((80, 200, 0, 3)) or "")
+
+
+KEPT = """
+    import logging, sys, pathlib
+    logging.basicConfig(level=logging.INFO)
+    import jax.numpy as jnp
+    from pallas_kernels.packed_matmul.cpu_ffi import KERNELS, load
+    from pallas_kernels.quantized import ScaledWeight
+    assert not sys.modules.get("llvmlite")
+    weight = ScaledWeight(values=jnp.zeros((1, 4, 32), jnp.int8), scales=jnp.ones((1, 4, 1)))
+    version = load([weight], pathlib.Path(sys.argv[1]))
+    print(repr(version), KERNELS.why_not(), "pallas_kernels.packed_matmul.kernel" in sys.modules)
+"""
+
+
+def run(code: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    program = before + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+
+
+def test_machine_code_is_kept(tmp_path: Path):
+    """The second process compiles nothing; what is damaged is compiled again."""
+    first, second = run(KEPT, str(tmp_path)), run(KEPT, str(tmp_path))
+    assert "Compiling the kernel for int8" in first.stderr and first.stdout.split()[1:] == ["None", "True"]
+    assert "Compiling" not in second.stderr and second.stdout.split()[1:] == ["None", "False"]
+    assert first.stdout.split()[0] == second.stdout.split()[0]
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert "Compiling the kernel for int8" in run(KEPT, str(tmp_path)).stderr
+
+
+def test_without_llvmlite_there_are_no_kernels(tmp_path: Path):
+    found = run(KEPT, str(tmp_path), before="import sys; sys.modules['llvmlite'] = None\n")
+    assert found.stdout.startswith("'' llvmlite cannot be imported") and "without the kernels for CPUs" in found.stderr
