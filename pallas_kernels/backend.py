@@ -41,6 +41,8 @@ class Backend:
     cpu_kernels: str = ""
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
     deterministic: bool = False
+    #: what pages of uint8 hold the bits of
+    float8: str = "float8_e4m3fn"
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
@@ -70,9 +72,15 @@ class Backend:
 
     def supports(self, stored: jnp.dtype) -> bool:
         """Whether kernels can read and write numbers of this dtype: casts of float8_e4m3fn came with Ada."""
+        if stored == jnp.uint8:
+            return False
         if self.interpret or self.compute_capability is None or stored != jnp.float8_e4m3fn:
             return True
         return self.compute_capability >= LEAST_E4M3_COMPUTE_CAPABILITY
+
+    def numbers(self, stored: jnp.dtype) -> jnp.dtype:
+        """What pages of this dtype hold: it, or the float8 whose bits they are."""
+        return jnp.dtype(self.float8) if stored == jnp.uint8 else jnp.dtype(stored)
 
     def transposes_keys(self, block_size: int) -> bool:
         """Whether pages hold keys as [head_dim, block_size], as products on CPUs read them; on GPUs rows are read."""

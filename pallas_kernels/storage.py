@@ -14,7 +14,10 @@ Latents (multi-head latent attention) are one vector a token, whose first number
 Where `Backend.transposes_keys`, the keys of a head are ``[head_dim, block_size]``, in the same place of the same array.
 
 int8 and float8 pages have scales beside them, float32 ``[pages, 2 * kv_heads, block_size]``: what is stored times its
-scale is the number.
+scale is the number. So each key, and each value, of a head has a scale of its own, which is found when it is written.
+
+Where writing would convert the whole array, pages hold the bits of their numbers, as integers (`STORAGE`): bfloat16 and
+float8 on CPUs, float8 on GPUs that have no casts of it. `Backend.numbers` says what bits of 8 are.
 """
 
 from __future__ import annotations
@@ -25,8 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-#: pages hold bf16 as uint16 on CPU: XLA:CPU's bf16 scatter converts the whole cache
-STORAGE = {jnp.dtype(jnp.bfloat16): jnp.uint16}
+#: dtype of numbers -> of their bits
+STORAGE = {
+    jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16),
+    jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8),
+    jnp.dtype(jnp.float8_e5m2): jnp.dtype(jnp.uint8),
+}
 
 
 def compute_dtype(stored: jnp.dtype) -> jnp.dtype:
@@ -38,7 +45,14 @@ def to_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if dtype == jnp.uint16 else x.astype(dtype)
 
 
-def from_storage(x: jax.Array, compute: jnp.dtype) -> jax.Array:
+def from_storage(x: jax.Array, compute: jnp.dtype, numbers: jnp.dtype | None = None) -> jax.Array:
+    """Stored numbers in the dtype that they are computed with.
+
+    Args:
+        numbers: what bits of 8 are (`Backend.numbers`).
+    """
+    if x.dtype == jnp.uint8 and numbers is not None:
+        return lax.bitcast_convert_type(x, numbers).astype(compute)
     if x.dtype == jnp.uint16 and compute == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.bfloat16)
     if x.dtype == jnp.uint16:  # bf16 is the upper half of a float32
@@ -51,8 +65,16 @@ def largest_stored(dtype: jnp.dtype) -> float:
     return float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
 
 
-def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """x [..., head_dim] as (stored, scales [...]), one scale a row: its largest magnitude becomes the dtype's."""
+def quantize(x: jax.Array, dtype: jnp.dtype, numbers: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
+    """x [..., head_dim] as (stored, scales [...]), one scale a row: its largest magnitude becomes the dtype's.
+
+    Args:
+        dtype: of what is stored.
+        numbers: of what its bits are, where these are not the dtype's own.
+    """
+    if numbers is not None and numbers != dtype:
+        stored, scales = quantize(x, numbers)
+        return lax.bitcast_convert_type(stored, dtype), scales
     x = x.astype(jnp.float32)
     largest = largest_stored(dtype)
     scales = jnp.max(jnp.abs(x), axis=-1) / largest
@@ -102,8 +124,10 @@ def check_operands(
     if cache.ndim != 4 or cache.shape[1] % 2:
         raise ValueError(f"cache must be [pages, 2 * kv_heads, block_size, head_dim], got {list(cache.shape)}")
     kv_heads, dim = cache.shape[1] // 2, cache.shape[3]
-    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8)):
-        raise ValueError(f"cache must be of a float dtype, int8, or uint16 (bf16's bits), got {cache.dtype}")
+    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8, jnp.uint8)):
+        raise ValueError(
+            f"cache must be of a float dtype, int8, uint16 (bf16's bits) or uint8 (float8's bits), got {cache.dtype}"
+        )
     if is_scaled(cache.dtype) != (kv_scales is not None):
         wanted = f"needs kv_scales of shape {list(cache.shape[:3])}" if kv_scales is None else "takes no kv_scales"
         raise ValueError(f"a cache of {cache.dtype} {wanted}")

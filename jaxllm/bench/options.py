@@ -158,12 +158,13 @@ def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "--text", "a text; default: Python's documentation of its own language", kind=Path)
     _add(parser, "--num-tokens", 50_000, "tokens of it, from its beginning")
     _add(parser, "--context", 1024, "tokens of a window; what is before it is not seen")
-    parser.add_argument(
-        "--sweep-quantization",
-        type=lambda text: text.split(","),
-        metavar="NAME,NAME,...",
-        help="compare these values of --quantization, one engine after the other; none: as the checkpoint is",
-    )
+    sweeps = {
+        "--sweep-quantization": "compare these values of --quantization, one engine after the other; none: as the "
+        "checkpoint is",
+        "--sweep-kv-cache-dtype": "and these of --kv-cache-dtype",
+    }
+    for name, text in sweeps.items():
+        parser.add_argument(name, type=lambda text: text.split(","), metavar="NAME,NAME,...", help=text)
     _add_output_json(parser)
     add_engine_options(parser)
 
@@ -173,7 +174,7 @@ BENCHMARKS = (
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
     Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
-    Benchmark("perplexity", "how well a text is foreseen, by forms of the weights", add_perplexity_options),
+    Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
     Benchmark("startup", "seconds from process start to the first token", add_startup_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),

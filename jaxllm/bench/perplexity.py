@@ -1,5 +1,5 @@
-"""``jaxllm bench perplexity`` tells how well a model foresees a text, in several forms of its weights: what quantizing
-costs.
+"""``jaxllm bench perplexity`` tells how well a model foresees a text, in several forms of its weights and of its KV
+cache: what quantizing costs.
 
 Perplexity is exp of the mean negative log-probability of a token, given those before it in its window of the text
 (Jelinek et al. 1977). The first token of a window has none before it and does not count.
@@ -27,8 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     text = own_text() if arguments.text is None else arguments.text.read_text()
     window = arguments.context
     results: dict[str, Any] = {}
-    for form in arguments.sweep_quantization or [getattr(arguments, "quantization", None) or AS_THEY_ARE]:
-        arguments.quantization = None if form == AS_THEY_ARE else form
+    for form, changes in forms(arguments).items():
+        for name, value in changes.items():
+            setattr(arguments, name, value)
         with build_llm(arguments, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
             ids = llm.get_tokenizer().encode(text, add_special_tokens=False)[: arguments.num_tokens]
             windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
@@ -50,12 +51,23 @@ def run(arguments: argparse.Namespace) -> int:
                 "tokens": len(found),
                 "seconds": seconds,
                 "weight_bytes": llm.memory_plan.weight_bytes,
+                "kv_bytes_per_token": llm.memory_plan.kv_bytes_per_token,
             }
         one, first = results[form], next(iter(results.values()))
         print(
             f"{form:8} perplexity {one['perplexity']:8.3f} ({one['perplexity'] / first['perplexity']:.3f}), weights "
-            f"{one['weight_bytes'] / 2**20:,.0f} MiB, {one['tokens']} tokens",
+            f"{one['weight_bytes'] / 2**20:,.0f} MiB, {one['kv_bytes_per_token']:,} bytes of KV cache a token, "
+            f"{one['tokens']} tokens",
             flush=True,
         )
     report.write(arguments.output_json, arguments, results)
     return 0
+
+
+def forms(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name -> the engine's arguments that make it: those of each sweep, beside what else is asked for."""
+    asked = {name: getattr(arguments, name, None) for name in ("quantization", "kv_cache_dtype")}
+    weights, caches = arguments.sweep_quantization or [], arguments.sweep_kv_cache_dtype or []
+    found = {form: {**asked, "quantization": None if form == AS_THEY_ARE else form} for form in weights}
+    found |= {f"{form} KV cache": {**asked, "kv_cache_dtype": form} for form in caches}
+    return found or {asked["quantization"] or AS_THEY_ARE: asked}

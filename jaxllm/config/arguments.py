@@ -31,9 +31,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "enable_eplb": (False,),
         "eplb_config": (),
     },
-    "quantization of the KV cache": {
-        "calculate_kv_scales": (False,),
-    },
     "a configuration of quantization beside config.json's": {
         "quantization_config": (),
     },
@@ -176,6 +173,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "kernel_config": NoEffect(_ONE_KERNEL),
     "disable_hybrid_kv_cache_manager": NoEffect("layers of all kinds share one pool of blocks", (False,)),
     "prefix_caching_hash_algo": NoEffect("blocks are always hashed with BLAKE2b"),
+    "calculate_kv_scales": NoEffect("every key and value of a quantized KV cache has a scale of its own", (False,)),
     "disable_log_requests": NoEffect("requests are not logged", (True,)),
     "served_model_name": NoEffect("there is no server"),
     "enable_log_requests": NoEffect("requests are not logged", (False,)),

@@ -22,8 +22,6 @@ class KVSpec:
     parts: int = 2
     #: tokens that the layer sees, itself included, and therefore keeps; None: all
     window: int | None = None
-    #: numpy's name of what the numbers are stored as; None: the engine's dtype
-    dtype: str | None = None
 
     def page_shape(self, block_size: int) -> tuple[int, ...]:
         """Of the layer's part of one block, as `pallas_kernels.storage` lays it out."""

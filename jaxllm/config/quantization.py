@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.config.argument import Arguments, argument, not_yet
+from jaxllm.config.argument import Arguments, argument
+from jaxllm.config.argument_checks import DTYPES, one_of
 
 #: what `quantization` may be: vLLM's names, and those of what is quantized while it is read
 #: (`weights.quantization.detect`)
@@ -42,6 +43,33 @@ def _method(name: str, value: object) -> str:
     return str(method)
 
 
+#: what the KV cache may be stored as, beside "auto" -> numpy's name of it
+KV_CACHE_DTYPES = {
+    **{name: name for name in DTYPES},
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "int8": "int8",
+}
+#: vLLM's other names of them
+_KV_ALIASES = {
+    "float": "float32",
+    "half": "float16",
+    "fp8": "fp8_e4m3",
+    "fp8_per_token_head": "fp8_e4m3",
+    "int8_per_token_head": "int8",
+}
+_kv_cache_dtype = one_of("auto", *KV_CACHE_DTYPES, **_KV_ALIASES)
+
+
+def _kv_dtype(name: str, value: object) -> str:
+    kind = value.strip().lower() if isinstance(value, str) else ""
+    if kind == "nvfp4" or kind.startswith(("int4", "int2", "turboquant")):
+        raise ValidationError(
+            f"{name}={value!r} is not supported: pages have numbers of 8 bits or more. Take 'int8' or 'fp8'."
+        )
+    return _kv_cache_dtype(name, value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationConfig(Arguments):
     """Formats of storage, under vLLM's names."""
@@ -55,5 +83,11 @@ class QuantizationConfig(Arguments):
         group="model",
         short="-q",
     )
-    #: of keys and values
-    kv_cache_dtype: str = not_yet("auto", "quantization of the KV cache")
+    #: of keys and values: "auto", or one of `KV_CACHE_DTYPES`
+    kv_cache_dtype: str = argument(
+        "auto",
+        _kv_dtype,
+        "what the KV cache is stored as: int8 and fp8 (fp8_e4m3, fp8_e5m2) take about half the memory of 16 bits; auto "
+        "is what config.json says, else the dtype",
+        group="cache",
+    )

@@ -1,12 +1,14 @@
 """Attention as the models call it: keys and values into their pages, then attention over them; or, in training,
 attention over whole sequences, without pages.
 
-How pages lie in the cache is said in `pallas_kernels.storage`, what a batch is in `pallas_kernels.batch`.
+The cache is an array of pages, or `ScaledPages`; models hand on either. How pages lie in it is said in
+`pallas_kernels.storage`, what a batch is in `pallas_kernels.batch`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +20,44 @@ from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_latent_attention.api import paged_latent_attention
 
-__all__ = ["Layout", "attention", "latent_attention", "write_kv", "write_latents"]
+__all__ = ["Cache", "Layout", "ScaledPages", "attention", "latent_attention", "write_kv", "write_latents"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledPages:
+    """Pages of 8-bit numbers, and the scale of each key and each value of a head."""
+
+    numbers: jax.Array  # int8, float8 or uint8 [pages, 2 * kv_heads, block_size, head_dim]
+    scales: jax.Array  # f32 [pages, 2 * kv_heads, block_size]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.numbers.shape
+
+
+Cache = jax.Array | ScaledPages
 
 
 def write_kv(
-    context: Context, cache: jax.Array, key: jax.Array, value: jax.Array, layout: Layout, batch: StepBatch
-) -> jax.Array:
+    context: Context, cache: Cache, key: jax.Array, value: jax.Array, layout: Layout, batch: StepBatch
+) -> Cache:
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
     if isinstance(batch.attention, WholeSequences):
         return jnp.stack([key, value])
-    return kv_write.write_kv(cache, key, value, layout, _for_kernels(context, batch))[0]
+    attended = _for_kernels(context, batch)
+    if isinstance(cache, ScaledPages):
+        numbers, scales = kv_write.write_kv(cache.numbers, key, value, layout, attended, cache.scales)
+        assert scales is not None
+        return ScaledPages(numbers, scales)
+    return kv_write.write_kv(cache, key, value, layout, attended)[0]
 
 
 def attention(
     context: Context,
     query: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     layout: Layout,
     batch: StepBatch,
     *,
@@ -55,12 +79,15 @@ def attention(
         [T, heads, head_dim] in query's dtype; rows of padding tokens hold anything finite.
     """
     if isinstance(batch.attention, WholeSequences):
-        key, value = cache
+        key, value = cast(jax.Array, cache)
         return dense_attention(
             query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal, sinks=sinks
         )
     attended = _for_kernels(context, batch)
-    return paged_attention(query, cache, layout, attended, scale=scale, softcap=softcap, causal=causal, sinks=sinks)
+    pages, kv_scales = (cache.numbers, cache.scales) if isinstance(cache, ScaledPages) else (cache, None)
+    return paged_attention(
+        query, pages, layout, attended, scale=scale, softcap=softcap, causal=causal, sinks=sinks, kv_scales=kv_scales
+    )
 
 
 def write_latents(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import ACTIVATIONS, activate
-from jaxllm.layers.attention import Layout, attention, write_kv
+from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
@@ -120,7 +120,7 @@ def forward(
     config: BertConfig,
     groups: tuple[KVCacheGroup, ...],
     params: BertParams,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """One step through all layers, with the arguments and results of `decoder.forward`.

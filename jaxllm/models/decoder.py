@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
-from jaxllm.layers.attention import Layout, attention, write_kv
+from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
@@ -166,9 +166,9 @@ def forward(
     config: DecoderConfig,
     groups: tuple[KVCacheGroup, ...],
     params: Params,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array]:
     """One step through all layers.
 
     Args:
@@ -189,11 +189,11 @@ def forward_with_load(
     config: DecoderConfig,
     groups: tuple[KVCacheGroup, ...],
     params: Params,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
     *,
     counts: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[Cache, jax.Array, jax.Array | None]:
     """As `forward`, and how many tokens each expert got.
 
     Args:

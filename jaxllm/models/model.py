@@ -7,6 +7,7 @@ import dataclasses
 import jax
 
 from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models import bert, decoder
 from jaxllm.models.bert import BertConfig, BertParams
@@ -22,7 +23,7 @@ def forward(
     config: ModelConfig,
     groups: tuple[KVCacheGroup, ...],
     params: ModelParams,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
 ) -> tuple[jax.Array, jax.Array]:
     """One step through all layers: `decoder.forward`, or what the family has in its place."""

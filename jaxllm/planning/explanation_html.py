@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from jaxllm.parallel.mesh import STAGE
-from jaxllm.planning.layout import KV_CACHE, ArrayLayout
+from jaxllm.planning.layout import KV_CACHE, KV_SCALES, ArrayLayout
 
 if TYPE_CHECKING:
     from jaxllm.planning.explanation import Explanation
@@ -92,7 +92,7 @@ def _column(
 
 
 def _kind(layout: ArrayLayout) -> tuple[str, str]:
-    if layout.name == KV_CACHE:
+    if layout.name in (KV_CACHE, KV_SCALES):
         return KV_CACHE, _CACHE
     names = {name for joined in layout.axes for name, _ in joined}
     return next(((kind, colour) for axis, kind, colour in _KINDS if axis in names), _OTHERS)

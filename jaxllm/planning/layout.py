@@ -16,7 +16,7 @@ from jaxllm.layers.weight import Axis, WeightSpec, is_spec
 from jaxllm.parallel.rules import RULES, MeshAxis, axis_sizes, cache_axes, held, local_shape, mesh_axes
 from jaxllm.runner.runner_config import RunnerConfig
 
-KV_CACHE = "KV cache"
+KV_CACHE, KV_SCALES = "KV cache", "KV cache scales"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,9 +110,9 @@ def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLa
     )
 
 
-def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
-    """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer. Copies of the model that
-    step together have pages of their own.
+def cache_layouts(config: RunnerConfig, num_blocks: int) -> list[ArrayLayout]:
+    """Of the KV cache: a page has the keys and the values of a block of tokens, of one layer, and perhaps a scale of
+    each. Copies of the model that step together have pages of their own.
     """
     own, sizes, replicas = config.layers_per_group * num_blocks, config.target.mesh_sizes, config.target.replicas
     pages = replicas * own
@@ -120,7 +120,7 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
     axes, is_latent = cache_axes(config.model, replicas=replicas), config.model.kv_specs[0].parts == 1
     names: tuple[str | None, ...] = (*axes, *(None,) * (4 - len(axes)))
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
-    return ArrayLayout(
+    pages = ArrayLayout(
         name=KV_CACHE,
         stage=None if config.stage is None else config.stage.index,
         count=1,
@@ -133,6 +133,19 @@ def cache_layout(config: RunnerConfig, num_blocks: int) -> ArrayLayout:
         shape=(pages, *whole),
         mesh_axes=tuple(split),
         device_shape=(own, *config.page_shape),
-        dtype=jnp.dtype(config.cache_dtype).name,
-        device_bytes=num_blocks * config.block_bytes,
+        dtype=config.kv_dtype,
+        device_bytes=own * math.prod(config.page_shape) * jnp.dtype(config.kv_dtype).itemsize,
     )
+    if config.scales_shape is None:
+        return [pages]
+    scales = dataclasses.replace(
+        pages,
+        name=KV_SCALES,
+        axes=pages.axes[:-1],
+        shape=pages.shape[:-1],
+        mesh_axes=pages.mesh_axes[:-1],
+        device_shape=pages.device_shape[:-1],
+        dtype="float32",
+        device_bytes=own * math.prod(config.scales_shape) * 4,
+    )
+    return [pages, scales]

@@ -18,6 +18,7 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
@@ -36,7 +37,7 @@ from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
-from pallas_kernels.storage import STORAGE
+from pallas_kernels.storage import STORAGE, is_scaled
 
 
 def model_specs(model: ModelConfig, pooler: Pooler | None) -> Any:
@@ -63,6 +64,8 @@ class RunnerConfig:
     groups: tuple[KVCacheGroup, ...]
     scheduler: SchedulerConfig
     dtype: str
+    #: numpy's name of what keys and values are stored as
+    kv_dtype: str
     target: Target
     #: copies of the model, each on devices such as these; or, where these are those of all, on a part of them
     data_parallel_size: int = 1
@@ -115,7 +118,9 @@ class RunnerConfig:
     @property
     def backend(self) -> Backend:
         """What attention is compiled to."""
-        return self.attention or device_backend(self.device)
+        backend = self.attention or device_backend(self.device)
+        is_float8 = self.kv_dtype.startswith("float8")
+        return dataclasses.replace(backend, float8=self.kv_dtype) if is_float8 else backend
 
     @property
     def context(self) -> Context:
@@ -154,7 +159,8 @@ class RunnerConfig:
 
     @property
     def block_bytes(self) -> int:
-        return math.prod(self.page_shape) * np.dtype(self.cache_dtype).itemsize * self.layers_per_group
+        pages = (self.page_shape, self.cache_dtype), (self.scales_shape or (0,), np.dtype(np.float32))
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in pages) * self.layers_per_group
 
     @property
     def layers_per_group(self) -> int:
@@ -198,9 +204,16 @@ class RunnerConfig:
         return self.step_model.kv_specs[0].page_shape(self.block_size)
 
     @property
+    def scales_shape(self) -> tuple[int, ...] | None:
+        """Of a page's scales, on one device; None: its numbers have none."""
+        return self.page_shape[:-1] if is_scaled(self.cache_dtype) else None
+
+    @property
     def cache_dtype(self) -> np.dtype:
-        dtype = jnp.dtype(self.model.kv_specs[0].dtype or self.dtype)
-        return jnp.dtype(STORAGE.get(dtype, dtype)) if self.platform == "cpu" else dtype
+        """Of the pages: of the numbers' bits where writing numbers would convert the whole cache."""
+        dtype = jnp.dtype(self.kv_dtype)
+        as_bits = self.platform == "cpu" or not self.backend.supports(dtype)
+        return STORAGE.get(dtype, dtype) if as_bits else dtype
 
     def state(self, num_blocks: int) -> State | PoolingState:
         """Shapes of what lives on the device between steps."""
@@ -211,12 +224,18 @@ class RunnerConfig:
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((replicas * shape[0], *shape[1:]), dtype, sharding=own)
 
-        cache = array((self.layers_per_group * num_blocks, *self.page_shape), self.cache_dtype)
-        if mesh is not None:
+        def pages(page_shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            found = array((self.layers_per_group * num_blocks, *page_shape), dtype)
+            if mesh is None:
+                return found
             axes = cache_axes(self.model, replicas=replicas)
-            heads = cache.shape[1] * (sizes[TENSOR] if TENSOR in axes else 1)
+            heads = found.shape[1] * (sizes[TENSOR] if TENSOR in axes else 1)
             split = jax.sharding.NamedSharding(mesh, axes)
-            cache = jax.ShapeDtypeStruct((cache.shape[0], heads, *cache.shape[2:]), self.cache_dtype, sharding=split)
+            return jax.ShapeDtypeStruct((found.shape[0], heads, *found.shape[2:]), dtype, sharding=split)
+
+        cache: Any = pages(self.page_shape, self.cache_dtype)
+        if self.scales_shape is not None:
+            cache = ScaledPages(cache, pages(self.scales_shape, jnp.float32))
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
             return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None)

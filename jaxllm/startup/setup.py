@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.pooler import Pooler, PoolerConfig
@@ -16,6 +17,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.cross_checks import check_deterministic, check_pipeline, check_pooling, check_whole_prompts
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.matrices import matrices
@@ -36,6 +38,7 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
 from jaxllm.weights.resolve import resolve
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
+from pallas_kernels.storage import is_scaled
 
 logger = logging.getLogger("jaxllm")
 
@@ -100,6 +103,34 @@ class Setup:
             f"architecture ends in {CLASSIFIER_SUFFIX}."
         )
 
+    def _kv_dtype(self, dtype: str) -> str:
+        """numpy's name of what keys and values are stored as, in an engine of this dtype."""
+        asked = self.args.kv_cache_dtype
+        latents = self.model.kv_specs[0].parts == 1
+        wanted, said = self.checkpoint.kv_cache
+        if asked == "auto" and said is None:
+            return dtype
+        if asked == "auto" and (wanted is None or latents):
+            logger.warning(
+                "The checkpoint says %s, which jaxllm does not have for this model: its KV cache is %s.", said, dtype
+            )
+            return dtype
+        stored = KV_CACHE_DTYPES[str(wanted) if asked == "auto" else asked]
+        if said is not None and is_scaled(jnp.dtype(stored)):
+            logger.info(
+                "The checkpoint says %s: the KV cache is %s, with a scale of its own for each key and value of a head. "
+                "kv_cache_dtype=%r leaves them as they are.",
+                said,
+                stored,
+                dtype,
+            )
+        if latents and is_scaled(jnp.dtype(stored)):
+            raise ValidationError(
+                f"kv_cache_dtype={asked!r} is not for models with latent attention, whose pages have no scales. Pass "
+                "'auto', 'bfloat16', 'float16' or 'float32'."
+            )
+        return stored
+
     def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
         """What the runner is built from on the devices of `target`: those of one replica, or of all, if they step
         together.
@@ -131,7 +162,14 @@ class Setup:
             check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
         dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
         block_size = args.block_size or default_block_size(target.platform)
-        backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size)
+        kv_dtype = self._kv_dtype(dtype)
+        backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size, kv_dtype)
+        if backend.implementation != "xla" and not backend.supports(jnp.dtype(kv_dtype)):
+            logger.warning(
+                "kv_cache_dtype='fp8_e4m3' has no kernels on %s, and attention is computed by XLA; "
+                "kv_cache_dtype='int8' takes as much memory and has them.",
+                target.kind,
+            )
         config = RunnerConfig(
             model=model,
             quantization=self.checkpoint.quantization,
@@ -139,6 +177,7 @@ class Setup:
             groups=kv_cache_groups(model.kv_specs),
             scheduler=limits,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             target=target,
             data_parallel_size=args.data_parallel_size,
             pipeline=stages,

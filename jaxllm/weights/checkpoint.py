@@ -22,6 +22,7 @@ from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
+from jaxllm.weights.quantization.kv_cache import wanted_kv_cache
 from jaxllm.weights.quantization.method import Found
 from jaxllm.weights.quantization.reader import QuantizedTensors
 
@@ -130,6 +131,15 @@ class Checkpoint:
                 if layout is not None:
                     found[name] = Found(layout, shape)
         self.quantization = Quantization(method, found)
+
+    @property
+    def kv_cache(self) -> tuple[str | None, str | None]:
+        """What its quantization says of the KV cache (`wanted_kv_cache`)."""
+        if self.is_gguf:
+            return None, None
+        # ModelOpt's
+        own = (read_json(self.path / "hf_quant_config.json") or {}).get("quantization")
+        return wanted_kv_cache({**(own or {}), **(self.quantization_config or {})})
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:

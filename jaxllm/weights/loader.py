@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import math
 import re
 import threading
@@ -26,6 +27,9 @@ from jaxllm.parallel.rules import (
     shape_and_sharding,
 )
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.quantization.kv_cache import KV_SCALES
+
+logger = logging.getLogger("jaxllm")
 
 #: XLA:CPU uses a host buffer in place when it is aligned so
 ALIGNMENT = 64
@@ -80,6 +84,11 @@ def load(
     """
     specs = as_stored(reader, specs)
     check(reader, specs)
+    scales = [name for name in reader.names() if name.endswith(KV_SCALES)]
+    if scales:
+        logger.info(
+            "%d scales of keys and values (%s) are not read: a KV cache in 8 bits has its own.", len(scales), scales[0]
+        )
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
 
@@ -118,7 +127,7 @@ def check(reader: WeightReader, specs: object) -> None:
     for name in sorted(names - used):
         # more layers than the config has are left out on purpose; more in a layer means that it computes something else
         match = _LAYER.search(name)
-        if match and int(match[1]) < layers and not name.endswith(_DERIVED):
+        if match and int(match[1]) < layers and not name.endswith((*_DERIVED, *KV_SCALES)):
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 

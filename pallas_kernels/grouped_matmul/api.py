@@ -27,7 +27,7 @@ MODELS = (
 #: every entry of `tuned.json` is chosen by one of them
 TOKENS = (1, 16, 64, 128, 256, 512, 2048)
 #: the same of quantized weights, whose tiles are those of `quant_matmul`; forms that both projections are compiled with
-QUANTIZED_TOKENS = (1, 256, 2048)
+QUANTIZED_TOKENS = (1, 2048)
 MOST_FORMS = ("int4 in groups of 128", "fp8 in blocks of 128 by fp8", "mxfp4")
 
 

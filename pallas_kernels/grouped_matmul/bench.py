@@ -64,7 +64,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__ or "")
     if arguments.device == "interpret-smoke":
         backend = Backend(implementation="triton", interpret=True)
-        shape = {"tokens": 8, "active": 2, "experts": 4, "n": 64, "k": 64, "layers": 2}
+        shape: dict[str, Any] = {"tokens": 8, "active": 2, "experts": 4, "n": 64, "k": 64, "layers": 2}
         report([measure(backend, label="smoke", repeats=1, **shape)], arguments.json)
         return
     kernel = device_backend(jax.devices("gpu")[0])

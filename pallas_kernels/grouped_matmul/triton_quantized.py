@@ -56,7 +56,8 @@ def grouped_matmul_triton_quantized(
 
     def kernel(*refs: Any) -> None:
         *inputs, out_ref = refs
-        _kernel(*tree.unflatten(inputs), out_ref, tiles=tiles, walk=walk, row_tiles=row_tiles)
+        read: Any = tree.unflatten(inputs)
+        _kernel(*read, out_ref, tiles=tiles, walk=walk, row_tiles=row_tiles)
 
     return triton_call(
         kernel,

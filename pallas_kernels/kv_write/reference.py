@@ -36,5 +36,5 @@ def write_kv(
     new = jnp.concatenate([key, value], axis=1)  # [T, 2 * kv_heads, head_dim]
     if kv_scales is None:
         return cache.at[page, :, slot].set(to_storage(new, cache.dtype)), None
-    stored, scales = quantize(new, cache.dtype)
+    stored, scales = quantize(new, cache.dtype, batch.backend.numbers(cache.dtype))
     return cache.at[page, :, slot].set(stored), kv_scales.at[page, :, slot].set(scales)

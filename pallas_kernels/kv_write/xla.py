@@ -34,7 +34,7 @@ def write_kv(
         if kv_scales is None:
             stored = to_storage(new, cache.dtype)
         else:
-            stored, scales = quantize(new, cache.dtype)
+            stored, scales = quantize(new, cache.dtype, batch.backend.numbers(cache.dtype))
             kv_scales = kv_scales.reshape(-1).at[row].set(scales, mode="promise_in_bounds").reshape(kv_scales.shape)
         if value is not None and half == 0 and batch.backend.transposes_keys(block_size):
             flat = cache.reshape(-1, dim, block_size).at[head, :, slot].set(stored, mode="promise_in_bounds")

@@ -42,7 +42,8 @@ def paged_attention(
     compute = jnp.promote_types(query.dtype, jnp.float32)
     pages = batch.block_tables[layout.group, batch.token_seq] + layout.page_offset  # [T, W]
     context = pages.shape[1] * block_size
-    stored = from_storage(cache[pages], compute).astype(compute)  # [T, W, 2 * KH, block, D]
+    numbers = batch.backend.numbers(cache.dtype)
+    stored = from_storage(cache[pages], compute, numbers).astype(compute)  # [T, W, 2 * KH, block, D]
     if kv_scales is not None:
         stored = stored * kv_scales[pages].astype(compute)[..., None]
     halves = stored.reshape(*pages.shape, 2, kv_heads, block_size, dim)

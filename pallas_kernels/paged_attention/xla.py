@@ -166,7 +166,8 @@ def _attend(
             stored = jnp.swapaxes(stored.reshape(*index.shape, dim, block_size), 2, 3)
         shape = (blocks, kv_heads, dim, context) if transposed else (blocks, kv_heads, context, dim)
         # before it is taken for a number: XLA:CPU selects bf16 by way of float32
-        numbers = from_storage(jnp.where(keep, stored.reshape(shape), 0), compute)
+        kept = jnp.where(keep, stored.reshape(shape), 0)
+        numbers = from_storage(kept, compute, batch.backend.numbers(cache.dtype))
         if scales is None:
             return numbers
         scale = scales[index].reshape(blocks, kv_heads, context)

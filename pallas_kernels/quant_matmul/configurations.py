@@ -30,7 +30,7 @@ MODELS = (
 )
 #: every entry of `tuned.json` is chosen by one of them
 TOKENS = (1, 16, 32, 64, 256, 2048)
-#: of the forms that are compiled at fewer shapes
+#: of the forms that are compiled at one shape
 FEW_TOKENS = (1, 64, 256, 2048)
 
 
@@ -92,7 +92,7 @@ FORMS = {
 
 
 def configurations(device_kind: str = "", compute_capability: tuple[int, int] | None = None) -> list[KernelCase]:
-    """The kernel where it is chosen: four bits in groups of 128 at the shapes of `MODELS`, the other forms at some.
+    """The kernel where it is chosen: four bits in groups of 128 at the shapes of `MODELS`, the other forms at one.
 
     No case may need the memory of an unpacked weight: all temporaries are the float32 parts of a split K.
     """
@@ -121,7 +121,7 @@ def configurations(device_kind: str = "", compute_capability: tuple[int, int] | 
     llama, layers, projections = MODELS[0]
     wanted = [(*model, INT4[128], TOKENS) for model in MODELS]
     wanted += [(llama, layers, projections[:1], INT4[group], TOKENS) for group in (64, 32)]
-    wanted += [(llama, layers, projections[::3], form, FEW_TOKENS) for form in FORMS.values() if form.stored != "int4"]
+    wanted += [(llama, layers, projections[-1:], form, FEW_TOKENS) for form in FORMS.values() if form.stored != "int4"]
     cases = [
         case(model, layers, projection, n, k, form, tokens)
         for model, layers, projections, form, every in wanted

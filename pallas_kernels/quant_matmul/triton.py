@@ -54,7 +54,8 @@ def quant_matmul_triton(
 
     def kernel(*refs: Any) -> None:
         *inputs, out_ref = refs
-        _kernel(*tree.unflatten(inputs), out_ref, tiles=tiles, walk=walk)
+        read: Any = tree.unflatten(inputs)
+        _kernel(*read, out_ref, tiles=tiles, walk=walk)
 
     out = triton_call(
         kernel,

@@ -45,8 +45,8 @@ class Tile:
     """Rows of a matrix, some of which may lie behind its last, and the x that they are multiplied with."""
 
     walk: Walk
-    #: references to a stack of them
-    weight: Int4Weight | ScaledWeight | CodebookWeight
+    #: an Int4Weight, ScaledWeight or CodebookWeight of references to a stack of them
+    weight: Any
     #: reference to a codebook's numbers, float32 [16]
     table: Any
     #: of the matrix in the stack
@@ -81,26 +81,23 @@ class Tile:
         acc, _ = lax.fori_loop(0, count, add, (acc, factors))
         acc = acc.astype(jnp.float32)
         if not walk.steps_a_scale:
-            acc = acc * self._load(self.weight.scales, self.rows, jnp.int32(0)).astype(jnp.float32)[:, None]
+            acc = acc * self._of_group(self.weight.scales, jnp.int32(0)).astype(jnp.float32)[:, None]
         if self.load_x_scale is not None and not walk.steps_an_x_scale:
             acc = acc * self.load_x_scale(jnp.int32(0))[None, :]
         return acc * _TOO_SMALL if walk.by_bits else acc
 
-    def _load(self, ref: Any, *index: Any) -> jax.Array:
-        """[rows, ...]"""
-        wide = any(getattr(part, "size", 1) > 1 for part in index if part is not self.rows)
-        return masked_load(ref.at[self.place, *index], self.mask[:, None] if wide else self.mask)
-
     def _factors(self, step: Any) -> Factors:
-        """A step's zeros and scales, [rows], as far as it has its own."""
-        group = step // self.walk.steps_a_scale if self.walk.steps_a_scale else jnp.int32(0)
-        weight = self.weight
-        # Int4Weight has the groups first
-        index = (group, self.rows) if isinstance(weight, Int4Weight) else (self.rows, group)
-        zeros = (
-            () if isinstance(weight, CodebookWeight) or weight.zeros is None else (self._load(weight.zeros, *index),)
-        )
-        return (*zeros, self._load(weight.scales, *index)) if self.walk.steps_a_scale else zeros
+        """The zeros, if there are any, and the scales of a step, [rows]; no scales where a row has one for all."""
+        walk, weight = self.walk, self.weight
+        group = step // walk.steps_a_scale if walk.steps_a_scale else jnp.int32(0)
+        zeros = None if isinstance(weight, CodebookWeight) else weight.zeros
+        scales = weight.scales if walk.steps_a_scale else None
+        return tuple(self._of_group(each, group) for each in (zeros, scales) if each is not None)
+
+    def _of_group(self, ref: Any, group: Any) -> jax.Array:
+        """[rows] of what a group has one of; an `Int4Weight` has the groups first."""
+        index = (group, self.rows) if isinstance(self.weight, Int4Weight) else (self.rows, group)
+        return masked_load(ref.at[self.place, *index], self.mask)
 
     def _step(self, step: Any, factors: Factors) -> jax.Array:
         """A step's product, [rows, block_m], with its scale where it has its own."""
@@ -117,7 +114,7 @@ class Tile:
     def _of_nibbles(self, step: Any, zero: jax.Array | None = None) -> jax.Array:
         size = self.walk.step
         half = size // 2
-        packed = self._load(self.weight.packed, self.rows, pl.ds(step * half, half))
+        packed = masked_load(self.weight.packed.at[self.place, self.rows, pl.ds(step * half, half)], self.mask[:, None])
         low, high = self.load_x(step * size, half), self.load_x(step * size + half, half)
         if zero is None:
             widened = lambda codes: plt.load(self.table.at[codes.astype(jnp.int32)]).astype(low.dtype)  # noqa: E731

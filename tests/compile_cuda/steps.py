@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from jaxllm.weights.quantization.method import Found
 
 from .cases import Case, device_bytes
 from .models import MODELS, Model
-from .quantized_models import QUANTIZED_MODELS, SMALLEST_MATRIX
+from .quantized_models import QUANTIZED_MODELS
 from .split_models import HEADS, SPLIT_MODELS
 
 #: bytes of temporaries that no program of an engine may exceed; with the weights, they are what the KV cache is not
@@ -71,8 +70,7 @@ def quantized_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None)
             for bucket in decodes[-1:] if quick else (decodes[0], decodes[-1]):
                 yield f"decode {bucket.seqs} seqs", ("forward", bucket)
 
-        for case in _cases(name, model, gpu, (device,), model.num_blocks[0], "", keys):
-            yield dataclasses.replace(case, most_temporary_bytes=SMALLEST_MATRIX[name])
+        yield from _cases(name, model, gpu, (device,), model.num_blocks[0], "", keys)
 
 
 def split_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
@@ -176,6 +174,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
             max_scored_tokens=1024,
         ),
         dtype="bfloat16",
+        kv_dtype="bfloat16",
         target=target_described(gpu, devices, grid=Grid(tensor=model.devices)),
         block_size=16,
         gpu_memory_utilization=0.9,

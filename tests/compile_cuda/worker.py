@@ -25,7 +25,7 @@ from .cases import Case, kernel_cases, latent_pool_cases, pool_cases
 from .compiling import TARGETS
 from .executable import Launch, read_executable
 from .probes import probe_cases
-from .steps import split_cases, step_cases
+from .steps import quantized_cases, split_cases, step_cases
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     if options.only == "probe":
         groups = [probe_cases(device)]
     else:
-        makers = (kernel_cases, pool_cases, latent_pool_cases, step_cases, split_cases)
+        makers = (kernel_cases, pool_cases, latent_pool_cases, step_cases, quantized_cases, split_cases)
         groups = [make(device, gpu, options.quick, options.part) for make in makers]
     for cases in groups:
         for case in cases:

@@ -282,7 +282,7 @@ def test_no_prompts_give_no_outputs(engine: LLM):
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "close name": ({"max_num_seq": 4}, TypeError, "unexpected keyword argument 'max_num_seq'. Did you mean 'max_num_s"),
     "unknown name": ({"banana": 1}, TypeError, "unexpected keyword argument 'banana'"),
-    "not yet": ({"kv_cache_dtype": "fp8"}, ValidationError, "kv_cache_dtype='fp8' is not supported yet"),
+    "not yet": ({"enable_lora": True}, ValidationError, "enable_lora=True is not supported yet"),
     "never": ({"worker_use_ray": True}, ValidationError, "jaxllm is one process"),
     "text": ({"max_num_seqs": "many"}, ValidationError, "max_num_seqs must be a whole number such as"),
     "float": ({"max_model_len": 1.5}, ValidationError, "max_model_len must be an integer, got 1.5 of type float"),

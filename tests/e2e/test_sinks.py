@@ -1,4 +1,6 @@
-"""GPT-OSS through the whole engine: over four devices, two of which have a stage, it answers as transformers does."""
+"""GPT-OSS through the whole engine: over four devices, two of which have a stage, it answers as transformers does, of
+which the KV cache is in int8, too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 from support.own_process import found_by
 from support.pairs import BUDGET
-from support.sinks import GPT_OSS
+from support.sinks import GPT_OSS, KV_CACHE_DTYPE
 from support.tensor_parallel import GREEDY, PROMPTS
 from support.ways import transformers_greedy
 
@@ -29,8 +31,13 @@ def found(folder: Path) -> dict[str, Any]:
 def test_tokens_are_those_of_transformers(found: dict[str, Any], folder: Path):
     """Of what was read, and of what was saved from the devices."""
     assert GREEDY.max_tokens is not None
-    expected = transformers_greedy(folder / "saved", PROMPTS, GREEDY.max_tokens)
-    assert found["greedy"] == expected == transformers_greedy(folder / "model", PROMPTS, GREEDY.max_tokens)
+    expected = transformers_greedy(folder / "saved", PROMPTS, GREEDY.max_tokens, kv_cache_dtype=KV_CACHE_DTYPE)
+    read = transformers_greedy(folder / "model", PROMPTS, GREEDY.max_tokens, kv_cache_dtype=KV_CACHE_DTYPE)
+    assert found["greedy"] == expected == read
+    # not those of keys and values as they are
+    assert expected != transformers_greedy(folder / "model", PROMPTS, GREEDY.max_tokens)
+    # of each stage, on each of its devices
+    assert len(found["cache"]) == 4 and sum(found["cache"]) == 2 * found["planned"]
     assert found["preemptions"] > 0 and found["prefix hits"] > 0
     assert found["after prefix hits"] == [expected[2]]
     ways = found["ways"]

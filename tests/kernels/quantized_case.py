@@ -46,7 +46,8 @@ class Form:
             if self.kind == "int4":
                 zeros = draw.integers(0, 17, scales.shape)
                 per_group = (jnp.swapaxes(jnp.asarray(each), -1, -2) for each in (scales, zeros.astype(np.uint8)))
-                return int4_weight(packed, *per_group), self._spread(wide, codes - self._repeat(zeros))
+                weight = self._with_rounded_inputs(int4_weight(packed, *per_group))
+                return weight, self._spread(wide, codes - self._repeat(zeros))
             table = E2M1 if self.kind == "mxfp4" else NF4
             if self.kind == "mxfp4":
                 exponents = draw.integers(110, 130, scales.shape)
@@ -64,10 +65,8 @@ class Form:
             zeros = draw.integers(-128, 129, scales.shape).astype(np.int16)
             numbers = numbers - self._repeat(zeros)
             zeros = jnp.asarray(zeros)
-        weight: Any = ScaledWeight(values=jnp.asarray(values), scales=jnp.asarray(scales), zeros=zeros)
-        if self.x_group is not None:
-            weight = RoundedInputs(weight=weight, dtype=self.kind, group=self.x_group)
-        return weight, self._spread(wide, numbers)
+        weight = ScaledWeight(values=jnp.asarray(values), scales=jnp.asarray(scales), zeros=zeros)
+        return self._with_rounded_inputs(weight), self._spread(wide, numbers)
 
     def inputs(self, draw: np.random.Generator, rows: int) -> jax.Array:
         """x [rows, K]; where it is rounded, of numbers that eight bits have, so that rounding leaves them as they are:
@@ -75,7 +74,7 @@ class Form:
         if self.x_group is None:
             return jnp.asarray(draw.normal(size=(rows, self.k)), self.x_dtype)
         groups = self.k // (self.x_group or self.k)
-        if self.kind == "int8":
+        if self.kind != "float8_e4m3fn":
             numbers = draw.integers(-126, 127, (rows, groups, self.k // groups)).astype(np.float64)
             numbers[..., 0] = 127
         else:
@@ -84,6 +83,12 @@ class Form:
             numbers[..., 0] = 448
         scales = 2.0 ** draw.integers(-9, -5, (rows, groups, 1))
         return jnp.asarray((numbers * scales).reshape(rows, self.k), self.x_dtype)
+
+    def _with_rounded_inputs(self, weight: Any) -> Any:
+        if self.x_group is None:
+            return weight
+        dtype = self.kind if self.kind == "float8_e4m3fn" else "int8"
+        return RoundedInputs(weight=weight, dtype=dtype, group=self.x_group)
 
     def _repeat(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group or self.k, axis=-1)

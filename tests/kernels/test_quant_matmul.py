@@ -267,7 +267,7 @@ def test_every_part_of_a_split_has_groups(rows: int, n: int, groups: int, device
 
 def test_no_configuration_may_unpack_the_weight():
     cases = configurations()
-    assert len({case.label for case in cases}) == len(cases) == 104
+    assert len({case.label for case in cases}) == len(cases) == 77
     chosen = set()
     for case in cases:
         x, weight, _ = case.arguments

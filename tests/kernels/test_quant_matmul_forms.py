@@ -33,6 +33,7 @@ FORMS = {
     "int8 by int8": Form(kind="int8", k=200, n=24, x_group=0),
     "float8 by float8": Form(kind="float8_e4m3fn", k=200, n=24, x_group=0),
     "float8 in blocks by float8 in groups": Form(kind="float8_e4m3fn", k=384, n=20, group=128, x_group=128),
+    "int4 and rounded x": Form(kind="int4", k=128, n=20, group=64, x_group=0),
     "nf4": Form(kind="nf4", k=192, n=20, group=64),
     "mxfp4": Form(kind="mxfp4", k=96, n=20, group=32),
 }

@@ -5,6 +5,7 @@ Pages come in random order. What nobody may read is NaN: pages never written, pa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
+from jaxllm.layers.attention import Cache, ScaledPages
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch
+from pallas_kernels.storage import STORAGE, is_scaled
 
 
 class PagedModel:
@@ -25,7 +29,7 @@ class PagedModel:
         buckets: token counts that steps are padded to; each is compiled once.
         num_seqs: what the sequences of a step are padded to.
         max_len: tokens of the longest sequence.
-        cache_dtype: float32, bfloat16, or uint16 (bfloat16's bits).
+        cache_dtype: float32, bfloat16, or uint16 (bfloat16's bits); int8 or a float8, with scales, as a CPU has them.
     """
 
     def __init__(
@@ -47,8 +51,15 @@ class PagedModel:
         self._num_blocks = 1 + num_seqs * self._width * len(self._groups)
         layers = max(len(group.layers) for group in self._groups)
         shape = (layers * self._num_blocks, *config.kv_specs[0].page_shape(block_size))
+        self._context, dtype = Context(), jnp.dtype(cache_dtype)
+        if is_scaled(dtype):
+            backend = Backend() if dtype == jnp.int8 else Backend(float8=dtype.name)
+            self._context = Context(backend=backend)
+            cache = ScaledPages(jnp.zeros(shape, STORAGE.get(dtype, dtype)), jnp.full(shape[:-1], jnp.nan))
+        else:
+            cache = jnp.full(shape, _nan(dtype))
         # where it stays, as steps return it: otherwise the first one has a program of its own
-        self._cache = jax.device_put(jnp.full(shape, _nan(jnp.dtype(cache_dtype))), jax.devices()[0])
+        self._cache: Cache = jax.device_put(cache, jax.devices()[0])
         self._free = list(np.random.default_rng(seed).permutation(np.arange(1, self._num_blocks)))
         self._tables: dict[str, list[list[int]]] = {}
         self._lengths: dict[str, int] = {}
@@ -63,7 +74,7 @@ class PagedModel:
         total = sum(len(ids) for ids in work.values())
         bucket = next(size for size in self._buckets if size >= total)
         batch = self._pack(work, order, starts, bucket)
-        self._cache, scores = _step(self._config, self._groups, self._params, self._cache, batch)
+        self._cache, scores = _step(self._context, self._config, self._groups, self._params, self._cache, batch)
         scores, out, first = np.asarray(scores), {}, 0
         for name in order:
             out[name] = scores[first : first + len(work[name])]
@@ -121,20 +132,23 @@ class PagedModel:
         return StepBatch(tokens=jnp.asarray(tokens), attention=attention)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _step(
+    context: Context,
     config: DecoderConfig,
     groups: tuple[KVCacheGroup, ...],
     params: Params,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
-) -> tuple[jax.Array, jax.Array]:
-    cache, hidden = forward(Context(), config, groups, params, cache, batch)
-    return cache, logits(Context(), config, params, hidden)
+) -> tuple[Cache, jax.Array]:
+    cache, hidden = forward(context, config, groups, params, cache, batch)
+    return cache, logits(context, config, params, hidden)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _poison(num_blocks: int, cache: jax.Array, pages: jax.Array) -> jax.Array:
+def _poison(num_blocks: int, cache: Cache, pages: jax.Array) -> Cache:
+    if isinstance(cache, ScaledPages):
+        return dataclasses.replace(cache, scales=_poison(num_blocks, cache.scales, pages))
     layered = cache.reshape(-1, num_blocks, *cache.shape[1:])
     return layered.at[:, pages].set(_nan(cache.dtype)).reshape(cache.shape)
 

@@ -1,5 +1,5 @@
-"""An engine of a small GPT-OSS, with sinks, windows and biases of experts, over four virtual devices, in a process with
-its own JAX.
+"""An engine of a small GPT-OSS, with sinks, windows and biases of experts, over four virtual devices, with a KV cache
+in int8, in a process with its own JAX.
 
 ``python -m support.sinks FOLDER`` prints one JSON object: what it answered.
 """
@@ -30,14 +30,19 @@ GPT_OSS: dict[str, Any] = {
     "attention_bias": True,
 }
 DEVICES = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+#: of keys and values
+KV_CACHE_DTYPE = "int8"
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     (folder / "model").mkdir()
     write_random(folder / "model", GPT_OSS)
-    with LLM(folder / "model", **{**WAYS_ARGUMENTS, **DEVICES}) as llm:
-        found = {"load": counted(llm), **answers(llm), "ways": every_way(llm, folder / "model")}
+    with LLM(folder / "model", **{**WAYS_ARGUMENTS, **DEVICES}, kv_cache_dtype=KV_CACHE_DTYPE) as llm:
+        layouts = llm.explain().layouts
+        cache = [layout.device_bytes for layout in layouts if layout.name.startswith("KV cache")]
+        found = {"cache": cache, "planned": llm.memory_plan.kv_cache_bytes}
+        found |= {"load": counted(llm), **answers(llm), "ways": every_way(llm, folder / "model")}
         llm.save(folder / "saved")
     print(json.dumps(found))
 

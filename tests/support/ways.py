@@ -53,9 +53,16 @@ def assert_same_ways(found: dict[str, Any], plain: dict[str, Any]) -> None:
     assert found["vectors"] == found["sleep 1"] == found["sleep 2"] == found["texts"]
 
 
-def transformers_greedy(folder: Path, prompts: list[str], count: int) -> list[list[int]]:
-    """What transformers makes of prompts with the weights that a folder has."""
+def transformers_greedy(
+    folder: Path, prompts: list[str], count: int, *, kv_cache_dtype: str | None = None
+) -> list[list[int]]:
+    """What transformers makes of prompts with the weights that a folder has.
+
+    Args:
+        kv_cache_dtype: of `RoundedCache`; None: it does without a cache.
+    """
     import torch
+    from support.rounded_cache import rounded_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -65,7 +72,8 @@ def transformers_greedy(folder: Path, prompts: list[str], count: int) -> list[li
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.no_grad():
             for _ in range(count):
-                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+                cache = None if kv_cache_dtype is None else rounded_cache(kv_cache_dtype)
+                ids = torch.cat([ids, model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)], dim=1)
         found.append(ids[0, -count:].tolist())
     return found
 

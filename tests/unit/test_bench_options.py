@@ -12,6 +12,7 @@ import pytest
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.bench import report
 from jaxllm.bench.options import output_file
+from jaxllm.bench.perplexity import forms
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.bench.startup import start_once
 from jaxllm.entrypoints.cli import main
@@ -112,3 +113,17 @@ def test_a_request_that_would_end_early_is_refused():
     session.check([([1] * 8, 8)])
     with pytest.raises(ValidationError, match="8 tokens and 9 more are 17, and max_model_len=16.*--max-model-len"):
         session.check([([1], 1), ([1] * 8, 9)])
+
+
+def test_forms_of_weights_and_of_the_cache_are_compared_one_by_one():
+    def asked(**options: object) -> dict[str, dict[str, object]]:
+        sweeps = {"sweep_quantization": None, "sweep_kv_cache_dtype": None}
+        return forms(argparse.Namespace(**{**sweeps, **options}))
+
+    assert asked() == {"none": {"quantization": None, "kv_cache_dtype": None}}
+    assert asked(quantization="int8") == {"int8": {"quantization": "int8", "kv_cache_dtype": None}}
+    assert asked(sweep_quantization=["none", "fp8"], sweep_kv_cache_dtype=["int8"], kv_cache_dtype="fp8") == {
+        "none": {"quantization": None, "kv_cache_dtype": "fp8"},
+        "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+        "int8 KV cache": {"quantization": None, "kv_cache_dtype": "int8"},
+    }

@@ -19,6 +19,8 @@ from jax import lax
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
+from jaxllm.layers.attention import Cache, ScaledPages, attention, write_kv
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
@@ -29,9 +31,7 @@ from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
 from pallas_kernels.batch import AttentionBatch, Layout
-from pallas_kernels.kv_write.api import write_kv
-from pallas_kernels.paged_attention.api import paged_attention
-from pallas_kernels.storage import STORAGE
+from pallas_kernels.storage import STORAGE, is_scaled
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,8 +80,13 @@ def make_programs(
     block_size: int = 16,
     windows: tuple[int | None, ...] = TWO_GROUPS,
     config: dict[str, Any] | None = None,
+    kv_dtype: str | None = None,
 ) -> tuple[SamplingPrograms, State]:
-    """Programs of a small model, not compiled yet; or of the one that `config` describes."""
+    """Programs of a small model, not compiled yet; or of the one that `config` describes.
+
+    Args:
+        kv_dtype: of the pages; None: `dtype`.
+    """
     shape = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     model = model_config(config) if config else model_config({**LLAMA, **shape})
     model = dataclasses.replace(model, layer_window=windows)
@@ -89,9 +94,12 @@ def make_programs(
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     pages = num_blocks * max(len(group.layers) for group in groups)
     page = model.kv_specs[0].page_shape(block_size)
-    stored = STORAGE.get(jnp.dtype(dtype), jnp.dtype(dtype))
+    stored = STORAGE.get(jnp.dtype(kv_dtype or dtype), jnp.dtype(kv_dtype or dtype))
+    cache: Any = jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding)
+    if is_scaled(stored):
+        cache = ScaledPages(cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32, sharding=sharding))  # pyright: ignore
     state = State(
-        cache=jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding),  # pyright: ignore[reportArgumentType]
+        cache=cache,
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
     )
     programs = SamplingPrograms(
@@ -110,8 +118,9 @@ def make_programs(
     return programs, state
 
 
-def size(shape: Any) -> int:
-    return math.prod(shape.shape) * shape.dtype.itemsize
+def size(shapes: Any) -> int:
+    """Of a tree of arrays, in bytes."""
+    return sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in jax.tree.leaves(shapes))
 
 
 def test_every_program_writes_in_place():
@@ -171,7 +180,7 @@ def test_copies_of_blocks_move_them_and_nothing_else(layers: int, stored: Any):
     ("dtype", "shape", "several"),
     [
         ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
-        ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP), False),
+        ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP, kv_dtype="float8_e4m3fn"), False),
         ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), False),
         ("bfloat16", dict(config=MIXTRAL, windows=ONE_GROUP), True),
     ],
@@ -202,12 +211,14 @@ def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict
 EVERY = list(
     itertools.product((1, 2, 3, 4, 8), (64, 80, 96, 128, 256), (jnp.float32, jnp.uint16), (16, 64), (1, 2)),
 )
+#: with scales
+SCALED = [(1, 64, jnp.int8, 64, 1), (1, 128, jnp.uint8, 16, 2), (3, 80, jnp.int8, 16, 2)]
 #: of each number of KV heads and each head_dim one of the eight that there are: any two values of two columns meet
 SOME = [EVERY[8 * (5 * i + j) + (3 * i + 5 * j) % 8] for i in range(5) for j in range(5)]
 
 
 def test_pages_are_not_copied():
-    check_pages(SOME)
+    check_pages([*SOME, *SCALED])
 
 
 @pytest.mark.large
@@ -227,10 +238,13 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
 
         news, caches = [], []
         for kv_heads, head_dim, stored, block_size, groups in shapes:
-            numbers = jnp.bfloat16 if stored == jnp.uint16 else stored
+            numbers = jnp.float32 if stored == jnp.float32 else jnp.bfloat16
             news.append(jax.ShapeDtypeStruct((1, kv_heads, head_dim), numbers))
             pages = 2 // groups * num_blocks
-            caches.append(jax.ShapeDtypeStruct((pages, 2 * kv_heads, block_size, head_dim), stored))
+            cache: Any = jax.ShapeDtypeStruct((pages, 2 * kv_heads, block_size, head_dim), stored)
+            if is_scaled(stored):
+                cache = ScaledPages(cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32))  # pyright: ignore
+            caches.append(cache)
         batch: Any = AttentionBatch(
             token_seq=words(1),  # pyright: ignore[reportArgumentType]
             positions=words(1),  # pyright: ignore[reportArgumentType]
@@ -243,27 +257,28 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
             decode_only=True,
         )
 
-        def layers(cache: jax.Array, new: jax.Array, groups: int, batch: AttentionBatch) -> Any:
+        def layers(cache: Cache, new: jax.Array, groups: int, batch: AttentionBatch) -> Any:
             batch = dataclasses.replace(batch, block_tables=batch.block_tables[:groups])
+            step: Any = StepBatch(tokens=batch.token_seq, attention=batch)
             layer: Any = np.arange(2, dtype=np.int32)
             window: Any = np.full(2, 30, np.int32)
             places = Layout(group=layer % groups, page_offset=layer // groups * np.int32(num_blocks), window=window)
 
-            def one(carry: tuple[jax.Array, jax.Array], place: Layout) -> tuple[tuple[jax.Array, jax.Array], None]:
+            def one(carry: tuple[Cache, jax.Array], place: Layout) -> tuple[tuple[Cache, jax.Array], None]:
                 cache, query = carry
-                cache, _ = write_kv(cache, new, new, place, batch)
-                return (cache, paged_attention(query, cache, place, batch, scale=1.0)), None
+                cache = write_kv(Context(), cache, new, new, place, step)
+                return (cache, attention(Context(), query, cache, place, step, scale=1.0)), None
 
             return lax.scan(one, (cache, new), places)[0]
 
-        def step(caches: list[jax.Array], news: list[jax.Array], batch: AttentionBatch) -> Any:
+        def step(caches: list[Cache], news: list[jax.Array], batch: AttentionBatch) -> Any:
             return [
                 layers(cache, new, groups, batch) for cache, new, (*_, groups) in zip(caches, news, shapes, strict=True)
             ]
 
         program = jax.jit(step, donate_argnums=0).lower(caches, news, batch)
         memory = program.compile(OPTIONS).memory_analysis()
-        assert memory is not None and memory.alias_size_in_bytes == sum(map(size, caches))
+        assert memory is not None and memory.alias_size_in_bytes == size(caches)
         return memory.temp_size_in_bytes
 
     assert temporaries(FEW) == temporaries(MANY)

@@ -232,7 +232,7 @@ class TestErrors:
         with pytest.raises(ValidationError, match="Set max_model_len <= 131072"):
             jaxllm.plan(qwq, device="h200", max_model_len=131073)
         with pytest.raises(ValidationError, match="kv_cache_dtype"):
-            jaxllm.plan(qwq, device="h200", kv_cache_dtype="fp8")
+            jaxllm.plan(qwq, device="h200", kv_cache_dtype="nvfp4")
         with pytest.raises(ValidationError, match="null"):
             jaxllm.plan(qwq, device="h200", load_format="null")
 

@@ -155,6 +155,19 @@ def test_products_are_those_of_the_matrix(both: Callable[[str], tuple[Any, Any]]
     np.testing.assert_allclose(y, taken @ want.T, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["gptq act-order", "fp8 static", "int8"])
+def test_kernels_multiply_what_was_read(both: Callable[[str], tuple[Any, Any]], name: str):
+    """As on a GPU, in the interpreter: the product is the one that the test above checks."""
+    matrix = jax.tree.map(lambda array: np.asarray(array)[1], both(name)[0].layers[0].down)
+    x = np.random.default_rng(1).standard_normal((3, matrix.shape[1])).astype(np.float16)
+    kernels = Context(backend=Backend(implementation="triton", interpret=True))
+    product = jax.jit(linear_f32, static_argnums=0)
+    assert "pallas" in str(jax.make_jaxpr(linear_f32, static_argnums=0)(kernels, x, matrix))
+    y, want = product(kernels, jnp.asarray(x), matrix), product(Context(), jnp.asarray(x, jnp.float32), matrix)
+    # where a number of x is rounded to may differ between two programs
+    assert y.dtype == F32 and np.linalg.norm(y - want) < 2e-3 * np.linalg.norm(want)
+
+
 @given(bits=st.sampled_from((2, 3, 4, 8)), numbers=st.lists(st.integers(0, 255), min_size=1, max_size=70))
 def test_streams_of_bits(bits: int, numbers: list[int]):
     numbers = [number & ((1 << bits) - 1) for number in numbers]

@@ -27,12 +27,14 @@ def attention_backend(
     model: DecoderConfig | BertConfig,
     dtype: str,
     block_size: int,
+    kv_dtype: str | None = None,
 ) -> Backend:
     """What attention is compiled to.
 
     Args:
         asked: `EngineArgs.attention_backend`.
-        dtype: that the model computes in and the cache has.
+        dtype: that the model computes in.
+        kv_dtype: numpy's name of the cache's; None: it is `dtype`.
 
     Raises:
         ValidationError: the device, or the model, cannot have what was asked for.
@@ -58,7 +60,7 @@ def attention_backend(
             head_dim=model.head_dim,
             block_size=block_size,
             query_dtype=dtype,
-            cache_dtype=dtype,
+            cache_dtype=kv_dtype or dtype,
         )
         if reason:
             raise ValidationError(f"attention_backend='mosaic' is not for this model: {reason}. Leave it out.")

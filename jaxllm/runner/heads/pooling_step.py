@@ -11,6 +11,7 @@ from jax import lax
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
+from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
@@ -40,7 +41,7 @@ class PoolingStepConfig:
 class PoolingState:
     """What stays on the device between steps; donated to every step. R = max_num_seqs."""
 
-    cache: jax.Array  # layers.attention's layout
+    cache: Cache  # of all layers
     #: f32 [R + 1, d]: the first token's state (CLS), or the sum so far (MEAN), of each row; the last row is trash.
     #: None with LAST, which needs nothing of earlier chunks
     pooled: jax.Array | None

@@ -12,6 +12,7 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
+from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward_with_load, logits
 from jaxllm.runner.buckets import Bucket
@@ -57,7 +58,7 @@ ENDED = -1
 class State:
     """What stays on the device between steps; donated to every step. R = max_num_seqs, M = max_model_len."""
 
-    cache: jax.Array  # layers.attention's layout
+    cache: Cache  # of all layers
     #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
     tokens: jax.Array
 

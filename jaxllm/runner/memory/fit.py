@@ -149,6 +149,8 @@ def _why_unused(config: RunnerConfig, num_blocks: int) -> str:
         return "max_num_seqs requests of max_model_len tokens fit"
     if _binding_limit(config, num_blocks) is not None:
         return "left to what else runs here"
+    if _within_reach(config, num_blocks + 1) == num_blocks:
+        return "kernels cannot address a KV cache of one-byte numbers that has 2 to 4 GiB"
     return "the blocks are rounded, so that the next start finds its compiled programs"
 
 
@@ -163,6 +165,18 @@ def blocks_of_one(config: RunnerConfig) -> int:
 def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> None:
     """Refuse a cache that the user asked for and the device cannot hold."""
     total, others = config.target.total_bytes, config.weight_bytes + config.state_bytes + activation_bytes
+    reached = _within_reach(config, num_blocks)
+    if reached < num_blocks:
+        least = 2**32 // _page_numbers(config) + 1
+        raise DoesNotFitError(
+            f"a KV cache of {num_blocks} blocks has {num_blocks * _page_numbers(config)} numbers of one byte on a "
+            "device, and kernels cannot address one of 2 to 4 GiB.",
+            f"Set num_gpu_blocks_override to at most {reached} or at least {least}.",
+            memory_plan(config, num_blocks, activation_bytes),
+            longest=_longest(config, reached),
+            share=(num_blocks * config.block_bytes + others) / total,
+            enough_blocks=reached,
+        )
     most = min(_addressable_blocks(config), max(total - others, 0) // config.block_bytes)
     if num_blocks > most:
         raise DoesNotFitError(
@@ -181,6 +195,20 @@ def _addressable_blocks(config: RunnerConfig) -> int:
     """Blocks whose rows (one key or value of one head) have int32 indices."""
     rows = config.layers_per_group * math.prod(config.page_shape[:-1])
     return (2**31 - 1) // rows
+
+
+def _page_numbers(config: RunnerConfig) -> int:
+    """Numbers of a block, on one device."""
+    return config.layers_per_group * math.prod(config.page_shape)
+
+
+def _within_reach(config: RunnerConfig, num_blocks: int) -> int:
+    """The most blocks, of so many, of a cache that the kernels can address (`storage.check_addressable`)."""
+    backend, dtype = config.backend, config.cache_dtype
+    if backend.implementation == "xla" or dtype.itemsize > 1 or not backend.supports(dtype):
+        return num_blocks
+    page = _page_numbers(config)
+    return 2**31 // page if 2**31 < num_blocks * page <= 2**32 else num_blocks
 
 
 def _fit(config: RunnerConfig, stage: RunnerConfig, num_blocks: int, activation_bytes: int) -> RunnerConfig:
@@ -224,7 +252,7 @@ def _num_blocks(config: RunnerConfig, budget: float) -> int:
     if config.platform == "cpu":
         budget = min(budget, max(CPU_CACHE_LIMIT, one * config.block_bytes))
     blocks = max(min(int(budget // config.block_bytes), _addressable_blocks(config)), 1)
-    return most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks))
+    return _within_reach(config, most if blocks >= most else max(quantize_blocks(blocks), min(one, blocks)))
 
 
 def _most_blocks(config: RunnerConfig) -> int:
