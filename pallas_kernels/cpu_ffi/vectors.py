@@ -140,6 +140,13 @@ class Code:
     def shifted_up(self, value: Value, bits: int) -> Value:
         return self.builder.shl(value, self.all(bits, value)) if bits else value
 
+    def bits(self, address: Value, count: int = 16) -> Value:
+        """The bits of two bytes from the lowest, each as a byte of all ones or of none, <count x i8>."""
+        word = self.splat(self.load(address, HALF_WORD, align=1), count)
+        places = ir.Constant(word.type, [1 << i for i in range(count)])
+        found = self.builder.icmp_unsigned("!=", self.builder.and_(word, places), self.all(0, word))
+        return self.builder.sext(found, ir.VectorType(BYTE, count))
+
     def less(self, value: Value, amount: int) -> Value:
         return self.builder.sub(value, self.all(amount, value))
 

@@ -17,7 +17,7 @@ from pallas_kernels.quantized import ScaledWeight
 
 #: what `formats` has; said here, too, since reading it takes llvmlite
 GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
-BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 #: columns of x that share a scale; no kernel takes fewer at once
 GROUP = 32
 
@@ -64,9 +64,10 @@ def in_16_bits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     out as they are down to a 128th of the largest, and others are off by 2 ** -16 of it at most.
     """
     grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
-    largest = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
-    # of a float32, the exponent; no less than what keeps its reciprocal finite
-    exponent = jnp.maximum(lax.bitcast_convert_type(largest, jnp.uint32) >> 23, 30)
+    # of the bits, whose order is that of the numbers: XLA:CPU's maximum of floats may lose a NaN
+    largest = jnp.max(lax.bitcast_convert_type(grouped, jnp.uint32) & 0x7FFFFFFF, axis=-1, keepdims=True)
+    # the exponent, no less than what keeps the scale's reciprocal finite
+    exponent = jnp.maximum(largest >> 23, 30)
     scale = lax.bitcast_convert_type((exponent - 14) << 23, jnp.float32)
     # of a group with a NaN or an infinity the result is NaN
     scale = jnp.where(exponent == 255, jnp.nan, scale)

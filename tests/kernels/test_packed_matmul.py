@@ -60,7 +60,12 @@ def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
 #: of x: multiplied as they are, and in 16 bits
 DTYPES = ("float32", "bfloat16")
 #: where a block has float16 numbers: random bytes could be NaN
-HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2)}
+HALVES = {
+    **{"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2)},
+    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+}
+#: whose numbers are small differences of larger ones
+WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
 
 @functools.cache
@@ -86,8 +91,7 @@ def test_equals_the_formula(kernel: str, implementation: str):
     weights, own = stack(kernel), backend() if implementation == "cpu_ffi" else Backend()
     assert kernel_of(weights) == kernel and has_kernel(own, weights) == (implementation == "cpu_ffi")
     w = np.asarray(dense(index(weights, jnp.int32(LAYER)), jnp.dtype(jnp.float32)), np.float64)
-    # numbers with a minimum are small differences of larger ones
-    size = np.abs(w) + (np.abs(w).max(axis=1, keepdims=True) if kernel == "Q4_1" else 0)
+    size = np.abs(w) + (np.abs(w).max(axis=1, keepdims=True) if kernel in WITH_MINIMA else 0)
     for count in ROWS:
         for dtype in DTYPES:
             x = rows_of(count, kernel, dtype)
