@@ -74,7 +74,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:
     """`linear_f32` of a weight that is no array (`pallas_kernels.quantized`)."""
     backend = context.backend
-    if implementation_for(backend, weight, rows=x.shape[0], dtype=x.dtype) == "triton":
+    if x.ndim == 2 and implementation_for(backend, weight, rows=len(x), dtype=x.dtype) == "triton":
         return quant_matmul(x, weight, backend=backend, out_dtype=jnp.dtype(jnp.float32))
     if isinstance(weight, Joined):
         return jnp.concatenate([linear_f32(context, x, part) for part in weight.parts], axis=-1)

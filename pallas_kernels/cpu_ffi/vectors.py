@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,6 +82,10 @@ class Code:
         """So many float32 numbers, <count x float>."""
         return self.load(address, ir.VectorType(FLOAT, count), align=4)
 
+    def half_words(self, address: Value, count: int = LANES) -> Value:
+        """So many integers of 16 bits, <count x i16>."""
+        return self.load(address, ir.VectorType(HALF_WORD, count), align=2)
+
     def store(self, value: Value, address: Value) -> None:
         self.builder.store(value, address, align=4)
 
@@ -135,12 +140,35 @@ class Code:
     def shifted_up(self, value: Value, bits: int) -> Value:
         return self.builder.shl(value, self.all(bits, value)) if bits else value
 
+    def bits(self, address: Value, count: int = 16) -> Value:
+        """The bits of two bytes from the lowest, each as a byte of all ones or of none, <count x i8>."""
+        word = self.splat(self.load(address, HALF_WORD, align=1), count)
+        places = ir.Constant(word.type, [1 << i for i in range(count)])
+        found = self.builder.icmp_unsigned("!=", self.builder.and_(word, places), self.all(0, word))
+        return self.builder.sext(found, ir.VectorType(BYTE, count))
+
     def less(self, value: Value, amount: int) -> Value:
         return self.builder.sub(value, self.all(amount, value))
 
     def signed(self, value: Value) -> Value:
         """Integers with a sign, as float32."""
         return self.builder.sitofp(value, _with_numbers(value.type, FLOAT))
+
+    def widened(self, value: Value, number: ir.Type) -> Value:
+        """Integers with a sign, in more bits."""
+        return self.builder.sext(value, _with_numbers(value.type, number))
+
+    def pairs(self, a: Value, b: Value) -> Value:
+        """Products of two vectors of i16, each added to its neighbour: half as many i32."""
+        half = a.type.count // 2
+        result = ir.VectorType(WORD, half)
+        if half == 8 and platform.machine() == "x86_64":
+            return self.builder.call(self._declared("llvm.x86.avx2.pmadd.wd", result, [a.type, b.type]), [a, b])
+        products = self.builder.mul(self.widened(a, WORD), self.widened(b, WORD))
+        even, odd = (ir.Constant(result, [2 * i + first for i in range(half)]) for first in (0, 1))
+        nothing = ir.Constant(products.type, ir.Undefined)
+        left, right = (self.builder.shuffle_vector(products, nothing, places) for places in (even, odd))
+        return self.builder.add(left, right)
 
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
@@ -158,17 +186,19 @@ class Code:
 
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """``a * b + c``, rounded once."""
-        name = f"llvm.fma.v{a.type.count}f32"
-        function = self._module.globals.get(name)
-        if function is None:
-            function = ir.Function(self._module, ir.FunctionType(a.type, [a.type] * 3), name)
-        return self.builder.call(function, [a, b, c])
+        name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
+        return self.builder.call(self._declared(name, a.type, [a.type] * 3), [a, b, c])
 
     def sum_of(self, vector: Value) -> Value:
         """The sum of a vector's numbers: the right half to the left one, until one is left."""
         while (half := vector.type.count // 2) >= 1:
             vector = self.summed(self.part(vector, 0, half), self.part(vector, half, half))
         return self.builder.extract_element(vector, ir.Constant(WORD, 0))
+
+    def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
+        """A function of LLVM's own."""
+        known = self._module.globals.get(name)
+        return known or ir.Function(self._module, ir.FunctionType(result, arguments), name)
 
     # ---- loops
 

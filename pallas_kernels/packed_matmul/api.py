@@ -14,7 +14,7 @@ from pallas_kernels.packed_matmul.reference import packed_matmul_reference
 from pallas_kernels.quantized import index
 
 #: most rows of x for which the kernels are the faster way; beyond, a widened matrix pays for itself
-MOST_ROWS = 8
+MOST_ROWS = 32
 
 
 def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
@@ -27,8 +27,8 @@ def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Arr
 
     x: [M, K], bf16, f16 or f32. weight: a `Quantized` [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which
     that layer is meant, and read where it lies.
-    Returns float32 [M, N], computed in float32 from the very numbers that the weight stands for: by the weight's
-    kernel where `has_kernel`, else by the reference, which is differentiable.
+    Returns float32 [M, N], of the very numbers that the weight stands for: by the weight's kernel where `has_kernel`,
+    which multiplies x of 16 bits in integers (`cpu_ffi.in_16_bits`), else by the reference, which is differentiable.
     Raises ValueError where shapes do not fit together.
     """
     stack = "" if layer is None else "L, "

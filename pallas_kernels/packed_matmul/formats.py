@@ -17,7 +17,7 @@ from pallas_kernels.cpu_ffi.vectors import BYTE, LANES, Code, Value
 class Run:
     """Neighbouring columns that share a scale: ``w = scale * values + minimum``."""
 
-    #: vectors of `LANES` numbers, float32
+    #: vectors of `LANES` integers, i8
     values: list[Value]
     #: float32; None: 1
     scale: Value | None = None
@@ -54,7 +54,7 @@ def _int8_row(code: Code, weight: list[Operand], layer: Value, row: Value, colum
 
 def _int8_runs(code: Code, start: Value, first: Value) -> list[Run]:
     """int8 [L, N, K]; a row's scale is a factor of the result."""
-    return [Run([code.signed(part) for part in code.parts(code.bytes(code.at(start, first), 32))])]
+    return [Run(code.parts(code.bytes(code.at(start, first), 32)))]
 
 
 def _int4(group: int, scale_dtype: str) -> Format:
@@ -82,8 +82,8 @@ def _int4(group: int, scale_dtype: str) -> Format:
         codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
         # at most 16 off, which a byte holds
         zero = code.splat(zero)
-        low = [code.signed(code.builder.sub(code.masked(part, 15), zero)) for part in codes]
-        high = [code.signed(code.builder.sub(code.shifted_down(part, 4), zero)) for part in codes]
+        low = [code.builder.sub(code.masked(part, 15), zero) for part in codes]
+        high = [code.builder.sub(code.shifted_down(part, 4), zero) for part in codes]
         return [Run(low + high, scale)]
 
     return Format(columns=group, num_arrays=3, row=row, runs=runs)
@@ -103,8 +103,7 @@ def _blocks(columns: int, nbytes: int, runs: Callable[[Code, Value], list[Run]])
 
 
 def _q8_0(code: Code, block: Value) -> list[Run]:
-    values = code.bytes(code.at(block, 2), 32)
-    return [Run([code.signed(part) for part in code.parts(values)], code.half(block))]
+    return [Run(code.parts(code.bytes(code.at(block, 2), 32)), code.half(block))]
 
 
 def _nibbles(code: Code, start: Value) -> list[Value]:
@@ -115,12 +114,84 @@ def _nibbles(code: Code, start: Value) -> list[Value]:
 
 def _q4_0(code: Code, block: Value) -> list[Run]:
     codes = _nibbles(code, code.at(block, 2))
-    return [Run([code.signed(code.less(part, 8)) for part in codes], code.half(block))]
+    return [Run([code.less(part, 8) for part in codes], code.half(block))]
 
 
 def _q4_1(code: Code, block: Value) -> list[Run]:
     codes = _nibbles(code, code.at(block, 4))
-    return [Run([code.signed(part) for part in codes], code.half(block), code.half(code.at(block, 2)))]
+    return [Run(codes, code.half(block), code.half(code.at(block, 2)))]
+
+
+def _fifth_bits(code: Code, start: Value) -> list[Value]:
+    """A bit each of 32 numbers, from the lowest of four bytes, in its place: two vectors."""
+    return [code.masked(code.bits(code.at(start, 2 * i)), 16) for i in range(2)]
+
+
+def _q5_0(code: Code, block: Value) -> list[Run]:
+    pairs = zip(_nibbles(code, code.at(block, 6)), _fifth_bits(code, code.at(block, 2)), strict=True)
+    return [Run([code.less(code.builder.or_(low, high), 16) for low, high in pairs], code.half(block))]
+
+
+def _q5_1(code: Code, block: Value) -> list[Run]:
+    pairs = zip(_nibbles(code, code.at(block, 8)), _fifth_bits(code, code.at(block, 4)), strict=True)
+    values = [code.builder.or_(low, high) for low, high in pairs]
+    return [Run(values, code.half(block), code.half(code.at(block, 2)))]
+
+
+def _affine_k(code: Code, block: Value, codes: Callable[[int], Value]) -> list[Run]:
+    """Eight runs of 32 codes, whose scales and minima of six bits are packed in 12 bytes (`gguf_blocks`)."""
+    d, dmin = code.half(block), code.negated(code.half(code.at(block, 2)))
+    first, second, third = ([code.byte(code.at(block, 4 * part + i)) for i in range(4)] for part in (1, 2, 3))
+
+    def joined(low: Value, high: Value) -> Value:
+        return code.builder.or_(low, code.shifted_up(code.shifted_down(high, 6), 4))
+
+    scales = [code.masked(byte, 63) for byte in first]
+    scales += [joined(code.masked(third[i], 15), first[i]) for i in range(4)]
+    minima = [code.masked(byte, 63) for byte in second]
+    minima += [joined(code.shifted_down(third[i], 4), second[i]) for i in range(4)]
+    return [
+        Run(
+            code.parts(codes(i)),
+            code.multiplied(d, code.unsigned(scales[i])),
+            code.multiplied(dmin, code.unsigned(minima[i])),
+        )
+        for i in range(8)
+    ]
+
+
+def _low_of_k(code: Code, start: Value, i: int) -> Value:
+    """The nibbles of run i: each 32 bytes hold a run in low and one in high ones."""
+    packed = code.bytes(code.at(start, 32 * (i // 2)), 32)
+    return code.shifted_down(packed, 4) if i % 2 else code.masked(packed, 15)
+
+
+def _q4_k(code: Code, block: Value) -> list[Run]:
+    return _affine_k(code, block, lambda i: _low_of_k(code, code.at(block, 16), i))
+
+
+def _q5_k(code: Code, block: Value) -> list[Run]:
+    high = code.bytes(code.at(block, 16), 32)
+
+    def codes(i: int) -> Value:
+        fifth = code.shifted_up(code.masked(code.shifted_down(high, i), 1), 4)
+        return code.builder.or_(_low_of_k(code, code.at(block, 48), i), fifth)
+
+    return _affine_k(code, block, codes)
+
+
+def _q6_k(code: Code, block: Value) -> list[Run]:
+    d, runs = code.half(code.at(block, 208)), []
+    for half in range(2):
+        high = code.bytes(code.at(block, 128 + 32 * half), 32)
+        for quarter in range(4):
+            low = code.bytes(code.at(block, 64 * half + 32 * (quarter % 2)), 32)
+            low = code.shifted_down(low, 4) if quarter // 2 else code.masked(low, 15)
+            upper = code.shifted_up(code.masked(code.shifted_down(high, 2 * quarter), 3), 4)
+            for i, part in enumerate(code.parts(code.less(code.builder.or_(low, upper), 32))):
+                scale = code.load(code.at(block, 192 + 8 * half + 2 * quarter + i), BYTE)
+                runs.append(Run([part], code.multiplied(d, code.signed(scale))))
+    return runs
 
 
 def _row_of(code: Code, array: Operand, layer: Value, row: Value) -> Value:
@@ -143,4 +214,9 @@ FORMATS: dict[str, Format] = {
     "Q8_0": _blocks(32, 34, _q8_0),
     "Q4_0": _blocks(32, 18, _q4_0),
     "Q4_1": _blocks(32, 20, _q4_1),
+    "Q5_0": _blocks(32, 22, _q5_0),
+    "Q5_1": _blocks(32, 24, _q5_1),
+    "Q4_K": _blocks(256, 144, _q4_k),
+    "Q5_K": _blocks(256, 176, _q5_k),
+    "Q6_K": _blocks(256, 210, _q6_k),
 }

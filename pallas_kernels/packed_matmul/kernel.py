@@ -1,99 +1,206 @@
-"""The kernel of a product of rows with a packed weight, as LLVM code; the same for every format (`formats`).
+"""The kernels of a product of rows with a packed weight, as LLVM code; the same for every format (`formats`).
 
-Operands: x float32 [M, K]; layer i32 []; the weight's arrays, of all layers, read where they lie; the result float32
-[M, N]. A tile of some rows of x and some of the weight is multiplied at a time: a run's numbers are made in registers,
-once for the tile's rows of x, and multiplied and added up in `LANES` lanes, which are added to each other in the end.
-What is added to what depends on the format alone, and not on the tile, so a row's result has the same bits beside any
-others.
+Operands: x [M, K] in a form of `INPUTS`; layer i32 []; the weight's arrays, of all layers, read where they lie; the
+result, float32 [M, N]. A row of the weight is multiplied by some rows of x at a time: a run's numbers are made in
+registers, once for these rows, and multiplied and added up in lanes, which are added to each other in the end. What is
+added to what depends on the format alone, and not on how many rows there are, so a row's result has the same bits
+beside any others.
 """
 
 from __future__ import annotations
 
+import abc
+from typing import Any
+
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Code, Value
-from pallas_kernels.packed_matmul.formats import FORMATS, Format, Operand
+from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.packed_matmul.formats import FORMATS, Format, Operand, Run
 
-#: (rows of x, rows of the weight) of a tile, best first: what registers hold
-TILES = ((4, 1), (1, 4))
+#: rows of x that are multiplied at once by one row of the weight, most first: what registers hold. Rows of the weight
+#: come one after the other, as they lie: four at a time took 1.5 times as long to read (int8, Zen 3)
+TILES = (4, 2, 1)
+#: columns of x that share a scale where they are rounded
+GROUP = 32
+
+
+class Inputs(abc.ABC):
+    """A form of x, and how a sum of products with it is kept: a few values, which go from run to run."""
+
+    #: arrays that x is
+    arrays: int
+
+    @abc.abstractmethod
+    def row(self, code: Code, x: list[Operand], row: Value, columns: Value) -> Any:
+        """What `add` needs of a row of x."""
+
+    @abc.abstractmethod
+    def zero(self) -> list[Value]:
+        """An empty sum."""
+
+    @abc.abstractmethod
+    def numbers(self, code: Code, run: Run) -> list[Value]:
+        """A run's numbers as `add` takes them."""
+
+    @abc.abstractmethod
+    def add(
+        self, code: Code, total: list[Value], row: Any, first: Value, run: Run, numbers: list[Value]
+    ) -> list[Value]:
+        """The sum with the products of a run, which begins at a column of the weight."""
+
+    @abc.abstractmethod
+    def result(self, code: Code, total: list[Value]) -> Value:
+        """The sum as one float32 number."""
+
+
+class Exact(Inputs):
+    """x float32 [M, K], multiplied as it is."""
+
+    arrays = 1
+
+    def row(self, code: Code, x: list[Operand], row: Value, columns: Value) -> Any:
+        return code.at(x[0].data, code.times(code.times(row, columns), 4))
+
+    def zero(self) -> list[Value]:
+        return [_zeros(LANES)]
+
+    def numbers(self, code: Code, run: Run) -> list[Value]:
+        return [code.signed(part) for part in run.values]
+
+    def add(
+        self, code: Code, total: list[Value], row: Any, first: Value, run: Run, numbers: list[Value]
+    ) -> list[Value]:
+        (lanes,), start = total, code.at(row, code.times(first, 4))
+        x = [code.floats(code.at(start, 4 * LANES * i)) for i in range(len(numbers))]
+        if run.scale is None:
+            for part, values in zip(x, numbers, strict=True):
+                lanes = code.multiply_add(part, values, lanes)
+            return [lanes]
+        products = code.multiplied(x[0], numbers[0])
+        for part, values in zip(x[1:], numbers[1:], strict=True):
+            products = code.multiply_add(part, values, products)
+        lanes = code.multiply_add(products, code.splat(run.scale), lanes)
+        if run.minimum is not None:
+            alone = x[0]
+            for part in x[1:]:
+                alone = code.summed(alone, part)
+            lanes = code.multiply_add(alone, code.splat(run.minimum), lanes)
+        return [lanes]
+
+    def result(self, code: Code, total: list[Value]) -> Value:
+        return code.sum_of(total[0])
+
+
+class Rounded(Inputs):
+    """x in 16 bits: int16 [M, K], and of each `GROUP` columns the scale and the sum (of what it stands for), float32
+    [M, K / GROUP]. Products of integers are exact, two of them and their sum one instruction.
+    """
+
+    arrays = 3
+    lanes = LANES // 2
+
+    def row(self, code: Code, x: list[Operand], row: Value, columns: Value) -> Any:
+        first = code.times(row, columns)
+        group = code.times(code.divided(first, GROUP), 4)
+        return code.at(x[0].data, code.times(first, 2)), code.at(x[1].data, group), code.at(x[2].data, group)
+
+    def zero(self) -> list[Value]:
+        return [_zeros(self.lanes), ir.Constant(FLOAT, 0.0)]
+
+    def numbers(self, code: Code, run: Run) -> list[Value]:
+        return [code.widened(part, HALF_WORD) for part in run.values]
+
+    def add(
+        self, code: Code, total: list[Value], row: Any, first: Value, run: Run, numbers: list[Value]
+    ) -> list[Value]:
+        (values, scales, sums), (lanes, minima) = row, total
+        together = max(1, GROUP // LANES) if len(numbers) * LANES >= GROUP else len(numbers)
+        products = None
+        for i in range(0, len(numbers), together):
+            column = code.add(first, LANES * i)
+            start = code.at(values, code.times(column, 2))
+            whole = None
+            for j in range(together):
+                x = code.half_words(code.at(start, 2 * LANES * j))
+                pairs = code.pairs(numbers[i + j], x)
+                whole = pairs if whole is None else code.builder.add(whole, pairs)
+            group = code.times(code.divided(column, GROUP), 4)
+            scale = code.load(code.at(scales, group), FLOAT, align=4)
+            wide = code.signed(whole)
+            if run.scale is None:
+                lanes = code.multiply_add(wide, code.splat(scale, self.lanes), lanes)
+            elif len(numbers) == together:
+                lanes = code.multiply_add(wide, code.splat(code.multiplied(scale, run.scale), self.lanes), lanes)
+            elif products is None:
+                products = code.multiplied(wide, code.splat(scale, self.lanes))
+            else:
+                products = code.multiply_add(wide, code.splat(scale, self.lanes), products)
+            if run.minimum is not None:
+                assert together * LANES == GROUP, "a minimum of fewer columns than x has sums for"
+                of_group = code.load(code.at(sums, group), FLOAT, align=4)
+                minima = code.multiply_add(of_group, run.minimum, minima)
+        if products is not None:
+            lanes = code.multiply_add(products, code.splat(run.scale, self.lanes), lanes)
+        return [lanes, minima]
+
+    def result(self, code: Code, total: list[Value]) -> Value:
+        return code.summed(code.sum_of(total[0]), total[1])
+
+
+#: by the prefix of a kernel's name
+INPUTS: dict[str, Inputs] = {"exact": Exact(), "rounded": Rounded()}
 
 
 def module(name: str) -> ir.Module:
-    """The kernel of a format, a function `kernel`."""
-    made, form = ir.Module(name=name), FORMATS[name]
-    sizes = {(rows, 1) for rows, _ in TILES} | set(TILES)
-    tiles = {size: _tile(made, form, *size) for size in sorted(sizes)}
+    """A kernel, a function `kernel`: "exact_Q8_0", for example."""
+    prefix, _, form_name = name.partition("_")
+    made, inputs, form = ir.Module(name=name), INPUTS[prefix], FORMATS[form_name]
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
     num_x = code.load(_operand(code, table, 0).dims, LONG)
     done: Value = code.number(0)
-    for num_rows, num_columns in TILES:
-        behind = code.add(code.times(code.divided(code.subtract(num_x, done), num_rows), num_rows), done)
-        whole = code.subtract(end, num_columns - 1)
-        with code.loop(done, behind, num_rows) as rows:
-            with code.loop(begin, whole, num_columns) as columns:
-                code.builder.call(tiles[num_rows, num_columns], [table, rows.index, columns.index])
-            if num_columns > 1:
-                rest = code.divided(code.subtract(end, begin), num_columns)
-                first = code.add(begin, code.times(rest, num_columns))
-                with code.loop(first, end, 1) as columns:
-                    code.builder.call(tiles[num_rows, 1], [table, rows.index, columns.index])
+    for size in TILES:
+        tile = _tile(made, inputs, form, size)
+        behind = code.add(code.times(code.divided(code.subtract(num_x, done), size), size), done)
+        with code.loop(done, behind, size) as rows, code.loop(begin, end, 1) as columns:
+            code.builder.call(tile, [table, rows.index, columns.index])
         done = behind
     code.end()
     return made
 
 
-def _tile(made: ir.Module, form: Format, num_x: int, num_rows: int) -> ir.Function:
-    """A function (table, first row of x, first row of the weight) that computes a tile of the result."""
-    code = Code(made, f"tile_{num_x}_{num_rows}", [POINTER, LONG, LONG])
-    table, first_x, first_row = code.arguments
-    x, number = _operand(code, table, 0), _operand(code, table, 1)
-    weight = [_operand(code, table, 2 + i) for i in range(form.num_arrays)]
-    result = _operand(code, table, 2 + form.num_arrays)
-    columns = code.load(code.at(x.dims, 8), LONG)
+def _tile(made: ir.Module, inputs: Inputs, form: Format, size: int) -> ir.Function:
+    """A function (table, first row of x, row of the weight) that computes the products of some rows of x."""
+    code = Code(made, f"tile_{size}", [POINTER, LONG, LONG])
+    table, first, row = code.arguments
+    x = [_operand(code, table, i) for i in range(inputs.arrays)]
+    number = _operand(code, table, inputs.arrays)
+    weight = [_operand(code, table, inputs.arrays + 1 + i) for i in range(form.num_arrays)]
+    result = _operand(code, table, inputs.arrays + 1 + form.num_arrays)
+    columns = code.load(code.at(x[0].dims, 8), LONG)
     layer = code.builder.sext(code.load(number.data, WORD), LONG)
-    x_rows = [code.at(x.data, code.times(code.times(code.add(first_x, m), columns), 4)) for m in range(num_x)]
-    rows = [form.row(code, weight, layer, code.add(first_row, r), columns) for r in range(num_rows)]
-    zero = ir.Constant(ir.VectorType(FLOAT, LANES), [0.0] * LANES)
-    with code.loop(code.number(0), columns, form.columns, [zero] * (num_rows * num_x)) as loop:
-        offset = code.times(loop.index, 4)
-        here = [code.at(start, offset) for start in x_rows]
-        for r in range(num_rows):
-            place = 0
-            for run in form.runs(code, rows[r], loop.index):
-                for m in range(num_x):
-                    parts = [code.floats(code.at(here[m], 4 * (place + LANES * i))) for i in range(len(run.values))]
-                    total = loop.next[r * num_x + m]
-                    loop.next[r * num_x + m] = _added(code, total, run.values, parts, run.scale, run.minimum)
-                place += LANES * len(run.values)
+    x_rows = [inputs.row(code, x, code.add(first, m), columns) for m in range(size)]
+    of_row = form.row(code, weight, layer, row, columns)
+    width = len(inputs.zero())
+    places = [slice(width * m, width * (m + 1)) for m in range(size)]
+    with code.loop(code.number(0), columns, form.columns, inputs.zero() * size) as loop:
+        column = loop.index
+        for run in form.runs(code, of_row, loop.index):
+            numbers = inputs.numbers(code, run)
+            for x_row, place in zip(x_rows, places, strict=True):
+                loop.next[place] = inputs.add(code, loop.next[place], x_row, column, run, numbers)
+            column = code.add(column, LANES * len(run.values))
     num_out = code.load(code.at(result.dims, 8), LONG)
-    for r in range(num_rows):
-        for m in range(num_x):
-            at = code.add(code.times(code.add(first_x, m), num_out), code.add(first_row, r))
-            code.store(code.sum_of(loop.values[r * num_x + m]), code.at(result.data, code.times(at, 4)))
+    for m, place in enumerate(places):
+        at = code.add(code.times(code.add(first, m), num_out), row)
+        code.store(inputs.result(code, loop.values[place]), code.at(result.data, code.times(at, 4)))
     code.end()
     return code.function
 
 
-def _added(
-    code: Code, total: Value, values: list[Value], x: list[Value], scale: Value | None, minimum: Value | None
-) -> Value:
-    """``total + (scale * values + minimum) * x``, lane by lane."""
-    if scale is None:
-        for part, numbers in zip(x, values, strict=True):
-            total = code.multiply_add(part, numbers, total)
-        return total
-    products = code.multiplied(x[0], values[0])
-    for part, numbers in zip(x[1:], values[1:], strict=True):
-        products = code.multiply_add(part, numbers, products)
-    total = code.multiply_add(products, code.splat(scale), total)
-    if minimum is not None:
-        alone = x[0]
-        for part in x[1:]:
-            alone = code.summed(alone, part)
-        total = code.multiply_add(alone, code.splat(minimum), total)
-    return total
-
-
 def _operand(code: Code, table: Value, i: int) -> Operand:
     return Operand(code.load(code.at(table, 16 * i), POINTER), code.load(code.at(table, 16 * i + 8), POINTER))
+
+
+def _zeros(count: int) -> Value:
+    return ir.Constant(ir.VectorType(FLOAT, count), [0.0] * count)

@@ -28,6 +28,8 @@ STACKS: dict[str, int] = {
     r"^Gemma-3-27B: (decode|mixed) .*, fusion\.\d+$": 696,
     # and of routers
     r"^Qwen3-30B-A3B in GPTQ: decode .*, fusion\.\d+$": 32,
+    # a few numbers of a tile of 128 x 128 bytes, widened, on sm_80
+    r"^grouped_matmul: .*, (int8|fp8)( in groups of 128)?, 2048 tokens": 32,
     # up to four numbers, outside of the loop over the context or for heads of 256
     r"^paged_attention: ": 16,
 }

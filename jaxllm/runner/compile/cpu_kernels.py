@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.runner.runner_config import RunnerConfig
 from pallas_kernels.gguf_blocks import BlockWeight
@@ -30,7 +31,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     leaves = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
     # experts, which have an axis more, are multiplied group by group
     weights = [leaf for leaf in leaves if isinstance(leaf, _WEIGHTS) and len(leaf.shape) <= 3]
-    version = cpu_ffi.load(weights, folder)
+    version = cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
     if not version:
         return config
     return dataclasses.replace(config, attention=dataclasses.replace(config.backend, cpu_kernels=version))

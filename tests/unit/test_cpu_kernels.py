@@ -1,0 +1,91 @@
+"""Kernels for CPUs in programs: kept and found by another process, split over devices, chosen by an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from support.tiny_model import SMALL, write_tiny_model
+
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.layers.stacked_matrix import StackedMatrix
+from jaxllm.runner.compile.target import target_here
+from jaxllm.runner.heads.sampling_programs import with_whole_layers
+from jaxllm.startup.setup import read_setup
+from pallas_kernels.quantized import is_quantized
+
+#: a program over four devices, each with a part of the rows of a weight, launched from several threads
+PROGRAM = """
+    import concurrent.futures, sys
+    from pathlib import Path
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jaxllm.runner.compile.programs import CPU_OPTIONS
+    from jaxllm.runner.compile.store import open_store
+    from pallas_kernels.backend import Backend
+    from pallas_kernels.packed_matmul.api import packed_matmul
+    from pallas_kernels.packed_matmul.cpu_ffi import load
+    from pallas_kernels.quantized import ScaledWeight
+
+    folder, devices = Path(sys.argv[1]), jax.devices()
+    assert len(devices) == 4
+    mesh = jax.make_mesh((4,), ("tensor",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    draw = np.random.default_rng(0)
+    weight = ScaledWeight(
+        values=jnp.asarray(draw.integers(-128, 128, (2, 64, 96)), jnp.int8), scales=jnp.ones((2, 64, 1))
+    )
+    x = jnp.asarray(draw.normal(size=(3, 96)), jnp.bfloat16)
+    backend = Backend(cpu_kernels=load([weight], x.dtype, folder / "kernels"))
+    assert backend.cpu_kernels
+
+    def product(x, weight, layer):
+        return packed_matmul(x, weight, backend=backend, layer=layer)
+
+    split = jax.shard_map(product, mesh=mesh, in_specs=(P(), P(None, "tensor"), P()), out_specs=P(None, "tensor"))
+    placed = [
+        jax.device_put(tree, NamedSharding(mesh, spec))
+        for tree, spec in ((x, P()), (weight, P(None, "tensor")), (jnp.int32(1), P()))
+    ]
+    store = open_store(folder / "programs", devices, CPU_OPTIONS, backend)
+    program = store.find(("product",))
+    print("found" if program else "compiled", end=" ")
+    program = program or store.compile(("product",), jax.jit(split).lower(*placed))
+    exact = np.asarray(x, np.float64) @ np.asarray(weight.values[1], np.float64).T
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: [np.asarray(program(*placed)) for _ in range(20)], range(4)):
+            assert all(np.abs(each - exact).max() < 1e-3 * np.abs(exact).max() for each in y)
+    print("right")
+"""
+
+
+def test_programs_are_found_and_split_over_devices(tmp_path: Path):
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would keep programs in the store's place
+    for expected in ("compiled right", "found right"):
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_an_engine_has_the_kernels_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str):
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    args = EngineArgs(model=write_tiny_model(tmp_path), quantization=quantization, **SMALL)
+
+    def config_of(args: EngineArgs) -> Any:
+        return read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
+
+    config = config_of(args)
+    params = with_whole_layers(config.params(), config.backend, one_row=False)
+    leaves = jax.tree.leaves(params.layers, is_leaf=lambda leaf: isinstance(leaf, StackedMatrix))
+    whole = [leaf for leaf in leaves if isinstance(leaf, StackedMatrix)]
+    assert config.backend.cpu_kernels and whole and all(is_quantized(leaf.stored) for leaf in whole)
+    assert not config_of(dataclasses.replace(args, deterministic=True)).backend.cpu_kernels
+    assert not config_of(dataclasses.replace(args, quantization=None)).backend.cpu_kernels
