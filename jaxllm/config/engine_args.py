@@ -152,7 +152,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         None,
         check.gibibytes,
         "host memory for blocks that leave the prefix cache, to come back on a hit: GiB, or such as 500MB (default: "
-        "none). Not for weights, as --cpu-offload-gb is",
+        "none). Not for weights, as --cpu-offload-gb of vLLM is",
         group="cache",
         form="GIB",
     )

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from scipy.linalg import lapack
+from scipy.linalg import solve_triangular
 
 from jaxllm.quantizing.grid import Grid, Rounded, better_rows
 from jaxllm.quantizing.inputs import products, row_errors
@@ -64,11 +65,11 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
     diagonal[diagonal == 0] = 1
     np.fill_diagonal(damped, diagonal + DAMPING * diagonal.mean())
     turned = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return lapack.dtrtri(np.asfortranarray(turned), lower=0)[0].astype(np.float32)
+    return solve_triangular(turned, np.eye(len(turned)), check_finite=False).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(grid: Grid, matrix: Matrix, gram: Matrix, factor: Matrix) -> Rounded:
+def _solve(grid: Grid, matrix: Any, gram: Any, factor: Any) -> Rounded:
     rows, columns = matrix.shape
     group, groups = grid.group, columns // grid.group
     block = next(size for size in range(min(BLOCK, group), 0, -1) if group % size == 0)

@@ -121,7 +121,7 @@ class MatrixForms:
         scheme = self.scheme
         if scheme.method not in GROUPED or scheme.group_size == -1:
             return 0
-        widths = {shape[1]: module for module, shape in reversed(shapes.items())}
+        widths = {shape[1]: module for module, shape in reversed(list(shapes.items()))}
         if scheme.group_size is None and scheme.method == "int4":
             fits = [group for group in GROUPS if all(any(w % g == 0 for g in GROUPS) for w in widths)]
             if fits:
@@ -130,7 +130,7 @@ class MatrixForms:
         if scheme.group_size is None and common:
             return common[0]
         asked = scheme.group_size or GROUPS[-1]
-        wrong = next((width for width in reversed(widths) if width % asked), None)
+        wrong = next((width for width in reversed(list(widths)) if width % asked), None)
         if wrong is not None:
             works = f"group_size={common[0]} divides all" if common else "group_size=-1 takes whole rows"
             raise ValidationError(

@@ -52,8 +52,8 @@ def read_samples(
     """
     text = own_text() if path is None else _read(path, tokenizer)
     # without a warning that the whole text is longer than the model's context
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    start = tokenizer.bos_token_id
+    ids: list[Any] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    start: Any = tokenizer.bos_token_id
     # models that were trained with a token in front of every text foresee little without it
     first = [start] if start is not None and tokenizer.encode("a")[:1] == [start] else []
     step = length - len(first)

@@ -73,15 +73,14 @@ def written(model: Path, folder: Path, **asked: Any) -> tuple[dict[str, Any], di
     ],
 )
 def test_compressed_tensors(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
     config, tensors, ours = written(tiny_model, tmp_path, **asked)
-    read = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
-    (scheme,) = read.config_groups.values()
+    read = quantization.QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
+    # one, or one a size of groups
+    scheme = next(each for each in read.config_groups.values() if {MODULE, "Linear"} & set(each.targets))
     tensors = {end: t.float() if end == "weight_scale" else t for end, t in tensors.items()}
-    reader = BaseCompressor.get_value_from_registry(config["format"])
+    reader = compressors.BaseCompressor.get_value_from_registry(config["format"])
     theirs = reader.decompress(tensors, scheme)["weight"]
     np.testing.assert_array_equal(theirs.float().numpy(), ours)
 
@@ -112,13 +111,11 @@ def test_autoawq(tiny_model: Path, tmp_path: Path):
     "asked", [{}, {"bits": 8, "symmetric": False}, {"bits": 3, "symmetric": False}, {"bits": 2}, {"desc_act": True}]
 )
 def test_gptqmodel(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
-    pytest.importorskip("gptqmodel")
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
-
+    layers = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    models = pytest.importorskip("gptqmodel.utils.model")
     config, tensors, ours = written(tiny_model, tmp_path, method="gptq", **asked)
     rows, columns = ours.shape
-    layer = TorchLinear(
+    layer = layers.TorchLinear(
         bits=config["bits"],
         group_size=config["group_size"],
         sym=config["sym"],
@@ -129,7 +126,7 @@ def test_gptqmodel(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
     )
     layer.load_state_dict(tensors, strict=False)
     layer.scales = layer.scales.float()
-    convert_gptq_v1_to_v2_format_module(module=layer, bits=config["bits"], pack_dtype=layer.pack_dtype)
+    models.convert_gptq_v1_to_v2_format_module(module=layer, bits=config["bits"], pack_dtype=layer.pack_dtype)
     layer.post_init()
     theirs = layer.dequantize_weight()
     np.testing.assert_allclose(theirs.T.float().numpy(), ours, rtol=1e-3, atol=1e-6)
