@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.pairs import PLAIN, add_bonus, asked, assert_same_answer, told
+from support.pairs import PLAIN, add_bonus, asked, told
 from support.rounded_cache import rounded_cache
 from support.tiny_model import CONFIG, write_tiny_model
 
@@ -79,7 +79,7 @@ def test_log_probabilities_are_those_of_transformers(fp8: LLM, checkpoint: Path)
 
 
 def test_requests_get_the_same_alone_and_beside_others(fp8: LLM):
-    """After preemptions, with prefix hits and in chunks of any size, and after sleep."""
+    """To the bit: after preemptions, with prefix hits and in chunks of any size, and after sleep."""
     requests = asked(pairs=False)
     prompts, params = zip(*requests.values(), strict=True)
     before = preemptions(fp8)
@@ -91,7 +91,7 @@ def test_requests_get_the_same_alone_and_beside_others(fp8: LLM):
     for name, one, answer in zip(requests, requests.values(), beside, strict=True):
         fp8.reset_prefix_cache()
         for _ in ("computed", "found"):
-            assert_same_answer(told(fp8.generate([one[0]], one[1], use_tqdm=False)[0]), answer, name)
+            assert told(fp8.generate([one[0]], one[1], use_tqdm=False)[0]) == answer, name
 
 
 def preemptions(llm: LLM) -> Any:
