@@ -32,8 +32,9 @@ CPU_OPTIONS: dict[str, str | bool | int] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 if jax.__version_info__ < (0, 11):
-    # XLA's fusions by YNNPACK add up wrongly there: jax issue 39103
-    CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = ""
+    # XLA's fusions of YNNPACK add up wrongly there (jax issue 39103); products by themselves are right, and what
+    # stands in their place has other bits in other programs
+    CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
 CPU_HEAD_OPTIONS: dict[str, str | bool | int] = {}
