@@ -122,7 +122,7 @@ def forward(
     params: BertParams,
     cache: Cache,
     batch: StepBatch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array]:
     """One step through all layers, with the arguments and results of `decoder.forward`.
 
     Every sequence of the step must be in it from its first token to its last.

@@ -25,7 +25,7 @@ def forward(
     params: ModelParams,
     cache: Cache,
     batch: StepBatch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array]:
     """One step through all layers: `decoder.forward`, or what the family has in its place."""
     if isinstance(config, BertConfig):
         assert isinstance(params, BertParams)

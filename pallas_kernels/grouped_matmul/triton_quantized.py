@@ -57,7 +57,7 @@ def grouped_matmul_triton_quantized(
     def kernel(*refs: Any) -> None:
         *inputs, out_ref = refs
         read: Any = tree.unflatten(inputs)
-        _kernel(*read, out_ref, tiles=tiles, walk=walk, row_tiles=row_tiles)
+        _kernel(*read, out_ref, tiles=tiles, walk=walk, row_tiles=row_tiles)  # pyright: ignore[reportCallIssue]
 
     return triton_call(
         kernel,

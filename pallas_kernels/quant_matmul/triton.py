@@ -55,7 +55,7 @@ def quant_matmul_triton(
     def kernel(*refs: Any) -> None:
         *inputs, out_ref = refs
         read: Any = tree.unflatten(inputs)
-        _kernel(*read, out_ref, tiles=tiles, walk=walk)
+        _kernel(*read, out_ref, tiles=tiles, walk=walk)  # pyright: ignore[reportCallIssue]
 
     out = triton_call(
         kernel,

@@ -50,7 +50,7 @@ def traffic(seed: int) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
         ids = rng.choice(beginnings)[: rng.randrange(8, 60)] + [rng.randrange(256) for _ in range(rng.randrange(1, 9))]
         salt = rng.choice(({}, {}, {"cache_salt": "mine"}))
         prompts.append({"prompt_token_ids": ids, **salt})
-        more = {"prompt_logprobs": 0} if rng.random() < 0.2 else {}
+        more: dict[str, Any] = {"prompt_logprobs": 0} if rng.random() < 0.2 else {}
         params.append(SamplingParams(temperature=0.0, max_tokens=rng.randrange(3, 40), ignore_eos=True, **more))
     return prompts, params
 
@@ -111,7 +111,7 @@ def test_what_lies_on_the_host_is_what_the_device_had(offloading: LLM):
     llm.reset_prefix_cache(reset_connector=True)
     assert ask(llm, 1).num_cached_tokens == 0
     ids = [manager.pool.cached_block(block_hash, 0) for block_hash in hashes(llm, 1)]
-    pages = np.asarray(runner._live().cache).reshape(2, 24, *kept.shape[2:])
+    pages: Any = np.asarray(runner._live().cache).reshape(2, 24, *kept.shape[2:])
     np.testing.assert_array_equal(kept, pages[:, ids].swapaxes(0, 1))
 
 
@@ -179,7 +179,8 @@ def test_a_failed_step_leaves_what_had_arrived(offloading: LLM, monkeypatch: pyt
             ask(llm, 5)
     again = ask(llm, 1)
     assert again.num_cached_tokens == 72 and tokens([again]) == tokens([first])
-    assert not llm.engine.core.cores[0].scheduler.kv_cache_manager.host_pool._arriving
+    host_pool = llm.engine.core.cores[0].scheduler.kv_cache_manager.host_pool
+    assert host_pool is not None and not host_pool._arriving
 
 
 def test_the_plan_shows_the_pool(offloading: LLM):

@@ -18,6 +18,7 @@ import numpy as np
 from support.tiny_model import CONFIG
 
 from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
+from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.registry import model_config
@@ -104,7 +105,7 @@ def step(
     context: Context,
     model: DecoderConfig,
     params: Params,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
 ):
     cache, hidden = forward(context, model, groups, params, cache, batch)

@@ -27,7 +27,7 @@ from jaxllm.runner.packing import Packing
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
 #: 8 rows, 432 MB more). LLVM's expensive passes take a seventh of the compile time and make no step faster.
-CPU_OPTIONS: dict[str, str | bool | int] = {
+CPU_OPTIONS: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
@@ -37,13 +37,13 @@ if jax.__version_info__ < (0, 11):
     CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
-CPU_HEAD_OPTIONS: dict[str, str | bool | int] = {}
+CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
 #: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
-GPU_OPTIONS: dict[str, str | bool | int] = {"xla_disable_hlo_passes": "rematerialization"}
+GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
 
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]

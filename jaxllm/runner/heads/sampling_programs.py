@@ -303,7 +303,7 @@ def _stored(weight: Any) -> Any:
     """`StackedMatrix.stored` of a weight [L, out, in], or [out, in]; of an array in the same memory, which is in use as
     long as either of them is.
     """
-    shape, dtype = (1, *weight.shape)[-3:], STORAGE.get(weight.dtype, weight.dtype)
+    shape, dtype = (1, *weight.shape)[-3:], np.dtype(STORAGE.get(weight.dtype, weight.dtype))
     if (weight.shape, weight.dtype) == (shape, dtype):
         return weight
     if isinstance(weight, jax.ShapeDtypeStruct):
