@@ -59,7 +59,7 @@ def quantize(
     revision: str | None = None,
     hf_token: str | bool | None = None,
 ) -> QuantizationReport:
-    """Write a model with quantized weights, as safetensors and a config.json that jaxllm, vLLM and transformers load.
+    """Write a model with quantized weights, as safetensors and a config.json in the layouts of the field's formats.
 
     One layer after the other is read, quantized and let go: the model is never in memory as a whole. Embeddings and
     head stay as they are, and so do norms, biases and routers.

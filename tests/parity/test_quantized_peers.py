@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny_model import write_tiny_model
+from support.tiny_model import SMALL, write_tiny_model
 
 import jaxllm
 from jaxllm.models.matrices import matrices
@@ -83,6 +83,24 @@ def test_compressed_tensors(tiny_model: Path, tmp_path: Path, asked: dict[str, A
     reader = compressors.BaseCompressor.get_value_from_registry(config["format"])
     theirs = reader.decompress(tensors, scheme)["weight"]
     np.testing.assert_array_equal(theirs.float().numpy(), ours)
+
+
+@pytest.mark.parametrize("asked", [{"method": "int8"}, {"method": "int4", "symmetric": True}, {"method": "fp8"}])
+def test_transformers(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
+    """It needs compressed-tensors to load them. Packed zero points of int4 it refuses by their shape."""
+    pytest.importorskip("compressed_tensors")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    jaxllm.quantize(tiny_model, tmp_path / "out", perplexity=False, progress=False, **asked)
+    ids = list(range(1, 40))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
+    params = jaxllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    with jaxllm.LLM(tmp_path / "out", **SMALL) as llm:
+        [output] = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    entries = (output.prompt_logprobs or [])[1:]
+    ours = [entry[token].logprob for token, entry in zip(ids[1:], entries, strict=True) if entry]
+    np.testing.assert_allclose(ours, theirs[range(len(ids) - 1), ids[1:]], atol=1e-4)
 
 
 def of_file(package: str, *parts: str) -> Any:
