@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -10,10 +13,13 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import gguf_quants
+from jaxllm.weights.formats.gguf_header import parse_header
 from jaxllm.weights.formats.gguf_quants import TENSOR_TYPE_BY_NAME, TENSOR_TYPES, dequantize_rows
 
-QUANTISED = [name for name, kind in TENSOR_TYPE_BY_NAME.items() if kind.unpack]
+QUANTISED = [name for name, kind in TENSOR_TYPE_BY_NAME.items() if kind.unpack and not kind.package]
+BY_PACKAGE = [name for name, kind in TENSOR_TYPE_BY_NAME.items() if kind.package]
 # Byte offsets of the float16 fields of each block.
 SCALES = {
     "Q4_0": [0],
@@ -60,6 +66,30 @@ def test_random_blocks_equal_the_gguf_package(name: str, rows: int, blocks: int,
     theirs = gguf.quants.dequantize(raw, GGMLQuantizationType[name])
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", BY_PACKAGE)
+def test_rarer_types_are_widened_a_few_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = TENSOR_TYPE_BY_NAME[name]
+    raw = np.random.default_rng(0).integers(0, 60, (5, 2 * kind.nbytes), dtype=np.uint8)
+    monkeypatch.setattr(gguf_quants, "_VALUES_PER_CHUNK", 1024)
+    np.testing.assert_array_equal(dequantize_rows(raw, kind), gguf.quants.dequantize(raw, GGMLQuantizationType[name]))
+
+
+def test_rarer_types_without_their_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "rare.gguf", "llama")
+    writer.add_tensor("w", np.zeros((3, 66), np.uint8), raw_dtype=GGMLQuantizationType.TQ2_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "rare.gguf"
+    data = memoryview(path.read_bytes())
+    [info] = parse_header(data, path).tensors.values()
+    assert info.kind.name == "TQ2_0" and info.shape == (3, 256)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="tensor 'w' has the type TQ2_0, which the gguf package reads: .*gguf"):
+        parse_header(data, path)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

@@ -8,6 +8,7 @@ A string is a u64 length and UTF-8 bytes; an array is an element type u32, a u64
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import struct
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.api.extras import how_to_install
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf_quants import TENSOR_TYPES, TensorType
 
@@ -204,6 +206,11 @@ def _tensor_info(cursor: _Cursor, what: str, alignment: int) -> TensorInfo:
     if kind is None:
         known = ", ".join(known.name for known in TENSOR_TYPES.values())
         raise cursor.error(f"tensor {name!r} has type number {number}, which is not supported; supported are {known}")
+    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        raise cursor.error(
+            f"tensor {name!r} has the type {kind.name}, which the {kind.package} package reads: "
+            f"{how_to_install(kind.package)}"
+        )
     if 0 in shape or shape[-1] % kind.block:
         raise cursor.error(
             f"tensor {name!r} has shape {shape}; its last dimension must be a positive multiple of "

@@ -32,6 +32,8 @@ class TensorType:
     nbytes: int
     dtype: np.dtype
     unpack: Callable[[Array], Array] | None = None
+    #: which `unpack` needs
+    package: str | None = None
 
 
 def _half(blocks: Array, start: int) -> Array:
@@ -201,6 +203,18 @@ def _quantised(name: str, block: int, nbytes: int, unpack: Callable[[Array], Arr
     return TensorType(name=name, block=block, nbytes=nbytes, dtype=np.dtype(np.float32), unpack=unpack)
 
 
+def _by_package(name: str, block: int, nbytes: int) -> TensorType:
+    """A rarer type, which the gguf package widens: what its bits stand for is in tables of thousands of numbers."""
+
+    def unpack(blocks: Array) -> Array:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return dequantize(blocks, GGMLQuantizationType[name])
+
+    return TensorType(name=name, block=block, nbytes=nbytes, dtype=np.dtype(np.float32), unpack=unpack, package="gguf")
+
+
 # Keys are ggml's type numbers in the file.
 TENSOR_TYPES: dict[int, TensorType] = {
     0: TensorType(name="F32", block=1, nbytes=4, dtype=np.dtype("<f4")),
@@ -215,9 +229,18 @@ TENSOR_TYPES: dict[int, TensorType] = {
     12: _quantised("Q4_K", 256, 144, _q4_k),
     13: _quantised("Q5_K", 256, 176, _q5_k),
     14: _quantised("Q6_K", 256, 210, _q6_k),
+    16: _by_package("IQ2_XXS", 256, 66),
+    17: _by_package("IQ2_XS", 256, 74),
+    18: _by_package("IQ3_XXS", 256, 98),
+    19: _by_package("IQ1_S", 256, 50),
     20: _quantised("IQ4_NL", 32, 18, _iq4_nl),
+    21: _by_package("IQ3_S", 256, 110),
+    22: _by_package("IQ2_S", 256, 82),
     23: _quantised("IQ4_XS", 256, 136, _iq4_xs),
+    29: _by_package("IQ1_M", 256, 56),
     30: TensorType(name="BF16", block=1, nbytes=2, dtype=np.dtype(ml_dtypes.bfloat16)),
+    34: _by_package("TQ1_0", 256, 54),
+    35: _by_package("TQ2_0", 256, 66),
     39: _quantised("MXFP4", 32, 17, _mxfp4),
 }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from jaxllm.layers.weight_storage import BlockLayout, Layout
 from jaxllm.weights.quantization.method import Found, Method, StoredTensors
 from pallas_kernels.gguf_blocks import BLOCKS
+
+logger = logging.getLogger("jaxllm")
 
 
 class GGUF(Method):
@@ -18,11 +22,16 @@ class GGUF(Method):
     whole_matrices = False
 
     def find(self, tensors: StoredTensors) -> dict[str, Found]:
-        found = {}
+        found, widened = {}, set()
         for name in tensors.names():
             shape, kind = tensors.shape(name), tensors.dtype(name)
-            if ".layers." in name and name.endswith(".weight") and len(shape) == 2 and kind in BLOCKS:
-                found[name] = Found(BlockLayout(kind), (shape[0], shape[1]))
+            if ".layers." in name and name.endswith(".weight") and len(shape) == 2:
+                if kind in BLOCKS:
+                    found[name] = Found(BlockLayout(kind), (shape[0], shape[1]))
+                elif kind not in ("F32", "F16", "BF16"):
+                    widened.add(kind)
+        if widened:
+            logger.info("Matrices of the types %s are widened while they are read.", ", ".join(sorted(widened)))
         return found
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
