@@ -157,6 +157,6 @@ def test_nothing_of_them_outlives_the_weights(tmp_path: Path):
 def test_engines_without_them(tmp_path: Path, option: dict[str, Any]):
     with LLM(write_tiny_model(tmp_path), **{**BUCKETS, **option}) as llm:
         runner: Any = llm.engine.runner
-        assert not matrices(runner.head._whole)
+        assert not matrices(runner.head._forms)
         assert not matrices(runner.head._head)
         assert text(llm)
