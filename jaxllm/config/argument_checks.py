@@ -69,7 +69,12 @@ def gibibytes(name: str, value: Any) -> float:
         try:
             value = float(value)
         except ValueError:
-            value = size(name, value) / 2**30
+            try:
+                value = size(name, value) / 2**30
+            except ValidationError:
+                raise ValidationError(
+                    f"{name} must be a number of GiB such as 4 or 0.5, or a size such as '500MB', got {value!r}."
+                ) from None
     number = checks.real(name, value)
     if number < 0:
         raise ValidationError(f"{name} must be at least 0 GiB, got {number}.")

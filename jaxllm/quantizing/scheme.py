@@ -59,7 +59,7 @@ class Scheme:
             )
         if self.group_size is not None and (self.group_size < 2 or self.group_size % 2) and self.group_size != -1:
             raise ValidationError(
-                f"group_size must be even, 128 for example, or -1 for a whole row; got {self.group_size}."
+                f"group_size must be even and above 0, 128 for example, or -1 for a whole row; got {self.group_size}."
             )
         if self.symmetric is False and self.method not in GROUPED:
             raise ValidationError(f"method={self.method!r} is symmetric; zero points are int4's, awq's and gptq's.")

@@ -189,7 +189,7 @@ class RunnerConfig:
             raise ValidationError(
                 f"kv_offloading_size holds no block: it is {size} bytes for each copy of the model, and a block of "
                 f"{self.block_size} tokens takes {self.host_block_bytes}. Set it to at least "
-                f"{self.host_block_bytes * self.data_parallel_size} bytes."
+                f"'{self.host_block_bytes * self.data_parallel_size}B'."
             )
         return dataclasses.replace(self, num_host_blocks=blocks, host_cache_bytes=blocks * self.host_block_bytes)
 

@@ -194,9 +194,9 @@ def test_the_plan_shows_the_pool(offloading: LLM):
     ("arguments", "text"),
     [
         ({"kv_offloading_size": 0.5, "enable_prefix_caching": False}, "Set enable_prefix_caching=True, or leave"),
-        ({"kv_offloading_size": "1B"}, f"Set it to at least {BLOCK_BYTES} bytes"),
+        ({"kv_offloading_size": "1B"}, f"Set it to at least '{BLOCK_BYTES}B'"),
         ({"kv_offloading_size": "-1"}, "kv_offloading_size must be at least 0 GiB, got -1.0"),
-        ({"kv_offloading_size": "much"}, "kv_offloading_size must be a number of bytes such as"),
+        ({"kv_offloading_size": "much"}, "kv_offloading_size must be a number of GiB such as"),
         ({"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}, "must be one of native; got 'lmcache'"),
         (
             {"kv_offloading_size": 1, "enable_expert_parallel": True, "data_parallel_size": 2},
