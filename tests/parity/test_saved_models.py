@@ -95,7 +95,13 @@ def loaded(directory: Path) -> tuple[ModelConfig, Any, Any, dict[str, Any]]:
 
 def save(directory: Path, found: tuple[ModelConfig, Any, Any, dict[str, Any]], **changed: Any) -> None:
     model, specs, params, config = found
-    arguments: dict[str, Any] = {"format": "safetensors", "files": {}, "tokenizer": None, **changed}
+    arguments: dict[str, Any] = {
+        "format": "safetensors",
+        "quantization": None,
+        "files": {},
+        "tokenizer": None,
+        **changed,
+    }
     saved_model.save(directory, params, model=model, specs=specs, config=config, **arguments)
 
 
@@ -228,8 +234,8 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = peak()
-saved_model.save(Path(sys.argv[1]), params, format="safetensors", model=model, specs=specs, config=hf, files={},
-                 tokenizer=None)
+saved_model.save(Path(sys.argv[1]), params, format="safetensors", model=model, specs=specs, quantization=None,
+                 config=hf, files={}, tokenizer=None)
 print((peak() - before) / 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20)
 """
 

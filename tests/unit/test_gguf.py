@@ -272,8 +272,8 @@ def test_errors_name_file_and_tensor(good: bytes, tmp_path: Path) -> None:
     embed = b"token_embd.weight"
     dims = (2).to_bytes(4, "little") + HIDDEN.to_bytes(8, "little") + VOCAB.to_bytes(8, "little")
     kind = (8).to_bytes(4, "little")
-    odd = error(patched(good, embed + dims + kind, embed + dims + (22).to_bytes(4, "little")))
-    assert "'token_embd.weight' has type number 22" in odd and "Q6_K" in odd
+    odd = error(patched(good, embed + dims + kind, embed + dims + (99).to_bytes(4, "little")))
+    assert "'token_embd.weight' has type number 99" in odd and "Q6_K" in odd
     ragged = dims[:4] + (33).to_bytes(8, "little") + dims[12:]
     assert "'token_embd.weight' has shape (40, 33)" in error(patched(good, embed + dims, embed + ragged))
     huge = dims[:12] + (2**40).to_bytes(8, "little")
