@@ -14,13 +14,13 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config import argument_checks as check
-from jaxllm.config.argument import argument, not_yet, switch
+from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
-from jaxllm.config.speculative import SpeculativeConfig
+from jaxllm.config.speculative import ENGINE_ARGUMENTS, SpeculativeConfig, gathered, speculative
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
 #: what vLLM's scripts run that name no model
@@ -265,7 +265,14 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         form="PORT",
     )
     profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM", group="observability")
-    speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
+    speculative_config: SpeculativeConfig | None = argument(
+        None,
+        speculative,
+        'who drafts tokens for the model to verify, several in one step, as in vLLM: {"method": "ngram", '
+        '"num_speculative_tokens": 5} (default: nobody)',
+        group="scheduler",
+        form="JSON",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,13 +299,18 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     @classmethod
     def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
         """The arguments that a parser with `add_cli_args` has read."""
-        given = {name: value for name, value in vars(arguments).items() if name in known_names() | argument_names()}
+        given = {name: value for name, value in vars(arguments).items() if name in all_names()}
         return engine_args(given.pop("model"), **given)
 
 
 def argument_names() -> set[str]:
     """The arguments of `EngineArgs`."""
     return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+def all_names() -> set[str]:
+    """Those, and vLLM's others."""
+    return argument_names() | known_names() | ENGINE_ARGUMENTS.keys()
 
 
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
@@ -308,8 +320,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         TypeError: an argument that does not exist.
         ValidationError: a value that cannot be used, or an argument of a capability that jaxllm does not have yet.
     """
-    fields = argument_names()
-    known = fields | known_names()
+    fields, known = argument_names(), all_names()
     for name in arguments:
         if name not in known:
             close = difflib.get_close_matches(name.replace("-", "_").lower(), sorted(known), n=1)
@@ -319,6 +330,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         value = arguments.pop(name, None)
         if value is not None and arguments.setdefault(new, value) != value:
             raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
+    arguments = gathered(arguments)
     refuse(arguments)
     given = attention_backend_of(arguments)
     result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
@@ -328,7 +340,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
 
 def refuse_to_set(name: str, value: Any) -> None:
     """Raise AttributeError where the attribute that an engine's user sets is an argument: it would change nothing."""
-    if name in argument_names() | known_names():
+    if name in all_names():
         raise AttributeError(
             f"{name} cannot be changed while the engine runs. End it with shutdown(), and start another: "
             f"LLM(model, {name}={value!r:.60})."

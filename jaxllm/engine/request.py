@@ -108,6 +108,7 @@ class Request:
         "num_scheduled_scores",
         "num_scored_tokens",
         "num_slots",
+        "num_unsure_tokens",
         "params",
         "pools",
         "priority",
@@ -197,6 +198,9 @@ class Request:
         self.num_computed_tokens = 0
         #: tokens that scheduled steps sample and that the host has not read
         self.num_output_placeholders = 0
+        #: tokens that launches with drafts may have brought, and perhaps have not: the host has not read them. The
+        #: two numbers above count all of them
+        self.num_unsure_tokens = 0
         #: of the leading `num_scored_tokens`, those that scheduled steps have scored; a preemption takes none back
         self.num_scheduled_scores = 0
         #: prefix hits at the first admission, in tokens; -1 before it
