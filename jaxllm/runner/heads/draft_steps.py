@@ -11,7 +11,8 @@ on where the device stands (`State.drafting`), and the host learns of it from th
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,10 @@ class DraftSteps:
     drafted: jax.Array  # i32 [N, S]
     accepted: jax.Array  # i32 [N, S]
     load: jax.Array | None  # as `Hidden.load`, of all steps
+
+
+#: (state, ids, load)
+_Computed = tuple[State, jax.Array, jax.Array | None]
 
 
 @jax.tree_util.register_dataclass
@@ -121,13 +126,13 @@ def draft_steps(
         ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
         counts = jnp.where(loop.going_on, jnp.minimum(counts, limits - loop.found.counts - 1), 0)
 
-        def single(loop: _Loop) -> tuple[State, jax.Array, jax.Array | None]:
+        def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
             batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
             state, new, load = sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
             return state, jnp.pad(new, ((0, 0), (0, drafts)), constant_values=ENDED), load
 
-        def several(loop: _Loop) -> tuple[State, jax.Array, jax.Array | None]:
+        def several(loop: _Loop) -> _Computed:
             now = _positions_of(attention, position, loop.going_on, counts, width)
             # whoever looks for a position's earlier tokens finds the drafts among them
             place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
@@ -136,7 +141,7 @@ def draft_steps(
             batch = StepBatch(tokens=given.reshape(-1), attention=now)
             return sampled(loop, batch, active_row, params.several, width, tokens)
 
-        state, new, load = lax.cond(jnp.any(counts > 0), several, single, loop)
+        state, new, load = _either(jnp.any(counts > 0), several, single, loop)
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
         is_new = lane <= accepted[:, None]
@@ -182,6 +187,31 @@ def draft_steps(
     assert drafting is not None
     state = dataclasses.replace(loop.state, drafting=drafting.at[row, 0].set(loop.reached))
     return state, loop.found
+
+
+def _either(
+    chosen: jax.Array,
+    one: Callable[[_Loop], _Computed],
+    other: Callable[[_Loop], _Computed],
+    loop: _Loop,
+) -> _Computed:
+    """``lax.cond(chosen, one, other, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes, and
+    not what a loop does, of which each takes one round or none.
+    """
+
+    def round_of(branch: Callable[[_Loop], _Computed]) -> Callable[[tuple[_Loop, Any, Any]], tuple[_Loop, Any, Any]]:
+        def once(carry: tuple[_Loop, Any, Any]) -> tuple[_Loop, Any, Any]:
+            state, new, load = branch(carry[0])
+            return dataclasses.replace(carry[0], state=state), (new, load), jnp.bool_(False)
+
+        return once
+
+    shapes = jax.eval_shape(one, loop)[1:]
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    carry = lax.while_loop(lambda carry: carry[2], round_of(one), (loop, nothing, chosen))
+    carry = lax.while_loop(lambda carry: carry[2], round_of(other), (*carry[:2], ~chosen))
+    loop, (new, load), _ = carry
+    return loop.state, new, load
 
 
 def _positions_of(
