@@ -120,6 +120,7 @@ def scheduler_config(
         logger.warning("num_decode_steps=%d has no effect with enforce_eager=True, which compiles least.", num_steps)
         num_steps = 1
     drafts = _drafts(args, num_tokens)
+    draft_seqs = CPU_DRAFT_SEQS if platform == "cpu" else GPU_DRAFT_SEQS
     steps_seqs = CPU_DECODE_STEPS_SEQS if platform == "cpu" else GPU_DECODE_STEPS_SEQS
     scored_tokens = CPU_SCORED_TOKENS if platform == "cpu" else GPU_SCORED_TOKENS
     return SchedulerConfig(
@@ -138,7 +139,7 @@ def scheduler_config(
         num_decode_steps=num_steps,
         max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 and not drafts else 0,
         num_drafts=drafts,
-        max_draft_seqs=min(CPU_DRAFT_SEQS if platform == "cpu" else GPU_DRAFT_SEQS, num_seqs) if drafts else 0,
+        max_draft_seqs=min(draft_seqs, num_seqs, num_tokens // (1 + drafts)) if drafts else 0,
         num_draft_steps=max(min(num_steps, num_tokens // (2 * (1 + drafts))), 1),
     )
 

@@ -98,8 +98,10 @@ class Request:
         "max_decode_steps",
         "max_total_tokens",
         "micro_batch",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_drafted_tokens",
         "num_external_tokens",
         "num_output_placeholders",
         "num_preemptions",
@@ -208,6 +210,8 @@ class Request:
         #: those of them that came from the host's pool of blocks
         self.num_external_tokens = 0
         self.num_preemptions = 0
+        #: drafts for its positions, and those of them that were right
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
         #: of a pipeline, the last step that it was in (`engine.scheduling.micro_batches`)
         self.micro_batch = -1
 
@@ -319,6 +323,8 @@ class Request:
             last_token_ts=self.last_token_ts,
             first_token_latency=first - self.arrival_time if first else 0.0,
             num_preemptions=self.num_preemptions,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
     def __repr__(self) -> str:

@@ -351,6 +351,9 @@ class Scheduler:
             if drafts:
                 end = len(request.all_token_ids)
                 self._take_back(request, scheduled.counts[entry], count)
+                if output.drafted is not None and output.accepted is not None:
+                    request.num_drafted_tokens += int(output.drafted[entry].sum())
+                    request.num_accepted_tokens += int(output.accepted[entry].sum())
             updates.counts[entry] = count = self._take(request, token_ids[first : first + count], end)
             if request.is_finished:
                 updates.ended.append(request)

@@ -195,8 +195,8 @@ def _either(
     other: Callable[[_Loop], _Computed],
     loop: _Loop,
 ) -> _Computed:
-    """``lax.cond(chosen, one, other, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes, and
-    not what a loop does, of which each takes one round or none.
+    """``lax.cond(chosen, one, other, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes,
+    and not what a loop does, of which each takes one round or none.
     """
 
     def round_of(branch: Callable[[_Loop], _Computed]) -> Callable[[tuple[_Loop, Any, Any]], tuple[_Loop, Any, Any]]:
