@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.quick_compile import quick_flags
 
 from jaxllm.config.cache_folder import cache_folder
 
@@ -14,6 +15,9 @@ from jaxllm.config.cache_folder import cache_folder
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# XLA reads these when it compiles for the first time
+os.environ["XLA_FLAGS"] = quick_flags(os.environ.get("XLA_FLAGS", ""))
 
 # torch, the reference, computes in every worker: threads that wait for each other's cores cost it a factor of ten
 os.environ.setdefault("OMP_NUM_THREADS", "1")

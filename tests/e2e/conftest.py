@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from support.quick_compile import THOROUGH
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
@@ -29,18 +30,16 @@ def program_store() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-#: files that hold numbers against each other bit for bit, or that run real weights: they compile as users do
-COMPILED_FULLY = ("test_bad_input", "test_deterministic", "test_invariance")
+#: files that hold numbers against each other bit for bit, or that run real weights for long: they compile as users do
+COMPILED_FULLY = ("test_bad_input", "test_deterministic")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Engines of tiny models run for moments, and compiling them takes minutes: a third less without LLVM's
-    optimisations (`support.own_process`).
-    """
+def compiles_thoroughly(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem not in COMPILED_FULLY:
-            patch.setitem(CPU_OPTIONS, "xla_backend_optimization_level", 0)
+        if request.path.stem in COMPILED_FULLY:
+            for name, value in THOROUGH.items():
+                patch.setitem(CPU_OPTIONS, name, value)
         yield
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from support.quick_compile import THOROUGH
 from support.sampling_oracle import Row, adjusted, compiled, make_batch, normal, probabilities, run
 
 from jaxllm.sampling.draw import invert, uniforms
@@ -74,7 +75,8 @@ ADJUSTED = {
 }
 
 
-draw_all = jax.jit(functools.partial(sample_rows, num_logprobs=0))
+#: it draws millions of times
+draw_all = jax.jit(functools.partial(sample_rows, num_logprobs=0), compiler_options=THOROUGH)
 
 
 @pytest.mark.parametrize("name", [*RANDOM, *ADJUSTED])
