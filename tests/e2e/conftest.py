@@ -8,11 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from support.quick_compile import THOROUGH
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
-from jaxllm.runner.compile.programs import CPU_OPTIONS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,19 +26,6 @@ def program_store() -> Iterator[None]:
         yield
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
-
-
-#: files that hold numbers against each other bit for bit, or that run real weights for long: they compile as users do
-COMPILED_FULLY = ("test_bad_input", "test_deterministic")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiles_thoroughly(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem in COMPILED_FULLY:
-            for name, value in THOROUGH.items():
-                patch.setitem(CPU_OPTIONS, name, value)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.quick_compile import quick_flags
+from support.quick_compile import QUICK, flags
 
 ROOT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
     """Of a process on a CPU that finds the tests' modules and compiles quickly."""
-    flags = quick_flags(os.environ.get("XLA_FLAGS", ""))
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": flags}
+    quick = flags(QUICK, os.environ.get("XLA_FLAGS", ""))
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": quick}
 
 
 def found_by(module: str, folder: Path) -> Any:
