@@ -18,8 +18,8 @@ LARGEST = 300_000
 #: those that start engines for minutes: `make test-peers` runs them
 LONG = ("02_parameters", "03_prefix_caching_and_chunked_prefill")
 
-#: those that compile for longer than they run
-SHORT = ("07_parallelism",)
+#: those of models that fetched weights make large: they run for longer than they compile
+LARGE_MODELS = ("01_quickstart", *LONG, "04_logprobs_and_structured_output")
 
 
 def test_all_notebooks_are_there():
@@ -47,7 +47,8 @@ def test_the_committed_outputs_are_of_the_committed_code(path: Path):
 )
 def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch):
     committed = nbformat.read(path, as_version=4)
-    monkeypatch.setenv("XLA_FLAGS", flags(QUICK if path.stem in SHORT else FOR_LONG_RUNS, os.environ["XLA_FLAGS"]))
+    options = FOR_LONG_RUNS if path.stem in LARGE_MODELS else QUICK
+    monkeypatch.setenv("XLA_FLAGS", flags(options, os.environ["XLA_FLAGS"]))
     fresh = execute(path)
     assert code_hash(fresh) == code_hash(committed)
     for number, (now, then) in enumerate(zip(code_cells(fresh), code_cells(committed), strict=True), start=1):
