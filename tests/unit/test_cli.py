@@ -228,13 +228,18 @@ def test_a_file_in_the_encoding_that_is_given(engine: type[FakeLLM], tmp_path: P
 
 
 def test_bad_values_end_before_the_engine_is_built(
-    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["generate", "x", "--temperature", "nan"]) == 1
     assert "jaxllm: error: temperature must be a finite number, got nan." in capsys.readouterr().err
     say(monkeypatch)
     assert main(["generate"]) == 1
     assert "There are no prompts" in capsys.readouterr().err
+    for name, text in (("empty.jsonl", ""), ("header.csv", "prompt\n"), ("blank.txt", "\n\n")):
+        path = str(tmp_path / name)
+        (tmp_path / name).write_text(text)
+        assert main(["generate", "--input-file", path]) == 1
+        assert f"The input '{path}' is empty: there are no prompts in it." in capsys.readouterr().err
     assert engine.made == []
 
 
