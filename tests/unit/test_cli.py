@@ -310,6 +310,12 @@ def test_usage_is_one_line(command: str, usage: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith(f"{usage}\n\n")
 
 
+def test_the_dtypes_of_caches_are_listed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "--kv-cache-dtype {auto,float32,bfloat16,float16,fp8_e4m3,fp8_e5m2,int8}" in capsys.readouterr().out
+
+
 def test_the_named_models_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["fetch", "--help"])
