@@ -90,4 +90,5 @@ class QuantizationConfig(Arguments):
         "what the KV cache is stored as: int8 and fp8 (fp8_e4m3, fp8_e5m2) take about half the memory of 16 bits; auto "
         "is what config.json says, else the dtype",
         group="cache",
+        form=f"{{{','.join(_kv_cache_dtype.choices)}}}",
     )

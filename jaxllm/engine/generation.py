@@ -104,8 +104,8 @@ class Generation:
         if feed.num_read and cut_at_default and not self._told_of_default:
             self._told_of_default = True
             logger.info(
-                "Every output was cut at %d tokens, the default of max_tokens; SamplingParams(max_tokens=...) asks "
-                "for longer ones.",
+                "Every output was cut at %d tokens, the default of max_tokens: a larger max_tokens in SamplingParams, "
+                "or in the bodies of a batch file, makes longer ones.",
                 _DEFAULT_MAX_TOKENS,
             )
 

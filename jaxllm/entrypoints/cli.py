@@ -19,7 +19,7 @@ from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
-from jaxllm.runner.compile.workers import leave_if_held_up
+from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
         if argv is None:
-            leave_if_held_up(130)
+            leave(130)
         return 130
     except BrokenPipeError:
         # Whoever read the output has enough; the interpreter's last flush must not fail on it again.

@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     beginning = list(itertools.islice(prompts, 2))
     if not beginning:
+        if arguments.input_file:
+            raise ValidationError(f"The input {arguments.input_file!r} is empty: there are no prompts in it.")
         raise ValidationError(
             "There are no prompts: give them as arguments, with --input-file, or on standard input, one a line."
         )

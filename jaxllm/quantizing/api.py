@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 from tqdm import tqdm
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import SMALL_FIELDS, matrices, quantized
@@ -31,6 +31,7 @@ from jaxllm.weights import saved_model
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.shards import ShardWriter
+from jaxllm.weights.new_folder import appearing
 from jaxllm.weights.resolve import resolve
 
 logger = logging.getLogger("jaxllm")
@@ -112,18 +113,21 @@ def quantize(
     checkpoint = Checkpoint(resolve(model, revision=revision, token=hf_token, progress=progress))
     config = _readable(checkpoint)
     layers = ModelLayers(checkpoint, config, _dtype(dtype, checkpoint))
+    longest = config.max_position_embeddings
+    if needs_text and sequence_length > longest:
+        raise ValidationError(
+            f"sequence_length={sequence_length} is more than the {longest} tokens that the model sees: set it to at "
+            f"most {longest}."
+        )
     forms = _forms(scheme, layers)
-    with saved_model.appearing(Path(output)) as folder:
-        _check_room(folder, layers, forms)
+    # Ctrl-C is not lost, as it is where JAX calls back
+    with StartInterrupt(), appearing(Path(output)) as folder:
+        writer = ShardWriter(folder, _written_bytes(layers, forms))
         tokenizer = _tokenizer(checkpoint, needed=needs_text)
         samples = None
         if needs_text:
             path = None if calibration is None else Path(calibration)
             samples = read_samples(path, tokenizer, length=sequence_length, count=num_samples or NUM_SAMPLES, seed=seed)
-            longest = config.max_position_embeddings
-            if sequence_length > longest:
-                raise ValidationError(f"sequence_length={sequence_length}: the model sees {longest} tokens.")
-        writer = ShardWriter(folder)
         ends = layers.read_ends()
         written = saved_model.hugging_face_config(checkpoint.config, config, ends)
         errors, measured = _write_layers(layers, forms, samples, ends, writer, measures=perplexity, progress=progress)
@@ -232,11 +236,9 @@ def _forms(scheme: Scheme, layers: ModelLayers) -> MatrixForms:
     return MatrixForms(scheme, shapes, dict.fromkeys(others))
 
 
-def _check_room(folder: Path, layers: ModelLayers, forms: MatrixForms) -> None:
+def _written_bytes(layers: ModelLayers, forms: MatrixForms) -> int:
     specs = quantized(layers.specs, lambda name: forms.layouts.get(name.removesuffix(".weight")))
-    needed, free = device_bytes(specs, layers.dtype, {}), shutil.disk_usage(folder).free
-    if free < needed:
-        raise WeightsError(f"{folder.parent}: the weights take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+    return device_bytes(specs, layers.dtype, {})
 
 
 def _tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:

@@ -42,9 +42,15 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         what = "products are off" if self.of_products else "matrices are off"
-        lines = [f"How far {what} (in parentheses: rounded to the nearest), relative, root mean square:", ""]
+        # where all is rounded to the nearest there is nothing to compare with
+        compares = any(error.error != error.nearest for error in self.errors)
+        beside = " (in parentheses: rounded to the nearest)" if compares else ""
+        lines = [f"How far {what}{beside}, relative, root mean square:", ""]
         names = list(dict.fromkeys(error.matrix for error in self.errors))
-        cells = {(error.layer, error.matrix): _cell(error) for error in self.errors}
+        cells = {
+            (error.layer, error.matrix): f"{error.error:.2%}" + (f" ({error.nearest:.2%})" if compares else "")
+            for error in self.errors
+        }
         short = [name.removeprefix("self_attn.").removeprefix("mlp.").removesuffix("_proj") for name in names]
         width = max([len(cell) for cell in [*cells.values(), *short]], default=0) + 2
         lines.append("layer" + "".join(f"{name:>{width}}" for name in short))
@@ -58,7 +64,3 @@ class QuantizationReport:
                 f"{self.perplexity_tokens} tokens of text that calibration did not see"
             )
         return "\n".join([*lines, f"written to  {self.output}"])
-
-
-def _cell(error: MatrixError) -> str:
-    return f"{error.error:.2%} ({error.nearest:.2%})"

@@ -24,7 +24,7 @@ GROUPED = ("awq", "gptq", "int4")
 CALIBRATED = ("awq", "gptq")
 #: columns that share a scale, the best first
 GROUPS = (128, 64, 32)
-#: what may be in front of what is called alike
+#: what no method quantizes, whatever the model
 HEAD = "lm_head"
 
 
@@ -98,14 +98,17 @@ class MatrixForms:
     def __init__(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], others: Iterable[str]):
         self.scheme = scheme
         quantized = {module: shape for module, shape in shapes.items() if not scheme.ignores(module)}
-        unknown = [pattern for pattern in scheme.ignore if not any(matches(pattern, module) for module in shapes)]
+        others = [HEAD, *others]
+        # recipes name what no method quantizes, too, the head before all
+        known = (*shapes, *others)
+        unknown = [pattern for pattern in scheme.ignore if not any(matches(pattern, module) for module in known)]
         if unknown:
             raise ValidationError(
                 f"ignore: {unknown[0]!r} is none of the model's matrices, such as {next(iter(shapes), None)!r}."
             )
         if not quantized:
             raise ValidationError("Every matrix is left out by ignore: there is nothing to quantize.")
-        self.left_out = [HEAD, *others, *(module for module in shapes if module not in quantized)]
+        self.left_out = [*others, *(module for module in shapes if module not in quantized)]
         self._group = self._common_group(quantized)
         self._check_words(quantized)
         self.layouts: dict[str, Layout] = {module: self._layout(*shape) for module, shape in quantized.items()}

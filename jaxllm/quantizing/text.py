@@ -18,6 +18,8 @@ logger = logging.getLogger("jaxllm")
 
 #: tokens at the beginning of a text that perplexity is measured on, unless that is more than a quarter of it
 HELD_OUT = 8192
+#: tokens of a sequence that an error would propose
+SHORTEST = 16
 
 
 def own_text() -> str:
@@ -59,9 +61,11 @@ def read_samples(
     step = length - len(first)
     found = [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
     if len(found) < 2:
+        shorter = len(ids) // 4
         raise ValidationError(
-            f"The text has {len(ids)} tokens, and sequences to calibrate and to measure with take {length} each: give "
-            f"a longer text, or sequence_length={max(len(ids) // 4, 2)}."
+            f"{path or 'The text'} has {len(ids)} tokens, and a sequence to calibrate and one to measure with take "
+            f"{step} each: give a text of at least {2 * step}"
+            + (f", or sequence_length={shorter}." if shorter >= SHORTEST else ".")
         )
     held = max(1, min(HELD_OUT // length, len(found) // 4))
     others = found[held:]
@@ -73,9 +77,26 @@ def read_samples(
 
 def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValidationError(f"{path} cannot be read as text in UTF-8: {error}") from None
+        # a mark at the beginning is no part of the text
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValidationError(
+            f"calibration: there is no file {path} (in {Path.cwd()}). Name a text or a .jsonl file, or leave it out: "
+            "then it is Python's documentation."
+        ) from None
+    except OSError as error:
+        raise ValidationError(f"calibration: {path} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        line, found = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise ValidationError(
+            f"calibration: {path} is not UTF-8: line {line} has the byte 0x{found:02X}. Convert it, such as by: "
+            f"iconv -f latin1 -t utf-8 {path} > {path.stem}-utf8{path.suffix}"
+        ) from None
+    if not text.strip():
+        raise ValidationError(
+            f"calibration: {path} is empty. Give a text like what the model will see, or leave it out: then it is "
+            "Python's documentation."
+        )
     if path.suffix.lower() != ".jsonl":
         return text
     texts = []

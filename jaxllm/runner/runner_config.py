@@ -183,11 +183,18 @@ class RunnerConfig:
         return STAGED_BLOCKS * self.block_bytes if self.num_host_blocks else 0
 
     def with_host_cache(self, size: int) -> RunnerConfig:
-        """This configuration, with `size` bytes of the host's memory for blocks that leave the prefix cache.
+        """This configuration, with `size` bytes of the host's memory for blocks that leave the prefix cache of each
+        copy of the model.
 
         Raises:
-            ValidationError: they hold no block.
+            ValidationError: they hold no block, or the machine does not have them.
         """
+        asked, left = size * self.data_parallel_size / 2**30, self.target.host_bytes
+        if left is not None and asked * 2**30 > left:
+            raise ValidationError(
+                f"kv_offloading_size={asked:.3f} GiB does not fit: the machine has {left / 2**30:.3f} GiB of memory "
+                f"available. Set it to less than {left / 2**30:.3f}."
+            )
         blocks = size // self.host_block_bytes
         if not blocks:
             raise ValidationError(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +15,8 @@ from jaxllm.models import gemma3
 from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
-from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import hugging_face, orbax
+from jaxllm.weights.new_folder import appearing
 from jaxllm.weights.quantization.detect import Quantization
 from jaxllm.weights.quantization.saved import SavedQuantization
 
@@ -103,30 +100,3 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
             architecture = f"{family}Model"
     written.pop("torch_dtype", None)
     return {**written, "architectures": [architecture], "dtype": str(jax.tree.leaves(params)[0].dtype)}
-
-
-@contextlib.contextmanager
-def appearing(directory: Path) -> Iterator[Path]:
-    """A folder to be filled that becomes `directory` when the body ends without an error, and vanishes otherwise.
-
-    Raises:
-        WeightsError: something is there already.
-    """
-    directory = directory.absolute()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise WeightsError(
-            f"{directory} exists already, and is not an empty directory; save into another one, or remove it first"
-        )
-    unfinished = directory.with_name(f"{directory.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise WeightsError(f"{directory}: cannot be made: {error.strerror or error}") from error
-    try:
-        yield unfinished
-        if directory.exists():
-            directory.rmdir()
-        unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise

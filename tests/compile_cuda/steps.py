@@ -40,17 +40,21 @@ _WRITTEN = {
 }
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
+#: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the other one
+#: are its embedder's
+_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B")
 #: the architecture of the GPUs that the models of several devices run on
 SPLIT_ARCHITECTURE = "sm_90"
 
 
 def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
-    """Programs of each of `MODELS`; quick: its largest steps, and one sampler.
+    """Programs of each of `MODELS`; quick: the largest steps of most of them, and one sampler.
 
     Args:
         part: 0 or 1: of every second model alone, from the first or the second one on.
     """
-    for name, model in list(MODELS.items())[part :: 1 if part is None else 2]:
+    models = [item for item in MODELS.items() if not (quick and item[0] in _NOT_QUICK)]
+    for name, model in models[part :: 1 if part is None else 2]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             size = f", {num_blocks} blocks" if i else ""

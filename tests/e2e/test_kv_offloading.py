@@ -202,7 +202,11 @@ def test_the_plan_shows_the_pool(offloading: LLM):
             {"kv_offloading_size": 1, "enable_expert_parallel": True, "data_parallel_size": 2},
             "Leave kv_offloading_size out, or enable_expert_parallel",
         ),
-        ({"kv_offloading_size": 2**20}, "kv_offloading_size=1048576.000 GiB does not fit"),
+        # as it was given, though that is no whole number of blocks
+        (
+            {"kv_offloading_size": 1e6, "load_format": "dummy", "hf_overrides": {"head_dim": 3 * 2**15}},
+            "kv_offloading_size=1000000.000 GiB does not fit",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(tiny_model: Path, arguments: dict[str, Any], text: str):

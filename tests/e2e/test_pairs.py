@@ -38,8 +38,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, answer in wanted.items():
-        assert_same_answer(got[name], answer, name)
+    assert set(KINDS) <= set(got) <= set(wanted)
+    for name, answer in got.items():
+        assert_same_answer(answer, wanted[name], name)
 
 
 @pytest.mark.parametrize(

@@ -228,13 +228,18 @@ def test_a_file_in_the_encoding_that_is_given(engine: type[FakeLLM], tmp_path: P
 
 
 def test_bad_values_end_before_the_engine_is_built(
-    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["generate", "x", "--temperature", "nan"]) == 1
     assert "jaxllm: error: temperature must be a finite number, got nan." in capsys.readouterr().err
     say(monkeypatch)
     assert main(["generate"]) == 1
     assert "There are no prompts" in capsys.readouterr().err
+    for name, text in (("empty.jsonl", ""), ("header.csv", "prompt\n"), ("blank.txt", "\n\n")):
+        path = str(tmp_path / name)
+        (tmp_path / name).write_text(text)
+        assert main(["generate", "--input-file", path]) == 1
+        assert f"The input '{path}' is empty: there are no prompts in it." in capsys.readouterr().err
     assert engine.made == []
 
 
@@ -303,6 +308,12 @@ def test_usage_is_one_line(command: str, usage: str, capsys: pytest.CaptureFixtu
         main([command, "--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith(f"{usage}\n\n")
+
+
+def test_the_dtypes_of_caches_are_listed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "--kv-cache-dtype {auto,float32,bfloat16,float16,fp8_e4m3,fp8_e5m2,int8}" in capsys.readouterr().out
 
 
 def test_the_named_models_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]):

@@ -66,6 +66,14 @@ def test_logprobs_and_stops(model: Path):
     )
 
 
+def test_a_short_default_is_told_once_to_scripts_and_to_batches(model: Path, caplog: pytest.LogCaptureFixture):
+    with LLM(model, load_format="null") as llm, caplog.at_level("INFO", logger="jaxllm"):
+        for _ in range(2):
+            list(llm.as_completed(["ab", "cd"], SamplingParams()))
+    (told,) = [line for line in caplog.messages if "max_tokens" in line]
+    assert "cut at 16 tokens" in told and "in SamplingParams, or in the bodies of a batch file" in told
+
+
 def test_logprobs_of_prompts_and_of_chosen_tokens(model: Path):
     params = SamplingParams(max_tokens=3, prompt_logprobs=2, logprob_token_ids=[5, 200])
     with LLM(model, load_format="null", max_num_batched_tokens=16, max_num_seqs=2) as llm:

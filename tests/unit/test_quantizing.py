@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
 def test_a_file_is_what_is_quantized_while_it_is_read(tiny_model: Path, tmp_path: Path, method: str):
-    report = jaxllm.quantize(tiny_model, tmp_path / "out", method=method, perplexity=False, progress=False)
+    # the head, which recipes name, is left out in any case
+    report = jaxllm.quantize(
+        tiny_model, tmp_path / "out", method=method, ignore=["lm_head"], perplexity=False, progress=False
+    )
+    assert str(report).count(f" {report.errors[0].error:.2%}") and "(" not in str(report).partition("weights")[0]
     files, online = jax.tree.leaves(load(tmp_path / "out")), jax.tree.leaves(load(tiny_model, method))
     for one, other in zip(files, online, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -320,8 +325,12 @@ def test_what_is_left_out_stays_as_it_is(reports: dict[str, QuantizationReport],
         ({"method": "int4", "ignore": ["lm_haed"]}, "'lm_haed' is none of the model's matrices, such as 'model.layers"),
         ({"method": "fp8", "symmetric": False}, "'fp8' is symmetric"),
         ({"method": "gptq", "num_samples": 0}, "num_samples must be at least 1"),
-        ({"method": "gptq", "sequence_length": 4096}, "sequence_length=4096: the model sees 512 tokens"),
-        ({"method": "gptq", "calibration": Path("nowhere.txt")}, "nowhere.txt cannot be read"),
+        (
+            {"method": "gptq", "sequence_length": 4096},
+            "4096 is more than the 512 tokens that the model sees: set it to at most 512",
+        ),
+        ({"method": "gptq", "calibration": Path("nowhere.txt")}, f"there is no file nowhere.txt (in {Path.cwd()})"),
+        ({"method": "gptq", "calibration": Path("/")}, "/ cannot be read: Is a directory"),
         ({"method": "int8", "dtype": "int8"}, "dtype must be auto, bfloat16, float16, float32"),
     ],
 )
@@ -330,6 +339,30 @@ def test_what_cannot_be_is_refused(tiny_model: Path, tmp_path: Path, asked: dict
         jaxllm.quantize(tiny_model, tmp_path / "out", progress=False, **asked)
     assert said in str(refused.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b" \n", "is empty. Give a text like what the model will see, or leave it out"),
+        (
+            "Zeile\nein Gru\u00df".encode("latin1"),
+            "is not UTF-8: line 2 has the byte 0xDF. Convert it, such as by: iconv",
+        ),
+        (b"some words", "a sequence to calibrate and one to measure with take 64 each: give a text of at least 128."),
+        (b"some words " * 10, "give a text of at least 128, or sequence_length="),
+    ],
+    ids=["empty", "latin1", "short", "few sequences"],
+)
+def test_a_text_that_cannot_be_used_says_what_can(tiny_model: Path, tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    tokenizer = load_tokenizer(tiny_model)
+    with pytest.raises(ValidationError) as refused:
+        read_samples(path, tokenizer, length=64, count=4, seed=0)
+    assert said in str(refused.value) and str(path) in str(refused.value)
+    if found := re.search(r"sequence_length=(\d+)", str(refused.value)):
+        assert read_samples(path, tokenizer, length=int(found[1]), count=4, seed=0).calibration
 
 
 def test_what_is_quantized_is_not_quantized_again(

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
+from jaxllm.weights.formats.shards import ShardWriter
 
 TENSORS = {
     "a.weight": np.arange(15, dtype=np.float32).reshape(5, 3),
@@ -185,3 +186,8 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(tmp_path: Path, chan
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"there is no \.safetensors file"):
         SafetensorsReader(tmp_path)
+
+
+def test_what_there_is_no_room_for_is_not_begun(tmp_path: Path):
+    with pytest.raises(WeightsError, match=r"the weights take 1152921504\.61 GB, and [\d.]+ GB are free: make room"):
+        ShardWriter(tmp_path, 2**60)

@@ -56,7 +56,7 @@ def packages() -> list[Package]:
         if name == "jaxllm":
             development.add(extra)
             continue
-        if extras:  # JAX's plugin is what its extra brings
+        if name == "jax" and extras:  # its plugin is what such an extra brings
             name = f"{name}-{extras}-plugin"
         version = _version(name)
         found.append(Package(name=name, wanted=match["versions"].strip(), version=version, extra=extra))

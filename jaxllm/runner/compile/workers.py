@@ -108,14 +108,16 @@ def end_by_interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def leave_if_held_up(status: int) -> None:
-    """End the process with `status`, at once, where threads that nobody waits for would hold up its end. For the owner
-    of the process, after Ctrl-C.
+def leave(status: int) -> None:
+    """End the process with `status`, at once. For the owner of the process, after Ctrl-C: the interpreter's own end
+    waits for threads that nobody waits for, and what JAX had begun may crash in it.
     """
-    if any(thread.name.startswith(_PREFIX) for thread in threading.enumerate()):
-        for stream in (sys.stdout, sys.stderr):
+    if not any(thread.name.startswith(_PREFIX) for thread in threading.enumerate()):
+        atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
             stream.flush()
-        os._exit(status)
+    os._exit(status)
 
 
 def _work(work: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]) -> None:

@@ -57,7 +57,6 @@ def plan_memory(
     Raises:
         DoesNotFitError: the KV cache does not hold one request.
     """
-    _check_host_cache(config)
     stages = config.stages
     budgets = [_usable_bytes(stage) - stage.weight_bytes - stage.state_bytes for stage in stages]
     num_blocks = min(map(_num_blocks, stages, budgets))
@@ -121,16 +120,6 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
     )
 
 
-def _check_host_cache(config: RunnerConfig) -> None:
-    """Refuse blocks on the host that its memory does not hold."""
-    needed, left = config.host_cache_bytes * config.data_parallel_size, config.target.host_bytes
-    if left is not None and needed > left:
-        raise ValidationError(
-            f"kv_offloading_size={needed / GIB:.3f} GiB does not fit: the machine has {left / GIB:.3f} GiB of memory "
-            f"available. Set it to less than {left / GIB:.3f}."
-        )
-
-
 def _usable_bytes(config: RunnerConfig) -> float:
     """What the engine may have of one device; on a CPU blocks on the host are of the same memory."""
     target = config.target
@@ -165,30 +154,25 @@ def blocks_of_one(config: RunnerConfig) -> int:
 def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> None:
     """Refuse a cache that the user asked for and the device cannot hold."""
     total, others = config.target.total_bytes, config.weight_bytes + config.state_bytes + activation_bytes
-    reached = _within_reach(config, num_blocks)
-    if reached < num_blocks:
-        least = 2**32 // _page_numbers(config) + 1
-        raise DoesNotFitError(
-            f"a KV cache of {num_blocks} blocks has {num_blocks * _page_numbers(config)} numbers of one byte on a "
-            "device, and kernels cannot address one of 2 to 4 GiB.",
-            f"Set num_gpu_blocks_override to at most {reached} or at least {least}.",
-            memory_plan(config, num_blocks, activation_bytes),
-            longest=_longest(config, reached),
-            share=(num_blocks * config.block_bytes + others) / total,
-            enough_blocks=reached,
+    size = num_blocks * config.block_bytes
+    most = _within_reach(config, num_blocks)
+    if most < num_blocks:
+        numbers = _page_numbers(config)
+        problem = (
+            f"a KV cache of {num_blocks} blocks has {num_blocks * numbers} numbers of one byte on a device, and "
+            "kernels cannot address one of 2 to 4 GiB."
         )
-    most = min(_addressable_blocks(config), max(total - others, 0) // config.block_bytes)
+        advice = f"Set num_gpu_blocks_override to at most {most} or at least {2**32 // numbers + 1}."
+    else:
+        most = min(_addressable_blocks(config), max(total - others, 0) // config.block_bytes)
+        problem = (
+            f"a KV cache of {num_blocks} blocks ({size / GIB:.2f} GiB) does not fit: the device has "
+            f"{total / GIB:.2f} GiB, of which {others / GIB:.2f} GiB are for weights, state and activations."
+        )
+        advice = f"Set num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= {most * config.block_bytes}."
     if num_blocks > most:
-        raise DoesNotFitError(
-            f"a KV cache of {num_blocks} blocks ({num_blocks * config.block_bytes / GIB:.2f} GiB) does not fit: the "
-            f"device has {total / GIB:.2f} GiB, of which {others / GIB:.2f} GiB are for weights, state and "
-            "activations.",
-            f"Set num_gpu_blocks_override <= {most} or kv_cache_memory_bytes <= {most * config.block_bytes}.",
-            memory_plan(config, num_blocks, activation_bytes),
-            longest=_longest(config, most),
-            share=(num_blocks * config.block_bytes + others) / total,
-            enough_blocks=most,
-        )
+        plan, share = memory_plan(config, num_blocks, activation_bytes), (size + others) / total
+        raise DoesNotFitError(problem, advice, plan, longest=_longest(config, most), share=share, enough_blocks=most)
 
 
 def _addressable_blocks(config: RunnerConfig) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import operator
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
-from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.shards import ShardWriter
 from jaxllm.weights.whole import gather_tensor, is_split
 
@@ -84,12 +82,7 @@ def write(directory: Path, found: Sequence[Tensor]) -> None:
     Raises:
         WeightsError: there is no room for them, or the system cannot write.
     """
-    total, free = sum(tensor.nbytes for tensor in found), shutil.disk_usage(directory).free
-    if free < total:
-        raise WeightsError(
-            f"{directory}: the weights take {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
-        )
-    writer = ShardWriter(directory)
+    writer = ShardWriter(directory, sum(tensor.nbytes for tensor in found))
     for shard in _shards(found):
         writer.write({tensor.name: tensor.value() for tensor in shard})
     writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +20,22 @@ KEPT_BYTES = 2 * 10**9
 
 
 class ShardWriter:
-    """model.safetensors, or shards and their index, in a directory that exists."""
+    """model.safetensors, or shards and their index, in a directory that exists.
 
-    def __init__(self, directory: Path):
+    Args:
+        size: bytes of all tensors together.
+
+    Raises:
+        WeightsError: there is no room for them.
+    """
+
+    def __init__(self, directory: Path, size: int):
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise WeightsError(
+                f"{directory.parent}: the weights take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make "
+                "room, or save elsewhere"
+            )
         self._directory = directory
         self._kept: dict[str, np.ndarray] = {}
         self._kept_bytes = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import is_spec
 from jaxllm.layers.weight_storage import MARK, Layout
-from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.hugging_face import Tensor
 from jaxllm.weights.formats.shards import ShardWriter
 from jaxllm.weights.quantization import compressed_tensors
@@ -70,12 +68,7 @@ class SavedQuantization:
         Raises:
             WeightsError: there is no room for them, or the system cannot write.
         """
-        total, free = sum(tensor.nbytes for tensor in found), shutil.disk_usage(directory).free
-        if free < total:
-            raise WeightsError(
-                f"{directory}: the weights take {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
-            )
-        writer = ShardWriter(directory)
+        writer = ShardWriter(directory, sum(tensor.nbytes for tensor in found))
         of_matrix: dict[str, dict[str, Tensor]] = {}
         for tensor in found:
             name, _, kind = tensor.name.partition(MARK)
