@@ -5,7 +5,6 @@ Importing the package imports no jax and touches no device; each public name is 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.aliases import MODULES, attribute, install_finder
@@ -123,7 +122,11 @@ install_finder()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        from jaxllm.api.tracebacks import ShortTracebacks
+        from jaxllm.engine.interrupt import whole_module
+
+        with ShortTracebacks():
+            value = getattr(whole_module(_HOMES[name]), name)
     elif name in MODULES[""]:
         value = attribute("", name)
     else:
