@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxllm.api import logits_processor, pooler
@@ -27,7 +29,7 @@ from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsC
 SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class EngineArgs(ParallelConfig, QuantizationConfig):
     """What the engine is told, under vLLM's names and with its defaults, except where noted.
 
@@ -36,6 +38,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     Construction checks every value and normalises it to the type of its field: counts may come as strings ("1k" is
     1000, "8K" is 8192, "25.6k" is 25600), bytes too ("4GiB", "500MB"), and None stands for the default.
 
+    Those of vLLM's that are no field are taken as `engine_args` takes them.
+
     Raises:
         ValidationError: a value has the wrong type or lies outside its range; the text names both.
     """
@@ -43,6 +47,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     model: str | os.PathLike[str] = argument(
         dataclasses.MISSING, check.place, "a named model, a local directory, a .gguf file, or a hub id", group="model"
     )
+    _: dataclasses.KW_ONLY
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "the tokenizer's directory, .gguf file or hub id (default: the model's)", group="model"
     )
@@ -308,22 +313,38 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         TypeError: an argument that does not exist.
         ValidationError: a value that cannot be used, or an argument of a capability that jaxllm does not have yet.
     """
-    fields = argument_names()
-    known = fields | known_names()
+    _check_names("LLM", arguments)
+    return EngineArgs(model, **arguments)
+
+
+def _check_names(caller: str, arguments: Iterable[str]) -> None:
+    known = argument_names() | known_names()
     for name in arguments:
         if name not in known:
             close = difflib.get_close_matches(name.replace("-", "_").lower(), sorted(known), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"LLM() got an unexpected keyword argument {name!r}.{hint}")
-    for name, new in ALIASES.items():
-        value = arguments.pop(name, None)
-        if value is not None and arguments.setdefault(new, value) != value:
-            raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
-    refuse(arguments)
-    given = attention_backend_of(arguments)
-    result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
-    report_without_effect(given)
-    return result
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def _take_vllms_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of `EngineArgs` that vLLM's scripts call: with arguments that are no field, too."""
+
+    @functools.wraps(init)
+    def construct(self: EngineArgs, model: Any = None, **arguments: Any) -> None:
+        _check_names("EngineArgs", arguments)
+        for name, new in ALIASES.items():
+            value = arguments.pop(name, None)
+            if value is not None and arguments.setdefault(new, value) != value:
+                raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
+        refuse(arguments)
+        given, fields = attention_backend_of(arguments), argument_names()
+        init(self, model, **{name: value for name, value in given.items() if name in fields})
+        report_without_effect(given)
+
+    return construct
+
+
+EngineArgs.__init__ = _take_vllms_arguments(EngineArgs.__init__)
 
 
 def refuse_to_set(name: str, value: Any) -> None:

@@ -197,6 +197,23 @@ def test_unknown_arguments_are_refused_by_name(name: str, close: str | None):
     assert str(error.value) == f"LLM() got an unexpected keyword argument {name!r}.{hint}"
 
 
+def test_the_class_takes_what_llm_takes(caplog: pytest.LogCaptureFixture):
+    make: Any = EngineArgs
+    made = make("m", swap_space=4, num_scheduler_steps=2, enable_lora=False, attention_config={"backend": "xla"})
+    assert made == engine_args("m", num_decode_steps=2, attention_backend="xla")
+    (line,) = caplog.messages
+    assert "swap_space" in line
+    assert dataclasses.replace(made, seed=3) == EngineArgs(
+        model="m", num_decode_steps=2, attention_backend="xla", seed=3
+    )
+    with pytest.raises(TypeError, match=r"EngineArgs\(\) got .* 'max_num_seq'. Did you mean 'max_num_seqs'\?"):
+        make(model="m", max_num_seq=3)
+    with pytest.raises(ValidationError, match="does not have LoRA"):
+        make(model="m", enable_lora=True)
+    with pytest.raises(ValidationError, match="^model must be"):
+        make()
+
+
 @pytest.mark.parametrize("name", sorted(set().union(*arguments_to_come().values())))
 def test_later_capabilities_are_refused(name: str):
     with pytest.raises(ValidationError, match=f"^{name}='something' is not supported yet: "):
