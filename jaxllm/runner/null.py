@@ -111,7 +111,7 @@ class NullRunner:
     def time_stages(self) -> None:
         """It has no stages."""
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep:
+    def execute(self, scheduled: SchedulerOutput) -> NullStep | NullDrafts:
         if not scheduled.goes_on_alone:
             return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)

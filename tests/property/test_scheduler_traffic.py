@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from support.fake_device import VOCAB_SIZE, FakeDevice
@@ -35,7 +36,7 @@ def drive(
     block_size: int = 3,
     seed: int = 0,
     num_host_blocks: int = 0,
-    **limits: int,
+    **limits: Any,
 ) -> SchedulerMachine:
     """Run 60 requests to their end in a pool that holds one of the longest, checking after every step."""
     rng = random.Random(f"{windows} {policy} {depth} {reserve} {block_size} {seed}")
