@@ -16,13 +16,13 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config import argument_checks as check
-from jaxllm.config.argument import argument, not_yet, switch
+from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
-from jaxllm.config.speculative import SpeculativeConfig
+from jaxllm.config.speculative import ENGINE_ARGUMENTS, SpeculativeConfig, gathered, speculative
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
 #: what vLLM's scripts run that name no model
@@ -270,7 +270,14 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         form="PORT",
     )
     profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM", group="observability")
-    speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
+    speculative_config: SpeculativeConfig | None = argument(
+        None,
+        speculative,
+        'who drafts tokens for the model to verify, several in one step, as in vLLM: {"method": "ngram", '
+        '"num_speculative_tokens": 5} (default: nobody)',
+        group="scheduler",
+        form="JSON",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,13 +304,18 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     @classmethod
     def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
         """The arguments that a parser with `add_cli_args` has read."""
-        given = {name: value for name, value in vars(arguments).items() if name in known_names() | argument_names()}
+        given = {name: value for name, value in vars(arguments).items() if name in all_names()}
         return engine_args(given.pop("model"), **given)
 
 
 def argument_names() -> set[str]:
     """The arguments of `EngineArgs`."""
     return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+def all_names() -> set[str]:
+    """Those, and vLLM's others."""
+    return argument_names() | known_names() | ENGINE_ARGUMENTS.keys()
 
 
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
@@ -318,7 +330,7 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
 
 
 def _check_names(caller: str, arguments: Iterable[str]) -> None:
-    known = argument_names() | known_names()
+    known = all_names()
     for name in arguments:
         if name not in known:
             close = difflib.get_close_matches(name.replace("-", "_").lower(), sorted(known), n=1)
@@ -336,6 +348,7 @@ def _take_vllms_arguments(init: Callable[..., None]) -> Callable[..., None]:
             value = arguments.pop(name, None)
             if value is not None and arguments.setdefault(new, value) != value:
                 raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
+        arguments = gathered(arguments)
         refuse(arguments)
         given, fields = attention_backend_of(arguments), argument_names()
         init(self, model, **{name: value for name, value in given.items() if name in fields})
@@ -349,7 +362,7 @@ EngineArgs.__init__ = _take_vllms_arguments(EngineArgs.__init__)
 
 def refuse_to_set(name: str, value: Any) -> None:
     """Raise AttributeError where the attribute that an engine's user sets is an argument: it would change nothing."""
-    if name in argument_names() | known_names():
+    if name in all_names():
         raise AttributeError(
             f"{name} cannot be changed while the engine runs. End it with shutdown(), and start another: "
             f"LLM(model, {name}={value!r:.60})."

@@ -71,6 +71,7 @@ def test_the_settings_were_met(found: dict[str, Any]):
         assert (found[name]["preemptions"] > 0) == ("preemption" in settings), name
         assert (found[name]["hits"] > 0) == ("prefix caching" in settings), name
         assert (found[name]["hits on the host"] > 0) == ("KV offloading" in settings), name
+        assert (found[name]["right drafts"] > 0) == ("drafts" in settings), name
 
 
 def test_tasks_of_an_event_loop(found: dict[str, Any]):
