@@ -136,9 +136,10 @@ class SamplingPrograms(Programs):
 
     def forms(self, params: Params) -> dict[Form, Params]:
         """The weights in all forms that programs take them in, in the same memory."""
-        forms = [self.form(bucket) for bucket in (*self.packings, *self.decode_packings)]
-        forms += [form for bucket in self.draft_packings for form in self.draft_forms(bucket)]
-        return {form: self.params_in(form, params) for form in set(forms)}
+        forms: set[Form] = {self.form(bucket) for bucket in (*self.packings, *self.decode_packings)}
+        for bucket in self.draft_packings:
+            forms.update(self.draft_forms(bucket))
+        return {form: self.params_in(form, params) for form in forms}
 
     def draft_forms(self, bucket: Bucket) -> tuple[Form, Form]:
         """In which forms steps without and with drafts take the weights."""
