@@ -24,12 +24,13 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
-from jaxllm.runner.buckets import Bucket, decode_step_buckets
+from jaxllm.runner.buckets import Bucket, decode_step_buckets, draft_buckets
 from jaxllm.runner.compile.block_copies import LOT_SIZES, gather_blocks, scatter_blocks
 from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
+from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import STORAGE, is_scaled
 
@@ -82,6 +83,7 @@ def make_programs(
     windows: tuple[int | None, ...] = TWO_GROUPS,
     config: dict[str, Any] | None = None,
     kv_dtype: str | None = None,
+    drafter: NgramDrafter | None = None,
 ) -> tuple[SamplingPrograms, State]:
     """Programs of a small model, not compiled yet; or of the one that `config` describes.
 
@@ -102,6 +104,7 @@ def make_programs(
     state = State(
         cache=cache,
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
+        drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1), jnp.int32, sharding=sharding) if drafter else None,  # pyright: ignore
     )
     programs = SamplingPrograms(
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
@@ -115,6 +118,8 @@ def make_programs(
         num_decode_steps=4,
         decode_buckets=decode_step_buckets(buckets, MAX_NUM_SEQS),
         copied_layers=len(groups[0].layers),
+        drafter=drafter,
+        draft_buckets=draft_buckets(2) if drafter else (),
     )
     return programs, state
 
@@ -205,6 +210,19 @@ def test_no_program_needs_more_memory_for_a_larger_cache(
             found[key] = memory.temp_size_in_bytes
         assert len(found) == len(buckets) + several
         return found
+
+    assert temporaries(FEW) == temporaries(MANY)
+
+
+def test_checking_drafts_needs_no_more_memory_for_a_larger_cache():
+    def temporaries(num_blocks: int) -> int:
+        programs, state = make_programs("bfloat16", num_blocks, buckets=(SEVERAL,), drafter=NgramDrafter(3, 1, 2))
+        key: Key = ("draft steps", next(reversed(programs.draft_packings)), True)
+        programs._options = OPTIONS
+        programs._compile([key])
+        memory = programs._compiled[key].memory_analysis()
+        assert memory is not None and memory.alias_size_in_bytes == size(state)
+        return memory.temp_size_in_bytes
 
     assert temporaries(FEW) == temporaries(MANY)
 
