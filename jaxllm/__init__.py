@@ -123,7 +123,12 @@ install_finder()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        from jaxllm.api.tracebacks import ShortTracebacks
+
+        # by its name, as all that is found here: the contracts count what this module imports as imports of its parts
+        whole_module = importlib.import_module("jaxllm.engine.interrupt").whole_module
+        with ShortTracebacks():
+            value = getattr(whole_module(_HOMES[name]), name)
     elif name in MODULES[""]:
         value = attribute("", name)
     else:

@@ -11,6 +11,7 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.command_line import add_engine_arguments, add_option, count, engine_types, number, unlisted
+from jaxllm.engine.interrupt import whole_module
 
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
@@ -99,10 +100,8 @@ def engine_arguments(arguments: argparse.Namespace, **defaults: Any) -> tuple[An
 
 def build_llm(arguments: argparse.Namespace, **defaults: Any) -> LLM:
     """Return the engine that the command line describes. `defaults` are this command's own, for what was not given."""
-    from jaxllm.llm import LLM
-
     model, given = engine_arguments(arguments, **defaults)
-    return LLM(model, **given)
+    return whole_module("jaxllm.llm").LLM(model, **given)
 
 
 def build_sampling_params(arguments: argparse.Namespace) -> SamplingParams:

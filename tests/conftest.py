@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.quick_compile import FOR_LONG_RUNS, QUICK, THOROUGH, flags
 
 from jaxllm.config.cache_folder import cache_folder
 
@@ -14,6 +16,9 @@ from jaxllm.config.cache_folder import cache_folder
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# XLA reads these when it compiles for the first time
+os.environ["XLA_FLAGS"] = flags(QUICK, os.environ.get("XLA_FLAGS", ""))
 
 # torch, the reference, computes in every worker: threads that wait for each other's cores cost it a factor of ten
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,36 +32,36 @@ TESTS = Path(__file__).parent
 #: file last would leave the other without work.
 LONGEST = (
     "e2e/test_notebooks.py",
-    "unit/test_sampling_draws.py",
+    "e2e/test_deterministic.py",
+    "e2e/test_tensor_parallel.py",
+    "e2e/test_pairs.py",
     "parity/test_smollm2.py",
     "e2e/test_gpu_check.py",
-    "e2e/test_pairs.py",
-    "kernels/test_mosaic_prefill.py",
     "e2e/test_pipeline_parallel.py",
-    "e2e/test_data_parallel.py",
-    "e2e/test_expert_parallel.py",
-    "e2e/test_several_hosts.py",
-    "e2e/test_tensor_parallel.py",
-    "e2e/test_compiles.py",
     "e2e/test_bench.py",
     "unit/test_donation.py",
-    "unit/test_stacked_matrix.py",
+    "e2e/test_several_hosts.py",
     "e2e/test_invariance.py",
+    "e2e/test_expert_parallel.py",
+    "e2e/test_data_parallel.py",
+    "e2e/test_compiles.py",
     "e2e/test_latent_cache.py",
     "e2e/test_joint_replicas.py",
+    "e2e/test_readme.py",
+    "unit/test_sampling_draws.py",
+    "e2e/test_peak_memory.py",
+    "unit/test_plan.py",
+    "unit/test_stacked_matrix.py",
     "e2e/test_sinks.py",
+    "parity/test_families.py",
+    "kernels/test_mosaic_prefill.py",
     "parity/test_moe_families.py",
     "parity/test_deepseek.py",
-    "e2e/test_peak_memory.py",
-    "e2e/test_deterministic.py",
     "e2e/test_exit.py",
-    "e2e/test_readme.py",
-    "unit/test_plan.py",
     "e2e/test_run_batch.py",
     "e2e/test_flax.py",
     "e2e/test_batch_kills.py",
     "e2e/test_failed_start.py",
-    "parity/test_families.py",
 )
 
 
@@ -64,6 +69,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests' files: `LONGEST` first, the others as they were found."""
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+#: files whose engines are not compiled quickly
+COMPILED_OTHERWISE = {
+    "e2e/test_deterministic.py": THOROUGH,
+    "e2e/test_invariance.py": THOROUGH,
+    "e2e/test_bad_input.py": FOR_LONG_RUNS,
+    "parity/test_smollm2.py": FOR_LONG_RUNS,
+    "parity/test_real_weights.py": FOR_LONG_RUNS,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_are_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the options of `COMPILED_OTHERWISE`."""
+    options = COMPILED_OTHERWISE.get(request.path.relative_to(TESTS).as_posix())
+    if options is None:
+        yield
+        return
+    from jaxllm.runner.compile.programs import CPU_OPTIONS
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setitem(CPU_OPTIONS, name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

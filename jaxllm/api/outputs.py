@@ -41,6 +41,9 @@ class RequestMetrics:
     #: seconds from arrival to the first token
     first_token_latency: float = 0.0
     num_preemptions: int = 0
+    #: of `speculative_config`: drafts for its positions, and those of them that were right
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def queue_time(self) -> float:

@@ -34,17 +34,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     "a configuration of quantization beside config.json's": {
         "quantization_config": (),
     },
-    "speculative decoding": {
-        "speculative_model": (),
-        "num_speculative_tokens": (0,),
-        "ngram_prompt_lookup_max": (),
-        "ngram_prompt_lookup_min": (),
-        "speculative_draft_tensor_parallel_size": (1,),
-        "speculative_max_model_len": (),
-        "spec_method": (),
-        "spec_model": (),
-        "spec_tokens": (0,),
-    },
     "LoRA": {
         "enable_lora": (False,),
         "max_loras": (1,),

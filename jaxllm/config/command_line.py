@@ -17,6 +17,7 @@ from jaxllm.config import argument_checks
 from jaxllm.config.argument import GROUPS
 from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.speculative import ENGINE_ARGUMENTS
 
 
 def count(text: str) -> int:
@@ -159,7 +160,7 @@ def unlisted() -> dict[str, tuple[Any, ...]]:
     found = {name: values for names in NOT_YET.values() for name, values in names.items()}
     found.update({name: never.accepted for name, never in NEVER.items()})
     found.update({name: no_effect.quiet for name, no_effect in NO_EFFECT.items()})
-    found.update(dict.fromkeys(ALIASES, (1,)))
+    found.update(dict.fromkeys((*ALIASES, *ENGINE_ARGUMENTS), (1,)))
     return found
 
 

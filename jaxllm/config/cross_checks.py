@@ -35,8 +35,25 @@ def check_together(args: EngineArgs) -> None:
             "enable_prefix_caching=False leaves none in it. Set enable_prefix_caching=True, or leave "
             "kv_offloading_size out."
         )
+    if args.speculative_config is not None:
+        _check_drafts(args)
     if args.steps_together:
         _check_stepping_together(args)
+
+
+def _check_drafts(args: EngineArgs) -> None:
+    """Raise ValidationError for what does not go with drafts."""
+    asked = "speculative_config"
+    if args.steps_together:
+        raise ValidationError(
+            f"{asked} with enable_expert_parallel=True and data_parallel_size={args.data_parallel_size}: replicas that "
+            "have the experts between them take the same steps, and drafts make them differ. Leave one of them out."
+        )
+    if args.enforce_eager:
+        raise ValidationError(
+            f"{asked} with enforce_eager=True: programs that check drafts are not among the few that it compiles. "
+            "Leave one of them out."
+        )
 
 
 def _check_stepping_together(args: EngineArgs) -> None:
@@ -63,6 +80,8 @@ def _check_stepping_together(args: EngineArgs) -> None:
 
 def check_pooling(args: EngineArgs) -> None:
     """Raise ValidationError for arguments that an engine which pools cannot honour."""
+    if args.speculative_config is not None:
+        raise ValidationError("speculative_config drafts what is sampled, and a pooling engine samples nothing.")
     if args.load_format == "null":
         raise ValidationError('load_format="null" generates only; it has no vectors to pool.')
     if args.logits_processors:
@@ -98,13 +117,19 @@ def check_deterministic(platform: str, *, pools: bool, latents: bool = False) ->
         )
 
 
-def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None) -> None:
+def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None, drafts: bool) -> None:
     """Raise ValidationError for what an engine of several pipeline stages cannot do."""
     refused = f"pipeline_parallel_size={stages}"
     if pools:
         raise ValidationError(
             f"{refused} is only available for models that generate. Set pipeline_parallel_size=1; "
             "tensor_parallel_size spreads a pooling model over devices."
+        )
+    if drafts:
+        raise ValidationError(
+            f"{refused} with speculative_config: drafts are made where tokens are sampled, and a pipeline begins at "
+            "another device. Leave speculative_config out, or set pipeline_parallel_size=1; tensor_parallel_size "
+            "spreads the model over devices, too."
         )
     if num_decode_steps is not None and num_decode_steps > 1:
         raise ValidationError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxllm.api import logits_processor, pooler
@@ -14,20 +16,20 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import PoolerConfig
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config import argument_checks as check
-from jaxllm.config.argument import argument, not_yet, switch
+from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
-from jaxllm.config.speculative import SpeculativeConfig
+from jaxllm.config.speculative import ENGINE_ARGUMENTS, SpeculativeConfig, gathered, speculative
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
 
 #: what vLLM's scripts run that name no model
 SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class EngineArgs(ParallelConfig, QuantizationConfig):
     """What the engine is told, under vLLM's names and with its defaults, except where noted.
 
@@ -36,6 +38,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     Construction checks every value and normalises it to the type of its field: counts may come as strings ("1k" is
     1000, "8K" is 8192, "25.6k" is 25600), bytes too ("4GiB", "500MB"), and None stands for the default.
 
+    Those of vLLM's that are no field are taken as `engine_args` takes them.
+
     Raises:
         ValidationError: a value has the wrong type or lies outside its range; the text names both.
     """
@@ -43,6 +47,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     model: str | os.PathLike[str] = argument(
         dataclasses.MISSING, check.place, "a named model, a local directory, a .gguf file, or a hub id", group="model"
     )
+    _: dataclasses.KW_ONLY
     tokenizer: str | os.PathLike[str] | None = argument(
         None, check.place, "the tokenizer's directory, .gguf file or hub id (default: the model's)", group="model"
     )
@@ -265,7 +270,14 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         form="PORT",
     )
     profiler_config: ProfilerConfig = check.part(ProfilerConfig, "where profiles go, as in vLLM", group="observability")
-    speculative_config: SpeculativeConfig | None = not_yet(None, "speculative decoding")
+    speculative_config: SpeculativeConfig | None = argument(
+        None,
+        speculative,
+        'who drafts tokens for the model to verify, several in one step, as in vLLM: {"method": "ngram", '
+        '"num_speculative_tokens": 5} (default: nobody)',
+        group="scheduler",
+        form="JSON",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,13 +304,18 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     @classmethod
     def from_cli_args(cls, arguments: argparse.Namespace) -> EngineArgs:
         """The arguments that a parser with `add_cli_args` has read."""
-        given = {name: value for name, value in vars(arguments).items() if name in known_names() | argument_names()}
+        given = {name: value for name, value in vars(arguments).items() if name in all_names()}
         return engine_args(given.pop("model"), **given)
 
 
 def argument_names() -> set[str]:
     """The arguments of `EngineArgs`."""
     return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+def all_names() -> set[str]:
+    """Those, and vLLM's others."""
+    return argument_names() | known_names() | ENGINE_ARGUMENTS.keys()
 
 
 def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
@@ -308,27 +325,44 @@ def engine_args(model: str | os.PathLike[str], **arguments: Any) -> EngineArgs:
         TypeError: an argument that does not exist.
         ValidationError: a value that cannot be used, or an argument of a capability that jaxllm does not have yet.
     """
-    fields = argument_names()
-    known = fields | known_names()
+    _check_names("LLM", arguments)
+    return EngineArgs(model, **arguments)
+
+
+def _check_names(caller: str, arguments: Iterable[str]) -> None:
+    known = all_names()
     for name in arguments:
         if name not in known:
             close = difflib.get_close_matches(name.replace("-", "_").lower(), sorted(known), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"LLM() got an unexpected keyword argument {name!r}.{hint}")
-    for name, new in ALIASES.items():
-        value = arguments.pop(name, None)
-        if value is not None and arguments.setdefault(new, value) != value:
-            raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
-    refuse(arguments)
-    given = attention_backend_of(arguments)
-    result = EngineArgs(model=model, **{name: value for name, value in given.items() if name in fields})
-    report_without_effect(given)
-    return result
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def _take_vllms_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of `EngineArgs` that vLLM's scripts call: with arguments that are no field, too."""
+
+    @functools.wraps(init)
+    def construct(self: EngineArgs, model: Any = None, **arguments: Any) -> None:
+        _check_names("EngineArgs", arguments)
+        for name, new in ALIASES.items():
+            value = arguments.pop(name, None)
+            if value is not None and arguments.setdefault(new, value) != value:
+                raise ValidationError(f"{name} and {new} are two names of one thing; set one.")
+        arguments = gathered(arguments)
+        refuse(arguments)
+        given, fields = attention_backend_of(arguments), argument_names()
+        init(self, model, **{name: value for name, value in given.items() if name in fields})
+        report_without_effect(given)
+
+    return construct
+
+
+EngineArgs.__init__ = _take_vllms_arguments(EngineArgs.__init__)
 
 
 def refuse_to_set(name: str, value: Any) -> None:
     """Raise AttributeError where the attribute that an engine's user sets is an argument: it would change nothing."""
-    if name in argument_names() | known_names():
+    if name in all_names():
         raise AttributeError(
             f"{name} cannot be changed while the engine runs. End it with shutdown(), and start another: "
             f"LLM(model, {name}={value!r:.60})."

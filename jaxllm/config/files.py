@@ -10,8 +10,7 @@ from typing import Any
 
 import jaxllm
 from jaxllm.api.errors import ValidationError
-from jaxllm.config.arguments import known_names
-from jaxllm.config.engine_args import argument_names
+from jaxllm.config.engine_args import all_names
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -28,7 +27,7 @@ def load_config(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = _find(path_or_name)
     arguments: dict[str, Any] = {}
-    known = argument_names() | known_names()
+    known = all_names()
     for key, value in _read(path).items():
         name = str(key).replace("-", "_")
         if name not in known:

@@ -26,6 +26,9 @@ SLOWER_GPUS = frozenset(("a100", "a100x", "gb10"))
 DEFAULT_DECODE_STEPS = 1
 CPU_DECODE_STEPS_SEQS, GPU_DECODE_STEPS_SEQS = 32, 64
 
+#: most requests that run when drafts are made: with more of them a step has enough to do without
+CPU_DRAFT_SEQS, GPU_DRAFT_SEQS = 4, 64
+
 #: on a CPU the attention of decode steps takes half the time with 64 (measured); vLLM's default is 16
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 64, 16
 
@@ -116,6 +119,8 @@ def scheduler_config(
     if num_steps > 1 and args.enforce_eager:
         logger.warning("num_decode_steps=%d has no effect with enforce_eager=True, which compiles least.", num_steps)
         num_steps = 1
+    drafts = _drafts(args, num_tokens)
+    draft_seqs = CPU_DRAFT_SEQS if platform == "cpu" else GPU_DRAFT_SEQS
     steps_seqs = CPU_DECODE_STEPS_SEQS if platform == "cpu" else GPU_DECODE_STEPS_SEQS
     scored_tokens = CPU_SCORED_TOKENS if platform == "cpu" else GPU_SCORED_TOKENS
     return SchedulerConfig(
@@ -132,8 +137,27 @@ def scheduler_config(
         reserve_full_prompt=args.scheduler_reserve_full_isl,
         stream_interval=args.stream_interval,
         num_decode_steps=num_steps,
-        max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 else 0,
+        max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 and not drafts else 0,
+        num_drafts=drafts,
+        max_draft_seqs=min(draft_seqs, num_seqs, num_tokens // (1 + drafts)) if drafts else 0,
+        num_draft_steps=max(min(num_steps, num_tokens // (2 * (1 + drafts))), 1),
     )
+
+
+def _drafts(args: EngineArgs, num_tokens: int) -> int:
+    """Most drafts of a step."""
+    if args.speculative_config is None:
+        return 0
+    drafts = args.speculative_config.num_speculative_tokens
+    assert drafts is not None
+    # two launches are under way, and a window's bound on blocks holds for no more tokens than a step has
+    if 2 * (1 + drafts) > num_tokens:
+        raise ValidationError(
+            f"num_speculative_tokens={drafts} needs max_num_batched_tokens of at least {2 * (1 + drafts)}, since two "
+            f"steps with drafts are under way at once, and it is {num_tokens}. Set a larger max_num_batched_tokens, or "
+            f"num_speculative_tokens to at most {max(num_tokens // 2 - 1, 0)}."
+        )
+    return drafts
 
 
 def default_block_size(platform: str) -> int:

@@ -35,5 +35,10 @@ class SchedulerConfig:
     num_decode_steps: int = 1
     #: most requests that such a launch has room for
     max_decode_steps_seqs: int = 0
+    #: most drafts of a decode step, and most requests that run when there are any; 0: nobody makes drafts
+    num_drafts: int = 0
+    max_draft_seqs: int = 0
+    #: most steps of a launch with drafts
+    num_draft_steps: int = 1
     #: steps that are under way at different stages of a pipeline, of different requests
     num_micro_batches: int = 1

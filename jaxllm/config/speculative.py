@@ -3,17 +3,125 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks as check
-from jaxllm.config.argument import Arguments, argument
+from jaxllm.config.argument import Arguments, argument, not_built, not_yet
+
+METHODS = ("ngram",)
+#: vLLM's others, which are still to come
+TO_COME = ("suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
+#: most drafts of a step, vLLM's bound
+MOST_DRAFTS = 128
+#: of the runs of tokens that "ngram" looks for, where neither bound is given; vLLM's
+DEFAULT_LOOKUP = 5
+#: vLLM's arguments of an engine, of several times -> the field that each of them is
+ENGINE_ARGUMENTS = {
+    "speculative_model": "model",
+    "spec_model": "model",
+    "spec_method": "method",
+    "num_speculative_tokens": "num_speculative_tokens",
+    "spec_tokens": "num_speculative_tokens",
+    "ngram_prompt_lookup_max": "prompt_lookup_max",
+    "ngram_prompt_lookup_min": "prompt_lookup_min",
+    "speculative_draft_tensor_parallel_size": "draft_tensor_parallel_size",
+    "speculative_max_model_len": "max_model_len",
+}
+#: values of these that ask for nothing
+INERT = {"num_speculative_tokens": (0,), "spec_tokens": (0,), "speculative_draft_tensor_parallel_size": (1,)}
+
+
+def _method(name: str, value: Any) -> str:
+    known = {**dict.fromkeys(("ngram", "[ngram]", "ngram_gpu"), "ngram")}
+    method = value.strip().lower() if isinstance(value, str) else value
+    if method in known:
+        return known[method]
+    if method in TO_COME or (isinstance(method, str) and method.endswith("_mtp")):
+        raise ValidationError(
+            f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram', which needs no model."
+        )
+    raise ValidationError(f"{name} must be one of {', '.join(METHODS)}; got {value!r}.")
+
+
+_drafts = check.such_that(
+    check.at_least(1), lambda number: number <= MOST_DRAFTS, f"be at most {MOST_DRAFTS}, the drafts of a step"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig(Arguments):
     """vLLM's ``speculative_config``."""
 
-    method: str | None = argument(None, check.one_of("ngram", "draft_model", "eagle", "eagle3"), "who drafts")
+    NAME = "speculative_config.{}"
+
+    #: None: as `model` says
+    method: str | None = argument(None, _method, "who drafts")
     model: str | None = argument(None, check.path_text, "the model that drafts, where the method needs one")
-    num_speculative_tokens: int | None = argument(None, check.at_least(1), "tokens that are drafted at once")
+    num_speculative_tokens: int | None = argument(None, _drafts, "tokens that are drafted at once")
     prompt_lookup_max: int | None = argument(None, check.at_least(1), "longest run of tokens that ngram looks for")
     prompt_lookup_min: int | None = argument(None, check.at_least(1), "the shortest")
+    draft_tensor_parallel_size: int | None = not_yet(None, "models that draft", 1)
+    max_model_len: int | None = not_yet(None, "models that draft")
+    quantization: str | None = not_yet(None, "models that draft")
+    use_heterogeneous_vocab: bool = not_yet(False, "models that draft")
+    num_speculative_tokens_per_batch_size: Any = not_yet(None, "a number of drafts by batch size")
+    rejection_sample_method: str = not_yet("standard", "another rule of acceptance")
+    draft_sample_method: str = not_yet("greedy", "drafts that are sampled", "probabilistic")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method is None:
+            if self.model is None:
+                raise ValidationError(
+                    "speculative_config.method is missing: it says who drafts. Pass {'method': 'ngram', "
+                    "'num_speculative_tokens': 5}, for example."
+                )
+            method = "ngram" if self.model.strip().lower() in ("ngram", "[ngram]") else "draft_model"
+            object.__setattr__(self, "method", _method("speculative_config.method", method))
+        if self.num_speculative_tokens is None:
+            raise ValidationError(
+                "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
+                "Pass 5, for example."
+            )
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        low, high = low or high or DEFAULT_LOOKUP, high or low or DEFAULT_LOOKUP
+        if low > high:
+            raise ValidationError(
+                f"speculative_config.prompt_lookup_min ({low}) is more than prompt_lookup_max ({high}). Set "
+                f"prompt_lookup_min to at most {high}."
+            )
+        object.__setattr__(self, "prompt_lookup_min", low)
+        object.__setattr__(self, "prompt_lookup_max", high)
+
+
+def speculative(name: str, value: Any) -> SpeculativeConfig | None:
+    """A `SpeculativeConfig`, or a mapping with its fields; nothing in it: None."""
+    if isinstance(value, Mapping) and not value:
+        return None
+    return check.fields_of(SpeculativeConfig)(name, value)
+
+
+def gathered(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` with those of `ENGINE_ARGUMENTS` as fields of ``speculative_config``.
+
+    Raises:
+        ValidationError: one thing is said twice, in two ways.
+    """
+    found = {name: value for name, value in arguments.items() if name in ENGINE_ARGUMENTS}
+    rest = {name: value for name, value in arguments.items() if name not in ENGINE_ARGUMENTS}
+    found = {name: value for name, value in found.items() if value is not None and value not in INERT.get(name, ())}
+    config = rest.get("speculative_config")
+    if not found or isinstance(config, SpeculativeConfig):
+        if found:
+            raise ValidationError(f"speculative_config and {next(iter(found))} are two ways to say one thing; use one.")
+        return rest
+    fields: dict[str, Any] = check.mapping("speculative_config", config) if config else {}
+    for name, value in found.items():
+        if fields.setdefault(ENGINE_ARGUMENTS[name], value) != value:
+            raise ValidationError(
+                f"{name}={value!r} contradicts {fields[ENGINE_ARGUMENTS[name]]!r}, which speculative_config or another "
+                "argument says. Use one of them."
+            )
+    return {**rest, "speculative_config": fields}

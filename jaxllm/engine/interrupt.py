@@ -1,14 +1,15 @@
-"""Ctrl-C between steps, not inside one."""
+"""Ctrl-C between steps, not inside one; while an engine starts; and while the modules that it needs are imported."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 #: seconds after which an interrupt that had no effect is raised again
@@ -51,6 +52,16 @@ class DeferredInterrupt:
         if self._pending:
             self._pending = False
             raise KeyboardInterrupt
+
+
+def whole_module(name: str) -> ModuleType:
+    """Import a module. Ctrl-C waits until it is there, a second or two: inside of an import, extensions in C may crash
+    on it, and what runs when garbage is collected (JAX has such a function) drops it.
+
+    Raises KeyboardInterrupt when Ctrl-C has come.
+    """
+    with DeferredInterrupt():
+        return importlib.import_module(name)
 
 
 class StartInterrupt:

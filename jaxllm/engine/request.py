@@ -98,8 +98,10 @@ class Request:
         "max_decode_steps",
         "max_total_tokens",
         "micro_batch",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_drafted_tokens",
         "num_external_tokens",
         "num_output_placeholders",
         "num_preemptions",
@@ -108,6 +110,7 @@ class Request:
         "num_scheduled_scores",
         "num_scored_tokens",
         "num_slots",
+        "num_unsure_tokens",
         "params",
         "pools",
         "priority",
@@ -197,6 +200,9 @@ class Request:
         self.num_computed_tokens = 0
         #: tokens that scheduled steps sample and that the host has not read
         self.num_output_placeholders = 0
+        #: tokens that launches with drafts may have brought, and perhaps have not: the host has not read them. The
+        #: two numbers above count all of them
+        self.num_unsure_tokens = 0
         #: of the leading `num_scored_tokens`, those that scheduled steps have scored; a preemption takes none back
         self.num_scheduled_scores = 0
         #: prefix hits at the first admission, in tokens; -1 before it
@@ -204,6 +210,8 @@ class Request:
         #: those of them that came from the host's pool of blocks
         self.num_external_tokens = 0
         self.num_preemptions = 0
+        #: drafts for its positions, and those of them that were right
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
         #: of a pipeline, the last step that it was in (`engine.scheduling.micro_batches`)
         self.micro_batch = -1
 
@@ -315,6 +323,8 @@ class Request:
             last_token_ts=self.last_token_ts,
             first_token_latency=first - self.arrival_time if first else 0.0,
             num_preemptions=self.num_preemptions,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
     def __repr__(self) -> str:

@@ -90,11 +90,10 @@ class SchedulerOutput:
     ``p + 1 >= len(token_ids)`` and scored otherwise.
 
     A computed token that the row was not admitted with is one that an earlier launch sampled: the runner finds it on
-    the device. Only in a launch with ``num_steps > 1`` may it also be one that this launch samples itself: there every
+    the device. Only in a launch that `goes_on_alone` may it also be one that this launch samples itself: there every
     position is wanted and sampled, what is sampled at a position is the input of the next, and the request goes on for
-    up to ``counts[i]`` tokens. It ends early where it samples
-    one of its `end_token_ids`, and does nothing if an earlier launch came upon its end, which the host did not know
-    yet.
+    up to ``counts[i]`` tokens. It ends early where it samples one of its `end_token_ids`, and does nothing if an
+    earlier launch came upon its end, which the host did not know yet.
 
     Examples, for a request admitted with a prompt of 10 tokens::
 
@@ -107,8 +106,9 @@ class SchedulerOutput:
         4 decode steps in one launch (num_steps 4)       10      4       4  samples 11 .. 14, or fewer up to an end
         resumed with 3 outputs: admitted with 13 tokens   0     13       1  samples the token at position 13
         the same, a prefix hit of 8 tokens                8      5       1  samples the token at position 13
-        drafts (to come): 2, which the step brings       10      3       3  samples 11, and 12, 13 as far as the
+        2 drafts, which the device makes (num_drafts 2)  10      3       3  samples 11, and 12, 13 as far as the
                                                                             drafts for 11, 12 were right
+        the same, before that was read (resumes)         13      3       3  samples up to 3 behind those
         a request that pools, middle chunk                0      4       0  nothing
         the same, last chunk                              4      6       1  the pooled result
     """
@@ -129,8 +129,14 @@ class SchedulerOutput:
     requests: list
     #: rows that sample in this step and whose tokens the engine restricts with a mask, see `ModelRunner.sample`
     masked_rows: frozenset[int] = frozenset()
-    #: 1, or the decode steps that the launch does one after the other: the largest of `counts`
+    #: 1, or the decode steps that the launch does one after the other: the largest of `counts`, without drafts
     num_steps: int = 1
+    #: most drafts of a step, which the device makes and checks: each entry gets up to ``num_steps * (1 + num_drafts)``
+    #: tokens, no more than its `counts`, and at least one unless it ends. 0: there are none
+    num_drafts: int = 0
+    #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest
+    #: that the request can have come, and the device knows how far it is
+    resumes: list[bool] = dataclasses.field(default_factory=list)
     #: (block id, block of the host's pool): contents that the launch copies to the host before anything is written, and
     #: that are there when its result has been read
     copies_out: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -147,8 +153,15 @@ class SchedulerOutput:
         """Tokens that the launch computes, of all its steps."""
         return sum(self.counts)
 
+    @property
+    def goes_on_alone(self) -> bool:
+        """Whether the device takes tokens that the launch samples for inputs of the launch itself."""
+        return self.num_steps > 1 or self.num_drafts > 0
+
     def step_sizes(self) -> list[int]:
         """Tokens of each of the launch's steps, as far as the host can know; the first decides the bucket."""
+        if self.num_drafts:
+            return [len(self.rows) * (1 + self.num_drafts)] * self.num_steps
         if self.num_steps == 1:
             return [self.num_tokens]
         return [sum(count > index for count in self.counts) for index in range(self.num_steps)]
@@ -179,7 +192,8 @@ class StepOutput:
     #: the sampled tokens of all entries
     token_ids: list[int]
     #: how many of them each entry got, one per entry of the SchedulerOutput. A request that was still to go on and gets
-    #: fewer than its sampled positions without one of its `end_token_ids` had no token left that it may generate.
+    #: fewer than its sampled positions (with drafts: none) without one of its `end_token_ids` had no token left that it
+    #: may generate.
     counts: list[int]
     #: N = the sampled tokens, in the order of `token_ids`; None: nobody wants them
     logprobs: LogprobArrays | None = None
@@ -192,6 +206,9 @@ class StepOutput:
     pooled: list[np.ndarray | None] | None = None
     #: i32 [layers with experts, experts]: the tokens that each expert got; None: nobody counts them
     expert_load: np.ndarray | None = None
+    #: of a launch with drafts, i32 [entries, steps] each: how many drafts there were, and how many of them were right
+    drafted: np.ndarray | None = None
+    accepted: np.ndarray | None = None
 
 
 class StepFuture(Protocol):

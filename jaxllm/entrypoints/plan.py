@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
+from jaxllm.engine.interrupt import whole_module
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +39,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 when the model fits, 1 when it does not."""
-    from jaxllm.planning.api import plan
-
-    found = _print(plan, arguments)
+    found = _print(whole_module("jaxllm.planning.api").plan, arguments)
     return 0 if found.fits else 1
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print the explanation; 0 when the model fits, 1 when it does not."""
-    from jaxllm.planning.api import explain
-
-    found = _print(explain, arguments)
+    found = _print(whole_module("jaxllm.planning.api").explain, arguments)
     return 0 if found.plan.fits else 1
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from jaxllm.bench.options import positive
+from jaxllm.engine.interrupt import whole_module
 
 #: `quantizing.scheme.METHODS`, of which nothing is imported until the command runs
 METHODS = ("awq", "gptq", "int8", "fp8", "int4")
@@ -71,9 +72,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize, and print the report."""
-    from jaxllm.quantizing.api import quantize
-
-    report = quantize(
+    report = whole_module("jaxllm.quantizing.api").quantize(
         arguments.model,
         arguments.output,
         method=arguments.method,

@@ -54,6 +54,14 @@ def decode_step_buckets(buckets: tuple[Bucket, ...], max_num_seqs: int) -> tuple
     return tuple(Bucket(size, size, decode_only=True) for size in sizes)
 
 
+def draft_buckets(max_num_seqs: int) -> tuple[Bucket, ...]:
+    """Buckets of launches with drafts, of up to `max_num_seqs` sequences: powers of two, since padding costs as many
+    positions as a sequence has drafts.
+    """
+    sizes = {min(1 << power, max_num_seqs) for power in range(max_num_seqs.bit_length() + 1)} - {0}
+    return tuple(Bucket(size, size, decode_only=True) for size in sorted(sizes))
+
+
 def pick_bucket(buckets: tuple[Bucket, ...], tokens: int, seqs: int) -> Bucket:
     """The smallest bucket that holds the step. Raises ValueError when none does: the scheduler's budget is wrong."""
     for bucket in buckets:

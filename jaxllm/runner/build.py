@@ -19,7 +19,7 @@ from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
-from jaxllm.runner.buckets import decode_step_buckets, make_buckets
+from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
@@ -258,6 +258,9 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         progress=config.progress,
         num_decode_steps=limits.num_decode_steps,
         decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
+        drafter=config.drafter,
+        draft_buckets=draft_buckets(limits.max_draft_seqs),
+        num_draft_steps=limits.num_draft_steps,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -77,6 +77,15 @@ class NullStep:
         )
 
 
+class NullDrafts(NamedTuple):
+    """A launch with drafts (`engine.step.StepFuture`)."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
 class NullRunner:
     """No device and no weights (`engine.step.ModelRunner`).
 
@@ -92,6 +101,7 @@ class NullRunner:
         self._num_logprobs = programs.config.num_logprobs
         self._rows = Rows(programs.max_num_seqs, len(programs.config.groups), table_width)
         self._sampling = SamplingRows(programs)
+        self._reached = np.zeros(programs.max_num_seqs, np.int64)
 
     @property
     def num_bytes(self) -> int:
@@ -101,10 +111,12 @@ class NullRunner:
     def time_stages(self) -> None:
         """It has no stages."""
 
-    def execute(self, scheduled: SchedulerOutput) -> NullStep:
-        if scheduled.num_steps == 1:
+    def execute(self, scheduled: SchedulerOutput) -> NullStep | NullDrafts:
+        if not scheduled.goes_on_alone:
             return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)
+        if scheduled.num_drafts:
+            return self._draft_steps(scheduled)
         packings = self._programs.decode_packings
         packing = packings[pick_bucket(tuple(packings), scheduled.step_sizes()[0], len(scheduled.rows))]
         packed = self._sampling.pack_decode_steps(scheduled, self._rows, packing)
@@ -113,6 +125,31 @@ class NullRunner:
         sampled = self._sampled(packed, packing.size, steps)
         sampled[steps >= np.asarray(scheduled.counts)[packed.sampled_entries, None]] = -1
         return NullStep(packed, sampled, self._num_logprobs)
+
+    def _draft_steps(self, scheduled: SchedulerOutput) -> NullDrafts:
+        """Of the drafts for a position p, ``p % (1 + num_drafts)`` are right."""
+        drafts, steps = scheduled.num_drafts, scheduled.num_steps
+        packings = self._programs.draft_packings
+        packing = packings[pick_bucket(tuple(packings), len(scheduled.rows), len(scheduled.rows))]
+        self._sampling.pack_decode_steps(scheduled, self._rows, packing)
+        output = StepOutput(token_ids=[], counts=[])
+        output.drafted = np.zeros((len(scheduled.rows), steps), np.int32)
+        output.accepted = np.zeros_like(output.drafted)
+        entries = zip(scheduled.rows, scheduled.starts, scheduled.counts, scheduled.resumes, strict=True)
+        for entry, (row, start, limit, resumes) in enumerate(entries):
+            reached = self._reached[row] if resumes else start
+            count = 0
+            for step in range(steps):
+                drafted = min(drafts, limit - count - 1)
+                if drafted < 0:
+                    break
+                accepted = min(int(reached) % (1 + drafts), drafted)
+                output.drafted[entry, step], output.accepted[entry, step] = drafted, accepted
+                output.token_ids += self._cycle[(reached + 1 + np.arange(accepted + 1)) % len(self._cycle)].tolist()
+                reached, count = reached + accepted + 1, count + accepted + 1
+            self._reached[row] = reached
+            output.counts.append(count)
+        return NullDrafts(output)
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
         self._rows.update(scheduled)

@@ -63,7 +63,7 @@ class Rows:
         rows = np.asarray(step.rows, np.int32)
         starts = np.asarray(step.starts, np.int32)
         # of several steps, the first
-        counts = np.asarray(step.counts, np.int32) if step.num_steps == 1 else np.ones(len(rows), np.int32)
+        counts = np.ones(len(rows), np.int32) if step.goes_on_alone else np.asarray(step.counts, np.int32)
         lengths = starts + counts
         # single tokens first, longest context first: neighbours share a tile, and a tile costs what its longest row
         # costs

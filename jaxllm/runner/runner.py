@@ -81,7 +81,7 @@ class Runner(DeviceMemory[Any, Any]):
         jax.block_until_ready(self._state)
 
     def execute(self, scheduled: SchedulerOutput) -> StepFuture:
-        if scheduled.num_steps == 1:
+        if not scheduled.goes_on_alone:
             return self.sample(self.forward(scheduled), {})
         self._admit(scheduled)
         self._state, future = self.head.decode_steps(self._live(), scheduled, self._rows)

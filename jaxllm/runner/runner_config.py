@@ -35,6 +35,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -93,6 +94,8 @@ class RunnerConfig:
     num_logprobs: int
     logprobs_mode: str
     processors: tuple[LogitsProcessor, ...]
+    #: who makes drafts for the model to check; None: nobody
+    drafter: NgramDrafter | None = None
     seed: int
     compile_cache: Path | None
     #: told how far the start is; None: nobody is
@@ -151,7 +154,8 @@ class RunnerConfig:
     @property
     def table_width(self) -> int:
         """Blocks of the longest request."""
-        return -(-self.scheduler.max_model_len // self.block_size)
+        # drafts behind the last position are masked, and have places all the same
+        return -(-(self.scheduler.max_model_len + self.scheduler.num_drafts) // self.block_size)
 
     @property
     def has_explicit_cache(self) -> bool:
@@ -245,7 +249,8 @@ class RunnerConfig:
             cache = ScaledPages(cache, pages(self.scales_shape, jnp.float32))
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
-            return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None)
+            drafting = None if self.drafter is None else array((rows, 1), jnp.int32)
+            return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None, drafting=drafting)
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
 

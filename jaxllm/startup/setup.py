@@ -19,6 +19,7 @@ from jaxllm.config.cross_checks import check_deterministic, check_pipeline, chec
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
+from jaxllm.config.speculative import SpeculativeConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
@@ -33,6 +34,7 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
+from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -65,7 +67,12 @@ class Setup:
         """The stages of the engine; () where there is but one. Raises ValidationError where it cannot have so many."""
         args = self.args
         if count > 1:
-            check_pipeline(count, pools=self.pooler is not None, num_decode_steps=args.num_decode_steps)
+            check_pipeline(
+                count,
+                pools=self.pooler is not None,
+                num_decode_steps=args.num_decode_steps,
+                drafts=args.speculative_config is not None,
+            )
         layers: Any = args.pipeline_layer_partition
         return pipeline(self.model.num_layers, count, layers)
 
@@ -194,6 +201,7 @@ class Setup:
             num_logprobs=num_logprobs,
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
+            drafter=_drafter(args.speculative_config),
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
             compile_cache=None if limits.lockstep else compile_cache(),
@@ -209,6 +217,14 @@ class Setup:
                 "blocks are copied to the host on devices of one process so far. Leave it out."
             )
         return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
+
+
+def _drafter(config: SpeculativeConfig | None) -> NgramDrafter | None:
+    if config is None:
+        return None
+    drafts, low, high = config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max
+    assert drafts is not None and low is not None and high is not None
+    return NgramDrafter(drafts, low, high)
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:

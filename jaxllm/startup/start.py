@@ -179,6 +179,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
                 engine=number,
                 cache_info=cache_info,
                 expert_layers=expert_layers(model),
+                num_drafts=built.scheduler.num_drafts,
             ),
             constraints[number],
             pools=pooler is not None,

@@ -22,6 +22,8 @@ class Model:
     expert_parallel: bool = False
     #: whether programs of each kind are compiled, not only the largest
     all_programs: bool = False
+    #: drafts of a step; the programs that check them are compiled, and no others
+    drafts: int = 0
 
 
 def _gemma3(**shape: int) -> dict[str, Any]:
@@ -51,6 +53,26 @@ _QWEN25_7B = {
     "tie_word_embeddings": False,
 }
 
+_LLAMA31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
+
 MODELS: dict[str, Model] = {
     "SmolLM2-135M": Model(
         config={
@@ -71,30 +93,20 @@ MODELS: dict[str, Model] = {
         num_blocks=(8000, 80000),
     ),
     "Llama-3.1-8B": Model(
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-            "tie_word_embeddings": False,
-        },
+        config=_LLAMA31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(20000, 5000),
         all_programs=True,
+    ),
+    "Llama-3.1-8B, drafts": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        drafts=5,
     ),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},

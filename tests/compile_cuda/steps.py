@@ -11,6 +11,7 @@ from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import Grid
+from jaxllm.config.resolve import GPU_DRAFT_SEQS
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.registry import model_config, pooling_model_config
@@ -21,6 +22,7 @@ from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
+from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.method import Found
 
@@ -37,20 +39,25 @@ _WRITTEN = {
     "sample": ("tokens",),
     "write tokens": ("tokens",),
     "pool": ("cache", "pooled"),
+    "draft steps": ("cache", "tokens", "drafting"),
 }
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
+#: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the second are
+#: its embedder's, and the last takes as long as all of another model's
+_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B", "Llama-3.1-8B, drafts")
 #: the architecture of the GPUs that the models of several devices run on
 SPLIT_ARCHITECTURE = "sm_90"
 
 
 def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> Iterator[Case]:
-    """Programs of each of `MODELS`; quick: its largest steps, and one sampler.
+    """Programs of each of `MODELS`; quick: the largest steps of most of them, and one sampler.
 
     Args:
         part: 0 or 1: of every second model alone, from the first or the second one on.
     """
-    for name, model in list(MODELS.items())[part :: 1 if part is None else 2]:
+    models = [item for item in MODELS.items() if not (quick and item[0] in _NOT_QUICK)]
+    for name, model in models[part :: 1 if part is None else 2]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
             which = _KINDS[i > 0 or quick][model.all_programs and not i]
             size = f", {num_blocks} blocks" if i else ""
@@ -138,6 +145,11 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
         if which != "few":
             yield f"pool each token, {chosen[-1]}", ("tokens", chosen[-1])
         return
+    if programs.draft_packings:
+        buckets = tuple(programs.draft_packings)
+        for bucket in (buckets[0], buckets[-1]):
+            yield f"drafts of {bucket.seqs} seqs", ("draft steps", bucket, bucket is buckets[0])
+        return
     for bucket in chosen:
         yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)
     if which != "few":
@@ -172,6 +184,8 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
             max_num_batched_tokens=model.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             max_scored_tokens=1024,
+            num_drafts=model.drafts,
+            max_draft_seqs=GPU_DRAFT_SEQS if model.drafts else 0,
         ),
         dtype="bfloat16",
         kv_dtype="bfloat16",
@@ -186,6 +200,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         num_logprobs=20,
         logprobs_mode="raw_logprobs",
         processors=(),
+        drafter=NgramDrafter(model.drafts, 2, 5) if model.drafts else None,
         seed=0,
         compile_cache=None,
         progress=None,

@@ -11,7 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
-from jaxllm.runner.compile.programs import CPU_OPTIONS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,21 +26,6 @@ def program_store() -> Iterator[None]:
         yield
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
-
-
-#: files that hold numbers against each other bit for bit, or that run real weights: they compile as users do
-COMPILED_FULLY = ("test_bad_input", "test_deterministic", "test_invariance")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Engines of tiny models run for moments, and compiling them takes minutes: a third less without LLVM's
-    optimisations (`support.own_process`).
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem not in COMPILED_FULLY:
-            patch.setitem(CPU_OPTIONS, "xla_backend_optimization_level", 0)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "negative id": ([1, -1], "Token id -1 is out of vocabulary"),
     "float id": ([1, 2.0], "token ids must be integers, got 2.0"),
     "boolean id": ([True, 5], "token ids must be integers, got True"),
+    "a column in a mapping": ({"prompt": ["a", "b"]}, "got a list of texts: ['a', 'b']. Several prompts are one list"),
     "text among ids": ([1, "2"], "token ids must be integers, got '2'"),
     "none": (None, "a prompt must be text or token ids, got NoneType"),
     "a number": (3.5, "a prompt must be text or token ids, got float"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quick_compile import FOR_LONG_RUNS, QUICK
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
@@ -21,6 +22,7 @@ from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.cross_checks import check_deterministic
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.runner.compile.programs import CPU_OPTIONS
 from pallas_kernels.backend import Backend
 
 BASE: dict[str, Any] = {
@@ -33,10 +35,10 @@ BASE: dict[str, Any] = {
 #: the same bits are expected of all of these
 ENGINES: dict[str, dict[str, Any]] = {
     "every bucket": {"max_num_batched_tokens": 16, "long_prefill_token_threshold": 7},
-    "whole prompts": {"max_num_batched_tokens": 256, "block_size": 64, "enforce_eager": True},
-    "small pool": {
-        "max_num_batched_tokens": 48,
-        "num_gpu_blocks_override": 25,
+    "whole prompts in a small pool": {
+        "max_num_batched_tokens": 256,
+        "block_size": 64,
+        "num_gpu_blocks_override": 7,
         "scheduler_reserve_full_isl": False,
         "enforce_eager": True,
     },
@@ -105,7 +107,10 @@ class Engines:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engines]:
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if request.param == "bfloat16":  # `test_real_weights` has it as users do
+            for name, value in FOR_LONG_RUNS.items():
+                patch.setitem(CPU_OPTIONS, name, value)
         made = {
             name: stack.enter_context(LLM(tiny_model, **{**BASE, **options}, dtype=request.param))
             for name, options in ENGINES.items()
@@ -133,8 +138,10 @@ def test_a_row_of_a_product_is_the_same_bits_beside_any_number_of_rows(dtype: st
         np.testing.assert_array_equal(np.asarray(product(x[:rows], weight)).view(np.uint32), whole[:rows])
 
 
-def test_the_switch_changes_what_it_must(tiny_model: Path):
+def test_the_switch_changes_what_it_must(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     """Without it, a single row is computed by other kernels: were it not so, the switch would be of no use."""
+    for name, value in QUICK.items():
+        monkeypatch.setitem(CPU_OPTIONS, name, value)
     options = {**BASE, "max_num_batched_tokens": 8, "max_num_seqs": 2, "dtype": "float32", "deterministic": False}
     request, other = (0, 1, 1, 8, 0.0), (0, 1, 2, 8, 0.0)
     with LLM(tiny_model, **options) as llm:

@@ -53,6 +53,26 @@ except KeyboardInterrupt:
 """
 
 
+#: Ctrl-C while JAX is imported, where the collector of garbage drops what is raised
+IMPORTING = """
+import gc, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def collected(phase, info):
+    if "jax" in sys.modules and collected in gc.callbacks:
+        gc.callbacks.remove(collected)
+        os.kill(os.getpid(), signal.SIGINT)
+
+gc.set_threshold(100)
+gc.callbacks.append(collected)
+"""
+SCRIPT = "from jaxllm import LLM"
+COMMAND = """
+from jaxllm.entrypoints.cli import main
+sys.exit(main(["generate", "a", "--load-format", "null", "--model", sys.argv[1]]))
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def program_store() -> None:
     """In place of the end-to-end tests': an engine that finds its programs has nothing to compile."""
@@ -203,3 +223,21 @@ def test_a_program_ends_as_it_would_have(tiny_model: Path, tmp_path: Path, progr
         assert len(re.findall("^  File ", errors, re.MULTILINE)) == 1 and lines[-1] == "KeyboardInterrupt", errors
     else:
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "last"),
+    [(SCRIPT, -signal.SIGINT, "KeyboardInterrupt"), (COMMAND, 130, "jaxllm: interrupted")],
+    ids=["script", "command"],
+)
+def test_imports_are_not_interrupted_inside(tiny_model: Path, program: str, status: int, last: str):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING + program, str(tiny_model)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.splitlines()
+    # the line of the program, and Python's own import
+    assert (done.returncode, lines[-1]) == (status, last) and len(lines) <= 5, done.stderr

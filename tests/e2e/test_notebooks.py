@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
 import pytest
+from support.quick_compile import FOR_LONG_RUNS, QUICK, flags
 from support.run_notebooks import HASH_NAME, ROOT, code_cells, code_hash, execute, output_forms
 
 FOLDER = ROOT / "notebooks"
@@ -15,6 +17,9 @@ AGAIN = "run `make notebooks`"
 LARGEST = 300_000
 #: those that start engines for minutes: `make test-peers` runs them
 LONG = ("02_parameters", "03_prefix_caching_and_chunked_prefill")
+
+#: those of models that fetched weights make large: they run for longer than they compile
+LARGE_MODELS = ("01_quickstart", *LONG, "04_logprobs_and_structured_output")
 
 
 def test_all_notebooks_are_there():
@@ -40,8 +45,10 @@ def test_the_committed_outputs_are_of_the_committed_code(path: Path):
     [pytest.param(path, marks=pytest.mark.large if path.stem in LONG else ()) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
-def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path):
+def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch):
     committed = nbformat.read(path, as_version=4)
+    options = FOR_LONG_RUNS if path.stem in LARGE_MODELS else QUICK
+    monkeypatch.setenv("XLA_FLAGS", flags(options, os.environ["XLA_FLAGS"]))
     fresh = execute(path)
     assert code_hash(fresh) == code_hash(committed)
     for number, (now, then) in enumerate(zip(code_cells(fresh), code_cells(committed), strict=True), start=1):

@@ -38,8 +38,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, answer in wanted.items():
-        assert_same_answer(got[name], answer, name)
+    assert set(KINDS) <= set(got) <= set(wanted)
+    for name, answer in got.items():
+        assert_same_answer(answer, wanted[name], name)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_the_settings_were_met(found: dict[str, Any]):
         assert (found[name]["preemptions"] > 0) == ("preemption" in settings), name
         assert (found[name]["hits"] > 0) == ("prefix caching" in settings), name
         assert (found[name]["hits on the host"] > 0) == ("KV offloading" in settings), name
+        assert (found[name]["right drafts"] > 0) == ("drafts" in settings), name
 
 
 def test_tasks_of_an_event_loop(found: dict[str, Any]):

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.quick_compile import THOROUGH
 
 from jaxllm import LLM, LateChunkingParams, PoolingParams
+from jaxllm.runner.compile.programs import CPU_OPTIONS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,7 +31,12 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def engine(minilm: Path) -> Iterator[LLM]:
-    with LLM("all-minilm-l6-v2", max_num_seqs=8, enforce_eager=True) as llm:
+    with pytest.MonkeyPatch.context() as patch:
+        # bits are compared
+        for name, value in THOROUGH.items():
+            patch.setitem(CPU_OPTIONS, name, value)
+        llm = LLM("all-minilm-l6-v2", max_num_seqs=8, enforce_eager=True)
+    with llm:
         yield llm
 
 

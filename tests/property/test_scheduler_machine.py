@@ -50,6 +50,8 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
     max_num_batched_tokens = draw(st.integers(max_num_seqs, 24)) if chunked else max_model_len + draw(st.integers(0, 9))
     longest = draw(st.integers(max(1, max_model_len // 2), max_model_len))
     smallest = blocks_per_request(groups, block_size, longest, max_chunk=max_num_batched_tokens)
+    drafts = draw(st.sampled_from((0, 0, 1, 3)))
+    drafts = drafts if 2 * (1 + drafts) <= max_num_batched_tokens else 0
     scheduler = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -62,6 +64,9 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         reserve_full_prompt=draw(st.booleans()),
         num_decode_steps=draw(st.sampled_from((1, 2, 3, 8))),
         max_decode_steps_seqs=draw(st.sampled_from((2, 6))),
+        num_drafts=drafts,
+        max_draft_seqs=min(draw(st.sampled_from((2, 6))), max_num_batched_tokens // (1 + drafts)),
+        num_draft_steps=min(draw(st.sampled_from((1, 2))), max(max_num_batched_tokens // (2 + 2 * drafts), 1)),
     )
     cache = CacheConfig(
         block_size=block_size,
@@ -70,7 +75,8 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         enable_prefix_caching=(caching := draw(st.sampled_from((True, True, True, False)))),
         num_host_blocks=draw(st.sampled_from((0, 1, 3, 8, 40))) if caching else 0,
     )
-    return scheduler, cache, draw(st.integers(0, 3))
+    # with drafts, blocks are promised for two launches
+    return scheduler, cache, draw(st.integers(0, 1 if drafts else 3))
 
 
 def shared_prompt(family: int, length: int) -> list[int]:
@@ -93,7 +99,7 @@ class SchedulerMachine(SchedulerInvariants):
         #: block hash -> index of the block in its request, and the device's hashes of its tokens
         self.contents: dict[bytes, tuple[int, list[int]]] = {}
         self.last_first_admission = -1
-        self.num_victims = 0
+        self.num_victims = self.num_drafted = 0
         self.num_copied_in = 0
 
     # What can happen.
@@ -181,7 +187,7 @@ class SchedulerMachine(SchedulerInvariants):
         if self.scheduler.stats().num_preemptions > preempted_before:
             assert not scheduled.admitted
         self._check_admissions(scheduled)
-        if scheduled.num_steps > 1:
+        if scheduled.goes_on_alone:
             self._check_several_steps(scheduled, self.scheduler.stats().num_preemptions - preempted_before)
         assert scheduled.rows or not (scheduled.copies_out or scheduled.copies_in)
         self.num_copied_in += len(scheduled.copies_in)
@@ -195,7 +201,15 @@ class SchedulerMachine(SchedulerInvariants):
             self.read()
 
     def _check_several_steps(self, scheduled: SchedulerOutput, num_preempted: int) -> None:
-        assert not num_preempted and not self.scheduler.waiting
+        assert not num_preempted
+        if scheduled.num_drafts:
+            assert scheduled.num_drafts == self.config.num_drafts
+            assert scheduled.num_steps <= self.config.num_draft_steps
+            assert len(scheduled.rows) <= self.config.max_draft_seqs
+            assert all(a >= r.num_prompt_tokens for r, a in zip(scheduled.requests, scheduled.starts, strict=True))
+            self.num_drafted += 1
+            return
+        assert not self.scheduler.waiting
         assert 1 < scheduled.num_steps <= self.config.num_decode_steps
         assert len(scheduled.rows) <= self.config.max_decode_steps_seqs
         for request, start in zip(scheduled.requests, scheduled.starts, strict=True):

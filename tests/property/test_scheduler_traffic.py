@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from support.fake_device import VOCAB_SIZE, FakeDevice
@@ -35,6 +36,7 @@ def drive(
     block_size: int = 3,
     seed: int = 0,
     num_host_blocks: int = 0,
+    **limits: Any,
 ) -> SchedulerMachine:
     """Run 60 requests to their end in a pool that holds one of the longest, checking after every step."""
     rng = random.Random(f"{windows} {policy} {depth} {reserve} {block_size} {seed}")
@@ -47,6 +49,7 @@ def drive(
         reserve_full_prompt=reserve,
         # Prompts take several steps, so that victims are found in the middle of one, too.
         long_prefill_token_threshold=4,
+        **limits,
     )
     num_blocks = 1 + blocks_per_request(groups, block_size, 48, max_chunk=16)
     machine = SchedulerMachine()
@@ -98,6 +101,25 @@ def test_what_leaves_the_pool_comes_back_from_the_host(windows: tuple[int | None
         stats = machine.scheduler.kv_cache_manager.external_stats
         assert stats.hits > 20 and stats.preempted_hits > 20
         assert machine.scheduler.stats().num_stores_skipped == 0
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_drafts_that_are_wrong_leave_nothing_behind(windows: tuple[int | None, ...]) -> None:
+    machines = [
+        drive(
+            windows,
+            policy,
+            depth,
+            True,
+            num_drafts=drafts,
+            max_draft_seqs=3,
+            max_num_active_seqs=3,
+            num_draft_steps=steps,
+        )
+        for policy, depth, drafts, steps in (("fcfs", 1, 3, 2), ("priority", 1, 7, 1), ("fcfs", 0, 1, 1))
+    ]
+    assert sum(machine.num_drafted for machine in machines) > 15
+    assert sum(machine.scheduler.stats().num_preemptions for machine in machines) > 20
 
 
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)

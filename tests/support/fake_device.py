@@ -129,10 +129,13 @@ class FakeDevice:
             sampled[self.rows[row].request_id] = max(start + count - first_sampled, 0)
         outputs: list[list[int]] = [[] for _ in scheduled.rows]
         scores: list[list[float]] = [[] for _ in scheduled.rows]
-        if scheduled.num_steps > 1:
-            self._check_several(scheduled)
-        for index in range(scheduled.num_steps):
-            self._step(scheduled, index, outputs, scores)
+        if scheduled.num_drafts:
+            self._draft(scheduled, outputs)
+        else:
+            if scheduled.num_steps > 1:
+                self._check_several(scheduled)
+            for index in range(scheduled.num_steps):
+                self._step(scheduled, index, outputs, scores)
         self.num_launches += 1
         return Done(
             StepOutput(
@@ -191,6 +194,45 @@ class FakeDevice:
             assert len(state.token_ids) > state.computed, "a step samples where it catches up"
         assert sum(map(len, scores)) <= self.scheduler.max_scored_tokens
         self.num_steps += bool(entries)
+
+    def _draft(self, scheduled: SchedulerOutput, outputs: list[list[int]]) -> None:
+        """Every step has as many drafts as there is room for. How many of them are right, the hash says too; the wrong
+        ones leave rubbish in the cache.
+        """
+        assert scheduled.counts == scheduled.wanted and not scheduled.admitted and not scheduled.masked_rows
+        assert max(scheduled.counts) <= scheduled.num_steps * (1 + scheduled.num_drafts)
+        for entry, row in enumerate(scheduled.rows):
+            state, start, limit = self.rows[row], scheduled.starts[entry], scheduled.counts[entry]
+            state.ended = state.ended or state.token_ids[-1] in state.end_token_ids
+            assert state.ended or state.computed == len(state.token_ids) - 1
+            assert state.ended or start >= state.computed
+            if not scheduled.resumes[entry]:
+                assert state.ended or start == state.computed, "the host knows where it is"
+            for _ in range(scheduled.num_steps):
+                place, left = state.computed, limit - len(outputs[entry])
+                if state.ended or not left:
+                    break
+                hashes = prefix_hashes(state.token_ids, state.salt)
+                drafts = min(scheduled.num_drafts, left - 1)
+                right = (hashes[-1] >> 11) % (1 + drafts)
+                for _ in range(1 + right):
+                    token_id = next_token(prefix_hashes(state.token_ids, state.salt)[-1])
+                    state.token_ids.append(token_id)
+                    outputs[entry].append(token_id)
+                    if token_id in state.end_token_ids:
+                        break
+                computed = len(state.token_ids) - 1
+                hashes = prefix_hashes(state.token_ids, state.salt)[:computed]
+                self._write(state, place, computed - place, hashes, set())
+                for position in range(computed, place + 1 + drafts):
+                    for group, table in enumerate(state.tables):
+                        block_id = table[position // self.cache.block_size]
+                        assert block_id != 0, "a draft's keys are written into the null block"
+                        self.slots[block_id, position % self.cache.block_size] = (group, position, -1)
+                self._read(state, place, computed - place, hashes)
+                state.computed = computed
+                state.ended = state.token_ids[-1] in state.end_token_ids
+            self.num_steps += 1
 
     def _check_several(self, scheduled: SchedulerOutput) -> None:
         assert scheduled.counts == scheduled.wanted and scheduled.num_steps == max(scheduled.counts)

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support.quick_compile import QUICK, flags
+
 ROOT = Path(__file__).parents[2]
-#: what such programs compile runs for moments, and compiling it takes minutes: without LLVM's optimisations a third
-#: less. Tests of numbers, of memory and of real weights compile as users do.
-COMPILES_QUICKLY = "--xla_backend_optimization_level=0"
 
 
 def environment() -> dict[str, str]:
     """Of a process on a CPU that finds the tests' modules and compiles quickly."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {COMPILES_QUICKLY}".strip()
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": flags}
+    quick = flags(QUICK, os.environ.get("XLA_FLAGS", ""))
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": quick}
 
 
 def found_by(module: str, folder: Path) -> Any:

@@ -46,6 +46,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "KV offloading": {"kv_offloading_size": "2MB"},
     "chunked prefill": {"max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
+    "drafts": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_min": 1},
+        "enforce_eager": False,
+    },
     "asynchronous scheduling": {"async_scheduling": True},
     "priorities": {"scheduling_policy": "priority"},
     "active requests": {"max_num_active_seqs": 3},
@@ -66,13 +70,13 @@ PLAIN: dict[str, Any] = {
     "async_scheduling": False,
     "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": ")"},
 }
-ON_ONE = [name for name in SETTINGS if name not in ("deterministic", "tensor parallel", "data parallel")]
+ON_ONE = [name for name in SETTINGS if name not in ("drafts", "deterministic", "tensor parallel", "data parallel")]
 #: engines by name -> the settings that are on; the model of all of them has sliding windows
 ENGINES: dict[str, list[str]] = {
     "plain": [],
     "all": ON_ONE,
-    "all, deterministic": [*ON_ONE, "deterministic", "data parallel"],
-    "all, split": [*ON_ONE, "tensor parallel"],
+    "all, deterministic": [*ON_ONE, "drafts", "deterministic", "data parallel"],
+    "all, split": [*ON_ONE, "drafts", "tensor parallel"],
 }
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
 POOLING = [
@@ -84,6 +88,7 @@ COUNTED = {
     "preemptions": "vllm:num_preemptions",
     "hits": "vllm:prefix_cache_hits",
     "hits on the host": "vllm:external_prefix_cache_hits",
+    "right drafts": "vllm:spec_decode_num_accepted_tokens",
 }
 BEGINNING = "a beginning that fills blocks "
 
@@ -212,7 +217,8 @@ def main() -> None:
             found[name]["beams"] = [[b.tokens for b in o.sequences] for o in llm.beam_search(prompts, beams)]
             llm.sleep(1)
             llm.wake_up()
-            found[name]["after sleep"] = generated(llm)
+            # to sleep is the engine's affair: what two options make of each other is asked before
+            found[name]["after sleep"] = generated(llm, pairs=False)
             for kind, metric in COUNTED.items():
                 found[name][kind] = sum(one.value for one in llm.get_metrics() if one.name == metric)  # pyright: ignore
         if name == "all, split":

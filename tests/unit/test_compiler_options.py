@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from support.quick_compile import THOROUGH
 
 from jaxllm.runner.compile.programs import CPU_HEAD_OPTIONS, CPU_OPTIONS
 
@@ -22,5 +23,5 @@ def test_sums_of_fused_products_are_right(options: dict[str, Any]):
     def squares(rows: jax.Array) -> jax.Array:
         return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
 
-    program = jax.jit(squares).lower(rows).compile(compiler_options=options)
+    program = jax.jit(squares).lower(rows).compile(compiler_options={**THOROUGH, **options})
     assert float(program(rows)[-1]) == 2.0**30

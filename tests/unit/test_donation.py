@@ -24,7 +24,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
-from jaxllm.runner.buckets import Bucket, decode_step_buckets, make_buckets
+from jaxllm.runner.buckets import Bucket, decode_step_buckets
 from jaxllm.runner.compile.block_copies import LOT_SIZES, gather_blocks, scatter_blocks
 from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
@@ -66,6 +66,7 @@ DEEPSEEK: dict[str, Any] = {
 MAX_NUM_SEQS, MAX_MODEL_LEN = 6, 128
 TWO_GROUPS, ONE_GROUP = (32, None, 32), (None, None, None)
 FEW, MANY = 1_000, 10_000
+ONE, SEVERAL = Bucket(1, 1), Bucket(8, 2)
 #: of programs that are not run: how good their machine code is does not matter
 OPTIONS: Any = {**CPU_OPTIONS, "xla_backend_optimization_level": 0}
 
@@ -74,7 +75,7 @@ def make_programs(
     dtype: str,
     num_blocks: int,
     *,
-    buckets: tuple[Bucket, ...] = make_buckets(64, MAX_NUM_SEQS, eager=True),
+    buckets: tuple[Bucket, ...] = (Bucket(1, 1), Bucket(8, MAX_NUM_SEQS)),
     kv_heads: int = 2,
     head_dim: int = 16,
     block_size: int = 16,
@@ -177,17 +178,18 @@ def test_copies_of_blocks_move_them_and_nothing_else(layers: int, stored: Any):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "several"),
+    ("dtype", "shape", "buckets", "several"),
     [
-        ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), True),
-        ("float32", dict(kv_heads=2, head_dim=64, block_size=16, windows=ONE_GROUP, kv_dtype="float8_e4m3fn"), False),
-        ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), False),
-        ("bfloat16", dict(config=MIXTRAL, windows=ONE_GROUP), True),
+        ("bfloat16", dict(kv_heads=1, head_dim=256, block_size=64, windows=TWO_GROUPS), (ONE, SEVERAL), True),
+        ("float32", dict(head_dim=64, windows=ONE_GROUP, kv_dtype="float8_e4m3fn"), (SEVERAL,), False),
+        ("bfloat16", dict(config=DEEPSEEK, block_size=64, windows=ONE_GROUP), (ONE, SEVERAL), False),
+        ("bfloat16", dict(config=MIXTRAL, windows=ONE_GROUP), (SEVERAL,), True),
     ],
 )
-def test_no_program_needs_more_memory_for_a_larger_cache(dtype: str, shape: dict[str, Any], several: bool):
+def test_no_program_needs_more_memory_for_a_larger_cache(
+    dtype: str, shape: dict[str, Any], buckets: tuple[Bucket, ...], several: bool
+):
     """Steps of one token and of several, and several steps in one launch with all that sampling can be asked for."""
-    buckets = Bucket(1, 1), Bucket(8, 2)
 
     def temporaries(num_blocks: int) -> dict[Key, int]:
         programs, state = make_programs(dtype, num_blocks, buckets=buckets, **shape)
@@ -290,7 +292,7 @@ def test_the_buffer_stays_where_it_is(tmp_path: Path):
         tmp_path,
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=8,
         num_gpu_blocks_override=64,
         enforce_eager=True,
         max_model_len=MAX_MODEL_LEN,

@@ -197,6 +197,23 @@ def test_unknown_arguments_are_refused_by_name(name: str, close: str | None):
     assert str(error.value) == f"LLM() got an unexpected keyword argument {name!r}.{hint}"
 
 
+def test_the_class_takes_what_llm_takes(caplog: pytest.LogCaptureFixture):
+    make: Any = EngineArgs
+    made = make("m", swap_space=4, num_scheduler_steps=2, enable_lora=False, attention_config={"backend": "xla"})
+    assert made == engine_args("m", num_decode_steps=2, attention_backend="xla")
+    (line,) = caplog.messages
+    assert "swap_space" in line
+    assert dataclasses.replace(made, seed=3) == EngineArgs(
+        model="m", num_decode_steps=2, attention_backend="xla", seed=3
+    )
+    with pytest.raises(TypeError, match=r"EngineArgs\(\) got .* 'max_num_seq'. Did you mean 'max_num_seqs'\?"):
+        make(model="m", max_num_seq=3)
+    with pytest.raises(ValidationError, match="does not have LoRA"):
+        make(model="m", enable_lora=True)
+    with pytest.raises(ValidationError, match="^model must be"):
+        make()
+
+
 @pytest.mark.parametrize("name", sorted(set().union(*arguments_to_come().values())))
 def test_later_capabilities_are_refused(name: str):
     with pytest.raises(ValidationError, match=f"^{name}='something' is not supported yet: "):
@@ -214,8 +231,8 @@ def test_refusals_say_what_would_work():
         engine_args("m", enable_eplb=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
-    with pytest.raises(ValidationError, match=r"speculative_model='\[ngram\]'.*speculative decoding"):
-        engine_args("m", speculative_model="[ngram]", num_speculative_tokens=5)
+    with pytest.raises(ValidationError, match="'suffix' is not supported yet.* Pass 'ngram'"):
+        engine_args("m", spec_method="suffix", num_speculative_tokens=5)
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
@@ -361,11 +378,43 @@ def test_what_a_gguf_file_holds_may_be_named():
     ("fields", "text"),
     [
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
-        ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be an integer"),
-        ({"method": "guess"}, "method must be one of ngram, "),
+        ({"num_speculative_tokens": 129}, "num_speculative_tokens must be at most 128, .* got 129"),
+        ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer"),
+        ({"method": "guess"}, "method must be one of ngram; got 'guess'"),
+        ({"method": "deepseek_mtp"}, "'deepseek_mtp' is not supported yet"),
+        ({"method": "ngram"}, "num_speculative_tokens is missing"),
+        ({"num_speculative_tokens": 3}, "method is missing"),
+        ({"model": "m", "num_speculative_tokens": 3}, "'draft_model' is not supported yet"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 2},
+            r"min \(4\)",
+        ),
+        ({"method": "ngram", "num_speculative_tokens": 3, "quantization": "awq"}, "does not have models that draft"),
     ],
 )
 def test_a_draft_is_checked(fields: dict[str, Any], text: str):
-    assert SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_min=2).model is None
     with pytest.raises(ValidationError, match=text):
         SpeculativeConfig(**fields)
+
+
+def test_who_drafts_is_said_in_several_ways():
+    whole = SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_min=2)
+    assert (whole.model, whole.prompt_lookup_min, whole.prompt_lookup_max) == (None, 2, 2)
+    ways: list[dict[str, Any]] = [
+        {"speculative_config": whole},
+        {"speculative_config": {"method": "NGRAM", "num_speculative_tokens": 3, "prompt_lookup_min": 2}},
+        {"spec_method": "ngram", "spec_tokens": 3, "ngram_prompt_lookup_min": 2},
+        {"speculative_config": {"method": "ngram_gpu", "prompt_lookup_min": 2}, "num_speculative_tokens": 3},
+    ]
+    assert all(engine_args("m", **way).speculative_config == whole for way in ways)
+    older = engine_args("m", speculative_model="[ngram]", num_speculative_tokens=5, ngram_prompt_lookup_max=4)
+    config = older.speculative_config
+    assert config is not None and (config.method, config.prompt_lookup_min, config.prompt_lookup_max) == ("ngram", 4, 4)
+    for nothing in ({}, {"speculative_config": {}}, {"num_speculative_tokens": 0}, {"spec_model": None}):
+        assert engine_args("m", **nothing).speculative_config is None
+    with pytest.raises(ValidationError, match="spec_tokens=4 contradicts 3"):
+        engine_args("m", spec_tokens=4, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
+    with pytest.raises(ValidationError, match="two ways to say one thing"):
+        engine_args("m", spec_tokens=4, speculative_config=whole)
+    with pytest.raises(ValidationError, match="enforce_eager=True"):
+        engine_args("m", speculative_config=whole, enforce_eager=True)

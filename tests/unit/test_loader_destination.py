@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.quick_compile import THOROUGH, flags
 
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
@@ -169,7 +170,9 @@ def test_weights_are_never_twice_in_host_memory(tmp_path: Path, stored: str, dev
     if stored != "dummy":
         write_zeros(tmp_path, stored)
     load_format = "dummy" if stored == "dummy" else "auto"
-    peak, size = map(int, python(PEAK, str(tmp_path), load_format, JAX_NUM_CPU_DEVICES=str(devices)).split())
+    # hundreds of megabytes are drawn
+    options = {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags(THOROUGH, os.environ["XLA_FLAGS"])}
+    peak, size = map(int, python(PEAK, str(tmp_path), load_format, **options).split())
     record_property("peak_bytes", peak)
     print(f"{stored} on {devices}: {size / 2**20:.0f} MiB of weights, peak {peak / 2**20:.0f} MiB")
     assert size > 200 * 2**20

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.quick_compile import THOROUGH
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.models.registry import model_config
@@ -66,7 +67,7 @@ def test_a_gpus_greedy_sampler_has_nothing_to_wait_for():
     """No loop and no branch, whose conditions the host would have to read before it can go on launching."""
     made = programs(70, "cuda")
     for rows in made._sample_rows:
-        text = made.lower_sampler(rows, False).compile().as_text()
+        text = made.lower_sampler(rows, False).compile(compiler_options=THOROUGH).as_text()  # pyright: ignore
         assert text is not None and " while(" not in text and " conditional(" not in text
     looping = programs(70, "cpu").lower_sampler(8, False).compile().as_text()
     assert looping is not None and " while(" in looping

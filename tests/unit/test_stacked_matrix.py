@@ -26,8 +26,10 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.runner.heads.sampling_programs import with_whole_layers
 
-#: as `SMALL`, with buckets of one token
-BUCKETS = {**ENGINE, "dtype": "bfloat16", "enforce_eager": False}
+#: of one token and of eight; what more requests and longer steps compile has none of these products
+BUCKETS = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": 1, "max_num_batched_tokens": 8, "enforce_eager": False}
+#: Mistral's and Qwen 3's layers have nothing that these have not
+SOME = {name: FAMILIES[name] for name in ("Llama", "Qwen2", "Gemma3")}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
@@ -38,7 +40,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     seed=st.integers(0, 2**16),
     dtype=st.sampled_from((BFLOAT16, np.dtype(np.float32))),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_row_times_a_matrix_is_the_formula(
     vectors: int, out_features: int, layers: int, seed: int, dtype: np.dtype[Any]
 ):
@@ -82,7 +84,7 @@ def test_several_rows_take_the_weight_itself():
 
 @pytest.mark.parametrize(
     ("family", "dtype", "most"),
-    [*((family, "bfloat16", 0.05) for family in [*FAMILIES, "Cohere"]), ("Gemma3", "float32", 1e-5)],
+    [*((family, "bfloat16", 0.05) for family in [*SOME, "Cohere"]), ("Gemma3", "float32", 1e-5)],
 )
 def test_a_model_reads_its_matrices_where_they_lie(family: str, dtype: str, most: float):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""

@@ -262,7 +262,9 @@ class KVCacheManager:
         for group, window in self._windows:
             table = request.block_tables[group]
             first = request.first_live_blocks[group]
-            live = min(self._first_live(request.num_computed_tokens, window), len(table))
+            # where drafts were wrong, the next query is as far back as this
+            sure = request.num_computed_tokens - request.num_unsure_tokens
+            live = min(self._first_live(sure, window), len(table))
             if live > first:
                 self.pool.free(table[first:live])
                 table[first:live] = [NULL_BLOCK_ID] * (live - first)

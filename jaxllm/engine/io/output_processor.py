@@ -172,14 +172,17 @@ class OutputProcessor:
             if state is None:
                 continue
             if logprobs is not None or state.finds_stops:
-                for index, token_id in enumerate(request.all_token_ids[-count:] if count else (), first):
-                    stop = state.append(token_id, logprobs, index)
+                for place, token_id in enumerate(request.all_token_ids[-count:] if count else ()):
+                    stop = state.append(token_id, logprobs, first + place)
                     if stop is not None:
+                        # of several tokens that came at once, those behind it are dropped
+                        del request.all_token_ids[len(request.all_token_ids) - (count - place - 1) :]
                         if request.is_finished:
                             # the token that fills the length may also complete a stop string, which says more
                             request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop
                         elif scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop):
                             updates.ended.append(request)
+                        break
             finished = request.status > _PREEMPTED
             if not finished and state.kind is _FINAL_ONLY:
                 continue

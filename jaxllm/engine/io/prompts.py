@@ -289,6 +289,11 @@ class PromptReader:
             raise ValidationError(
                 f"a prompt must be text or token ids, got {type(ids).__name__}: {ids!r:.80}{_hint(ids)}"
             ) from None
+        if ids and all(isinstance(i, str) for i in ids):
+            raise ValidationError(
+                f"a prompt must be text or token ids, got a list of texts: {ids!r:.80}. Several prompts are one "
+                "list of texts, such as ['a', 'b']."
+            )
         if wrong is not None:
             raise ValidationError(f"token ids must be integers, got {wrong!r:.80}")
         return [int(i) for i in ids]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
+from jaxllm.engine.observe.draft_counts import DraftCounts
 from jaxllm.engine.request import RequestStatus
 from jaxllm.engine.scheduling.stats import SchedulerStats
 
@@ -64,6 +65,10 @@ class EngineStats:
     prefix_cache_hit_rate: float
     #: of what the prefix cache did not have, and the host's pool of blocks had; None: there is no such pool
     external_hit_rate: float | None = None
+    #: steps of a request that had drafts, their drafts, and those of them that were right
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
@@ -90,6 +95,9 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
         prefix_cache_hits=sum(part.prefix_cache_hits for part in parts),
         prefix_cache_hit_rate=hits / asked if asked else 0.0,
         external_hit_rate=sum(rates) / len(rates) if rates else None,
+        num_drafts=sum(part.num_drafts for part in parts),
+        num_draft_tokens=sum(part.num_draft_tokens for part in parts),
+        num_accepted_tokens=sum(part.num_accepted_tokens for part in parts),
     )
 
 
@@ -102,6 +110,7 @@ class EngineMetrics:
         engine: the number of this one among several.
         cache_info: what `vllm:cache_config_info` says of the cache (block_size, num_gpu_blocks, ...).
         expert_layers: the layers that have experts, where their load is counted.
+        num_drafts: most drafts of a step.
     """
 
     def __init__(
@@ -112,6 +121,7 @@ class EngineMetrics:
         engine: int = 0,
         cache_info: Mapping[str, Any] | None = None,
         expert_layers: Sequence[int] = (),
+        num_drafts: int = 0,
     ) -> None:
         self._labels = {"model_name": model_name, "engine": str(engine)}
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
@@ -126,6 +136,7 @@ class EngineMetrics:
         self._generation_tokens = 0
         self._finished = {status: 0 for status in RequestStatus if status.is_finished}
         self._rejections: dict[str, int] = {}
+        self._drafts = DraftCounts(num_drafts)
         lengths = one_two_five(max_model_len)
         self._step_tokens = Observations(_STEP)
         self._first_token = Observations(_FIRST_TOKEN)
@@ -192,6 +203,11 @@ class EngineMetrics:
             before = 0 if self._expert_load is None else self._expert_load
             self._expert_load = before + load.astype("int64")
 
+    def record_drafts(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """Count what one launch drafted, as `DraftCounts.add`."""
+        with self._lock:
+            self._drafts.add(drafted, accepted)
+
     def record_rejection(self, reason: str) -> None:
         """Count a request that was refused before it became one of the engine's."""
         with self._lock:
@@ -238,6 +254,9 @@ class EngineMetrics:
                 prefix_cache_queries=prefix_cache.queries,
                 prefix_cache_hit_rate=prefix_cache.hit_rate,
                 external_hit_rate=None if scheduler.host_cache_usage is None else external.hit_rate,
+                num_drafts=self._drafts.num_drafts,
+                num_draft_tokens=self._drafts.num_draft_tokens,
+                num_accepted_tokens=self._drafts.num_accepted_tokens,
             )
 
     def snapshot(
@@ -309,6 +328,7 @@ class EngineMetrics:
             Counter("vllm:admission_rejections", self._with(reason=reason), count)
             for reason, count in self._rejections.items()
         ]
+        metrics += self._drafts.metrics(self._labels)
         if self._expert_load is not None:
             metrics += [
                 Counter("jaxllm:expert_tokens", self._with(layer=str(layer), expert=str(expert)), count)

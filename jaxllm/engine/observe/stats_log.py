@@ -111,4 +111,10 @@ class StatsLog(StepObserver):
         ]
         if now.external_hit_rate is not None:
             parts.append(f"External prefix cache hit rate: {100 * now.external_hit_rate:.1f}%")
+        if drafts := now.num_drafts - last.num_drafts:
+            drafted = now.num_draft_tokens - last.num_draft_tokens
+            accepted = now.num_accepted_tokens - last.num_accepted_tokens
+            parts.append(
+                f"Mean acceptance length: {1 + accepted / drafts:.2f}, Accepted: {accepted} of {drafted} drafted tokens"
+            )
         logger.info("Engine %03d: %s", 0, ", ".join(parts))

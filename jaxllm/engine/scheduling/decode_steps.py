@@ -1,61 +1,85 @@
-"""How many decode steps the next launch does on the device before the host looks at any of them.
+"""How many decode steps the next launch does on the device before the host looks at any of them, and with how many
+drafts.
 
-Several, when nothing is lost by not looking: nobody waits, every running request only decodes, none of them can end
-for a reason that the host alone knows, and there are blocks for all the tokens without a preemption. One, otherwise.
-The number begins small after an arrival, since more arrivals may follow and would have to wait, and doubles while
-nothing happens.
+Several, or drafts, when nothing is lost by not looking: every running request only decodes, none of them can end for a
+reason that the host alone knows, and there are blocks for all the tokens without a preemption. Several steps also need
+that nobody waits; with drafts, that nobody who waits has a row. One step without drafts, otherwise. The number of steps
+begins small after an arrival, since more arrivals may follow and would have to wait, and doubles while nothing happens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.engine.step import MAX_END_TOKEN_IDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence, Sized
+    from collections.abc import Sequence
 
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.engine.cache.manager import KVCacheManager
     from jaxllm.engine.request import Request
 
 
+class Launch(NamedTuple):
+    """What a launch does with requests that only decode."""
+
+    num_steps: int = 1
+    num_drafts: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that it brings a request."""
+        return self.num_steps * (1 + self.num_drafts)
+
+
+ONE_STEP = Launch()
+
+
 class DecodeSteps:
     """Decides for one scheduler.
 
     Args:
-        config: `num_decode_steps` of 1 means that a launch always does one step.
+        config: `num_decode_steps` of 1 means that a launch without drafts always does one step.
     """
 
     def __init__(self, config: SchedulerConfig, kv_cache_manager: KVCacheManager) -> None:
         self._kv = kv_cache_manager
+        self._drafts = config.num_drafts
         # a window's bound on blocks holds for no more tokens at once
         self._most = min(config.num_decode_steps, config.max_num_batched_tokens)
         self._max_num_seqs = config.max_decode_steps_seqs
+        if self._drafts:
+            self._most, self._max_num_seqs = config.num_draft_steps, config.max_draft_seqs
         self._stream_interval = config.stream_interval
+        self._never = self._most == 1 and not self._drafts
         self._pace = 1
 
     def add(self, request: Request) -> None:
         """Take notice of an arrival: note what it allows, and begin small again."""
-        if self._most == 1:
+        if self._never:
             return
         self._pace = 1
-        if not _ends_on_device(request):
+        if not (_brings_tokens_alone(request) if self._drafts else _ends_on_device(request)):
             return
         params = request.params
         if params.output_kind is RequestOutputKind.FINAL_ONLY:
             request.max_decode_steps = self._most
         else:
-            # tokens that somebody reads as they come do not come in larger lots than was asked for
-            request.max_decode_steps = min(self._most, max(params.stream_interval or 1, self._stream_interval))
+            # tokens that somebody reads as they come do not come in larger lots than was asked for, or than one step
+            # with drafts brings
+            lot = max(params.stream_interval or 1, self._stream_interval)
+            request.max_decode_steps = max(min(self._most, lot // (1 + self._drafts)), 1)
         # the first input that was generated, and whose successor may end the request
         request.decode_steps_from = request.num_prompt_tokens + max(params.min_tokens - 1, 0)
 
-    def choose(self, running: Sequence[Request], waiting: Sized) -> int:
-        """Steps of the next launch: 1, or as many as each of the running requests can do that has tokens left."""
-        if self._most == 1 or waiting or not 0 < len(running) <= self._max_num_seqs:
-            return 1
+    def choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
+        """The next launch: one step, or what each of the running requests can do that has tokens left."""
+        if self._never or not 0 < len(running) <= self._max_num_seqs:
+            return ONE_STEP
+        if num_waiting and (num_free_rows or not self._drafts):
+            return ONE_STEP
         steps, longest = self._pace, 0
         for request in running:
             num_tokens = len(request.all_token_ids) + request.num_output_placeholders
@@ -64,33 +88,42 @@ class DecodeSteps:
                 continue
             start = request.num_computed_tokens
             if num_tokens - start != 1 or start < request.decode_steps_from:
-                return 1
+                return ONE_STEP
             steps = min(steps, request.max_decode_steps)
             longest = max(longest, left)
         self._pace = min(2 * self._pace, self._most)
         steps = min(steps, longest)
-        while steps > 1 and not self._fit(running, steps):
+        while not self._fit(running, steps * (1 + self._drafts)):
+            if steps <= 1:
+                return ONE_STEP
             steps //= 2
-        return max(steps, 1)
+        return Launch(max(steps, 1), self._drafts)
 
-    def _fit(self, running: Sequence[Request], steps: int) -> bool:
-        """Whether the free blocks hold `steps` more tokens of every request."""
+    def _fit(self, running: Sequence[Request], num_tokens: int) -> bool:
+        """Whether the free blocks hold so many more tokens of every request."""
         size, blocks = self._kv.block_size, 0
         for request in running:
-            end = min(request.num_computed_tokens + steps, request.max_total_tokens - 1)
+            end = min(request.num_computed_tokens + num_tokens, request.max_total_tokens - 1)
             blocks += max(0, -(-(end - request.num_slots) // size))
         return blocks * len(self._kv.config.groups) <= self._kv.pool.num_free
+
+
+def _brings_tokens_alone(request: Request) -> bool:
+    """Whether nothing but token ids is wanted of each step, and nothing of the host is needed for it. Where the host
+    finds an end among the tokens of a step with drafts, it drops the rest.
+    """
+    params = request.params
+    return not (
+        request.pools
+        or params.num_logprobs is not None
+        or params.structured_outputs is not None
+        or params.thinking_token_budget is not None
+    )
 
 
 def _ends_on_device(request: Request) -> bool:
     """Whether the device can tell by itself where the request ends, and needs nothing of the host until then."""
     params = request.params
-    return not (
-        request.pools
-        or params.stop_strings
-        or params.num_logprobs is not None
-        or params.structured_outputs is not None
-        or params.thinking_token_budget is not None
-        or request.repetition is not None
-        or len(request.end_token_ids) > MAX_END_TOKEN_IDS
+    return _brings_tokens_alone(request) and not (
+        params.stop_strings or request.repetition is not None or len(request.end_token_ids) > MAX_END_TOKEN_IDS
     )

@@ -170,7 +170,9 @@ class Scheduler:
         """Give the running requests their tokens, preempting the last ones where blocks lack."""
         manager = self.kv_cache_manager
         rows, starts, counts, wanted, requests = step.rows, step.starts, step.counts, step.wanted, step.requests
-        step.num_steps = num_steps = self._decode_steps.choose(self.running, self.waiting)
+        launch = self._decode_steps.choose(self.running, len(self.waiting), self._max_running - len(self.running))
+        step.num_steps, step.num_drafts = launch
+        most_decoded, with_drafts = launch.num_tokens, launch.num_drafts > 0
         micro_batches = self._micro_batches
         if micro_batches is not None:
             micro_batches.begin(len(self.running))
@@ -184,6 +186,9 @@ class Scheduler:
             if num_tokens >= request.max_total_tokens:
                 # Its last token is sampled already and needs only to be read.
                 continue
+            if request.num_unsure_tokens and not with_drafts:
+                # the device alone knows how far it has come, and only launches with drafts ask it
+                continue
             start = request.num_computed_tokens
             left = num_tokens - start
             count = num_wanted = 1
@@ -193,8 +198,8 @@ class Scheduler:
                     continue
             elif micro_batches is not None and not micro_batches.takes(request):
                 continue
-            elif num_steps > 1:
-                count = num_wanted = min(num_steps, request.max_total_tokens - num_tokens)
+            elif most_decoded > 1:
+                count = num_wanted = min(most_decoded, request.max_total_tokens - num_tokens)
             end = start + count
             if end > request.num_slots:
                 first = request.num_slots // manager.block_size
@@ -218,6 +223,9 @@ class Scheduler:
             counts.append(count)
             wanted.append(num_wanted)
             requests.append(request)
+            if with_drafts:
+                step.resumes.append(request.num_unsure_tokens > 0)
+                request.num_unsure_tokens += count - 1
             if left > 1:
                 budget.take(request, start, count)
             else:
@@ -326,11 +334,13 @@ class Scheduler:
         firsts = [0, *itertools.accumulate(output.counts)]
         updates = StepUpdates(list(scheduled.requests), list(output.counts), firsts[:-1])
         now, token_ids, passed_over = time.monotonic(), output.token_ids, []
+        drafts = scheduled.num_drafts > 0
         for entry, (request, first, count) in enumerate(zip(updates.requests, firsts, output.counts, strict=False)):
             if request.status > _PREEMPTED:
                 passed_over.append(entry)
                 continue
-            if count == 1 and request.first_token_ts and len(request.all_token_ids) < request.routine_until:
+            is_routine = count == 1 and not drafts and request.first_token_ts
+            if is_routine and len(request.all_token_ids) < request.routine_until:
                 token_id = token_ids[first]
                 if token_id not in request.end_token_ids:
                     request.all_token_ids.append(token_id)
@@ -338,6 +348,12 @@ class Scheduler:
                     request.last_token_ts = now
                     continue
             end = scheduled.starts[entry] + scheduled.counts[entry] if scheduled.wanted[entry] else 0
+            if drafts:
+                end = len(request.all_token_ids)
+                self._take_back(request, scheduled.counts[entry], count)
+                if output.drafted is not None and output.accepted is not None:
+                    request.num_drafted_tokens += int(output.drafted[entry].sum())
+                    request.num_accepted_tokens += int(output.accepted[entry].sum())
             updates.counts[entry] = count = self._take(request, token_ids[first : first + count], end)
             if request.is_finished:
                 updates.ended.append(request)
@@ -351,6 +367,13 @@ class Scheduler:
         for entry in reversed(passed_over):
             del updates.requests[entry], updates.counts[entry], updates.firsts[entry]
         return updates
+
+    def _take_back(self, request: Request, scheduled: int, count: int) -> None:
+        """Count, of the tokens that a launch with drafts was scheduled for, those that it brought."""
+        request.num_unsure_tokens -= scheduled - 1
+        request.num_output_placeholders -= scheduled - count
+        if request.status is RequestStatus.RUNNING:
+            request.num_computed_tokens -= scheduled - count
 
     def _take(self, request: Request, token_ids: list[int], end: int) -> int:
         """Give a request its tokens up to one that ends it, and end it then; the caller takes it out of `running`.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.command_options import engine_arguments
+from jaxllm.engine.interrupt import whole_module
 from jaxllm.entrypoints.batch.digests import DigestSet
 from jaxllm.entrypoints.batch.journal import DUPLICATE, Journal
 from jaxllm.entrypoints.batch.lines import (
@@ -67,9 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
         if not arguments.ignore_model_field:
             _warn_of_model(first, names)
-        from jaxllm.llm import LLM
-
-        with LLM(model, **given) as llm:
+        with whole_module("jaxllm.llm").LLM(model, **given) as llm:
             total = None if is_table(arguments.input_file) else count_lines(arguments.input_file)
             tally = Tally(total, show=sys.stderr.isatty())
             batch = Batch(llm, journal, tally, names, any_model=arguments.ignore_model_field)

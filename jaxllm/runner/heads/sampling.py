@@ -14,6 +14,7 @@ from jaxllm.models.decoder import Params
 from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
+from jaxllm.runner.heads.draft_steps import DraftParams, DraftSteps
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, Form, SamplingPrograms
@@ -85,6 +86,27 @@ class StepResult:
         )
 
 
+class DraftStepsResult:
+    """A launch with drafts (`engine.step.StepFuture`)."""
+
+    def __init__(self, found: DraftSteps, packed: PackedStep):
+        self._found, self._packed = found, packed
+        for array in jax.tree.leaves(found):
+            array.copy_to_host_async()
+
+    def result(self) -> StepOutput:
+        seqs, _ = self._packed.flat_rows(NOTHING_LOST)
+        found = self._found
+        counts, ids = np.asarray(found.counts)[seqs], np.asarray(found.token_ids)[seqs]
+        return StepOutput(
+            token_ids=ids[np.arange(ids.shape[1]) < counts[:, None]].tolist(),
+            counts=counts.tolist(),
+            drafted=np.asarray(found.drafted)[:, seqs].T,
+            accepted=np.asarray(found.accepted)[:, seqs].T,
+            expert_load=None if found.load is None else np.asarray(found.load),
+        )
+
+
 class DecodeStepsResult:
     """A launch of several steps (`engine.step.StepFuture`).
 
@@ -147,6 +169,8 @@ class SamplingHead(Head[Params, State]):
         return self._write_tokens(state, request.row, self._rows.history(request))
 
     def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
+        if scheduled.num_drafts:
+            return self._draft_steps(state, scheduled, rows)
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
@@ -155,6 +179,22 @@ class SamplingHead(Head[Params, State]):
         for array in (sampled, *loads):
             array.copy_to_host_async()
         return state, DecodeStepsResult(sampled, packed, tuple(loads))
+
+    def _draft_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
+        packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
+        state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
+        return state, DraftStepsResult(found, packed)
+
+    def _check_drafts(
+        self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
+    ) -> tuple[State, DraftSteps]:
+        program, full = self.programs.draft_steps(bucket, full)
+        given = self._given(constraints) if full else None
+        single, several = self.programs.draft_forms(bucket)
+        params = DraftParams(self._forms[single], self._forms[several])
+        return program(params, state, put_whole(buffer, self._sharding), given)
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
@@ -197,6 +237,11 @@ class SamplingHead(Head[Params, State]):
             programs.sample_packing.views(sampling)["num_samples"][...] = 1
             for full in (True, False):
                 state, _ = self._decode_steps(state, bucket, buffer, None, full)
+        for bucket, packing in list(programs.draft_packings.items())[: 1 if smallest else None]:
+            # no sequence goes on
+            buffer = np.zeros(packing.size + sample_size, np.int32)
+            for full in (True, False):
+                state, _ = self._check_drafts(state, bucket, buffer, None, full)
         return self._write_tokens(state, trash, np.zeros(1, np.int32))
 
     def free(self) -> None:
@@ -222,7 +267,7 @@ class SamplingHead(Head[Params, State]):
         program, full = self.programs.sampler(count, full)
         given = self._given(constraints) if full else None
         tokens, sampled = program(self._head, state.tokens, hidden.sampled, sampling, given)
-        return State(cache=state.cache, tokens=tokens), sampled
+        return dataclasses.replace(state, tokens=tokens), sampled
 
     def _given(self, constraints: np.ndarray | None) -> jax.Array:
         return self._no_constraints if constraints is None else put_whole(constraints, self._sharding)
@@ -250,7 +295,7 @@ class SamplingHead(Head[Params, State]):
             buffers[replica, :3] = row, first, len(part)
             buffers[replica, 3 : 3 + len(part)] = part
             tokens = self.programs.writer(tokens, put_whole(buffers.reshape(-1), self._sharding))
-        return State(cache=state.cache, tokens=tokens)
+        return dataclasses.replace(state, tokens=tokens)
 
     def _params_for(self, bucket: Bucket) -> Params | None:
         return self._forms.get(self.programs.form(bucket))

@@ -27,8 +27,22 @@ def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored
     """What `decode_steps.decode_steps` reads: a forward step's fields, and of each sequence how many tokens it samples
     at most, and the ids that end it (-1: none).
     """
+    return Packing(_decode_fields(bucket, num_groups, table_width, max_scored_tokens))
+
+
+def draft_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+    """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, and whether each sequence goes on where the
+    device stands.
+    """
+    fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens)
+    return Packing({**fields, "resumes": (bucket.seqs,)})
+
+
+def _decode_fields(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int
+) -> dict[str, tuple[int, ...]]:
     per_seq = {"steps": (bucket.seqs,), "end_ids": (bucket.seqs, MAX_END_TOKEN_IDS)}
-    return Packing({**_step_fields(bucket, num_groups, table_width, max_scored_tokens), **per_seq})
+    return {**_step_fields(bucket, num_groups, table_width, max_scored_tokens), **per_seq}
 
 
 def _step_fields(

@@ -22,8 +22,10 @@ from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
-from jaxllm.runner.heads.sampling_fields import decode_packing, forward_packing, sample_packing
+from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
+from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
@@ -64,16 +66,23 @@ class SamplingPrograms(Programs):
         progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
+        drafter: NgramDrafter | None = None,
+        draft_buckets: tuple[Bucket, ...] = (),
+        num_draft_steps: int = 1,
     ):
         """
         Args:
             params, state: trees of `jax.ShapeDtypeStruct` with shardings.
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
+            drafter, draft_buckets: who makes drafts, and the sequences of the programs that check them; None, ():
+                nobody.
+            num_draft_steps: most steps of a launch with drafts.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        made_from = (config, buckets, table_width, params, state, eager, num_decode_steps, decode_buckets)
+        several = num_decode_steps, decode_buckets, drafter, draft_buckets
+        made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
         super().__init__(
@@ -93,6 +102,8 @@ class SamplingPrograms(Programs):
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
+        self.drafter, self.num_draft_steps = drafter, num_draft_steps
+        self.draft_packings = {bucket: draft_packing(bucket, *numbers) for bucket in draft_buckets}
         # the largest step has room for all
         self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
@@ -125,7 +136,14 @@ class SamplingPrograms(Programs):
 
     def forms(self, params: Params) -> dict[Form, Params]:
         """The weights in all forms that programs take them in, in the same memory."""
-        return {form: self.params_in(form, params) for form in map(self.form, (*self.packings, *self.decode_packings))}
+        forms = [self.form(bucket) for bucket in (*self.packings, *self.decode_packings)]
+        forms += [form for bucket in self.draft_packings for form in self.draft_forms(bucket)]
+        return {form: self.params_in(form, params) for form in set(forms)}
+
+    def draft_forms(self, bucket: Bucket) -> tuple[Form, Form]:
+        """In which forms steps without and with drafts take the weights."""
+        assert self.drafter is not None
+        return self.form(bucket), self.form(bucket._replace(tokens=bucket.seqs * (1 + self.drafter.num_drafts)))
 
     def params_in(self, form: Form, params: Params) -> Params:
         """The weights, or their shapes, in a form."""
@@ -168,6 +186,22 @@ class SamplingPrograms(Programs):
         params = self._params_for(bucket)
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
+    def lower_draft_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
+        packing, sample_packing, drafter = self.draft_packings[bucket], self.sample_packing, self.drafter
+        assert drafter is not None
+        positions = bucket.seqs * (1 + drafter.num_drafts)
+        # a GPU's sampler has one size, of all rows; a CPU's has blocks of them
+        rows = next((rows for rows in SAMPLE_ROWS_CPU if rows >= positions), SAMPLE_ROWS_CPU[-1])
+        rows = positions if self.config.fixed_sample_rows is not None else rows
+        function = functools.partial(
+            draft_steps, self.config, drafter, self.num_draft_steps, rows, bucket, packing, sample_packing
+        )
+        words = self._words(packing.size + sample_packing.size)
+        single, several = (self.params_in(form, self._params) for form in self.draft_forms(bucket))
+        out = self._state_specs, jax.P()
+        params = DraftParams(single, several)
+        return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
+
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
@@ -184,6 +218,7 @@ class SamplingPrograms(Programs):
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
+        several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
         return [*several, *samplers, SCORER, *forwards, WRITER]
 
     def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
@@ -193,6 +228,8 @@ class SamplingPrograms(Programs):
         keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
         if self.decode_packings:
             keys.append(("decode steps", next(reversed(self.decode_packings)), True))
+        if self.draft_packings:
+            keys.append(("draft steps", next(reversed(self.draft_packings)), True))
         return [(key,) for key in keys]
 
     def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:
@@ -200,6 +237,7 @@ class SamplingPrograms(Programs):
             "forward": self.lower_forward,
             "sample": self.lower_sampler,
             "decode steps": self.lower_decode_steps,
+            "draft steps": self.lower_draft_steps,
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
         }
@@ -227,6 +265,11 @@ class SamplingPrograms(Programs):
         """The program for several steps, and whether it takes constraints, as `sampler`."""
         full = full or False not in self._variants
         return self._get(("decode steps", bucket, full)), full
+
+    def draft_steps(self, bucket: Bucket, full: bool) -> tuple[jax.stages.Compiled, bool]:
+        """The program that checks drafts, and whether it takes constraints, as `sampler`."""
+        full = full or False not in self._variants
+        return self._get(("draft steps", bucket, full)), full
 
     @property
     def scorer(self) -> jax.stages.Compiled:

@@ -65,7 +65,7 @@ class SamplingRows:
         self._shape = ConstraintShape(config.model.vocab_size)
         self._max_scored_tokens = config.max_scored_tokens
         self._sample_packing = programs.sample_packing
-        self._has_processors = bool(config.processors)
+        self._has_processors, self._has_drafts = bool(config.processors), programs.drafter is not None
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
         # rows in the buffer's order, so that one gather packs them all
@@ -98,10 +98,14 @@ class SamplingRows:
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
-        self._full[row] = not greedy or self.needs_history(request) or self._logprobs[row] or row in self._constraints
+        self._full[row] = not greedy or self._logprobs[row] or row in self._constraints
+        self._full[row] |= self._sampler_looks_back(request)
 
     def needs_history(self, request: AdmittedRequest) -> bool:
-        """Whether the sampler looks at the request's earlier tokens."""
+        """Whether somebody looks at the request's earlier tokens on the device."""
+        return self._has_drafts or self._sampler_looks_back(request)
+
+    def _sampler_looks_back(self, request: AdmittedRequest) -> bool:
         if self._has_processors:
             return True
         return request.params.has_penalties or any(len(words) > 1 for words in request.bad_words)
@@ -121,7 +125,7 @@ class SamplingRows:
         # a wanted position is sampled where nobody knows the token behind it, which is so for the last ones only
         wanted = np.asarray(step.wanted, np.int32)[order]
         samples = (wanted > 0) & (lengths >= rows.known[row])
-        scored, targets = wanted - samples if step.num_steps == 1 else np.zeros_like(wanted), None
+        scored, targets = np.zeros_like(wanted) if step.goes_on_alone else wanted - samples, None
         scored_counts: list[int] = []
         if scored.any():
             targets, scored_counts = self._targets(rows.tokens, fields["scored_tokens"], found, wanted, scored)
@@ -140,11 +144,15 @@ class SamplingRows:
         return packed
 
     def pack_decode_steps(self, step: SchedulerOutput, rows: Rows, packing: Packing) -> PackedStep:
-        """`pack` for a launch of several steps; `packing` is `decode_packing` of its bucket."""
+        """`pack` for a launch of several steps, or with drafts; `packing` is `decode_packing` or `draft_packing` of its
+        bucket.
+        """
         packed = self.pack(step, rows, packing)
         fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
         fields["steps"][: len(order)] = np.asarray(step.counts, np.int32)[order]
         fields["end_ids"][: len(order)] = self._end_ids[np.asarray(step.rows)[order]]
+        if step.num_drafts:
+            fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
         return packed
 
     def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:

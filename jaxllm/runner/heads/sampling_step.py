@@ -61,6 +61,9 @@ class State:
     cache: Cache  # of all layers
     #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
     tokens: jax.Array
+    #: i32 [R + 1, 1], of engines that check drafts: where the last launch with drafts left each row, the position of
+    #: its last token
+    drafting: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +113,7 @@ def forward_step(
         config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
     )
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
-    return State(cache=cache, tokens=tokens), wanted, buffer[packing.size :]
+    return dataclasses.replace(state, cache=cache, tokens=tokens), wanted, buffer[packing.size :]
 
 
 def step_tokens(

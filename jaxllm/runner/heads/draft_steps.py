@@ -1,0 +1,232 @@
+"""Decode steps that check drafts: several positions of a row in one forward pass, as far as the drafts for them hold.
+
+A draft for a position is right where the token that is sampled there, exactly as a step without drafts would sample it
+(same logits, same seed, same position), is the draft. So what is right needs no rule of its own for any kind of
+sampling: outputs are distributed as without drafts, and for one seed they are the same tokens.
+
+How many tokens a launch brings is known when it is done. The next launch of a row, which is scheduled before that, goes
+on where the device stands (`State.drafting`), and the host learns of it from the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.layers.context import StepBatch
+from jaxllm.models.decoder import Params, forward_with_load, no_load
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
+from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.speculative.ngram import NgramDrafter
+from pallas_kernels.batch import AttentionBatch
+
+
+class DraftParams(NamedTuple):
+    """The weights, in the forms that the two kinds of step take them in."""
+
+    #: of steps in which nobody has a draft
+    single: Params
+    several: Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftSteps:
+    """What a launch brought. S: sequences, N: steps, K: drafts of a step."""
+
+    token_ids: jax.Array  # i32 [S, N * (1 + K)]
+    counts: jax.Array  # i32 [S]
+    drafted: jax.Array  # i32 [N, S]
+    accepted: jax.Array  # i32 [N, S]
+    load: jax.Array | None  # as `Hidden.load`, of all steps
+
+
+#: (state, ids, load)
+_Computed = tuple[State, jax.Array, jax.Array | None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    step: jax.Array  # i32 []
+    state: State
+    going_on: jax.Array  # bool [S]
+    reached: jax.Array  # i32 [S]: position of the last token
+    found: DraftSteps
+
+
+def draft_steps(
+    config: StepConfig,
+    drafter: NgramDrafter,
+    num_steps: int,
+    rows: int,
+    bucket: Bucket,
+    packing: Packing,
+    sample_packing: Packing,
+    params: DraftParams,
+    state: State,
+    buffer: jax.Array,
+    constraints: jax.Array | None,
+) -> tuple[State, DraftSteps]:
+    """Up to ``num_steps * (1 + drafter.num_drafts)`` tokens for each row, and at least one.
+
+    Args:
+        config, drafter, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
+        buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
+        constraints: as in `sample_step`; the same at every position.
+    """
+    drafts, seqs = drafter.num_drafts, bucket.seqs
+    width = 1 + drafts
+    fields = packing.unpack(buffer)
+    sampling = sample_packing.unpack(buffer[packing.size :])
+    # the first S of the sampler's rows are the step's sequences
+    sampling = {name: field[:seqs] if field.ndim else field for name, field in sampling.items()}
+    constraints = None if constraints is None else constraints[:seqs]
+    attention = attention_batch(fields, bucket)
+    trash, lane = state.tokens.shape[0] - 1, jnp.arange(width, dtype=jnp.int32)
+    assert state.drafting is not None
+    limits = fields["steps"]
+    row = jnp.where(limits > 0, fields["rows"], trash)
+    first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
+
+    def ends(ids: jax.Array) -> jax.Array:
+        """bool, of i32 [S, ...]."""
+        end_ids = fields["end_ids"].reshape(seqs, *(1,) * (ids.ndim - 1), -1)
+        return (ids == ENDED) | jnp.any(end_ids == ids[..., None], axis=-1)
+
+    def sampled(
+        loop: _Loop, batch: StepBatch, row: jax.Array, params: Params, columns: int, cache_tokens: jax.Array
+    ) -> tuple[State, jax.Array, jax.Array | None]:
+        """(state, ids [S, columns], load): a forward pass, and what is sampled at every one of its positions."""
+        cache, hidden, load = forward_with_load(
+            config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
+        )
+        # what is compiled for the sampler is to be what a step alone has
+        hidden = lax.optimization_barrier(hidden)
+        own = {name: jnp.repeat(field, columns, axis=0) if field.ndim else field for name, field in sampling.items()}
+        own |= {
+            "rows": jnp.repeat(row, columns),
+            "positions": batch.attention.positions + 1,
+            "num_samples": sampling["num_samples"] * columns,
+        }
+        given = None if constraints is None else jnp.repeat(constraints, columns, axis=0)
+        tokens, result = sample_rows(config, rows, params, cache_tokens, hidden, own, given)
+        state = dataclasses.replace(loop.state, cache=cache, tokens=tokens)
+        return state, result.token_ids.reshape(seqs, columns), load
+
+    def one_step(loop: _Loop) -> _Loop:
+        active_row = jnp.where(loop.going_on, row, trash)
+        position = jnp.where(loop.going_on, loop.reached, 0)
+        ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
+        counts = jnp.where(loop.going_on, jnp.minimum(counts, limits - loop.found.counts - 1), 0)
+
+        def single(loop: _Loop) -> _Computed:
+            now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
+            batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
+            state, new, load = sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
+            return state, jnp.pad(new, ((0, 0), (0, drafts)), constant_values=ENDED), load
+
+        def several(loop: _Loop) -> _Computed:
+            now = _positions_of(attention, position, loop.going_on, counts, width)
+            # whoever looks for a position's earlier tokens finds the drafts among them
+            place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
+            tokens = loop.state.tokens.at[active_row[:, None], place].set(ids, mode="drop")
+            given = jnp.concatenate([tokens[active_row, position][:, None], ids], axis=1)
+            batch = StepBatch(tokens=given.reshape(-1), attention=now)
+            return sampled(loop, batch, active_row, params.several, width, tokens)
+
+        state, new, load = _either(jnp.any(counts > 0), several, single, loop)
+        right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
+        accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
+        is_new = lane <= accepted[:, None]
+        end = is_new & ends(new)
+        is_new &= jnp.cumsum(end, axis=1) - end == 0
+        # no token at all is an end that is not to be told
+        is_new &= (new != ENDED) & loop.going_on[:, None]
+        count = jnp.sum(is_new, axis=1, dtype=jnp.int32)
+        found, seq = loop.found, jnp.arange(seqs)[:, None]
+        place = jnp.where(is_new, found.counts[:, None] + lane, found.token_ids.shape[1])
+        found = DraftSteps(
+            token_ids=found.token_ids.at[seq, place].set(new, mode="drop"),
+            counts=found.counts + count,
+            drafted=lax.dynamic_update_index_in_dim(found.drafted, counts, loop.step, 0),
+            accepted=lax.dynamic_update_index_in_dim(found.accepted, jnp.minimum(accepted, count), loop.step, 0),
+            load=load if load is None or found.load is None else found.load + load,
+        )
+        return _Loop(
+            step=loop.step + 1,
+            state=state,
+            going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits),
+            reached=loop.reached + count,
+            found=found,
+        )
+
+    tokens = place_known_tokens(state.tokens, fields, attention)
+    nothing = jnp.zeros((num_steps, seqs), jnp.int32)
+    loop = _Loop(
+        step=jnp.int32(0),
+        state=dataclasses.replace(state, tokens=tokens),
+        going_on=(limits > 0) & ~ends(tokens[row, first]),
+        reached=first,
+        found=DraftSteps(
+            token_ids=jnp.zeros((seqs, num_steps * width), jnp.int32),
+            counts=jnp.zeros(seqs, jnp.int32),
+            drafted=nothing,
+            accepted=nothing,
+            load=no_load(config.model) if config.expert_load else None,
+        ),
+    )
+    loop = lax.while_loop(lambda loop: jnp.any(loop.going_on) & (loop.step < num_steps), one_step, loop)
+    drafting = loop.state.drafting
+    assert drafting is not None
+    state = dataclasses.replace(loop.state, drafting=drafting.at[row, 0].set(loop.reached))
+    return state, loop.found
+
+
+def _either(
+    chosen: jax.Array,
+    one: Callable[[_Loop], _Computed],
+    other: Callable[[_Loop], _Computed],
+    loop: _Loop,
+) -> _Computed:
+    """``lax.cond(chosen, one, other, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes,
+    and not what a loop does, of which each takes one round or none.
+    """
+
+    def round_of(branch: Callable[[_Loop], _Computed]) -> Callable[[tuple[_Loop, Any, Any]], tuple[_Loop, Any, Any]]:
+        def once(carry: tuple[_Loop, Any, Any]) -> tuple[_Loop, Any, Any]:
+            state, new, load = branch(carry[0])
+            return dataclasses.replace(carry[0], state=state), (new, load), jnp.bool_(False)
+
+        return once
+
+    shapes = jax.eval_shape(one, loop)[1:]
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    carry = lax.while_loop(lambda carry: carry[2], round_of(one), (loop, nothing, chosen))
+    carry = lax.while_loop(lambda carry: carry[2], round_of(other), (*carry[:2], ~chosen))
+    loop, (new, load), _ = carry
+    return loop.state, new, load
+
+
+def _positions_of(
+    attention: AttentionBatch, position: jax.Array, going_on: jax.Array, counts: jax.Array, width: int
+) -> AttentionBatch:
+    """The batch of steps in which every sequence has `width` tokens, of which the first and `counts` drafts count."""
+    seqs = position.shape[0]
+    lane = jnp.arange(width, dtype=jnp.int32)
+    return dataclasses.replace(
+        attention,
+        token_seq=jnp.repeat(jnp.arange(seqs, dtype=jnp.int32), width),
+        positions=(position[:, None] + lane).reshape(-1),
+        token_valid=(going_on[:, None] & (lane <= counts[:, None])).reshape(-1),
+        query_start=jnp.arange(seqs + 1, dtype=jnp.int32) * width,
+        kv_lens=position + width,
+        num_decodes=jnp.int32(0),
+        decode_only=False,
+    )

@@ -1,0 +1,194 @@
+"""Drafts change nothing of what is generated, of why it ends, and of what is cached: only how many steps it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import RequestOutputKind
+
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 8,
+}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=129, enforce_eager=True) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def drafting(tiny_model: Path) -> Iterator[LLM]:
+    """With a pool that does not hold four long requests."""
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=NGRAM) as llm:
+        yield llm
+
+
+def counted(llm: LLM, name: str) -> Any:
+    (metric,) = (metric for metric in llm.get_metrics() if metric.name == f"vllm:spec_decode_{name}")
+    return getattr(metric, "values", None) or getattr(metric, "value", 0)
+
+
+def results(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
+    completions = [one for output in outputs for one in output.outputs]
+    return [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in completions]
+
+
+def repeating(seed: int, length: int) -> list[int]:
+    """Runs that come again, of a few tokens each."""
+    rng = random.Random(seed)
+    runs = [[rng.randrange(256) for _ in range(rng.randrange(2, 6))] for _ in range(3)]
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += rng.choice(runs)
+    return ids[:length]
+
+
+def compare(plain: LLM, drafting: LLM, prompts: list[list[int]], params: Any) -> list[RequestOutput]:
+    for llm in (plain, drafting):
+        llm.reset_prefix_cache()
+    wanted = plain.generate(prompts, params, use_tqdm=False)
+    got = drafting.generate(prompts, params, use_tqdm=False)
+    assert results(got) == results(wanted)
+    assert drafting.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
+    return got
+
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+#: tokens of which few are likely, so that drafts are right now and then
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.6, "seed": 5}
+PENALISED: dict[str, Any] = {**SAMPLED, "presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+LIKELY: dict[str, Any] = {"logit_bias": dict.fromkeys(range(60, 64), 40.0)}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        {**GREEDY, **LIKELY},
+        {**SAMPLED, **LIKELY},
+        {**PENALISED, **LIKELY},
+        {**SAMPLED, "min_p": 0.1, "top_k": 9},
+    ],
+    ids=["greedy", "greedy, few tokens", "sampled", "penalised", "min_p"],
+)
+def test_every_way_to_sample(plain: LLM, drafting: LLM, sampling: dict[str, Any]):
+    """Lengths of all kinds, more requests than rows, and a pool in which some are preempted."""
+    before = counted(drafting, "num_accepted_tokens")
+    prompts = [repeating(seed, length) for seed, length in enumerate((5, 7, 8, 30, 50, 3, 17, 64))]
+    lengths = (1, 2, 5, 6, 70, 40, 57, 60)
+    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = compare(plain, drafting, prompts, params)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(lengths)
+    assert counted(drafting, "num_accepted_tokens") > before
+
+
+def test_the_end_of_the_context(plain: LLM, drafting: LLM):
+    params = SamplingParams(**GREEDY, max_tokens=None, ignore_eos=True)
+    for length in (100, 121, 126, 127):
+        (output,) = compare(plain, drafting, [repeating(2, length)], params)
+        assert len(output.outputs[0].token_ids) == 128 - length
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["stop ids", "stop strings"])
+def test_an_end_among_the_drafts(plain: LLM, drafting: LLM, as_text: bool):
+    """And what is in the prefix cache afterwards is what was computed: a follow-up hits it and goes on alike."""
+    prompt = repeating(3, 13)
+    base = SamplingParams(**SAMPLED, **LIKELY, max_tokens=30, ignore_eos=True)
+    (whole,) = plain.generate(prompt, base, use_tqdm=False)
+    completion = whole.outputs[0]
+    params = []
+    for end in range(4, 28):
+        last = completion.token_ids[end - 3 : end]
+        text = completion.text[end - 3 : end]
+        stop = {"stop": [text]} if as_text else {"stop_token_ids": [last[-1]]}
+        params.append(dataclasses.replace(base, **stop))
+    for some in (params[:3], params[7:8], params[20:]):
+        outputs = compare(plain, drafting, [prompt] * len(some), some)
+        assert any(output.outputs[0].finish_reason == "stop" for output in outputs)
+    follow_up = [*prompt, *outputs[0].outputs[0].token_ids, 9]
+    compare(plain, drafting, [follow_up], dataclasses.replace(base, max_tokens=9))
+
+
+def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, drafting: LLM):
+    """Beside requests that may have drafts, and alone."""
+    base: dict[str, Any] = {**GREEDY, "max_tokens": 24, "ignore_eos": True}
+    kinds: list[dict[str, Any]] = [
+        {"logprobs": 2},
+        {"min_tokens": 11, "stop_token_ids": list(range(40, 90))},
+        {"bad_words": ["a", "bc"]},
+        {"repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 3}},
+        {"n": 2, "temperature": 0.8, "seed": 4, "top_p": 0.5},
+        {"stop_token_ids": list(range(100, 120))},
+    ]
+    params = [SamplingParams(**{**base, **kind}) for kind in kinds]
+    outputs = compare(plain, drafting, [repeating(seed, 20) for seed in range(len(params))], params)
+    assert all(len(entry) >= 2 for entry in outputs[0].outputs[0].logprobs or [])
+    for seed, one in enumerate(params):
+        compare(plain, drafting, [repeating(seed, 20)], one)
+
+
+def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):
+    params = SamplingParams(**GREEDY, **LIKELY, max_tokens=40, ignore_eos=True)
+    prompt = repeating(8, 20)
+    (whole,) = plain.generate(prompt, params, use_tqdm=False)
+    drafting.reset_prefix_cache()
+    streamed = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
+    drafting.llm_engine.add_request("one", {"prompt_token_ids": prompt}, streamed)
+    lots: list[list[int]] = []
+    while drafting.llm_engine.has_unfinished_requests():
+        lots += [list(output.outputs[0].token_ids) for output in drafting.llm_engine.step()]
+    assert [token for lot in lots for token in lot] == list(whole.outputs[0].token_ids)
+    assert max(map(len, lots)) > 1
+
+
+def test_drafts_are_counted(drafting: LLM):
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_accepted_tokens_per_pos")
+    before = [counted(drafting, name) for name in names]
+    params = SamplingParams(**GREEDY, **LIKELY, max_tokens=40, ignore_eos=True)
+    (output,) = drafting.generate([repeating(1, 30)], params, use_tqdm=False)
+    drafts, drafted, accepted = (counted(drafting, name) - old for name, old in zip(names[:3], before, strict=False))
+    by_place = [new - old for new, old in zip(counted(drafting, names[3]), before[3], strict=True)]
+    assert len(by_place) == 3 and sum(by_place) == accepted
+    assert 0 < accepted <= drafted <= 3 * drafts and by_place == sorted(by_place, reverse=True)
+    assert output.metrics is not None
+    assert (output.metrics.num_drafted_tokens, output.metrics.num_accepted_tokens) == (drafted, accepted)
+
+
+def test_an_aborted_request_frees_what_it_holds(drafting: LLM):
+    prompts = [{"prompt_token_ids": repeating(seed, 20)} for seed in range(3)]
+    for index, prompt in enumerate(prompts):
+        drafting.llm_engine.add_request(str(index), prompt, SamplingParams(**GREEDY, max_tokens=60, ignore_eos=True))
+    for _ in range(8):
+        drafting.llm_engine.step()
+    drafting.llm_engine.abort_request(["0", "2"])
+    while drafting.llm_engine.has_unfinished_requests():
+        drafting.llm_engine.step()
+    assert drafting.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 with speculative_config"),
+        ({"max_num_batched_tokens": 7}, "num_speculative_tokens=3 needs max_num_batched_tokens of at least 8"),
+        ({"runner": "pooling", "convert": "embed"}, "a pooling engine samples nothing"),
+    ],
+)
+def test_what_does_not_go_together(tiny_model: Path, arguments: dict[str, Any], text: str):
+    with pytest.raises(ValidationError, match=text):
+        LLM(tiny_model, **{**ARGUMENTS, "speculative_config": NGRAM, **arguments})
