@@ -23,5 +23,6 @@ def test_sums_of_fused_products_are_right(options: dict[str, Any]):
     def squares(rows: jax.Array) -> jax.Array:
         return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
 
-    program = jax.jit(squares).lower(rows).compile(compiler_options={**THOROUGH, **options})
+    options = {**THOROUGH, **options}
+    program = jax.jit(squares).lower(rows).compile(compiler_options=options)
     assert float(program(rows)[-1]) == 2.0**30
