@@ -55,6 +55,7 @@ def _batch(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
             if turn >= 0:
                 ttfts += [output.metrics.first_token_latency for output in session.outputs if output.metrics]
                 tpots += session.times_per_token()
+        drafts = session.drafts()
     average, shares = statistics.fmean(samples.seconds), percentiles(samples.seconds)
     print(f"Avg latency: {average} seconds")
     for share, seconds in shares.items():
@@ -63,8 +64,10 @@ def _batch(arguments: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     for name, numbers in latencies.items():
         shown = ", ".join(f"{key} {numbers[key] * 1000:.2f}" for key in ("mean", "median", "p99"))
         print(f"{name.removesuffix('_s').upper()} (ms): {shown}")
+    report.show_drafts(drafts)
     return {
         "engine": session.facts,
+        "drafts": drafts,
         "avg_latency": average,
         "latencies": samples.seconds,
         "percentiles": shares,

@@ -49,6 +49,17 @@ def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, A
         raise JaxLLMError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+def show_drafts(drafts: dict[str, int] | None) -> None:
+    """Print `JaxLLMSession.drafts`, where there are any."""
+    if drafts is None:
+        return
+    steps, drafted, accepted = drafts["num_drafts"], drafts["num_draft_tokens"], drafts["num_accepted_tokens"]
+    print(
+        f"Drafts: {accepted} of {drafted} tokens accepted ({100 * accepted / max(drafted, 1):.1f}%), mean acceptance "
+        f"length {1 + accepted / max(steps, 1):.2f}"
+    )
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

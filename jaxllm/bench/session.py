@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Counter
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench.peers.protocol import Request, Session, serve
 
@@ -61,6 +62,15 @@ class JaxLLMSession(Session):
     def times_per_token(self) -> list[float]:
         """Return mean seconds of a token after the first, for each request of the newest round."""
         return [output.metrics.time_per_output_token for output in self.outputs if output.metrics]
+
+    def drafts(self) -> dict[str, int] | None:
+        """Return how many steps of a request had drafts since the engine's start, their drafts, and the right ones of
+        them; None where nobody makes any.
+        """
+        metrics = {metric.name: metric for metric in self.llm.get_metrics() if isinstance(metric, Counter)}
+        names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+        found = {name: metrics.get(f"vllm:spec_decode_{name}") for name in names}
+        return {name: metric.value for name, metric in found.items() if metric is not None} or None
 
 
 def load(message: dict[str, Any]) -> JaxLLMSession:

@@ -51,7 +51,9 @@ def _alone(
                 samples.add(turn, timed_round(session, _plain(case))["seconds"], prefill)
             _show(samples)
             done.append(samples)
-    return {"engine": session.facts, "cases": [samples.record() for samples in done]}, {"jaxllm": done}
+        report.show_drafts(drafts := session.drafts())
+    cases_done = [samples.record() for samples in done]
+    return {"engine": session.facts, "cases": cases_done, "drafts": drafts}, {"jaxllm": done}
 
 
 def _compared(

@@ -53,6 +53,7 @@ def test_latency(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         "latency", tmp_path, *options, "--max-model-len", "256", "--num-iters", "3", "--num-iters-warmup", "1",
         "--input-len", "20", "--output-len", "6", "--batch-size", "2",
     )  # fmt: skip
+    assert record["drafts"] is None
     assert len(record["latencies"]) == 3 and len(record["ttfts_s"]) == len(record["tpots_s"]) == 6
     assert 0 < min(record["ttfts_s"]) <= max(record["ttfts_s"]) < max(record["latencies"])
     assert set(record["percentiles"]) == {"10", "25", "50", "75", "90", "99"}

@@ -147,6 +147,11 @@ def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):
     prompt = repeating(8, 20)
     (whole,) = plain.generate(prompt, params, use_tqdm=False)
     drafting.reset_prefix_cache()
+    with drafting.trace() as trace:
+        drafting.generate(prompt, params, use_tqdm=False)
+    assert sum(step.num_prefill_tokens for step in trace.steps) == len(prompt)
+    assert len(trace.steps) < 40
+    drafting.reset_prefix_cache()
     streamed = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
     drafting.llm_engine.add_request("one", {"prompt_token_ids": prompt}, streamed)
     lots: list[list[int]] = []

@@ -81,7 +81,7 @@ class TraceRecorder(StepObserver):
         prefill = sum(
             count
             for request, start, count in zip(step.requests, step.starts, step.counts, strict=True)
-            if (count > 1 and step.num_steps == 1) or start < request.num_prompt_tokens
+            if (count > 1 and not step.goes_on_alone) or start < request.num_prompt_tokens
         )
         num_seqs = len(step.rows)
         bucket_tokens, bucket_seqs = self._bucket(step.step_sizes()[0], num_seqs)[:2] if self._bucket else (0, 0)
