@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, 
     """Beside requests that may have drafts, and alone."""
     base: dict[str, Any] = {**GREEDY, "max_tokens": 24, "ignore_eos": True}
     kinds: list[dict[str, Any]] = [
-        {"logprobs": 2},
+        {"structured_outputs": {"regex": "(ab|cd){2,9}"}},
         {"min_tokens": 11, "stop_token_ids": list(range(40, 90))},
         {"bad_words": ["a", "bc"]},
         {"repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 3}},
@@ -137,9 +138,30 @@ def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, 
     ]
     params = [SamplingParams(**{**base, **kind}) for kind in kinds]
     outputs = compare(plain, drafting, [repeating(seed, 20) for seed in range(len(params))], params)
-    assert all(len(entry) >= 2 for entry in outputs[0].outputs[0].logprobs or [])
+    assert re.fullmatch("(ab|cd)*[ac]?", outputs[0].outputs[0].text)
     for seed, one in enumerate(params):
         compare(plain, drafting, [repeating(seed, 20)], one)
+
+
+@pytest.mark.parametrize("sampling", [{**GREEDY, **LIKELY}, {**PENALISED, **LIKELY}], ids=["greedy", "penalised"])
+def test_log_probabilities_are_the_models(plain: LLM, drafting: LLM, sampling: dict[str, Any]):
+    before = counted(drafting, "num_accepted_tokens")
+    ids = {"logprob_token_ids": [5, 61]}
+    params = [
+        SamplingParams(**sampling, max_tokens=30, ignore_eos=True, **{"logprobs": 3, **extra}) for extra in ({}, ids)
+    ]
+    prompts = [repeating(6, 30), repeating(7, 21)]
+    wanted = plain.generate(prompts, params, use_tqdm=False)
+    got = compare(plain, drafting, prompts, params)
+    assert counted(drafting, "num_accepted_tokens") > before
+    for one, other in zip(got, wanted, strict=True):
+        mine, theirs = one.outputs[0].logprobs, other.outputs[0].logprobs
+        assert mine is not None and theirs is not None and len(mine) == len(theirs) == 30
+        for entry, expected in zip(mine, theirs, strict=True):
+            assert entry is not None and expected is not None and entry.keys() == expected.keys()
+            for token_id, found in entry.items():
+                assert found.logprob == pytest.approx(expected[token_id].logprob, abs=1e-4)
+                assert (found.rank, found.decoded_token) == (expected[token_id].rank, expected[token_id].decoded_token)
 
 
 def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):

@@ -52,10 +52,15 @@ class OutputState:
         self._prompt_logprobs_delivered = False
         self._delivered_tokens = self._decoded_tokens = 0
 
-    def append(self, token_id: int, arrays: LogprobArrays | None, index: int) -> str | None:
-        """Take one token; returns the stop string that it completes."""
+    def append(self, token_id: int, arrays: LogprobArrays | None, index: int, behind: int) -> str | None:
+        """Take one token; returns the stop string that it completes.
+
+        Args:
+            behind: of the tokens that came with it, those that follow.
+        """
         if arrays is not None:
-            self.logprobs.append(arrays, index, self.request.all_token_ids)
+            tokens = self.request.all_token_ids
+            self.logprobs.append(arrays, index, tokens[:-behind] if behind else tokens)
         if self.detokenizer is None or not self.finds_stops or self._ends_with(token_id):
             return None
         return self.detokenizer.append(token_id)
@@ -173,10 +178,10 @@ class OutputProcessor:
                 continue
             if logprobs is not None or state.finds_stops:
                 for place, token_id in enumerate(request.all_token_ids[-count:] if count else ()):
-                    stop = state.append(token_id, logprobs, first + place)
+                    behind = count - place - 1
+                    stop = state.append(token_id, logprobs, first + place, behind)
                     if stop is not None:
-                        # of several tokens that came at once, those behind it are dropped
-                        del request.all_token_ids[len(request.all_token_ids) - (count - place - 1) :]
+                        del request.all_token_ids[len(request.all_token_ids) - behind :]
                         if request.is_finished:
                             # the token that fills the length may also complete a stop string, which says more
                             request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop

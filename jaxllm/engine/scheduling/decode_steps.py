@@ -109,21 +109,19 @@ class DecodeSteps:
 
 
 def _brings_tokens_alone(request: Request) -> bool:
-    """Whether nothing but token ids is wanted of each step, and nothing of the host is needed for it. Where the host
-    finds an end among the tokens of a step with drafts, it drops the rest.
+    """Whether nothing of the host is needed between two tokens. Where the host finds an end among those of a step with
+    drafts, it drops the rest.
     """
     params = request.params
-    return not (
-        request.pools
-        or params.num_logprobs is not None
-        or params.structured_outputs is not None
-        or params.thinking_token_budget is not None
-    )
+    return not (request.pools or params.structured_outputs is not None or params.thinking_token_budget is not None)
 
 
 def _ends_on_device(request: Request) -> bool:
     """Whether the device can tell by itself where the request ends, and needs nothing of the host until then."""
     params = request.params
     return _brings_tokens_alone(request) and not (
-        params.stop_strings or request.repetition is not None or len(request.end_token_ids) > MAX_END_TOKEN_IDS
+        params.stop_strings
+        or params.num_logprobs is not None
+        or request.repetition is not None
+        or len(request.end_token_ids) > MAX_END_TOKEN_IDS
     )

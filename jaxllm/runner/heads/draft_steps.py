@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward_with_load, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch
 
@@ -44,11 +46,20 @@ class DraftSteps:
     counts: jax.Array  # i32 [S]
     drafted: jax.Array  # i32 [N, S]
     accepted: jax.Array  # i32 [N, S]
+    #: [S, N * (1 + K), ...], of `token_ids`; None from the greedy-only program
+    logprobs: Logprobs | None
     load: jax.Array | None  # as `Hidden.load`, of all steps
 
 
-#: (state, ids, load)
-_Computed = tuple[State, jax.Array, jax.Array | None]
+class _Sampled(NamedTuple):
+    """Of a step: [S, 1 + K, ...]."""
+
+    token_ids: jax.Array
+    logprobs: Logprobs | None
+    load: jax.Array | None
+
+
+_Computed = tuple[State, _Sampled]
 
 
 @jax.tree_util.register_dataclass
@@ -102,8 +113,8 @@ def draft_steps(
 
     def sampled(
         loop: _Loop, batch: StepBatch, row: jax.Array, params: Params, columns: int, cache_tokens: jax.Array
-    ) -> tuple[State, jax.Array, jax.Array | None]:
-        """(state, ids [S, columns], load): a forward pass, and what is sampled at every one of its positions."""
+    ) -> _Computed:
+        """A forward pass, and what is sampled at every one of its positions; rubbish in columns behind them."""
         cache, hidden, load = forward_with_load(
             config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
         )
@@ -118,7 +129,13 @@ def draft_steps(
         given = None if constraints is None else jnp.repeat(constraints, columns, axis=0)
         tokens, result = sample_rows(config, rows, params, cache_tokens, hidden, own, given)
         state = dataclasses.replace(loop.state, cache=cache, tokens=tokens)
-        return state, result.token_ids.reshape(seqs, columns), load
+
+        def in_columns(array: jax.Array) -> jax.Array:
+            array = array.reshape(seqs, columns, *array.shape[1:])
+            return jnp.pad(array, ((0, 0), (0, width - columns), *((0, 0),) * (array.ndim - 2)))
+
+        logprobs = None if result.logprobs is None else jax.tree.map(in_columns, result.logprobs)
+        return state, _Sampled(in_columns(result.token_ids), logprobs, load)
 
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
@@ -129,8 +146,7 @@ def draft_steps(
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
             batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-            state, new, load = sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
-            return state, jnp.pad(new, ((0, 0), (0, drafts)), constant_values=ENDED), load
+            return sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
 
         def several(loop: _Loop) -> _Computed:
             now = _positions_of(attention, position, loop.going_on, counts, width)
@@ -141,7 +157,7 @@ def draft_steps(
             batch = StepBatch(tokens=given.reshape(-1), attention=now)
             return sampled(loop, batch, active_row, params.several, width, tokens)
 
-        state, new, load = _either(jnp.any(counts > 0), several, single, loop)
+        state, (new, logprobs, load) = _either(jnp.any(counts > 0), several, single, loop)
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
         is_new = lane <= accepted[:, None]
@@ -154,6 +170,7 @@ def draft_steps(
         place = jnp.where(is_new, found.counts[:, None] + lane, found.token_ids.shape[1])
         found = DraftSteps(
             token_ids=found.token_ids.at[seq, place].set(new, mode="drop"),
+            logprobs=jax.tree.map(lambda o, n: o.at[seq, place].set(n, mode="drop"), found.logprobs, logprobs),
             counts=found.counts + count,
             drafted=lax.dynamic_update_index_in_dim(found.drafted, counts, loop.step, 0),
             accepted=lax.dynamic_update_index_in_dim(found.accepted, jnp.minimum(accepted, count), loop.step, 0),
@@ -179,6 +196,7 @@ def draft_steps(
             counts=jnp.zeros(seqs, jnp.int32),
             drafted=nothing,
             accepted=nothing,
+            logprobs=None if constraints is None else _no_logprobs(seqs, num_steps * width, config.num_logprobs),
             load=no_load(config.model) if config.expert_load else None,
         ),
     )
@@ -187,6 +205,11 @@ def draft_steps(
     assert drafting is not None
     state = dataclasses.replace(loop.state, drafting=drafting.at[row, 0].set(loop.reached))
     return state, loop.found
+
+
+def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:
+    flat = Logprobs.zeros(seqs * width, num_logprobs, MAX_LOGPROB_TOKEN_IDS)
+    return jax.tree.map(lambda array: array.reshape(seqs, width, *array.shape[1:]), flat)
 
 
 def _either(
@@ -201,17 +224,16 @@ def _either(
 
     def round_of(branch: Callable[[_Loop], _Computed]) -> Callable[[tuple[_Loop, Any, Any]], tuple[_Loop, Any, Any]]:
         def once(carry: tuple[_Loop, Any, Any]) -> tuple[_Loop, Any, Any]:
-            state, new, load = branch(carry[0])
-            return dataclasses.replace(carry[0], state=state), (new, load), jnp.bool_(False)
+            state, found = branch(carry[0])
+            return dataclasses.replace(carry[0], state=state), found, jnp.bool_(False)
 
         return once
 
-    shapes = jax.eval_shape(one, loop)[1:]
+    _, shapes = jax.eval_shape(one, loop)
     nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     carry = lax.while_loop(lambda carry: carry[2], round_of(one), (loop, nothing, chosen))
     carry = lax.while_loop(lambda carry: carry[2], round_of(other), (*carry[:2], ~chosen))
-    loop, (new, load), _ = carry
-    return loop.state, new, load
+    return carry[0].state, carry[1]
 
 
 def _positions_of(

@@ -90,17 +90,23 @@ class DraftStepsResult:
     """A launch with drafts (`engine.step.StepFuture`)."""
 
     def __init__(self, found: DraftSteps, packed: PackedStep):
-        self._found, self._packed = found, packed
-        for array in jax.tree.leaves(found):
+        logprobs = found.logprobs if packed.want_logprobs else None
+        if logprobs is not None and not packed.want_chosen:
+            logprobs = dataclasses.replace(logprobs, chosen=None)  # pyright: ignore
+        self._found, self._packed = dataclasses.replace(found, logprobs=logprobs), packed
+        for array in jax.tree.leaves(self._found):
             array.copy_to_host_async()
 
     def result(self) -> StepOutput:
         seqs, _ = self._packed.flat_rows(NOTHING_LOST)
         found = self._found
         counts, ids = np.asarray(found.counts)[seqs], np.asarray(found.token_ids)[seqs]
+        there = np.arange(ids.shape[1]) < counts[:, None]
+        logprobs = jax.tree.map(lambda x: np.asarray(x)[seqs][there], found.logprobs)
         return StepOutput(
-            token_ids=ids[np.arange(ids.shape[1]) < counts[:, None]].tolist(),
+            token_ids=ids[there].tolist(),
             counts=counts.tolist(),
+            logprobs=None if logprobs is None else _arrays(logprobs),
             drafted=np.asarray(found.drafted)[:, seqs].T,
             accepted=np.asarray(found.accepted)[:, seqs].T,
             expert_load=None if found.load is None else np.asarray(found.load),
