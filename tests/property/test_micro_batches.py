@@ -21,9 +21,9 @@ class MicroBatchMachine(SchedulerMachine):
     @initialize(engine=engines(), stages=st.integers(2, 4), ahead=st.booleans())
     def build(self, engine: tuple[SchedulerConfig, CacheConfig, int], stages: int, ahead: bool) -> None:  # pyright: ignore
         config, cache, _ = engine
-        config = dataclasses.replace(
-            config, num_micro_batches=stages, async_scheduling=ahead, num_decode_steps=1, max_decode_steps_seqs=0
-        )
+        # neither of several decode steps nor of drafts does a pipeline have any
+        alone = {"num_decode_steps": 1, "max_decode_steps_seqs": 0, "num_drafts": 0, "max_draft_seqs": 0}
+        config = dataclasses.replace(config, num_micro_batches=stages, async_scheduling=ahead, **alone)
         # `EngineCore` reads the oldest of so many steps before it launches another one
         self.setup(config, cache, stages + ahead - 1)
 
