@@ -146,10 +146,8 @@ def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, 
 @pytest.mark.parametrize("sampling", [{**GREEDY, **LIKELY}, {**PENALISED, **LIKELY}], ids=["greedy", "penalised"])
 def test_log_probabilities_are_the_models(plain: LLM, drafting: LLM, sampling: dict[str, Any]):
     before = counted(drafting, "num_accepted_tokens")
-    ids = {"logprob_token_ids": [5, 61]}
-    params = [
-        SamplingParams(**sampling, max_tokens=30, ignore_eos=True, **{"logprobs": 3, **extra}) for extra in ({}, ids)
-    ]
+    base: dict[str, Any] = {**sampling, "max_tokens": 30, "ignore_eos": True}
+    params = [SamplingParams(**base, logprobs=3), SamplingParams(**base, logprob_token_ids=[5, 61])]
     prompts = [repeating(6, 30), repeating(7, 21)]
     wanted = plain.generate(prompts, params, use_tqdm=False)
     got = compare(plain, drafting, prompts, params)
