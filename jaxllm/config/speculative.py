@@ -10,7 +10,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import Arguments, argument, not_built, not_yet
 
-METHODS = ("ngram",)
+#: a method's names
+METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu")}
 #: vLLM's others, which are still to come
 TO_COME = ("suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
 #: most drafts of a step, vLLM's bound
@@ -34,11 +35,11 @@ INERT = {"num_speculative_tokens": (0,), "spec_tokens": (0,), "speculative_draft
 
 
 def _method(name: str, value: Any) -> str:
-    known = {**dict.fromkeys(("ngram", "[ngram]", "ngram_gpu"), "ngram")}
-    method = value.strip().lower() if isinstance(value, str) else value
-    if method in known:
-        return known[method]
-    if method in TO_COME or (isinstance(method, str) and method.endswith("_mtp")):
+    text = value.strip().lower() if isinstance(value, str) else ""
+    for method, names in METHODS.items():
+        if text in names:
+            return method
+    if text in TO_COME or text.endswith("_mtp"):
         raise ValidationError(
             f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram', which needs no model."
         )
@@ -68,7 +69,7 @@ class SpeculativeConfig(Arguments):
     use_heterogeneous_vocab: bool = not_yet(False, "models that draft")
     num_speculative_tokens_per_batch_size: Any = not_yet(None, "a number of drafts by batch size")
     rejection_sample_method: str = not_yet("standard", "another rule of acceptance")
-    draft_sample_method: str = not_yet("greedy", "drafts that are sampled", "probabilistic")
+    draft_sample_method: str = not_yet("greedy", "drafts that are sampled")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +79,8 @@ class SpeculativeConfig(Arguments):
                     "speculative_config.method is missing: it says who drafts. Pass {'method': 'ngram', "
                     "'num_speculative_tokens': 5}, for example."
                 )
-            method = "ngram" if self.model.strip().lower() in ("ngram", "[ngram]") else "draft_model"
+            # vLLM's older scripts name the method where others name a model
+            method = self.model if self.model.strip().lower() in METHODS["ngram"] else "draft_model"
             object.__setattr__(self, "method", _method("speculative_config.method", method))
         if self.num_speculative_tokens is None:
             raise ValidationError(

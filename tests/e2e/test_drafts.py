@@ -44,6 +44,11 @@ def counted(llm: LLM, name: str) -> Any:
     return getattr(metric, "values", None) or getattr(metric, "value", 0)
 
 
+def generated(llm: LLM) -> int:
+    """Tokens since the engine's start, as the metrics have them."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:generation_tokens")  # pyright: ignore
+
+
 def results(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     completions = [one for output in outputs for one in output.outputs]
     return [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in completions]
@@ -119,10 +124,27 @@ def test_an_end_among_the_drafts(plain: LLM, drafting: LLM, as_text: bool):
         stop = {"stop": [text]} if as_text else {"stop_token_ids": [last[-1]]}
         params.append(dataclasses.replace(base, **stop))
     for some in (params[:3], params[7:8], params[20:]):
+        before = generated(drafting)
         outputs = compare(plain, drafting, [prompt] * len(some), some)
+        assert generated(drafting) - before == sum(len(output.outputs[0].token_ids) for output in outputs)
         assert any(output.outputs[0].finish_reason == "stop" for output in outputs)
     follow_up = [*prompt, *outputs[0].outputs[0].token_ids, 9]
     compare(plain, drafting, [follow_up], dataclasses.replace(base, max_tokens=9))
+
+
+def test_a_stop_string_that_right_drafts_follow(plain: LLM, drafting: LLM):
+    """One token comes again and again, so that every draft is right: the string ends at every place of a step."""
+    base: dict[str, Any] = {**GREEDY, "logit_bias": {61: 100.0}, "ignore_eos": True}
+    (whole,) = plain.generate(repeating(4, 9), SamplingParams(**base, max_tokens=24), use_tqdm=False)
+    text, before = whole.outputs[0].text, generated(drafting)
+    assert len(set(text)) == 1 and len(text) == 24
+    lengths = range(2, 12)
+    for length in lengths:
+        params = SamplingParams(**base, max_tokens=24, stop=[text[:length]], logprobs=1)
+        (output,) = compare(plain, drafting, [repeating(4, 9)], params)
+        assert len(output.outputs[0].token_ids) == len(output.outputs[0].logprobs or []) == length
+    # what came behind the string was never generated
+    assert generated(drafting) - before == sum(lengths)
 
 
 def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, drafting: LLM):

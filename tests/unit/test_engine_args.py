@@ -389,6 +389,11 @@ def test_what_a_gguf_file_holds_may_be_named():
             {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 2},
             r"min \(4\)",
         ),
+        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram; got 3"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"},
+            "does not have drafts",
+        ),
         ({"method": "ngram", "num_speculative_tokens": 3, "quantization": "awq"}, "does not have models that draft"),
     ],
 )

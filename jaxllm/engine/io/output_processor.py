@@ -172,7 +172,8 @@ class OutputProcessor:
             last_outputs = [self.end(request) for request in updates.ended]
             return [result for result in last_outputs if result is not None]
         outputs = []
-        for request, count, first in zip(updates.requests, updates.counts, updates.firsts, strict=True):
+        entries = zip(updates.requests, tuple(updates.counts), updates.firsts, strict=True)
+        for entry, (request, count, first) in enumerate(entries):
             state = states.get(request.request_id)
             if state is None:
                 continue
@@ -181,7 +182,9 @@ class OutputProcessor:
                     behind = count - place - 1
                     stop = state.append(token_id, logprobs, first + place, behind)
                     if stop is not None:
+                        # what came behind it was never generated, for the caller and for the metrics
                         del request.all_token_ids[len(request.all_token_ids) - behind :]
+                        updates.counts[entry] -= behind
                         if request.is_finished:
                             # the token that fills the length may also complete a stop string, which says more
                             request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, stop

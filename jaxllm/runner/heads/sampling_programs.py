@@ -81,7 +81,7 @@ class SamplingPrograms(Programs):
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, drafter, draft_buckets
+        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
