@@ -13,6 +13,7 @@ from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
     from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.config.speculative import SpeculativeConfig
 
 logger = logging.getLogger("jaxllm")
 
@@ -53,6 +54,31 @@ def _check_drafts(args: EngineArgs) -> None:
         raise ValidationError(
             f"{asked} with enforce_eager=True: programs that check drafts are not among the few that it compiles. "
             "Leave one of them out."
+        )
+    config = args.speculative_config
+    assert config is not None
+    if config.method == "draft_model":
+        _check_draft_model(args, config)
+
+
+def _check_draft_model(args: EngineArgs, config: SpeculativeConfig) -> None:
+    """Raise ValidationError for what does not go with a model that drafts."""
+    asked, devices = "speculative_config with a model that drafts", config.draft_tensor_parallel_size
+    if devices not in (None, args.tensor_parallel_size):
+        raise ValidationError(
+            f"speculative_config.draft_tensor_parallel_size={devices} with tensor_parallel_size="
+            f"{args.tensor_parallel_size}: the model that drafts is split over the same devices. Leave it out, or set "
+            f"it to {args.tensor_parallel_size}."
+        )
+    if args.enable_prompt_embeds:
+        raise ValidationError(
+            f"{asked} and enable_prompt_embeds=True: vectors of prompts are of the large model, and the small one "
+            "cannot read them. Leave one of them out, or take method='ngram'."
+        )
+    if args.kv_offloading_size:
+        raise ValidationError(
+            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: the keys and values of the model that drafts "
+            "are not kept on the host. Leave one of them out, or take method='ngram'."
         )
 
 

@@ -36,7 +36,7 @@ NAMES = (
 )
 
 
-def _method(name: str, value: object) -> str:
+def weight_method(name: str, value: object) -> str:
     method = value.strip().lower() if isinstance(value, str) else value
     if method not in NAMES:
         raise ValidationError(f"{name}={value!r} is not known. Known are {', '.join(NAMES)}; or leave it out.")
@@ -77,7 +77,7 @@ class QuantizationConfig(Arguments):
     #: of the weights
     quantization: str | None = argument(
         None,
-        _method,
+        weight_method,
         "how weights are quantized; a checkpoint in 16 bits is quantized to int8, fp8 or int4 while it is read "
         "(default: as config.json says)",
         group="model",

@@ -9,11 +9,12 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import Arguments, argument, not_built, not_yet
+from jaxllm.config.quantization import weight_method
 
 #: a method's names
-METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu")}
+METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu"), "draft_model": ("draft_model",)}
 #: vLLM's others, which are still to come
-TO_COME = ("suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
+TO_COME = ("suffix", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
 #: most drafts of a step, vLLM's bound
 MOST_DRAFTS = 128
 #: of the runs of tokens that "ngram" looks for, where neither bound is given; vLLM's
@@ -31,7 +32,14 @@ ENGINE_ARGUMENTS = {
     "speculative_max_model_len": "max_model_len",
 }
 #: values of these that ask for nothing
-INERT = {"num_speculative_tokens": (0,), "spec_tokens": (0,), "speculative_draft_tensor_parallel_size": (1,)}
+INERT = {"num_speculative_tokens": (0,), "spec_tokens": (0,)}
+#: fields of one method alone
+OF_METHOD = {
+    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+    "draft_model": ("draft_tensor_parallel_size", "max_model_len", "quantization", "revision", "draft_sample_method"),
+}
+#: in which form the engine's own model drafts for itself
+OWN_DRAFT_QUANTIZATION = "int4"
 
 
 def _method(name: str, value: Any) -> str:
@@ -63,13 +71,24 @@ class SpeculativeConfig(Arguments):
     num_speculative_tokens: int | None = argument(None, _drafts, "tokens that are drafted at once")
     prompt_lookup_max: int | None = argument(None, check.at_least(1), "longest run of tokens that ngram looks for")
     prompt_lookup_min: int | None = argument(None, check.at_least(1), "the shortest")
-    draft_tensor_parallel_size: int | None = not_yet(None, "models that draft", 1)
-    max_model_len: int | None = not_yet(None, "models that draft")
-    quantization: str | None = not_yet(None, "models that draft")
-    use_heterogeneous_vocab: bool = not_yet(False, "models that draft")
+    draft_tensor_parallel_size: int | None = argument(
+        None, check.at_least(1), "devices that the drafting model is split over: as many as the engine's"
+    )
+    max_model_len: int | None = argument(
+        None, check.at_least(1), "tokens of the longest sequence that a model drafts for"
+    )
+    quantization: str | None = argument(None, weight_method, "of the drafting model, as the engine's")
+    revision: str | None = argument(None, check.text, "of the drafting model on the hub")
+    use_heterogeneous_vocab: bool = not_yet(False, "models of another vocabulary that draft")
     num_speculative_tokens_per_batch_size: Any = not_yet(None, "a number of drafts by batch size")
     rejection_sample_method: str = not_yet("standard", "another rule of acceptance")
-    draft_sample_method: str = not_yet("greedy", "drafts that are sampled")
+    #: None: "probabilistic"
+    draft_sample_method: str | None = argument(
+        None,
+        check.one_of("greedy", "probabilistic"),
+        "what a model drafts: its most likely tokens, or what the request would sample of it; the tokens that come out "
+        "are the same",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +106,19 @@ class SpeculativeConfig(Arguments):
                 "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
                 "Pass 5, for example."
             )
+        for method, names in OF_METHOD.items():
+            # vLLM's default, which says nothing of tokens that no model drafts
+            nothing = None, "greedy"
+            given = [name for name in names if method != self.method and getattr(self, name) not in nothing]
+            if given:
+                raise ValidationError(
+                    f"speculative_config.{given[0]}={getattr(self, given[0])!r} is of method {method!r}, and method is "
+                    f"{self.method!r}. Leave it out."
+                )
+        if self.method == "ngram":
+            self._bound_lookup()
+
+    def _bound_lookup(self) -> None:
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         low, high = low or high or DEFAULT_LOOKUP, high or low or DEFAULT_LOOKUP
         if low > high:

@@ -239,7 +239,7 @@ class Engine:
     def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
         with self.client.lock:
             self.core.check_awake()
-            return [function(runner.params) for runner in self.runners]
+            return [function(runner.model_params) for runner in self.runners]
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
@@ -290,7 +290,7 @@ class Engine:
     def save(self, folder: Path, *, format: str) -> None:
         with self.client.lock:
             self.core.check_awake()
-            self.model_files.save(folder, self.runner.params, self.tokenizer, format=format)
+            self.model_files.save(folder, self.runner.model_params, self.tokenizer, format=format)
 
 
 def _check_mode(mode: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +159,13 @@ class Params:
     norm: jax.Array | None  # [d]; None: another pipeline stage has it
     norm_bias: jax.Array | None  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
+    #: of a smaller model that makes drafts, in the runner alone
+    draft: Params | None = None
+
+
+def without_draft(params: Any) -> Any:
+    """A model's weights as users know them, without those of the model that drafts for it."""
+    return dataclasses.replace(params, draft=None) if isinstance(params, Params) else params
 
 
 def forward(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
@@ -40,10 +40,10 @@ from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
 from jaxllm.runner.runner import Runner
 from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from jaxllm.runner.null import NullRunner
-    from jaxllm.weights.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,14 @@ class Built:
 def build_runner(
     config: RunnerConfig,
     checkpoint: Checkpoint,
+    draft: Checkpoint | None,
     record: Callable[[str, float], None],
     background: concurrent.futures.Executor,
 ) -> Built:
     """Build a runner.
 
     Args:
+        draft: of the model that drafts, where one does.
         record: told each start-up phase and its seconds.
         background: reads the weights while programs are loaded that an earlier start has compiled, on a CPU.
 
@@ -74,22 +76,31 @@ def build_runner(
     """
     clock = _Clock(record)
     specs, prefix = config.specs(), base_prefix(config.model)
-    checkpoint.check(specs, prefix=prefix)  # before anything takes long
+    # before anything takes long
+    checkpoint.check(without_draft(specs), prefix=prefix)
+    if draft is not None and config.draft_model is not None:
+        assert isinstance(specs, Params)
+        draft.check(specs.draft, prefix=base_prefix(config.draft_model))
     compiling: list[float] = []
     config, programs, plan = compiled_plan(config, compiled=compiling.append)
     # the plan asks the compiler about the largest programs, which the engine keeps
     clock.lap("plan", of_next=sum(compiling))
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
-        return checkpoint.load(
-            specs,
-            jnp.dtype(config.dtype),
-            config.sharding,
-            prefix=prefix,
+        read = functools.partial(
+            Checkpoint.load,
+            dtype=jnp.dtype(config.dtype),
+            sharding=config.sharding,
             seed=config.seed,
             progress=config.progress is not None and config.progress.on_terminal,
             stop=stop,
         )
+        params = read(checkpoint, without_draft(specs), prefix=prefix)
+        if draft is None or config.draft_model is None:
+            return params
+        assert isinstance(specs, Params) and isinstance(params, Params)
+        drafting = read(draft, specs.draft, prefix=base_prefix(config.draft_model))
+        return dataclasses.replace(params, draft=drafting)
 
     on_cpu, stop = config.platform == "cpu", threading.Event()
     progress = config.progress or StartProgress(quiet=True)
@@ -244,6 +255,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             logprobs_mode=config.logprobs_mode,
             prompt_embeds=config.prompt_embeds,
             expert_load=config.expert_load,
+            drafter=config.step_drafter,
             processors=config.processors,
             max_scored_tokens=config.scheduler.max_scored_tokens,
         ),
@@ -258,7 +270,6 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         progress=config.progress,
         num_decode_steps=limits.num_decode_steps,
         decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
-        drafter=config.drafter,
         draft_buckets=draft_buckets(limits.max_draft_seqs),
         num_draft_steps=limits.num_draft_steps,
     )

@@ -180,7 +180,7 @@ class NullRunner:
         """Nothing outlives a step but what the rows are admitted with."""
 
     @property
-    def params(self) -> NoReturn:
+    def model_params(self) -> NoReturn:
         """`Runner` has its weights under this name. Raises ValidationError."""
         raise ValidationError(_NO_WEIGHTS)
 

@@ -35,7 +35,8 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
-from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.drafter import Drafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -95,7 +96,9 @@ class RunnerConfig:
     logprobs_mode: str
     processors: tuple[LogitsProcessor, ...]
     #: who makes drafts for the model to check; None: nobody
-    drafter: NgramDrafter | None = None
+    drafter: Drafter | None = None
+    #: of the matrices of the model that does
+    draft_quantization: Quantization | None = None
     seed: int
     compile_cache: Path | None
     #: told how far the start is; None: nobody is
@@ -152,6 +155,18 @@ class RunnerConfig:
         return local_model(self.model, self.target.num_devices)
 
     @property
+    def draft_model(self) -> DecoderConfig | None:
+        """The model that drafts; None: none does."""
+        return self.drafter.model if isinstance(self.drafter, ModelDrafter) else None
+
+    @property
+    def step_drafter(self) -> Drafter | None:
+        """What one device computes of the drafts."""
+        if not isinstance(self.drafter, ModelDrafter):
+            return self.drafter
+        return dataclasses.replace(self.drafter, model=local_model(self.drafter.model, self.target.num_devices))
+
+    @property
     def table_width(self) -> int:
         """Blocks of the longest request."""
         # drafts behind the last position are masked, and have places all the same
@@ -163,8 +178,19 @@ class RunnerConfig:
 
     @property
     def block_bytes(self) -> int:
-        pages = (self.page_shape, self.cache_dtype), (self.scales_shape or (0,), np.dtype(np.float32))
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in pages) * self.layers_per_group
+        """On one device, of all that a block holds: of the layers of a model that drafts, too."""
+        own = self._page_bytes(self.page_shape) * self.layers_per_group
+        if (draft := self.draft_model) is None:
+            return own
+        return own + self._page_bytes(self._draft_page_shape(draft)) * draft.num_layers
+
+    def _page_bytes(self, page_shape: tuple[int, ...]) -> int:
+        scales = 4 * math.prod(page_shape[:-1]) if is_scaled(self.cache_dtype) else 0
+        return math.prod(page_shape) * self.cache_dtype.itemsize + scales
+
+    def _draft_page_shape(self, model: DecoderConfig) -> tuple[int, ...]:
+        """On one device."""
+        return local_model(model, self.target.num_devices).kv_specs[0].page_shape(self.block_size)
 
     @property
     def layers_per_group(self) -> int:
@@ -235,22 +261,32 @@ class RunnerConfig:
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((replicas * shape[0], *shape[1:]), dtype, sharding=own)
 
-        def pages(page_shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            found = array((self.layers_per_group * num_blocks, *page_shape), dtype)
+        def pages(model: ModelConfig, layers: int, page_shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            found = array((layers * num_blocks, *page_shape), dtype)
             if mesh is None:
                 return found
-            axes = cache_axes(self.model, replicas=replicas)
+            axes = cache_axes(model, replicas=replicas)
             heads = found.shape[1] * (sizes[TENSOR] if TENSOR in axes else 1)
             split = jax.sharding.NamedSharding(mesh, axes)
             return jax.ShapeDtypeStruct((found.shape[0], heads, *found.shape[2:]), dtype, sharding=split)
 
-        cache: Any = pages(self.page_shape, self.cache_dtype)
-        if self.scales_shape is not None:
-            cache = ScaledPages(cache, pages(self.scales_shape, jnp.float32))
+        def cache_of(model: ModelConfig, layers: int, page_shape: tuple[int, ...]) -> Any:
+            numbers = pages(model, layers, page_shape, self.cache_dtype)
+            if not is_scaled(self.cache_dtype):
+                return numbers
+            return ScaledPages(numbers, pages(model, layers, page_shape[:-1], jnp.float32))
+
+        cache = cache_of(self.model, self.layers_per_group, self.page_shape)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
             drafting = None if self.drafter is None else array((rows, 1), jnp.int32)
-            return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None, drafting=drafting)
+            draft = self.draft_model
+            return State(
+                cache=cache,
+                tokens=array(shape, jnp.int32) if self._is_end else None,
+                drafting=drafting,
+                draft_cache=draft and cache_of(draft, draft.num_layers, self._draft_page_shape(draft)),
+            )
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
 
@@ -263,7 +299,8 @@ class RunnerConfig:
     def state_bytes(self) -> int:
         """Of the state without the cache, of the empty constraint buffer, and of prompts' vectors."""
         state = self.state(1)
-        words = jax.tree.leaves(dataclasses.replace(state, cache=None))
+        caches: dict[str, Any] = {"cache": None, **({} if self.draft_model is None else {"draft_cache": None})}
+        words = jax.tree.leaves(dataclasses.replace(state, **caches))
         samples = self.pooler is None and (self.stage is None or self.stage.is_last)
         constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
         own = sum(math.prod(array.shape) for array in words) // self.target.replicas
@@ -286,7 +323,15 @@ class RunnerConfig:
             specs = quantized(specs, self.quantization.layout, first_layer=first)
         runs = cut(segment_sizes(specs), [stage.stop for stage in self.pipeline])
         specs = resegment(specs, self.target.segments(runs))
+        if (draft := self.draft_model) is not None:
+            specs = dataclasses.replace(specs, draft=self._draft_specs(draft))
         return specs if self.stage is None else with_ends(specs, self.stage)
+
+    def _draft_specs(self, model: DecoderConfig) -> Params:
+        specs = decoder_specs(model)
+        if self.draft_quantization is not None:
+            specs = quantized(specs, self.draft_quantization.layout)
+        return resegment(specs, self.target.segments(segment_sizes(specs)))
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""

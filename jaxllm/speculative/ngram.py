@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.attention import Cache
+from jaxllm.speculative.drafter import Asked
+
 #: positions that are compared at once: a search goes no further than the longest sequence, in pieces of it
 PIECE = 512
 
@@ -22,7 +25,18 @@ class NgramDrafter:
     min_match: int
     max_match: int
 
-    def propose(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache | None, jax.Array, jax.Array]:
+        """What followed before (`Drafter.propose`)."""
+        ids, counts = self.found(asked.tokens, asked.positions + 1)
+        return cache, ids, jnp.where(asked.going_on, jnp.minimum(counts, asked.most), 0)
+
+    def settle(
+        self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array
+    ) -> Cache | None:
+        """It learns nothing."""
+        return cache
+
+    def found(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What may come next.
 
         Args:

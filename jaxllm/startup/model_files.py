@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.models.decoder import without_draft
 from jaxllm.weights import saved_model
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ModelFiles:
             params,
             format=format,
             model=self.config.model,
-            specs=self.config.specs(),
+            specs=without_draft(self.config.specs()),
             quantization=self.config.quantization,
             config={**checkpoint.config, **stored},
             files=files,

@@ -19,7 +19,7 @@ from jaxllm.config.cross_checks import check_deterministic, check_pipeline, chec
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
-from jaxllm.config.speculative import SpeculativeConfig
+from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
@@ -34,6 +34,8 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
+from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
+from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -51,6 +53,14 @@ def compile_cache() -> Path:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSetup:
+    """A model that drafts for another one."""
+
+    checkpoint: Checkpoint
+    model: DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
     """A model and how it will be run, on whatever devices."""
 
@@ -62,6 +72,8 @@ class Setup:
     pooler: Pooler | None
     #: the model's sentence-transformers files
     pooling: SentenceTransformersConfig | None
+    #: None: no model drafts
+    draft: DraftSetup | None = None
 
     def pipeline(self, count: int) -> tuple[Stage, ...]:
         """The stages of the engine; () where there is but one. Raises ValidationError where it cannot have so many."""
@@ -86,6 +98,11 @@ class Setup:
                 "generate. Leave enable_expert_parallel out: each replica has all experts then."
             )
         check_split(self.model, count, replicas=replicas)
+        if self.draft is not None:
+            try:
+                check_split(self.draft.model, count)
+            except ValidationError as error:
+                raise ValidationError(f"{self.draft.checkpoint.path}, which drafts: {error}") from None
         if replicas * count > 1 and args.deterministic:
             asked = f"{args.grid} and enable_expert_parallel=True" if replicas > 1 else f"tensor_parallel_size={count}"
             raise ValidationError(
@@ -201,7 +218,8 @@ class Setup:
             num_logprobs=num_logprobs,
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
-            drafter=_drafter(args.speculative_config),
+            drafter=self._drafter(limits.max_model_len),
+            draft_quantization=self.draft and self.draft.checkpoint.quantization,
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
             compile_cache=None if limits.lockstep else compile_cache(),
@@ -218,13 +236,21 @@ class Setup:
             )
         return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
 
-
-def _drafter(config: SpeculativeConfig | None) -> NgramDrafter | None:
-    if config is None:
-        return None
-    drafts, low, high = config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max
-    assert drafts is not None and low is not None and high is not None
-    return NgramDrafter(drafts, low, high)
+    def _drafter(self, max_model_len: int) -> Drafter | None:
+        config = self.args.speculative_config
+        if config is None:
+            return None
+        drafts = config.num_speculative_tokens
+        assert drafts is not None
+        if self.draft is None:
+            low, high = config.prompt_lookup_min, config.prompt_lookup_max
+            assert low is not None and high is not None
+            return NgramDrafter(drafts, low, high)
+        model, groups = draft_groups(kv_cache_groups(self.model.kv_specs), self.draft.model)
+        longest = min(config.max_model_len or model.max_position_embeddings, max_model_len)
+        # masks of tokens are as long as the large model's vocabulary
+        samples = config.draft_sample_method != "greedy" and model.vocab_size == self.model.vocab_size
+        return ModelDrafter(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:
@@ -250,7 +276,52 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         raise ValidationError("record_expert_load=True, and the model has no experts. Leave it out.")
     specs = model_specs(model, pooler)
     checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
-    return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling)
+    draft = None
+    if args.speculative_config is not None and args.speculative_config.method == "draft_model":
+        assert isinstance(model, DecoderConfig)
+        draft = _draft(args, args.speculative_config, model)
+    return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling, draft=draft)
+
+
+def _draft(args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig) -> DraftSetup:
+    """The model that drafts for `target`; where none is named, the engine's own in fewer bits.
+
+    Raises:
+        ValidationError: it does not fit the engine's model.
+        WeightsError: its config cannot be read.
+    """
+    quantization, name = config.quantization, config.model
+    if name is None:
+        name, quantization = args.model, quantization or OWN_DRAFT_QUANTIZATION
+        logger.info("No model is named that drafts: the engine's own does, in quantization=%r", quantization)
+    path = resolve(name, revision=config.revision, token=args.hf_token)
+    load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
+    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
+    model = model_config(checkpoint.config, _asked_length(args))
+    if model.vocab_size != target.vocab_size:
+        _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
+    if model.kv_specs[0].parts == 1:
+        raise ValidationError(
+            f"{name} keeps latents of tokens, and a model that drafts keeps keys and values. Take another one."
+        )
+    kv_cache_groups(model.kv_specs)  # raises where layers keep different things
+    checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
+    return DraftSetup(checkpoint=checkpoint, model=model)
+
+
+def _check_vocabulary(args: EngineArgs, draft: Path, size: int, wanted: int) -> None:
+    """Models of one family have the same tokens and tables of different heights.
+
+    Raises:
+        ValidationError: the tokens are others, or are not known.
+    """
+    problem = f"{draft}, which drafts, has a vocabulary of {size} tokens, and the model has {wanted}"
+    remedy = "Take a smaller model of the same family, or method='ngram', which needs none."
+    if args.skip_tokenizer_init:
+        raise ValidationError(f"{problem}: whether they are the same, tokenizers would say. {remedy}")
+    own = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
+    if load_tokenizer(own).get_vocab() != load_tokenizer(draft).get_vocab():
+        raise ValidationError(f"{problem}, with other tokens. {remedy}")
 
 
 def _for_pooling(

@@ -130,7 +130,11 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             if loading.done():
                 loading.result()  # nothing more is loaded where it failed
 
-        built = None if is_null else build_runner(config, checkpoint, record, background)
+        built = (
+            None
+            if is_null
+            else build_runner(config, checkpoint, setup.draft and setup.draft.checkpoint, record, background)
+        )
         replicas: list[Runner] = []
         if built is not None and target.grid.data > 1 and not args.steps_together:
             clock = time.perf_counter()

@@ -380,21 +380,25 @@ def test_what_a_gguf_file_holds_may_be_named():
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
         ({"num_speculative_tokens": 129}, "num_speculative_tokens must be at most 128, .* got 129"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer"),
-        ({"method": "guess"}, "method must be one of ngram; got 'guess'"),
+        ({"method": "guess"}, "method must be one of ngram, draft_model; got 'guess'"),
         ({"method": "deepseek_mtp"}, "'deepseek_mtp' is not supported yet"),
         ({"method": "ngram"}, "num_speculative_tokens is missing"),
         ({"num_speculative_tokens": 3}, "method is missing"),
-        ({"model": "m", "num_speculative_tokens": 3}, "'draft_model' is not supported yet"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 2},
             r"min \(4\)",
         ),
-        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram; got 3"),
+        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram, draft_model; got 3"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"},
-            "does not have drafts",
+            "'probabilistic' is of method 'draft_model'",
         ),
-        ({"method": "ngram", "num_speculative_tokens": 3, "quantization": "awq"}, "does not have models that draft"),
+        ({"method": "ngram", "num_speculative_tokens": 3, "quantization": "awq"}, "'awq' is of method 'draft_model'"),
+        (
+            {"model": "m", "num_speculative_tokens": 3, "prompt_lookup_min": 2},
+            "prompt_lookup_min=2 is of method 'ngram'",
+        ),
+        ({"model": "m", "num_speculative_tokens": 3, "quantization": "Q"}, "speculative_config.quantization"),
     ],
 )
 def test_a_draft_is_checked(fields: dict[str, Any], text: str):
@@ -423,3 +427,16 @@ def test_who_drafts_is_said_in_several_ways():
         engine_args("m", spec_tokens=4, speculative_config=whole)
     with pytest.raises(ValidationError, match="enforce_eager=True"):
         engine_args("m", speculative_config=whole, enforce_eager=True)
+
+
+def test_a_model_that_drafts_is_checked_with_the_engines_arguments():
+    own: dict[str, Any] = {"method": "draft_model", "num_speculative_tokens": 3, "draft_sample_method": "greedy"}
+    older = engine_args("m", speculative_model="d", num_speculative_tokens=3, speculative_max_model_len=9)
+    config = older.speculative_config
+    assert config is not None and (config.method, config.model, config.max_model_len) == ("draft_model", "d", 9)
+    with pytest.raises(ValidationError, match="draft_tensor_parallel_size=2 with tensor_parallel_size=1"):
+        engine_args("m", speculative_config={**own, "draft_tensor_parallel_size": 2})
+    assert engine_args("m", speculative_config={**own, "draft_tensor_parallel_size": 1})
+    for name, value in (("enable_prompt_embeds", True), ("kv_offloading_size", 1)):
+        with pytest.raises(ValidationError, match=name):
+            engine_args("m", speculative_config=own, **{name: value})

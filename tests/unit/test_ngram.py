@@ -33,7 +33,7 @@ WIDTH = 40
 
 @functools.cache
 def proposing(drafter: NgramDrafter):
-    return jax.jit(drafter.propose)
+    return jax.jit(drafter.found)
 
 
 @pytest.mark.parametrize("piece", [512, 16])
@@ -61,5 +61,5 @@ def test_it_is_the_rule(piece: int, sequences: list[list[int]], drafter: NgramDr
 def test_long_sequences_are_searched_to_their_beginning():
     tokens = np.arange(10, 3010, dtype=np.int32)
     tokens = np.concatenate([[7, 8, 9, 5], tokens, [7, 8, 9]])[None]
-    ids, counts = NgramDrafter(3, 2, 3).propose(jnp.asarray(tokens), jnp.asarray([tokens.shape[1]]))
+    ids, counts = NgramDrafter(3, 2, 3).found(jnp.asarray(tokens), jnp.asarray([tokens.shape[1]]))
     assert ids.tolist() == [[5, 10, 11]] and counts.tolist() == [3]

@@ -20,12 +20,12 @@ from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import Params, forward_with_load, no_load
+from jaxllm.models.decoder import DecoderConfig, Params, no_load
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
+from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, compute, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
-from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.drafter import Asked, Drafter
 from pallas_kernels.batch import AttentionBatch
 
 
@@ -74,7 +74,7 @@ class _Loop:
 
 def draft_steps(
     config: StepConfig,
-    drafter: NgramDrafter,
+    drafter: Drafter,
     num_steps: int,
     rows: int,
     bucket: Bucket,
@@ -115,9 +115,7 @@ def draft_steps(
         loop: _Loop, batch: StepBatch, row: jax.Array, params: Params, columns: int, cache_tokens: jax.Array
     ) -> _Computed:
         """A forward pass, and what is sampled at every one of its positions; rubbish in columns behind them."""
-        cache, hidden, load = forward_with_load(
-            config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
-        )
+        state, hidden, load = compute(config, params, loop.state, batch, drafter_reads=False)
         # what is compiled for the sampler is to be what a step alone has
         hidden = lax.optimization_barrier(hidden)
         own = {name: jnp.repeat(field, columns, axis=0) if field.ndim else field for name, field in sampling.items()}
@@ -128,7 +126,7 @@ def draft_steps(
         }
         given = None if constraints is None else jnp.repeat(constraints, columns, axis=0)
         tokens, result = sample_rows(config, rows, params, cache_tokens, hidden, own, given)
-        state = dataclasses.replace(loop.state, cache=cache, tokens=tokens)
+        state = dataclasses.replace(state, tokens=tokens)
 
         def in_columns(array: jax.Array) -> jax.Array:
             array = array.reshape(seqs, columns, *array.shape[1:])
@@ -140,8 +138,24 @@ def draft_steps(
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
         position = jnp.where(loop.going_on, loop.reached, 0)
-        ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
-        counts = jnp.where(loop.going_on, jnp.minimum(counts, limits - loop.found.counts - 1), 0)
+
+        def sample_of(model: DecoderConfig, params: Params, hidden: jax.Array, positions: jax.Array) -> jax.Array:
+            other = dataclasses.replace(config, model=model, num_logprobs=0)
+            own = {**sampling, "rows": active_row, "positions": positions + 1}
+            return sample_rows(other, rows, params, loop.state.tokens, hidden, own, constraints)[1].token_ids
+
+        asked = Asked(
+            context=config.context,
+            params=params.single.draft,
+            attention=attention,
+            tokens=loop.state.tokens[active_row],
+            positions=position,
+            going_on=loop.going_on,
+            most=jnp.maximum(limits - loop.found.counts - 1, 0),
+            sample=sample_of,
+        )
+        draft_cache, ids, counts = drafter.propose(asked, loop.state.draft_cache)
+        loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, draft_cache=draft_cache))
 
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
@@ -160,6 +174,8 @@ def draft_steps(
         state, (new, logprobs, load) = _either(jnp.any(counts > 0), several, single, loop)
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
+        draft_cache = drafter.settle(asked, state.draft_cache, ids, counts, accepted)
+        state = dataclasses.replace(state, draft_cache=draft_cache)
         is_new = lane <= accepted[:, None]
         end = is_new & ends(new)
         is_new &= jnp.cumsum(end, axis=1) - end == 0

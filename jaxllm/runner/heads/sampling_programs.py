@@ -25,7 +25,6 @@ from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
-from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
@@ -66,7 +65,6 @@ class SamplingPrograms(Programs):
         progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
-        drafter: NgramDrafter | None = None,
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
     ):
@@ -75,13 +73,12 @@ class SamplingPrograms(Programs):
             params, state: trees of `jax.ShapeDtypeStruct` with shardings.
             num_decode_steps: most steps of one launch of a program for several.
             decode_buckets: those that have such programs.
-            drafter, draft_buckets: who makes drafts, and the sequences of the programs that check them; None, ():
-                nobody.
+            draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps
+        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
@@ -102,7 +99,7 @@ class SamplingPrograms(Programs):
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
-        self.drafter, self.num_draft_steps = drafter, num_draft_steps
+        self.drafter, self.num_draft_steps = config.drafter, num_draft_steps
         self.draft_packings = {bucket: draft_packing(bucket, *numbers) for bucket in draft_buckets}
         # the largest step has room for all
         self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
@@ -161,7 +158,7 @@ class SamplingPrograms(Programs):
         Args:
             params: arrays, or their shapes.
         """
-        params = dataclasses.replace(params, layers=None, norm=None)
+        params = dataclasses.replace(params, layers=None, norm=None, draft=None)
         return with_head_for_one(params) if self.has_one_row_products else params
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
@@ -309,7 +306,8 @@ def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bo
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
         return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
 
-    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)))
+    draft = params.draft and with_whole_layers(params.draft, backend, one_row=one_row)
+    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)), draft=draft)
 
 
 def with_head_for_one(params: Params) -> Params:

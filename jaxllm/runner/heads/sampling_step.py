@@ -23,6 +23,8 @@ from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import in_blocks, sample, sample_greedy
+from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.drafter import Drafter
 from pallas_kernels.batch import AttentionBatch
 
 
@@ -42,6 +44,8 @@ class StepConfig:
     prompt_embeds: bool = False
     #: whether steps count the tokens of each expert
     expert_load: bool = False
+    #: who makes drafts; None: nobody
+    drafter: Drafter | None = None
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
     #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
@@ -64,6 +68,8 @@ class State:
     #: i32 [R + 1, 1], of engines that check drafts: where the last launch with drafts left each row, the position of
     #: its last token
     drafting: jax.Array | None = None
+    #: of the layers of a model that drafts, under the same block tables
+    draft_cache: Cache | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -109,11 +115,30 @@ def forward_step(
     attention = attention_batch(fields, bucket)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
     batch = dataclasses.replace(batch, embeddings=embeddings)
+    state, hidden, load = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
+    wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
+    return state, wanted, buffer[packing.size :]
+
+
+def compute(
+    config: StepConfig, params: Params, state: State, batch: StepBatch, *, drafter_reads: bool = True
+) -> tuple[State, jax.Array, jax.Array | None]:
+    """A step through the model's layers, and, where a model drafts, through that one's.
+
+    Args:
+        drafter_reads: static; False: it has read the tokens, or will.
+
+    Returns:
+        (state, hidden, load), as `forward_with_load`.
+    """
     cache, hidden, load = forward_with_load(
         config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
     )
-    wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
-    return dataclasses.replace(state, cache=cache, tokens=tokens), wanted, buffer[packing.size :]
+    state = dataclasses.replace(state, cache=cache)
+    if drafter_reads and isinstance(config.drafter, ModelDrafter):
+        draft_cache = config.drafter.read(config.context, params.draft, state.draft_cache, batch)
+        state = dataclasses.replace(state, draft_cache=draft_cache)
+    return state, hidden, load
 
 
 def step_tokens(

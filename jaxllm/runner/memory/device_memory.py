@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import difflib
 import functools
 import sys
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.models.decoder import Params, without_draft
 from jaxllm.models.segments import resegment, segment_sizes
 
 Weights = TypeVar("Weights")
@@ -75,6 +77,11 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
 
     @property
+    def model_params(self) -> Any:
+        """The weights of the model that the engine serves, and of no other one beside it."""
+        return without_draft(self.params)
+
+    @property
     def _shares_params(self) -> bool:
         """Whether its weights are the source's."""
         return self._source is not None and self.params is self._source.params
@@ -123,22 +130,23 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         Raises:
             ValidationError: it differs; the text names the first difference.
         """
-        if self.params is None:
+        own = self.model_params
+        if own is None:
             raise RuntimeError("the weights sleep: call wake_up() first")
         # where flax is not imported, nobody has anything of it
         if "flax.nnx" in sys.modules:
             from jaxllm.flax import is_nnx, to_params
 
             if is_nnx(params):
-                params = to_params(params, like=self.params)
-        sizes = segment_sizes(self.params)
+                params = to_params(params, like=own)
+        sizes = segment_sizes(own)
         try:
             given = segment_sizes(params)
         except (AttributeError, IndexError, TypeError):  # a tree of another kind
             given = ()
         if sum(given) != sum(sizes):
             given = sizes  # what is wrong is said of ours
-        expected = jax.eval_shape(functools.partial(resegment, sizes=given), self.params)
+        expected = jax.eval_shape(functools.partial(resegment, sizes=given), own)
         ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
         _check_names(list(map(jax.tree_util.keystr, ours)), list(map(jax.tree_util.keystr, theirs)))
         for path, old in ours.items():
@@ -147,9 +155,12 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
                 shown = [f"{x.dtype}{list(np.shape(x))}" for x in (old, new)]
                 raise ValidationError(f"params{jax.tree_util.keystr(path)} must be {shown[0]}, got {shown[1]}.")
         params = resegment(params, sizes)
-        wanted = self._allocator.param_shardings
+        wanted = without_draft(self._allocator.param_shardings)
         self._check_parts(params, wanted)
-        self._use(jax.device_put(params, wanted), owned=False)
+        params = jax.device_put(params, wanted)
+        if isinstance(self.params, Params):
+            params = dataclasses.replace(params, draft=self.params.draft)
+        self._use(params, owned=False)
 
     def _check_parts(self, params: Weights, wanted: Any) -> None:
         """An array that is split has its rows by device: of one that lies elsewhere nobody knows the order."""

@@ -1,0 +1,123 @@
+"""Drafts of a smaller model: it reads what the large one reads, and writes a few tokens ahead.
+
+It has weights and a KV cache of its own, under the block tables of the large model: what is in a block of the one, of a
+prefix too, is in the same block of the other. So every step of the large model is one of the small model as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.config.cache import KVCacheGroup
+from jaxllm.layers.attention import Cache
+from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.sampling.sampler import sample_greedy
+from jaxllm.speculative.drafter import Asked
+
+
+class _Loop(NamedTuple):
+    step: jax.Array  # i32 []
+    cache: Cache
+    ids: jax.Array  # i32 [S, 1 + num_drafts]: the last token, then the drafts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDrafter:
+    num_drafts: int
+    #: where heads and the MLP are split over devices, with one device's numbers
+    model: DecoderConfig
+    #: as many as the large model has; all layers are in one of them, whose block table they read
+    groups: tuple[KVCacheGroup, ...]
+    #: tokens of the longest sequence that it drafts for
+    max_length: int
+    #: whether drafts are what the request would sample of its scores, with the random numbers that the large model's
+    #: tokens are sampled with, so that models which agree draw the same; False: its most likely tokens
+    samples: bool = True
+
+    def read(self, context: Context, params: Params | None, cache: Cache | None, batch: StepBatch) -> Cache:
+        """Write its keys and values of a step's tokens."""
+        return self._forward(context, params, cache, batch)[0]
+
+    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache, jax.Array, jax.Array]:
+        """Its own continuation (`Drafter.propose`)."""
+        assert cache is not None and asked.params is not None
+        params = asked.params
+        left = self.max_length - 1 - asked.positions
+        counts = jnp.clip(jnp.minimum(asked.most, left), 0, self.num_drafts)
+        counts = jnp.where(asked.going_on, counts, 0)
+        last = jnp.take_along_axis(asked.tokens, asked.positions[:, None], axis=1, mode="clip")
+
+        def one(loop: _Loop) -> _Loop:
+            # the last token itself is read whether or not drafts are wanted
+            reads = asked.going_on & ((loop.step == 0) | (loop.step < counts))
+            batch = self._batch(asked, loop.ids, loop.step, reads)
+            cache, hidden = self._forward(asked.context, params, loop.cache, batch)
+            # what is compiled for the head is to be what it alone has
+            hidden = lax.optimization_barrier(hidden)
+            if self.samples:
+                new = asked.sample(self.model, params, hidden, batch.attention.positions)
+            else:
+                new = sample_greedy(logits(asked.context, self.model, params, hidden))
+            return _Loop(
+                loop.step + 1, cache, lax.dynamic_update_slice_in_dim(loop.ids, new[:, None], loop.step + 1, 1)
+            )
+
+        ids = jnp.pad(last, ((0, 0), (0, self.num_drafts)))
+        rounds = jnp.maximum(jnp.max(counts), jnp.any(asked.going_on).astype(jnp.int32))
+        loop = lax.while_loop(lambda loop: loop.step < rounds, one, _Loop(jnp.int32(0), cache, ids))
+        return loop.cache, loop.ids[:, 1:], counts
+
+    def settle(
+        self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array
+    ) -> Cache:
+        """Read the last draft of those that were all right, which nothing has read yet."""
+        assert cache is not None
+        reads = asked.going_on & (counts > 0) & (accepted == counts)
+        ids = jnp.pad(ids, ((0, 0), (1, 0)))
+
+        # a loop of one round or none, which leaves the cache in its place
+        def once(carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+            batch = self._batch(asked, ids, counts, reads)
+            return jnp.bool_(False), self.read(asked.context, asked.params, carry[1], batch)
+
+        return lax.while_loop(lambda carry: carry[0], once, (jnp.any(reads), cache))[1]
+
+    def _forward(
+        self, context: Context, params: Params | None, cache: Cache | None, batch: StepBatch
+    ) -> tuple[Cache, jax.Array]:
+        assert params is not None and cache is not None
+        return forward(context, self.model, self.groups, params, cache, batch)
+
+    def _batch(self, asked: Asked, ids: jax.Array, ahead: jax.Array, reads: jax.Array) -> StepBatch:
+        """A step of one token of each sequence that `reads`: those at `ahead` (i32 [] or [S]) of ids, which begin with
+        the last token.
+        """
+        position = jnp.where(reads, asked.positions + ahead, 0)
+        column = jnp.broadcast_to(ahead, position.shape)[:, None]
+        tokens = jnp.take_along_axis(ids, column, axis=1, mode="clip")[:, 0]
+        now = dataclasses.replace(asked.attention, positions=position, kv_lens=position + 1, token_valid=reads)
+        return StepBatch(tokens=tokens, attention=now)
+
+
+def draft_groups(
+    groups: tuple[KVCacheGroup, ...], model: DecoderConfig
+) -> tuple[DecoderConfig, tuple[KVCacheGroup, ...]]:
+    """The model that drafts, and its layers in that group of the large model's which keeps most tokens. Where that one
+    has a window, the drafting layers see no further.
+    """
+    windows = [group.sliding_window for group in groups]
+    chosen = max(range(len(groups)), key=lambda g: windows[g] or 2**30)
+    bound = windows[chosen]
+    if bound is not None:
+        shorter = tuple(bound if window is None else min(window, bound) for window in model.layer_window)
+        model = dataclasses.replace(model, layer_window=shorter)
+    layers = tuple(range(model.num_layers))
+    return model, tuple(
+        KVCacheGroup(layers=layers if g == chosen else (), sliding_window=window) for g, window in enumerate(windows)
+    )

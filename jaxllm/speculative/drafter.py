@@ -1,0 +1,58 @@
+"""What every drafter offers: a frozen dataclass, since a program is compiled for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+
+from jaxllm.layers.attention import Cache
+from jaxllm.layers.context import Context
+from jaxllm.models.decoder import DecoderConfig, Params
+from pallas_kernels.batch import AttentionBatch
+
+
+class Asked(NamedTuple):
+    """Whom a step wants drafts for. S: sequences, M: max_model_len."""
+
+    context: Context
+    #: of the model that drafts; None: nobody needs one
+    params: Params | None
+    #: of single tokens, with the sequences' block tables; the other fields are any
+    attention: AttentionBatch
+    tokens: jax.Array  # i32 [S, M], of each sequence at their positions; anything behind the last one
+    positions: jax.Array  # i32 [S], of the last token
+    going_on: jax.Array  # bool [S]; the others get none
+    most: jax.Array  # i32 [S]
+    #: (model, its weights, hidden [S, d], positions i32 [S] of the tokens that these are of) -> i32 [S]: what the
+    #: sequences' requests would sample of that model's scores, with the random numbers of those positions
+    sample: Callable[[DecoderConfig, Params, jax.Array, jax.Array], jax.Array]
+
+
+class Drafter(Protocol):
+    @property
+    def num_drafts(self) -> int:
+        """The most of a step."""
+        ...
+
+    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache | None, jax.Array, jax.Array]:
+        """What may come next.
+
+        Args:
+            cache: the drafter's own (`State.draft_cache`).
+
+        Returns:
+            (cache, ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts, at most `asked.most`.
+        """
+        ...
+
+    def settle(
+        self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array
+    ) -> Cache | None:
+        """Told what became of its drafts.
+
+        Args:
+            accepted: i32 [S], how many of `counts` were right.
+        """
+        ...

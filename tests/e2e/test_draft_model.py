@@ -1,0 +1,180 @@
+"""A smaller model drafts: what comes out is the large one's, and the small one knows all that the large one has read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support.tiny_model import CONFIG
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 8,
+}
+#: of a draft that has other layers, heads and windows than its model
+OTHER: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "use_sliding_window": True,
+    "sliding_window": 24,
+    "max_window_layers": 1,
+    "tie_word_embeddings": True,
+}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+LENGTHS = (1, 2, 5, 6, 70, 40, 57, 60)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=129, enforce_eager=True) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_model: Path) -> Iterator[LLM]:
+    """Its draft is the model itself; with a pool that does not hold four long requests."""
+    drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=drafts) as llm:
+        yield llm
+
+
+def counted(llm: LLM) -> tuple[int, int]:
+    """(drafted, accepted) tokens since the start."""
+    found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return found["vllm:spec_decode_num_draft_tokens"], found["vllm:spec_decode_num_accepted_tokens"]
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(256) for _ in range(length)] for length in (5, 7, 8, 30, 50, 3, 17, 64)]
+
+
+def compare(plain: LLM, drafting: LLM, asked: Any, params: Any) -> None:
+    wanted, got = (llm.generate(asked, params, use_tqdm=False) for llm in (plain, drafting))
+    assert [one.outputs[0].token_ids for one in got] == [one.outputs[0].token_ids for one in wanted]
+    assert drafting.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_twin_is_always_right(plain: LLM, twin: LLM, sampling: dict[str, Any]):
+    """One wrong key or value of the draft's own cache would make a draft wrong: behind chunks of prompts, hits of the
+    prefix cache, preemptions, steps without drafts, and lots of which all were right. Sampled tokens are drawn with the
+    random numbers that drafts are drawn with.
+    """
+    params = [SamplingParams(**sampling, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+    drafted, accepted = counted(twin)
+    for _ in range(2):
+        compare(plain, twin, prompts(), params)
+    now = counted(twin)
+    assert now[0] - drafted == now[1] - accepted > 300
+    assert sum(metric.value for metric in twin.get_metrics() if metric.name == "vllm:num_preemptions")  # pyright: ignore
+
+
+def test_requests_beside_that_have_no_drafts(plain: LLM, twin: LLM):
+    """The draft reads what they bring, and drafts for the others as before, and for their prefix later."""
+    params = [
+        SamplingParams(**GREEDY, max_tokens=30, structured_outputs={"regex": "(ab|cd){2,9}"}),
+        SamplingParams(**GREEDY, max_tokens=40, ignore_eos=True),
+    ]
+    asked = prompts()[3:5]
+    compare(plain, twin, asked, params)
+    (first,) = plain.generate(asked[0], params[0], use_tqdm=False)
+    drafted, accepted = counted(twin)
+    compare(plain, twin, [[*asked[0], *first.outputs[0].token_ids, 7]], params[1])
+    now = counted(twin)
+    assert now[0] - drafted == now[1] - accepted > 20
+
+
+def test_weights_are_the_models_own(plain: LLM, twin: LLM):
+    """What users see and replace has nothing of the draft, which stays."""
+    (params,) = twin.apply_model(lambda params: params)
+    assert params.draft is None
+    changed = dataclasses.replace(params, norm=params.norm * np.float32(0.9))
+    drafted, accepted = counted(twin)
+    long = SamplingParams(**SAMPLED, max_tokens=60, ignore_eos=True)
+    try:
+        for llm in (plain, twin):
+            llm.update_weights(changed)
+        compare(plain, twin, prompts()[:2], long)
+        now = counted(twin)
+        assert now[0] - drafted > now[1] - accepted > 0
+        twin.sleep(level=1)
+        twin.wake_up()
+        compare(plain, twin, prompts()[:2], long)
+    finally:
+        for llm in (plain, twin):
+            llm.update_weights(params)
+    drafted, accepted = counted(twin)
+    compare(plain, twin, prompts()[:2], long)
+    now = counted(twin)
+    assert now[0] - drafted == now[1] - accepted
+
+
+def write_other(folder: Path) -> Path:
+    """A Qwen3 with random weights, without a tokenizer."""
+    random = np.random.default_rng(1)
+    d, f, q, kv = 48, CONFIG["intermediate_size"], 3 * 32, 32
+    shapes = {
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        "self_attn.q_norm": (32,),
+        "self_attn.k_norm": (32,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+    }
+    shapes = {f"model.layers.{layer}.{name}.weight": shape for layer in range(3) for name, shape in shapes.items()}
+    shapes |= {"model.embed_tokens.weight": (CONFIG["vocab_size"], d), "model.norm.weight": (d,)}
+    weights = {name: random.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **OTHER}))
+    return folder
+
+
+def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
+    """Other heads, layers that see less, a shorter context, eight bits: it is mostly wrong, and nobody sees it."""
+    drafts = {
+        "method": "draft_model",
+        "model": str(write_other(tmp_path)),
+        "num_speculative_tokens": 4,
+        "max_model_len": 60,
+        "quantization": "int8",
+    }
+    params = [SamplingParams(**SAMPLED, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=drafts) as llm:
+        compare(plain, llm, prompts(), params)
+        drafted, accepted = counted(llm)
+        assert drafted > accepted > 0
+        # nothing is drafted behind the draft's own longest sequence
+        compare(plain, llm, prompts()[-1], params[-1])
+        assert counted(llm)[0] == drafted
+
+
+def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
+    drafts = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
+    with pytest.raises(ValidationError, match="vocabulary of 300 tokens, and the model has 257"):
+        LLM(tiny_model, **ARGUMENTS, skip_tokenizer_init=True, speculative_config=drafts)
