@@ -24,6 +24,8 @@ class Model:
     all_programs: bool = False
     #: drafts of a step; the programs that check them are compiled, and no others
     drafts: int = 0
+    #: of the model that makes them; None: they are n-grams
+    draft: dict[str, Any] | None = None
 
 
 def _gemma3(**shape: int) -> dict[str, Any]:
@@ -72,6 +74,14 @@ _LLAMA31_8B: dict[str, Any] = {
     },
     "tie_word_embeddings": False,
 }
+_LLAMA32_1B: dict[str, Any] = {
+    **_LLAMA31_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
 
 MODELS: dict[str, Model] = {
     "SmolLM2-135M": Model(
@@ -107,6 +117,15 @@ MODELS: dict[str, Model] = {
         max_model_len=131072,
         num_blocks=(20000,),
         drafts=5,
+    ),
+    "Llama-3.1-8B, drafts of Llama-3.2-1B": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        drafts=5,
+        draft=_LLAMA32_1B,
     ),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},

@@ -22,6 +22,8 @@ from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
+from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
+from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.method import Found
@@ -39,13 +41,13 @@ _WRITTEN = {
     "sample": ("tokens",),
     "write tokens": ("tokens",),
     "pool": ("cache", "pooled"),
-    "draft steps": ("cache", "tokens", "drafting"),
+    "draft steps": ("cache", "tokens", "drafting", "draft_cache"),
 }
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
 #: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the second are
-#: its embedder's, and the last takes as long as all of another model's
-_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B", "Llama-3.1-8B, drafts")
+#: its embedder's, and the last two take as long as all of another model's
+_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B", "Llama-3.1-8B, drafts", "Llama-3.1-8B, drafts of Llama-3.2-1B")
 #: the architecture of the GPUs that the models of several devices run on
 SPLIT_ARCHITECTURE = "sm_90"
 
@@ -200,11 +202,18 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         num_logprobs=20,
         logprobs_mode="raw_logprobs",
         processors=(),
-        drafter=NgramDrafter(model.drafts, 2, 5) if model.drafts else None,
+        drafter=_drafter(model, read),
         seed=0,
         compile_cache=None,
         progress=None,
     )
+
+
+def _drafter(model: Model, read: Any) -> Drafter | None:
+    if model.draft is None:
+        return NgramDrafter(model.drafts, 2, 5) if model.drafts else None
+    drafting, groups = draft_groups(kv_cache_groups(read.kv_specs), model_config(model.draft))
+    return ModelDrafter(num_drafts=model.drafts, model=drafting, groups=groups, max_length=model.max_model_len)
 
 
 def _quantization(model: Model, read: Any) -> Quantization | None:

@@ -1,4 +1,4 @@
-"""A smaller model drafts: what comes out is the large one's, and the small one knows all that the large one has read."""
+"""A smaller model drafts: what comes out is the large one's, and the small one knows what the large one has read."""
 
 from __future__ import annotations
 

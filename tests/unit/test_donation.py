@@ -30,6 +30,8 @@ from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
+from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
+from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -83,7 +85,7 @@ def make_programs(
     windows: tuple[int | None, ...] = TWO_GROUPS,
     config: dict[str, Any] | None = None,
     kv_dtype: str | None = None,
-    drafter: NgramDrafter | None = None,
+    drafter: Drafter | None = None,
 ) -> tuple[SamplingPrograms, State]:
     """Programs of a small model, not compiled yet; or of the one that `config` describes.
 
@@ -106,11 +108,26 @@ def make_programs(
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
         drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1), jnp.int32, sharding=sharding) if drafter else None,  # pyright: ignore
     )
+    params = shapes(decoder_specs(model), jnp.dtype(dtype), sharding)
+    if isinstance(drafter, ModelDrafter):
+        page = drafter.model.kv_specs[0].page_shape(block_size)
+        draft_cache: Any = jax.ShapeDtypeStruct(
+            (num_blocks * drafter.model.num_layers, *page), stored, sharding=sharding
+        )
+        state = dataclasses.replace(state, draft_cache=draft_cache)
+        params = dataclasses.replace(params, draft=shapes(decoder_specs(drafter.model), jnp.dtype(dtype), sharding))
     programs = SamplingPrograms(
-        StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
+        StepConfig(
+            model=model,
+            groups=groups,
+            num_logprobs=5,
+            logprobs_mode="raw_logprobs",
+            max_scored_tokens=16,
+            drafter=drafter,
+        ),
         buckets,
         MAX_MODEL_LEN // block_size,
-        shapes(decoder_specs(model), jnp.dtype(dtype), sharding),
+        params,
         state,
         platform="cpu",
         eager=True,
@@ -118,7 +135,6 @@ def make_programs(
         num_decode_steps=4,
         decode_buckets=decode_step_buckets(buckets, MAX_NUM_SEQS),
         copied_layers=len(groups[0].layers),
-        drafter=drafter,
         draft_buckets=draft_buckets(2) if drafter else (),
     )
     return programs, state
@@ -214,9 +230,18 @@ def test_no_program_needs_more_memory_for_a_larger_cache(
     assert temporaries(FEW) == temporaries(MANY)
 
 
-def test_checking_drafts_needs_no_more_memory_for_a_larger_cache():
+def model_drafter() -> ModelDrafter:
+    """For `make_programs`' model."""
+    small = model_config({**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
+    groups = kv_cache_groups(dataclasses.replace(model_config(LLAMA), layer_window=TWO_GROUPS).kv_specs)
+    model, groups = draft_groups(groups, small)
+    return ModelDrafter(num_drafts=3, model=model, groups=groups, max_length=MAX_MODEL_LEN)
+
+
+@pytest.mark.parametrize("drafter", [NgramDrafter(3, 1, 2), model_drafter()], ids=["n-grams", "a model"])
+def test_checking_drafts_needs_no_more_memory_for_a_larger_cache(drafter: Drafter):
     def temporaries(num_blocks: int) -> int:
-        programs, state = make_programs("bfloat16", num_blocks, buckets=(SEVERAL,), drafter=NgramDrafter(3, 1, 2))
+        programs, state = make_programs("bfloat16", num_blocks, buckets=(SEVERAL,), drafter=drafter)
         key: Key = ("draft steps", next(reversed(programs.draft_packings)), True)
         programs._options = OPTIONS
         programs._compile([key])
