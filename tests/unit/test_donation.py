@@ -30,6 +30,7 @@ from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -104,7 +105,9 @@ def make_programs(
     state = State(
         cache=cache,
         tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
-        drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1), jnp.int32, sharding=sharding) if drafter else None,  # pyright: ignore
+        drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1 + AdaptiveDrafts.COLUMNS), jnp.int32, sharding=sharding)
+        if drafter
+        else None,  # pyright: ignore
     )
     programs = SamplingPrograms(
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),

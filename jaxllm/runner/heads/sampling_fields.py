@@ -31,11 +31,11 @@ def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored
 
 
 def draft_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
-    """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, and whether each sequence goes on where the
-    device stands.
+    """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, and of each
+    sequence whether it goes on where the device stands, and whether its row has a new request since the last launch.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens)
-    return Packing({**fields, "resumes": (bucket.seqs,)})
+    return Packing({**fields, "most_drafts": (), "resumes": (bucket.seqs,), "begins": (bucket.seqs,)})
 
 
 def _decode_fields(

@@ -25,6 +25,7 @@ from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.speculative.adaptive import AdaptiveDrafts, check_cost, check_lengths
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
@@ -81,7 +82,11 @@ class SamplingPrograms(Programs):
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps
+        self._platform, self._check_lengths = platform, ()
+        if drafter is not None:
+            self._check_lengths = check_lengths(platform, drafter.num_drafts)
+        costs = [check_cost(platform, length, few_rows=few) for length in self._check_lengths for few in (True, False)]
+        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps, tuple(costs)
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
@@ -138,13 +143,20 @@ class SamplingPrograms(Programs):
         """The weights in all forms that programs take them in, in the same memory."""
         forms: set[Form] = {self.form(bucket) for bucket in (*self.packings, *self.decode_packings)}
         for bucket in self.draft_packings:
-            forms.update(self.draft_forms(bucket))
+            forms.update((self.form(bucket), *self.check_forms(bucket)))
         return {form: self.params_in(form, params) for form in forms}
 
-    def draft_forms(self, bucket: Bucket) -> tuple[Form, Form]:
-        """In which forms steps without and with drafts take the weights."""
-        assert self.drafter is not None
-        return self.form(bucket), self.form(bucket._replace(tokens=bucket.seqs * (1 + self.drafter.num_drafts)))
+    def check_forms(self, bucket: Bucket) -> tuple[Form, ...]:
+        """In which forms checks of each length take the weights."""
+        return tuple(self.form(bucket._replace(tokens=bucket.seqs * (1 + length))) for length in self._check_lengths)
+
+    def _adaptive(self, bucket: Bucket) -> AdaptiveDrafts:
+        lengths, forms = self._check_lengths, self.check_forms(bucket)
+        costs = [
+            check_cost(self._platform, length, few_rows=form == "few rows")
+            for length, form in zip(lengths, forms, strict=True)
+        ]
+        return AdaptiveDrafts(lengths, tuple(costs))
 
     def params_in(self, form: Form, params: Params) -> Params:
         """The weights, or their shapes, in a form."""
@@ -195,12 +207,22 @@ class SamplingPrograms(Programs):
         rows = next((rows for rows in SAMPLE_ROWS_CPU if rows >= positions), SAMPLE_ROWS_CPU[-1])
         rows = positions if self.config.fixed_sample_rows is not None else rows
         function = functools.partial(
-            draft_steps, self.config, drafter, self.num_draft_steps, rows, bucket, packing, sample_packing
+            draft_steps,
+            self.config,
+            drafter,
+            self._adaptive(bucket),
+            self.num_draft_steps,
+            rows,
+            bucket,
+            packing,
+            sample_packing,
         )
         words = self._words(packing.size + sample_packing.size)
-        single, several = (self.params_in(form, self._params) for form in self.draft_forms(bucket))
+        single, *several = (
+            self.params_in(form, self._params) for form in (self.form(bucket), *self.check_forms(bucket))
+        )
         out = self._state_specs, jax.P()
-        params = DraftParams(single, several)
+        params = DraftParams(single, tuple(several))
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
     def lower_scorer(self) -> jax.stages.Lowered:
