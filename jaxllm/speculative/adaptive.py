@@ -18,9 +18,11 @@ All of it is in integers and elementwise, and what is sampled never depends on i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 #: 1 in the fixed point of credit and of counts
 ONE = 1 << 16
@@ -31,22 +33,21 @@ RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
 #: the part of older checks that each check leaves is ``1 - 2**-FADING``
 FADING = 3
 
-#: what each draft of a check adds to a step on a CPU, in steps: with weights that have kernels for a few rows, and
-#: without. Measured on a Zen 3 with two cores, one sequence, in turns with steps without drafts (`bench/results`):
-#: Qwen2.5-Coder-0.5B's GGUF file 0.42 and 0.39 each of 3 and of 7
-CPU_FEW_ROWS, CPU_ROWS = 0.4, 0.8
+#: what a check on a CPU adds to a step, in steps, and what each of its drafts does: with weights that have kernels for
+#: a few rows, and without. Measured on a Zen 3 with two cores, one sequence, in turns with steps without drafts: all of
+#: 1, 3 and 7 drafts take 0.5 to 0.6, 1.2 and 2.9 with SmolLM2-135M in int8, and 1.3 and 2.8 of 3 and 7 with
+#: Qwen2.5-Coder-0.5B's GGUF file
+CPU_CHECK, CPU_FEW_ROWS, CPU_ROWS = 0.1, 0.4, 0.8
 #: what a check adds on a GPU, whatever its length. It is an assumption: both kinds of step read the same weights
 GPU_CHECK = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveDrafts:
-    """The rule for programs of one number of sequences. S: sequences, K: the longest length."""
+    """The rule. S: sequences, L: lengths, K: the longest one."""
 
     #: drafts that checks have room for, ascending
     lengths: tuple[int, ...]
-    #: what each takes longer than a step of a single token, in such steps
-    extra: tuple[float, ...]
 
     #: numbers of a sequence: its credit, its right drafts, and those that were tried
     COLUMNS = 3
@@ -55,13 +56,17 @@ class AdaptiveDrafts:
         """The numbers of a request without checks."""
         return tuple(round(value * ONE) for value in (INITIAL, RIGHT_BEFORE, TRIED_BEFORE))
 
-    def choose(self, numbers: jax.Array, counts: jax.Array, going_on: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(
+        self, numbers: jax.Array, counts: jax.Array, going_on: jax.Array, extra: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Which check the next step is.
 
         Args:
             numbers: i32 [S, COLUMNS].
             counts: i32 [S], drafts that there are.
             going_on: bool [S]: it takes part in the step.
+            extra: i32 [L], in units of 1 / `ONE`: what a check of each length takes longer than a step of a single
+                token, in such steps.
 
         Returns:
             (kind, counts): i32 []: 0 for no check, i for one of ``lengths[i - 1]``; i32 [S], drafts to check.
@@ -75,10 +80,11 @@ class AdaptiveDrafts:
         wins = jnp.pad(jnp.cumsum(powers, axis=1), ((0, 0), (1, 0)))
         purse, size = jnp.sum(jnp.where(drafts, credit, 0)), jnp.sum(going_on)
         best, kind = jnp.float32(0), jnp.int32(0)
-        for index, (length, extra) in enumerate(zip(self.lengths, self._fixed, strict=True)):
+        for index, length in enumerate(self.lengths):
             won = jnp.take_along_axis(wins, jnp.minimum(counts, length)[:, None], axis=1)
-            gain = jnp.sum(won) - size * (extra / ONE)
-            can_pay = jnp.any(drafts) & (purse >= extra * size)
+            price = extra[index] * size
+            gain = jnp.sum(won) - price / ONE
+            can_pay = jnp.any(drafts) & (purse >= price)
             better = can_pay & (gain > best)
             if index == 0:
                 # nothing is to be won: a try
@@ -88,23 +94,25 @@ class AdaptiveDrafts:
         return kind.astype(jnp.int32), jnp.minimum(counts, room)
 
     def after(
-        self, numbers: jax.Array, kind: jax.Array, counts: jax.Array, accepted: jax.Array, going_on: jax.Array
+        self,
+        numbers: jax.Array,
+        kind: jax.Array,
+        counts: jax.Array,
+        accepted: jax.Array,
+        going_on: jax.Array,
+        extra: jax.Array,
     ) -> jax.Array:
         """The numbers after a step: what `choose` returned, and i32 [S], how many of the drafts were right."""
         credit, right, tried = numbers.T
         drafts, size = counts > 0, jnp.sum(going_on)
-        extra = jnp.asarray((0, *self._fixed), jnp.int32)[kind]
-        share = extra * size // jnp.maximum(jnp.sum(drafts), 1)
+        # where there is no check, nobody has drafts
+        share = extra[jnp.maximum(kind - 1, 0)] * size // jnp.maximum(jnp.sum(drafts), 1)
         change = jnp.where(drafts, accepted * ONE - share, round(RATE * ONE))
         credit = jnp.where(going_on, jnp.minimum(credit + change, round(MOST * ONE)), credit)
         tries = accepted + (accepted < counts)
         right = jnp.where(drafts, right - (right >> FADING) + accepted * ONE, right)
         tried = jnp.where(drafts, tried - (tried >> FADING) + tries * ONE, tried)
         return jnp.stack([credit, right, tried], axis=1)
-
-    @property
-    def _fixed(self) -> tuple[int, ...]:
-        return tuple(round(extra * ONE) for extra in self.extra)
 
 
 def check_lengths(platform: str, num_drafts: int) -> tuple[int, ...]:
@@ -113,12 +121,17 @@ def check_lengths(platform: str, num_drafts: int) -> tuple[int, ...]:
     return (half, num_drafts) if platform == "cpu" and half else (num_drafts,)
 
 
-def check_cost(platform: str, num_drafts: int, *, few_rows: bool) -> float:
-    """What a check takes longer than a step of a single token, in such steps.
+def check_costs(platform: str, lengths: Sequence[int], few_rows: Sequence[bool]) -> np.ndarray:
+    """What checks take longer than a step of a single token, in units of 1 / `ONE` of such a step.
 
     Args:
-        few_rows: its program reads the weights by kernels for a few rows.
+        few_rows: of each length, whether its program reads the weights by kernels for a few rows.
+
+    Returns:
+        i32 [L].
     """
-    if platform != "cpu":
-        return GPU_CHECK
-    return num_drafts * (CPU_FEW_ROWS if few_rows else CPU_ROWS)
+    costs = [GPU_CHECK] * len(lengths)
+    if platform == "cpu":
+        each = [CPU_FEW_ROWS if few else CPU_ROWS for few in few_rows]
+        costs = [CPU_CHECK + length * cost for length, cost in zip(lengths, each, strict=True)]
+    return np.round(np.asarray(costs) * ONE).astype(np.int32)

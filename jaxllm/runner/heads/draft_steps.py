@@ -111,6 +111,7 @@ def draft_steps(
     limits = fields["steps"]
     row = jnp.where(limits > 0, fields["rows"], trash)
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
+    extra = fields["check_costs"]
     beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
     numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:])
 
@@ -150,7 +151,7 @@ def draft_steps(
         position = jnp.where(loop.going_on, loop.reached, 0)
         ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
         most = jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"])
-        kind, counts = adaptive.choose(loop.numbers, jnp.minimum(counts, most), loop.going_on)
+        kind, counts = adaptive.choose(loop.numbers, jnp.minimum(counts, most), loop.going_on, extra)
 
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
@@ -192,7 +193,7 @@ def draft_steps(
             state=state,
             going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits),
             reached=loop.reached + count,
-            numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on),
+            numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on, extra),
             found=found,
         )
 

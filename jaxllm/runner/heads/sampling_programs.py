@@ -25,7 +25,7 @@ from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
-from jaxllm.speculative.adaptive import AdaptiveDrafts, check_cost, check_lengths
+from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
@@ -82,11 +82,7 @@ class SamplingPrograms(Programs):
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        self._platform, self._check_lengths = platform, ()
-        if drafter is not None:
-            self._check_lengths = check_lengths(platform, drafter.num_drafts)
-        costs = [check_cost(platform, length, few_rows=few) for length in self._check_lengths for few in (True, False)]
-        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps, tuple(costs)
+        several = num_decode_steps, decode_buckets, drafter, draft_buckets, num_draft_steps
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
@@ -108,7 +104,14 @@ class SamplingPrograms(Programs):
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
         self.drafter, self.num_draft_steps = drafter, num_draft_steps
-        self.draft_packings = {bucket: draft_packing(bucket, *numbers) for bucket in draft_buckets}
+        lengths = () if drafter is None else check_lengths(platform, drafter.num_drafts)
+        self.adaptive = AdaptiveDrafts(lengths)
+        self.draft_packings = {bucket: draft_packing(bucket, *numbers, len(lengths)) for bucket in draft_buckets}
+        #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
+        self.check_costs: dict[int, np.ndarray] = {}
+        for bucket in draft_buckets:
+            few_rows = [form == "few rows" for form in self.check_forms(bucket)]
+            self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows)
         # the largest step has room for all
         self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
@@ -148,15 +151,7 @@ class SamplingPrograms(Programs):
 
     def check_forms(self, bucket: Bucket) -> tuple[Form, ...]:
         """In which forms checks of each length take the weights."""
-        return tuple(self.form(bucket._replace(tokens=bucket.seqs * (1 + length))) for length in self._check_lengths)
-
-    def _adaptive(self, bucket: Bucket) -> AdaptiveDrafts:
-        lengths, forms = self._check_lengths, self.check_forms(bucket)
-        costs = [
-            check_cost(self._platform, length, few_rows=form == "few rows")
-            for length, form in zip(lengths, forms, strict=True)
-        ]
-        return AdaptiveDrafts(lengths, tuple(costs))
+        return tuple(self.form(bucket._replace(tokens=bucket.seqs * (1 + length))) for length in self.adaptive.lengths)
 
     def params_in(self, form: Form, params: Params) -> Params:
         """The weights, or their shapes, in a form."""
@@ -210,7 +205,7 @@ class SamplingPrograms(Programs):
             draft_steps,
             self.config,
             drafter,
-            self._adaptive(bucket),
+            self.adaptive,
             self.num_draft_steps,
             rows,
             bucket,

@@ -65,6 +65,7 @@ class SamplingRows:
         self._shape = ConstraintShape(config.model.vocab_size)
         self._max_scored_tokens = config.max_scored_tokens
         self._sample_packing = programs.sample_packing
+        self._check_costs = programs.check_costs
         self._has_processors, self._has_drafts = bool(config.processors), programs.drafter is not None
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
@@ -157,6 +158,7 @@ class SamplingRows:
         if step.num_drafts:
             taking_part = np.asarray(step.rows)[order]
             fields["most_drafts"][...] = step.num_drafts
+            fields["check_costs"][...] = self._check_costs[len(fields["steps"])]
             fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
             fields["begins"][: len(order)] = self._begins[taking_part]
             self._begins[taking_part] = False
