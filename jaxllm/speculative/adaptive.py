@@ -26,8 +26,9 @@ import numpy as np
 
 #: 1 in the fixed point of credit and of counts
 ONE = 1 << 16
-#: steps: a request of 128 tokens loses at most 1.5 and 1.25% of 128, less than 3%
-INITIAL, RATE, MOST = 1.5, 0.0125, 4.0
+#: steps: a request of 128 tokens loses at most 1.5 and 1.25% of 128, less than 3%; and what it has won, of which `MOST`
+#: may be lost again
+INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
 #: before any draft is checked, this many of so many were right
 RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
 #: the part of older checks that each check leaves is ``1 - 2**-FADING``
