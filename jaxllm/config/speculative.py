@@ -126,7 +126,7 @@ class SpeculativeConfig(Arguments):
         object.__setattr__(self, "prompt_lookup_max", high)
 
     def drafts_of(self, num_seqs: int) -> int:
-        """Most drafts while so many requests run; between two ranges, and behind the last one, as in the range before."""
+        """Most drafts while so many requests run; where no range has it, those of the range before."""
         drafts = self.num_speculative_tokens
         assert drafts is not None
         for first, _, most in self.num_speculative_tokens_per_batch_size or ():

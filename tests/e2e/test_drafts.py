@@ -210,6 +210,13 @@ def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):
         drafting.generate(prompt, params, use_tqdm=False)
     assert sum(step.num_prefill_tokens for step in trace.steps) == len(prompt)
     assert len(trace.steps) < 40
+    steps, (request,) = trace.arrays(), trace.requests
+    assert (
+        steps["num_decode_tokens"].sum() == 39 and (steps["num_accepted_tokens"] <= steps["num_drafted_tokens"]).all()
+    )
+    drafted, accepted = (int(steps[name].sum()) for name in ("num_drafted_tokens", "num_accepted_tokens"))
+    assert (request.num_drafted_tokens, request.num_accepted_tokens) == (drafted, accepted) and accepted > 0
+    assert f"{accepted} of {drafted} drafts right" in repr(trace)
     drafting.reset_prefix_cache()
     streamed = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
     drafting.llm_engine.add_request("one", {"prompt_token_ids": prompt}, streamed)
