@@ -35,6 +35,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.drafter import Drafter
 from jaxllm.weights.quantization.detect import Quantization
@@ -279,7 +280,7 @@ class RunnerConfig:
         cache = cache_of(self.model, self.layers_per_group, self.page_shape)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
-            drafting = None if self.drafter is None else array((rows, 1), jnp.int32)
+            drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
             draft = self.draft_model
             return State(
                 cache=cache,

@@ -44,13 +44,15 @@ class ModelDrafter:
         """Write its keys and values of a step's tokens."""
         return self._forward(context, params, cache, batch)[0]
 
-    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache, jax.Array, jax.Array]:
-        """Its own continuation (`Drafter.propose`)."""
+    def look(self, asked: Asked) -> tuple[None, jax.Array]:
+        """See `Drafter.look`."""
+        counts = jnp.clip(jnp.minimum(asked.most, self.max_length - 1 - asked.positions), 0, self.num_drafts)
+        return None, jnp.where(asked.going_on, counts, 0)
+
+    def write(self, asked: Asked, cache: Cache | None, found: None, counts: jax.Array) -> tuple[Cache, jax.Array]:
+        """Its own continuation."""
         assert cache is not None and asked.params is not None
         params = asked.params
-        left = self.max_length - 1 - asked.positions
-        counts = jnp.clip(jnp.minimum(asked.most, left), 0, self.num_drafts)
-        counts = jnp.where(asked.going_on, counts, 0)
         last = jnp.take_along_axis(asked.tokens, asked.positions[:, None], axis=1, mode="clip")
 
         def one(loop: _Loop) -> _Loop:
@@ -71,7 +73,7 @@ class ModelDrafter:
         ids = jnp.pad(last, ((0, 0), (0, self.num_drafts)))
         rounds = jnp.maximum(jnp.max(counts), jnp.any(asked.going_on).astype(jnp.int32))
         loop = lax.while_loop(lambda loop: loop.step < rounds, one, _Loop(jnp.int32(0), cache, ids))
-        return loop.cache, loop.ids[:, 1:], counts
+        return loop.cache, loop.ids[:, 1:]
 
     def settle(
         self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array

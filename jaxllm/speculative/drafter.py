@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -36,14 +36,23 @@ class Drafter(Protocol):
         """The most of a step."""
         ...
 
-    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache | None, jax.Array, jax.Array]:
-        """What may come next.
+    def look(self, asked: Asked) -> tuple[Any, jax.Array]:
+        """How many drafts there can be.
+
+        Returns:
+            (found, counts): what `write` takes, and i32 [S], at most `asked.most`; 0 of those that do not go on.
+        """
+        ...
+
+    def write(self, asked: Asked, cache: Cache | None, found: Any, counts: jax.Array) -> tuple[Cache | None, jax.Array]:
+        """The drafts.
 
         Args:
             cache: the drafter's own (`State.draft_cache`).
+            counts: i32 [S], how many are wanted, of those that there can be.
 
         Returns:
-            (cache, ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts, at most `asked.most`.
+            (cache, ids): i32 [S, num_drafts].
         """
         ...
 

@@ -25,10 +25,16 @@ class NgramDrafter:
     min_match: int
     max_match: int
 
-    def propose(self, asked: Asked, cache: Cache | None) -> tuple[Cache | None, jax.Array, jax.Array]:
-        """What followed before (`Drafter.propose`)."""
+    def look(self, asked: Asked) -> tuple[jax.Array, jax.Array]:
+        """See `Drafter.look`."""
         ids, counts = self.found(asked.tokens, asked.positions + 1)
-        return cache, ids, jnp.where(asked.going_on, jnp.minimum(counts, asked.most), 0)
+        return ids, jnp.where(asked.going_on, jnp.minimum(counts, asked.most), 0)
+
+    def write(
+        self, asked: Asked, cache: Cache | None, found: jax.Array, counts: jax.Array
+    ) -> tuple[Cache | None, jax.Array]:
+        """What followed before."""
+        return cache, found
 
     def settle(
         self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array

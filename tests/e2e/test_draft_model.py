@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.drafts import checks_that_cost
 from support.tiny_model import CONFIG
 
 from jaxllm import LLM, SamplingParams
@@ -20,8 +21,8 @@ from jaxllm.api.errors import ValidationError
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 16,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 8,
     "block_size": 8,
 }
 #: of a draft that has other layers, heads and windows than its model
@@ -51,10 +52,12 @@ def plain(tiny_model: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def twin(tiny_model: Path) -> Iterator[LLM]:
-    """Its draft is the model itself; with a pool that does not hold four long requests."""
+    """Its draft is the model itself; with a pool that does not hold two long requests."""
     drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
-    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=drafts) as llm:
-        yield llm
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=24, speculative_config=drafts) as llm:
+        # whatever is drafted is checked
+        with checks_that_cost(llm, 0.0):
+            yield llm
 
 
 def counted(llm: LLM) -> tuple[int, int]:
@@ -155,16 +158,18 @@ def write_other(folder: Path) -> Path:
 
 
 def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
-    """Other heads, layers that see less, a shorter context, eight bits: it is mostly wrong, and nobody sees it."""
+    """Other heads, layers that see less, a shorter context: it is mostly wrong, and nobody sees it."""
     drafts = {
         "method": "draft_model",
         "model": str(write_other(tmp_path)),
-        "num_speculative_tokens": 4,
+        "num_speculative_tokens": 3,
         "max_model_len": 60,
-        "quantization": "int8",
     }
     params = [SamplingParams(**SAMPLED, max_tokens=n, ignore_eos=True) for n in LENGTHS]
-    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=drafts) as llm:
+    with (
+        LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=24, speculative_config=drafts) as llm,
+        checks_that_cost(llm, 0.0),
+    ):
         compare(plain, llm, prompts(), params)
         drafted, accepted = counted(llm)
         assert drafted > accepted > 0

@@ -30,6 +30,7 @@ from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.ngram import NgramDrafter
@@ -103,11 +104,12 @@ def make_programs(
     cache: Any = jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding)
     if is_scaled(stored):
         cache = ScaledPages(cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32, sharding=sharding))  # pyright: ignore
-    state = State(
-        cache=cache,
-        tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
-        drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1), jnp.int32, sharding=sharding) if drafter else None,  # pyright: ignore
-    )
+
+    def rows(width: int) -> Any:
+        return jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, width), jnp.int32, sharding=sharding)
+
+    drafting = rows(1 + AdaptiveDrafts.COLUMNS) if drafter else None
+    state = State(cache=cache, tokens=rows(MAX_MODEL_LEN), drafting=drafting)
     params = shapes(decoder_specs(model), jnp.dtype(dtype), sharding)
     if isinstance(drafter, ModelDrafter):
         page = drafter.model.kv_specs[0].page_shape(block_size)
