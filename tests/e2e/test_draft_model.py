@@ -88,7 +88,7 @@ def test_a_twin_is_always_right(plain: LLM, twin: LLM, sampling: dict[str, Any])
     for _ in range(2):
         compare(plain, twin, prompts(), params)
     now = counted(twin)
-    assert now[0] - drafted == now[1] - accepted > 300
+    assert now[0] - drafted == now[1] - accepted > 150
     assert sum(metric.value for metric in twin.get_metrics() if metric.name == "vllm:num_preemptions")  # pyright: ignore
 
 

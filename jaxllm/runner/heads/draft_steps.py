@@ -23,7 +23,15 @@ from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, no_load
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, compute, place_known_tokens, sample_rows
+from jaxllm.runner.heads.sampling_step import (
+    ENDED,
+    Sampled,
+    State,
+    StepConfig,
+    compute,
+    place_known_tokens,
+    sample_rows,
+)
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
@@ -54,15 +62,14 @@ class DraftSteps:
     load: jax.Array | None  # as `Hidden.load`, of all steps
 
 
-class _Sampled(NamedTuple):
-    """Of a step: [S, 1 + K, ...]."""
+class _Hidden(NamedTuple):
+    """Of a step."""
 
-    token_ids: jax.Array
-    logprobs: Logprobs | None
+    states: jax.Array  # [1 + K, S, d]: one position of every sequence behind the other
     load: jax.Array | None
 
 
-_Computed = tuple[State, _Sampled]
+_Computed = tuple[State, _Hidden]
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +105,8 @@ def draft_steps(
         buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
         constraints: as in `sample_step`; the same at every position.
     """
+    # the launch has loops anyway
+    config = dataclasses.replace(config, fixed_sample_rows=None)
     drafts, seqs = drafter.num_drafts, bucket.seqs
     width = 1 + drafts
     fields = packing.unpack(buffer)
@@ -120,29 +129,33 @@ def draft_steps(
         end_ids = fields["end_ids"].reshape(seqs, *(1,) * (ids.ndim - 1), -1)
         return (ids == ENDED) | jnp.any(end_ids == ids[..., None], axis=-1)
 
-    def sampled(
-        loop: _Loop, batch: StepBatch, row: jax.Array, params: Params, columns: int, cache_tokens: jax.Array
-    ) -> _Computed:
-        """A forward pass, and what is sampled at every one of its positions; rubbish in columns behind them."""
-        state, hidden, load = compute(config, params, loop.state, batch, drafter_reads=False)
+    def computed(state: State, batch: StepBatch, params: Params, columns: int) -> _Computed:
+        """A forward pass over so many positions of every sequence."""
+        state, hidden, load = compute(config, params, state, batch, drafter_reads=False)
+        hidden = jnp.swapaxes(hidden.reshape(seqs, columns, -1), 0, 1)
+        return state, _Hidden(jnp.pad(hidden, ((0, width - columns), (0, 0), (0, 0))), load)
+
+    def sampled(state: State, hidden: jax.Array, row: jax.Array, position: jax.Array, kind: jax.Array) -> Sampled:
+        """What is sampled at the positions of a step; rubbish at those that its kind has not."""
         # what is compiled for the sampler is to be what a step alone has
-        hidden = lax.optimization_barrier(hidden)
-        own = {name: jnp.repeat(field, columns, axis=0) if field.ndim else field for name, field in sampling.items()}
-        own |= {
-            "rows": jnp.repeat(row, columns),
-            "positions": batch.attention.positions + 1,
-            "num_samples": sampling["num_samples"] * columns,
+        hidden = lax.optimization_barrier(hidden).reshape(width * seqs, -1)
+        own = {
+            name: jnp.tile(field, (width,) + (1,) * (field.ndim - 1)) for name, field in sampling.items() if field.ndim
         }
-        given = None if constraints is None else jnp.repeat(constraints, columns, axis=0)
-        tokens, result = sample_rows(config, rows, params, cache_tokens, hidden, own, given)
-        state = dataclasses.replace(state, tokens=tokens)
+        columns = jnp.asarray((1, *(1 + length for length in adaptive.lengths)), jnp.int32)[kind]
+        own |= {name: field for name, field in sampling.items() if not field.ndim}
+        own |= {
+            "rows": jnp.tile(row, width),
+            "positions": (position + lane[:, None] + 1).reshape(-1),
+            "num_samples": jnp.where(kind == 0, sampling["num_samples"], columns * seqs),
+        }
+        given = None if constraints is None else jnp.tile(constraints, (width, 1))
+        _, result = sample_rows(config, rows, params.single, state.tokens, hidden, own, given)
 
-        def in_columns(array: jax.Array) -> jax.Array:
-            array = array.reshape(seqs, columns, *array.shape[1:])
-            return jnp.pad(array, ((0, 0), (0, width - columns), *((0, 0),) * (array.ndim - 2)))
+        def by_sequence(array: jax.Array) -> jax.Array:
+            return jnp.swapaxes(array.reshape(width, seqs, *array.shape[1:]), 0, 1)
 
-        logprobs = None if result.logprobs is None else jax.tree.map(in_columns, result.logprobs)
-        return state, _Sampled(in_columns(result.token_ids), logprobs, load)
+        return jax.tree.map(by_sequence, result)
 
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
@@ -168,23 +181,26 @@ def draft_steps(
         draft_cache, ids = drafter.write(asked, loop.state.draft_cache, look, counts)
         loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, draft_cache=draft_cache))
 
+        # whoever looks for a position's earlier tokens finds the drafts among them
+        place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
+        tokens = loop.state.tokens.at[active_row[:, None], place].set(ids, mode="drop")
+        given = jnp.concatenate([tokens[active_row, position][:, None], ids], axis=1)
+        loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, tokens=tokens))
+
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
-            batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-            return sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
+            return computed(loop.state, StepBatch(tokens=given[:, 0], attention=now), params.single, 1)
 
         def several(length: int, params: Params, loop: _Loop) -> _Computed:
             now = _positions_of(attention, position, loop.going_on, counts, 1 + length)
-            # whoever looks for a position's earlier tokens finds the drafts among them
-            place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
-            tokens = loop.state.tokens.at[active_row[:, None], place].set(ids, mode="drop")
-            given = jnp.concatenate([tokens[active_row, position][:, None], ids[:, :length]], axis=1)
-            batch = StepBatch(tokens=given.reshape(-1), attention=now)
-            return sampled(loop, batch, active_row, params, 1 + length, tokens)
+            batch = StepBatch(tokens=given[:, : 1 + length].reshape(-1), attention=now)
+            return computed(loop.state, batch, params, 1 + length)
 
         checks = zip(adaptive.lengths, params.several, strict=True)
         kinds = [single, *(functools.partial(several, *check) for check in checks)]
-        state, (new, logprobs, load) = _one_of(kind, kinds, loop)
+        state, (hidden, load) = _one_of(kind, kinds, loop)
+        result = sampled(state, hidden, active_row, position, kind)
+        new, logprobs = result.token_ids, result.logprobs
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
         draft_cache = drafter.settle(asked, state.draft_cache, ids, counts, accepted)
@@ -195,6 +211,10 @@ def draft_steps(
         # no token at all is an end that is not to be told
         is_new &= (new != ENDED) & loop.going_on[:, None]
         count = jnp.sum(is_new, axis=1, dtype=jnp.int32)
+        # what drafts that were wrong have left behind is anything
+        place = jnp.where(is_new, position[:, None] + 1 + lane, tokens.shape[1])
+        tokens = state.tokens.at[active_row[:, None], place].set(new, mode="drop")
+        state = dataclasses.replace(state, tokens=tokens)
         found, seq = loop.found, jnp.arange(seqs)[:, None]
         place = jnp.where(is_new, found.counts[:, None] + lane, found.token_ids.shape[1])
         found = DraftSteps(

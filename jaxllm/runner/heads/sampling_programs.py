@@ -195,10 +195,8 @@ class SamplingPrograms(Programs):
     def lower_draft_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
         packing, sample_packing, drafter = self.draft_packings[bucket], self.sample_packing, self.drafter
         assert drafter is not None
-        positions = bucket.seqs * (1 + drafter.num_drafts)
-        # a GPU's sampler has one size, of all rows; a CPU's has blocks of them
-        rows = next((rows for rows in SAMPLE_ROWS_CPU if rows >= positions), SAMPLE_ROWS_CPU[-1])
-        rows = positions if self.config.fixed_sample_rows is not None else rows
+        # most steps of a CPU have few rows; a GPU takes one look at the head for many
+        rows = SAMPLE_ROWS_CPU[0] if self.config.fixed_sample_rows is None else SAMPLE_ROWS_GPU[-1]
         function = functools.partial(
             draft_steps,
             self.config,
