@@ -74,7 +74,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 #: files whose engines are not compiled quickly
 COMPILED_OTHERWISE = {
     "e2e/test_deterministic.py": THOROUGH,
-    "e2e/test_invariance.py": THOROUGH,
     "e2e/test_bad_input.py": FOR_LONG_RUNS,
     "parity/test_smollm2.py": FOR_LONG_RUNS,
     "parity/test_real_weights.py": FOR_LONG_RUNS,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.quick_compile import FOR_LONG_RUNS, QUICK
+from support.quick_compile import QUICK
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
@@ -109,7 +109,7 @@ class Engines:
 def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engines]:
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if request.param == "bfloat16":  # `test_real_weights` has it as users do
-            for name, value in FOR_LONG_RUNS.items():
+            for name, value in QUICK.items():
                 patch.setitem(CPU_OPTIONS, name, value)
         made = {
             name: stack.enter_context(LLM(tiny_model, **{**BASE, **options}, dtype=request.param))
