@@ -54,7 +54,7 @@ def plain(tiny_model: Path) -> Iterator[LLM]:
 def twin(tiny_model: Path) -> Iterator[LLM]:
     """Its draft is the model itself; with a pool that does not hold two long requests."""
     drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
-    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=24, speculative_config=drafts) as llm:
+    with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=18, speculative_config=drafts) as llm:
         # whatever is drafted is checked
         with checks_that_cost(llm, 0.0):
             yield llm
@@ -165,9 +165,11 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
         "num_speculative_tokens": 3,
         "max_model_len": 60,
     }
-    params = [SamplingParams(**SAMPLED, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+    # few tokens are likely, so that drafts are right now and then
+    likely: dict[str, Any] = {**SAMPLED, "logit_bias": dict.fromkeys(range(60, 64), 40.0)}
+    params = [SamplingParams(**likely, max_tokens=n, ignore_eos=True) for n in LENGTHS]
     with (
-        LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=24, speculative_config=drafts) as llm,
+        LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=18, speculative_config=drafts) as llm,
         checks_that_cost(llm, 0.0),
     ):
         compare(plain, llm, prompts(), params)
