@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import re
 import time
 from typing import Any
 
@@ -78,6 +79,9 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "layers": case.layers,
         "layer_bytes": case.layer_bytes,
         "weight_bytes": case.weight_bytes,
+        "fetched": case.fetched_bytes,
+        "host_arguments": memory.host_argument_size_in_bytes,
+        "overlaps": overlaps(compiled.as_text() or "") if case.fetched_bytes else [],
         "collectives": exchanges(compiled) if len(case.devices) > 1 else [],
         "launches": count(program),
     }
@@ -98,6 +102,20 @@ def exchanges(compiled: Any) -> list[tuple[str, str, int, int, int]]:
     """(kind, logical axis, devices, bytes that each gets, times) of each collective of a program."""
     found = collectives(compiled.as_text())
     return sorted((each.kind, each.over, each.devices, each.bytes, times) for each, times in found.items())
+
+
+def overlaps(text: str) -> list[int]:
+    """Of each copy from the host, the products and kernels that are launched between its beginning and its end."""
+    begun: dict[str, int] = {}
+    found, launched = [], 0
+    for line in text.splitlines():
+        if match := re.search(r"%(\S+) = .* copy-start\(.*", line):
+            begun[match[1]] = launched
+        elif match := re.search(r" copy-done\(%(\S+)\)", line):
+            found.append(launched - begun.pop(match[1]))
+        elif re.search(r" custom-call\(|gemm_fusion\S* = | fusion\(.*kind=kCustom", line):
+            launched += 1
+    return found
 
 
 def count(program: tuple[Launch, ...]) -> dict[str, Any]:
