@@ -20,7 +20,7 @@ import jax
 from jaxllm.parallel.collectives import collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.compile.deviceless import devices, lowering_for
-from jaxllm.runner.compile.programs import GPU_OPTIONS
+from jaxllm.runner.compile.programs import GPU_COPY_OPTIONS, GPU_OPTIONS
 
 from .cases import Case, kernel_cases, latent_pool_cases, pool_cases
 from .compiling import TARGETS
@@ -62,7 +62,8 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
     begun = time.perf_counter()
     with lowering_for(make_mesh(case.devices or (device,))):
         lowered = case.lower()
-    compiled = lowered.compile(compiler_options=GPU_OPTIONS if case.is_step else None)
+    options = {**GPU_OPTIONS, **(GPU_COPY_OPTIONS if case.fetched_bytes else {})}
+    compiled = lowered.compile(compiler_options=options if case.is_step else None)
     seconds = time.perf_counter() - begun
     memory: Any = compiled.memory_analysis()
     program = read_executable(compiled.runtime_executable().serialize())  # pyright: ignore

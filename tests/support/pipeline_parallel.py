@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_active_seqs": 3,
     "deterministic": True,
     "kv_offloading_size": "1MB",
+    "cpu_offload_gb": "1MB",
 }
 #: name -> how the model is spread, and what else is set; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
