@@ -120,7 +120,8 @@ def scheduler_config(
         logger.warning("num_decode_steps=%d has no effect with enforce_eager=True, which compiles least.", num_steps)
         num_steps = 1
     drafts = _drafts(args, num_tokens)
-    draft_seqs = CPU_DRAFT_SEQS if platform == "cpu" else GPU_DRAFT_SEQS
+    draft_seqs = _draft_seqs(args, platform)
+    draft_seqs = min(draft_seqs, num_seqs, num_tokens // (1 + drafts)) if drafts else 0
     steps_seqs = CPU_DECODE_STEPS_SEQS if platform == "cpu" else GPU_DECODE_STEPS_SEQS
     scored_tokens = CPU_SCORED_TOKENS if platform == "cpu" else GPU_SCORED_TOKENS
     return SchedulerConfig(
@@ -139,7 +140,8 @@ def scheduler_config(
         num_decode_steps=num_steps,
         max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 and not drafts else 0,
         num_drafts=drafts,
-        max_draft_seqs=min(draft_seqs, num_seqs, num_tokens // (1 + drafts)) if drafts else 0,
+        max_draft_seqs=draft_seqs,
+        drafts_by_num_seqs=_drafts_by_num_seqs(args, draft_seqs),
         num_draft_steps=max(min(num_steps, num_tokens // (2 * (1 + drafts))), 1),
     )
 
@@ -158,6 +160,21 @@ def _drafts(args: EngineArgs, num_tokens: int) -> int:
             f"num_speculative_tokens to at most {max(num_tokens // 2 - 1, 0)}."
         )
     return drafts
+
+
+def _draft_seqs(args: EngineArgs, platform: str) -> int:
+    """Most requests that run when drafts are made."""
+    most = CPU_DRAFT_SEQS if platform == "cpu" else GPU_DRAFT_SEQS
+    ranges = args.speculative_config and args.speculative_config.num_speculative_tokens_per_batch_size
+    return max(most, *(last for _, last, drafts in ranges if drafts)) if ranges else most
+
+
+def _drafts_by_num_seqs(args: EngineArgs, draft_seqs: int) -> tuple[int, ...]:
+    """`SchedulerConfig.drafts_by_num_seqs`."""
+    config = args.speculative_config
+    if config is None or config.num_speculative_tokens_per_batch_size is None:
+        return ()
+    return tuple(config.drafts_of(num_seqs) for num_seqs in range(1, draft_seqs + 1))
 
 
 def default_block_size(platform: str) -> int:

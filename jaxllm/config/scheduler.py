@@ -38,6 +38,8 @@ class SchedulerConfig:
     #: most drafts of a decode step, and most requests that run when there are any; 0: nobody makes drafts
     num_drafts: int = 0
     max_draft_seqs: int = 0
+    #: the most for each number of running requests, from one on; (): `num_drafts` for all
+    drafts_by_num_seqs: tuple[int, ...] = ()
     #: most steps of a launch with drafts
     num_draft_steps: int = 1
     #: steps that are under way at different stages of a pipeline, of different requests

@@ -51,6 +51,31 @@ _drafts = check.such_that(
 )
 
 
+def _by_batch_size(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
+    """(first, last, drafts) of ranges of batch sizes, ascending: vLLM's lists of three, or ``{"1-4": 5}``."""
+    form = f"{name} must be a list of [first batch size, last one, drafts], such as [[1, 4, 5], [5, 16, 2]]"
+    entries = value
+    if isinstance(value, Mapping):
+        entries = [(*str(key).split("-", 1), drafts) for key, drafts in value.items()]
+    try:
+        ranges = tuple(tuple(int(number) for number in entry) for entry in entries)
+    except (TypeError, ValueError):
+        raise ValidationError(f"{form}; got {value!r}.") from None
+    before = 0
+    for entry in ranges:
+        if len(entry) != 3:
+            raise ValidationError(f"{form}; got {value!r}.")
+        first, last, drafts = entry
+        if not before < first <= last or drafts < 0:
+            raise ValidationError(
+                f"{form}, each range behind the one before and no number of drafts negative; got {list(entry)}."
+            )
+        before = last
+    if not ranges:
+        raise ValidationError(f"{form}; got {value!r}. Leave it out for the same number at every size.")
+    return ranges
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig(Arguments):
     """vLLM's ``speculative_config``."""
@@ -67,7 +92,10 @@ class SpeculativeConfig(Arguments):
     max_model_len: int | None = not_yet(None, "models that draft")
     quantization: str | None = not_yet(None, "models that draft")
     use_heterogeneous_vocab: bool = not_yet(False, "models that draft")
-    num_speculative_tokens_per_batch_size: Any = not_yet(None, "a number of drafts by batch size")
+    #: (first, last, drafts) of ranges of numbers of running requests
+    num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] | None = argument(
+        None, _by_batch_size, "most drafts by the number of running requests"
+    )
     rejection_sample_method: str = not_yet("standard", "another rule of acceptance")
     draft_sample_method: str = not_yet("greedy", "drafts that are sampled")
 
@@ -96,6 +124,15 @@ class SpeculativeConfig(Arguments):
             )
         object.__setattr__(self, "prompt_lookup_min", low)
         object.__setattr__(self, "prompt_lookup_max", high)
+
+    def drafts_of(self, num_seqs: int) -> int:
+        """Most drafts while so many requests run; where no range has it, those of the range before."""
+        drafts = self.num_speculative_tokens
+        assert drafts is not None
+        for first, _, most in self.num_speculative_tokens_per_batch_size or ():
+            if first <= num_seqs:
+                drafts = min(most, self.num_speculative_tokens or 0)
+        return drafts
 
 
 def speculative(name: str, value: Any) -> SpeculativeConfig | None:

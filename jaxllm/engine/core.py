@@ -230,6 +230,8 @@ class EngineCore:
                 observer.experts(scheduled, output.expert_load)
         if output.drafted is not None and output.accepted is not None:
             self._metrics.record_drafts(output.drafted, output.accepted)
+            for observer in self._observers:
+                observer.drafts(scheduled, output.drafted, output.accepted)
         updates = self.scheduler.update(scheduled, output)
         if self._constraints is not None and self._constraints.used:
             lost, complete = self._constraints.advance(updates)

@@ -37,6 +37,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
@@ -259,7 +260,7 @@ class RunnerConfig:
             cache = ScaledPages(cache, pages(self.scales_shape, jnp.float32))
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
-            drafting = None if self.drafter is None else array((rows, 1), jnp.int32)
+            drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
             return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None, drafting=drafting)
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
@@ -9,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
+from jaxllm.speculative.adaptive import ONE
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -36,7 +39,21 @@ def plain(tiny_model: Path) -> Iterator[LLM]:
 def drafting(tiny_model: Path) -> Iterator[LLM]:
     """With a pool that does not hold four long requests."""
     with LLM(tiny_model, **ARGUMENTS, num_gpu_blocks_override=40, speculative_config=NGRAM) as llm:
-        yield llm
+        # whatever is drafted is checked
+        with checks_that_cost(llm, 0.0):
+            yield llm
+
+
+@contextlib.contextmanager
+def checks_that_cost(llm: LLM, steps: float) -> Iterator[None]:
+    """Every draft adds so much to a step, as the rule has it."""
+    programs: Any = llm.engine.core.cores[0]._runner.head.programs  # pyright: ignore
+    before = {seqs: costs.copy() for seqs, costs in programs.check_costs.items()}
+    for costs in programs.check_costs.values():
+        costs[:] = np.asarray(programs.adaptive.lengths) * steps * ONE
+    yield
+    for seqs, costs in programs.check_costs.items():
+        costs[:] = before[seqs]
 
 
 def counted(llm: LLM, name: str) -> Any:
@@ -193,6 +210,13 @@ def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):
         drafting.generate(prompt, params, use_tqdm=False)
     assert sum(step.num_prefill_tokens for step in trace.steps) == len(prompt)
     assert len(trace.steps) < 40
+    steps, (request,) = trace.arrays(), trace.requests
+    assert (
+        steps["num_decode_tokens"].sum() == 39 and (steps["num_accepted_tokens"] <= steps["num_drafted_tokens"]).all()
+    )
+    drafted, accepted = (int(steps[name].sum()) for name in ("num_drafted_tokens", "num_accepted_tokens"))
+    assert (request.num_drafted_tokens, request.num_accepted_tokens) == (drafted, accepted) and accepted > 0
+    assert f"{accepted} of {drafted} drafts right" in repr(trace)
     drafting.reset_prefix_cache()
     streamed = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
     drafting.llm_engine.add_request("one", {"prompt_token_ids": prompt}, streamed)
@@ -214,6 +238,38 @@ def test_drafts_are_counted(drafting: LLM):
     assert 0 < accepted <= drafted <= 3 * drafts and by_place == sorted(by_place, reverse=True)
     assert output.metrics is not None
     assert (output.metrics.num_drafted_tokens, output.metrics.num_accepted_tokens) == (drafted, accepted)
+
+
+WRONG: dict[str, Any] = {"temperature": 1.0, "seed": 2, "allowed_token_ids": list(range(60, 72))}
+"""Any of twelve tokens: most of what follows an earlier one is wrong."""
+
+
+def test_wrong_drafts_are_soon_given_up(plain: LLM, drafting: LLM):
+    params = SamplingParams(**WRONG, max_tokens=100, ignore_eos=True)
+    prompts = [repeating(seed, 20) for seed in (9, 10)]
+    with checks_that_cost(drafting, 0.4):
+        (alone,) = compare(plain, drafting, prompts[:1], params)
+        beside = compare(plain, drafting, prompts, params)
+    assert alone.metrics is not None
+    # a step and a half at first, and an eightieth of each later one, of which a try takes four tenths
+    assert 0 < alone.metrics.num_drafted_tokens < 12
+    assert all(output.metrics and output.metrics.num_drafted_tokens < 12 for output in beside)
+    (free,) = compare(plain, drafting, prompts[:1], params)
+    assert free.metrics is not None and free.metrics.num_drafted_tokens > 100
+
+
+def test_right_drafts_become_as_long_as_they_may(plain: LLM, drafting: LLM):
+    """Beside a request whose drafts are wrong, too, and after one in the same row."""
+    right = SamplingParams(**GREEDY, logit_bias={61: 100.0}, max_tokens=100, ignore_eos=True)
+    wrong = SamplingParams(**WRONG, max_tokens=100, ignore_eos=True)
+    with checks_that_cost(drafting, 0.4):
+        compare(plain, drafting, [repeating(9, 20)], wrong)
+        (alone,) = compare(plain, drafting, [repeating(4, 9)], right)
+        one, other = compare(plain, drafting, [repeating(4, 9), repeating(9, 20)], [right, wrong])
+    assert alone.metrics is not None and one.metrics is not None and other.metrics is not None
+    # 100 tokens are 25 steps of 4
+    assert alone.metrics.num_accepted_tokens > 68
+    assert one.metrics.num_accepted_tokens > 50 > 30 > other.metrics.num_drafted_tokens
 
 
 def test_an_aborted_request_frees_what_it_holds(drafting: LLM):

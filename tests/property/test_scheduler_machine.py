@@ -66,6 +66,7 @@ def engines(draw: st.DrawFn) -> tuple[SchedulerConfig, CacheConfig, int]:
         max_decode_steps_seqs=draw(st.sampled_from((2, 6))),
         num_drafts=drafts,
         max_draft_seqs=min(draw(st.sampled_from((2, 6))), max_num_batched_tokens // (1 + drafts)),
+        drafts_by_num_seqs=draw(st.sampled_from(((), (drafts, min(drafts, 1), 0, min(drafts, 2), drafts, 0)))),
         num_draft_steps=min(draw(st.sampled_from((1, 2))), max(max_num_batched_tokens // (2 + 2 * drafts), 1)),
     )
     cache = CacheConfig(
@@ -203,7 +204,9 @@ class SchedulerMachine(SchedulerInvariants):
     def _check_several_steps(self, scheduled: SchedulerOutput, num_preempted: int) -> None:
         assert not num_preempted
         if scheduled.num_drafts:
-            assert scheduled.num_drafts == self.config.num_drafts
+            by_size = self.config.drafts_by_num_seqs
+            most = by_size[len(self.scheduler.running) - 1] if by_size else self.config.num_drafts
+            assert scheduled.num_drafts == most
             assert scheduled.num_steps <= self.config.num_draft_steps
             assert len(scheduled.rows) <= self.config.max_draft_seqs
             assert all(a >= r.num_prompt_tokens for r, a in zip(scheduled.requests, scheduled.starts, strict=True))

@@ -19,6 +19,7 @@ from support.tiny_model import EOS, SMALL, byte_tokenizer
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, LogitsProcessor, SamplingParams
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
+from jaxllm.speculative import adaptive
 
 TOKEN = byte_tokenizer().get_vocab()
 LETTERS = [TOKEN[letter] for letter in "abcdefghijklm"]
@@ -206,6 +207,8 @@ def main() -> None:
     windowed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 40}
     quantized, dense = write(folder, "awq", changes=windowed)
     found: dict[str, Any] = {}
+    # whatever is drafted is checked
+    adaptive.CPU_CHECK = adaptive.CPU_ROWS = adaptive.CPU_FEW_ROWS = 0.0
     beams = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
     # the engine over several devices comes first: what JAX has cannot be changed later
     for name in sorted(ENGINES, key=lambda name: "split" not in name):

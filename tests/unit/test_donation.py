@@ -30,6 +30,7 @@ from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -101,11 +102,12 @@ def make_programs(
     cache: Any = jax.ShapeDtypeStruct((pages, *page), stored, sharding=sharding)
     if is_scaled(stored):
         cache = ScaledPages(cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32, sharding=sharding))  # pyright: ignore
-    state = State(
-        cache=cache,
-        tokens=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, MAX_MODEL_LEN), jnp.int32, sharding=sharding),  # pyright: ignore
-        drafting=jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, 1), jnp.int32, sharding=sharding) if drafter else None,  # pyright: ignore
-    )
+
+    def rows(width: int) -> Any:
+        return jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, width), jnp.int32, sharding=sharding)
+
+    drafting = rows(1 + AdaptiveDrafts.COLUMNS) if drafter else None
+    state = State(cache=cache, tokens=rows(MAX_MODEL_LEN), drafting=drafting)
     programs = SamplingPrograms(
         StepConfig(model=model, groups=groups, num_logprobs=5, logprobs_mode="raw_logprobs", max_scored_tokens=16),
         buckets,

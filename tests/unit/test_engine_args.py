@@ -16,6 +16,8 @@ from jaxllm.config.arguments import NEVER, NO_EFFECT, NOT_YET, known_names
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.parallel import Grid, ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
+from jaxllm.config.resolve import scheduler_config
+from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.config.speculative import SpeculativeConfig
 
 FIELDS = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -374,6 +376,25 @@ def test_what_a_gguf_file_holds_may_be_named():
     assert engine_args("m", quantization="GGUF").quantization == "gguf"
 
 
+NGRAM: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": 3}
+
+
+def test_a_number_of_drafts_by_batch_size():
+    def limits(**fields: Any) -> SchedulerConfig:
+        return scheduler_config(
+            engine_args("m", speculative_config={**NGRAM, **fields}), max_model_len=512, platform="cpu"
+        )
+
+    name = "num_speculative_tokens_per_batch_size"
+    for ranges in ([[1, 2, 3], [5, 6, 9], [7, 300, 0]], {"1-2": 3, "5-6": 9, "7-300": 0}):
+        config = SpeculativeConfig(**NGRAM, num_speculative_tokens_per_batch_size=ranges)  # pyright: ignore
+        assert [config.drafts_of(size) for size in (1, 2, 3, 5, 6, 7, 999)] == [3, 3, 3, 3, 3, 0, 0]
+        found = limits(**{name: ranges})
+        assert (found.max_draft_seqs, found.drafts_by_num_seqs) == (6, (3, 3, 3, 3, 3, 3))
+    assert limits(**{name: [[2, 2, 1], [3, 3, 0]]}).drafts_by_num_seqs == (3, 1, 0, 0)
+    assert limits().drafts_by_num_seqs == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -390,6 +411,12 @@ def test_what_a_gguf_file_holds_may_be_named():
             r"min \(4\)",
         ),
         ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram; got 3"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": 3}, "must be a list of .first batch size.* got 3"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": []}, "Leave it out for the same number"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4]]}, r"got \[\[1, 4\]\]"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": {"few": 3}}, "got {'few': 3}"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, 3], [4, 9, 1]]}, r"got \[4, 9, 1\]"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, r"got \[1, 4, -1\]"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"},
             "does not have drafts",

@@ -38,6 +38,9 @@ class StepObserver:
     def experts(self, step: SchedulerOutput, load: np.ndarray) -> None:
         """How many tokens of it each expert got, where that is counted (`StepOutput.expert_load`)."""
 
+    def drafts(self, step: SchedulerOutput, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """How many drafts it checked, and how many of them were right (`StepOutput.drafted`)."""
+
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         """The requests have them, and those that end with them have ended."""
 

@@ -27,6 +27,7 @@ class StepRecord:
     start: float
     #: tokens of requests that get more than one, or whose prompt is not done: prompts, and what a preemption lost
     num_prefill_tokens: int
+    #: where drafts may be checked, the tokens that came
     num_decode_tokens: int
     #: requests in the step
     num_seqs: int
@@ -64,6 +65,9 @@ class StepRecord:
     #: blocks of the KV cache that it copied to the host's memory, and from there
     num_blocks_out: int = 0
     num_blocks_in: int = 0
+    #: drafts that it checked, and those of them that were right
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -94,6 +98,9 @@ class RequestRecord:
     preempted: tuple[tuple[float, float], ...] = ()
     #: number of the replica that had it
     engine: int = 0
+    #: drafts that were checked for it, and those of them that were right
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     def spans(self) -> list[tuple[str, float, float]]:
         """("queued" | "prefill" | "decode", start, end), one after the other."""
@@ -172,9 +179,14 @@ class Trace:
             f"{f' on {replicas} replicas' if replicas > 1 else ''}; "
             f"{prefill} prefill and {decode} decode tokens; "
             f"KV cache at most {100 * arrays['kv_cache_usage'].max():.1f}% full; "
-            f"{int(arrays['num_preemptions'].sum())} preemptions; device busy {arrays['device_time'].sum():.3f} s"
+            f"{int(arrays['num_preemptions'].sum())} preemptions; {self._drafts_text(arrays)}"
+            f"device busy {arrays['device_time'].sum():.3f} s"
             f"{self._stages_text()})"
         )
+
+    def _drafts_text(self, arrays: dict[str, np.ndarray]) -> str:
+        drafted, accepted = (int(arrays[name].sum()) for name in ("num_drafted_tokens", "num_accepted_tokens"))
+        return f"{accepted} of {drafted} drafts right ({100 * accepted / drafted:.0f}%); " if drafted else ""
 
     def _stages_text(self) -> str:
         shares = [f"{100 * share:.0f}%" for share in busy_shares(self.stages)]

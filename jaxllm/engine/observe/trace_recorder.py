@@ -118,9 +118,15 @@ class TraceRecorder(StepObserver):
     def experts(self, step: SchedulerOutput, load: np.ndarray) -> None:
         self.trace.expert_loads[self._engine] = self.trace.expert_loads.get(self._engine, 0) + load.astype("int64")
 
+    def drafts(self, step: SchedulerOutput, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        if entry := self._launched.get(step.step):
+            entry |= {"num_drafted_tokens": int(drafted.sum()), "num_accepted_tokens": int(accepted.sum())}
+
     def updated(self, step: SchedulerOutput, updates: StepUpdates) -> None:
         self._last = self._now()
         if entry := self._launched.get(step.step):
+            if step.num_drafts:
+                entry["num_decode_tokens"] = sum(updates.counts)
             device_start = max(entry["start"] + entry["schedule_time"], self._device_free)
             entry |= {
                 "read_start": self._read_start,
@@ -195,6 +201,8 @@ class TraceRecorder(StepObserver):
                 last_token=self._time(request.last_token_ts),
                 preempted=tuple(seen.preempted),
                 engine=self._engine,
+                num_drafted_tokens=request.num_drafted_tokens,
+                num_accepted_tokens=request.num_accepted_tokens,
             )
         )
 

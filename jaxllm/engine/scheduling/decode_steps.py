@@ -47,6 +47,7 @@ class DecodeSteps:
     def __init__(self, config: SchedulerConfig, kv_cache_manager: KVCacheManager) -> None:
         self._kv = kv_cache_manager
         self._drafts = config.num_drafts
+        self._drafts_by_num_seqs = config.drafts_by_num_seqs
         # a window's bound on blocks holds for no more tokens at once
         self._most = min(config.num_decode_steps, config.max_num_batched_tokens)
         self._max_num_seqs = config.max_decode_steps_seqs
@@ -80,6 +81,9 @@ class DecodeSteps:
             return ONE_STEP
         if num_waiting and (num_free_rows or not self._drafts):
             return ONE_STEP
+        drafts = self._drafts
+        if self._drafts_by_num_seqs and not (drafts := self._drafts_by_num_seqs[len(running) - 1]):
+            return ONE_STEP
         steps, longest = self._pace, 0
         for request in running:
             num_tokens = len(request.all_token_ids) + request.num_output_placeholders
@@ -93,11 +97,11 @@ class DecodeSteps:
             longest = max(longest, left)
         self._pace = min(2 * self._pace, self._most)
         steps = min(steps, longest)
-        while not self._fit(running, steps * (1 + self._drafts)):
+        while not self._fit(running, steps * (1 + drafts)):
             if steps <= 1:
                 return ONE_STEP
             steps //= 2
-        return Launch(max(steps, 1), self._drafts)
+        return Launch(max(steps, 1), drafts)
 
     def _fit(self, running: Sequence[Request], num_tokens: int) -> bool:
         """Whether the free blocks hold so many more tokens of every request."""

@@ -11,7 +11,8 @@ on where the device stands (`State.drafting`), and the host learns of it from th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch
 
@@ -34,7 +36,8 @@ class DraftParams(NamedTuple):
 
     #: of steps in which nobody has a draft
     single: Params
-    several: Params
+    #: of checks, one for each of `AdaptiveDrafts.lengths`
+    several: tuple[Params, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -69,12 +72,14 @@ class _Loop:
     state: State
     going_on: jax.Array  # bool [S]
     reached: jax.Array  # i32 [S]: position of the last token
+    numbers: jax.Array  # i32 [S, AdaptiveDrafts.COLUMNS]
     found: DraftSteps
 
 
 def draft_steps(
     config: StepConfig,
     drafter: NgramDrafter,
+    adaptive: AdaptiveDrafts,
     num_steps: int,
     rows: int,
     bucket: Bucket,
@@ -88,7 +93,8 @@ def draft_steps(
     """Up to ``num_steps * (1 + drafter.num_drafts)`` tokens for each row, and at least one.
 
     Args:
-        config, drafter, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
+        config, drafter, adaptive, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing:
+            static.
         buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
         constraints: as in `sample_step`; the same at every position.
     """
@@ -105,6 +111,9 @@ def draft_steps(
     limits = fields["steps"]
     row = jnp.where(limits > 0, fields["rows"], trash)
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
+    extra = fields["check_costs"]
+    beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
+    numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:])
 
     def ends(ids: jax.Array) -> jax.Array:
         """bool, of i32 [S, ...]."""
@@ -141,23 +150,26 @@ def draft_steps(
         active_row = jnp.where(loop.going_on, row, trash)
         position = jnp.where(loop.going_on, loop.reached, 0)
         ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
-        counts = jnp.where(loop.going_on, jnp.minimum(counts, limits - loop.found.counts - 1), 0)
+        most = jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"])
+        kind, counts = adaptive.choose(loop.numbers, jnp.minimum(counts, most), loop.going_on, extra)
 
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
             batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
             return sampled(loop, batch, active_row, params.single, 1, loop.state.tokens)
 
-        def several(loop: _Loop) -> _Computed:
-            now = _positions_of(attention, position, loop.going_on, counts, width)
+        def several(length: int, params: Params, loop: _Loop) -> _Computed:
+            now = _positions_of(attention, position, loop.going_on, counts, 1 + length)
             # whoever looks for a position's earlier tokens finds the drafts among them
             place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
             tokens = loop.state.tokens.at[active_row[:, None], place].set(ids, mode="drop")
-            given = jnp.concatenate([tokens[active_row, position][:, None], ids], axis=1)
+            given = jnp.concatenate([tokens[active_row, position][:, None], ids[:, :length]], axis=1)
             batch = StepBatch(tokens=given.reshape(-1), attention=now)
-            return sampled(loop, batch, active_row, params.several, width, tokens)
+            return sampled(loop, batch, active_row, params, 1 + length, tokens)
 
-        state, (new, logprobs, load) = _either(jnp.any(counts > 0), several, single, loop)
+        checks = zip(adaptive.lengths, params.several, strict=True)
+        kinds = [single, *(functools.partial(several, *check) for check in checks)]
+        state, (new, logprobs, load) = _one_of(kind, kinds, loop)
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
         is_new = lane <= accepted[:, None]
@@ -181,6 +193,7 @@ def draft_steps(
             state=state,
             going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits),
             reached=loop.reached + count,
+            numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on, extra),
             found=found,
         )
 
@@ -191,6 +204,7 @@ def draft_steps(
         state=dataclasses.replace(state, tokens=tokens),
         going_on=(limits > 0) & ~ends(tokens[row, first]),
         reached=first,
+        numbers=numbers,
         found=DraftSteps(
             token_ids=jnp.zeros((seqs, num_steps * width), jnp.int32),
             counts=jnp.zeros(seqs, jnp.int32),
@@ -203,8 +217,8 @@ def draft_steps(
     loop = lax.while_loop(lambda loop: jnp.any(loop.going_on) & (loop.step < num_steps), one_step, loop)
     drafting = loop.state.drafting
     assert drafting is not None
-    state = dataclasses.replace(loop.state, drafting=drafting.at[row, 0].set(loop.reached))
-    return state, loop.found
+    left = jnp.concatenate([loop.reached[:, None], loop.numbers], axis=1)
+    return dataclasses.replace(loop.state, drafting=drafting.at[row].set(left)), loop.found
 
 
 def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:
@@ -212,13 +226,8 @@ def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:
     return jax.tree.map(lambda array: array.reshape(seqs, width, *array.shape[1:]), flat)
 
 
-def _either(
-    chosen: jax.Array,
-    one: Callable[[_Loop], _Computed],
-    other: Callable[[_Loop], _Computed],
-    loop: _Loop,
-) -> _Computed:
-    """``lax.cond(chosen, one, other, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes,
+def _one_of(index: jax.Array, branches: Sequence[Callable[[_Loop], _Computed]], loop: _Loop) -> _Computed:
+    """``lax.switch(index, branches, loop)`` that leaves the cache where it is: XLA:CPU copies what a branch changes,
     and not what a loop does, of which each takes one round or none.
     """
 
@@ -229,11 +238,12 @@ def _either(
 
         return once
 
-    _, shapes = jax.eval_shape(one, loop)
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    carry = lax.while_loop(lambda carry: carry[2], round_of(one), (loop, nothing, chosen))
-    carry = lax.while_loop(lambda carry: carry[2], round_of(other), (*carry[:2], ~chosen))
-    return carry[0].state, carry[1]
+    _, shapes = jax.eval_shape(branches[0], loop)
+    found = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    for number, branch in enumerate(branches):
+        carry = loop, found, index == number
+        loop, found, _ = lax.while_loop(lambda carry: carry[2], round_of(branch), carry)
+    return loop.state, found
 
 
 def _positions_of(

@@ -198,8 +198,8 @@ class SamplingHead(Head[Params, State]):
     ) -> tuple[State, DraftSteps]:
         program, full = self.programs.draft_steps(bucket, full)
         given = self._given(constraints) if full else None
-        single, several = self.programs.draft_forms(bucket)
-        params = DraftParams(self._forms[single], self._forms[several])
+        forms = self.programs.check_forms(bucket)
+        params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:

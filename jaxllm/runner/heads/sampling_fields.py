@@ -30,12 +30,16 @@ def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored
     return Packing(_decode_fields(bucket, num_groups, table_width, max_scored_tokens))
 
 
-def draft_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
-    """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, and whether each sequence goes on where the
-    device stands.
+def draft_packing(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, num_lengths: int
+) -> Packing:
+    """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
+    each length cost, and of each sequence whether it goes on where the device stands, and whether its row has a new
+    request since its last launch.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens)
-    return Packing({**fields, "resumes": (bucket.seqs,)})
+    of_all = {"most_drafts": (), "check_costs": (num_lengths,)}
+    return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,)})
 
 
 def _decode_fields(

@@ -26,6 +26,7 @@ from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
@@ -104,7 +105,14 @@ class SamplingPrograms(Programs):
         self.num_decode_steps = num_decode_steps
         self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
         self.drafter, self.num_draft_steps = drafter, num_draft_steps
-        self.draft_packings = {bucket: draft_packing(bucket, *numbers) for bucket in draft_buckets}
+        lengths = () if drafter is None else check_lengths(platform, drafter.num_drafts)
+        self.adaptive = AdaptiveDrafts(lengths)
+        self.draft_packings = {bucket: draft_packing(bucket, *numbers, len(lengths)) for bucket in draft_buckets}
+        #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
+        self.check_costs: dict[int, np.ndarray] = {}
+        for bucket in draft_buckets:
+            few_rows = [form == "few rows" for form in self.check_forms(bucket)]
+            self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows)
         # the largest step has room for all
         self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
@@ -139,13 +147,12 @@ class SamplingPrograms(Programs):
         """The weights in all forms that programs take them in, in the same memory."""
         forms: set[Form] = {self.form(bucket) for bucket in (*self.packings, *self.decode_packings)}
         for bucket in self.draft_packings:
-            forms.update(self.draft_forms(bucket))
+            forms.update((self.form(bucket), *self.check_forms(bucket)))
         return {form: self.params_in(form, params) for form in forms}
 
-    def draft_forms(self, bucket: Bucket) -> tuple[Form, Form]:
-        """In which forms steps without and with drafts take the weights."""
-        assert self.drafter is not None
-        return self.form(bucket), self.form(bucket._replace(tokens=bucket.seqs * (1 + self.drafter.num_drafts)))
+    def check_forms(self, bucket: Bucket) -> tuple[Form, ...]:
+        """In which forms checks of each length take the weights."""
+        return tuple(self.form(bucket._replace(tokens=bucket.seqs * (1 + length))) for length in self.adaptive.lengths)
 
     def params_in(self, form: Form, params: Params) -> Params:
         """The weights, or their shapes, in a form."""
@@ -196,12 +203,22 @@ class SamplingPrograms(Programs):
         rows = next((rows for rows in SAMPLE_ROWS_CPU if rows >= positions), SAMPLE_ROWS_CPU[-1])
         rows = positions if self.config.fixed_sample_rows is not None else rows
         function = functools.partial(
-            draft_steps, self.config, drafter, self.num_draft_steps, rows, bucket, packing, sample_packing
+            draft_steps,
+            self.config,
+            drafter,
+            self.adaptive,
+            self.num_draft_steps,
+            rows,
+            bucket,
+            packing,
+            sample_packing,
         )
         words = self._words(packing.size + sample_packing.size)
-        single, several = (self.params_in(form, self._params) for form in self.draft_forms(bucket))
+        single, *several = (
+            self.params_in(form, self._params) for form in (self.form(bucket), *self.check_forms(bucket))
+        )
         out = self._state_specs, jax.P()
-        params = DraftParams(single, several)
+        params = DraftParams(single, tuple(several))
         return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
 
     def lower_scorer(self) -> jax.stages.Lowered:

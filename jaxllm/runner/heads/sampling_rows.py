@@ -65,6 +65,7 @@ class SamplingRows:
         self._shape = ConstraintShape(config.model.vocab_size)
         self._max_scored_tokens = config.max_scored_tokens
         self._sample_packing = programs.sample_packing
+        self._check_costs = programs.check_costs
         self._has_processors, self._has_drafts = bool(config.processors), programs.drafter is not None
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
@@ -76,6 +77,8 @@ class SamplingRows:
         self._logprobs = np.zeros(max_num_seqs, bool)
         self._full = np.zeros(max_num_seqs, bool)
         self._end_ids = np.full((max_num_seqs, MAX_END_TOKEN_IDS), -1, np.int32)
+        #: rows whose requests have had no launch with drafts
+        self._begins = np.zeros(max_num_seqs, bool)
         self._constraints: dict[int, RowConstraints] = {}
         self._full_mask = self._shape.full_mask()
 
@@ -95,6 +98,7 @@ class SamplingRows:
         # a request with more of them does not take part in launches of several steps
         ends = list(request.end_token_ids)[:MAX_END_TOKEN_IDS]
         self._end_ids[row] = ends + [-1] * (MAX_END_TOKEN_IDS - len(ends))
+        self._begins[row] = True
         self._constraints.pop(row, None)
         if RowConstraints.needed(request):
             self._constraints[row] = RowConstraints(self._shape, request)
@@ -152,7 +156,12 @@ class SamplingRows:
         fields["steps"][: len(order)] = np.asarray(step.counts, np.int32)[order]
         fields["end_ids"][: len(order)] = self._end_ids[np.asarray(step.rows)[order]]
         if step.num_drafts:
+            taking_part = np.asarray(step.rows)[order]
+            fields["most_drafts"][...] = step.num_drafts
+            fields["check_costs"][...] = self._check_costs[len(fields["steps"])]
             fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
+            fields["begins"][: len(order)] = self._begins[taking_part]
+            self._begins[taking_part] = False
         return packed
 
     def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:

@@ -61,8 +61,8 @@ class State:
     cache: Cache  # of all layers
     #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
     tokens: jax.Array
-    #: i32 [R + 1, 1], of engines that check drafts: where the last launch with drafts left each row, the position of
-    #: its last token
+    #: i32 [R + 1, 1 + AdaptiveDrafts.COLUMNS], of engines that check drafts: where the last launch with drafts left
+    #: each row, the position of its last token, and how its drafts did
     drafting: jax.Array | None = None
 
 

@@ -1,0 +1,138 @@
+"""How many drafts are worth checking, decided on the device by how often those of each request were right.
+
+A check of k drafts takes as long as ``1 + extra`` steps of a single token, for every sequence of the step, and brings a
+sequence the drafts that are right besides its token. The rule has two parts, each of a few numbers a sequence:
+
+- **What is to be won.** A draft of a sequence is right with the probability a with which its latest ones were, if
+  those before it are: so ``a + a**2 + ... + a**k`` of k drafts. Of the lengths that programs have room for, the one is
+  taken whose sum over the sequences exceeds its cost most.
+- **What may be lost.** Each sequence has credit, in steps: `INITIAL` at first, `RATE` more with each step without
+  drafts of its own, what its right drafts won, less its share of what checks cost, and never more than `MOST`. Drafts
+  are checked where those who have some can pay. So all checks together lose no more than `INITIAL` of each sequence and
+  `RATE` of its steps, whatever is drafted; and where nothing is to be won, credit that has grown pays for another try,
+  of the shortest kind.
+
+All of it is in integers and elementwise, and what is sampled never depends on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: 1 in the fixed point of credit and of counts
+ONE = 1 << 16
+#: steps: a request of 128 tokens loses at most 1.5 and 1.25% of 128, less than 3%; and what it has won, of which `MOST`
+#: may be lost again
+INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
+#: before any draft is checked, this many of so many were right
+RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
+#: the part of older checks that each check leaves is ``1 - 2**-FADING``
+FADING = 3
+
+#: what a check on a CPU adds to a step, in steps, and what each of its drafts does: with weights that have kernels for
+#: a few rows, and without. Measured on a Zen 3 with two cores, one sequence, in turns with steps without drafts: all of
+#: 1, 3 and 7 drafts take 0.5 to 0.6, 1.2 and 2.9 with SmolLM2-135M in int8, and 1.3 and 2.8 of 3 and 7 with
+#: Qwen2.5-Coder-0.5B's GGUF file
+CPU_CHECK, CPU_FEW_ROWS, CPU_ROWS = 0.1, 0.4, 0.8
+#: what a check adds on a GPU, whatever its length. It is an assumption: both kinds of step read the same weights
+GPU_CHECK = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveDrafts:
+    """The rule. S: sequences, L: lengths, K: the longest one."""
+
+    #: drafts that checks have room for, ascending
+    lengths: tuple[int, ...]
+
+    #: numbers of a sequence: its credit, its right drafts, and those that were tried
+    COLUMNS = 3
+
+    def beginning(self) -> tuple[int, ...]:
+        """The numbers of a request without checks."""
+        return tuple(round(value * ONE) for value in (INITIAL, RIGHT_BEFORE, TRIED_BEFORE))
+
+    def choose(
+        self, numbers: jax.Array, counts: jax.Array, going_on: jax.Array, extra: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Which check the next step is.
+
+        Args:
+            numbers: i32 [S, COLUMNS].
+            counts: i32 [S], drafts that there are.
+            going_on: bool [S]: it takes part in the step.
+            extra: i32 [L], in units of 1 / `ONE`: what a check of each length takes longer than a step of a single
+                token, in such steps.
+
+        Returns:
+            (kind, counts): i32 []: 0 for no check, i for one of ``lengths[i - 1]``; i32 [S], drafts to check.
+        """
+        credit, right, tried = numbers.T
+        drafts = going_on & (counts > 0) & (credit > 0)
+        counts = jnp.where(drafts, counts, 0)
+        # [S, 1 + K]: of so many drafts, how many are right
+        likely = (right / jnp.maximum(tried, 1)).astype(jnp.float32)
+        powers = jnp.cumprod(jnp.broadcast_to(likely[:, None], (*likely.shape, self.lengths[-1])), axis=1)
+        wins = jnp.pad(jnp.cumsum(powers, axis=1), ((0, 0), (1, 0)))
+        purse, size = jnp.sum(jnp.where(drafts, credit, 0)), jnp.sum(going_on)
+        best, kind = jnp.float32(0), jnp.int32(0)
+        for index, length in enumerate(self.lengths):
+            won = jnp.take_along_axis(wins, jnp.minimum(counts, length)[:, None], axis=1)
+            price = extra[index] * size
+            gain = jnp.sum(won) - price / ONE
+            can_pay = jnp.any(drafts) & (purse >= price)
+            better = can_pay & (gain > best)
+            if index == 0:
+                # nothing is to be won: a try
+                kind = jnp.where(can_pay, 1, 0)
+            best, kind = jnp.where(better, gain, best), jnp.where(better, index + 1, kind)
+        room = jnp.asarray((0, *self.lengths), jnp.int32)[kind]
+        return kind.astype(jnp.int32), jnp.minimum(counts, room)
+
+    def after(
+        self,
+        numbers: jax.Array,
+        kind: jax.Array,
+        counts: jax.Array,
+        accepted: jax.Array,
+        going_on: jax.Array,
+        extra: jax.Array,
+    ) -> jax.Array:
+        """The numbers after a step: what `choose` returned, and i32 [S], how many of the drafts were right."""
+        credit, right, tried = numbers.T
+        drafts, size = counts > 0, jnp.sum(going_on)
+        # where there is no check, nobody has drafts
+        share = extra[jnp.maximum(kind - 1, 0)] * size // jnp.maximum(jnp.sum(drafts), 1)
+        change = jnp.where(drafts, accepted * ONE - share, round(RATE * ONE))
+        credit = jnp.where(going_on, jnp.minimum(credit + change, round(MOST * ONE)), credit)
+        tries = accepted + (accepted < counts)
+        right = jnp.where(drafts, right - (right >> FADING) + accepted * ONE, right)
+        tried = jnp.where(drafts, tried - (tried >> FADING) + tries * ONE, tried)
+        return jnp.stack([credit, right, tried], axis=1)
+
+
+def check_lengths(platform: str, num_drafts: int) -> tuple[int, ...]:
+    """Drafts that the programs of an engine have room for: a CPU takes less time for fewer, so it has two lengths."""
+    half = num_drafts // 2
+    return (half, num_drafts) if platform == "cpu" and half else (num_drafts,)
+
+
+def check_costs(platform: str, lengths: Sequence[int], few_rows: Sequence[bool]) -> np.ndarray:
+    """What checks take longer than a step of a single token, in units of 1 / `ONE` of such a step.
+
+    Args:
+        few_rows: of each length, whether its program reads the weights by kernels for a few rows.
+
+    Returns:
+        i32 [L].
+    """
+    costs = [GPU_CHECK] * len(lengths)
+    if platform == "cpu":
+        each = [CPU_FEW_ROWS if few else CPU_ROWS for few in few_rows]
+        costs = [CPU_CHECK + length * cost for length, cost in zip(lengths, each, strict=True)]
+    return np.round(np.asarray(costs) * ONE).astype(np.int32)
