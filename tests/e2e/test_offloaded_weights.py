@@ -16,6 +16,7 @@ from support.tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.models.segments import resegment, segment_sizes
+from jaxllm.weights.checkpoint import Checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["one", "two and two", "a longer line that fills more than one block of the cache"]
@@ -71,15 +72,12 @@ def test_it_takes_other_weights(offloading: LLM):
 
 @pytest.mark.parametrize("form", ["safetensors", "orbax"])
 def test_it_is_saved_whole(engine: LLM, offloading: LLM, tmp_path: Path, form: str):
-    pytest.importorskip("orbax.checkpoint") if form == "orbax" else None
     offloading.save(tmp_path / "saved", format=form)
     engine.save(tmp_path / "plain", format=form)
-    specs, dtype = engine.engine.model_files.config.specs(), np.dtype("float32")
-    from jaxllm.weights.checkpoint import Checkpoint
-
+    config: Any = engine.engine.model_files.config
     saved, plain = (
         Checkpoint(tmp_path / name).load(
-            specs, dtype, engine.engine.model_files.config.sharding, prefix="", seed=0, progress=False
+            config.specs(), np.dtype("float32"), config.sharding, prefix="", seed=0, progress=False
         )
         for name in ("saved", "plain")
     )

@@ -16,10 +16,13 @@ from support.tiny_model import SMALL, write_tiny_model
 import jaxllm
 from jaxllm import LLM
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.engine_args import engine_args
 from jaxllm.models.offloaded import fetch, lies_on_host, offloaded_layers
 from jaxllm.parallel.host_memory import on_host
 from jaxllm.planning import api
+from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.memory.device_memory import host_copies
+from jaxllm.startup.setup import read_setup
 
 GIB = 2**30
 LLAMA: dict[str, Any] = {
@@ -127,11 +130,11 @@ def test_what_has_no_weights_is_refused(llama: Path):
 def test_a_cpu_says_that_it_gains_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model = write_tiny_model(tmp_path)
     with caplog.at_level(logging.INFO, logger="jaxllm"):
-        arguments = {**SMALL, "num_gpu_blocks_override": 40}
-        memory = jaxllm.plan(model, device="cpu", cpu_offload_gb="1MB", **arguments).memory
-    assert "cpu_offload_gb=0.000953674 has no use on a CPU" in caplog.text
+        setup = read_setup(engine_args(model, cpu_offload_gb="1MiB", **SMALL), model)
+        config = setup.runner_config(target_here("cpu"), progress=None)
+    assert "cpu_offload_gb=0.000976562 has no use on a CPU" in caplog.text
     assert "the weights of 2 of 2 layers" in caplog.text
-    assert memory.num_host_layers == 2
+    assert config.offloaded == (0, 1)
 
 
 def test_arrays_know_where_they_lie():
