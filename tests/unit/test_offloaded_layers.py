@@ -104,7 +104,7 @@ def test_an_explanation_says_what_each_step_copies(llama: Path):
     for step in said.steps:
         assert step.copied_bytes == layers * LAYER_BYTES
         assert step.copy_seconds == pytest.approx(layers * LAYER_BYTES / 31.5e9, rel=1e-3)
-        assert step.seconds is not None and step.seconds >= step.copy_seconds
+        assert step.seconds is not None and step.copy_seconds is not None and step.seconds >= step.copy_seconds
     here = sum(layout.device_bytes for layout in said.layouts if not layout.on_host and "KV" not in layout.name)
     assert here == said.plan.memory.weight_bytes
     assert "copies 3.656 GiB of them from the host's memory" in str(said)
