@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 from jax import lax
 
 Carry = TypeVar("Carry")
