@@ -79,7 +79,7 @@ def laws(llm: LLM) -> dict[str, Any]:
         copied.append(state.cache.nbytes // split + tokens - memory.alias_size_in_bytes)
         devices.append(sorted(device.id for device in state.cache.devices()))
     return {
-        "layers": segment_sizes(runner.params),
+        "layers": [sum(segment_sizes(programs._params)) for programs in runner.head.allocator.stages],
         "copied": copied,
         "devices": devices,
         "blocks": pool.num_used,
