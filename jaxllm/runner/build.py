@@ -90,16 +90,17 @@ def build_runner(
         read = functools.partial(
             Checkpoint.load,
             dtype=jnp.dtype(config.dtype),
-            sharding=config.sharding,
             seed=config.seed,
             progress=config.progress is not None and config.progress.on_terminal,
             stop=stop,
         )
-        params = read(checkpoint, without_draft(specs), prefix=prefix)
+        sharding: Any = config.sharding
+        params = read(checkpoint, without_draft(specs), sharding=without_draft(sharding), prefix=prefix)
         if draft is None or config.draft_model is None:
             return params
         assert isinstance(specs, Params) and isinstance(params, Params)
-        drafting = read(draft, specs.draft, prefix=base_prefix(config.draft_model))
+        own = sharding.draft if isinstance(sharding, Params) else sharding
+        drafting = read(draft, specs.draft, sharding=own, prefix=base_prefix(config.draft_model))
         return dataclasses.replace(params, draft=drafting)
 
     on_cpu, stop = config.platform == "cpu", threading.Event()

@@ -26,6 +26,8 @@ class Model:
     drafts: int = 0
     #: of the model that makes them; None: they are n-grams
     draft: dict[str, Any] | None = None
+    #: share of the layers that lie in the host's memory; the largest steps are compiled, and nothing else
+    offloaded: float = 0.0
 
 
 def _gemma3(**shape: int) -> dict[str, Any]:
@@ -126,6 +128,14 @@ MODELS: dict[str, Model] = {
         num_blocks=(20000,),
         drafts=5,
         draft=_LLAMA32_1B,
+    ),
+    "Llama-3.1-8B, half on the host": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        offloaded=0.5,
     ),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},
