@@ -65,23 +65,22 @@ def _by_batch_size(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
     entries = value
     if isinstance(value, Mapping):
         entries = [(*str(key).split("-", 1), drafts) for key, drafts in value.items()]
+    ranges: list[tuple[int, int, int]] = []
     try:
-        ranges = tuple(tuple(int(number) for number in entry) for entry in entries)
+        for first, last, drafts in entries:
+            ranges.append((int(first), int(last), int(drafts)))
     except (TypeError, ValueError):
         raise ValidationError(f"{form}; got {value!r}.") from None
     before = 0
-    for entry in ranges:
-        if len(entry) != 3:
-            raise ValidationError(f"{form}; got {value!r}.")
-        first, last, drafts = entry
+    for first, last, drafts in ranges:
         if not before < first <= last or drafts < 0:
             raise ValidationError(
-                f"{form}, each range behind the one before and no number of drafts negative; got {list(entry)}."
+                f"{form}, each range behind the one before and no number of drafts negative; got {[first, last, drafts]}."
             )
         before = last
     if not ranges:
         raise ValidationError(f"{form}; got {value!r}. Leave it out for the same number at every size.")
-    return ranges
+    return tuple(ranges)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
