@@ -58,7 +58,7 @@ def _by_batch_size(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
     if isinstance(value, Mapping):
         entries = [(*str(key).split("-", 1), drafts) for key, drafts in value.items()]
     try:
-        ranges = tuple(tuple(int(number) for number in entry) for entry in entries)
+        ranges: Any = tuple(tuple(int(number) for number in entry) for entry in entries)
     except (TypeError, ValueError):
         raise ValidationError(f"{form}; got {value!r}.") from None
     before = 0
