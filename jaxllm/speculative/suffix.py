@@ -39,6 +39,8 @@ class SuffixDrafter:
     max_depth: int
     factor: float
     min_prob: float
+    #: earlier outputs that are kept at once
+    max_outputs: int = 0
 
     def find(self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What may come next.
