@@ -42,13 +42,15 @@ class SuffixDrafter:
     #: earlier outputs that are kept at once
     max_outputs: int = 0
 
-    def find(self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def propose(
+        self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """What may come next.
 
         Args:
             tokens: i32 [S, M], of each sequence, at their positions; anything from its length on.
             lengths: i32 [S], at least 1.
-            outputs: i32 [1 + C], `Outputs.kept`.
+            outputs: i32 [1, 1 + C], as `KeptOutputs` has it; None: there are none.
 
         Returns:
             (ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts; none where nothing matches.
@@ -62,8 +64,10 @@ class SuffixDrafter:
         # places below `width` are in the sequence, the others in the outputs
         found = jnp.zeros(seqs, jnp.int32), jnp.zeros(seqs, jnp.int32), jnp.zeros((seqs, VOTERS), jnp.int32)
         found = self._search(tokens, last, end, 0, found)
-        kept, used = jnp.broadcast_to(outputs[1:], (seqs, outputs.shape[0] - 1)), outputs[0]
-        found = self._search(kept, jnp.broadcast_to(used, (seqs,)), end, width, found)
+        if outputs is None:
+            outputs = jnp.asarray([[0, NOTHING]], jnp.int32)
+        kept = jnp.broadcast_to(outputs[:, 1:], (seqs, outputs.shape[1] - 1))
+        found = self._search(kept, jnp.broadcast_to(outputs[0, 0], (seqs,)), end, width, found)
         return self._vote(tokens, lengths, kept, found)
 
     def _search(self, texts: jax.Array, ends: jax.Array, end: jax.Array, offset: int, found: _Found) -> _Found:
@@ -143,7 +147,7 @@ class SuffixDrafter:
 
 
 class KeptOutputs:
-    """Where the outputs of earlier requests lie in i32 [1 + C] on the device: how many places were ever used, then
+    """Where the outputs of earlier requests lie in i32 [1, 1 + C] on the device: how many places were ever used, then
     outputs, each with a `NOTHING` behind it. An output that needs the place of others takes all of theirs.
 
     Args:

@@ -54,7 +54,7 @@ def finding(drafter: SuffixDrafter, piece: int):
     def find(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(suffix, "PIECE", piece)
-            return drafter.find(*args)
+            return drafter.propose(*args)
 
     return jax.jit(find)
 
@@ -88,7 +88,7 @@ def test_it_is_what_a_tree_counts(
     for row, tokens in zip(rubbish, sequences, strict=True):
         row[: len(tokens)] = tokens
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
-    ids, counts = finding(drafter, piece)(rubbish, lengths, written(others))
+    ids, counts = finding(drafter, piece)(rubbish, lengths, written(others)[None])
     for tokens, draft, count in zip(sequences, np.asarray(ids).tolist(), np.asarray(counts).tolist(), strict=True):
         assert draft[:count] in by_counts(tokens, others, drafter)
 
@@ -96,8 +96,8 @@ def test_it_is_what_a_tree_counts(
 def test_the_latest_of_many_are_counted():
     """100 times 7 went on with 1, and then 70 times with 2."""
     tokens = np.asarray([[7, 1] * 100 + [7, 2] * 70 + [9, 7]], np.int32)
-    ids, counts = SuffixDrafter(1, 1, 1.0, 0.9).find(
-        jnp.asarray(tokens), jnp.asarray([tokens.shape[1]]), jnp.asarray(written([]))
+    ids, counts = SuffixDrafter(1, 1, 1.0, 0.9).propose(
+        jnp.asarray(tokens), jnp.asarray([tokens.shape[1]]), jnp.asarray(written([])[None])
     )
     assert ids.tolist() == [[2]] and counts.tolist() == [1]
 

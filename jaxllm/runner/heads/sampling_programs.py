@@ -69,7 +69,7 @@ class SamplingPrograms(Programs):
         progress: StartProgress | None = None,
         num_decode_steps: int = 1,
         decode_buckets: tuple[Bucket, ...] = (),
-        drafter: NgramDrafter | None = None,
+        drafter: NgramDrafter | SuffixDrafter | None = None,
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
     ):
