@@ -1,4 +1,4 @@
-"""Suffix decoding: drafts out of the request's own tokens and of what earlier requests got change nothing of outputs."""
+"""Suffix decoding: drafts out of a request and of what earlier ones got change nothing of outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def drafting(tiny_model: Path) -> Iterator[LLM]:
 
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.6, "seed": 5, "ignore_eos": True}
-ANYTHING: dict[str, Any] = {"temperature": 3.0, "ignore_eos": True}
+ANYTHING: dict[str, Any] = {"temperature": 2.0, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0, "ignore_eos": True}, SAMPLED], ids=["greedy", "sampled"])
@@ -72,6 +72,6 @@ def test_what_earlier_requests_got_is_drafted(plain: LLM, drafting: LLM):
         assert accepted(seed) < 10
     assert accepted(1) < 10
     assert accepted(1) > 35
-    drafting.sleep(2)
+    drafting.sleep(1)
     drafting.wake_up()
     assert accepted(1) < 10
