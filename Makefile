@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # processes that run the tests; 0: all in one
 WORKERS ?= 2
 # Whole files go to a worker, in the order of tests/conftest.py.
-SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not peer and not ray and not large and not cuda"
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# what needs more than is installed, or runs elsewhere
+OUTSIDE = peer or ray or large or cuda
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
@@ -25,14 +27,18 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks test-peers test-ray test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
+.PHONY: demo test test-thorough notebooks test-peers test-ray test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
 	$(BIN)/python -m jaxllm demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not ($(OUTSIDE) or thorough)" $(PYTEST_ARGS)
+
+# What `make test` leaves out: engines over several devices, real weights and notebooks, as long again.
+test-thorough: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(SPREAD) -m "thorough and not ($(OUTSIDE))" $(PYTEST_ARGS)
 
 # Runs the notebooks and writes their outputs into them.
 notebooks: $(VENV)/.installed-test
@@ -49,7 +55,7 @@ test-py312:
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "test-py312: skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke PYTHON312="$$python" && \
-	$(VENV312)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS) $(CORE_TESTS)
+	$(VENV312)/bin/python -m pytest $(SPREAD) -m "not ($(OUTSIDE))" $(PYTEST_ARGS) $(CORE_TESTS)
 
 # JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own, for
 # each JAX one, which the first JAX's shares with jax-triton. QUICK=1 compiles a part of the configurations.

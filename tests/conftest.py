@@ -65,8 +65,29 @@ LONGEST = (
 )
 
 
+#: Files whose fixture `found` asks many engines, most of them over several devices: the tests that use it are
+#: `thorough`. `e2e/test_data_parallel.py` is what `make test` runs of such engines.
+MANY_ENGINES = (
+    "e2e/test_pairs.py",
+    "e2e/test_tensor_parallel.py",
+    "e2e/test_pipeline_parallel.py",
+    "e2e/test_expert_parallel.py",
+    "e2e/test_joint_replicas.py",
+    "e2e/test_latent_cache.py",
+    "e2e/test_sinks.py",
+    "e2e/test_several_hosts.py",
+    "e2e/test_one_byte_caches.py",
+    "e2e/test_kernels_of_experts.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests' files: `LONGEST` first, the others as they were found."""
+    """Mark what takes long, and order the tests' files: `LONGEST` first, the others as they were found."""
+    many = {TESTS / name for name in MANY_ENGINES}
+    for item in items:
+        if item.path in many and "found" in getattr(item, "fixturenames", ()):
+            item.add_marker("thorough")
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
@@ -74,7 +95,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 #: files whose engines are not compiled quickly
 COMPILED_OTHERWISE = {
     "e2e/test_deterministic.py": THOROUGH,
-    "e2e/test_invariance.py": THOROUGH,
     "e2e/test_bad_input.py": FOR_LONG_RUNS,
     "parity/test_smollm2.py": FOR_LONG_RUNS,
     "parity/test_real_weights.py": FOR_LONG_RUNS,

@@ -65,6 +65,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().decode().splitlines()]
 
 
+@pytest.mark.thorough
 def test_twenty_kills_lose_and_double_nothing(tiny_model: Path, tmp_path: Path, starter: subprocess.Popen[str]) -> None:
     source, output, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     write_batch(source)

@@ -136,6 +136,7 @@ def test_serve_trace(options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
+@pytest.mark.thorough
 def test_compared_with_transformers(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "throughput", tmp_path, *options, "--max-model-len", "256", "--num-prompts", "6", "--input-len", "20",

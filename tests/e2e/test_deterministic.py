@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.quick_compile import FOR_LONG_RUNS, QUICK
+from support.quick_compile import QUICK
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
@@ -105,11 +105,11 @@ class Engines:
                     self.hits += (output.num_cached_tokens or 0) > 0
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engines]:
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if request.param == "bfloat16":  # `test_real_weights` has it as users do
-            for name, value in FOR_LONG_RUNS.items():
+            for name, value in QUICK.items():
                 patch.setitem(CPU_OPTIONS, name, value)
         made = {
             name: stack.enter_context(LLM(tiny_model, **{**BASE, **options}, dtype=request.param))
@@ -163,14 +163,15 @@ def test_prompt_logprobs_have_the_same_bits(engines: Engines):
     assert len(set(found)) == len(prompts)
 
 
+@pytest.mark.thorough
 def test_real_weights(smollm2_gguf: Path):
     """SmolLM2 in bfloat16: a prompt alone, in chunks beside others, and its answer computed again as a prompt."""
     options = {**BASE, "max_num_seqs": 4, "max_num_batched_tokens": 32, "enforce_eager": True, "dtype": "bfloat16"}
-    request = (10, 140, 1, 6, 0.0)
+    request = (10, 70, 1, 4, 0.0)
     with LLM(smollm2_gguf, **options) as llm:
         alone = bits(generate(llm, [request])[0])
         llm.reset_prefix_cache()
-        assert bits(generate(llm, [(0, 9, 2, 30, 0.0), (0, 50, 3, 9, 0.9), request])[-1]) == alone
+        assert bits(generate(llm, [(0, 9, 2, 12, 0.0), (0, 50, 3, 9, 0.9), request])[-1]) == alone
         llm.reset_prefix_cache()
         answer = [token for token, _ in alone]
         wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)

@@ -31,6 +31,7 @@ def gpu_check(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_the_rehearsal(tmp_path: Path):
     ran = gpu_check(tmp_path / "out.json", "--rehearse", "--strict", "--stages", *(stage.name for stage in STAGES))
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -171,14 +171,15 @@ def test_arrivals_between_the_steps(ample: LLM, check: Any, sampling: dict[str, 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"max_num_batched_tokens": 16},
-        {"max_num_batched_tokens": 4096},
+        {"max_num_batched_tokens": 16, "block_size": 64, "num_gpu_blocks_override": 65},
+        {
+            **{"max_num_batched_tokens": 16, "block_size": 64, "num_gpu_blocks_override": 65},
+            **{"async_scheduling": False, "enable_prefix_caching": False},
+        },
+        {"max_num_batched_tokens": 4096, "block_size": 8, "num_gpu_blocks_override": 513},
         {"enable_prefix_caching": False},
         {"async_scheduling": False},
-        {"max_num_batched_tokens": 16, "async_scheduling": False, "enable_prefix_caching": False},
         {"long_prefill_token_threshold": 7},
-        {"block_size": 8, "num_gpu_blocks_override": 513},
-        {"block_size": 64, "num_gpu_blocks_override": 65},
     ],
     ids=str,
 )

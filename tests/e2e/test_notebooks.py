@@ -18,8 +18,16 @@ LARGEST = 300_000
 #: those that start engines for minutes: `make test-peers` runs them
 LONG = ("02_parameters", "03_prefix_caching_and_chunked_prefill")
 
+#: those that `make test` runs, too
+QUICK_ONES = ("05_kernels",)
 #: those of models that fetched weights make large: they run for longer than they compile
 LARGE_MODELS = ("01_quickstart", *LONG, "04_logprobs_and_structured_output")
+
+
+def marks(path: Path) -> list[pytest.MarkDecorator]:
+    if path.stem in LONG:
+        return [pytest.mark.large]
+    return [] if path.stem in QUICK_ONES else [pytest.mark.thorough]
 
 
 def test_all_notebooks_are_there():
@@ -42,7 +50,7 @@ def test_the_committed_outputs_are_of_the_committed_code(path: Path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.large if path.stem in LONG else ()) for path in NOTEBOOKS],
+    [pytest.param(path, marks=marks(path)) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_a_notebook_runs_and_shows_what_it_showed(path: Path, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,6 +44,7 @@ print(peak, plan.weight_bytes + plan.state_bytes + plan.kv_cache_bytes + plan.ac
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the process's memory from /proc")
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_a_process_takes_what_is_planned_and_the_compilers_memory(tmp_path: Path, dtype: str):

@@ -48,7 +48,9 @@ def test_only_the_expected_readmes_have_python():
     assert {name(readme) for readme in READMES if code(readme, "python")} == set(PRINTED)
 
 
-@pytest.mark.parametrize("readme", PRINTED)
+@pytest.mark.parametrize(
+    "readme", [pytest.param(name, marks=() if name == "README.md" else pytest.mark.thorough) for name in PRINTED]
+)
 def test_a_readmes_python_works_as_pasted(readme: str, smollm2_gguf: Path, minilm: Path, tmp_path: Path):
     script = tmp_path / "pasted.py"
     script.write_text("\n".join(code(ROOT / readme, "python")))

@@ -9,8 +9,9 @@ import importlib.metadata
 
 Options = dict[str, int | bool]
 
-#: without LLVM's optimisations and, where JAX has it, by the older code generator: a third of the processor time
-QUICK: Options = {"xla_backend_optimization_level": 0}
+#: without LLVM's optimisations, in one part instead of 32, and, where JAX has it, by the older code generator: a
+#: fourth of the processor time
+QUICK: Options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 #: for real weights, and whatever else runs for long: two thirds of the time for nearly the same programs
 FOR_LONG_RUNS: Options = {"xla_backend_optimization_level": 3}
 #: as users do, for what their programs promise bit for bit, and for what compiling takes

@@ -169,7 +169,10 @@ def test_a_split_is_whole_or_refused(kv_heads: int, group: int, intermediate: in
 
 @pytest.mark.parametrize(
     ("script", "printed"),
-    [("split_model.py", ["2 2", "4 2", "2 1 1"]), ("split_families.py", list(FAMILIES))],
+    [
+        ("split_model.py", ["2 2", "4 2", "2 1 1"]),
+        pytest.param("split_families.py", list(FAMILIES), marks=pytest.mark.thorough),
+    ],
 )
 def test_a_split_computes_what_the_whole_does(script: str, printed: list[str]):
     """In a process of its own, which has more than one device."""
