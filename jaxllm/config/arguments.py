@@ -57,8 +57,7 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "skip_mm_profiling": (False,),
         "disable_chunked_mm_input": (False,),
     },
-    "offloading of weights (kv_offloading_size is what offloads the KV cache)": {
-        "cpu_offload_gb": (0,),
+    "this choice of what is offloaded (cpu_offload_gb offloads whole layers, kv_offloading_size the KV cache)": {
         "cpu_offload_params": (),
         "offload_group_size": (0,),
         "offload_num_in_group": (1,),

@@ -150,7 +150,7 @@ def engine_types() -> dict[str, Callable[[str], Any] | None]:
     del found["model"]
     found["max_model_len"] = _length
     found["kv_cache_memory_bytes"] = size
-    found["kv_offloading_size"] = gibibytes
+    found["kv_offloading_size"] = found["cpu_offload_gb"] = gibibytes
     found.update({name: devices for name in found if name.endswith("_parallel_size")})
     return found
 

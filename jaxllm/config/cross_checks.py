@@ -29,6 +29,10 @@ def check_together(args: EngineArgs) -> None:
         )
     if args.record_expert_load and args.load_format == "null":
         raise ValidationError('record_expert_load=True with load_format="null": there is no model. Leave it out.')
+    if args.cpu_offload_gb and args.load_format == "null":
+        raise ValidationError(
+            f'cpu_offload_gb={args.cpu_offload_gb:g} with load_format="null": there are no weights. Leave it out.'
+        )
     if args.kv_offloading_size and not args.enable_prefix_caching:
         raise ValidationError(
             f"kv_offloading_size={args.kv_offloading_size:g} keeps blocks that leave the prefix cache, and "

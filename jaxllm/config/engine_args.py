@@ -157,7 +157,16 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
         None,
         check.gibibytes,
         "host memory for blocks that leave the prefix cache, to come back on a hit: GiB, or such as 500MB (default: "
-        "none). Not for weights, as --cpu-offload-gb of vLLM is",
+        "none). Not for weights, as --cpu-offload-gb is",
+        group="cache",
+        form="GIB",
+    )
+    #: of each device, in GiB
+    cpu_offload_gb: float = argument(
+        0.0,
+        check.gibibytes,
+        "weights of each GPU that lie in the host's memory, whole layers, copied in every step: GiB (default: none). "
+        "Not for the KV cache, as old guides say: that is --kv-offloading-size",
         group="cache",
         form="GIB",
     )

@@ -37,6 +37,12 @@ LINKS: dict[str, Link] = {
     "b200": Link(name="NVLink 5", bandwidth=900e9, **_NVLINK),
 }
 
+#: bytes per second from the host's memory, in one direction: 16 lanes of PCI Express 4.0, or 5.0 of twice the rate
+HOST_BANDWIDTH: dict[str, float] = {
+    **dict.fromkeys(("a100-40g", "a100-80g", "l4", "rtx4090"), _PCIE_4.bandwidth),
+    **dict.fromkeys(("h100", "h200", "b200"), 2 * _PCIE_4.bandwidth),
+}
+
 #: seconds that a launch takes with either protocol, and the share of the bandwidth that small messages have
 _SMALL_BASE, _LARGE_BASE = 6.6e-6, 8.4e-6
 _SMALL_SHARE = 1 / 4

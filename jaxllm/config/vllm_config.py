@@ -57,6 +57,7 @@ class CacheConfig:
     enable_prefix_caching: bool
     #: GiB
     kv_offloading_size: float | None = None
+    cpu_offload_gb: float = 0.0
     kv_offloading_backend: str = "native"
 
 
@@ -124,6 +125,7 @@ def vllm_config(
             gpu_memory_utilization=args.gpu_memory_utilization,
             enable_prefix_caching=args.enable_prefix_caching,
             kv_offloading_size=args.kv_offloading_size,
+            cpu_offload_gb=args.cpu_offload_gb,
             kv_offloading_backend=args.kv_offloading_backend,
         ),
         scheduler_config=scheduler,

@@ -25,6 +25,7 @@ from jax import lax
 from jaxllm.layers.moe import Experts
 from jaxllm.layers.stacked_matrix import StackedMatrix
 from jaxllm.layers.weight import is_spec
+from jaxllm.models.offloaded import fetch, lies_on_host
 
 Carry = TypeVar("Carry")
 #: a model's weights, their shapes or their specs
@@ -37,12 +38,21 @@ def through_layers(
     """``carry = layer(carry, weights, place)``, one layer after the other.
 
     Args:
-        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer; so do `Experts`.
+        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer; so do `Experts`. Those
+            that lie in the host's memory are copied ahead (`models.offloaded`).
         places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
     """
     # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
     call, first = jax.jit(layer), 0
+    elsewhere = [segment for segment in segments if lies_on_host(segment)]
+    coming: Any = None
+    if elsewhere:
+        coming, carry = fetch(elsewhere.pop(0), carry)
     for segment in segments:
+        if lies_on_host(segment):
+            segment = coming
+            if elsewhere:
+                coming, carry = fetch(elsewhere.pop(0), carry)
         last = first + _num_layers(segment)
         here = jax.tree.map(lambda array, first=first, last=last: array[first:last], places)
         leaves = jax.tree.leaves(segment, is_leaf=_is_whole)

@@ -149,7 +149,7 @@ def shape_and_sharding(
         return shape, sharding
     assert isinstance(sharding, jax.sharding.NamedSharding)
     whole = tuple(n * math.prod(axis_sizes(name, sizes).values()) for n, name in zip(shape, names, strict=True))
-    return whole, jax.sharding.NamedSharding(sharding.mesh, jax.P(*names))
+    return whole, sharding.update(spec=jax.P(*names))
 
 
 def each_sharding(specs: Any, sharding: Any) -> Any:

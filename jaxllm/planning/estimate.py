@@ -30,6 +30,10 @@ def estimated_activations(config: RunnerConfig, num_blocks: int) -> tuple[int, .
 
 
 def _of_stage(config: RunnerConfig) -> int:
+    return config.fetched_bytes + _computed(config)
+
+
+def _computed(config: RunnerConfig) -> int:
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
     hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens

@@ -141,6 +141,7 @@ def _step(
         not_compiled=problem if found is None else "",
         weight_bytes=size,
         flops=flops,
+        copied_bytes=sum(layout.device_bytes for layout in weights if layout.on_host),
         gpu=gpu,
     )
 

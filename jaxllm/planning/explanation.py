@@ -77,6 +77,9 @@ class Explanation:
             of_stage = "" if step.stage is None else f"stage {step.stage}: "
             lines.append(f"  {of_stage}{step.name} ({step.tokens:,} token{'s' * (step.tokens > 1)}){least}")
             lines.append(f"    reads {size_text(step.weight_bytes)} of weights{_in(step.read_seconds)}")
+            if step.copied_bytes:
+                copied = f"copies {size_text(step.copied_bytes)} of them from the host's memory"
+                lines.append(f"    {copied}{_in(step.copy_seconds)}")
             lines.append(f"    computes {flops_text(step.flops)} with them{_in(step.compute_seconds)}")
             if step.exchanges:
                 told = f" by the rules of the split, since {step.not_compiled}" if step.not_compiled else ""

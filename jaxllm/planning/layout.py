@@ -5,6 +5,7 @@ has of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
+from jaxllm.models.segments import segment_sizes
 from jaxllm.parallel.rules import RULES, MeshAxis, axis_sizes, cache_axes, held, local_shape, mesh_axes
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -42,13 +44,19 @@ class ArrayLayout:
     dtype: str
     #: of all of them on one device
     device_bytes: int
+    #: whether they lie in the host's memory, of which each step copies them (`cpu_offload_gb`)
+    on_host: bool = False
 
     @property
     def is_split(self) -> bool:
         return any(self.mesh_axes)
 
     def note(self, sizes: Mapping[str, int]) -> str:
-        """What of it is there more than once, or nobody's, on a mesh of these sizes; "": nothing."""
+        """Where it is, if not on the device; what of it is there more than once, or nobody's, on a mesh of these sizes;
+        "": nothing.
+        """
+        if self.on_host:
+            return "in the host's memory"
         for axis, size, local, joined in zip(self.mesh_axes, self.shape, self.device_shape, self.axes, strict=True):
             devices = math.prod(axis_sizes(axis, sizes).values())
             if local * devices > size:
@@ -78,11 +86,15 @@ class ArrayLayout:
 
 def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
     """Of the weights, in the order of the model's tree; equal arrays of several segments are one entry."""
-    found: dict[tuple[str, tuple[Any, ...]], ArrayLayout] = {}
-    for path, spec in jax.tree.leaves_with_path(config.specs(), is_leaf=is_spec):
+    found: dict[tuple[Any, ...], ArrayLayout] = {}
+    specs, offloaded = config.specs(), config.offloaded
+    firsts = list(itertools.accumulate(segment_sizes(specs), initial=0))
+    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         name = ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
-        one = _weight_layout(name, spec, config)
-        key = name, one.shape
+        segments = [firsts[key.idx] for key in path if isinstance(key, jax.tree_util.SequenceKey)]
+        on_host = spec.layers is not None and segments[:1] != [] and segments[0] in offloaded
+        one = dataclasses.replace(_weight_layout(name, spec, config), on_host=on_host)
+        key = name, one.shape, on_host
         seen = found.get(key)
         if seen is None:
             found[key] = one

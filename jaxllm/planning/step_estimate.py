@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.config.devices import GPU
-from jaxllm.config.links import LINKS, exchange_seconds
+from jaxllm.config.links import HOST_BANDWIDTH, LINKS, exchange_seconds
 from jaxllm.parallel.collectives import Collective
 
 _VOCAB = "vocab"
@@ -54,6 +54,10 @@ class StepEstimate:
     #: at the device's memory bandwidth and bfloat16 rate; None: unknown
     read_seconds: float | None
     compute_seconds: float | None
+    #: bytes of weights that are copied from the host's memory before, beside everything else, at the bandwidth of PCI
+    #: Express; None: unknown
+    copied_bytes: int = 0
+    copy_seconds: float | None = None
 
     @property
     def exchange_seconds(self) -> float | None:
@@ -63,12 +67,12 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float | None:
-        """The least that the step takes: what takes longer of reading and computing, then the exchanges."""
-        parts = self.read_seconds, self.compute_seconds, self.exchange_seconds
+        """The least that the step takes: what takes longest of reading, computing and copying, then the exchanges."""
+        parts = self.read_seconds, self.compute_seconds, self.copy_seconds, self.exchange_seconds
         if None in parts:
             return None
-        read, computed, exchanged = (part or 0.0 for part in parts)
-        return max(read, computed) + exchanged
+        *beside, exchanged = (part or 0.0 for part in parts)
+        return max(beside) + exchanged
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> StepEstimate:
@@ -125,6 +129,7 @@ def step_estimate(
     not_compiled: str,
     weight_bytes: int,
     flops: int,
+    copied_bytes: int,
     gpu: GPU | None,
 ) -> StepEstimate:
     """A step's roofline (Williams et al. 2009): it takes no less than its bytes need at the memory's bandwidth, nor
@@ -141,4 +146,6 @@ def step_estimate(
         flops=flops,
         read_seconds=None if gpu is None else weight_bytes / gpu.memory_bandwidth,
         compute_seconds=None if gpu is None else flops / gpu.bf16_flops,
+        copied_bytes=copied_bytes,
+        copy_seconds=None if gpu is None else copied_bytes / HOST_BANDWIDTH[gpu.name],
     )

@@ -23,11 +23,13 @@ from jaxllm.layers.context import Context
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
+from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
+from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
-from jaxllm.parallel.rules import cache_axes, device_bytes, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.progress import StartProgress
@@ -86,6 +88,8 @@ class RunnerConfig:
     #: of the host's memory, for each copy of the model: blocks, and their bytes
     num_host_blocks: int = 0
     host_cache_bytes: int = 0
+    #: of each device's weights, the most that may lie in the host's memory
+    cpu_offload_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
     #: whether the tokens of each expert are counted
@@ -143,10 +147,16 @@ class RunnerConfig:
 
     @property
     def sharding(self) -> Any:
-        """Of what every device has whole; of a pipeline, of each array."""
-        if not self.pipeline:
+        """Of what every device has whole; of a pipeline, and of weights in the host's memory, of each array."""
+        offloaded, own = self.offloaded, None
+        if self.pipeline:
+            own = of_each_array(self.specs(), self.pipeline, [stage.target.sharding for stage in self.stages])
+        elif not offloaded or self.target.sharding is None:
             return self.target.sharding
-        return of_each_array(self.specs(), self.pipeline, [stage.target.sharding for stage in self.stages])
+        if not offloaded:
+            return own
+        each = each_sharding(self.specs(), self.target.sharding if own is None else own)
+        return with_layers_on_host(each, segment_sizes(self.specs()), offloaded)
 
     @property
     def step_model(self) -> ModelConfig:
@@ -232,7 +242,7 @@ class RunnerConfig:
         """Shapes of what lives on the device between steps."""
         rows, replicas = self.scheduler.max_num_seqs + 1, self.target.replicas
         sizes, mesh = self.target.mesh_sizes, self.target.mesh
-        own = self.sharding if mesh is None else jax.sharding.NamedSharding(mesh, own_rows(mesh))
+        own = self.target.sharding if mesh is None else jax.sharding.NamedSharding(mesh, own_rows(mesh))
 
         def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((replicas * shape[0], *shape[1:]), dtype, sharding=own)
@@ -288,13 +298,18 @@ class RunnerConfig:
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""
-        specs = model_specs(self.model, self.pooler)
-        if self.quantization is not None:
-            first = 0 if self.stage is None else self.stage.first
-            specs = quantized(specs, self.quantization.layout, first_layer=first)
-        runs = cut(segment_sizes(specs), [stage.stop for stage in self.pipeline])
+        specs = self._specs_of_runs()
+        alone = [bound for layer in self.offloaded for bound in (layer, layer + 1)]
+        runs = cut(segment_sizes(specs), [*alone, *(stage.stop for stage in self.pipeline)])
         specs = resegment(specs, self.target.segments(runs))
         return specs if self.stage is None else with_ends(specs, self.stage)
+
+    def _specs_of_runs(self) -> Any:
+        """Of the whole model, each run of equal layers in one segment."""
+        specs = model_specs(self.model, self.pooler)
+        if self.quantization is None:
+            return specs
+        return quantized(specs, self.quantization.layout, first_layer=0 if self.stage is None else self.stage.first)
 
     def params(self) -> Params | PoolingModel:
         """Shapes of the weights, with their shardings."""
@@ -304,7 +319,37 @@ class RunnerConfig:
     def weight_bytes(self) -> int:
         """On one device; a part of them where other copies of the model share them."""
         whole = device_bytes(self.specs(), jnp.dtype(self.dtype), self.target.mesh_sizes)
-        return -(-whole // self.target.sharers)
+        return -(-whole // self.target.sharers) - self.host_weight_bytes
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Of each layer's weights, on one device."""
+        specs = self._specs_of_runs()
+        each: Any = resegment(specs, (1,) * sum(segment_sizes(specs)))
+        layers = getattr(each, "body", each).layers
+        return [device_bytes(layer, jnp.dtype(self.dtype), self.target.mesh_sizes) for layer in layers]
+
+    @property
+    def offloaded(self) -> tuple[int, ...]:
+        """The layers whose weights lie in the host's memory; of each stage as many as fit there."""
+        if not self.cpu_offload_bytes:
+            return ()
+        if self.pipeline:
+            stages = zip(self.pipeline, self.stages, strict=True)
+            return tuple(own.first + layer for own, config in stages for layer in config.offloaded)
+        return offloaded_layers(self.layer_bytes, self.cpu_offload_bytes)
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """Of one device's weights, what lies in the host's memory."""
+        sizes = self.layer_bytes if self.cpu_offload_bytes else ()
+        return sum(sizes[layer] for layer in self.offloaded) // self.target.sharers
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Of the layers that are copied from the host's memory, what is on a device at once: two of them."""
+        sizes = self.layer_bytes if self.cpu_offload_bytes else ()
+        return sum(sorted(sizes[layer] for layer in self.offloaded)[-2:])
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

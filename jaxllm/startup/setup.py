@@ -32,6 +32,7 @@ from jaxllm.runner.compile.attention_backend import attention_backend
 from jaxllm.runner.compile.cpu_kernels import with_cpu_kernels
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
+from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.speculative.ngram import NgramDrafter
@@ -209,6 +210,8 @@ class Setup:
             progress=progress,
         )
         check_storage_split(config.specs(), target.mesh_sizes)
+        if args.cpu_offload_gb:
+            config = with_offloaded_weights(config, args.cpu_offload_gb)
         config = with_cpu_kernels(config, cache_folder() / "kernels")
         if not args.kv_offloading_size:
             return config

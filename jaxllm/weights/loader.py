@@ -17,6 +17,7 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
+from jaxllm.models.offloaded import HOST
 from jaxllm.parallel.rules import (
     each_sharding,
     held,
@@ -262,7 +263,10 @@ def dummy(
         for device, index in own.addressable_devices_indices_map(shape).items():
             numbers = place_on_mesh(spec, sharding, index)
             at = jax.device_put(_own_key(key, numbers), device)
-            parts.append(jax.block_until_ready(draw(at, local_shape(spec, sizes), own_dtype)))
+            drawn = draw(at, local_shape(spec, sizes), own_dtype)
+            if own.memory_kind == HOST:
+                drawn = jax.device_put(drawn, jax.sharding.SingleDeviceSharding(device, memory_kind=HOST))
+            parts.append(jax.block_until_ready(drawn))
         return jax.make_array_from_single_device_arrays(shape, own, parts)
 
     return jax.tree.unflatten(tree, list(map(one, keys, leaves, shardings)))

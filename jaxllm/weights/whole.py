@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxllm.layers.weight import Part, WeightSpec
+from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.rules import held, mesh_axes, mesh_sizes, place_on_mesh
 from jaxllm.weights.loader import read_array
 
@@ -49,7 +50,8 @@ def gather_tensor(spec: WeightSpec, array: jax.Array, part: Part, index: tuple[i
                 continue
             stacked[-1] = number - experts.first
         rows = slice(first, first + own[0].count)
-        mine = shard.data[(*stacked, slice(None), rows)].T if spec.columns_first else shard.data[(*stacked, rows)]
+        held_here = np.asarray(shard.data) if lies_on_host(array) else shard.data
+        mine = held_here[(*stacked, slice(None), rows)].T if spec.columns_first else held_here[(*stacked, rows)]
         whole[tuple(slice(axis.first, axis.first + axis.count) for axis in own)] = mine
     return whole
 

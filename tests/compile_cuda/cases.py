@@ -56,6 +56,8 @@ class Case:
     layer_bytes: tuple[int, ...] = ()
     #: of all the weights that it takes, on a device
     weight_bytes: int = 0
+    #: of the layers that are on the device at once, of those that are copied from the host
+    fetched_bytes: int = 0
     #: whether it is one of an engine's programs, not a kernel by itself
     is_step: bool = False
     #: that it runs on, where these are not the one that is compiled for

@@ -24,6 +24,8 @@ class Model:
     all_programs: bool = False
     #: drafts of a step; the programs that check them are compiled, and no others
     drafts: int = 0
+    #: share of the layers that lie in the host's memory; the largest steps are compiled, and nothing else
+    offloaded: float = 0.0
 
 
 def _gemma3(**shape: int) -> dict[str, Any]:
@@ -107,6 +109,14 @@ MODELS: dict[str, Model] = {
         max_model_len=131072,
         num_blocks=(20000,),
         drafts=5,
+    ),
+    "Llama-3.1-8B, half on the host": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        offloaded=0.5,
     ),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},

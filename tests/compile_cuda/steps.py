@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ _WRITTEN = {
 _KINDS = (("most", "all"), ("few", "most"))
 #: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the second are
 #: its embedder's, and the last takes as long as all of another model's
-_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B", "Llama-3.1-8B, drafts")
+_NOT_QUICK = ("Gemma-3-27B", "Qwen2.5-7B", "Llama-3.1-8B, drafts", "Llama-3.1-8B, half on the host")
 #: the architecture of the GPUs that the models of several devices run on
 SPLIT_ARCHITECTURE = "sm_90"
 
@@ -59,7 +60,7 @@ def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> I
     models = [item for item in MODELS.items() if not (quick and item[0] in _NOT_QUICK)]
     for name, model in models[part :: 1 if part is None else 2]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
-            which = _KINDS[i > 0 or quick][model.all_programs and not i]
+            which = _KINDS[i > 0 or quick or model.offloaded > 0][model.all_programs and not i]
             size = f", {num_blocks} blocks" if i else ""
             yield from _cases(name, model, gpu, (device,), num_blocks, size, lambda p, which=which: _keys(p, which))
 
@@ -126,6 +127,7 @@ def _cases(
             layers=model.config["num_hidden_layers"] if has_layers else None,
             layer_bytes=tuple(map(device_bytes, body.layers)) if has_layers else (),
             weight_bytes=device_bytes(params if has_layers else programs.head_params(params)) if written else 0,
+            fetched_bytes=config.fetched_bytes if has_layers else 0,
             is_step=True,
             devices=devices,
         )
@@ -174,7 +176,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
     if model.expert_parallel:
         read = spread_experts(read)
     check_split(read, model.devices)
-    return RunnerConfig(
+    config = RunnerConfig(
         model=read,
         quantization=_quantization(model, read),
         pooler=Pooler(seq_pooling_type=model.pooling_type) if model.pooling_type else None,
@@ -205,6 +207,8 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         compile_cache=None,
         progress=None,
     )
+    layers = sum(config.layer_bytes)
+    return dataclasses.replace(config, cpu_offload_bytes=int(model.offloaded * layers))
 
 
 def _quantization(model: Model, read: Any) -> Quantization | None:

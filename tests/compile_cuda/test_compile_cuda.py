@@ -144,6 +144,24 @@ def test_temporaries_do_not_grow_with_the_cache(compiled: Compiled):
     assert compared
 
 
+@pytest.mark.skipif(QUICK, reason="a quick run has no such steps")
+def test_layers_in_the_hosts_memory_come_ahead_of_their_use(compiled: Compiled):
+    """Two layers at most are on the device, and most of what is copied is on its way while others are computed."""
+    seen = 0
+    for jax, target, name, result in each(compiled):
+        if not result["fetched"]:
+            continue
+        seen += 1
+        where = f"JAX {jax}, {target}, {name}"
+        plain = compiled[jax, target][name.replace(", half on the host", "")]
+        assert result["host_arguments"] == sum(result["layer_bytes"]) // 2, where
+        assert result["arguments"] == plain["arguments"] - result["host_arguments"], where
+        assert result["temporaries"] <= plain["temporaries"] + result["fetched"] + 2**22, where
+        copies = result["overlaps"]
+        assert sum(launched > 0 for launched in copies) >= result["layers"] // 2, f"{where}: {copies}"
+    assert seen
+
+
 def test_nothing_exceeds_its_stated_number(compiled: Compiled):
     """Launches, copied bytes and temporaries of each program, as `stated.json` has them."""
     problems = [

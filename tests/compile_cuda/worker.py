@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import re
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 from jaxllm.parallel.collectives import collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.runner.compile.deviceless import devices, lowering_for
-from jaxllm.runner.compile.programs import GPU_OPTIONS
+from jaxllm.runner.compile.programs import GPU_COPY_OPTIONS, GPU_OPTIONS
 
 from .cases import Case, kernel_cases, latent_pool_cases, pool_cases
 from .compiling import TARGETS
@@ -61,7 +62,8 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
     begun = time.perf_counter()
     with lowering_for(make_mesh(case.devices or (device,))):
         lowered = case.lower()
-    compiled = lowered.compile(compiler_options=GPU_OPTIONS if case.is_step else None)
+    options = {**GPU_OPTIONS, **(GPU_COPY_OPTIONS if case.fetched_bytes else {})}
+    compiled = lowered.compile(compiler_options=options if case.is_step else None)
     seconds = time.perf_counter() - begun
     memory: Any = compiled.memory_analysis()
     program = read_executable(compiled.runtime_executable().serialize())  # pyright: ignore
@@ -78,6 +80,9 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         "layers": case.layers,
         "layer_bytes": case.layer_bytes,
         "weight_bytes": case.weight_bytes,
+        "fetched": case.fetched_bytes,
+        "host_arguments": memory.host_argument_size_in_bytes,
+        "overlaps": overlaps(compiled.as_text() or "") if case.fetched_bytes else [],
         "collectives": exchanges(compiled) if len(case.devices) > 1 else [],
         "launches": count(program),
     }
@@ -98,6 +103,20 @@ def exchanges(compiled: Any) -> list[tuple[str, str, int, int, int]]:
     """(kind, logical axis, devices, bytes that each gets, times) of each collective of a program."""
     found = collectives(compiled.as_text())
     return sorted((each.kind, each.over, each.devices, each.bytes, times) for each, times in found.items())
+
+
+def overlaps(text: str) -> list[int]:
+    """Of each copy from the host, the products and kernels that are launched between its beginning and its end."""
+    begun: dict[str, int] = {}
+    found, launched = [], 0
+    for line in text.splitlines():
+        if match := re.search(r"%(\S+) = .* copy-start\(.*", line):
+            begun[match[1]] = launched
+        elif match := re.search(r" copy-done\(%(\S+)\)", line):
+            found.append(launched - begun.pop(match[1]))
+        elif re.search(r" custom-call\(|gemm_fusion\S* = | fusion\(.*kind=kCustom", line):
+            launched += 1
+    return found
 
 
 def count(program: tuple[Launch, ...]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix caching": {"enable_prefix_caching": True},
     "preemption": {"num_gpu_blocks_override": 14},
     "KV offloading": {"kv_offloading_size": "2MB"},
+    # all layers
+    "offloaded weights": {"cpu_offload_gb": 1},
     "chunked prefill": {"max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
     "drafts": {
@@ -82,7 +84,7 @@ ENGINES: dict[str, list[str]] = {
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
 POOLING = [
     *("prefix caching", "KV offloading", "chunked prefill", "asynchronous scheduling", "priorities"),
-    *("quantized weights", "tensor parallel"),
+    *("quantized weights", "offloaded weights", "tensor parallel"),
 ]
 #: what is counted of an engine -> its metric
 COUNTED = {

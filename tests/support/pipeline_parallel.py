@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_active_seqs": 3,
     "deterministic": True,
     "kv_offloading_size": "1MB",
+    "cpu_offload_gb": "1MB",
 }
 #: name -> how the model is spread, and what else is set; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
@@ -78,7 +79,7 @@ def laws(llm: LLM) -> dict[str, Any]:
         copied.append(state.cache.nbytes // split + tokens - memory.alias_size_in_bytes)
         devices.append(sorted(device.id for device in state.cache.devices()))
     return {
-        "layers": segment_sizes(runner.params),
+        "layers": [sum(segment_sizes(programs._params)) for programs in runner.head.allocator.stages],
         "copied": copied,
         "devices": devices,
         "blocks": pool.num_used,

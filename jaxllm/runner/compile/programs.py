@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
@@ -44,6 +45,10 @@ if jax.__version_info__ < (0, 11):
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
 GPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
+
+#: Besides, of programs that copy weights from the host (`models.offloaded`): XLA:GPU orders launches so that copies run
+#: beside products for sm_90 and later only, unless it is asked to.
+GPU_COPY_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
@@ -95,7 +100,7 @@ class Programs(abc.ABC):
             self.replicas = self._mesh.shape.get(DATA, 1)
             self.sharding = jax.sharding.NamedSharding(self._mesh, own_rows(self._mesh))
         self._runs_alone = platform == "cpu" and self._mesh is not None
-        self._options = CPU_OPTIONS if platform == "cpu" else GPU_OPTIONS
+        self._on_cpu = platform == "cpu"
         self._head_options = CPU_HEAD_OPTIONS if platform == "cpu" else {}
         self._workers = 1 if platform == "cpu" else os.cpu_count() or 1
         self._cache_dir, self._source = cache_dir, source
@@ -153,6 +158,14 @@ class Programs(abc.ABC):
         if memory is None:
             raise RuntimeError("the compiler gives no memory analysis on this platform; pass num_gpu_blocks_override")
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    @functools.cached_property
+    def _options(self) -> dict[str, str | bool]:
+        """Of the compiler, for all programs."""
+        if self._on_cpu:
+            return CPU_OPTIONS
+        copies = any(map(lies_on_host, getattr(self._params, "body", self._params).layers))
+        return {**GPU_OPTIONS, **(GPU_COPY_OPTIONS if copies else {})}
 
     @functools.cached_property
     def _store(self) -> ProgramStore | None:

@@ -16,6 +16,7 @@ from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.decoder import MATRICES, Layers, Params
+from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.programs import Key, Programs
@@ -337,6 +338,8 @@ def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bo
         return dataclasses.replace(weights, **whole)
 
     def of_segment(segment: Layers) -> Layers:
+        if lies_on_host(segment):  # what is copied is a layer by itself
+            return segment
         latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
         return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.models.offloaded import lies_on_host
 from jaxllm.models.segments import resegment, segment_sizes
 
 Weights = TypeVar("Weights")
@@ -97,8 +98,8 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         if params is None or (keep_on_host and on_cpu):
             return
         # the source keeps those that both have
-        on_host = jax.device_get(params) if keep_on_host and self._source is None else None
-        self._delete_params()
+        on_host = host_copies(params) if keep_on_host and self._source is None else None
+        self._delete_params(kept=on_host)
         self._on_host = on_host
 
     def restore_weights(self) -> None:
@@ -138,7 +139,8 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
             given = ()
         if sum(given) != sum(sizes):
             given = sizes  # what is wrong is said of ours
-        expected = jax.eval_shape(functools.partial(resegment, sizes=given), self.params)
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self.params)
+        expected = jax.eval_shape(functools.partial(resegment, sizes=given), shapes)
         ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, params))
         _check_names(list(map(jax.tree_util.keystr, ours)), list(map(jax.tree_util.keystr, theirs)))
         for path, old in ours.items():
@@ -154,7 +156,9 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
     def _check_parts(self, params: Weights, wanted: Any) -> None:
         """An array that is split has its rows by device: of one that lies elsewhere nobody knows the order."""
         for (path, array), own in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
-            if own.is_fully_replicated or getattr(array, "sharding", None) == own:
+            # wherever it lies, in the device's memory or in the host's
+            lies: Any = getattr(array, "sharding", None)
+            if own.is_fully_replicated or (lies is not None and lies.with_memory_kind(own.memory_kind) == own):
                 continue
             raise ValidationError(
                 f"params{jax.tree_util.keystr(path)} must be split over the engine's {len(own.device_set)} devices as "
@@ -167,9 +171,10 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         self._owns_params, self._on_host = owned, None
         self._weights_changed()
 
-    def _delete_params(self) -> None:
+    def _delete_params(self, kept: Weights | None = None) -> None:
         if self._owns_params:
-            self._delete(self.params)
+            stay = list(map(id, jax.tree.leaves(kept)))
+            self._delete([array for array in jax.tree.leaves(self.params) if id(array) not in stay])
         self.params = self._on_host = None
         self._weights_changed()
 
@@ -183,6 +188,13 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         """Free every device array; idempotent."""
         self.free_cache()
         self._delete_params()
+
+
+def host_copies(params: Weights) -> Weights:
+    """What `jax.device_put` makes the weights of again: arrays that lie in the host's memory as they are, numpy arrays
+    of the others.
+    """
+    return jax.tree.map(lambda array: array if lies_on_host(array) else jax.device_get(array), params)
 
 
 def _check_names(ours: list[str], theirs: list[str]) -> None:

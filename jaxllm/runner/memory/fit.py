@@ -117,16 +117,19 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         stage=config.stage.index if config.stage else 0,
         host_cache_bytes=config.host_cache_bytes,
         num_host_blocks=config.num_host_blocks,
+        host_weight_bytes=config.host_weight_bytes,
+        num_host_layers=len(config.offloaded),
     )
 
 
 def _usable_bytes(config: RunnerConfig) -> float:
-    """What the engine may have of one device; on a CPU blocks on the host are of the same memory."""
+    """What the engine may have of one device; on a CPU what lies on the host is in the same memory."""
     target = config.target
     usable = min(target.total_bytes * config.gpu_memory_utilization, target.free_bytes)
     if config.platform != "cpu":
         return usable
-    return usable - config.host_cache_bytes / (target.num_devices * (config.stage.count if config.stage else 1))
+    blocks = config.host_cache_bytes / (target.num_devices * (config.stage.count if config.stage else 1))
+    return usable - blocks - config.host_weight_bytes
 
 
 def _why_unused(config: RunnerConfig, num_blocks: int) -> str:

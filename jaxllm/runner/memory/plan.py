@@ -56,6 +56,9 @@ class MemoryPlan:
     #: of the host's memory, for blocks of each replica that leave its cache
     host_cache_bytes: int = 0
     num_host_blocks: int = 0
+    #: of each device's weights, what lies in the machine's memory, of how many layers (of the stage)
+    host_weight_bytes: int = 0
+    num_host_layers: int = 0
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
@@ -98,11 +101,17 @@ class MemoryPlan:
 
     def _host_lines(self) -> list[str]:
         """What lies in the machine's memory."""
-        if not self.num_host_blocks:
-            return []
-        each = f", for each of {self.data_parallel_size} replicas" if self.data_parallel_size > 1 else ""
-        size = f"{self.host_cache_bytes / GIB:8.3f} GiB"
-        return [f"  host KV pool {size}  ({self.num_host_blocks} blocks, in the machine's memory{each})"]
+        lines = []
+        if self.num_host_layers:
+            size = f"{self.host_weight_bytes / GIB:8.3f} GiB"
+            lines.append(
+                f"  host weights {size}  ({self.num_host_layers} layers, in the machine's memory; a step copies them)"
+            )
+        if self.num_host_blocks:
+            each = f", for each of {self.data_parallel_size} replicas" if self.data_parallel_size > 1 else ""
+            size = f"{self.host_cache_bytes / GIB:8.3f} GiB"
+            lines.append(f"  host KV pool {size}  ({self.num_host_blocks} blocks, in the machine's memory{each})")
+        return lines
 
     def _repr_html_(self) -> str:
         return plan_html(self)

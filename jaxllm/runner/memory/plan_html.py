@@ -43,6 +43,13 @@ def plan_html(plan: MemoryPlan) -> str:
             f'<td style="text-align:right">{size / _GIB:.3f} GiB</td>'
             f'<td style="text-align:left">{html.escape(note)}</td></tr>'
         )
+    if plan.num_host_layers:
+        rows.append(
+            '<tr><td style="text-align:left">host weights</td>'
+            f'<td style="text-align:right">{plan.host_weight_bytes / _GIB:.3f} GiB</td>'
+            f'<td style="text-align:left">{plan.num_host_layers:,} layers, in the machine\'s memory; each step copies '
+            "them</td></tr>"
+        )
     if plan.num_host_blocks:
         rows.append(
             '<tr><td style="text-align:left">host KV pool</td>'

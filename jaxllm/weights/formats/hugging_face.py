@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
+from jaxllm.models.offloaded import lies_on_host
 from jaxllm.weights.formats.shards import ShardWriter
 from jaxllm.weights.whole import gather_tensor, is_split
 
@@ -54,7 +55,8 @@ class Tensor:
         array = self.array
         if is_split(self.spec, array.sharding):
             return gather_tensor(self.spec, array, part, index)
-        if len(array.sharding.device_set) == 1 and all(d.platform == "cpu" for d in array.sharding.device_set):
+        on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
+        if lies_on_host(array) or (on_cpu and len(array.sharding.device_set) == 1):
             own = np.asarray(array)[index]
             return np.ascontiguousarray(own.T if self.spec.columns_first else own)
         own = array[index].T if self.spec.columns_first else array[index]
