@@ -6,18 +6,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.api.checks import real
 from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import Arguments, argument, not_built, not_yet
 
 #: a method's names
-METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu")}
+METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu"), "suffix": ("suffix",)}
 #: vLLM's others, which are still to come
-TO_COME = ("suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
+TO_COME = ("draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
 #: most drafts of a step, vLLM's bound
 MOST_DRAFTS = 128
 #: of the runs of tokens that "ngram" looks for, where neither bound is given; vLLM's
 DEFAULT_LOOKUP = 5
+#: vLLM's, of suffix decoding
+SUFFIX_DEFAULTS = {
+    "suffix_decoding_max_tree_depth": 24,
+    "suffix_decoding_max_cached_requests": 10_000,
+    "suffix_decoding_max_spec_factor": 1.0,
+    "suffix_decoding_min_token_prob": 0.1,
+}
 #: vLLM's arguments of an engine, of several times -> the field that each of them is
 ENGINE_ARGUMENTS = {
     "speculative_model": "model",
@@ -41,11 +49,13 @@ def _method(name: str, value: Any) -> str:
             return method
     if text in TO_COME or text.endswith("_mtp"):
         raise ValidationError(
-            f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram', which needs no model."
+            f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram' or 'suffix', which need no model."
         )
     raise ValidationError(f"{name} must be one of {', '.join(METHODS)}; got {value!r}.")
 
 
+_factor = check.such_that(real, lambda factor: factor > 0, "be more than 0")
+_probability = check.such_that(real, lambda share: 0 <= share <= 1, "be between 0 and 1")
 _drafts = check.such_that(
     check.at_least(1), lambda number: number <= MOST_DRAFTS, f"be at most {MOST_DRAFTS}, the drafts of a step"
 )
@@ -58,7 +68,7 @@ def _by_batch_size(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
     if isinstance(value, Mapping):
         entries = [(*str(key).split("-", 1), drafts) for key, drafts in value.items()]
     try:
-        ranges = tuple(tuple(int(number) for number in entry) for entry in entries)
+        ranges: Any = tuple(tuple(int(number) for number in entry) for entry in entries)
     except (TypeError, ValueError):
         raise ValidationError(f"{form}; got {value!r}.") from None
     before = 0
@@ -88,6 +98,18 @@ class SpeculativeConfig(Arguments):
     num_speculative_tokens: int | None = argument(None, _drafts, "tokens that are drafted at once")
     prompt_lookup_max: int | None = argument(None, check.at_least(1), "longest run of tokens that ngram looks for")
     prompt_lookup_min: int | None = argument(None, check.at_least(1), "the shortest")
+    suffix_decoding_max_tree_depth: int | None = argument(
+        None, check.at_least(1), "longest run of tokens that suffix looks for"
+    )
+    suffix_decoding_max_cached_requests: int | None = argument(
+        None, check.at_least(0), "most earlier requests whose outputs suffix looks through"
+    )
+    suffix_decoding_max_spec_factor: float | None = argument(
+        None, _factor, "drafts of suffix for each token of the run that it has found"
+    )
+    suffix_decoding_min_token_prob: float | None = argument(
+        None, _probability, "how frequent a draft of suffix has to be where the run was found"
+    )
     draft_tensor_parallel_size: int | None = not_yet(None, "models that draft", 1)
     max_model_len: int | None = not_yet(None, "models that draft")
     quantization: str | None = not_yet(None, "models that draft")
@@ -110,6 +132,18 @@ class SpeculativeConfig(Arguments):
             # vLLM's older scripts name the method where others name a model
             method = self.model if self.model.strip().lower() in METHODS["ngram"] else "draft_model"
             object.__setattr__(self, "method", _method("speculative_config.method", method))
+        for name, default in SUFFIX_DEFAULTS.items():
+            if self.method != "suffix" and getattr(self, name) is not None:
+                raise ValidationError(
+                    f"speculative_config.{name}={getattr(self, name)!r} is of method 'suffix', and method is "
+                    f"{self.method!r}. Leave it out."
+                )
+            if self.method == "suffix" and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.method == "suffix" and self.num_speculative_tokens is None:
+            # as vLLM does
+            most = min(self.suffix_decoding_max_tree_depth or 1, MOST_DRAFTS)
+            object.__setattr__(self, "num_speculative_tokens", most)
         if self.num_speculative_tokens is None:
             raise ValidationError(
                 "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "

@@ -39,6 +39,7 @@ from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.suffix import KEPT_TOKENS, SuffixDrafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -100,7 +101,7 @@ class RunnerConfig:
     logprobs_mode: str
     processors: tuple[LogitsProcessor, ...]
     #: who makes drafts for the model to check; None: nobody
-    drafter: NgramDrafter | None = None
+    drafter: NgramDrafter | SuffixDrafter | None = None
     seed: int
     compile_cache: Path | None
     #: told how far the start is; None: nobody is
@@ -261,7 +262,13 @@ class RunnerConfig:
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
             drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
-            return State(cache=cache, tokens=array(shape, jnp.int32) if self._is_end else None, drafting=drafting)
+            keeps_outputs = self.scheduler.keeps_outputs
+            return State(
+                cache=cache,
+                tokens=array(shape, jnp.int32) if self._is_end else None,
+                drafting=drafting,
+                outputs=array((1, 1 + KEPT_TOKENS), jnp.int32) if keeps_outputs else None,
+            )
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
 

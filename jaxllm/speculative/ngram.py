@@ -22,12 +22,15 @@ class NgramDrafter:
     min_match: int
     max_match: int
 
-    def propose(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def propose(
+        self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """What may come next.
 
         Args:
             tokens: i32 [S, M], of each sequence, at their positions; anything from its length on.
             lengths: i32 [S], at least 1.
+            outputs: `State.outputs`; it looks at none.
 
         Returns:
             (ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts; none where nothing matches.

@@ -36,6 +36,7 @@ from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.suffix import SuffixDrafter
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -222,11 +223,16 @@ class Setup:
         return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
 
 
-def _drafter(config: SpeculativeConfig | None) -> NgramDrafter | None:
+def _drafter(config: SpeculativeConfig | None) -> NgramDrafter | SuffixDrafter | None:
     if config is None:
         return None
     drafts, low, high = config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max
     assert drafts is not None and low is not None and high is not None
+    if config.method == "suffix":
+        depth, most = config.suffix_decoding_max_tree_depth, config.suffix_decoding_max_cached_requests
+        factor, least = config.suffix_decoding_max_spec_factor, config.suffix_decoding_min_token_prob
+        assert depth is not None and most is not None and factor is not None and least is not None
+        return SuffixDrafter(drafts, depth, factor, least, most)
     return NgramDrafter(drafts, low, high)
 
 

@@ -28,6 +28,7 @@ from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.batch import AttentionBatch
 
 
@@ -78,7 +79,7 @@ class _Loop:
 
 def draft_steps(
     config: StepConfig,
-    drafter: NgramDrafter,
+    drafter: NgramDrafter | SuffixDrafter,
     adaptive: AdaptiveDrafts,
     num_steps: int,
     rows: int,
@@ -149,7 +150,7 @@ def draft_steps(
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
         position = jnp.where(loop.going_on, loop.reached, 0)
-        ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1)
+        ids, counts = drafter.propose(loop.state.tokens[active_row], position + 1, loop.state.outputs)
         most = jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"])
         kind, counts = adaptive.choose(loop.numbers, jnp.minimum(counts, most), loop.going_on, extra)
 

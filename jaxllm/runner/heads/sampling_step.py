@@ -64,6 +64,8 @@ class State:
     #: i32 [R + 1, 1 + AdaptiveDrafts.COLUMNS], of engines that check drafts: where the last launch with drafts left
     #: each row, the position of its last token, and how its drafts did
     drafting: jax.Array | None = None
+    #: i32 [1, 1 + C], of engines whose drafts are made of earlier outputs: `KeptOutputs` says what lies where
+    outputs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
