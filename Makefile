@@ -16,7 +16,8 @@ GPU_CHECK_ARGS ?=
 VLLM_EXAMPLES_ARGS ?=
 # What runs under the other Python and JAX, and what does not, since it takes long and neither of them decides it.
 CORE_TESTS ?= tests/unit tests/property $(addprefix --ignore=tests/,unit/test_plan.py unit/test_sampling_draws.py \
-	property/test_scheduler_machine.py property/test_scheduler_traffic.py)
+	unit/test_quantizing.py property/test_scheduler_machine.py property/test_scheduler_traffic.py \
+	property/test_micro_batches.py property/test_replicas_machine.py)
 # 1: `make compile-cuda` compiles a part of the configurations
 QUICK ?= 0
 

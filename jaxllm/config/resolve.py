@@ -141,6 +141,7 @@ def scheduler_config(
         max_decode_steps_seqs=min(steps_seqs, num_seqs) if num_steps > 1 and not drafts else 0,
         num_drafts=drafts,
         max_draft_seqs=draft_seqs,
+        keeps_outputs=bool(drafts and _keeps_outputs(args)),
         drafts_by_num_seqs=_drafts_by_num_seqs(args, draft_seqs),
         num_draft_steps=max(min(num_steps, num_tokens // (2 * (1 + drafts))), 1),
     )
@@ -160,6 +161,11 @@ def _drafts(args: EngineArgs, num_tokens: int) -> int:
             f"num_speculative_tokens to at most {max(num_tokens // 2 - 1, 0)}."
         )
     return drafts
+
+
+def _keeps_outputs(args: EngineArgs) -> bool:
+    config = args.speculative_config
+    return config is not None and config.method == "suffix" and bool(config.suffix_decoding_max_cached_requests)
 
 
 def _draft_seqs(args: EngineArgs, platform: str) -> int:

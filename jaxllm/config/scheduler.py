@@ -40,6 +40,8 @@ class SchedulerConfig:
     max_draft_seqs: int = 0
     #: the most for each number of running requests, from one on; (): `num_drafts` for all
     drafts_by_num_seqs: tuple[int, ...] = ()
+    #: whether drafts are made of what earlier requests got, too
+    keeps_outputs: bool = False
     #: most steps of a launch with drafts
     num_draft_steps: int = 1
     #: steps that are under way at different stages of a pipeline, of different requests

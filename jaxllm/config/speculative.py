@@ -6,19 +6,33 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.api.checks import real
 from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import Arguments, argument, not_built, not_yet
 from jaxllm.config.quantization import weight_method
 
 #: a method's names
-METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu"), "draft_model": ("draft_model",)}
+METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu"), "suffix": ("suffix",), "draft_model": ("draft_model",)}
 #: vLLM's others, which are still to come
-TO_COME = ("suffix", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
+TO_COME = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
 #: most drafts of a step, vLLM's bound
 MOST_DRAFTS = 128
 #: of the runs of tokens that "ngram" looks for, where neither bound is given; vLLM's
 DEFAULT_LOOKUP = 5
+#: vLLM's, of suffix decoding
+SUFFIX_DEFAULTS = {
+    "suffix_decoding_max_tree_depth": 24,
+    "suffix_decoding_max_cached_requests": 10_000,
+    "suffix_decoding_max_spec_factor": 1.0,
+    "suffix_decoding_min_token_prob": 0.1,
+}
+#: fields of one method alone
+OF_METHOD = {
+    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+    "suffix": tuple(SUFFIX_DEFAULTS),
+    "draft_model": ("draft_tensor_parallel_size", "max_model_len", "quantization", "revision", "draft_sample_method"),
+}
 #: vLLM's arguments of an engine, of several times -> the field that each of them is
 ENGINE_ARGUMENTS = {
     "speculative_model": "model",
@@ -33,11 +47,6 @@ ENGINE_ARGUMENTS = {
 }
 #: values of these that ask for nothing
 INERT = {"num_speculative_tokens": (0,), "spec_tokens": (0,)}
-#: fields of one method alone
-OF_METHOD = {
-    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
-    "draft_model": ("draft_tensor_parallel_size", "max_model_len", "quantization", "revision", "draft_sample_method"),
-}
 #: in which form the engine's own model drafts for itself
 OWN_DRAFT_QUANTIZATION = "int4"
 
@@ -49,11 +58,13 @@ def _method(name: str, value: Any) -> str:
             return method
     if text in TO_COME or text.endswith("_mtp"):
         raise ValidationError(
-            f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram', which needs no model."
+            f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram' or 'suffix', which need no model."
         )
     raise ValidationError(f"{name} must be one of {', '.join(METHODS)}; got {value!r}.")
 
 
+_factor = check.such_that(real, lambda factor: factor > 0, "be more than 0")
+_probability = check.such_that(real, lambda share: 0 <= share <= 1, "be between 0 and 1")
 _drafts = check.such_that(
     check.at_least(1), lambda number: number <= MOST_DRAFTS, f"be at most {MOST_DRAFTS}, the drafts of a step"
 )
@@ -75,7 +86,7 @@ def _by_batch_size(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
     for first, last, drafts in ranges:
         if not before < first <= last or drafts < 0:
             raise ValidationError(
-                f"{form}, each range behind the one before and no number of drafts negative; got {[first, last, drafts]}."
+                f"{form}, each range behind the one before, no drafts below 0; got {[first, last, drafts]}."
             )
         before = last
     if not ranges:
@@ -95,6 +106,18 @@ class SpeculativeConfig(Arguments):
     num_speculative_tokens: int | None = argument(None, _drafts, "tokens that are drafted at once")
     prompt_lookup_max: int | None = argument(None, check.at_least(1), "longest run of tokens that ngram looks for")
     prompt_lookup_min: int | None = argument(None, check.at_least(1), "the shortest")
+    suffix_decoding_max_tree_depth: int | None = argument(
+        None, check.at_least(1), "longest run of tokens that suffix looks for"
+    )
+    suffix_decoding_max_cached_requests: int | None = argument(
+        None, check.at_least(0), "most earlier requests whose outputs suffix looks through"
+    )
+    suffix_decoding_max_spec_factor: float | None = argument(
+        None, _factor, "drafts of suffix for each token of the run that it has found"
+    )
+    suffix_decoding_min_token_prob: float | None = argument(
+        None, _probability, "how frequent a draft of suffix has to be where the run was found"
+    )
     draft_tensor_parallel_size: int | None = argument(
         None, check.at_least(1), "devices that the drafting model is split over: as many as the engine's"
     )
@@ -128,11 +151,6 @@ class SpeculativeConfig(Arguments):
             # vLLM's older scripts name the method where others name a model
             method = self.model if self.model.strip().lower() in METHODS["ngram"] else "draft_model"
             object.__setattr__(self, "method", _method("speculative_config.method", method))
-        if self.num_speculative_tokens is None:
-            raise ValidationError(
-                "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
-                "Pass 5, for example."
-            )
         for method, names in OF_METHOD.items():
             # vLLM's default, which says nothing of tokens that no model drafts
             nothing = None, "greedy"
@@ -142,6 +160,18 @@ class SpeculativeConfig(Arguments):
                     f"speculative_config.{given[0]}={getattr(self, given[0])!r} is of method {method!r}, and method is "
                     f"{self.method!r}. Leave it out."
                 )
+        for name, default in SUFFIX_DEFAULTS.items():
+            if self.method == "suffix" and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.method == "suffix" and self.num_speculative_tokens is None:
+            # as vLLM does
+            most = min(self.suffix_decoding_max_tree_depth or 1, MOST_DRAFTS)
+            object.__setattr__(self, "num_speculative_tokens", most)
+        if self.num_speculative_tokens is None:
+            raise ValidationError(
+                "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
+                "Pass 5, for example."
+            )
         if self.method == "ngram":
             self._bound_lookup()
 

@@ -137,6 +137,9 @@ class SchedulerOutput:
     #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest
     #: that the request can have come, and the device knows how far it is
     resumes: list[bool] = dataclasses.field(default_factory=list)
+    #: what requests got that have ended since the last step, where drafts are made of it
+    #: (`SchedulerConfig.keeps_outputs`)
+    ended_outputs: list[list[int]] = dataclasses.field(default_factory=list)
     #: (block id, block of the host's pool): contents that the launch copies to the host before anything is written, and
     #: that are there when its result has been read
     copies_out: list[tuple[int, int]] = dataclasses.field(default_factory=list)

@@ -115,6 +115,8 @@ class Runner(DeviceMemory[Any, Any]):
         if scheduled.copies_out or scheduled.copies_in:
             self._copy(scheduled)
         self._rows.update(scheduled)
+        if scheduled.ended_outputs:
+            self._state = self.head.keep_outputs(self._live(), scheduled.ended_outputs)
         for request in scheduled.admitted:
             self._state = self.head.admit(self._live(), request)
 
@@ -138,6 +140,7 @@ class Runner(DeviceMemory[Any, Any]):
         self._leaving.clear()
         for host in self._host_blocks:
             host.forget_copies()
+        self.head.forget_outputs()
         super().reset()
 
     def shutdown(self) -> None:

@@ -40,6 +40,7 @@ from jaxllm.runner.heads.sampling_step import State
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -292,11 +293,13 @@ class RunnerConfig:
             shape = rows, self.scheduler.max_model_len
             drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
             draft = self.draft_model
+            keeps_outputs = self.scheduler.keeps_outputs
             return State(
                 cache=cache,
                 tokens=array(shape, jnp.int32) if self._is_end else None,
                 drafting=drafting,
                 draft_cache=draft and cache_of(draft, draft.num_layers, self._draft_page_shape(draft)),
+                outputs=array((1, 1 + KEPT_TOKENS), jnp.int32) if keeps_outputs else None,
             )
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)

@@ -117,9 +117,13 @@ class AdaptiveDrafts:
 
 
 def check_lengths(platform: str, num_drafts: int) -> tuple[int, ...]:
-    """Drafts that the programs of an engine have room for: a CPU takes less time for fewer, so it has two lengths."""
-    half = num_drafts // 2
-    return (half, num_drafts) if platform == "cpu" and half else (num_drafts,)
+    """Drafts that the programs of an engine have room for, ascending: a CPU takes less time for fewer, so it has halves
+    as well, down to three or fewer.
+    """
+    lengths = [num_drafts]
+    while platform == "cpu" and lengths[-1] > 1 and (len(lengths) == 1 or lengths[-1] > 3):
+        lengths.append(lengths[-1] // 2)
+    return tuple(reversed(lengths))
 
 
 def check_costs(

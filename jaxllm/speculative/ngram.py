@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.attention import Cache
-from jaxllm.speculative.drafter import Asked
+from jaxllm.speculative.drafter import TextDrafter
 
 #: positions that are compared at once: a search goes no further than the longest sequence, in pieces of it
 PIECE = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class NgramDrafter:
+class NgramDrafter(TextDrafter):
     """vLLM's rule: of the runs of `min_match` to `max_match` tokens that a sequence ends with, the longest one that
     occurs before; of its occurrences the first; what follows it there, as far as it goes, is the draft.
     """
@@ -25,29 +24,15 @@ class NgramDrafter:
     min_match: int
     max_match: int
 
-    def look(self, asked: Asked) -> tuple[jax.Array, jax.Array]:
-        """See `Drafter.look`."""
-        ids, counts = self.found(asked.tokens, asked.positions + 1)
-        return ids, jnp.where(asked.going_on, jnp.minimum(counts, asked.most), 0)
-
-    def write(
-        self, asked: Asked, cache: Cache | None, found: jax.Array, counts: jax.Array
-    ) -> tuple[Cache | None, jax.Array]:
-        """What followed before."""
-        return cache, found
-
-    def settle(
-        self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array
-    ) -> Cache | None:
-        """It learns nothing."""
-        return cache
-
-    def found(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def found(
+        self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """What may come next.
 
         Args:
             tokens: i32 [S, M], of each sequence, at their positions; anything from its length on.
             lengths: i32 [S], at least 1.
+            outputs: `State.outputs`; it looks at none.
 
         Returns:
             (ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts; none where nothing matches.

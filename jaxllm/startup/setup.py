@@ -38,6 +38,7 @@ from jaxllm.sampling.processors import check_processors
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.suffix import SuffixDrafter
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -246,14 +247,24 @@ class Setup:
         drafts = config.num_speculative_tokens
         assert drafts is not None
         if self.draft is None:
-            low, high = config.prompt_lookup_min, config.prompt_lookup_max
-            assert low is not None and high is not None
-            return NgramDrafter(drafts, low, high)
+            return _finds_drafts(config, drafts)
         model, groups = draft_groups(kv_cache_groups(self.model.kv_specs), self.draft.model)
         longest = min(config.max_model_len or model.max_position_embeddings, max_model_len)
         # masks of tokens are as long as the large model's vocabulary
         samples = config.draft_sample_method != "greedy" and model.vocab_size == self.model.vocab_size
         return ModelDrafter(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
+
+
+def _finds_drafts(config: SpeculativeConfig, drafts: int) -> Drafter:
+    """Who finds drafts in texts that there are."""
+    if config.method == "suffix":
+        depth, most = config.suffix_decoding_max_tree_depth, config.suffix_decoding_max_cached_requests
+        factor, least = config.suffix_decoding_max_spec_factor, config.suffix_decoding_min_token_prob
+        assert depth is not None and most is not None and factor is not None and least is not None
+        return SuffixDrafter(drafts, depth, factor, least, most)
+    low, high = config.prompt_lookup_min, config.prompt_lookup_max
+    assert low is not None and high is not None
+    return NgramDrafter(drafts, low, high)
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.drafts import checks_that_cost
+from support.drafts import checks_that_cost, compare, counted, generated, repeating
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
 
 ARGUMENTS: dict[str, Any] = {
@@ -40,41 +38,6 @@ def drafting(tiny_model: Path) -> Iterator[LLM]:
         # whatever is drafted is checked
         with checks_that_cost(llm, 0.0):
             yield llm
-
-
-def counted(llm: LLM, name: str) -> Any:
-    (metric,) = (metric for metric in llm.get_metrics() if metric.name == f"vllm:spec_decode_{name}")
-    return getattr(metric, "values", None) or getattr(metric, "value", 0)
-
-
-def generated(llm: LLM) -> int:
-    """Tokens since the engine's start, as the metrics have them."""
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:generation_tokens")  # pyright: ignore
-
-
-def results(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
-    completions = [one for output in outputs for one in output.outputs]
-    return [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in completions]
-
-
-def repeating(seed: int, length: int) -> list[int]:
-    """Runs that come again, of a few tokens each."""
-    rng = random.Random(seed)
-    runs = [[rng.randrange(256) for _ in range(rng.randrange(2, 6))] for _ in range(3)]
-    ids: list[int] = []
-    while len(ids) < length:
-        ids += rng.choice(runs)
-    return ids[:length]
-
-
-def compare(plain: LLM, drafting: LLM, prompts: list[list[int]], params: Any) -> list[RequestOutput]:
-    for llm in (plain, drafting):
-        llm.reset_prefix_cache()
-    wanted = plain.generate(prompts, params, use_tqdm=False)
-    got = drafting.generate(prompts, params, use_tqdm=False)
-    assert results(got) == results(wanted)
-    assert drafting.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
-    return got
 
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 import jaxllm
@@ -191,21 +191,9 @@ def main() -> None:
     for form, devices in (("safetensors", 1), ("orbax", 2)):
         with LLM(folder / "saved" / form, tensor_parallel_size=devices, **ARGUMENTS) as llm:
             found["changed"][f"saved as {form}"] = tokens(generate(llm, PROMPTS, GREEDY))
-    several = {**SMALL, "enforce_eager": False, "max_num_seqs": 2, "max_num_batched_tokens": 4, "num_decode_steps": 4}
-    with LLM(folder / "model", tensor_parallel_size=2, enable_prompt_embeds=True, **several) as llm:
-        outputs = generate(llm, PROMPTS, GREEDY)
-        table = load_file(folder / "model" / "model.safetensors")["model.embed_tokens.weight"]
-        embedded = [{"prompt_embeds": table[output.prompt_token_ids]} for output in outputs]
-        found["several"], found["embedded"] = tokens(outputs), tokens(generate(llm, embedded, GREEDY))
-        found["several seeded"] = tokens(generate(llm, PROMPTS, SEEDED))
-        runner: Any = llm.engine.runner
-        found["launches"] = list(map(str, runner.head.programs.decode_packings))
     found["shipped"] = {name: shipped(folder / name, name) for name in SHIPPED}
     write_encoder(folder / "encoder")
-    found["embeddings"] = {
-        kind: [embeddings(folder / name, devices) for devices in (1, 4)]
-        for kind, name in (("decoder", "model"), ("encoder", "encoder"))
-    }
+    found["embeddings"] = [embeddings(folder / "encoder", devices) for devices in (1, 4)]
     print(json.dumps(found))
 
 

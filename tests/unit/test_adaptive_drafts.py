@@ -124,7 +124,9 @@ def test_no_more_is_lost_than_was_promised(likely: float, extra: list[float]):
 
 
 def test_what_checks_cost():
-    assert check_lengths("cpu", 1) == (1,) and check_lengths("cpu", 5) == (2, 5) and check_lengths("cuda", 5) == (5,)
+    found = {drafts: check_lengths("cpu", drafts) for drafts in (1, 2, 3, 5, 8, 24)}
+    assert found == {1: (1,), 2: (1, 2), 3: (1, 3), 5: (2, 5), 8: (2, 4, 8), 24: (3, 6, 12, 24)}
+    assert check_lengths("cuda", 5) == (5,)
     few, more = check_costs("cpu", (2, 5), (True, True)), check_costs("cpu", (2, 5), (False, False))
     assert (few < more).all() and few[0] < few[1]
     assert check_costs("cuda", (5,), (False,)) < few[0]

@@ -233,8 +233,8 @@ def test_refusals_say_what_would_work():
         engine_args("m", enable_eplb=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
-    with pytest.raises(ValidationError, match="'suffix' is not supported yet.* Pass 'ngram'"):
-        engine_args("m", spec_method="suffix", num_speculative_tokens=5)
+    with pytest.raises(ValidationError, match="'eagle' is not supported yet.* Pass 'ngram'"):
+        engine_args("m", spec_method="eagle", num_speculative_tokens=5)
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
@@ -401,7 +401,14 @@ def test_a_number_of_drafts_by_batch_size():
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
         ({"num_speculative_tokens": 129}, "num_speculative_tokens must be at most 128, .* got 129"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer"),
-        ({"method": "guess"}, "method must be one of ngram, draft_model; got 'guess'"),
+        ({"method": "guess"}, "method must be one of ngram, suffix, draft_model; got 'guess'"),
+        (
+            {**NGRAM, "suffix_decoding_max_tree_depth": 9},
+            "depth=9 is of method 'suffix', and method is 'ngram'",
+        ),
+        ({"method": "suffix", "suffix_decoding_max_tree_depth": 0}, "must be at least 1, got 0"),
+        ({"method": "suffix", "suffix_decoding_max_spec_factor": 0}, "must be more than 0"),
+        ({"method": "suffix", "suffix_decoding_min_token_prob": 1.5}, "must be between 0 and 1"),
         ({"method": "deepseek_mtp"}, "'deepseek_mtp' is not supported yet"),
         ({"method": "ngram"}, "num_speculative_tokens is missing"),
         ({"num_speculative_tokens": 3}, "method is missing"),
@@ -409,7 +416,7 @@ def test_a_number_of_drafts_by_batch_size():
             {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 2},
             r"min \(4\)",
         ),
-        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram, draft_model; got 3"),
+        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram, suffix, draft_model; got 3"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": 3}, "must be a list of .first batch size.* got 3"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": []}, "Leave it out for the same number"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4]]}, r"got \[\[1, 4\]\]"),
@@ -431,6 +438,18 @@ def test_a_number_of_drafts_by_batch_size():
 def test_a_draft_is_checked(fields: dict[str, Any], text: str):
     with pytest.raises(ValidationError, match=text):
         SpeculativeConfig(**fields)
+
+
+def test_suffix_decoding_has_defaults():
+    config = SpeculativeConfig(method="suffix")
+    assert config.num_speculative_tokens == config.suffix_decoding_max_tree_depth == 24
+    assert config.suffix_decoding_max_cached_requests == 10_000
+    assert (config.suffix_decoding_max_spec_factor, config.suffix_decoding_min_token_prob) == (1.0, 0.1)
+    assert SpeculativeConfig(method="suffix", num_speculative_tokens=5).num_speculative_tokens == 5
+    for most, keeps in ((None, True), (0, False)):
+        given = {"method": "suffix", "suffix_decoding_max_cached_requests": most}
+        limits = scheduler_config(engine_args("m", speculative_config=given), max_model_len=512, platform="cpu")
+        assert limits.keeps_outputs == keeps
 
 
 def test_who_drafts_is_said_in_several_ways():

@@ -74,6 +74,8 @@ class Scheduler:
         if config.num_micro_batches > 1:
             self._micro_batches = MicroBatches(config.num_micro_batches, ahead=config.async_scheduling)
         self._max_running = config.max_num_active_seqs or config.max_num_seqs
+        #: what ended requests got, for the next step, where drafts are made of it
+        self._ended_outputs: list[list[int]] = []
         self._num_arrived = 0
         self._num_scheduled = 0
 
@@ -134,6 +136,8 @@ class Scheduler:
         request.status = status
         request.stop_reason = stop_reason
         del self._requests[request.request_id]
+        if self.config.keeps_outputs and request.num_output_tokens:
+            self._ended_outputs.append(request.all_token_ids[request.num_prompt_tokens :])
         if was_running:
             self._release(request)
         else:
@@ -162,6 +166,8 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         if self._micro_batches is not None:
             self._micro_batches.end(step)
+        if step.rows and self._ended_outputs:
+            step.ended_outputs, self._ended_outputs = self._ended_outputs, []
         if self.kv_cache_manager.host_pool is not None:
             step.copies_out, step.copies_in = self.kv_cache_manager.host_pool.take_copies()
         return step

@@ -173,6 +173,7 @@ def draft_steps(
             tokens=loop.state.tokens[active_row],
             positions=position,
             going_on=loop.going_on,
+            outputs=loop.state.outputs,
             most=jnp.maximum(jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"]), 0),
             sample=sample_of,
         )

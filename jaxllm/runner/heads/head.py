@@ -42,6 +42,13 @@ class Head(abc.ABC, Generic[Weights, State]):
     def admit(self, state: State, request: AdmittedRequest) -> State:
         """Take a request into its row."""
 
+    def keep_outputs(self, state: State, outputs: Sequence[list[int]]) -> State:
+        """Keep what ended requests got, for later drafts; only a head with such drafts is asked to."""
+        raise NotImplementedError
+
+    def forget_outputs(self) -> None:
+        """The state is about to be made anew."""
+
     @abc.abstractmethod
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, Any]:
         """Launch a step's first part; what is returned with the state goes to `sample`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, Sampling
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.speculative.suffix import KeptOutputs
 
 
 class LaunchedStep(NamedTuple):
@@ -155,6 +156,7 @@ class SamplingHead(Head[Params, State]):
         self._sharding = programs.sharding
         self._rows = SamplingRows(programs)
         self._embeddings = Embeddings(programs)
+        self._kept = KeptOutputs(programs.num_kept_tokens, programs.max_kept_outputs)
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
@@ -173,6 +175,15 @@ class SamplingHead(Head[Params, State]):
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._rows.admit(request)
         return self._write_tokens(state, request.row, self._rows.history(request))
+
+    def keep_outputs(self, state: State, outputs: Sequence[list[int]]) -> State:
+        for ids in outputs:
+            for first, values in self._kept.add(ids):
+                state = self._write_outputs(state, first, np.asarray(values, np.int32))
+        return state
+
+    def forget_outputs(self) -> None:
+        self._kept.clear()
 
     def decode_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         if scheduled.num_drafts:
@@ -248,6 +259,8 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(packing.size + sample_size, np.int32)
             for full in (True, False):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
+        if state.outputs is not None:
+            state = self._write_outputs(state, 0, np.zeros(1, np.int32))
         return self._write_tokens(state, trash, np.zeros(1, np.int32))
 
     def free(self) -> None:
@@ -294,14 +307,22 @@ class SamplingHead(Head[Params, State]):
         Args:
             replica: of those that step together, the one whose row it is.
         """
-        tokens = state.tokens
+        tokens = self._written(self.programs.writer, state.tokens, row, 0, ids, replica)
+        return dataclasses.replace(state, tokens=tokens)
+
+    def _write_outputs(self, state: State, first: int, ids: np.ndarray) -> State:
+        """Put numbers into `State.outputs`."""
+        outputs = self._written(self.programs.output_writer, state.outputs, 0, first, ids)
+        return dataclasses.replace(state, outputs=outputs)
+
+    def _written(self, writer: Any, array: Any, row: int, start: int, ids: np.ndarray, replica: int = 0) -> jax.Array:
         for first in range(0, len(ids), WRITE_TOKENS):
             part = ids[first : first + WRITE_TOKENS]
             buffers = np.zeros((self.programs.replicas, 3 + WRITE_TOKENS), np.int32)
-            buffers[replica, :3] = row, first, len(part)
+            buffers[replica, :3] = row, start + first, len(part)
             buffers[replica, 3 : 3 + len(part)] = part
-            tokens = self.programs.writer(tokens, put_whole(buffers.reshape(-1), self._sharding))
-        return dataclasses.replace(state, tokens=tokens)
+            array = writer(array, put_whole(buffers.reshape(-1), self._sharding))
+        return array
 
     def _params_for(self, bucket: Bucket) -> Params | None:
         return self._forms.get(self.programs.form(bucket))

@@ -28,6 +28,7 @@ from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
+from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
@@ -45,6 +46,7 @@ SAMPLE_ROWS_CPU = (8, 32)
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
 WRITER: Key = ("write tokens",)
+OUTPUT_WRITER: Key = ("write outputs",)
 SCORER: Key = ("score",)
 #: tokens that one launch of it carries
 WRITE_TOKENS = 1024
@@ -111,6 +113,9 @@ class SamplingPrograms(Programs):
         for bucket in draft_buckets:
             few_rows = [form == "few rows" for form in self.check_forms(bucket)]
             self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows, draft_cost=_draft_cost(params))
+        #: tokens of ended requests that are kept for drafts, and the most requests
+        self.num_kept_tokens = 0 if state.outputs is None else state.outputs.shape[1] - 1
+        self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
         # the largest step has room for all
         self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
@@ -226,6 +231,9 @@ class SamplingPrograms(Programs):
     def lower_writer(self) -> jax.stages.Lowered:
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
 
+    def lower_output_writer(self) -> jax.stages.Lowered:
+        return self._lowered(write_tokens, self._state.outputs, self._words(3 + WRITE_TOKENS), donate=0)
+
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return self._rows(self._params.embedding.dtype, rows, self.config.model.hidden_size)
 
@@ -234,7 +242,8 @@ class SamplingPrograms(Programs):
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
-        return [*several, *samplers, SCORER, *forwards, WRITER]
+        writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
+        return [*several, *samplers, SCORER, *forwards, *writers]
 
     def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
@@ -255,6 +264,7 @@ class SamplingPrograms(Programs):
             "draft steps": self.lower_draft_steps,
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
+            "write outputs": self.lower_output_writer,
         }
 
     def bucket_of_all(self, sizes: Sequence[tuple[int, int]]) -> Bucket:
@@ -293,6 +303,10 @@ class SamplingPrograms(Programs):
     @property
     def writer(self) -> jax.stages.Compiled:
         return self._get(WRITER)
+
+    @property
+    def output_writer(self) -> jax.stages.Compiled:
+        return self._get(OUTPUT_WRITER)
 
 
 def _draft_cost(params: Params) -> float:

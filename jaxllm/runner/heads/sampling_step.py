@@ -70,6 +70,8 @@ class State:
     drafting: jax.Array | None = None
     #: of the layers of a model that drafts, under the same block tables
     draft_cache: Cache | None = None
+    #: i32 [1, 1 + C], of engines whose drafts are made of earlier outputs: `KeptOutputs` says what lies where
+    outputs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
