@@ -105,10 +105,10 @@ class Engines:
                     self.hits += (output.num_cached_tokens or 0) > 0
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.thorough), "bfloat16"])
 def engines(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Engines]:
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        if request.param == "bfloat16":  # `test_real_weights` has it as users do
+        if request.param == "bfloat16":  # `test_real_weights` has it as users do; quick, so that `make test` has it
             for name, value in QUICK.items():
                 patch.setitem(CPU_OPTIONS, name, value)
         made = {

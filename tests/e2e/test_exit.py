@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ASYNC = """
 import asyncio, sys
 from support.tiny_model import SMALL
@@ -55,6 +57,7 @@ def test_a_program_that_leaves_an_async_engine_running(tiny_model: Path):
     assert errors.rstrip().endswith("ValueError: the user's own"), errors
 
 
+@pytest.mark.thorough
 def test_a_program_that_ends_while_a_thread_of_its_own_generates(tiny_model: Path):
     found, errors = ends(THREAD, tiny_model)
     assert found == 1, errors

@@ -252,9 +252,9 @@ def harass(traffic: Traffic, sampling: dict[str, Any], usable: int, block_size: 
     "options",
     [
         {},
-        {"async_scheduling": False},
-        {"enable_prefix_caching": False, "long_prefill_token_threshold": 5},
-        {"block_size": 64, "async_scheduling": False},
+        pytest.param({"async_scheduling": False}, marks=pytest.mark.thorough),
+        pytest.param({"enable_prefix_caching": False, "long_prefill_token_threshold": 5}, marks=pytest.mark.thorough),
+        pytest.param({"block_size": 64, "async_scheduling": False}, marks=pytest.mark.thorough),
     ],
     ids=["caching", "caching, one step at a time", "no caching, short chunks", "large blocks, one step at a time"],
 )

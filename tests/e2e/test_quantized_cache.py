@@ -98,6 +98,7 @@ def preemptions(llm: LLM) -> Any:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")  # pyright: ignore
 
 
+@pytest.mark.thorough
 def test_the_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     main(["plan", str(checkpoint), "--device", "h200", "--kv-cache-dtype", "int8"])
     assert f"a token takes {2 * 2 * 2 * (16 + 4) / 1024:g} KiB of KV cache" in capsys.readouterr().out

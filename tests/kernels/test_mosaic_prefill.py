@@ -83,6 +83,7 @@ def test_attention_is_the_formula(name: str, mosaic: Backend):
     check(case, out)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [shape for shape, _ in CASES.values()], ids=str)
 @given(data=st.data())
 @settings(max_examples=30)
@@ -139,6 +140,7 @@ def tiles_of(batch: AttentionBatch, window: jax.Array, group: int, causal: bool)
     return dataclasses.asdict(mosaic_tiles.Tiles.of(batch, layout, causal=causal, shape=shape))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("group", "causal"), [(1, True), (7, True), (4, False)])
 @given(
     queries=st.lists(st.integers(1, 80), min_size=1, max_size=6).map(sorted),

@@ -168,6 +168,7 @@ def test_decoder_embeddings_of_the_last_token(name: str, tmp_path: Path) -> None
         np.testing.assert_allclose([o.outputs.embedding for o in again], expected, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["MEAN", "CLS"])
 def test_decoder_pooling_of_several_tokens_does_not_depend_on_chunks(kind: str, tmp_path: Path) -> None:
     model = save(tmp_path, "LlamaForCausalLM", **DECODER)
@@ -207,6 +208,7 @@ def test_classes_of_decoders(tmp_path: Path) -> None:
             llm.score("a", "b", use_tqdm=False)
 
 
+@pytest.mark.thorough
 def test_bidirectional_decoders(tmp_path: Path) -> None:
     """A config with is_causal=false, against the same computation written out with transformers' own layers."""
     model = save(tmp_path, "LlamaModel", **DECODER)
@@ -238,6 +240,7 @@ RERANK_TEMPLATE = (
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("labels", [1, 3])
 def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
@@ -267,6 +270,7 @@ def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: 
         np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reranker_is_made_of_two_rows_of_a_generating_model(tied: bool, minilm: Path, tmp_path: Path) -> None:
     """Qwen3-Reranker as it was published: the score is how likely "yes" is beside "no"."""

@@ -24,6 +24,7 @@ TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 DECODES = 8
 
 
+@pytest.mark.thorough
 def test_smollm2(smollm2_gguf: Path):
     compare(smollm2_gguf, "Llama", tokens=200)
 

@@ -292,6 +292,7 @@ class TestOneReadingOfMemory:
         "enforce_eager": True,
     }
 
+    @pytest.mark.thorough
     def test_the_values_that_are_named_hold(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         model = write_tiny_model(tmp_path)
         whole = jaxllm.plan(model, device="cpu", **self.ARGUMENTS).memory

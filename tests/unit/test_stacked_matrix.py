@@ -84,7 +84,10 @@ def test_several_rows_take_the_weight_itself():
 
 @pytest.mark.parametrize(
     ("family", "dtype", "most"),
-    [*((family, "bfloat16", 0.05) for family in [*SOME, "Cohere"]), ("Gemma3", "float32", 1e-5)],
+    [
+        *(pytest.param(family, "bfloat16", 0.05, marks=pytest.mark.thorough) for family in [*SOME, "Cohere"]),
+        ("Gemma3", "float32", 1e-5),
+    ],
 )
 def test_a_model_reads_its_matrices_where_they_lie(family: str, dtype: str, most: float):
     """Some of them: those whose in-features are not a multiple of 16 stay as they are."""
