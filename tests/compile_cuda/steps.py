@@ -47,7 +47,7 @@ _WRITTEN = {
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
 #: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the second are
-#: its embedder's, and the last ones take as long as all of another model's
+#: its embedder's, and each of the others takes as long as all of another model's
 _NOT_QUICK = (
     "Gemma-3-27B",
     "Qwen2.5-7B",
