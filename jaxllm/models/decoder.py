@@ -165,7 +165,8 @@ class Params:
 
 def without_draft(params: Any) -> Any:
     """A model's weights as users know them, without those of the model that drafts for it."""
-    return dataclasses.replace(params, draft=None) if isinstance(params, Params) else params
+    has_draft = isinstance(params, Params) and params.draft is not None
+    return dataclasses.replace(params, draft=None) if has_draft else params
 
 
 def forward(

@@ -259,7 +259,7 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(packing.size + sample_size, np.int32)
             for full in (True, False):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
-        if state.outputs is not None:
+        if programs.max_kept_outputs:
             state = self._write_outputs(state, 0, np.zeros(1, np.int32))
         return self._write_tokens(state, trash, np.zeros(1, np.int32))
 
@@ -307,6 +307,9 @@ class SamplingHead(Head[Params, State]):
         Args:
             replica: of those that step together, the one whose row it is.
         """
+        if not len(ids):
+            # a profile counts programs that are asked for
+            return state
         tokens = self._written(self.programs.writer, state.tokens, row, 0, ids, replica)
         return dataclasses.replace(state, tokens=tokens)
 
