@@ -165,7 +165,7 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     cpu_offload_gb: float = argument(
         0.0,
         check.gibibytes,
-        "weights of each GPU that lie in the host's memory, whole layers, copied in every step: GiB (default: none). "
+        "weights of each GPU that lie in the host's memory, whole layers, copied in every step: GiB. "
         "Not for the KV cache, as old guides say: that is --kv-offloading-size",
         group="cache",
         form="GIB",

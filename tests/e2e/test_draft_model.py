@@ -157,6 +157,7 @@ def write_other(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
     """Other heads, layers that see less, a shorter context: it is mostly wrong, and nobody sees it."""
     drafts = {
