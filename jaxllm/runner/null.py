@@ -180,9 +180,11 @@ class NullRunner:
         """Nothing outlives a step but what the rows are admitted with."""
 
     @property
-    def model_params(self) -> NoReturn:
-        """`Runner` has its weights under this name. Raises ValidationError."""
+    def params(self) -> NoReturn:
+        """`Runner` has its weights under this name, and the next one. Raises ValidationError."""
         raise ValidationError(_NO_WEIGHTS)
+
+    model_params = params
 
     def set_params(self, params: object) -> NoReturn:
         """Raises ValidationError."""
