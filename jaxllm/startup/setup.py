@@ -311,7 +311,10 @@ def _draft(args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig) -
     path = resolve(name, revision=config.revision, token=args.hf_token)
     load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
     checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
-    model = model_config(checkpoint.config, _asked_length(args))
+    try:
+        model = model_config(checkpoint.config, _asked_length(args))
+    except ValidationError as error:
+        raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
     if model.vocab_size != target.vocab_size:
         _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
     if model.kv_specs[0].parts == 1:

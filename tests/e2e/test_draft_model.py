@@ -186,3 +186,6 @@ def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
     drafts = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
     with pytest.raises(ValidationError, match="vocabulary of 300 tokens, and the model has 257"):
         LLM(tiny_model, **ARGUMENTS, skip_tokenizer_init=True, speculative_config=drafts)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["NobodysModel"]}))
+    with pytest.raises(ValidationError, match=r"speculative_config\.model=.*NobodysModel"):
+        LLM(tiny_model, **ARGUMENTS, skip_tokenizer_init=True, speculative_config=drafts)
