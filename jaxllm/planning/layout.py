@@ -91,8 +91,11 @@ def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
     firsts = list(itertools.accumulate(segment_sizes(specs), initial=0))
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         name = ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
-        segments = [firsts[key.idx] for key in path if isinstance(key, jax.tree_util.SequenceKey)]
-        on_host = spec.layers is not None and segments[:1] != [] and segments[0] in offloaded
+        # layers of a model that drafts stay on the device
+        segments = [
+            key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey) and not name.startswith("draft.")
+        ]
+        on_host = spec.layers is not None and segments[:1] != [] and firsts[segments[0]] in offloaded
         one = dataclasses.replace(_weight_layout(name, spec, config), on_host=on_host)
         key = name, one.shape, on_host
         seen = found.get(key)

@@ -27,16 +27,7 @@ class NgramDrafter(TextDrafter):
     def found(
         self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """What may come next.
-
-        Args:
-            tokens: i32 [S, M], of each sequence, at their positions; anything from its length on.
-            lengths: i32 [S], at least 1.
-            outputs: `State.outputs`; it looks at none.
-
-        Returns:
-            (ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts; none where nothing matches.
-        """
+        """See `TextDrafter.found`; it looks at no outputs."""
         seqs, width = tokens.shape
         piece = min(PIECE, width)
         last = lengths - 1

@@ -47,16 +47,7 @@ class SuffixDrafter(TextDrafter):
     def found(
         self, tokens: jax.Array, lengths: jax.Array, outputs: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """What may come next.
-
-        Args:
-            tokens: i32 [S, M], of each sequence, at their positions; anything from its length on.
-            lengths: i32 [S], at least 1.
-            outputs: i32 [1, 1 + C], as `KeptOutputs` has it; None: there are none.
-
-        Returns:
-            (ids, counts): i32 [S, num_drafts], and i32 [S], how many of them are drafts; none where nothing matches.
-        """
+        """See `TextDrafter.found`."""
         seqs, width = tokens.shape
         last = lengths - 1
         back = lax.iota(jnp.int32, self.max_depth)

@@ -19,7 +19,6 @@ from jaxllm.config.cross_checks import check_deterministic, check_pipeline, chec
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
-from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
@@ -35,10 +34,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
-from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
-from jaxllm.speculative.drafter import Drafter
-from jaxllm.speculative.ngram import NgramDrafter
-from jaxllm.speculative.suffix import SuffixDrafter
+from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -52,14 +48,6 @@ logger = logging.getLogger("jaxllm")
 def compile_cache() -> Path:
     """Where programs are kept that this version of JAX compiled, and how long starts took."""
     return cache_folder() / "xla" / f"jax-{jax.__version__}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftSetup:
-    """A model that drafts for another one."""
-
-    checkpoint: Checkpoint
-    model: DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +208,7 @@ class Setup:
             num_logprobs=num_logprobs,
             logprobs_mode=args.logprobs_mode,
             processors=args.logits_processors,
-            drafter=self._drafter(limits.max_model_len),
+            drafter=make_drafter(args.speculative_config, model, self.draft, limits.max_model_len),
             draft_quantization=self.draft and self.draft.checkpoint.quantization,
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
@@ -239,32 +227,6 @@ class Setup:
                 "blocks are copied to the host on devices of one process so far. Leave it out."
             )
         return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
-
-    def _drafter(self, max_model_len: int) -> Drafter | None:
-        config = self.args.speculative_config
-        if config is None:
-            return None
-        drafts = config.num_speculative_tokens
-        assert drafts is not None
-        if self.draft is None:
-            return _finds_drafts(config, drafts)
-        model, groups = draft_groups(kv_cache_groups(self.model.kv_specs), self.draft.model)
-        longest = min(config.max_model_len or model.max_position_embeddings, max_model_len)
-        # masks of tokens are as long as the large model's vocabulary
-        samples = config.draft_sample_method != "greedy" and model.vocab_size == self.model.vocab_size
-        return ModelDrafter(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
-
-
-def _finds_drafts(config: SpeculativeConfig, drafts: int) -> Drafter:
-    """Who finds drafts in texts that there are."""
-    if config.method == "suffix":
-        depth, most = config.suffix_decoding_max_tree_depth, config.suffix_decoding_max_cached_requests
-        factor, least = config.suffix_decoding_max_spec_factor, config.suffix_decoding_min_token_prob
-        assert depth is not None and most is not None and factor is not None and least is not None
-        return SuffixDrafter(drafts, depth, factor, least, most)
-    low, high = config.prompt_lookup_min, config.prompt_lookup_max
-    assert low is not None and high is not None
-    return NgramDrafter(drafts, low, high)
 
 
 def read_setup(args: EngineArgs, path: Path) -> Setup:
@@ -293,52 +255,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     draft = None
     if args.speculative_config is not None and args.speculative_config.method == "draft_model":
         assert isinstance(model, DecoderConfig)
-        draft = _draft(args, args.speculative_config, model)
+        draft = read_draft(args, args.speculative_config, model, max_model_len=_asked_length(args))
     return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling, draft=draft)
-
-
-def _draft(args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig) -> DraftSetup:
-    """The model that drafts for `target`; where none is named, the engine's own in fewer bits.
-
-    Raises:
-        ValidationError: it does not fit the engine's model.
-        WeightsError: its config cannot be read.
-    """
-    quantization, name = config.quantization, config.model
-    if name is None:
-        name, quantization = args.model, quantization or OWN_DRAFT_QUANTIZATION
-        logger.info("No model is named that drafts: the engine's own does, in quantization=%r", quantization)
-    path = resolve(name, revision=config.revision, token=args.hf_token)
-    load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
-    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
-    try:
-        model = model_config(checkpoint.config, _asked_length(args))
-    except ValidationError as error:
-        raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
-    if model.vocab_size != target.vocab_size:
-        _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
-    if model.kv_specs[0].parts == 1:
-        raise ValidationError(
-            f"{name} keeps latents of tokens, and a model that drafts keeps keys and values. Take another one."
-        )
-    kv_cache_groups(model.kv_specs)  # raises where layers keep different things
-    checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
-    return DraftSetup(checkpoint=checkpoint, model=model)
-
-
-def _check_vocabulary(args: EngineArgs, draft: Path, size: int, wanted: int) -> None:
-    """Models of one family have the same tokens and tables of different heights.
-
-    Raises:
-        ValidationError: the tokens are others, or are not known.
-    """
-    problem = f"{draft}, which drafts, has a vocabulary of {size} tokens, and the model has {wanted}"
-    remedy = "Take a smaller model of the same family, or method='ngram', which needs none."
-    if args.skip_tokenizer_init:
-        raise ValidationError(f"{problem}: whether they are the same, tokenizers would say. {remedy}")
-    own = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    if load_tokenizer(own).get_vocab() != load_tokenizer(draft).get_vocab():
-        raise ValidationError(f"{problem}, with other tokens. {remedy}")
 
 
 def _for_pooling(

@@ -261,3 +261,15 @@ def test_the_null_model_has_nothing_to_explain(tmp_path: Path):
         pytest.raises(ValidationError, match="nothing to explain"),
     ):
         llm.explain()
+
+
+def test_a_model_that_drafts_stays_on_the_device(model: Path, tmp_path: Path):
+    """Also one of more layers than the model whose layers lie on the host."""
+    config = json.loads((model / "config.json").read_text())
+    deeper = {**config, "num_hidden_layers": config["num_hidden_layers"] + 3}
+    (tmp_path / "config.json").write_text(json.dumps(deeper))
+    drafts = {"model": str(tmp_path), "num_speculative_tokens": 3}
+    found = jaxllm.explain(model, device="h100", cpu_offload_gb=4.0, speculative_config=drafts)
+    on_host = {layout.name for layout in found.layouts if layout.on_host}
+    assert "layers.qkv" in on_host and not [name for name in on_host if name.startswith("draft.")]
+    assert "draft.layers.qkv" in {layout.name for layout in found.layouts}

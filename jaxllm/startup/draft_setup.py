@@ -1,0 +1,117 @@
+"""Who drafts, from the arguments and, where a model does, from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.cache import kv_cache_groups
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.matrices import matrices
+from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.registry import model_config
+from jaxllm.runner.runner_config import model_specs
+from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
+from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.ngram import NgramDrafter
+from jaxllm.speculative.suffix import SuffixDrafter
+from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.resolve import resolve
+
+logger = logging.getLogger("jaxllm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSetup:
+    """A model that drafts for another one."""
+
+    checkpoint: Checkpoint
+    model: DecoderConfig
+
+
+def make_drafter(
+    config: SpeculativeConfig | None, target: ModelConfig, draft: DraftSetup | None, max_model_len: int
+) -> Drafter | None:
+    """Who drafts for the model `target`; None: nobody does.
+
+    Args:
+        draft: the model that does; None: drafts are found in texts.
+        max_model_len: of the engine.
+    """
+    if config is None:
+        return None
+    drafts = config.num_speculative_tokens
+    assert drafts is not None
+    if draft is None:
+        return _finds_drafts(config, drafts)
+    model, groups = draft_groups(kv_cache_groups(target.kv_specs), draft.model)
+    longest = min(config.max_model_len or model.max_position_embeddings, max_model_len)
+    # masks of tokens are as long as the large model's vocabulary
+    samples = config.draft_sample_method != "greedy" and model.vocab_size == target.vocab_size
+    return ModelDrafter(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
+
+
+def _finds_drafts(config: SpeculativeConfig, drafts: int) -> Drafter:
+    """Who finds drafts in texts that there are."""
+    if config.method == "suffix":
+        depth, most = config.suffix_decoding_max_tree_depth, config.suffix_decoding_max_cached_requests
+        factor, least = config.suffix_decoding_max_spec_factor, config.suffix_decoding_min_token_prob
+        assert depth is not None and most is not None and factor is not None and least is not None
+        return SuffixDrafter(drafts, depth, factor, least, most)
+    low, high = config.prompt_lookup_min, config.prompt_lookup_max
+    assert low is not None and high is not None
+    return NgramDrafter(drafts, low, high)
+
+
+def read_draft(
+    args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig, *, max_model_len: int | None
+) -> DraftSetup:
+    """The model that drafts for `target`; where none is named, the engine's own in fewer bits.
+
+    Args:
+        max_model_len: of the engine, where it is said.
+
+    Raises:
+        ValidationError: it does not fit the engine's model.
+        WeightsError: its config cannot be read.
+    """
+    quantization, name = config.quantization, config.model
+    if name is None:
+        name, quantization = args.model, quantization or OWN_DRAFT_QUANTIZATION
+        logger.info("No model is named that drafts: the engine's own does, in quantization=%r", quantization)
+    path = resolve(name, revision=config.revision, token=args.hf_token)
+    load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
+    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
+    try:
+        model = model_config(checkpoint.config, max_model_len)
+    except ValidationError as error:
+        raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
+    if model.vocab_size != target.vocab_size:
+        _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
+    if model.kv_specs[0].parts == 1:
+        raise ValidationError(
+            f"{name} keeps latents of tokens, and a model that drafts keeps keys and values. Take another one."
+        )
+    kv_cache_groups(model.kv_specs)  # raises where layers keep different things
+    checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
+    return DraftSetup(checkpoint=checkpoint, model=model)
+
+
+def _check_vocabulary(args: EngineArgs, draft: Path, size: int, wanted: int) -> None:
+    """Models of one family have the same tokens and tables of different heights.
+
+    Raises:
+        ValidationError: the tokens are others, or are not known.
+    """
+    problem = f"{draft}, which drafts, has a vocabulary of {size} tokens, and the model has {wanted}"
+    remedy = "Take a smaller model of the same family, or method='ngram', which needs none."
+    if args.skip_tokenizer_init:
+        raise ValidationError(f"{problem}: whether they are the same, tokenizers would say. {remedy}")
+    own = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
+    if load_tokenizer(own).get_vocab() != load_tokenizer(draft).get_vocab():
+        raise ValidationError(f"{problem}, with other tokens. {remedy}")
