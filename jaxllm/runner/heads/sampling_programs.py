@@ -96,9 +96,10 @@ class SamplingPrograms(Programs):
             copied_layers=copied_layers,
             progress=progress,
         )
-        if platform != "cpu":
-            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
-        self.config = config
+        on_cpu = platform == "cpu"
+        self.config = config = dataclasses.replace(
+            config, on_cpu=on_cpu, fixed_sample_rows=None if on_cpu else SAMPLE_ROWS_GPU[-1]
+        )
         self._params = params
         #: whether a single row has products of its own (`layers.stacked_matrix`)
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
