@@ -72,8 +72,8 @@ def window_attention(
 
     def block(first: jax.Array) -> jax.Array:
         own = lax.dynamic_slice_in_dim(query, first, rows), lax.dynamic_slice_in_dim(windows, first, rows)
-        seen = (lax.dynamic_slice_in_dim(array, first, rows + 2 * size) for array in (key, value, near))
-        return _attend(*own, *seen, scale)
+        keys, values, groups = (lax.dynamic_slice_in_dim(x, first, rows + 2 * size) for x in (key, value, near))
+        return _attend(*own, keys, values, groups, scale)
 
     return lax.map(block, jnp.arange(0, count, rows, dtype=jnp.int32)).reshape(query.shape)
 

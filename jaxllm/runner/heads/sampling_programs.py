@@ -103,7 +103,9 @@ class SamplingPrograms(Programs):
             config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
         self.config = config
         if params.vision is not None:
-            args = config.model.vision, encoder_buckets, params.vision, state.encoded
+            cache: Any = state.encoded
+            assert config.model.vision is not None
+            args = config.model.vision, encoder_buckets, params.vision, cache
             self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
         self._vision = params.vision
         self._params = params = dataclasses.replace(params, vision=None)
