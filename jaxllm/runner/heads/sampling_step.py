@@ -290,7 +290,7 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
     return SamplingBatch(
         **per_row,
         **flags,
-        **ConstraintShape(config.model.vocab_size).unpack(block(constraints)),
+        **ConstraintShape(config.model.vocab_size).unpack(block(constraints), length),
         seed=lax.bitcast_convert_type(seed, jnp.uint32),
         position=length,
         length=length,
