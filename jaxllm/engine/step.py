@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_BIASES = 320
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
-#: ids that end a request on the device, in a launch of several steps
+#: ids that end a request on the device, in a launch of several steps, and those that it keeps from coming too early
 MAX_END_TOKEN_IDS = 8
 
 #: in `AdmittedRequest.token_ids`, where the prompt has a vector and no token

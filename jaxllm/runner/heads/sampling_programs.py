@@ -99,9 +99,10 @@ class SamplingPrograms(Programs):
             copied_layers=copied_layers,
             progress=progress,
         )
-        if platform != "cpu":
-            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
-        self.config = config
+        on_cpu = platform == "cpu"
+        self.config = config = dataclasses.replace(
+            config, on_cpu=on_cpu, fixed_sample_rows=None if on_cpu else SAMPLE_ROWS_GPU[-1]
+        )
         if params.vision is not None:
             cache: Any = state.encoded
             assert config.model.vision is not None
