@@ -295,6 +295,19 @@ def test_right_drafts_become_as_long_as_they_may(plain: LLM, drafting: LLM):
     assert one.metrics.num_accepted_tokens > 50 > 30 > other.metrics.num_drafted_tokens
 
 
+def test_what_checks_cost_is_learned_from_launches(drafting: LLM):
+    head: Any = drafting.engine.core.cores[0]._runner.head  # pyright: ignore
+    right = SamplingParams(**GREEDY, logit_bias={61: 100.0}, max_tokens=200, ignore_eos=True)
+    with checks_that_cost(drafting, 0.4):
+        before = head.programs.check_costs[1].copy()
+        head._learns = True
+        for _ in range(50):  # launches that the host came late for teach nothing
+            drafting.generate([repeating(4, 9)], right, use_tqdm=False)
+            if (head.programs.check_costs[1] != before).any():
+                break
+        assert (head.programs.check_costs[1] != before).any()
+
+
 def test_an_aborted_request_frees_what_it_holds(drafting: LLM):
     prompts = [{"prompt_token_ids": repeating(seed, 20)} for seed in range(3)]
     for index, prompt in enumerate(prompts):

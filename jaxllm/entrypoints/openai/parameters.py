@@ -111,7 +111,7 @@ class SamplingReader:
 def _limited(max_tokens: Any, defaults: SamplingParams) -> Any:
     limit = defaults.max_tokens
     # the model's config says nothing where `defaults` has the field's own default
-    if limit is None or limit == SamplingParams.max_tokens:
+    if limit is None or limit == SamplingParams().max_tokens:
         return max_tokens
     if max_tokens is None:
         return limit
