@@ -178,8 +178,10 @@ def test_resuming_runs_what_is_missing(folder: Folder, capfd: pytest.CaptureFixt
     assert folder.output.read_bytes().startswith(b"".join(kept[:9]))
     assert "9 finished before" in capfd.readouterr().err
     before = folder.output.read_bytes()
-    assert folder.run("--resume") == 3  # nothing is left to do, and what failed has failed
+    # nothing is left to do, no model is read for it, and what failed has failed
+    assert folder.run("--resume", "--model", "a-folder-that-is-not-there") == 3
     assert folder.output.read_bytes() == before
+    assert "all lines have their results" in capfd.readouterr().err
     assert folder.run("--overwrite", text=line("new")) == 0
     assert folder.results().keys() == {"new"}
 

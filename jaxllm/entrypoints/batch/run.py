@@ -17,6 +17,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
@@ -63,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"run-batch: the input {arguments.input_file!r} is empty: there is nothing to run.", file=sys.stderr)
             return SOME_FAILED if journal.num_failed else 0
         lines = itertools.chain([first], lines)
+        if arguments.resume and _nothing_left(arguments, journal):
+            print(f"run-batch: all lines have their results in {arguments.output_file!r}.", file=sys.stderr)
+            return SOME_FAILED if journal.num_failed else 0
         model, given = engine_arguments(arguments)
         served = given.pop("served_model_name", None) or model
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
@@ -84,6 +88,22 @@ def run(arguments: argparse.Namespace) -> int:
             tally.close()
     print(f"run-batch: {tally}", file=sys.stderr)
     return SOME_FAILED if tally.failed or journal.num_failed else 0
+
+
+def _nothing_left(arguments: argparse.Namespace, journal: Journal) -> bool:
+    """Whether every line is finished, as far as that can be seen before the input is read for good."""
+    if not Path(arguments.input_file).expanduser().is_file():  # a pipe is read once
+        return False
+    seen = DigestSet()
+    for number, line in _open_lines(arguments):
+        try:
+            custom_id = parse_line(number, line).custom_id
+            finished = journal.is_finished(custom_id) if seen.add(custom_id) else journal.is_refused(number)
+        except APIError as error:
+            finished = isinstance(error, LineError) and journal.is_refused(number)
+        if not finished:
+            return False
+    return True
 
 
 def _warn_of_model(first: NumberedLine, names: list[str]) -> None:

@@ -68,7 +68,7 @@ class SamplingReader:
 def _limited(max_tokens: int | None, defaults: SamplingParams) -> int | None:
     limit = defaults.max_tokens
     # the model's config says nothing where `defaults` has the field's own default
-    if limit is None or limit == SamplingParams.max_tokens:
+    if limit is None or limit == SamplingParams().max_tokens:
         return max_tokens
     return limit if max_tokens is None else min(max_tokens, limit)
 
