@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.decoder import Params
+from jaxllm.models.qwen_vision import VisionParams
+from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -174,14 +176,17 @@ class SamplingHead(Head[Params, State]):
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
         self._head: Params | None = None
+        self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
         self._no_constraints = put_whole(constraints, self._sharding)
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
-        self._params, self._forms, self._head = params, {}, None
+        self._params, self._forms, self._head, self._vision = params, {}, None, None
         if params is not None:
+            # few arguments make quick launches
+            self._vision, params = params.vision, dataclasses.replace(params, vision=None)
             self._head = programs.head_params(params)
             self._forms = programs.forms(params)
 
@@ -234,6 +239,18 @@ class SamplingHead(Head[Params, State]):
         params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
 
+    def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:
+        encoder = self.programs.encoder
+        assert encoder is not None
+        for given in inputs:
+            state = self._encode(state, *encoder.pack(given))
+        return state
+
+    def _encode(self, state: State, size: int, pixels: np.ndarray, words: np.ndarray) -> State:
+        given = (put_whole(array, self._sharding) for array in (pixels, words))
+        encoded = self.programs.encode(size)(self._vision, state.encoded, *given)
+        return dataclasses.replace(state, encoded=encoded)
+
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
@@ -281,6 +298,9 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(packing.size + sample_size, np.int32)
             for full in (True, False):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
+        if programs.encoder is not None:
+            for size in list(programs.encoder.packings)[: 1 if smallest else None]:
+                state = self._encode(state, size, *programs.encoder.nothing(size))
         if programs.max_kept_outputs:
             state = self._write_outputs(state, 0, np.zeros(1, np.int32))
         return self._write_tokens(state, trash, np.zeros(1, np.int32))

@@ -74,6 +74,8 @@ class State:
     draft_cache: Cache | None = None
     #: i32 [1, 1 + C], of engines whose drafts are made of earlier outputs: `KeptOutputs` says what lies where
     outputs: jax.Array | None = None
+    #: [1 + C, d], of engines that see pictures: the vectors of encoded items; row 0 is trash
+    encoded: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +120,10 @@ def forward_step(
     fields = packing.unpack(buffer)
     attention = attention_batch(fields, bucket)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
-    batch = dataclasses.replace(batch, embeddings=embeddings)
+    if state.encoded is not None:
+        batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
+    elif embeddings is not None:
+        batch = dataclasses.replace(batch, embeddings=embeddings)
     state, hidden, load = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
@@ -159,7 +164,12 @@ def step_tokens(
         tokens = tokens.at[jnp.where(embedded, rows, trash), attention.positions].set(EMBEDDED)
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
-    return tokens, StepBatch(tokens=ids, attention=attention, embedded=embedded)
+    batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
+    if config.model.vision is not None:
+        batch = dataclasses.replace(
+            batch, embedded=fields["encoded_rows"] > 0, rope_positions=attention.positions + fields["rope_offsets"]
+        )
+    return tokens, batch
 
 
 def wanted_rows(config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], hidden: jax.Array) -> Hidden:
