@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.argument_checks import path_text
 
 MODALITIES = ("image", "video")
 #: vLLM's, where nothing is said
@@ -63,3 +64,18 @@ def media_limits(name: str, value: Any) -> dict[str, MediaLimit]:
             raise ValidationError(f"{name}[{modality!r}] must have both width and height, or neither, got {given!r}.")
         found[modality] = MediaLimit(**numbers)
     return found
+
+
+def domains(name: str, value: Any) -> tuple[str, ...]:
+    """Names of hosts, in a list; or one, as a text."""
+    given = (value,) if isinstance(value, str) else value
+    found = tuple(checks.strings(name, given))
+    wrong = next((host for host in found if not host or "/" in host or ":" in host), None)
+    if wrong is not None:
+        raise ValidationError(f"{name} must be names of hosts, such as ['example.org'], got {wrong!r}.")
+    return found
+
+
+def folder(name: str, value: Any) -> str:
+    """A folder's path; "": none."""
+    return "" if value == "" else path_text(name, value)

@@ -9,9 +9,11 @@ import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
+from jaxllm.multimodal.access import MediaAccess
+from jaxllm.multimodal.conversations import has_media, without_media
 from jaxllm.multimodal.items import MediaItem, PlacedItem, PromptMedia
 from jaxllm.multimodal.positions import rope_offsets
-from jaxllm.multimodal.qwen_processor import QwenProcessor
+from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
 
 #: of a prompt
 MEDIA_KEYS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs")
@@ -25,6 +27,7 @@ class MediaReader:
             model computes.
         limits: of each modality that is on.
         max_tokens: vectors of the largest item that the plan has room for.
+        access: what conversations may have read.
     """
 
     def __init__(
@@ -34,26 +37,31 @@ class MediaReader:
         limits: Mapping[str, MediaLimit],
         *,
         max_tokens: int,
+        access: MediaAccess,
     ):
         self._processor, self._tokens, self._limits = processor, tokens, limits
-        self._max_tokens = max_tokens
+        self._max_tokens, self._access = max_tokens, access
 
-    def read(self, prompt: Mapping[str, Any], processor_options: Mapping[str, Any] | None = None) -> list[MediaItem]:
+    def of_conversation(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A prompt with `messages` whose pictures have become its `multi_modal_data`.
+
+        Raises:
+            ValidationError: one may not be read, or there are too many.
+        """
+        return without_media(prompt, self._access, PLACEHOLDERS) if has_media(prompt["messages"]) else prompt
+
+    def read(self, prompt: Mapping[str, Any]) -> list[MediaItem]:
         """The items of a prompt, those of each modality in the caller's order.
-
-        Args:
-            processor_options: of the call; those of the prompt come before them.
 
         Raises:
             ValidationError: one cannot be read, is too large, or there are too many.
         """
         data = prompt.get("multi_modal_data") or {}
         uuids = prompt.get("multi_modal_uuids") or {}
-        options = {**(processor_options or {}), **(prompt.get("mm_processor_kwargs") or {})}
         for name, given in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
             if not isinstance(given, Mapping):
                 raise ValidationError(f'{name} must be a dict such as {{"image": ...}}, got {given!r:.80}')
-        processor, items = self._processor.with_options(options), []
+        processor, items = self._processor.with_options(prompt.get("mm_processor_kwargs")), []
         for modality, given in data.items():
             each = _listed(given)
             if not each:

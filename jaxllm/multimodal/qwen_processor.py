@@ -23,6 +23,8 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 #: the longer side is at most so many times the shorter one
 _MOST_RATIO = 200
+#: what stands for an item in a text
+PLACEHOLDERS = {IMAGE: "<|vision_start|><|image_pad|><|vision_end|>"}
 #: what a call, an engine or a prompt may say
 PROCESSOR_KEYS = ("min_pixels", "max_pixels", "size")
 

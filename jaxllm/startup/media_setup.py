@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import IMAGE
 from jaxllm.multimodal.prompts import MediaReader
 from jaxllm.multimodal.qwen_processor import QwenProcessor
@@ -33,6 +34,7 @@ class MediaSetup:
     #: modality that is on -> its token
     tokens: dict[str, int]
     limits: dict[str, MediaLimit]
+    access: MediaAccess
 
     def most_tokens(self, max_model_len: int) -> int:
         """Vectors of the largest item that the arguments allow in so long a context."""
@@ -52,7 +54,8 @@ class MediaSetup:
 
     def reader(self, max_model_len: int) -> MediaReader:
         """What reads prompts."""
-        return MediaReader(self.processor, self.tokens, self.limits, max_tokens=self.most_tokens(max_model_len))
+        most = self.most_tokens(max_model_len)
+        return MediaReader(self.processor, self.tokens, self.limits, max_tokens=most, access=self.access)
 
 
 def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -> MediaSetup | None:
@@ -75,7 +78,10 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         return None
     processor = QwenProcessor.of(hf["vision_config"], _preprocessor(checkpoint))
     return MediaSetup(
-        processor=processor.with_options(args.mm_processor_kwargs), tokens=tokens, limits=args.limit_mm_per_prompt
+        processor=processor.with_options(args.mm_processor_kwargs),
+        tokens=tokens,
+        limits=args.limit_mm_per_prompt,
+        access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
     )
 
 

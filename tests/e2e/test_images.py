@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_vl_model import IMAGE, PICTURE, picture, write_tiny_vl_model
+from support.tiny_vl_model import END, IMAGE, PICTURE, START, picture, write_tiny_vl_model
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
@@ -31,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_gpu_blocks_override": 27,
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 3},
+    "allowed_media_domains": ["nowhere.invalid"],
 }
 TOKENS = 44
 ASKED = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
@@ -43,7 +45,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> Iterator[LLM]:
-    with LLM(model, **ARGUMENTS) as engine:
+    with LLM(model, **ARGUMENTS, allowed_local_media_path=str(model)) as engine:
         yield engine
 
 
@@ -175,9 +177,68 @@ def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
     for why, output, beside in zip(wrong, outputs[::2], outputs[1::2], strict=True):
         assert why.lower() in (output.error or "").lower()
         assert beside.error is None and len(beside.outputs[0].token_ids) == TOKENS
+    with pytest.raises(ValidationError, match="beam_search takes no images"):
+        llm.beam_search([prompt("@", good)], BeamSearchParams(beam_width=2, max_tokens=2))
     core: Any = llm.engine.core
     scheduler = core.scheduler
     assert scheduler.media is not None and not scheduler.has_unfinished and not scheduler.media.cache.num_used
+
+
+def test_conversations(llm: LLM, model: Path, tmp_path: Path):
+    """Parts of messages are pictures, from wherever they may be read; templates that take texts get them in front."""
+    given, buffer = picture(100, 70), io.BytesIO()
+    given.save(buffer, "PNG")
+    (model / "inside.png").write_bytes(buffer.getvalue())
+    (tmp_path / "outside.png").write_bytes(buffer.getvalue())
+    (model / "link.png").symlink_to(tmp_path / "outside.png")
+    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    def asked(part: Any) -> list[Any]:
+        return [{"role": "user", "content": [{"type": "text", "text": "see "}, part, {"type": "text", "text": " now"}]}]
+
+    urls = [data, f"file://{model}/inside.png", f"{model}/inside.png", "inside.png"]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts += [{"type": "image", "image": given}, {"type": "image_pil", "image_pil": given}]
+    outputs = llm.chat([asked(part) for part in parts], ASKED, use_tqdm=False)
+    (plain,) = llm.generate([prompt("user: see @ now", given)], ASKED, use_tqdm=False)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [list(plain.outputs[0].token_ids)] * len(parts)
+    messages = {"messages": asked({"type": "image"}), "multi_modal_data": {"image": given}}
+    (output,) = llm.generate([messages], ASKED, use_tqdm=False)
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    (output,) = llm.chat(
+        asked(parts[0]), ASKED, use_tqdm=False, chat_template_content_format="string",
+        mm_processor_kwargs={"max_pixels": 28 * 28 * 2},
+    )  # fmt: skip
+    ids = list(output.prompt_token_ids or [])
+    assert ids[:9] == [*plain.prompt_token_ids[:6], START, IMAGE, END]  # pyright: ignore[reportOptionalSubscript]
+    refused = {
+        "must be a subpath": f"file://{tmp_path}/outside.png",
+        "must be a subpath of": f"{model}/link.png",
+        "must be a subpath of the": f"{model}/../outside.png",
+        "cannot be read": f"{model}/missing.png",
+        "must be from one of the allowed domains": "http://example.org/picture.png",
+        "cannot be fetched": "http://nowhere.invalid/picture.png",
+        "either a HTTP, data or file URL": "ftp://example.org/picture.png",
+        "no base64": "data:image/png;base64,????",
+        "are no picture": "data:image/png;base64,AAAA",
+    }
+    conversations = [asked({"type": "image_url", "image_url": {"url": url}}) for url in refused.values()]
+    conversations += [asked({"type": "image"}), asked({"type": "input_audio", "input_audio": {}})]
+    outputs = llm.chat(conversations, ASKED, use_tqdm=False, on_error="return")
+    for why, output in zip([*refused, "has no picture", "only text"], outputs, strict=True):
+        assert why in (output.error or "")
+
+
+def test_names_of_contents_stand_for_them(llm: LLM):
+    """Pictures of one `multi_modal_uuids` are taken for the same one, and hit."""
+    llm.reset_prefix_cache()
+    named = {"multi_modal_uuids": {"image": "one"}}
+    outputs = [
+        llm.generate([prompt("look at @ and", picture(150, 150, seed=seed), **named)], ASKED, use_tqdm=False)[0]
+        for seed in range(2)
+    ]
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+    assert [output.num_cached_tokens for output in outputs] == [0, 32]
 
 
 def test_what_does_not_go_with_pictures_is_refused(model: Path):

@@ -164,6 +164,8 @@ class PromptReader:
                 if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
                     read[position] = self._embedded(prompt, options)
                     continue
+                if self._media is not None and isinstance(prompt, Mapping) and "messages" in prompt:
+                    prompt = self._media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
                 if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
                     items[position] = self._items(prompt)
