@@ -157,7 +157,11 @@ class _Planner:
             blocks=blocks,
             exchanging=exchanging_layers(config.model, target.replicas),
         )
-        return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
+        plan = plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
+        programs = self.planned[1]
+        if isinstance(programs, Programs):
+            plan = dataclasses.replace(plan, encoder_activation_bytes=programs.encoder_activation_bytes())
+        return plan
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> Sequence[int]:
         # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
