@@ -192,6 +192,41 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI):
         assert (name, arguments, reason) == ("weather", call.function.arguments, answer.finish_reason)
 
 
+def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
+    """A grammar stands in for a model that was taught to write a call."""
+    text = 'Well.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    body = {"structured_outputs": {"choice": [text]}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "tools": TOOLS}
+    with (
+        served(engine, tool_call_parser="hermes") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        choice = client.chat.completions.create(**asked, extra_body=body).choices[0]
+        (call,) = choice.message.tool_calls or []
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Well.")
+        assert call.type == "function" and json.loads(call.function.arguments) == {"city": "Rome"}
+        with client.chat.completions.stream(**asked, extra_body=body) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        (same,) = streamed.message.tool_calls or []
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "Well.")
+        assert (same.function.name, same.function.arguments) == ("weather", call.function.arguments)
+        # the call and its answer go back, and nothing is read of tools that nobody offers
+        talk: Any = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
+        talk.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+        assert client.chat.completions.create(model="tiny", messages=talk, max_tokens=3).choices
+        plain = client.chat.completions.create(**asked, tool_choice="none", extra_body=body).choices[0].message
+        assert plain.content == text and plain.tool_calls is None
+    with (
+        served(engine, reasoning_parser="deepseek_r1") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        body = {"structured_outputs": {"choice": ["Hm.</think>Yes."]}}
+        message: Any = (
+            client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body).choices[0].message
+        )
+        assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
+
+
 def test_responses(client: openai.OpenAI, engine: AsyncLLM):
     asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
     talk: Any = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]
@@ -312,6 +347,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ("/v1/nothing", None, 404),
         ("/v1/models/gpt", None, 404),
         ("/v1/completions", {"prompt": "\ud800"}, 400),
+        ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400),
     ):
         found, _, told = get(url, path, body)
         assert (found, set(told["error"])) == (status, {"message", "type", "param", "code"}), path
@@ -363,6 +399,11 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
         assert get(url, "/v1/models", headers={**key, "Origin": url})[0] == 200
         ours = get(url, "/v1/models", headers={**key, "Origin": "https://ours"})
         assert ours[0] == 200 and ours[1]["access-control-allow-origin"] == "https://ours"
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        with contextlib.closing(connection):  # in chunks, whose sum nobody says before
+            sent = {**key, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", iter([b" " * 1500] * 2), sent, encode_chunked=True)
+            assert connection.getresponse().status == 413
         # four run, one waits
         with openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0) as client:
             with client.completions.create(

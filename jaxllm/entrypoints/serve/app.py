@@ -67,5 +67,7 @@ def _refusal(error: RequestValidationError) -> APIError:
     errors = list(error.errors())
     if errors and errors[0]["type"] == "json_invalid":
         return APIError(f"The body is not JSON: {errors[0].get('ctx', {}).get('error', '')}", param="body")
+    if errors and isinstance(errors[0].get("input"), bytes):
+        return APIError("The body is not JSON: send it with Content-Type: application/json.", param="body")
     # places begin with what part of the request it is
     return refusal([{**one, "loc": one["loc"][1:]} for one in errors])
