@@ -205,6 +205,8 @@ def compiled_plan(
         return (needed,) if isinstance(needed, int) else needed
 
     config, plan = plan_memory(config, activations)
+    if isinstance(made[0], Programs):
+        plan = dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
     return config, made[0], plan
 
 

@@ -26,7 +26,7 @@ from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.qwen_vision import VisionConfig
+from jaxllm.models.qwen_vision import VisionConfig, vision_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
@@ -314,6 +314,13 @@ class RunnerConfig:
     def vision(self) -> VisionConfig | None:
         """Of the tower that sees pictures; None: there is none."""
         return self.model.vision if isinstance(self.model, DecoderConfig) else None
+
+    @property
+    def tower_bytes(self) -> int:
+        """Of the tower's weights, which every device has."""
+        if self.vision is None:
+            return 0
+        return device_bytes(vision_specs(self.vision), jnp.dtype(self.dtype), {})
 
     def _encoded(self, array: Callable[..., jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct | None:
         rows = 1 + self.scheduler.encoder_cache_tokens

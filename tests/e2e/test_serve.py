@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +26,7 @@ from support.tiny_model import SMALL
 
 import jaxllm
 from jaxllm import AsyncLLM, SamplingParams
+from jaxllm.entrypoints.cli import main
 from jaxllm.entrypoints.serve.app import make_app
 from jaxllm.entrypoints.serve.listening import listen
 from jaxllm.entrypoints.serve.settings import Settings
@@ -31,6 +35,10 @@ MESSAGES: Any = [{"role": "user", "content": "What?"}]
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 SCHEMA["additionalProperties"] = False
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+
+
+#: nothing of the host is read for a request
+FILE = [{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}]
 
 
 @contextlib.contextmanager
@@ -50,6 +58,16 @@ def served(engine: AsyncLLM, **settings: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+class Closed:
+    """Ends an engine at the end of a block."""
+
+    def __init__(self, engine: AsyncLLM):
+        self.engine = engine
+
+    def close(self) -> None:
+        self.engine.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +192,139 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI):
         assert (name, arguments, reason) == ("weather", call.function.arguments, answer.finish_reason)
 
 
+def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
+    """A grammar stands in for a model that was taught to write a call."""
+    text = 'Well.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    body = {"structured_outputs": {"choice": [text]}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "tools": TOOLS}
+    with (
+        served(engine, tool_call_parser="hermes") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        choice = client.chat.completions.create(**asked, extra_body=body).choices[0]
+        (call,) = choice.message.tool_calls or []
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Well.")
+        assert call.type == "function" and json.loads(call.function.arguments) == {"city": "Rome"}
+        with client.chat.completions.stream(**asked, extra_body=body) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        (same,) = streamed.message.tool_calls or []
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "Well.")
+        assert (same.function.name, same.function.arguments) == ("weather", call.function.arguments)
+        # the call and its answer go back, and nothing is read of tools that nobody offers
+        talk: Any = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
+        talk.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+        assert client.chat.completions.create(model="tiny", messages=talk, max_tokens=3).choices
+        plain = client.chat.completions.create(**asked, tool_choice="none", extra_body=body).choices[0].message
+        assert plain.content == text and plain.tool_calls is None
+    with (
+        served(engine, reasoning_parser="deepseek_r1") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        body = {"structured_outputs": {"choice": ["Hm.</think>Yes."]}}
+        message: Any = (
+            client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body).choices[0].message
+        )
+        assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
+
+
+def test_responses(client: openai.OpenAI, engine: AsyncLLM):
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
+    talk: Any = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]
+    (offline,) = engine.llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    for given in ("What?", talk):
+        answer = client.responses.create(**asked, input=given)
+        assert answer.output_text == offline.outputs[0].text and answer.usage is not None
+        assert (answer.status, answer.usage.output_tokens) == ("incomplete", 12)
+    events: list[Any] = list(client.responses.create(**asked, input=talk, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.usage == answer.usage
+    assert "".join(deltas) == last.response.output_text == offline.outputs[0].text
+
+    tool: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
+    called: dict[str, Any] = {**asked, "max_output_tokens": 120, "tools": [tool], "tool_choice": "required"}
+    called |= {"parallel_tool_calls": False, "input": "What?"}
+    whole: Any = client.responses.create(**called).output[0]
+    with client.responses.stream(**called) as stream:
+        call: Any = stream.get_final_response().output[0]
+    assert whole.type == call.type == "function_call" and whole.arguments == call.arguments
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    history: Any = [
+        *talk,
+        {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+    ]
+    assert client.responses.create(**asked, input=history).output_text
+    form: Any = {"format": {"type": "json_schema", "name": "answer", "schema": SCHEMA}}
+    text = client.responses.create(**{**asked, "max_output_tokens": 60}, input="What?", text=form).output_text
+    assert json.loads(text)["city"] in ("Paris", "Rome")
+    with pytest.raises(openai.BadRequestError, match="previous_response_id='x' is refused"):
+        client.responses.create(**asked, input="x", previous_response_id="x")
+
+
+def test_tokens_there_and_back(url: str, engine: AsyncLLM):
+    tokenizer = engine.engine.get_tokenizer()
+    ids = tokenizer.encode("Hé", add_special_tokens=False)
+    told = get(url, "/tokenize", {"prompt": "Hé", "return_token_strs": True})[2]
+    expected = {"count": 3, "max_model_len": 256, "tokens": ids}
+    assert told == {**expected, "token_strs": tokenizer.convert_ids_to_tokens(ids)}
+    (output,) = engine.llm.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert get(url, "/tokenize", {"messages": MESSAGES})[2]["tokens"] == output.prompt_token_ids
+    assert get(url, "/detokenize", {"tokens": ids})[2] == {"prompt": "Hé"}
+    for path, body, text in (
+        ("/tokenize", {}, "prompt or messages"),
+        ("/tokenize", {"messages": MESSAGES, "chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
+        ("/detokenize", {"tokens": [5000]}, "Token id 5000 is out of vocabulary"),
+        ("/v1/embeddings", {"input": "x"}, "only supported for pooling models"),
+        ("/score", {"text_1": "x", "text_2": "y"}, "only supported for pooling models"),
+    ):
+        status, _, told = get(url, path, body)
+        assert status == 400 and text in told["error"]["message"], path
+
+
+def test_the_engine_is_steered(url: str, client: openai.OpenAI):
+    assert get(url, "/sleep?level=7", b"")[0] == 400 and get(url, "/sleep?level=x", b"")[0] == 400
+    assert get(url, "/sleep?level=1", b"")[0] == 200
+    assert get(url, "/is_sleeping")[2] == {"is_sleeping": True}
+    with pytest.raises(openai.InternalServerError) as refusal:
+        client.completions.create(model="tiny", prompt="x", max_tokens=1)
+    assert refusal.value.status_code == 503 and refusal.value.response.headers["retry-after"] == "1"
+    assert get(url, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+    assert get(url, "/reset_prefix_cache", b"")[0] == 200
+    status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"})
+    assert status == 501 and "not there yet" in told["error"]["message"]
+
+
+def test_pooling(tiny_model: Path):
+    """The same engine, made to pool: against what the library gives."""
+    texts = ["One", "Two, and more", "three"]
+    with contextlib.closing(Closed(AsyncLLM(tiny_model, **SMALL, runner="pooling", convert="embed"))) as pooling:
+        vectors = [o.outputs.embedding for o in pooling.engine.llm.embed(texts, use_tqdm=False)]
+        scores = [o.outputs.score for o in pooling.engine.llm.score(texts[0], texts[1:], use_tqdm=False)]
+        with served(pooling.engine) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            # the client asks for base64 where nothing is said
+            forms: list[dict[str, Any]] = [{}, {"encoding_format": "float"}]
+            for form in forms:
+                answer = client.embeddings.create(model="tiny", input=texts, **form)
+                for one, vector in zip(answer.data, vectors, strict=True):
+                    assert one.embedding == pytest.approx(vector, rel=1e-5, abs=1e-6)
+                assert answer.usage.prompt_tokens == sum(map(len, texts))
+            told = get(url, "/pooling", {"input": texts, "task": "embed"})[2]["data"]
+            assert [len(one["data"]) for one in told] == [len(vectors[0])] * 3
+            told = get(url, "/score", {"text_1": texts[0], "text_2": texts[1:]})[2]["data"]
+            assert [one["score"] for one in told] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+            body = {"query": texts[0], "documents": texts[1:], "top_n": 1}
+            (best,) = get(url, "/v1/rerank", body)[2]["results"]
+            assert best["relevance_score"] == pytest.approx(max(scores), rel=1e-5)
+            assert best["document"]["text"] == texts[1 + best["index"]]
+            with pytest.raises(openai.BadRequestError, match="matryoshka"):
+                client.embeddings.create(model="tiny", input="x", dimensions=4)
+            with pytest.raises(openai.BadRequestError, match="generative models"):
+                client.completions.create(model="tiny", prompt="x")
+
+
 def test_refusals_are_openais(client: openai.OpenAI, url: str):
     with pytest.raises(openai.NotFoundError, match="`gpt` does not exist"):
         client.chat.completions.create(model="gpt", messages=MESSAGES)
@@ -182,7 +333,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ({"temperature": "hot"}, "temperature should be a valid number"),
         ({"temperature": 3}, r"temperature must be in \[0, 2\]"),
         ({"messages": []}, "at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
+        ({"messages": [{"role": "user", "content": FILE}]}, "image_url"),
         ({"chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
     ):
         for stream in (False, True):
@@ -196,6 +347,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ("/v1/nothing", None, 404),
         ("/v1/models/gpt", None, 404),
         ("/v1/completions", {"prompt": "\ud800"}, 400),
+        ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400),
     ):
         found, _, told = get(url, path, body)
         assert (found, set(told["error"])) == (status, {"message", "type", "param", "code"}), path
@@ -247,6 +399,11 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
         assert get(url, "/v1/models", headers={**key, "Origin": url})[0] == 200
         ours = get(url, "/v1/models", headers={**key, "Origin": "https://ours"})
         assert ours[0] == 200 and ours[1]["access-control-allow-origin"] == "https://ours"
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        with contextlib.closing(connection):  # in chunks, whose sum nobody says before
+            sent = {**key, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", iter([b" " * 1500] * 2), sent, encode_chunked=True)
+            assert connection.getresponse().status == 413
         # four run, one waits
         with openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0) as client:
             with client.completions.create(
@@ -256,6 +413,91 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
                 assert (status, headers["retry-after"], told["error"]["type"]) == (503, "1", "ServiceUnavailableError")
         wait_until_idle(engine)
         assert get(url, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_the_benchmark_asks_a_server(
+    url: str, engine: AsyncLLM, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
+):
+    written = tmp_path / "out.json"
+    options = ["--num-prompts", "6", "--input-len", "20", "--output-len", "5", "--max-concurrency", "3"]
+    options += ["--request-rate", "200", "--goodput", "ttft:60000", "tpot:0.0001", "--metric-percentiles", "50,99"]
+    options += ["--model", str(tiny_model), "--backend", backend, "--output-json", str(written), "--base-url", url]
+    before = engine.engine.core.stats().generation_tokens
+    assert main(["bench", "serve", *options]) == 0
+    # one request warms up
+    assert engine.engine.core.stats().generation_tokens - before == 7 * 5
+    record = json.loads(written.read_text())
+    assert (record["completed"], record["failed"], record["total_output_tokens"]) == (6, 0, 30)
+    assert record["total_input_tokens"] >= 120
+    assert record["request_goodput"] == 0 and 0 < record["median_ttft_ms"] <= record["p99_e2el_ms"]
+    printed = capsys.readouterr().out
+    for line in ("Successful requests:                     6", "Request goodput (req/s):", "P50 TPOT (ms):", "P99 ITL"):
+        assert line in printed
+    assert "E2EL" not in printed
+
+
+def test_the_benchmark_says_what_is_wrong(url: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]):
+    few = ["bench", "serve", "--model", str(tiny_model), "--num-prompts", "2", "--input-len", "4"]
+    for options, text in (
+        (["--base-url", "http://127.0.0.1:1"], "cannot be reached"),
+        (["--base-url", url, "--served-model-name", "gpt"], "status 404: The model `gpt` does not exist"),
+        (["--base-url", url, "--goodput", "itl:5"], "'itl:5' is not NAME:MILLISECONDS"),
+        (["--base-url", url, "--percentile-metrics", "x"], "there are ttft, tpot, itl, e2el"),
+    ):
+        assert main([*few, *options]) == 1
+        assert text in capsys.readouterr().err
+
+
+def test_the_page(url: str):
+    status, headers, page = get(url, "/")
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    script = get(url, "/page.js")[2]
+    # what the script looks for is there, and nothing comes from elsewhere
+    for name in set(re.findall(r'\$\("(\w+)"\)', script)):
+        assert f'id="{name}"' in page, name
+    assert "http" not in page + script
+    told = get(url, "/stats")[2]
+    assert set(re.findall(r"stats\.(\w+)", script)) <= told.keys() and "KV cache" in told["memory_plan"]
+
+
+@pytest.mark.thorough
+def test_many_clients_that_come_and_go(url: str, engine: AsyncLLM):
+    """200 streams at once, two of three of which are left before their end."""
+    draw = random.Random(0)
+
+    async def ask() -> list[int]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+
+            async def one(number: int, after: int) -> int:
+                prompt = f"{number} {'x' * (number % 40)}"
+                stream = await client.completions.create(
+                    model="tiny",
+                    prompt=prompt,
+                    max_tokens=24,
+                    temperature=0,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                pieces = 0
+                async with stream:
+                    async for _ in stream:
+                        pieces += 1
+                        if pieces == after:
+                            break
+                return pieces
+
+            limits = [draw.choice((1, draw.randint(2, 20), 1000)) for _ in range(200)]
+            found = await asyncio.gather(*(one(*item) for item in enumerate(limits)))
+            assert all(pieces <= limit for pieces, limit in zip(found, limits, strict=True))
+            return found
+
+    found = asyncio.run(ask())
+    assert len(found) == 200 and all(found)
+    wait_until_idle(engine)
+    assert get(url, "/load")[2] == {"server_load": 0}
+    client = engine.engine.client
+    assert not (client._receivers or client._children or client._named)
 
 
 def test_the_command_drains_and_ends(tiny_model: Path, tmp_path: Path):

@@ -113,36 +113,40 @@ class EncoderPrograms:
 
     def pack(self, given: EncoderInput) -> tuple[int, np.ndarray, np.ndarray]:
         """(bucket, pixels, words) of an item."""
-        config, grid = self._config, given.item.grid
-        size = self.bucket(grid.num_patches)
-        order, windows = window_order(grid, config)
-        unit = config.merge_unit
-        patches = (order[:, None] * unit + np.arange(unit)).reshape(-1)
-        # never reused: the device may read them in place
-        pixels = np.zeros((size, config.patch_numbers), self.dtype)
-        pixels[: len(patches)] = given.item.pixels[patches]
-        packing = self.packings[size]
-        words = np.zeros(packing.size, np.int32)
-        fields = packing.views(words)
-        frame, positions = patch_places(grid, config.merge_size)
-        fields["positions"][: len(patches)] = positions[patches]
-        for name, groups in (("frames", frame[patches]), ("windows", np.repeat(windows, unit))):
-            fields[name][: len(patches)] = groups
-            fields[name][len(patches) :] = -1
-        fields["rows"][: len(order)] = given.rows[order]
-        return size, pixels, words
+        size = self.bucket(given.item.grid.num_patches)
+        return size, *pack_item(self._config, self.packings[size], size, self.dtype, given)
 
     def nothing(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(pixels, words) of padding alone."""
         return np.zeros((size, self._config.patch_numbers), self.dtype), np.zeros(self.packings[size].size, np.int32)
 
 
-def patch_places(grid: Grid, merge_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(frame i32 [N], row and column i32 [N, 2]) of each patch, in the order in which they are merged."""
-    shape = grid.frames, grid.rows // merge_size, merge_size, grid.columns // merge_size, merge_size
-    frame, row, inner_row, column, inner_column = np.indices(shape, dtype=np.int32).transpose(0, 1, 2, 4, 3, 5)
+def pack_item(
+    config: VisionConfig, packing: Packing, size: int, dtype: np.dtype, given: EncoderInput
+) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels, words) of an item in a bucket of `size` patches, as `encode_step` takes them."""
+    grid, unit = given.item.grid, config.merge_unit
+    order, windows = window_order(grid, config)
+    patches = (order[:, None] * unit + np.arange(unit)).reshape(-1)
+    # never reused: the device may read them in place
+    pixels = np.zeros((size, config.patch_numbers), dtype)
+    pixels[: len(patches)] = given.item.pixels[patches]
+    words = np.zeros(packing.size, np.int32)
+    fields = packing.views(words)
+    fields["positions"][: len(patches)] = patch_places(grid, config.merge_size)[patches]
+    fields["windows"][: len(patches)] = np.repeat(windows, unit)
+    for name in ("frames", "windows"):
+        fields[name][len(patches) :] = -1
+    fields["rows"][: len(order)] = given.rows[order]
+    return pixels, words
+
+
+def patch_places(grid: Grid, merge_size: int) -> np.ndarray:
+    """Row and column, i32 [N, 2], of each patch, in the order in which they are merged."""
+    shape = grid.rows // merge_size, merge_size, grid.columns // merge_size, merge_size
+    row, inner_row, column, inner_column = np.indices(shape, dtype=np.int32).transpose(0, 1, 3, 2, 4)
     places = np.stack([row * merge_size + inner_row, column * merge_size + inner_column], axis=-1)
-    return frame.reshape(-1), places.reshape(-1, 2)
+    return places.reshape(-1, 2)
 
 
 def window_order(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -150,12 +154,11 @@ def window_order(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np.ndarr
     each. Windows at the edges are smaller; without windows the order stays.
     """
     rows, columns = grid.rows // config.merge_size, grid.columns // config.merge_size
-    count = grid.frames * rows * columns
+    count = rows * columns
     if not config.has_windows:
         return np.arange(count), np.zeros(count, np.int32)
     side = config.window_side
-    frame, row, column = np.indices((grid.frames, rows, columns), dtype=np.int32).reshape(3, -1)
-    across, down = -(-columns // side), -(-rows // side)
-    window = (frame * down + row // side) * across + column // side
+    row, column = np.indices((rows, columns), dtype=np.int32).reshape(2, -1)
+    window = row // side * -(-columns // side) + column // side
     order = np.argsort(window, kind="stable")
     return order, window[order]
