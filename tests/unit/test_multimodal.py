@@ -88,6 +88,13 @@ def test_pictures_are_upright_and_of_animations_the_first_frame_is_seen():
     assert np.asarray(read_picture(moving, "it"))[0, 0].tolist() == [255, 0, 0]
 
 
+def test_formats_that_start_other_programs_are_refused():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    for data in (script, encoded(picture(20, 20), "ICO"), encoded(picture(20, 20), "TGA")):
+        with pytest.raises(ValidationError, match="no picture that Pillow can read as PNG"):
+            read_picture(data, "it")
+
+
 def test_bombs_are_refused():
     png = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
     png[16:24] = (50000).to_bytes(4, "big") * 2
@@ -95,12 +102,13 @@ def test_bombs_are_refused():
         read_picture(bytes(png), "it")
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_broken_files_are_refused_and_nothing_else_happens(form: str):
+def test_broken_files_are_refused_and_nothing_else_happens(form: str, count: int):
     """Each of many files with a few wrong bytes is read or refused."""
-    data, random = encoded(picture(20, 20), form), np.random.default_rng(3)
+    data, random = encoded(picture(20, 20), form), np.random.default_rng(count)
     refused = 0
-    for _ in range(60):
+    for _ in range(count):
         broken = bytearray(data[: random.integers(1, len(data) + 1)])
         for place in random.integers(0, len(broken), 4):
             broken[place] = random.integers(256)
