@@ -5,12 +5,9 @@ what each request got. An engine with a setting on answers as the plain one.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-DEVICES = "--xla_force_host_platform_device_count=2"
 
 from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
 
@@ -28,10 +25,11 @@ PLAIN: dict[str, Any] = {
 }
 #: engines by name -> their arguments
 ENGINES: dict[str, dict[str, Any]] = {
+    # the first engine makes as many devices as the others need
+    "tensor parallel": {"tensor_parallel_size": 2},
     "plain": {},
     "prefix caching, preemption": {"enable_prefix_caching": True, "num_gpu_blocks_override": 27},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
-    "tensor parallel": {"tensor_parallel_size": 2},
     "data parallel": {"data_parallel_size": 2},
     "deterministic": {"deterministic": True, "async_scheduling": False},
     "no chunks": {"enable_chunked_prefill": False, "max_num_batched_tokens": 200},
