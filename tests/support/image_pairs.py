@@ -1,5 +1,5 @@
-"""Pictures beside every other capability: ``python -m support.image_pairs FOLDER`` prints one JSON object, by engine, of
-what each request got. An engine with a setting on answers as the plain one.
+"""Pictures beside every other capability: ``python -m support.image_pairs FOLDER`` prints one JSON object, by engine,
+of what each request got. An engine with a setting on answers as the plain one.
 """
 
 from __future__ import annotations
