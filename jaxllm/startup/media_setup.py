@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllm")
 
+#: where checkpoints say how pictures are prepared
+_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 #: what config.json says of each modality's token, and Qwen's own
 _TOKENS = {IMAGE: ("image_token_id", 151655), VIDEO: ("video_token_id", 151656)}
 
@@ -99,6 +101,11 @@ def check_media(args: EngineArgs) -> None:
     ):
         if asked:
             raise ValidationError(f"{what} is not available for a model that sees images so far. {remedy}")
+
+
+def processor_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The files that a model has about how its pictures are prepared, relative to its directory."""
+    return tuple(name for name in _FILES if (checkpoint.path / name).is_file())
 
 
 def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
-from jaxllm.startup.media_setup import MediaSetup, check_media, read_media
+from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -102,6 +102,12 @@ class Setup:
                 f"deterministic=True with {asked}: sums over devices are not added up in a fixed order. Set "
                 f"tensor_parallel_size=1{' and enable_expert_parallel=False' if replicas > 1 else ''}."
             )
+
+    @property
+    def other_files(self) -> tuple[str, ...]:
+        """Files beside the weights and their config that say how the model is used, relative to its directory."""
+        pooling = () if self.pooling is None else self.pooling.files
+        return (*pooling, *processor_files(self.checkpoint)) if self.media is not None else pooling
 
     def _encoder_patches(self, max_model_len: int) -> int:
         """Of the largest picture in so long a context."""
