@@ -113,7 +113,7 @@ class Setup:
         """Of the largest picture in so long a context."""
         if self.media is None:
             return 0
-        return self.media.most_tokens(max_model_len) * self.media.processor.merge_size**2
+        return self.media.most_tokens(max_model_len) * self.media.any_processor.merge_size**2
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
@@ -219,7 +219,7 @@ class Setup:
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
             encoder_patches=self._encoder_patches(limits.max_model_len),
-            pixel_normal=((), ()) if self.media is None else self.media.processor.normal,
+            pixel_normal=((), ()) if self.media is None else self.media.any_processor.normal,
             expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
