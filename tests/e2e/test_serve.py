@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any
 import openai
 import prometheus_client.parser
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.serving import served
 from support.tiny_model import SMALL
 
 import jaxllm
@@ -39,9 +38,6 @@ from jaxllm.entrypoints.openai.bodies import (
     ResponsesBody,
     TokenizeBody,
 )
-from jaxllm.entrypoints.serve.app import make_app
-from jaxllm.entrypoints.serve.listening import listen
-from jaxllm.entrypoints.serve.settings import Settings
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
@@ -51,25 +47,6 @@ TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters":
 
 #: nothing of the host is read for a request
 FILE = [{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}]
-
-
-@contextlib.contextmanager
-def served(engine: AsyncLLM, **asked: Any) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
-    asked.setdefault("model_names", ("tiny", "alias"))
-    with listen("127.0.0.1", 0, None) as (bound, url):
-        config = uvicorn.Config(make_app(engine, Settings(**asked)), log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 class Closed:
