@@ -129,6 +129,9 @@ class SafetensorsReader:
     ) -> np.ndarray:
         tensor = self._find(name)
         dtype = dtypes.get(tensor.dtype)
+        if tensor.dtype == "I64" and len(tensor.shape) == 1:
+            # numbers of tokens, which are no matrix that was quantized
+            dtype = np.int64
         if dtype is None:
             raise WeightsError(
                 f"{tensor.file.path}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "
