@@ -295,7 +295,9 @@ class RunnerConfig:
             draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
             if isinstance(drafter := self.drafter, ReadingDrafter):
                 own_pages = cache_of(drafter.model, drafter.model.num_layers, self._draft_page_shape(drafter.model))
-                draft_cache = drafter.cache(own_pages, array((num_blocks, drafter.kept_numbers), jnp.dtype(self.dtype)))
+                kept = jnp.dtype(self.dtype)
+                kept = STORAGE.get(kept, kept) if self.platform == "cpu" else kept
+                draft_cache = drafter.cache(own_pages, array((num_blocks, drafter.kept_numbers), kept))
             return State(
                 cache=cache,
                 tokens=array(shape, jnp.int32) if self._is_end else None,

@@ -25,13 +25,14 @@ from jaxllm.models.draft_head import DraftHead, head_forward, head_hidden, head_
 from jaxllm.sampling.sampler import sample_greedy
 from jaxllm.speculative.drafter import Asked, ReadingDrafter, columns_of
 from pallas_kernels.batch import AttentionBatch
+from pallas_kernels.storage import from_storage, to_storage
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadCache:
     pages: Cache
-    #: [blocks, d], `head_hidden` of the last token in each block that is computed
+    #: [blocks, d], `head_hidden` of the last token in each block that is computed, stored as pages are
     hidden: jax.Array
 
 
@@ -89,13 +90,19 @@ class HeadDrafter(ReadingDrafter):
         now, own = batch.attention, head_hidden(context, self.head, params, hidden)
         token = jnp.arange(own.shape[0], dtype=jnp.int32)
         is_first = token == now.query_start[now.token_seq]
-        kept = cache.hidden[self._blocks(cache, now, now.token_seq, now.positions - 1)]
+        kept = lax.optimization_barrier(self._kept(cache, now, now.token_seq, now.positions - 1, own.dtype))
         before = jnp.where(is_first[:, None], kept, jnp.roll(own, 1, axis=0))
         pages, _ = self._forward(context, params, cache.pages, batch, before)
         is_last = (token == lasts[now.token_seq]) | ((now.positions + 1) % _block_size(cache) == 0)
-        # block 0 is trash
-        block = jnp.where(is_last & now.token_valid, self._blocks(cache, now, now.token_seq, now.positions), 0)
-        return HeadCache(pages, cache.hidden.at[block].set(own))
+        # Where it writes depends on what was read: XLA copies the whole array where it does not know which
+        # comes first. Block 0 is trash.
+        written = is_last & now.token_valid & ~jnp.any(jnp.isnan(kept[:, 0]))
+        block = jnp.where(written, self._blocks(cache, now, now.token_seq, now.positions), 0)
+        stored = to_storage(own, cache.hidden.dtype)
+        if block.shape[0] == 1:
+            # a scatter of one row is fused with the array's users by XLA:CPU, and copies it for each
+            block, stored = jnp.pad(block, (0, 1)), jnp.pad(stored, ((0, 1), (0, 0)))
+        return HeadCache(pages, cache.hidden.at[block].set(stored, mode="promise_in_bounds"))
 
     def look(self, asked: Asked) -> tuple[None, jax.Array]:
         """See `Drafter.look`."""
@@ -121,7 +128,8 @@ class HeadDrafter(ReadingDrafter):
             return _Loop(loop.step + 1, pages, ids, hidden)
 
         ids = jnp.pad(asked.last_tokens, ((0, 0), (0, self.num_drafts)))
-        before = cache.hidden[self._blocks(cache, asked.attention, seq, asked.positions - 1)]
+        dtype = jnp.dtype(params.embedding.dtype)
+        before = self._kept(cache, asked.attention, seq, asked.positions - 1, dtype)
         loop = _Loop(jnp.int32(0), cache.pages, ids, before)
         loop = lax.while_loop(lambda loop: loop.step < jnp.max(counts), one, loop)
         return dataclasses.replace(cache, pages=loop.pages), loop.ids[:, 1:]
@@ -160,6 +168,12 @@ class HeadDrafter(ReadingDrafter):
         self, context: Context, params: Params, pages: Cache, batch: StepBatch, before: jax.Array
     ) -> tuple[Cache, jax.Array]:
         return head_forward(context, self.head, self.model, self.groups, params, pages, batch, before)
+
+    def _kept(
+        self, cache: HeadCache, batch: AttentionBatch, seq: jax.Array, positions: jax.Array, dtype: jnp.dtype
+    ) -> jax.Array:
+        """Hidden states of the last tokens of sequences, which are at these positions: [N, d]."""
+        return from_storage(cache.hidden[self._blocks(cache, batch, seq, positions)], dtype)
 
     def _blocks(self, cache: HeadCache, batch: AttentionBatch, seq: jax.Array, positions: jax.Array) -> jax.Array:
         """The blocks in which tokens of sequences i32 [N] at their positions i32 [N] lie."""

@@ -233,8 +233,8 @@ def test_refusals_say_what_would_work():
         engine_args("m", enable_eplb=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
-    with pytest.raises(ValidationError, match="'eagle' is not supported yet.* Pass 'ngram'"):
-        engine_args("m", spec_method="eagle", num_speculative_tokens=5)
+    with pytest.raises(ValidationError, match="'medusa' is not supported yet.* Pass 'ngram'"):
+        engine_args("m", spec_method="medusa", num_speculative_tokens=5)
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))

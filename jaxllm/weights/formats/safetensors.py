@@ -129,7 +129,8 @@ class SafetensorsReader:
     ) -> np.ndarray:
         tensor = self._find(name)
         dtype = dtypes.get(tensor.dtype)
-        if tensor.dtype == "I64" and len(tensor.shape) == 1:
+        axes = len(tensor.shape)
+        if tensor.dtype == "I64" and axes == 1:
             # numbers of tokens, which are no matrix that was quantized
             dtype = np.int64
         if dtype is None:
