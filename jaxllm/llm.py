@@ -30,7 +30,7 @@ from jaxllm.config.log import show_log
 from jaxllm.engine.beam_search import beam_search
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.interrupt import StartInterrupt
-from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt
+from jaxllm.engine.io.call_prompts import as_conversations, as_prompts, chat_prompt, with_processor_kwargs
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.io.text_stream import stream_text
 from jaxllm.engine.observe.notebook import shown
@@ -136,7 +136,7 @@ class LLM:
         lora_request: None = None,
         priority: int | Iterable[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        mm_processor_kwargs: None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
         on_error: str = "raise",
         on_output: OnOutput | None = None,
     ) -> list[RequestOutput]:
@@ -152,7 +152,8 @@ class LLM:
             use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
             priority: smaller runs first, with ``scheduling_policy="priority"``.
             tokenization_kwargs: ``add_special_tokens``, ``truncate_prompt_tokens`` and ``truncation_side``.
-            lora_request, mm_processor_kwargs: vLLM's; not supported yet.
+            mm_processor_kwargs: how images are prepared: ``min_pixels`` and ``max_pixels``; a prompt's own go before.
+            lora_request: vLLM's; not supported yet.
             on_error: "raise" ends the whole call when one prompt is refused, before anything has run if it is among
                 the first 256 (or twice ``max_num_seqs``); "return" gives that prompt an output with
                 ``finish_reason="error"`` and its reason in ``error``, and runs the others.
@@ -162,10 +163,10 @@ class LLM:
             ValidationError: a prompt or its parameters are refused.
         """
         self.engine.check_generates("generate")
-        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        checks.refuse(lora_request=lora_request)
         return self.engine.generation.run(
-            as_prompts(prompts), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
-            tokenization_kwargs=tokenization_kwargs,
+            with_processor_kwargs(as_prompts(prompts), mm_processor_kwargs), sampling_params, use_tqdm, on_output,
+            priority=priority, on_error=on_error, tokenization_kwargs=tokenization_kwargs,
         )  # fmt: skip
 
     @with_params("sampling_params", SamplingParams)
@@ -183,7 +184,7 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        mm_processor_kwargs: None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
         *,
         on_error: str = "raise",
         on_output: OnOutput | None = None,
@@ -194,7 +195,7 @@ class LLM:
         which writes the special tokens: the tokenizer adds none.
         """
         self.engine.check_generates("chat")
-        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        checks.refuse(lora_request=lora_request)
         convert = functools.partial(
             chat_prompt,
             chat_template=chat_template,
@@ -203,6 +204,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
         )
         return self.engine.generation.run(
             as_conversations(messages), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
@@ -300,7 +302,7 @@ class LLM:
         priority: int | Iterable[int] | None = None,
         use_tqdm: bool = True,
         tokenization_kwargs: Mapping[str, Any] | None = None,
-        mm_processor_kwargs: None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Queue prompts and return their request ids; `wait_for_completion` runs them.
 
@@ -310,8 +312,9 @@ class LLM:
             ValidationError: a prompt or its parameters are refused; nothing of the call is queued then.
         """
         self.engine.check_generates("enqueue")
-        checks.refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        return self.engine.generation.enqueue(as_prompts(prompts), sampling_params, priority, tokenization_kwargs)
+        checks.refuse(lora_request=lora_request)
+        listed = with_processor_kwargs(as_prompts(prompts), mm_processor_kwargs)
+        return self.engine.generation.enqueue(listed, sampling_params, priority, tokenization_kwargs)
 
     @with_params("sampling_params", SamplingParams)
     def enqueue_chat(

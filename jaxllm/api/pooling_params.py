@@ -36,7 +36,7 @@ class LateChunkingParams:
             raise ValidationError(f"chunk_size must be a positive integer less than 2**63, got {size!r}")
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class PoolingParams:
     """What one request asks of a pooling model; None takes the model's own default.
 

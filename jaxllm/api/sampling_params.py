@@ -53,7 +53,7 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class SamplingParams:
     """Sampling parameters of a request; construction checks and normalises every field.
 
@@ -130,7 +130,8 @@ class SamplingParams:
                 close = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else "."
                 raise TypeError(f"SamplingParams has no argument {name!r}{hint}")
-        return super().__new__(cls)
+        # `super()` would mean the class without slots
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_counts()

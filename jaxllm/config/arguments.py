@@ -45,10 +45,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "default_mm_loras": (),
     },
     "multimodal input": {
-        "limit_mm_per_prompt": (),
-        "allowed_local_media_path": (),
-        "allowed_media_domains": (),
-        "mm_processor_kwargs": (),
         "mm_processor_cache_gb": (0, 4),
         "mm_processor_cache_type": ("lru",),
         "mm_encoder_tp_mode": ("weights",),

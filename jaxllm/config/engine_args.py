@@ -19,6 +19,7 @@ from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
+from jaxllm.config.media import MediaLimit, domains, folder, media_limits
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
@@ -181,6 +182,23 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     )
     enable_prompt_embeds: bool = switch(
         False, 'take prompts that are vectors, {"prompt_embeds": array}, too', group="model"
+    )
+    #: modality -> `jaxllm.config.media.MediaLimit`
+    limit_mm_per_prompt: dict[str, MediaLimit] = argument(
+        dict,
+        media_limits,
+        'most items of a prompt, and the size that is planned for: {"image": 2}, or {"image": {"count": 2, "width": '
+        '512, "height": 512}}; 0: none',
+        group="model",
+    )
+    mm_processor_kwargs: dict[str, Any] = argument(
+        dict, check.mapping, 'how images are prepared: {"min_pixels": 3136, "max_pixels": 1003520}', group="model"
+    )
+    allowed_local_media_path: str = argument(
+        "", folder, "the folder whose files conversations may name as images", group="model", form="DIR"
+    )
+    allowed_media_domains: tuple[str, ...] = argument(
+        (), domains, "hosts whose URLs conversations may name as images", group="model", form="JSON"
     )
     #: the same tokens and log-probabilities, to the bit; vLLM's VLLM_BATCH_INVARIANT
     deterministic: bool = switch(False, "the same bits for a request, whatever else runs; on a CPU", group="device")

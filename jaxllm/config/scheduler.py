@@ -46,3 +46,6 @@ class SchedulerConfig:
     num_draft_steps: int = 1
     #: steps that are under way at different stages of a pipeline, of different requests
     num_micro_batches: int = 1
+    #: vectors of pictures that there is room for on the device, and those that a step makes; 0: there are no pictures
+    encoder_cache_tokens: int = 0
+    max_encoder_tokens: int = 0

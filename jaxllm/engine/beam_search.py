@@ -82,6 +82,8 @@ def beam_search(
             raise prompt if len(prompts) == 1 else ValidationError(f"prompts[{index}]: {prompt}")
         if prompt.embeds is not None:
             raise ValidationError("beam_search takes no prompt_embeds: its beams are lists of token ids.")
+        if prompt.media is not None:
+            raise ValidationError("beam_search takes no images: its beams are lists of token ids. Use generate().")
         searches.append(_Search(prompt))
     limit = concurrency_limit or max(len(searches), 1)
     total = -(-len(searches) // limit) * params.max_tokens

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.constraints import RepetitionDetectionParams
 from jaxllm.api.outputs import RequestMetrics
 from jaxllm.api.pooling_params import PoolingParams
+from jaxllm.multimodal.items import HeldMedia
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.engine.cache.block_hash import ExtraKey
+    from jaxllm.multimodal.items import PromptMedia
     from jaxllm.structured.compiler import Grammar
     from jaxllm.structured.matcher import Matcher
 
@@ -74,6 +76,7 @@ class Request:
         skip_reading_prefix_cache: compute the whole prompt even where the cache has it; None: what `params` say.
         block_hashes: of leading full blocks of the prompt, as far as they are known already.
         prompt_embeds: [tokens, hidden size], the prompt where it came as vectors; `prompt_token_ids` says nothing then.
+        media: what the prompt holds besides tokens, whose content `extra_keys` name.
     """
 
     __slots__ = (
@@ -97,6 +100,8 @@ class Request:
         "matcher",
         "max_decode_steps",
         "max_total_tokens",
+        "media",
+        "media_stop",
         "micro_batch",
         "num_accepted_tokens",
         "num_cached_tokens",
@@ -146,10 +151,14 @@ class Request:
         skip_reading_prefix_cache: bool | None = None,
         block_hashes: Sequence[bytes] = (),
         prompt_embeds: np.ndarray | None = None,
+        media: PromptMedia | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
         self.prompt_embeds = prompt_embeds
+        self.media = None if media is None else HeldMedia(media)
+        #: the place behind its last item; 0: there is none
+        self.media_stop = 0 if media is None else media.stop
         self.num_prompt_tokens = len(prompt_token_ids)
         #: prompt, then the outputs that the host has read
         self.all_token_ids = list(prompt_token_ids)
@@ -264,6 +273,7 @@ class Request:
             skip_reading_prefix_cache=None if self.num_scored_tokens else self.skip_reading_prefix_cache,
             block_hashes=self.block_hashes,
             prompt_embeds=self.prompt_embeds,
+            media=None if self.media is None else self.media.media,
         )
         fork.bad_words = self.bad_words
         fork.is_child = True

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxllm.engine.request import Request
+    from jaxllm.multimodal.items import EncodedPart, EncoderInput, PromptMedia
 
 
 #: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MAX_BIASES = 320
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
-#: ids that end a request on the device, in a launch of several steps
+#: ids that end a request on the device, in a launch of several steps, and those that it keeps from coming too early
 MAX_END_TOKEN_IDS = 8
 
 #: in `AdmittedRequest.token_ids`, where the prompt has a vector and no token
@@ -55,6 +56,8 @@ class AdmittedRequest:
     end_token_ids: frozenset[int] = frozenset()
     #: [num_prompt_tokens, hidden size], in the dtype that the model computes in, where the prompt came so
     prompt_embeds: np.ndarray | None = None
+    #: what the prompt holds besides tokens
+    media: PromptMedia | None = None
 
     @classmethod
     def of(cls, request: Request, num_cached_tokens: int) -> AdmittedRequest:
@@ -75,6 +78,7 @@ class AdmittedRequest:
             block_ids=tuple(list(table) for table in request.block_tables),
             bad_words=request.bad_words,
             prompt_embeds=embeds,
+            media=None if request.media is None else request.media.media,
         )
 
 
@@ -146,6 +150,10 @@ class SchedulerOutput:
     #: the same, of contents that it copies from the host into blocks, behind those copies and before it computes; no
     #: block of the host is in both
     copies_in: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    #: items that the launch encodes before it computes anything else
+    encoder_inputs: list[EncoderInput] = dataclasses.field(default_factory=list)
+    #: where the vectors of items are, of requests that run in this launch and later ones
+    encoded_parts: list[EncodedPart] = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:

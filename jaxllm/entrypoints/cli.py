@@ -19,6 +19,7 @@ from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
+from jaxllm.entrypoints.serve.options import add_serve_options
 from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -75,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add_engine_options(chat)
     add_sampling_options(chat, without=("n", "logprobs"), max_tokens=1024, temperature=0.7, top_p=0.95)
+
+    text = "answer OpenAI's API over HTTP"
+    serve = command("serve", text, _lazily("jaxllm.entrypoints.serve.run"), conflict_handler="resolve")
+    add_serve_options(serve)
 
     text = "run a file of OpenAI API calls; resumable"
     batch = command("run-batch", text, _lazily("jaxllm.entrypoints.batch.run"), conflict_handler="resolve")

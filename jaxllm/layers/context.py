@@ -58,6 +58,8 @@ class StepBatch:
     #: None: the engine takes none
     embeddings: jax.Array | None = None
     embedded: jax.Array | None = None
+    #: i32 [3, T] positions of three axes (time, row, column), which turn queries and keys; None: `attention.positions`
+    rope_positions: jax.Array | None = None
     #: [T, d] what the pipeline stage before this one made of the tokens; None: there is none
     hidden: jax.Array | None = None
     #: i32 [S] position at which each sequence's second segment begins (BERT's token types); None: there is only one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,24 @@ def rope_tables(positions: jax.Array, kinds: tuple[Rotary, ...]) -> tuple[jax.Ar
         return cos, sin
     scale = jnp.asarray([kind.scale for kind in kinds], jnp.float32)[:, None, None]
     return cos * scale, sin * scale
+
+
+def sectioned_rope_tables(
+    positions: jax.Array, kinds: tuple[Rotary, ...], sections: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """`rope_tables` for positions int32 [3, T] of three axes, of which each turns a section of the numbers (Qwen2-VL,
+    arXiv:2409.12191, section 2.1).
+
+    Args:
+        sections: static; the frequencies of each axis, head_dim // 2 in all.
+    """
+    own = [rope_tables(axis, kinds) for axis in positions]
+    stops = list(itertools.accumulate(sections, initial=0))
+
+    def joined(tables: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate([t[..., a:b] for t, (a, b) in zip(tables, itertools.pairwise(stops), strict=True)], -1)
+
+    return joined([cos for cos, _ in own]), joined([sin for _, sin in own])
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:

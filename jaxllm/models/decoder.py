@@ -26,9 +26,10 @@ from jaxllm.layers.linear import linear
 from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
 from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
-from jaxllm.layers.rope import Rotary, apply_rope, rope_tables
+from jaxllm.layers.rope import Rotary, apply_rope, rope_tables, sectioned_rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.models.names import WeightNames
+from jaxllm.models.qwen_vision import VisionConfig, VisionParams
 from jaxllm.models.segments import through_layers
 
 #: a window wider than any context
@@ -108,6 +109,10 @@ class DecoderConfig:
     default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
+    #: of positions of three axes, the frequencies of each (`layers.rope.sectioned_rope_tables`); (): they have one
+    rope_sections: tuple[int, ...] = ()
+    #: the tower that sees pictures; None: there is none, or it is not loaded
+    vision: VisionConfig | None = None
 
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
@@ -181,6 +186,8 @@ class Params:
     joint: Joint | None = None
     #: i32 [V], of a head over some tokens: what is added to a row's number; None: row i is token i
     token_offsets: jax.Array | None = None
+    #: of the tower that sees pictures
+    vision: VisionParams | None = None
 
 
 def without_draft(params: Any) -> Any:
@@ -266,7 +273,10 @@ def forward_keeping(
         (cache, hidden, load, kept): kept [len(keeps), T, d], hidden states in front of each of the layers; None without
         `keeps`.
     """
-    cos, sin = rope_tables(batch.attention.positions, config.rope)
+    if batch.rope_positions is None:
+        cos, sin = rope_tables(batch.attention.positions, config.rope)
+    else:
+        cos, sin = sectioned_rope_tables(batch.rope_positions, config.rope, config.rope_sections)
     x = embedded(context, config, params, batch) if batch.hidden is None else batch.hidden
     valid = own = None
     if config.moe is not None and not isinstance(batch.attention, WholeSequences):

@@ -25,6 +25,7 @@ from jaxllm.models import (
     phi3,
     qwen2,
     qwen2_moe,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
     smollm3,
@@ -61,6 +62,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "DeepseekV3ForCausalLM": deepseek.config_from_hf,
     "GlmForCausalLM": glm.config_from_hf,
     "Glm4ForCausalLM": glm.glm4_config_from_hf,
+    "Qwen2VLForConditionalGeneration": qwen2_vl.config_from_hf,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_vl.qwen2_5_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -82,7 +85,7 @@ _COUNTS = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings
 _NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MAPPINGS = ("rope_scaling", "rope_parameters", "text_config")
+_MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")
 
 
 def is_encoder(hf: Mapping[str, Any]) -> bool:

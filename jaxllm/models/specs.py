@@ -15,6 +15,7 @@ from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 from jaxllm.models.mla import latent_specs
 from jaxllm.models.names import ExpertNames
+from jaxllm.models.qwen_vision import vision_specs
 
 #: a bias before training
 ZERO, ONE = 0.0, 1.0
@@ -37,6 +38,7 @@ def decoder_specs(c: DecoderConfig) -> Params:
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
         head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+        vision=None if c.vision is None else vision_specs(c.vision),
     )
 
 

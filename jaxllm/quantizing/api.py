@@ -204,6 +204,11 @@ def _readable(checkpoint: Checkpoint) -> DecoderConfig:
             f"{checkpoint.path} holds orbax arrays: save it with llm.save(directory, format='safetensors') first."
         )
     config = model_config(checkpoint.config)
+    if config.vision is not None:
+        raise ValidationError(
+            "quantize takes models of texts, and this one sees images: its tower would be lost. Take a checkpoint that "
+            "is quantized already, or quantize while loading: LLM(model, quantization='fp8')."
+        )
     if config.moe is not None and config.names.moe.stacked:
         raise ValidationError(
             "The experts of this model are stacked tensors, which these formats do not have: take its MXFP4 checkpoint."

@@ -20,6 +20,7 @@ from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets
+from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
@@ -273,7 +274,14 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
         draft_buckets=draft_buckets(limits.max_draft_seqs),
         num_draft_steps=limits.num_draft_steps,
+        encoder_buckets=_encoder_buckets(config),
     )
+
+
+def _encoder_buckets(config: RunnerConfig) -> tuple[int, ...]:
+    if config.vision is None:
+        return ()
+    return encoder_buckets(config.encoder_patches, config.vision.merge_unit, eager=config.enforce_eager)
 
 
 def _stage_programs(

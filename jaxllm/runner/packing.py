@@ -86,11 +86,18 @@ class Packing:
         return fields
 
 
-def forward_fields(bucket: Bucket, num_groups: int, table_width: int) -> dict[str, tuple[int, ...]]:
+def forward_fields(
+    bucket: Bucket, num_groups: int, table_width: int, *, media: bool = False
+) -> dict[str, tuple[int, ...]]:
     """What every forward pass reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
     row.
+
+    Args:
+        media: whether prompts may have pictures.
     """
     tokens, seqs = bucket.tokens, bucket.seqs
+    # tokens: positions of three axes, less `positions`; row of the cache of encoded items, 0: a token of the vocabulary
+    own = {"rope_offsets": (3, tokens), "encoded_rows": (tokens,)} if media else {}
     return {
         "num_decodes": (),
         "num_seqs": (),
@@ -103,6 +110,7 @@ def forward_fields(bucket: Bucket, num_groups: int, table_width: int) -> dict[st
         "query_start": (seqs + 1,),
         "kv_lens": (seqs,),
         "block_tables": (num_groups, seqs, table_width),
+        **own,
     }
 
 

@@ -39,6 +39,10 @@ class Rows:
         self.known = np.zeros(max_num_seqs, np.int64)
         #: row -> vectors of its prompt that are not all computed
         self._embeds: dict[int, np.ndarray] = {}
+        #: row -> of each of its prompt's tokens `PromptMedia.rope_offsets`, and the row of the encoder's cache
+        self._media: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        #: of each row, `PromptMedia.rope_delta`, and the tokens of a prompt with pictures
+        self._rope_deltas, self._media_tokens = np.zeros((2, max_num_seqs), np.int32)
 
     def update(self, step: SchedulerOutput) -> None:
         """Take in who enters a row with a step, and the blocks that rows get."""
@@ -46,6 +50,8 @@ class Rows:
             self._admit(request)
         for row, group, start, blocks in step.new_blocks:
             self._tables[group, row, start : start + len(blocks)] = blocks
+        for row, start, encoded in step.encoded_parts:
+            self._media[row][1][start : start + len(encoded)] = encoded
 
     def _admit(self, request: AdmittedRequest) -> None:
         row = request.row
@@ -57,6 +63,12 @@ class Rows:
         self._embeds.pop(row, None)
         if request.prompt_embeds is not None:
             self._embeds[row] = request.prompt_embeds
+        if request.media is not None:
+            offsets = request.media.rope_offsets
+            self._media[row] = offsets, np.zeros(offsets.shape[1], np.int32)
+            self._rope_deltas[row], self._media_tokens[row] = request.media.rope_delta, offsets.shape[1]
+        elif self._media.pop(row, None) is not None:
+            self._rope_deltas[row] = self._media_tokens[row] = 0
 
     def pack(self, step: SchedulerOutput, fields: Mapping[str, np.ndarray]) -> Sequences:
         """Fill the fields of `packing.forward_fields`."""
@@ -81,6 +93,8 @@ class Rows:
             fields["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), counts)
             fields["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(first - starts, counts)
         fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
+        if self._media:
+            self._pack_media(rows, starts, counts, first, total, fields)
         fields["rows"][:n] = rows
         fields["query_start"][:n] = first
         fields["query_start"][n:] = total
@@ -95,6 +109,18 @@ class Rows:
             known = self.tokens[rows[i]][starts[i] : starts[i] + counts[i]]
             ids[first[i] : first[i] + len(known)] = known
         return ids
+
+    def _pack_media(self, rows, starts, counts, first, total, fields) -> None:
+        """What tokens have of pictures: of generated ones their positions alone."""
+        if (deltas := self._rope_deltas[rows]).any():
+            fields["rope_offsets"][:, :total] = np.repeat(deltas, counts)
+        for i in (starts < self._media_tokens[rows]).nonzero()[0].tolist():
+            offsets, encoded = self._media[rows[i]]
+            part = slice(starts[i], starts[i] + counts[i])
+            known = encoded[part]
+            own = slice(first[i], first[i] + len(known))
+            fields["rope_offsets"][:, own] = offsets[:, part]
+            fields["encoded_rows"][own] = known
 
     def embeddings(self, found: Sequences, num_tokens: int) -> np.ndarray | None:
         """What prompts bring for a step's tokens, [num_tokens, hidden size], zeros for the others; None where there is

@@ -117,6 +117,8 @@ class Runner(DeviceMemory[Any, Any]):
         self._rows.update(scheduled)
         if scheduled.ended_outputs:
             self._state = self.head.keep_outputs(self._live(), scheduled.ended_outputs)
+        if scheduled.encoder_inputs:
+            self._state = self.head.encode(self._live(), scheduled.encoder_inputs)
         for request in scheduled.admitted:
             self._state = self.head.admit(self._live(), request)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
+from jaxllm.models.qwen_vision import VisionConfig
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
@@ -92,6 +94,8 @@ class RunnerConfig:
     cpu_offload_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
+    #: patches of the largest picture; 0: there are none
+    encoder_patches: int = 0
     #: whether the tokens of each expert are counted
     expert_load: bool = False
     enforce_eager: bool
@@ -304,9 +308,28 @@ class RunnerConfig:
                 drafting=drafting,
                 draft_cache=draft_cache,
                 outputs=array((1, 1 + KEPT_TOKENS), jnp.int32) if keeps_outputs else None,
+                encoded=self._encoded(array),
             )
         keeps = self.pooler.seq_pooling_type != "LAST"
         return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """Of the tower that sees pictures; None: there is none."""
+        return self.model.vision if isinstance(self.model, DecoderConfig) else None
+
+    def _encoded(self, array: Callable[..., jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct | None:
+        rows = 1 + self.scheduler.encoder_cache_tokens
+        return None if self.vision is None else array((rows, self.model.hidden_size), jnp.dtype(self.dtype))
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Of the cache of encoded pictures, and of the pixels that two launches bring."""
+        if self.vision is None:
+            return 0
+        numbers = (1 + self.scheduler.encoder_cache_tokens) * self.model.hidden_size
+        numbers += 2 * self.encoder_patches * self.vision.patch_numbers
+        return numbers * jnp.dtype(self.dtype).itemsize
 
     @property
     def _is_end(self) -> bool:
@@ -318,12 +341,13 @@ class RunnerConfig:
         """Of the state without the cache, of the empty constraint buffer, and of prompts' vectors."""
         state = self.state(1)
         caches: dict[str, Any] = {"cache": None, **({} if self.draft_model is None else {"draft_cache": None})}
+        caches |= {"encoded": None} if self.encoder_patches else {}
         words = jax.tree.leaves(dataclasses.replace(state, **caches))
         samples = self.pooler is None and (self.stage is None or self.stage.is_last)
         constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
         own = sum(math.prod(array.shape) for array in words) // self.target.replicas
         bytes_of_words = 4 * (own + self.scheduler.max_num_seqs * constraint_row)
-        return bytes_of_words + self._embeddings_bytes
+        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes
 
     @property
     def _embeddings_bytes(self) -> int:

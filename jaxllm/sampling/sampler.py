@@ -55,6 +55,7 @@ def sample(
     num_logprobs: int,
     logprobs_mode: str = "raw_logprobs",
     processors: Sequence[LogitsProcessor] = (),
+    on_cpu: bool | None = None,
 ) -> SampleResult:
     """Sample one token per row, in vLLM V1's order.
 
@@ -69,6 +70,7 @@ def sample(
         logprobs_mode: raw_* = before any of the above, processed_* = after all of it (greedy rows have a temperature of
             1 there); *_logprobs = normalised, *_logits = as they are.
         processors: the user's own; they need the batch's `history` and `extra_args`.
+        on_cpu: whether it is compiled for a CPU; None: that is found out when it is lowered, and it is traced twice.
 
     Returns:
         Tokens and log-probabilities. A row that holds a NaN, or in which nothing is allowed, gets token 0.
@@ -93,7 +95,16 @@ def sample(
     def block(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
         return rows_at_once(logits, batch.narrowed())
 
-    return lax.platform_dependent(logits, batch, cpu=lambda *args: in_blocks(block, *args), default=rows_at_once)
+    return by_platform(on_cpu, lambda *args: in_blocks(block, *args), rows_at_once, logits, batch)
+
+
+def by_platform(
+    on_cpu: bool | None, of_cpu: Callable[..., Result], of_others: Callable[..., Result], *args: Any
+) -> Result:
+    """What a CPU or another device computes of the arguments; None: whichever it is lowered for."""
+    if on_cpu is None:
+        return lax.platform_dependent(*args, cpu=of_cpu, default=of_others)
+    return (of_cpu if on_cpu else of_others)(*args)
 
 
 def in_blocks(block: Callable[..., Result], *args: Any) -> Result:

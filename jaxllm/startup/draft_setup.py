@@ -101,6 +101,8 @@ def read_draft(
         model = model_config(checkpoint.config, max_model_len)
     except ValidationError as error:
         raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
+    # it reads texts alone
+    model = dataclasses.replace(model, vision=None)
     if model.vocab_size != target.vocab_size:
         _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
     if model.kv_specs[0].parts == 1:

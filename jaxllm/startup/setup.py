@@ -35,6 +35,7 @@ from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
+from jaxllm.startup.media_setup import MediaSetup, check_media, read_media
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -64,6 +65,8 @@ class Setup:
     pooling: SentenceTransformersConfig | None
     #: None: no model drafts
     draft: DraftSetup | None = None
+    #: None: the engine sees no pictures
+    media: MediaSetup | None = None
 
     def pipeline(self, count: int) -> tuple[Stage, ...]:
         """The stages of the engine; () where there is but one. Raises ValidationError where it cannot have so many."""
@@ -99,6 +102,12 @@ class Setup:
                 f"deterministic=True with {asked}: sums over devices are not added up in a fixed order. Set "
                 f"tensor_parallel_size=1{' and enable_expert_parallel=False' if replicas > 1 else ''}."
             )
+
+    def _encoder_patches(self, max_model_len: int) -> int:
+        """Of the largest picture in so long a context."""
+        if self.media is None:
+            return 0
+        return self.media.most_tokens(max_model_len) * self.media.processor.merge_size**2
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
@@ -171,6 +180,7 @@ class Setup:
         stages = self.pipeline(target.grid.stage)
         limits = dataclasses.replace(limits, num_micro_batches=len(stages) or 1)
         limits = dataclasses.replace(limits, lockstep=target.num_processes > 1)
+        limits = limits if self.media is None else self.media.with_limits(limits)
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
@@ -202,6 +212,7 @@ class Setup:
             num_gpu_blocks_override=args.num_gpu_blocks_override,
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
+            encoder_patches=self._encoder_patches(limits.max_model_len),
             expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
@@ -246,6 +257,13 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
             checkpoint.classifier = _classifier(args, checkpoint)
     else:
         model = model_config(checkpoint.config, _asked_length(args))
+    media = None
+    if isinstance(model, DecoderConfig) and model.vision is not None:
+        media = read_media(args, checkpoint, model)
+        if media is None:
+            model = dataclasses.replace(model, vision=None)
+        else:
+            check_media(args)
     if args.enable_expert_parallel:
         model = spread_experts(model)
     if args.record_expert_load and not expert_layers(model):
@@ -256,7 +274,9 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     if args.speculative_config is not None and args.speculative_config.has_layers:
         assert isinstance(model, DecoderConfig)
         draft = read_draft(args, args.speculative_config, model, max_model_len=_asked_length(args))
-    return Setup(args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling, draft=draft)
+    return Setup(
+        args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling, draft=draft, media=media
+    )
 
 
 def _for_pooling(
@@ -268,6 +288,12 @@ def _for_pooling(
     """The model, the arguments and the pooler of a pooling engine."""
     check_pooling(args)
     model = pooling_model_config(hf, _asked_length(args))
+    if isinstance(model, DecoderConfig) and model.vision is not None:
+        architecture = next(iter(hf.get("architectures") or ()), "the model")
+        raise ValidationError(
+            f"{architecture} sees images, and jaxllm runs such models to generate only. Leave runner, convert and task "
+            "out, or take a model of texts."
+        )
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)
     if not model.causal:

@@ -204,6 +204,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         seed=args.seed,
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
+        media=None if setup.media is None else setup.media.reader(plan.max_model_len),
         embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
     pooling_inputs = None

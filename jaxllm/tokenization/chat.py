@@ -24,6 +24,8 @@ Conversation = Sequence[Message]
 
 CONTENT_FORMATS = ("auto", "string", "openai")
 _NO_TEMPLATE = "chat_template is not supported for Mistral tokenizers: mistral_common writes conversations itself."
+#: parts of messages that stand for something else, which the engine has taken out (`jaxllm.multimodal`)
+PICTURES = ({"type": "image"}, {"type": "video"})
 #: roles that OpenAI's API has
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _ALWAYS_KNOWN = ("user", "assistant")
@@ -89,6 +91,7 @@ class ChatRenderer:
         messages = plain = [_message(index, message) for index, message in enumerate(conversation)]
         if content_format == "openai":
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        messages = [_with_pictures(own, given) for own, given in zip(messages, conversation, strict=True)]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
         if self._mistral is not None:
@@ -144,10 +147,19 @@ def _message(index: int, message: Message) -> dict[str, Any]:
     if content is None and message.get("tool_calls"):
         content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "\n".join(_text(index, part) for part in content)
+        content = "\n".join(_text(index, part) for part in content if part not in PICTURES)
     if not isinstance(content, str):
         raise ValidationError(f"the content of message {index} must be text, got {content!r:.80}")
     return {**message, "content": content}
+
+
+def _with_pictures(message: dict[str, Any], given: Message) -> dict[str, Any]:
+    """A message with its parts, where some of them stand for pictures: the template says how."""
+    content = given.get("content")
+    if isinstance(content, str) or not any(part in PICTURES for part in content or ()):
+        return message
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return {**message, "content": parts}
 
 
 def _text(index: int, part: Any) -> str:
@@ -157,4 +169,4 @@ def _text(index: int, part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValidationError(f"message {index} has a content part of type {kind!r}, which is not supported yet: only text")
+    raise ValidationError(f"message {index} has a content part of type {kind!r}, which is not read here: only text")

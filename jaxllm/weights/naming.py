@@ -8,13 +8,19 @@ from typing import Protocol
 import numpy as np
 
 #: heads stand beside the body, never inside
-_HEADS = ("lm_head.", "embed_out.", "score.", "classifier.", "cls.")
+_HEADS = ("lm_head.", "visual.", "embed_out.", "score.", "classifier.", "cls.")
 #: TensorFlow's names of a norm's weights, in BERT's first checkpoints
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 
 
 #: the text part of a model that sees images, too, as older and newer checkpoints name it -> as it is by itself
-_TEXT_PARTS = {"language_model.model.": "model.", "language_model.": "", "model.language_model.": "model."}
+_TEXT_PARTS = {
+    "language_model.model.": "model.",
+    "language_model.": "",
+    "model.language_model.": "model.",
+    # the tower of Qwen's models
+    "model.visual.": "visual.",
+}
 #: in front of what such checkpoints hold besides
 _IMAGE_PARTS = tuple(
     f"{outer}{part}" for outer in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.")

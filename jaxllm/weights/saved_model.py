@@ -12,7 +12,7 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import gemma3
-from jaxllm.models.decoder import Params
+from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.formats import hugging_face, orbax
@@ -90,7 +90,13 @@ def write_files(
 
 def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
     """The config.json of what is saved: its class is the one that has these weights, no more and no fewer."""
-    written = dict(gemma3.text_alone(config) if "text_config" in config else config)
+    sees = isinstance(model, DecoderConfig) and model.rope_sections != ()
+    if sees and isinstance(params, Params) and params.vision is None:
+        raise ValidationError(
+            "The engine runs without the tower that sees images, and what it saved would have none. Start it without "
+            "limit_mm_per_prompt to save the model."
+        )
+    written = dict(gemma3.text_alone(config) if "text_config" in config and not sees else config)
     architecture = written["architectures"][0]
     if not isinstance(params, Params):
         family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))

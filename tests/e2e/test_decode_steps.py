@@ -144,6 +144,8 @@ def test_eos(single: LLM, several: LLM):
     ]
     outputs, launches = compare(single, several, prompts, params)
     assert launches.several
+    _, before = compare(single, several, prompts[4:], dataclasses.replace(params[4], min_tokens=18, max_tokens=18))
+    assert before.several
     ended = [output.outputs[0].finish_reason for output in outputs]
     assert ended.count("stop") >= 4 and ended[2] == ended[6] == "length"
     assert EOS in outputs[2].outputs[0].token_ids
@@ -166,12 +168,12 @@ def test_constraints_that_stay_as_they_are(single: LLM, several: LLM):
     [
         {"stop": ["never to be found"]},
         {"logprobs": 1},
-        {"min_tokens": 20, "stop_token_ids": [3]},
         {"stop_token_ids": list(range(200, 220))},
+        {"stop_token_ids": list(range(200, 220)), "min_tokens": 20},
         {"repetition_detection": {"max_pattern_size": 3, "min_count": 9}},
         {"structured_outputs": {"regex": "[a-z]{20}"}},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: ", ".join(options),
 )
 def test_what_needs_the_host_gets_single_steps(single: LLM, several: LLM, options: dict[str, Any]):
     """So do those beside it."""

@@ -131,6 +131,22 @@ def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, 
         compare(plain, drafting, [repeating(seed, 20)], one)
 
 
+@pytest.mark.parametrize("least", [20, 29])
+def test_drafts_before_min_tokens(plain: LLM, drafting: LLM, least: int):
+    """The likely tokens, of which the prompt is made and so are drafts, end a request, and do not before that."""
+    base: dict[str, Any] = {**SAMPLED, **LIKELY, "max_tokens": 60}
+    params = [
+        SamplingParams(**base, min_tokens=least, stop_token_ids=[61, 63]),
+        SamplingParams(**base, min_tokens=least, stop_token_ids=[60, 61, 62, 63], ignore_eos=True),
+        SamplingParams(**base, min_tokens=60, stop_token_ids=[60], allowed_token_ids=[60, 61, 62]),
+    ]
+    prompts = [[60 + (token & 3) for token in repeating(seed, 20)] for seed in range(3)]
+    outputs = compare(plain, drafting, prompts, params)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["stop", "stop", "length"]
+    assert all(output.metrics and output.metrics.num_accepted_tokens for output in outputs[::2])
+    assert all(len(output.outputs[0].token_ids) > least for output in outputs)
+
+
 @pytest.mark.parametrize("sampling", [{**GREEDY, **LIKELY}, {**PENALISED, **LIKELY}], ids=["greedy", "penalised"])
 def test_log_probabilities_are_the_models(plain: LLM, drafting: LLM, sampling: dict[str, Any]):
     before = counted(drafting, "num_accepted_tokens")
@@ -219,6 +235,19 @@ def test_right_drafts_become_as_long_as_they_may(plain: LLM, drafting: LLM):
     # 100 tokens are 25 steps of 4
     assert alone.metrics.num_accepted_tokens > 68
     assert one.metrics.num_accepted_tokens > 50 > 30 > other.metrics.num_drafted_tokens
+
+
+def test_what_checks_cost_is_learned_from_launches(drafting: LLM):
+    head: Any = drafting.engine.core.cores[0]._runner.head  # pyright: ignore
+    right = SamplingParams(**GREEDY, logit_bias={61: 100.0}, max_tokens=200, ignore_eos=True)
+    with checks_that_cost(drafting, 0.4):
+        before = head.programs.check_costs[1].copy()
+        head._learns = True
+        for _ in range(50):  # launches that the host came late for teach nothing
+            drafting.generate([repeating(4, 9)], right, use_tqdm=False)
+            if (head.programs.check_costs[1] != before).any():
+                break
+        assert (head.programs.check_costs[1] != before).any()
 
 
 def test_an_aborted_request_frees_what_it_holds(drafting: LLM):

@@ -178,8 +178,10 @@ def test_resuming_runs_what_is_missing(folder: Folder, capfd: pytest.CaptureFixt
     assert folder.output.read_bytes().startswith(b"".join(kept[:9]))
     assert "9 finished before" in capfd.readouterr().err
     before = folder.output.read_bytes()
-    assert folder.run("--resume") == 3  # nothing is left to do, and what failed has failed
+    # nothing is left to do, no model is read for it, and what failed has failed
+    assert folder.run("--resume", "--model", "a-folder-that-is-not-there") == 3
     assert folder.output.read_bytes() == before
+    assert "all lines have their results" in capfd.readouterr().err
     assert folder.run("--overwrite", text=line("new")) == 0
     assert folder.results().keys() == {"new"}
 
@@ -265,7 +267,7 @@ def test_conversations_in_tables(folder: Folder):
     assert folder.texts() == expected
     assert folder.run("--overwrite", "--messages-column", "talk", source=folder.path / "p.csv") == 3
     assert folder.texts() == expected
-    assert "messages must be a non-empty list" in folder.results()["row-3"]["error"]["message"]
+    assert "messages should be a valid list; got 'oops'" in folder.results()["row-3"]["error"]["message"]
     # a column of prompts, as conversations of one message
     csv.write_csv(pyarrow.table({"q": ["a", "b"]}), folder.path / "q.csv")
     chat = ["--prompt-column", "q", "--url", CHAT]
@@ -361,8 +363,10 @@ def test_embeddings_run_in_groups(tmp_path: Path):
         def get_default_sampling_params(self) -> SamplingParams:
             return SamplingParams()
 
-        def embed(self, prompts: list[Any], *, on_error: str, use_tqdm: bool) -> list[Any]:
+        def embed(self, prompts: list[Any], *, pooling_params: list[Any], on_error: str, use_tqdm: bool) -> list[Any]:
             assert (on_error, use_tqdm) == ("return", False)
+            # all prompts of a call are cut to one length
+            assert len({params.truncate_prompt_tokens for params in pooling_params}) == 1
             calls.append(prompts)
             return [
                 SimpleNamespace(
@@ -375,6 +379,7 @@ def test_embeddings_run_in_groups(tmp_path: Path):
 
     url = "/v1/embeddings"
     texts = [line(f"r{i}", url, input=["x" * i, "xx"]) for i in range(1, 301)]
+    texts += [line("cut", url, input="a long text", truncate_prompt_tokens=3)]
     texts += [line("bad", url, input=["fine", "bad"]), line("chat", CHAT, messages=[{"role": "user", "content": "x"}])]
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(texts))
@@ -382,9 +387,9 @@ def test_embeddings_run_in_groups(tmp_path: Path):
     tally = Tally(None, show=False)
     with Journal(str(output)) as journal:
         Batch(cast(LLM, Embedder()), journal, tally, ["m"]).run(read_lines(str(source)))
-    assert [len(group) for group in calls] == [256, 256, 90]
+    assert [len(group) for group in calls] == [256, 256, 90, 1]
     records = {record["custom_id"]: record for record in map(json.loads, output.read_text().splitlines())}
-    assert (tally.completed, tally.failed, len(records)) == (300, 2, 302)
+    assert (tally.completed, tally.failed, len(records)) == (301, 2, 303)
     data = records["r200"]["response"]["body"]["data"]
     assert [entry["embedding"] for entry in data] == [[200.0], [2.0]]
     assert records["bad"]["error"]["message"] == "prompt 1: no good"

@@ -16,14 +16,16 @@ from jaxllm.speculative.adaptive import ONE
 
 @contextlib.contextmanager
 def checks_that_cost(llm: LLM, steps: float) -> Iterator[None]:
-    """Every draft adds so much to a step, as the rule has it."""
-    programs: Any = llm.engine.core.cores[0]._runner.head.programs  # pyright: ignore
+    """Every draft adds so much to a step, as the rule has it, and it stays so."""
+    head: Any = llm.engine.core.cores[0]._runner.head  # pyright: ignore
+    programs, learns, head._learns = head.programs, head._learns, False
     before = {seqs: costs.copy() for seqs, costs in programs.check_costs.items()}
     for costs in programs.check_costs.values():
         costs[:] = np.asarray(programs.adaptive.lengths) * steps * ONE
     yield
     for seqs, costs in programs.check_costs.items():
         costs[:] = before[seqs]
+    head._learns = learns
 
 
 def counted(llm: LLM, name: str) -> Any:

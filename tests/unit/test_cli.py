@@ -267,7 +267,7 @@ def test_bad_values_end_before_the_engine_is_built(
         (["chat", "-x"], "chat: error: there is no option -x"),
         (["--model", "m", "chat"], "jaxllm: error: --model is in front of the command: options follow it"),
         (["generat"], "jaxllm: error: there is no command 'generat'; did you mean generate?"),
-        (["nothing"], "jaxllm: error: there is no command 'nothing'; there are generate, chat, run-batch"),
+        (["nothing"], "jaxllm: error: there is no command 'nothing'; there are generate, chat, serve, run-batch"),
         (["bench", "nope"], "jaxllm bench: error: there is no command 'nope'; there are tokenizer, host, throughput"),
         (["bench", "latencies"], "jaxllm bench: error: there is no command 'latencies'; did you mean latency?"),
     ],

@@ -11,15 +11,20 @@ from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsP
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SAMPLING, SamplingReader
-from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call, translate
+from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call, Translator
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+CALL_WITHOUT_JSON = {"type": "function", "function": {"name": "f", "arguments": "{"}}
+
+
 def call(url: str, body: Any, defaults: SamplingParams | None = None) -> Call:
     before = json.dumps(body)
-    translated = translate(url, body, model_names=["m", "alias"], sampling=SamplingReader(defaults or SamplingParams()))
+    sampling = SamplingReader(defaults or SamplingParams())
+    translated = Translator(model_names=["m", "alias"], sampling=sampling).translate(url, body)
     assert json.dumps(body) == before, "the caller's body is not changed"
     return translated
 
@@ -158,6 +163,8 @@ def test_prompts_of_all_forms(url: str):
         ([[1], [2, 3]], [{"prompt_token_ids": [1]}, {"prompt_token_ids": [2, 3]}]),
     ):
         assert call(url, {name: value}).prompts == prompts
+    with pytest.raises(APIError, match=f"'{name}' is required"):
+        call(url, {})
     for value in (None, 5, [], [[]], ["a", 1], [["a"]], [True], {"a": 1}):
         with pytest.raises(APIError, match=f"{name} must be text"):
             call(url, {name: value})
@@ -182,12 +189,19 @@ def test_labels_change_nothing():
         (CHAT, {"tempreature": 1}, "'tempreature' does not exist. Did you mean 'temperature'"),
         (CHAT, {"stream": True}, "stream=True is refused: a batch is not streamed"),
         (CHAT, {"temperature": 3}, r"temperature must be in \[0, 2\]"),
-        (CHAT, {"temperature": "hot"}, "temperature must be a number"),
+        (CHAT, {"temperature": "hot"}, "temperature should be a valid number; got 'hot'"),
         (CHAT, {"n": 0}, "n must be at least 1"),
-        (CHAT, {"max_tokens": "5"}, "max_tokens must be an integer"),
+        (CHAT, {"max_tokens": "5"}, "max_tokens should be a valid integer; got '5'"),
         (CHAT, {"top_logprobs": 2}, "`logprobs` must be set to true"),
-        (CHAT, {"logprobs": 5}, "logprobs must be True or False"),
-        (CHAT, {"tool_choice": "required"}, "tool_choice='required' is refused"),
+        (CHAT, {"logprobs": 5}, "logprobs should be a valid boolean; got 5"),
+        (CHAT, {"stop": 5}, "stop should be a valid string or a valid list; got 5"),
+        (CHAT, {"tool_choice": "required"}, "`tools` must be set"),
+        (CHAT, {"tool_choice": "auto", "tools": TOOLS}, "--tool-call-parser NAME"),
+        (CHAT, {"tool_choice": {"function": {"name": "g"}}, "tools": TOOLS}, "with one of f"),
+        (CHAT, {"tool_choice": "required", "tools": [{"type": "code"}]}, "a tool is"),
+        (CHAT, {"tool_choice": "required", "tools": TOOLS, "response_format": {"type": "json_object"}}, "leave out"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [CALL_WITHOUT_JSON]}]}, "are not JSON"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "when `stream=True`"),
         (CHAT, {"functions": [{}]}, "functions="),
         (CHAT, {"modalities": ["audio"]}, "modalities="),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format has type 'xml'"),
@@ -196,16 +210,16 @@ def test_labels_change_nothing():
         (CHAT, {"structured_outputs": {"regxe": "a"}}, "regxe"),
         (CHAT, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "multiple are specified"),
         (CHAT, {"chat_template_kwargs": {"tools": []}}, "cannot set 'tools'"),
-        (CHAT, {"chat_template_kwargs": "x"}, "must be an object"),
+        (CHAT, {"chat_template_kwargs": "x"}, "chat_template_kwargs should be a valid dictionary"),
         (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "Cannot set both"),
-        (CHAT, {"messages": "hi"}, "messages must be a non-empty list"),
+        (CHAT, {"messages": "hi"}, "messages should be a valid list; got 'hi'"),
         (CHAT, {"prompt": "x"}, "'prompt' does not exist"),
-        (CHAT, {"priority": "high"}, "priority must be an integer"),
+        (CHAT, {"priority": "high"}, "priority should be a valid integer"),
         (COMPLETIONS, {"suffix": "x"}, "suffix='x' is refused"),
         (COMPLETIONS, {"best_of": 3}, "best_of=3 is refused"),
         (COMPLETIONS, {"echo": True, "prompt": [1]}, "echo needs prompts of text"),
-        (EMBEDDINGS, {"dimensions": 5}, "'dimensions' is not supported"),
-        (EMBEDDINGS, {"encoding_format": "hex"}, "encoding_format must be"),
+        (EMBEDDINGS, {"dimensions": 0}, "Dimensions must be greater than 0"),
+        (EMBEDDINGS, {"encoding_format": "hex"}, "encoding_format should be 'float' or 'base64'"),
         ("/v1/images", {}, "Supported endpoints: /v1/chat/completions"),
     ],
 )

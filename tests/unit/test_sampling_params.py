@@ -342,3 +342,9 @@ def test_outputs_print_short():
     assert "(10000 tokens)" in repr(output) and "finish_reason='length'" in repr(output)
     assert completion.finished()
     assert output.metrics == RequestMetrics()
+
+
+def test_a_field_that_does_not_exist_cannot_be_set():
+    params = SamplingParams()
+    with pytest.raises(AttributeError, match="temprature"):
+        params.temprature = 0.5  # pyright: ignore[reportAttributeAccessIssue]

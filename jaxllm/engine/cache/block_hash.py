@@ -58,16 +58,20 @@ class BlockHasher:
         return hashes
 
     def hash_prompt(
-        self, token_ids: list[int], cache_salt: str | None = None, embeds: np.ndarray | None = None
+        self,
+        token_ids: list[int],
+        cache_salt: str | None = None,
+        embeds: np.ndarray | None = None,
+        extra_keys: tuple[ExtraKey, ...] = (),
     ) -> list[bytes]:
-        """The hashes of a prompt's full blocks, as `extend` makes them for a request without extra keys.
+        """The hashes of a prompt's full blocks, as `extend` makes them for a request.
 
         Args:
             embeds: [tokens, hidden size], where the prompt is vectors; they are hashed as they are, so that prompts
                 share blocks whose vectors are equal to the bit. With a prompt of token ids they share none.
         """
         hashes: list[bytes] = []
-        self._extend(hashes, token_ids, embeds, len(token_ids) // self.block_size, cache_salt, ())
+        self._extend(hashes, token_ids, embeds, len(token_ids) // self.block_size, cache_salt, extra_keys)
         return hashes
 
     def _extend(

@@ -72,3 +72,18 @@ def as_conversations(messages: Any) -> Iterable[Conversation]:
 def chat_prompt(messages: Any, **options: Any) -> Prompt:
     """A conversation as a prompt; `options` are those of `LLM.chat`."""
     return {"messages": messages, **options}
+
+
+def with_processor_kwargs(prompts: Iterable[Prompt], options: Mapping[str, Any] | None) -> Iterable[Prompt]:
+    """The prompts of a call with its `mm_processor_kwargs`, beneath each prompt's own; texts and ids have no images."""
+    if not options:
+        return prompts
+    if not isinstance(options, Mapping):
+        raise ValidationError(f"mm_processor_kwargs must be a dict, got {options!r:.80}")
+
+    def one(prompt: Any) -> Any:
+        if not isinstance(prompt, Mapping):
+            return prompt
+        return {**prompt, "mm_processor_kwargs": {**options, **(prompt.get("mm_processor_kwargs") or {})}}
+
+    return list(map(one, prompts)) if isinstance(prompts, list) else map(one, prompts)

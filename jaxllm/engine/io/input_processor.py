@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.cache.block_hash import BlockHasher
     from jaxllm.engine.io.prompt_embeds import EmbedsReader
     from jaxllm.engine.io.token_constraints import TokenConstraints
+    from jaxllm.multimodal.prompts import MediaReader
     from jaxllm.tokenization.chat import ChatRenderer
 
 
@@ -45,6 +46,7 @@ class InputProcessor:
         constraints: judges structured outputs and thinking budgets.
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
         embeds: reads prompts that are vectors; None: there are none.
+        media: reads what prompts hold besides text; None: the model takes nothing else.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class InputProcessor:
         constraints: TokenConstraints | None = None,
         hasher: BlockHasher | None = None,
         embeds: EmbedsReader | None = None,
+        media: MediaReader | None = None,
     ):
         self.tokenizer = tokenizer
         #: reads prompts; several threads may use it
-        self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher, embeds)
+        self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher, embeds, media)
         self._vocab_size = vocab_size
         # some checkpoints name ends that their vocabulary does not have
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -121,6 +124,8 @@ class InputProcessor:
             cache_salt=prompt.cache_salt,
             block_hashes=prompt.block_hashes,
             prompt_embeds=prompt.embeds,
+            extra_keys=prompt.extra_keys,
+            media=prompt.media,
         )
         request.bad_words = checked.bad_words
         return request, prompt.text

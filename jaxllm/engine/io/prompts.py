@@ -10,13 +10,17 @@ import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.cache.block_hash import ExtraKey
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
+from jaxllm.multimodal.items import MediaItem, PromptMedia
+from jaxllm.multimodal.prompts import MEDIA_KEYS
 from jaxllm.tokenization.pool import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.engine.cache.block_hash import BlockHasher
+    from jaxllm.multimodal.prompts import MediaReader
     from jaxllm.tokenization.chat import ChatRenderer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -34,17 +38,11 @@ _CHAT_KEYS = (
 )
 #: names that `ChatRenderer.render` gets from other keys
 _RENDER_OPTIONS = ("template", "content_format", "add_generation_prompt", "continue_final_message", "tools")
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "prompt_embeds", "messages", "cache_salt")
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "prompt_embeds", "messages", "cache_salt", *MEDIA_KEYS)
 #: of a prompt with vectors
 _EMBEDS_KEYS = ("prompt_embeds", "prompt", "cache_salt")
 #: vLLM's others
-_LATER_KEYS = (
-    "multi_modal_data",
-    "multi_modal_uuids",
-    "mm_processor_kwargs",
-    "encoder_prompt",
-    "decoder_prompt",
-)
+_LATER_KEYS = ("encoder_prompt", "decoder_prompt")
 _TRUNCATION_SIDES = ("left", "right")
 
 
@@ -60,6 +58,9 @@ class PreparedPrompt:
     block_hashes: Sequence[bytes] = ()
     #: [tokens, hidden size], where the prompt came so; `token_ids` are zeros then, as many
     embeds: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    #: what it holds besides tokens, and what names the content of that
+    media: PromptMedia | None = dataclasses.field(default=None, compare=False)
+    extra_keys: tuple[ExtraKey, ...] = ()
 
     def with_token_ids(self, token_ids: list[int]) -> Self:
         """The same prompt with other tokens."""
@@ -132,6 +133,7 @@ class PromptReader:
         vocab_size: token ids must be below it.
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
         embeds: reads vectors; None: the engine was not started for them.
+        media: reads what prompts hold besides text; None: the model takes nothing else.
     """
 
     def __init__(
@@ -141,8 +143,9 @@ class PromptReader:
         vocab_size: int,
         hasher: BlockHasher | None = None,
         embeds: EmbedsReader | None = None,
+        media: MediaReader | None = None,
     ):
-        self._hasher, self._embeds = hasher, embeds
+        self._hasher, self._embeds, self._media = hasher, embeds, media
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._vocab_size = vocab_size
@@ -154,15 +157,20 @@ class PromptReader:
         options = options or TokenizationOptions()
         read: list[PreparedPrompt | ValidationError | None] = []
         texts: dict[bool, list[tuple[int, str, str | None]]] = {True: [], False: []}
+        items: dict[int, list[MediaItem]] = {}
         for position, prompt in enumerate(prompts):
             read.append(None)
             try:
                 if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
                     read[position] = self._embedded(prompt, options)
                     continue
+                if self._media is not None and isinstance(prompt, Mapping) and "messages" in prompt:
+                    prompt = self._media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
+                if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
+                    items[position] = self._items(prompt)
                 if ids is not None:
-                    read[position] = self._prepared(ids, text, salt, options)
+                    read[position] = self._prepared(ids, text, salt, options, items.get(position))
                 else:
                     if options.add_special_tokens is not None:
                         special = options.add_special_tokens
@@ -175,7 +183,7 @@ class PromptReader:
                 try:
                     if isinstance(ids, ValidationError):
                         raise ids
-                    read[position] = self._prepared(ids, text, salt, options)
+                    read[position] = self._prepared(ids, text, salt, options, items.get(position))
                 except ValidationError as error:
                     read[position] = error
         return [item for item in read if item is not None]
@@ -223,6 +231,16 @@ class PromptReader:
             return prompt["prompt"], None, salt, True
         return None, self._ids(prompt["prompt"]), salt, False
 
+    def _items(self, prompt: Mapping[str, Any]) -> list[MediaItem]:
+        """What a prompt holds besides text."""
+        if self._media is None:
+            given = next(key for key in MEDIA_KEYS if prompt.get(key))
+            raise ValidationError(
+                f"the prompt has {given!r}, and this engine reads text only: its model sees no images here, or "
+                "limit_mm_per_prompt has switched them off. Leave it out."
+            )
+        return self._media.read(prompt)
+
     def _embedded(self, prompt: Mapping[str, Any], options: TokenizationOptions) -> PreparedPrompt:
         """A prompt that is vectors."""
         if self._embeds is None:
@@ -263,8 +281,22 @@ class PromptReader:
         )
 
     def _prepared(
-        self, ids: list[int], text: str | None, salt: str | None, options: TokenizationOptions
+        self,
+        ids: list[int],
+        text: str | None,
+        salt: str | None,
+        options: TokenizationOptions,
+        items: list[MediaItem] | None = None,
     ) -> PreparedPrompt:
+        media, keys = None, ()
+        if items and self._media is not None:
+            ids, media = self._media.place(ids, items)
+            if options.keep is not None and len(ids) > options.keep:
+                raise ValidationError(
+                    f"the prompt has {len(ids)} tokens with those of its images, and truncate_prompt_tokens would cut "
+                    f"it to {options.keep}: a prompt with images is not cut. Make it or its images smaller."
+                )
+            keys = tuple(ExtraKey(kind="mm", value=i.content_hash, start=a, stop=b) for i, a, b in media.items)
         ids = options.cut(ids)
         if not ids:
             raise ValidationError("The decoder prompt cannot be empty")
@@ -274,8 +306,8 @@ class PromptReader:
                     f"Token id {token} is out of vocabulary: the model has {self._vocab_size} tokens, "
                     f"0 to {self._vocab_size - 1}"
                 )
-        hashes = self._hasher.hash_prompt(ids, salt) if self._hasher is not None else ()
-        return PreparedPrompt(ids, text, salt, hashes)
+        hashes = self._hasher.hash_prompt(ids, salt, extra_keys=keys) if self._hasher is not None else ()
+        return PreparedPrompt(ids, text, salt, hashes, media=media, extra_keys=keys)
 
     @staticmethod
     def _ids(ids: Any) -> list[int]:

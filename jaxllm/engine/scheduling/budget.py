@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ class StepBudget:
             chunk_size = min(chunk_size, threshold)
         return cls(config.max_num_batched_tokens, chunk_size, config.max_scored_tokens)
 
-    def chunk(self, request: Request, start: int, left: int) -> tuple[int, int]:
+    def chunk(self, request: Request, start: int, left: int, most: int = sys.maxsize) -> tuple[int, int]:
         """(tokens, positions with logits) of the next chunk of a request that has `left` tokens from `start` on; (0, 0)
         where nothing is left to score with.
+
+        Args:
+            most: tokens that can be computed.
         """
-        count = min(left, self.chunk_size, self.tokens)
+        count = min(left, self.chunk_size, self.tokens, most)
         first = max(start, request.num_scheduled_scores)
         num_scored = min(start + count, request.num_scored_tokens) - first
         if num_scored <= 0:

@@ -72,8 +72,11 @@ class DecodeSteps:
             # with drafts brings
             lot = max(params.stream_interval or 1, self._stream_interval)
             request.max_decode_steps = max(min(self._most, lot // (1 + self._drafts)), 1)
-        # the first input that was generated, and whose successor may end the request
-        request.decode_steps_from = request.num_prompt_tokens + max(params.min_tokens - 1, 0)
+        # the first input that was generated
+        request.decode_steps_from = request.num_prompt_tokens
+        if len(request.stop_token_ids) > MAX_END_TOKEN_IDS:
+            # the device does not know all that must not come before `min_tokens`
+            request.decode_steps_from += max(params.min_tokens - 1, 0)
 
     def choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
         """The next launch: one step, or what each of the running requests can do that has tokens left."""

@@ -28,6 +28,7 @@ from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduling.budget import StepBudget
 from jaxllm.engine.scheduling.decode_steps import DecodeSteps
 from jaxllm.engine.scheduling.limits import LengthLimits
+from jaxllm.engine.scheduling.media import MediaScheduling
 from jaxllm.engine.scheduling.micro_batches import MicroBatches
 from jaxllm.engine.scheduling.preemption import PreemptionLog, Shortage
 from jaxllm.engine.scheduling.queue import FCFSQueue, PriorityQueue, WaitingQueue, priority_key
@@ -73,6 +74,10 @@ class Scheduler:
         self._micro_batches: MicroBatches | None = None
         if config.num_micro_batches > 1:
             self._micro_batches = MicroBatches(config.num_micro_batches, ahead=config.async_scheduling)
+        #: None: there are no pictures
+        self.media: MediaScheduling | None = None
+        if config.encoder_cache_tokens:
+            self.media = MediaScheduling(config.encoder_cache_tokens, config.max_encoder_tokens)
         self._max_running = config.max_num_active_seqs or config.max_num_seqs
         #: what ended requests got, for the next step, where drafts are made of it
         self._ended_outputs: list[list[int]] = []
@@ -146,6 +151,8 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.kv_cache_manager.cache_full_blocks(request)
         self.kv_cache_manager.free(request)
+        if self.media is not None:
+            self.media.release(request)
         self._free_rows.append(request.row)
         request.row = -1
 
@@ -161,11 +168,15 @@ class Scheduler:
         self._num_scheduled += 1
         budget = StepBudget.of(self.config, num_requests=len(self.running) + len(self.waiting))
         num_preemptions = self._preemptions.count
+        if self.media is not None:
+            self.media.begin()
         self._schedule_running(step, budget)
         if self._preemptions.count == num_preemptions:
             self._schedule_waiting(step, budget)
         if self._micro_batches is not None:
             self._micro_batches.end(step)
+        if self.media is not None:
+            self.media.end(step)
         if step.rows and self._ended_outputs:
             step.ended_outputs, self._ended_outputs = self._ended_outputs, []
         if self.kv_cache_manager.host_pool is not None:
@@ -198,8 +209,8 @@ class Scheduler:
             start = request.num_computed_tokens
             left = num_tokens - start
             count = num_wanted = 1
-            if left > 1:
-                count, num_wanted = budget.chunk(request, start, left)
+            if left > 1 or start < request.media_stop:
+                count, num_wanted = self._chunk(step, budget, request, start, left)
                 if count == 0:
                     continue
             elif micro_batches is not None and not micro_batches.takes(request):
@@ -224,6 +235,8 @@ class Scheduler:
                 request.num_output_placeholders += end + 1 - num_tokens
             if known >= request.register_at <= end:
                 manager.cache_full_blocks(request)
+            if start < request.media_stop and self.media is not None:
+                self.media.place(step, request)
             rows.append(request.row)
             starts.append(start)
             counts.append(count)
@@ -255,12 +268,13 @@ class Scheduler:
             start, num_tokens = hit.num_tokens, len(request.all_token_ids)
             if not self.config.enable_chunked_prefill and num_tokens - start > budget.tokens:
                 break
-            count, wanted = budget.chunk(request, start, num_tokens - start)
+            count, wanted = self._chunk(step, budget, request, start, num_tokens - start)
             if count == 0:
                 break
-            if self.config.reserve_full_prompt and not manager.can_fit(request, hit):
-                break
-            if manager.allocate_slots(request, count, hit) is None:
+            has_room = not self.config.reserve_full_prompt or manager.can_fit(request, hit)
+            if not has_room or manager.allocate_slots(request, count, hit) is None:
+                if self.media is not None:
+                    self.media.release(request)
                 break
             self.waiting.pop()
             self._admit(request, start, manager.num_external_tokens(hit))
@@ -268,6 +282,8 @@ class Scheduler:
             request.num_output_placeholders = int(start + count == num_tokens)
             manager.cache_full_blocks(request)
             budget.take(request, start, count)
+            if self.media is not None:
+                self.media.place(step, request)
             step.admitted.append(AdmittedRequest.of(request, start))
             step.rows.append(request.row)
             step.starts.append(start)
@@ -276,6 +292,15 @@ class Scheduler:
             step.requests.append(request)
         for request in reversed(skipped):
             self.waiting.push_front(request)
+
+    def _chunk(
+        self, step: SchedulerOutput, budget: StepBudget, request: Request, start: int, left: int
+    ) -> tuple[int, int]:
+        """`StepBudget.chunk`, as far as the pictures of the chunk are there."""
+        count, wanted = budget.chunk(request, start, left)
+        if start >= request.media_stop or self.media is None or not count:
+            return count, wanted
+        return budget.chunk(request, start, left, self.media.chunk(step, request, start, count))
 
     def _admit(self, request: Request, num_cached_tokens: int, num_external_tokens: int) -> None:
         """Give a request a row and its place among the running ones; it has its blocks.
@@ -436,5 +461,7 @@ class Scheduler:
         )
 
     def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
-        """As `KVCacheManager.reset_prefix_cache`."""
+        """As `KVCacheManager.reset_prefix_cache`; what nobody uses of encoded pictures is forgotten, too."""
+        if self.media is not None:
+            self.media.cache.forget_unused()
         return self.kv_cache_manager.reset_prefix_cache(host_pool=host_pool)

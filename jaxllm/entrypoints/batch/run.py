@@ -17,6 +17,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
@@ -37,7 +38,7 @@ from jaxllm.entrypoints.batch.rows import read_table
 from jaxllm.entrypoints.batch.summary import Tally
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
-from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, translate
+from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, Translator
 from jaxllm.entrypoints.openai.responses import new_id, response_body
 from jaxllm.entrypoints.tables import SUFFIXES, is_table
 
@@ -63,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"run-batch: the input {arguments.input_file!r} is empty: there is nothing to run.", file=sys.stderr)
             return SOME_FAILED if journal.num_failed else 0
         lines = itertools.chain([first], lines)
+        if arguments.resume and _nothing_left(arguments, journal):
+            print(f"run-batch: all lines have their results in {arguments.output_file!r}.", file=sys.stderr)
+            return SOME_FAILED if journal.num_failed else 0
         model, given = engine_arguments(arguments)
         served = given.pop("served_model_name", None) or model
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
@@ -84,6 +88,22 @@ def run(arguments: argparse.Namespace) -> int:
             tally.close()
     print(f"run-batch: {tally}", file=sys.stderr)
     return SOME_FAILED if tally.failed or journal.num_failed else 0
+
+
+def _nothing_left(arguments: argparse.Namespace, journal: Journal) -> bool:
+    """Whether every line is finished, as far as that can be seen before the input is read for good."""
+    if not Path(arguments.input_file).expanduser().is_file():  # a pipe is read once
+        return False
+    seen = DigestSet()
+    for number, line in _open_lines(arguments):
+        try:
+            custom_id = parse_line(number, line).custom_id
+            finished = journal.is_finished(custom_id) if seen.add(custom_id) else journal.is_refused(number)
+        except APIError as error:
+            finished = isinstance(error, LineError) and journal.is_refused(number)
+        if not finished:
+            return False
+    return True
 
 
 def _warn_of_model(first: NumberedLine, names: list[str]) -> None:
@@ -135,8 +155,8 @@ class Batch:
 
     def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str], *, any_model: bool = False):
         self._llm, self._journal, self._tally = llm, journal, tally
-        self._model_names, self._any_model = model_names, any_model
-        self._sampling = SamplingReader(llm.get_default_sampling_params())
+        sampling = SamplingReader(llm.get_default_sampling_params())
+        self._translator = Translator(model_names=model_names, any_model=any_model, sampling=sampling)
         self._seen = DigestSet()
         self._embeds = "embed" in getattr(llm, "supported_tasks", ())
 
@@ -159,13 +179,7 @@ class Batch:
             if self._journal.is_finished(custom_id):
                 self._tally.skip()
                 return None
-            call = translate(
-                request.url,
-                request.body,
-                model_names=self._model_names,
-                any_model=self._any_model,
-                sampling=self._sampling,
-            )
+            call = self._translator.translate(request.url, request.body)
             if (call.url == EMBEDDINGS) != self._embeds:
                 raise APIError(f"The model does not support {call.url}.", param="url")
         except APIError as error:
@@ -208,9 +222,13 @@ class Batch:
         llm: Any = self._llm
         parts = ((line, part, prompt) for line in lines for part, prompt in enumerate(line.call.prompts))
         while group := list(itertools.islice(parts, _EMBED_TOGETHER)):
-            outputs = llm.embed([prompt for _, _, prompt in group], on_error="return", use_tqdm=False)
-            for (line, part, _), output in zip(group, outputs, strict=True):
-                self._take(line, part, output)
+            # what is cut to another length is another call
+            for length in dict.fromkeys(_kept(line) for line, _, _ in group):
+                same = [part for part in group if _kept(part[0]) == length]
+                prompts, params = [prompt for _, _, prompt in same], [line.call.pooling for line, _, _ in same]
+                outputs = llm.embed(prompts, pooling_params=params, on_error="return", use_tqdm=False)
+                for (line, part, _), output in zip(same, outputs, strict=True):
+                    self._take(line, part, output)
 
     def _take(self, line: _Pending, part: int, output: Any) -> None:
         line.outputs[part] = output
@@ -235,3 +253,8 @@ class Batch:
     ) -> None:
         response = {"status_code": int(status), "request_id": new_id(), "body": body}
         self._journal.write(number, {"custom_id": custom_id, "response": response, "error": error})
+
+
+def _kept(line: _Pending) -> int | None:
+    """Return how many tokens of its prompts are kept."""
+    return line.call.pooling.truncate_prompt_tokens if line.call.pooling else None

@@ -5,7 +5,17 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
 
 
 class APIError(Exception):
@@ -16,6 +26,7 @@ class APIError(Exception):
         status: HTTP's status code.
         param: the parameter at fault.
         code: a word for programs; None: the status.
+        retry_after: seconds after which the same call may succeed; None: nobody knows.
     """
 
     def __init__(
@@ -25,12 +36,14 @@ class APIError(Exception):
         status: int = HTTPStatus.BAD_REQUEST,
         param: str | None = None,
         code: str | None = None,
+        retry_after: int | None = None,
     ):
         super().__init__(message)
         self.message = message
         self.status = int(status)
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
         """Return the response's body."""

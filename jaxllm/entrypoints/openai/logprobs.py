@@ -25,18 +25,23 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], *, as_ids: bool, first: str = ""
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    *,
+    as_ids: bool,
+    first: str = "",
+    offset: int = 0,
 ) -> dict[str, Any]:
     """Return the form of completions: parallel lists. A position without log-probabilities (a prompt's first) has None.
 
     Args:
         first: text of a position without log-probabilities.
+        offset: characters of the text before.
     """
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
-    offset = 0
     for token_id, position in zip(token_ids, positions, strict=False):
         if position is None:
             text, value, alternatives = _text(token_id, None, as_ids) or first, None, None

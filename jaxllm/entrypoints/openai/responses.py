@@ -12,7 +12,8 @@ from typing import Any
 from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs, first_text, raw_logprobs
-from jaxllm.entrypoints.openai.requests import CHAT, EMBEDDINGS, Call
+from jaxllm.entrypoints.openai.messages import whole_message
+from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call
 
 
 def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
@@ -29,15 +30,14 @@ def response_body(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
             raise APIError(f"{where}{output.error}")
     if call.url == EMBEDDINGS:
         return _embeddings(call, outputs)
-    choice = _chat_choice if call.url == CHAT else _completion_choice
+    choice = _chat_choice if call.url == CHAT else completion_choice
     per_prompt = max(len(output.outputs) for output in outputs)
     choices = [
         choice(call, output, completion) | {"index": position * per_prompt + completion.index}
         for position, output in enumerate(outputs)
         for completion in output.outputs
     ]
-    kind, prefix = ("chat.completion", "chatcmpl") if call.url == CHAT else ("text_completion", "cmpl")
-    body = {**_head(prefix, kind, call), "choices": choices, "usage": _usage(call, outputs)}
+    body = {**head(call), "choices": choices, "usage": call_usage(call, outputs)}
     if call.url == CHAT:
         # in completions each choice has its own
         if call.return_token_ids:
@@ -52,7 +52,12 @@ def new_id() -> str:
     return f"{random.getrandbits(128):032x}"
 
 
-def _head(prefix: str, kind: str, call: Call) -> dict[str, Any]:
+_KINDS = {CHAT: ("chatcmpl", "chat.completion"), COMPLETIONS: ("cmpl", "text_completion"), EMBEDDINGS: ("embd", "list")}
+
+
+def head(call: Call) -> dict[str, Any]:
+    """Return how the answer begins."""
+    prefix, kind = _KINDS[call.url]
     return {
         "id": f"{prefix}-{new_id()}",
         "object": kind,
@@ -67,11 +72,12 @@ def _chat_choice(call: Call, output: RequestOutput, completion: CompletionOutput
         logprobs = chat_logprobs(
             completion.token_ids, completion.logprobs or (), call.top_logprobs, as_ids=call.tokens_as_ids
         )
+    told, message = whole_message(completion.text, output.prompt, call.dialect)
     choice: dict[str, Any] = {
         "index": completion.index,
-        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "message": told,
         "logprobs": logprobs,
-        "finish_reason": completion.finish_reason,
+        "finish_reason": call.dialect.finish_reason(completion.finish_reason, message),
         "stop_reason": completion.stop_reason,
     }
     if call.return_token_ids:
@@ -79,7 +85,9 @@ def _chat_choice(call: Call, output: RequestOutput, completion: CompletionOutput
     return choice
 
 
-def _completion_choice(call: Call, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+def completion_choice(
+    call: Call, output: RequestOutput, completion: CompletionOutput, offset: int = 0
+) -> dict[str, Any]:
     token_ids = [] if call.echo_only else list(completion.token_ids)
     positions: list[Any] = [] if call.echo_only else list(completion.logprobs or ())
     text = "" if call.echo_only else completion.text
@@ -94,7 +102,7 @@ def _completion_choice(call: Call, output: RequestOutput, completion: Completion
             if (call.echo and output.prompt_logprobs)
             else ""
         )
-        logprobs = completion_logprobs(token_ids, positions, as_ids=call.tokens_as_ids, first=first)
+        logprobs = completion_logprobs(token_ids, positions, as_ids=call.tokens_as_ids, first=first, offset=offset)
     choice: dict[str, Any] = {
         "index": completion.index,
         "text": text,
@@ -110,14 +118,21 @@ def _completion_choice(call: Call, output: RequestOutput, completion: Completion
     return choice
 
 
-def _usage(call: Call, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(one.token_ids) for output in outputs for one in output.outputs) if not call.echo_only else 0
+def call_usage(call: Call, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    return usage(
+        prompt=sum(len(output.prompt_token_ids) for output in outputs),
+        completion=0 if call.echo_only else sum(len(one.token_ids) for output in outputs for one in output.outputs),
+        cached=sum(output.num_cached_tokens for output in outputs),
+    )
+
+
+def usage(*, prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """Return what a call took, in tokens: prompts, what the prefix cache had of them, and answers."""
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
@@ -129,5 +144,8 @@ def _embeddings(call: Call, outputs: Sequence[Any]) -> dict[str, Any]:
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"index": position, "object": "embedding", "embedding": vector})
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    usage = {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0}
-    return {**_head("embd", "list", call), "data": data, "usage": usage}
+    return {
+        **head(call),
+        "data": data,
+        "usage": {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0},
+    }

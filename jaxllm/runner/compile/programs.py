@@ -19,6 +19,7 @@ from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
+from jaxllm.runner.compile.encoder import ENCODE, EncoderPrograms
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
@@ -109,6 +110,8 @@ class Programs(abc.ABC):
         self.block_copies: BlockCopies | None = None
         if copied_layers:
             self.block_copies = BlockCopies(copied_layers, state.cache, self._words, self._lowered)
+        #: of the tower that sees pictures; None: there is none
+        self.encoder: EncoderPrograms | None = None
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
 
@@ -255,10 +258,11 @@ class Programs(abc.ABC):
 
     @abc.abstractmethod
     def _keys(self) -> list[Key]:
-        """Of all programs but those that copy blocks."""
+        """Of all programs but those that copy blocks, and those that encode pictures."""
 
     def _all_keys(self) -> list[Key]:
-        return self._keys() + list(() if self.block_copies is None else self.block_copies.KEYS)
+        encoder = () if self.encoder is None else self.encoder.keys
+        return [*self._keys(), *encoder, *(() if self.block_copies is None else self.block_copies.KEYS)]
 
     @abc.abstractmethod
     def _largest(self) -> list[tuple[Key, ...]]:
@@ -269,7 +273,8 @@ class Programs(abc.ABC):
         if key == ALLOCATOR:
             return self.lower_allocator()
         copies = {} if self.block_copies is None else self.block_copies.lowerings()
-        return {**self._lowerings(), **copies}[key[0]](*key[1:])
+        encoder = {} if self.encoder is None else self.encoder.lowerings()
+        return {**self._lowerings(), **encoder, **copies}[key[0]](*key[1:])
 
     @abc.abstractmethod
     def _lowerings(self) -> Mapping[str, Callable[..., jax.stages.Lowered]]:
@@ -290,6 +295,9 @@ class Programs(abc.ABC):
 
     def gather_blocks(self, lot_size: int) -> jax.stages.Compiled:
         return self._get((GATHER, lot_size))
+
+    def encode(self, num_patches: int) -> jax.stages.Compiled:
+        return self._get((ENCODE, num_patches))
 
     def scatter_blocks(self, lot_size: int) -> jax.stages.Compiled:
         return self._get((SCATTER, lot_size))

@@ -72,6 +72,9 @@ def decode_steps(
         active_row = jnp.where(loop.going_on, row, trash)
         now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
         batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
+        if config.model.vision is not None:
+            # all of them are generated: each goes on as it did
+            batch = dataclasses.replace(batch, rope_positions=position + fields["rope_offsets"])
         cache, hidden, load = forward_with_load(
             config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
         )
@@ -107,5 +110,5 @@ def decode_steps(
     early = jnp.sum(loop.sampled != ENDED, axis=0) < limits
     marked = jnp.where(early, row, trash + 1)
     tokens = loop.state.tokens.at[marked, first + limits].set(ENDED, mode="drop")
-    state = State(cache=loop.state.cache, tokens=tokens)
+    state = dataclasses.replace(state, cache=loop.state.cache, tokens=tokens)
     return state, (loop.sampled if loop.load is None else (loop.sampled, loop.load))

@@ -56,6 +56,7 @@ class DraftSteps:
     counts: jax.Array  # i32 [S]
     drafted: jax.Array  # i32 [N, S]
     accepted: jax.Array  # i32 [N, S]
+    kinds: jax.Array  # i32 [1 + L]: steps without drafts, and checks of each of `AdaptiveDrafts.lengths`
     #: [S, N * (1 + K), ...], of `token_ids`; None from the greedy-only program
     logprobs: Logprobs | None
     load: jax.Array | None  # as `Hidden.load`, of all steps
@@ -229,6 +230,7 @@ def draft_steps(
             counts=found.counts + count,
             drafted=lax.dynamic_update_index_in_dim(found.drafted, counts, loop.step, 0),
             accepted=lax.dynamic_update_index_in_dim(found.accepted, jnp.minimum(accepted, count), loop.step, 0),
+            kinds=found.kinds.at[kind].add(1),
             load=load if load is None or found.load is None else found.load + load,
         )
         return _Loop(
@@ -253,6 +255,7 @@ def draft_steps(
             counts=jnp.zeros(seqs, jnp.int32),
             drafted=nothing,
             accepted=nothing,
+            kinds=jnp.zeros(1 + len(adaptive.lengths), jnp.int32),
             logprobs=None if constraints is None else _no_logprobs(seqs, num_steps * width, config.num_logprobs),
             load=no_load(config.model) if config.expert_load else None,
         ),

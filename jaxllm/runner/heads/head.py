@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepFuture
+from jaxllm.multimodal.items import EncoderInput
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.memory.device_memory import Allocator
@@ -44,6 +45,10 @@ class Head(abc.ABC, Generic[Weights, State]):
 
     def keep_outputs(self, state: State, outputs: Sequence[list[int]]) -> State:
         """Keep what ended requests got, for later drafts; only a head with such drafts is asked to."""
+        raise NotImplementedError
+
+    def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:
+        """Encode items into the state; only a head whose model sees pictures is asked to."""
         raise NotImplementedError
 
     def forget_outputs(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.decoder import Params
-from jaxllm.parallel.processes import put_whole
+from jaxllm.models.qwen_vision import VisionParams
+from jaxllm.multimodal.items import EncoderInput
+from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.draft_steps import DraftParams, DraftSteps
@@ -22,6 +24,7 @@ from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, Sampling
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.speculative.prices import CheckPrices, LaunchClock
 from jaxllm.speculative.suffix import KeptOutputs
 
 
@@ -88,9 +91,14 @@ class StepResult:
 
 
 class DraftStepsResult:
-    """A launch with drafts (`engine.step.StepFuture`)."""
+    """A launch with drafts (`engine.step.StepFuture`).
 
-    def __init__(self, found: DraftSteps, packed: PackedStep):
+    Args:
+        learn: told what steps the launch had, and whether the host had to wait for it; None: nobody learns from it.
+    """
+
+    def __init__(self, found: DraftSteps, packed: PackedStep, learn: Callable[[np.ndarray, bool], None] | None):
+        self._learn = learn
         logprobs = found.logprobs if packed.want_logprobs else None
         if logprobs is not None and not packed.want_chosen:
             logprobs = dataclasses.replace(logprobs, chosen=None)  # pyright: ignore
@@ -101,6 +109,9 @@ class DraftStepsResult:
     def result(self) -> StepOutput:
         seqs, _ = self._packed.flat_rows(NOTHING_LOST)
         found = self._found
+        if self._learn is not None:
+            waited = not found.kinds.is_ready()
+            self._learn(np.asarray(found.kinds), waited)
         counts, ids = np.asarray(found.counts)[seqs], np.asarray(found.token_ids)[seqs]
         there = np.arange(ids.shape[1]) < counts[:, None]
         logprobs = jax.tree.map(lambda x: np.asarray(x)[seqs][there], found.logprobs)
@@ -157,18 +168,25 @@ class SamplingHead(Head[Params, State]):
         self._rows = SamplingRows(programs)
         self._embeddings = Embeddings(programs)
         self._kept = KeptOutputs(programs.num_kept_tokens, programs.max_kept_outputs)
+        self._clock = LaunchClock()
+        self._prices = {seqs: CheckPrices(costs) for seqs, costs in programs.check_costs.items()}
+        # processes that tell one program different prices would not come together again
+        self._learns = not is_distributed()
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
         self._head: Params | None = None
+        self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
         self._no_constraints = put_whole(constraints, self._sharding)
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
-        self._params, self._forms, self._head = params, {}, None
+        self._params, self._forms, self._head, self._vision = params, {}, None, None
         if params is not None:
+            # few arguments make quick launches
+            self._vision, params = params.vision, dataclasses.replace(params, vision=None)
             self._head = programs.head_params(params)
             self._forms = programs.forms(params)
 
@@ -191,6 +209,7 @@ class SamplingHead(Head[Params, State]):
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
+        self._clock.launched()
         state, found = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
         sampled, *loads = found if isinstance(found, tuple) else (found,)
         for array in (sampled, *loads):
@@ -201,8 +220,15 @@ class SamplingHead(Head[Params, State]):
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
+        launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
-        return state, DraftStepsResult(found, packed)
+
+        def learn(kinds: np.ndarray, waited: bool) -> None:
+            seconds = self._clock.seconds(launch, waited=waited)
+            if seconds is not None:
+                self._prices[bucket.seqs].saw(seconds, kinds.tolist())
+
+        return state, DraftStepsResult(found, packed, learn if self._learns else None)
 
     def _check_drafts(
         self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
@@ -213,9 +239,22 @@ class SamplingHead(Head[Params, State]):
         params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
 
+    def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:
+        encoder = self.programs.encoder
+        assert encoder is not None
+        for given in inputs:
+            state = self._encode(state, *encoder.pack(given))
+        return state
+
+    def _encode(self, state: State, size: int, pixels: np.ndarray, words: np.ndarray) -> State:
+        given = (put_whole(array, self._sharding) for array in (pixels, words))
+        encoded = self.programs.encode(size)(self._vision, state.encoded, *given)
+        return dataclasses.replace(state, encoded=encoded)
+
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
         packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
+        self._clock.launched()
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
         return state, LaunchedStep(hidden, sampling, packed)
 
@@ -259,6 +298,9 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(packing.size + sample_size, np.int32)
             for full in (True, False):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
+        if programs.encoder is not None:
+            for size in list(programs.encoder.packings)[: 1 if smallest else None]:
+                state = self._encode(state, size, *programs.encoder.nothing(size))
         if programs.max_kept_outputs:
             state = self._write_outputs(state, 0, np.zeros(1, np.int32))
         return self._write_tokens(state, trash, np.zeros(1, np.int32))

@@ -18,42 +18,52 @@ FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
 
-def forward_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+def forward_packing(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool = False
+) -> Packing:
     """What `sampling_step.forward_step` reads."""
-    return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens))
+    return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media))
 
 
-def decode_packing(bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int) -> Packing:
+def decode_packing(
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool = False
+) -> Packing:
     """What `decode_steps.decode_steps` reads: a forward step's fields, and of each sequence how many tokens it samples
     at most, and the ids that end it (-1: none).
     """
-    return Packing(_decode_fields(bucket, num_groups, table_width, max_scored_tokens))
+    return Packing(_decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media))
 
 
 def draft_packing(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, num_lengths: int
+    bucket: Bucket,
+    num_groups: int,
+    table_width: int,
+    max_scored_tokens: int,
+    num_lengths: int,
+    *,
+    media: bool = False,
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
     each length cost, and of each sequence whether it goes on where the device stands, and whether its row has a new
     request since its last launch.
     """
-    fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens)
+    fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
     of_all = {"most_drafts": (), "check_costs": (num_lengths,)}
     return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,)})
 
 
 def _decode_fields(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool
 ) -> dict[str, tuple[int, ...]]:
     per_seq = {"steps": (bucket.seqs,), "end_ids": (bucket.seqs, MAX_END_TOKEN_IDS)}
-    return {**_step_fields(bucket, num_groups, table_width, max_scored_tokens), **per_seq}
+    return {**_step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media), **per_seq}
 
 
 def _step_fields(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool
 ) -> dict[str, tuple[int, ...]]:
     return {
-        **forward_fields(bucket, num_groups, table_width),
+        **forward_fields(bucket, num_groups, table_width, media=media),
         # tokens of the step whose logits are wanted: to sample from, and to find how likely the next one was
         "sampled_tokens": (bucket.seqs,),
         "scored_tokens": (min(bucket.tokens, max_scored_tokens),),

@@ -20,6 +20,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compile.encoder import EncoderPrograms
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -72,6 +73,7 @@ class SamplingPrograms(Programs):
         decode_buckets: tuple[Bucket, ...] = (),
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
+        encoder_buckets: tuple[int, ...] = (),
     ):
         """
         Args:
@@ -80,13 +82,14 @@ class SamplingPrograms(Programs):
             decode_buckets: those that have such programs.
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
+            encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps
+        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets
         made_from = (config, buckets, table_width, params, state, eager, *several)
-        numbers = len(config.groups), table_width, config.max_scored_tokens
-        packings = {bucket: forward_packing(bucket, *numbers) for bucket in buckets}
+        numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
+        packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
             packings,
             state,
@@ -96,18 +99,27 @@ class SamplingPrograms(Programs):
             copied_layers=copied_layers,
             progress=progress,
         )
-        if platform != "cpu":
-            config = dataclasses.replace(config, fixed_sample_rows=SAMPLE_ROWS_GPU[-1])
-        self.config = config
-        self._params = params
+        on_cpu = platform == "cpu"
+        self.config = config = dataclasses.replace(
+            config, on_cpu=on_cpu, fixed_sample_rows=None if on_cpu else SAMPLE_ROWS_GPU[-1]
+        )
+        if params.vision is not None:
+            cache: Any = state.encoded
+            assert config.model.vision is not None
+            args = config.model.vision, encoder_buckets, params.vision, cache
+            self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
+        self._vision = params.vision
+        self._params = params = dataclasses.replace(params, vision=None)
         #: whether a single row has products of its own (`layers.stacked_matrix`)
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
-        self.decode_packings = {bucket: decode_packing(bucket, *numbers) for bucket in decode_buckets}
+        self.decode_packings = {bucket: decode_packing(bucket, *numbers, media=media) for bucket in decode_buckets}
         self.drafter, self.num_draft_steps = config.drafter, num_draft_steps
         lengths = () if self.drafter is None else check_lengths(platform, self.drafter.num_drafts)
         self.adaptive = AdaptiveDrafts(lengths)
-        self.draft_packings = {bucket: draft_packing(bucket, *numbers, len(lengths)) for bucket in draft_buckets}
+        self.draft_packings = {
+            bucket: draft_packing(bucket, *numbers, len(lengths), media=media) for bucket in draft_buckets
+        }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
         for bucket in draft_buckets:
@@ -127,6 +139,11 @@ class SamplingPrograms(Programs):
             self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
+
+    @property
+    def param_shardings(self) -> Any:
+        vision = jax.tree.map(lambda shape: shape.sharding, self._vision)
+        return dataclasses.replace(super().param_shardings, vision=vision)
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -254,6 +271,8 @@ class SamplingPrograms(Programs):
             keys.append(("decode steps", next(reversed(self.decode_packings)), True))
         if self.draft_packings:
             keys.append(("draft steps", next(reversed(self.draft_packings)), True))
+        if self.encoder is not None:
+            keys.append(self.encoder.keys[-1])
         return [(key,) for key in keys]
 
     def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:

@@ -66,6 +66,10 @@ class SamplingRows:
         self._max_scored_tokens = config.max_scored_tokens
         self._sample_packing = programs.sample_packing
         self._check_costs = programs.check_costs
+        #: of a launch with drafts, of one request
+        self._most_tokens = 0
+        if programs.drafter is not None:
+            self._most_tokens = programs.num_draft_steps * (1 + programs.drafter.num_drafts)
         self._has_processors, self._has_drafts = bool(config.processors), programs.drafter is not None
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
@@ -143,7 +147,11 @@ class SamplingRows:
         packed.embeddings = rows.embeddings(found, len(fields["token_ids"]))
         if len(row):
             fields = self._sample_packing.views(buffer[packing.size :])
-            self._pack_sampling(packed, fields, row, lengths)
+            lowest = lengths
+            if step.resumes:
+                # the device may stand as far behind as a launch brings tokens
+                lowest = lengths - self._most_tokens * np.asarray(step.resumes, np.int32)[order]
+            self._pack_sampling(packed, fields, row, lengths, lowest if step.goes_on_alone else None)
             self._add_masks(packed, fields, row, step.masked_rows)
         return packed
 
@@ -191,7 +199,13 @@ class SamplingRows:
                 lost.append(packed.masked[row])
         return np.asarray(lost, np.int64)
 
-    def _pack_sampling(self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray) -> None:
+    def _pack_sampling(
+        self, packed: PackedStep, fields, rows: np.ndarray, positions: np.ndarray, lowest: np.ndarray | None
+    ) -> None:
+        """
+        Args:
+            lowest: of launches that go on alone, the first positions that they may sample.
+        """
         count = len(rows)
         fields["num_samples"][...] = count
         fields["rows"][:count] = rows
@@ -202,7 +216,7 @@ class SamplingRows:
         if packed.full:
             packed.want_logprobs = bool(self._logprobs[rows].any())
             fields["want_logprobs"][...] = packed.want_logprobs
-            packed.constraints = self._flags(packed, fields, rows, positions)
+            packed.constraints = self._flags(packed, fields, rows, positions if lowest is None else lowest, lowest)
 
     def _targets(
         self, known: Sequence[np.ndarray], tokens: np.ndarray, found: Sequences, wanted: np.ndarray, scored: np.ndarray
@@ -226,7 +240,7 @@ class SamplingRows:
         targets[0] = done
         return targets, counts.tolist()
 
-    def _flags(self, packed: PackedStep, fields, rows, positions) -> np.ndarray | None:
+    def _flags(self, packed: PackedStep, fields, rows, positions, lowest) -> np.ndarray | None:
         """Set the flags of what these rows need; returns the constraint buffer when one has constraints."""
         get = {name: self._floats[name][rows] for name in FLOATS}
         random = get["temperature"] > 0
@@ -247,7 +261,7 @@ class SamplingRows:
             masks = constraints.masks(position)
             if buffer is None:
                 buffer = self._shape.empty(len(fields["rows"]))
-            constraints.write(buffer[i], position)
+            constraints.write(buffer[i], position, and_behind=lowest is not None)
             fields["any_bias"][...] |= constraints.has_bias
             fields["any_mask"][...] |= masks
             fields["any_bad_words"][...] |= constraints.has_bad_words

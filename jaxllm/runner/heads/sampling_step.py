@@ -22,7 +22,7 @@ from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
-from jaxllm.sampling.sampler import in_blocks, sample, sample_greedy
+from jaxllm.sampling.sampler import by_platform, in_blocks, sample, sample_greedy
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.head_drafter import HeadCache
 from pallas_kernels.batch import AttentionBatch
@@ -51,6 +51,8 @@ class StepConfig:
     #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
     #: rows after the other, as many as the step has. A GPU's host has to wait for the number of a loop's rounds
     fixed_sample_rows: int | None = None
+    #: whether programs are compiled for a CPU; None: nobody knows before they are lowered
+    on_cpu: bool | None = None
 
 
 #: in `State.tokens`, at the position where a row would go on that has ended in a launch of several steps
@@ -72,6 +74,8 @@ class State:
     draft_cache: Cache | HeadCache | None = None
     #: i32 [1, 1 + C], of engines whose drafts are made of earlier outputs: `KeptOutputs` says what lies where
     outputs: jax.Array | None = None
+    #: [1 + C, d], of engines that see pictures: the vectors of encoded items; row 0 is trash
+    encoded: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +120,10 @@ def forward_step(
     fields = packing.unpack(buffer)
     attention = attention_batch(fields, bucket)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
-    batch = dataclasses.replace(batch, embeddings=embeddings)
+    if state.encoded is not None:
+        batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
+    elif embeddings is not None:
+        batch = dataclasses.replace(batch, embeddings=embeddings)
     state, hidden, load, _ = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
@@ -163,7 +170,12 @@ def step_tokens(
         tokens = tokens.at[jnp.where(embedded, rows, trash), attention.positions].set(EMBEDDED)
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
-    return tokens, StepBatch(tokens=ids, attention=attention, embedded=embedded)
+    batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
+    if config.model.vision is not None:
+        batch = dataclasses.replace(
+            batch, embedded=fields["encoded_rows"] > 0, rope_positions=attention.positions + fields["rope_offsets"]
+        )
+    return tokens, batch
 
 
 def wanted_rows(config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], hidden: jax.Array) -> Hidden:
@@ -248,6 +260,7 @@ def sample_rows(
                 num_logprobs=config.num_logprobs,
                 logprobs_mode=config.logprobs_mode,
                 processors=config.processors,
+                on_cpu=config.on_cpu,
             )
             new = Sampled(token_ids=result.token_ids, logprobs=result.logprobs)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
@@ -293,7 +306,7 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
     return SamplingBatch(
         **per_row,
         **flags,
-        **ConstraintShape(config.model.vocab_size).unpack(block(constraints)),
+        **ConstraintShape(config.model.vocab_size).unpack(block(constraints), length),
         seed=lax.bitcast_convert_type(seed, jnp.uint32),
         position=length,
         length=length,
@@ -328,7 +341,7 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
         first = jnp.minimum(i * rows, capacity - rows)
         scores = to_blocks(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows)))
         target = lax.dynamic_slice_in_dim(targets, 1 + first, rows)
-        new = lax.platform_dependent(scores, target, cpu=lambda *args: in_blocks(gather, *args), default=gather)
+        new = by_platform(config.on_cpu, lambda *args: in_blocks(gather, *args), gather, scores, target)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
 
     return lax.fori_loop(0, (targets[0] + rows - 1) // rows, block, Logprobs.zeros(capacity, config.num_logprobs))

@@ -1,0 +1,53 @@
+"""What a model thinks before it answers stands between two marks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxllm.config.structured_outputs import PARSERS
+from jaxllm.entrypoints.openai.tools.calls import overlap
+
+#: those that think in any case; their older templates leave the mark of the beginning to nobody
+_ALWAYS = ("deepseek_r1",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReasoningParser:
+    """Tells reasoning from the answer, by the marks of a family of models.
+
+    Args:
+        name: of `PARSERS`.
+    """
+
+    name: str
+
+    def begins_inside(self, prompt: str | None) -> bool:
+        """Return whether an answer to `prompt` begins with reasoning: most templates write the mark of its beginning,
+        and an empty reasoning where none is wanted.
+        """
+        start, end = PARSERS[self.name]
+        written = (prompt or "").rstrip()
+        return written.endswith(start) or (self.name in _ALWAYS and not written.endswith(end))
+
+    def split(self, text: str, done: bool, inside: bool) -> tuple[str, str]:
+        """Return the reasoning and the answer, as far as they are certain; more text makes both longer.
+
+        Args:
+            done: whether the text is all.
+            inside: as `begins_inside` says.
+        """
+        start, end = PARSERS[self.name]
+        written = text.lstrip()
+        if not inside and not written.startswith(start):
+            # it may become the mark
+            return "", text if done or not start.startswith(written) else ""
+        if not done and inside and written and start.startswith(written):
+            return "", ""
+        body = written.removeprefix(start)
+        place = body.find(end)
+        if place >= 0:
+            return body[:place].strip("\n"), body[place + len(end) :].lstrip("\n")
+        reasoning = body.lstrip("\n")
+        if not done:
+            reasoning = reasoning[: len(reasoning) - overlap(reasoning, end)].rstrip("\n")
+        return reasoning, ""

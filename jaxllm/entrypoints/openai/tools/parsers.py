@@ -1,0 +1,10 @@
+"""The parsers by vLLM's names."""
+
+from __future__ import annotations
+
+from jaxllm.entrypoints.openai.tools import deepseek_v3, hermes, llama3_json, mistral, pythonic, qwen3_coder
+from jaxllm.entrypoints.openai.tools.calls import ToolParser
+
+PARSERS: dict[str, ToolParser] = {
+    module.PARSER.name: module.PARSER for module in (deepseek_v3, hermes, llama3_json, mistral, pythonic, qwen3_coder)
+}

@@ -1,0 +1,63 @@
+"""The endpoints that generate: ``/v1/chat/completions`` and ``/v1/completions``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from jaxllm.entrypoints.openai.bodies import Body, ChatBody, CompletionBody
+from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.pieces import AnswerPieces
+from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, Call
+from jaxllm.entrypoints.openai.responses import response_body
+from jaxllm.entrypoints.serve.clients import while_there
+from jaxllm.entrypoints.serve.json_answers import DONE, EventStream, JSONAnswer, event
+from jaxllm.entrypoints.serve.service import Placed, Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the endpoints."""
+    router = APIRouter()
+
+    @router.post(CHAT)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await _answer(service, CHAT, body, request)
+
+    @router.post(COMPLETIONS)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await _answer(service, COMPLETIONS, body, request)
+
+    return router
+
+
+async def _answer(service: Service, url: str, body: Body, request: Request) -> Response:
+    call = service.translator.translate(url, body)
+    if not call.stream:
+        outputs = await while_there(request, service.whole(call))
+        return JSONAnswer(response_body(call, outputs))
+    outputs = service.outputs(call)
+    # whatever is refused is refused before the stream begins
+    first = await while_there(request, anext(outputs))
+    return EventStream(_events(call, first, outputs))
+
+
+async def _events(call: Call, first: Placed, outputs: AsyncGenerator[Placed, None]) -> AsyncGenerator[bytes, None]:
+    pieces = AnswerPieces(call)
+    async with contextlib.aclosing(outputs):
+        try:
+            for piece in pieces.take(*first):
+                yield event(piece)
+            async for placed in outputs:
+                for piece in pieces.take(*placed):
+                    yield event(piece)
+        except APIError as error:
+            yield event(error.body())
+        else:
+            last: dict[str, Any] | None = pieces.last()
+            if last is not None:
+                yield event(last)
+        yield DONE

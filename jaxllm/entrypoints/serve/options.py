@@ -1,0 +1,77 @@
+"""``jaxllm serve`` has options of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxllm.command_options import add_engine_options
+from jaxllm.config.command_line import add_option, count, number, size
+from jaxllm.entrypoints.serve.settings import MAX_BODY
+
+TOOL_CALL_PARSERS = ("deepseek_v3", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder")
+PORT = 8000
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add where the server listens and whom it answers, and the engine's options; the parser has to resolve conflicts,
+    for the options that mean more here.
+    """
+    parser.description = (
+        "Answer OpenAI's API over HTTP: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models and others. "
+        "Ctrl-C lets what runs end, and a second one ends it."
+    )
+    server = parser.add_argument_group("server options")
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="as --model")
+    add_engine_options(parser)
+    server.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
+    add_option(server, "port", count, "0: a free one", default=PORT, shown=PORT)
+    server.add_argument("--uds", metavar="FILE", help="listen at this socket in place of an address")
+    server.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="what requests may call the model (default: --model); the answer to one that names none has the first",
+    )
+    server.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="what requests have to bring (may be repeated; default: nothing; JAXLLM_API_KEY has one as well)",
+    )
+    add_option(
+        server,
+        "max_queue",
+        count,
+        "requests that may wait before others get status 503 (default: any number)",
+        default=None,
+    )
+    add_option(server, "max_body_size", size, "bytes of a request", default=MAX_BODY, shown="16MiB")
+    server.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use the server, such as https://example.org, or * (default: its own)",
+    )
+    server.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_CALL_PARSERS,
+        metavar="NAME",
+        help=f"how the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)} (default: they stay text)",
+    )
+    add_option(
+        server, "enable_auto_tool_choice", None, "vLLM's switch; --tool-call-parser is what decides", default=False
+    )
+    add_option(
+        server, "trust_request_chat_template", None, "requests may bring a chat template", default=False, shown=False
+    )
+    add_option(
+        server,
+        "drain_seconds",
+        number,
+        "after Ctrl-C or SIGTERM, what still runs is ended (default: never)",
+        default=None,
+    )
+    add_option(server, "access_log", None, "log a line a request", default=True, shown=True)

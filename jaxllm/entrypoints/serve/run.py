@@ -1,0 +1,108 @@
+"""``jaxllm serve`` starts an engine and answers until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.extras import how_to_install
+from jaxllm.command_options import engine_arguments
+from jaxllm.engine.interrupt import whole_module
+from jaxllm.entrypoints.serve.listening import listen
+from jaxllm.entrypoints.serve.settings import Settings
+
+_NEEDED = ("fastapi", "uvicorn")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve. Returns 0 when Ctrl-C or SIGTERM ended it."""
+    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
+        raise JaxLLMError(f"jaxllm serve needs {' and '.join(_NEEDED)}: {how_to_install('serve')}")
+    model, given = _engine(arguments)
+    settings = _settings(arguments, model, given)
+    # a port that is taken is found before the model is loaded
+    with listen(arguments.host, arguments.port, arguments.uds) as (socket, url):
+        with contextlib.closing(_Closing(whole_module("jaxllm.async_llm").AsyncLLM(model, **given))) as started:
+            _answer(started.engine, settings, arguments, socket, url)
+    return 0
+
+
+class _Closing:
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def _engine(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the model and the engine's arguments."""
+    named = getattr(arguments, "model", None)
+    if arguments.model_tag is not None:
+        if named not in (None, arguments.model_tag):
+            raise ValidationError(f"MODEL is {arguments.model_tag!r} and --model is {named!r}: give one of them.")
+        arguments.model = arguments.model_tag
+    return engine_arguments(arguments, disable_log_stats=False)
+
+
+def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) -> Settings:
+    """Return the server's settings; what is no argument of the engine is taken out of `given`."""
+    served = given.pop("served_model_name", None) or model
+    names = [str(name) for name in (served if isinstance(served, list) else [served])]
+    if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
+        raise ValidationError("--enable-auto-tool-choice requires --tool-call-parser.")
+    configured = given.get("structured_outputs_config") or {}
+    reasoning = given.get("reasoning_parser") or (
+        configured.get("reasoning_parser") if isinstance(configured, dict) else None
+    )
+    environment = os.environ.get("JAXLLM_API_KEY")
+    return Settings(
+        model_names=tuple(names),
+        api_keys=tuple(arguments.api_key) + ((environment,) if environment else ()),
+        max_queue=arguments.max_queue,
+        max_body=arguments.max_body_size,
+        allowed_origins=tuple(arguments.allowed_origins),
+        tool_call_parser=arguments.tool_call_parser,
+        reasoning_parser=reasoning or None,
+        trust_request_chat_template=arguments.trust_request_chat_template,
+    )
+
+
+def _answer(engine: Any, settings: Settings, arguments: argparse.Namespace, socket: Any, url: str) -> None:
+    """Answer until a signal comes, and what runs has ended."""
+    uvicorn, app = whole_module("uvicorn"), whole_module("jaxllm.entrypoints.serve.app")
+    drain = arguments.drain_seconds
+    config = uvicorn.Config(
+        app.make_app(engine, settings),
+        access_log=arguments.access_log,
+        log_level="info" if arguments.access_log else "warning",
+        timeout_graceful_shutdown=None if drain is None else max(int(drain), 1),
+        server_header=False,
+    )
+    # whoever reads the line may connect at once
+    socket.listen()
+    print(f"jaxllm serve: {', '.join(settings.model_names)} at {url}", file=sys.stderr, flush=True)
+    with _ends_by_signal():
+        uvicorn.Server(config).run(sockets=[socket])
+
+
+@contextlib.contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """The server handles signals, and raises them again once it has ended: that is no error."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(0)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

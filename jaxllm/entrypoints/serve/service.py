@@ -1,0 +1,128 @@
+"""The engine as the endpoints see it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import RequestOutput
+from jaxllm.api.sampling_params import RequestOutputKind
+from jaxllm.async_llm import AsyncLLM
+from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.parameters import SamplingReader
+from jaxllm.entrypoints.openai.reasoning import ReasoningParser
+from jaxllm.entrypoints.openai.requests import Call, Translator
+from jaxllm.entrypoints.openai.tools.parsers import PARSERS
+from jaxllm.entrypoints.serve.load import RETRY_AFTER, Load
+from jaxllm.entrypoints.serve.settings import Settings
+
+#: an output, and the position of its prompt among the call's
+Placed = tuple[int, Any]
+
+
+class Service:
+    """Runs calls on an engine.
+
+    Args:
+        engine: whoever made it shuts it down.
+    """
+
+    def __init__(self, engine: AsyncLLM, settings: Settings):
+        self.engine, self.settings = engine, settings
+        parser, reasoning = settings.tool_call_parser, settings.reasoning_parser
+        self.translator = Translator(
+            model_names=settings.model_names,
+            sampling=SamplingReader(engine.engine.default_params),
+            tools=None if parser is None else PARSERS[parser],
+            reasoning=None if reasoning is None else ReasoningParser(name=reasoning),
+            streams=True,
+            trusts_templates=settings.trust_request_chat_template,
+            template_files=False,
+        )
+        self.load = Load(engine.engine.core.max_num_seqs, settings.max_queue)
+
+    async def outputs(self, call: Call) -> AsyncGenerator[Placed, None]:
+        """Outputs of a call's prompts as they come; of a call that is not streamed, one a prompt. Leaving the loop ends
+        the requests.
+
+        Raises APIError for what the engine refuses, or cannot do.
+        """
+        sequences = len(call.prompts) * (call.params.n if call.params else 1)
+        with self.load.taken(sequences), self.told():
+            streams = [self._stream(call, prompt) for prompt in call.prompts]
+            if len(streams) == 1:
+                async with contextlib.aclosing(streams[0]) as stream:
+                    async for output in stream:
+                        yield 0, output
+                return
+            async with contextlib.aclosing(_merged(streams)) as merged:
+                async for placed in merged:
+                    yield placed
+
+    async def whole(self, call: Call) -> list[Any]:
+        """The last output of each of a call's prompts, in their order. Raises as `outputs`."""
+        found: dict[int, Any] = {}
+        async with contextlib.aclosing(self.outputs(call)) as outputs:
+            async for position, output in outputs:
+                found[position] = output
+        return [found[position] for position in range(len(call.prompts))]
+
+    def _stream(self, call: Call, prompt: Any) -> AsyncGenerator[Any, None]:
+        if call.params is None:
+            return self.engine.encode(prompt, call.pooling, pooling_task="embed", priority=call.priority)
+        kind = RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY
+        params = dataclasses.replace(call.params, output_kind=kind)
+        return self.engine.generate(prompt, params, priority=call.priority)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """While it lasts, what the engine raises becomes an APIError."""
+        try:
+            yield
+        except ValidationError as error:
+            raise APIError(str(error)) from error
+        except RuntimeError as error:
+            if not self.engine.is_running:
+                raise APIError("The server is ending.", status=503) from error
+            core = self.engine.engine.core
+            if core.is_sleeping or core.is_paused:
+                raise APIError(str(error), status=503, retry_after=RETRY_AFTER) from error
+            raise APIError(str(error), status=500) from error
+
+
+async def _merged(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[Placed, None]:
+    """Outputs of several streams as they come. What one raises ends all."""
+    queue: asyncio.Queue[Callable[[], Placed | None]] = asyncio.Queue()
+
+    async def pump(position: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for output in stream:
+                    queue.put_nowait(lambda output=output: (position, output))
+        except Exception as error:
+            queue.put_nowait(lambda error=error: _raise(error))
+        else:
+            queue.put_nowait(lambda: None)
+
+    tasks = [asyncio.create_task(pump(*item)) for item in zip(itertools.count(), streams)]
+    try:
+        running = len(tasks)
+        while running:
+            placed = (await queue.get())()
+            if placed is None:
+                running -= 1
+            else:
+                yield placed
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -1,0 +1,115 @@
+"""Pictures that conversations name: which of them may be read, and from where.
+
+Conversations may come from people whom the machine's owner does not know. So files are read below one folder only, and
+the network is asked only for the hosts that are named (`allowed_local_media_path`, `allowed_media_domains`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+
+#: of a picture that is fetched
+MOST_BYTES = 256 * 2**20
+SECONDS = 30.0
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Where a host that is named sends somebody is not named."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        return None
+
+
+class MediaAccess:
+    """What may be read.
+
+    Args:
+        local_path: the folder whose files may be; "": none.
+        domains: of hosts.
+    """
+
+    def __init__(self, local_path: str = "", domains: Sequence[str] = ()):
+        self._folder = Path(local_path).expanduser().resolve() if local_path else None
+        self._domains = tuple(domain.lower() for domain in domains)
+        self._opener = urllib.request.build_opener(_NoRedirects)
+
+    def read(self, place: Any, name: str) -> bytes:
+        """What lies at a data URI, a file's URI or path, or a URL.
+
+        Raises:
+            ValidationError: it may not be read, or cannot be.
+        """
+        if not isinstance(place, str):
+            raise ValidationError(f"{name}: the URL must be a text, got {type(place).__name__}: {place!r:.80}")
+        try:
+            parts = urllib.parse.urlsplit(place)
+            host = (parts.hostname or "").lower()
+        except ValueError as error:
+            raise ValidationError(f"{name}: {place!r:.200} is no URL: {error}") from None
+        if parts.scheme == "data":
+            return _of_data(place, name)
+        if parts.scheme in ("http", "https"):
+            return self._fetched(place, host, name)
+        if parts.scheme == "file":
+            if host not in ("", "localhost"):
+                raise ValidationError(f"{name}: {place!r:.200} is a file of another machine. Write file:///path.")
+            return self._of_file(urllib.request.url2pathname(parts.path), name)
+        if parts.scheme and len(parts.scheme) > 1:  # one letter is a drive
+            raise ValidationError(f"{name}: The URL must be either a HTTP, data or file URL, got {place!r:.80}")
+        return self._of_file(place, name)
+
+    def _of_file(self, place: str, name: str) -> bytes:
+        if self._folder is None:
+            raise ValidationError(
+                f"{name}: Cannot load local files without `--allowed-local-media-path`: start the engine with "
+                "allowed_local_media_path='/the/folder'."
+            )
+        try:
+            path = Path(place).expanduser()
+            path = (path if path.is_absolute() else self._folder / path).resolve()
+            if not path.is_relative_to(self._folder):
+                raise ValidationError(
+                    f"{name}: The file path {place!r:.200} must be a subpath of the `--allowed-local-media-path` "
+                    f"{str(self._folder)!r}."
+                )
+            if path.stat().st_size > MOST_BYTES:
+                raise ValidationError(f"{name}: {place!r:.200} has more than {MOST_BYTES} bytes.")
+            return path.read_bytes()
+        except ValidationError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValidationError(f"{name}: {place!r:.200} cannot be read: {error}") from None
+
+    def _fetched(self, url: str, host: str, name: str) -> bytes:
+        if host not in self._domains:
+            named = ", ".join(self._domains) or "none"
+            raise ValidationError(
+                f"{name}: The URL must be from one of the allowed domains: {named}. Input URL domain: {host}. Start "
+                f"the engine with allowed_media_domains=[{host!r}], or give the picture itself."
+            )
+        try:
+            with self._opener.open(url, timeout=SECONDS) as answer:
+                data = answer.read(MOST_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise ValidationError(f"{name}: {url!r:.200} cannot be fetched: {error}") from None
+        if len(data) > MOST_BYTES:
+            raise ValidationError(f"{name}: {url!r:.200} has more than {MOST_BYTES} bytes.")
+        return data
+
+
+def _of_data(uri: str, name: str) -> bytes:
+    head, comma, data = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValidationError(f"{name}: a data URI must begin as data:image/png;base64, does; got {uri!r:.60}")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValidationError(f"{name}: the data URI is no base64: {error}") from None

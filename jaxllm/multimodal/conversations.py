@@ -1,0 +1,89 @@
+"""Conversations with pictures: what their parts say is taken out, and marks of it stay for the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.multimodal.access import MediaAccess
+from jaxllm.multimodal.items import IMAGE
+
+#: a part's type -> its modality
+_KINDS = {"image_url": IMAGE, "input_image": IMAGE, "image": IMAGE, "image_pil": IMAGE}
+
+
+def has_media(messages: Any) -> bool:
+    """Whether any part of a conversation is no text."""
+    return any(_is_media(part) for message in _listed(messages) for part in _parts(message))
+
+
+def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: Mapping[str, str]) -> dict[str, Any]:
+    """A prompt with `messages` whose parts have become `multi_modal_data` and `multi_modal_uuids`: {"type": "image"}
+    stands in the place of each, or, where the chat template takes texts, `placeholders` in front of the message's text.
+
+    A part without a picture of its own stands for the next one of the prompt's own `multi_modal_data`.
+
+    Raises:
+        ValidationError: a part is none, or may not be read; the text names the message.
+    """
+    own = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_data") or {}).items()}
+    names = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_uuids") or {}).items()}
+    data: dict[str, list[Any]] = {}
+    uuids: dict[str, list[Any]] = {}
+
+    def mark(index: int, part: Any) -> Any:
+        if not _is_media(part):
+            return part
+        modality = _KINDS[part["type"]]
+        label = f"message {index}, {part['type']}"
+        given, uuid = _content(part, access, label), part.get("uuid")
+        if given is None:
+            if not own.get(modality):
+                raise ValidationError(f"{label} has no picture, and multi_modal_data has none left for it")
+            given = own[modality].pop(0)
+            uuid = names[modality].pop(0) if names.get(modality) else uuid
+        data.setdefault(modality, []).append(given)
+        uuids.setdefault(modality, []).append(uuid)
+        return {"type": modality}
+
+    messages = []
+    for index, message in enumerate(prompt["messages"]):
+        content = [mark(index, part) for part in _parts(message)]
+        if not any(_is_media(part) for part in content):
+            messages.append(message)
+            continue
+        if prompt.get("chat_template_content_format") == "string":
+            marks = [placeholders[part["type"]] for part in content if _is_media(part)]
+            content = [*marks, *(part for part in content if not _is_media(part))]
+        messages.append({**message, "content": content})
+    left = next((modality for modality, items in own.items() if items), None)
+    if left is not None:
+        raise ValidationError(f"multi_modal_data has {left}s that no part of the messages stands for")
+    return {**prompt, "messages": messages, "multi_modal_data": data, "multi_modal_uuids": uuids}
+
+
+def _content(part: Mapping[str, Any], access: MediaAccess, label: str) -> Any:
+    """What a part holds; None: it stands for something else."""
+    given = part.get(part["type"], part.get("image_url", part.get("url")))
+    if isinstance(given, Mapping):
+        given = given.get("url")
+    if given is None and part["type"] in ("image_url", "input_image"):
+        raise ValidationError(f"{label} must have a URL: {{'url': 'data:image/png;base64,...'}}, got {part!r:.80}")
+    return access.read(given, label) if isinstance(given, str) else given
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+
+
+def _parts(message: Any) -> Sequence[Any]:
+    return _listed(message.get("content")) if isinstance(message, Mapping) else ()
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] in _KINDS
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -1,0 +1,93 @@
+"""A picture on its way through the engine: what it is, where in a prompt it stands, and what the device needs of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IMAGE, VIDEO = "image", "video"
+
+
+class Grid(NamedTuple):
+    """Patches of an item: frames, rows and columns."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MediaItem:
+    """A picture, or the frames of a video, as the encoder takes it."""
+
+    #: `IMAGE` or `VIDEO`
+    modality: str
+    #: of the pixels and of all that was done with them: equal items have equal vectors
+    content_hash: str
+    grid: Grid
+    #: vectors of the language model that it becomes
+    num_tokens: int
+    #: float32 [patches, numbers of a patch], normalized, in the order in which patches are merged
+    pixels: np.ndarray
+    #: positions of time from a frame to the next (of a video)
+    frame_step: float = 1.0
+
+
+class PlacedItem(NamedTuple):
+    """An item in a prompt: its vectors stand in place of the tokens from `start` to before `stop`."""
+
+    item: MediaItem
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PromptMedia:
+    """What a prompt holds besides tokens."""
+
+    #: in the order of the prompt
+    items: tuple[PlacedItem, ...]
+    #: i32 [3, tokens of the prompt]: the positions of each on three axes, less its place
+    rope_offsets: np.ndarray
+    #: the same of all tokens that are generated, on every axis
+    rope_delta: int
+
+    @property
+    def stop(self) -> int:
+        """The place behind the last item."""
+        return self.items[-1].stop
+
+
+class HeldMedia:
+    """What a request has of the encoder's cache, besides what its prompt holds."""
+
+    __slots__ = ("media", "new", "rows")
+
+    def __init__(self, media: PromptMedia) -> None:
+        self.media = media
+        #: number of an item in the prompt -> its rows, while the request uses them
+        self.rows: dict[int, np.ndarray] = {}
+        #: of these, those that the runner has not been told of
+        self.new: list[int] = []
+
+
+class EncoderInput(NamedTuple):
+    """An item for the encoder, and the rows of its cache that the vectors go to, i32 [num_tokens]."""
+
+    item: MediaItem
+    rows: np.ndarray
+
+
+class EncodedPart(NamedTuple):
+    """Where the encoder's cache has the vectors of the tokens from `start` on of the request in a row."""
+
+    row: int
+    start: int
+    rows: np.ndarray

@@ -1,0 +1,253 @@
+"""Pictures in prompts, end to end: tokens and log-probabilities are those of transformers, in every company."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_vl_model import END, IMAGE, PICTURE, START, picture, write_tiny_vl_model
+
+from jaxllm import LLM, BeamSearchParams, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Counter
+from jaxllm.api.outputs import RequestOutput
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 200,
+    "max_num_seqs": 4,
+    # the largest picture has twice as many
+    "max_num_batched_tokens": 28,
+    "block_size": 8,
+    # less than four requests of the longest prompts fill
+    "num_gpu_blocks_override": 27,
+    "enforce_eager": True,
+    "limit_mm_per_prompt": {"image": 3},
+    "allowed_media_domains": ["nowhere.invalid"],
+}
+TOKENS = 44
+ASKED = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", pytest.param("qwen2_vl", marks=pytest.mark.thorough)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_vl_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(model, **ARGUMENTS, allowed_local_media_path=str(model)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def theirs(model: Path) -> Any:
+    return transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def prompt(text: str, *pictures: Any, **others: Any) -> dict[str, Any]:
+    """A prompt with each "@" of a text a picture."""
+    data = {"multi_modal_data": {"image": list(pictures)}} if pictures else {}
+    return {"prompt": text.replace("@", PICTURE), **data, **others}
+
+
+def counter(llm: LLM, name: str) -> int:
+    return next(m.value for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
+
+
+def prepared(pictures: Sequence[Any]) -> dict[str, Any]:
+    """What transformers makes of pictures."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
+    return dict(processor(list(pictures), return_tensors="pt")) if pictures else {}
+
+
+def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any]) -> None:
+    """What a prompt got is what transformers' model says of its tokens, and of the prompt's own, too."""
+    prompt_ids, completion = list(output.prompt_token_ids or []), output.outputs[0]
+    ids = torch.tensor([prompt_ids + list(completion.token_ids)])
+    with torch.no_grad():
+        given = {"mm_token_type_ids": (ids == IMAGE).int(), **prepared(pictures)} if pictures else {}
+        scores = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[0]
+    expected = torch.log_softmax(scores, -1).numpy()
+    first = len(prompt_ids)
+    for number, (token, found) in enumerate(zip(completion.token_ids, completion.logprobs or [], strict=True)):
+        assert token == int(expected[first + number - 1].argmax())
+        assert found[token].logprob == pytest.approx(expected[first + number - 1, token], abs=1e-4)
+    for place, found in enumerate((output.prompt_logprobs or [])[1:], 1):
+        assert found is not None
+        assert found[prompt_ids[place]].logprob == pytest.approx(expected[place - 1, prompt_ids[place]], abs=1e-4)
+
+
+#: odd sizes, several of one prompt, one at each end, larger than a step, equal ones
+PICTURES = {
+    "what is @ here?": [(100, 70)],
+    "@ and @": [(70, 98), (33, 300)],
+    "@": [(28, 28)],
+    "a text": [],
+    "between @, @ and @ there is": [(84, 28), (150, 40), (84, 28)],
+    "the large @ one": [(500, 400)],
+    "another text without": [],
+    "@ first, then nothing else but a long text that fills some blocks": [(230, 230)],
+}
+
+
+def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any):
+    """In chunks that cut pictures, in one batch with texts, and with a pool that is too small for all of them."""
+    made = {text: [picture(*size) for size in sizes] for text, sizes in PICTURES.items()}
+    before = counter(llm, "vllm:num_preemptions")
+    params = [ASKED] * len(made)
+    params[4] = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    outputs = llm.generate([prompt(text, *given) for text, given in made.items()], params, use_tqdm=False)
+    assert counter(llm, "vllm:num_preemptions") > before
+    for output, given in zip(outputs, made.values(), strict=True):
+        check(theirs, output, given)
+
+
+def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: Any):
+    llm.reset_prefix_cache()
+    text, own, other = "look at @ and say", picture(150, 150), picture(150, 150, seed=1)
+
+    def hits(given: Any) -> int:
+        before = counter(llm, "vllm:prefix_cache_hits")
+        (output,) = llm.generate([prompt(text, given)], ASKED, use_tqdm=False)
+        check(theirs, output, [given])
+        return counter(llm, "vllm:prefix_cache_hits") - before
+
+    beginning = len("look at ") // 8 * 8
+    assert hits(own) == 0
+    # 8 for the text, 1 for the mark, 25 for the picture
+    assert hits(own) == 40 and hits(picture(150, 150)) == 40
+    assert hits(other) == beginning
+    # the tokens of a picture that is none
+    ids = list(llm.generate([prompt(text, own)], ASKED, use_tqdm=False)[0].prompt_token_ids or [])
+    (plain,) = llm.generate([{"prompt_token_ids": ids}], ASKED, use_tqdm=False)
+    assert plain.num_cached_tokens == beginning
+
+
+def test_forms_of_pictures(llm: LLM, tmp_path: Path):
+    """The same pixels give the same tokens, in whatever form they come, and as tokens that stand for each vector."""
+    given = picture(100, 70)
+    path = tmp_path / "picture.png"
+    given.save(path)
+    forms = [given, np.asarray(given), np.moveaxis(np.asarray(given), -1, 0), path, str(path), path.read_bytes()]
+    outputs = llm.generate([prompt("see @ now", form) for form in forms], ASKED, use_tqdm=False)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    assert tokens == tokens[:1] * len(forms)
+    whole = {"prompt_token_ids": outputs[0].prompt_token_ids, "multi_modal_data": {"image": given}}
+    assert list(llm.generate([whole], ASKED, use_tqdm=False)[0].outputs[0].token_ids) == tokens[0]
+    small = prompt("see @ now", given, mm_processor_kwargs={"max_pixels": 28 * 28 * 2})
+    assert len(llm.generate([small], ASKED, use_tqdm=False)[0].prompt_token_ids or []) == len("see  now") + 2 + 1
+
+
+def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
+    """Each with the reason, and the others beside it run."""
+    good, ok = picture(56, 56), prompt("fine @", picture(56, 56))
+    buffer = io.BytesIO()
+    good.save(buffer, "PNG")
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    wrong = {
+        "At most 3 image(s) may be provided in one prompt": prompt("@@@@", *[good] * 4),
+        "expected there to be 1 prompt placeholders": prompt("none", good),
+        "expected there to be 1 prompt placeholders corresponding": prompt("@ @", good),
+        "no picture that Pillow can read": prompt("@", buffer.getvalue()[:80]),
+        "are no picture": prompt("@", str(text)),
+        "cannot be read": prompt("@", str(tmp_path / "missing.png")),
+        "must be a picture": prompt("@", {"not": "one"}),
+        "got shape (0, 3, 3)": prompt("@", np.zeros((0, 3, 3), np.uint8)),
+        "aspect ratio must be smaller than 200": prompt("@", picture(2000, 4)),
+        "which the model does not take": {"prompt": PICTURE, "multi_modal_data": {"audio": good}},
+        "which is not supported; supported: min_pixels": prompt("@", good, mm_processor_kwargs={"fps": 1}),
+        "multi_modal_uuids": prompt("@", good, multi_modal_uuids={"image": ["a", "b"]}),
+        "has planned for 64 an item": prompt("@", picture(600, 600), mm_processor_kwargs={"max_pixels": 28 * 28 * 100}),
+    }
+    prompts = [item for each in wrong.values() for item in (each, ok)]
+    outputs = llm.generate(prompts, ASKED, use_tqdm=False, on_error="return")
+    for why, output, beside in zip(wrong, outputs[::2], outputs[1::2], strict=True):
+        assert why.lower() in (output.error or "").lower()
+        assert beside.error is None and len(beside.outputs[0].token_ids) == TOKENS
+    with pytest.raises(ValidationError, match="beam_search takes no images"):
+        llm.beam_search([prompt("@", good)], BeamSearchParams(beam_width=2, max_tokens=2))
+    core: Any = llm.engine.core
+    scheduler = core.scheduler
+    assert scheduler.media is not None and not scheduler.has_unfinished and not scheduler.media.cache.num_used
+
+
+def test_conversations(llm: LLM, model: Path, tmp_path: Path):
+    """Parts of messages are pictures, from wherever they may be read; templates that take texts get them in front."""
+    given, buffer = picture(100, 70), io.BytesIO()
+    given.save(buffer, "PNG")
+    (model / "inside.png").write_bytes(buffer.getvalue())
+    (tmp_path / "outside.png").write_bytes(buffer.getvalue())
+    (model / "link.png").symlink_to(tmp_path / "outside.png")
+    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    def asked(part: Any) -> list[Any]:
+        return [{"role": "user", "content": [{"type": "text", "text": "see "}, part, {"type": "text", "text": " now"}]}]
+
+    urls = [data, f"file://{model}/inside.png", f"{model}/inside.png", "inside.png"]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts += [{"type": "image", "image": given}, {"type": "image_pil", "image_pil": given}]
+    outputs = llm.chat([asked(part) for part in parts], ASKED, use_tqdm=False)
+    (plain,) = llm.generate([prompt("user: see @ now", given)], ASKED, use_tqdm=False)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [list(plain.outputs[0].token_ids)] * len(parts)
+    messages = {"messages": asked({"type": "image"}), "multi_modal_data": {"image": given}}
+    (output,) = llm.generate([messages], ASKED, use_tqdm=False)
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    (output,) = llm.chat(
+        asked(parts[0]), ASKED, use_tqdm=False, chat_template_content_format="string",
+        mm_processor_kwargs={"max_pixels": 28 * 28 * 2},
+    )  # fmt: skip
+    ids = list(output.prompt_token_ids or [])
+    assert ids[:9] == [*plain.prompt_token_ids[:6], START, IMAGE, END]  # pyright: ignore[reportOptionalSubscript]
+    refused = {
+        "must be a subpath": f"file://{tmp_path}/outside.png",
+        "must be a subpath of": f"{model}/link.png",
+        "must be a subpath of the": f"{model}/../outside.png",
+        "cannot be read": f"{model}/missing.png",
+        "must be from one of the allowed domains": "http://example.org/picture.png",
+        "cannot be fetched": "http://nowhere.invalid/picture.png",
+        "either a HTTP, data or file URL": "ftp://example.org/picture.png",
+        "no base64": "data:image/png;base64,????",
+        "are no picture": "data:image/png;base64,AAAA",
+    }
+    conversations = [asked({"type": "image_url", "image_url": {"url": url}}) for url in refused.values()]
+    conversations += [asked({"type": "image"}), asked({"type": "input_audio", "input_audio": {}})]
+    outputs = llm.chat(conversations, ASKED, use_tqdm=False, on_error="return")
+    for why, output in zip([*refused, "has no picture", "only text"], outputs, strict=True):
+        assert why in (output.error or "")
+
+
+def test_names_of_contents_stand_for_them(llm: LLM):
+    """Pictures of one `multi_modal_uuids` are taken for the same one, and hit."""
+    llm.reset_prefix_cache()
+    named = {"multi_modal_uuids": {"image": "one"}}
+    outputs = [
+        llm.generate([prompt("look at @ and", picture(150, 150, seed=seed), **named)], ASKED, use_tqdm=False)[0]
+        for seed in range(2)
+    ]
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+    assert [output.num_cached_tokens for output in outputs] == [0, 32]
+
+
+def test_what_does_not_go_with_pictures_is_refused(model: Path):
+    for argument, value in (
+        ("pipeline_parallel_size", 2),
+        ("speculative_config", {"method": "ngram", "num_speculative_tokens": 2}),
+        ("enable_prompt_embeds", True),
+        ("kv_offloading_size", 1),
+        ("runner", "pooling"),
+    ):
+        with pytest.raises(ValidationError, match="images"):
+            LLM(model, **{**ARGUMENTS, "enforce_eager": False, argument: value})

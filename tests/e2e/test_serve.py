@@ -1,0 +1,287 @@
+"""The server, asked by OpenAI's own client over loopback: against what the library gives."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import prometheus_client.parser
+import pytest
+import uvicorn
+from support.tiny_model import SMALL
+
+import jaxllm
+from jaxllm import AsyncLLM, SamplingParams
+from jaxllm.entrypoints.serve.app import make_app
+from jaxllm.entrypoints.serve.listening import listen
+from jaxllm.entrypoints.serve.settings import Settings
+
+MESSAGES: Any = [{"role": "user", "content": "What?"}]
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+SCHEMA["additionalProperties"] = False
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+
+
+@contextlib.contextmanager
+def served(engine: AsyncLLM, **settings: Any) -> Iterator[str]:
+    """The address of a server in a thread of this process."""
+    settings.setdefault("model_names", ("tiny", "alias"))
+    with listen("127.0.0.1", 0, None) as (bound, url):
+        config = uvicorn.Config(make_app(engine, Settings(**settings)), log_level="warning")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[AsyncLLM]:
+    # a model that knows nothing likes to write spaces
+    engine = AsyncLLM(tiny_model, **SMALL, structured_outputs_config={"disable_any_whitespace": True})
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(engine: AsyncLLM) -> Iterator[str]:
+    with served(engine) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def get(url: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+    """Status, headers and body of a plain request; JSON is read."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
+        connection.request("GET" if data is None else "POST", path, data, sent)
+        answer = connection.getresponse()
+        text = answer.read()
+    is_json = answer.headers.get("content-type", "").startswith("application/json")
+    return answer.status, answer.headers, json.loads(text) if is_json else text.decode()
+
+
+def is_idle(engine: AsyncLLM) -> bool:
+    pool = engine.engine.core.cores[0].scheduler.kv_cache_manager.pool
+    return not engine.engine.client.has_unfinished and pool.num_used == 0
+
+
+def wait_until_idle(engine: AsyncLLM) -> None:
+    end = time.monotonic() + 30
+    while not is_idle(engine):
+        assert time.monotonic() < end, "a request was left behind"
+        time.sleep(0.01)
+
+
+def test_served_and_offline_runs_give_the_same_tokens(engine: AsyncLLM, client: openai.OpenAI):
+    sampled: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 8, "n": 2}
+    (chat,) = engine.llm.chat(MESSAGES, SamplingParams(**sampled, logprobs=2), use_tqdm=False)
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=2, **sampled, extra_body={"return_token_ids": True}
+    )
+    assert [choice.message.content for choice in answer.choices] == [one.text for one in chat.outputs]
+    assert [choice.token_ids for choice in answer.choices] == [one.token_ids for one in chat.outputs]  # pyright: ignore[reportAttributeAccessIssue]
+    assert answer.choices[0].logprobs is not None and answer.usage is not None
+    assert len(answer.choices[0].logprobs.content or ()) == 8
+    assert answer.usage.prompt_tokens == len(chat.prompt_token_ids) and answer.usage.completion_tokens == 16
+
+    prompts = ["One", "Two, and more"]
+    outputs = engine.llm.generate(prompts, SamplingParams(**sampled, top_k=5), use_tqdm=False)
+    texts = [one.text for output in outputs for one in output.outputs]
+    found = client.completions.create(model="alias", prompt=prompts, **sampled, extra_body={"top_k": 5})
+    assert found.model == "alias" and [choice.text for choice in found.choices] == texts
+
+
+def test_streams_add_up_to_the_whole(client: openai.OpenAI):
+    sampled: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 8, "n": 2}
+    options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, **sampled)
+    texts, reasons, tokens, usages = ["", ""], ["", ""], [0, 0], []
+    for piece in client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, **sampled, **options):
+        assert piece.object == "chat.completion.chunk"
+        if piece.usage is not None:
+            usages.append(piece.usage)
+        for choice in piece.choices:
+            assert not usages, "the usage comes last"
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += len((choice.logprobs.content or ()) if choice.logprobs else ())
+            reasons[choice.index] += choice.finish_reason or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == ["length"] * 2 and tokens == [8, 8]
+    assert [usage.model_dump() for usage in usages] == [whole.usage.model_dump() if whole.usage else None]
+
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["One", "Two"], "echo": True, "logprobs": 1, **sampled}
+    complete = client.completions.create(**asked)
+    texts, offsets = [""] * 4, [[], [], [], []]
+    for piece in client.completions.create(**asked, **options):
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+            offsets[choice.index] += (choice.logprobs.text_offset or []) if choice.logprobs else []
+    assert texts == [choice.text for choice in complete.choices] and texts[0].startswith("One")
+    assert offsets == [choice.logprobs.text_offset if choice.logprobs else None for choice in complete.choices]
+
+
+def test_structured_outputs(client: openai.OpenAI):
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 60, "temperature": 0}
+    answer = client.chat.completions.create(**asked, response_format=form)
+    assert json.loads(answer.choices[0].message.content or "")["city"] in ("Paris", "Rome")
+    body = {"structured_outputs": {"choice": ["yes", "no"]}}
+    answer = client.chat.completions.create(**asked, extra_body=body)
+    assert answer.choices[0].message.content in ("yes", "no")
+
+
+def test_tools_that_have_to_be_called(client: openai.OpenAI):
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "temperature": 0, "tools": TOOLS}
+    choices: Any = [("required", "tool_calls"), ({"type": "function", "function": {"name": "weather"}}, "stop")]
+    for choice, reason in choices:
+        answer = client.chat.completions.create(**asked, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        assert answer.finish_reason == reason and answer.message.content is None
+        (call,) = answer.message.tool_calls or []
+        assert call.type == "function" and call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+        arguments, name = "", ""
+        more: dict[str, Any] = {"tool_choice": choice, "parallel_tool_calls": False, "stream": True}
+        for piece in client.chat.completions.create(**asked, **more):
+            for delta in piece.choices[0].delta.tool_calls or ():
+                name += (delta.function.name if delta.function else "") or ""
+                arguments += (delta.function.arguments if delta.function else "") or ""
+            reason = piece.choices[0].finish_reason or ""
+        assert (name, arguments, reason) == ("weather", call.function.arguments, answer.finish_reason)
+
+
+def test_refusals_are_openais(client: openai.OpenAI, url: str):
+    with pytest.raises(openai.NotFoundError, match="`gpt` does not exist"):
+        client.chat.completions.create(model="gpt", messages=MESSAGES)
+    for body, text in (
+        ({"tempreature": 1}, "Did you mean 'temperature'"),
+        ({"temperature": "hot"}, "temperature should be a valid number"),
+        ({"temperature": 3}, r"temperature must be in \[0, 2\]"),
+        ({"messages": []}, "at least 1 item"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
+        ({"chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
+    ):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=text) as refusal:
+                client.chat.completions.create(model="tiny", messages=MESSAGES, stream=stream, extra_body=body)
+            assert refusal.value.type == "BadRequestError"
+    for path, body, status in (
+        ("/v1/chat/completions", b"{", 400),
+        ("/v1/chat/completions", b"[]", 400),
+        ("/v1/chat/completions", None, 405),
+        ("/v1/nothing", None, 404),
+        ("/v1/models/gpt", None, 404),
+        ("/v1/completions", {"prompt": "\ud800"}, 400),
+    ):
+        found, _, told = get(url, path, body)
+        assert (found, set(told["error"])) == (status, {"message", "type", "param", "code"}), path
+
+
+def test_what_the_server_tells_of_itself(client: openai.OpenAI, url: str, engine: AsyncLLM):
+    assert [model.id for model in client.models.list()] == ["tiny", "alias"]
+    assert client.models.retrieve("alias").max_model_len == 256  # pyright: ignore[reportAttributeAccessIssue]
+    assert get(url, "/health")[::2] == (200, "") and get(url, "/ping")[0] == 200
+    assert get(url, "/version")[2] == {"version": jaxllm.__version__}
+    assert get(url, "/load")[2] == {"server_load": 0}
+    status, headers, text = get(url, "/metrics")
+    families = {family.name for family in prometheus_client.parser.text_string_to_metric_families(text)}
+    assert status == 200 and {"vllm:num_requests_running", "vllm:generation_tokens"} <= families
+    assert headers["content-type"].startswith("text/plain; version=")
+    paths = get(url, "/openapi.json")[2]["paths"]
+    assert {"/v1/chat/completions", "/v1/completions"} <= paths.keys()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_request(url: str, engine: AsyncLLM, stream: bool):
+    body = json.dumps({"prompt": ["x", "y"], "max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        if stream:
+            assert connection.recv(1000)
+        else:
+            while not engine.engine.client.has_unfinished:
+                time.sleep(0.001)
+    before = engine.engine.core.stats().generation_tokens
+    wait_until_idle(engine)
+    # it did not run to its end
+    assert engine.engine.core.stats().generation_tokens - before < 300
+    assert get(url, "/load")[2] == {"server_load": 0}
+
+
+def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
+    settings: dict[str, Any] = {"api_keys": ("k1", "k2"), "max_body": 2000, "max_queue": 1}
+    with served(engine, **settings, allowed_origins=("https://ours",)) as url:
+        key = {"Authorization": "Bearer k2"}
+        for wrong in ({}, {"Authorization": "Bearer k"}, {"Authorization": "Basic k1"}, {"Authorization": "Bearer é"}):
+            sent = {name: value.encode().decode("latin-1") for name, value in wrong.items()}
+            assert get(url, "/v1/models", headers=sent)[0] == 401
+        assert get(url, "/v1/models", headers=key)[0] == 200 and get(url, "/health")[0] == 200
+        assert get(url, "/v1/completions", {"prompt": "x" * 2000}, key)[0] == 413
+        assert get(url, "/v1/models", headers={**key, "Origin": "https://theirs"})[0] == 403
+        assert get(url, "/v1/models", headers={**key, "Origin": url})[0] == 200
+        ours = get(url, "/v1/models", headers={**key, "Origin": "https://ours"})
+        assert ours[0] == 200 and ours[1]["access-control-allow-origin"] == "https://ours"
+        # four run, one waits
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0) as client:
+            with client.completions.create(
+                model="tiny", prompt=["x"] * 5, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+            ):
+                status, headers, told = get(url, "/v1/completions", {"prompt": "x"}, key)
+                assert (status, headers["retry-after"], told["error"]["type"]) == (503, "1", "ServiceUnavailableError")
+        wait_until_idle(engine)
+        assert get(url, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+def test_the_command_drains_and_ends(tiny_model: Path, tmp_path: Path):
+    """Ctrl-C while an answer is streamed, over a Unix socket that its owner alone can use."""
+    path = tmp_path / "socket"
+    engine = ["--load-format", "null", "--max-model-len", "500", "--max-num-seqs", "4"]
+    command = [sys.executable, "-m", "jaxllm", "serve", str(tiny_model), *engine, "--uds", str(path)]
+    process = subprocess.Popen([*command, "--served-model-name", "m"], stderr=subprocess.PIPE, text=True)
+    with process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)  # whatever fails
+        assert process.stderr is not None
+        lines = []
+        while not lines or "jaxllm serve: " not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        assert lines[-1] == f"jaxllm serve: m at unix:{path}\n" and path.stat().st_mode & 0o777 == 0o600
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.sock.connect(str(path))
+        body = json.dumps({"prompt": "x", "max_tokens": 490, "stream": True, "ignore_eos": True})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        process.send_signal(signal.SIGINT)
+        pieces = answer.read().split(b"\n\n")
+        assert pieces[-2:] == [b"data: [DONE]", b""] and json.loads(pieces[-3][6:])["choices"][0]["finish_reason"]
+        rest = process.stderr.read()
+        assert process.wait() == 0 and "Traceback" not in rest, rest
+    assert not path.exists()
