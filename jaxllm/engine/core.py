@@ -192,7 +192,13 @@ class EngineCore:
             return False
         if self._constraints is not None:
             scheduled.masked_rows = self._constraints.masked_rows(scheduled)
-        if self._constraints is None or not scheduled.masked_rows:
+        if self._constraints is not None and scheduled.masked_rows and scheduled.num_drafts:
+            # the scheduler makes such a launch when the requests' tokens are read
+            scheduled.checked, lost = self._constraints.drafts(scheduled)
+            outputs += self._fail(lost)
+            future = self._runner.execute(scheduled)
+            self._tell_launched(scheduled)
+        elif self._constraints is None or not scheduled.masked_rows:
             future = self._runner.execute(scheduled)
             self._tell_launched(scheduled)
         else:

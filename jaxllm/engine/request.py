@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.cache.block_hash import ExtraKey
     from jaxllm.multimodal.items import PromptMedia
     from jaxllm.structured.compiler import Grammar
+    from jaxllm.structured.drafts import HostDrafts
     from jaxllm.structured.matcher import Matcher
 
 
@@ -95,6 +96,7 @@ class Request:
         "first_live_blocks",
         "first_token_ts",
         "grammar",
+        "host_drafts",
         "is_child",
         "last_token_ts",
         "matcher",
@@ -203,6 +205,8 @@ class Request:
         self.grammar: Future[Grammar] | None = None
         #: what its outputs have to be, as far as they have come; None: anything
         self.matcher: Matcher | None = None
+        #: who drafts for it while its matcher restricts it; None: nobody
+        self.host_drafts: HostDrafts | None = None
         #: device row, -1 when not running
         self.row = -1
         #: tokens with keys and values in the cache once every step scheduled so far has run

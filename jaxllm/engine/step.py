@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from jaxllm.engine.request import Request
     from jaxllm.multimodal.items import EncodedPart, EncoderInput, PromptMedia
+    from jaxllm.structured.drafts import CheckedDrafts
 
 
 #: what a step's constraint buffer holds for one request: logit biases (OpenAI's limit is 300), banned sequences of
@@ -138,6 +139,8 @@ class SchedulerOutput:
     #: most drafts of a step, which the device makes and checks: each entry gets up to ``num_steps * (1 + num_drafts)``
     #: tokens, no more than its `counts`, and at least one unless it ends. 0: there are none
     num_drafts: int = 0
+    #: with drafts, masked row -> the drafts that are checked of it, instead of any of the device's, in one step
+    checked: dict[int, CheckedDrafts] = dataclasses.field(default_factory=dict)
     #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest
     #: that the request can have come, and the device knows how far it is
     resumes: list[bool] = dataclasses.field(default_factory=list)

@@ -33,6 +33,7 @@ from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
+from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
@@ -338,7 +339,7 @@ class RunnerConfig:
 
     @property
     def state_bytes(self) -> int:
-        """Of the state without the cache, of the empty constraint buffer, and of prompts' vectors."""
+        """Of the state without the cache, of the empty constraint buffers, and of prompts' vectors."""
         state = self.state(1)
         caches: dict[str, Any] = {"cache": None, **({} if self.draft_model is None else {"draft_cache": None})}
         caches |= {"encoded": None} if self.encoder_patches else {}
@@ -346,7 +347,10 @@ class RunnerConfig:
         samples = self.pooler is None and (self.stage is None or self.stage.is_last)
         constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
         own = sum(math.prod(array.shape) for array in words) // self.target.replicas
-        bytes_of_words = 4 * (own + self.scheduler.max_num_seqs * constraint_row)
+        # of launches with drafts, of each position
+        sizes = [bucket.seqs for bucket in draft_buckets(self.scheduler.max_draft_seqs)]
+        rows = self.scheduler.max_num_seqs + (1 + self.scheduler.num_drafts) * sum(sizes)
+        bytes_of_words = 4 * (own + rows * constraint_row)
         return bytes_of_words + self._embeddings_bytes + self.encoder_bytes
 
     @property

@@ -146,7 +146,7 @@ class HeadDrafter(ReadingDrafter):
         """Read the last token and the drafts that were right, with what the model made of them."""
         assert hidden is not None
         tokens = jnp.concatenate([asked.last_tokens, ids], axis=1)
-        several = jnp.any(counts > 0)
+        several = jnp.any(asked.going_on & (accepted > 0))
 
         def reads(width: int, params: Params | None, cache: HeadCache) -> HeadCache:
             now = columns_of(asked.attention, asked.positions, asked.going_on, accepted, width)

@@ -46,6 +46,7 @@ from jaxllm.runner.profile import Profile
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
+from jaxllm.structured.drafts import HostDraftRule
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import check_has_tokenizer, load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -285,6 +286,7 @@ def _token_constraints(
             config=config,
             reasoning=dataclasses.replace(reasoning, reasoning_parser=parser),
             lockstep=lockstep,
+            draft_rule=HostDraftRule.of(args.speculative_config),
         )
         for _ in range(count)
     ]

@@ -34,6 +34,14 @@ class Matcher(Protocol):
         """Take the token that came; returns why it must not have come, None when all is well."""
         ...
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as there is no choice; [] where there is one, or where it is not known."""
+        ...
+
+    def copy(self) -> Matcher:
+        """Another one at the same point."""
+        ...
+
     @property
     def is_complete(self) -> bool:
         """Whether nothing can follow but the end of the text."""
@@ -87,6 +95,12 @@ class GrammarMatcher:
         if self._matcher.is_stopped() or self._matcher.consume_token(token_id):
             return None
         return f"the grammar does not allow token {token_id}: {explain(self._matcher.get_error())}"
+
+    def forced(self) -> list[int]:
+        return [] if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+
+    def copy(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy(), len(self._words))
 
     @property
     def is_complete(self) -> bool:

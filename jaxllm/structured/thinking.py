@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -123,6 +124,16 @@ class ThinkingMatcher:
             self._inside, self._used, self._tail = True, 0, []
             self._force_if_spent()
         return None
+
+    def forced(self) -> list[int]:
+        if self._forced is not None:
+            return list(self._marks.forced_end[self._forced :])
+        return self._grammar.forced() if self._answers and self._grammar is not None else []
+
+    def copy(self) -> ThinkingMatcher:
+        other = copy.copy(self)
+        other._grammar = self._grammar and self._grammar.copy()
+        return other
 
     @property
     def is_complete(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.drafts import checks_that_cost, compare, counted, generated, repeating
+from support.tiny_model import EOS
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
@@ -113,8 +114,8 @@ def test_a_stop_string_that_right_drafts_follow(plain: LLM, drafting: LLM):
     assert generated(drafting) - before == sum(lengths)
 
 
-def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, drafting: LLM):
-    """Beside requests that may have drafts, and alone."""
+def test_what_needs_the_host_between_two_tokens(plain: LLM, drafting: LLM):
+    """Beside requests that the device drafts for, and alone."""
     base: dict[str, Any] = {**GREEDY, "max_tokens": 24, "ignore_eos": True}
     kinds: list[dict[str, Any]] = [
         {"structured_outputs": {"regex": "(ab|cd){2,9}"}},
@@ -129,6 +130,63 @@ def test_what_needs_the_host_between_two_tokens_goes_without_drafts(plain: LLM, 
     assert re.fullmatch("(ab|cd)*[ac]?", outputs[0].outputs[0].text)
     for seed, one in enumerate(params):
         compare(plain, drafting, [repeating(seed, 20)], one)
+
+
+#: texts of which much follows from the rest; a byte is a token
+COUNTED_OUT: list[dict[str, Any]] = [
+    {"regex": "(abcdefgh|ijklmnop){4}"},
+    {"regex": "(ab|cd|fg){2,19}"},
+    {"choice": ["the first of them", "the first of all", "another"]},
+    {"grammar": 'start: "x" ("yyyyy" | "zzzzz")+ "end"'},
+    {"json": {"type": "object", "properties": {"a": {"enum": ["right", "ready"]}}, "required": ["a"]}},
+]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+@pytest.mark.parametrize("eos", [True, False], ids=["eos", "ignore_eos"])
+def test_grammars_have_drafts(plain: LLM, drafting: LLM, sampling: dict[str, Any], eos: bool):
+    """Alone and together: what the grammar leaves no choice for, and what stood there before where it is allowed."""
+    params = [
+        SamplingParams(**sampling, ignore_eos=not eos, structured_outputs=one, max_tokens=45, logprobs=1)
+        for one in COUNTED_OUT
+    ]
+    prompts = [repeating(seed, 20) for seed in range(len(params))]
+    compare(plain, drafting, prompts, params)
+    alone = [compare(plain, drafting, [prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
+    for output in alone:
+        assert output.metrics is not None
+        assert output.metrics.num_accepted_tokens > 0
+        assert len(output.outputs[0].logprobs or []) == len(output.outputs[0].token_ids)
+    steps = alone[0].metrics
+    assert steps is not None and steps.num_accepted_tokens > 15
+
+
+def test_a_grammar_and_what_else_restricts(plain: LLM, drafting: LLM):
+    kinds: list[dict[str, Any]] = [
+        {"min_tokens": 25, "stop_token_ids": [64], "logit_bias": {64: 3.0}},
+        {"min_tokens": 25, "stop_token_ids": list(range(110, 130))},
+        {"bad_words": ["fgf"]},
+        {"allowed_token_ids": [64, 65, 69, 70, EOS]},
+        {"stop": ["abf"]},
+        {"logit_bias": {66: 5.0}, "frequency_penalty": 0.3},
+    ]
+    params = [SamplingParams(**SAMPLED, structured_outputs=COUNTED_OUT[1], max_tokens=35, **kind) for kind in kinds]
+    outputs = compare(plain, drafting, [repeating(seed, 20) for seed in range(len(params))], params)
+    assert any(output.metrics and output.metrics.num_accepted_tokens for output in outputs)
+    # the grammar is at its end, which must not come yet
+    nothing = SamplingParams(**GREEDY, structured_outputs=COUNTED_OUT[0], min_tokens=40, max_tokens=45)
+    for llm in (plain, drafting):
+        with pytest.raises(ValidationError, match="leaves no token to generate"):
+            llm.generate(repeating(1, 20), nothing, use_tqdm=False)
+
+
+def test_who_is_beside_a_grammar_has_drafts(plain: LLM, drafting: LLM):
+    """One token comes again and again, so that every draft is right."""
+    others = SamplingParams(**GREEDY, logit_bias={61: 100.0}, max_tokens=60, ignore_eos=True)
+    restricted = SamplingParams(**SAMPLED, structured_outputs={"regex": "[a-z0-9]{60}"}, max_tokens=60)
+    one, other = compare(plain, drafting, [repeating(4, 9), repeating(5, 9)], [others, restricted])
+    assert one.metrics is not None and other.metrics is not None
+    assert one.metrics.num_accepted_tokens > 30
 
 
 @pytest.mark.parametrize("least", [20, 29])

@@ -16,7 +16,12 @@ AGAIN = "run `make notebooks`"
 #: bytes; what is read in a browser has to come through a network first
 LARGEST = 300_000
 #: those that start engines for minutes: `make test-peers` runs them
-LONG = ("02_parameters", "03_prefix_caching_and_chunked_prefill", "08_quantization_and_memory")
+LONG = (
+    "02_parameters",
+    "03_prefix_caching_and_chunked_prefill",
+    "08_quantization_and_memory",
+    "09_speculative_decoding",
+)
 
 #: those that `make test` runs, too
 QUICK_ONES = ("05_kernels",)
@@ -31,7 +36,7 @@ def marks(path: Path) -> list[pytest.MarkDecorator]:
 
 
 def test_all_notebooks_are_there():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.quick_compile import FOR_LONG_RUNS, QUICK, flags
+from support.quick_compile import FOR_LONG_RUNS, flags
 
 from jaxllm.entrypoints.cli import build_parser
 
@@ -54,8 +54,7 @@ def test_only_the_expected_readmes_have_python():
 def test_a_readmes_python_works_as_pasted(readme: str, smollm2_gguf: Path, minilm: Path, tmp_path: Path):
     script = tmp_path / "pasted.py"
     script.write_text("\n".join(code(ROOT / readme, "python")))
-    # the longer one finds the programs of the first notebook
-    compiled = flags(QUICK if readme == "README.md" else FOR_LONG_RUNS, os.environ["XLA_FLAGS"])
+    compiled = flags(FOR_LONG_RUNS, os.environ["XLA_FLAGS"])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiled}
     result = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=900

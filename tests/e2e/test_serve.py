@@ -33,6 +33,10 @@ SCHEMA["additionalProperties"] = False
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 
 
+#: nothing of the host is read for a request
+FILE = [{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}]
+
+
 @contextlib.contextmanager
 def served(engine: AsyncLLM, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread of this process."""
@@ -50,6 +54,16 @@ def served(engine: AsyncLLM, **settings: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+class Closed:
+    """Ends an engine at the end of a block."""
+
+    def __init__(self, engine: AsyncLLM):
+        self.engine = engine
+
+    def close(self) -> None:
+        self.engine.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +188,104 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI):
         assert (name, arguments, reason) == ("weather", call.function.arguments, answer.finish_reason)
 
 
+def test_responses(client: openai.OpenAI, engine: AsyncLLM):
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
+    talk: Any = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]
+    (offline,) = engine.llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    for given in ("What?", talk):
+        answer = client.responses.create(**asked, input=given)
+        assert answer.output_text == offline.outputs[0].text and answer.usage is not None
+        assert (answer.status, answer.usage.output_tokens) == ("incomplete", 12)
+    events: list[Any] = list(client.responses.create(**asked, input=talk, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.usage == answer.usage
+    assert "".join(deltas) == last.response.output_text == offline.outputs[0].text
+
+    tool: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
+    called: dict[str, Any] = {**asked, "max_output_tokens": 120, "tools": [tool], "tool_choice": "required"}
+    called |= {"parallel_tool_calls": False, "input": "What?"}
+    whole: Any = client.responses.create(**called).output[0]
+    with client.responses.stream(**called) as stream:
+        call: Any = stream.get_final_response().output[0]
+    assert whole.type == call.type == "function_call" and whole.arguments == call.arguments
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    history: Any = [
+        *talk,
+        {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+    ]
+    assert client.responses.create(**asked, input=history).output_text
+    form: Any = {"format": {"type": "json_schema", "name": "answer", "schema": SCHEMA}}
+    text = client.responses.create(**{**asked, "max_output_tokens": 60}, input="What?", text=form).output_text
+    assert json.loads(text)["city"] in ("Paris", "Rome")
+    with pytest.raises(openai.BadRequestError, match="previous_response_id='x' is refused"):
+        client.responses.create(**asked, input="x", previous_response_id="x")
+
+
+def test_tokens_there_and_back(url: str, engine: AsyncLLM):
+    tokenizer = engine.engine.get_tokenizer()
+    ids = tokenizer.encode("Hé", add_special_tokens=False)
+    told = get(url, "/tokenize", {"prompt": "Hé", "return_token_strs": True})[2]
+    expected = {"count": 3, "max_model_len": 256, "tokens": ids}
+    assert told == {**expected, "token_strs": tokenizer.convert_ids_to_tokens(ids)}
+    (output,) = engine.llm.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert get(url, "/tokenize", {"messages": MESSAGES})[2]["tokens"] == output.prompt_token_ids
+    assert get(url, "/detokenize", {"tokens": ids})[2] == {"prompt": "Hé"}
+    for path, body, text in (
+        ("/tokenize", {}, "prompt or messages"),
+        ("/tokenize", {"messages": MESSAGES, "chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
+        ("/detokenize", {"tokens": [5000]}, "Token id 5000 is out of vocabulary"),
+        ("/v1/embeddings", {"input": "x"}, "only supported for pooling models"),
+        ("/score", {"text_1": "x", "text_2": "y"}, "only supported for pooling models"),
+    ):
+        status, _, told = get(url, path, body)
+        assert status == 400 and text in told["error"]["message"], path
+
+
+def test_the_engine_is_steered(url: str, client: openai.OpenAI):
+    assert get(url, "/sleep?level=7", b"")[0] == 400 and get(url, "/sleep?level=x", b"")[0] == 400
+    assert get(url, "/sleep?level=1", b"")[0] == 200
+    assert get(url, "/is_sleeping")[2] == {"is_sleeping": True}
+    with pytest.raises(openai.InternalServerError) as refusal:
+        client.completions.create(model="tiny", prompt="x", max_tokens=1)
+    assert refusal.value.status_code == 503 and refusal.value.response.headers["retry-after"] == "1"
+    assert get(url, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+    assert get(url, "/reset_prefix_cache", b"")[0] == 200
+    status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"})
+    assert status == 501 and "not there yet" in told["error"]["message"]
+
+
+def test_pooling(tiny_model: Path):
+    """The same engine, made to pool: against what the library gives."""
+    texts = ["One", "Two, and more", "three"]
+    with contextlib.closing(Closed(AsyncLLM(tiny_model, **SMALL, runner="pooling", convert="embed"))) as pooling:
+        vectors = [o.outputs.embedding for o in pooling.engine.llm.embed(texts, use_tqdm=False)]
+        scores = [o.outputs.score for o in pooling.engine.llm.score(texts[0], texts[1:], use_tqdm=False)]
+        with served(pooling.engine) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            # the client asks for base64 where nothing is said
+            forms: list[dict[str, Any]] = [{}, {"encoding_format": "float"}]
+            for form in forms:
+                answer = client.embeddings.create(model="tiny", input=texts, **form)
+                for one, vector in zip(answer.data, vectors, strict=True):
+                    assert one.embedding == pytest.approx(vector, rel=1e-5, abs=1e-6)
+                assert answer.usage.prompt_tokens == sum(map(len, texts))
+            told = get(url, "/pooling", {"input": texts, "task": "embed"})[2]["data"]
+            assert [len(one["data"]) for one in told] == [len(vectors[0])] * 3
+            told = get(url, "/score", {"text_1": texts[0], "text_2": texts[1:]})[2]["data"]
+            assert [one["score"] for one in told] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+            body = {"query": texts[0], "documents": texts[1:], "top_n": 1}
+            (best,) = get(url, "/v1/rerank", body)[2]["results"]
+            assert best["relevance_score"] == pytest.approx(max(scores), rel=1e-5)
+            assert best["document"]["text"] == texts[1 + best["index"]]
+            with pytest.raises(openai.BadRequestError, match="matryoshka"):
+                client.embeddings.create(model="tiny", input="x", dimensions=4)
+            with pytest.raises(openai.BadRequestError, match="generative models"):
+                client.completions.create(model="tiny", prompt="x")
+
+
 def test_refusals_are_openais(client: openai.OpenAI, url: str):
     with pytest.raises(openai.NotFoundError, match="`gpt` does not exist"):
         client.chat.completions.create(model="gpt", messages=MESSAGES)
@@ -182,7 +294,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ({"temperature": "hot"}, "temperature should be a valid number"),
         ({"temperature": 3}, r"temperature must be in \[0, 2\]"),
         ({"messages": []}, "at least 1 item"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
+        ({"messages": [{"role": "user", "content": FILE}]}, "image_url"),
         ({"chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
     ):
         for stream in (False, True):

@@ -10,7 +10,8 @@ import importlib.metadata
 Options = dict[str, int | bool]
 
 #: without LLVM's optimisations, in one part instead of 32, and, where JAX has it, by the older code generator: a
-#: fourth of the processor time
+#: fourth of the processor time. On processors with AVX512-BF16 such programs lose so much of bfloat16 that a real model
+#: talks nonsense; with any of these options left out it does not
 QUICK: Options = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 #: for real weights, and whatever else runs for long: two thirds of the time for nearly the same programs
 FOR_LONG_RUNS: Options = {"xla_backend_optimization_level": 3}

@@ -148,6 +148,14 @@ class Digits:
         self.seen.append(token_id)
         return None
 
+    def forced(self) -> list[int]:
+        return [15] if self.seen == [11] else []
+
+    def copy(self) -> Digits:
+        other = Digits()
+        other.seen = list(self.seen)
+        return other
+
     @property
     def is_complete(self) -> bool:
         return len(self.seen) == 2
@@ -165,10 +173,16 @@ def test_a_grammar_begins_behind_the_reasoning(prompt: list[int]):
         assert len(allowed(matcher)) == VOCAB and not matcher.is_complete
         assert matcher.may_constrain(1)
         matcher.advance(token)
-    assert allowed(matcher) == [2]
+    assert allowed(matcher) == matcher.forced() == [2]
+    ahead = matcher.copy()
+    ahead.advance(2)
+    assert allowed(ahead) == list(range(10, 20)) and allowed(matcher) == [2]
     matcher.advance(2)
     for token in (11, 12):
         assert allowed(matcher) == list(range(10, 20)) and not matcher.is_complete
+        assert matcher.forced() == grammar.forced()
+        ahead = matcher.copy()
+        ahead.advance(19)
         matcher.advance(token)
     assert grammar.seen == [11, 12] and matcher.is_complete
 

@@ -1,7 +1,8 @@
 """What restricts single requests' next tokens: grammars that compile beside the engine, and thinking budgets.
 
 The masks of a step follow from its requests' earlier tokens. So for a step with such requests the engine launches
-the forward program, reads their earlier steps while it runs, and launches the sampler with the masks.
+the forward program, reads their earlier steps while it runs, and launches the sampler with the masks. A launch with
+drafts is one program: it is made when all of that is read, with drafts of the host for these requests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.structured.drafts import CheckedDrafts, HostDraftRule, HostDrafts, masks_of
 from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher, reasoning_marks
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.scheduling.step_updates import StepUpdates
     from jaxllm.engine.step import SchedulerOutput
     from jaxllm.structured.compiler import GrammarCompiler
+    from jaxllm.structured.matcher import Matcher
 
 #: masks that are worth the threads; one takes about 20 us (measured, vocabularies of 49k and 151k)
 FILLED_TOGETHER = 64
@@ -39,6 +42,7 @@ class TokenConstraints:
         obstacle: why not, for the user.
         vocab_size: tokens of the model.
         lockstep: wait for a grammar when its request comes (`SchedulerConfig.lockstep`).
+        draft_rule: how the host drafts for restricted requests; None: nobody does.
     """
 
     def __init__(
@@ -51,11 +55,12 @@ class TokenConstraints:
         config: StructuredOutputsConfig,
         reasoning: ReasoningConfig,
         lockstep: bool = False,
+        draft_rule: HostDraftRule | None = None,
     ):
         self._compiler, self._obstacle = compiler, obstacle
         self._tokenizer = tokenizer
         self._config = config
-        self._reasoning, self._lockstep = reasoning, lockstep
+        self._reasoning, self._lockstep, self._draft_rule = reasoning, lockstep, draft_rule
         self._marks: ReasoningMarks | None = None
         self._num_words = -(-vocab_size // 32)
         #: requests whose grammar is being compiled
@@ -82,7 +87,16 @@ class TokenConstraints:
             self._settle(request)
         elif request.params.thinking_token_budget is not None:
             self.used = True
-            request.matcher = self._thinking(request)
+            self._follow(request, self._thinking(request))
+
+    def _follow(self, request: Request, matcher: Matcher) -> None:
+        request.matcher = matcher
+        if self._draft_rule is not None:
+            request.host_drafts = HostDrafts(
+                self._draft_rule,
+                first=0 if request.prompt_embeds is None else request.num_prompt_tokens,
+                ends_when_complete=_ends_when_complete(request),
+            )
 
     def _settle(self, request: Request) -> bool:
         """Give a request its compiled grammar; returns whether it has ended waiting, with `error` set if in vain."""
@@ -94,14 +108,15 @@ class TokenConstraints:
             return False
         del self._waiting[request.request_id]
         try:
-            request.matcher = future.result().matcher()
+            matcher: Matcher = future.result().matcher()
         except Exception as error:  # whatever it is, it is this grammar's
             request.error = str(error) if isinstance(error, ValidationError) else f"Grammar error: {error}"
             return True
         request.grammar = None
         reasons = self._reasoning.is_set and not self._config.enable_in_reasoning
         if reasons or request.params.thinking_token_budget is not None:
-            request.matcher = self._thinking(request)
+            matcher = self._thinking(request, matcher)
+        self._follow(request, matcher)
         return True
 
     def _reasoning_marks(self) -> ReasoningMarks:
@@ -109,10 +124,9 @@ class TokenConstraints:
             self._marks = reasoning_marks(self._tokenizer, self._reasoning)
         return self._marks
 
-    def _thinking(self, request: Request) -> ThinkingMatcher:
-        return ThinkingMatcher(
-            self._reasoning_marks(), request.params.thinking_token_budget, request.prompt_token_ids, request.matcher
-        )
+    def _thinking(self, request: Request, grammar: Matcher | None = None) -> ThinkingMatcher:
+        budget = request.params.thinking_token_budget
+        return ThinkingMatcher(self._reasoning_marks(), budget, request.prompt_token_ids, grammar)
 
     def failed(self) -> list[Request]:
         """Requests whose grammar turned out wrong since the last call; what is compiled by now can be scheduled."""
@@ -162,6 +176,22 @@ class TokenConstraints:
                 masks[row] = mask
         return masks, lost
 
+    def drafts(self, scheduled: SchedulerOutput) -> tuple[dict[int, CheckedDrafts], list[Request]]:
+        """`masks` for a launch with drafts, of each position, and the drafts."""
+        checked: dict[int, CheckedDrafts] = {}
+        lost = []
+        for row, request in zip(scheduled.rows, scheduled.requests, strict=True):
+            matcher = request.matcher
+            if row not in scheduled.masked_rows or request.is_finished or matcher is None:
+                continue
+            found = []
+            if request.host_drafts is not None:
+                found = request.host_drafts.find(request.all_token_ids, matcher)[: scheduled.num_drafts]
+            checked[row], request.error = masks_of(found, matcher, self._num_words)
+            if request.error is not None:
+                lost.append(request)
+        return checked, lost
+
     def advance(self, updates: StepUpdates) -> tuple[list[Request], list[Request]]:
         """Take new tokens; returns the requests that must not have got theirs, and those that have nothing to add."""
         lost, complete = [], []
@@ -176,7 +206,7 @@ class TokenConstraints:
                 request.error = request.error or matcher.advance(token_id)
             if request.error is not None:
                 lost.append(request)
-            elif matcher.is_complete and (request.params.ignore_eos or not request.eos_token_ids):
+            elif matcher.is_complete and _ends_when_complete(request):
                 complete.append(request)
         return lost, complete
 
@@ -185,3 +215,8 @@ class TokenConstraints:
         self._waiting.clear()
         if self._compiler is not None:
             self._compiler.shutdown()
+
+
+def _ends_when_complete(request: Request) -> bool:
+    """Whether the request ends where its matcher allows nothing more: no end token will say it."""
+    return request.params.ignore_eos or not request.eos_token_ids

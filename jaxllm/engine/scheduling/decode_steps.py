@@ -5,6 +5,11 @@ Several, or drafts, when nothing is lost by not looking: every running request o
 reason that the host alone knows, and there are blocks for all the tokens without a preemption. Several steps also need
 that nobody waits; with drafts, that nobody who waits has a row. One step without drafts, otherwise. The number of steps
 begins small after an arrival, since more arrivals may follow and would have to wait, and doubles while nothing happens.
+
+Where the host restricts what requests may sample (`Matcher`), a launch with drafts is one step, and waits until all
+before it is read, so that nothing is under way meanwhile. What that may cost is bounded as `speculative.adaptive`
+bounds what checks cost: `_WAIT` steps for each such launch, less the drafts that were right, out of a credit that grows
+by `_RATE` with each step without drafts.
 """
 
 from __future__ import annotations
@@ -20,6 +25,12 @@ if TYPE_CHECKING:
     from jaxllm.config.scheduler import SchedulerConfig
     from jaxllm.engine.cache.manager import KVCacheManager
     from jaxllm.engine.request import Request
+    from jaxllm.engine.step import SchedulerOutput, StepOutput
+
+#: steps that a launch takes longer which is not made while another one is under way. An assumption: the host needs 1 ms
+_WAIT = 0.1
+#: steps: what may be lost by waiting, at first, with each step without drafts, and of what was won
+_INITIAL, _RATE, _MOST = 1.5, 0.0125, 16.0
 
 
 class Launch(NamedTuple):
@@ -35,6 +46,8 @@ class Launch(NamedTuple):
 
 
 ONE_STEP = Launch()
+#: nothing of what runs, until all that is under way is read
+WAIT = Launch(num_steps=0)
 
 
 class DecodeSteps:
@@ -56,13 +69,15 @@ class DecodeSteps:
         self._stream_interval = config.stream_interval
         self._never = self._most == 1 and not self._drafts
         self._pace = 1
+        #: what waiting for the host may still cost, in steps
+        self._credit = _INITIAL
 
     def add(self, request: Request) -> None:
         """Take notice of an arrival: note what it allows, and begin small again."""
         if self._never:
             return
         self._pace = 1
-        if not (_brings_tokens_alone(request) if self._drafts else _ends_on_device(request)):
+        if not self._drafts and not _ends_on_device(request):
             return
         params = request.params
         if params.output_kind is RequestOutputKind.FINAL_ONLY:
@@ -88,6 +103,7 @@ class DecodeSteps:
         if self._drafts_by_num_seqs and not (drafts := self._drafts_by_num_seqs[len(running) - 1]):
             return ONE_STEP
         steps, longest = self._pace, 0
+        restricted: list[Request] = []
         for request in running:
             num_tokens = len(request.all_token_ids) + request.num_output_placeholders
             left = request.max_total_tokens - num_tokens
@@ -98,6 +114,18 @@ class DecodeSteps:
                 return ONE_STEP
             steps = min(steps, request.max_decode_steps)
             longest = max(longest, left)
+            if request.matcher is not None:
+                unread = num_tokens - len(request.all_token_ids) + self._most * (1 + drafts) - 1
+                if request.matcher.may_constrain(unread):
+                    restricted.append(request)
+        if restricted:
+            steps = 1
+            if self._fit(running, 1 + drafts):
+                launch = self._choose_restricted(restricted, drafts, alone=len(restricted) == len(running))
+                if launch is not None:
+                    return launch
+            self._credit = min(self._credit + _RATE, _MOST)
+            return ONE_STEP
         self._pace = min(2 * self._pace, self._most)
         steps = min(steps, longest)
         while not self._fit(running, steps * (1 + drafts)):
@@ -105,6 +133,33 @@ class DecodeSteps:
                 return ONE_STEP
             steps //= 2
         return Launch(max(steps, 1), drafts)
+
+    def _choose_restricted(self, restricted: list[Request], drafts: int, *, alone: bool) -> Launch | None:
+        """A launch with drafts, or that it is worth waiting for; None: one step.
+
+        Args:
+            restricted: requests that the host restricts.
+            alone: there are no others, for whom the device drafts.
+        """
+        if self._credit <= 0 or any(request.num_unsure_tokens for request in restricted):
+            # nobody whose tokens are unsure takes part in a step without drafts
+            return None
+        unread = [request.num_output_placeholders for request in restricted]
+        # as far as the host has read, there are more drafts than what is still to be read
+        worth = not alone or any(
+            request.host_drafts is not None
+            and len(request.host_drafts.find(request.all_token_ids, request.matcher)) > count  # pyright: ignore
+            for request, count in zip(restricted, unread, strict=True)
+        )
+        if not worth:
+            return None
+        return WAIT if any(unread) else Launch(1, drafts)
+
+    def learn(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        """Take in what a launch with drafts has brought."""
+        if scheduled.checked and output.accepted is not None:
+            won = float(output.accepted.sum()) / len(scheduled.rows)
+            self._credit = min(self._credit + won - _WAIT, _MOST)
 
     def _fit(self, running: Sequence[Request], num_tokens: int) -> bool:
         """Whether the free blocks hold so many more tokens of every request."""
@@ -115,19 +170,16 @@ class DecodeSteps:
         return blocks * len(self._kv.config.groups) <= self._kv.pool.num_free
 
 
-def _brings_tokens_alone(request: Request) -> bool:
-    """Whether nothing of the host is needed between two tokens. Where the host finds an end among those of a step with
-    drafts, it drops the rest.
+def _ends_on_device(request: Request) -> bool:
+    """Whether the device can tell by itself where the request ends, and needs nothing of the host until then. With
+    drafts, the host drops what comes behind an end.
     """
     params = request.params
-    return not (request.pools or params.structured_outputs is not None or params.thinking_token_budget is not None)
-
-
-def _ends_on_device(request: Request) -> bool:
-    """Whether the device can tell by itself where the request ends, and needs nothing of the host until then."""
-    params = request.params
-    return _brings_tokens_alone(request) and not (
-        params.stop_strings
+    return not (
+        request.pools
+        or params.structured_outputs is not None
+        or params.thinking_token_budget is not None
+        or params.stop_strings
         or params.num_logprobs is not None
         or request.repetition is not None
         or len(request.end_token_ids) > MAX_END_TOKEN_IDS

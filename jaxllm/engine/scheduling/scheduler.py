@@ -188,6 +188,8 @@ class Scheduler:
         manager = self.kv_cache_manager
         rows, starts, counts, wanted, requests = step.rows, step.starts, step.counts, step.wanted, step.requests
         launch = self._decode_steps.choose(self.running, len(self.waiting), self._max_running - len(self.running))
+        if not launch.num_steps:
+            return
         step.num_steps, step.num_drafts = launch
         most_decoded, with_drafts = launch.num_tokens, launch.num_drafts > 0
         micro_batches = self._micro_batches
@@ -366,6 +368,8 @@ class Scheduler:
         updates = StepUpdates(list(scheduled.requests), list(output.counts), firsts[:-1])
         now, token_ids, passed_over = time.monotonic(), output.token_ids, []
         drafts = scheduled.num_drafts > 0
+        if drafts:
+            self._decode_steps.learn(scheduled, output)
         for entry, (request, first, count) in enumerate(zip(updates.requests, firsts, output.counts, strict=False)):
             if request.status > _PREEMPTED:
                 passed_over.append(entry)

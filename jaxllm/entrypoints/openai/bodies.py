@@ -200,7 +200,21 @@ class GenerationBody(SamplingFields, Body):
         return self
 
 
-class ChatBody(GenerationBody):
+class ConversationFields(BaseModel):
+    """How a conversation is written as a prompt."""
+
+    tools: list[Object] | None = None
+    tool_choice: str | Object | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Object | None = None
+    documents: list[Object] | None = None
+    reasoning_effort: str | None = None
+    cache_salt: str | None = None
+
+
+class ChatBody(ConversationFields, GenerationBody):
     """``/v1/chat/completions``."""
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -223,17 +237,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Object] | None = None
-    tool_choice: str | Object | None = None
     parallel_tool_calls: bool | None = None
     #: whether the reasoning comes back; it is thought in any case
     include_reasoning: bool | None = None
-    reasoning_effort: str | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: Object | None = None
-    documents: list[Object] | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -268,3 +274,88 @@ class EmbeddingBody(PoolingFields):
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
+
+
+class PoolingBody(EmbeddingBody):
+    """``/pooling``."""
+
+    #: embed, classify, token_embed or token_classify; None: what the model does
+    task: str | None = None
+
+
+class ScoreBody(PoolingFields):
+    """``/score``. Texts of one side and of the other are 1:1, 1:N or N:N."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+
+class RerankBody(PoolingFields):
+    """``/v1/rerank``."""
+
+    query: str
+    documents: list[str] = Field(min_length=1)
+    #: of the best documents; None: all
+    top_n: int | None = Field(default=None, ge=0)
+
+
+class TokenizeBody(ConversationFields, Body):
+    """``/tokenize``: a text, or a conversation."""
+
+    prompt: str | None = None
+    messages: list[Object] | None = Field(default=None, min_length=1)
+    #: None: yes, except where a chat template has written them
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise APIError("Give prompt or messages, one of them.", param="prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """``/detokenize``."""
+
+    tokens: list[int]
+
+
+class ResponsesBody(SamplingFields, Body):
+    """``/v1/responses``, as far as it needs no memory of earlier ones."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "prompt": (),
+        "max_tool_calls": (),
+        "service_tier": ("auto", "default"),
+        "truncation": ("disabled",),
+        "include": ([],),
+        "n": (1,),
+        "moderation": (),
+        "context_management": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+    }
+
+    input: str | list[Object]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: Object | None = None
+    text: Object | None = None
+    reasoning: Object | None = None
+    tools: list[Object] | None = None
+    tool_choice: str | Object | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Object | None = None
+    structured_outputs: Object | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    #: labels, as `user`; nothing is kept
+    store: bool | None = None
+    metadata: Object | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None

@@ -16,6 +16,7 @@ from jaxllm.entrypoints.openai.bodies import (
     Body,
     ChatBody,
     CompletionBody,
+    ConversationFields,
     EmbeddingBody,
     GenerationBody,
     PoolingFields,
@@ -129,16 +130,16 @@ class Translator:
         return Call(
             url=CHAT,
             model=model,
-            prompts=[self.chat_prompt(body)],
+            prompts=[self.chat_prompt(body.messages, body)],
             params=self.sampling.read(body, max_tokens=max_tokens, **own),
             top_logprobs=top,
             dialect=dialect,
             **self._form(body),
         )
 
-    def chat_prompt(self, body: ChatBody) -> dict[str, Any]:
-        """Return the conversation as a prompt."""
-        prompt: dict[str, Any] = {"messages": [_message(message) for message in body.messages]}
+    def chat_prompt(self, messages: Sequence[dict[str, Any]], body: ConversationFields) -> dict[str, Any]:
+        """Return a conversation as a prompt. Raises APIError for one that cannot be written as the body says."""
+        prompt: dict[str, Any] = {"messages": [_message(message) for message in messages]}
         if body.tool_choice != "none" and body.tools:
             prompt["tools"] = body.tools
         if body.chat_template is not None:
@@ -265,7 +266,7 @@ _NOT_FOR_TEMPLATES = frozenset(
 )
 
 
-def _template_options(body: ChatBody) -> dict[str, Any]:
+def _template_options(body: ConversationFields) -> dict[str, Any]:
     """Return what the chat template gets besides the messages."""
     options = body.chat_template_kwargs or {}
     for name in options:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
@@ -56,5 +56,34 @@ def routes(service: Service) -> APIRouter:
     async def metrics() -> Response:
         with service.told():
             return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.post("/sleep")
+    async def sleep(level: int = 1, mode: str = "abort") -> Response:
+        with service.told():
+            await engine.sleep(level, mode)
+        return Response()
+
+    @router.post("/wake_up")
+    async def wake_up(tags: Annotated[list[str] | None, Query()] = None) -> Response:
+        with service.told():
+            await engine.wake_up(tags)
+        return Response()
+
+    @router.get("/is_sleeping")
+    async def is_sleeping() -> Response:
+        with service.told():
+            return JSONAnswer({"is_sleeping": await engine.is_sleeping()})
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(reset_running_requests: bool = False, reset_external: bool = False) -> Response:
+        with service.told():
+            if not await engine.reset_prefix_cache(reset_running_requests, reset_external):
+                raise APIError("Requests run, and hold blocks: try again, or reset_running_requests=true.", status=409)
+        return Response()
+
+    @router.post("/v1/load_lora_adapter")
+    @router.post("/v1/unload_lora_adapter")
+    async def adapters() -> Response:
+        raise APIError("Adapters (LoRA) are not there yet: jaxllm serves the model as it is.", status=501)
 
     return router

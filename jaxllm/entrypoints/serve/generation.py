@@ -1,4 +1,4 @@
-"""The endpoints that generate: ``/v1/chat/completions`` and ``/v1/completions``."""
+"""The endpoints that generate: ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jaxllm.entrypoints.openai.bodies import Body, ChatBody, CompletionBody
+from jaxllm.entrypoints.openai.bodies import Body, ChatBody, CompletionBody, ResponsesBody
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.items import RESPONSES, ResponseItems, chat_body
 from jaxllm.entrypoints.openai.pieces import AnswerPieces
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, Call
 from jaxllm.entrypoints.openai.responses import response_body
@@ -30,6 +31,17 @@ def routes(service: Service) -> APIRouter:
     @router.post(COMPLETIONS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await _answer(service, COMPLETIONS, body, request)
+
+    @router.post(RESPONSES)
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        call = service.translator.translate(CHAT, chat_body(body))
+        items = ResponseItems(body, call)
+        if not call.stream:
+            (output,) = await while_there(request, service.whole(call))
+            return JSONAnswer(items.whole(output))
+        outputs = service.outputs(call)
+        first = await while_there(request, anext(outputs))
+        return EventStream(_item_events(items, first, outputs))
 
     return router
 
@@ -61,3 +73,18 @@ async def _events(call: Call, first: Placed, outputs: AsyncGenerator[Placed, Non
             if last is not None:
                 yield event(last)
         yield DONE
+
+
+async def _item_events(
+    items: ResponseItems, first: Placed, outputs: AsyncGenerator[Placed, None]
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(outputs):
+        try:
+            for made in (*items.begin(), *items.take(first[1])):
+                yield event(made, made["type"])
+            async for _, output in outputs:
+                for made in items.take(output):
+                    yield event(made, made["type"])
+        except APIError as error:
+            told = {"type": "error", "code": str(error.code or error.status), "message": error.message, "param": None}
+            yield event(told, "error")

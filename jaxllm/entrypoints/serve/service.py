@@ -46,15 +46,18 @@ class Service:
         )
         self.load = Load(engine.engine.core.max_num_seqs, settings.max_queue)
 
-    async def outputs(self, call: Call) -> AsyncGenerator[Placed, None]:
+    async def outputs(self, call: Call, *, task: str | None = None) -> AsyncGenerator[Placed, None]:
         """Outputs of a call's prompts as they come; of a call that is not streamed, one a prompt. Leaving the loop ends
         the requests.
+
+        Args:
+            task: of a call that pools, as `AsyncLLM.encode` has it.
 
         Raises APIError for what the engine refuses, or cannot do.
         """
         sequences = len(call.prompts) * (call.params.n if call.params else 1)
         with self.load.taken(sequences), self.told():
-            streams = [self._stream(call, prompt) for prompt in call.prompts]
+            streams = [self._stream(call, prompt, task) for prompt in call.prompts]
             if len(streams) == 1:
                 async with contextlib.aclosing(streams[0]) as stream:
                     async for output in stream:
@@ -64,17 +67,17 @@ class Service:
                 async for placed in merged:
                     yield placed
 
-    async def whole(self, call: Call) -> list[Any]:
+    async def whole(self, call: Call, *, task: str | None = None) -> list[Any]:
         """The last output of each of a call's prompts, in their order. Raises as `outputs`."""
         found: dict[int, Any] = {}
-        async with contextlib.aclosing(self.outputs(call)) as outputs:
+        async with contextlib.aclosing(self.outputs(call, task=task)) as outputs:
             async for position, output in outputs:
                 found[position] = output
         return [found[position] for position in range(len(call.prompts))]
 
-    def _stream(self, call: Call, prompt: Any) -> AsyncGenerator[Any, None]:
+    def _stream(self, call: Call, prompt: Any, task: str | None) -> AsyncGenerator[Any, None]:
         if call.params is None:
-            return self.engine.encode(prompt, call.pooling, pooling_task="embed", priority=call.priority)
+            return self.engine.encode(prompt, call.pooling, pooling_task=task, priority=call.priority)
         kind = RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY
         params = dataclasses.replace(call.params, output_kind=kind)
         return self.engine.generate(prompt, params, priority=call.priority)

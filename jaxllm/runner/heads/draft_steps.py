@@ -104,7 +104,7 @@ def draft_steps(
         config, drafter, adaptive, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing:
             static.
         buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
-        constraints: as in `sample_step`; the same at every position.
+        constraints: int32 [1 + K, S, row_size], of each position of a step; None as in `sample_step`.
     """
     # the launch has loops anyway
     config = dataclasses.replace(config, fixed_sample_rows=None)
@@ -114,14 +114,13 @@ def draft_steps(
     sampling = sample_packing.unpack(buffer[packing.size :])
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[:seqs] if field.ndim else field for name, field in sampling.items()}
-    constraints = None if constraints is None else constraints[:seqs]
     attention = attention_batch(fields, bucket)
     trash, lane = state.tokens.shape[0] - 1, jnp.arange(width, dtype=jnp.int32)
     assert state.drafting is not None
     limits = fields["steps"]
     row = jnp.where(limits > 0, fields["rows"], trash)
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
-    extra = fields["check_costs"]
+    extra, is_given = fields["check_costs"], fields["num_given"] >= 0
     beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
     numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:])
 
@@ -154,7 +153,7 @@ def draft_steps(
             "positions": (position + lane[:, None] + 1).reshape(-1),
             "num_samples": jnp.where(kind == 0, sampling["num_samples"], columns * seqs),
         }
-        given = None if constraints is None else jnp.tile(constraints, (width, 1))
+        given = None if constraints is None else constraints.reshape(width * seqs, -1)
         _, result = sample_rows(config, rows, params.single, state.tokens, hidden, own, given)
 
         def by_sequence(array: jax.Array) -> jax.Array:
@@ -169,8 +168,10 @@ def draft_steps(
         def sample_of(model: DecoderConfig, params: Params, hidden: jax.Array, positions: jax.Array) -> jax.Array:
             other = dataclasses.replace(config, model=model, num_logprobs=0)
             own = {**sampling, "rows": active_row, "positions": positions + 1}
-            return sample_rows(other, rows, params, loop.state.tokens, hidden, own, constraints)[1].token_ids
+            given = None if constraints is None else constraints[0]
+            return sample_rows(other, rows, params, loop.state.tokens, hidden, own, given)[1].token_ids
 
+        most = jnp.maximum(jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"]), 0)
         asked = Asked(
             context=config.context,
             params=draft_params(params.single),
@@ -180,12 +181,14 @@ def draft_steps(
             positions=position,
             going_on=loop.going_on,
             outputs=loop.state.outputs,
-            most=jnp.maximum(jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"]), 0),
+            most=jnp.where(is_given, 0, most),
             sample=sample_of,
         )
         look, counts = drafter.look(asked)
+        counts = jnp.where(is_given & loop.going_on, jnp.minimum(fields["num_given"], most), counts)
         kind, counts = adaptive.choose(loop.numbers, counts, loop.going_on, extra)
-        draft_cache, ids = drafter.write(asked, loop.state.draft_cache, look, counts)
+        draft_cache, ids = drafter.write(asked, loop.state.draft_cache, look, jnp.where(is_given, 0, counts))
+        ids = jnp.where(is_given[:, None], fields["given"], ids)
         loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, draft_cache=draft_cache))
 
         # whoever looks for a position's earlier tokens finds the drafts among them
@@ -210,7 +213,8 @@ def draft_steps(
         new, logprobs = result.token_ids, result.logprobs
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
-        draft_cache = drafter.settle(asked, state.draft_cache, ids, counts, accepted, taken)
+        settled = jnp.where(is_given, 0, counts)
+        draft_cache = drafter.settle(asked, state.draft_cache, ids, settled, accepted, taken)
         state = dataclasses.replace(state, draft_cache=draft_cache)
         is_new = lane <= accepted[:, None]
         end = is_new & ends(new)
@@ -236,7 +240,8 @@ def draft_steps(
         return _Loop(
             step=loop.step + 1,
             state=state,
-            going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits),
+            # behind drafts of the host, the host goes on
+            going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits) & ~is_given,
             reached=loop.reached + count,
             numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on, extra),
             found=found,

@@ -180,6 +180,8 @@ class SamplingHead(Head[Params, State]):
         rows = programs.replicas * programs.max_num_seqs
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
         self._no_constraints = put_whole(constraints, self._sharding)
+        #: the same of each position, by the launches' buckets
+        self._no_draft_constraints: dict[Bucket, jax.Array] = {}
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
@@ -234,10 +236,21 @@ class SamplingHead(Head[Params, State]):
         self, state: State, bucket: Bucket, buffer: np.ndarray, constraints: np.ndarray | None, full: bool
     ) -> tuple[State, DraftSteps]:
         program, full = self.programs.draft_steps(bucket, full)
-        given = self._given(constraints) if full else None
+        given = self._draft_constraints(bucket, constraints) if full else None
         forms = self.programs.check_forms(bucket)
         params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
+
+    def _draft_constraints(self, bucket: Bucket, constraints: np.ndarray | None) -> jax.Array:
+        if constraints is not None:
+            return put_whole(constraints, self._sharding)
+        if bucket not in self._no_draft_constraints:
+            shape, drafter = ConstraintShape(self.programs.config.model.vocab_size), self.programs.drafter
+            assert drafter is not None
+            nothing = shape.empty((1 + drafter.num_drafts) * bucket.seqs)
+            nothing = nothing.reshape(-1, bucket.seqs, shape.row_size)
+            self._no_draft_constraints[bucket] = put_whole(nothing, self._sharding)
+        return self._no_draft_constraints[bucket]
 
     def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:
         encoder = self.programs.encoder
@@ -307,8 +320,9 @@ class SamplingHead(Head[Params, State]):
 
     def free(self) -> None:
         self._embeddings.free()
-        if not self._no_constraints.is_deleted():
-            self._no_constraints.delete()
+        for array in (self._no_constraints, *self._no_draft_constraints.values()):
+            if not array.is_deleted():
+                array.delete()
 
     def _forward(
         self, state: State, bucket: Bucket, buffer: np.ndarray, vectors: np.ndarray | None = None

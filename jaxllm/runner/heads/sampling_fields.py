@@ -40,16 +40,18 @@ def draft_packing(
     table_width: int,
     max_scored_tokens: int,
     num_lengths: int,
+    num_drafts: int,
     *,
     media: bool = False,
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
-    each length cost, and of each sequence whether it goes on where the device stands, and whether its row has a new
-    request since its last launch.
+    each length cost, and of each sequence whether it goes on where the device stands, whether its row has a new request
+    since its last launch, and how many drafts the host has for it (-1: the device drafts), with these.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
+    given = {"num_given": (bucket.seqs,), "given": (bucket.seqs, num_drafts)}
     of_all = {"most_drafts": (), "check_costs": (num_lengths,)}
-    return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,)})
+    return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,), **given})
 
 
 def _decode_fields(

@@ -117,8 +117,9 @@ class SamplingPrograms(Programs):
         self.drafter, self.num_draft_steps = config.drafter, num_draft_steps
         lengths = () if self.drafter is None else check_lengths(platform, self.drafter.num_drafts)
         self.adaptive = AdaptiveDrafts(lengths)
+        most = 0 if self.drafter is None else self.drafter.num_drafts
         self.draft_packings = {
-            bucket: draft_packing(bucket, *numbers, len(lengths), media=media) for bucket in draft_buckets
+            bucket: draft_packing(bucket, *numbers, len(lengths), most, media=media) for bucket in draft_buckets
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
@@ -200,9 +201,9 @@ class SamplingPrograms(Programs):
         words = self._words(packing.size)
         return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
 
-    def _constraints(self, full: bool) -> jax.ShapeDtypeStruct | None:
+    def _constraints(self, full: bool, *rows: int) -> jax.ShapeDtypeStruct | None:
         shape = ConstraintShape(self.config.model.vocab_size)
-        return self._words(self.max_num_seqs, shape.row_size) if full else None
+        return self._words(*(rows or (self.max_num_seqs,)), shape.row_size) if full else None
 
     def lower_decode_steps(self, bucket: Bucket, full: bool) -> jax.stages.Lowered:
         packing, sample_packing = self.decode_packings[bucket], self.sample_packing
@@ -237,7 +238,8 @@ class SamplingPrograms(Programs):
         )
         out = self._state_specs, jax.P()
         params = DraftParams(single, tuple(several))
-        return self._lowered(function, params, self._state, words, self._constraints(full), donate=1, out=out)
+        constraints = self._constraints(full, 1 + drafter.num_drafts, bucket.seqs)
+        return self._lowered(function, params, self._state, words, constraints, donate=1, out=out)
 
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens

@@ -170,7 +170,36 @@ class SamplingRows:
             fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
             fields["begins"][: len(order)] = self._begins[taking_part]
             self._begins[taking_part] = False
+            fields["num_given"][...] = -1
+            if packed.constraints is not None:
+                seqs, width = len(fields["steps"]), 1 + fields["given"].shape[1]
+                packed.constraints = np.tile(packed.constraints[:seqs], (width, 1, 1))
+            for row, (drafts, masks) in step.checked.items():
+                place = packed.masked[row]
+                position = step.starts[packed.sampled_entries[place]] + 1
+                count = self._restrict_drafts(packed, row, position, masks)
+                if count:
+                    fields["num_given"][place] = count - 1
+                    fields["given"][place, : count - 1] = drafts[: count - 1]
+                else:  # nothing may come: it does nothing
+                    fields["num_given"][place] = fields["steps"][place] = 0
         return packed
+
+    def _restrict_drafts(self, packed: PackedStep, row: int, position: int, masks: np.ndarray) -> int:
+        """Constrain the positions of a step from `position` on; returns how many of them some token is left to."""
+        own, place = self._constraints.get(row), packed.masked[row]
+        assert packed.constraints is not None
+        for index, mask in enumerate(masks):
+            words = packed.constraints[index, place]
+            if own is not None:
+                own.write(words, position + index, and_behind=False)
+            if not words[self._shape.mask.start - 1]:
+                words[self._shape.mask.start - 1] = 1
+                words[self._shape.mask] = self._full_mask
+            words[self._shape.mask] &= mask
+            if not words[self._shape.mask].any():
+                return index
+        return len(masks)
 
     def _add_masks(self, packed: PackedStep, fields, rows: np.ndarray, masked: frozenset[int]) -> None:
         """Make room for the masks that `restrict` brings."""
