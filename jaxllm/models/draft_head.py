@@ -5,7 +5,7 @@ several tokens of DeepSeek-V3 (2024, arXiv:2412.19437, section 2.2).
 They take pairs: a token, and a hidden state of the token before it, the model's own or, further ahead, their own. So a
 sequence's first token has none, and nobody sees its place in their cache. Positions are counted from the first pair.
 
-    EAGLE      x = W [embedding; hidden]                     Llama's layers, the first without a norm in front of it
+    EAGLE      x = W [embedding; hidden]                     one layer, without a norm in front of attention
     EAGLE-3    hidden = W [three of the model's layers]      one layer, attention of [norm(embedding); norm(hidden)]
     MTP        x = W [norm(embedding); norm(hidden)]         one layer as the model's last
 """
@@ -29,7 +29,7 @@ from jaxllm.layers.rope import rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.layers.weight import Axis, Part, WeightSpec, is_spec
 from jaxllm.models.decoder import DecoderConfig, Joint, Params, decoder_layer, layouts
-from jaxllm.models.segments import resegment, through_layers
+from jaxllm.models.segments import through_layers
 from jaxllm.models.specs import decoder_specs
 from pallas_kernels.batch import AttentionBatch
 
@@ -63,7 +63,7 @@ def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
     """A `Params` tree of `WeightSpec`s, as `decoder_specs`.
 
     Args:
-        model: its layers.
+        model: its layer.
     """
     specs: Any = decoder_specs(model)
     d, hidden = Axis("embed", model.hidden_size), Axis("embed", head.hidden_size)
@@ -80,10 +80,8 @@ def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
     elif head.kind == "mtp":
         embedding_norm, hidden_norm = norm(f"{head.prefix}enorm"), norm(f"{head.prefix}hnorm")
     else:
-        rest = model.num_layers - 1
-        specs = resegment(specs, (1, rest) if rest else (1,))
-        first = dataclasses.replace(specs.layers[0], attention_norm=None)
-        specs = dataclasses.replace(specs, layers=(first, *specs.layers[1:]), norm=None)
+        layer = dataclasses.replace(specs.layers[0], attention_norm=None)
+        specs = dataclasses.replace(specs, layers=(layer,), norm=None)
     joint = Joint(
         matrix=WeightSpec(parts=(Part(f"{head.prefix}{head.matrix}.weight", (d, columns)),)),  # pyright: ignore
         bias=WeightSpec(parts=(Part(f"{head.prefix}{head.matrix}.bias", (d,)),), init=0.0) if head.bias else None,  # pyright: ignore

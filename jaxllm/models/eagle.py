@@ -43,6 +43,8 @@ def eagle_head(
     fields: dict[str, Any] = {**hf, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     fields.setdefault("max_position_embeddings", target.max_position_embeddings)
     layers = model_config({**fields, "vocab_size": target.vocab_size}, max_model_len)
+    if layers.num_layers != 1:
+        raise ValidationError(f"num_hidden_layers={layers.num_layers}, and heads of one layer are supported.")
     own_head = has("lm_head.weight")
     shared = {} if own_head else {"logits_scale": target.logits_scale, "logits_softcap": target.logits_softcap}
     own_embedding = has("embed_tokens.weight")
@@ -64,8 +66,6 @@ def eagle_head(
         bias = has("fc.bias") if hf.get("bias") is None else bool(hf["bias"])
         head = DraftHead(kind=kind, hidden_size=own_size, bias=bias, own_embedding=own_embedding, own_head=own_head)
         return head, layers
-    if layers.num_layers != 1:
-        raise ValidationError(f"num_hidden_layers={layers.num_layers}, and an EAGLE-3 head has one layer.")
     tokens = hf.get("draft_vocab_size")
     head = DraftHead(
         kind=kind,

@@ -96,7 +96,7 @@ class HeadDrafter(ReadingDrafter):
         is_last = (token == lasts[now.token_seq]) | ((now.positions + 1) % _block_size(cache) == 0)
         # Where it writes depends on what was read: XLA copies the whole array where it does not know which
         # comes first. Block 0 is trash.
-        written = is_last & now.token_valid & ~jnp.any(jnp.isnan(kept[:, 0]))
+        written = is_last & now.token_valid & ~jnp.isnan(kept[:, 0])
         block = jnp.where(written, self._blocks(cache, now, now.token_seq, now.positions), 0)
         stored = to_storage(own, cache.hidden.dtype)
         if block.shape[0] == 1:
@@ -149,9 +149,12 @@ class HeadDrafter(ReadingDrafter):
         several = jnp.any(asked.going_on & (accepted > 0))
 
         def reads(width: int, params: Params | None, cache: HeadCache) -> HeadCache:
+            own = jnp.swapaxes(hidden[:width], 0, 1).reshape(-1, hidden.shape[2])
+            if width == 1:
+                batch = asked.single(tokens[:, 0], asked.positions, asked.going_on)
+                return self.read(asked.context, params, cache, batch, own)
             now = columns_of(asked.attention, asked.positions, asked.going_on, accepted, width)
             batch = StepBatch(tokens=tokens[:, :width].reshape(-1), attention=now)
-            own = jnp.swapaxes(hidden[:width], 0, 1).reshape(-1, hidden.shape[2])
             return self._read(asked.context, params, cache, batch, own, now.query_start[:-1] + accepted)
 
         # loops of one round or none, which leave the cache in its place

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
     del own["eagle_aux_hidden_state_layer_ids"]
     refused("inputs of the model's layers 2, 1, -1, and the model has 2", own, **eagle3)
     refused("'Qwen2ForCausalLM' is none of EAGLE's", {**own, "architectures": ["Qwen2ForCausalLM"]}, **eagle3)
-    refused("num_hidden_layers=2, and an EAGLE-3 head has one", {**own, "num_hidden_layers": 2}, **eagle3)
+    refused("num_hidden_layers=2, and heads of one layer", {**own, "num_hidden_layers": 2}, **eagle3)
     refused("hidden_size is 48, and the model's is 64", own, method="eagle", model=str(tmp_path))
     refused("'mtp' is for DeepseekV3ForCausalLM.* this is LlamaForCausalLM", own, method="mtp")
 

@@ -48,13 +48,11 @@ def write_eagle3(folder: Path, *, size: int = 48, hidden: int = 64, keeps: tuple
 
 
 def write_eagle(folder: Path, *, size: int = 64) -> Path:
-    """A head of the first kind, of two layers, which takes the model's tables."""
+    """A head of the first kind, which takes the model's tables."""
     random = np.random.default_rng(4)
     weights = {"fc.weight": _matrix(random, size, 2 * size), "fc.bias": _norm(random, size) - 1}
-    for number in range(2):
-        weights |= {f"layers.{number}.{name}": array for name, array in _layer(random, size, size).items()}
-    weights["layers.1.input_layernorm.weight"] = _norm(random, size)
-    return _written(folder, {**CONFIG, "hidden_size": size, "num_hidden_layers": 2}, weights)
+    weights |= {f"layers.0.{name}": array for name, array in _layer(random, size, size).items()}
+    return _written(folder, {**CONFIG, "hidden_size": size}, weights)
 
 
 def _written(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
@@ -126,9 +124,7 @@ class EagleOracle:
         if not self.is_third:
             embedding = self.model.get_input_embeddings().weight[tokens]
             x = torch.cat([embedding, hidden], dim=1) @ w["fc.weight"].T + w["fc.bias"]
-            for number in range(2):
-                norm = w.get(f"layers.{number}.input_layernorm.weight")
-                x = self._layer(f"layers.{number}.", x, x if norm is None else _rms(x, norm))
+            x = self._layer("layers.0.", x, x)
             return self.model.get_output_embeddings()(x[-1]), x[-1]
         embedding = _rms(w["embed_tokens.weight"][tokens], w["midlayer.input_layernorm.weight"])
         pair = torch.cat([embedding, _rms(hidden, w["midlayer.hidden_norm.weight"])], dim=1)
