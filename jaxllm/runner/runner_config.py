@@ -35,6 +35,7 @@ from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -96,8 +97,9 @@ class RunnerConfig:
     cpu_offload_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
-    #: patches of the largest picture; 0: there are none
+    #: patches of the largest picture, 0: there are none; and what the tower takes of pixels
     encoder_patches: int = 0
+    pixel_normal: Normalization = ((), ())
     #: whether the tokens of each expert are counted
     expert_load: bool = False
     enforce_eager: bool
@@ -332,8 +334,8 @@ class RunnerConfig:
         if self.vision is None:
             return 0
         numbers = (1 + self.scheduler.encoder_cache_tokens) * self.model.hidden_size
-        numbers += 2 * self.encoder_patches * self.vision.patch_numbers
-        return numbers * jnp.dtype(self.dtype).itemsize
+        pixels = 2 * self.encoder_patches * self.vision.patch_numbers
+        return numbers * jnp.dtype(self.dtype).itemsize + pixels
 
     @property
     def _is_end(self) -> bool:
