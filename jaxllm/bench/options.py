@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.command_options import DEFAULT_MODEL, add_engine_options
-from jaxllm.config.command_line import count
+from jaxllm.config.command_line import count, json_object
 
 DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom")
 
@@ -122,13 +122,52 @@ def add_startup_options(parser: argparse.ArgumentParser) -> None:
 def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench serve-trace`` takes."""
     add_dataset_options(parser)
+    _add_arrivals(parser)
+    _add_outputs(parser)
+    add_engine_options(parser)
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench serve`` takes."""
+    server = parser.add_argument_group("server")
+    server.add_argument("--base-url", metavar="URL", help="of the server, in place of host and port")
+    server.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    _add(server, "--port", 8000, "its port")
+    server.add_argument(
+        "--backend",
+        choices=("openai", "openai-chat"),
+        default="openai",
+        help="completions of token ids, or chats of texts (default: %(default)s)",
+    )
+    server.add_argument("--endpoint", metavar="PATH", help="of the call (default: the backend's)")
+    server.add_argument("--served-model-name", metavar="NAME", help="of the model (default: what the server has)")
+    server.add_argument("--extra-body", type=json_object, metavar="JSON", help="more parameters of every request")
+    add_dataset_options(parser)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
+    parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="TEXT", help="another one")
+    _add(parser, "--seed", 0, "of prompts and arrivals", kind=not_negative)
+    _add_arrivals(parser)
+    _add(parser, "--num-warmups", 1, "requests before, that do not count", kind=not_negative)
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests that are as fast as this, such as ttft:200 tpot:50",
+    )
+    text = "metrics to show, of ttft, tpot, itl and e2el"
+    parser.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="NAME,...", help=text)
+    _add(parser, "--metric-percentiles", [99], "percentiles to show", kind=counts)
+    _add_output_json(parser)
+    parser.set_defaults(config=None)
+
+
+def _add_arrivals(parser: argparse.ArgumentParser) -> None:
     text = 'requests a second; inf: the "timestamp" seconds of a custom dataset\'s lines, else all at once'
     _add(parser, "--request-rate", float("inf"), text, kind=float)
     text = "1: requests come as a Poisson process; below: in bursts; above: evenly"
     _add(parser, "--burstiness", 1.0, text, kind=float)
     _add(parser, "--max-concurrency", None, "most requests at a time")
-    _add_outputs(parser)
-    add_engine_options(parser)
 
 
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +216,7 @@ BENCHMARKS = (
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
     Benchmark("startup", "seconds from process start to the first token", add_startup_options),
+    Benchmark("serve", "latencies of requests to a server of OpenAI's API", add_serve_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),
 )
 

@@ -10,7 +10,10 @@ import itertools
 import math
 import random
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
@@ -76,11 +79,19 @@ def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> lis
     return [stamp - min(given) for stamp in given] if given else [0.0] * len(requests)
 
 
-def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
+def measure(
+    answers: list[Answer],
+    seconds: float,
+    *,
+    percentages: Sequence[int] = (99,),
+    goals: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Return vLLM's metrics, in milliseconds. A request with more than one token has a TPOT, a pair of outputs an ITL.
 
     Args:
         seconds: from the first request to the last token.
+        percentages: of the percentiles.
+        goals: metric -> the longest milliseconds of a request that counts as goodput.
     """
     good = [answer for answer in answers if answer.error is None]
     values = {
@@ -103,11 +114,33 @@ def measure(answers: list[Answer], seconds: float) -> dict[str, Any]:
     for key, _, _ in METRICS:
         for name, value in summary([seconds * 1000 for seconds in values[key]]).items():
             found[f"{name}_{key}_ms"] = value
+        for share in percentages:
+            found[f"p{share}_{key}_ms"] = float(np.percentile(values[key] or [0.0], share)) * 1000
+    if goals:
+        found["request_goodput"] = sum(_is_good(answer, goals) for answer in good) / seconds
     return found
 
 
-def table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """Return the results as ``vllm bench serve`` prints them."""
+def _is_good(answer: Answer, goals: Mapping[str, float]) -> bool:
+    """Whether a request was as fast as all goals have it; DistServe (arXiv:2401.09670) calls their rate goodput."""
+    first, last = answer.times[0] - answer.sent, answer.times[-1] - answer.sent
+    found = {"ttft": first, "e2el": last, "tpot": (last - first) / max(answer.output_tokens - 1, 1)}
+    return all(found[name] * 1000 <= limit for name, limit in goals.items())
+
+
+def table(
+    results: dict[str, Any],
+    arguments: argparse.Namespace,
+    *,
+    metrics: Sequence[str] | None = None,
+    percentages: Sequence[int] = (99,),
+) -> str:
+    """Return the results as ``vllm bench serve`` prints them.
+
+    Args:
+        metrics: keys of those that are shown; None: all.
+        percentages: as `measure` was given them.
+    """
     shown = {"Successful requests": results["completed"], "Failed requests": results["failed"]}
     if arguments.max_concurrency is not None:
         shown["Maximum request concurrency"] = arguments.max_concurrency
@@ -118,13 +151,16 @@ def table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
         "Total input tokens": results["total_input_tokens"],
         "Total generated tokens": results["total_output_tokens"],
         "Request throughput (req/s)": results["request_throughput"],
+        **({"Request goodput (req/s)": results["request_goodput"]} if "request_goodput" in results else {}),
         "Output token throughput (tok/s)": results["output_throughput"],
         "Total token throughput (tok/s)": results["total_token_throughput"],
     }
     lines = [f"{' Serving Benchmark Result ':=^50}", *map(_line, shown, shown.values())]
     for key, short, heading in METRICS:
+        if metrics is not None and key not in metrics:
+            continue
         lines.append(f"{heading:-^50}")
-        names = ("mean", "median", "p99")
+        names = ("mean", "median", *(f"p{share}" for share in percentages))
         lines += [_line(f"{name.capitalize()} {short} (ms)", results[f"{name}_{key}_ms"]) for name in names]
     return "\n".join([*lines, "=" * 50])
 

@@ -7,10 +7,13 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.access import MediaAccess
-from jaxllm.multimodal.items import IMAGE
+from jaxllm.multimodal.items import IMAGE, VIDEO
 
 #: a part's type -> its modality
-_KINDS = {"image_url": IMAGE, "input_image": IMAGE, "image": IMAGE, "image_pil": IMAGE}
+_KINDS = {
+    **dict.fromkeys(("image_url", "input_image", "image", "image_pil"), IMAGE),
+    **dict.fromkeys(("video", "video_url"), VIDEO),
+}
 
 
 def has_media(messages: Any) -> bool:
@@ -27,7 +30,7 @@ def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: 
     Raises:
         ValidationError: a part is none, or may not be read; the text names the message.
     """
-    own = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_data") or {}).items()}
+    own = {modality: _as_list(given, modality) for modality, given in (prompt.get("multi_modal_data") or {}).items()}
     names = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_uuids") or {}).items()}
     data: dict[str, list[Any]] = {}
     uuids: dict[str, list[Any]] = {}
@@ -40,7 +43,7 @@ def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: 
         given, uuid = _content(part, access, label), part.get("uuid")
         if given is None:
             if not own.get(modality):
-                raise ValidationError(f"{label} has no picture, and multi_modal_data has none left for it")
+                raise ValidationError(f"{label} has nothing of its own, and multi_modal_data has none left for it")
             given = own[modality].pop(0)
             uuid = names[modality].pop(0) if names.get(modality) else uuid
         data.setdefault(modality, []).append(given)
@@ -70,6 +73,8 @@ def _content(part: Mapping[str, Any], access: MediaAccess, label: str) -> Any:
         given = given.get("url")
     if given is None and part["type"] in ("image_url", "input_image"):
         raise ValidationError(f"{label} must have a URL: {{'url': 'data:image/png;base64,...'}}, got {part!r:.80}")
+    if _KINDS[part["type"]] == VIDEO:
+        return given
     return access.read(given, label) if isinstance(given, str) else given
 
 
@@ -85,5 +90,7 @@ def _is_media(part: Any) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] in _KINDS
 
 
-def _as_list(given: Any) -> list[Any]:
+def _as_list(given: Any, modality: str = IMAGE) -> list[Any]:
+    if modality == VIDEO:  # a list may be the frames of one
+        return [given]
     return list(given) if isinstance(given, list | tuple) else [given]

@@ -12,32 +12,45 @@ IMAGE, VIDEO = "image", "video"
 
 
 class Grid(NamedTuple):
-    """Patches of an item: frames, rows and columns."""
+    """Patches of an item: rows and columns."""
 
-    frames: int
     rows: int
     columns: int
 
     @property
     def num_patches(self) -> int:
-        return self.frames * self.rows * self.columns
+        return self.rows * self.columns
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MediaItem:
-    """A picture, or the frames of a video, as the encoder takes it."""
+    """A picture, or the frames of a video that are one patch deep, as the encoder takes it: nothing of a video sees
+    another time of it there.
+    """
 
-    #: `IMAGE` or `VIDEO`
-    modality: str
     #: of the pixels and of all that was done with them: equal items have equal vectors
     content_hash: str
     grid: Grid
     #: vectors of the language model that it becomes
     num_tokens: int
-    #: float32 [patches, numbers of a patch], normalized, in the order in which patches are merged
+    #: uint8 [patches, numbers of a patch], in the order in which patches are merged; many pictures may wait, and bytes
+    #: take a fourth of what the numbers do that the device makes of them
     pixels: np.ndarray
-    #: positions of time from a frame to the next (of a video)
-    frame_step: float = 1.0
+
+
+class Media(NamedTuple):
+    """What a caller gives as one picture or one video."""
+
+    #: `IMAGE` or `VIDEO`
+    modality: str
+    #: one after the other in time, of equal grids; a picture is one
+    items: tuple[MediaItem, ...]
+    #: positions of time from one to the next
+    time_step: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
 
 
 class PlacedItem(NamedTuple):
@@ -46,6 +59,8 @@ class PlacedItem(NamedTuple):
     item: MediaItem
     start: int
     stop: int
+    #: what keys and values of these tokens depend on besides the tokens
+    key: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -11,24 +11,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxllm.multimodal.items import PlacedItem
+from jaxllm.multimodal.items import Media
 
 
-def rope_offsets(items: Sequence[PlacedItem], num_tokens: int, merge_size: int) -> tuple[np.ndarray, int]:
-    """`PromptMedia.rope_offsets` and `rope_delta` of a prompt of so many tokens with these items, in its order.
+def rope_offsets(placed: Sequence[tuple[Media, int]], num_tokens: int, merge_size: int) -> tuple[np.ndarray, int]:
+    """`PromptMedia.rope_offsets` and `rope_delta` of a prompt of so many tokens.
 
     Args:
+        placed: what it holds, in its order, and where each begins.
         merge_size: patches of a merged one's side.
     """
     offsets = np.zeros((3, num_tokens), np.int32)
     place = position = highest = 0
-    for item, start, stop in items:
+    for media, start in placed:
         offsets[:, place:start] = position - place
         position += start - place
-        grid = item.grid
+        grid, stop = media.items[0].grid, start + media.num_tokens
         rows, columns = grid.rows // merge_size, grid.columns // merge_size
-        time, row, column = np.indices((grid.frames, rows, columns)).reshape(3, -1)
-        time = (time * item.frame_step).astype(np.int64)
+        time, row, column = np.indices((len(media.items), rows, columns)).reshape(3, -1)
+        time = (time * media.time_step).astype(np.int64)
         axes = np.stack([time, row, column]) + position
         offsets[:, start:stop] = axes - np.arange(start, stop)
         highest = max(highest, int(axes.max()))

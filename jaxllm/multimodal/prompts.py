@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.conversations import has_media, without_media
-from jaxllm.multimodal.items import MediaItem, PlacedItem, PromptMedia
+from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
 
@@ -50,8 +50,8 @@ class MediaReader:
         """
         return without_media(prompt, self._access, PLACEHOLDERS) if has_media(prompt["messages"]) else prompt
 
-    def read(self, prompt: Mapping[str, Any]) -> list[MediaItem]:
-        """The items of a prompt, those of each modality in the caller's order.
+    def read(self, prompt: Mapping[str, Any]) -> list[Media]:
+        """What a prompt holds, of each modality in the caller's order.
 
         Raises:
             ValidationError: one cannot be read, is too large, or there are too many.
@@ -61,17 +61,17 @@ class MediaReader:
         for name, given in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
             if not isinstance(given, Mapping):
                 raise ValidationError(f'{name} must be a dict such as {{"image": ...}}, got {given!r:.80}')
-        processor, items = self._processor.with_options(prompt.get("mm_processor_kwargs")), []
+        processor, found = self._processor.with_options(prompt.get("mm_processor_kwargs")), []
         for modality, given in data.items():
-            each = _listed(given)
+            each = _videos(given) if modality == VIDEO else _images(given)
             if not each:
                 continue
             self._check_count(modality, len(each))
-            names = _uuids(uuids.get(modality), modality, len(each))
+            names, read = _uuids(uuids.get(modality), modality, len(each)), getattr(processor, modality)
             for number, (item, uuid) in enumerate(zip(each, names, strict=True)):
                 label = modality if len(each) == 1 else f"{modality} {number}"
-                items.append(self._checked(processor.image(item, name=label, uuid=uuid), label))
-        return items
+                found.append(self._checked(read(item, name=label, uuid=uuid), label))
+        return found
 
     def _check_count(self, modality: str, count: int) -> None:
         if modality not in self._tokens:
@@ -84,18 +84,20 @@ class MediaReader:
                 f"limit_mm_per_prompt={{{modality!r}: {count}}} allows them."
             )
 
-    def _checked(self, item: MediaItem, label: str) -> MediaItem:
-        if item.num_tokens > self._max_tokens:
-            size = self._processor.factor
+    def _checked(self, media: Media, label: str) -> Media:
+        if (count := media.items[0].num_tokens) > self._max_tokens:
+            most = self._max_tokens * self._processor.factor**2
+            each = "" if media.modality == IMAGE else " for every two frames"
             raise ValidationError(
-                f"{label} becomes {item.num_tokens} tokens, and the engine has planned for {self._max_tokens} an item. "
-                f'Pass mm_processor_kwargs={{"max_pixels": {self._max_tokens * size**2}}}, or start the engine with '
-                "larger sizes in limit_mm_per_prompt, or a larger max_model_len."
+                f"{label} becomes {count} tokens{each}, and the engine has planned for {self._max_tokens} an item. "
+                f'Pass mm_processor_kwargs={{"max_pixels": {most}}}, or start the engine with larger sizes in '
+                "limit_mm_per_prompt, or a larger max_model_len."
             )
-        return item
+        return media
 
-    def place(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[list[int], PromptMedia]:
-        """Put items into the places that a prompt has for them: one token each, or as many as it has vectors.
+    def place(self, token_ids: list[int], given: Sequence[Media]) -> tuple[list[int], PromptMedia]:
+        """Put pictures and videos into the places that a prompt has for them: one token each, or as many as it has
+        vectors.
 
         Returns:
             (token_ids, media): the tokens with one for each vector.
@@ -104,46 +106,70 @@ class MediaReader:
             ValidationError: the prompt has another number of places.
         """
         of_token = {token: modality for modality, token in self._tokens.items()}
-        waiting = {modality: [item for item in items if item.modality == modality] for modality in self._tokens}
-        found, placed, at = [], [], 0
-        counts = dict.fromkeys(self._tokens, 0)
+        waiting = {modality: [media for media in given if media.modality == modality] for modality in self._tokens}
+        found: list[int] = []
+        placed: list[tuple[Media, int]] = []
+        counts, at = dict.fromkeys(self._tokens, 0), 0
         while at < len(token_ids):
             token = token_ids[at]
             modality = of_token.get(token)
+            if modality is not None:
+                counts[modality] += 1
             if modality is None or not waiting[modality]:
-                if modality is not None:
-                    counts[modality] += 1
                 found.append(token)
                 at += 1
                 continue
-            counts[modality] += 1
-            item = waiting[modality].pop(0)
+            media = waiting[modality].pop(0)
             # a prompt that an earlier output shows has a token for each vector already
-            last = at + item.num_tokens
-            is_whole = token_ids[at:last] == [token] * item.num_tokens and token_ids[last : last + 1] != [token]
-            placed.append(PlacedItem(item, len(found), len(found) + item.num_tokens))
-            found += [token] * item.num_tokens
+            last = at + media.num_tokens
+            is_whole = token_ids[at:last] == [token] * media.num_tokens and token_ids[last : last + 1] != [token]
+            placed.append((media, len(found)))
+            found += [token] * media.num_tokens
             at = last if is_whole else at + 1
         for modality, left in waiting.items():
-            given = sum(item.modality == modality for item in items)
-            if left or (given and counts[modality] > given):
+            number = sum(media.modality == modality for media in given)
+            if left or (number and counts[modality] > number):
                 raise ValidationError(
-                    f"Expected there to be {given} prompt placeholders corresponding to {given} {modality} items, but "
-                    f"instead found {counts[modality]} prompt placeholders! The prompt needs one {modality} token "
+                    f"Expected there to be {number} prompt placeholders corresponding to {number} {modality} items, "
+                    f"but instead found {counts[modality]} prompt placeholders! The prompt needs one {modality} token "
                     f"(id {self._tokens[modality]}) for each."
                 )
         offsets, delta = rope_offsets(placed, len(found), self._processor.merge_size)
-        return found, PromptMedia(tuple(placed), offsets, delta)
+        return found, PromptMedia(tuple(_items(placed)), offsets, delta)
 
 
-def _listed(given: Any) -> list[Any]:
+def _items(placed: Sequence[tuple[Media, int]]) -> Iterator[PlacedItem]:
+    for media, start in placed:
+        for number, item in enumerate(media.items):
+            stop = start + item.num_tokens
+            yield PlacedItem(item, start, stop, f"{media.modality} {item.content_hash} {number * media.time_step}")
+            start = stop
+
+
+def _images(given: Any) -> list[Any]:
     if given is None:
         return []
-    if isinstance(given, list | tuple):
-        return list(given)
     if isinstance(given, np.ndarray) and given.ndim == 4:
         return list(given)
-    return [given]
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _videos(given: Any) -> list[Any]:
+    """One is an array, a list of frames, or a pair of these and of what is known of them."""
+    if given is None:
+        return []
+    if isinstance(given, np.ndarray) and given.ndim == 5:
+        return list(given)
+    if not isinstance(given, list):
+        return [given]
+    if not given:
+        return []
+    of_frames = all(np.ndim(frame) <= 3 if isinstance(frame, np.ndarray) else _is_frame(frame) for frame in given)
+    return [given] if of_frames else given
+
+
+def _is_frame(given: Any) -> bool:
+    return not isinstance(given, list | tuple | str | bytes)
 
 
 def _uuids(given: Any, modality: str, count: int) -> list[str | None]:

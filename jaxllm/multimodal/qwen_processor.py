@@ -1,6 +1,7 @@
-"""What Qwen2-VL and Qwen2.5-VL do with pictures before the encoder: resize, normalize, cut into patches.
+"""What Qwen2-VL and Qwen2.5-VL do with pictures before the encoder: resize them and cut them into patches.
 
-The numbers are those of transformers' image processor on Pillow (`image_processing_pil_qwen2_vl`), which needs torch.
+The bytes are those of transformers' image processor on Pillow (`image_processing_pil_qwen2_vl`), which needs torch; the
+encoder's program normalizes them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
-from jaxllm.multimodal.items import IMAGE, Grid, MediaItem
+from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem
 from jaxllm.multimodal.pictures import pillow, read_picture
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
@@ -24,9 +25,12 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 #: the longer side is at most so many times the shorter one
 _MOST_RATIO = 200
 #: what stands for an item in a text
-PLACEHOLDERS = {IMAGE: "<|vision_start|><|image_pad|><|vision_end|>"}
+PLACEHOLDERS = {
+    IMAGE: "<|vision_start|><|image_pad|><|vision_end|>",
+    VIDEO: "<|vision_start|><|video_pad|><|vision_end|>",
+}
 #: what a call, an engine or a prompt may say
-PROCESSOR_KEYS = ("min_pixels", "max_pixels", "size")
+PROCESSOR_KEYS = ("min_pixels", "max_pixels", "size", "fps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,13 @@ class QwenProcessor:
     merge_size: int
     min_pixels: int
     max_pixels: int
+    #: of each channel of what the encoder takes, where bytes are numbers from 0 to 1
     mean: tuple[float, ...] = _MEAN
     deviation: tuple[float, ...] = _DEVIATION
+    #: positions of time in a second of video; None: each patch is one
+    tokens_per_second: float | None = None
+    #: frames in a second of video, where nobody says
+    fps: float = 2.0
 
     @classmethod
     def of(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenProcessor:
@@ -63,8 +72,9 @@ class QwenProcessor:
             **sizes,
             min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-            mean=tuple(preprocessor.get("image_mean") or _MEAN),
-            deviation=tuple(preprocessor.get("image_std") or _DEVIATION),
+            mean=_of_channels("image_mean", preprocessor.get("image_mean"), _MEAN),
+            deviation=_of_channels("image_std", preprocessor.get("image_std"), _DEVIATION),
+            tokens_per_second=vision.get("tokens_per_second"),
         )
 
     def with_options(self, options: Mapping[str, Any] | None) -> QwenProcessor:
@@ -93,12 +103,20 @@ class QwenProcessor:
         least, most = checks.integer("min_pixels", least), checks.integer("max_pixels", most)
         if not 1 <= least <= most:
             raise ValidationError(f"min_pixels={least} and max_pixels={most} must be at least 1, and in this order")
-        return dataclasses.replace(self, min_pixels=least, max_pixels=most)
+        fps = checks.real("fps", options.get("fps", self.fps))
+        if not fps > 0:
+            raise ValidationError(f"fps must be above 0, got {fps}")
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most, fps=fps)
 
     @property
     def factor(self) -> int:
         """Pixels of a merged patch's side."""
         return self.patch_size * self.merge_size
+
+    @property
+    def normal(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel."""
+        return self.mean, self.deviation
 
     def tokens_of(self, width: int, height: int) -> int:
         """Vectors that a picture of this size becomes."""
@@ -131,7 +149,7 @@ class QwenProcessor:
             rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return rows, columns
 
-    def image(self, given: Any, *, name: str = "image", uuid: str | None = None) -> MediaItem:
+    def image(self, given: Any, *, name: str = "image", uuid: str | None = None) -> Media:
         """A picture as the encoder takes it.
 
         Args:
@@ -143,43 +161,82 @@ class QwenProcessor:
             ValidationError: it cannot be read, or has a form that the model does not take.
         """
         picture = read_picture(given, name)
+        pixels = self._resized(picture, name)
+        return Media(IMAGE, (self._item([pixels], uuid or _content(picture)),))
+
+    def video(self, given: Any, *, name: str = "video", uuid: str | None = None) -> Media:
+        """Frames as the encoder takes them, `temporal_patch_size` of them together; the last is repeated.
+
+        Args:
+            given: an array [frames, height, width, 3], a list of pictures of one size, or a pair of these and of what
+                is known of them: {"fps": 2.0}.
+            name, uuid: as of `image`.
+
+        Raises:
+            ValidationError: it is something else, or has a form that the model does not take.
+        """
+        fps = self.fps
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+            given, about = given
+            fps = checks.real(f"fps of {name}", about.get("fps") or fps)
+        if not isinstance(given, list | tuple | np.ndarray) or (isinstance(given, np.ndarray) and given.ndim != 4):
+            raise ValidationError(
+                f"{name} must be an array [frames, height, width, 3] or a list of pictures, got "
+                f"{type(given).__name__}: {given!r:.80}. Files of videos are not read so far: give their frames."
+            )
+        if not len(given):
+            raise ValidationError(f"{name} has no frames")
+        pictures = [read_picture(frame, f"frame {number} of {name}") for number, frame in enumerate(given)]
+        if any(picture.size != pictures[0].size for picture in pictures):
+            raise ValidationError(f"{name} must have frames of one size, got {sorted({p.size for p in pictures})}")
+        if not fps > 0:
+            raise ValidationError(f"fps of {name} must be above 0, got {fps}")
+        together = self.temporal_patch_size
+        frames = [self._resized(picture, name) for picture in pictures]
+        names = [uuid and f"{uuid} frame {number}" for number in range(len(frames))]
+        contents = [own or _content(picture) for own, picture in zip(names, pictures, strict=True)]
+        for each in (frames, contents):
+            each += each[-1:] * (-len(each) % together)
+        items = tuple(
+            self._item(frames[first : first + together], " ".join(contents[first : first + together]))
+            for first in range(0, len(frames), together)
+        )
+        return Media(VIDEO, items, 1.0 if self.tokens_per_second is None else self.tokens_per_second * together / fps)
+
+    def _resized(self, picture: Any, name: str) -> np.ndarray:
+        """uint8 [3, height, width] of a picture, in the size that the model sees."""
         try:
             height, width = self.size_of(*picture.size)
         except ValidationError as error:
             raise ValidationError(f"{name}: {error}") from None
-        content = uuid if uuid is not None else _content(picture)
         if picture.size != (width, height):
             picture = picture.resize((width, height), pillow().Resampling.BICUBIC)
-        frame = self._normalized(np.asarray(picture))
-        frames = np.broadcast_to(frame[None], (self.temporal_patch_size, *frame.shape))
-        return self._item(IMAGE, frames, content)
+        return np.moveaxis(np.asarray(picture), -1, 0)
 
-    def _normalized(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 [3, height, width] of bytes [height, width, 3], rounded where transformers does."""
-        scaled = (np.moveaxis(pixels, -1, 0).astype(np.float64) * (1 / 255)).astype(np.float32)
-        mean, deviation = (np.asarray(x, np.float32)[:, None, None] for x in (self.mean, self.deviation))
-        return (scaled - mean) / deviation
-
-    def _item(self, modality: str, frames: np.ndarray, content: str, frame_step: float = 1.0) -> MediaItem:
-        """Of frames float32 [frames, 3, height, width], a multiple of `temporal_patch_size` of them."""
-        count, channels, height, width = frames.shape
+    def _item(self, frames: list[np.ndarray], content: str) -> MediaItem:
+        """Of frames uint8 [3, height, width]: `temporal_patch_size` of them, or one that is repeated."""
         size, merge, together = self.patch_size, self.merge_size, self.temporal_patch_size
-        grid = Grid(count // together, height // size, width // size)
-        cut = frames.reshape(
-            *(grid.frames, together, channels),
-            *(grid.rows // merge, merge, size),
-            *(grid.columns // merge, merge, size),
+        frames = frames * (together // len(frames))
+        channels, height, width = frames[0].shape
+        grid = Grid(height // size, width // size)
+        cut = np.stack(frames).reshape(
+            together, channels, grid.rows // merge, merge, size, grid.columns // merge, merge, size
         )
-        pixels = cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid.num_patches, -1)
-        made = f"{modality} {content} {grid} {frame_step} {self}"
+        pixels = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7).reshape(grid.num_patches, -1)
+        made = f"{content} {grid}"
         return MediaItem(
-            modality=modality,
             content_hash=hashlib.blake2b(made.encode(), digest_size=16).hexdigest(),
             grid=grid,
             num_tokens=grid.num_patches // merge**2,
             pixels=pixels,
-            frame_step=frame_step,
         )
+
+
+def _of_channels(name: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    found = tuple(checks.real(f"{name} of preprocessor_config.json", number) for number in given or default)
+    if len(found) != len(default):
+        raise ValidationError(f"{name} of preprocessor_config.json must have {len(default)} numbers, got {given!r:.80}")
+    return found
 
 
 def _content(picture: Any) -> str:

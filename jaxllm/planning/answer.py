@@ -32,7 +32,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.memory.fit import DoesNotFitError, plan_memory
-from jaxllm.runner.memory.plan import MemoryPlan
+from jaxllm.runner.memory.plan import GIB, MemoryPlan
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.startup.setup import Setup, read_setup
 
@@ -157,7 +157,11 @@ class _Planner:
             blocks=blocks,
             exchanging=exchanging_layers(config.model, target.replicas),
         )
-        return plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
+        plan = plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
+        programs = self.planned[1]
+        if isinstance(programs, Programs):
+            plan = dataclasses.replace(plan, encoder_activation_bytes=programs.encoder_activation_bytes())
+        return plan
 
     def _compile(self, config: RunnerConfig, num_blocks: int) -> Sequence[int]:
         # temporaries do not grow with the cache (tests/compile_cuda), and nothing runs the programs
@@ -212,6 +216,10 @@ def _remedies(question: Question, refusal: DoesNotFitError, planner: _Planner) -
         found = tried(argument, value)
         if found is not None:
             yield found
+    for argument, values in _smaller_weights(question.args, refusal):
+        found = next(filter(None, (tried(argument, value) for value in values)), None)
+        if found is not None:
+            yield found
     model = question.setup().model
     if question.is_local or not isinstance(model, DecoderConfig):
         return
@@ -244,3 +252,14 @@ def _candidates(args: EngineArgs, refusal: DoesNotFitError, dtype: str) -> Itera
             yield "max_num_batched_tokens", tokens
     if dtype == "float32":
         yield "dtype", "bfloat16"
+
+
+def _smaller_weights(args: EngineArgs, refusal: DoesNotFitError) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield arguments, each with values of which the first that makes it fit costs least."""
+    plan = refusal.plan
+    if args.quantization is None:
+        yield "quantization", ("int8", "int4")
+    if plan.platform != "cpu" and not args.cpu_offload_gb and refusal.share > args.gpu_memory_utilization:
+        missing = math.ceil((refusal.share - args.gpu_memory_utilization) * plan.total_bytes / GIB)
+        # of what lies on the host, layers are on the device while they are used
+        yield "cpu_offload_gb", tuple(missing + more for more in (0, 1, 2, 4))

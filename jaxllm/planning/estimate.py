@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxllm.layers.vision import BLOCK_SCORES
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
@@ -58,4 +59,14 @@ def _computed(config: RunnerConfig) -> int:
     if config.stage is not None and not config.stage.is_last:
         return layer + tables + tokens * hidden * size
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
-    return max(layer + outputs + tables, LOGITS_COPIES * block)
+    return max(layer + outputs + tables, LOGITS_COPIES * block, _of_encoder(config))
+
+
+def _of_encoder(config: RunnerConfig) -> int:
+    """Of the largest picture: a layer's widest arrays, and a block of its scores."""
+    vision, size = config.vision, jnp.dtype(config.dtype).itemsize
+    if vision is None:
+        return 0
+    widest = max(3 * vision.hidden_size, 3 * vision.intermediate_size) + 3 * vision.hidden_size
+    scores = 2 * vision.num_heads * max(BLOCK_SCORES, config.encoder_patches) * 4
+    return config.encoder_patches * widest * size + scores

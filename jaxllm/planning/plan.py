@@ -23,6 +23,8 @@ class Remedy:
         gained = f"{plan.num_tokens:,} tokens of KV cache"
         if self.argument == "tensor_parallel_size":
             gained += f" on each of {self.value} devices"
+        if self.argument == "cpu_offload_gb":
+            gained += f", and each step copies {self.value} GiB from the host"
         return f"{self.argument}={self.value}: {gained}, {plan.max_concurrency:.2f}x {plan.max_model_len:,} tokens"
 
 

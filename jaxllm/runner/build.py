@@ -205,6 +205,8 @@ def compiled_plan(
         return (needed,) if isinstance(needed, int) else needed
 
     config, plan = plan_memory(config, activations)
+    if isinstance(made[0], Programs):
+        plan = dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
     return config, made[0], plan
 
 
@@ -275,6 +277,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         draft_buckets=draft_buckets(limits.max_draft_seqs),
         num_draft_steps=limits.num_draft_steps,
         encoder_buckets=_encoder_buckets(config),
+        pixel_normal=config.pixel_normal,
     )
 
 

@@ -26,7 +26,7 @@ from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.qwen_vision import VisionConfig
+from jaxllm.models.qwen_vision import VisionConfig, vision_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
@@ -35,6 +35,7 @@ from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -95,8 +96,9 @@ class RunnerConfig:
     cpu_offload_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
-    #: patches of the largest picture; 0: there are none
+    #: patches of the largest picture, 0: there are none; and what the tower takes of pixels
     encoder_patches: int = 0
+    pixel_normal: Normalization = ((), ())
     #: whether the tokens of each expert are counted
     expert_load: bool = False
     enforce_eager: bool
@@ -319,6 +321,13 @@ class RunnerConfig:
         """Of the tower that sees pictures; None: there is none."""
         return self.model.vision if isinstance(self.model, DecoderConfig) else None
 
+    @property
+    def tower_bytes(self) -> int:
+        """Of the tower's weights, which every device has."""
+        if self.vision is None:
+            return 0
+        return device_bytes(vision_specs(self.vision), jnp.dtype(self.dtype), {})
+
     def _encoded(self, array: Callable[..., jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct | None:
         rows = 1 + self.scheduler.encoder_cache_tokens
         return None if self.vision is None else array((rows, self.model.hidden_size), jnp.dtype(self.dtype))
@@ -329,8 +338,8 @@ class RunnerConfig:
         if self.vision is None:
             return 0
         numbers = (1 + self.scheduler.encoder_cache_tokens) * self.model.hidden_size
-        numbers += 2 * self.encoder_patches * self.vision.patch_numbers
-        return numbers * jnp.dtype(self.dtype).itemsize
+        pixels = 2 * self.encoder_patches * self.vision.patch_numbers
+        return numbers * jnp.dtype(self.dtype).itemsize + pixels
 
     @property
     def _is_end(self) -> bool:

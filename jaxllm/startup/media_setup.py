@@ -10,7 +10,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.multimodal.access import MediaAccess
-from jaxllm.multimodal.items import IMAGE
+from jaxllm.multimodal.items import IMAGE, VIDEO
 from jaxllm.multimodal.prompts import MediaReader
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.weights.checkpoint import read_json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("jaxllm")
 
 #: what config.json says of each modality's token, and Qwen's own
-_TOKENS = {IMAGE: ("image_token_id", 151655)}
+_TOKENS = {IMAGE: ("image_token_id", 151655), VIDEO: ("video_token_id", 151656)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

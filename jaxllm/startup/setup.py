@@ -213,6 +213,7 @@ class Setup:
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
             encoder_patches=self._encoder_patches(limits.max_model_len),
+            pixel_normal=((), ()) if self.media is None else self.media.processor.normal,
             expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,

@@ -155,8 +155,8 @@ def _message(index: int, message: Message) -> dict[str, Any]:
 
 def _with_pictures(message: dict[str, Any], given: Message) -> dict[str, Any]:
     """A message with its parts, where some of them stand for pictures: the template says how."""
-    content = given.get("content")
-    if isinstance(content, str) or not any(part in PICTURES for part in content or ()):
+    content = given.get("content") or ()
+    if isinstance(content, str) or not any(part in PICTURES for part in content):
         return message
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     return {**message, "content": parts}

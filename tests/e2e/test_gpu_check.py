@@ -45,7 +45,7 @@ def test_the_rehearsal(tmp_path: Path):
     measured = {record["operation"].split("/")[0] for record in records if record["kind"] == "measurement"}
     assert measured >= {
         *("ceiling: copy", "ceiling: matmul", "decode_attention", "prefill_attention", "kv_write"),
-        *("quant_matmul", "grouped_matmul", "decode step", "mixed step", "host time of a step", "sweep"),
+        *("quant_matmul", "grouped_matmul", "decode step", "mixed step", "host time of a step", "sweep", "drafts"),
     }
     systems = {record["system"] for record in records if record["kind"] == "throughput"}
     assert systems == {"jaxllm", "transformers generate", "transformers continuous"}

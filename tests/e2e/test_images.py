@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_vl_model import END, IMAGE, PICTURE, START, picture, write_tiny_vl_model
+from support.tiny_vl_model import END, IMAGE, PICTURE, START, VIDEO, picture, write_tiny_vl_model
 
 from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
+from jaxllm.multimodal.items import Media
+from jaxllm.multimodal.qwen_processor import QwenProcessor
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -72,12 +74,31 @@ def prepared(pictures: Sequence[Any]) -> dict[str, Any]:
     return dict(processor(list(pictures), return_tensors="pt")) if pictures else {}
 
 
-def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any]) -> None:
+def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any], videos: Sequence[Media] = ()) -> None:
     """What a prompt got is what transformers' model says of its tokens, and of the prompt's own, too."""
     prompt_ids, completion = list(output.prompt_token_ids or []), output.outputs[0]
     ids = torch.tensor([prompt_ids + list(completion.token_ids)])
     with torch.no_grad():
-        given = {"mm_token_type_ids": (ids == IMAGE).int(), **prepared(pictures)} if pictures else {}
+        given, kinds = {}, (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        if pictures:
+            given |= prepared(pictures)
+        if videos:
+            mean, deviation = (np.asarray(x, np.float32)[:, None] for x in QwenProcessor.of({}, {}).normal)
+            pixels = np.concatenate([item.pixels for video in videos for item in video.items])
+            pixels = ((pixels.reshape(len(pixels), 3, -1) / np.float32(255) - mean) / deviation).reshape(pixels.shape)
+            grids = [[len(video.items), *video.items[0].grid] for video in videos]
+            given |= {"pixel_values_videos": torch.tensor(pixels), "video_grid_thw": torch.tensor(grids)}
+        if given:
+            times = {}
+            if videos and "2_5" in type(theirs).__name__:
+                # time_step is of two positions a second
+                times = {"second_per_grid_ts": torch.tensor([video.time_step / 2 for video in videos])}
+            grids = {name: grid for name, grid in given.items() if name.endswith("_thw")}
+            # what is generated goes on behind the highest position of the prompt
+            first = len(prompt_ids)
+            own, _ = theirs.model.get_rope_index(ids[:, :first], kinds[:, :first], **grids, **times)
+            behind = own.max() + 1 + torch.arange(ids.shape[1] - first).expand(3, 1, -1)
+            given |= {"mm_token_type_ids": kinds, "position_ids": torch.cat([own, behind], dim=-1)}
         scores = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[0]
     expected = torch.log_softmax(scores, -1).numpy()
     first = len(prompt_ids)
@@ -112,6 +133,24 @@ def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any):
     assert counter(llm, "vllm:num_preemptions") > before
     for output, given in zip(outputs, made.values(), strict=True):
         check(theirs, output, given)
+
+
+def test_videos(llm: LLM, theirs: Any):
+    """Frames in time, of two videos and a picture, and what follows a video whose time outlasts it."""
+    processor = QwenProcessor.of(
+        {"tokens_per_second": 2} if "2_5" in type(theirs).__name__ else {}, {"min_pixels": 784, "max_pixels": 784 * 64}
+    )
+    film = [picture(84, 56, seed=seed) for seed in range(7)]
+    short, slow = np.stack([np.asarray(frame) for frame in film[:2]]), (film, {"fps": 0.5})
+    mark = PICTURE.replace("image", "video")
+    given = picture(60, 60)
+    prompts = [
+        {"prompt": f"{mark} and {PICTURE} or {mark}.", "multi_modal_data": {"image": given, "video": [slow, short]}},
+        {"prompt": f"a {mark}", "multi_modal_data": {"video": film}},
+    ]
+    outputs = llm.generate(prompts, ASKED, use_tqdm=False)
+    check(theirs, outputs[0], [given], [processor.video(slow), processor.video(short)])
+    check(theirs, outputs[1], [], [processor.video(film)])
 
 
 def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: Any):
@@ -168,7 +207,7 @@ def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
         "got shape (0, 3, 3)": prompt("@", np.zeros((0, 3, 3), np.uint8)),
         "aspect ratio must be smaller than 200": prompt("@", picture(2000, 4)),
         "which the model does not take": {"prompt": PICTURE, "multi_modal_data": {"audio": good}},
-        "which is not supported; supported: min_pixels": prompt("@", good, mm_processor_kwargs={"fps": 1}),
+        "which is not supported; supported: min_pixels": prompt("@", good, mm_processor_kwargs={"crop": 1}),
         "multi_modal_uuids": prompt("@", good, multi_modal_uuids={"image": ["a", "b"]}),
         "has planned for 64 an item": prompt("@", picture(600, 600), mm_processor_kwargs={"max_pixels": 28 * 28 * 100}),
     }
@@ -225,7 +264,7 @@ def test_conversations(llm: LLM, model: Path, tmp_path: Path):
     conversations = [asked({"type": "image_url", "image_url": {"url": url}}) for url in refused.values()]
     conversations += [asked({"type": "image"}), asked({"type": "input_audio", "input_audio": {}})]
     outputs = llm.chat(conversations, ASKED, use_tqdm=False, on_error="return")
-    for why, output in zip([*refused, "has no picture", "only text"], outputs, strict=True):
+    for why, output in zip([*refused, "has nothing of its own", "only text"], outputs, strict=True):
         assert why in (output.error or "")
 
 

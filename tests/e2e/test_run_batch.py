@@ -18,6 +18,8 @@ from jaxllm.entrypoints.batch.lines import read_lines
 from jaxllm.entrypoints.batch.run import Batch
 from jaxllm.entrypoints.batch.summary import Tally
 from jaxllm.entrypoints.cli import main
+from jaxllm.entrypoints.openai.parameters import SamplingReader
+from jaxllm.entrypoints.openai.requests import Translator
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -360,9 +362,6 @@ def test_embeddings_run_in_groups(tmp_path: Path):
     class Embedder:
         supported_tasks = ("embed",)
 
-        def get_default_sampling_params(self) -> SamplingParams:
-            return SamplingParams()
-
         def embed(self, prompts: list[Any], *, pooling_params: list[Any], on_error: str, use_tqdm: bool) -> list[Any]:
             assert (on_error, use_tqdm) == ("return", False)
             # all prompts of a call are cut to one length
@@ -385,8 +384,9 @@ def test_embeddings_run_in_groups(tmp_path: Path):
     source.write_text("\n".join(texts))
     output = tmp_path / "out.jsonl"
     tally = Tally(None, show=False)
+    translator = Translator(model_names=["m"], sampling=SamplingReader(SamplingParams()))
     with Journal(str(output)) as journal:
-        Batch(cast(LLM, Embedder()), journal, tally, ["m"]).run(read_lines(str(source)))
+        Batch(cast(LLM, Embedder()), journal, tally, translator).run(read_lines(str(source)))
     assert [len(group) for group in calls] == [256, 256, 90, 1]
     records = {record["custom_id"]: record for record in map(json.loads, output.read_text().splitlines())}
     assert (tally.completed, tally.failed, len(records)) == (301, 2, 303)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +26,7 @@ from support.tiny_model import SMALL
 
 import jaxllm
 from jaxllm import AsyncLLM, SamplingParams
+from jaxllm.entrypoints.cli import main
 from jaxllm.entrypoints.serve.app import make_app
 from jaxllm.entrypoints.serve.listening import listen
 from jaxllm.entrypoints.serve.settings import Settings
@@ -188,6 +192,41 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI):
         assert (name, arguments, reason) == ("weather", call.function.arguments, answer.finish_reason)
 
 
+def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
+    """A grammar stands in for a model that was taught to write a call."""
+    text = 'Well.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    body = {"structured_outputs": {"choice": [text]}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "tools": TOOLS}
+    with (
+        served(engine, tool_call_parser="hermes") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        choice = client.chat.completions.create(**asked, extra_body=body).choices[0]
+        (call,) = choice.message.tool_calls or []
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Well.")
+        assert call.type == "function" and json.loads(call.function.arguments) == {"city": "Rome"}
+        with client.chat.completions.stream(**asked, extra_body=body) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        (same,) = streamed.message.tool_calls or []
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "Well.")
+        assert (same.function.name, same.function.arguments) == ("weather", call.function.arguments)
+        # the call and its answer go back, and nothing is read of tools that nobody offers
+        talk: Any = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
+        talk.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+        assert client.chat.completions.create(model="tiny", messages=talk, max_tokens=3).choices
+        plain = client.chat.completions.create(**asked, tool_choice="none", extra_body=body).choices[0].message
+        assert plain.content == text and plain.tool_calls is None
+    with (
+        served(engine, reasoning_parser="deepseek_r1") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        body = {"structured_outputs": {"choice": ["Hm.</think>Yes."]}}
+        message: Any = (
+            client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body).choices[0].message
+        )
+        assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
+
+
 def test_responses(client: openai.OpenAI, engine: AsyncLLM):
     asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
     talk: Any = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]
@@ -308,6 +347,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ("/v1/nothing", None, 404),
         ("/v1/models/gpt", None, 404),
         ("/v1/completions", {"prompt": "\ud800"}, 400),
+        ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400),
     ):
         found, _, told = get(url, path, body)
         assert (found, set(told["error"])) == (status, {"message", "type", "param", "code"}), path
@@ -359,6 +399,11 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
         assert get(url, "/v1/models", headers={**key, "Origin": url})[0] == 200
         ours = get(url, "/v1/models", headers={**key, "Origin": "https://ours"})
         assert ours[0] == 200 and ours[1]["access-control-allow-origin"] == "https://ours"
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        with contextlib.closing(connection):  # in chunks, whose sum nobody says before
+            sent = {**key, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", iter([b" " * 1500] * 2), sent, encode_chunked=True)
+            assert connection.getresponse().status == 413
         # four run, one waits
         with openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0) as client:
             with client.completions.create(
@@ -368,6 +413,91 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
                 assert (status, headers["retry-after"], told["error"]["type"]) == (503, "1", "ServiceUnavailableError")
         wait_until_idle(engine)
         assert get(url, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_the_benchmark_asks_a_server(
+    url: str, engine: AsyncLLM, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
+):
+    written = tmp_path / "out.json"
+    options = ["--num-prompts", "6", "--input-len", "20", "--output-len", "5", "--max-concurrency", "3"]
+    options += ["--request-rate", "200", "--goodput", "ttft:60000", "tpot:0.0001", "--metric-percentiles", "50,99"]
+    options += ["--model", str(tiny_model), "--backend", backend, "--output-json", str(written), "--base-url", url]
+    before = engine.engine.core.stats().generation_tokens
+    assert main(["bench", "serve", *options]) == 0
+    # one request warms up
+    assert engine.engine.core.stats().generation_tokens - before == 7 * 5
+    record = json.loads(written.read_text())
+    assert (record["completed"], record["failed"], record["total_output_tokens"]) == (6, 0, 30)
+    assert record["total_input_tokens"] >= 120
+    assert record["request_goodput"] == 0 and 0 < record["median_ttft_ms"] <= record["p99_e2el_ms"]
+    printed = capsys.readouterr().out
+    for line in ("Successful requests:                     6", "Request goodput (req/s):", "P50 TPOT (ms):", "P99 ITL"):
+        assert line in printed
+    assert "E2EL" not in printed
+
+
+def test_the_benchmark_says_what_is_wrong(url: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]):
+    few = ["bench", "serve", "--model", str(tiny_model), "--num-prompts", "2", "--input-len", "4"]
+    for options, text in (
+        (["--base-url", "http://127.0.0.1:1"], "cannot be reached"),
+        (["--base-url", url, "--served-model-name", "gpt"], "status 404: The model `gpt` does not exist"),
+        (["--base-url", url, "--goodput", "itl:5"], "'itl:5' is not NAME:MILLISECONDS"),
+        (["--base-url", url, "--percentile-metrics", "x"], "there are ttft, tpot, itl, e2el"),
+    ):
+        assert main([*few, *options]) == 1
+        assert text in capsys.readouterr().err
+
+
+def test_the_page(url: str):
+    status, headers, page = get(url, "/")
+    assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+    script = get(url, "/page.js")[2]
+    # what the script looks for is there, and nothing comes from elsewhere
+    for name in set(re.findall(r'\$\("(\w+)"\)', script)):
+        assert f'id="{name}"' in page, name
+    assert "http" not in page + script
+    told = get(url, "/stats")[2]
+    assert set(re.findall(r"stats\.(\w+)", script)) <= told.keys() and "KV cache" in told["memory_plan"]
+
+
+@pytest.mark.thorough
+def test_many_clients_that_come_and_go(url: str, engine: AsyncLLM):
+    """200 streams at once, two of three of which are left before their end."""
+    draw = random.Random(0)
+
+    async def ask() -> list[int]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+
+            async def one(number: int, after: int) -> int:
+                prompt = f"{number} {'x' * (number % 40)}"
+                stream = await client.completions.create(
+                    model="tiny",
+                    prompt=prompt,
+                    max_tokens=24,
+                    temperature=0,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                pieces = 0
+                async with stream:
+                    async for _ in stream:
+                        pieces += 1
+                        if pieces == after:
+                            break
+                return pieces
+
+            limits = [draw.choice((1, draw.randint(2, 20), 1000)) for _ in range(200)]
+            found = await asyncio.gather(*(one(*item) for item in enumerate(limits)))
+            assert all(pieces <= limit for pieces, limit in zip(found, limits, strict=True))
+            return found
+
+    found = asyncio.run(ask())
+    assert len(found) == 200 and all(found)
+    wait_until_idle(engine)
+    assert get(url, "/load")[2] == {"server_load": 0}
+    client = engine.engine.client
+    assert not (client._receivers or client._children or client._named)
 
 
 def test_the_command_drains_and_ends(tiny_model: Path, tmp_path: Path):

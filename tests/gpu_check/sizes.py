@@ -86,6 +86,11 @@ class Sizes:
     input_len: int
     output_len: int
 
+    #: the model that drafts, the sequences of its launches, and tokens of each
+    draft_model: dict[str, Any]
+    draft_sequences: tuple[int, ...]
+    draft_output_len: int
+
     #: the small model of the parity check, and what it is asked
     parity_model: dict[str, Any]
     parity_prompts: tuple[int, ...]
@@ -127,6 +132,16 @@ FULL = Sizes(
     num_requests=128,
     input_len=512,
     output_len=256,
+    draft_model={
+        **LLAMA_3_1_8B,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    draft_sequences=(1, 16, 64),
+    draft_output_len=256,
     parity_model={
         **LLAMA_3_1_8B,
         "vocab_size": 8192,
@@ -168,6 +183,9 @@ REHEARSAL = Sizes(
     num_requests=4,
     input_len=16,
     output_len=8,
+    draft_model={**TINY_LLAMA, "num_hidden_layers": 1},
+    draft_sequences=(1, 2),
+    draft_output_len=12,
     parity_model=TINY_LLAMA,
     parity_prompts=(5, 60, 60, 90),
     parity_shared_prefix=48,

@@ -94,6 +94,14 @@ STAGES = (
         is_correctness=False,
         is_extra=True,
     ),
+    Stage(
+        name="drafts",
+        title="drafts",
+        module="gpu_check.drafts",
+        ends_at=TOTAL_SECONDS,
+        is_correctness=False,
+        is_extra=True,
+    ),
 )
 
 

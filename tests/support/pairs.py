@@ -81,6 +81,8 @@ ENGINES: dict[str, list[str]] = {
     "all, deterministic": [*ON_ONE, "drafts", "deterministic", "data parallel"],
     "all, split": [*ON_ONE, "drafts", "tensor parallel"],
 }
+#: engine -> who drafts in it, where n-grams do not; `support.drafter_pairs` has the others
+DRAFTERS: dict[str, dict[str, Any]] = {"all, deterministic": {"method": "suffix", "num_speculative_tokens": 1}}
 #: settings that a pooling engine takes; the others choose what is sampled, and it samples nothing
 POOLING = [
     *("prefix caching", "KV offloading", "chunked prefill", "asynchronous scheduling", "priorities"),
@@ -215,6 +217,8 @@ def main() -> None:
         settings = ENGINES[name]
         processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
         arguments = {**arguments_of(settings), "logits_processors": processors}
+        if name in DRAFTERS:
+            arguments["speculative_config"] = DRAFTERS[name]
         model = quantized if "quantized weights" in settings else dense
         with LLM(model, **arguments) as llm:
             found[name] = {"generated": generated(llm), "streamed": streamed(llm)}

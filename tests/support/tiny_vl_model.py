@@ -105,7 +105,7 @@ def write_tiny_vl_model(folder: Path, family: str = "qwen2_5_vl", *, seed: int =
                 weight.normal_(0, gain / float(np.prod(weight.shape[1:])) ** 0.5)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.2)
-        model.lm_head.weight[EOS] = 0
+        model.lm_head.weight[EOS:] = 0  # marks are not generated, which transformers would take for pictures
     model.save_pretrained(folder / "made", safe_serialization=True)
     (folder / "made" / "model.safetensors").rename(folder / "model.safetensors")
     for path in (folder / "made").iterdir():

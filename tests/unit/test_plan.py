@@ -76,7 +76,10 @@ class TestQwQ:
         # 64 layers, keys and values, 8 heads of 128, bfloat16
         assert plan.memory.kv_bytes_per_token == 64 * 2 * 8 * 128 * 2
         values = {remedy.argument: remedy.value for remedy in plan.remedies}
-        assert set(values) == {"max_model_len", "tensor_parallel_size"} and values["tensor_parallel_size"] == 2
+        assert set(values) == {"max_model_len", "quantization", "cpu_offload_gb", "tensor_parallel_size"}
+        assert (values["tensor_parallel_size"], values["quantization"]) == (2, "int8")
+        # of the 32 GiB that one request needs, these are not there
+        assert values["cpu_offload_gb"] == pytest.approx((131072 - int(values["max_model_len"])) * 2**18 / GIB, abs=3)
         length = int(values["max_model_len"])
         assert 20_000 < length < 40_000
         for argument, value in values.items():

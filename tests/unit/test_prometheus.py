@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support.fake_engine import FakeEngine
 
+import jaxllm
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.metrics import Counter, Gauge, Histogram, Metric
 from jaxllm.engine.observe.prometheus import HELP, MetricsServer, families, metrics_registry
@@ -137,3 +141,13 @@ def test_the_server_answers_and_frees_its_port():
         urllib.request.urlopen(server.url, timeout=10)
     again = MetricsServer(metrics_registry(engine.core.metrics), server.port)
     again.close()
+
+
+def test_the_dashboard_shows_what_there_is():
+    """Every metric of the server's Grafana dashboard is one of the engine's."""
+    text = (Path(jaxllm.__file__).parent / "entrypoints/serve/grafana.json").read_text()
+    panels = json.loads(text)["panels"]
+    used = {name for panel in panels for target in panel["targets"] for name in re.findall(r"vllm:\w+", target["expr"])}
+    assert len(panels) == 10 and used
+    for name in used:
+        assert name in HELP or re.sub("_(total|bucket)$", "", name) in HELP, name

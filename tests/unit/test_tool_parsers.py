@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jaxllm.entrypoints.openai.messages import Dialect, MessageStream, whole_message
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
 from jaxllm.entrypoints.openai.tools import forced
+from jaxllm.entrypoints.openai.tools.options import TOOL_CALL_PARSERS
 from jaxllm.entrypoints.openai.tools.parsers import PARSERS
-from jaxllm.entrypoints.serve.options import TOOL_CALL_PARSERS
 
 SCHEMAS: dict[str, Any] = {
     "weather": {

@@ -12,7 +12,7 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.cache.block_hash import ExtraKey
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
-from jaxllm.multimodal.items import MediaItem, PromptMedia
+from jaxllm.multimodal.items import Media, PromptMedia
 from jaxllm.multimodal.prompts import MEDIA_KEYS
 from jaxllm.tokenization.pool import encode
 
@@ -157,7 +157,7 @@ class PromptReader:
         options = options or TokenizationOptions()
         read: list[PreparedPrompt | ValidationError | None] = []
         texts: dict[bool, list[tuple[int, str, str | None]]] = {True: [], False: []}
-        items: dict[int, list[MediaItem]] = {}
+        media: dict[int, list[Media]] = {}
         for position, prompt in enumerate(prompts):
             read.append(None)
             try:
@@ -168,9 +168,9 @@ class PromptReader:
                     prompt = self._media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
                 if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
-                    items[position] = self._items(prompt)
+                    media[position] = self._items(prompt)
                 if ids is not None:
-                    read[position] = self._prepared(ids, text, salt, options, items.get(position))
+                    read[position] = self._prepared(ids, text, salt, options, media.get(position))
                 else:
                     if options.add_special_tokens is not None:
                         special = options.add_special_tokens
@@ -183,7 +183,7 @@ class PromptReader:
                 try:
                     if isinstance(ids, ValidationError):
                         raise ids
-                    read[position] = self._prepared(ids, text, salt, options, items.get(position))
+                    read[position] = self._prepared(ids, text, salt, options, media.get(position))
                 except ValidationError as error:
                     read[position] = error
         return [item for item in read if item is not None]
@@ -231,7 +231,7 @@ class PromptReader:
             return prompt["prompt"], None, salt, True
         return None, self._ids(prompt["prompt"]), salt, False
 
-    def _items(self, prompt: Mapping[str, Any]) -> list[MediaItem]:
+    def _items(self, prompt: Mapping[str, Any]) -> list[Media]:
         """What a prompt holds besides text."""
         if self._media is None:
             given = next(key for key in MEDIA_KEYS if prompt.get(key))
@@ -286,7 +286,7 @@ class PromptReader:
         text: str | None,
         salt: str | None,
         options: TokenizationOptions,
-        items: list[MediaItem] | None = None,
+        items: list[Media] | None = None,
     ) -> PreparedPrompt:
         media, keys = None, ()
         if items and self._media is not None:
@@ -296,7 +296,7 @@ class PromptReader:
                     f"the prompt has {len(ids)} tokens with those of its images, and truncate_prompt_tokens would cut "
                     f"it to {options.keep}: a prompt with images is not cut. Make it or its images smaller."
                 )
-            keys = tuple(ExtraKey(kind="mm", value=i.content_hash, start=a, stop=b) for i, a, b in media.items)
+            keys = tuple(ExtraKey(kind="mm", value=item.key, start=item.start, stop=item.stop) for item in media.items)
         ids = options.cut(ids)
         if not ids:
             raise ValidationError("The decoder prompt cannot be empty")

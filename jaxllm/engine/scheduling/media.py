@@ -42,7 +42,7 @@ class MediaScheduling:
         held = request.media
         if held is None:
             return count
-        for number, (item, first, stop) in enumerate(held.media.items):
+        for number, (item, first, stop, _) in enumerate(held.media.items):
             if first >= start + count:
                 break
             if stop <= start or number in held.rows:

@@ -38,8 +38,11 @@ from jaxllm.entrypoints.batch.rows import read_table
 from jaxllm.entrypoints.batch.summary import Tally
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
+from jaxllm.entrypoints.openai.reasoning import ReasoningParser
 from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, Translator
 from jaxllm.entrypoints.openai.responses import new_id, response_body
+from jaxllm.entrypoints.openai.tools.options import reasoning_parser
+from jaxllm.entrypoints.openai.tools.parsers import PARSERS
 from jaxllm.entrypoints.tables import SUFFIXES, is_table
 
 if TYPE_CHECKING:
@@ -70,12 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
         model, given = engine_arguments(arguments)
         served = given.pop("served_model_name", None) or model
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
+        tools, reasoning = arguments.tool_call_parser, reasoning_parser(given)
         if not arguments.ignore_model_field:
             _warn_of_model(first, names)
         with whole_module("jaxllm.llm").LLM(model, **given) as llm:
             total = None if is_table(arguments.input_file) else count_lines(arguments.input_file)
             tally = Tally(total, show=sys.stderr.isatty())
-            batch = Batch(llm, journal, tally, names, any_model=arguments.ignore_model_field)
+            translator = Translator(
+                model_names=names,
+                any_model=arguments.ignore_model_field,
+                sampling=SamplingReader(llm.get_default_sampling_params()),
+                tools=PARSERS[tools] if tools else None,
+                reasoning=ReasoningParser(name=reasoning) if reasoning else None,
+            )
+            batch = Batch(llm, journal, tally, translator)
             try:
                 with tally.told_regularly():
                     batch.run(lines)
@@ -149,14 +160,12 @@ class Batch:
     """Takes a batch's lines through an engine.
 
     Args:
-        model_names: that the lines may call the model by.
-        any_model: they may call it as they like.
+        translator: reads the lines' bodies.
     """
 
-    def __init__(self, llm: LLM, journal: Journal, tally: Tally, model_names: list[str], *, any_model: bool = False):
+    def __init__(self, llm: LLM, journal: Journal, tally: Tally, translator: Translator):
         self._llm, self._journal, self._tally = llm, journal, tally
-        sampling = SamplingReader(llm.get_default_sampling_params())
-        self._translator = Translator(model_names=model_names, any_model=any_model, sampling=sampling)
+        self._translator = translator
         self._seen = DigestSet()
         self._embeds = "embed" in getattr(llm, "supported_tasks", ())
 

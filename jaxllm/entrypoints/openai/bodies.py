@@ -165,7 +165,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "truncate_prompt_tokens": (),
-    "mm_processor_kwargs": ({},),
     "kv_transfer_params": (),
     "logits_processors": (),
 }
@@ -211,6 +210,8 @@ class ConversationFields(BaseModel):
     chat_template_kwargs: Object | None = None
     documents: list[Object] | None = None
     reasoning_effort: str | None = None
+    #: how pictures are prepared
+    mm_processor_kwargs: Object | None = None
     cache_salt: str | None = None
 
 

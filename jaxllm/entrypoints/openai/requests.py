@@ -144,7 +144,7 @@ class Translator:
             prompt["tools"] = body.tools
         if body.chat_template is not None:
             prompt["chat_template"] = self._template(body.chat_template)
-        for name in ("add_generation_prompt", "continue_final_message", "cache_salt"):
+        for name in ("add_generation_prompt", "continue_final_message", "cache_salt", "mm_processor_kwargs"):
             if getattr(body, name) is not None:
                 prompt[name] = getattr(body, name)
         if body.continue_final_message:

@@ -12,7 +12,7 @@ import jaxllm
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.entrypoints.openai.bodies import refusal
 from jaxllm.entrypoints.openai.errors import APIError
-from jaxllm.entrypoints.serve import control, generation, pooling, tokens
+from jaxllm.entrypoints.serve import control, generation, page, pooling, tokens
 from jaxllm.entrypoints.serve.clients import ClientGone
 from jaxllm.entrypoints.serve.guard import Guard
 from jaxllm.entrypoints.serve.json_answers import error_answer
@@ -28,7 +28,7 @@ def make_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
     # its pages of documentation would load scripts from elsewhere
     app = FastAPI(title="jaxllm", version=jaxllm.__version__, docs_url=None, redoc_url=None)
     service = Service(engine, settings)
-    for routes in (generation.routes, pooling.routes, tokens.routes, control.routes):
+    for routes in (generation.routes, pooling.routes, tokens.routes, control.routes, page.routes):
         app.include_router(routes(service))
     app.add_exception_handler(APIError, _told)
     app.add_exception_handler(RequestValidationError, _told)
@@ -67,5 +67,7 @@ def _refusal(error: RequestValidationError) -> APIError:
     errors = list(error.errors())
     if errors and errors[0]["type"] == "json_invalid":
         return APIError(f"The body is not JSON: {errors[0].get('ctx', {}).get('error', '')}", param="body")
+    if errors and isinstance(errors[0].get("input"), bytes):
+        return APIError("The body is not JSON: send it with Content-Type: application/json.", param="body")
     # places begin with what part of the request it is
     return refusal([{**one, "loc": one["loc"][1:]} for one in errors])

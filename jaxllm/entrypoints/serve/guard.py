@@ -14,7 +14,7 @@ from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.serve.json_answers import error_answer
 
 #: for probes, and the page, which asks for the key
-_OPEN = ("/", "/health", "/ping")
+_OPEN = ("/", "/page.js", "/health", "/ping")
 
 
 class Guard:

@@ -6,9 +6,9 @@ import argparse
 
 from jaxllm.command_options import add_engine_options
 from jaxllm.config.command_line import add_option, count, number, size
+from jaxllm.entrypoints.openai.tools.options import add_tool_option
 from jaxllm.entrypoints.serve.settings import MAX_BODY
 
-TOOL_CALL_PARSERS = ("deepseek_v3", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder")
 PORT = 8000
 
 
@@ -55,12 +55,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages that may use the server, such as https://example.org, or * (default: its own)",
     )
-    server.add_argument(
-        "--tool-call-parser",
-        choices=TOOL_CALL_PARSERS,
-        metavar="NAME",
-        help=f"how the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)} (default: they stay text)",
-    )
+    add_tool_option(server)
     add_option(
         server, "enable_auto_tool_choice", None, "vLLM's switch; --tool-call-parser is what decides", default=False
     )

@@ -15,6 +15,7 @@ from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.command_options import engine_arguments
 from jaxllm.engine.interrupt import whole_module
+from jaxllm.entrypoints.openai.tools.options import reasoning_parser
 from jaxllm.entrypoints.serve.listening import listen
 from jaxllm.entrypoints.serve.settings import Settings
 
@@ -58,10 +59,6 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
     names = [str(name) for name in (served if isinstance(served, list) else [served])]
     if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
         raise ValidationError("--enable-auto-tool-choice requires --tool-call-parser.")
-    configured = given.get("structured_outputs_config") or {}
-    reasoning = given.get("reasoning_parser") or (
-        configured.get("reasoning_parser") if isinstance(configured, dict) else None
-    )
     environment = os.environ.get("JAXLLM_API_KEY")
     return Settings(
         model_names=tuple(names),
@@ -70,7 +67,7 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
         max_body=arguments.max_body_size,
         allowed_origins=tuple(arguments.allowed_origins),
         tool_call_parser=arguments.tool_call_parser,
-        reasoning_parser=reasoning or None,
+        reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
     )
 

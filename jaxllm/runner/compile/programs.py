@@ -240,6 +240,11 @@ class Programs(abc.ABC):
         self._compile((*itertools.chain(*largest), ALLOCATOR))
         return max(sum(map(self._needed_bytes, keys)) for keys in largest)
 
+    def encoder_activation_bytes(self) -> int | None:
+        """Of the program that encodes the largest picture, once it is compiled; None: there is none."""
+        key = None if self.encoder is None else self.encoder.keys[-1]
+        return self._needed_bytes(key) if key in self._compiled else None
+
     def compile_all(self) -> None:
         """Compile what is missing."""
         self._compile(self._all_keys())

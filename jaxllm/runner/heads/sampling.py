@@ -110,7 +110,7 @@ class DraftStepsResult:
         seqs, _ = self._packed.flat_rows(NOTHING_LOST)
         found = self._found
         if self._learn is not None:
-            waited = not found.kinds.is_ready()
+            waited = not found.kinds.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             self._learn(np.asarray(found.kinds), waited)
         counts, ids = np.asarray(found.counts)[seqs], np.asarray(found.token_ids)[seqs]
         there = np.arange(ids.shape[1]) < counts[:, None]

@@ -20,7 +20,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compile.encoder import EncoderPrograms
+from jaxllm.runner.compile.encoder import EncoderPrograms, Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -74,6 +74,7 @@ class SamplingPrograms(Programs):
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
         encoder_buckets: tuple[int, ...] = (),
+        pixel_normal: Normalization = ((), ()),
     ):
         """
         Args:
@@ -83,10 +84,11 @@ class SamplingPrograms(Programs):
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
             encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
+            pixel_normal: what these take of pixels.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets
+        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
@@ -106,7 +108,7 @@ class SamplingPrograms(Programs):
         if params.vision is not None:
             cache: Any = state.encoded
             assert config.model.vision is not None
-            args = config.model.vision, encoder_buckets, params.vision, cache
+            args = config.model.vision, pixel_normal, encoder_buckets, params.vision, cache
             self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
         self._vision = params.vision
         self._params = params = dataclasses.replace(params, vision=None)

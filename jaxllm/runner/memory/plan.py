@@ -28,7 +28,7 @@ class MemoryPlan:
     weight_bytes: int
     #: temporaries and outputs of the largest compiled step
     activation_bytes: int
-    #: token ids and the empty constraint buffer, which live as long as the engine
+    #: token ids and the empty constraint buffer, which live as long as the engine; and of pictures, `encoder_bytes`
     state_bytes: int
     kv_cache_bytes: int
     #: what the cache was not allowed to exceed, in bytes, though there was more; None: nothing
@@ -62,6 +62,14 @@ class MemoryPlan:
     #: what of `gpu_memory_utilization` nothing is planned for, and why; 0 where it does not suffice
     unused_bytes: int = 0
     unused_why: str = ""
+    #: of pictures: what is encoded and on its way (part of the state), the tower's weights (part of the weights), and
+    #: the vectors of the largest picture that is planned for, 0 where the engine sees none
+    encoder_bytes: int = 0
+    tower_bytes: int = 0
+    encoder_tokens: int = 0
+    encoder_cache_tokens: int = 0
+    #: temporaries of the encoder (the activations are the larger of these and the largest step's); None: not known
+    encoder_activation_bytes: int | None = None
 
     @property
     def cache_name(self) -> str:
@@ -94,10 +102,23 @@ class MemoryPlan:
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
                 f"one of them for padding{note})",
                 *([unused] if self.unused_bytes else []),
+                *self._encoder_lines(),
                 *self._host_lines(),
                 *self.vllm_lines(),
             ]
         )
+
+    def _encoder_lines(self) -> list[str]:
+        """What pictures take of the above."""
+        if not self.encoder_tokens:
+            return []
+        own, computing = self.tower_bytes + self.encoder_bytes, ""
+        if self.encoder_activation_bytes is not None:
+            computing = f"; activations of the largest: {self.encoder_activation_bytes / GIB:.3f} GiB"
+        return [
+            f"  of it images {own / GIB:8.3f} GiB  (tower {self.tower_bytes / GIB:.3f}; {self.encoder_cache_tokens:,} "
+            f"vectors of up to {self.encoder_tokens:,} an image kept: {self.encoder_bytes / GIB:.3f}{computing})"
+        ]
 
     def _host_lines(self) -> list[str]:
         """What lies in the machine's memory."""

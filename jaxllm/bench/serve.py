@@ -1,0 +1,151 @@
+"""``jaxllm bench serve`` times a server of OpenAI's API, as ``vllm bench serve`` does: with its options and lines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.bench import report
+from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
+from jaxllm.bench.http_stream import lines
+from jaxllm.bench.serve_trace import METRICS, Answer, arrivals, measure, table
+
+ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A server, and how it is asked."""
+
+    url: str
+    model: str
+    headers: Mapping[str, str]
+    #: of every body
+    extra: Mapping[str, Any]
+    chat: bool
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask, print vLLM's lines, write JSON. Raises `JaxLLMError` when every request failed."""
+    if not (arguments.request_rate > 0 and 0 < arguments.burstiness < math.inf):
+        raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
+    goals = _goals(arguments.goodput)
+    metrics = _metrics(arguments.percentile_metrics)
+    tokenizer = bench_tokenizer(arguments)
+    requests = read_dataset(arguments, tokenizer)
+    texts = None
+    if _is_chat(arguments):
+        texts = [str(tokenizer.decode(list(request.prompt_token_ids))) for request in requests]
+    answers, seconds = asyncio.run(_ask(arguments, requests, texts))
+    failed = [answer.error for answer in answers if answer.error is not None]
+    if len(failed) == len(answers):
+        raise JaxLLMError(f"all {len(answers)} requests failed, the first one: {failed[0]}")
+    results = measure(answers, seconds, percentages=arguments.metric_percentiles, goals=goals)
+    print(table(results, arguments, metrics=metrics, percentages=arguments.metric_percentiles))
+    report.write(arguments.output_json, arguments, {**results, "answers": [dataclasses.asdict(a) for a in answers]})
+    return 0
+
+
+def _is_chat(arguments: argparse.Namespace) -> bool:
+    return arguments.backend == "openai-chat"
+
+
+def _goals(given: list[str]) -> dict[str, float]:
+    """Return the longest milliseconds of each metric, of which goodput speaks."""
+    known = ("ttft", "tpot", "e2el")
+    goals = {}
+    for word in given:
+        name, colon, value = word.partition(":")
+        try:
+            goals[name] = float(value)
+        except ValueError:
+            colon = ""
+        if not colon or name not in known or not goals[name] > 0:
+            raise ValidationError(
+                f"--goodput {word!r} is not NAME:MILLISECONDS, such as ttft:200, with one of {', '.join(known)}."
+            )
+    return goals
+
+
+def _metrics(text: str) -> list[str]:
+    names, known = text.split(","), [key for key, _, _ in METRICS]
+    for name in names:
+        if name not in known:
+            raise ValidationError(f"--percentile-metrics has {name!r}; there are {', '.join(known)}.")
+    return names
+
+
+async def _ask(
+    arguments: argparse.Namespace, requests: list[BenchRequest], texts: list[str] | None
+) -> tuple[list[Answer], float]:
+    target = await _target(arguments)
+    prompts: list[Any] = texts or [list(request.prompt_token_ids) for request in requests]
+    for _ in range(arguments.num_warmups):
+        warm = await _answer(target, requests[0], prompts[0])
+        if warm.error is not None:
+            raise JaxLLMError(f"the first request failed: {warm.error}")
+    limit = asyncio.Semaphore(arguments.max_concurrency) if arguments.max_concurrency else contextlib.nullcontext()
+    offsets = arrivals(arguments, requests)
+    began = time.perf_counter()
+
+    async def one(request: BenchRequest, prompt: Any, offset: float) -> Answer:
+        await asyncio.sleep(began + offset - time.perf_counter())
+        async with limit:
+            return await _answer(target, request, prompt)
+
+    answers = await asyncio.gather(*map(one, requests, prompts, offsets))
+    return answers, time.perf_counter() - began
+
+
+async def _target(arguments: argparse.Namespace) -> Target:
+    base = (arguments.base_url or f"http://{arguments.host}:{arguments.port}").rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    model = arguments.served_model_name
+    if model is None:
+        # whatever the server has
+        told = json.loads(b"".join([line async for line in lines(f"{base}/v1/models", headers=headers)]))
+        model = told["data"][0]["id"]
+    url = base + (arguments.endpoint or ENDPOINTS[arguments.backend])
+    return Target(url=url, model=model, headers=headers, extra=arguments.extra_body or {}, chat=_is_chat(arguments))
+
+
+async def _answer(target: Target, request: BenchRequest, prompt: Any) -> Answer:
+    """Ask for one answer, and note when its pieces came."""
+    body: dict[str, Any] = {"model": target.model, "max_tokens": request.output_len, "temperature": 0.0}
+    body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    body |= {"messages": [{"role": "user", "content": prompt}]} if target.chat else {"prompt": prompt}
+    answer = Answer(prompt_tokens=len(request.prompt_token_ids), sent=time.perf_counter())
+    try:
+        async with contextlib.aclosing(lines(target.url, {**body, **target.extra}, target.headers)) as answered:
+            async for line in answered:
+                if line.startswith(b"data:") and not line.endswith(b"[DONE]"):
+                    _note(answer, json.loads(line[5:]))
+    except (JaxLLMError, ValueError) as error:
+        answer.error = str(error)
+    else:
+        if answer.error is None and not answer.times:
+            answer.error = "no token came"
+    return answer
+
+
+def _note(answer: Answer, piece: Mapping[str, Any]) -> None:
+    if "error" in piece:
+        answer.error = str(piece["error"].get("message", piece["error"]))
+    usage, choices = piece.get("usage"), piece.get("choices") or []
+    delta = choices[0].get("delta") if choices else None
+    # the first piece of a chat says who speaks, and no token
+    if choices and (delta is None or any(value for name, value in delta.items() if name != "role")):
+        answer.times.append(time.perf_counter())
+        answer.output_tokens += 1
+    if usage and not choices:
+        answer.output_tokens, answer.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
