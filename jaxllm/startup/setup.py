@@ -213,6 +213,7 @@ class Setup:
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
             encoder_patches=self._encoder_patches(limits.max_model_len),
+            pixel_normal=((), ()) if self.media is None else self.media.processor.normal,
             expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,
@@ -271,7 +272,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     specs = model_specs(model, pooler)
     checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
     draft = None
-    if args.speculative_config is not None and args.speculative_config.method == "draft_model":
+    if args.speculative_config is not None and args.speculative_config.has_layers:
         assert isinstance(model, DecoderConfig)
         draft = read_draft(args, args.speculative_config, model, max_model_len=_asked_length(args))
     return Setup(

@@ -84,7 +84,9 @@ def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any], videos: S
         if pictures:
             given |= prepared(pictures)
         if videos:
+            mean, deviation = (np.asarray(x, np.float32)[:, None] for x in QwenProcessor.of({}, {}).normal)
             pixels = np.concatenate([item.pixels for video in videos for item in video.items])
+            pixels = ((pixels.reshape(len(pixels), 3, -1) / np.float32(255) - mean) / deviation).reshape(pixels.shape)
             grids = [[len(video.items), *video.items[0].grid] for video in videos]
             given |= {"pixel_values_videos": torch.tensor(pixels), "video_grid_thw": torch.tensor(grids)}
         if given:
