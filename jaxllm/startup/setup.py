@@ -278,7 +278,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     specs = model_specs(model, pooler)
     checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
     draft = None
-    if args.speculative_config is not None and args.speculative_config.method == "draft_model":
+    if args.speculative_config is not None and args.speculative_config.has_layers:
         assert isinstance(model, DecoderConfig)
         draft = read_draft(args, args.speculative_config, model, max_model_len=_asked_length(args))
     return Setup(
