@@ -39,3 +39,5 @@ class Layout:
     group: jax.Array  # i32 [] which block table
     page_offset: jax.Array  # i32 [] layer's first page
     window: jax.Array  # i32 [] positions a query sees, itself included
+    #: the first position of a sequence that anybody sees
+    first: int = dataclasses.field(metadata={"static": True}, default=0)

@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     metrics = _metrics(arguments.percentile_metrics)
     tokenizer = bench_tokenizer(arguments)
     requests = read_dataset(arguments, tokenizer)
-    texts = [str(tokenizer.decode(request.prompt_token_ids)) for request in requests] if _is_chat(arguments) else None
+    texts = None
+    if _is_chat(arguments):
+        texts = [str(tokenizer.decode(list(request.prompt_token_ids))) for request in requests]
     answers, seconds = asyncio.run(_ask(arguments, requests, texts))
     failed = [answer.error for answer in answers if answer.error is not None]
     if len(failed) == len(answers):

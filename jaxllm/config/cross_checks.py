@@ -61,27 +61,27 @@ def _check_drafts(args: EngineArgs) -> None:
         )
     config = args.speculative_config
     assert config is not None
-    if config.method == "draft_model":
+    if config.has_layers:
         _check_draft_model(args, config)
 
 
 def _check_draft_model(args: EngineArgs, config: SpeculativeConfig) -> None:
     """Raise ValidationError for what does not go with a model that drafts."""
-    asked, devices = "speculative_config with a model that drafts", config.draft_tensor_parallel_size
+    asked, devices = f"speculative_config.method={config.method!r}", config.draft_tensor_parallel_size
     if devices not in (None, args.tensor_parallel_size):
         raise ValidationError(
             f"speculative_config.draft_tensor_parallel_size={devices} with tensor_parallel_size="
-            f"{args.tensor_parallel_size}: the model that drafts is split over the same devices. Leave it out, or set "
+            f"{args.tensor_parallel_size}: what drafts is split over the same devices. Leave it out, or set "
             f"it to {args.tensor_parallel_size}."
         )
     if args.enable_prompt_embeds:
         raise ValidationError(
-            f"{asked} and enable_prompt_embeds=True: vectors of prompts are of the large model, and the small one "
-            "cannot read them. Leave one of them out, or take method='ngram'."
+            f"{asked} and enable_prompt_embeds=True: vectors of prompts are of the large model, and what drafts "
+            "reads tokens. Leave one of them out, or take method='ngram'."
         )
     if args.kv_offloading_size:
         raise ValidationError(
-            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: the keys and values of the model that drafts "
+            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: the keys and values of what drafts "
             "are not kept on the host. Leave one of them out, or take method='ngram'."
         )
 

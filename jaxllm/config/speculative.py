@@ -13,9 +13,18 @@ from jaxllm.config.argument import Arguments, argument, not_built, not_yet
 from jaxllm.config.quantization import weight_method
 
 #: a method's names
-METHODS = {"ngram": ("ngram", "[ngram]", "ngram_gpu"), "suffix": ("suffix",), "draft_model": ("draft_model",)}
+METHODS = {
+    "ngram": ("ngram", "[ngram]", "ngram_gpu"),
+    "suffix": ("suffix",),
+    "draft_model": ("draft_model",),
+    "eagle": ("eagle",),
+    "eagle3": ("eagle3",),
+    "mtp": ("mtp", "deepseek_mtp"),
+}
+#: those that draft with layers of their own, and keep what these make of each token
+WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
 #: vLLM's others, which are still to come
-TO_COME = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "extract_hidden_states")
+TO_COME = ("medusa", "mlp_speculator", "extract_hidden_states", "dflash", "dspark")
 #: most drafts of a step, vLLM's bound
 MOST_DRAFTS = 128
 #: of the runs of tokens that "ngram" looks for, where neither bound is given; vLLM's
@@ -27,7 +36,7 @@ SUFFIX_DEFAULTS = {
     "suffix_decoding_max_spec_factor": 1.0,
     "suffix_decoding_min_token_prob": 0.1,
 }
-#: fields of one method alone
+#: fields of one method alone; those of "draft_model" of all `WITH_LAYERS`
 OF_METHOD = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "suffix": tuple(SUFFIX_DEFAULTS),
@@ -61,6 +70,15 @@ def _method(name: str, value: Any) -> str:
             f"{name}={value!r} is {not_built('this kind of draft')}. Pass 'ngram' or 'suffix', which need no model."
         )
     raise ValidationError(f"{name} must be one of {', '.join(METHODS)}; got {value!r}.")
+
+
+def _method_of(model: str) -> str:
+    """What a model is for that is named without a method; vLLM goes by its name as well."""
+    name = model.strip().lower()
+    if name in METHODS["ngram"]:
+        # older scripts name the method where others name a model
+        return name
+    return "eagle3" if "eagle3" in name else "eagle" if "eagle-" in name else "draft_model"
 
 
 _factor = check.such_that(real, lambda factor: factor > 0, "be more than 0")
@@ -148,13 +166,12 @@ class SpeculativeConfig(Arguments):
                     "speculative_config.method is missing: it says who drafts. Pass {'method': 'ngram', "
                     "'num_speculative_tokens': 5}, for example."
                 )
-            # vLLM's older scripts name the method where others name a model
-            method = self.model if self.model.strip().lower() in METHODS["ngram"] else "draft_model"
-            object.__setattr__(self, "method", _method("speculative_config.method", method))
+            object.__setattr__(self, "method", _method("speculative_config.method", _method_of(self.model)))
         for method, names in OF_METHOD.items():
             # vLLM's default, which says nothing of tokens that no model drafts
             nothing = None, "greedy"
-            given = [name for name in names if method != self.method and getattr(self, name) not in nothing]
+            own = self.method if method != "draft_model" or self.method not in WITH_LAYERS else method
+            given = [name for name in names if method != own and getattr(self, name) not in nothing]
             if given:
                 raise ValidationError(
                     f"speculative_config.{given[0]}={getattr(self, given[0])!r} is of method {method!r}, and method is "
@@ -167,6 +184,12 @@ class SpeculativeConfig(Arguments):
             # as vLLM does
             most = min(self.suffix_decoding_max_tree_depth or 1, MOST_DRAFTS)
             object.__setattr__(self, "num_speculative_tokens", most)
+        if self.method == "mtp" and self.num_speculative_tokens is None:
+            object.__setattr__(self, "num_speculative_tokens", 1)
+        if self.method in ("eagle", "eagle3") and self.model is None:
+            raise ValidationError(
+                f"speculative_config.model is missing: it is the folder of the head, with method={self.method!r}."
+            )
         if self.num_speculative_tokens is None:
             raise ValidationError(
                 "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
@@ -185,6 +208,11 @@ class SpeculativeConfig(Arguments):
             )
         object.__setattr__(self, "prompt_lookup_min", low)
         object.__setattr__(self, "prompt_lookup_max", high)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers draft that keep what they make of each token."""
+        return self.method in WITH_LAYERS
 
     def drafts_of(self, num_seqs: int) -> int:
         """Most drafts while so many requests run; where no range has it, those of the range before."""

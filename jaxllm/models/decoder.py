@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
@@ -33,6 +34,8 @@ from jaxllm.models.segments import through_layers
 
 #: a window wider than any context
 UNLIMITED = 2**30
+#: the score of a token that a head has no row for
+NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,14 +161,31 @@ MATRICES = ("qkv", "output", "gate_up", "down")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Joint:
+    """Weights that make one vector of a token's embedding and of a hidden state of the model that it drafts for
+    (`models.draft_head`). h: numbers of that hidden state.
+    """
+
+    matrix: jax.Array  # [d, h], of the hidden state alone, or [d, d + h], of both
+    bias: jax.Array | None  # [d]
+    embedding_norm: jax.Array | None  # [d]
+    hidden_norm: jax.Array | None  # [d]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Params:
     embedding: jax.Array  # [V, d]; None in a pipeline stage that has none
     layers: tuple[Layers, ...]  # segments
     norm: jax.Array | None  # [d]; None: another pipeline stage has it
     norm_bias: jax.Array | None  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
-    #: of a smaller model that makes drafts, in the runner alone
+    #: of a smaller model that makes drafts, or of layers behind this one that do, in the runner alone
     draft: Params | None = None
+    #: of such layers; None: the model reads tokens alone
+    joint: Joint | None = None
+    #: i32 [V], of a head over some tokens: what is added to a row's number; None: row i is token i
+    token_offsets: jax.Array | None = None
     #: of the tower that sees pictures
     vision: VisionParams | None = None
 
@@ -174,6 +194,19 @@ def without_draft(params: Any) -> Any:
     """A model's weights as users know them, without those of the model that drafts for it."""
     has_draft = isinstance(params, Params) and params.draft is not None
     return dataclasses.replace(params, draft=None) if has_draft else params
+
+
+def draft_params(params: Params) -> Params | None:
+    """The weights of what drafts for a model; layers behind it have the model's tables where they have none."""
+    draft = params.draft
+    if draft is None or draft.joint is None:
+        return draft
+    head = params.embedding if params.head is None else params.head
+    return dataclasses.replace(
+        draft,
+        embedding=params.embedding if draft.embedding is None else draft.embedding,
+        head=head if draft.head is None else draft.head,
+    )
 
 
 def forward(
@@ -217,6 +250,29 @@ def forward_with_load(
     Returns:
         (cache, hidden, load): load i32 [layers with experts, experts], padding left out; None without `counts`.
     """
+    return forward_keeping(context, config, groups, params, cache, batch, counts=counts)[:3]
+
+
+def forward_keeping(
+    context: Context,
+    config: DecoderConfig,
+    groups: tuple[KVCacheGroup, ...],
+    params: Params,
+    cache: Cache,
+    batch: StepBatch,
+    *,
+    counts: bool,
+    keeps: tuple[int, ...] = (),
+) -> tuple[Cache, jax.Array, jax.Array | None, jax.Array | None]:
+    """As `forward_with_load`, and what some layers take.
+
+    Args:
+        keeps: static; numbers of these layers.
+
+    Returns:
+        (cache, hidden, load, kept): kept [len(keeps), T, d], hidden states in front of each of the layers; None without
+        `keeps`.
+    """
     if batch.rope_positions is None:
         cos, sin = rope_tables(batch.attention.positions, config.rope)
     else:
@@ -227,27 +283,66 @@ def forward_with_load(
         own = batch.attention.token_valid
         valid = of_all_copies(context, own)
 
+    # the last place is for what nobody takes
+    slots = sorted(set(keeps))
+    slot_of_layer = np.full(config.num_layers, len(slots), np.int32)
+    slot_of_layer[slots] = range(len(slots))
+
     def layer(carry, weights, place):
-        x, cache, load = carry
-        layout, rope, number = place
+        x, cache, load, kept = carry
+        layout, rope, number, slot = place
+        if kept is not None:
+            kept = lax.dynamic_update_index_in_dim(kept, x, slot, 0)
         normed = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
-        y, cache = _attention_block(context, config, weights, layout, cos[rope], sin[rope], normed, cache, batch)
-        if not config.parallel:
-            x = _add(config, x, y)
-        if not config.shared_norm:
-            normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-        z, chosen = _mlp_block(context, config, weights, normed, valid)
+        turned = cos[rope], sin[rope]
+        x, cache, chosen = decoder_layer(context, config, weights, layout, *turned, x, normed, cache, batch, valid)
         if load is not None and chosen is not None and config.moe is not None:
             load = load.at[number].add(tokens_of_experts(config.moe, chosen, own))
-        return _add(config, x, y + z if config.parallel else z), cache, load
+        return x, cache, load, kept
 
     load = numbers = None
     if counts:
         load = no_load(config)
         numbers = np.cumsum(config.layer_moe, dtype=np.int32) - 1
-    places = layouts(config.kv_specs, groups, cache.shape[0]), np.asarray(config.layer_rope, np.int32), numbers
-    x, cache, load = through_layers(layer, (x, cache, load), params.layers, places)
-    return cache, last_norm(config, params, x), load
+    layout = layouts(config.kv_specs, groups, cache.shape[0])
+    places = layout, np.asarray(config.layer_rope, np.int32), numbers, slot_of_layer
+    kept = jnp.zeros((len(slots) + 1, *x.shape), x.dtype) if keeps else None
+    x, cache, load, kept = through_layers(layer, (x, cache, load, kept), params.layers, places)
+    kept = None if kept is None else kept[np.asarray([slots.index(number) for number in keeps])]
+    return cache, last_norm(config, params, x), load, kept
+
+
+def decoder_layer(
+    context: Context,
+    config: DecoderConfig,
+    weights: Layers,
+    layout: Layout,
+    cos: jax.Array,
+    sin: jax.Array,
+    x: jax.Array,
+    normed: jax.Array,
+    cache: Cache,
+    batch: StepBatch,
+    valid: jax.Array | None,
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """One layer of hidden states x [T, d].
+
+    Args:
+        weights: of the layer.
+        cos, sin: of the layer's rotary embedding.
+        normed: what attention takes, x behind its norm.
+        valid: as `sparse_mlp` takes it.
+
+    Returns:
+        (x, cache, chosen): the experts of each token; None where there are none.
+    """
+    y, cache = _attention_block(context, config, weights, layout, cos, sin, normed, cache, batch)
+    if not config.parallel:
+        x = _add(config, x, y)
+    if not config.shared_norm:
+        normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
+    z, chosen = _mlp_block(context, config, weights, normed, valid)
+    return _add(config, x, y + z if config.parallel else z), cache, chosen
 
 
 def embedded(context: Context, config: DecoderConfig, params: Params, batch: StepBatch) -> jax.Array:
@@ -271,8 +366,11 @@ def no_load(config: DecoderConfig) -> jax.Array:
 
 def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
-    head = params.embedding if params.head is None else params.head
-    scores = unembed(context, hidden, head, config.vocab_size)
+    head, offsets = params.embedding if params.head is None else params.head, params.token_offsets
+    scores = unembed(context, hidden, head, config.vocab_size if offsets is None else offsets.shape[0])
+    if offsets is not None:
+        token = jnp.arange(offsets.shape[0], dtype=jnp.int32) + offsets
+        scores = jnp.full((scores.shape[0], config.vocab_size), NEVER).at[:, token].set(scores)
     if config.logits_scale != 1.0:
         scores = scores * config.logits_scale
     cap = config.logits_softcap

@@ -1,7 +1,7 @@
 """DeepSeek-V2, V3 and R1: latent attention (`layers.mla`), and experts behind the first layers (DeepSeek-AI 2024,
 arXiv:2405.04434 and arXiv:2412.19437).
 
-The layers for predicting several tokens, which checkpoints of V3 have behind the last one, are left out.
+The layer for predicting several tokens, which checkpoints of V3 have behind the last one, is `mtp.py`.
 """
 
 from __future__ import annotations

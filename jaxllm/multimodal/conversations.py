@@ -74,7 +74,10 @@ def _content(part: Mapping[str, Any], access: MediaAccess, label: str) -> Any:
     if given is None and part["type"] in ("image_url", "input_image"):
         raise ValidationError(f"{label} must have a URL: {{'url': 'data:image/png;base64,...'}}, got {part!r:.80}")
     if _KINDS[part["type"]] == VIDEO:
-        return given
+        if not isinstance(given, list):
+            return given
+        # frames are pictures, and read from where pictures may be
+        return [access.read(frame, label) if isinstance(frame, str) else frame for frame in given]
     return access.read(given, label) if isinstance(given, str) else given
 
 

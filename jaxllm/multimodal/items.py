@@ -33,7 +33,8 @@ class MediaItem:
     grid: Grid
     #: vectors of the language model that it becomes
     num_tokens: int
-    #: float32 [patches, numbers of a patch], normalized, in the order in which patches are merged
+    #: uint8 [patches, numbers of a patch], in the order in which patches are merged; many pictures may wait, and bytes
+    #: take a fourth of what the numbers do that the device makes of them
     pixels: np.ndarray
 
 

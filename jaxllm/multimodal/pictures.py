@@ -14,6 +14,8 @@ from jaxllm.api.errors import ValidationError
 
 #: more pixels than any camera's picture has: what a few bytes unfold to would take gigabytes
 MOST_PIXELS = 2**27
+#: what files are read as: Pillow would start other programs for some formats, and has old decoders for others
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 #: numbers of a pixel that arrays may have, as Pillow calls such pictures
 _ARRAY_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -57,14 +59,16 @@ def _decoded(data: bytes, name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own bound on pixels is checked below
-            picture = image_module.open(io.BytesIO(data))
+            picture = image_module.open(io.BytesIO(data), formats=FORMATS)
         _check_size(picture, name)
         picture.load()
     except ValidationError:
         raise
     # decoders raise whatever a broken file makes them stumble over
     except Exception as error:
-        raise ValidationError(f"{name}: {len(data)} bytes are no picture that Pillow can read: {error}") from None
+        raise ValidationError(
+            f"{name}: {len(data)} bytes are no picture that Pillow can read as {', '.join(FORMATS)}: {error}"
+        ) from None
     return _upright(picture, name)
 
 

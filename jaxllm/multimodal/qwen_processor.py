@@ -1,6 +1,7 @@
-"""What Qwen2-VL and Qwen2.5-VL do with pictures before the encoder: resize, normalize, cut into patches.
+"""What Qwen2-VL and Qwen2.5-VL do with pictures before the encoder: resize them and cut them into patches.
 
-The numbers are those of transformers' image processor on Pillow (`image_processing_pil_qwen2_vl`), which needs torch.
+The bytes are those of transformers' image processor on Pillow (`image_processing_pil_qwen2_vl`), which needs torch; the
+encoder's program normalizes them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class QwenProcessor:
     merge_size: int
     min_pixels: int
     max_pixels: int
+    #: of each channel of what the encoder takes, where bytes are numbers from 0 to 1
     mean: tuple[float, ...] = _MEAN
     deviation: tuple[float, ...] = _DEVIATION
     #: positions of time in a second of video; None: each patch is one
@@ -70,8 +72,8 @@ class QwenProcessor:
             **sizes,
             min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-            mean=tuple(preprocessor.get("image_mean") or _MEAN),
-            deviation=tuple(preprocessor.get("image_std") or _DEVIATION),
+            mean=_of_channels("image_mean", preprocessor.get("image_mean"), _MEAN),
+            deviation=_of_channels("image_std", preprocessor.get("image_std"), _DEVIATION),
             tokens_per_second=vision.get("tokens_per_second"),
         )
 
@@ -110,6 +112,11 @@ class QwenProcessor:
     def factor(self) -> int:
         """Pixels of a merged patch's side."""
         return self.patch_size * self.merge_size
+
+    @property
+    def normal(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel."""
+        return self.mean, self.deviation
 
     def tokens_of(self, width: int, height: int) -> int:
         """Vectors that a picture of this size becomes."""
@@ -197,21 +204,17 @@ class QwenProcessor:
         return Media(VIDEO, items, 1.0 if self.tokens_per_second is None else self.tokens_per_second * together / fps)
 
     def _resized(self, picture: Any, name: str) -> np.ndarray:
-        """float32 [3, height, width] of a picture, in the size that the model sees, normalized; rounded where
-        transformers does.
-        """
+        """uint8 [3, height, width] of a picture, in the size that the model sees."""
         try:
             height, width = self.size_of(*picture.size)
         except ValidationError as error:
             raise ValidationError(f"{name}: {error}") from None
         if picture.size != (width, height):
             picture = picture.resize((width, height), pillow().Resampling.BICUBIC)
-        scaled = (np.moveaxis(np.asarray(picture), -1, 0).astype(np.float64) * (1 / 255)).astype(np.float32)
-        mean, deviation = (np.asarray(x, np.float32)[:, None, None] for x in (self.mean, self.deviation))
-        return (scaled - mean) / deviation
+        return np.moveaxis(np.asarray(picture), -1, 0)
 
     def _item(self, frames: list[np.ndarray], content: str) -> MediaItem:
-        """Of frames float32 [3, height, width]: `temporal_patch_size` of them, or one that is repeated."""
+        """Of frames uint8 [3, height, width]: `temporal_patch_size` of them, or one that is repeated."""
         size, merge, together = self.patch_size, self.merge_size, self.temporal_patch_size
         frames = frames * (together // len(frames))
         channels, height, width = frames[0].shape
@@ -220,13 +223,20 @@ class QwenProcessor:
             together, channels, grid.rows // merge, merge, size, grid.columns // merge, merge, size
         )
         pixels = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7).reshape(grid.num_patches, -1)
-        made = f"{content} {grid} {self.mean} {self.deviation}"
+        made = f"{content} {grid}"
         return MediaItem(
             content_hash=hashlib.blake2b(made.encode(), digest_size=16).hexdigest(),
             grid=grid,
             num_tokens=grid.num_patches // merge**2,
             pixels=pixels,
         )
+
+
+def _of_channels(name: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:
+    found = tuple(checks.real(f"{name} of preprocessor_config.json", number) for number in given or default)
+    if len(found) != len(default):
+        raise ValidationError(f"{name} of preprocessor_config.json must have {len(default)} numbers, got {given!r:.80}")
+    return found
 
 
 def _content(picture: Any) -> str:

@@ -277,6 +277,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         draft_buckets=draft_buckets(limits.max_draft_seqs),
         num_draft_steps=limits.num_draft_steps,
         encoder_buckets=_encoder_buckets(config),
+        pixel_normal=config.pixel_normal,
     )
 
 

@@ -35,14 +35,14 @@ from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import State
 from jaxllm.speculative.adaptive import AdaptiveDrafts
-from jaxllm.speculative.draft_model import ModelDrafter
-from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
@@ -96,8 +96,9 @@ class RunnerConfig:
     cpu_offload_bytes: int = 0
     #: whether prompts may be vectors
     prompt_embeds: bool = False
-    #: patches of the largest picture; 0: there are none
+    #: patches of the largest picture, 0: there are none; and what the tower takes of pixels
     encoder_patches: int = 0
+    pixel_normal: Normalization = ((), ())
     #: whether the tokens of each expert are counted
     expert_load: bool = False
     enforce_eager: bool
@@ -173,13 +174,13 @@ class RunnerConfig:
 
     @property
     def draft_model(self) -> DecoderConfig | None:
-        """The model that drafts; None: none does."""
-        return self.drafter.model if isinstance(self.drafter, ModelDrafter) else None
+        """The model that drafts, or the layers of a head that does; None: none does."""
+        return self.drafter.model if isinstance(self.drafter, ReadingDrafter) else None
 
     @property
     def step_drafter(self) -> Drafter | None:
         """What one device computes of the drafts."""
-        if not isinstance(self.drafter, ModelDrafter):
+        if not isinstance(self.drafter, ReadingDrafter):
             return self.drafter
         return dataclasses.replace(self.drafter, model=local_model(self.drafter.model, self.target.num_devices))
 
@@ -197,9 +198,10 @@ class RunnerConfig:
     def block_bytes(self) -> int:
         """On one device, of all that a block holds: of the layers of a model that drafts, too."""
         own = self._page_bytes(self.page_shape) * self.layers_per_group
-        if (draft := self.draft_model) is None:
+        if not isinstance(drafter := self.drafter, ReadingDrafter):
             return own
-        return own + self._page_bytes(self._draft_page_shape(draft)) * draft.num_layers
+        draft = self._page_bytes(self._draft_page_shape(drafter.model)) * drafter.model.num_layers
+        return own + draft + drafter.kept_numbers * jnp.dtype(self.dtype).itemsize
 
     def _page_bytes(self, page_shape: tuple[int, ...]) -> int:
         scales = 4 * math.prod(page_shape[:-1]) if is_scaled(self.cache_dtype) else 0
@@ -297,13 +299,17 @@ class RunnerConfig:
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
             drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
-            draft = self.draft_model
-            keeps_outputs = self.scheduler.keeps_outputs
+            draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
+            if isinstance(drafter := self.drafter, ReadingDrafter):
+                own_pages = cache_of(drafter.model, drafter.model.num_layers, self._draft_page_shape(drafter.model))
+                kept = jnp.dtype(self.dtype)
+                kept = STORAGE.get(kept, kept) if self.platform == "cpu" else kept
+                draft_cache = drafter.cache(own_pages, array((num_blocks, drafter.kept_numbers), kept))
             return State(
                 cache=cache,
                 tokens=array(shape, jnp.int32) if self._is_end else None,
                 drafting=drafting,
-                draft_cache=draft and cache_of(draft, draft.num_layers, self._draft_page_shape(draft)),
+                draft_cache=draft_cache,
                 outputs=array((1, 1 + KEPT_TOKENS), jnp.int32) if keeps_outputs else None,
                 encoded=self._encoded(array),
             )
@@ -332,8 +338,8 @@ class RunnerConfig:
         if self.vision is None:
             return 0
         numbers = (1 + self.scheduler.encoder_cache_tokens) * self.model.hidden_size
-        numbers += 2 * self.encoder_patches * self.vision.patch_numbers
-        return numbers * jnp.dtype(self.dtype).itemsize
+        pixels = 2 * self.encoder_patches * self.vision.patch_numbers
+        return numbers * jnp.dtype(self.dtype).itemsize + pixels
 
     @property
     def _is_end(self) -> bool:
@@ -370,12 +376,12 @@ class RunnerConfig:
         alone = [bound for layer in self.offloaded for bound in (layer, layer + 1)]
         runs = cut(segment_sizes(specs), [*alone, *(stage.stop for stage in self.pipeline)])
         specs = resegment(specs, self.target.segments(runs))
-        if (draft := self.draft_model) is not None:
-            specs = dataclasses.replace(specs, draft=self._draft_specs(draft))
+        if isinstance(self.drafter, ReadingDrafter):
+            specs = dataclasses.replace(specs, draft=self._draft_specs(self.drafter))
         return specs if self.stage is None else with_ends(specs, self.stage)
 
-    def _draft_specs(self, model: DecoderConfig) -> Params:
-        specs = decoder_specs(model)
+    def _draft_specs(self, drafter: ReadingDrafter) -> Params:
+        specs = drafter.specs()
         if self.draft_quantization is not None:
             specs = quantized(specs, self.draft_quantization.layout)
         return resegment(specs, self.target.segments(segment_sizes(specs)))

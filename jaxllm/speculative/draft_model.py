@@ -1,7 +1,7 @@
 """Drafts of a smaller model: it reads what the large one reads, and writes a few tokens ahead.
 
-It has weights and a KV cache of its own, under the block tables of the large model: what is in a block of the one, of a
-prefix too, is in the same block of the other. So every step of the large model is one of the small model as well.
+It has weights and a KV cache of its own, under the block tables of the large model, so every step of the large model is
+one of the small model as well.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.specs import decoder_specs
 from jaxllm.sampling.sampler import sample_greedy
-from jaxllm.speculative.drafter import Asked
+from jaxllm.speculative.drafter import Asked, ReadingDrafter
 
 
 class _Loop(NamedTuple):
@@ -28,32 +29,28 @@ class _Loop(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelDrafter:
-    num_drafts: int
-    #: where heads and the MLP are split over devices, with one device's numbers
-    model: DecoderConfig
-    #: as many as the large model has; all layers are in one of them, whose block table they read
-    groups: tuple[KVCacheGroup, ...]
-    #: tokens of the longest sequence that it drafts for
-    max_length: int
-    #: whether drafts are what the request would sample of its scores, with the random numbers that the large model's
-    #: tokens are sampled with, so that models which agree draw the same; False: its most likely tokens
-    samples: bool = True
+class ModelDrafter(ReadingDrafter):
+    """See `ReadingDrafter`."""
 
-    def read(self, context: Context, params: Params | None, cache: Cache | None, batch: StepBatch) -> Cache:
-        """Write its keys and values of a step's tokens."""
+    def specs(self) -> Params:
+        """See `ReadingDrafter.specs`."""
+        return decoder_specs(self.model)
+
+    def read(
+        self,
+        context: Context,
+        params: Params | None,
+        cache: Cache | None,
+        batch: StepBatch,
+        hidden: jax.Array | None = None,
+    ) -> Cache:
+        """See `ReadingDrafter.read`."""
         return self._forward(context, params, cache, batch)[0]
-
-    def look(self, asked: Asked) -> tuple[None, jax.Array]:
-        """See `Drafter.look`."""
-        counts = jnp.clip(jnp.minimum(asked.most, self.max_length - 1 - asked.positions), 0, self.num_drafts)
-        return None, jnp.where(asked.going_on, counts, 0)
 
     def write(self, asked: Asked, cache: Cache | None, found: None, counts: jax.Array) -> tuple[Cache, jax.Array]:
         """Its own continuation."""
         assert cache is not None and asked.params is not None
         params = asked.params
-        last = jnp.take_along_axis(asked.tokens, asked.positions[:, None], axis=1, mode="clip")
 
         def one(loop: _Loop) -> _Loop:
             # the last token itself is read whether or not drafts are wanted
@@ -63,20 +60,26 @@ class ModelDrafter:
             # what is compiled for the head is to be what it alone has
             hidden = lax.optimization_barrier(hidden)
             if self.samples:
-                new = asked.sample(self.model, params, hidden, batch.attention.positions)
+                new = asked.sample(self.model, params, hidden, asked.positions + loop.step)
             else:
                 new = sample_greedy(logits(asked.context, self.model, params, hidden))
             return _Loop(
                 loop.step + 1, cache, lax.dynamic_update_slice_in_dim(loop.ids, new[:, None], loop.step + 1, 1)
             )
 
-        ids = jnp.pad(last, ((0, 0), (0, self.num_drafts)))
+        ids = jnp.pad(asked.last_tokens, ((0, 0), (0, self.num_drafts)))
         rounds = jnp.maximum(jnp.max(counts), jnp.any(asked.going_on).astype(jnp.int32))
         loop = lax.while_loop(lambda loop: loop.step < rounds, one, _Loop(jnp.int32(0), cache, ids))
         return loop.cache, loop.ids[:, 1:]
 
     def settle(
-        self, asked: Asked, cache: Cache | None, ids: jax.Array, counts: jax.Array, accepted: jax.Array
+        self,
+        asked: Asked,
+        cache: Cache | None,
+        ids: jax.Array,
+        counts: jax.Array,
+        accepted: jax.Array,
+        hidden: jax.Array | None = None,
     ) -> Cache:
         """Read the last draft of those that were all right, which nothing has read yet."""
         assert cache is not None
@@ -100,11 +103,9 @@ class ModelDrafter:
         """A step of one token of each sequence that `reads`: those at `ahead` (i32 [] or [S]) of ids, which begin with
         the last token.
         """
-        position = jnp.where(reads, asked.positions + ahead, 0)
-        column = jnp.broadcast_to(ahead, position.shape)[:, None]
+        column = jnp.broadcast_to(ahead, asked.positions.shape)[:, None]
         tokens = jnp.take_along_axis(ids, column, axis=1, mode="clip")[:, 0]
-        now = dataclasses.replace(asked.attention, positions=position, kv_lens=position + 1, token_valid=reads)
-        return StepBatch(tokens=tokens, attention=now)
+        return asked.single(tokens, asked.positions + ahead, reads)
 
 
 def draft_groups(

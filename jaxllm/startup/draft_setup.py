@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.draft_head import DraftHead, head_specs
+from jaxllm.models.eagle import eagle_head
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.mtp import mtp_head
 from jaxllm.models.registry import model_config
 from jaxllm.runner.runner_config import model_specs
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from jaxllm.tokenization.load import load_tokenizer
@@ -28,10 +33,12 @@ logger = logging.getLogger("jaxllm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftSetup:
-    """A model that drafts for another one."""
+    """A model that drafts for another one, or layers behind it that do."""
 
     checkpoint: Checkpoint
     model: DecoderConfig
+    #: None: it is a model
+    head: DraftHead | None = None
 
 
 def make_drafter(
@@ -53,7 +60,8 @@ def make_drafter(
     longest = min(config.max_model_len or model.max_position_embeddings, max_model_len)
     # masks of tokens are as long as the large model's vocabulary
     samples = config.draft_sample_method != "greedy" and model.vocab_size == target.vocab_size
-    return ModelDrafter(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
+    fields: dict[str, Any] = dict(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
+    return ModelDrafter(**fields) if draft.head is None else HeadDrafter(**fields, head=draft.head)
 
 
 def _finds_drafts(config: SpeculativeConfig, drafts: int) -> Drafter:
@@ -80,6 +88,8 @@ def read_draft(
         ValidationError: it does not fit the engine's model.
         WeightsError: its config cannot be read.
     """
+    if config.method != "draft_model":
+        return _read_head(args, config, target, max_model_len)
     quantization, name = config.quantization, config.model
     if name is None:
         name, quantization = args.model, quantization or OWN_DRAFT_QUANTIZATION
@@ -102,6 +112,34 @@ def read_draft(
     kv_cache_groups(model.kv_specs)  # raises where layers keep different things
     checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
     return DraftSetup(checkpoint=checkpoint, model=model)
+
+
+def _read_head(
+    args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig, max_model_len: int | None
+) -> DraftSetup:
+    """The layers that draft for `target`: of files of their own, or those of the model's.
+
+    Raises:
+        ValidationError: they do not fit the engine's model.
+        WeightsError: the config cannot be read.
+    """
+    name = config.model or args.model
+    path = resolve(name, revision=config.revision, token=args.hf_token)
+    load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
+    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
+    if config.method == "mtp":
+        prefix, quantization = target.names.prefix, config.quantization or args.quantization
+        head, model = mtp_head(checkpoint.config, target, lambda name: checkpoint.has(name, prefix=prefix))
+    else:
+        quantization, kind = config.quantization, "eagle" if config.method == "eagle" else "eagle3"
+        try:
+            head, model = eagle_head(
+                kind, checkpoint.config, target, lambda name: checkpoint.has(name, prefix=""), max_model_len
+            )
+        except ValidationError as error:
+            raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
+    checkpoint.quantize(quantization, matrices(head_specs(head, model)), prefix=base_prefix(model))
+    return DraftSetup(checkpoint=checkpoint, model=model, head=head)
 
 
 def _check_vocabulary(args: EngineArgs, draft: Path, size: int, wanted: int) -> None:

@@ -100,4 +100,6 @@ def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, 
         from pallas_kernels.paged_attention import triton_prefill
 
         prefilled = triton_prefill.prefill_attention(query, cache, layout, batch, tile.prefill, causal=causal, **how)
-    return jnp.where(is_decode, decoded, jnp.where(batch.token_valid[:, None, None], prefilled, 0))
+    # who sees nothing gets NaN of "mosaic"
+    has_result = batch.token_valid & (batch.positions >= layout.first) if layout.first else batch.token_valid
+    return jnp.where(is_decode, decoded, jnp.where(has_result[:, None, None], prefilled, 0))

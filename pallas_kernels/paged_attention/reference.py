@@ -51,7 +51,7 @@ def paged_attention(
     position = jnp.arange(context, dtype=jnp.int32)
     seen_to = batch.positions + 1 if causal else batch.kv_lens[batch.token_seq]
     visible = (position < seen_to[:, None]) & (position > (batch.positions - layout.window)[:, None])
-    visible = visible & batch.token_valid[:, None]  # [T, context]
+    visible = visible & (position >= layout.first) & batch.token_valid[:, None]  # [T, context]
     # what nobody may see can be NaN, which no weight of zero silences, in a gradient neither
     keys, values = (jnp.where(visible[:, None, :, None], x, 0) for x in (keys, values))
     grouped = query.astype(compute).reshape(tokens, kv_heads, heads // kv_heads, dim)

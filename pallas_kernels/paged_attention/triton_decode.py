@@ -66,6 +66,7 @@ def decode_attention(
         rows=rows,
         head_blocks=head_blocks,
         splits=splits,
+        first_seen=layout.first,
         has_sinks=sinks is not None,
         has_scales=kv_scales is not None,
     )
@@ -111,6 +112,7 @@ def _kernel(
     rows: int,
     head_blocks: int,
     splits: int,
+    first_seen: int,
     has_sinks: bool,
     has_scales: bool,
 ) -> None:
@@ -132,7 +134,7 @@ def _kernel(
         at = (seq, head[:, None], column)
         query = load_queries(g, query_ref, seq, head, in_group < g.group)
         length = kv_lens_ref[seq]
-        begin = jnp.maximum(length - window_ref[0], 0)
+        begin = jnp.maximum(length - window_ref[0], first_seen)
         first = begin // tile.block_n
         pieces = (length + (tile.block_n - 1)) // tile.block_n - first
         share = jnp.maximum((pieces + (splits - 1)) // splits, tile.least_pieces if splits > 1 else 1)

@@ -61,6 +61,7 @@ def prefill_attention(
         head_blocks=head_blocks,
         tiles=tiles,
         seqs=seqs,
+        first_seen=layout.first,
         has_sinks=sinks is not None,
         has_scales=kv_scales is not None,
     )
@@ -103,6 +104,7 @@ def _kernel(
     head_blocks: int,
     tiles: int,
     seqs: int,
+    first_seen: int,
     has_sinks: bool,
     has_scales: bool,
 ) -> None:
@@ -137,8 +139,8 @@ def _kernel(
         before = length - stop  # a token's position is its index plus this
         last_token = jnp.minimum(first_token + block_q, stop) - 1
         position = token + before
-        seen_from = position - window_ref[0] + 1
-        begin = jnp.maximum(first_token + before - window_ref[0] + 1, 0)
+        seen_from = jnp.maximum(position - window_ref[0] + 1, first_seen)
+        begin = jnp.maximum(first_token + before - window_ref[0] + 1, first_seen)
         if g.causal:
             seen_to = position + 1
             end = last_token + before + 1
@@ -150,7 +152,7 @@ def _kernel(
         n = tile.block_n
         first, last = begin // n, (end + (n - 1)) // n
         # pieces that every row sees in full need no masks
-        full_first = (jnp.maximum(last_token + before - window_ref[0] + 1, 0) + (n - 1)) // n
+        full_first = (jnp.maximum(last_token + before - window_ref[0] + 1, first_seen) + (n - 1)) // n
         full_first = jnp.minimum(jnp.maximum(full_first, first), last)
         full_last = jnp.maximum(full_end // n, full_first)
         state = Softmax.zero(block_q * group_rows, g.value.padded)

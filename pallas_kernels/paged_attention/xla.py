@@ -150,7 +150,7 @@ def _attend(
         # of many rows, XLA:CPU's products of bf16 take half the time (of few, they take longer)
         compute = jnp.dtype(jnp.bfloat16)
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
-    seen_from = jnp.maximum(position - layout.window + 1, 0)  # [B, Q]
+    seen_from = jnp.maximum(position - layout.window + 1, layout.first)  # [B, Q]
     first = _div(jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)), context)
     seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)  # [B, Q]
     last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)

@@ -39,7 +39,8 @@ def paged_latent_attention(
     latents = from_storage(cache[pages], compute).astype(compute).reshape(tokens, -1, width)
     position = jnp.arange(latents.shape[1], dtype=jnp.int32)
     at = batch.positions[:, None]
-    visible = (position <= at) & (position > at - layout.window) & batch.token_valid[:, None]  # [T, context]
+    visible = (position <= at) & (position > at - layout.window) & (position >= layout.first)
+    visible = visible & batch.token_valid[:, None]  # [T, context]
     # what nobody may see can be NaN, which no weight of zero silences, in a gradient neither
     latents = jnp.where(visible[..., None], latents, 0)
     scores = jnp.einsum("thd,tcd->thc", query.astype(compute), latents, precision=lax.Precision.HIGHEST) * scale

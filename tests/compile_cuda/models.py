@@ -26,6 +26,8 @@ class Model:
     drafts: int = 0
     #: of the model that makes them; None: they are n-grams
     draft: dict[str, Any] | None = None
+    #: of the EAGLE-3 head that does
+    eagle3: dict[str, Any] | None = None
     #: share of the layers that lie in the host's memory; the largest steps are compiled, and nothing else
     offloaded: float = 0.0
 
@@ -84,6 +86,13 @@ _LLAMA32_1B: dict[str, Any] = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+#: yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
+_EAGLE3_OF_8B: dict[str, Any] = {
+    **_LLAMA31_8B,
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "num_hidden_layers": 1,
+    "draft_vocab_size": 32000,
+}
 
 MODELS: dict[str, Model] = {
     "SmolLM2-135M": Model(
@@ -128,6 +137,15 @@ MODELS: dict[str, Model] = {
         num_blocks=(20000,),
         drafts=5,
         draft=_LLAMA32_1B,
+    ),
+    "Llama-3.1-8B, drafts of EAGLE-3": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        drafts=5,
+        eagle3=_EAGLE3_OF_8B,
     ),
     "Llama-3.1-8B, half on the host": Model(
         config=_LLAMA31_8B,

@@ -14,6 +14,7 @@ from jaxllm.config.devices import GPU
 from jaxllm.config.parallel import Grid
 from jaxllm.config.resolve import GPU_DRAFT_SEQS
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.models.eagle import eagle_head
 from jaxllm.models.matrices import matrices
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split, shapes, spread_experts
@@ -25,6 +26,7 @@ from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingProgra
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.method import Found
@@ -53,6 +55,7 @@ _NOT_QUICK = (
     "Qwen2.5-7B",
     "Llama-3.1-8B, drafts",
     "Llama-3.1-8B, drafts of Llama-3.2-1B",
+    "Llama-3.1-8B, drafts of EAGLE-3",
     "Llama-3.1-8B, half on the host",
 )
 #: the architecture of the GPUs that the models of several devices run on
@@ -220,6 +223,12 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
 
 
 def _drafter(model: Model, read: Any) -> Drafter | None:
+    if model.eagle3 is not None:
+        # its embedding is the model's
+        head, layers = eagle_head("eagle3", model.eagle3, read, lambda name: not name.startswith("embed"), None)
+        layers, groups = draft_groups(kv_cache_groups(read.kv_specs), layers)
+        own: dict[str, Any] = dict(num_drafts=model.drafts, max_length=model.max_model_len)
+        return HeadDrafter(model=layers, groups=groups, head=head, **own)
     if model.draft is None:
         return NgramDrafter(model.drafts, 2, 5) if model.drafts else None
     drafting, groups = draft_groups(kv_cache_groups(read.kv_specs), model_config(model.draft))

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.serving import served
 from support.tiny_vl_model import END, IMAGE, PICTURE, START, VIDEO, picture, write_tiny_vl_model
 
-from jaxllm import LLM, BeamSearchParams, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
@@ -83,7 +84,9 @@ def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any], videos: S
         if pictures:
             given |= prepared(pictures)
         if videos:
+            mean, deviation = (np.asarray(x, np.float32)[:, None] for x in QwenProcessor.of({}, {}).normal)
             pixels = np.concatenate([item.pixels for video in videos for item in video.items])
+            pixels = ((pixels.reshape(len(pixels), 3, -1) / np.float32(255) - mean) / deviation).reshape(pixels.shape)
             grids = [[len(video.items), *video.items[0].grid] for video in videos]
             given |= {"pixel_values_videos": torch.tensor(pixels), "video_grid_thw": torch.tensor(grids)}
         if given:
@@ -264,6 +267,48 @@ def test_conversations(llm: LLM, model: Path, tmp_path: Path):
     outputs = llm.chat(conversations, ASKED, use_tqdm=False, on_error="return")
     for why, output in zip([*refused, "has nothing of its own", "only text"], outputs, strict=True):
         assert why in (output.error or "")
+
+
+#: why nothing was read
+NOT_READ = ("subpath of the", "allowed domains", "not read so far", "got list: ['/")
+
+
+def test_conversations_over_http(llm: LLM, model: Path, tmp_path: Path):
+    """OpenAI's client sends pictures in its messages, and reads nothing of the host that its owner did not name."""
+    openai = pytest.importorskip("openai")
+    given, buffer = picture(100, 70), io.BytesIO()
+    given.save(buffer, "PNG")
+    (tmp_path / "outside.png").write_bytes(buffer.getvalue())
+    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    asked: dict[str, Any] = {"model": "m", "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+    def messages(kind: str, url: Any) -> list[Any]:
+        part = {"type": kind, kind: url}
+        return [{"role": "user", "content": [{"type": "text", "text": "see "}, part]}]
+
+    (expected,) = llm.chat(messages("image_url", {"url": data}), ASKED, use_tqdm=False)
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine._drive(llm)
+    try:
+        with served(engine, model_names=("m",)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            body = {"ignore_eos": True, "return_token_ids": True}
+            talk = messages("image_url", {"url": data})
+            answer = client.chat.completions.create(**{**asked, "extra_body": body}, messages=talk)
+            assert answer.choices[0].token_ids == list(expected.outputs[0].token_ids)[:6]
+            parts: Any = [{"type": "input_text", "text": "see "}, {"type": "input_image", "image_url": data}]
+            told = client.responses.create(
+                **{"model": "m", "temperature": 0, "max_output_tokens": 6, "extra_body": {"ignore_eos": True}},
+                input=[{"role": "user", "content": parts}],
+            )
+            assert told.output_text == answer.choices[0].message.content
+            outside = str(tmp_path / "outside.png")
+            for kind in ("image_url", "image", "image_pil", "input_image", "video_url", "video"):
+                for place in (outside, f"file://{outside}", {"url": outside}, [outside], "http://169.254.169.254/x"):
+                    with pytest.raises(openai.BadRequestError) as refusal:
+                        client.chat.completions.create(**asked, messages=messages(kind, place))
+                    assert any(why in str(refusal.value) for why in NOT_READ), (kind, place, refusal.value)
+    finally:
+        engine._thread.close()
 
 
 def test_names_of_contents_stand_for_them(llm: LLM):

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +20,24 @@ from typing import Any
 import openai
 import prometheus_client.parser
 import pytest
-import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.serving import served
 from support.tiny_model import SMALL
 
 import jaxllm
 from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.entrypoints.cli import main
-from jaxllm.entrypoints.serve.app import make_app
-from jaxllm.entrypoints.serve.listening import listen
-from jaxllm.entrypoints.serve.settings import Settings
+from jaxllm.entrypoints.openai.bodies import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    RerankBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
@@ -39,25 +47,6 @@ TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters":
 
 #: nothing of the host is read for a request
 FILE = [{"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}]
-
-
-@contextlib.contextmanager
-def served(engine: AsyncLLM, **settings: Any) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
-    settings.setdefault("model_names", ("tiny", "alias"))
-    with listen("127.0.0.1", 0, None) as (bound, url):
-        config = uvicorn.Config(make_app(engine, Settings(**settings)), log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 class Closed:
@@ -231,8 +220,8 @@ def test_responses(client: openai.OpenAI, engine: AsyncLLM):
     asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
     talk: Any = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}]
     (offline,) = engine.llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-    for given in ("What?", talk):
-        answer = client.responses.create(**asked, input=given)
+    for question in ("What?", talk):
+        answer = client.responses.create(**asked, input=question)
         assert answer.output_text == offline.outputs[0].text and answer.usage is not None
         assert (answer.status, answer.usage.output_tokens) == ("incomplete", 12)
     events: list[Any] = list(client.responses.create(**asked, input=talk, stream=True))
@@ -387,8 +376,8 @@ def test_a_client_that_goes_away_frees_its_request(url: str, engine: AsyncLLM, s
 
 
 def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
-    settings: dict[str, Any] = {"api_keys": ("k1", "k2"), "max_body": 2000, "max_queue": 1}
-    with served(engine, **settings, allowed_origins=("https://ours",)) as url:
+    asked: dict[str, Any] = {"api_keys": ("k1", "k2"), "max_body": 2000, "max_queue": 1}
+    with served(engine, **asked, allowed_origins=("https://ours",)) as url:
         key = {"Authorization": "Bearer k2"}
         for wrong in ({}, {"Authorization": "Bearer k"}, {"Authorization": "Basic k1"}, {"Authorization": "Bearer é"}):
             sent = {name: value.encode().decode("latin-1") for name, value in wrong.items()}
@@ -413,6 +402,49 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
                 assert (status, headers["retry-after"], told["error"]["type"]) == (503, "1", "ServiceUnavailableError")
         wait_until_idle(engine)
         assert get(url, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(allow_nan=False, width=16) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+#: a body that is answered, with parameters for others to take the place of
+FIT: dict[str, tuple[type[Body], dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        ChatBody,
+        {
+            "messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}],
+            **{"tools": TOOLS, "tool_choice": "auto", "response_format": {"type": "json_object"}, "max_tokens": 2},
+            **{"stop": ["a"], "logit_bias": {"1": 1}, "logprobs": True, "top_logprobs": 2, "documents": [{"a": 1}]},
+        },
+    ),
+    "/v1/completions": (CompletionBody, {"prompt": ["x"], "max_tokens": 2, "logprobs": 1, "echo": True, "n": 2}),
+    "/v1/responses": (ResponsesBody, {"input": MESSAGES, "max_output_tokens": 2, "text": {"format": {"type": "text"}}}),
+    "/v1/embeddings": (EmbeddingBody, {"input": "x"}),
+    "/tokenize": (TokenizeBody, {"messages": MESSAGES, "tools": TOOLS}),
+    "/detokenize": (DetokenizeBody, {"tokens": [1]}),
+    "/v1/rerank": (RerankBody, {"query": "x", "documents": ["y"]}),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("path", FIT)
+def test_no_body_is_the_servers_error(engine: AsyncLLM, path: str):
+    """Whatever stands in place of a parameter, the answer is one, or a refusal."""
+    kind, fit = FIT[path]
+    changes = st.dictionaries(st.sampled_from(sorted(kind.model_fields.keys() - {"model"})), JSON, max_size=3)
+
+    with served(engine, tool_call_parser="hermes", trust_request_chat_template=True) as url:
+
+        @settings(max_examples=100)
+        @given(changes)
+        def ask(changed: dict[str, Any]) -> None:
+            status, _, told = get(url, path, {**fit, **changed})
+            assert status in (200, 400), told
+
+        ask()
+    wait_until_idle(engine)
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])

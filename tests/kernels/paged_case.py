@@ -78,6 +78,8 @@ class Sequences:
     #: factor on the queries: how extreme the scores are
     magnitude: float
     seed: int
+    #: see `Layout.first`
+    first: int = 0
 
 
 @st.composite
@@ -116,7 +118,8 @@ class PagedCase:
     @property
     def layout(self) -> Layout:
         offset = LAYER * self.shape.num_blocks
-        return Layout(group=jnp.int32(GROUP), page_offset=jnp.int32(offset), window=jnp.int32(self.drawn.window))
+        window = jnp.int32(self.drawn.window)
+        return Layout(group=jnp.int32(GROUP), page_offset=jnp.int32(offset), window=window, first=self.drawn.first)
 
     @property
     def batch(self) -> AttentionBatch:
@@ -146,7 +149,7 @@ class PagedCase:
 
     def visible(self, seq: int) -> range:
         """Positions that some query of a sequence sees."""
-        return range(max(0, self.drawn.computed[seq] - self.drawn.window + 1), self.lengths[seq])
+        return range(max(self.drawn.first, self.drawn.computed[seq] - self.drawn.window + 1), self.lengths[seq])
 
     def tokens(self, seq: int) -> slice:
         first = sum(self.drawn.queries[:seq])
@@ -165,7 +168,8 @@ class PagedCase:
             error = np.minimum(error, 2 * shape.softcap) + shape.softcap * 2.0**-21
         position = self.drawn.computed[seq] + np.arange(len(query))[:, None]
         at = np.arange(len(keys))
-        seen = (at > position - self.drawn.window) & ((at <= position) | (not shape.causal))
+        seen = (at > position - self.drawn.window) & ((at <= position) | (not shape.causal)) & (at >= self.drawn.first)
+        sees_none = ~seen.any(axis=1)
         scores = np.where(seen[:, None], scores, -np.inf)
         error = np.where(seen[:, None], error, 0).max(axis=-1)
         highest = scores.max(axis=-1, keepdims=True)
@@ -174,13 +178,17 @@ class PagedCase:
             sinks = self.sinks.astype(np.float64)[None, :, None]
             highest = np.maximum(highest, sinks)
             sink = np.exp(sinks - highest)
+        highest[sees_none] = 0
         weights = np.exp(scores - highest)
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + sink)
+        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True) + sink, 1e-300)
         out = np.einsum("qhc,chd->qhd", weights, values)
         largest = abs(values).max(initial=0)
         rounding = float(ml_dtypes.finfo(self._weight_dtype).eps)
         relative = np.minimum(np.expm1(np.minimum(2 * error, 1)), 2) + 2 * rounding + len(keys) * 2.0**-23
-        return out, (relative * largest)[..., None] + rounding * abs(out) + 1e-30
+        bound = (relative * largest)[..., None] + rounding * abs(out) + 1e-30
+        # what sees nothing is anything finite
+        bound[sees_none] = np.inf
+        return out, bound
 
     @property
     def _weight_dtype(self) -> np.dtype:

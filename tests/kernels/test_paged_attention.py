@@ -83,6 +83,19 @@ def test_single_tokens_in_tiles_of_two_sizes(decodes: int):
     check(case, np.asarray(out).astype(np.float64))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_first_position_can_be_out_of_sight(implementation: str, interpret: bool):
+    """Of single tokens, chunks, and prompts, whose first token sees nothing then."""
+    shape = Shape(heads=4, kv_heads=2, dim=16, block=16, tokens=24)
+    drawn = Sequences(
+        computed=(40, 0, 0, 17), queries=(1, 1, 5, 12), window=UNLIMITED, shared=0, magnitude=1.0, seed=1, first=1
+    )
+    case = PagedCase(shape, drawn)
+    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
+    out = attend(case.query, as_stored(case.cache, batch.backend), case.layout, batch, **arguments(case))
+    check(case, np.asarray(out).astype(np.float64))
+
+
 def check(case: PagedCase, out: np.ndarray) -> None:
     """That `out` [tokens, heads, dim] is right where there are tokens, and finite elsewhere."""
     assert np.isfinite(out).all()

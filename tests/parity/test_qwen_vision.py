@@ -18,7 +18,7 @@ from jaxllm.models.qwen_vision import VisionConfig, encode, vision_specs
 from jaxllm.models.registry import model_config
 from jaxllm.multimodal.items import EncoderInput, Grid
 from jaxllm.multimodal.qwen_processor import QwenProcessor
-from jaxllm.runner.compile.encoder import encoder_packing, pack_item, window_order
+from jaxllm.runner.compile.encoder import encoder_packing, normalized, pack_item, window_order
 from jaxllm.weights.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
@@ -45,18 +45,20 @@ def test_vectors_are_transformers(family: str, tmp_path: Path, monkeypatch: pyte
     def encoded(pixels: jax.Array, words: jax.Array) -> Any:
         fields = packing.unpack(words)
         patches = Patches(positions=fields["positions"], frames=fields["frames"], windows=fields["windows"])
-        return encode(Context(), config, params, pixels, patches), fields["rows"]
+        normal = normalized(config, processor.normal, pixels, jnp.dtype("float32"))
+        return encode(Context(), config, params, normal, patches), fields["rows"]
 
     for width, height in ((100, 70), (33, 300), (300, 290), (28, 112), (230, 140)):
         (item,) = processor.image(picture(width, height)).items
         rows = np.arange(1, item.num_tokens + 1, dtype=np.int32)
-        pixels, words = pack_item(config, packing, size, np.dtype("float32"), EncoderInput(item, rows))
+        pixels, words = pack_item(config, packing, size, EncoderInput(item, rows))
         vectors, places = encoded(pixels, words)
         ours = np.zeros((item.num_tokens + 1, config.output_size), np.float32)
         ours[np.asarray(places)] = np.asarray(vectors)
         with torch.no_grad():
             grid = torch.tensor([[1, *item.grid]])
-            expected = theirs.model.visual(torch.tensor(item.pixels), grid_thw=grid).pooler_output
+            given = np.asarray(normalized(config, processor.normal, jnp.asarray(item.pixels), jnp.dtype("float32")))
+            expected = theirs.model.visual(torch.tensor(given), grid_thw=grid).pooler_output
         np.testing.assert_allclose(ours[1:], expected.numpy(), atol=1e-4)
 
 
@@ -71,3 +73,13 @@ def test_windows_are_transformers():
         expected, stops = utils.get_vision_window_index(torch.tensor([[1, *grid]]), 2, 112, 14)
         np.testing.assert_array_equal(order, expected.numpy())
         assert np.bincount(windows).tolist() == (np.diff(stops.numpy()) // 4).tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_older_and_newer_configs_are_the_same_model(family: str, tmp_path: Path):
+    """Flat ones, as on the hub, and those that transformers 5 writes."""
+    flat = write_tiny_vl_model(tmp_path, family)
+    config = transformers.AutoConfig.from_pretrained(flat)
+    nested = {**config.to_dict(), "architectures": Checkpoint(flat).config["architectures"]}
+    assert "hidden_size" not in nested and nested["text_config"]["hidden_size"] == 64
+    assert model_config(nested) == model_config(Checkpoint(flat).config)

@@ -21,6 +21,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.attention import Cache, ScaledPages, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.eagle import eagle_head
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
@@ -32,7 +33,8 @@ from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.runner import Runner
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
-from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.drafter import Drafter, ReadingDrafter
+from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -113,13 +115,15 @@ def make_programs(
     drafting = rows(1 + AdaptiveDrafts.COLUMNS) if drafter else None
     state = State(cache=cache, tokens=rows(MAX_MODEL_LEN), drafting=drafting)
     params = shapes(decoder_specs(model), jnp.dtype(dtype), sharding)
-    if isinstance(drafter, ModelDrafter):
+    if isinstance(drafter, ReadingDrafter):
         page = drafter.model.kv_specs[0].page_shape(block_size)
         draft_cache: Any = jax.ShapeDtypeStruct(
             (num_blocks * drafter.model.num_layers, *page), stored, sharding=sharding
         )
-        state = dataclasses.replace(state, draft_cache=draft_cache)
-        params = dataclasses.replace(params, draft=shapes(decoder_specs(drafter.model), jnp.dtype(dtype), sharding))
+        kept = STORAGE.get(jnp.dtype(dtype), jnp.dtype(dtype))
+        kept = jax.ShapeDtypeStruct((num_blocks, drafter.kept_numbers), kept, sharding=sharding)
+        state = dataclasses.replace(state, draft_cache=drafter.cache(draft_cache, kept))
+        params = dataclasses.replace(params, draft=shapes(drafter.specs(), jnp.dtype(dtype), sharding))
     programs = SamplingPrograms(
         StepConfig(
             model=model,
@@ -237,15 +241,28 @@ def model_drafter() -> ModelDrafter:
     return ModelDrafter(num_drafts=3, model=model, groups=groups, max_length=MAX_MODEL_LEN)
 
 
-@pytest.mark.parametrize("drafter", [NgramDrafter(3, 1, 2), model_drafter()], ids=["n-grams", "a model"])
+def head_drafter() -> HeadDrafter:
+    """EAGLE-3's for `make_programs`' model."""
+    target = dataclasses.replace(model_config(LLAMA), layer_window=TWO_GROUPS)
+    own = {**LLAMA, "num_hidden_layers": 1, "draft_vocab_size": 64, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    head, layers = eagle_head("eagle3", own, target, lambda name: True, None)
+    model, groups = draft_groups(kv_cache_groups(target.kv_specs), layers)
+    return HeadDrafter(num_drafts=3, model=model, groups=groups, max_length=MAX_MODEL_LEN, head=head)
+
+
+@pytest.mark.parametrize(
+    "drafter", [NgramDrafter(3, 1, 2), model_drafter(), head_drafter()], ids=["n-grams", "a model", "a head"]
+)
 def test_checking_drafts_needs_no_more_memory_for_a_larger_cache(drafter: Drafter):
     programs, state = make_programs("bfloat16", MANY, buckets=(SEVERAL,), drafter=drafter)
-    key: Key = ("draft steps", next(reversed(programs.draft_packings)), True)
+    keys: list[Key] = [("draft steps", next(reversed(programs.draft_packings)), True)]
+    keys += [("forward", SEVERAL)] if isinstance(drafter, HeadDrafter) else []
     programs._options = OPTIONS
-    programs._compile([key])
-    memory = programs._compiled[key].memory_analysis()
-    assert memory is not None and memory.alias_size_in_bytes == size(state)
-    assert memory.temp_size_in_bytes < MANY
+    programs._compile(keys)
+    for program in programs._compiled.values():
+        memory = program.memory_analysis()
+        assert memory is not None and memory.alias_size_in_bytes == size(state)
+        assert memory.temp_size_in_bytes < MANY
 
 
 #: KV heads, head_dim, what numbers are stored as, positions of a block, groups of layers

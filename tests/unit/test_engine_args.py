@@ -233,8 +233,8 @@ def test_refusals_say_what_would_work():
         engine_args("m", enable_eplb=True)
     with pytest.raises(ValidationError, match="jaxllm is one process, without workers.* pass False"):
         engine_args("m", worker_use_ray=True)
-    with pytest.raises(ValidationError, match="'eagle' is not supported yet.* Pass 'ngram'"):
-        engine_args("m", spec_method="eagle", num_speculative_tokens=5)
+    with pytest.raises(ValidationError, match="'medusa' is not supported yet.* Pass 'ngram'"):
+        engine_args("m", spec_method="medusa", num_speculative_tokens=5)
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
@@ -401,7 +401,7 @@ def test_a_number_of_drafts_by_batch_size():
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
         ({"num_speculative_tokens": 129}, "num_speculative_tokens must be at most 128, .* got 129"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer"),
-        ({"method": "guess"}, "method must be one of ngram, suffix, draft_model; got 'guess'"),
+        ({"method": "guess"}, "method must be one of ngram, suffix, draft_model, eagle, eagle3, mtp; got 'guess'"),
         (
             {**NGRAM, "suffix_decoding_max_tree_depth": 9},
             "depth=9 is of method 'suffix', and method is 'ngram'",
@@ -409,14 +409,20 @@ def test_a_number_of_drafts_by_batch_size():
         ({"method": "suffix", "suffix_decoding_max_tree_depth": 0}, "must be at least 1, got 0"),
         ({"method": "suffix", "suffix_decoding_max_spec_factor": 0}, "must be more than 0"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 1.5}, "must be between 0 and 1"),
-        ({"method": "deepseek_mtp"}, "'deepseek_mtp' is not supported yet"),
+        ({"method": "medusa"}, "'medusa' is not supported yet"),
+        ({"method": "qwen3_next_mtp"}, "'qwen3_next_mtp' is not supported yet"),
+        ({"method": "eagle3", "num_speculative_tokens": 3}, "model is missing: it is the folder of the head"),
+        ({"method": "mtp", "prompt_lookup_min": 3}, "prompt_lookup_min=3 is of method 'ngram'"),
         ({"method": "ngram"}, "num_speculative_tokens is missing"),
         ({"num_speculative_tokens": 3}, "method is missing"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 2},
             r"min \(4\)",
         ),
-        ({"method": 3, "num_speculative_tokens": 3}, "method must be one of ngram, suffix, draft_model; got 3"),
+        (
+            {"method": 3, "num_speculative_tokens": 3},
+            "method must be one of ngram, suffix, draft_model, eagle, eagle3, mtp; got 3",
+        ),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": 3}, "must be a list of .first batch size.* got 3"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": []}, "Leave it out for the same number"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4]]}, r"got \[\[1, 4\]\]"),
@@ -483,6 +489,15 @@ def test_a_model_that_drafts_is_checked_with_the_engines_arguments():
     with pytest.raises(ValidationError, match="draft_tensor_parallel_size=2 with tensor_parallel_size=1"):
         engine_args("m", speculative_config={**own, "draft_tensor_parallel_size": 2})
     assert engine_args("m", speculative_config={**own, "draft_tensor_parallel_size": 1})
+    for name, method in (
+        ("yuhuili/EAGLE3-LLaMA3.1", "eagle3"),
+        ("EAGLE-LLaMA3", "eagle"),
+        ("Llama-3.2", "draft_model"),
+    ):
+        config = engine_args("m", spec_model=name, spec_tokens=3, spec_method=None).speculative_config
+        assert config is not None and config.method == method
+    config = engine_args("m", speculative_config={"method": "deepseek_mtp", "quantization": "fp8"}).speculative_config
+    assert config is not None and (config.method, config.num_speculative_tokens) == ("mtp", 1)
     for name, value in (("enable_prompt_embeds", True), ("kv_offloading_size", 1)):
         with pytest.raises(ValidationError, match=name):
             engine_args("m", speculative_config=own, **{name: value})

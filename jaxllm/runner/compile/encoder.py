@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.layers.context import Context
@@ -20,6 +21,8 @@ from jaxllm.multimodal.items import EncoderInput, Grid
 from jaxllm.runner.packing import Packing
 
 ENCODE = "encode"
+#: mean and deviation of each channel, where bytes are numbers from 0 to 1
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 #: patches of the smallest bucket; each is twice as large as the one before
 SMALLEST = 64
 
@@ -50,6 +53,7 @@ def encoder_packing(num_patches: int, merge_unit: int) -> Packing:
 def encode_step(
     context: Context,
     config: VisionConfig,
+    normal: Normalization,
     packing: Packing,
     params: VisionParams,
     cache: jax.Array,
@@ -59,14 +63,21 @@ def encode_step(
     """The cache of encoded items [rows, d], donated, with the vectors of an item.
 
     Args:
-        context, config, packing: static.
-        pixels: [N, numbers of a patch].
+        context, config, normal, packing: static.
+        pixels: uint8 [N, numbers of a patch].
         words: i32, the fields of `encoder_packing`.
     """
     fields = packing.unpack(words)
     patches = Patches(positions=fields["positions"], frames=fields["frames"], windows=fields["windows"])
-    vectors = encode(context, config, params, pixels, patches)
+    vectors = encode(context, config, params, normalized(config, normal, pixels, params.patch_embedding.dtype), patches)
     return cache.at[fields["rows"]].set(vectors.astype(cache.dtype))
+
+
+def normalized(config: VisionConfig, normal: Normalization, pixels: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What the tower takes of bytes [N, numbers of a patch], computed in float32."""
+    mean, deviation = (jnp.asarray(numbers, jnp.float32)[:, None] for numbers in normal)
+    channels = pixels.reshape(len(pixels), config.channels, -1).astype(jnp.float32) / 255
+    return ((channels - mean) / deviation).astype(dtype).reshape(pixels.shape)
 
 
 class EncoderPrograms:
@@ -74,6 +85,7 @@ class EncoderPrograms:
 
     Args:
         config: of the tower.
+        normal: what it takes of bytes.
         buckets: patches of each program.
         params, cache: trees of `jax.ShapeDtypeStruct` with shardings.
         rows, words, lower: `Programs._rows`, `Programs._words` and `Programs._lowered`.
@@ -83,6 +95,7 @@ class EncoderPrograms:
         self,
         context: Context,
         config: VisionConfig,
+        normal: Normalization,
         buckets: tuple[int, ...],
         params: VisionParams,
         cache: jax.ShapeDtypeStruct,
@@ -91,10 +104,10 @@ class EncoderPrograms:
         lower: Callable[..., Any],
     ):
         self._context, self._config, self._params, self._cache = context, config, params, cache
+        self._normal = normal
         self._rows, self._words, self._lower = rows, words, lower
         self.packings = {size: encoder_packing(size, config.merge_unit) for size in buckets}
         self.keys = tuple((ENCODE, size) for size in buckets)
-        self.dtype = np.dtype(params.patch_embedding.dtype)
 
     def lowerings(self) -> Mapping[str, Callable[[int], jax.stages.Lowered]]:
         """What lowers the program of a bucket."""
@@ -102,8 +115,8 @@ class EncoderPrograms:
 
     def _lower_encode(self, size: int) -> jax.stages.Lowered:
         packing = self.packings[size]
-        function = functools.partial(encode_step, self._context, self._config, packing)
-        pixels = self._rows(self.dtype, size, self._config.patch_numbers)
+        function = functools.partial(encode_step, self._context, self._config, self._normal, packing)
+        pixels = self._rows(np.uint8, size, self._config.patch_numbers)
         args = self._params, self._cache, pixels, self._words(packing.size)
         return self._lower(function, *args, donate=1, out=getattr(self._cache.sharding, "spec", jax.P()))
 
@@ -114,22 +127,20 @@ class EncoderPrograms:
     def pack(self, given: EncoderInput) -> tuple[int, np.ndarray, np.ndarray]:
         """(bucket, pixels, words) of an item."""
         size = self.bucket(given.item.grid.num_patches)
-        return size, *pack_item(self._config, self.packings[size], size, self.dtype, given)
+        return size, *pack_item(self._config, self.packings[size], size, given)
 
     def nothing(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(pixels, words) of padding alone."""
-        return np.zeros((size, self._config.patch_numbers), self.dtype), np.zeros(self.packings[size].size, np.int32)
+        return np.zeros((size, self._config.patch_numbers), np.uint8), np.zeros(self.packings[size].size, np.int32)
 
 
-def pack_item(
-    config: VisionConfig, packing: Packing, size: int, dtype: np.dtype, given: EncoderInput
-) -> tuple[np.ndarray, np.ndarray]:
+def pack_item(config: VisionConfig, packing: Packing, size: int, given: EncoderInput) -> tuple[np.ndarray, np.ndarray]:
     """(pixels, words) of an item in a bucket of `size` patches, as `encode_step` takes them."""
     grid, unit = given.item.grid, config.merge_unit
     order, windows = window_order(grid, config)
     patches = (order[:, None] * unit + np.arange(unit)).reshape(-1)
     # never reused: the device may read them in place
-    pixels = np.zeros((size, config.patch_numbers), dtype)
+    pixels = np.zeros((size, config.patch_numbers), np.uint8)
     pixels[: len(patches)] = given.item.pixels[patches]
     words = np.zeros(packing.size, np.int32)
     fields = packing.views(words)

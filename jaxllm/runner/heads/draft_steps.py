@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, no_load
+from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import (
     ENDED,
@@ -35,8 +35,7 @@ from jaxllm.runner.heads.sampling_step import (
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
-from jaxllm.speculative.drafter import Asked, Drafter
-from pallas_kernels.batch import AttentionBatch
+from jaxllm.speculative.drafter import Asked, Drafter, columns_of
 
 
 class DraftParams(NamedTuple):
@@ -68,6 +67,7 @@ class _Hidden(NamedTuple):
 
     states: jax.Array  # [1 + K, S, d]: one position of every sequence behind the other
     load: jax.Array | None
+    taken: jax.Array | None  # [1 + K, S, h], as `compute` has it
 
 
 _Computed = tuple[State, _Hidden]
@@ -131,9 +131,13 @@ def draft_steps(
 
     def computed(state: State, batch: StepBatch, params: Params, columns: int) -> _Computed:
         """A forward pass over so many positions of every sequence."""
-        state, hidden, load = compute(config, params, state, batch, drafter_reads=False)
-        hidden = jnp.swapaxes(hidden.reshape(seqs, columns, -1), 0, 1)
-        return state, _Hidden(jnp.pad(hidden, ((0, width - columns), (0, 0), (0, 0))), load)
+        state, hidden, load, taken = compute(config, params, state, batch, drafter_reads=False)
+
+        def by_position(array: jax.Array) -> jax.Array:
+            array = jnp.swapaxes(array.reshape(seqs, columns, -1), 0, 1)
+            return jnp.pad(array, ((0, width - columns), (0, 0), (0, 0)))
+
+        return state, _Hidden(by_position(hidden), load, None if taken is None else by_position(taken))
 
     def sampled(state: State, hidden: jax.Array, row: jax.Array, position: jax.Array, kind: jax.Array) -> Sampled:
         """What is sampled at the positions of a step; rubbish at those that its kind has not."""
@@ -170,7 +174,8 @@ def draft_steps(
         most = jnp.maximum(jnp.minimum(limits - loop.found.counts - 1, fields["most_drafts"]), 0)
         asked = Asked(
             context=config.context,
-            params=params.single.draft,
+            params=draft_params(params.single),
+            params_of_several=draft_params(params.several[-1]),
             attention=attention,
             tokens=loop.state.tokens[active_row],
             positions=position,
@@ -197,18 +202,19 @@ def draft_steps(
             return computed(loop.state, StepBatch(tokens=given[:, 0], attention=now), params.single, 1)
 
         def several(length: int, params: Params, loop: _Loop) -> _Computed:
-            now = _positions_of(attention, position, loop.going_on, counts, 1 + length)
+            now = columns_of(attention, position, loop.going_on, counts, 1 + length)
             batch = StepBatch(tokens=given[:, : 1 + length].reshape(-1), attention=now)
             return computed(loop.state, batch, params, 1 + length)
 
         checks = zip(adaptive.lengths, params.several, strict=True)
         kinds = [single, *(functools.partial(several, *check) for check in checks)]
-        state, (hidden, load) = _one_of(kind, kinds, loop)
+        state, (hidden, load, taken) = _one_of(kind, kinds, loop)
         result = sampled(state, hidden, active_row, position, kind)
         new, logprobs = result.token_ids, result.logprobs
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
-        draft_cache = drafter.settle(asked, state.draft_cache, ids, jnp.where(is_given, 0, counts), accepted)
+        settled = jnp.where(is_given, 0, counts)
+        draft_cache = drafter.settle(asked, state.draft_cache, ids, settled, accepted, taken)
         state = dataclasses.replace(state, draft_cache=draft_cache)
         is_new = lane <= accepted[:, None]
         end = is_new & ends(new)
@@ -289,21 +295,3 @@ def _one_of(index: jax.Array, branches: Sequence[Callable[[_Loop], _Computed]], 
         carry = loop, found, index == number
         loop, found, _ = lax.while_loop(lambda carry: carry[2], round_of(branch), carry)
     return loop.state, found
-
-
-def _positions_of(
-    attention: AttentionBatch, position: jax.Array, going_on: jax.Array, counts: jax.Array, width: int
-) -> AttentionBatch:
-    """The batch of steps in which every sequence has `width` tokens, of which the first and `counts` drafts count."""
-    seqs = position.shape[0]
-    lane = jnp.arange(width, dtype=jnp.int32)
-    return dataclasses.replace(
-        attention,
-        token_seq=jnp.repeat(jnp.arange(seqs, dtype=jnp.int32), width),
-        positions=(position[:, None] + lane).reshape(-1),
-        token_valid=(going_on[:, None] & (lane <= counts[:, None])).reshape(-1),
-        query_start=jnp.arange(seqs + 1, dtype=jnp.int32) * width,
-        kv_lens=position + width,
-        num_decodes=jnp.int32(0),
-        decode_only=False,
-    )

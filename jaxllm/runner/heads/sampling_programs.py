@@ -16,11 +16,11 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.decoder import MATRICES, Layers, Params
+from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compile.encoder import EncoderPrograms
+from jaxllm.runner.compile.encoder import EncoderPrograms, Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -74,6 +74,7 @@ class SamplingPrograms(Programs):
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
         encoder_buckets: tuple[int, ...] = (),
+        pixel_normal: Normalization = ((), ()),
     ):
         """
         Args:
@@ -83,10 +84,11 @@ class SamplingPrograms(Programs):
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
             encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
+            pixel_normal: what these take of pixels.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets
+        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
         made_from = (config, buckets, table_width, params, state, eager, *several)
         numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
@@ -106,7 +108,7 @@ class SamplingPrograms(Programs):
         if params.vision is not None:
             cache: Any = state.encoded
             assert config.model.vision is not None
-            args = config.model.vision, encoder_buckets, params.vision, cache
+            args = config.model.vision, pixel_normal, encoder_buckets, params.vision, cache
             self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
         self._vision = params.vision
         self._params = params = dataclasses.replace(params, vision=None)
@@ -331,12 +333,16 @@ class SamplingPrograms(Programs):
 
 
 def _draft_cost(params: Params) -> float:
-    """Of a step of the model that drafts, in steps of the other one: reading weights is what decoding takes."""
-    of_draft, of_all = (
-        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (params.draft, params)
-    )
-    return of_draft / max(of_all - of_draft, 1)
+    """Of a step of what drafts, in steps of the model: reading weights is what decoding takes."""
+
+    def size(tree: Params | None) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    draft = draft_params(params)
+    if draft is not None and draft.joint is not None:
+        # of the model's table, rows of its tokens alone
+        draft = dataclasses.replace(draft, embedding=None)  # pyright: ignore[reportArgumentType]
+    return size(draft) / max(size(dataclasses.replace(params, draft=None)), 1)
 
 
 def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
@@ -381,7 +387,7 @@ def with_head_for_one(params: Params) -> Params:
         params: arrays, or their shapes.
     """
     head: Any = params.embedding if params.head is None else params.head
-    if is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
+    if head is None or is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
         return params
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)

@@ -14,7 +14,7 @@ from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward_with_load, logits
+from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
@@ -23,8 +23,8 @@ from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import by_platform, in_blocks, sample, sample_greedy
-from jaxllm.speculative.draft_model import ModelDrafter
-from jaxllm.speculative.drafter import Drafter
+from jaxllm.speculative.drafter import Drafter, ReadingDrafter
+from jaxllm.speculative.head_drafter import HeadCache
 from pallas_kernels.batch import AttentionBatch
 
 
@@ -70,8 +70,8 @@ class State:
     #: i32 [R + 1, 1 + AdaptiveDrafts.COLUMNS], of engines that check drafts: where the last launch with drafts left
     #: each row, the position of its last token, and how its drafts did
     drafting: jax.Array | None = None
-    #: of the layers of a model that drafts, under the same block tables
-    draft_cache: Cache | None = None
+    #: of the layers of a model that drafts, or of a head, under the same block tables
+    draft_cache: Cache | HeadCache | None = None
     #: i32 [1, 1 + C], of engines whose drafts are made of earlier outputs: `KeptOutputs` says what lies where
     outputs: jax.Array | None = None
     #: [1 + C, d], of engines that see pictures: the vectors of encoded items; row 0 is trash
@@ -124,30 +124,36 @@ def forward_step(
         batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
     elif embeddings is not None:
         batch = dataclasses.replace(batch, embeddings=embeddings)
-    state, hidden, load = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
+    state, hidden, load, _ = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
 
 
 def compute(
     config: StepConfig, params: Params, state: State, batch: StepBatch, *, drafter_reads: bool = True
-) -> tuple[State, jax.Array, jax.Array | None]:
+) -> tuple[State, jax.Array, jax.Array | None, jax.Array | None]:
     """A step through the model's layers, and, where a model drafts, through that one's.
 
     Args:
         drafter_reads: static; False: it has read the tokens, or will.
 
     Returns:
-        (state, hidden, load), as `forward_with_load`.
+        (state, hidden, load, taken), the first three as `forward_with_load`; taken [T, h], what the drafter takes of
+        the model; None: nothing.
     """
-    cache, hidden, load = forward_with_load(
-        config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
+    drafter = config.drafter if isinstance(config.drafter, ReadingDrafter) else None
+    keeps = () if drafter is None else drafter.keeps
+    cache, hidden, load, kept = forward_keeping(
+        config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load, keeps=keeps
     )
     state = dataclasses.replace(state, cache=cache)
-    if drafter_reads and isinstance(config.drafter, ModelDrafter):
-        draft_cache = config.drafter.read(config.context, params.draft, state.draft_cache, batch)
+    taken = None
+    if drafter is not None and drafter.takes_hidden:
+        taken = hidden if kept is None else jnp.concatenate(list(kept), axis=1)
+    if drafter is not None and drafter_reads:
+        draft_cache = drafter.read(config.context, draft_params(params), state.draft_cache, batch, taken)
         state = dataclasses.replace(state, draft_cache=draft_cache)
-    return state, hidden, load
+    return state, hidden, load, taken
 
 
 def step_tokens(

@@ -129,6 +129,10 @@ class SafetensorsReader:
     ) -> np.ndarray:
         tensor = self._find(name)
         dtype = dtypes.get(tensor.dtype)
+        axes = len(tensor.shape)
+        if tensor.dtype == "I64" and axes == 1:
+            # numbers of tokens, which are no matrix that was quantized
+            dtype = np.int64
         if dtype is None:
             raise WeightsError(
                 f"{tensor.file.path}: tensor {name!r} has type {tensor.dtype}; weights of type {', '.join(DTYPES)} can "

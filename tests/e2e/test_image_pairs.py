@@ -1,0 +1,29 @@
+"""Prompts with pictures get the same whatever else an engine does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.image_pairs import ENGINES, KINDS, PROMPTS
+from support.own_process import found_by
+
+pytest.importorskip("torch")
+pytest.importorskip("PIL")
+pytestmark = pytest.mark.thorough
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by("support.image_pairs", tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize("engine", [*(name for name in ENGINES if name != "plain"), "after a sleep", "saved and read"])
+def test_answers_are_those_of_the_plain_engine(found: dict[str, Any], engine: str):
+    assert found[engine] == found["plain"]
+
+
+def test_without_the_tower_texts_are_the_same_and_pictures_refused(found: dict[str, Any]):
+    place = list(PROMPTS).index("a text") * len(KINDS) + list(KINDS).index("greedy")
+    assert found["plain"][place] == [found["text without the tower"]]
+    assert "limit_mm_per_prompt has switched them off" in found["a picture without the tower"]
