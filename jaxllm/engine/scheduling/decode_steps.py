@@ -119,7 +119,9 @@ class DecodeSteps:
                 if request.matcher.may_constrain(unread):
                     restricted.append(request)
         if restricted:
-            steps = 1
+            if any(request.num_unsure_tokens for request in running):
+                # they take no part in a step without drafts: what is under way is read first
+                return ONE_STEP
             if self._fit(running, 1 + drafts):
                 launch = self._choose_restricted(restricted, drafts, alone=len(restricted) == len(running))
                 if launch is not None:
@@ -141,8 +143,7 @@ class DecodeSteps:
             restricted: requests that the host restricts.
             alone: there are no others, for whom the device drafts.
         """
-        if self._credit <= 0 or any(request.num_unsure_tokens for request in restricted):
-            # nobody whose tokens are unsure takes part in a step without drafts
+        if self._credit <= 0:
             return None
         unread = [request.num_output_placeholders for request in restricted]
         # as far as the host has read, there are more drafts than what is still to be read
