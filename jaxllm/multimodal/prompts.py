@@ -23,6 +23,7 @@ class MediaReader:
     """Reads what prompts hold besides text, for one model; safe to use from several threads.
 
     Args:
+        processors: of each modality.
         tokens: modality -> the token that stands for one item in a prompt, and for each of its vectors in what the
             model computes.
         limits: of each modality that is on.
@@ -32,14 +33,14 @@ class MediaReader:
 
     def __init__(
         self,
-        processor: QwenProcessor,
+        processors: Mapping[str, QwenProcessor],
         tokens: Mapping[str, int],
         limits: Mapping[str, MediaLimit],
         *,
         max_tokens: int,
         access: MediaAccess,
     ):
-        self._processor, self._tokens, self._limits = processor, tokens, limits
+        self._processors, self._tokens, self._limits = processors, tokens, limits
         self._max_tokens, self._access = max_tokens, access
 
     def of_conversation(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,13 +62,14 @@ class MediaReader:
         for name, given in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
             if not isinstance(given, Mapping):
                 raise ValidationError(f'{name} must be a dict such as {{"image": ...}}, got {given!r:.80}')
-        processor, found = self._processor.with_options(prompt.get("mm_processor_kwargs")), []
+        options, found = prompt.get("mm_processor_kwargs"), []
+        processors = {modality: own.with_options(options) for modality, own in self._processors.items()}
         for modality, given in data.items():
             each = _videos(given) if modality == VIDEO else _images(given)
             if not each:
                 continue
             self._check_count(modality, len(each))
-            names, read = _uuids(uuids.get(modality), modality, len(each)), getattr(processor, modality)
+            names, read = _uuids(uuids.get(modality), modality, len(each)), getattr(processors[modality], modality)
             for number, (item, uuid) in enumerate(zip(each, names, strict=True)):
                 label = modality if len(each) == 1 else f"{modality} {number}"
                 found.append(self._checked(read(item, name=label, uuid=uuid), label))
@@ -86,7 +88,7 @@ class MediaReader:
 
     def _checked(self, media: Media, label: str) -> Media:
         if (count := media.items[0].num_tokens) > self._max_tokens:
-            most = self._max_tokens * self._processor.factor**2
+            most = self._max_tokens * self._processors[media.modality].factor ** 2
             each = "" if media.modality == IMAGE else " for every two frames"
             raise ValidationError(
                 f"{label} becomes {count} tokens{each}, and the engine has planned for {self._max_tokens} an item. "
@@ -134,7 +136,7 @@ class MediaReader:
                     f"but instead found {counts[modality]} prompt placeholders! The prompt needs one {modality} token "
                     f"(id {self._tokens[modality]}) for each."
                 )
-        offsets, delta = rope_offsets(placed, len(found), self._processor.merge_size)
+        offsets, delta = rope_offsets(placed, len(found), self._processors[given[0].modality].merge_size)
         return found, PromptMedia(tuple(_items(placed)), offsets, delta)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllm")
 
+#: where checkpoints say how pictures are prepared
+_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 #: what config.json says of each modality's token, and Qwen's own
 _TOKENS = {IMAGE: ("image_token_id", 151655), VIDEO: ("video_token_id", 151656)}
 
@@ -30,20 +32,27 @@ _TOKENS = {IMAGE: ("image_token_id", 151655), VIDEO: ("video_token_id", 151656)}
 class MediaSetup:
     """Of a model that sees pictures."""
 
-    processor: QwenProcessor
+    #: of each modality that is on
+    processors: dict[str, QwenProcessor]
     #: modality that is on -> its token
     tokens: dict[str, int]
     limits: dict[str, MediaLimit]
     access: MediaAccess
+
+    @property
+    def any_processor(self) -> QwenProcessor:
+        """One of them: what is not of sizes is the same in all."""
+        return next(iter(self.processors.values()))
 
     def most_tokens(self, max_model_len: int) -> int:
         """Vectors of the largest item that the arguments allow in so long a context."""
         sizes = []
         for modality in self.tokens:
             limit = self.limits.get(modality, MediaLimit())
-            most = self.processor.most_tokens
+            processor = self.processors[modality]
+            most = processor.most_tokens
             if limit.width is not None and limit.height is not None:
-                most = min(most, self.processor.tokens_of(limit.width, limit.height))
+                most = min(most, processor.tokens_of(limit.width, limit.height))
             sizes.append(most)
         return min(max(sizes), max_model_len)
 
@@ -55,7 +64,7 @@ class MediaSetup:
     def reader(self, max_model_len: int) -> MediaReader:
         """What reads prompts."""
         most = self.most_tokens(max_model_len)
-        return MediaReader(self.processor, self.tokens, self.limits, max_tokens=most, access=self.access)
+        return MediaReader(self.processors, self.tokens, self.limits, max_tokens=most, access=self.access)
 
 
 def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -> MediaSetup | None:
@@ -76,9 +85,17 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
             )
     if not tokens:
         return None
-    processor = QwenProcessor.of(hf["vision_config"], _preprocessor(checkpoint))
+    files = {IMAGE: _preprocessor(checkpoint), VIDEO: _video_preprocessor(checkpoint)}
+    processors = {
+        m: QwenProcessor.of(hf["vision_config"], files[m]).with_options(args.mm_processor_kwargs) for m in tokens
+    }
+    if len({processor.normal for processor in processors.values()}) > 1:
+        raise ValidationError(
+            "preprocessor_config.json and video_preprocessor_config.json differ in image_mean or image_std, which one "
+            'encoder cannot follow. Take one of them out, or pass limit_mm_per_prompt={"video": 0}.'
+        )
     return MediaSetup(
-        processor=processor.with_options(args.mm_processor_kwargs),
+        processors=processors,
         tokens=tokens,
         limits=args.limit_mm_per_prompt,
         access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
@@ -101,9 +118,22 @@ def check_media(args: EngineArgs) -> None:
             raise ValidationError(f"{what} is not available for a model that sees images so far. {remedy}")
 
 
+def processor_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The files that a model has about how its pictures are prepared, relative to its directory."""
+    return tuple(name for name in _FILES if (checkpoint.path / name).is_file())
+
+
 def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
     """preprocessor_config.json, or what newer checkpoints have of it in processor_config.json."""
     own = read_json(checkpoint.path / "preprocessor_config.json")
     if own is not None:
         return own
     return (read_json(checkpoint.path / "processor_config.json") or {}).get("image_processor") or {}
+
+
+def _video_preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """video_preprocessor_config.json or its like; as pictures are, where there is none, as transformers does."""
+    own = read_json(checkpoint.path / "video_preprocessor_config.json")
+    if own is None:
+        own = (read_json(checkpoint.path / "processor_config.json") or {}).get("video_processor")
+    return _preprocessor(checkpoint) if own is None else own

@@ -22,12 +22,13 @@ class ModelFiles:
 
     Args:
         config: what the runner was built from.
-        pooling_files: sentence-transformers' files of the model, relative to its directory.
+        others: files of the model that say how it is used (sentence-transformers', its processor's), relative to its
+            directory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: RunnerConfig, pooling_files: tuple[str, ...]):
+    def __init__(self, checkpoint: Checkpoint, config: RunnerConfig, others: tuple[str, ...]):
         self.checkpoint, self.config = checkpoint, config
-        self._pooling_files = pooling_files
+        self._others = others
 
     def save(self, folder: Path, params: Any, tokenizer: PreTrainedTokenizerBase | None, *, format: str) -> None:
         """Write the model with the weights `params`. Raises what `LLM.save` does."""
@@ -37,7 +38,7 @@ class ModelFiles:
                 "them: save works on devices of one process. To save them, hand apply_model's arrays to Orbax."
             )
         checkpoint = self.checkpoint
-        files = {name: (checkpoint.path / name).read_bytes() for name in self._pooling_files}
+        files = {name: (checkpoint.path / name).read_bytes() for name in self._others}
         if checkpoint.generation_config:
             files["generation_config.json"] = json.dumps(checkpoint.generation_config, indent=2).encode()
         # of a file of its own, in older checkpoints

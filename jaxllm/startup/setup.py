@@ -35,7 +35,7 @@ from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
-from jaxllm.startup.media_setup import MediaSetup, check_media, read_media
+from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -103,11 +103,17 @@ class Setup:
                 f"tensor_parallel_size=1{' and enable_expert_parallel=False' if replicas > 1 else ''}."
             )
 
+    @property
+    def other_files(self) -> tuple[str, ...]:
+        """Files beside the weights and their config that say how the model is used, relative to its directory."""
+        pooling = () if self.pooling is None else self.pooling.files
+        return (*pooling, *processor_files(self.checkpoint)) if self.media is not None else pooling
+
     def _encoder_patches(self, max_model_len: int) -> int:
         """Of the largest picture in so long a context."""
         if self.media is None:
             return 0
-        return self.media.most_tokens(max_model_len) * self.media.processor.merge_size**2
+        return self.media.most_tokens(max_model_len) * self.media.any_processor.merge_size**2
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
@@ -213,7 +219,7 @@ class Setup:
             enable_prefix_caching=args.enable_prefix_caching,
             prompt_embeds=args.enable_prompt_embeds,
             encoder_patches=self._encoder_patches(limits.max_model_len),
-            pixel_normal=((), ()) if self.media is None else self.media.processor.normal,
+            pixel_normal=((), ()) if self.media is None else self.media.any_processor.normal,
             expert_load=args.record_expert_load,
             enforce_eager=args.enforce_eager,
             fit_max_model_len=args.max_model_len == FIT_TO_MEMORY,

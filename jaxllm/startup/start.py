@@ -229,7 +229,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         profile=Profile,
         memory_plan=plan,
         startup_times=times,
-        model_files=ModelFiles(checkpoint, config, setup.pooling.files if setup.pooling is not None else ()),
+        model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
     )
 

@@ -73,3 +73,13 @@ def test_windows_are_transformers():
         expected, stops = utils.get_vision_window_index(torch.tensor([[1, *grid]]), 2, 112, 14)
         np.testing.assert_array_equal(order, expected.numpy())
         assert np.bincount(windows).tolist() == (np.diff(stops.numpy()) // 4).tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_older_and_newer_configs_are_the_same_model(family: str, tmp_path: Path):
+    """Flat ones, as on the hub, and those that transformers 5 writes."""
+    flat = write_tiny_vl_model(tmp_path, family)
+    config = transformers.AutoConfig.from_pretrained(flat)
+    nested = {**config.to_dict(), "architectures": Checkpoint(flat).config["architectures"]}
+    assert "hidden_size" not in nested and nested["text_config"]["hidden_size"] == 64
+    assert model_config(nested) == model_config(Checkpoint(flat).config)

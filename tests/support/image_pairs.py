@@ -26,14 +26,19 @@ PLAIN: dict[str, Any] = {
 #: engines by name -> their arguments
 ENGINES: dict[str, dict[str, Any]] = {
     # the first engine makes as many devices as the others need
-    "tensor parallel": {"tensor_parallel_size": 2},
+    "split, prefixes, preemption": {
+        "tensor_parallel_size": 2,
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": 27,
+    },
     "plain": {},
-    "prefix caching, preemption": {"enable_prefix_caching": True, "num_gpu_blocks_override": 27},
-    "several decode steps": {"num_decode_steps": 3, "enforce_eager": False},
-    "data parallel": {"data_parallel_size": 2},
-    "deterministic": {"deterministic": True, "async_scheduling": False},
-    "no chunks": {"enable_chunked_prefill": False, "max_num_batched_tokens": 200},
-    "priorities": {"scheduling_policy": "priority", "max_num_active_seqs": 3},
+    "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 16},
+    "replicas, deterministic, priorities": {
+        "data_parallel_size": 2,
+        "deterministic": True,
+        "scheduling_policy": "priority",
+        "max_num_active_seqs": 3,
+    },
 }
 #: option of a request -> its parameters
 KINDS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,11 @@ PROCESSOR = QwenProcessor.of(VISION["qwen2_5_vl"], {"min_pixels": 28 * 28, "max_
 
 def reader(**limits: int) -> MediaReader:
     return MediaReader(
-        PROCESSOR, {"image": IMAGE, "video": VIDEO}, media_limits("limits", limits), max_tokens=64, access=MediaAccess()
+        {"image": PROCESSOR, "video": PROCESSOR},
+        {"image": IMAGE, "video": VIDEO},
+        media_limits("limits", limits),
+        max_tokens=64,
+        access=MediaAccess(),
     )
 
 
@@ -138,7 +142,13 @@ def test_positions_are_those_of_transformers(family: str):
     )  # fmt: skip
     theirs = getattr(transformers, f"{family}Model")(config)
     processor = QwenProcessor.of(vision, {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64})
-    own = MediaReader(processor, {"image": IMAGE, "video": VIDEO}, {}, max_tokens=64, access=MediaAccess())
+    own = MediaReader(
+        {"image": processor, "video": processor},
+        {"image": IMAGE, "video": VIDEO},
+        {},
+        max_tokens=64,
+        access=MediaAccess(),
+    )
     small, wide = picture(56, 84), picture(200, 60)
     film = [picture(56, 56, seed=seed) for seed in range(9)]
     for text, images, videos in (
