@@ -184,7 +184,7 @@ def drawn() -> tuple[np.ndarray, dict[str, list[tuple[int, ...]]]]:
     order = packed.sampled_entries
     tokens = np.zeros(state.tokens.shape, np.int32)
     tokens[:, : len(PROMPT)] = PROMPT
-    program = programs.lower_draft_steps(bucket, True).compile(THOROUGH)
+    program = programs.lower_draft_steps(bucket, True).compile(compiler_options=THOROUGH)  # pyright: ignore
     state = State(cache=state.cache, tokens=jnp.asarray(tokens), drafting=state.drafting)
     forms = DraftParams(params, (params,) * len(programs.adaptive.lengths))
     constraints = jnp.asarray(packed.constraints)
