@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 
-class TextPrompt(TypedDict):
+class MediaPrompt(TypedDict):
+    """What prompts for models that see hold besides text."""
+
+    #: {"image": picture or pictures, "video": frames or several}: `jaxllm.multimodal` says in which forms
+    multi_modal_data: NotRequired[dict[str, Any]]
+    #: names of their contents, which stand for them: {"image": ["a name", None]}
+    multi_modal_uuids: NotRequired[dict[str, Any]]
+    #: how they are prepared: {"min_pixels": ..., "max_pixels": ..., "fps": ...}
+    mm_processor_kwargs: NotRequired[dict[str, Any]]
+
+
+class TextPrompt(MediaPrompt):
     """A text."""
 
     prompt: str
@@ -14,7 +25,7 @@ class TextPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
-class TokensPrompt(TypedDict):
+class TokensPrompt(MediaPrompt):
     """Token ids."""
 
     prompt_token_ids: list[int]
@@ -33,7 +44,7 @@ class EmbedsPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
-class ChatPrompt(TypedDict):
+class ChatPrompt(MediaPrompt):
     """A conversation, rendered by the model's chat template where prompts are tokenized."""
 
     messages: list[dict[str, Any]]

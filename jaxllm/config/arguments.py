@@ -159,7 +159,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "prefix_caching_hash_algo": NoEffect("blocks are always hashed with BLAKE2b"),
     "calculate_kv_scales": NoEffect("every key and value of a quantized KV cache has a scale of its own", (False,)),
     "disable_log_requests": NoEffect("requests are not logged", (True,)),
-    "served_model_name": NoEffect("there is no server"),
+    "served_model_name": NoEffect("it is for jaxllm serve and run-batch"),
     "enable_log_requests": NoEffect("requests are not logged", (False,)),
     "tokenizer_pool_type": NoEffect("the tokenizer pool's workers are threads", ("thread",)),
     "tokenizer_pool_extra_config": NoEffect("the tokenizer pool's workers are threads"),

@@ -263,9 +263,12 @@ def test_conversations(llm: LLM, model: Path, tmp_path: Path):
         "are no picture": "data:image/png;base64,AAAA",
     }
     conversations = [asked({"type": "image_url", "image_url": {"url": url}}) for url in refused.values()]
+    conversations += [asked({"type": "video", "video": [f"{tmp_path}/outside.png"] * 2})]
     conversations += [asked({"type": "image"}), asked({"type": "input_audio", "input_audio": {}})]
     outputs = llm.chat(conversations, ASKED, use_tqdm=False, on_error="return")
-    for why, output in zip([*refused, "has nothing of its own", "only text"], outputs, strict=True):
+    for why, output in zip(
+        [*refused, "must be a subpath", "has nothing of its own", "only text"], outputs, strict=True
+    ):
         assert why in (output.error or "")
 
 

@@ -21,6 +21,7 @@ from jaxllm.entrypoints.cli import main
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.requests import Translator
 
+CLOSED = {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -110,6 +111,33 @@ def test_results_are_those_of_the_library(folder: Folder, engine: LLM, monkeypat
     assert bodies["chat"]["choices"][0]["message"]["content"] == answer.outputs[0].text
     (several,) = engine.generate("Hello", SamplingParams(temperature=1, seed=5, max_tokens=6, n=2), use_tqdm=False)
     assert [c["text"] for c in bodies["several"]["choices"]] == [c.text for c in several.outputs]
+
+
+def test_calls_of_tools(folder: Folder, engine: LLM, monkeypatch: pytest.MonkeyPatch):
+    """A grammar makes a call that has to be, and stands in for a model that writes one of its own accord."""
+    import jaxllm.llm
+
+    entered = type("Entered", (), {"__enter__": lambda _: engine, "__exit__": lambda *_: None})
+    monkeypatch.setattr(jaxllm.llm, "LLM", lambda *_, **__: entered())
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {**schema, **CLOSED}}}]
+    written = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "max_tokens": 150}
+    named = {"type": "function", "function": {"name": "weather"}}
+    lines = [
+        line("auto", CHAT, **asked, structured_outputs={"choice": [f"a</think>{written}"]}),
+        line("named", CHAT, **asked, tool_choice=named, temperature=0),
+    ]
+    options = ["--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1"]
+    assert folder.run(text=lines[1]) == 0
+    (result,) = folder.results().values()
+    (call,) = result["response"]["body"]["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather" and json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    assert folder.run(*options, "--overwrite", text=lines[0]) == 0
+    (choice,) = folder.results()["auto"]["response"]["body"]["choices"]
+    assert (choice["finish_reason"], choice["message"]["reasoning_content"]) == ("tool_calls", "a")
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
 
 
 def test_a_bad_line_fails_alone(folder: Folder, capfd: pytest.CaptureFixture[str]):

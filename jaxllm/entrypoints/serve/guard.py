@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -51,7 +53,9 @@ class Guard:
                 raise HTTPException(413, self._too_large())
             return message
 
-        await self._app(scope, limited, send)
+        # cancelled is what runs when the server has to end: uvicorn would log a traceback of each
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._app(scope, limited, send)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
         origin = headers.get("origin")

@@ -82,6 +82,8 @@ def _answer(engine: Any, settings: Settings, arguments: argparse.Namespace, sock
         log_level="info" if arguments.access_log else "warning",
         timeout_graceful_shutdown=None if drain is None else max(int(drain), 1),
         server_header=False,
+        # nothing is done at the start and at the end but what is done here
+        lifespan="off",
     )
     # whoever reads the line may connect at once
     socket.listen()

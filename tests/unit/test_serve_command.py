@@ -1,0 +1,99 @@
+"""``jaxllm serve`` says what is wrong with its command line before it loads a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.entrypoints.cli import build_parser, main
+from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.serve import run
+from jaxllm.entrypoints.serve.listening import listen
+from jaxllm.entrypoints.serve.load import Load
+
+
+def settings(*argv: str) -> Any:
+    arguments = build_parser().parse_args(["serve", *argv])
+    return run._settings(arguments, *run._engine(arguments))
+
+
+def test_without_the_extra_a_line_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else found(name))
+    assert main(["serve", "no/such/model"]) == 1
+    printed = capsys.readouterr().err
+    assert "jaxllm serve needs fastapi and uvicorn: " in printed and "'.[serve]'" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["m", "--model", "n"], "MODEL is 'm' and --model is 'n'"),
+        (["m", "--enable-auto-tool-choice"], "requires --tool-call-parser"),
+        (["no/such/model", "--port", "70000"], "cannot listen at 127.0.0.1:70000"),
+        (["no/such/model", "--uds", "/"], "no socket"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["serve", *argv]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAXLLM_API_KEY", "from outside")
+    assert settings("m").model_names == ("m",) and settings("--model", "n").model_names == ("n",)
+    found = settings(
+        *("m", "--served-model-name", "a", "b", "--api-key", "k", "--max-queue", "3", "--max-body-size", "1MiB"),
+        *("--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--reasoning-parser", "qwen3"),
+        *("--allowed-origins", "https://a", "https://b"),
+    )
+    assert (found.model_names, found.api_keys) == (("a", "b"), ("k", "from outside"))
+    assert (found.max_queue, found.max_body) == (3, 2**20)
+    assert (found.tool_call_parser, found.reasoning_parser) == ("hermes", "qwen3")
+    assert found.allowed_origins == ("https://a", "https://b") and not found.trust_request_chat_template
+    nested = settings("m", "--structured-outputs-config", '{"reasoning_parser": "deepseek_r1"}')
+    assert nested.reasoning_parser == "deepseek_r1"
+
+
+def test_sockets(tmp_path: Path):
+    with listen("127.0.0.1", 0, None) as (bound, url):
+        bound.listen()
+        port = bound.getsockname()[1]
+        assert url == f"http://127.0.0.1:{port}"
+        with pytest.raises(ValidationError, match="Another --port may be free"), listen("127.0.0.1", port, None):
+            pass
+    path = str(tmp_path / "s")
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(path)
+    left.close()  # as a server that was killed leaves it
+    with listen("", 0, path) as (bound, url):
+        bound.listen()
+        assert url == f"unix:{path}" and (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+        with pytest.raises(ValidationError, match="Another server listens"), listen("", 0, path):
+            pass
+    assert not (tmp_path / "s").exists()
+
+
+def test_load():
+    load = Load(2, 1)
+    with load.taken(2):
+        with load.taken(1), pytest.raises(APIError, match="3 sequences run or wait, and 3 may") as refusal:
+            with load.taken(1):
+                pass
+        assert (refusal.value.status, refusal.value.retry_after) == (503, 1)
+        assert (load.calls, load.sequences) == (1, 2)
+    # one that is larger than all there is runs alone
+    with load.taken(10):
+        assert load.sequences == 10
+    assert (load.calls, load.sequences) == (0, 0)
+    with pytest.raises(APIError, match="and this one has 16385") as refusal, Load(2, None).taken(16385):
+        pass
+    assert refusal.value.status == 400
