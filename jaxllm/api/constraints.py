@@ -108,7 +108,7 @@ class StructuredOutputsParams:
                 continue
             try:
                 parsed = json.loads(value) if isinstance(value, str) else value
-                too_deep = _nested_beyond(parsed, limit)
+                too_deep = nested_beyond(parsed, limit)
                 json.dumps(parsed)
             except RecursionError:
                 too_deep = True
@@ -120,7 +120,7 @@ class StructuredOutputsParams:
                 )
 
 
-def _nested_beyond(value: Any, limit: int) -> bool:
+def nested_beyond(value: Any, limit: int) -> bool:
     """Whether objects and arrays stand inside each other on more than `limit` levels."""
     level = [value] if isinstance(value, (dict, list)) else []
     while level:

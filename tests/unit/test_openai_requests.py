@@ -230,6 +230,16 @@ def test_refusals(url: str, body: dict[str, Any], message: str):
     assert refusal.value.status == 400
 
 
+def test_what_is_nested_too_deeply():
+    deep: Any = 1
+    for _ in range(126):
+        deep = {"a": deep}
+    assert call(CHAT, {"messages": MESSAGES, "metadata": deep}).params
+    for name in ("metadata", "chat_template_kwargs", "tools"):
+        with pytest.raises(APIError, match="at most 128 levels"):
+            call(CHAT, {"messages": MESSAGES, name: {"a": {"a": deep}}})
+
+
 @pytest.mark.parametrize("body", [None, [], "x", 5])
 def test_bodies_that_are_none(body: Any):
     with pytest.raises(APIError, match="The body must be an object"):

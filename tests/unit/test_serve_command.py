@@ -94,3 +94,6 @@ def test_load():
     with load.taken(10):
         assert load.sequences == 10
     assert (load.calls, load.sequences) == (0, 0)
+    with pytest.raises(APIError, match="and this one has 16385") as refusal, Load(2, None).taken(16385):
+        pass
+    assert refusal.value.status == 400

@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
+from jaxllm.api.constraints import nested_beyond
 from jaxllm.entrypoints.openai.errors import APIError
 
+#: of objects and arrays inside each other; templates and others that read them call themselves for each
+MAX_LEVELS = 128
 Object = dict[str, Any]
 Read = TypeVar("Read", bound="Body")
 
@@ -85,6 +88,8 @@ class Body(BaseModel):
     def _check_names(cls, body: Any) -> Any:
         if not isinstance(body, Mapping):
             return body
+        if nested_beyond(dict(body), MAX_LEVELS):
+            raise APIError(f"The body is nested too deeply: objects and arrays may nest at most {MAX_LEVELS} levels.")
         kept = {}
         for name, value in body.items():
             if name in cls.refused:
