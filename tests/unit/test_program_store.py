@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,12 @@ def test_code_of_the_users_is_not_described():
 def test_the_environment_is_the_same_text_every_time():
     assert environment(DEVICES) == environment(DEVICES)
     assert " at 0x" not in environment(DEVICES)
+
+
+def test_every_module_of_both_packages_is_a_source():
+    """A program that was kept before any of them was edited is not found again."""
+    files = {path for _, path in program_identity.source_files()}
+    packages = "jaxllm.models.", "jaxllm.layers.", "jaxllm.sampling.", "jaxllm.runner.", "pallas_kernels."
+    loaded = [module.__file__ for name, module in sys.modules.items() if name.startswith(packages)]
+    assert len(loaded) > 50
+    assert [path for path in loaded if path is not None and Path(path) not in files] == []

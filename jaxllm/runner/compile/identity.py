@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxllm
 import pallas_kernels
 
 #: files that say what is computed, and with which tiles
@@ -93,12 +94,16 @@ def _versions() -> str:
 def sources() -> str:
     """A hash of both packages' sources, whole: what a program is made of is nowhere written down."""
     digest = hashlib.sha256()
-    for package in (Path(__file__).parents[1], Path(next(iter(pallas_kernels.__path__)))):
-        for path in sorted(package.rglob("*")):
-            if path.suffix in _SOURCES:
-                digest.update(f"{path.relative_to(package)}\0".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for package, path in source_files():
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def source_files() -> list[tuple[Path, Path]]:
+    """(folder of the package, file) of every source of both packages."""
+    packages = (Path(next(iter(package.__path__))) for package in (jaxllm, pallas_kernels))
+    return [(each, path) for each in packages for path in sorted(each.rglob("*")) if path.suffix in _SOURCES]
 
 
 @functools.cache
