@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.adaptive import INITIAL, ONE
 
 #: how far a launch moves what is known, as an exponent of its time over the expected one; and what such a quotient is
 #: at most, as the machine may have done something else meanwhile
@@ -25,10 +25,13 @@ class CheckPrices:
     proportion to the parts: what was never launched keeps its relation to a step.)
 
     Args:
-        steps: i32 [L] in units of 1 / `ONE`: what is believed before any launch. Changed in place, as it is learned.
+        steps: i32 [L] in units of 1 / `ONE`, of the shortest checks first: what is believed before any launch. Changed
+            in place, as it is learned.
     """
 
     def __init__(self, steps: np.ndarray):
+        # a check that no request can pay is never tried, and so its price never learned
+        steps[0] = min(steps[0], round(INITIAL * ONE))
         self._steps = steps
         #: seconds of a step without drafts; None: no launch was timed
         self._seconds: float | None = None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.adaptive import INITIAL, ONE
 from jaxllm.speculative.prices import LEAST, MOST, CheckPrices, LaunchClock
 
 
@@ -51,6 +51,12 @@ def test_one_launch_beside_something_else_changes_little():
         prices.saw(4.0, [2, 1])
     prices.saw(1000.0, [2, 1])
     assert 1.0 <= costs[0] / ONE < 1.3
+
+
+def test_the_shortest_check_can_be_tried():
+    costs = believed(4.0, 9.0)
+    CheckPrices(costs)
+    np.testing.assert_array_equal(costs, believed(INITIAL, 9.0))
 
 
 def test_prices_stay_within_bounds():

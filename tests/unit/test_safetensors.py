@@ -184,7 +184,10 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(tmp_path: Path, chan
 
 
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path):
-    with pytest.raises(WeightsError, match=r"there is no \.safetensors file"):
+    with pytest.raises(WeightsError, match=r"there is no \.safetensors file$"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is pickled.*save_file\(torch\.load\('pytorch_model"):
         SafetensorsReader(tmp_path)
 
 

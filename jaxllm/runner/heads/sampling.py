@@ -169,9 +169,10 @@ class SamplingHead(Head[Params, State]):
         self._embeddings = Embeddings(programs)
         self._kept = KeptOutputs(programs.num_kept_tokens, programs.max_kept_outputs)
         self._clock = LaunchClock()
-        self._prices = {seqs: CheckPrices(costs) for seqs, costs in programs.check_costs.items()}
         # processes that tell one program different prices would not come together again
         self._learns = not is_distributed()
+        costs = programs.check_costs if self._learns else {}
+        self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}

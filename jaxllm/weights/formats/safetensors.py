@@ -84,7 +84,7 @@ class SafetensorsReader:
         if not files[0].is_file():
             files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise WeightsError(f"{directory}: there is no .safetensors file")
+            raise WeightsError(f"{directory}: there is no .safetensors file{_remedy(directory)}")
         tensors: dict[str, _Tensor] = {}
         for file in files:
             found = _open(file, stack)
@@ -191,3 +191,14 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not (index.parent / file).is_file():
             raise WeightsError(f"{index}: the shard {file} is missing")
     return weight_map
+
+
+def _remedy(directory: Path) -> str:
+    """What to do with a directory that has its weights in another form; "" where nothing is known."""
+    pickled = sorted(directory.glob("*.bin")) or sorted(directory.glob("*.pt*"))
+    if not pickled:
+        return ""
+    return (
+        f", and {pickled[0].name} is pickled: reading it could run anything. With PyTorch, where it is trusted: "
+        f"safetensors.torch.save_file(torch.load({pickled[0].name!r}, weights_only=True), {SINGLE!r})"
+    )
