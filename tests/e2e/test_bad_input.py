@@ -47,7 +47,15 @@ def changed(**fields: Any) -> SamplingParams:
 BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "lone surrogate": ("a\ud800b", "lone surrogate"),
     "unknown key": ({"promt": "a"}, "the prompt has the key 'promt', which does not exist"),
-    "later key": ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data', which is not supported yet"),
+    "later key": ({"prompt": "a", "encoder_prompt": "b"}, "'encoder_prompt', which is not supported yet"),
+    "image": (
+        {"prompt": "a", "multi_modal_data": {"image": "b"}},
+        "'multi_modal_data', and this engine reads text only",
+    ),
+    "image in a message": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "a message has a part that is no text, and this engine reads text only",
+    ),
     "empty text": ("", "prompt cannot be empty"),
     "no token ids": ([], "prompt cannot be empty"),
     "empty mapping": ({}, "must have 'prompt', 'prompt_token_ids', 'prompt_embeds' or 'messages'"),
@@ -157,7 +165,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "image": (
         lambda e: e.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         ValidationError,
-        "'image_url', which is not supported yet",
+        "this engine reads text only",
     ),
     "no content": (
         lambda e: e.chat([{"role": "user"}]),

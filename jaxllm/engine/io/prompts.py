@@ -12,6 +12,7 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.cache.block_hash import ExtraKey
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
+from jaxllm.multimodal.conversations import has_media
 from jaxllm.multimodal.items import Media, PromptMedia
 from jaxllm.multimodal.prompts import MEDIA_KEYS
 from jaxllm.tokenization.pool import encode
@@ -44,6 +45,10 @@ _EMBEDS_KEYS = ("prompt_embeds", "prompt", "cache_salt")
 #: vLLM's others
 _LATER_KEYS = ("encoder_prompt", "decoder_prompt")
 _TRUNCATION_SIDES = ("left", "right")
+_TEXT_ONLY = (
+    ", and this engine reads text only: its model sees no images here, or limit_mm_per_prompt has switched them off. "
+    "Leave it out."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,7 +169,9 @@ class PromptReader:
                 if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None:
                     read[position] = self._embedded(prompt, options)
                     continue
-                if self._media is not None and isinstance(prompt, Mapping) and "messages" in prompt:
+                if isinstance(prompt, Mapping) and has_media(prompt.get("messages")):
+                    if self._media is None:
+                        raise ValidationError(f"a message has a part that is no text{_TEXT_ONLY}")
                     prompt = self._media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
                 if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
@@ -235,10 +242,7 @@ class PromptReader:
         """What a prompt holds besides text."""
         if self._media is None:
             given = next(key for key in MEDIA_KEYS if prompt.get(key))
-            raise ValidationError(
-                f"the prompt has {given!r}, and this engine reads text only: its model sees no images here, or "
-                "limit_mm_per_prompt has switched them off. Leave it out."
-            )
+            raise ValidationError(f"the prompt has {given!r}{_TEXT_ONLY}")
         return self._media.read(prompt)
 
     def _embedded(self, prompt: Mapping[str, Any], options: TokenizationOptions) -> PreparedPrompt:
