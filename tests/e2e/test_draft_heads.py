@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -106,6 +107,37 @@ def test_every_draft_is_what_the_published_head_makes(case: Case):
         assert (drafted, accepted) == replayed(case, prompt, output)
         right += accepted
     assert right > 20
+
+
+def test_a_hit_of_a_block_that_the_same_step_writes(case: Case):
+    """The first prompt leaves the second half a step, so that the next one fills a block and has room for the third,
+    which is equal, and hits it.
+    """
+    rng = random.Random(1)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logit_bias=BIAS)
+    first = dataclasses.replace(params, max_tokens=1)
+    for _ in range(3):
+        short, prompt = ([rng.randrange(256) for _ in range(length)] for length in (4, 9))
+        before = numbers(case.drafting)
+        _, *got = case.drafting.generate([short, prompt, prompt], [first, params, params], use_tqdm=False)
+        assert [output.num_cached_tokens for output in got] == [0, 8]
+        drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
+        wanted = [replayed(case, prompt, list(output.outputs[0].token_ids)) for output in got]
+        assert [drafted, accepted] == [sum(each) for each in zip(*wanted, strict=True)]
+
+
+def test_what_blocks_held_before_does_not_matter(case: Case):
+    """Not even what is no number."""
+    runner: Any = case.drafting.engine.core.cores[0]._runner  # pyright: ignore
+    case.drafting.reset_prefix_cache()
+    cache = runner._state.draft_cache
+    spoiled = dataclasses.replace(cache, hidden=jnp.full_like(cache.hidden, jnp.nan))
+    runner._state = dataclasses.replace(runner._state, draft_cache=spoiled)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logit_bias=BIAS)
+    prompt, before = list(range(40, 61)), numbers(case.drafting)
+    (got,) = case.drafting.generate(prompt, params, use_tqdm=False)
+    drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
+    assert (drafted, accepted) == replayed(case, prompt, list(got.outputs[0].token_ids))
 
 
 def test_beside_others_outputs_are_the_models(case: Case):
