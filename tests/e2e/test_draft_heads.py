@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,10 @@ from support.own_process import found_by
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.engine_args import engine_args
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.registry import model_config
+from jaxllm.startup.draft_setup import read_draft
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -194,6 +199,27 @@ def test_a_head_that_knows_what_follows_is_never_wrong(tiny_model: Path, tmp_pat
             llm.generate(prompts(), params, use_tqdm=False)
         drafted, accepted = numbers(llm)
     assert drafted == accepted > 150
+
+
+def test_what_drafts_is_told_by_its_files_not_by_its_path(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A folder whose path sounds like a head holds a model, and one that does not, a head."""
+    target = model_config(json.loads((tiny_model / "config.json").read_text()))
+    assert isinstance(target, DecoderConfig)
+    cases: dict[str, tuple[Callable[[Path], Any], str | None, str]] = {
+        "eagle-nest/llama": (lambda folder: shutil.copytree(tiny_model, folder), None, "draft_model"),
+        "head": (write_eagle3, "eagle3", "eagle3"),
+        "EAGLE-llama": (write_eagle, "eagle", "eagle"),
+    }
+    for name, (write, kind, method) in cases.items():
+        write(tmp_path / name)
+        args = engine_args(str(tiny_model), spec_model=str(tmp_path / name), spec_tokens=2)
+        assert args.speculative_config is not None
+        with caplog.at_level("INFO", "jaxllm"):
+            draft = read_draft(args, args.speculative_config, target, max_model_len=None)
+        assert (draft.head and draft.head.kind) == kind
+        assert f"{name} is taken for method={method!r}" in caplog.messages[-1]
 
 
 def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
