@@ -24,7 +24,7 @@ class MediaLimit:
     #: pixels of the largest item; None: what the processor makes of the largest
     width: int | None = None
     height: int | None = None
-    #: of a video
+    #: the most of a video; None: what fits
     num_frames: int | None = None
 
 

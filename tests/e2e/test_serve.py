@@ -272,16 +272,21 @@ def test_tokens_there_and_back(url: str, engine: AsyncLLM):
         assert status == 400 and text in told["error"]["message"], path
 
 
-def test_the_engine_is_steered(url: str, client: openai.OpenAI):
-    assert get(url, "/sleep?level=7", b"")[0] == 400 and get(url, "/sleep?level=x", b"")[0] == 400
-    assert get(url, "/sleep?level=1", b"")[0] == 200
-    assert get(url, "/is_sleeping")[2] == {"is_sleeping": True}
-    with pytest.raises(openai.InternalServerError) as refusal:
-        client.completions.create(model="tiny", prompt="x", max_tokens=1)
-    assert refusal.value.status_code == 503 and refusal.value.response.headers["retry-after"] == "1"
-    assert get(url, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
-    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
-    assert get(url, "/reset_prefix_cache", b"")[0] == 200
+def test_the_engine_is_steered(engine: AsyncLLM, url: str, client: openai.OpenAI):
+    for path in ("/sleep?level=1", "/wake_up", "/reset_prefix_cache"):
+        status, _, told = get(url, path, b"")
+        assert status == 403 and "--enable-admin-endpoints" in told["error"]["message"], path
+    assert get(url, "/is_sleeping")[2] == {"is_sleeping": False}
+    with served(engine, admin_endpoints=True) as admin:
+        assert get(admin, "/sleep?level=7", b"")[0] == 400 and get(admin, "/sleep?level=x", b"")[0] == 400
+        assert get(admin, "/sleep?level=1", b"")[0] == 200
+        assert get(url, "/is_sleeping")[2] == {"is_sleeping": True}
+        with pytest.raises(openai.InternalServerError) as refusal:
+            client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        assert refusal.value.status_code == 503 and refusal.value.response.headers["retry-after"] == "1"
+        assert get(admin, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
+        assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+        assert get(admin, "/reset_prefix_cache", b"")[0] == 200
     status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"})
     assert status == 501 and "not there yet" in told["error"]["message"]
 
@@ -402,6 +407,21 @@ def test_keys_sizes_queues_and_pages(engine: AsyncLLM):
                 assert (status, headers["retry-after"], told["error"]["type"]) == (503, "1", "ServiceUnavailableError")
         wait_until_idle(engine)
         assert get(url, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key)[0] == 200
+
+
+def test_other_names_of_the_server(engine: AsyncLLM):
+    """A page whose name was made to point here has the server's own origin; a browser sends none with a GET."""
+    with served(engine, allowed_hosts=("localhost", "[::1]", "Box")) as url:
+        for host, status in (
+            *(("localhost:8000", 200), ("box", 200), ("[::1]:8000", 200), ("[::1]", 200)),
+            *(("evil.com:8000", 403), ("localhost.evil.com", 403), ("127.0.0.1:8000", 403), ("localhost:x", 403)),
+        ):
+            found, _, told = get(url, "/v1/models", headers={"Host": host})
+            assert found == status and (status == 200 or "--allowed-hosts" in told["error"]["message"]), host
+    with served(engine, allowed_hosts=("*",)) as url:
+        assert get(url, "/v1/models", headers={"Host": "evil.com"})[0] == 200
+        for origin in ("http://[", "null", "http://evil.com"):
+            assert get(url, "/v1/models", headers={"Origin": origin})[0] == 403, origin
 
 
 JSON = st.recursive(

@@ -40,6 +40,8 @@ def test_without_the_extra_a_line_says_how_to_get_it(
         (["m", "--enable-auto-tool-choice"], "requires --tool-call-parser"),
         (["no/such/model", "--port", "70000"], "cannot listen at 127.0.0.1:70000"),
         (["no/such/model", "--uds", "/"], "no socket"),
+        (["m", "--api-key", ""], "--api-key has ''"),
+        (["m", "--api-key", "k", "--api-key", " "], "--api-key has ' '"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]):
@@ -58,9 +60,27 @@ def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
     assert (found.model_names, found.api_keys) == (("a", "b"), ("k", "from outside"))
     assert (found.max_queue, found.max_body) == (3, 2**20)
     assert (found.tool_call_parser, found.reasoning_parser) == ("hermes", "qwen3")
+    assert not found.admin_endpoints and settings("m", "--enable-admin-endpoints").admin_endpoints
     assert found.allowed_origins == ("https://a", "https://b") and not found.trust_request_chat_template
     nested = settings("m", "--structured-outputs-config", '{"reasoning_parser": "deepseek_r1"}')
     assert nested.reasoning_parser == "deepseek_r1"
+
+
+def test_a_key_that_was_not_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAXLLM_API_KEY", "")
+    with pytest.raises(ValidationError, match="JAXLLM_API_KEY has ''.* Leave it out for a server that is open"):
+        settings("m")
+
+
+def test_names_of_the_server():
+    """Where only this machine reaches it, and nothing else keeps pages out."""
+    local = {"localhost", "127.0.0.1", "[::1]"}
+    assert set(settings("m").allowed_hosts) == local
+    assert set(settings("m", "--host", "127.0.0.2").allowed_hosts) == {*local, "127.0.0.2"}
+    assert set(settings("m", "--host", "::1").allowed_hosts) == local
+    for argv in (["--host", "0.0.0.0"], ["--host", "box"], ["--api-key", "k"], ["--uds", "s"]):
+        assert settings("m", *argv).allowed_hosts == ()
+    assert settings("m", "--allowed-hosts", "box", "--api-key", "k").allowed_hosts == ("box",)
 
 
 def test_sockets(tmp_path: Path):

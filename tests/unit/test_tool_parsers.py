@@ -132,6 +132,34 @@ def test_what_is_forced():
     assert streamed(required, cut, [])[2] == TWO[:1] and streamed(required, cut, [])[1] in cut
 
 
+def test_schemas_with_definitions_of_their_own():
+    """Nested pydantic models, in the grammar of a list of calls: each tool's references lead to its own."""
+    pydantic, lark = pytest.importorskip("pydantic"), pytest.importorskip("llguidance")
+
+    def schema(kind: type) -> dict[str, Any]:
+        place: Any = pydantic.create_model("Place", at=(kind, ...), near=("Place | None", None))
+        return pydantic.create_model("Arguments", place=(place, ...)).model_json_schema()
+
+    schemas = {"one": schema(int), "two": schema(str)}
+    schemas["tree"] = {"type": "object", "properties": {"$ref": {"$ref": "#"}}, "additionalProperties": False}
+    before = json.dumps(schemas)
+    grammar = lark.LLMatcher.grammar_from_json_schema(json.dumps(forced.required_schema(schemas, several=True)))
+    assert json.dumps(schemas) == before
+    for name, arguments, fits in (
+        ("one", {"place": {"at": 1, "near": {"at": 2}}}, True),
+        ("one", {"place": {"at": 1, "near": {"at": "x"}}}, False),
+        ("two", {"place": {"at": "x"}}, True),
+        ("two", {"place": {"at": 1}}, False),
+        ("tree", {"$ref": {"$ref": {}}}, True),
+        ("tree", {"$ref": 1}, False),
+    ):
+        matcher = lark.LLMatcher(lark.LLTokenizer("byte"), grammar)
+        assert not matcher.get_error()
+        text = json.dumps([{"name": name, "parameters": arguments}]).encode()
+        matcher.try_consume_tokens(list(text))
+        assert matcher.is_accepting() == fits, (name, arguments)
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "text", "reasoning", "content"),
     [

@@ -39,6 +39,7 @@ def make_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
         Guard,
         api_keys=settings.api_keys,
         max_body=settings.max_body,
+        allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
     )
     if settings.allowed_origins:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
@@ -21,6 +21,7 @@ def routes(service: Service) -> APIRouter:
     engine = service.engine
     registry = engine.engine.watching.prometheus_registry()
     created = int(time.time())
+    admin = [Depends(_refuse_users)] if not service.settings.admin_endpoints else []
 
     def model(name: str) -> dict[str, Any]:
         length = engine.engine.core.config.max_model_len
@@ -57,13 +58,13 @@ def routes(service: Service) -> APIRouter:
         with service.told():
             return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    @router.post("/sleep")
+    @router.post("/sleep", dependencies=admin)
     async def sleep(level: int = 1, mode: str = "abort") -> Response:
         with service.told():
             await engine.sleep(level, mode)
         return Response()
 
-    @router.post("/wake_up")
+    @router.post("/wake_up", dependencies=admin)
     async def wake_up(tags: Annotated[list[str] | None, Query()] = None) -> Response:
         with service.told():
             await engine.wake_up(tags)
@@ -74,7 +75,7 @@ def routes(service: Service) -> APIRouter:
         with service.told():
             return JSONAnswer({"is_sleeping": await engine.is_sleeping()})
 
-    @router.post("/reset_prefix_cache")
+    @router.post("/reset_prefix_cache", dependencies=admin)
     async def reset_prefix_cache(reset_running_requests: bool = False, reset_external: bool = False) -> Response:
         with service.told():
             if not await engine.reset_prefix_cache(reset_running_requests, reset_external):
@@ -87,3 +88,8 @@ def routes(service: Service) -> APIRouter:
         raise APIError("Adapters (LoRA) are not there yet: jaxllm serves the model as it is.", status=501)
 
     return router
+
+
+def _refuse_users(request: Request) -> None:
+    """One client could stop all others."""
+    raise APIError(f"{request.url.path} is answered by a server with --enable-admin-endpoints.", status=403)

@@ -25,13 +25,23 @@ class Guard:
     Args:
         api_keys: any of them opens the server; none: it is open.
         max_body: bytes.
+        allowed_hosts: names, without a port, that a request's Host may have; none, or "*": any.
         allowed_origins: of web pages, besides the server's own; "*": all.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body: int, allowed_origins: Sequence[str]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_body: int,
+        allowed_hosts: Sequence[str],
+        allowed_origins: Sequence[str],
+    ):
         self._app = app
         self._keys = [key.encode() for key in api_keys]
         self._max_body = max_body
+        self._hosts = () if "*" in allowed_hosts else tuple(name.lower() for name in allowed_hosts)
         self._origins = allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,8 +68,12 @@ class Guard:
             await self._app(scope, limited, send)
 
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
-        origin = headers.get("origin")
-        if origin is not None and not self._is_allowed(origin, headers.get("host", "")):
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if host and self._hosts and _name(host) not in self._hosts:
+            # a page's own name can be made to point at this machine, and its origin is then the server's (DNS
+            # rebinding); browsers always send a Host
+            return APIError(f"This server is not called {host!r:.80}: see --allowed-hosts.", status=403)
+        if origin is not None and not self._is_allowed(origin, host):
             # a page anywhere can have a browser send requests to this machine
             return APIError(f"Pages of {origin!r:.80} may not use this server: see --allowed-origins.", status=403)
         if self._keys and path not in _OPEN and not self._is_known(headers.get("authorization", "")):
@@ -77,7 +91,18 @@ class Guard:
         return scheme.lower() == "bearer" and any(found)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
-        return "*" in self._origins or origin in self._origins or urlsplit(origin).netloc == host
+        if "*" in self._origins or origin in self._origins:
+            return True
+        try:
+            return bool(host) and urlsplit(origin).netloc == host
+        except ValueError:  # it is no URL
+            return False
 
     def _too_large(self) -> str:
         return f"The body is larger than {self._max_body} bytes; --max-body-size says what the server takes."
+
+
+def _name(host: str) -> str:
+    """Return a Host without its port."""
+    name, _, port = host.rpartition(":")
+    return (name if name and port.isdigit() else host).lower()

@@ -55,6 +55,22 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages that may use the server, such as https://example.org, or * (default: its own)",
     )
+    server.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="what the server may be called in a request's Host, or * (default: where it listens on loopback without a "
+        "key, localhost, 127.0.0.1 and [::1]; elsewhere anything)",
+    )
+    add_option(
+        server,
+        "enable_admin_endpoints",
+        None,
+        "answer /sleep, /wake_up and /reset_prefix_cache, for everyone who may use the server",
+        default=False,
+        shown=False,
+    )
     add_tool_option(server)
     add_option(
         server, "enable_auto_tool_choice", None, "vLLM's switch; --tool-call-parser is what decides", default=False

@@ -16,7 +16,7 @@ from jaxllm.api.extras import how_to_install
 from jaxllm.command_options import engine_arguments
 from jaxllm.engine.interrupt import whole_module
 from jaxllm.entrypoints.openai.tools.options import reasoning_parser
-from jaxllm.entrypoints.serve.listening import listen
+from jaxllm.entrypoints.serve.listening import LOOPBACK, is_loopback, listen
 from jaxllm.entrypoints.serve.settings import Settings
 
 _NEEDED = ("fastapi", "uvicorn")
@@ -59,17 +59,42 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
     names = [str(name) for name in (served if isinstance(served, list) else [served])]
     if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
         raise ValidationError("--enable-auto-tool-choice requires --tool-call-parser.")
-    environment = os.environ.get("JAXLLM_API_KEY")
+    keys = _keys(arguments)
     return Settings(
         model_names=tuple(names),
-        api_keys=tuple(arguments.api_key) + ((environment,) if environment else ()),
+        api_keys=keys,
         max_queue=arguments.max_queue,
         max_body=arguments.max_body_size,
+        allowed_hosts=_hosts(arguments, keys),
+        admin_endpoints=arguments.enable_admin_endpoints,
         allowed_origins=tuple(arguments.allowed_origins),
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
     )
+
+
+def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return what opens the server. A key that is empty is most likely a variable that was not set."""
+    given = [("--api-key", key) for key in arguments.api_key]
+    if (environment := os.environ.get("JAXLLM_API_KEY")) is not None:
+        given.append(("JAXLLM_API_KEY", environment))
+    for name, key in given:
+        if not key or key != key.strip():
+            raise ValidationError(
+                f"{name} has {key!r}: a key is text without spaces around it, such as that of `openssl rand -hex 32`. "
+                "Leave it out for a server that is open."
+            )
+    return tuple(key for _, key in given)
+
+
+def _hosts(arguments: argparse.Namespace, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what the server may be called; none: anything."""
+    if arguments.allowed_hosts is not None:
+        return tuple(arguments.allowed_hosts)
+    if keys or arguments.uds is not None or not is_loopback(arguments.host):
+        return ()
+    return (*LOOPBACK, f"[{arguments.host}]" if ":" in arguments.host else arguments.host)
 
 
 def _answer(engine: Any, settings: Settings, arguments: argparse.Namespace, socket: Any, url: str) -> None:

@@ -20,8 +20,12 @@ class Settings:
     max_queue: int | None = None
     #: bytes of a request's body
     max_body: int = MAX_BODY
+    #: what the server may be called in a request's Host; none, or "*": anything
+    allowed_hosts: tuple[str, ...] = ()
     #: web pages of these origins may use the server; "*": of all
     allowed_origins: tuple[str, ...] = ()
+    #: whether whoever may ask the model may also send it to sleep and reset its caches
+    admin_endpoints: bool = False
     #: how the model writes calls of tools, a name of `openai.tools.parsers`; None: they are text
     tool_call_parser: str | None = None
     #: tells reasoning from the answer, a name of `config.structured_outputs.PARSERS`; None: nobody does

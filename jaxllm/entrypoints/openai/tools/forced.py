@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.entrypoints.openai.tools.calls import (
@@ -24,14 +25,41 @@ def required_schema(schemas: Schemas, *, several: bool) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": dict(schema) or {"type": "object"}},
+            "properties": {
+                "name": {"const": name},
+                "parameters": _moved(schema, f"#/items/anyOf/{number}/properties/parameters") or {"type": "object"},
+            },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, schema in schemas.items()
+        for number, (name, schema) in enumerate(schemas.items())
     ]
     listed: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     return listed if several else {**listed, "maxItems": 1}
+
+
+#: keywords of JSON schema whose value maps names to schemas, and those whose value is data
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_DATA = ("const", "enum", "default", "examples")
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema that is to stand at `place` of another, with its references to its own parts (``#/$defs/City``)
+    leading there.
+    """
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[key] = place + value[1:]
+        elif key in _MAPS and isinstance(value, Mapping):
+            moved[key] = {name: _moved(item, place) for name, item in value.items()}
+        else:
+            moved[key] = value if key in _DATA else _moved(value, place)
+    return moved
 
 
 def _list(text: str, done: bool, schemas: Schemas) -> Parsed:
