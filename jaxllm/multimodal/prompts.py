@@ -12,7 +12,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.conversations import has_media, without_media
-from jaxllm.multimodal.items import VIDEO, Media, PlacedItem, PromptMedia, Room
+from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia, Room
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
 
@@ -79,23 +79,31 @@ class MediaReader:
             names = _uuids(uuids.get(modality), modality, len(each), salt)
             read = getattr(processors[modality], modality)
             frames = self._limits.get(modality, MediaLimit()).num_frames
-            for number, (item, uuid) in enumerate(zip(each, names, strict=True)):
-                label = modality if len(each) == 1 else f"{modality} {number}"
+            labels = [modality if len(each) == 1 else f"{modality} {number}" for number in range(len(each))]
+            if modality == IMAGE:
+                self._check_heads(processors[modality], each, labels, left)
+            for item, label, uuid in zip(each, labels, names, strict=True):
                 with _told(label):
                     found.append(read(item, name=label, uuid=uuid, room=Room(self._max_tokens, left, frames)))
                 left -= found[-1].num_tokens
         return found
 
     def _check_count(self, modality: str, count: int) -> None:
-        if modality not in self._tokens:
+        limit = self._limits.get(modality, MediaLimit()).count
+        if modality not in self._tokens and limit:
             known = ", ".join(self._tokens)
             raise ValidationError(f"multi_modal_data has {modality!r}, which the model does not take; it takes {known}")
-        limit = self._limits.get(modality, MediaLimit()).count
         if count > limit:
             raise ValidationError(
                 f"At most {limit} {modality}(s) may be provided in one prompt, and this one has {count}. "
                 f"limit_mm_per_prompt={{{modality!r}: {count}}} allows them."
             )
+
+    def _check_heads(self, processor: QwenProcessor, each: Sequence[Any], labels: Sequence[str], left: int) -> None:
+        """Before the first picture of a prompt is decoded, as far as files tell their size."""
+        for item, label in zip(each, labels, strict=True):
+            with _told(label):
+                left -= processor.image_tokens(item, name=label, room=Room(self._max_tokens, left))
 
     def _check_frames(self, count: int, label: str) -> None:
         """Before frames are fetched; two of them are one vector at least."""
@@ -107,6 +115,19 @@ class MediaReader:
                 f"{label} has {count} frames, and at most {most} are taken: num_frames of limit_mm_per_prompt, and the "
                 "maximum model length, bound them. Give fewer."
             )
+
+    def check_no_places(self, token_ids: list[int]) -> None:
+        """Raise ValidationError for a prompt that has places, and nothing to put there."""
+        for modality, token in self._tokens.items():
+            if token in token_ids:
+                raise self._other_places(modality, 0, token_ids.count(token))
+
+    def _other_places(self, modality: str, number: int, places: int) -> ValidationError:
+        return ValidationError(
+            f"Expected there to be {number} prompt placeholders corresponding to {number} {modality} items, but "
+            f"instead found {places} prompt placeholders! The prompt needs one {modality} token "
+            f"(id {self._tokens[modality]}) for each."
+        )
 
     def place(self, token_ids: list[int], given: Sequence[Media]) -> tuple[list[int], PromptMedia]:
         """Put pictures and videos into the places that a prompt has for them: one token each, or as many as it has
@@ -141,12 +162,8 @@ class MediaReader:
             at = last if is_whole else at + 1
         for modality, left in waiting.items():
             number = sum(media.modality == modality for media in given)
-            if left or (number and counts[modality] > number):
-                raise ValidationError(
-                    f"Expected there to be {number} prompt placeholders corresponding to {number} {modality} items, "
-                    f"but instead found {counts[modality]} prompt placeholders! The prompt needs one {modality} token "
-                    f"(id {self._tokens[modality]}) for each."
-                )
+            if left or counts[modality] > number:
+                raise self._other_places(modality, number, counts[modality])
         offsets, delta = rope_offsets(placed, len(found), self._processors[given[0].modality].merge_size)
         return found, PromptMedia(tuple(_items(placed)), offsets, delta)
 

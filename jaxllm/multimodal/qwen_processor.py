@@ -17,7 +17,7 @@ import numpy as np
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem, Room
-from jaxllm.multimodal.pictures import MOST_PIXELS, pillow, read_picture
+from jaxllm.multimodal.pictures import MOST_PIXELS, pillow, read_picture, size_of_file
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -154,6 +154,18 @@ class QwenProcessor:
             grow = math.sqrt(self.min_pixels / (height * width))
             rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return rows, columns
+
+    def image_tokens(self, given: Any, *, name: str, room: Room) -> int:
+        """Vectors that a picture becomes; 0 where that shows only when it is read.
+
+        Raises:
+            ValidationError: it is too large.
+        """
+        size = size_of_file(given)
+        if size is None:
+            return 0
+        self._check_room(size, 1, name, room)
+        return self.tokens_of(*size)
 
     def image(self, given: Any, *, name: str = "image", uuid: str | None = None, room: Room | None = None) -> Media:
         """A picture as the encoder takes it.

@@ -104,6 +104,48 @@ def test_pictures_are_upright_and_of_animations_the_first_frame_is_seen():
     assert np.asarray(read_picture(moving, "it"))[0, 0].tolist() == [255, 0, 0]
 
 
+def test_what_is_seen_through_a_picture_is_white():
+    """In whatever way a file says it: of each, the left half is seen through, and the right one is as it was."""
+    left, right = (slice(0, 20), slice(20, 40))
+    seen = np.zeros((30, 40, 4), np.uint8)
+    seen[:, right] = [200, 100, 50, 255]
+    whole = Image.fromarray(seen)
+    grey = whole.convert("LA")
+    colours = Image.fromarray((seen[..., 3] // 255).astype(np.uint8), "P")
+    colours.putpalette([0, 0, 0, 200, 100, 50])
+    bits = Image.fromarray(seen[..., 3]).convert("1")
+    dots = Image.fromarray(seen[..., :3])
+    pictures = {
+        "RGBA": whole, "array": seen, "PNG": encoded(whole, "PNG"), "WEBP": encoded(whole, "WEBP", lossless=True),
+        "LA": grey, "P": encoded(colours, "PNG", transparency=0), "GIF": encoded(colours, "GIF", transparency=0),
+        "RGB": encoded(dots, "PNG", transparency=(0, 0, 0)), "L": encoded(bits.convert("L"), "PNG", transparency=0),
+        "1": encoded(bits, "PNG", transparency=0),
+    }  # fmt: skip
+    for name, given in pictures.items():
+        read = np.asarray(read_picture(given, name))
+        assert read[:, left].min() == 255, name
+        expected = {"LA": [grey.getpixel((30, 0))[0]] * 3, "L": [255] * 3, "1": [255] * 3}.get(name, [200, 100, 50])
+        assert (read[:, right] == expected).all(), name
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert np.asarray(read_picture(half, "half"))[0, 0].tolist() == [127] * 3
+
+
+def test_integers_are_of_16_bits_where_they_need_them():
+    small = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for given, expected in ((small, small), (small * 256 + 7, small)):
+        np.testing.assert_array_equal(np.asarray(read_picture(Image.fromarray(given), "it"))[..., 0], expected)
+
+
+def test_errors_name_no_places_in_memory():
+    with pytest.raises(ValidationError, match="are no picture") as refusal:
+        read_picture(b"text", "it")
+    assert " at 0x" not in str(refusal.value)
+    for url in ("data:image/png;base64,AAAA" * 100, "http://example.org/x.png"):
+        with pytest.raises(ValidationError, match="is a URL. Those are read in messages only") as refusal:
+            read_picture(url, "it")
+        assert len(str(refusal.value)) < 400
+
+
 def test_formats_that_start_other_programs_are_refused():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     for data in (script, encoded(picture(20, 20), "ICO"), encoded(picture(20, 20), "TGA")):
@@ -200,6 +242,11 @@ def test_placeholders_become_vectors():
     for wrong in ([1], [IMAGE, 1, IMAGE, 1, IMAGE], [VIDEO]):
         with pytest.raises(ValidationError, match="prompt placeholders"):
             reader().place(wrong, [one, two])
+    with pytest.raises(ValidationError, match="to be 0 prompt placeholders corresponding to 0 video items"):
+        reader().place([IMAGE, VIDEO], [one])
+    with pytest.raises(ValidationError, match="instead found 2 prompt placeholders"):
+        reader().check_no_places([1, IMAGE, IMAGE])
+    reader().check_no_places([1, 2])
 
 
 def test_counts_are_limited_as_in_vllm():
@@ -208,6 +255,12 @@ def test_counts_are_limited_as_in_vllm():
         reader(image=1).read({"multi_modal_data": {"image": [given, given]}})
     with pytest.raises(ValidationError, match=r"At most 0 video\(s\) may be provided in one prompt"):
         reader(video=0).read({"multi_modal_data": {"video": [[given, given]]}})
+    off = MediaReader(
+        {"image": PROCESSOR}, {"image": IMAGE}, media_limits("limits", {"video": 0}), max_tokens=64, max_model_len=64,
+        access=MediaAccess(),
+    )  # fmt: skip
+    with pytest.raises(ValidationError, match=r"At most 0 video\(s\) may be provided in one prompt"):
+        off.read({"multi_modal_data": {"video": [[given, given]]}})
     film, array = [given, given], np.zeros((2, 28, 28, 3), np.uint8)
     forms = [film, array, [film], [array, array], [film, (film, {"fps": 3})], array[None]]
     counts = [len(reader().read({"multi_modal_data": {"video": form}})) for form in forms]
@@ -223,7 +276,8 @@ def test_limits_have_vllms_forms():
     assert media_limits("limit", {"image": 0, "audio": 0}) == {"image": MediaLimit(count=0)}
     for wrong, why in (
         ({"audio": 2}, "modality 'audio'"),
-        ({"image": -1}, "at least"),
+        ({"image": -1}, "at least 0"),
+        ({"image": {"width": 0, "height": 1}}, "at least 1"),
         ({"image": {"width": 3}}, "both width and height"),
         ({"image": {"num_frames": 3}}, "'num_frames', which does not exist"),
         ({"image": "many"}, "integer"),
@@ -318,10 +372,14 @@ def test_videos_are_read_a_frame_at_a_time_and_no_further_than_they_fit(monkeypa
 
 
 def test_items_together_are_no_longer_than_the_context():
-    """What does not fit is not even decoded."""
-    given = [encoded(picture(112, 112), "PNG")] * 3 + [b"nothing that could be read"]
-    with pytest.raises(ValidationError, match="image 2 becomes 16 tokens, and 8 are left for it"):
+    """Where they do not fit, none is decoded."""
+    given = [b"nothing that could be read", *[encoded(picture(112, 112), "PNG")] * 3, picture(112, 112)]
+    with pytest.raises(ValidationError, match="image 3 becomes 16 tokens, and 8 are left for it"):
         reader(40).read({"multi_modal_data": {"image": given}})
+    with pytest.raises(ValidationError, match="image 2 becomes 16 tokens, and 8 are left for it"):
+        reader(40).read({"multi_modal_data": {"image": [picture(112, 112)] * 3}})
+    with pytest.raises(ValidationError, match="image 0: 26 bytes are no picture"):
+        reader(50).read({"multi_modal_data": {"image": given[:4]}})
 
 
 def asked(*parts: dict[str, Any]) -> dict[str, Any]:
