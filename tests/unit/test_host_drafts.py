@@ -38,7 +38,7 @@ def allowed(matcher: Matcher) -> set[int]:
 
 def by_the_rule(tokens: list[int], matcher: Matcher, rule: HostDraftRule) -> list[int]:
     """Where one token alone may come, that one; else what follows the first occurrence of the longest run that all
-    tokens end with, and from there on, until something else has no choice. Behind the end of the grammar there are none.
+    tokens end with, and from there on, until something else has no choice. None behind the grammar's end.
     """
     drafts: list[int] = []
     place = None
