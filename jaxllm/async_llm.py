@@ -20,7 +20,7 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import ShortTracebacks, short_tracebacks
 from jaxllm.config.engine_args import EngineArgs, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
-from jaxllm.engine.io.prompts import Prompt, TokenizationOptions
+from jaxllm.engine.io.prompts import Prompt, TokenizationOptions, holds_media
 from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.thread import EngineThread
 from jaxllm.llm import LLM, start_engine
@@ -155,7 +155,8 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         with ShortTracebacks():
-            (prepared,) = await asyncio.wrap_future(pool.submit(inputs.reader.read, [prompt], options))
+            reading = pool.submit(inputs.reader.read, [prompt], options, slow=holds_media(prompt))
+            (prepared,) = await asyncio.wrap_future(reading)
             if isinstance(prepared, ValidationError):
                 raise prepared
             own_id = client.next_id(request_id)

@@ -24,7 +24,7 @@ class MediaLimit:
     #: pixels of the largest item; None: what the processor makes of the largest
     width: int | None = None
     height: int | None = None
-    #: of a video
+    #: the most of a video; None: what fits
     num_frames: int | None = None
 
 
@@ -58,8 +58,8 @@ def media_limits(name: str, value: Any) -> dict[str, MediaLimit]:
             if number is None:
                 continue
             numbers[key] = checks.integer(f"{name}[{modality!r}][{key!r}]", number)
-            if numbers[key] < (0 if key == "count" else 1):
-                raise ValidationError(f"{name}[{modality!r}][{key!r}] must be at least 1, got {number}.")
+            if numbers[key] < (least := 0 if key == "count" else 1):
+                raise ValidationError(f"{name}[{modality!r}][{key!r}] must be at least {least}, got {number}.")
         if ("width" in numbers) != ("height" in numbers):
             raise ValidationError(f"{name}[{modality!r}] must have both width and height, or neither, got {given!r}.")
         found[modality] = MediaLimit(**numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxllm.api.checks import real
 from jaxllm.api.errors import ValidationError
@@ -73,7 +73,9 @@ def _method(name: str, value: Any) -> str:
 
 
 def _method_of(model: str) -> str:
-    """What a model is for that is named without a method; vLLM goes by its name as well."""
+    """What a model is for that is named without a method, by its name, as in vLLM. Its files may say otherwise, once
+    they are there (`models.eagle.draft_method`).
+    """
     name = model.strip().lower()
     if name in METHODS["ngram"]:
         # older scripts name the method where others name a model
@@ -117,6 +119,9 @@ class SpeculativeConfig(Arguments):
     """vLLM's ``speculative_config``."""
 
     NAME = "speculative_config.{}"
+
+    #: whether nobody said who drafts, and `method` goes by the model's name
+    is_guess: ClassVar[bool] = False
 
     #: None: as `model` says
     method: str | None = argument(None, _method, "who drafts")
@@ -167,6 +172,7 @@ class SpeculativeConfig(Arguments):
                     "'num_speculative_tokens': 5}, for example."
                 )
             object.__setattr__(self, "method", _method("speculative_config.method", _method_of(self.model)))
+            object.__setattr__(self, "is_guess", True)
         for method, names in OF_METHOD.items():
             # vLLM's default, which says nothing of tokens that no model drafts
             nothing = None, "greedy"

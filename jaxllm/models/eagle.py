@@ -17,6 +17,22 @@ _LAYERS = ("LlamaForCausalLM", "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM
 _LAYERS += ("LlamaForCausalLMEagle", "EagleLlamaModel", "EAGLEModel", "Eagle3DraftModel", "Eagle3Speculator")
 
 
+def draft_method(hf: Mapping[str, Any], guess: str) -> str:
+    """How the checkpoint with this config.json drafts, where nobody says so: "eagle", "eagle3" or "draft_model".
+
+    Args:
+        guess: what its name sounds like, which decides where the config is one of Llama's with one layer.
+    """
+    hf = _flat(hf)
+    names = hf.get("architectures") or [""]
+    if "eagle3" in names[0].lower():
+        return "eagle3"
+    if "eagle" in names[0].lower():
+        return guess if guess != "draft_model" else "eagle"
+    # a head of more layers is none that is supported
+    return guess if hf.get("num_hidden_layers", 1) == 1 else "draft_model"
+
+
 def eagle_head(
     kind: Kind,
     hf: Mapping[str, Any],

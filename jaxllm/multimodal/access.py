@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from jaxllm.api.errors import ValidationError
 
 #: of a picture that is fetched
 MOST_BYTES = 256 * 2**20
+#: of silence; and of all that it takes after the answer's beginning
 SECONDS = 30.0
+_PIECE = 2**16
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -97,12 +101,24 @@ class MediaAccess:
             )
         try:
             with self._opener.open(url, timeout=SECONDS) as answer:
-                data = answer.read(MOST_BYTES + 1)
-        except (OSError, ValueError) as error:
+                return _read(answer)
+        # a URL that is none and an answer that ends early are exceptions of HTTP's own
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValidationError(f"{name}: {url!r:.200} cannot be fetched: {error}") from None
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """What an answer holds. A host that sends a byte now and then is never silent, so the clock is looked at, too."""
+    data, until = bytearray(), time.monotonic() + SECONDS
+    while piece := answer.read1(_PIECE):
+        data += piece
         if len(data) > MOST_BYTES:
-            raise ValidationError(f"{name}: {url!r:.200} has more than {MOST_BYTES} bytes.")
-        return data
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        if time.monotonic() > until:
+            raise TimeoutError(f"it has taken more than {SECONDS:g} seconds")
+    if answer.length:
+        raise http.client.IncompleteRead(bytes(data), answer.length)
+    return bytes(data)
 
 
 def _of_data(uri: str, name: str) -> bytes:

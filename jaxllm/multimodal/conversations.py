@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
@@ -21,15 +22,28 @@ def has_media(messages: Any) -> bool:
     return any(_is_media(part) for message in _listed(messages) for part in _parts(message))
 
 
-def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: Mapping[str, str]) -> dict[str, Any]:
+def without_media(
+    prompt: Mapping[str, Any],
+    access: MediaAccess,
+    placeholders: Mapping[str, str],
+    check_count: Callable[[str, int], None],
+    check_frames: Callable[[int, str], None],
+) -> dict[str, Any]:
     """A prompt with `messages` whose parts have become `multi_modal_data` and `multi_modal_uuids`: {"type": "image"}
     stands in the place of each, or, where the chat template takes texts, `placeholders` in front of the message's text.
 
     A part without a picture of its own stands for the next one of the prompt's own `multi_modal_data`.
 
+    Args:
+        check_count: raises for too many of a modality, before the first is read.
+        check_frames: raises for too many frames of one video, before the first is read, with a name of it.
+
     Raises:
         ValidationError: a part is none, or may not be read; the text names the message.
     """
+    parts = (part for message in prompt["messages"] for part in _parts(message))
+    for modality, count in Counter(_KINDS[part["type"]] for part in parts if _is_media(part)).items():
+        check_count(modality, count)
     own = {modality: _as_list(given, modality) for modality, given in (prompt.get("multi_modal_data") or {}).items()}
     names = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_uuids") or {}).items()}
     data: dict[str, list[Any]] = {}
@@ -40,7 +54,7 @@ def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: 
             return part
         modality = _KINDS[part["type"]]
         label = f"message {index}, {part['type']}"
-        given, uuid = _content(part, access, label), part.get("uuid")
+        given, uuid = _content(part, access, label, check_frames), part.get("uuid")
         if given is None:
             if not own.get(modality):
                 raise ValidationError(f"{label} has nothing of its own, and multi_modal_data has none left for it")
@@ -66,7 +80,7 @@ def without_media(prompt: Mapping[str, Any], access: MediaAccess, placeholders: 
     return {**prompt, "messages": messages, "multi_modal_data": data, "multi_modal_uuids": uuids}
 
 
-def _content(part: Mapping[str, Any], access: MediaAccess, label: str) -> Any:
+def _content(part: Mapping[str, Any], access: MediaAccess, label: str, check_frames: Callable[[int, str], None]) -> Any:
     """What a part holds; None: it stands for something else."""
     given = part.get(part["type"], part.get("image_url", part.get("url")))
     if isinstance(given, Mapping):
@@ -76,6 +90,7 @@ def _content(part: Mapping[str, Any], access: MediaAccess, label: str) -> Any:
     if _KINDS[part["type"]] == VIDEO:
         if not isinstance(given, list):
             return given
+        check_frames(len(given), label)
         # frames are pictures, and read from where pictures may be
         return [access.read(frame, label) if isinstance(frame, str) else frame for frame in given]
     return access.read(given, label) if isinstance(given, str) else given

@@ -53,6 +53,17 @@ class Media(NamedTuple):
         return sum(item.num_tokens for item in self.items)
 
 
+class Room(NamedTuple):
+    """What there is room for; a reader looks before it unfolds pixels, which take far more than a file's bytes."""
+
+    #: vectors of a picture, or of the frames of a video that are one patch deep
+    item_tokens: int
+    #: vectors of what else the prompt may hold
+    tokens: int
+    #: of a video
+    frames: int | None = None
+
+
 class PlacedItem(NamedTuple):
     """An item in a prompt: its vectors stand in place of the tokens from `start` to before `stop`."""
 

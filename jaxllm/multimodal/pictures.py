@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from jaxllm.api.errors import ValidationError
 MOST_PIXELS = 2**27
 #: what files are read as: Pillow would start other programs for some formats, and has old decoders for others
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+#: what is seen through a picture, as in vLLM
+_GROUND = (255, 255, 255)
 #: numbers of a pixel that arrays may have, as Pillow calls such pictures
 _ARRAY_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -43,6 +46,11 @@ def read_picture(given: Any, name: str) -> Any:
     image_module = pillow()
     if isinstance(given, image_module.Image):
         return _upright(given, name)
+    if isinstance(given, str) and re.match(r"(data|https?|file):", given):
+        raise ValidationError(
+            f"{name}: {given!r:.40} is a URL. Those are read in messages only: LLM.chat([{{'role': 'user', 'content': "
+            "[{'type': 'image_url', 'image_url': {'url': ...}}]}]). Give a path or the file's bytes."
+        )
     if isinstance(given, str | os.PathLike):
         path = Path(given).expanduser()
         try:
@@ -54,12 +62,27 @@ def read_picture(given: Any, name: str) -> Any:
     return _upright(_of_array(given, name), name)
 
 
-def _decoded(data: bytes, name: str) -> Any:
-    image_module = pillow()
+def size_of_file(given: Any) -> tuple[int, int] | None:
+    """(width, height) that the head of a file's bytes tells, not turned; None: they are something else, or broken."""
+    if not isinstance(given, bytes | bytearray | memoryview):
+        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own bound on pixels is checked below
-            picture = image_module.open(io.BytesIO(data), formats=FORMATS)
+        width, height = _opened(bytes(given)).size
+    except Exception:  # reading it tells why
+        return None
+    return (width, height) if width and height else None
+
+
+def _opened(data: bytes) -> Any:
+    """A picture that is not decoded so far."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own bound on pixels is checked elsewhere
+        return pillow().open(io.BytesIO(data), formats=FORMATS)
+
+
+def _decoded(data: bytes, name: str) -> Any:
+    try:
+        picture = _opened(data)
         _check_size(picture, name)
         picture.load()
     except ValidationError:
@@ -67,9 +90,15 @@ def _decoded(data: bytes, name: str) -> Any:
     # decoders raise whatever a broken file makes them stumble over
     except Exception as error:
         raise ValidationError(
-            f"{name}: {len(data)} bytes are no picture that Pillow can read as {', '.join(FORMATS)}: {error}"
+            f"{name}: {len(data)} bytes are no picture that Pillow can read as {', '.join(FORMATS)}{_reason(error)}"
         ) from None
     return _upright(picture, name)
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder says, without the names that objects have in memory."""
+    said = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", str(error))
+    return f": {said}" if said else ""
 
 
 def _check_size(picture: Any, name: str) -> None:
@@ -91,11 +120,20 @@ def _upright(picture: Any, name: str) -> Any:
         if picture.mode.startswith("I;16") or picture.mode == "I":
             # 16 bits of a pixel: Pillow would cut off what is above 255
             numbers = np.asarray(picture).astype(np.int64)
-            picture = pillow().fromarray(np.clip(numbers >> 8, 0, 255).astype(np.uint8))
+            if picture.mode != "I" or numbers.max() > 255:
+                numbers >>= 8
+            picture = pillow().fromarray(np.clip(numbers, 0, 255).astype(np.uint8))
         turned = ImageOps.exif_transpose(picture)
-        return turned if turned.mode == "RGB" else turned.convert("RGB")
+        if turned.mode == "RGB" and "transparency" not in turned.info:
+            return turned
+        if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+            turned = turned.convert("RGBA")
+            ground = pillow().new("RGB", turned.size, _GROUND)
+            ground.paste(turned, mask=turned.getchannel("A"))
+            return ground
+        return turned.convert("RGB")
     except Exception as error:
-        raise ValidationError(f"{name} cannot be decoded: {error}") from None
+        raise ValidationError(f"{name} cannot be decoded{_reason(error)}") from None
 
 
 def _of_array(given: Any, name: str) -> Any:

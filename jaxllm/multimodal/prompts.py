@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.conversations import has_media, without_media
-from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia
+from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia, Room
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
 
@@ -28,6 +29,7 @@ class MediaReader:
             model computes.
         limits: of each modality that is on.
         max_tokens: vectors of the largest item that the plan has room for.
+        max_model_len: vectors that all of a prompt's may have together.
         access: what conversations may have read.
     """
 
@@ -38,10 +40,11 @@ class MediaReader:
         limits: Mapping[str, MediaLimit],
         *,
         max_tokens: int,
+        max_model_len: int,
         access: MediaAccess,
     ):
         self._processors, self._tokens, self._limits = processors, tokens, limits
-        self._max_tokens, self._access = max_tokens, access
+        self._max_tokens, self._max_model_len, self._access = max_tokens, max_model_len, access
 
     def of_conversation(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
         """A prompt with `messages` whose pictures have become its `multi_modal_data`.
@@ -49,7 +52,10 @@ class MediaReader:
         Raises:
             ValidationError: one may not be read, or there are too many.
         """
-        return without_media(prompt, self._access, PLACEHOLDERS) if has_media(prompt["messages"]) else prompt
+        if not has_media(prompt["messages"]):
+            return prompt
+        with _told("the messages"):
+            return without_media(prompt, self._access, PLACEHOLDERS, self._check_count, self._check_frames)
 
     def read(self, prompt: Mapping[str, Any]) -> list[Media]:
         """What a prompt holds, of each modality in the caller's order.
@@ -62,40 +68,66 @@ class MediaReader:
         for name, given in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
             if not isinstance(given, Mapping):
                 raise ValidationError(f'{name} must be a dict such as {{"image": ...}}, got {given!r:.80}')
-        options, found = prompt.get("mm_processor_kwargs"), []
+        options, salt, found = prompt.get("mm_processor_kwargs"), prompt.get("cache_salt"), []
         processors = {modality: own.with_options(options) for modality, own in self._processors.items()}
+        left = self._max_model_len
         for modality, given in data.items():
             each = _videos(given) if modality == VIDEO else _images(given)
             if not each:
                 continue
             self._check_count(modality, len(each))
-            names, read = _uuids(uuids.get(modality), modality, len(each)), getattr(processors[modality], modality)
-            for number, (item, uuid) in enumerate(zip(each, names, strict=True)):
-                label = modality if len(each) == 1 else f"{modality} {number}"
-                found.append(self._checked(read(item, name=label, uuid=uuid), label))
+            names = _uuids(uuids.get(modality), modality, len(each), salt)
+            read = getattr(processors[modality], modality)
+            frames = self._limits.get(modality, MediaLimit()).num_frames
+            labels = [modality if len(each) == 1 else f"{modality} {number}" for number in range(len(each))]
+            if modality == IMAGE:
+                self._check_heads(processors[modality], each, labels, left)
+            for item, label, uuid in zip(each, labels, names, strict=True):
+                with _told(label):
+                    found.append(read(item, name=label, uuid=uuid, room=Room(self._max_tokens, left, frames)))
+                left -= found[-1].num_tokens
         return found
 
     def _check_count(self, modality: str, count: int) -> None:
-        if modality not in self._tokens:
+        limit = self._limits.get(modality, MediaLimit()).count
+        if modality not in self._tokens and limit:
             known = ", ".join(self._tokens)
             raise ValidationError(f"multi_modal_data has {modality!r}, which the model does not take; it takes {known}")
-        limit = self._limits.get(modality, MediaLimit()).count
         if count > limit:
             raise ValidationError(
                 f"At most {limit} {modality}(s) may be provided in one prompt, and this one has {count}. "
                 f"limit_mm_per_prompt={{{modality!r}: {count}}} allows them."
             )
 
-    def _checked(self, media: Media, label: str) -> Media:
-        if (count := media.items[0].num_tokens) > self._max_tokens:
-            most = self._max_tokens * self._processors[media.modality].factor ** 2
-            each = "" if media.modality == IMAGE else " for every two frames"
+    def _check_heads(self, processor: QwenProcessor, each: Sequence[Any], labels: Sequence[str], left: int) -> None:
+        """Before the first picture of a prompt is decoded, as far as files tell their size."""
+        for item, label in zip(each, labels, strict=True):
+            with _told(label):
+                left -= processor.image_tokens(item, name=label, room=Room(self._max_tokens, left))
+
+    def _check_frames(self, count: int, label: str) -> None:
+        """Before frames are fetched; two of them are one vector at least."""
+        limit = self._limits.get(VIDEO, MediaLimit()).num_frames
+        most = self._max_model_len * self._processors[VIDEO].temporal_patch_size
+        most = most if limit is None else min(most, limit)
+        if count > most:
             raise ValidationError(
-                f"{label} becomes {count} tokens{each}, and the engine has planned for {self._max_tokens} an item. "
-                f'Pass mm_processor_kwargs={{"max_pixels": {most}}}, or start the engine with larger sizes in '
-                "limit_mm_per_prompt, or a larger max_model_len."
+                f"{label} has {count} frames, and at most {most} are taken: num_frames of limit_mm_per_prompt, and the "
+                "maximum model length, bound them. Give fewer."
             )
-        return media
+
+    def check_no_places(self, token_ids: list[int]) -> None:
+        """Raise ValidationError for a prompt that has places, and nothing to put there."""
+        for modality, token in self._tokens.items():
+            if token in token_ids:
+                raise self._other_places(modality, 0, token_ids.count(token))
+
+    def _other_places(self, modality: str, number: int, places: int) -> ValidationError:
+        return ValidationError(
+            f"Expected there to be {number} prompt placeholders corresponding to {number} {modality} items, but "
+            f"instead found {places} prompt placeholders! The prompt needs one {modality} token "
+            f"(id {self._tokens[modality]}) for each."
+        )
 
     def place(self, token_ids: list[int], given: Sequence[Media]) -> tuple[list[int], PromptMedia]:
         """Put pictures and videos into the places that a prompt has for them: one token each, or as many as it has
@@ -130,14 +162,21 @@ class MediaReader:
             at = last if is_whole else at + 1
         for modality, left in waiting.items():
             number = sum(media.modality == modality for media in given)
-            if left or (number and counts[modality] > number):
-                raise ValidationError(
-                    f"Expected there to be {number} prompt placeholders corresponding to {number} {modality} items, "
-                    f"but instead found {counts[modality]} prompt placeholders! The prompt needs one {modality} token "
-                    f"(id {self._tokens[modality]}) for each."
-                )
+            if left or counts[modality] > number:
+                raise self._other_places(modality, number, counts[modality])
         offsets, delta = rope_offsets(placed, len(found), self._processors[given[0].modality].merge_size)
         return found, PromptMedia(tuple(_items(placed)), offsets, delta)
+
+
+@contextlib.contextmanager
+def _told(label: str) -> Iterator[None]:
+    """Whatever reading what strangers send stumbles over ends their prompt, and no other."""
+    try:
+        yield
+    except ValidationError:
+        raise
+    except Exception as error:
+        raise ValidationError(f"{label} cannot be read: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _items(placed: Sequence[tuple[Media, int]]) -> Iterator[PlacedItem]:
@@ -174,7 +213,10 @@ def _is_frame(given: Any) -> bool:
     return not isinstance(given, list | tuple | str | bytes)
 
 
-def _uuids(given: Any, modality: str, count: int) -> list[str | None]:
+def _uuids(given: Any, modality: str, count: int, salt: str | None) -> list[str | None]:
+    """Names of contents. Prompts of one salt share them, as they share blocks: no other can put a content in place of
+    theirs.
+    """
     if given is None:
         return [None] * count
     each = [given] if isinstance(given, str) else given
@@ -185,4 +227,6 @@ def _uuids(given: Any, modality: str, count: int) -> list[str | None]:
         )
     if any(not (uuid is None or (isinstance(uuid, str) and uuid)) for uuid in each):
         raise ValidationError(f"multi_modal_uuids[{modality!r}] must be texts or None, got {given!r:.80}")
-    return [None if uuid is None else f"uuid {uuid}" for uuid in each]
+    if salt is None:
+        return [uuid and f"uuid {uuid}" for uuid in each]
+    return [uuid and f"salted uuid {(salt, uuid)!r}" for uuid in each]

@@ -16,14 +16,16 @@ import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
-from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem
-from jaxllm.multimodal.pictures import pillow, read_picture
+from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem, Room
+from jaxllm.multimodal.pictures import MOST_PIXELS, pillow, read_picture, size_of_file
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 #: the longer side is at most so many times the shorter one
 _MOST_RATIO = 200
+#: positions, which are 32 bits
+_MOST_TIME = 2**30
 #: what stands for an item in a text
 PLACEHOLDERS = {
     IMAGE: "<|vision_start|><|image_pad|><|vision_end|>",
@@ -101,8 +103,12 @@ class QwenProcessor:
         least = options.get("min_pixels", size.get("shortest_edge", self.min_pixels))
         most = options.get("max_pixels", size.get("longest_edge", self.max_pixels))
         least, most = checks.integer("min_pixels", least), checks.integer("max_pixels", most)
-        if not 1 <= least <= most:
-            raise ValidationError(f"min_pixels={least} and max_pixels={most} must be at least 1, and in this order")
+        bound = max(MOST_PIXELS, self.max_pixels)
+        if not 1 <= least <= most <= bound:
+            raise ValidationError(
+                f"min_pixels={least!r:.40} and max_pixels={most!r:.40} must be at least 1, in this order, and at most "
+                f"{bound}"
+            )
         fps = checks.real("fps", options.get("fps", self.fps))
         if not fps > 0:
             raise ValidationError(f"fps must be above 0, got {fps}")
@@ -149,31 +155,45 @@ class QwenProcessor:
             rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return rows, columns
 
-    def image(self, given: Any, *, name: str = "image", uuid: str | None = None) -> Media:
+    def image_tokens(self, given: Any, *, name: str, room: Room) -> int:
+        """Vectors that a picture becomes; 0 where that shows only when it is read.
+
+        Raises:
+            ValidationError: it is too large.
+        """
+        size = size_of_file(given)
+        if size is None:
+            return 0
+        self._check_room(size, 1, name, room)
+        return self.tokens_of(*size)
+
+    def image(self, given: Any, *, name: str = "image", uuid: str | None = None, room: Room | None = None) -> Media:
         """A picture as the encoder takes it.
 
         Args:
             given: as `pictures.read_picture` takes it.
             name: of the picture, for errors.
             uuid: the caller's name of the content, in place of a hash of it.
+            room: for what there is room; None: for all.
 
         Raises:
-            ValidationError: it cannot be read, or has a form that the model does not take.
+            ValidationError: it cannot be read, is too large, or has a form that the model does not take.
         """
         picture = read_picture(given, name)
-        pixels = self._resized(picture, name)
+        self._check_room(picture.size, 1, name, room)
+        pixels = self._resized(picture)
         return Media(IMAGE, (self._item([pixels], uuid or _content(picture)),))
 
-    def video(self, given: Any, *, name: str = "video", uuid: str | None = None) -> Media:
+    def video(self, given: Any, *, name: str = "video", uuid: str | None = None, room: Room | None = None) -> Media:
         """Frames as the encoder takes them, `temporal_patch_size` of them together; the last is repeated.
 
         Args:
             given: an array [frames, height, width, 3], a list of pictures of one size, or a pair of these and of what
                 is known of them: {"fps": 2.0}.
-            name, uuid: as of `image`.
+            name, uuid, room: as of `image`.
 
         Raises:
-            ValidationError: it is something else, or has a form that the model does not take.
+            ValidationError: it is something else, is too large, or has a form that the model does not take.
         """
         fps = self.fps
         if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
@@ -186,29 +206,61 @@ class QwenProcessor:
             )
         if not len(given):
             raise ValidationError(f"{name} has no frames")
-        pictures = [read_picture(frame, f"frame {number} of {name}") for number, frame in enumerate(given)]
-        if any(picture.size != pictures[0].size for picture in pictures):
-            raise ValidationError(f"{name} must have frames of one size, got {sorted({p.size for p in pictures})}")
-        if not fps > 0:
-            raise ValidationError(f"fps of {name} must be above 0, got {fps}")
-        together = self.temporal_patch_size
-        frames = [self._resized(picture, name) for picture in pictures]
-        names = [uuid and f"{uuid} frame {number}" for number in range(len(frames))]
-        contents = [own or _content(picture) for own, picture in zip(names, pictures, strict=True)]
-        for each in (frames, contents):
-            each += each[-1:] * (-len(each) % together)
-        items = tuple(
-            self._item(frames[first : first + together], " ".join(contents[first : first + together]))
-            for first in range(0, len(frames), together)
-        )
-        return Media(VIDEO, items, 1.0 if self.tokens_per_second is None else self.tokens_per_second * together / fps)
+        if room is not None and room.frames is not None and len(given) > room.frames:
+            raise ValidationError(
+                f"{name} has {len(given)} frames, and num_frames of limit_mm_per_prompt allows {room.frames}. Give "
+                "fewer, or start the engine with more."
+            )
+        together, size = self.temporal_patch_size, None
+        step = 1.0 if self.tokens_per_second is None else self.tokens_per_second * together / max(fps, 1e-300)
+        if not fps > 0 or step * len(given) > _MOST_TIME:
+            raise ValidationError(
+                f"fps of {name} must be above 0, and its time at most {_MOST_TIME} positions, got {fps}"
+            )
+        items: list[MediaItem] = []
+        # a frame at a time: as they come they take far more than what is kept of them
+        waiting: list[tuple[np.ndarray, str]] = []
+        for number, frame in enumerate(given):
+            picture = read_picture(frame, f"frame {number} of {name}")
+            if size is None:
+                size = picture.size
+                self._check_room(size, -(-len(given) // together), name, room)
+            elif picture.size != size:
+                raise ValidationError(f"{name} must have frames of one size, got {size} and {picture.size}")
+            waiting.append((self._resized(picture), f"{uuid} frame {number}" if uuid else _content(picture)))
+            if number == len(given) - 1:
+                waiting += waiting[-1:] * (together - len(waiting))
+            if len(waiting) == together:
+                frames, contents = zip(*waiting, strict=True)
+                items.append(self._item(list(frames), " ".join(contents)))
+                waiting.clear()
+        return Media(VIDEO, tuple(items), step)
 
-    def _resized(self, picture: Any, name: str) -> np.ndarray:
-        """uint8 [3, height, width] of a picture, in the size that the model sees."""
+    def _check_room(self, size: tuple[int, int], count: int, name: str, room: Room | None) -> None:
+        """Raise ValidationError where `count` items of a picture's size, (width, height), are too much."""
         try:
-            height, width = self.size_of(*picture.size)
+            each = self.tokens_of(*size)
         except ValidationError as error:
             raise ValidationError(f"{name}: {error}") from None
+        if room is None:
+            return
+        if each > room.item_tokens:
+            raise ValidationError(
+                f"{name} becomes {each} tokens{' for every two frames' if count > 1 else ''}, and the engine has "
+                f"planned for {room.item_tokens} an item. Pass "
+                f'mm_processor_kwargs={{"max_pixels": {room.item_tokens * self.factor**2}}}, or start the engine with '
+                "larger sizes in limit_mm_per_prompt, or a larger max_model_len."
+            )
+        if each * count > room.tokens:
+            raise ValidationError(
+                f"{name} becomes {each * count} tokens, and {room.tokens} are left for it of the maximum model length. "
+                'Give fewer, pass mm_processor_kwargs={"max_pixels": ...}, or start the engine with a larger '
+                "max_model_len."
+            )
+
+    def _resized(self, picture: Any) -> np.ndarray:
+        """uint8 [3, height, width] of a picture, in the size that the model sees."""
+        height, width = self.size_of(*picture.size)
         if picture.size != (width, height):
             picture = picture.resize((width, height), pillow().Resampling.BICUBIC)
         return np.moveaxis(np.asarray(picture), -1, 0)

@@ -91,18 +91,24 @@ class HeadDrafter(ReadingDrafter):
         token = jnp.arange(own.shape[0], dtype=jnp.int32)
         is_first = token == now.query_start[now.token_seq]
         kept = lax.optimization_barrier(self._kept(cache, now, now.token_seq, now.positions - 1, own.dtype))
-        before = jnp.where(is_first[:, None], kept, jnp.roll(own, 1, axis=0))
-        pages, _ = self._forward(context, params, cache.pages, batch, before)
         is_last = (token == lasts[now.token_seq]) | ((now.positions + 1) % _block_size(cache) == 0)
-        # Where it writes depends on what was read: XLA copies the whole array where it does not know which
-        # comes first. Block 0 is trash.
-        written = is_last & now.token_valid & ~jnp.isnan(kept[:, 0])
-        block = jnp.where(written, self._blocks(cache, now, now.token_seq, now.positions), 0)
+        # block 0 is trash
+        block = jnp.where(is_last & now.token_valid, self._blocks(cache, now, now.token_seq, now.positions), 0)
+        # Where it writes depends on what was read, and is the same place whatever that is: XLA copies the whole array
+        # where it does not know which comes first.
+        block = jnp.minimum(block, jnp.iinfo(jnp.int32).max - jnp.isnan(kept[:, 0]))
         stored = to_storage(own, cache.hidden.dtype)
         if block.shape[0] == 1:
             # a scatter of one row is fused with the array's users by XLA:CPU, and copies it for each
             block, stored = jnp.pad(block, (0, 1)), jnp.pad(stored, ((0, 1), (0, 0)))
-        return HeadCache(pages, cache.hidden.at[block].set(stored, mode="promise_in_bounds"))
+        written = dataclasses.replace(cache, hidden=cache.hidden.at[block].set(stored, mode="promise_in_bounds"))
+        # A full block in front may be a hit of one that another request fills in this very step. A block that is not
+        # full is the sequence's own, and what it held is overwritten.
+        full = self._kept(written, now, now.token_seq, now.positions - 1, own.dtype)
+        kept = jnp.where((now.positions % _block_size(cache) == 0)[:, None], full, kept)
+        before = jnp.where(is_first[:, None], kept, jnp.roll(own, 1, axis=0))
+        pages, _ = self._forward(context, params, cache.pages, batch, before)
+        return dataclasses.replace(written, pages=pages)
 
     def look(self, asked: Asked) -> tuple[None, jax.Array]:
         """See `Drafter.look`."""

@@ -13,7 +13,7 @@ from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.draft_head import DraftHead, head_specs
-from jaxllm.models.eagle import eagle_head
+from jaxllm.models.eagle import draft_method, eagle_head
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.mtp import mtp_head
@@ -88,15 +88,19 @@ def read_draft(
         ValidationError: it does not fit the engine's model.
         WeightsError: its config cannot be read.
     """
-    if config.method != "draft_model":
-        return _read_head(args, config, target, max_model_len)
-    quantization, name = config.quantization, config.model
-    if name is None:
-        name, quantization = args.model, quantization or OWN_DRAFT_QUANTIZATION
-        logger.info("No model is named that drafts: the engine's own does, in quantization=%r", quantization)
+    name, method = config.model or args.model, config.method
     path = resolve(name, revision=config.revision, token=args.hf_token)
     load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
     checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
+    if config.is_guess:
+        method = draft_method(checkpoint.config, method or "")
+        logger.info("speculative_config names no method: %s is taken for method=%r. Name another if not.", name, method)
+    if method != "draft_model":
+        return _read_head(args, config, method, checkpoint, target, max_model_len)
+    quantization = config.quantization
+    if config.model is None:
+        quantization = quantization or OWN_DRAFT_QUANTIZATION
+        logger.info("No model is named that drafts: the engine's own does, in quantization=%r", quantization)
     try:
         model = model_config(checkpoint.config, max_model_len)
     except ValidationError as error:
@@ -115,29 +119,29 @@ def read_draft(
 
 
 def _read_head(
-    args: EngineArgs, config: SpeculativeConfig, target: DecoderConfig, max_model_len: int | None
+    args: EngineArgs,
+    config: SpeculativeConfig,
+    method: str | None,
+    checkpoint: Checkpoint,
+    target: DecoderConfig,
+    max_model_len: int | None,
 ) -> DraftSetup:
     """The layers that draft for `target`: of files of their own, or those of the model's.
 
     Raises:
         ValidationError: they do not fit the engine's model.
-        WeightsError: the config cannot be read.
     """
-    name = config.model or args.model
-    path = resolve(name, revision=config.revision, token=args.hf_token)
-    load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
-    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
-    if config.method == "mtp":
+    if method == "mtp":
         prefix, quantization = target.names.prefix, config.quantization or args.quantization
         head, model = mtp_head(checkpoint.config, target, lambda name: checkpoint.has(name, prefix=prefix))
     else:
-        quantization, kind = config.quantization, "eagle" if config.method == "eagle" else "eagle3"
+        quantization, kind = config.quantization, "eagle" if method == "eagle" else "eagle3"
         try:
             head, model = eagle_head(
                 kind, checkpoint.config, target, lambda name: checkpoint.has(name, prefix=""), max_model_len
             )
         except ValidationError as error:
-            raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
+            raise ValidationError(f"speculative_config.model={config.model!r}: {error}") from None
     checkpoint.quantize(quantization, matrices(head_specs(head, model)), prefix=base_prefix(model))
     return DraftSetup(checkpoint=checkpoint, model=model, head=head)
 

@@ -64,7 +64,9 @@ class MediaSetup:
     def reader(self, max_model_len: int) -> MediaReader:
         """What reads prompts."""
         most = self.most_tokens(max_model_len)
-        return MediaReader(self.processors, self.tokens, self.limits, max_tokens=most, access=self.access)
+        return MediaReader(
+            self.processors, self.tokens, self.limits, max_tokens=most, max_model_len=max_model_len, access=self.access
+        )
 
 
 def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -> MediaSetup | None:

@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 
 #: prompts that a worker takes at once
 BATCH = 64
+#: threads for work that waits for other machines, or takes seconds: so that texts need not wait for it
+_SLOW_WORKERS = 4
 
 
 class TokenizerPool:
@@ -31,16 +33,24 @@ class TokenizerPool:
 
     def __init__(self, workers: int):
         self.workers = workers
-        self._executor = None
+        self._executor = self._slow = None
         self._ended = False
         if workers:
             self._executor = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
+            self._slow = concurrent.futures.ThreadPoolExecutor(_SLOW_WORKERS, thread_name_prefix="media")
 
-    def submit(self, work: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
-        """Return the result of `work`, some time later; a RuntimeError after `shutdown`."""
-        if self._executor is not None and not self._ended:
+    def submit(
+        self, work: Callable[..., Result], *arguments: Any, slow: bool = False
+    ) -> concurrent.futures.Future[Result]:
+        """Return the result of `work`, some time later; a RuntimeError after `shutdown`.
+
+        Args:
+            slow: whether it may take long, and is done in threads of its own.
+        """
+        executor = self._slow if slow else self._executor
+        if executor is not None and not self._ended:
             try:
-                return self._executor.submit(self._do, work, *arguments)
+                return executor.submit(self._do, work, *arguments)
             except RuntimeError:
                 # The pool has just ended; or the main thread has, after which executors take nothing more: the user's
                 # own thread, which the interpreter waits for, does it by itself.
@@ -60,8 +70,9 @@ class TokenizerPool:
     def shutdown(self) -> None:
         """Let what has not begun fail, so that nobody waits for it, and the threads end; idempotent."""
         self._ended = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
+        for executor in (self._executor, self._slow):
+            if executor is not None:
+                executor.shutdown(wait=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:

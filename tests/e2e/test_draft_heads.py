@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,6 +21,10 @@ from support.own_process import found_by
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.engine_args import engine_args
+from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.registry import model_config
+from jaxllm.startup.draft_setup import read_draft
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -108,6 +114,37 @@ def test_every_draft_is_what_the_published_head_makes(case: Case):
     assert right > 20
 
 
+def test_a_hit_of_a_block_that_the_same_step_writes(case: Case):
+    """The first prompt leaves the second half a step, so that the next one fills a block and has room for the third,
+    which is equal, and hits it.
+    """
+    rng = random.Random(1)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logit_bias=BIAS)
+    first = dataclasses.replace(params, max_tokens=1)
+    for _ in range(3):
+        short, prompt = ([rng.randrange(256) for _ in range(length)] for length in (4, 9))
+        before = numbers(case.drafting)
+        _, *got = case.drafting.generate([short, prompt, prompt], [first, params, params], use_tqdm=False)
+        assert [output.num_cached_tokens for output in got] == [0, 8]
+        drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
+        wanted = [replayed(case, prompt, list(output.outputs[0].token_ids)) for output in got]
+        assert [drafted, accepted] == [sum(each) for each in zip(*wanted, strict=True)]
+
+
+def test_what_blocks_held_before_does_not_matter(case: Case):
+    """Not even what is no number."""
+    runner: Any = case.drafting.engine.core.cores[0]._runner  # pyright: ignore
+    case.drafting.reset_prefix_cache()
+    cache = runner._state.draft_cache
+    spoiled = dataclasses.replace(cache, hidden=jnp.full_like(cache.hidden, jnp.nan))
+    runner._state = dataclasses.replace(runner._state, draft_cache=spoiled)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logit_bias=BIAS)
+    prompt, before = list(range(40, 61)), numbers(case.drafting)
+    (got,) = case.drafting.generate(prompt, params, use_tqdm=False)
+    drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
+    assert (drafted, accepted) == replayed(case, prompt, list(got.outputs[0].token_ids))
+
+
 def test_beside_others_outputs_are_the_models(case: Case):
     """Sampled, with preemptions, hits of the prefix cache, a request that has no drafts, and then with other weights,
     which leave the head as it is.
@@ -162,6 +199,27 @@ def test_a_head_that_knows_what_follows_is_never_wrong(tiny_model: Path, tmp_pat
             llm.generate(prompts(), params, use_tqdm=False)
         drafted, accepted = numbers(llm)
     assert drafted == accepted > 150
+
+
+def test_what_drafts_is_told_by_its_files_not_by_its_path(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A folder whose path sounds like a head holds a model, and one that does not, a head."""
+    target = model_config(json.loads((tiny_model / "config.json").read_text()))
+    assert isinstance(target, DecoderConfig)
+    cases: dict[str, tuple[Callable[[Path], Any], str | None, str]] = {
+        "eagle-nest/llama": (lambda folder: shutil.copytree(tiny_model, folder), None, "draft_model"),
+        "head": (write_eagle3, "eagle3", "eagle3"),
+        "EAGLE-llama": (write_eagle, "eagle", "eagle"),
+    }
+    for name, (write, kind, method) in cases.items():
+        write(tmp_path / name)
+        args = engine_args(str(tiny_model), spec_model=str(tmp_path / name), spec_tokens=2)
+        assert args.speculative_config is not None
+        with caplog.at_level("INFO", "jaxllm"):
+            draft = read_draft(args, args.speculative_config, target, max_model_len=None)
+        assert (draft.head and draft.head.kind) == kind
+        assert f"{name} is taken for method={method!r}" in caplog.messages[-1]
 
 
 def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):

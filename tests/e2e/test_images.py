@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import http.server
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_gpu_blocks_override": 27,
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 3},
-    "allowed_media_domains": ["nowhere.invalid"],
+    "allowed_media_domains": ["nowhere.invalid", "127.0.0.1"],
 }
 TOKENS = 44
 ASKED = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
@@ -169,10 +172,6 @@ def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: An
     # 8 for the text, 1 for the mark, 25 for the picture
     assert hits(own) == 40 and hits(picture(150, 150)) == 40
     assert hits(other) == beginning
-    # the tokens of a picture that is none
-    ids = list(llm.generate([prompt(text, own)], ASKED, use_tqdm=False)[0].prompt_token_ids or [])
-    (plain,) = llm.generate([{"prompt_token_ids": ids}], ASKED, use_tqdm=False)
-    assert plain.num_cached_tokens == beginning
 
 
 def test_forms_of_pictures(llm: LLM, tmp_path: Path):
@@ -209,6 +208,9 @@ def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
         "aspect ratio must be smaller than 200": prompt("@", picture(2000, 4)),
         "which the model does not take": {"prompt": PICTURE, "multi_modal_data": {"audio": good}},
         "which is not supported; supported: min_pixels": prompt("@", good, mm_processor_kwargs={"crop": 1}),
+        "to be 0 prompt placeholders": prompt("@"),
+        "to be 0 prompt placeholders corresponding": prompt("@", multi_modal_data={"image": None}),
+        "found 4 prompt placeholders": {"prompt_token_ids": [START, *[IMAGE] * 4, END]},
         "multi_modal_uuids": prompt("@", good, multi_modal_uuids={"image": ["a", "b"]}),
         "has planned for 64 an item": prompt("@", picture(600, 600), mm_processor_kwargs={"max_pixels": 28 * 28 * 100}),
     }
@@ -312,6 +314,45 @@ def test_conversations_over_http(llm: LLM, model: Path, tmp_path: Path):
                     assert any(why in str(refusal.value) for why in NOT_READ), (kind, place, refusal.value)
     finally:
         engine._thread.close()
+
+
+def test_texts_do_not_wait_for_pictures(llm: LLM):
+    """A host that does not answer holds up the prompt that names it."""
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            answer.wait(60)
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    async def both(engine: AsyncLLM, url: str) -> None:
+        part = {"type": "image_url", "image_url": {"url": url}}
+
+        async def outputs(given: Any) -> list[RequestOutput]:
+            return [output async for output in engine.generate(given, SamplingParams(max_tokens=2, ignore_eos=True))]
+
+        waiting = asyncio.create_task(outputs({"messages": [{"role": "user", "content": [part]}]}))
+        assert await asyncio.to_thread(asked.wait, 60)
+        done = await asyncio.wait_for(outputs("a text"), 60)
+        assert len(done[-1].outputs[0].token_ids) == 2 and not waiting.done()
+        answer.set()
+        with pytest.raises(ValidationError, match="cannot be fetched"):
+            await waiting
+
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine._drive(llm)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            asyncio.run(both(engine, f"http://127.0.0.1:{server.server_port}/x.png"))
+        finally:
+            answer.set()
+            server.shutdown()
+            engine._thread.close()
 
 
 def test_names_of_contents_stand_for_them(llm: LLM):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import io
+import itertools
+import threading
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +27,14 @@ Image = pytest.importorskip("PIL.Image")
 PROCESSOR = QwenProcessor.of(VISION["qwen2_5_vl"], {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64})
 
 
-def reader(**limits: int) -> MediaReader:
+def reader(max_model_len: int = 1000, **limits: Any) -> MediaReader:
     return MediaReader(
         {"image": PROCESSOR, "video": PROCESSOR},
         {"image": IMAGE, "video": VIDEO},
         media_limits("limits", limits),
         max_tokens=64,
-        access=MediaAccess(),
+        max_model_len=max_model_len,
+        access=MediaAccess(domains=["127.0.0.1"]),
     )
 
 
@@ -98,6 +104,48 @@ def test_pictures_are_upright_and_of_animations_the_first_frame_is_seen():
     assert np.asarray(read_picture(moving, "it"))[0, 0].tolist() == [255, 0, 0]
 
 
+def test_what_is_seen_through_a_picture_is_white():
+    """In whatever way a file says it: of each, the left half is seen through, and the right one is as it was."""
+    left, right = (slice(0, 20), slice(20, 40))
+    seen = np.zeros((30, 40, 4), np.uint8)
+    seen[:, right] = [200, 100, 50, 255]
+    whole = Image.fromarray(seen)
+    grey = whole.convert("LA")
+    colours = Image.fromarray((seen[..., 3] // 255).astype(np.uint8), "P")
+    colours.putpalette([0, 0, 0, 200, 100, 50])
+    bits = Image.fromarray(seen[..., 3]).convert("1")
+    dots = Image.fromarray(seen[..., :3])
+    pictures = {
+        "RGBA": whole, "array": seen, "PNG": encoded(whole, "PNG"), "WEBP": encoded(whole, "WEBP", lossless=True),
+        "LA": grey, "P": encoded(colours, "PNG", transparency=0), "GIF": encoded(colours, "GIF", transparency=0),
+        "RGB": encoded(dots, "PNG", transparency=(0, 0, 0)), "L": encoded(bits.convert("L"), "PNG", transparency=0),
+        "1": encoded(bits, "PNG", transparency=0),
+    }  # fmt: skip
+    for name, given in pictures.items():
+        read = np.asarray(read_picture(given, name))
+        assert read[:, left].min() == 255, name
+        expected = {"LA": [grey.getpixel((30, 0))[0]] * 3, "L": [255] * 3, "1": [255] * 3}.get(name, [200, 100, 50])
+        assert (read[:, right] == expected).all(), name
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert np.asarray(read_picture(half, "half"))[0, 0].tolist() == [127] * 3
+
+
+def test_integers_are_of_16_bits_where_they_need_them():
+    small = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for given, expected in ((small, small), (small * 256 + 7, small)):
+        np.testing.assert_array_equal(np.asarray(read_picture(Image.fromarray(given), "it"))[..., 0], expected)
+
+
+def test_errors_name_no_places_in_memory():
+    with pytest.raises(ValidationError, match="are no picture") as refusal:
+        read_picture(b"text", "it")
+    assert " at 0x" not in str(refusal.value)
+    for url in ("data:image/png;base64,AAAA" * 100, "http://example.org/x.png"):
+        with pytest.raises(ValidationError, match="is a URL. Those are read in messages only") as refusal:
+            read_picture(url, "it")
+        assert len(str(refusal.value)) < 400
+
+
 def test_formats_that_start_other_programs_are_refused():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     for data in (script, encoded(picture(20, 20), "ICO"), encoded(picture(20, 20), "TGA")):
@@ -147,6 +195,7 @@ def test_positions_are_those_of_transformers(family: str):
         {"image": IMAGE, "video": VIDEO},
         {},
         max_tokens=64,
+        max_model_len=1000,
         access=MediaAccess(),
     )
     small, wide = picture(56, 84), picture(200, 60)
@@ -193,6 +242,11 @@ def test_placeholders_become_vectors():
     for wrong in ([1], [IMAGE, 1, IMAGE, 1, IMAGE], [VIDEO]):
         with pytest.raises(ValidationError, match="prompt placeholders"):
             reader().place(wrong, [one, two])
+    with pytest.raises(ValidationError, match="to be 0 prompt placeholders corresponding to 0 video items"):
+        reader().place([IMAGE, VIDEO], [one])
+    with pytest.raises(ValidationError, match="instead found 2 prompt placeholders"):
+        reader().check_no_places([1, IMAGE, IMAGE])
+    reader().check_no_places([1, 2])
 
 
 def test_counts_are_limited_as_in_vllm():
@@ -201,6 +255,12 @@ def test_counts_are_limited_as_in_vllm():
         reader(image=1).read({"multi_modal_data": {"image": [given, given]}})
     with pytest.raises(ValidationError, match=r"At most 0 video\(s\) may be provided in one prompt"):
         reader(video=0).read({"multi_modal_data": {"video": [[given, given]]}})
+    off = MediaReader(
+        {"image": PROCESSOR}, {"image": IMAGE}, media_limits("limits", {"video": 0}), max_tokens=64, max_model_len=64,
+        access=MediaAccess(),
+    )  # fmt: skip
+    with pytest.raises(ValidationError, match=r"At most 0 video\(s\) may be provided in one prompt"):
+        off.read({"multi_modal_data": {"video": [[given, given]]}})
     film, array = [given, given], np.zeros((2, 28, 28, 3), np.uint8)
     forms = [film, array, [film], [array, array], [film, (film, {"fps": 3})], array[None]]
     counts = [len(reader().read({"multi_modal_data": {"video": form}})) for form in forms]
@@ -216,7 +276,8 @@ def test_limits_have_vllms_forms():
     assert media_limits("limit", {"image": 0, "audio": 0}) == {"image": MediaLimit(count=0)}
     for wrong, why in (
         ({"audio": 2}, "modality 'audio'"),
-        ({"image": -1}, "at least"),
+        ({"image": -1}, "at least 0"),
+        ({"image": {"width": 0, "height": 1}}, "at least 1"),
         ({"image": {"width": 3}}, "both width and height"),
         ({"image": {"num_frames": 3}}, "'num_frames', which does not exist"),
         ({"image": "many"}, "integer"),
@@ -250,6 +311,148 @@ def test_encoded_items_stay_until_their_rows_are_wanted():
     cache.release(d)
     cache.forget(d)
     assert cache.acquire(d) is None and cache.can_hold(10)
+
+
+class Counted(list):
+    """A list that knows how many of its items were looked at."""
+
+    seen = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.seen += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.seen += 1
+            yield item
+
+
+def test_sizes_are_checked_before_pixels_are_made(monkeypatch: pytest.MonkeyPatch):
+    """A dot that options would unfold to gigabytes, and numbers that no float holds."""
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("was resized"))
+    dot = {"multi_modal_data": {"image": picture(1, 1)}}
+    for pixels, why in (
+        (10**10, "at most 134217728"),
+        (10**400, "at most 134217728"),
+        (2**27, "has planned for 64 an item"),
+        (28 * 28 * 65, "has planned for 64 an item"),
+    ):
+        options = {"min_pixels": pixels, "max_pixels": pixels}
+        for given in (dot, {"multi_modal_data": {"video": [picture(1, 1)]}}):
+            with pytest.raises(ValidationError, match=why):
+                reader().read({**given, "mm_processor_kwargs": options})
+        with pytest.raises(ValidationError, match=why):
+            reader().read({**dot, "mm_processor_kwargs": {"size": {"shortest_edge": pixels, "longest_edge": pixels}}})
+
+
+def test_videos_are_read_a_frame_at_a_time_and_no_further_than_they_fit(monkeypatch: pytest.MonkeyPatch):
+    held: list[int] = []
+    resized = QwenProcessor._resized
+
+    def counting(self: QwenProcessor, image: Any) -> np.ndarray:
+        held.append(film.seen)
+        return resized(self, image)
+
+    monkeypatch.setattr(QwenProcessor, "_resized", counting)
+    film = Counted(encoded(picture(56, 56, seed=seed), "PNG") for seed in range(5))
+    media = PROCESSOR.video(film)
+    assert [item.num_tokens for item in media.items] == [4] * 3 and held == [1, 2, 3, 4, 5]
+    # 4 vectors for every two frames, of 50 frames
+    long = Counted([encoded(picture(56, 56), "PNG")] + [b"nothing that could be read"] * 49)
+    with pytest.raises(ValidationError, match="becomes 100 tokens, and 99 are left"):
+        reader(99).read({"multi_modal_data": {"video": (long, {"fps": 2})}})
+    assert long.seen == 1
+    limited = reader(video={"num_frames": 4})
+    assert len(limited.read({"multi_modal_data": {"video": [film[:4]]}})[0].items) == 2
+    with pytest.raises(ValidationError, match="5 frames, and num_frames of limit_mm_per_prompt allows 4"):
+        limited.read({"multi_modal_data": {"video": [list(film)]}})
+    with pytest.raises(ValidationError, match="its time at most"):
+        reader().read({"multi_modal_data": {"video": [list(film)]}, "mm_processor_kwargs": {"fps": 1e-9}})
+
+
+def test_items_together_are_no_longer_than_the_context():
+    """Where they do not fit, none is decoded."""
+    given = [b"nothing that could be read", *[encoded(picture(112, 112), "PNG")] * 3, picture(112, 112)]
+    with pytest.raises(ValidationError, match="image 3 becomes 16 tokens, and 8 are left for it"):
+        reader(40).read({"multi_modal_data": {"image": given}})
+    with pytest.raises(ValidationError, match="image 2 becomes 16 tokens, and 8 are left for it"):
+        reader(40).read({"multi_modal_data": {"image": [picture(112, 112)] * 3}})
+    with pytest.raises(ValidationError, match="image 0: 26 bytes are no picture"):
+        reader(50).read({"multi_modal_data": {"image": given[:4]}})
+
+
+def asked(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, *parts]}]}
+
+
+def image_url(url: str, **others: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}, **others}
+
+
+@pytest.fixture
+def host() -> Iterator[tuple[str, list[str]]]:
+    """A web host of this machine, and what was asked of it."""
+    paths: list[str] = []
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            data = encoded(picture(28, 28), "PNG")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data) + 100 * (self.path == "/short")))
+            self.end_headers()
+            for byte in range(len(data)):
+                self.wfile.write(data[byte : byte + 1])
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", paths
+        server.shutdown()
+        thread.join()
+
+
+def test_parts_are_counted_before_the_first_is_read(host: tuple[str, list[str]]):
+    url, paths = host
+    few = reader(image=2, video={"num_frames": 3})
+    with pytest.raises(ValidationError, match=r"At most 2 image\(s\)"):
+        few.of_conversation(asked(*[image_url(f"{url}/one")] * 3))
+    with pytest.raises(ValidationError, match="4 frames, and at most 3 are taken"):
+        few.of_conversation(asked({"type": "video", "video": [f"{url}/one"] * 4}))
+    with pytest.raises(ValidationError, match="21 frames, and at most 20 are taken"):
+        reader(10).of_conversation(asked({"type": "video", "video": [f"{url}/one"] * 21}))
+    assert not paths
+    read = few.of_conversation(asked(*[image_url(f"{url}/one")] * 2))
+    assert len(few.read(read)) == 2 and paths == ["/one"] * 2
+
+
+def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch):
+    url, _ = host
+    for place in (f"{url}/a b", "http://127.0.0.1:abc/x", f"{url}/short", "http://127.0.0.1:1/x"):
+        with pytest.raises(ValidationError, match="cannot be fetched"):
+            reader().of_conversation(asked(image_url(place)))
+    with pytest.raises(ValidationError, match="cannot be read"):
+        reader().of_conversation({**asked(image_url(f"{url}/one")), "multi_modal_data": ["none"]})
+    # a minute goes by with every piece
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
+    monkeypatch.setattr("jaxllm.multimodal.access.time", clock)
+    with pytest.raises(ValidationError, match="more than 30 seconds"):
+        reader().of_conversation(asked(image_url(f"{url}/one")))
+
+
+def test_names_of_contents_are_of_their_salt():
+    def names(uuid: str | None, **salt: str) -> str:
+        given = {"multi_modal_data": {"image": picture(28, 28)}, "multi_modal_uuids": {"image": [uuid]}, **salt}
+        return reader().read(given)[0].items[0].content_hash
+
+    assert names("own") == names("own") and names("own", cache_salt="a") == names("own", cache_salt="a")
+    assert len({names("own"), names("own", cache_salt="a"), names("own", cache_salt="b"), names("('a', 'own')")}) == 4
+    # what is named by its pixels is the same for all
+    assert names(None) == names(None, cache_salt="a")
 
 
 def test_time_is_part_of_what_blocks_depend_on():

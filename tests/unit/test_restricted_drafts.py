@@ -146,3 +146,32 @@ def test_waiting_for_nothing_is_soon_given_up(alone: bool):
         read(scheduler, step, 2)
         waited += step.num_drafts > 0
     assert waited - before > 180
+
+
+def test_waiting_for_drafts_that_are_not_there_is_soon_given_up():
+    """What seems to follow two tokens that are not read is gone each time that they are: no launch has drafts, and
+    waiting costs as much.
+    """
+    scheduler = engine()
+    matcher = Anything([])
+    add(scheduler, "a", matcher)
+    unread, waited, done = [scheduler.schedule(), scheduler.schedule()], 0, 0
+    while done < 1000:
+        matcher.next = [7] * 9
+        step = scheduler.schedule()
+        if step.rows:
+            read(scheduler, unread.pop(0), 0)
+            unread.append(step)
+            done += 1
+            continue
+        waited += 1
+        # one wait, in which the scheduler is asked several times
+        while unread:
+            read(scheduler, unread.pop(0), 0)
+            if unread:
+                assert scheduler.schedule().rows == []
+        matcher.next = []
+        unread = [scheduler.schedule(), scheduler.schedule()]
+        assert [step.num_drafts for step in unread] == [0, 0]
+        done += 2
+    assert 15 <= waited <= (1.5 + done / 80) / 0.1 + 1

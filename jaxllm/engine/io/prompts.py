@@ -130,6 +130,13 @@ class TokenizationOptions:
         return ids[-self.keep :] if self.truncation_side == "left" else ids[: self.keep]
 
 
+def holds_media(prompt: Prompt) -> bool:
+    """Whether pictures or videos have to be read for a prompt."""
+    return isinstance(prompt, Mapping) and (
+        any(prompt.get(key) for key in MEDIA_KEYS) or has_media(prompt.get("messages"))
+    )
+
+
 class PromptReader:
     """Reads prompts of every form for one model; safe to use from several threads.
 
@@ -301,6 +308,8 @@ class PromptReader:
                     f"it to {options.keep}: a prompt with images is not cut. Make it or its images smaller."
                 )
             keys = tuple(ExtraKey(kind="mm", value=item.key, start=item.start, stop=item.stop) for item in media.items)
+        elif self._media is not None:
+            self._media.check_no_places(ids)
         ids = options.cut(ids)
         if not ids:
             raise ValidationError("The decoder prompt cannot be empty")

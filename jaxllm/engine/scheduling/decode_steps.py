@@ -8,8 +8,8 @@ begins small after an arrival, since more arrivals may follow and would have to 
 
 Where the host restricts what requests may sample (`Matcher`), a launch with drafts is one step, and waits until all
 before it is read, so that nothing is under way meanwhile. What that may cost is bounded as `speculative.adaptive`
-bounds what checks cost: `_WAIT` steps for each such launch, less the drafts that were right, out of a credit that grows
-by `_RATE` with each step without drafts.
+bounds what checks cost: `_WAIT` steps each time, whether there are drafts in the end or not, less the drafts that were
+right, out of a credit that grows by `_RATE` with each step without drafts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 #: steps that a launch takes longer which is not made while another one is under way. An assumption: the host needs 1 ms
 _WAIT = 0.1
-#: steps: what may be lost by waiting, at first, with each step without drafts, and of what was won
+#: steps: what may be lost by waiting, as `speculative.adaptive` has it: at first, more of it with each step without
+#: drafts, and the most that there ever is, however much was won
 _INITIAL, _RATE, _MOST = 1.5, 0.0125, 16.0
 
 
@@ -71,6 +72,8 @@ class DecodeSteps:
         self._pace = 1
         #: what waiting for the host may still cost, in steps
         self._credit = _INITIAL
+        #: whether the latest choice was to wait, which is paid for once, however often it is made again
+        self._waits = False
 
     def add(self, request: Request) -> None:
         """Take notice of an arrival: note what it allows, and begin small again."""
@@ -95,6 +98,11 @@ class DecodeSteps:
 
     def choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
         """The next launch: one step, or what each of the running requests can do that has tokens left."""
+        launch = self._choose(running, num_waiting, num_free_rows)
+        self._waits = launch is WAIT
+        return launch
+
+    def _choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
         if self._never or not 0 < len(running) <= self._max_num_seqs:
             return ONE_STEP
         if num_waiting and (num_free_rows or not self._drafts):
@@ -143,7 +151,7 @@ class DecodeSteps:
             restricted: requests that the host restricts.
             alone: there are no others, for whom the device drafts.
         """
-        if self._credit <= 0:
+        if self._credit <= 0 and not self._waits:
             return None
         unread = [request.num_output_placeholders for request in restricted]
         # as far as the host has read, there are more drafts than what is still to be read
@@ -154,13 +162,16 @@ class DecodeSteps:
         )
         if not worth:
             return None
+        if not self._waits:
+            # what is launched at once is waited for afterwards
+            self._credit -= _WAIT
         return WAIT if any(unread) else Launch(1, drafts)
 
     def learn(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
         """Take in what a launch with drafts has brought."""
         if scheduled.checked and output.accepted is not None:
             won = float(output.accepted.sum()) / len(scheduled.rows)
-            self._credit = min(self._credit + won - _WAIT, _MOST)
+            self._credit = min(self._credit + won, _MOST)
 
     def _fit(self, running: Sequence[Request], num_tokens: int) -> bool:
         """Whether the free blocks hold so many more tokens of every request."""

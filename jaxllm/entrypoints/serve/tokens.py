@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.engine.io.prompts import TokenizationOptions
+from jaxllm.engine.io.prompts import TokenizationOptions, holds_media
 from jaxllm.entrypoints.openai.bodies import DetokenizeBody, TokenizeBody
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.serve.clients import while_there
@@ -22,10 +22,10 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     engine = service.engine.engine
 
-    async def beside(request: Request, *work: Any) -> Any:
+    async def beside(request: Request, *work: Any, slow: bool = False) -> Any:
         """What `work` returns, done by a thread that tokenizes."""
         with service.told():
-            return await while_there(request, asyncio.wrap_future(engine.pool.submit(*work)))
+            return await while_there(request, asyncio.wrap_future(engine.pool.submit(*work, slow=slow)))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody, request: Request) -> Response:
@@ -34,7 +34,7 @@ def routes(service: Service) -> APIRouter:
         if body.messages is not None:
             prompt = service.translator.chat_prompt(body.messages, body)
         options = TokenizationOptions(add_special_tokens=body.add_special_tokens)
-        (read,) = await beside(request, engine.inputs.reader.read, [prompt], options)
+        (read,) = await beside(request, engine.inputs.reader.read, [prompt], options, slow=holds_media(prompt))
         if isinstance(read, ValidationError):
             raise APIError(str(read)) from read
         ids = list(read.token_ids)
