@@ -182,9 +182,9 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_file(group, "--dataset-path", "of sharegpt and custom", kind=Path)
     _add(group, "--num-prompts", 1000, "requests")
-    _add(group, "--input-len", None, "tokens of a random prompt (default: 1024)")
+    _add(group, "--input-len", None, "tokens of a random prompt (default: 1024)", "--random-input-len")
     text = "tokens to generate (default: what the dataset says; random and prefix_repetition: 128)"
-    _add(group, "--output-len", None, text)
+    _add(group, "--output-len", None, text, "--random-output-len")
     _add(group, "--random-range-ratio", 0.0, "R: draw lengths from [n (1 - R), n (1 + R)]", kind=float)
     _add(group, "--random-prefix-len", 0, "tokens before these that all random prompts share", kind=not_negative)
     _add(group, "--prefix-repetition-prefix-len", 256, "tokens of a shared beginning", kind=not_negative)
@@ -271,13 +271,23 @@ def _at_least(least: int, text: str) -> int:
 
 
 def _add(
-    parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, kind: Any = positive, **more: Any
+    parser: argparse._ActionsContainer,
+    name: str,
+    default: Any,
+    text: str,
+    *also: str,
+    kind: Any = positive,
+    **more: Any,
 ) -> None:
-    """Add an option that takes numbers; a default of None is what the text says, or nothing."""
+    """Add an option that takes numbers; a default of None is what the text says, or nothing.
+
+    Args:
+        also: other names of it.
+    """
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = text if default is None else f"{text} (default: {shown})"
     metavar = "N,N,..." if kind is counts else "X" if kind in (float, milliseconds) else "N"
-    parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text, **more)
+    parser.add_argument(name, *also, type=kind, default=default, metavar=metavar, help=text, **more)
 
 
 def _add_lengths(parser: argparse.ArgumentParser, *, output_len: int) -> None:

@@ -109,7 +109,7 @@ class EngineCore:
         if request.priority and self.scheduler.config.policy != "priority":
             raise ValidationError(
                 f"Got priority {request.priority} but priority scheduling is not enabled. "
-                'Set scheduling_policy="priority" when making the LLM.'
+                'Set scheduling_policy="priority" when making the LLM (--scheduling-policy priority).'
             )
         self.scheduler.check_request(request)
 

@@ -64,6 +64,7 @@ class ChatRenderer:
             raise ValidationError(_NO_TEMPLATE)
         #: roles that were warned of
         self._told: set[str] = set()
+        self._told_of_tools = False
 
     def render(
         self, conversation: Conversation, *, template: str | None = None, content_format: str = "auto", **kwargs: Any
@@ -107,7 +108,11 @@ class ChatRenderer:
             text = self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValidationError(f"the chat template cannot render the conversation: {error}") from error
-        self._check_roles(plain, str(template or self._tokenizer.chat_template), str(text))
+        written = str(template or self._tokenizer.chat_template)
+        self._check_roles(plain, written, str(text))
+        if kwargs.get("tools") and "tools" not in written and not self._told_of_tools:
+            self._told_of_tools = True
+            logger.warning("The chat template writes no tools: the model does not see those of a request.")
         return str(text)
 
     def _check_roles(self, messages: Conversation, template: str, text: str) -> None:

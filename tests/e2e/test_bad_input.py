@@ -264,6 +264,18 @@ def test_an_argument_of_the_engine_cannot_be_set_while_it_runs(engine: LLM):
         engine.temperature = 0.5
 
 
+def test_tools_that_the_template_does_not_write(engine: LLM, caplog: pytest.LogCaptureFixture):
+    """They are left out of the prompt, which is said once."""
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    for template in ("{{ messages[0].content }}{{ tools[0].function.name }}", None, None):
+        (output,) = engine.chat(
+            [{"role": "user", "content": "x"}], GREEDY, use_tqdm=False, tools=tools, chat_template=template
+        )
+        assert ("weather" in (output.prompt or "")) == (template is not None)
+        said = [record.getMessage() for record in caplog.records if "writes no tools" in record.getMessage()]
+        assert len(said) == (template is None)
+
+
 def test_a_role_that_nobody_knows(engine: LLM, caplog: pytest.LogCaptureFixture):
     """The model's own template passes it on, which is said once; one that would leave the message out refuses it."""
     user, other = ({"role": role, "content": f"says the {role}"} for role in ("user", "usr"))

@@ -162,6 +162,14 @@ def test_streams_add_up_to_the_whole(client: openai.OpenAI):
     assert offsets == [choice.logprobs.text_offset if choice.logprobs else None for choice in complete.choices]
 
 
+def test_the_answers_id_is_the_requests(url: str):
+    body = {"prompt": "x", "max_tokens": 1, "request_id": "body"}
+    assert get(url, "/v1/completions", body)[2]["id"] == "cmpl-body"
+    assert get(url, "/v1/completions", body, {"X-Request-Id": "mine"})[2]["id"] == "cmpl-mine"
+    status, _, told = get(url, "/v1/completions", body, {"X-Request-Id": "x" * 257})
+    assert status == 400 and "X-Request-Id" in told["error"]["message"]
+
+
 def test_structured_outputs(client: openai.OpenAI):
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
     asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 60, "temperature": 0}
@@ -501,7 +509,7 @@ def test_the_benchmark_asks_a_server(
     url: str, engine: AsyncLLM, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
 ):
     written = tmp_path / "out.json"
-    options = ["--num-prompts", "6", "--input-len", "20", "--output-len", "5", "--max-concurrency", "3"]
+    options = ["--num-prompts", "6", "--random-input-len", "20", "--random-output-len", "5", "--max-concurrency", "3"]
     options += ["--request-rate", "200", "--goodput", "ttft:60000", "tpot:0.0001", "--metric-percentiles", "50,99"]
     options += ["--model", str(tiny_model), "--backend", backend, "--output-json", str(written), "--base-url", url]
     before = engine.engine.core.stats().generation_tokens

@@ -26,6 +26,8 @@ from jaxllm.entrypoints.openai.errors import APIError
 
 #: of objects and arrays inside each other; templates and others that read them call themselves for each
 MAX_LEVELS = 128
+#: characters: every piece of a streamed answer has them
+MAX_REQUEST_ID = 256
 Object = dict[str, Any]
 Read = TypeVar("Read", bound="Body")
 
@@ -195,7 +197,7 @@ class GenerationBody(SamplingFields, Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     #: the end of the answer's id
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: str | None = Field(default=None, max_length=MAX_REQUEST_ID)
     store: bool | None = None
 
     @model_validator(mode="after")

@@ -185,7 +185,8 @@ class Translator:
                 if choice == "auto":
                     raise APIError(
                         "tool_choice='auto' needs to know how the model writes calls: --tool-call-parser NAME says so. "
-                        "Leave it out: the tools go into the prompt, and a call comes back as text.",
+                        "Leave it out: the tools go into the prompt, where the chat template writes them, and a "
+                        "call comes back as text.",
                         param="tool_choice",
                     )
                 return plain

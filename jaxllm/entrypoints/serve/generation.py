@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jaxllm.entrypoints.openai.bodies import Body, ChatBody, CompletionBody, ResponsesBody
+from jaxllm.entrypoints.openai.bodies import MAX_REQUEST_ID, Body, ChatBody, CompletionBody, ResponsesBody
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.items import RESPONSES, ResponseItems, chat_body
 from jaxllm.entrypoints.openai.pieces import AnswerPieces
@@ -48,6 +49,10 @@ def routes(service: Service) -> APIRouter:
 
 async def _answer(service: Service, url: str, body: Body, request: Request) -> Response:
     call = service.translator.translate(url, body)
+    if given := request.headers.get("x-request-id"):
+        if len(given) > MAX_REQUEST_ID:
+            raise APIError(f"X-Request-Id has more than {MAX_REQUEST_ID} characters: {given!r:.80}")
+        call = dataclasses.replace(call, request_id=given)
     if not call.stream:
         outputs = await while_there(request, service.whole(call))
         return JSONAnswer(response_body(call, outputs))
