@@ -454,6 +454,18 @@ def test_parts_are_counted_before_the_first_is_read(host: tuple[str, list[str]])
     assert len(few.read(read)) == 2 and paths == ["/one"] * 2
 
 
+def test_what_is_read_for_a_conversation_is_bounded(host: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch):
+    url, paths = host
+    size = len(encoded(picture(28, 28), "PNG"))
+    monkeypatch.setattr("jaxllm.multimodal.conversations.MOST_BYTES", 2 * size)
+    film = {"type": "video", "video": [f"{url}/one"] * 4}
+    for parts in ([image_url(f"{url}/one")] * 4, [film]):
+        paths.clear()
+        with pytest.raises(ValidationError, match=f"have more than {2 * size} bytes"):
+            reader().of_conversation(asked(*parts))
+        assert len(paths) == 3
+
+
 def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch):
     url, _ = host
     for place in (f"{url}/a b", "http://127.0.0.1:abc/x", f"{url}/short", "http://127.0.0.1:1/x"):
