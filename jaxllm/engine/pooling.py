@@ -56,6 +56,7 @@ class Pooling:
         tokenization_kwargs: Mapping[str, Any] | None,
         truncate_prompt_tokens: int | None,
         on_error: str,
+        priority: int = 0,
     ) -> list[Pooled]:
         """What the model makes of each prompt, in their order."""
         self._check_task(task)
@@ -67,7 +68,9 @@ class Pooling:
         if truncate_prompt_tokens is not None:
             tokenization_kwargs = {"truncate_prompt_tokens": truncate_prompt_tokens, **(tokenization_kwargs or {})}
         options = self.inputs.options(tokenization_kwargs, params if isinstance(params, list) else [params])
-        feed = self._feeds.feed(prompts, params, inputs=self.inputs, options=options, on_error=on_error)
+        feed = self._feeds.feed(
+            prompts, params, inputs=self.inputs, options=options, on_error=on_error, priority=priority
+        )
         with Progress(len(prompts) if isinstance(prompts, Sized) else None, enabled=bool(use_tqdm)) as progress:
             outputs = sorted(feed.outputs(progress), key=lambda output: output.index)
         return [output if isinstance(output, PoolingRequestOutput) else _failed(output) for output in outputs]

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,15 @@ def get(url: str, path: str, body: Any = None, headers: dict[str, str] | None = 
         text = answer.read()
     is_json = answer.headers.get("content-type", "").startswith("application/json")
     return answer.status, answer.headers, json.loads(text) if is_json else text.decode()
+
+
+def sent(url: str, path: str, body: bytes) -> socket.socket:
+    """The connection of a request whose answer nobody has read."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    return connection
 
 
 def is_idle(engine: AsyncLLM) -> bool:
@@ -184,6 +194,7 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI):
 def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
     """A grammar stands in for a model that was taught to write a call."""
     text = 'Well.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    two = {"structured_outputs": {"choice": [text + text.removeprefix("Well.")]}}
     body = {"structured_outputs": {"choice": [text]}}
     asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "tools": TOOLS}
     with (
@@ -199,6 +210,10 @@ def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
         (same,) = streamed.message.tool_calls or []
         assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "Well.")
         assert (same.function.name, same.function.arguments) == ("weather", call.function.arguments)
+        for parallel, count in ((True, 2), (False, 1)):
+            more: dict[str, Any] = {"parallel_tool_calls": parallel, "extra_body": two}
+            found = client.chat.completions.create(**{**asked, "max_tokens": 200}, **more).choices[0].message
+            assert len(found.tool_calls or ()) == count
         # the call and its answer go back, and nothing is read of tools that nobody offers
         talk: Any = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
         talk.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
@@ -252,7 +267,7 @@ def test_responses(client: openai.OpenAI, engine: AsyncLLM):
         client.responses.create(**asked, input="x", previous_response_id="x")
 
 
-def test_tokens_there_and_back(url: str, engine: AsyncLLM):
+def test_tokens_there_and_back(url: str, engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch):
     tokenizer = engine.engine.get_tokenizer()
     ids = tokenizer.encode("Hé", add_special_tokens=False)
     told = get(url, "/tokenize", {"prompt": "Hé", "return_token_strs": True})[2]
@@ -260,7 +275,11 @@ def test_tokens_there_and_back(url: str, engine: AsyncLLM):
     assert told == {**expected, "token_strs": tokenizer.convert_ids_to_tokens(ids)}
     (output,) = engine.llm.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=False)
     assert get(url, "/tokenize", {"messages": MESSAGES})[2]["tokens"] == output.prompt_token_ids
-    assert get(url, "/detokenize", {"tokens": ids})[2] == {"prompt": "Hé"}
+    with monkeypatch.context() as patch:  # the ids are looked at beside what the server does meanwhile
+        size, asking = len(tokenizer), []
+        patch.setattr(type(tokenizer), "__len__", lambda _: asking.append(threading.current_thread().name) or size)
+        assert get(url, "/detokenize", {"tokens": ids})[2] == {"prompt": "Hé"}
+        assert [name.split("_")[0] for name in asking] == ["tokenizer"]
     for path, body, text in (
         ("/tokenize", {}, "prompt or messages"),
         ("/tokenize", {"messages": MESSAGES, "chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
@@ -313,6 +332,19 @@ def test_pooling(tiny_model: Path):
             (best,) = get(url, "/v1/rerank", body)[2]["results"]
             assert best["relevance_score"] == pytest.approx(max(scores), rel=1e-5)
             assert best["document"]["text"] == texts[1 + best["index"]]
+            for path in ("/score", "/rerank"):
+                asked = {"text_1": "x", "text_2": "y"} if path == "/score" else {"query": "x", "documents": ["y"]}
+                status, _, told = get(url, path, {**asked, "priority": 1})
+                assert status == 400 and "priority scheduling is not enabled" in told["error"]["message"]
+            # whoever leaves has a place until the work is done
+            body = json.dumps({"text_1": "x", "text_2": ["y" * 200] * 300}).encode()
+            with sent(url, "/score", body):
+                while not pooling.engine.engine.client.has_unfinished:
+                    time.sleep(0.001)
+                assert get(url, "/load")[2] == {"server_load": 1}
+            while get(url, "/load")[2] != {"server_load": 0}:
+                time.sleep(0.001)
+            assert not pooling.engine.engine.client.has_unfinished
             with pytest.raises(openai.BadRequestError, match="matryoshka"):
                 client.embeddings.create(model="tiny", input="x", dimensions=4)
             with pytest.raises(openai.BadRequestError, match="generative models"):
@@ -327,7 +359,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         ({"temperature": "hot"}, "temperature should be a valid number"),
         ({"temperature": 3}, r"temperature must be in \[0, 2\]"),
         ({"messages": []}, "at least 1 item"),
-        ({"messages": [{"role": "user", "content": FILE}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": FILE}]}, "reads text only"),
         ({"chat_template": "/etc/passwd"}, "--trust-request-chat-template"),
     ):
         for stream in (False, True):
@@ -364,10 +396,7 @@ def test_what_the_server_tells_of_itself(client: openai.OpenAI, url: str, engine
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_request(url: str, engine: AsyncLLM, stream: bool):
     body = json.dumps({"prompt": ["x", "y"], "max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
-    host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+    with sent(url, "/v1/completions", body) as connection:
         if stream:
             assert connection.recv(1000)
         else:

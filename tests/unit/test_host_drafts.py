@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.tiny_model import EOS, VOCAB_SIZE, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -38,13 +38,15 @@ def allowed(matcher: Matcher) -> set[int]:
 
 def by_the_rule(tokens: list[int], matcher: Matcher, rule: HostDraftRule) -> list[int]:
     """Where one token alone may come, that one; else what follows the first occurrence of the longest run that all
-    tokens end with, and from there on, until something else has no choice.
+    tokens end with, and from there on, until something else has no choice. None behind the grammar's end.
     """
     drafts: list[int] = []
     place = None
     while len(drafts) < rule.num_drafts:
         options = allowed(matcher)
-        if len(options) == 1 and options != {EOS}:
+        if options == {EOS}:
+            return drafts
+        if len(options) == 1:
             (token,), place = options, None
         else:
             place = first_behind([*tokens, *drafts], tokens, rule) if place is None else place + 1
@@ -52,8 +54,6 @@ def by_the_rule(tokens: list[int], matcher: Matcher, rule: HostDraftRule) -> lis
                 return drafts
             token = tokens[place]
         drafts.append(token)
-        if token == EOS:
-            return drafts
         assert matcher.advance(token) is None
     return drafts
 
@@ -71,6 +71,7 @@ def first_behind(ended: list[int], tokens: list[int], rule: HostDraftRule) -> in
     choices=st.lists(st.integers(0, 3), max_size=40),
     rule=st.sampled_from([HostDraftRule(4, 1, 3), HostDraftRule(1, 1, 1), HostDraftRule(6, 2, 2)]),
 )
+@example(prompt=[LETTERS[0], LETTERS[3], EOS, LETTERS[0]], choices=[0], rule=HostDraftRule(4, 1, 3))
 def test_it_is_the_rule(prompt: list[int], choices: list[int], rule: HostDraftRule):
     """Step by step, of one object that sees the text grow."""
     matcher, drafts, tokens = GRAMMAR.copy(), HostDrafts(rule), list(prompt)

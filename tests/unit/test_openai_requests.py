@@ -9,9 +9,12 @@ import pytest
 
 from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.entrypoints.openai.bodies import ResponsesBody
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.openai.items import chat_body
 from jaxllm.entrypoints.openai.parameters import SAMPLING, SamplingReader
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, Call, Translator
+from jaxllm.entrypoints.openai.responses import head
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -198,6 +201,9 @@ def test_labels_change_nothing():
         (CHAT, {"tool_choice": "required"}, "`tools` must be set"),
         (CHAT, {"tool_choice": "auto", "tools": TOOLS}, "--tool-call-parser NAME"),
         (CHAT, {"tool_choice": {"function": {"name": "g"}}, "tools": TOOLS}, "with one of f"),
+        (CHAT, {"tool_choice": {"type": "function", "function": "f"}, "tools": TOOLS}, "with one of f"),
+        (CHAT, {"tool_choice": {"type": "function", "function": {"name": ["f"]}}, "tools": TOOLS}, "with one of f"),
+        (CHAT, {"request_id": "x" * 257}, "request_id"),
         (CHAT, {"tool_choice": "required", "tools": [{"type": "code"}]}, "a tool is"),
         (CHAT, {"tool_choice": "required", "tools": TOOLS, "response_format": {"type": "json_object"}}, "leave out"),
         (CHAT, {"messages": [{"role": "assistant", "tool_calls": [CALL_WITHOUT_JSON]}]}, "are not JSON"),
@@ -228,6 +234,40 @@ def test_refusals(url: str, body: dict[str, Any], message: str):
     with pytest.raises(APIError, match=message) as refusal:
         call(url, {**least.get(url, {}), **body})
     assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation=True"),
+        ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage=True is refused"),
+        ({"stream_options": {}}, "when `stream=True`"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity='low' is refused"),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, "reasoning.summary='auto' is refused"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs=1 is refused"),
+    ],
+)
+def test_refusals_of_responses(body: dict[str, Any], message: str):
+    with pytest.raises(APIError, match=message):
+        ResponsesBody.read({"input": "x", **body})
+
+
+def test_what_asks_for_nothing_in_responses():
+    body = ResponsesBody.read(
+        {
+            **{"input": "x", "stream": True, "stream_options": {"include_obfuscation": False}},
+            **{
+                "text": {"format": {"type": "text"}, "verbosity": None},
+                "reasoning": {"effort": "low", "summary": None},
+            },
+        }
+    )
+    assert chat_body(body).reasoning_effort == "low"
+
+
+def test_the_answers_id_is_the_requests():
+    assert head(call(CHAT, {"messages": MESSAGES, "request_id": "mine"}))["id"] == "chatcmpl-mine"
+    assert head(call(COMPLETIONS, {"prompt": "x", "request_id": "mine"}))["id"] == "cmpl-mine"
 
 
 def test_what_is_nested_too_deeply():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -25,7 +26,8 @@ SCHEMAS: dict[str, Any] = {
             "tags": {"type": "array"},
             "near": {"anyOf": [{"type": "object"}, {"type": "null"}]},
         },
-    }
+    },
+    "anything": {"properties": None},
 }
 ONE = [("weather", {"city": "Paris", "days": 3})]
 TWO = [("weather", {"city": 'a "b" {c} [d] é'}), ("weather", {"city": "Rome", "tags": ["x"]})]
@@ -50,6 +52,8 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
      '<parameter=tags>["x", 1]</parameter><parameter=near>null</parameter><parameter=other>a\nb</parameter></function>'
      "</tool_call>", "",
      [("weather", {"city": "3", "hourly": True, "tags": ["x", 1], "near": None, "other": "a\nb"})]),
+    ("qwen3_coder", "<tool_call><function=anything><parameter=days>3</parameter></function></tool_call>", "",
+     [("anything", {"days": "3"})]),
     ("qwen3_coder", "<tool_call>none</tool_call>", "<tool_call>none</tool_call>", []),
     ("deepseek_v3", "Well. " + V3.format(V3_CALL.format(A) + "\n" + V3_CALL.format(B)), "Well. ", TWO),
     ("deepseek_v3", "1 < 2 <｜tool", "1 < 2 <｜tool", []),
@@ -113,6 +117,40 @@ def test_pieces_add_up_whatever_the_text(one: Any, two: Any, data: st.DataObject
     assert streamed(dialect, text, cuts) == streamed(dialect, text, [])
 
 
+LONG = "word, " * 2000
+WAITS: list[tuple[str | None, str, str]] = [
+    *((name, LONG, LONG) for name in sorted(PARSERS)),
+    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "' + LONG, ""),
+    ("mistral", '[TOOL_CALLS]weather[ARGS]{"city": "' + LONG, ""),
+    ("llama3_json", '{"name": "weather", "parameters": {"city": "' + LONG, ""),
+    ("pythonic", '[weather(city="' + LONG, ""),
+    ("required", '[{"name": "weather", "parameters": {"city": "' + LONG, ""),
+    (None, "<think>" + LONG, LONG),
+    ("hermes", "<think>Hm.</think>" + LONG, "Hm." + LONG),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "told_of_it"), WAITS)
+def test_a_long_text_is_not_read_for_each_piece(name: str | None, text: str, told_of_it: str):
+    """What it takes grows with the text's length, and not with its square."""
+    read: list[int] = []
+    tools = None if name is None else forced.REQUIRED if name == "required" else PARSERS[name]
+    if tools is not None:
+        parse = tools.parse
+        tools = dataclasses.replace(
+            tools, parse=lambda text, done, schemas: read.append(len(text)) or parse(text, done, schemas)
+        )
+    reasoning = ReasoningParser(name="qwen3") if "<think>" in text else None
+    stream = MessageStream(Dialect(tools=tools, reasoning=reasoning, schemas=SCHEMAS), "")
+    split = ReasoningParser.split
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReasoningParser, "split", lambda self, *all_: read.append(len(all_[0])) or split(self, *all_))
+        deltas = [delta for at in range(0, len(text), 4) for delta in stream.push(text[at : at + 4], False)]
+    reasons, content, calls = told(deltas)
+    assert reasons + content == told_of_it and not calls
+    assert sum(read) < 2 * len(text)
+
+
 def test_ids_are_of_the_kind_that_templates_take():
     mistral = Dialect(tools=PARSERS["mistral"]).new_call_id()
     assert len(mistral) == 9 and mistral.isalnum()
@@ -130,6 +168,15 @@ def test_what_is_forced():
     # of what its length has cut off, the complete calls are there, and nothing is lost
     cut = text[:-10]
     assert streamed(required, cut, [])[2] == TWO[:1] and streamed(required, cut, [])[1] in cut
+
+
+def test_one_call_of_several():
+    for name, text, content, calls in CASES:
+        dialect = Dialect(tools=PARSERS[name], schemas=SCHEMAS, several=False)
+        message, _ = whole_message(text, "", dialect)
+        assert len(message.get("tool_calls", ())) == min(len(calls), 1)
+        for cuts in (list(range(len(text))), []):
+            assert streamed(dialect, text, cuts)[1:] == (content, calls[:1])
 
 
 def test_schemas_with_definitions_of_their_own():

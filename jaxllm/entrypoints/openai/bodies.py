@@ -194,7 +194,8 @@ class GenerationBody(SamplingFields, Body):
     metadata: Object | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    request_id: str | None = None
+    #: the end of the answer's id
+    request_id: str | None = Field(default=None, max_length=256)
     store: bool | None = None
 
     @model_validator(mode="after")
@@ -327,6 +328,14 @@ class DetokenizeBody(Body):
     tokens: list[int]
 
 
+#: of objects in a body of ``/v1/responses``: their parameters, and those values that ask for nothing; None: any is read
+_INNER: dict[str, dict[str, tuple[Any, ...] | None]] = {
+    "stream_options": {"include_obfuscation": (False,)},
+    "text": {"format": None, "verbosity": ("medium",)},
+    "reasoning": {"effort": None, "summary": (), "generate_summary": ()},
+}
+
+
 class ResponsesBody(SamplingFields, Body):
     """``/v1/responses``, as far as it needs no memory of earlier ones."""
 
@@ -340,6 +349,7 @@ class ResponsesBody(SamplingFields, Body):
         "truncation": ("disabled",),
         "include": ([],),
         "n": (1,),
+        "prompt_logprobs": (),
         "moderation": (),
         "context_management": (),
         "prompt_cache_options": (),
@@ -365,3 +375,13 @@ class ResponsesBody(SamplingFields, Body):
     metadata: Object | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _check_inner(self) -> ResponsesBody:
+        if self.stream_options is not None and not self.stream:
+            raise APIError("Stream options can only be defined when `stream=True`.", param="stream_options")
+        for name, known in _INNER.items():
+            for key, value in (getattr(self, name) or {}).items():
+                if key not in known or (known[key] is not None and value is not None and value not in known[key]):
+                    raise APIError(f"{name}.{key:.80}={value!r:.80} is refused: it is not supported yet.", param=name)
+        return self

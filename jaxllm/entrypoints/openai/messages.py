@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import string
-from typing import Any
+from typing import Any, Literal
 
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
 from jaxllm.entrypoints.openai.tools.calls import Schemas, ToolCall, ToolParser
@@ -20,6 +20,8 @@ class Dialect:
     #: None: calls of tools stay text
     tools: ToolParser | None = None
     schemas: Schemas = dataclasses.field(default_factory=dict)
+    #: whether there may be more calls than one; all but the first are dropped otherwise
+    several: bool = True
     #: None: reasoning is part of the content
     reasoning: ReasoningParser | None = None
     #: whether the reasoning comes back
@@ -41,11 +43,14 @@ class Dialect:
         """
         reasoning = ""
         if self.reasoning is not None:
-            reasoning, text = self.reasoning.split(text, done, self.reasoning.begins_inside(prompt))
-        if self.tools is None or (self.reasoning is not None and not text):
-            return Message(reasoning, text, ())
+            reasoning, text, until = self.reasoning.split(text, done, self.reasoning.begins_inside(prompt))
+            if not text:
+                return Message(reasoning, "", (), until, "reasoning")
+        if self.tools is None:
+            return Message(reasoning, text, (), "", "content")
         parsed = self.tools.parse(text, done, self.schemas)
-        return Message(reasoning, parsed.content, tuple(parsed.calls))
+        calls = parsed.calls if self.several else parsed.calls[:1]
+        return Message(reasoning, parsed.content, tuple(calls), parsed.until, "content" if parsed.goes_on else None)
 
     def new_call_id(self) -> str:
         """Return an id for a call of a tool."""
@@ -68,6 +73,10 @@ class Message:
     reasoning: str
     content: str
     calls: tuple[ToolCall, ...]
+    #: characters without which more text changes nothing but one part, which goes on with it; None: any may
+    until: str | None = None
+    #: that part; None: none does
+    part: Literal["reasoning", "content"] | None = None
 
 
 def whole_message(text: str, prompt: str | None, dialect: Dialect) -> tuple[dict[str, Any], Message]:
@@ -91,24 +100,37 @@ class MessageStream:
     def __init__(self, dialect: Dialect, prompt: str | None):
         self._dialect, self._prompt = dialect, prompt
         self._text = ""
+        #: pieces since the text was read, none of which changed what was read
+        self._since: list[str] = []
+        #: characters that were told
+        self._told = {"reasoning": 0, "content": 0}
         self.message = Message("", "", ())
 
     def push(self, text: str, done: bool) -> list[dict[str, Any]]:
         """Return the deltas that `text`, the next piece of the answer, makes certain."""
         if self._dialect.is_plain:
             return [{"content": text}] if text else []
-        self._text += text
+        self._since.append(text)
+        until, part = self.message.until, self.message.part
+        # reading all of a long text for each of its pieces would take longer and longer
+        if not done and until is not None and not any(character in text for character in until):
+            return [] if part is None else self._more(part, text)
+        self._text += "".join(self._since)
+        self._since = []
         before, now = self.message, self._dialect.read(self._text, done, self._prompt)
         self.message = now
-        deltas: list[dict[str, Any]] = []
-        if (more := now.reasoning[len(before.reasoning) :]) and self._dialect.tells_reasoning:
-            deltas.append({"reasoning_content": more})
-        if more := now.content[len(before.content) :]:
-            deltas.append({"content": more})
+        deltas = self._more("reasoning", now.reasoning[self._told["reasoning"] :])
+        deltas += self._more("content", now.content[self._told["content"] :])
         calls = [self._call(before, index, call) for index, call in enumerate(now.calls)]
         if calls := [call for call in calls if call is not None]:
             deltas.append({"tool_calls": calls})
         return deltas
+
+    def _more(self, part: Literal["reasoning", "content"], text: str) -> list[dict[str, Any]]:
+        self._told[part] += len(text)
+        if not text or (part == "reasoning" and not self._dialect.tells_reasoning):
+            return []
+        return [{"content" if part == "content" else "reasoning_content": text}]
 
     def _call(self, before: Message, index: int, call: ToolCall) -> dict[str, Any] | None:
         if index >= len(before.calls):

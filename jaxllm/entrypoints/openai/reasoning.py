@@ -29,8 +29,9 @@ class ReasoningParser:
         written = (prompt or "").rstrip()
         return written.endswith(start) or (self.name in _ALWAYS and not written.endswith(end))
 
-    def split(self, text: str, done: bool, inside: bool) -> tuple[str, str]:
-        """Return the reasoning and the answer, as far as they are certain; more text makes both longer.
+    def split(self, text: str, done: bool, inside: bool) -> tuple[str, str, str | None]:
+        """Return the reasoning and the answer, as far as they are certain; more text makes both longer. And while there
+        is no answer, characters without which more text makes the reasoning that much longer; None: any may do more.
 
         Args:
             done: whether the text is all.
@@ -40,14 +41,13 @@ class ReasoningParser:
         written = text.lstrip()
         if not inside and not written.startswith(start):
             # it may become the mark
-            return "", text if done or not start.startswith(written) else ""
+            return "", text if done or not start.startswith(written) else "", None
         if not done and inside and written and start.startswith(written):
-            return "", ""
+            return "", "", None
         body = written.removeprefix(start)
         place = body.find(end)
         if place >= 0:
-            return body[:place].strip("\n"), body[place + len(end) :].lstrip("\n")
-        reasoning = body.lstrip("\n")
-        if not done:
-            reasoning = reasoning[: len(reasoning) - overlap(reasoning, end)].rstrip("\n")
-        return reasoning, ""
+            return body[:place].strip("\n"), body[place + len(end) :].lstrip("\n"), None
+        thought = body.lstrip("\n")
+        reasoning = thought if done else thought[: len(thought) - overlap(thought, end)].rstrip("\n")
+        return reasoning, "", end[0] + "\n" if reasoning and reasoning == thought else None

@@ -49,6 +49,8 @@ class Call:
     pooling: PoolingParams | None = None
     #: smaller runs first, with scheduling_policy="priority"
     priority: int = 0
+    #: what the answer's id ends with; None: it is drawn
+    request_id: str | None = None
     #: alternatives a token in the answer; None: no log-probabilities
     top_logprobs: int | None = None
     #: the prompt comes back before the completion
@@ -187,11 +189,13 @@ class Translator:
                         param="tool_choice",
                     )
                 return plain
-            return dataclasses.replace(plain, tools=self.tools, schemas=schemas)
+            several = body.parallel_tool_calls is not False
+            return dataclasses.replace(plain, tools=self.tools, schemas=schemas, several=several)
         if choice == "required":
             return dataclasses.replace(plain, tools=forced.REQUIRED, schemas=schemas)
-        name = choice.get("function", {}).get("name") if isinstance(choice, Mapping) else None
-        if name not in schemas:
+        function = choice.get("function") if isinstance(choice, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or name not in schemas:
             raise APIError(
                 f"tool_choice={choice!r:.80} is none of 'none', 'auto', 'required' and "
                 f"{{'type': 'function', 'function': {{'name': ...}}}} with one of {', '.join(schemas)}.",
@@ -229,6 +233,7 @@ class Translator:
             "return_token_ids": bool(body.return_token_ids),
             "tokens_as_ids": bool(body.return_tokens_as_token_ids),
             "priority": body.priority,
+            "request_id": body.request_id,
             "stream": bool(body.stream),
             "include_usage": options is not None and options.include_usage,
             "usage_in_all": options is not None and options.continuous_usage_stats,

@@ -59,7 +59,7 @@ def head(call: Call) -> dict[str, Any]:
     """Return how the answer begins."""
     prefix, kind = _KINDS[call.url]
     return {
-        "id": f"{prefix}-{new_id()}",
+        "id": f"{prefix}-{call.request_id or new_id()}",
         "object": kind,
         "created": int(time.time()),
         "model": call.model,

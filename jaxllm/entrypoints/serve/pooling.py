@@ -43,18 +43,18 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/score")
     @router.post("/v1/score")
-    async def score(body: ScoreBody, request: Request) -> Response:
+    async def score(body: ScoreBody) -> Response:
         call = _call(service, body, [])
-        outputs = await _scores(service, request, call, body.text_1, body.text_2)
+        outputs = await _scores(service, call, body.text_1, body.text_2)
         listed = [{"index": i, "object": "score", "score": one.outputs.score} for i, one in enumerate(outputs)]
         return JSONAnswer({**head(call), "data": listed, "usage": _usage(outputs)})
 
     @router.post("/rerank")
     @router.post("/v1/rerank")
     @router.post("/v2/rerank")
-    async def rerank(body: RerankBody, request: Request) -> Response:
+    async def rerank(body: RerankBody) -> Response:
         call = _call(service, body, [])
-        outputs = await _scores(service, request, call, body.query, body.documents)
+        outputs = await _scores(service, call, body.query, body.documents)
         results = [
             {"index": index, "document": {"text": text}, "relevance_score": output.outputs.score}
             for index, (text, output) in enumerate(zip(body.documents, outputs, strict=True))
@@ -83,16 +83,16 @@ def _call(service: Service, body: PoolingFields, prompts: list[Any]) -> Call:
     return Call(url=EMBEDDINGS, model=model, prompts=prompts, pooling=params, priority=body.priority)
 
 
-async def _scores(service: Service, request: Request, call: Call, first: Any, second: Any) -> list[Any]:
-    """How well texts fit. It is one short call, which ends by itself."""
+async def _scores(service: Service, call: Call, first: Any, second: Any) -> list[Any]:
+    """How well texts fit. It is one short call, which ends by itself and has its place until then, whether or not its
+    client is still there.
+    """
     sequences = max(len(one) if isinstance(one, list) else 1 for one in (first, second))
-
-    async def run() -> list[Any]:
-        with service.load.taken(sequences), service.told():
-            score = service.engine.llm.score
-            return await asyncio.to_thread(score, first, second, pooling_params=call.pooling, use_tqdm=False)
-
-    return await while_there(request, run())
+    with service.load.taken(sequences), service.told():
+        score = service.engine.engine.pooling("score").score
+        return await asyncio.to_thread(
+            score, first, second, None, call.pooling, False, None, None, "raise", call.priority
+        )
 
 
 def _usage(outputs: list[Any]) -> dict[str, int]:

@@ -39,7 +39,9 @@ def routes(service: Service) -> APIRouter:
             raise APIError(str(read)) from read
         ids = list(read.token_ids)
         answer = {"count": len(ids), "max_model_len": engine.core.config.max_model_len, "tokens": ids}
-        texts = engine.get_tokenizer().convert_ids_to_tokens(ids) if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            texts = await beside(request, engine.get_tokenizer().convert_ids_to_tokens, ids)
         return JSONAnswer({**answer, "token_strs": texts})
 
     @router.post("/detokenize")
@@ -47,9 +49,14 @@ def routes(service: Service) -> APIRouter:
         service.translator.model_name(body)
         with service.told():
             tokenizer = engine.get_tokenizer()
-        for token in body.tokens:
-            if not 0 <= token < len(tokenizer):
-                raise APIError(f"Token id {token} is out of vocabulary", param="tokens")
-        return JSONAnswer({"prompt": await beside(request, tokenizer.decode, body.tokens)})
+
+        def text() -> Any:
+            size = len(tokenizer)
+            for token in body.tokens:
+                if not 0 <= token < size:
+                    raise APIError(f"Token id {token} is out of vocabulary", param="tokens")
+            return tokenizer.decode(body.tokens)
+
+        return JSONAnswer({"prompt": await beside(request, text)})
 
     return router

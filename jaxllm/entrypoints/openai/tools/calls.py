@@ -1,7 +1,7 @@
 """Calls of tools, as they are read from what a model writes.
 
-A parser is one function from the text so far to what is certain of it. A stream asks it again at each piece and passes
-on what is new, so that streamed and whole answers cannot differ.
+A parser is one function from the text so far to what is certain of it. A stream asks it again at each piece that may
+change that and passes on what is new, so that streamed and whole answers cannot differ.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Parsed:
 
     content: str
     calls: list[ToolCall]
+    #: characters without which more text changes nothing but `content`, and that as `goes_on` says; None: any may
+    until: str | None = None
+    #: whether the content goes on with the text, or waits
+    goes_on: bool = False
 
 
 #: text so far, whether it is all, the tools' schemas -> what is certain of it
@@ -59,12 +63,15 @@ def marked(text: str, done: bool, begin: str, end: str, read: Callable[[str], li
     while True:
         start = text.find(begin, place)
         if start < 0:
-            rest = text[place:] if done else text[place : len(text) - overlap(text[place:], begin)]
-            return Parsed(_joined(content, rest, calls), calls)
+            held = 0 if done else overlap(text[place:], begin)
+            rest = text[place : len(text) - held]
+            if held or (calls and not rest.strip()):
+                return Parsed(_joined(content, rest, calls), calls)
+            return Parsed(content + rest, calls, until=begin[0], goes_on=True)
         content = _joined(content, text[place:start], calls)
         stop = text.find(end, start + len(begin))
         if stop < 0 and not done:
-            return Parsed(content, calls)
+            return Parsed(content, calls, until=end[-1])
         # the end may be a token that ended the answer, and is not in its text
         inner = text[start + len(begin) :] if stop < 0 else text[start + len(begin) : stop]
         place = len(text) if stop < 0 else stop + len(end)

@@ -7,6 +7,7 @@ https://huggingface.co/deepseek-ai/DeepSeek-V3-0324, its chat template
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from jaxllm.entrypoints.openai.tools.calls import Parsed, Schemas, ToolCall, ToolParser, dumps, loads, marked, overlap
@@ -18,10 +19,10 @@ _CALL = re.compile(rf"\s*function{re.escape(SEPARATOR)}([^\n]+)\n```json\n(.*?)\
 
 def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
     """Read calls as `calls.Parse` says."""
-    if not done:
-        held = max(overlap(text, mark) for mark in (ALL_BEGIN, ALL_END))
-        text = text[: len(text) - held]
-    return marked(text.replace(ALL_BEGIN, "").replace(ALL_END, ""), done, BEGIN, END, _read)
+    held = 0 if done else max(overlap(text, mark) for mark in (ALL_BEGIN, ALL_END))
+    text = text[: len(text) - held].replace(ALL_BEGIN, "").replace(ALL_END, "")
+    parsed = marked(text, done, BEGIN, END, _read)
+    return dataclasses.replace(parsed, until=None) if held else parsed
 
 
 def _read(inner: str) -> list[ToolCall] | None:

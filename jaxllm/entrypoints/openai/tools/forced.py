@@ -64,8 +64,9 @@ def _moved(schema: Any, place: str) -> Any:
 
 def _list(text: str, done: bool, schemas: Schemas) -> Parsed:
     place = len(text) - len(text.lstrip())
+    begun = text[place:] != ""
     if text[place : place + 1] not in ("[", ""):
-        return Parsed(text, [])
+        return Parsed(text, [], until="", goes_on=True)
     calls: list[ToolCall] = []
     place += 1
     while True:
@@ -76,7 +77,7 @@ def _list(text: str, done: bool, schemas: Schemas) -> Parsed:
         if found is None or call is None:
             # a call that the answer's length has cut off is none
             rest = text[place:].strip()
-            return Parsed(rest if done and rest != "]" else "", calls)
+            return Parsed(rest if done and rest != "]" else "", calls, until="}" if begun else None)
         calls.append(call)
         place = found[1]
 

@@ -26,12 +26,14 @@ def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
         return Parsed("", [])
     body = begun.removeprefix(TAG)
     if body is begun and not begun.startswith("{"):
-        return Parsed(text, [])
+        return Parsed(text, [], until="", goes_on=True)
     calls, is_whole = _objects(body)
     if calls:
-        return Parsed("", calls)
+        return Parsed("", calls, until="}")
     # it may be content in braces: that is known when its first object, or the answer, is complete
-    return Parsed(text if done or is_whole else "", [])
+    if done or is_whole:
+        return Parsed(text, [], until="", goes_on=True)
+    return Parsed("", [], until="}" if body.startswith("{") else None)
 
 
 def _objects(text: str) -> tuple[list[ToolCall], bool]:

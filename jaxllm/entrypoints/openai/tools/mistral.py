@@ -26,7 +26,8 @@ def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
     """Read calls as `calls.Parse` says."""
     content, *parts = text.split(MARK)
     if not parts:
-        return Parsed(text if done else text[: len(text) - overlap(text, MARK)], [])
+        held = 0 if done else overlap(text, MARK)
+        return Parsed(text[: len(text) - held], [], until=None if held else MARK[0], goes_on=True)
     calls: list[ToolCall] = []
     for number, part in enumerate(parts):
         found = _calls(part)
@@ -37,7 +38,8 @@ def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
                 continue
             break
         calls += found
-    return Parsed(content, calls)
+    # an object, a list or another mark has to be complete
+    return Parsed(content, calls, until="}]")
 
 
 def _calls(part: str) -> list[ToolCall] | None:

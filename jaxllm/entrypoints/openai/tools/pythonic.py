@@ -16,10 +16,10 @@ def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
     """Read calls as `calls.Parse` says."""
     begun = text.strip()
     if begun and not begun.startswith("["):
-        return Parsed(text, [])
+        return Parsed(text, [], until="", goes_on=True)
     # what looks complete may go on, as text
     calls = _calls(begun) if done else []
-    return Parsed("" if calls or not done else text, calls or [])
+    return Parsed("" if calls or not done else text, calls or [], until="" if begun else None)
 
 
 def _calls(text: str) -> list[ToolCall] | None:

@@ -8,6 +8,7 @@ https://huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct, its chat template
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.entrypoints.openai.tools.calls import Parsed, Schemas, ToolCall, ToolParser, dumps, loads, marked
@@ -25,7 +26,9 @@ def parse(text: str, done: bool, schemas: Schemas) -> Parsed:
         if found is None:
             return None
         name = found[1].strip()
-        properties = schemas.get(name, {}).get("properties", {})
+        properties = schemas.get(name, {}).get("properties")
+        if not isinstance(properties, Mapping):
+            properties = {}
         arguments = {
             key.strip(): _typed(_without_breaks(value), properties.get(key.strip()))
             for key, value in _ARGUMENT.findall(found[2])
