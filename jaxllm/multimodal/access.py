@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
+import io
 import time
 import urllib.parse
 import urllib.request
@@ -20,9 +21,8 @@ from jaxllm.api.errors import ValidationError
 
 #: of a picture that is fetched
 MOST_BYTES = 256 * 2**20
-#: of silence; and of all that it takes after the answer's beginning
+#: in which an answer is here whole, once its host has been reached
 SECONDS = 30.0
-_PIECE = 2**16
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -30,6 +30,55 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
+
+
+class _Until(io.RawIOBase):
+    """What a socket sends until some time. One that sends a byte now and then is never silent, so that timeouts of the
+    socket alone would not end it.
+    """
+
+    def __init__(self, sock: Any, raw: Any):
+        self._sock, self._raw, self._until = sock, raw, time.monotonic() + SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"it has taken more than {SECONDS:g} seconds")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *args: Any, **options: Any):
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_Until(sock, self.fp.detach()))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _InTime:
+    """Of a handler: its connections' answers end in time."""
+
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        def connection(*args: Any, **others: Any) -> Any:
+            made = http_class(*args, **others)
+            made.response_class = _Answer
+            return made
+
+        return super().do_open(connection, req, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _HTTP(_InTime, urllib.request.HTTPHandler):
+    pass
+
+
+class _HTTPS(_InTime, urllib.request.HTTPSHandler):
+    pass
 
 
 class MediaAccess:
@@ -43,7 +92,7 @@ class MediaAccess:
     def __init__(self, local_path: str = "", domains: Sequence[str] = ()):
         self._folder = Path(local_path).expanduser().resolve() if local_path else None
         self._domains = tuple(domain.lower() for domain in domains)
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects, _HTTP, _HTTPS)
 
     def read(self, place: Any, name: str) -> bytes:
         """What lies at a data URI, a file's URI or path, or a URL.
@@ -108,17 +157,13 @@ class MediaAccess:
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
-    """What an answer holds. A host that sends a byte now and then is never silent, so the clock is looked at, too."""
-    data, until = bytearray(), time.monotonic() + SECONDS
-    while piece := answer.read1(_PIECE):
-        data += piece
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        if time.monotonic() > until:
-            raise TimeoutError(f"it has taken more than {SECONDS:g} seconds")
-    if answer.length:
-        raise http.client.IncompleteRead(bytes(data), answer.length)
-    return bytes(data)
+    """What an answer holds, whole."""
+    data = answer.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+    if answer.length:  # which no exception tells where a size is given
+        raise http.client.IncompleteRead(data, answer.length)
+    return data
 
 
 def _of_data(uri: str, name: str) -> bytes:

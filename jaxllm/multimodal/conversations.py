@@ -10,6 +10,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import IMAGE, VIDEO
 
+#: of all that one conversation has read for it
+MOST_BYTES = 2**30
 #: a part's type -> its modality
 _KINDS = {
     **dict.fromkeys(("image_url", "input_image", "image", "image_pil"), IMAGE),
@@ -47,6 +49,16 @@ def without_media(
     own = {modality: _as_list(given, modality) for modality, given in (prompt.get("multi_modal_data") or {}).items()}
     names = {modality: _as_list(given) for modality, given in (prompt.get("multi_modal_uuids") or {}).items()}
     data: dict[str, list[Any]] = {}
+    held = 0
+
+    def read(place: str, label: str) -> bytes:
+        nonlocal held
+        found = access.read(place, label)
+        held += len(found)
+        if held > MOST_BYTES:
+            raise ValidationError(f"{label}: the media up to it have more than {MOST_BYTES} bytes. Make them smaller.")
+        return found
+
     uuids: dict[str, list[Any]] = {}
 
     def mark(index: int, part: Any) -> Any:
@@ -54,7 +66,7 @@ def without_media(
             return part
         modality = _KINDS[part["type"]]
         label = f"message {index}, {part['type']}"
-        given, uuid = _content(part, access, label, check_frames), part.get("uuid")
+        given, uuid = _content(part, read, label, check_frames), part.get("uuid")
         if given is None:
             if not own.get(modality):
                 raise ValidationError(f"{label} has nothing of its own, and multi_modal_data has none left for it")
@@ -80,7 +92,12 @@ def without_media(
     return {**prompt, "messages": messages, "multi_modal_data": data, "multi_modal_uuids": uuids}
 
 
-def _content(part: Mapping[str, Any], access: MediaAccess, label: str, check_frames: Callable[[int, str], None]) -> Any:
+def _content(
+    part: Mapping[str, Any],
+    read: Callable[[str, str], bytes],
+    label: str,
+    check_frames: Callable[[int, str], None],
+) -> Any:
     """What a part holds; None: it stands for something else."""
     given = part.get(part["type"], part.get("image_url", part.get("url")))
     if isinstance(given, Mapping):
@@ -92,8 +109,8 @@ def _content(part: Mapping[str, Any], access: MediaAccess, label: str, check_fra
             return given
         check_frames(len(given), label)
         # frames are pictures, and read from where pictures may be
-        return [access.read(frame, label) if isinstance(frame, str) else frame for frame in given]
-    return access.read(given, label) if isinstance(given, str) else given
+        return [read(frame, label) if isinstance(frame, str) else frame for frame in given]
+    return read(given, label) if isinstance(given, str) else given
 
 
 def _listed(value: Any) -> Sequence[Any]:

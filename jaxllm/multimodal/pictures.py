@@ -15,6 +15,8 @@ from jaxllm.api.errors import ValidationError
 
 #: more pixels than any camera's picture has: what a few bytes unfold to would take gigabytes
 MOST_PIXELS = 2**27
+#: pixels of a prompt's images, or of a video, that are decoded at most: about three minutes of a core
+MOST_DECODED = 2**34
 #: what files are read as: Pillow would start other programs for some formats, and has old decoders for others
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 #: what is seen through a picture, as in vLLM

@@ -13,6 +13,7 @@ from jaxllm.config.media import MediaLimit
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.conversations import has_media, without_media
 from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia, Room
+from jaxllm.multimodal.pictures import MOST_DECODED, size_of_file
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
 
@@ -101,9 +102,18 @@ class MediaReader:
 
     def _check_heads(self, processor: QwenProcessor, each: Sequence[Any], labels: Sequence[str], left: int) -> None:
         """Before the first picture of a prompt is decoded, as far as files tell their size."""
+        pixels = 0
         for item, label in zip(each, labels, strict=True):
-            with _told(label):
-                left -= processor.image_tokens(item, name=label, room=Room(self._max_tokens, left))
+            if (size := size_of_file(item)) is None:
+                continue
+            processor.check_room(size, 1, label, Room(self._max_tokens, left))
+            left -= processor.tokens_of(*size)
+            pixels += size[0] * size[1]
+            if pixels > MOST_DECODED:
+                raise ValidationError(
+                    f"The images up to {label} have {pixels} pixels, and at most {MOST_DECODED} of a prompt are "
+                    "decoded. Make them smaller first."
+                )
 
     def _check_frames(self, count: int, label: str) -> None:
         """Before frames are fetched; two of them are one vector at least."""

@@ -17,7 +17,7 @@ import numpy as np
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem, Room
-from jaxllm.multimodal.pictures import MOST_PIXELS, pillow, read_picture, size_of_file
+from jaxllm.multimodal.pictures import MOST_DECODED, MOST_PIXELS, pillow, read_picture
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -155,18 +155,6 @@ class QwenProcessor:
             rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
         return rows, columns
 
-    def image_tokens(self, given: Any, *, name: str, room: Room) -> int:
-        """Vectors that a picture becomes; 0 where that shows only when it is read.
-
-        Raises:
-            ValidationError: it is too large.
-        """
-        size = size_of_file(given)
-        if size is None:
-            return 0
-        self._check_room(size, 1, name, room)
-        return self.tokens_of(*size)
-
     def image(self, given: Any, *, name: str = "image", uuid: str | None = None, room: Room | None = None) -> Media:
         """A picture as the encoder takes it.
 
@@ -180,7 +168,7 @@ class QwenProcessor:
             ValidationError: it cannot be read, is too large, or has a form that the model does not take.
         """
         picture = read_picture(given, name)
-        self._check_room(picture.size, 1, name, room)
+        self.check_room(picture.size, 1, name, room)
         pixels = self._resized(picture)
         return Media(IMAGE, (self._item([pixels], uuid or _content(picture)),))
 
@@ -224,7 +212,7 @@ class QwenProcessor:
             picture = read_picture(frame, f"frame {number} of {name}")
             if size is None:
                 size = picture.size
-                self._check_room(size, -(-len(given) // together), name, room)
+                self.check_room(size, len(given), name, room)
             elif picture.size != size:
                 raise ValidationError(f"{name} must have frames of one size, got {size} and {picture.size}")
             waiting.append((self._resized(picture), f"{uuid} frame {number}" if uuid else _content(picture)))
@@ -236,14 +224,20 @@ class QwenProcessor:
                 waiting.clear()
         return Media(VIDEO, tuple(items), step)
 
-    def _check_room(self, size: tuple[int, int], count: int, name: str, room: Room | None) -> None:
-        """Raise ValidationError where `count` items of a picture's size, (width, height), are too much."""
+    def check_room(self, size: tuple[int, int], frames: int, name: str, room: Room | None) -> None:
+        """Raise ValidationError where a picture of a size, (width, height), or so many frames are too much."""
+        count = -(-frames // self.temporal_patch_size)
         try:
             each = self.tokens_of(*size)
         except ValidationError as error:
             raise ValidationError(f"{name}: {error}") from None
         if room is None:
             return
+        if size[0] * size[1] * frames > MOST_DECODED:
+            raise ValidationError(
+                f"{name} has {frames} frames of {size[0]} x {size[1]} pixels, and at most {MOST_DECODED} are decoded. "
+                "Make them smaller first."
+            )
         if each > room.item_tokens:
             raise ValidationError(
                 f"{name} becomes {each} tokens{' for every two frames' if count > 1 else ''}, and the engine has "

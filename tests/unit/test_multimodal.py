@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
-import itertools
 import threading
-import types
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -382,6 +382,19 @@ def test_items_together_are_no_longer_than_the_context():
         reader(50).read({"multi_modal_data": {"image": given[:4]}})
 
 
+def test_what_is_decoded_for_a_prompt_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    """Though options make few vectors of it."""
+    monkeypatch.setattr("jaxllm.multimodal.pictures._upright", lambda *_: pytest.fail("was decoded"))
+    data = encoded(Image.new("1", (8192, 8192)), "PNG")
+    few = {"mm_processor_kwargs": {"min_pixels": 784, "max_pixels": 784}}
+    with pytest.raises(ValidationError, match="The images up to image 256 have"):
+        reader().read({"multi_modal_data": {"image": [data] * 300}, **few})
+    monkeypatch.undo()
+    monkeypatch.setattr(QwenProcessor, "_resized", lambda *_: pytest.fail("was resized"))
+    with pytest.raises(ValidationError, match="300 frames of 8192 x 8192 pixels"):
+        reader().read({"multi_modal_data": {"video": [[data] * 300]}, **few})
+
+
 def asked(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, *parts]}]}
 
@@ -397,13 +410,24 @@ def host() -> Iterator[tuple[str, list[str]]]:
 
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            with contextlib.suppress(OSError):  # who asked may have gone
+                self.answer()
+
+        def answer(self) -> None:
             paths.append(self.path)
+            drops = 100 if self.path.startswith("/drops") else 0
             data = encoded(picture(28, 28), "PNG")
             self.send_response(200)
+            for drop in range(drops * (self.path == "/drops-of-head")):
+                self.send_header(f"X-{drop}", "x")
+                self.flush_headers()
+                time.sleep(0.02)
             self.send_header("Content-Length", str(len(data) + 100 * (self.path == "/short")))
             self.end_headers()
-            for byte in range(len(data)):
+            for byte in range(drops):
                 self.wfile.write(data[byte : byte + 1])
+                time.sleep(0.02)
+            self.wfile.write(data[drops:])
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -430,6 +454,18 @@ def test_parts_are_counted_before_the_first_is_read(host: tuple[str, list[str]])
     assert len(few.read(read)) == 2 and paths == ["/one"] * 2
 
 
+def test_what_is_read_for_a_conversation_is_bounded(host: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch):
+    url, paths = host
+    size = len(encoded(picture(28, 28), "PNG"))
+    monkeypatch.setattr("jaxllm.multimodal.conversations.MOST_BYTES", 2 * size)
+    film = {"type": "video", "video": [f"{url}/one"] * 4}
+    for parts in ([image_url(f"{url}/one")] * 4, [film]):
+        paths.clear()
+        with pytest.raises(ValidationError, match=f"have more than {2 * size} bytes"):
+            reader().of_conversation(asked(*parts))
+        assert len(paths) == 3
+
+
 def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch):
     url, _ = host
     for place in (f"{url}/a b", "http://127.0.0.1:abc/x", f"{url}/short", "http://127.0.0.1:1/x"):
@@ -437,11 +473,11 @@ def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[st
             reader().of_conversation(asked(image_url(place)))
     with pytest.raises(ValidationError, match="cannot be read"):
         reader().of_conversation({**asked(image_url(f"{url}/one")), "multi_modal_data": ["none"]})
-    # a minute goes by with every piece
-    clock = types.SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
-    monkeypatch.setattr("jaxllm.multimodal.access.time", clock)
-    with pytest.raises(ValidationError, match="more than 30 seconds"):
-        reader().of_conversation(asked(image_url(f"{url}/one")))
+    # each drop is there in time, and all of them are not
+    monkeypatch.setattr("jaxllm.multimodal.access.SECONDS", 0.3)
+    for path in ("drops", "drops-of-head"):
+        with pytest.raises(ValidationError, match=r"cannot be fetched: .*(seconds|timed out)"):
+            reader().of_conversation(asked(image_url(f"{url}/{path}")))
 
 
 def test_names_of_contents_are_of_their_salt():
