@@ -48,7 +48,10 @@ class Case(NamedTuple):
     drafts: Callable[[list[int], int, dict[int, float]], list[int]]
 
 
-@pytest.fixture(scope="module", params=["eagle3", "eagle", "mtp"])
+@pytest.fixture(
+    scope="module",
+    params=["eagle3", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp"))],
+)
 def case(request: Any, tiny_model: Path, tmp_path_factory: Any) -> Iterator[Case]:
     """A launch waits for the one before, so that none has fewer drafts since that one may have brought more tokens than
     it did.
