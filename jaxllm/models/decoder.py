@@ -228,29 +228,7 @@ def forward(
     Returns:
         (cache, hidden): hidden [T, d] after the final norm, or before the layers of the next pipeline stage.
     """
-    cache, hidden, _ = forward_with_load(context, config, groups, params, cache, batch, counts=False)
-    return cache, hidden
-
-
-def forward_with_load(
-    context: Context,
-    config: DecoderConfig,
-    groups: tuple[KVCacheGroup, ...],
-    params: Params,
-    cache: Cache,
-    batch: StepBatch,
-    *,
-    counts: bool,
-) -> tuple[Cache, jax.Array, jax.Array | None]:
-    """As `forward`, and how many tokens each expert got.
-
-    Args:
-        counts: static; whether they are counted.
-
-    Returns:
-        (cache, hidden, load): load i32 [layers with experts, experts], padding left out; None without `counts`.
-    """
-    return forward_keeping(context, config, groups, params, cache, batch, counts=counts)[:3]
+    return forward_keeping(context, config, groups, params, cache, batch, counts=False)[:2]
 
 
 def forward_keeping(
@@ -264,14 +242,15 @@ def forward_keeping(
     counts: bool,
     keeps: tuple[int, ...] = (),
 ) -> tuple[Cache, jax.Array, jax.Array | None, jax.Array | None]:
-    """As `forward_with_load`, and what some layers take.
+    """As `forward`, how many tokens each expert got, and what some layers take.
 
     Args:
+        counts: static; whether tokens are counted.
         keeps: static; numbers of these layers.
 
     Returns:
-        (cache, hidden, load, kept): kept [len(keeps), T, d], hidden states in front of each of the layers; None without
-        `keeps`.
+        (cache, hidden, load, kept): load i32 [layers with experts, experts], padding left out; None without `counts`.
+        kept [len(keeps), T, d], hidden states in front of each of the layers; None without `keeps`.
     """
     if batch.rope_positions is None:
         cos, sin = rope_tables(batch.attention.positions, config.rope)
@@ -359,7 +338,7 @@ def last_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def no_load(config: DecoderConfig) -> jax.Array:
-    """Zeros, as `forward_with_load` counts."""
+    """Zeros, as `forward_keeping` counts."""
     assert config.moe is not None
     return jnp.zeros((sum(config.layer_moe), config.moe.num_experts), jnp.int32)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import Params, forward_with_load, no_load
+from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch
@@ -75,7 +75,7 @@ def decode_steps(
         if config.model.vision is not None:
             # all of them are generated: each goes on as it did
             batch = dataclasses.replace(batch, rope_positions=position + fields["rope_offsets"])
-        cache, hidden, load = forward_with_load(
+        cache, hidden, load, _ = forward_keeping(
             config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
         )
         # what is compiled for the sampler is to be what a step alone has

@@ -138,7 +138,7 @@ def compute(
         drafter_reads: static; False: it has read the tokens, or will.
 
     Returns:
-        (state, hidden, load, taken), the first three as `forward_with_load`; taken [T, h], what the drafter takes of
+        (state, hidden, load, taken), the first three as `forward_keeping`; taken [T, h], what the drafter takes of
         the model; None: nothing.
     """
     drafter = config.drafter if isinstance(config.drafter, ReadingDrafter) else None

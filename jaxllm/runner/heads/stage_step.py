@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.context import StepBatch
-from jaxllm.models.decoder import Params, forward_with_load
+from jaxllm.models.decoder import Params, forward_keeping
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import Hidden, State, StepConfig, step_tokens, wanted_rows
@@ -73,7 +73,7 @@ def stage_step(
     if tokens is not None:
         tokens, batch = step_tokens(config, tokens, fields, attention)
     batch = dataclasses.replace(batch, **{"embeddings" if stage.is_first else "hidden": given})
-    cache, hidden, load = forward_with_load(
+    cache, hidden, load, _ = forward_keeping(
         config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
     )
     made: Hidden | jax.Array | tuple[jax.Array, jax.Array] = hidden if load is None else (hidden, load)
