@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 from support.read_only import read_only, temporary_folder
 
 from jaxllm.runner.buckets import Bucket
@@ -218,6 +219,28 @@ def test_no_store_where_jax_keeps_programs_or_shall_not(tmp_path: Path):
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_jax_has_loaded_is_not_kept(tmp_path: Path):
+    """Such a program has lost its code: kept, it would load and fail when it runs."""
+    ours = tmp_path / "ours"
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    try:
+        for _ in range(2):
+            compilation_cache.reset_cache()
+            jax.clear_caches()
+            program().compile(compiler_options=CPU_OPTIONS)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    # JAX remembers it
+    check(store(ours).compile(KEY, program()))
+    assert not list(ours.iterdir())
+    jax.clear_caches()
+    check(store(ours).compile(KEY, program()))
+    found = store(ours).find(KEY)
+    assert found is not None
+    check(found)
 
 
 @contextlib.contextmanager

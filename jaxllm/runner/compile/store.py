@@ -32,7 +32,7 @@ from jaxllm.runner.compile.identity import described, environment, sources
 logger = logging.getLogger("jaxllm")
 
 #: first bytes of a file; the SHA-256 of what follows comes next
-_MAGIC = b"jaxllm program 1\n"
+_MAGIC = b"jaxllm program 2\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 #: of a lowered program that calls back into this process, at addresses that mean nothing in another
 _CALLBACK = "callback"
@@ -40,6 +40,8 @@ _CALLBACK = "callback"
 _NAMES = "over"
 #: errors of a folder that others may write to
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+#: how object files begin: ELF, Mach-O
+_OBJECT_FILES = (b"\x7fELF", b"\xcf\xfa\xed\xfe")
 
 
 class ProgramStore:
@@ -90,6 +92,9 @@ class ProgramStore:
             except (TypeError, ValueError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as e:
                 logger.debug("The program for %s cannot be kept: %s", key, e)
                 return compiled
+            if not self._has_code(content):
+                logger.debug("The program for %s came out of JAX's own cache and cannot be kept again", key)
+                return compiled
             self._write(path, content)
         if (name := self._name(key)) is not None:
             self._write(name, path.name.encode())
@@ -104,6 +109,13 @@ class ProgramStore:
         if self._source is None:
             return None
         return self._folder / f"{_hash(self._environment, self._source, described(key))}.name"
+
+    def _has_code(self, content: bytes) -> bool:
+        """Whether a serialized program can run. XLA:CPU keeps no machine code of programs that it has loaded: what it
+        serializes of them loads, and fails when it runs. JAX hands such programs out even where its cache is off by
+        now, since it remembers in memory what it compiled or loaded before.
+        """
+        return self._devices[0].platform != "cpu" or any(magic in content for magic in _OBJECT_FILES)
 
     def _load(self, path: Path) -> jax.stages.Compiled | None:
         content = self._read(path)
@@ -198,4 +210,5 @@ def open_store(
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    """Of the parts, and of the files' form: what an earlier one has is never asked for."""
+    return hashlib.sha256(_MAGIC + "\0".join(parts).encode()).hexdigest()
