@@ -33,9 +33,9 @@ def lora_matmul(
     the ranks of the others.
     Returns f32 [T, out], sums in float32; beside the reference, what lies between the products is rounded to the wider
     type of x and a.
-    Numbers of b must be finite in every slot, a row of x or an a that is not reaches no other slot's rows. On a CPU
-    bfloat16 adapters cost twice what float32 ones do. Where the backend is deterministic, a row's bits depend neither on other
-    rows nor on the slot. All but the kernel are differentiable in x, a and b.
+    Numbers of b must be finite in every slot; a row of x, or an a, that is not reaches no other slot's rows. Where the
+    backend is deterministic, a row's bits depend neither on other rows nor on the slot. All but the kernel are
+    differentiable in x, a and b. On a CPU adapters of float32 cost half of what those of bfloat16 do.
     Raises ValueError where shapes or dtypes do not fit together.
     """
     parts = (b.shape[-2],) if parts is None else parts
