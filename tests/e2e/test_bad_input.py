@@ -17,6 +17,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.runner.runner import Runner
 from jaxllm.weights.errors import WeightsError
 

@@ -1,4 +1,4 @@
-"""Adapters through the whole engine, against PEFT on torch: mixed in batches, more of them than the device has places."""
+"""Adapters through the whole engine, against PEFT on torch: mixed in batches, more of them than there are slots."""
 
 from __future__ import annotations
 

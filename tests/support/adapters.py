@@ -14,17 +14,12 @@ from jaxllm.api.outputs import RequestOutput
 
 #: adapters by name -> what PEFT is told; ranks and alphas of modules differ
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "attention": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]},
+    "attention": {"r": 4, "lora_alpha": 12, "target_modules": r".*\.self_attn\.(q|v)_proj"},
     "all": {
         **{"r": 6, "lora_alpha": 9, "target_modules": "all-linear", "use_rslora": True},
         **{"rank_pattern": {"q_proj": 3, "down_proj": 8}, "alpha_pattern": {"k_proj": 20}},
     },
-    "some layers": {
-        "r": 2,
-        "target_modules": r".*\.(o|gate|up)_proj",
-        "layers_to_transform": [1],
-        "layers_pattern": "layers",
-    },
+    "some layers": {"r": 2, "target_modules": ["o_proj", "gate_proj", "up_proj"], "layers_to_transform": [1]},
 }
 
 
