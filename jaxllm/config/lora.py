@@ -29,7 +29,7 @@ class LoRAArguments(Arguments):
     lora_target_modules: tuple[str, ...] = argument(
         (),
         lambda name, value: tuple(checks.strings(name, value)),
-        'the only modules that adapters may have, ["q_proj"] (default: all that can have one)',
+        'the only modules that adapters may have, ["q_proj"]; none named: all that can have one',
         group="model",
         form="JSON",
     )
