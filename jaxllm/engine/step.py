@@ -142,6 +142,8 @@ class SchedulerOutput:
     #: most drafts of a step, which the device makes and checks: each entry gets up to ``num_steps * (1 + num_drafts)``
     #: tokens, no more than its `counts`, and at least one unless it ends. 0: there are none
     num_drafts: int = 0
+    #: with drafts: others, which have prompts to compute, take no part
+    is_apart: bool = False
     #: with drafts, masked row -> the drafts that are checked of it, instead of any of the device's, in one step
     checked: dict[int, CheckedDrafts] = dataclasses.field(default_factory=dict)
     #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest

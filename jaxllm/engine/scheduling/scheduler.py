@@ -27,7 +27,7 @@ from jaxllm.engine.cache.manager import KVCacheManager
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduling.adapters import AdapterSlots
 from jaxllm.engine.scheduling.budget import StepBudget
-from jaxllm.engine.scheduling.decode_steps import DecodeSteps
+from jaxllm.engine.scheduling.decode_steps import DecodeSteps, computes_prompt
 from jaxllm.engine.scheduling.limits import LengthLimits
 from jaxllm.engine.scheduling.media import MediaScheduling
 from jaxllm.engine.scheduling.micro_batches import MicroBatches
@@ -181,7 +181,7 @@ class Scheduler:
         if self.media is not None:
             self.media.begin()
         self._schedule_running(step, budget)
-        if self._preemptions.count == num_preemptions:
+        if self._preemptions.count == num_preemptions and not step.is_apart:
             self._schedule_waiting(step, budget)
         if self._micro_batches is not None:
             self._micro_batches.end(step)
@@ -202,7 +202,7 @@ class Scheduler:
         launch = self._decode_steps.choose(self.running, len(self.waiting), self._max_running - len(self.running))
         if not launch.num_steps:
             return
-        step.num_steps, step.num_drafts = launch
+        step.num_steps, step.num_drafts, step.is_apart = launch
         most_decoded, with_drafts = launch.num_tokens, launch.num_drafts > 0
         micro_batches = self._micro_batches
         if micro_batches is not None:
@@ -219,6 +219,8 @@ class Scheduler:
                 continue
             if request.num_unsure_tokens and not with_drafts:
                 # the device alone knows how far it has come, and only launches with drafts ask it
+                continue
+            if step.is_apart and computes_prompt(request):
                 continue
             start = request.num_computed_tokens
             left = num_tokens - start
