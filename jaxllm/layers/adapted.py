@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 Tree = TypeVar("Tree")
 
@@ -42,14 +41,3 @@ def with_slots(params: Tree, slots: jax.Array) -> Tree:
         return dataclasses.replace(leaf, slots=jnp.broadcast_to(slots, (leaf.a.shape[0], *slots.shape)))
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
-
-
-def adapter_term(x: jax.Array, weight: Adapted) -> jax.Array:
-    """What the adapters of one layer add, float32 [T, out], of x [T, in]; zeros where a token has none."""
-    assert weight.slots is not None
-    slots, ranks, _ = weight.a.shape
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    low = jnp.einsum("ti,sri->tsr", x, weight.a, precision=precision, preferred_element_type=jnp.float32)
-    own = weight.slots[:, None] == jnp.arange(slots, dtype=jnp.int32)
-    low = jnp.where(own[..., None], low, 0).astype(x.dtype)
-    return jnp.einsum("tsr,sor->to", low, weight.b, precision=precision, preferred_element_type=jnp.float32)
