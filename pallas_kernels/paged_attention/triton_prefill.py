@@ -9,6 +9,7 @@ costs a program that returns at once; there are ``T // block_q + S`` of them in 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def _kernel(
             state = Softmax.of_sinks(sinks, jnp.bool_(True), g.value.padded)
         pages = Pages(rows_ref, scales_ref, tables_ref)
         place = Place(group_ref[0], page_offset_ref[0], seq, kv_head)
-        masks = dict(bounds=(begin, end), seen_from=seen_from, seen_to=seen_to)
+        masks: dict[str, Any] = dict(bounds=(begin, end), seen_from=seen_from, seen_to=seen_to)
         state = walk(g, n, pages, place, query, state, (first, full_first), **masks)
         state = walk(g, n, pages, place, query, state, (full_first, full_last))
         state = walk(g, n, pages, place, query, state, (full_last, last), **masks)

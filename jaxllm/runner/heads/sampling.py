@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.decoder import Params
-from jaxllm.models.qwen_vision import VisionParams
+from jaxllm.models.vision import VisionParams
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
