@@ -51,3 +51,5 @@ class SchedulerConfig:
     max_encoder_tokens: int = 0
     #: whether a chunk has all tokens of a picture that it has any of
     keeps_media_whole: bool = False
+    #: adapters that the device has at once; 0: there are none
+    max_loras: int = 0

@@ -113,6 +113,9 @@ def forward_fields(
             own["rope_offsets"] = (3, tokens)
         if media.has_spans:
             own["picture_ends"] = (tokens,)
+    if bucket.adapters:
+        # tokens: the slot of each one's adapter, -1: it has none
+        own["adapter_slots"] = (tokens,)
     return {
         "num_decodes": (),
         "num_seqs": (),

@@ -42,6 +42,7 @@ class Rows:
         self._embeds: dict[int, np.ndarray] = {}
         #: row -> its prompt's pictures, and of each of its tokens up to the last one's the row of the encoder's cache
         self._media: dict[int, tuple[PromptMedia, np.ndarray]] = {}
+        self._adapter_slots = np.full(max_num_seqs, -1, np.int32)
         #: of each row, `PromptMedia.rope_delta`, and the tokens of a prompt with pictures that it says something of
         self._rope_deltas, self._media_tokens = np.zeros((2, max_num_seqs), np.int32)
 
@@ -61,6 +62,7 @@ class Rows:
             self._tables[group, row, : len(blocks)] = blocks
         self.tokens[row] = np.asarray(request.token_ids, np.int32)
         self.known[row] = len(request.token_ids)
+        self._adapter_slots[row] = request.adapter_slot
         self._embeds.pop(row, None)
         if request.prompt_embeds is not None:
             self._embeds[row] = request.prompt_embeds
@@ -97,6 +99,9 @@ class Rows:
         fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
         if self._media:
             self._pack_media(rows, starts, counts, first, total, fields)
+        if step.uses_adapters:
+            fields["adapter_slots"][:total] = np.repeat(self._adapter_slots[rows], counts)
+            fields["adapter_slots"][total:] = -1
         fields["rows"][:n] = rows
         fields["query_start"][:n] = first
         fields["query_start"][n:] = total
