@@ -18,9 +18,11 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
+from jaxllm.models.adapters import Stacks, adapter_specs
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
@@ -106,6 +108,8 @@ class RunnerConfig:
     num_logprobs: int
     logprobs_mode: str
     processors: tuple[LogitsProcessor, ...]
+    #: room for adapters; None: there are none
+    lora: LoRAConfig | None = None
     #: who makes drafts for the model to check; None: nobody
     drafter: Drafter | None = None
     #: of the matrices of the model that does
@@ -359,7 +363,28 @@ class RunnerConfig:
         sizes = [bucket.seqs for bucket in draft_buckets(self.scheduler.max_draft_seqs)]
         rows = self.scheduler.max_num_seqs + (1 + self.scheduler.num_drafts) * sum(sizes)
         bytes_of_words = 4 * (own + rows * constraint_row)
-        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes
+        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes + self.adapter_bytes
+
+    @property
+    def unquantized_specs(self) -> Any:
+        """Of the weights, none of them quantized, in the segments that the devices take."""
+        specs: Any = model_specs(self.model, self.pooler)
+        return resegment(specs, segment_sizes(self.specs()))
+
+    def adapter_shapes(self) -> Stacks | None:
+        """Of the stacks of adapters, with their shardings; None: there are none."""
+        if self.lora is None:
+            return None
+        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras)
+        return shapes(specs, jnp.dtype(self.lora.dtype), self.target.sharding)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the stacks on one device, and of an adapter on its way there."""
+        if self.lora is None:
+            return 0
+        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras + 1)
+        return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
 
     @property
     def _embeddings_bytes(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
+from jaxllm.models.adapters import Stacks, with_adapters
 from jaxllm.models.decoder import Params, draft_params
 from jaxllm.models.qwen_vision import VisionParams
 from jaxllm.multimodal.items import EncoderInput
@@ -178,6 +179,9 @@ class SamplingHead(Head[Params, State]):
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
+        #: the same with adapters
+        self._adapted: dict[Form, Params] = {}
+        self._adapters: Stacks | None = None
         self._head: Params | None = None
         self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
@@ -194,6 +198,16 @@ class SamplingHead(Head[Params, State]):
             self._vision, params = params.vision, dataclasses.replace(params, vision=None)
             self._head = programs.head_params(params)
             self._forms = programs.forms(params)
+        self._adapt()
+
+    def use_adapters(self, adapters: Stacks) -> None:
+        self._adapters = adapters
+        self._adapt()
+
+    def _adapt(self) -> None:
+        if self._adapters is not None:
+            adapters = self._adapters
+            self._adapted = {form: with_adapters(params, adapters) for form, params in self._forms.items()}
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._resting.discard(request.row)
@@ -213,7 +227,7 @@ class SamplingHead(Head[Params, State]):
         if scheduled.num_drafts:
             return self._draft_steps(state, scheduled, rows)
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
-        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
         self._clock.launched()
         state, found = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
@@ -224,7 +238,7 @@ class SamplingHead(Head[Params, State]):
 
     def _draft_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
-        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
         if self.programs.catch_up_packings:
             self._resting.update(scheduled.rows)
@@ -243,8 +257,8 @@ class SamplingHead(Head[Params, State]):
     ) -> tuple[State, DraftSteps]:
         program, full = self.programs.draft_steps(bucket, full)
         given = self._draft_constraints(bucket, constraints) if full else None
-        forms = self.programs.check_forms(bucket)
-        params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
+        forms, weights = self.programs.check_forms(bucket), self._adapted if bucket.adapters else self._forms
+        params = DraftParams(weights[self.programs.form(bucket)], tuple(weights[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
 
     def _catch_up(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> State:
@@ -292,7 +306,8 @@ class SamplingHead(Head[Params, State]):
         return dataclasses.replace(state, encoded=encoded)
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
-        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        size = scheduled.num_tokens, len(scheduled.rows)
+        bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
         packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
         if self._resting:
             state = self._catch_up(state, scheduled, rows)
@@ -415,4 +430,4 @@ class SamplingHead(Head[Params, State]):
         return array
 
     def _params_for(self, bucket: Bucket) -> Params | None:
-        return self._forms.get(self.programs.form(bucket))
+        return (self._adapted if bucket.adapters else self._forms).get(self.programs.form(bucket))

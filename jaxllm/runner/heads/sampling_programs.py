@@ -16,6 +16,7 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
+from jaxllm.models.adapters import Stacks
 from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
@@ -77,6 +78,7 @@ class SamplingPrograms(Programs):
         num_draft_steps: int = 1,
         encoder_buckets: tuple[int, ...] = (),
         pixel_normal: Normalization = ((), ()),
+        adapters: Stacks | None = None,
     ):
         """
         Args:
@@ -88,10 +90,10 @@ class SamplingPrograms(Programs):
             encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
             pixel_normal: what these take of pixels.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir, copied_layers, progress: see `Programs`.
+            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
         """
         several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
-        made_from = (config, buckets, table_width, params, state, eager, *several)
+        made_from = (config, buckets, table_width, params, state, eager, adapters, *several)
         numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
@@ -102,6 +104,7 @@ class SamplingPrograms(Programs):
             source=made_from,
             copied_layers=copied_layers,
             progress=progress,
+            adapters=adapters,
         )
         on_cpu = platform == "cpu"
         self.config = config = dataclasses.replace(
@@ -129,7 +132,7 @@ class SamplingPrograms(Programs):
         self.catch_up_packings = {
             bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
             for bucket in draft_buckets
-            if self.drafter is not None and self.drafter.rests
+            if self.drafter is not None and self.drafter.rests and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
@@ -172,7 +175,7 @@ class SamplingPrograms(Programs):
         return "few rows" if backend.cpu_kernels and bucket.tokens <= MOST_ROWS else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
-        return self.params_in(self.form(bucket), self._params)
+        return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
 
     def forms(self, params: Params) -> dict[Form, Params]:
         """The weights in all forms that programs take them in, in the same memory."""
@@ -244,7 +247,8 @@ class SamplingPrograms(Programs):
         )
         words = self._words(packing.size + sample_packing.size)
         single, *several = (
-            self.params_in(form, self._params) for form in (self.form(bucket), *self.check_forms(bucket))
+            self.with_adapters(self.params_in(form, self._params), bucket)
+            for form in (self.form(bucket), *self.check_forms(bucket))
         )
         out = self._state_specs, jax.P()
         params = DraftParams(single, tuple(several))

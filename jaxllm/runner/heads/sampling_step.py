@@ -12,6 +12,7 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
@@ -121,6 +122,8 @@ def forward_step(
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
     if state.encoded is not None:
