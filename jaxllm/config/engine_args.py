@@ -19,6 +19,7 @@ from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
+from jaxllm.config.lora import LoRAArguments
 from jaxllm.config.media import MediaLimit, domains, folder, media_limits
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
@@ -31,7 +32,7 @@ SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineArgs(ParallelConfig, QuantizationConfig):
+class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     """What the engine is told, under vLLM's names and with its defaults, except where noted.
 
     Each argument is written once: a field with its check and its help, here or in the configuration of its concern.

@@ -59,6 +59,8 @@ class AdmittedRequest:
     prompt_embeds: np.ndarray | None = None
     #: what the prompt holds besides tokens
     media: PromptMedia | None = None
+    #: of its adapter, on the device; -1: it has none
+    adapter_slot: int = -1
 
     @classmethod
     def of(cls, request: Request, num_cached_tokens: int) -> AdmittedRequest:
@@ -80,6 +82,7 @@ class AdmittedRequest:
             bad_words=request.bad_words,
             prompt_embeds=embeds,
             media=None if request.media is None else request.media.media,
+            adapter_slot=request.adapter_slot,
         )
 
 
@@ -159,6 +162,11 @@ class SchedulerOutput:
     encoder_inputs: list[EncoderInput] = dataclasses.field(default_factory=list)
     #: where the vectors of items are, of requests that run in this launch and later ones
     encoded_parts: list[EncodedPart] = dataclasses.field(default_factory=list)
+
+    #: (slot, matrices of an adapter) that the launch puts there before it computes anything
+    adapter_loads: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    #: whether any of the requests has an adapter
+    uses_adapters: bool = False
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:

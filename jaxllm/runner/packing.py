@@ -97,7 +97,10 @@ def forward_fields(
     """
     tokens, seqs = bucket.tokens, bucket.seqs
     # tokens: positions of three axes, less `positions`; row of the cache of encoded items, 0: a token of the vocabulary
-    own = {"rope_offsets": (3, tokens), "encoded_rows": (tokens,)} if media else {}
+    own: dict[str, tuple[int, ...]] = {"rope_offsets": (3, tokens), "encoded_rows": (tokens,)} if media else {}
+    if bucket.adapters:
+        # tokens: the slot of each one's adapter, -1: it has none
+        own["adapter_slots"] = (tokens,)
     return {
         "num_decodes": (),
         "num_seqs": (),

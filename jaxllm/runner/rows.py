@@ -42,6 +42,7 @@ class Rows:
         #: row -> of each of its prompt's tokens `PromptMedia.rope_offsets`, and the row of the encoder's cache
         self._media: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         #: of each row, `PromptMedia.rope_delta`, and the tokens of a prompt with pictures
+        self._adapter_slots = np.full(max_num_seqs, -1, np.int32)
         self._rope_deltas, self._media_tokens = np.zeros((2, max_num_seqs), np.int32)
 
     def update(self, step: SchedulerOutput) -> None:
@@ -60,6 +61,7 @@ class Rows:
             self._tables[group, row, : len(blocks)] = blocks
         self.tokens[row] = np.asarray(request.token_ids, np.int32)
         self.known[row] = len(request.token_ids)
+        self._adapter_slots[row] = request.adapter_slot
         self._embeds.pop(row, None)
         if request.prompt_embeds is not None:
             self._embeds[row] = request.prompt_embeds
@@ -95,6 +97,9 @@ class Rows:
         fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
         if self._media:
             self._pack_media(rows, starts, counts, first, total, fields)
+        if step.uses_adapters:
+            fields["adapter_slots"][:total] = np.repeat(self._adapter_slots[rows], counts)
+            fields["adapter_slots"][total:] = -1
         fields["rows"][:n] = rows
         fields["query_start"][:n] = first
         fields["query_start"][n:] = total

@@ -43,6 +43,7 @@ from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
+from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
@@ -168,6 +169,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         "enable_prefix_caching": cache.enable_prefix_caching,
     }
     constraints = [None] * len(launching)
+    adapters = adapter_store(config)
     if pooler is None:
         constraints = _token_constraints(
             args, tokenizer, model.vocab_size, eos_token_ids, len(launching), lockstep=built.scheduler.lockstep
@@ -188,6 +190,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             ),
             constraints[number],
             pools=pooler is not None,
+            adapters=adapters,
         )
         for number, runner in enumerate(launching)
     ]
@@ -206,6 +209,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
         media=None if setup.media is None else setup.media.reader(plan.max_model_len),
+        adapters=adapters,
         embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
     pooling_inputs = None
@@ -217,6 +221,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             model=str(args.model),
             hidden_size=model.hidden_size,
             max_model_len=plan.max_model_len,
+            adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
     return Engine(
@@ -229,6 +234,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         profile=Profile,
         memory_plan=plan,
         startup_times=times,
+        adapters=adapters,
         model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
     )

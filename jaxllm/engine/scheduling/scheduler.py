@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.cache.manager import KVCacheManager
 from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduling.adapters import AdapterSlots
 from jaxllm.engine.scheduling.budget import StepBudget
 from jaxllm.engine.scheduling.decode_steps import DecodeSteps, computes_prompt
 from jaxllm.engine.scheduling.limits import LengthLimits
@@ -39,6 +40,7 @@ from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.step import StepOutput
 
 #: a comparison of enums costs more than the rest of what is done for a token
@@ -56,7 +58,9 @@ class Scheduler:
         ValueError: the limits contradict each other, or the pool does not hold two tokens.
     """
 
-    def __init__(self, config: SchedulerConfig, cache_config: CacheConfig) -> None:
+    def __init__(
+        self, config: SchedulerConfig, cache_config: CacheConfig, adapters: AdapterStore | None = None
+    ) -> None:
         if config.policy not in ("fcfs", "priority"):
             raise ValueError(f'policy must be "fcfs" or "priority", got {config.policy!r}')
         self.config = config
@@ -78,6 +82,10 @@ class Scheduler:
         self.media: MediaScheduling | None = None
         if config.encoder_cache_tokens:
             self.media = MediaScheduling(config.encoder_cache_tokens, config.max_encoder_tokens)
+        #: None: there are no adapters
+        self.adapters: AdapterSlots | None = None
+        if adapters is not None:
+            self.adapters = AdapterSlots(config.max_loras, adapters)
         self._max_running = config.max_num_active_seqs or config.max_num_seqs
         #: what ended requests got, for the next step, where drafts are made of it
         self._ended_outputs: list[list[int]] = []
@@ -153,6 +161,8 @@ class Scheduler:
         self.kv_cache_manager.free(request)
         if self.media is not None:
             self.media.release(request)
+        if self.adapters is not None:
+            self.adapters.release(request)
         self._free_rows.append(request.row)
         request.row = -1
 
@@ -177,6 +187,8 @@ class Scheduler:
             self._micro_batches.end(step)
         if self.media is not None:
             self.media.end(step)
+        if self.adapters is not None:
+            step.uses_adapters = any(request.adapter_slot >= 0 for request in step.requests)
         if step.rows and self._ended_outputs:
             step.ended_outputs, self._ended_outputs = self._ended_outputs, []
         if self.kv_cache_manager.host_pool is not None:
@@ -265,6 +277,10 @@ class Scheduler:
                 # not compiled yet: others go first, and it keeps its place
                 skipped.append(self.waiting.pop())
                 continue
+            if self.adapters is not None and not self.adapters.find(request):
+                # its adapter is not there: so it is with this one
+                skipped.append(self.waiting.pop())
+                continue
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
@@ -282,6 +298,8 @@ class Scheduler:
                 break
             self.waiting.pop()
             self._admit(request, start, manager.num_external_tokens(hit))
+            if self.adapters is not None:
+                self.adapters.take(request, step)
             request.num_computed_tokens = start + count
             request.num_output_placeholders = int(start + count == num_tokens)
             manager.cache_full_blocks(request)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
@@ -60,6 +61,8 @@ def decode_steps(
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[: bucket.seqs] if field.ndim else field for name, field in sampling.items()}
     constraints = None if constraints is None else constraints[: bucket.seqs]
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row, first, limits = fields["rows"], fields["positions"], fields["steps"]
