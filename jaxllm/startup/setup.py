@@ -115,7 +115,7 @@ class Setup:
         """Of the largest picture in so long a context."""
         if self.media is None:
             return 0
-        return self.media.most_tokens(max_model_len) * self.media.any_processor.merge_size**2
+        return self.media.any_processor.patches_of(self.media.most_tokens(max_model_len))
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
