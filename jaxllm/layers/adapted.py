@@ -30,6 +30,9 @@ class Adapted:
     b: jax.Array  # [L, S, out, R], the scale in it
     #: i32 [L, T], the same for all layers; -1: no adapter. None: outside of a step
     slots: jax.Array | None = None
+    #: out-features of the parts whose ranks b has in the same place (`lora_matmul`), R being all of theirs; None: b has
+    #: R ranks, of which those of other parts are zeros
+    parts: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def with_slots(params: Tree, slots: jax.Array) -> Tree:

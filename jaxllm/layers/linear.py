@@ -56,7 +56,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """
     if isinstance(weight, Adapted):
         assert weight.slots is not None
-        term = lora_matmul(x, weight.a, weight.b, weight.slots, backend=context.backend)
+        term = lora_matmul(x, weight.a, weight.b, weight.slots, backend=context.backend, parts=weight.parts)
         return linear_f32(context, x, weight.base) + term
     if isinstance(weight, StackedMatrix):
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
