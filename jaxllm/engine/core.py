@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.io.token_constraints import TokenConstraints
     from jaxllm.engine.observe.metrics import EngineMetrics, EngineStats, Metric
     from jaxllm.engine.observe.step_observer import StepObserver
@@ -34,6 +35,7 @@ class EngineCore:
         runner: launches the steps; the engine owns and shuts it down.
         constraints: follows the requests whose tokens are restricted; None: there are none.
         pools: the requests are to be pooled, not continued.
+        adapters: has those that requests may have; None: there are none.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class EngineCore:
         constraints: TokenConstraints | None = None,
         *,
         pools: bool = False,
+        adapters: AdapterStore | None = None,
     ):
-        self.scheduler = Scheduler(scheduler_config, cache_config)
+        self.scheduler = Scheduler(scheduler_config, cache_config, adapters)
         self._runner = runner
         self._pools = pools
         self._outputs = PoolingProcessor() if pools else OutputProcessor(tokenizer, scheduler_config.stream_interval)
@@ -168,8 +171,11 @@ class EngineCore:
         outputs: list[RequestOutput] = []
         if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
             outputs = self._read()
-        elif waits and self._constraints is not None:
-            self._constraints.wait()
+        elif waits:
+            if self._constraints is not None:
+                self._constraints.wait()
+            if self.scheduler.adapters is not None:
+                self.scheduler.adapters.wait()
         for observer in self._observers:
             observer.turn_ends()
         return outputs
@@ -186,6 +192,8 @@ class EngineCore:
             outputs: gets those of the steps that have to be read for it.
         """
         scheduled = self.scheduler.schedule()
+        if self.scheduler.adapters is not None:
+            outputs += self._fail(self.scheduler.adapters.take_failed())
         for observer in self._observers:
             observer.scheduled(scheduled)
         if not scheduled.rows:
@@ -274,7 +282,13 @@ class EngineCore:
         for observer in self._observers:
             observer.failed()
         self.scheduler.reset_prefix_cache()
+        self._forget_adapters()
         self._runner.reset()
+
+    def _forget_adapters(self) -> None:
+        """The device loses them."""
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.forget()
 
     def drain(self) -> list[RequestOutput]:
         """Read what is in flight and return its outputs, of requests that still live. Fails as `step` does."""
@@ -336,6 +350,7 @@ class EngineCore:
             self._asleep.add("kv_cache")
         if level and "weights" not in self._asleep:
             self._runner.free_weights(keep_on_host=level == 1)
+            self._forget_adapters()
             self._asleep.add("weights")
         self._asleep.add("scheduling")
 
