@@ -16,8 +16,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.weight import Part, WeightSpec
-from jaxllm.models.adapters import adapted_matrices, with_adapters
+from jaxllm.models.adapters import AdapterStack, adapted_matrices, with_adapters
 from jaxllm.models.decoder import Params
 from jaxllm.weights.peft import CONFIG, WEIGHTS
 
@@ -90,10 +91,10 @@ class TrainableAdapters(nnx.Module):
             found = {}
             for each in segment:
                 if any(each.module(part) in own for part in each.parts):
-                    slots = jnp.zeros((len(each.layers), num_tokens), jnp.int32)
-                    found[each.field] = *self._joined(each, own), slots, tuple(part.shape[0] for part in each.parts)
+                    parts = tuple(part.shape[0] for part in each.parts)
+                    found[each.field] = AdapterStack(*self._joined(each, own), parts)
             stacks.append(found)
-        return with_adapters(params, tuple(stacks))
+        return with_slots(with_adapters(params, tuple(stacks)), jnp.zeros(num_tokens, jnp.int32))
 
     def _joined(self, matrix: _Matrix, own: Any) -> tuple[jax.Array, jax.Array]:
         """a [L, 1, P * r, in] and b [L, 1, out, r] of all parts, zeros where one has none."""

@@ -1,9 +1,8 @@
 """A matrix with adapters beside it (LoRA, arXiv:2106.09685): what `linear` gets in place of a weight, so that models
 know nothing of adapters.
 
-Each token has one of the adapters, by its slot in the stacks, or none. What several matrices are joined in has the
-parts' ranks one behind the other: A's rows are the parts', and B is zero where a row of one part meets a rank of
-another.
+Each token has one of the adapters, by its slot in the stacks, or none. Where several matrices are joined, A has the
+parts' ranks one behind the other, and B each part's own beside its rows.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ Tree = TypeVar("Tree")
 @dataclasses.dataclass(frozen=True)
 class Adapted:
     """``x @ base.T + (x @ a[slot].T) @ b[slot].T``. Stacked on a first axis as the weights of layers are, or of one
-    layer. S slots, R ranks of all parts.
+    layer. S slots of rank r, P parts.
     """
 
     #: [L, out, in], however it is stored
     base: Any
-    a: jax.Array  # [L, S, R, in]
-    b: jax.Array  # [L, S, out, R], the scale in it
+    a: jax.Array  # [L, S, P * r, in]
+    b: jax.Array  # [L, S, out, r], the scale in it
     #: i32 [L, T], the same for all layers; -1: no adapter. None: outside of a step
     slots: jax.Array | None = None
-    #: out-features of the parts whose ranks b has in the same place (`lora_matmul`), R being all of theirs; None: b has
-    #: R ranks, of which those of other parts are zeros
-    parts: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    #: out-features of each of the P matrices that are joined (`lora_matmul`)
+    parts: tuple[int, ...] = dataclasses.field(kw_only=True, metadata={"static": True})
 
 
 def with_slots(params: Tree, slots: jax.Array) -> Tree:

@@ -87,18 +87,18 @@ class AdapterStacks:
         return programs.sharding
 
     def tensor(self, name: str, adapter: AdapterMatrices) -> np.ndarray:
-        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, ranks of all parts]."""
+        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, rank]."""
         module, place = self._tensors[name]
         rank, rows = self._rank, place.part.shape[0]
         if module not in adapter:
-            shape = (rank, place.part.shape[1]) if name == place.a else (rows, place.count * rank)
+            shape = (rank, place.part.shape[1]) if name == place.a else (rows, rank)
             return np.broadcast_to(np.zeros((), np.float32), shape)
         a, b = adapter[module]
         if name == place.a:
             return np.concatenate([a, np.zeros((rank - len(a), a.shape[1]), a.dtype)])
-        found = np.zeros((rows, place.count * rank), b.dtype)
         span, ours = place.part.in_tensor(0, rows)
-        found[:, place.index * rank : place.index * rank + b.shape[1]] = b[span][ours]
+        found = np.zeros((rows, rank), b.dtype)
+        found[:, : b.shape[1]] = b[span][ours]
         return found
 
     @property

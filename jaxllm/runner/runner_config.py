@@ -33,7 +33,7 @@ from jaxllm.models.specs import decoder_specs
 from jaxllm.models.vision import VisionConfig, vision_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
-from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
@@ -371,20 +371,31 @@ class RunnerConfig:
         specs: Any = model_specs(self.model, self.pooler)
         return resegment(specs, segment_sizes(self.specs()))
 
+    def adapter_specs(self, slots: int | None) -> Stacks:
+        """Specs of the stacks of adapters, or (None) of one that is written into them."""
+        assert self.lora is not None
+        sizes = self.target.mesh_sizes
+        return adapter_specs(
+            self.unquantized_specs,
+            rank=self.lora.max_lora_rank,
+            slots=slots,
+            rows_of=lambda axis: held(axis, sizes).size,
+        )
+
     def adapter_shapes(self) -> Stacks | None:
         """Of the stacks of adapters, with their shardings; None: there are none."""
         if self.lora is None:
             return None
-        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras)
-        return shapes(specs, jnp.dtype(self.lora.dtype), self.target.sharding)
+        return shapes(self.adapter_specs(self.lora.max_loras), jnp.dtype(self.lora.dtype), self.target.sharding)
 
     @property
     def adapter_bytes(self) -> int:
         """Of the stacks on one device, and of an adapter on its way there."""
         if self.lora is None:
             return 0
-        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras + 1)
-        return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
+        return device_bytes(
+            self.adapter_specs(self.lora.max_loras + 1), jnp.dtype(self.lora.dtype), self.target.mesh_sizes
+        )
 
     @property
     def _embeddings_bytes(self) -> int:
