@@ -371,7 +371,8 @@ def test_experts_in_their_blocks_give_what_transformers_gives(
         asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=1)
         (output,) = llm.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
     assert output.prompt_logprobs is not None
-    found = [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    positions: Any = output.prompt_logprobs[1:]
+    found = [position[token].logprob for position, token in zip(positions, prompt[1:], strict=True)]
     np.testing.assert_allclose(found, expected[np.arange(29), prompt[1:]], atol=2e-4)
     assert output.outputs[0].token_ids[0] == expected[-1].argmax()
 
