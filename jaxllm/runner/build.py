@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.adapters import adapter_modules, adapter_specs
+from jaxllm.models.adapters import adapter_modules
 from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
@@ -163,11 +163,10 @@ def _adapters(config: RunnerConfig, programs: Any) -> AdapterStacks | None:
     lora = config.lora
     if lora is None:
         return None
-    specs = config.unquantized_specs
     return AdapterStacks(
         programs,
-        adapter_specs(specs, rank=lora.max_lora_rank, slots=None),
-        adapter_modules(specs),
+        config.adapter_specs(None),
+        adapter_modules(config.unquantized_specs),
         rank=lora.max_lora_rank,
         dtype=jnp.dtype(lora.dtype),
         sharding=config.target.sharding,
