@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.serving import get, served
 from support.tiny_model import SMALL, write_tiny_model
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, AsyncLLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
+from jaxllm.entrypoints.cli import main
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
+#: fewer slots than adapters, and ranks below the highest
+ARGUMENTS: dict[str, Any] = {**SMALL, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "block_size": 8}
 NAMES: list[str | None] = [None, *ADAPTERS]
 
 
@@ -44,10 +49,15 @@ def requests(adapters: dict[str, Path]) -> dict[str | None, LoRARequest | None]:
 
 
 @pytest.fixture(scope="module")
-def llm(model: Path) -> Iterator[LLM]:
-    # fewer places than adapters, and ranks smaller than the largest
-    with LLM(model, **SMALL, enable_lora=True, max_loras=2, max_lora_rank=8, block_size=8) as llm:
-        yield llm
+def engine(model: Path) -> Iterator[AsyncLLM]:
+    engine = AsyncLLM(model, **ARGUMENTS)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def llm(engine: AsyncLLM) -> LLM:
+    return engine.llm
 
 
 @pytest.mark.parametrize("size", [1, 5, 32])
@@ -210,3 +220,69 @@ def test_the_memory_plan_counts_them(model: Path, llm: LLM):
     own = runner._adapters.num_bytes
     assert config.adapter_bytes == own * 3 // 2
     assert llm.memory_plan.state_bytes >= own
+
+
+def _logprobs(choice: Any) -> tuple[list[int], list[float]]:
+    tokens = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+    return tokens, choice.logprobs.token_logprobs
+
+
+def test_a_server_has_adapters_beside_its_model(engine: AsyncLLM, oracle: Oracle, adapters: dict[str, Path]):
+    extra = {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    prompt = list(b"a prompt")
+    with (
+        served(engine, lora_modules=(("first", str(adapters["attention"])),), admin_endpoints=True) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def far(model: str, name: str | None) -> float:
+            asked = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "logprobs": 1, "extra_body": extra}
+            answer = client.completions.create(model=model, **asked)
+            assert answer.model == model
+            tokens, found = _logprobs(answer.choices[0])
+            theirs = oracle.logprobs(name, prompt, tokens)
+            return max(abs(a - b) for a, b in zip(found, theirs, strict=True))
+
+        assert far("tiny", None) < 1e-4 and far("first", "attention") < 1e-4
+        added = {"lora_name": "second", "lora_path": str(adapters["all"])}
+        assert get(url, "/v1/load_lora_adapter", added)[0] == 200
+        assert far("second", "all") < 1e-4
+        models = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+        assert models == {"tiny": None, "alias": None, "first": "tiny", "second": "tiny"}
+        status, _, told = get(url, "/v1/load_lora_adapter", added)
+        assert status == 400 and "has already been loaded" in told["error"]["message"]
+        replaced = {"lora_name": "second", "lora_path": str(adapters["attention"]), "load_inplace": True}
+        assert get(url, "/v1/load_lora_adapter", replaced)[0] == 200
+        assert far("second", "attention") < 1e-4 and far("second", "attention") < 1e-4
+        status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "third", "lora_path": "/no/such"})
+        assert status == 400 and "the folder is not there" in told["error"]["message"]
+        assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 200
+        assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 404
+        with pytest.raises(openai.NotFoundError, match="The model `second` does not exist"):
+            far("second", None)
+    for number in engine.llm.llm_engine.list_loras():
+        engine.llm.llm_engine.remove_lora(number)
+
+
+def test_lines_of_a_batch_name_adapters(model: Path, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path):
+    body = {"prompt": list(b"a line"), "max_tokens": 4, "temperature": 0, "logprobs": 1}
+    body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    names: dict[str, str | None] = {"base": None, "some": "some layers", "all": "all"}
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": name, **body}}
+        for name in [*names, "nobody"]
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in ARGUMENTS.items() if value is not True]
+    asked += [f"--{name.replace('_', '-')}" for name, value in ARGUMENTS.items() if value is True]
+    modules = [f"some={adapters['some layers']}", json.dumps({"name": "all", "path": str(adapters["all"])})]
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    served = ["--served-model-name", "base", "--lora-modules", *modules]
+    assert main(["run-batch", *files, "--model", str(model), *asked, *served]) == 3
+    found = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert found["nobody"]["response"]["status_code"] == 404
+    for name, adapter in names.items():
+        choice = found[name]["response"]["body"]["choices"][0]
+        tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        theirs = oracle.logprobs(adapter, list(b"a line"), tokens)
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(theirs, abs=1e-4)
