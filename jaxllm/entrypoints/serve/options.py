@@ -68,8 +68,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         server,
         "enable_admin_endpoints",
         None,
-        "answer /sleep, /wake_up, /reset_prefix_cache and what loads and unloads adapters, for everyone who may use the "
-        "server",
+        "answer /sleep, /wake_up, /reset_prefix_cache and what loads adapters, for everyone who may use the server",
         default=False,
         shown=False,
     )
