@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +17,12 @@ from support.adapters import ADAPTERS, Oracle, difference, save_adapter
 from support.serving import get, served
 from support.tiny_model import SMALL, write_tiny_model
 
-from jaxllm import LLM, AsyncLLM, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.entrypoints.cli import main
+from jaxllm.runner.build import make_programs
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
 #: fewer slots than adapters, and ranks below the highest
@@ -195,31 +199,56 @@ def test_what_an_adapter_asks_too_much(llm: LLM, model: Path, requests: Any, tmp
         llm.generate("a", PARAMS, lora_request="all", use_tqdm=False)  # pyright: ignore[reportArgumentType]
 
 
-def test_steps_without_adapters_run_programs_without_them(llm: LLM, requests: Any):
-    programs: Any = llm.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
-    texts = {adapters: programs.forward(programs.bucket(1, 1, adapters=adapters)).as_text() for adapters in (0, 1)}
-    shapes = {adapters: text.count("f32[2,2,24,64]") for adapters, text in texts.items()}
-    assert shapes[False] == 0 < shapes[True]
-    seen: list[bool] = []
-    runner: Any = llm.engine.runner
-    forward = runner.forward
+def test_steps_without_adapters_cost_what_they_did(llm: LLM, requests: Any):
+    config, runner = llm.engine.model_files.config, llm.engine.runner
+    programs: Any = runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+    without: Any = make_programs(dataclasses.replace(config, lora=None), config.params(), llm.memory_plan.num_blocks)
+    assert not any(bucket.adapters for bucket in without.packings)
+    for bucket in without.packings:
+        # to the letter what is compiled where there are no adapters
+        assert programs.lower_forward(bucket).as_text() == without.lower_forward(bucket).as_text()
+    ran: list[bool] = []
+    found = programs.forward
     try:
-        runner.forward = lambda scheduled: (seen.append(scheduled.uses_adapters), forward(scheduled))[1]
-        runner.execute = lambda scheduled: runner.sample(runner.forward(scheduled), {})
-        llm.generate("abc", PARAMS, use_tqdm=False)
-        assert seen and not any(seen)
-        llm.generate("abc", PARAMS, lora_request=requests["all"], use_tqdm=False)
-        assert seen[-1]
+        programs.forward = lambda bucket: (ran.append(bucket.adapters), found(bucket))[1]
+        llm.generate(["abc", "de"], PARAMS, use_tqdm=False)
+        assert ran and not any(ran)
+        llm.generate(["abc", "de"], PARAMS, lora_request=[requests["all"], None], use_tqdm=False)
+        assert ran[-1]
     finally:
-        del runner.forward, runner.execute
+        del programs.forward
+
+
+def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests: Any):
+    own, prompt = requests["all"], "options beside adapters"
+    shaped = SamplingParams(
+        max_tokens=8, temperature=0.0, logprobs=1, structured_outputs=StructuredOutputsParams(regex="(ab|cd){2,4}")
+    )
+    (output,) = llm.generate(prompt, shaped, lora_request=own, use_tqdm=False)
+    assert re.fullmatch("(ab|cd){2,4}", output.outputs[0].text)
+    scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    (output,) = llm.generate(prompt, scored, lora_request=own, use_tqdm=False)
+    ids = output.prompt_token_ids or []
+    ours = [entry[token].logprob for token, entry in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
+    assert ours == pytest.approx(oracle.logprobs("all", ids[:1], ids[1:]), abs=1e-4)
+    found = llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True), lora_request=own)
+    best = found[0].sequences[0]
+    theirs = oracle.logprobs("all", ids, best.tokens[len(ids) :])
+    assert best.cum_logprob == pytest.approx(sum(theirs), abs=1e-3)
+    # weights that are put away and come back leave nothing behind of adapters, which come back too
+    llm.sleep(level=1)
+    llm.wake_up()
+    (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
+    assert difference(oracle, "all", output) < 1e-4
 
 
 def test_the_memory_plan_counts_them(model: Path, llm: LLM):
     runner: Any = llm.engine.runner
     config = llm.engine.model_files.config
-    own = runner._adapters.num_bytes
-    assert config.adapter_bytes == own * 3 // 2
-    assert llm.memory_plan.state_bytes >= own
+    own = sum(stacks.num_bytes for stacks in runner._adapters)
+    # one on its way
+    assert config.adapter_bytes == llm.memory_plan.adapter_bytes == own * 3 // 2 <= llm.memory_plan.state_bytes
+    assert "of it LoRA" in str(llm.memory_plan) and "2 adapters of rank 8, and one on its way" in str(llm.memory_plan)
 
 
 def _logprobs(choice: Any) -> tuple[list[int], list[float]]:

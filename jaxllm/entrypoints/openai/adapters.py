@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -53,7 +52,6 @@ class NamedAdapters:
     def __init__(self, store: AdapterStore | None, taken: Sequence[str]):
         self._store, self._taken = store, taken
         self._named: dict[str, LoRARequest] = {}
-        self._numbers = itertools.count(1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._named))
@@ -77,7 +75,8 @@ class NamedAdapters:
         if name in self._taken or (known is not None and not in_place):
             what = "the model itself" if name in self._taken else "load_inplace=true replaces it"
             raise ValidationError(f"The lora adapter {name!r} has already been loaded ({what}).")
-        number = next(self._numbers) if known is None else known.lora_int_id
+        # of an engine that others use as well, a number that nobody has
+        number = 1 + max(self._store.numbers(), default=0) if known is None else known.lora_int_id
         self._store.add(LoRARequest(name, number, path, load_inplace=known is not None))
         # what comes later means this one, and does not load it anew
         self._named[name] = LoRARequest(name, number, path)
