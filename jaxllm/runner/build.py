@@ -312,7 +312,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
 def _encoder_buckets(config: RunnerConfig) -> tuple[int, ...]:
     if config.vision is None:
         return ()
-    return encoder_buckets(config.encoder_patches, config.vision.merge_unit, eager=config.enforce_eager)
+    return encoder_buckets(config.vision, config.encoder_patches, eager=config.enforce_eager)
 
 
 def _stage_programs(

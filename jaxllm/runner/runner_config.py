@@ -29,9 +29,9 @@ from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.qwen_vision import VisionConfig, vision_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
+from jaxllm.models.vision import VisionConfig, vision_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
@@ -43,8 +43,7 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.heads.sampling_step import State
-from jaxllm.speculative.adaptive import AdaptiveDrafts
+from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
@@ -303,7 +302,7 @@ class RunnerConfig:
         cache = cache_of(self.model, self.layers_per_group, self.page_shape)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
-            drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
+            drafting = None if self.drafter is None else array((rows, DRAFTING_COLUMNS), jnp.int32)
             draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
             if isinstance(drafter := self.drafter, ReadingDrafter):
                 own_pages = cache_of(drafter.model, drafter.model.num_layers, self._draft_page_shape(drafter.model))

@@ -26,10 +26,12 @@ from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
-from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
+from jaxllm.runner.heads.draft_steps import DraftParams, catch_up, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
+from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
@@ -92,7 +94,10 @@ class SamplingPrograms(Programs):
         """
         several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
         made_from = (config, buckets, table_width, params, state, eager, adapters, *several)
-        numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
+        numbers = len(config.groups), table_width, config.max_scored_tokens
+        media = None
+        if encoder_buckets:
+            media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
             packings,
@@ -125,6 +130,12 @@ class SamplingPrograms(Programs):
         most = 0 if self.drafter is None else self.drafter.num_drafts
         self.draft_packings = {
             bucket: draft_packing(bucket, *numbers, len(lengths), most, media=media) for bucket in draft_buckets
+        }
+        #: of a model that rests while nothing is drafted, the programs that let it read what it has passed over
+        self.catch_up_packings = {
+            bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
+            for bucket in draft_buckets
+            if self.drafter is not None and self.drafter.rests and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
@@ -247,6 +258,14 @@ class SamplingPrograms(Programs):
         constraints = self._constraints(full, 1 + drafter.num_drafts, bucket.seqs)
         return self._lowered(function, params, self._state, words, constraints, donate=1, out=out)
 
+    def lower_catch_up(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing, drafter = self.catch_up_packings[bucket], self.drafter
+        assert isinstance(drafter, ModelDrafter)
+        function = functools.partial(catch_up, self.config.context, drafter, bucket, packing)
+        params = draft_params(self.params_in(self.check_forms(bucket)[-1], self._params))
+        words = self._words(packing.size)
+        return self._lowered(function, params, self._state, words, donate=1, out=self._state_specs)
+
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
@@ -267,6 +286,7 @@ class SamplingPrograms(Programs):
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
+        several += [("catch up", bucket) for bucket in self.catch_up_packings]
         writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
         return [*several, *samplers, SCORER, *forwards, *writers]
 
@@ -289,6 +309,7 @@ class SamplingPrograms(Programs):
             "sample": self.lower_sampler,
             "decode steps": self.lower_decode_steps,
             "draft steps": self.lower_draft_steps,
+            "catch up": self.lower_catch_up,
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
             "write outputs": self.lower_output_writer,
@@ -322,6 +343,9 @@ class SamplingPrograms(Programs):
         """The program that checks drafts, and whether it takes constraints, as `sampler`."""
         full = full or False not in self._variants
         return self._get(("draft steps", bucket, full)), full
+
+    def catch_up(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(("catch up", bucket))
 
     @property
     def scorer(self) -> jax.stages.Compiled:
