@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.layers.adapted import with_slots
+from jaxllm.layers.adapted import Adapted, with_slots
 from jaxllm.layers.weight import Part, WeightSpec
-from jaxllm.models.adapters import AdapterStack, adapted_matrices, with_adapters
+from jaxllm.models.adapters import adapted_matrices, with_adapters
 from jaxllm.models.decoder import Params
 from jaxllm.weights.peft import CONFIG, WEIGHTS
 
@@ -91,8 +91,9 @@ class TrainableAdapters(nnx.Module):
             found = {}
             for each in segment:
                 if any(each.module(part) in own for part in each.parts):
+                    a, b = self._joined(each, own)
                     parts = tuple(part.shape[0] for part in each.parts)
-                    found[each.field] = AdapterStack(*self._joined(each, own), parts)
+                    found[each.field] = Adapted(a=a, b=b, parts=parts)
             stacks.append(found)
         return with_slots(with_adapters(params, tuple(stacks)), jnp.zeros(num_tokens, jnp.int32))
 

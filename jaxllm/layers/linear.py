@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.adapted import Adapted
+from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
-from pallas_kernels.lora_matmul.api import lora_matmul
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
@@ -55,9 +54,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, Adapted):
-        assert weight.slots is not None
-        term = lora_matmul(x, weight.a, weight.b, weight.slots, backend=context.backend, parts=weight.parts)
-        return linear_f32(context, x, weight.base) + term
+        return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
     if isinstance(weight, StackedMatrix):
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)

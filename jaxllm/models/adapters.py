@@ -10,29 +10,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import jax
-
 from jaxllm.layers.adapted import Adapted
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.weight import Axis, Part, WeightSpec
 from jaxllm.models.decoder import MATRICES
 
 Tree = TypeVar("Tree")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AdapterStack:
-    """The adapters of a matrix in every layer of a segment, or what stands for them (`layers.adapted.Adapted`)."""
-
-    a: Any
-    b: Any
-    #: out-features of the parts of the matrix that a device has
-    parts: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-
-#: of each segment of a model's layers, by the field of a matrix
-Stacks = tuple[dict[str, AdapterStack], ...]
+#: of each segment of a model's layers: the field of a matrix -> its A and B, or what stands for them
+Stacks = tuple[dict[str, Adapted], ...]
 
 
 class Place(NamedTuple):
@@ -53,28 +38,29 @@ class Module(NamedTuple):
     places: tuple[Place, ...]
 
 
-def adapter_specs(
-    specs: Any, *, rank: int, slots: int | None, rows_of: Callable[[Axis], int] = lambda axis: axis.size
-) -> Stacks:
+def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Axis], int]) -> Stacks:
     """Specs of the stacks.
 
     Args:
         specs: of the model, none of it quantized.
         rank: of each part, at most.
         slots: adapters; None: of one by itself, without an axis for slots.
-        rows_of: how many numbers of an axis a device has.
+        own: how many numbers of an axis a device has.
     """
     experts = None if slots is None else Axis("slots", slots)
 
-    def one(spec: WeightSpec) -> AdapterStack:
+    def one(spec: WeightSpec) -> Adapted:
         a, b = [], []
         for index, part in enumerate(spec.parts):
             rows, columns = part.axes
             names = _names(part, index)
             a.append(Part(names[0], (Axis("rank", rank), columns)))
             b.append(Part(names[1], (rows, Axis("rank", rank))))
-        whole = (WeightSpec(parts=tuple(parts), layers=spec.layers, experts=experts) for parts in (a, b))
-        return AdapterStack(*whole, parts=tuple(rows_of(part.axes[0]) for part in spec.parts))
+        return Adapted(
+            a=WeightSpec(parts=tuple(a), layers=spec.layers, experts=experts),
+            b=WeightSpec(parts=tuple(b), layers=spec.layers, experts=experts),
+            parts=tuple(own(part.axes[0]) for part in spec.parts),
+        )
 
     return tuple({field: one(spec) for field, spec in adapted_matrices(segment)} for segment in _layers(specs))
 
@@ -115,17 +101,18 @@ def with_adapters(params: Tree, stacks: Stacks) -> Tree:
     return dataclasses.replace(tree, layers=layers)
 
 
-def _with_own(segment: Any, own: dict[str, AdapterStack]) -> Any:
-    def adapted(holder: Any, field: str, stack: AdapterStack) -> Adapted:
-        return Adapted(getattr(holder, field), stack.a, stack.b, parts=stack.parts)
-
-    plain = {name: adapted(segment, name, stack) for name, stack in own.items() if "." not in name}
+def _with_own(segment: Any, own: dict[str, Adapted]) -> Any:
+    plain = {
+        name: dataclasses.replace(pair, base=getattr(segment, name)) for name, pair in own.items() if "." not in name
+    }
     nested: dict[str, Any] = {}
-    for name, stack in own.items():
+    for name, pair in own.items():
         if "." in name:
             outer, _, field = name.partition(".")
             holder = nested.get(outer, getattr(segment, outer))
-            nested[outer] = dataclasses.replace(holder, **{field: adapted(holder, field, stack)})
+            nested[outer] = dataclasses.replace(
+                holder, **{field: dataclasses.replace(pair, base=getattr(holder, field))}
+            )
     return dataclasses.replace(segment, **plain, **nested)
 
 
@@ -134,7 +121,7 @@ def _layers(specs: Any) -> tuple[Any, ...]:
 
 
 def adapted_matrices(segment: Any) -> Iterator[tuple[str, WeightSpec]]:
-    """The matrices of one segment that can have adapters, each by the field that has it."""
+    """The matrices of a segment that can have adapters, each by the field that has it."""
     for name in MATRICES:
         if getattr(segment, name) is not None:
             yield name, getattr(segment, name)

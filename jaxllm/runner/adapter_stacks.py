@@ -57,7 +57,10 @@ class AdapterStacks:
         self._rank, self._dtype, self._sharding = rank, dtype, sharding
         #: names of tensors -> (module, place), of what a reader is asked for
         self._tensors = {
-            name: (module, place) for module, found in modules.items() for place in found.places for name in place[:2]
+            name: (module, place)
+            for module, found in modules.items()
+            for place in found.places
+            for name in (place.a, place.b)
         }
         self.arrays: Stacks = self._zeros()
 
@@ -96,8 +99,8 @@ class AdapterStacks:
         a, b = adapter[module]
         if name == place.a:
             return np.concatenate([a, np.zeros((rank - len(a), a.shape[1]), a.dtype)])
-        span, ours = place.part.in_tensor(0, rows)
         found = np.zeros((rows, rank), b.dtype)
+        span, ours = place.part.in_tensor(0, rows)
         found[:, : b.shape[1]] = b[span][ours]
         return found
 

@@ -22,6 +22,7 @@ from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
+from jaxllm.layers.weight import Axis
 from jaxllm.models.adapters import Stacks, adapter_specs
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
@@ -372,15 +373,14 @@ class RunnerConfig:
         return resegment(specs, segment_sizes(self.specs()))
 
     def adapter_specs(self, slots: int | None) -> Stacks:
-        """Specs of the stacks of adapters, or (None) of one that is written into them."""
+        """Of the stacks of so many adapters; None: of one by itself."""
         assert self.lora is not None
-        sizes = self.target.mesh_sizes
-        return adapter_specs(
-            self.unquantized_specs,
-            rank=self.lora.max_lora_rank,
-            slots=slots,
-            rows_of=lambda axis: held(axis, sizes).size,
-        )
+        sizes, rank = self.target.mesh_sizes, self.lora.max_lora_rank
+
+        def own(axis: Axis) -> int:
+            return held(axis, sizes).size
+
+        return adapter_specs(self.unquantized_specs, rank=rank, slots=slots, own=own)
 
     def adapter_shapes(self) -> Stacks | None:
         """Of the stacks of adapters, with their shardings; None: there are none."""
@@ -393,9 +393,8 @@ class RunnerConfig:
         """Of the stacks on one device, and of an adapter on its way there."""
         if self.lora is None:
             return 0
-        return device_bytes(
-            self.adapter_specs(self.lora.max_loras + 1), jnp.dtype(self.lora.dtype), self.target.mesh_sizes
-        )
+        specs = self.adapter_specs(self.lora.max_loras + 1)
+        return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
 
     @property
     def _embeddings_bytes(self) -> int:
