@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
-from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
@@ -89,9 +87,7 @@ class Service:
     def _stream(self, call: Call, prompt: Any, task: str | None) -> AsyncGenerator[Any, None]:
         if call.params is None:
             return self.engine.encode(prompt, call.pooling, pooling_task=task, priority=call.priority)
-        kind = RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY
-        params = dataclasses.replace(call.params, output_kind=kind)
-        return self.engine.generate(prompt, params, priority=call.priority)
+        return self.engine.generate(prompt, call.params, priority=call.priority)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
