@@ -36,7 +36,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "adapters that belong to kinds of media": {"default_mm_loras": ()},
     "multimodal input": {
-        "mm_processor_cache_gb": (0, 4),
         "mm_processor_cache_type": ("lru",),
         "mm_encoder_tp_mode": ("weights",),
         "media_io_kwargs": (),

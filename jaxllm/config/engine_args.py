@@ -195,6 +195,16 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     mm_processor_kwargs: dict[str, Any] = argument(
         dict, check.mapping, 'how images are prepared: {"min_pixels": 3136, "max_pixels": 1003520}', group="model"
     )
+    #: in GiB
+    mm_processor_cache_gb: float = argument(
+        4.0, check.gibibytes, "memory of images that are prepared, in case they come again; 0: none", group="model"
+    )
+    max_num_encoder_input_tokens: int | None = argument(
+        None,
+        check.at_least(1),
+        "vectors of images that a step makes at most (default: max_num_batched_tokens)",
+        group="scheduler",
+    )
     allowed_local_media_path: str = argument(
         "", folder, "the folder whose files conversations may name as images", group="model", form="DIR"
     )

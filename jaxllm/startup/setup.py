@@ -115,7 +115,7 @@ class Setup:
         """Of the largest picture in so long a context."""
         if self.media is None:
             return 0
-        return self.media.most_tokens(max_model_len) * self.media.any_processor.merge_size**2
+        return self.media.any_processor.patches_of(self.media.most_tokens(max_model_len))
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
@@ -231,7 +231,7 @@ class Setup:
             processors=args.logits_processors,
             drafter=make_drafter(args.speculative_config, model, self.draft, limits.max_model_len),
             draft_quantization=self.draft and self.draft.checkpoint.quantization,
-            lora=LoRAConfig.of(args, dtype),
+            lora=LoRAConfig.of(args, dtype, target.platform),
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
             compile_cache=None if limits.lockstep else compile_cache(),

@@ -174,6 +174,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         constraints = _token_constraints(
             args, tokenizer, model.vocab_size, eos_token_ids, len(launching), lockstep=built.scheduler.lockstep
         )
+    media = None if setup.media is None else setup.media.reader(plan.max_model_len, tokenizer)
     cores = [
         EngineCore(
             built.scheduler,
@@ -187,6 +188,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
                 cache_info=cache_info,
                 expert_layers=expert_layers(model),
                 num_drafts=built.scheduler.num_drafts,
+                # all replicas share it: the first counts for all
+                processor_cache=None if media is None or number else media.cache,
             ),
             constraints[number],
             pools=pooler is not None,
@@ -208,7 +211,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         seed=args.seed,
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
-        media=None if setup.media is None else setup.media.reader(plan.max_model_len),
+        media=media,
         adapters=adapters,
         embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )

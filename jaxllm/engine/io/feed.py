@@ -16,7 +16,8 @@ from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.engine.interrupt import DeferredInterrupt
 from jaxllm.engine.io.input_processor import CheckedParams, InputProcessor
 from jaxllm.engine.io.prompt_source import ReadySource, WaitingSource
-from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, TokenizationOptions
+from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, TokenizationOptions, holds_media
+from jaxllm.multimodal.conversations import has_media
 from jaxllm.tokenization.pool import BATCH, TokenizerPool
 
 if TYPE_CHECKING:
@@ -187,7 +188,13 @@ class Feed:
             if not batch:
                 return
             self.num_read += len(batch)
-            self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
+            for slow, jobs in itertools.groupby(batch, self._is_slow):
+                # pictures take long: each prompt begins when its own are there, and they are read beside each other
+                for own in ([job] for job in jobs) if slow else (list(jobs),):
+                    self._preparing.append((own, self._pool.submit(self._prepare, own, slow=slow)))
+
+    def _is_slow(self, job: Job) -> bool:
+        return holds_media(job.prompt) or (self._convert is not None and has_media(job.prompt))
 
     def _wait_for_first(self) -> None:
         """Wait for the pool when there is nothing else to do, or when others add the same prompts."""

@@ -81,7 +81,9 @@ class Scheduler:
         #: None: there are no pictures
         self.media: MediaScheduling | None = None
         if config.encoder_cache_tokens:
-            self.media = MediaScheduling(config.encoder_cache_tokens, config.max_encoder_tokens)
+            self.media = MediaScheduling(
+                config.encoder_cache_tokens, config.max_encoder_tokens, keeps_whole=config.keeps_media_whole
+            )
         #: None: there are no adapters
         self.adapters: AdapterSlots | None = None
         if adapters is not None:
@@ -319,10 +321,13 @@ class Scheduler:
         self, step: SchedulerOutput, budget: StepBudget, request: Request, start: int, left: int
     ) -> tuple[int, int]:
         """`StepBudget.chunk`, as far as the pictures of the chunk are there."""
-        count, wanted = budget.chunk(request, start, left)
-        if start >= request.media_stop or self.media is None or not count:
-            return count, wanted
-        return budget.chunk(request, start, left, self.media.chunk(step, request, start, count))
+        if start >= request.media_stop or self.media is None:
+            return budget.chunk(request, start, left)
+        least = self.media.least(request, start)
+        count, _ = budget.chunk(request, start, left, least=least)
+        if not count:
+            return 0, 0
+        return budget.chunk(request, start, left, self.media.chunk(step, request, start, count), least=least)
 
     def _admit(self, request: Request, num_cached_tokens: int, num_external_tokens: int) -> None:
         """Give a request a row and its place among the running ones; it has its blocks.
@@ -474,6 +479,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         host_pool = self.kv_cache_manager.host_pool
+        encoded = None if self.media is None else self.media.cache
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -482,6 +488,9 @@ class Scheduler:
             kv_cache_usage=self.kv_cache_manager.usage,
             host_cache_usage=None if host_pool is None else host_pool.usage,
             num_stores_skipped=0 if host_pool is None else host_pool.num_skipped,
+            encoder_cache_usage=None if encoded is None else encoded.num_used / encoded.num_rows,
+            encoder_cache_hits=0 if encoded is None else encoded.num_hits,
+            encoder_cache_queries=0 if encoded is None else encoded.num_queries,
         )
 
     def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.async_llm import AsyncLLM
+from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
@@ -37,10 +38,15 @@ class Service:
 
     def __init__(self, engine: AsyncLLM, settings: Settings):
         self.engine, self.settings = engine, settings
+        #: what is called as if it were a model
+        self.adapters = NamedAdapters(engine.engine.adapters_or_none, settings.model_names)
+        for name, path in settings.lora_modules:
+            self.adapters.load(name, path)
         parser, reasoning = settings.tool_call_parser, settings.reasoning_parser
         self.translator = Translator(
             model_names=settings.model_names,
             sampling=SamplingReader(engine.engine.default_params),
+            adapters=self.adapters,
             tools=None if parser is None else PARSERS[parser],
             reasoning=None if reasoning is None else ReasoningParser.of(reasoning, engine.engine.get_tokenizer),
             streams=True,
@@ -86,8 +92,9 @@ class Service:
 
     def _stream(self, call: Call, prompt: Any, task: str | None) -> AsyncGenerator[Any, None]:
         if call.params is None:
-            return self.engine.encode(prompt, call.pooling, pooling_task=task, priority=call.priority)
-        return self.engine.generate(prompt, call.params, priority=call.priority)
+            own = {"lora_request": call.lora_request, "priority": call.priority}
+            return self.engine.encode(prompt, call.pooling, pooling_task=task, **own)
+        return self.engine.generate(prompt, call.params, lora_request=call.lora_request, priority=call.priority)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:

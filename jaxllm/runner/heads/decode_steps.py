@@ -75,7 +75,7 @@ def decode_steps(
         active_row = jnp.where(loop.going_on, row, trash)
         now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
         batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-        if config.model.vision is not None:
+        if "rope_offsets" in fields:
             # all of them are generated: each goes on as it did
             batch = dataclasses.replace(batch, rope_positions=position + fields["rope_offsets"])
         cache, hidden, load, _ = forward_keeping(

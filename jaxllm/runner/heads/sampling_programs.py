@@ -29,7 +29,7 @@ from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, catch_up, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
-from jaxllm.runner.packing import Packing, forward_fields
+from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
@@ -94,7 +94,10 @@ class SamplingPrograms(Programs):
         """
         several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
         made_from = (config, buckets, table_width, params, state, eager, adapters, *several)
-        numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
+        numbers = len(config.groups), table_width, config.max_scored_tokens
+        media = None
+        if encoder_buckets:
+            media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
             packings,

@@ -125,6 +125,9 @@ def forward_step(
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
+    if "picture_ends" in fields and not bucket.decode_only:
+        seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)
+        attention = dataclasses.replace(attention, seen_to=seen_to)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
     if state.encoded is not None:
         batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
@@ -177,10 +180,10 @@ def step_tokens(
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
     batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
-    if config.model.vision is not None:
-        batch = dataclasses.replace(
-            batch, embedded=fields["encoded_rows"] > 0, rope_positions=attention.positions + fields["rope_offsets"]
-        )
+    if "encoded_rows" in fields:
+        batch = dataclasses.replace(batch, embedded=fields["encoded_rows"] > 0)
+    if "rope_offsets" in fields:
+        batch = dataclasses.replace(batch, rope_positions=attention.positions + fields["rope_offsets"])
     return tokens, batch
 
 

@@ -98,6 +98,9 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         weight_bytes=config.weight_bytes,
         activation_bytes=activation_bytes,
         state_bytes=config.state_bytes,
+        adapter_bytes=config.adapter_bytes,
+        max_loras=0 if config.lora is None else config.lora.max_loras,
+        max_lora_rank=0 if config.lora is None else config.lora.max_lora_rank,
         kv_cache_bytes=num_blocks * config.block_bytes,
         kv_cache_limit=_binding_limit(config, num_blocks),
         unused_bytes=unused,
@@ -121,7 +124,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         num_host_layers=len(config.offloaded),
         encoder_bytes=config.encoder_bytes,
         tower_bytes=config.tower_bytes,
-        encoder_tokens=0 if config.vision is None else config.encoder_patches // config.vision.merge_unit,
+        encoder_tokens=0 if config.vision is None else config.vision.num_vectors(config.encoder_patches),
         encoder_cache_tokens=limits.encoder_cache_tokens,
     )
 
