@@ -14,6 +14,7 @@ from jaxllm.api.errors import JaxLLMError
 from jaxllm.bench.options import add_benchmarks
 from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
+from jaxllm.entrypoints.advise import add_advise_options
 from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
@@ -105,6 +106,17 @@ def build_parser() -> argparse.ArgumentParser:
         "with 1 when the model does not fit.",
     )
     add_plan_options(explain)
+
+    text = "which argument, at which value, would have helped"
+    advise = command(
+        "advise",
+        text,
+        _lazily("jaxllm.entrypoints.advise"),
+        conflict_handler="resolve",
+        description="Say which argument, at which value, would have helped: of a trace that was saved, or of the "
+        "metrics of a vLLM or jaxllm server. Needs no model and no device.",
+    )
+    add_advise_options(advise)
 
     text = "write a model with quantized weights: AWQ, GPTQ, int8, fp8 or int4"
     quantize = command("quantize", text, _lazily("jaxllm.entrypoints.quantize"))

@@ -30,11 +30,12 @@ def total(llm: LLM, name: str) -> float:
 
 
 def test_a_trace_of_generate(engine: LLM):
+    observers = engine.engine.core._observers
     with engine.trace() as trace:
         outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     again = engine.trace()
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert not again.steps and not engine.engine.core._observers
+    assert not again.steps and engine.engine.core._observers == observers
     assert sum(step.num_decode_tokens for step in trace.steps) == 3 * 5
     cached = sum(output.num_cached_tokens for output in outputs)
     assert sum(step.num_prefill_tokens for step in trace.steps) == 73 - cached

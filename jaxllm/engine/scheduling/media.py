@@ -28,12 +28,18 @@ class MediaScheduling:
         self.cache = EncoderCache(num_rows)
         self._max_encoder_tokens = max_encoder_tokens
         self._left = 0
+        #: steps in which a prompt ended in front of an item for which there was no room, and most vectors that a step
+        #: would have made, had there been
+        self.num_waiting_steps = self.most_wanted = 0
+        #: of this step: what there was no room for
+        self._missing: dict[str, int] = {}
         #: requests that hold items
         self._holders: dict[str, Request] = {}
 
     def begin(self) -> None:
         """Another step."""
         self._left = self._max_encoder_tokens
+        self._missing.clear()
 
     def chunk(self, step: SchedulerOutput, request: Request, start: int, count: int) -> int:
         """How many of `count` tokens from `start` on can be computed; the items among them are held, and encoded where
@@ -51,6 +57,7 @@ class MediaScheduling:
             if rows is None:
                 is_first = self._left == self._max_encoder_tokens
                 if not self.cache.can_hold(item.num_tokens) or (item.num_tokens > self._left and not is_first):
+                    self._missing[item.content_hash] = item.num_tokens
                     return max(first - start, 0)
                 rows = self.cache.allocate(item)
                 self._left -= item.num_tokens
@@ -73,6 +80,10 @@ class MediaScheduling:
 
         A step without entries is not executed: what it would have encoded is not there.
         """
+        if self._missing:
+            self.num_waiting_steps += 1
+            wanted = self._max_encoder_tokens - self._left + sum(self._missing.values())
+            self.most_wanted = max(self.most_wanted, wanted)
         if not step.rows:
             for item, _ in step.encoder_inputs:
                 self.cache.forget(item)
