@@ -66,12 +66,13 @@ def test_two_traces_and_a_trace_again(engine: LLM):
 
 
 def test_a_profile_names_steps_and_phases(engine: LLM, tmp_path: Path):
+    observers = engine.engine.core._observers
     engine.start_profile("first", path=tmp_path)
     with pytest.raises(RuntimeError, match="written already"):
         engine.start_profile(path=tmp_path)
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert engine.stop_profile() == tmp_path / "first"
-    assert not engine.engine.core._observers
+    assert engine.engine.core._observers == observers
     (file,) = tmp_path.glob("first/plugins/profile/*/*.trace.json.gz")
     names = {event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
     assert {"step", "schedule", "wait for the device", "update"} <= names

@@ -104,7 +104,7 @@ def families(metrics: Iterable[Metric]) -> list[MetricFamily]:
         values = list(metric.labels.values())
         if isinstance(metric, Histogram) and isinstance(family, HistogramMetricFamily):
             family.add_metric(values, list(metric.buckets.items()), metric.sum)
-        elif isinstance(metric, Vector):
+        elif isinstance(metric, Vector) and isinstance(family, CounterMetricFamily):
             for place, value in enumerate(metric.values):
                 family.add_metric([*values, str(place)], value)
         elif isinstance(metric, (Counter, Gauge)) and isinstance(family, (CounterMetricFamily, GaugeMetricFamily)):
