@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Whole files go to a worker, in the order of tests/conftest.py.
 SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # what needs more than is installed, or runs elsewhere
-OUTSIDE = peer or ray or large or cuda
+OUTSIDE = peer or ray or clients or large or cuda
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 NOTEBOOKS ?= notebooks/*.ipynb
@@ -28,7 +28,7 @@ FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/p
 
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-thorough notebooks test-peers test-ray test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
+.PHONY: demo test test-thorough notebooks test-peers test-ray test-clients test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m jaxllm fetch smollm2-135m-instruct
@@ -51,6 +51,11 @@ test-peers: $(VENV)/.installed-peers
 # Engines on a Ray cluster, which is this machine.
 test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray
 	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS)
+
+# Clients of others, and the page in headless Chromium where there is one (Debian: apt-get install
+# chromium-headless-shell), against the server.
+test-clients: $(VENV)/.installed-test $(VENV)/.installed-clients
+	$(BIN)/python -m pytest -m clients $(PYTEST_ARGS) tests/e2e/serve
 
 test-py312:
 	@python="$$($(FIND312))"; \

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: torch's default build for newer Pythons is several gigabytes, so only the first Python resolves it
-EXTRAS = ("test,dev,peers,ray", "smoke")
+EXTRAS = ("test,dev,peers,ray,clients", "smoke")
 #: JAX dropped Python 3.11 after 0.10; the newest for 3.12 is not what GPU machines have
 PREFERRED = {"3.12": ["jax==0.11.2"]}
 

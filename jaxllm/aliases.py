@@ -46,7 +46,7 @@ _TORCH_PROCESSORS = _nothing(
 _ONE_PROCESS = _nothing("jaxllm is one process, without workers that talk to each other")
 _NO_SERVER = _nothing("jaxllm has no server so far: AsyncLLM is for asyncio programs, jaxllm run-batch for files")
 _NO_MEDIA = _nothing("jaxllm does not take images, audio or video so far")
-_NO_LORA = _nothing("jaxllm does not have LoRA so far")
+_NO_RESOLVERS = _nothing("an adapter is a folder: LoRARequest(lora_name, lora_int_id, lora_path)")
 _OWN_MODELS = _nothing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")
 _NO_TRANSFER = _nothing("keys and values stay in the engine: it hands them to nobody")
 _IN_PLACE = _nothing("weights are replaced in this process: LLM.update_weights(params), see also jaxllm.flax")
@@ -112,7 +112,7 @@ MODULES: dict[str, dict[str, str]] = {
         "KernelConfig": Missing("attention_backend is the argument that names a kernel"),
         "KVEventsConfig": _NO_TRANSFER[REST],
         "KVTransferConfig": _NO_TRANSFER[REST],
-        "LoRAConfig": _NO_LORA[REST],
+        "LoRAConfig": Missing("enable_lora, max_loras, max_lora_rank, ... are arguments of LLM(...)"),
         "PassConfig": Missing("XLA has passes of its own"),
         "SpeechToTextConfig": _NO_MEDIA[REST],
         "WeightTransferConfig": _IN_PLACE[REST],
@@ -148,7 +148,8 @@ MODULES: dict[str, dict[str, str]] = {
     "ir": _INSIDE,
     "logger": {"init_logger": "jaxllm.aliases"},
     "logprobs": _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"),
-    "lora": _NO_LORA,
+    "lora": _NO_RESOLVERS,
+    "lora.request": {"LoRARequest": "jaxllm.api.lora_request"},
     "model_executor": _OWN_MODELS,
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,

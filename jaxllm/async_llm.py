@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput, was_refused
 from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
@@ -106,6 +107,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -122,7 +124,7 @@ class AsyncLLM:
         engine.check_generates("generate")
         options = TokenizationOptions.of(tokenization_kwargs, max_model_len=engine.core.config.max_model_len)
         params = engine.default_params if sampling_params is None else sampling_params
-        return self._run(engine.inputs, prompt, params, request_id, priority, options)
+        return self._run(engine.inputs, prompt, params, request_id, priority, options, lora_request)
 
     @with_params("pooling_params", PoolingParams)
     def encode(
@@ -132,6 +134,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         pooling_task: str | None = None,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
@@ -139,7 +142,7 @@ class AsyncLLM:
         pooling = self.engine.pooling("encode")
         inputs, params = pooling.inputs, pooling.params(pooling_task, pooling_params)
         options = inputs.options(tokenization_kwargs, [params])
-        return self._run(inputs, prompt, params, request_id, priority, options)
+        return self._run(inputs, prompt, params, request_id, priority, options, lora_request)
 
     async def _run(
         self,
@@ -149,6 +152,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
         options: TokenizationOptions,
+        lora_request: LoRARequest | None,
     ) -> AsyncGenerator[Any, None]:
         """Outputs of a request that `inputs` makes."""
         client, pool = self.engine.client, self.engine.pool
@@ -167,7 +171,7 @@ class AsyncLLM:
                     loop.call_soon_threadsafe(outputs.put_nowait, output)
 
             def add() -> None:
-                request, text = inputs.request(own_id, prepared, inputs.check(params), priority)
+                request, text = inputs.request(own_id, prepared, inputs.check(params), priority, lora_request)
                 client.add(request, text, receive, request_id)
 
             try:
@@ -189,17 +193,35 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         **chat_options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """`generate` for a conversation; `chat_options` are those of `LLM.chat`."""
-        return self.generate(chat_prompt(messages, **chat_options), sampling_params, request_id, priority=priority)
+        prompt = chat_prompt(messages, **chat_options)
+        return self.generate(prompt, sampling_params, request_id, lora_request=lora_request, priority=priority)
 
     async def abort(self, request_id: str | list[str]) -> None:
         """End requests: their generators yield what there is, with ``finish_reason="abort"``."""
         names = [request_id] if isinstance(request_id, str) else list(request_id)
         client = self.engine.client
         await self._call(lambda: client.abort([client.id_of(name) for name in names]))
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As `LLMEngine.add_lora`."""
+        return self.engine.adapters.add(lora_request)
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """As `LLMEngine.remove_lora`."""
+        return self.engine.adapters.remove(lora_id)
+
+    async def list_loras(self) -> set[int]:
+        """As `LLMEngine.list_loras`."""
+        return self.engine.adapters.numbers()
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """As `LLMEngine.pin_lora`."""
+        return self.engine.adapters.pin(lora_id)
 
     # The engine.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jaxllm.api import checks
 from jaxllm.api.beam_search import BeamSearchOutput, BeamSearchParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.pooling_outputs import (
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 OnOutput = Callable[[RequestOutput], object]
+#: one for all prompts of a call, or one each
+LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
 PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 
@@ -136,7 +139,7 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         priority: int | Iterable[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
@@ -156,7 +159,7 @@ class LLM:
             priority: smaller runs first, with ``scheduling_policy="priority"``.
             tokenization_kwargs: ``add_special_tokens``, ``truncate_prompt_tokens`` and ``truncation_side``.
             mm_processor_kwargs: how images are prepared: ``min_pixels`` and ``max_pixels``; a prompt's own go before.
-            lora_request: vLLM's; not supported yet.
+            lora_request: the adapter of all, or one each, None for the model alone (``enable_lora=True``).
             on_error: "raise" ends the whole call when one prompt is refused, before anything has run if it is among
                 the first 256 (or twice ``max_num_seqs``); "return" gives that prompt an output with
                 ``finish_reason="error"`` and its reason in ``error``, and runs the others.
@@ -166,10 +169,10 @@ class LLM:
             ValidationError: a prompt or its parameters are refused.
         """
         self.engine.check_generates("generate")
-        checks.refuse(lora_request=lora_request)
         return self.engine.generation.run(
             with_processor_kwargs(as_prompts(prompts), mm_processor_kwargs), sampling_params, use_tqdm, on_output,
             priority=priority, on_error=on_error, tokenization_kwargs=tokenization_kwargs,
+            lora_request=lora_request,
         )  # fmt: skip
 
     @with_params("sampling_params", SamplingParams)
@@ -178,7 +181,7 @@ class LLM:
         messages: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         priority: int | Iterable[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -198,7 +201,6 @@ class LLM:
         which writes the special tokens: the tokenizer adds none.
         """
         self.engine.check_generates("chat")
-        checks.refuse(lora_request=lora_request)
         convert = functools.partial(
             chat_prompt,
             chat_template=chat_template,
@@ -211,7 +213,7 @@ class LLM:
         )
         return self.engine.generation.run(
             as_conversations(messages), sampling_params, use_tqdm, on_output, priority=priority, on_error=on_error,
-            tokenization_kwargs=tokenization_kwargs, convert=convert,
+            tokenization_kwargs=tokenization_kwargs, convert=convert, lora_request=lora_request,
         )  # fmt: skip
 
     @with_params("sampling_params", SamplingParams)
@@ -220,6 +222,7 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
+        lora_request: LoRARequests = None,
         priority: int | Iterable[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         on_error: str = "raise",
@@ -233,30 +236,41 @@ class LLM:
         self.engine.check_generates("as_completed")
         return self.engine.generation.as_completed(
             as_prompts(prompts), sampling_params, use_tqdm, priority=priority, on_error=on_error,
-            tokenization_kwargs=tokenization_kwargs,
+            tokenization_kwargs=tokenization_kwargs, lora_request=lora_request,
         )  # fmt: skip
 
     @with_params("sampling_params", SamplingParams)
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
+    ) -> Generator[str, None, None]:
         """The completion of one prompt, piece by piece as it is generated. Closing the iterator ends the request."""
         engine = self.engine
         engine.check_generates("stream")
         params = engine.default_params if sampling_params is None else sampling_params
-        return stream_text(engine.client, engine.inputs, prompt, params)
+        return stream_text(engine.client, engine.inputs, prompt, params, lora_request)
 
     @with_params("sampling_params", SamplingParams)
     def stream_chat(
-        self, messages: Conversation, sampling_params: SamplingParams | None = None, **chat_options: Any
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
+        **chat_options: Any,
     ) -> Generator[str, None, None]:
         """The answer to one conversation, piece by piece; `chat_options` are those of `chat`."""
-        return self.stream(chat_prompt(messages, **chat_options), sampling_params)
+        return self.stream(chat_prompt(messages, **chat_options), sampling_params, lora_request=lora_request)
 
     @with_params("params", BeamSearchParams)
     def beam_search(
         self,
         prompts: Prompt | Iterable[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
         priority: int | None = None,
@@ -278,7 +292,6 @@ class LLM:
             RuntimeError: the engine failed or was shut down by another call.
         """
         self.engine.check_generates("beam_search")
-        checks.refuse(lora_request=lora_request)
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
         if concurrency_limit is not None and checks.integer("concurrency_limit", concurrency_limit) < 1:
@@ -291,7 +304,7 @@ class LLM:
             )
         return beam_search(
             self.engine.feeds, self.engine.inputs, listed, params, request_ids=ids, priority=priority,
-            concurrency_limit=concurrency_limit, use_tqdm=use_tqdm,
+            concurrency_limit=concurrency_limit, use_tqdm=use_tqdm, lora_request=lora_request,
         )  # fmt: skip
 
     # Submitting and collecting as two calls.
@@ -301,7 +314,7 @@ class LLM:
         self,
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         priority: int | Iterable[int] | None = None,
         use_tqdm: bool = True,
         tokenization_kwargs: Mapping[str, Any] | None = None,
@@ -315,9 +328,8 @@ class LLM:
             ValidationError: a prompt or its parameters are refused; nothing of the call is queued then.
         """
         self.engine.check_generates("enqueue")
-        checks.refuse(lora_request=lora_request)
         listed = with_processor_kwargs(as_prompts(prompts), mm_processor_kwargs)
-        return self.engine.generation.enqueue(listed, sampling_params, priority, tokenization_kwargs)
+        return self.engine.generation.enqueue(listed, sampling_params, priority, tokenization_kwargs, lora_request)
 
     @with_params("sampling_params", SamplingParams)
     def enqueue_chat(
@@ -325,16 +337,15 @@ class LLM:
         messages: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         priority: int | Iterable[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         **chat_options: Any,
     ) -> list[str]:
         """`enqueue` for conversations; `chat_options` are the chat template's, as in `chat`."""
         self.engine.check_generates("enqueue_chat")
-        checks.refuse(lora_request=lora_request)
         prompts = [chat_prompt(conversation, **chat_options) for conversation in as_conversations(messages)]
-        return self.engine.generation.enqueue(prompts, sampling_params, priority, tokenization_kwargs)
+        return self.engine.generation.enqueue(prompts, sampling_params, priority, tokenization_kwargs, lora_request)
 
     def wait_for_completion(
         self,
@@ -371,7 +382,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         pooling_params: PoolingParamsGiven = None,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
@@ -388,19 +399,19 @@ class LLM:
             tokenization_kwargs: ``truncate_prompt_tokens`` (-1: as many tokens as the model takes),
                 ``truncation_side`` and ``add_special_tokens``.
             truncate_prompt_tokens: older place of it.
-            lora_request: vLLM's; not supported yet.
+            lora_request: the adapter of all, or one each, None for the model alone (``enable_lora=True``).
             on_error: "raise" ends the call when a prompt is refused; "return" gives that prompt an output without
                 data and its reason in ``error``.
 
         Raises:
             ValidationError: the model does not embed, or a prompt or its parameters are refused.
         """
-        checks.refuse(lora_request=lora_request)
         pooling = self.engine.pooling("embed")
         task = "token_embed" if pooling.inputs.pooler.task == "token_embed" else "embed"
         outputs = pooling.run(
-            prompts, task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            prompts, task, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error,
+            lora_request=lora_request,
+        )  # fmt: skip
         if task == "token_embed":
             return outputs  # pyright: ignore[reportReturnType]
         return [EmbeddingRequestOutput.from_base(output) for output in outputs]
@@ -412,16 +423,16 @@ class LLM:
         *,
         pooling_params: PoolingParamsGiven = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         truncate_prompt_tokens: int | None = None,
         on_error: str = "raise",
     ) -> list[ClassificationRequestOutput]:
         """Probabilities of the model's classes for each prompt. The arguments are those of `embed`."""
-        checks.refuse(lora_request=lora_request)
         outputs = self.engine.pooling("classify").run(
-            prompts, "classify", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error
-        )
+            prompts, "classify", pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens, on_error,
+            lora_request=lora_request,
+        )  # fmt: skip
         return [ClassificationRequestOutput.from_base(output) for output in outputs]
 
     @with_params("pooling_params", PoolingParams)
@@ -431,7 +442,7 @@ class LLM:
         pooling_params: PoolingParamsGiven = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         pooling_task: str | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         truncate_prompt_tokens: int | None = None,
@@ -443,7 +454,6 @@ class LLM:
             pooling_task: "embed" or "classify", for one row a prompt; "token_embed" or "token_classify", for one row
                 a token.
         """
-        checks.refuse(lora_request=lora_request)
         pooling = self.engine.pooling("encode")
         return pooling.run(
             prompts,
@@ -453,6 +463,7 @@ class LLM:
             tokenization_kwargs,
             truncate_prompt_tokens,
             on_error,
+            lora_request=lora_request,
         )
 
     @with_params("pooling_params", PoolingParams)
@@ -464,7 +475,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         pooling_params: PoolingParams | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequests = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         truncate_prompt_tokens: int | None = None,
@@ -483,10 +494,9 @@ class LLM:
         Raises:
             ValidationError: the model does neither, the lists' lengths do not fit, or a text is refused.
         """
-        checks.refuse(lora_request=lora_request)
         return self.engine.pooling("score").score(
             data_1, data_2, chat_template, pooling_params, use_tqdm, tokenization_kwargs, truncate_prompt_tokens,
-            on_error,
+            on_error, lora_request=lora_request,
         )  # fmt: skip
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
@@ -59,6 +60,7 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> str:
         """Queue a request and return its id.
@@ -68,7 +70,8 @@ class LLMEngine:
             ValidationError: prompt or parameters are refused, or the id is in use.
         """
         engine = self.engine
-        engine.stepped.add(request_id, prompt, engine.default_params if params is None else params, priority)
+        params = engine.default_params if params is None else params
+        engine.stepped.add(request_id, prompt, params, priority, lora_request)
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -88,6 +91,28 @@ class LLMEngine:
 
     def get_num_unfinished_requests(self) -> int:
         return self.engine.stepped.num_unfinished
+
+    # Adapters.
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Begin to read an adapter, which requests can name from here on; whether it was new.
+
+        Raises:
+            ValidationError: it cannot be loaded, or its number is another one's.
+        """
+        return self.engine.adapters.add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; whether it was known. Requests that run with it go on."""
+        return self.engine.adapters.remove(lora_id)
+
+    def list_loras(self) -> set[int]:
+        """The numbers of the adapters that are known."""
+        return self.engine.adapters.numbers()
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter in memory. Raises ValidationError where it is not known, or would leave others no room."""
+        return self.engine.adapters.pin(lora_id)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""

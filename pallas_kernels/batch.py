@@ -26,6 +26,9 @@ class AttentionBatch:
     block_tables: jax.Array  # i32 [G, S, W]
     num_decodes: jax.Array  # i32 []
     num_seqs: jax.Array  # i32 []
+    #: i32 [T] the first position that each token no longer sees, all of which this step has written: tokens of a
+    #: picture see each other. Of chunks and prompts alone; None: a causal token sees up to itself
+    seen_to: jax.Array | None = None
     backend: Backend = dataclasses.field(metadata={"static": True}, default=Backend())
     #: the step has single tokens only: num_decodes == num_seqs
     decode_only: bool = dataclasses.field(metadata={"static": True}, default=False)

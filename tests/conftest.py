@@ -67,7 +67,6 @@ LONGEST = (
     "parity/test_deepseek.py",
     "e2e/test_run_batch.py",
     "e2e/test_flax.py",
-    "e2e/test_serve.py",
     "e2e/test_batch_kills.py",
     "e2e/test_failed_start.py",
 )

@@ -142,6 +142,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--endpoint", metavar="PATH", help="of the call (default: the backend's)")
     server.add_argument("--served-model-name", metavar="NAME", help="of the model (default: what the server has)")
     server.add_argument("--extra-body", type=json_object, metavar="JSON", help="more parameters of every request")
+    server.add_argument(
+        "--header", nargs="+", default=[], metavar="NAME=VALUE", help="more headers; OPENAI_API_KEY has the key"
+    )
+    sampling = parser.add_argument_group("sampling", "of every request; nothing: greedily")
+    for name in ("temperature", "top-p", "min-p", "frequency-penalty", "presence-penalty", "repetition-penalty"):
+        sampling.add_argument(f"--{name}", type=float, metavar="X")
+    sampling.add_argument("--top-k", type=int, metavar="N")
+    sampling.add_argument("--ignore-eos", action="store_true", help="vLLM's switch; it is always so")
     add_dataset_options(parser)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="TEXT", help="another one")
@@ -157,9 +165,32 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     text = "metrics to show, of ttft, tpot, itl and e2el"
     parser.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="NAME,...", help=text)
-    _add(parser, "--metric-percentiles", [99], "percentiles to show", kind=counts)
+    parser.add_argument(
+        "--metric-percentiles",
+        type=shares,
+        default=[99],
+        metavar="N,N,...",
+        help="percentiles to show, such as 50,99.9 (default: 99)",
+    )
+    _add_result_options(parser)
+    parser.add_argument("--disable-tqdm", action="store_true", help="vLLM's switch; there is no bar")
     _add_output_json(parser)
     parser.set_defaults(config=None)
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("results", "the JSON file that vLLM writes")
+    _add_switch(group, "--save-result", "write it")
+    _add_switch(group, "--save-detailed", "with a value a request")
+    group.add_argument("--result-dir", metavar="FOLDER", help="where (default: here); it is made")
+    group.add_argument(
+        "--result-filename", metavar="NAME", help="(default: BACKEND-RATEqps[-concurrencyN]-MODEL-TIME.json)"
+    )
+    group.add_argument("--label", metavar="TEXT", help="in place of the backend in that name")
+    group.add_argument("--metadata", nargs="+", default=[], metavar="NAME=VALUE", help="more of its keys")
+    text = "draw the requests over time beside it, as .timeline.png"
+    _add_switch(group, "--plot-timeline", text)
+    _add_file(parser, "--plot", "draw the requests over time (.png, .svg, .pdf)")
 
 
 def _add_arrivals(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +265,15 @@ def not_negative(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Return whole numbers above 0, which commas separate."""
     return [positive(part) for part in text.split(",")]
+
+
+def shares(text: str) -> list[float]:
+    """Return percentages in (0, 100], which commas separate; whole ones as whole numbers."""
+    found = [float(part) for part in text.split(",")]
+    for share in found:
+        if not 0 < share <= 100:
+            raise argparse.ArgumentTypeError(f"{share:g} is not in (0, 100]")
+    return [int(share) if share.is_integer() else share for share in found]
 
 
 def milliseconds(text: str) -> float:

@@ -10,15 +10,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
-from jaxllm.bench import report
+from jaxllm.bench import plot, report, serve_results
 from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
 from jaxllm.bench.http_stream import lines
 from jaxllm.bench.serve_trace import METRICS, Answer, arrivals, measure, table
 
+#: of every request, where they are given
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 
 
@@ -40,6 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
     goals = _goals(arguments.goodput)
     metrics = _metrics(arguments.percentile_metrics)
+    serve_results.metadata(arguments.metadata)
+    saved = serve_results.result_path(arguments)
+    timelines = _timelines(arguments, saved)
     tokenizer = bench_tokenizer(arguments)
     requests = read_dataset(arguments, tokenizer)
     texts = None
@@ -50,9 +56,23 @@ def run(arguments: argparse.Namespace) -> int:
     if len(failed) == len(answers):
         raise JaxLLMError(f"all {len(answers)} requests failed, the first one: {failed[0]}")
     results = measure(answers, seconds, percentages=arguments.metric_percentiles, goals=goals)
+    results |= serve_results.peaks(answers)
     print(table(results, arguments, metrics=metrics, percentages=arguments.metric_percentiles))
     report.write(arguments.output_json, arguments, {**results, "answers": [dataclasses.asdict(a) for a in answers]})
+    serve_results.save(saved, arguments, results, answers)
+    for path in timelines:
+        plot.draw_timeline(path, [(answer.sent, *answer.times) for answer in answers if answer.error is None])
     return 0
+
+
+def _timelines(arguments: argparse.Namespace, saved: Path | None) -> list[Path]:
+    """Return the pictures to draw: that of ``--plot``, and one beside the saved result."""
+    paths = [arguments.plot] if arguments.plot is not None else []
+    if arguments.plot_timeline and saved is not None:
+        paths.append(saved.with_suffix(".timeline.png"))
+    for path in paths:
+        plot.require(path)
+    return paths
 
 
 def _is_chat(arguments: argparse.Namespace) -> bool:
@@ -109,14 +129,26 @@ async def _ask(
 async def _target(arguments: argparse.Namespace) -> Target:
     base = (arguments.base_url or f"http://{arguments.host}:{arguments.port}").rstrip("/")
     key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = ({"Authorization": f"Bearer {key}"} if key else {}) | _headers(arguments.header)
     model = arguments.served_model_name
     if model is None:
         # whatever the server has
         told = json.loads(b"".join([line async for line in lines(f"{base}/v1/models", headers=headers)]))
         model = told["data"][0]["id"]
     url = base + (arguments.endpoint or ENDPOINTS[arguments.backend])
-    return Target(url=url, model=model, headers=headers, extra=arguments.extra_body or {}, chat=_is_chat(arguments))
+    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    extra = {**given, **(arguments.extra_body or {})}
+    return Target(url=url, model=model, headers=headers, extra=extra, chat=_is_chat(arguments))
+
+
+def _headers(words: Sequence[str]) -> dict[str, str]:
+    headers = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not name or not sign or not word.isprintable():
+            raise ValidationError(f"--header {word!r} is not NAME=VALUE, such as X-Tenant=test.")
+        headers[name] = value
+    return headers
 
 
 async def _answer(target: Target, request: BenchRequest, prompt: Any) -> Answer:

@@ -30,6 +30,11 @@ METRICS = (
     ("itl", "ITL", "Inter-token Latency"),
     ("e2el", "E2EL", "End-to-end Latency"),
 )
+#: of `serve_results.peaks`
+_PEAKS = {
+    "Peak output token throughput (tok/s)": "max_output_tokens_per_s",
+    "Peak concurrent requests": "max_concurrent_requests",
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,7 +88,7 @@ def measure(
     answers: list[Answer],
     seconds: float,
     *,
-    percentages: Sequence[int] = (99,),
+    percentages: Sequence[float] = (99,),
     goals: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return vLLM's metrics, in milliseconds. A request with more than one token has a TPOT, a pair of outputs an ITL.
@@ -133,7 +138,7 @@ def table(
     arguments: argparse.Namespace,
     *,
     metrics: Sequence[str] | None = None,
-    percentages: Sequence[int] = (99,),
+    percentages: Sequence[float] = (99,),
 ) -> str:
     """Return the results as ``vllm bench serve`` prints them.
 
@@ -153,6 +158,7 @@ def table(
         "Request throughput (req/s)": results["request_throughput"],
         **({"Request goodput (req/s)": results["request_goodput"]} if "request_goodput" in results else {}),
         "Output token throughput (tok/s)": results["output_throughput"],
+        **{label: results[key] for label, key in _PEAKS.items() if key in results},
         "Total token throughput (tok/s)": results["total_token_throughput"],
     }
     lines = [f"{' Serving Benchmark Result ':=^50}", *map(_line, shown, shown.values())]

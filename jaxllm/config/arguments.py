@@ -34,18 +34,8 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     "a configuration of quantization beside config.json's": {
         "quantization_config": (),
     },
-    "LoRA": {
-        "enable_lora": (False,),
-        "max_loras": (1,),
-        "max_lora_rank": (16,),
-        "max_cpu_loras": (),
-        "lora_dtype": ("auto",),
-        "fully_sharded_loras": (False,),
-        "lora_target_modules": (),
-        "default_mm_loras": (),
-    },
+    "adapters that belong to kinds of media": {"default_mm_loras": ()},
     "multimodal input": {
-        "mm_processor_cache_gb": (0, 4),
         "mm_processor_cache_type": ("lru",),
         "mm_encoder_tp_mode": ("weights",),
         "media_io_kwargs": (),
@@ -143,6 +133,9 @@ NO_EFFECT: dict[str, NoEffect] = {
     "swap_space": NoEffect("preempted requests are recomputed, or come back from the host pool of kv_offloading_size"),
     "multi_step_stream_outputs": NoEffect("stream_interval is the number of tokens between two outputs"),
     "disable_async_output_proc": NoEffect("async_scheduling decides what overlaps", (False,)),
+    "fully_sharded_loras": NoEffect(
+        "adapters are split over devices as the matrices are that they belong to", (False,)
+    ),
     "disable_custom_all_reduce": NoEffect("XLA does the reductions", (False,)),
     "max_seq_len_to_capture": NoEffect(_NO_GRAPHS),
     "max_context_len_to_capture": NoEffect(_NO_GRAPHS),

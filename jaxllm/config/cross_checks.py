@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.config.lora import check_lora
 
 if TYPE_CHECKING:
     from jaxllm.config.engine_args import EngineArgs
@@ -40,6 +41,7 @@ def check_together(args: EngineArgs) -> None:
             "enable_prefix_caching=False leaves none in it. Set enable_prefix_caching=True, or leave "
             "kv_offloading_size out."
         )
+    check_lora(args)
     if args.speculative_config is not None:
         _check_drafts(args)
     if args.steps_together:

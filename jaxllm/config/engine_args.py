@@ -19,6 +19,7 @@ from jaxllm.config import argument_checks as check
 from jaxllm.config.argument import argument, switch
 from jaxllm.config.arguments import ALIASES, attention_backend_of, known_names, refuse, report_without_effect
 from jaxllm.config.cross_checks import check_together
+from jaxllm.config.lora import LoRAArguments
 from jaxllm.config.media import MediaLimit, domains, folder, media_limits
 from jaxllm.config.parallel import ParallelConfig
 from jaxllm.config.profiler import ProfilerConfig
@@ -31,7 +32,7 @@ SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineArgs(ParallelConfig, QuantizationConfig):
+class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     """What the engine is told, under vLLM's names and with its defaults, except where noted.
 
     Each argument is written once: a field with its check and its help, here or in the configuration of its concern.
@@ -193,6 +194,16 @@ class EngineArgs(ParallelConfig, QuantizationConfig):
     )
     mm_processor_kwargs: dict[str, Any] = argument(
         dict, check.mapping, 'how images are prepared: {"min_pixels": 3136, "max_pixels": 1003520}', group="model"
+    )
+    #: in GiB
+    mm_processor_cache_gb: float = argument(
+        4.0, check.gibibytes, "memory of images that are prepared, in case they come again; 0: none", group="model"
+    )
+    max_num_encoder_input_tokens: int | None = argument(
+        None,
+        check.at_least(1),
+        "vectors of images that a step makes at most (default: max_num_batched_tokens)",
+        group="scheduler",
     )
     allowed_local_media_path: str = argument(
         "", folder, "the folder whose files conversations may name as images", group="model", form="DIR"

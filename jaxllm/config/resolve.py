@@ -143,6 +143,7 @@ def scheduler_config(
         max_draft_seqs=draft_seqs,
         keeps_outputs=bool(drafts and _keeps_outputs(args)),
         drafts_by_num_seqs=_drafts_by_num_seqs(args, draft_seqs),
+        max_loras=args.max_loras if args.enable_lora else 0,
         num_draft_steps=max(min(num_steps, num_tokens // (2 * (1 + drafts))), 1),
     )
 

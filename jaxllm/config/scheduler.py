@@ -49,3 +49,7 @@ class SchedulerConfig:
     #: vectors of pictures that there is room for on the device, and those that a step makes; 0: there are no pictures
     encoder_cache_tokens: int = 0
     max_encoder_tokens: int = 0
+    #: whether a chunk has all tokens of a picture that it has any of
+    keeps_media_whole: bool = False
+    #: adapters that the device has at once; 0: there are none
+    max_loras: int = 0

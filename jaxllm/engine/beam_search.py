@@ -72,6 +72,7 @@ def beam_search(
     *,
     request_ids: Sequence[str] | None = None,
     priority: int | None = None,
+    lora_request: Any = None,
     concurrency_limit: int | None = None,
     use_tqdm: bool = False,
 ) -> list[BeamSearchOutput]:
@@ -93,7 +94,7 @@ def beam_search(
         bar_class()(total=total, desc="Beam search", unit="token", disable=not use_tqdm) as bar,
     ):
         for first in range(0, len(searches), limit):
-            _advance(feeds, searches[first : first + limit], params, inputs.eos_token_ids, priority, bar)
+            _advance(feeds, searches[first : first + limit], params, inputs.eos_token_ids, priority, lora_request, bar)
     outputs = [BeamSearchOutput(sequences=search.sequences(params)) for search in searches]
     if inputs.tokenizer is not None:
         for sequence in (sequence for output in outputs for sequence in output.sequences):
@@ -109,6 +110,7 @@ def _advance(
     params: BeamSearchParams,
     eos: frozenset[int],
     priority: int | None,
+    lora_request: Any,
     bar: Any,
 ) -> None:
     """Run searches to their end, together."""
@@ -121,7 +123,7 @@ def _advance(
         prompts = [_prompt(beam, search) for search in live for beam in search.beams]
         if not prompts:
             break
-        found = feeds.feed(prompts, one_token, priority=priority).outputs()
+        found = feeds.feed(prompts, one_token, priority=priority, lora_request=lora_request).outputs()
         positions = [output.outputs[0].logprobs for output in sorted(found, key=lambda output: output.index)]
         of_all_beams = iter(positions)
         for search in live:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.io.token_constraints import TokenConstraints
     from jaxllm.engine.observe.metrics import EngineMetrics, EngineStats, Metric
     from jaxllm.engine.observe.step_observer import StepObserver
@@ -36,6 +37,7 @@ class EngineCore:
         constraints: follows the requests whose tokens are restricted; None: there are none.
         pools: the requests are to be pooled, not continued.
         bucket: (tokens, sequences) of a step -> those of the program that runs it; None: there are none.
+        adapters: has those that requests may have; None: there are none.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class EngineCore:
         *,
         pools: bool = False,
         bucket: Callable[[int, int], tuple[int, ...]] | None = None,
+        adapters: AdapterStore | None = None,
     ):
-        self.scheduler = Scheduler(scheduler_config, cache_config)
+        self.scheduler = Scheduler(scheduler_config, cache_config, adapters)
         self._runner = runner
         self._pools = pools
         self._outputs = PoolingProcessor() if pools else OutputProcessor(tokenizer, scheduler_config.stream_interval)
@@ -172,8 +175,11 @@ class EngineCore:
         outputs: list[RequestOutput] = []
         if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
             outputs = self._read()
-        elif waits and self._constraints is not None:
-            self._constraints.wait()
+        elif waits:
+            if self._constraints is not None:
+                self._constraints.wait()
+            if self.scheduler.adapters is not None:
+                self.scheduler.adapters.wait()
         for observer in self._observers:
             observer.turn_ends()
         return outputs
@@ -190,6 +196,8 @@ class EngineCore:
             outputs: gets those of the steps that have to be read for it.
         """
         scheduled = self.scheduler.schedule()
+        if self.scheduler.adapters is not None:
+            outputs += self._fail(self.scheduler.adapters.take_failed())
         for observer in self._observers:
             observer.scheduled(scheduled)
         if not scheduled.rows:
@@ -278,7 +286,13 @@ class EngineCore:
         for observer in self._observers:
             observer.failed()
         self.scheduler.reset_prefix_cache()
+        self._forget_adapters()
         self._runner.reset()
+
+    def _forget_adapters(self) -> None:
+        """The device loses them."""
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.forget()
 
     def drain(self) -> list[RequestOutput]:
         """Read what is in flight and return its outputs, of requests that still live. Fails as `step` does."""
@@ -340,6 +354,7 @@ class EngineCore:
             self._asleep.add("kv_cache")
         if level and "weights" not in self._asleep:
             self._runner.free_weights(keep_on_host=level == 1)
+            self._forget_adapters()
             self._asleep.add("weights")
         self._asleep.add("scheduling")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.config.engine_args import EngineArgs
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.core import EngineCore
     from jaxllm.engine.io.agreement import Agreement
     from jaxllm.engine.io.input_processor import InputProcessor
@@ -58,6 +59,7 @@ class Engine:
         startup_times: seconds of each start-up phase.
         model_files: what the model was read from.
         agreement: with the other processes that run it; None: there are none.
+        adapters: those that requests may have; None: there are none.
     """
 
     #: those that are not shut down; whoever starts another one is told
@@ -78,10 +80,12 @@ class Engine:
         startup_times: dict[str, float],
         model_files: ModelFiles,
         agreement: Agreement | None = None,
+        adapters: AdapterStore | None = None,
     ):
         self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
         self.client = EngineClient(core, agreement)
+        self._adapters = adapters
         self.inputs, self.default_params = inputs, default_params
         #: tokenizes beside the engine
         self.pool = TokenizerPool(args.tokenizer_pool_size)
@@ -100,7 +104,7 @@ class Engine:
         # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
         # is, and in the middle of XLA's code the whole process with it.
         at_exit = atexit.register(functools.partial(_end_steps, self.client.lock, core))
-        self._free = weakref.finalize(self, _free, core, self.pool, at_exit)
+        self._free = weakref.finalize(self, _free, core, self.pool, adapters, at_exit)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
         Engine._running.add(self)
@@ -196,6 +200,13 @@ class Engine:
                 'as a pooling model: LLM(..., runner="pooling").'
             )
         return self._pooling
+
+    @property
+    def adapters(self) -> AdapterStore:
+        """Raises ValidationError where there are none."""
+        if self._adapters is None:
+            raise ValidationError("LoRA is not enabled. Pass enable_lora=True when making the LLM (--enable-lora).")
+        return self._adapters
 
     # Its state, as `LLM`'s methods of these names say.
 
@@ -310,7 +321,11 @@ def _end_steps(lock: Any, core: EngineCore | Replicas) -> None:
     core.rest()
 
 
-def _free(core: EngineCore | Replicas, pool: TokenizerPool, at_exit: Callable[[], object]) -> None:
+def _free(
+    core: EngineCore | Replicas, pool: TokenizerPool, adapters: AdapterStore | None, at_exit: Callable[[], object]
+) -> None:
     atexit.unregister(at_exit)
+    if adapters is not None:
+        adapters.shutdown()
     pool.shutdown()
     core.shutdown()

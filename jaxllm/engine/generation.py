@@ -64,11 +64,17 @@ class Generation:
         params: Params,
         priority: int | Iterable[int] | None,
         tokenization_kwargs: Mapping[str, Any] | None,
+        lora_request: Any = None,
     ) -> list[str]:
         """Queue prompts, all of them or none; returns their requests' ids."""
         listed = list(prompts)
         feed = self._feeds.feed(
-            listed, params, priority=priority, tokenization_kwargs=tokenization_kwargs, window=max(len(listed), 1)
+            listed,
+            params,
+            priority=priority,
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            window=max(len(listed), 1),
         )
         try:
             ids = feed.submit()

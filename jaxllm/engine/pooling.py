@@ -57,6 +57,7 @@ class Pooling:
         truncate_prompt_tokens: int | None,
         on_error: str,
         priority: int = 0,
+        lora_request: Any = None,
     ) -> list[Pooled]:
         """What the model makes of each prompt, in their order."""
         self._check_task(task)
@@ -69,7 +70,13 @@ class Pooling:
             tokenization_kwargs = {"truncate_prompt_tokens": truncate_prompt_tokens, **(tokenization_kwargs or {})}
         options = self.inputs.options(tokenization_kwargs, params if isinstance(params, list) else [params])
         feed = self._feeds.feed(
-            prompts, params, inputs=self.inputs, options=options, on_error=on_error, priority=priority
+            prompts,
+            params,
+            inputs=self.inputs,
+            options=options,
+            on_error=on_error,
+            priority=priority,
+            lora_request=lora_request,
         )
         with Progress(len(prompts) if isinstance(prompts, Sized) else None, enabled=bool(use_tqdm)) as progress:
             outputs = sorted(feed.outputs(progress), key=lambda output: output.index)
@@ -84,6 +91,7 @@ class Pooling:
         use_tqdm: Bar,
         tokenization_kwargs: Mapping[str, Any] | None,
         *arguments: Any,
+        lora_request: Any = None,
     ) -> list[ScoringRequestOutput]:
         """How well texts fit; the arguments from the parameters on are `run`'s."""
         labels = self.inputs.pooler.num_labels
@@ -106,11 +114,15 @@ class Pooling:
                 pairs = [_templated(pair, chat_template) for pair in pairs]
                 # as around any text: the template is not a chat's, which would write them
                 tokenization_kwargs = {"add_special_tokens": True, **(tokenization_kwargs or {})}
-            outputs = self.run(pairs, "classify", params, use_tqdm, tokenization_kwargs, *arguments)
+            outputs = self.run(
+                pairs, "classify", params, use_tqdm, tokenization_kwargs, *arguments, lora_request=lora_request
+            )
             return [ScoringRequestOutput.from_base(output) for output in outputs]
         by_token = self.inputs.pooler.task == "token_embed"
         task = "token_embed" if by_token else "embed"
-        outputs = self.run(first + second, task, params, use_tqdm, tokenization_kwargs, *arguments)
+        outputs = self.run(
+            first + second, task, params, use_tqdm, tokenization_kwargs, *arguments, lora_request=lora_request
+        )
         left, right = outputs[: len(first)], outputs[len(first) :]
         measure = _max_sim if by_token else _cosine
         pairs = list(zip(left * (len(right) // len(left)), right, strict=True))

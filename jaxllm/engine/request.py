@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from jaxllm.api.lora_request import LoRARequest
     from jaxllm.api.sampling_params import SamplingParams
+    from jaxllm.engine.adapters import Adapter
     from jaxllm.engine.cache.block_hash import ExtraKey
     from jaxllm.multimodal.items import PromptMedia
     from jaxllm.structured.compiler import Grammar
@@ -78,9 +80,12 @@ class Request:
         block_hashes: of leading full blocks of the prompt, as far as they are known already.
         prompt_embeds: [tokens, hidden size], the prompt where it came as vectors; `prompt_token_ids` says nothing then.
         media: what the prompt holds besides tokens, whose content `extra_keys` name.
+        adapter: what it goes through the model with, whose key is among `extra_keys`; None: the model alone.
     """
 
     __slots__ = (
+        "adapter",
+        "adapter_slot",
         "all_token_ids",
         "arrival_order",
         "arrival_time",
@@ -154,6 +159,7 @@ class Request:
         block_hashes: Sequence[bytes] = (),
         prompt_embeds: np.ndarray | None = None,
         media: PromptMedia | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -161,6 +167,9 @@ class Request:
         self.media = None if media is None else HeldMedia(media)
         #: the place behind its last item; 0: there is none
         self.media_stop = 0 if media is None else media.stop
+        self.adapter = adapter
+        #: where the device has it, -1 when not running
+        self.adapter_slot = -1
         self.num_prompt_tokens = len(prompt_token_ids)
         #: prompt, then the outputs that the host has read
         self.all_token_ids = list(prompt_token_ids)
@@ -278,10 +287,16 @@ class Request:
             block_hashes=self.block_hashes,
             prompt_embeds=self.prompt_embeds,
             media=None if self.media is None else self.media.media,
+            adapter=self.adapter,
         )
         fork.bad_words = self.bad_words
         fork.is_child = True
         return fork
+
+    @property
+    def lora_request(self) -> LoRARequest | None:
+        """What names its adapter."""
+        return None if self.adapter is None else self.adapter.request
 
     @property
     def num_tokens(self) -> int:

@@ -59,6 +59,8 @@ class AdmittedRequest:
     prompt_embeds: np.ndarray | None = None
     #: what the prompt holds besides tokens
     media: PromptMedia | None = None
+    #: of its adapter, on the device; -1: it has none
+    adapter_slot: int = -1
 
     @classmethod
     def of(cls, request: Request, num_cached_tokens: int) -> AdmittedRequest:
@@ -80,6 +82,7 @@ class AdmittedRequest:
             bad_words=request.bad_words,
             prompt_embeds=embeds,
             media=None if request.media is None else request.media.media,
+            adapter_slot=request.adapter_slot,
         )
 
 
@@ -139,6 +142,8 @@ class SchedulerOutput:
     #: most drafts of a step, which the device makes and checks: each entry gets up to ``num_steps * (1 + num_drafts)``
     #: tokens, no more than its `counts`, and at least one unless it ends. 0: there are none
     num_drafts: int = 0
+    #: with drafts: others, which have prompts to compute, take no part
+    is_apart: bool = False
     #: with drafts, masked row -> the drafts that are checked of it, instead of any of the device's, in one step
     checked: dict[int, CheckedDrafts] = dataclasses.field(default_factory=dict)
     #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest
@@ -157,6 +162,11 @@ class SchedulerOutput:
     encoder_inputs: list[EncoderInput] = dataclasses.field(default_factory=list)
     #: where the vectors of items are, of requests that run in this launch and later ones
     encoded_parts: list[EncodedPart] = dataclasses.field(default_factory=list)
+
+    #: (slot, matrices of an adapter) that the launch puts there before it computes anything
+    adapter_loads: list[tuple[int, Any]] = dataclasses.field(default_factory=list)
+    #: whether any of the requests has an adapter
+    uses_adapters: bool = False
 
     @classmethod
     def empty(cls, step: int) -> SchedulerOutput:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxllm.api.lora_request import LoRARequest
     from jaxllm.api.outputs import RequestOutput
     from jaxllm.api.sampling_params import SamplingParams
     from jaxllm.engine.client import EngineClient
@@ -22,13 +23,20 @@ class SteppedRequests:
         #: names of the requests of which more will come
         self._unfinished: set[str] = set()
 
-    def add(self, name: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def add(
+        self,
+        name: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        lora_request: LoRARequest | None = None,
+    ) -> None:
         """Queue a request. Raises what `LLMEngine.add_request` does."""
         if not isinstance(name, str):
             raise TypeError(f"request_id must be a string, got {type(name).__name__}")
         if self._client.agreement is not None:
             self._client.agreement.check_request(name, prompt, params)
-        request, text = self._inputs.request(self._client.next_id(name), prompt, params, priority)
+        request, text = self._inputs.request(self._client.next_id(name), prompt, params, priority, lora_request)
         with self._client.lock:
             self._client.add(request, text, self._receive, name)
             self._unfinished.add(name)

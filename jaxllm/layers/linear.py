@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
@@ -15,7 +16,7 @@ from pallas_kernels.quant_matmul.layout import Int4Weight, halves
 from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
 
 #: what a matrix can be stored as
-Matrix = jax.Array | StackedMatrix | Quantized | Observed
+Matrix = jax.Array | StackedMatrix | Quantized | Observed | Adapted
 
 
 def linear(
@@ -52,6 +53,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     product to the last; a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16
     takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
+    if isinstance(weight, Adapted):
+        return linear_f32(context, x, weight.base) + adapter_term(x, weight)
     if isinstance(weight, StackedMatrix):
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)

@@ -29,8 +29,8 @@ from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables, sectioned_rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.models.names import WeightNames
-from jaxllm.models.qwen_vision import VisionConfig, VisionParams
 from jaxllm.models.segments import through_layers
+from jaxllm.models.vision import VisionConfig, VisionParams
 
 #: a window wider than any context
 UNLIMITED = 2**30
@@ -113,6 +113,8 @@ class DecoderConfig:
     rope_sections: tuple[int, ...] = ()
     #: the tower that sees pictures; None: there is none, or it is not loaded
     vision: VisionConfig | None = None
+    #: whether the tokens of a picture see each other
+    sees_whole_pictures: bool = False
 
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:

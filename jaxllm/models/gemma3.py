@@ -1,16 +1,21 @@
-"""Gemma 3, its text: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025,
-arXiv:2503.19786).
+"""Gemma 3: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025, arXiv:2503.19786);
+and where it sees pictures, SigLIP's tower, of whose features the mean is taken over squares of neighbours.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.rope import Rotary
+from jaxllm.models.clip_vision import clip_config
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.gemma import NAMES, gemma_fields
 from jaxllm.models.llama import MAX_MODEL_LEN, rope
+from jaxllm.models.projector import ProjectorConfig
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -49,13 +54,25 @@ _TEXT_DEFAULTS = {
 }
 
 
-def text_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The text part of a model that sees images, too, which reads text as the text model does.
+def image_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Of a model that sees pictures, which reads text as the text model does.
 
     Raises:
-        KeyError, ValidationError: as `common_fields`.
+        KeyError, ValidationError: as `common_fields` and `clip_config`.
     """
-    return config_from_hf({**text_alone(hf), MAX_MODEL_LEN: hf.get(MAX_MODEL_LEN)})
+    model = config_from_hf({**text_alone(hf), MAX_MODEL_LEN: hf.get(MAX_MODEL_LEN)})
+    vision = hf["vision_config"]
+    patches = vision.get("image_size", 224) // vision.get("patch_size", 16)
+    tokens = hf.get("mm_tokens_per_image", 256)
+    side = math.isqrt(tokens)
+    if side**2 != tokens or not 0 < side <= patches or patches % side:
+        raise ValidationError(
+            f"mm_tokens_per_image={tokens} of config.json must be a square whose side divides the {patches} patches of "
+            "a picture's side"
+        )
+    eps = vision.get("layer_norm_eps", 1e-6)
+    projector = ProjectorConfig(output_size=model.hidden_size, pooled_side=patches // side, norm_eps=eps)
+    return dataclasses.replace(model, vision=clip_config(vision, projector), sees_whole_pictures=True)
 
 
 def text_alone(hf: Mapping[str, Any]) -> dict[str, Any]:

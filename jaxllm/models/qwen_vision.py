@@ -4,7 +4,7 @@ of the language model, one of every `merge_size` ** 2 patches.
 Qwen2.5-VL attends within windows in all layers but a few, with RMSNorm and a gated MLP; Qwen2-VL attends in whole
 frames, with LayerNorm and a plain MLP.
 """
-# A tree of specs has the form of `VisionParams`, with other leaves.
+# A tree of specs has the form of `QwenVisionParams`, with other leaves.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROPE_THETA = 10000.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class QwenVisionConfig:
     """Shapes and choices of one tower. Hashable: a compiled encoder is made for one of these."""
 
     num_layers: int
@@ -79,10 +79,18 @@ class VisionConfig:
     def has_windows(self) -> bool:
         return len(self.full_layers) < self.num_layers
 
+    @property
+    def fixed_patches(self) -> None:
+        """Pictures are of many sizes."""
+
+    def num_vectors(self, num_patches: int) -> int:
+        """That so many patches become."""
+        return num_patches // self.merge_unit
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class VisionLayers:
+class QwenVisionLayers:
     """Weights of the tower's layers, stacked. L layers, v the tower's hidden size, F its intermediate size."""
 
     attention_norm: jax.Array  # [L, v]
@@ -101,11 +109,11 @@ class VisionLayers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class VisionParams:
+class QwenVisionParams:
     """M: patches that become one vector, d: the language model's hidden size."""
 
     patch_embedding: jax.Array  # [v, channels, temporal_patch_size, patch_size, patch_size]
-    layers: VisionLayers
+    layers: QwenVisionLayers
     merger_norm: jax.Array  # [v]
     merger_norm_bias: jax.Array | None  # [v]
     merger_in: jax.Array  # [M * v, M * v]
@@ -114,7 +122,7 @@ class VisionParams:
     merger_out_bias: jax.Array  # [d]
 
 
-def vision_config(hf: Mapping[str, Any], *, gated: bool, output_size: int) -> VisionConfig:
+def vision_config(hf: Mapping[str, Any], *, gated: bool, output_size: int) -> QwenVisionConfig:
     """The tower that `vision_config` of a config.json describes.
 
     Args:
@@ -143,7 +151,7 @@ def vision_config(hf: Mapping[str, Any], *, gated: bool, output_size: int) -> Vi
     if gated and window % (merge * patch):
         raise ValidationError(f"window_size={window} of vision_config is no multiple of {merge * patch}")
     full = tuple(hf.get("fullatt_block_indexes", (7, 15, 23, 31))) if gated else tuple(range(layers))
-    return VisionConfig(
+    return QwenVisionConfig(
         num_layers=layers,
         hidden_size=hidden,
         intermediate_size=hf["intermediate_size"] if gated else int(hidden * hf.get("mlp_ratio", 4)),
@@ -160,8 +168,8 @@ def vision_config(hf: Mapping[str, Any], *, gated: bool, output_size: int) -> Vi
     )
 
 
-def vision_specs(c: VisionConfig) -> VisionParams:
-    """A `VisionParams` tree of `WeightSpec`s; every device has all of it."""
+def vision_specs(c: QwenVisionConfig) -> QwenVisionParams:
+    """A `QwenVisionParams` tree of `WeightSpec`s; every device has all of it."""
     v, unit = Axis("vision", c.hidden_size), Axis("merged", c.merge_unit * c.hidden_size)
     mlp, out = Axis("vision mlp", c.intermediate_size), Axis("embed", c.output_size)
     layers = range(c.num_layers)
@@ -179,11 +187,11 @@ def vision_specs(c: VisionConfig) -> VisionParams:
     mlp_in = ("mlp.gate_proj", "mlp.up_proj") if c.gated else ("mlp.fc1",)
     mlp_out = "mlp.down_proj" if c.gated else "mlp.fc2"
     patch = Axis("rows", c.patch_size), Axis("columns", c.patch_size)
-    return VisionParams(
+    return QwenVisionParams(
         patch_embedding=outside(
             "patch_embed.proj.weight", v, Axis("channels", c.channels), Axis("frames", c.temporal_patch_size), *patch
         ),
-        layers=VisionLayers(
+        layers=QwenVisionLayers(
             attention_norm=of_layers("norm1", rows=v, init=1.0),
             attention_norm_bias=norm_bias(of_layers("norm1", rows=v, kind="bias", init=0.0)),
             attention_in=of_layers("attn.qkv", rows=Axis("vision qkv", 3 * c.hidden_size), columns=(v,)),
@@ -207,7 +215,7 @@ def vision_specs(c: VisionConfig) -> VisionParams:
 
 
 def encode(
-    context: Context, config: VisionConfig, params: VisionParams, pixels: jax.Array, patches: Patches
+    context: Context, config: QwenVisionConfig, params: QwenVisionParams, pixels: jax.Array, patches: Patches
 ) -> jax.Array:
     """Patches as vectors of the language model.
 
@@ -236,7 +244,7 @@ def encode(
             return whole()
         return lax.cond(is_full, whole, windows)
 
-    def layer(x: jax.Array, w: VisionLayers, is_full: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, w: QwenVisionLayers, is_full: jax.Array) -> jax.Array:
         normed = _norm(config, x, w.attention_norm, w.attention_norm_bias)
         qkv = linear(context, normed, w.attention_in, w.attention_in_bias).reshape(-1, 3 * heads, dim)
         query, key, value = jnp.split(qkv, 3, axis=1)
@@ -255,5 +263,5 @@ def encode(
     return linear(context, x, params.merger_out, params.merger_out_bias)
 
 
-def _norm(config: VisionConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _norm(config: QwenVisionConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
     return rms_norm(x, weight, _EPS) if config.gated else layer_norm(x, weight, bias, _EPS)

@@ -18,6 +18,7 @@ from jaxllm.models import (
     gpt_oss,
     granite,
     llama,
+    llava,
     mistral,
     mixtral,
     olmo2,
@@ -48,8 +49,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "GemmaForCausalLM": gemma.config_from_hf,
     "Gemma2ForCausalLM": gemma.gemma2_config_from_hf,
     "Gemma3ForCausalLM": gemma3.config_from_hf,
-    # its text; images are refused
-    "Gemma3ForConditionalGeneration": gemma3.text_config_from_hf,
+    "Gemma3ForConditionalGeneration": gemma3.image_config_from_hf,
+    "LlavaForConditionalGeneration": llava.config_from_hf,
     "Phi3ForCausalLM": phi3.config_from_hf,
     "GraniteForCausalLM": granite.config_from_hf,
     "Olmo2ForCausalLM": olmo2.config_from_hf,

@@ -15,7 +15,7 @@ from jaxllm.models.bert import BertConfig, BertLayers, BertParams
 from jaxllm.models.decoder import DecoderConfig, Layers, Params
 from jaxllm.models.mla import latent_specs
 from jaxllm.models.names import ExpertNames
-from jaxllm.models.qwen_vision import vision_specs
+from jaxllm.models.vision import vision_specs
 
 #: a bias before training
 ZERO, ONE = 0.0, 1.0

@@ -52,6 +52,10 @@ class Media(NamedTuple):
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
 
+    def fits(self, room: Room) -> bool:
+        """Whether there is room for its vectors."""
+        return self.num_tokens <= room.tokens and self.items[0].num_tokens <= room.item_tokens
+
 
 class Room(NamedTuple):
     """What there is room for; a reader looks before it unfolds pixels, which take far more than a file's bytes."""
@@ -80,10 +84,10 @@ class PromptMedia:
 
     #: in the order of the prompt
     items: tuple[PlacedItem, ...]
-    #: i32 [3, tokens of the prompt]: the positions of each on three axes, less its place
-    rope_offsets: np.ndarray
+    #: i32 [3, tokens of the prompt]: the positions of each on three axes, less its place; None: places are positions
+    rope_offsets: np.ndarray | None = None
     #: the same of all tokens that are generated, on every axis
-    rope_delta: int
+    rope_delta: int = 0
 
     @property
     def stop(self) -> int:

@@ -13,9 +13,11 @@ from jaxllm.config.media import MediaLimit
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.conversations import has_media, without_media
 from jaxllm.multimodal.items import IMAGE, VIDEO, Media, PlacedItem, PromptMedia, Room
+from jaxllm.multimodal.marks import Marks
 from jaxllm.multimodal.pictures import MOST_DECODED, size_of_file
 from jaxllm.multimodal.positions import rope_offsets
-from jaxllm.multimodal.qwen_processor import PLACEHOLDERS, QwenProcessor
+from jaxllm.multimodal.processor import Processor
+from jaxllm.multimodal.processor_cache import ProcessorCache, content_key
 
 #: of a prompt
 MEDIA_KEYS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs")
@@ -32,18 +34,28 @@ class MediaReader:
         max_tokens: vectors of the largest item that the plan has room for.
         max_model_len: vectors that all of a prompt's may have together.
         access: what conversations may have read.
+        marks: how prompts say where pictures stand.
+        has_axes: whether tokens have positions of three axes.
+        tokenizer: None: the engine has none.
+        cache: of what was prepared; None: there is none.
     """
 
     def __init__(
         self,
-        processors: Mapping[str, QwenProcessor],
+        processors: Mapping[str, Processor],
         tokens: Mapping[str, int],
         limits: Mapping[str, MediaLimit],
         *,
         max_tokens: int,
         max_model_len: int,
         access: MediaAccess,
+        marks: Marks,
+        has_axes: bool,
+        tokenizer: Any = None,
+        cache: ProcessorCache | None = None,
     ):
+        self.cache = cache
+        self._marks, self._has_axes, self._tokenizer = marks, has_axes, tokenizer
         self._processors, self._tokens, self._limits = processors, tokens, limits
         self._max_tokens, self._max_model_len, self._access = max_tokens, max_model_len, access
 
@@ -56,7 +68,11 @@ class MediaReader:
         if not has_media(prompt["messages"]):
             return prompt
         with _told("the messages"):
-            return without_media(prompt, self._access, PLACEHOLDERS, self._check_count, self._check_frames)
+            return without_media(prompt, self._access, self._marks.placeholders, self._check_count, self._check_frames)
+
+    def text_of(self, text: str) -> str:
+        """A text with pictures as the model reads it."""
+        return self._marks.in_text(text)
 
     def read(self, prompt: Mapping[str, Any]) -> list[Media]:
         """What a prompt holds, of each modality in the caller's order.
@@ -78,16 +94,31 @@ class MediaReader:
                 continue
             self._check_count(modality, len(each))
             names = _uuids(uuids.get(modality), modality, len(each), salt)
-            read = getattr(processors[modality], modality)
             frames = self._limits.get(modality, MediaLimit()).num_frames
             labels = [modality if len(each) == 1 else f"{modality} {number}" for number in range(len(each))]
             if modality == IMAGE:
                 self._check_heads(processors[modality], each, labels, left)
             for item, label, uuid in zip(each, labels, names, strict=True):
                 with _told(label):
-                    found.append(read(item, name=label, uuid=uuid, room=Room(self._max_tokens, left, frames)))
+                    room = Room(self._max_tokens, left, frames)
+                    found.append(self._prepared(processors[modality], modality, item, label, uuid, room))
                 left -= found[-1].num_tokens
         return found
+
+    def _prepared(
+        self, processor: Processor, modality: str, given: Any, label: str, uuid: str | None, room: Room
+    ) -> Media:
+        """One item, from the cache where it is there and there is room for it."""
+        content = None if self.cache is None else uuid or content_key(given)
+        key = None if content is None else (modality, processor, uuid is not None, content)
+        if self.cache is not None and key is not None:
+            found = self.cache.get(key)
+            if found is not None and found.fits(room):
+                return found
+        made = getattr(processor, modality)(given, name=label, uuid=uuid, room=room)
+        if self.cache is not None and key is not None:
+            self.cache.put(key, made)
+        return made
 
     def _check_count(self, modality: str, count: int) -> None:
         limit = self._limits.get(modality, MediaLimit()).count
@@ -100,7 +131,7 @@ class MediaReader:
                 f"limit_mm_per_prompt={{{modality!r}: {count}}} allows them."
             )
 
-    def _check_heads(self, processor: QwenProcessor, each: Sequence[Any], labels: Sequence[str], left: int) -> None:
+    def _check_heads(self, processor: Processor, each: Sequence[Any], labels: Sequence[str], left: int) -> None:
         """Before the first picture of a prompt is decoded, as far as files tell their size."""
         pixels = 0
         for item, label in zip(each, labels, strict=True):
@@ -118,7 +149,8 @@ class MediaReader:
     def _check_frames(self, count: int, label: str) -> None:
         """Before frames are fetched; two of them are one vector at least."""
         limit = self._limits.get(VIDEO, MediaLimit()).num_frames
-        most = self._max_model_len * self._processors[VIDEO].temporal_patch_size
+        video: Any = self._processors[VIDEO]
+        most = self._max_model_len * video.temporal_patch_size
         most = most if limit is None else min(most, limit)
         if count > most:
             raise ValidationError(
@@ -128,6 +160,7 @@ class MediaReader:
 
     def check_no_places(self, token_ids: list[int]) -> None:
         """Raise ValidationError for a prompt that has places, and nothing to put there."""
+        token_ids = self._marks.in_tokens(token_ids, self._tokenizer)
         for modality, token in self._tokens.items():
             if token in token_ids:
                 raise self._other_places(modality, 0, token_ids.count(token))
@@ -149,6 +182,7 @@ class MediaReader:
         Raises:
             ValidationError: the prompt has another number of places.
         """
+        token_ids = self._marks.in_tokens(token_ids, self._tokenizer)
         of_token = {token: modality for modality, token in self._tokens.items()}
         waiting = {modality: [media for media in given if media.modality == modality] for modality in self._tokens}
         found: list[int] = []
@@ -174,8 +208,11 @@ class MediaReader:
             number = sum(media.modality == modality for media in given)
             if left or counts[modality] > number:
                 raise self._other_places(modality, number, counts[modality])
+        items = tuple(_items(placed))
+        if not self._has_axes:
+            return found, PromptMedia(items)
         offsets, delta = rope_offsets(placed, len(found), self._processors[given[0].modality].merge_size)
-        return found, PromptMedia(tuple(_items(placed)), offsets, delta)
+        return found, PromptMedia(items, offsets, delta)
 
 
 @contextlib.contextmanager

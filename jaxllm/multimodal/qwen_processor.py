@@ -7,7 +7,6 @@ encoder's program normalizes them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +15,9 @@ import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
-from jaxllm.multimodal.items import IMAGE, VIDEO, Grid, Media, MediaItem, Room
+from jaxllm.multimodal.items import IMAGE, VIDEO, Media, MediaItem, Room
 from jaxllm.multimodal.pictures import MOST_DECODED, MOST_PIXELS, pillow, read_picture
+from jaxllm.multimodal.processor import content_of, item_of, of_channels
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,11 +26,6 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _MOST_RATIO = 200
 #: positions, which are 32 bits
 _MOST_TIME = 2**30
-#: what stands for an item in a text
-PLACEHOLDERS = {
-    IMAGE: "<|vision_start|><|image_pad|><|vision_end|>",
-    VIDEO: "<|vision_start|><|video_pad|><|vision_end|>",
-}
 #: what a call, an engine or a prompt may say
 PROCESSOR_KEYS = ("min_pixels", "max_pixels", "size", "fps")
 
@@ -74,8 +69,8 @@ class QwenProcessor:
             **sizes,
             min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-            mean=_of_channels("image_mean", preprocessor.get("image_mean"), _MEAN),
-            deviation=_of_channels("image_std", preprocessor.get("image_std"), _DEVIATION),
+            mean=of_channels("image_mean", preprocessor.get("image_mean"), _MEAN),
+            deviation=of_channels("image_std", preprocessor.get("image_std"), _DEVIATION),
             tokens_per_second=vision.get("tokens_per_second"),
         )
 
@@ -129,6 +124,10 @@ class QwenProcessor:
         rows, columns = self.size_of(width, height)
         return rows * columns // self.factor**2
 
+    def patches_of(self, num_tokens: int) -> int:
+        """Patches of a picture that becomes so many vectors."""
+        return num_tokens * self.merge_size**2
+
     @property
     def most_tokens(self) -> int:
         """The most vectors that a picture of any size becomes."""
@@ -170,7 +169,7 @@ class QwenProcessor:
         picture = read_picture(given, name)
         self.check_room(picture.size, 1, name, room)
         pixels = self._resized(picture)
-        return Media(IMAGE, (self._item([pixels], uuid or _content(picture)),))
+        return Media(IMAGE, (self._item([pixels], uuid or content_of(picture)),))
 
     def video(self, given: Any, *, name: str = "video", uuid: str | None = None, room: Room | None = None) -> Media:
         """Frames as the encoder takes them, `temporal_patch_size` of them together; the last is repeated.
@@ -215,7 +214,7 @@ class QwenProcessor:
                 self.check_room(size, len(given), name, room)
             elif picture.size != size:
                 raise ValidationError(f"{name} must have frames of one size, got {size} and {picture.size}")
-            waiting.append((self._resized(picture), f"{uuid} frame {number}" if uuid else _content(picture)))
+            waiting.append((self._resized(picture), f"{uuid} frame {number}" if uuid else content_of(picture)))
             if number == len(given) - 1:
                 waiting += waiting[-1:] * (together - len(waiting))
             if len(waiting) == together:
@@ -261,30 +260,5 @@ class QwenProcessor:
 
     def _item(self, frames: list[np.ndarray], content: str) -> MediaItem:
         """Of frames uint8 [3, height, width]: `temporal_patch_size` of them, or one that is repeated."""
-        size, merge, together = self.patch_size, self.merge_size, self.temporal_patch_size
-        frames = frames * (together // len(frames))
-        channels, height, width = frames[0].shape
-        grid = Grid(height // size, width // size)
-        cut = np.stack(frames).reshape(
-            together, channels, grid.rows // merge, merge, size, grid.columns // merge, merge, size
-        )
-        pixels = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7).reshape(grid.num_patches, -1)
-        made = f"{content} {grid}"
-        return MediaItem(
-            content_hash=hashlib.blake2b(made.encode(), digest_size=16).hexdigest(),
-            grid=grid,
-            num_tokens=grid.num_patches // merge**2,
-            pixels=pixels,
-        )
-
-
-def _of_channels(name: str, given: Any, default: tuple[float, ...]) -> tuple[float, ...]:
-    found = tuple(checks.real(f"{name} of preprocessor_config.json", number) for number in given or default)
-    if len(found) != len(default):
-        raise ValidationError(f"{name} of preprocessor_config.json must have {len(default)} numbers, got {given!r:.80}")
-    return found
-
-
-def _content(picture: Any) -> str:
-    digest = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
-    return f"{picture.size} {digest}"
+        whole = np.stack(frames * (self.temporal_patch_size // len(frames)))
+        return item_of(whole, content, patch_size=self.patch_size, merge_size=self.merge_size, num_tokens=None)

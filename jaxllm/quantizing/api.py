@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -204,6 +205,9 @@ def _readable(checkpoint: Checkpoint) -> DecoderConfig:
             f"{checkpoint.path} holds orbax arrays: save it with llm.save(directory, format='safetensors') first."
         )
     config = model_config(checkpoint.config)
+    if config.vision is not None and not config.rope_sections:
+        logger.warning("The model sees images, too: what is written is its text alone, a model of its own.")
+        config = dataclasses.replace(config, vision=None, sees_whole_pictures=False)
     if config.vision is not None:
         raise ValidationError(
             "quantize takes models of texts, and this one sees images: its tower would be lost. Take a checkpoint that "

@@ -12,9 +12,13 @@ class Bucket(NamedTuple):
     seqs: int
     #: every sequence has one token; a program for these alone launches no kernels for chunks and prompts
     decode_only: bool = False
+    #: tokens may have adapters; a program for those without costs nothing of it
+    adapters: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.seqs} seqs{', decode only' if self.decode_only else ''}"
+        return f"{self.tokens} tokens x {self.seqs} seqs{', decode only' if self.decode_only else ''}" + (
+            ", adapters" if self.adapters else ""
+        )
 
 
 def make_buckets(
@@ -62,10 +66,17 @@ def draft_buckets(max_num_seqs: int) -> tuple[Bucket, ...]:
     return tuple(Bucket(size, size, decode_only=True) for size in sorted(sizes))
 
 
-def pick_bucket(buckets: tuple[Bucket, ...], tokens: int, seqs: int) -> Bucket:
-    """The smallest bucket that holds the step. Raises ValueError when none does: the scheduler's budget is wrong."""
+def with_adapters(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    """These buckets, and behind them the same for steps with adapters."""
+    return (*buckets, *(bucket._replace(adapters=True) for bucket in buckets))
+
+
+def pick_bucket(buckets: tuple[Bucket, ...], tokens: int, seqs: int, *, adapters: bool = False) -> Bucket:
+    """The smallest bucket that holds the step, with adapters or without. Raises ValueError when none does: the
+    scheduler's budget is wrong.
+    """
     for bucket in buckets:
-        if bucket.decode_only and tokens != seqs:
+        if bucket.adapters != adapters or (bucket.decode_only and tokens != seqs):
             continue
         if bucket.tokens >= tokens and bucket.seqs >= seqs:
             return bucket

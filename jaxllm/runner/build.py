@@ -14,12 +14,14 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
+from jaxllm.models.adapters import adapter_modules, adapter_specs
 from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
-from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets
+from jaxllm.runner.adapter_stacks import AdapterStacks
+from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets, with_adapters
 from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -153,7 +155,23 @@ def _runner(
         wanted = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs)
         padding = PaddingCost(tuple(programs.packings), wanted)
     head, blocks = _head(programs, limits.max_num_seqs), config.num_host_blocks
-    return Runner(params, reload, head, rows[0], padding, num_host_blocks=blocks)
+    adapters = _adapters(config, programs)
+    return Runner(params, reload, head, rows[0], padding, num_host_blocks=blocks, adapters=adapters)
+
+
+def _adapters(config: RunnerConfig, programs: Any) -> AdapterStacks | None:
+    lora = config.lora
+    if lora is None:
+        return None
+    specs = config.unquantized_specs
+    return AdapterStacks(
+        programs,
+        adapter_specs(specs, rank=lora.max_lora_rank, slots=None),
+        adapter_modules(specs),
+        rank=lora.max_lora_rank,
+        dtype=jnp.dtype(lora.dtype),
+        sharding=config.target.sharding,
+    )
 
 
 def build_replica(config: RunnerConfig, first: Built) -> Runner:
@@ -174,7 +192,8 @@ def build_replica(config: RunnerConfig, first: Built) -> Runner:
     max_num_seqs = config.scheduler.max_num_seqs
     rows = Rows(max_num_seqs, len(config.groups), config.table_width)
     head, blocks = _head(programs, max_num_seqs), config.num_host_blocks
-    replica = Runner(None, lambda: runner.params, head, rows, source=runner, num_host_blocks=blocks)
+    adapters = _adapters(config, programs)
+    replica = Runner(None, lambda: runner.params, head, rows, source=runner, num_host_blocks=blocks, adapters=adapters)
     replica.restore_weights()
     replica.warm_up()
     return replica
@@ -226,6 +245,10 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     buckets = make_buckets(
         limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager, decode_only=decode_only
     )
+    if config.lora is not None:
+        buckets = with_adapters(buckets)
+    adapters = config.adapter_shapes()
+    also = tuple if config.lora is None else with_adapters
     copied_layers = config.layers_per_group if config.num_host_blocks else 0
     if config.pooler is not None:
         assert isinstance(params, PoolingModel) and isinstance(state, PoolingState)
@@ -245,6 +268,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             cache_dir=config.compile_cache,
             copied_layers=copied_layers,
             progress=config.progress,
+            adapters=adapters,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
     kind = SamplingPrograms
@@ -272,9 +296,10 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         cache_dir=config.compile_cache,
         copied_layers=copied_layers,
         progress=config.progress,
+        adapters=adapters,
         num_decode_steps=limits.num_decode_steps,
-        decode_buckets=decode_step_buckets(buckets, limits.max_decode_steps_seqs),
-        draft_buckets=draft_buckets(limits.max_draft_seqs),
+        decode_buckets=also(decode_step_buckets(buckets, limits.max_decode_steps_seqs)),
+        draft_buckets=also(draft_buckets(limits.max_draft_seqs)),
         num_draft_steps=limits.num_draft_steps,
         encoder_buckets=_encoder_buckets(config),
         pixel_normal=config.pixel_normal,
@@ -284,7 +309,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
 def _encoder_buckets(config: RunnerConfig) -> tuple[int, ...]:
     if config.vision is None:
         return ()
-    return encoder_buckets(config.encoder_patches, config.vision.merge_unit, eager=config.enforce_eager)
+    return encoder_buckets(config.vision, config.encoder_patches, eager=config.enforce_eager)
 
 
 def _stage_programs(

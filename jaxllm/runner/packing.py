@@ -86,18 +86,36 @@ class Packing:
         return fields
 
 
+class MediaFields(NamedTuple):
+    """What steps bring of prompts' pictures."""
+
+    #: whether tokens have positions of three axes, and whether those of a picture see each other
+    has_axes: bool
+    has_spans: bool
+
+
 def forward_fields(
-    bucket: Bucket, num_groups: int, table_width: int, *, media: bool = False
+    bucket: Bucket, num_groups: int, table_width: int, *, media: MediaFields | None = None
 ) -> dict[str, tuple[int, ...]]:
     """What every forward pass reads. The T tokens and S sequences of the bucket, G KV-cache groups, W blocks a table
     row.
 
     Args:
-        media: whether prompts may have pictures.
+        media: what of pictures; None: there are none.
     """
     tokens, seqs = bucket.tokens, bucket.seqs
-    # tokens: positions of three axes, less `positions`; row of the cache of encoded items, 0: a token of the vocabulary
-    own = {"rope_offsets": (3, tokens), "encoded_rows": (tokens,)} if media else {}
+    own: dict[str, tuple[int, ...]] = {}
+    if media is not None:
+        # tokens: row of the cache of encoded items, 0: a token of the vocabulary; positions of three axes, less
+        # `positions`; the first position behind a token's picture, 0: it is in none
+        own["encoded_rows"] = (tokens,)
+        if media.has_axes:
+            own["rope_offsets"] = (3, tokens)
+        if media.has_spans:
+            own["picture_ends"] = (tokens,)
+    if bucket.adapters:
+        # tokens: the slot of each one's adapter, -1: it has none
+        own["adapter_slots"] = (tokens,)
     return {
         "num_decodes": (),
         "num_seqs": (),

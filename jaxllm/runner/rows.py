@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
+from jaxllm.multimodal.items import PromptMedia
 
 
 class Sequences(NamedTuple):
@@ -39,9 +40,10 @@ class Rows:
         self.known = np.zeros(max_num_seqs, np.int64)
         #: row -> vectors of its prompt that are not all computed
         self._embeds: dict[int, np.ndarray] = {}
-        #: row -> of each of its prompt's tokens `PromptMedia.rope_offsets`, and the row of the encoder's cache
-        self._media: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        #: of each row, `PromptMedia.rope_delta`, and the tokens of a prompt with pictures
+        #: row -> its prompt's pictures, and of each of its tokens up to the last one's the row of the encoder's cache
+        self._media: dict[int, tuple[PromptMedia, np.ndarray]] = {}
+        self._adapter_slots = np.full(max_num_seqs, -1, np.int32)
+        #: of each row, `PromptMedia.rope_delta`, and the tokens of a prompt with pictures that it says something of
         self._rope_deltas, self._media_tokens = np.zeros((2, max_num_seqs), np.int32)
 
     def update(self, step: SchedulerOutput) -> None:
@@ -60,13 +62,15 @@ class Rows:
             self._tables[group, row, : len(blocks)] = blocks
         self.tokens[row] = np.asarray(request.token_ids, np.int32)
         self.known[row] = len(request.token_ids)
+        self._adapter_slots[row] = request.adapter_slot
         self._embeds.pop(row, None)
         if request.prompt_embeds is not None:
             self._embeds[row] = request.prompt_embeds
         if request.media is not None:
-            offsets = request.media.rope_offsets
-            self._media[row] = offsets, np.zeros(offsets.shape[1], np.int32)
-            self._rope_deltas[row], self._media_tokens[row] = request.media.rope_delta, offsets.shape[1]
+            media, offsets = request.media, request.media.rope_offsets
+            self._media[row] = media, np.zeros(media.stop, np.int32)
+            self._rope_deltas[row] = media.rope_delta
+            self._media_tokens[row] = media.stop if offsets is None else offsets.shape[1]
         elif self._media.pop(row, None) is not None:
             self._rope_deltas[row] = self._media_tokens[row] = 0
 
@@ -95,6 +99,9 @@ class Rows:
         fields["token_ids"][:total] = self._ids(rows, starts, counts, first, total)
         if self._media:
             self._pack_media(rows, starts, counts, first, total, fields)
+        if step.uses_adapters:
+            fields["adapter_slots"][:total] = np.repeat(self._adapter_slots[rows], counts)
+            fields["adapter_slots"][total:] = -1
         fields["rows"][:n] = rows
         fields["query_start"][:n] = first
         fields["query_start"][n:] = total
@@ -115,12 +122,17 @@ class Rows:
         if (deltas := self._rope_deltas[rows]).any():
             fields["rope_offsets"][:, :total] = np.repeat(deltas, counts)
         for i in (starts < self._media_tokens[rows]).nonzero()[0].tolist():
-            offsets, encoded = self._media[rows[i]]
+            media, encoded = self._media[rows[i]]
             part = slice(starts[i], starts[i] + counts[i])
             known = encoded[part]
-            own = slice(first[i], first[i] + len(known))
-            fields["rope_offsets"][:, own] = offsets[:, part]
-            fields["encoded_rows"][own] = known
+            fields["encoded_rows"][first[i] : first[i] + len(known)] = known
+            if media.rope_offsets is not None:
+                offsets = media.rope_offsets[:, part]
+                fields["rope_offsets"][:, first[i] : first[i] + offsets.shape[1]] = offsets
+            elif "picture_ends" in fields:
+                ends = fields["picture_ends"][first[i] :]
+                for item in media.items:
+                    ends[max(item.start - part.start, 0) : max(min(item.stop, part.stop) - part.start, 0)] = item.stop
 
     def embeddings(self, found: Sequences, num_tokens: int) -> np.ndarray | None:
         """What prompts bring for a step's tokens, [num_tokens, hidden size], zeros for the others; None where there is

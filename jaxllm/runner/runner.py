@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import SchedulerOutput, StepFuture, StepOutput
+from jaxllm.runner.adapter_stacks import AdapterStacks
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.stage_clock import StageClock
@@ -44,6 +45,7 @@ class Runner(DeviceMemory[Any, Any]):
         padding: told of every step; None: padding costs nothing to speak of.
         source: another runner of the model, whose weights these are.
         num_host_blocks: blocks of the KV cache that the host's memory has room for.
+        adapters: what requests may have; None: they have none.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Runner(DeviceMemory[Any, Any]):
         padding: PaddingCost | None = None,
         source: Runner | None = None,
         num_host_blocks: int = 0,
+        adapters: AdapterStacks | None = None,
     ):
         self.head, self._rows, self._padding = head, rows, padding
+        self._adapters = adapters
         super().__init__(params, reload, head.allocator, source)
+        self._use_adapters()
         #: of each cache (`Head.caches`); [] where nothing is copied to the host
         self._host_blocks: list[HostBlocks] = []
         if num_host_blocks:
@@ -114,6 +119,10 @@ class Runner(DeviceMemory[Any, Any]):
     def _admit(self, scheduled: SchedulerOutput) -> None:
         if scheduled.copies_out or scheduled.copies_in:
             self._copy(scheduled)
+        if scheduled.adapter_loads and self._adapters is not None:
+            for slot, matrices in scheduled.adapter_loads:
+                self._adapters.write(slot, matrices)
+            self._use_adapters()
         self._rows.update(scheduled)
         if scheduled.ended_outputs:
             self._state = self.head.keep_outputs(self._live(), scheduled.ended_outputs)
@@ -121,6 +130,10 @@ class Runner(DeviceMemory[Any, Any]):
             self._state = self.head.encode(self._live(), scheduled.encoder_inputs)
         for request in scheduled.admitted:
             self._state = self.head.admit(self._live(), request)
+
+    def _use_adapters(self) -> None:
+        if self._adapters is not None:
+            self.head.use_adapters(self._adapters.arrays)
 
     def time_stages(self) -> StageClock | None:
         """As `Head.time_stages`."""
@@ -136,10 +149,25 @@ class Runner(DeviceMemory[Any, Any]):
     @property
     def num_bytes(self) -> int:
         """What the weights, the state and the host's blocks take at present, wherever they are."""
-        return super().num_bytes + sum(host.num_bytes for host in self._host_blocks)
+        adapters = 0 if self._adapters is None else self._adapters.num_bytes
+        return super().num_bytes + adapters + sum(host.num_bytes for host in self._host_blocks)
+
+    def free_weights(self, *, keep_on_host: bool) -> None:
+        super().free_weights(keep_on_host=keep_on_host)
+        if self._adapters is not None:
+            self._adapters.free()
+
+    def restore_weights(self) -> None:
+        super().restore_weights()
+        if self._adapters is not None and self._adapters.is_freed:
+            self._adapters.reset()
+            self._use_adapters()
 
     def reset(self) -> None:
         self._leaving.clear()
+        if self._adapters is not None and self._adapters.is_freed:
+            self._adapters.reset()
+            self._use_adapters()
         for host in self._host_blocks:
             host.forget_copies()
         self.head.forget_outputs()
@@ -148,5 +176,7 @@ class Runner(DeviceMemory[Any, Any]):
     def shutdown(self) -> None:
         """Free every device array; idempotent."""
         super().shutdown()
+        if self._adapters is not None:
+            self._adapters.free()
         self._host_blocks, self._leaving = [], []
         self.head.free()

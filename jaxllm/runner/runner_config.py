@@ -18,17 +18,19 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
+from jaxllm.models.adapters import Stacks, adapter_specs
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
 from jaxllm.models.pooler import PoolingModel, pooling_specs
-from jaxllm.models.qwen_vision import VisionConfig, vision_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
+from jaxllm.models.vision import VisionConfig, vision_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local_model, shapes, split_axes
@@ -40,8 +42,7 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.heads.sampling_step import State
-from jaxllm.speculative.adaptive import AdaptiveDrafts
+from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
@@ -107,6 +108,8 @@ class RunnerConfig:
     num_logprobs: int
     logprobs_mode: str
     processors: tuple[LogitsProcessor, ...]
+    #: room for adapters; None: there are none
+    lora: LoRAConfig | None = None
     #: who makes drafts for the model to check; None: nobody
     drafter: Drafter | None = None
     #: of the matrices of the model that does
@@ -298,7 +301,7 @@ class RunnerConfig:
         cache = cache_of(self.model, self.layers_per_group, self.page_shape)
         if self.pooler is None:
             shape = rows, self.scheduler.max_model_len
-            drafting = None if self.drafter is None else array((rows, 1 + AdaptiveDrafts.COLUMNS), jnp.int32)
+            drafting = None if self.drafter is None else array((rows, DRAFTING_COLUMNS), jnp.int32)
             draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
             if isinstance(drafter := self.drafter, ReadingDrafter):
                 own_pages = cache_of(drafter.model, drafter.model.num_layers, self._draft_page_shape(drafter.model))
@@ -360,7 +363,28 @@ class RunnerConfig:
         sizes = [bucket.seqs for bucket in draft_buckets(self.scheduler.max_draft_seqs)]
         rows = self.scheduler.max_num_seqs + (1 + self.scheduler.num_drafts) * sum(sizes)
         bytes_of_words = 4 * (own + rows * constraint_row)
-        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes
+        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes + self.adapter_bytes
+
+    @property
+    def unquantized_specs(self) -> Any:
+        """Of the weights, none of them quantized, in the segments that the devices take."""
+        specs: Any = model_specs(self.model, self.pooler)
+        return resegment(specs, segment_sizes(self.specs()))
+
+    def adapter_shapes(self) -> Stacks | None:
+        """Of the stacks of adapters, with their shardings; None: there are none."""
+        if self.lora is None:
+            return None
+        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras)
+        return shapes(specs, jnp.dtype(self.lora.dtype), self.target.sharding)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the stacks on one device, and of an adapter on its way there."""
+        if self.lora is None:
+            return 0
+        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras + 1)
+        return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
 
     @property
     def _embeddings_bytes(self) -> int:

@@ -6,11 +6,11 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
 - **What is to be won.** A draft of a sequence is right with the probability a with which its latest ones were, if
   those before it are: so ``a + a**2 + ... + a**k`` of k drafts. Of the lengths that programs have room for, the one is
   taken whose sum over the sequences exceeds its cost most.
-- **What may be lost.** Each sequence has credit, in steps: `INITIAL` at first, `RATE` more with each step without
-  drafts of its own, what its right drafts won, less its share of what checks cost, and never more than `MOST`. Drafts
-  are checked where those who have some can pay. So all checks together lose no more than `INITIAL` of each sequence and
-  `RATE` of its steps, whatever is drafted; and where nothing is to be won, credit that has grown pays for another try,
-  of the shortest kind.
+- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, `RATE` more with
+  each step without drafts of its own, what its right drafts won, less its share of what checks cost, and never more
+  than `MOST`. Drafts are checked where those who have some can pay. So all checks together lose no more than `INITIAL`
+  of each sequence and `RATE` of its steps, whatever is drafted; and where nothing is to be won, credit that has grown
+  pays for another try, of the shortest kind.
 
 All of it is in integers and elementwise, and what is sampled never depends on it.
 """
@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.speculative.credit import INITIAL, MOST, RATE
+
 #: 1 in the fixed point of credit and of counts
 ONE = 1 << 16
-#: steps: a request of 128 tokens loses at most 1.5 and 1.25% of 128, less than 3%; and what it has won, of which `MOST`
-#: may be lost again
-INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
 #: before any draft is checked, this many of so many were right
 RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
 #: the part of older checks that each check leaves is ``1 - 2**-FADING``

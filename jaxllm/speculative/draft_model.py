@@ -1,13 +1,14 @@
 """Drafts of a smaller model: it reads what the large one reads, and writes a few tokens ahead.
 
-It has weights and a KV cache of its own, under the block tables of the large model, so every step of the large model is
-one of the small model as well.
+It has weights and a KV cache of its own, under the block tables of the large model, and reads every token that this one
+reads. While nothing is drafted for a sequence, it rests: it passes over the sequence's tokens, and reads `LOT` of them
+at once, or fewer when they are needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,12 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.specs import decoder_specs
 from jaxllm.sampling.sampler import sample_greedy
-from jaxllm.speculative.drafter import Asked, ReadingDrafter
+from jaxllm.speculative.drafter import Asked, Checked, ReadingDrafter, Written, columns_of
+from pallas_kernels.batch import AttentionBatch
+
+#: tokens of a sequence that are read at once which were passed over: as many as the kernels for a few rows take of the
+#: four sequences that have drafts on a CPU
+LOT = 8
 
 
 class _Loop(NamedTuple):
@@ -31,6 +37,11 @@ class _Loop(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDrafter(ReadingDrafter):
     """See `ReadingDrafter`."""
+
+    @property
+    def rests(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Blocks that lie behind a window are others' by the time that they would be read."""
+        return all(group.sliding_window is None for group in self.groups if group.layers)
 
     def specs(self) -> Params:
         """See `ReadingDrafter.specs`."""
@@ -47,14 +58,27 @@ class ModelDrafter(ReadingDrafter):
         """See `ReadingDrafter.read`."""
         return self._forward(context, params, cache, batch)[0]
 
-    def write(self, asked: Asked, cache: Cache | None, found: None, counts: jax.Array) -> tuple[Cache, jax.Array]:
+    def write(self, asked: Asked, cache: Any, found: jax.Array, counts: jax.Array) -> Written:
         """Its own continuation."""
         assert cache is not None and asked.params is not None
-        params = asked.params
+        params, behind = asked.params, asked.behind
+        rests = asked.going_on & (counts == 0) & ((found > 0) | (behind > 0)) & self.rests
+        if self.rests:
+            late = asked.going_on & (~rests | jnp.any(asked.going_on & (behind >= LOT)))
+            cache = self.catch_up(
+                asked.context,
+                asked.params_of_several,
+                cache,
+                asked.attention,
+                asked.tokens,
+                asked.positions,
+                jnp.where(late, behind, 0),
+            )
+            behind = jnp.where(late, 0, behind)
 
         def one(loop: _Loop) -> _Loop:
-            # the last token itself is read whether or not drafts are wanted
-            reads = asked.going_on & ((loop.step == 0) | (loop.step < counts))
+            # the last token itself is read where there can be no draft, too
+            reads = asked.going_on & ~rests & ((loop.step == 0) | (loop.step < counts))
             batch = self._batch(asked, loop.ids, loop.step, reads)
             cache, hidden = self._forward(asked.context, params, loop.cache, batch)
             # what is compiled for the head is to be what it alone has
@@ -68,21 +92,47 @@ class ModelDrafter(ReadingDrafter):
             )
 
         ids = jnp.pad(asked.last_tokens, ((0, 0), (0, self.num_drafts)))
-        rounds = jnp.maximum(jnp.max(counts), jnp.any(asked.going_on).astype(jnp.int32))
+        rounds = jnp.maximum(jnp.max(counts), jnp.any(asked.going_on & ~rests).astype(jnp.int32))
         loop = lax.while_loop(lambda loop: loop.step < rounds, one, _Loop(jnp.int32(0), cache, ids))
-        return loop.cache, loop.ids[:, 1:]
+        return Written(loop.cache, loop.ids[:, 1:], jnp.where(rests, behind + 1, 0))
 
-    def settle(
+    def catch_up(
         self,
-        asked: Asked,
-        cache: Cache | None,
-        ids: jax.Array,
-        counts: jax.Array,
-        accepted: jax.Array,
-        hidden: jax.Array | None = None,
+        context: Context,
+        params: Params | None,
+        cache: Cache,
+        attention: AttentionBatch,
+        tokens: jax.Array,
+        positions: jax.Array,
+        behind: jax.Array,
     ) -> Cache:
+        """Read what was passed over.
+
+        Args:
+            params: as steps of several tokens of each sequence take them.
+            attention, tokens: as of `Asked`.
+            positions: i32 [S], each sequence's first token that is not to be read.
+            behind: i32 [S], how many before it are.
+        """
+        lane = jnp.arange(LOT, dtype=jnp.int32)
+
+        def some(carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+            cache, behind = carry
+            # what is read ends before `positions`: nothing behind it is looked at
+            first = jnp.where(behind > 0, jnp.maximum(positions - jnp.maximum(behind, LOT), 0), 0)
+            place = first[:, None] + lane
+            valid = (place >= (positions - behind)[:, None]) & (place < positions[:, None])
+            now = columns_of(attention, first, behind > 0, jnp.full_like(behind, LOT - 1), LOT)
+            now = dataclasses.replace(now, token_valid=valid.reshape(-1))
+            ids = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
+            batch = StepBatch(tokens=ids.reshape(-1), attention=now)
+            return self.read(context, params, cache, batch), jnp.maximum(behind - LOT, 0)
+
+        return lax.while_loop(lambda carry: jnp.any(carry[1] > 0), some, (cache, behind))[0]
+
+    def settle(self, asked: Asked, cache: Any, checked: Checked) -> Cache:
         """Read the last draft of those that were all right, which nothing has read yet."""
-        assert cache is not None
+        ids, counts, accepted, _ = checked
         reads = asked.going_on & (counts > 0) & (accepted == counts)
         ids = jnp.pad(ids, ((0, 0), (1, 0)))
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config.cache import KVCacheGroup
-from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params
 from pallas_kernels.batch import AttentionBatch
@@ -33,6 +32,8 @@ class Asked(NamedTuple):
     #: i32 [1, 1 + C], of earlier requests (`suffix.KeptOutputs`); None: they are not kept
     outputs: jax.Array | None
     most: jax.Array  # i32 [S]
+    #: i32 [S]: tokens before the last one that a model which rests has passed over (`Drafter.rests`)
+    behind: jax.Array
     #: (model, its weights, hidden [S, d], positions i32 [S] of the tokens that these are of) -> i32 [S]: what the
     #: sequences' requests would sample of that model's scores, with the random numbers of those positions
     sample: Callable[[DecoderConfig, Params, jax.Array, jax.Array], jax.Array]
@@ -49,7 +50,30 @@ class Asked(NamedTuple):
         return StepBatch(tokens=tokens, attention=now)
 
 
+class Written(NamedTuple):
+    """What a drafter has made."""
+
+    cache: Any  # the drafter's own (`State.draft_cache`)
+    ids: jax.Array  # i32 [S, num_drafts]
+    #: i32 [S], tokens up to the last one that it has passed over; None: it passes over none
+    behind: jax.Array | None = None
+
+
+class Checked(NamedTuple):
+    """What became of drafts."""
+
+    ids: jax.Array  # i32 [S, num_drafts]
+    counts: jax.Array  # i32 [S], how many of them were checked
+    accepted: jax.Array  # i32 [S], how many were right
+    #: [1 + num_drafts, S, h], what the model made of the last token and of the drafts, for those who take it
+    #: (`ReadingDrafter.takes_hidden`); rubbish where there is no draft
+    hidden: jax.Array | None
+
+
 class Drafter(Protocol):
+    #: whether it passes over tokens while nothing is drafted, and reads them later
+    rests: bool
+
     @property
     def num_drafts(self) -> int:
         """The most of a step."""
@@ -63,34 +87,16 @@ class Drafter(Protocol):
         """
         ...
 
-    def write(self, asked: Asked, cache: Any, found: Any, counts: jax.Array) -> tuple[Any, jax.Array]:
+    def write(self, asked: Asked, cache: Any, found: Any, counts: jax.Array) -> Written:
         """The drafts.
 
         Args:
-            cache: the drafter's own (`State.draft_cache`).
             counts: i32 [S], how many are wanted, of those that there can be.
-
-        Returns:
-            (cache, ids): i32 [S, num_drafts].
         """
         ...
 
-    def settle(
-        self,
-        asked: Asked,
-        cache: Any,
-        ids: jax.Array,
-        counts: jax.Array,
-        accepted: jax.Array,
-        hidden: jax.Array | None,
-    ) -> Any:
-        """Told what became of its drafts.
-
-        Args:
-            accepted: i32 [S], how many of `counts` were right.
-            hidden: [1 + num_drafts, S, h], what the model made of the last token and of the drafts, for those who take
-                it (`ReadingDrafter.takes_hidden`); rubbish where there is no draft.
-        """
+    def settle(self, asked: Asked, cache: Any, checked: Checked) -> Any:
+        """Told what became of its drafts; returns its cache."""
         ...
 
 
@@ -114,6 +120,7 @@ class ReadingDrafter(abc.ABC):
     #: whether it takes what the model made of the tokens, and of which of its layers' inputs (`forward_keeping`); ():
     #: of what comes out behind the last norm
     takes_hidden = False
+    rests = False
 
     @property
     def keeps(self) -> tuple[int, ...]:
@@ -142,14 +149,17 @@ class ReadingDrafter(abc.ABC):
             hidden: [T, h], what the model made of them, if it takes that.
         """
 
-    def look(self, asked: Asked) -> tuple[None, jax.Array]:
-        """See `Drafter.look`."""
+    def look(self, asked: Asked) -> tuple[jax.Array, jax.Array]:
+        """See `Drafter.look`; what is found are the counts."""
         counts = jnp.clip(jnp.minimum(asked.most, self.max_length - 1 - asked.positions), 0, self.num_drafts)
-        return None, jnp.where(asked.going_on, counts, 0)
+        counts = jnp.where(asked.going_on, counts, 0)
+        return counts, counts
 
 
 class TextDrafter(abc.ABC):
     """A `Drafter` that finds drafts in texts that there are, and needs no model: it looks for them, and that is all."""
+
+    rests = False
 
     @abc.abstractmethod
     def found(
@@ -171,21 +181,11 @@ class TextDrafter(abc.ABC):
         ids, counts = self.found(asked.tokens, asked.positions + 1, asked.outputs)
         return ids, jnp.where(asked.going_on, jnp.minimum(counts, asked.most), 0)
 
-    def write(
-        self, asked: Asked, cache: Cache | None, found: jax.Array, counts: jax.Array
-    ) -> tuple[Cache | None, jax.Array]:
+    def write(self, asked: Asked, cache: Any, found: jax.Array, counts: jax.Array) -> Written:
         """What `look` has found."""
-        return cache, found
+        return Written(cache, found)
 
-    def settle(
-        self,
-        asked: Asked,
-        cache: Any,
-        ids: jax.Array,
-        counts: jax.Array,
-        accepted: jax.Array,
-        hidden: jax.Array | None,
-    ) -> Any:
+    def settle(self, asked: Asked, cache: Any, checked: Checked) -> Any:
         """It learns nothing."""
         return cache
 

@@ -23,7 +23,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import Params, last_norm, logits
 from jaxllm.models.draft_head import DraftHead, head_forward, head_hidden, head_specs
 from jaxllm.sampling.sampler import sample_greedy
-from jaxllm.speculative.drafter import Asked, ReadingDrafter, columns_of
+from jaxllm.speculative.drafter import Asked, Checked, ReadingDrafter, Written, columns_of
 from pallas_kernels.batch import AttentionBatch
 from pallas_kernels.storage import from_storage, to_storage
 
@@ -110,12 +110,12 @@ class HeadDrafter(ReadingDrafter):
         pages, _ = self._forward(context, params, cache.pages, batch, before)
         return dataclasses.replace(written, pages=pages)
 
-    def look(self, asked: Asked) -> tuple[None, jax.Array]:
+    def look(self, asked: Asked) -> tuple[jax.Array, jax.Array]:
         """See `Drafter.look`."""
-        found, counts = super().look(asked)
-        return found, jnp.where(asked.positions > 0, counts, 0)
+        counts = jnp.where(asked.positions > 0, super().look(asked)[1], 0)
+        return counts, counts
 
-    def write(self, asked: Asked, cache: Any, found: None, counts: jax.Array) -> tuple[HeadCache, jax.Array]:
+    def write(self, asked: Asked, cache: Any, found: jax.Array, counts: jax.Array) -> Written:
         """Their own continuation."""
         assert asked.params is not None
         params, seq = asked.params, jnp.arange(asked.positions.shape[0], dtype=jnp.int32)
@@ -138,18 +138,11 @@ class HeadDrafter(ReadingDrafter):
         before = self._kept(cache, asked.attention, seq, asked.positions - 1, dtype)
         loop = _Loop(jnp.int32(0), cache.pages, ids, before)
         loop = lax.while_loop(lambda loop: loop.step < jnp.max(counts), one, loop)
-        return dataclasses.replace(cache, pages=loop.pages), loop.ids[:, 1:]
+        return Written(dataclasses.replace(cache, pages=loop.pages), loop.ids[:, 1:])
 
-    def settle(
-        self,
-        asked: Asked,
-        cache: Any,
-        ids: jax.Array,
-        counts: jax.Array,
-        accepted: jax.Array,
-        hidden: jax.Array | None,
-    ) -> HeadCache:
+    def settle(self, asked: Asked, cache: Any, checked: Checked) -> HeadCache:
         """Read the last token and the drafts that were right, with what the model made of them."""
+        ids, _, accepted, hidden = checked
         assert hidden is not None
         tokens = jnp.concatenate([asked.last_tokens, ids], axis=1)
         several = jnp.any(asked.going_on & (accepted > 0))

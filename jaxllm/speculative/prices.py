@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxllm.speculative.adaptive import INITIAL, ONE
+from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL
 
 #: how far a launch moves what is known, as an exponent of its time over the expected one; and what such a quotient is
 #: at most, as the machine may have done something else meanwhile

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
+from jaxllm.models.clip_vision import ClipConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import IMAGE, VIDEO
+from jaxllm.multimodal.marks import GEMMA, LLAVA, QWEN, Marks
+from jaxllm.multimodal.processor import Processor
+from jaxllm.multimodal.processor_cache import ProcessorCache
 from jaxllm.multimodal.prompts import MediaReader
 from jaxllm.multimodal.qwen_processor import QwenProcessor
+from jaxllm.multimodal.square_processor import SquareProcessor
 from jaxllm.weights.checkpoint import read_json
 
 if TYPE_CHECKING:
@@ -24,8 +29,31 @@ logger = logging.getLogger("jaxllm")
 
 #: where checkpoints say how pictures are prepared
 _FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-#: what config.json says of each modality's token, and Qwen's own
-_TOKENS = {IMAGE: ("image_token_id", 151655), VIDEO: ("video_token_id", 151656)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What sets a family's prompts and pictures apart."""
+
+    marks: Marks
+    #: modality -> its token, and the fields of config.json that may say another
+    tokens: dict[str, tuple[int, tuple[str, ...]]]
+    #: of pictures of one size, `image_processor_type`
+    processor: str = ""
+
+
+_QWEN = _Family(marks=QWEN, tokens={IMAGE: (151655, ("image_token_id",)), VIDEO: (151656, ("video_token_id",))})
+#: either name, of older and newer configs
+_IMAGE_FIELDS = ("image_token_id", "image_token_index")
+_LLAVA = _Family(marks=LLAVA, tokens={IMAGE: (32000, _IMAGE_FIELDS)}, processor="CLIPImageProcessor")
+_FAMILIES = {
+    "Qwen2VLForConditionalGeneration": _QWEN,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN,
+    "Gemma3ForConditionalGeneration": _Family(
+        marks=GEMMA, tokens={IMAGE: (262144, _IMAGE_FIELDS)}, processor="Gemma3ImageProcessor"
+    ),
+    "LlavaForConditionalGeneration": _LLAVA,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,14 +61,23 @@ class MediaSetup:
     """Of a model that sees pictures."""
 
     #: of each modality that is on
-    processors: dict[str, QwenProcessor]
+    processors: dict[str, Processor]
     #: modality that is on -> its token
     tokens: dict[str, int]
     limits: dict[str, MediaLimit]
     access: MediaAccess
+    marks: Marks
+    #: whether tokens have positions of three axes
+    has_axes: bool
+    #: whether a chunk has all of a picture's tokens that it has any of
+    keeps_whole: bool
+    #: vectors that a step makes at most; None: as many as it has tokens
+    max_encoder_tokens: int | None
+    #: of prepared pictures
+    cache_bytes: int
 
     @property
-    def any_processor(self) -> QwenProcessor:
+    def any_processor(self) -> Processor:
         """One of them: what is not of sizes is the same in all."""
         return next(iter(self.processors.values()))
 
@@ -57,15 +94,52 @@ class MediaSetup:
         return min(max(sizes), max_model_len)
 
     def with_limits(self, limits: SchedulerConfig) -> SchedulerConfig:
-        """Limits with those of the encoder: of a step, and of what stays on the device."""
-        room = max(self.most_tokens(limits.max_model_len), limits.max_num_batched_tokens)
-        return dataclasses.replace(limits, encoder_cache_tokens=room, max_encoder_tokens=room)
+        """Limits with those of the encoder: of a step, and of what stays on the device.
 
-    def reader(self, max_model_len: int) -> MediaReader:
-        """What reads prompts."""
-        most = self.most_tokens(max_model_len)
+        Raises:
+            ValidationError: a picture that may not be cut does not fit into a step.
+        """
+        most = self.most_tokens(limits.max_model_len)
+        budget = max(most, self.max_encoder_tokens or limits.max_num_batched_tokens)
+        if self.max_encoder_tokens is not None and self.max_encoder_tokens < most:
+            logger.warning(
+                "max_num_encoder_input_tokens (%d) is less than the largest image has (%d), which is made whole in one "
+                "step; using %d.",
+                self.max_encoder_tokens,
+                most,
+                most,
+            )
+        limits = dataclasses.replace(
+            limits, encoder_cache_tokens=budget, max_encoder_tokens=budget, keeps_media_whole=self.keeps_whole
+        )
+        if not self.keeps_whole:
+            return limits
+        if most > limits.max_num_batched_tokens:
+            raise ValidationError(
+                f"Chunked MM input disabled but max_tokens_per_mm_item ({most}) is larger than max_num_batched_tokens "
+                f"({limits.max_num_batched_tokens}): a step computes a picture's tokens together. Set "
+                f"max_num_batched_tokens to at least {most}."
+            )
+        # else one whose tokens get log-probabilities would never be computed
+        return dataclasses.replace(limits, max_scored_tokens=max(limits.max_scored_tokens, most))
+
+    def reader(self, max_model_len: int, tokenizer: Any) -> MediaReader:
+        """What reads prompts.
+
+        Args:
+            tokenizer: None: the engine has none.
+        """
         return MediaReader(
-            self.processors, self.tokens, self.limits, max_tokens=most, max_model_len=max_model_len, access=self.access
+            self.processors,
+            self.tokens,
+            self.limits,
+            max_tokens=self.most_tokens(max_model_len),
+            max_model_len=max_model_len,
+            access=self.access,
+            marks=self.marks,
+            has_axes=self.has_axes,
+            tokenizer=tokenizer,
+            cache=ProcessorCache(self.cache_bytes) if self.cache_bytes else None,
         )
 
 
@@ -76,21 +150,33 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         ValidationError: the model's files contradict each other.
     """
     assert model.vision is not None
-    hf = checkpoint.config
-    vocabulary = model.vocab_size
-    tokens = {modality: hf.get(name, default) for modality, (name, default) in _TOKENS.items()}
-    tokens = {m: token for m, token in tokens.items() if args.limit_mm_per_prompt.get(m, MediaLimit()).count}
-    for modality, token in tokens.items():
-        if not 0 <= token < vocabulary:
-            raise ValidationError(
-                f"{_TOKENS[modality][0]}={token} of config.json is no token of the {vocabulary} of the model"
-            )
+    hf, vision = checkpoint.config, model.vision
+    family = next(_FAMILIES[name] for name in hf["architectures"] if name in _FAMILIES)
+    tokens: dict[str, int] = {}
+    for modality, (default, names) in family.tokens.items():
+        if not args.limit_mm_per_prompt.get(modality, MediaLimit()).count:
+            continue
+        name = next((name for name in names if name in hf), names[0])
+        tokens[modality] = token = hf.get(name, default)
+        if not 0 <= token < model.vocab_size:
+            raise ValidationError(f"{name}={token} of config.json is no token of the {model.vocab_size} of the model")
     if not tokens:
         return None
-    files = {IMAGE: _preprocessor(checkpoint), VIDEO: _video_preprocessor(checkpoint)}
-    processors = {
-        m: QwenProcessor.of(hf["vision_config"], files[m]).with_options(args.mm_processor_kwargs) for m in tokens
-    }
+    processors: dict[str, Processor] = {}
+    for modality in tokens:
+        own = _preprocessor(checkpoint) if modality == IMAGE else _video_preprocessor(checkpoint)
+        if isinstance(vision, ClipConfig):
+            made: Processor = SquareProcessor.of(
+                own,
+                "SiglipImageProcessor" if family is _LLAVA and not vision.class_token else family.processor,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+                merge_size=vision.merge_size,
+                num_tokens=vision.num_vectors(vision.fixed_patches),
+            )
+        else:
+            made = QwenProcessor.of(hf["vision_config"], own)
+        processors[modality] = made.with_options(args.mm_processor_kwargs)
     if len({processor.normal for processor in processors.values()}) > 1:
         raise ValidationError(
             "preprocessor_config.json and video_preprocessor_config.json differ in image_mean or image_std, which one "
@@ -101,6 +187,11 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         tokens=tokens,
         limits=args.limit_mm_per_prompt,
         access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
+        marks=family.marks,
+        has_axes=model.rope_sections != (),
+        keeps_whole=model.sees_whole_pictures,
+        max_encoder_tokens=args.max_num_encoder_input_tokens,
+        cache_bytes=int(args.mm_processor_cache_gb * 2**30),
     )
 
 

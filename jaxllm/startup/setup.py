@@ -17,6 +17,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.cross_checks import check_deterministic, check_pipeline, check_pooling, check_whole_prompts
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
 from jaxllm.models.decoder import DecoderConfig
@@ -35,6 +36,7 @@ from jaxllm.runner.memory.offloaded_weights import with_offloaded_weights
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
+from jaxllm.startup.lora_setup import check_adapters
 from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
@@ -113,7 +115,7 @@ class Setup:
         """Of the largest picture in so long a context."""
         if self.media is None:
             return 0
-        return self.media.most_tokens(max_model_len) * self.media.any_processor.merge_size**2
+        return self.media.any_processor.patches_of(self.media.most_tokens(max_model_len))
 
     def check_classifier(self) -> None:
         """Raises ValidationError where classes are asked for and the weights cannot tell any."""
@@ -172,6 +174,7 @@ class Setup:
         """
         args, model = self.args, self.model
         self.check_devices()
+        check_adapters(args, model, target)
         num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
         limits = scheduler_config(
             args,
@@ -228,6 +231,7 @@ class Setup:
             processors=args.logits_processors,
             drafter=make_drafter(args.speculative_config, model, self.draft, limits.max_model_len),
             draft_quantization=self.draft and self.draft.checkpoint.quantization,
+            lora=LoRAConfig.of(args, dtype),
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
             compile_cache=None if limits.lockstep else compile_cache(),

@@ -45,6 +45,7 @@ from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
 from jaxllm.startup.engine_settings import engine_settings
+from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
@@ -170,10 +171,12 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         "enable_prefix_caching": cache.enable_prefix_caching,
     }
     constraints = [None] * len(launching)
+    adapters = adapter_store(config)
     if pooler is None:
         constraints = _token_constraints(
             args, tokenizer, model.vocab_size, eos_token_ids, len(launching), lockstep=built.scheduler.lockstep
         )
+    media = None if setup.media is None else setup.media.reader(plan.max_model_len, tokenizer)
     cores = [
         EngineCore(
             built.scheduler,
@@ -187,10 +190,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
                 cache_info=cache_info,
                 expert_layers=expert_layers(model),
                 num_drafts=built.scheduler.num_drafts,
+                # all replicas share it: the first counts for all
+                processor_cache=None if media is None or number else media.cache,
             ),
             constraints[number],
             pools=pooler is not None,
             bucket=runner.bucket,
+            adapters=adapters,
         )
         for number, runner in enumerate(launching)
     ]
@@ -208,7 +214,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         seed=args.seed,
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
-        media=None if setup.media is None else setup.media.reader(plan.max_model_len),
+        media=media,
+        adapters=adapters,
         embeds=EmbedsReader(model.hidden_size, jnp.dtype(config.dtype)) if args.enable_prompt_embeds else None,
     )
     pooling_inputs = None
@@ -220,6 +227,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             model=str(args.model),
             hidden_size=model.hidden_size,
             max_model_len=plan.max_model_len,
+            adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
     return Engine(
@@ -233,6 +241,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         settings=engine_settings(args, config, built.scheduler, plan, num_devices=jax.device_count()),
         memory_plan=plan,
         startup_times=times,
+        adapters=adapters,
         model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
     )

@@ -178,13 +178,6 @@ class Checkpoint:
         with self._reader() as reader:
             named = CommonNames(reader, prefix)
             tensors = self._as_stored(named)
-            if named.left_out:
-                logger.warning(
-                    "%s sees images, too; jaxllm computes its text: %d tensors for images are not loaded, and prompts "
-                    "with images are refused.",
-                    next(iter(self.config.get("architectures") or ("The model",))),
-                    named.left_out,
-                )
             return loader.load(self._with_classifier(tensors), specs, dtype, sharding, progress=progress, stop=stop)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:

@@ -39,7 +39,7 @@ READ_PIECE = 2**20
 #: random elements that are drawn at once: on their way they take several times their memory
 PIECE = 2**21
 
-_LAYER = re.compile(r"\.layers?\.(\d+)\.")
+_LAYER = re.compile(r"\.layers?\.\d+\.")
 #: what old checkpoints of Llama and GPT-NeoX keep of the rotary embedding and of the mask; follows from the config
 _DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -112,7 +112,7 @@ def check(reader: WeightReader, specs: object) -> None:
     """Compare every tensor's name and shape with what the model needs."""
     specs = as_stored(reader, specs)
     names, used = set(reader.names()), set[str]()
-    layers = set[int]()
+    layers = set[str]()
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
         for name, part in spec.tensors():
             if name not in names:
@@ -124,11 +124,11 @@ def check(reader: WeightReader, specs: object) -> None:
                     f"tensor {name!r} has shape {reader.shape(name)}, the model's config asks for {shape}"
                 )
             if match := _LAYER.search(name):
-                layers.add(int(match[1]))
+                layers.add(name[: match.end()])
     for name in sorted(names - used):
         # layers that the config has not are left out on purpose; more in a layer means that it computes something else
         match = _LAYER.search(name)
-        if match and int(match[1]) in layers and not name.endswith((*_DERIVED, *KV_SCALES)):
+        if match and name[: match.end()] in layers and not name.endswith((*_DERIVED, *KV_SCALES)):
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 

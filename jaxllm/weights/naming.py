@@ -8,23 +8,33 @@ from typing import Protocol
 import numpy as np
 
 #: heads stand beside the body, never inside
-_HEADS = ("lm_head.", "visual.", "embed_out.", "score.", "classifier.", "cls.")
+_HEADS = (
+    "lm_head.",
+    "visual.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    "embed_out.",
+    "score.",
+    "classifier.",
+    "cls.",
+)
 #: TensorFlow's names of a norm's weights, in BERT's first checkpoints
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 
 
-#: the text part of a model that sees images, too, as older and newer checkpoints name it -> as it is by itself
-_TEXT_PARTS = {
+#: the parts of a model that sees images, as older and newer checkpoints name them -> the text as it is by itself, the
+#: tower and what is behind it as they are called here
+_PARTS = {
     "language_model.model.": "model.",
     "language_model.": "",
     "model.language_model.": "model.",
     # the tower of Qwen's models
     "model.visual.": "visual.",
+    "vision_tower.vision_model.": "vision_tower.",
+    "model.vision_tower.vision_model.": "vision_tower.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
 }
-#: in front of what such checkpoints hold besides
-_IMAGE_PARTS = tuple(
-    f"{outer}{part}" for outer in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.")
-)
 
 
 class _Reader(Protocol):
@@ -44,11 +54,9 @@ class CommonNames:
 
     def __init__(self, reader: _Reader, prefix: str):
         self._reader = reader
-        stored = {_text(name): name for name in reader.names() if not name.startswith(_IMAGE_PARTS)}
+        stored = {_part(name): name for name in reader.names()}
         bare = not any(name.startswith(prefix) for name in stored)
         self._stored = {_common(name, prefix if bare else ""): where for name, where in stored.items()}
-        #: tensors for images, which no model here has a use for
-        self.left_out = sum(name.startswith(_IMAGE_PARTS) for name in reader.names())
 
     def names(self) -> Iterable[str]:
         return self._stored.keys()
@@ -66,11 +74,18 @@ class CommonNames:
         return self._reader.raw(self._stored.get(name, name), rows, within)
 
 
-def _text(name: str) -> str:
-    for outer, inner in _TEXT_PARTS.items():
+def _part(name: str) -> str:
+    for outer, inner in _PARTS.items():
         if name.startswith(outer):
             return inner + name.removeprefix(outer)
     return name
+
+
+def among_parts(name: str) -> str:
+    """The name that checkpoints of transformers 4 and vLLM have for a tensor of a model with LLaVA's parts."""
+    if name.startswith("vision_tower."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name if name.startswith("multi_modal_projector.") else f"language_model.{name}"
 
 
 def _common(name: str, prefix: str) -> str:

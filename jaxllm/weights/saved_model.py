@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models import gemma3
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models import gemma3, llava
+from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.formats import hugging_face, orbax
+from jaxllm.weights.naming import among_parts
 from jaxllm.weights.new_folder import appearing
 from jaxllm.weights.quantization.detect import Quantization
 from jaxllm.weights.quantization.saved import SavedQuantization
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAVED_FORMATS = ("safetensors", "orbax")
+#: a model that sees images -> the config.json of its text by itself
+_TEXTS = {"Gemma3ForConditionalGeneration": gemma3.text_alone, "LlavaForConditionalGeneration": llava.text_alone}
 _SUFFIXES = ("ForCausalLM", "ForMaskedLM", CLASSIFIER_SUFFIX, "Model")
 
 
@@ -67,12 +70,16 @@ def save(
             found = list(hugging_face.tensors(specs, params))
             # the bare model's tensors have no prefix
             prefix = base_prefix(model) if written["architectures"][0].endswith("Model") else ""
+            has_parts = written["architectures"][0] in _TEXTS
+
+            def name_of(name: str) -> str:
+                return among_parts(name) if has_parts else name.removeprefix(prefix)
+
             if saved is None:
-                named = (dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found)
-                hugging_face.write(folder, list(named))
+                hugging_face.write(folder, [dataclasses.replace(each, name=name_of(each.name)) for each in found])
             else:
                 written = saved.config(written)
-                saved.write(folder, found, prefix)
+                saved.write(folder, found, name_of)
         write_files(folder, written, files, tokenizer)
 
 
@@ -90,13 +97,14 @@ def write_files(
 
 def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
     """The config.json of what is saved: its class is the one that has these weights, no more and no fewer."""
-    sees = isinstance(model, DecoderConfig) and model.rope_sections != ()
-    if sees and isinstance(params, Params) and params.vision is None:
+    sees, has_axes = isinstance(params, Params) and params.vision is not None, getattr(model, "rope_sections", ())
+    if has_axes and not sees:
         raise ValidationError(
             "The engine runs without the tower that sees images, and what it saved would have none. Start it without "
             "limit_mm_per_prompt to save the model."
         )
-    written = dict(gemma3.text_alone(config) if "text_config" in config and not sees else config)
+    architecture = config["architectures"][0]
+    written = dict(config if sees or architecture not in _TEXTS else _TEXTS[architecture](config))
     architecture = written["architectures"][0]
     if not isinstance(params, Params):
         family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))

@@ -101,5 +101,6 @@ def _by_kernels(query, cache, layout, batch: AttentionBatch, *, scale, softcap, 
 
         prefilled = triton_prefill.prefill_attention(query, cache, layout, batch, tile.prefill, causal=causal, **how)
     # who sees nothing gets NaN of "mosaic"
-    has_result = batch.token_valid & (batch.positions >= layout.first) if layout.first else batch.token_valid
+    seen_to = batch.positions + 1 if batch.seen_to is None else batch.seen_to
+    has_result = batch.token_valid & (seen_to > layout.first) if layout.first else batch.token_valid
     return jnp.where(is_decode, decoded, jnp.where(has_result[:, None, None], prefilled, 0))

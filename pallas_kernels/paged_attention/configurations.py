@@ -64,12 +64,15 @@ class Step:
     stored: str = "bfloat16"
     #: bytes of the cache: larger ones than 4 GiB have longer addresses
     cache_bytes: int = 2**30
+    #: whether runs of tokens see each other
+    spans: bool = False
 
     def __str__(self) -> str:
         kind = "decode" if self.decode_only else "mixed"
         size = f"{self.tokens} tokens x {self.seqs} seqs, context {self.context}"
         stored = self.stored if self.stored == self.query else f"{self.query} over {self.stored}"
-        return f"{self.heads.model} {kind} {size}, pages of {self.block_size} in {stored}"
+        spans = ", of pictures" if self.spans else ""
+        return f"{self.heads.model} {kind} {size}, pages of {self.block_size} in {stored}{spans}"
 
     @property
     def pages(self) -> int:
@@ -99,6 +102,7 @@ class Step:
             num_seqs=ints(),
             backend=backend,
             decode_only=self.decode_only,
+            seen_to=ints(self.tokens) if self.spans else None,
         )
 
     @property
@@ -123,6 +127,7 @@ def steps() -> list[Step]:
         found.append(Step(heads=LLAMA, tokens=tokens, seqs=seqs, context=131072))
     found += [Step(heads=LLAMA, tokens=512, seqs=64, block_size=size) for size in (32, 64, 128)]
     found.append(Step(heads=LLAMA, tokens=512, seqs=64, cache_bytes=2**33))
+    found.append(Step(heads=GEMMA_3, tokens=2048, seqs=64, spans=True))
     for heads in (LLAMA, GEMMA_3):
         for query, stored in (
             ("float16", "float16"),

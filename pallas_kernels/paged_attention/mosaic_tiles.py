@@ -121,9 +121,12 @@ class Tiles:
         lane = jnp.minimum(jnp.arange(ROWS, dtype=jnp.int32) // shape.group, length - 1)
         # rows after the sequence's last token do as it does
         token = jnp.minimum(first[:, None] + lane, batch.query_start[row + 1][:, None] - 1)
-        position = batch.positions[jnp.clip(token, 0, tokens - 1)]
+        token = jnp.clip(token, 0, tokens - 1)
+        position = batch.positions[token]
         seen_from = jnp.maximum(position - layout.window + 1, layout.first)
-        seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)
+        seen_to = position + 1 if batch.seen_to is None else batch.seen_to[token]
+        if not causal:
+            seen_to = jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)
         lowest, highest = jnp.min(seen_from, axis=1), jnp.max(seen_to, axis=1)
         columns = {
             ROW: first * shape.group,

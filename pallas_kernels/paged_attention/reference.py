@@ -29,7 +29,8 @@ def paged_attention(
         cache: see `pallas_kernels.storage`.
         scale: factor on the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
-        causal: a token sees itself and those before it; otherwise the whole sequence, which this step must complete.
+        causal: a token sees itself and those before it, or what `batch.seen_to` says; otherwise the whole sequence,
+            which this step must complete.
         sinks: float [heads], a score of each head that takes part in the softmax and has no value (attention sinks;
             Xiao et al. 2023, arXiv:2309.17453, as gpt-oss has them).
         kv_scales: f32 [pages, 2 * kv_heads, block_size], of int8 and float8 pages.
@@ -49,7 +50,9 @@ def paged_attention(
     halves = stored.reshape(*pages.shape, 2, kv_heads, block_size, dim)
     keys, values = jnp.transpose(halves, (2, 0, 3, 1, 4, 5)).reshape(2, tokens, kv_heads, context, dim)
     position = jnp.arange(context, dtype=jnp.int32)
-    seen_to = batch.positions + 1 if causal else batch.kv_lens[batch.token_seq]
+    seen_to = batch.positions + 1 if batch.seen_to is None else batch.seen_to
+    if not causal:
+        seen_to = batch.kv_lens[batch.token_seq]
     visible = (position < seen_to[:, None]) & (position > (batch.positions - layout.window)[:, None])
     visible = visible & (position >= layout.first) & batch.token_valid[:, None]  # [T, context]
     # what nobody may see can be NaN, which no weight of zero silences, in a gradient neither

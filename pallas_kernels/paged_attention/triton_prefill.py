@@ -9,6 +9,7 @@ costs a program that returns at once; there are ``T // block_q + S`` of them in 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ def prefill_attention(
         first_seen=layout.first,
         has_sinks=sinks is not None,
         has_scales=kv_scales is not None,
+        has_seen_to=causal and batch.seen_to is not None,
     )
     call = triton_call(
         kernel,
@@ -82,6 +84,8 @@ def prefill_attention(
         arguments.append(kv_scales.reshape(-1))
     if sinks is not None:
         arguments.append(sinks.astype(jnp.float32))
+    if causal and batch.seen_to is not None:
+        arguments.append(batch.seen_to)
     return call(*arguments)
 
 
@@ -107,10 +111,12 @@ def _kernel(
     first_seen: int,
     has_sinks: bool,
     has_scales: bool,
+    has_seen_to: bool,
 ) -> None:
     *optional, out_ref = refs
     scales_ref = optional.pop(0) if has_scales else None
     sinks_ref = optional.pop(0) if has_sinks else None
+    seen_to_ref = optional.pop(0) if has_seen_to else None
     g = geometry
     # the last tiles of a prompt have the most to do: they come first
     index = tiles - 1 - pl.program_id(0)
@@ -146,6 +152,9 @@ def _kernel(
             end = last_token + before + 1
             # all rows see every position before the first row's
             full_end = first_token + before + 1
+            if seen_to_ref is not None:
+                own = plt.load(seen_to_ref.at[token], mask=token < stop, other=0)
+                seen_to, end = jnp.maximum(seen_to, own), jnp.maximum(end, jnp.max(own))
         else:
             seen_to = None
             end = full_end = length
@@ -161,7 +170,7 @@ def _kernel(
             state = Softmax.of_sinks(sinks, jnp.bool_(True), g.value.padded)
         pages = Pages(rows_ref, scales_ref, tables_ref)
         place = Place(group_ref[0], page_offset_ref[0], seq, kv_head)
-        masks = dict(bounds=(begin, end), seen_from=seen_from, seen_to=seen_to)
+        masks: dict[str, Any] = dict(bounds=(begin, end), seen_from=seen_from, seen_to=seen_to)
         state = walk(g, n, pages, place, query, state, (first, full_first), **masks)
         state = walk(g, n, pages, place, query, state, (full_first, full_last))
         state = walk(g, n, pages, place, query, state, (full_last, last), **masks)

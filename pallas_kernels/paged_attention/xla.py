@@ -72,7 +72,8 @@ def _decode_tiles(query, width, cache, layout, batch, *how):
             row, active = jnp.minimum(nth, seqs - 1), nth < batch.num_decodes
             position = jnp.broadcast_to(batch.positions[row][:, None], (rows, queries))
             asked = jnp.pad(query[row][:, None], ((0, 0), (0, queries - 1), (0, 0), (0, 0), (0, 0)))
-            attended = _attend(DECODE_CONTEXT, asked, position, row, active, cache, layout, batch, *how)[:, 0]
+            attended = _attend(DECODE_CONTEXT, asked, position, position + 1, row, active, cache, layout, batch, *how)
+            attended = attended[:, 0]
             attended = jnp.where(active[:, None], attended.reshape(rows, width), 0)
             return lax.dynamic_update_slice(out, attended, (begin, 0))
 
@@ -120,7 +121,10 @@ def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layo
         valid = active[:, None] & (token < (first + rest)[row][:, None])
         token = jnp.clip(token, 0, tokens - 1)
         position = jnp.where(valid, batch.positions[token], batch.positions[token[:, :1]])
-        attended = _attend(context, query[token], position, row, active, cache, layout, batch, *how)
+        seen_to = position + 1
+        if batch.seen_to is not None:
+            seen_to = jnp.where(valid, batch.seen_to[token], seen_to)
+        attended = _attend(context, query[token], position, seen_to, row, active, cache, layout, batch, *how)
         target = jnp.where(valid, token, tokens).reshape(-1)
         return out.at[target].set(attended.reshape(-1, out.shape[1]), mode="drop")
 
@@ -128,10 +132,27 @@ def _run_tiles(query, out, length, rows, context, first, rest, runs, cache, layo
 
 
 def _attend(
-    context, query, position, row, active, cache, layout, batch, scale, softcap, causal, sinks, kv_scales, value_width
+    context,
+    query,
+    position,
+    seen_to,
+    row,
+    active,
+    cache,
+    layout,
+    batch,
+    scale,
+    softcap,
+    causal,
+    sinks,
+    kv_scales,
+    value_width,
 ):
-    """Attention of one tile: query [B, Q, kv_heads, G, D], position [B, Q], row [B] -> [B, Q, kv_heads, G, numbers of a
-    value] in float32.
+    """Attention of one tile: query [B, Q, kv_heads, G, D], position and seen_to [B, Q], row [B] -> [B, Q, kv_heads, G,
+    numbers of a value] in float32.
+
+    Args:
+        seen_to: the first position that each query no longer sees, if `causal`.
     """
     blocks, length, kv_heads, groups, dim = query.shape
     pages, block_size = cache.shape[0], cache.shape[-2]
@@ -152,7 +173,8 @@ def _attend(
     q = jnp.swapaxes(query, 1, 2).reshape(blocks, kv_heads, length * groups, dim).astype(compute)
     seen_from = jnp.maximum(position - layout.window + 1, layout.first)  # [B, Q]
     first = _div(jnp.min(jnp.where(active, seen_from[:, 0], jnp.iinfo(jnp.int32).max)), context)
-    seen_to = position + 1 if causal else jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)  # [B, Q]
+    if not causal:
+        seen_to = jnp.broadcast_to(batch.kv_lens[row][:, None], position.shape)
     last = _cdiv(jnp.max(jnp.where(active[:, None], seen_to, 0)), context)
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     precision = lax.Precision.HIGHEST if compute == jnp.float32 else None

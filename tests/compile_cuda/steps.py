@@ -45,6 +45,7 @@ _WRITTEN = {
     "write tokens": ("tokens",),
     "pool": ("cache", "pooled"),
     "draft steps": ("cache", "tokens", "drafting", "draft_cache"),
+    "catch up": ("cache", "tokens", "drafting", "draft_cache"),
 }
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
@@ -162,6 +163,8 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
         buckets = tuple(programs.draft_packings)
         for bucket in (buckets[0], buckets[-1]):
             yield f"drafts of {bucket.seqs} seqs", ("draft steps", bucket, bucket is buckets[0])
+        for bucket in list(programs.catch_up_packings)[-1:]:
+            yield f"what was passed over of {bucket.seqs} seqs", ("catch up", bucket)
         return
     for bucket in chosen:
         yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)

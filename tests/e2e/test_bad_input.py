@@ -17,6 +17,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import JaxLLMError, ModelNotFoundError, ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.runner.runner import Runner
 from jaxllm.weights.errors import WeightsError
 
@@ -145,10 +146,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "priority": (lambda e: e.generate("a", GREEDY, priority="high"), ValidationError, "priority must be an integer"),
     "priority under fcfs": (lambda e: e.generate("a", GREEDY, priority=1), ValidationError, 'scheduling_policy="prio'),
     "on_error": (lambda e: e.generate("a", GREEDY, on_error="ignore"), ValidationError, "on_error must be"),
-    "argument of a later capability": (
-        lambda e: e.generate("a", GREEDY, lora_request=1),
+    "adapter without enable_lora": (
+        lambda e: e.generate("a", GREEDY, lora_request=LoRARequest("a", 1, "/adapters/a")),
         ValidationError,
-        "lora_request is not supported yet",
+        "Got lora_request .* but LoRA is not enabled! Pass enable_lora=True",
     ),
     "argument": (lambda e: e.generate("a", GREEDY, lora=1), TypeError, "lora"),
     "no params": (lambda e: e.generate(["a"], []), ValidationError, r"prompts \(1\) and params \(0\)"),
@@ -303,7 +304,7 @@ def test_no_prompts_give_no_outputs(engine: LLM):
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "close name": ({"max_num_seq": 4}, TypeError, "unexpected keyword argument 'max_num_seq'. Did you mean 'max_num_s"),
     "unknown name": ({"banana": 1}, TypeError, "unexpected keyword argument 'banana'"),
-    "not yet": ({"enable_lora": True}, ValidationError, "enable_lora=True is not supported yet"),
+    "not yet": ({"enable_eplb": True}, ValidationError, "enable_eplb=True is not supported yet"),
     "never": ({"worker_use_ray": True}, ValidationError, "jaxllm is one process"),
     "text": ({"max_num_seqs": "many"}, ValidationError, "max_num_seqs must be a whole number such as"),
     "float": ({"max_model_len": 1.5}, ValidationError, "max_model_len must be an integer, got 1.5 of type float"),

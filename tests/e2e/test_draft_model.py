@@ -107,6 +107,39 @@ def test_requests_beside_that_have_no_drafts(plain: LLM, twin: LLM):
     assert now[0] - drafted == now[1] - accepted > 20
 
 
+def test_what_was_passed_over_is_read_later(plain: LLM, twin: LLM):
+    """While checks cost more than anybody can pay, the draft rests; then it is right again, in launches with drafts and
+    behind steps in which another request begins.
+    """
+    asked, late = prompts()[3:5]
+    params = SamplingParams(**GREEDY, max_tokens=60, ignore_eos=True)
+    wanted = [one.outputs[0].token_ids for one in plain.generate([asked, late], params, use_tqdm=False)]
+    twin.reset_prefix_cache()
+    engine, runner = twin.llm_engine, twin.engine.core.cores[0]._runner  # pyright: ignore
+    found: dict[str, Any] = {}
+    drafted, accepted = counted(twin)
+    passed_over: set[int] = set()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            found.update({output.request_id: output for output in engine.step()})
+            passed_over.add(int(np.asarray(runner._state.drafting)[:-1, -1].max()))
+
+    with checks_that_cost(twin, 100.0):
+        engine.add_request("asked", {"prompt_token_ids": asked}, params)
+        steps(20)
+        assert max(passed_over) > 1
+        engine.add_request("late", {"prompt_token_ids": late}, params)
+        steps(16)
+    assert counted(twin) == (drafted, accepted)
+    with checks_that_cost(twin, 0.0):
+        while engine.has_unfinished_requests():
+            steps(1)
+    assert [found[name].outputs[0].token_ids for name in ("asked", "late")] == wanted
+    now = counted(twin)
+    assert now[0] - drafted == now[1] - accepted > 30
+
+
 def test_weights_are_the_models_own(plain: LLM, twin: LLM):
     """What users see and replace has nothing of the draft, which stays."""
     (params,) = twin.apply_model(lambda params: params)

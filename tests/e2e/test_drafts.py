@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.drafts import checks_that_cost, compare, counted, generated, repeating
+from support.drafts import checks_that_cost, compare, counted, generated, repeating, results
 from support.tiny_model import EOS
 
 from jaxllm import LLM, SamplingParams
@@ -248,6 +248,29 @@ def test_a_stream_brings_what_a_step_brings(plain: LLM, drafting: LLM):
         lots += [list(output.outputs[0].token_ids) for output in drafting.llm_engine.step()]
     assert [token for lot in lots for token in lot] == list(whole.outputs[0].token_ids)
     assert max(map(len, lots)) > 1
+
+
+def test_drafts_beside_prompts(plain: LLM, drafting: LLM):
+    """Those that decode have drafts between the chunks of a prompt, and get what they get alone."""
+    right = SamplingParams(**GREEDY, logit_bias={61: 100.0}, max_tokens=100, ignore_eos=True)
+    late = SamplingParams(**GREEDY, max_tokens=4, ignore_eos=True)
+    first, other = repeating(4, 9), repeating(5, 90)
+    wanted = plain.generate([first, other], [right, late], use_tqdm=False)
+    drafting.reset_prefix_cache()
+    engine, found = drafting.llm_engine, {}
+    with drafting.trace() as trace:
+        engine.add_request("first", {"prompt_token_ids": first}, right)
+        for _ in range(4):
+            engine.step()
+        engine.add_request("other", {"prompt_token_ids": other}, late)
+        while engine.has_unfinished_requests():
+            found |= {output.request_id: output for output in engine.step() if output.finished}
+    assert results([found["first"], found["other"]]) == results(wanted)
+    steps = trace.arrays()
+    (chunks,) = (steps["num_prefill_tokens"] > 0).nonzero()
+    between = steps["num_accepted_tokens"][chunks[1] : chunks[-1]]
+    # six chunks of 16 tokens
+    assert (between > 0).sum() >= 4
 
 
 def test_drafts_are_counted(drafting: LLM):

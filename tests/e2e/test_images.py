@@ -355,6 +355,20 @@ def test_texts_do_not_wait_for_pictures(llm: LLM):
             engine._thread.close()
 
 
+def test_what_comes_again_is_not_prepared_again(llm: LLM):
+    """Of one call, whose pictures are read beside each other, and of later ones."""
+    names = "vllm:mm_cache_queries", "vllm:mm_cache_hits", "jaxllm:encoder_cache_queries", "jaxllm:encoder_cache_hits"
+    before = [counter(llm, name) for name in names]
+    few = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    asked = [prompt(f"{number} @", picture(90, 60, seed=9)) for number in range(3)]
+    first, second = (llm.generate(asked, few, use_tqdm=False) for _ in range(2))
+    assert [o.outputs[0].token_ids for o in first] == [o.outputs[0].token_ids for o in second]
+    now = [counter(llm, name) for name in names]
+    queries, hits, encoder_queries, encoder_hits = np.subtract(now, before).tolist()
+    assert queries == 6 and 3 <= hits <= 5
+    assert encoder_queries >= 3 and encoder_hits >= 2
+
+
 def test_names_of_contents_stand_for_them(llm: LLM):
     """Pictures of one `multi_modal_uuids` are taken for the same one, and hit."""
     llm.reset_prefix_cache()

@@ -18,7 +18,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.engine.observe.step_observer import StepObserver
+from jaxllm.engine.observe.step_counts import StepCounts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [[3, 1, 4], list(range(50)), [9] * 20]
@@ -144,15 +144,11 @@ def test_an_engine_that_logs_serves_and_profiles_by_its_arguments(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and thread.is_alive()]
 
 
-def test_by_default_no_line_is_logged_and_nobody_watches(
-    engine: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    calls: list[str] = []
-    for name in [name for name in vars(StepObserver) if not name.startswith("_")]:
-        monkeypatch.setattr(StepObserver, name, lambda *_, name=name: calls.append(name))
+def test_by_default_no_line_is_logged_and_nothing_but_counters_watches(engine: LLM, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG, logger="jaxllm")
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert not calls and not [message for message in caplog.messages if "throughput" in message]
+    assert [type(observer) for observer in engine.engine.core._observers] == [StepCounts]
+    assert not [message for message in caplog.messages if "throughput" in message or "Advice" in message]
     assert engine.get_metrics()
 
 

@@ -7,6 +7,8 @@ yet, positions that the window has left (their table entries are 0, as the engin
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,10 +44,12 @@ class Shape:
     causal: bool = True
     sinks: bool = False
     decode_only: bool = False
+    #: whether runs of a step's tokens see each other (`AttentionBatch.seen_to`)
+    spans: bool = False
 
     def __str__(self) -> str:
         options = ("" if self.causal else "-bidirectional") + ("-sinks" if self.sinks else "")
-        options += "-decode" if self.decode_only else ""
+        options += ("-decode" if self.decode_only else "") + ("-spans" if self.spans else "")
         return f"{self.heads}:{self.kv_heads}x{self.dim}-block{self.block}-{self.query}-{self.stored}{options}"
 
     @property
@@ -145,7 +149,22 @@ class PagedCase:
             num_decodes=jnp.int32(np.count_nonzero(counts == 1)),
             num_seqs=jnp.int32(n),
             decode_only=shape.decode_only,
+            seen_to=jnp.asarray(self.seen_to) if shape.spans else None,
         )
+
+    @functools.cached_property
+    def seen_to(self) -> np.ndarray:
+        """i32 [T], the first position that each token does not see."""
+        found, random = np.zeros(self.shape.tokens, np.int32), np.random.default_rng(self.drawn.seed)
+        for seq, (before, count) in enumerate(zip(self.drawn.computed, self.drawn.queries, strict=True)):
+            own = np.arange(before, before + count) + 1
+            if self.shape.spans and count > 1:
+                ends = np.flatnonzero(random.random(count) < 2 / count)
+                for first, last in itertools.pairwise((0, *ends.tolist())):
+                    if random.random() < 0.7:
+                        own[first:last] = before + last
+            found[self.tokens(seq)] = own
+        return found
 
     def visible(self, seq: int) -> range:
         """Positions that some query of a sequence sees."""
@@ -168,7 +187,8 @@ class PagedCase:
             error = np.minimum(error, 2 * shape.softcap) + shape.softcap * 2.0**-21
         position = self.drawn.computed[seq] + np.arange(len(query))[:, None]
         at = np.arange(len(keys))
-        seen = (at > position - self.drawn.window) & ((at <= position) | (not shape.causal)) & (at >= self.drawn.first)
+        seen_to = self.seen_to[self.tokens(seq)][:, None]
+        seen = (at > position - self.drawn.window) & ((at < seen_to) | (not shape.causal)) & (at >= self.drawn.first)
         sees_none = ~seen.any(axis=1)
         scores = np.where(seen[:, None], scores, -np.inf)
         error = np.where(seen[:, None], error, 0).max(axis=-1)

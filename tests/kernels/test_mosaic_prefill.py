@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Shape, dict[str, Any]]] = {
         dict(computed=(0,), queries=(70,), window=UNLIMITED, shared=0, magnitude=1.0),
     ),
     "a decode, a chunk, and a prompt": (
-        Shape(heads=4, kv_heads=1, dim=64, block=16, tokens=26, **BF16),
+        Shape(heads=4, kv_heads=1, dim=64, block=16, tokens=26, spans=True, **BF16),
         dict(computed=(37, 120, 0), queries=(1, 3, 20), window=UNLIMITED, shared=0, magnitude=1.0, first=1),
     ),
     "a ring used twice, sinks and a soft cap": (

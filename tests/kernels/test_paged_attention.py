@@ -24,14 +24,14 @@ from pallas_kernels.paged_attention.triton_decode import decode_attention
 #: every option, and every kind of pages, at least once; few, as each is compiled
 SHAPES = (
     Shape(heads=4, kv_heads=4, dim=8, block=16, sinks=True),
-    Shape(heads=6, kv_heads=2, dim=24, block=32, softcap=1.5, query="float16", stored="float16"),
+    Shape(heads=6, kv_heads=2, dim=24, block=32, softcap=1.5, query="float16", stored="float16", spans=True),
     Shape(heads=3, kv_heads=1, dim=80, block=8, tokens=24, stored="int8"),
     Shape(heads=20, kv_heads=1, dim=16, block=128, tokens=40, softcap=4.0, query="bfloat16", stored="float8_e4m3fn"),
     Shape(heads=6, kv_heads=3, dim=10, block=64, stored="uint16"),
     Shape(heads=4, kv_heads=2, dim=16, block=16, causal=False, query="bfloat16", stored="bfloat16"),
     Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=20, decode_only=True, query="float16", stored="float8_e5m2"),
     # room for long runs of queries ("xla"), in products of bfloat16
-    Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300, query="bfloat16", stored="uint16"),
+    Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300, query="bfloat16", stored="uint16", spans=True),
     # few sequences: "xla" has smaller tiles for the last ones of them
     Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=8, stored="uint16"),
     # no power of two: "triton" leaves it to "xla", with keys as it has written them

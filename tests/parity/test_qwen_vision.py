@@ -14,8 +14,9 @@ from support.tiny_vl_model import picture, write_tiny_vl_model
 from jaxllm.layers import vision
 from jaxllm.layers.context import Context
 from jaxllm.layers.vision import Patches
-from jaxllm.models.qwen_vision import VisionConfig, encode, vision_specs
+from jaxllm.models.qwen_vision import QwenVisionConfig
 from jaxllm.models.registry import model_config
+from jaxllm.models.vision import encode, vision_specs
 from jaxllm.multimodal.items import EncoderInput, Grid
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.runner.compile.encoder import encoder_packing, normalized, pack_item, window_order
@@ -34,12 +35,12 @@ def test_vectors_are_transformers(family: str, tmp_path: Path, monkeypatch: pyte
     folder = write_tiny_vl_model(tmp_path, family)
     checkpoint = Checkpoint(folder)
     config = model_config(checkpoint.config).vision
-    assert config is not None
+    assert isinstance(config, QwenVisionConfig)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params = checkpoint.load(vision_specs(config), jnp.dtype("float32"), sharding, seed=0, progress=False)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = QwenProcessor.of(checkpoint.config["vision_config"], {})
-    size, packing = 512, encoder_packing(512, config.merge_unit)
+    size, packing = 512, encoder_packing(config, 512)
 
     @jax.jit
     def encoded(pixels: jax.Array, words: jax.Array) -> Any:
@@ -64,7 +65,7 @@ def test_vectors_are_transformers(family: str, tmp_path: Path, monkeypatch: pyte
 
 def test_windows_are_transformers():
     utils = pytest.importorskip("transformers.vision_utils")
-    config = VisionConfig(
+    config = QwenVisionConfig(
         num_layers=2, hidden_size=8, intermediate_size=8, num_heads=1, output_size=8, activation="silu", gated=True,
         channels=3, patch_size=14, temporal_patch_size=2, merge_size=2, full_layers=(1,), window_size=112,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -172,13 +173,21 @@ def test_an_old_gpt_neox_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(new, old)
 
 
-def test_the_text_of_a_model_that_sees_images_is_saved_as_a_text_model(tmp_path: Path) -> None:
+def test_a_model_that_sees_images_is_saved_whole_and_its_text_as_a_text_model(tmp_path: Path) -> None:
     text = config_class("Gemma3ForCausalLM")(**MODELS["Gemma3ForCausalLM"])
-    config = transformers.Gemma3Config(text_config=text, vision_config=IMAGES, mm_tokens_per_image=4)
+    vision = {**IMAGES, "vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     original = random_model(transformers.Gemma3ForConditionalGeneration(config))
     original.save_pretrained(tmp_path / "original")
-    save(tmp_path / "saved", loaded(tmp_path / "original"))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    save(tmp_path / "whole", loaded(tmp_path / "original"))
+    again = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    for (name, theirs), (other, ours) in zip(original.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other and torch.equal(theirs, ours), name
+    model, _, params, written = loaded(tmp_path / "whole")
+    model: Any = dataclasses.replace(model, vision=None)  # pyright: ignore[reportCallIssue]
+    params = dataclasses.replace(params, vision=None)
+    save(tmp_path / "text", (model, decoder_specs(model), params, written))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
     assert type(again).__name__ == "Gemma3ForCausalLM"
     assert np.abs(scores(again) - scores(original)).max() < 1e-5
 

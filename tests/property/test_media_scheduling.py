@@ -33,7 +33,8 @@ PARTS = st.lists(st.tuples(st.integers(0, 9), st.one_of(st.none(), st.integers(0
 class Encoded:
     """What the device has: the rows of the encoder's cache, and where each request's tokens find theirs."""
 
-    def __init__(self, num_rows: int):
+    def __init__(self, num_rows: int, *, whole: bool):
+        self.whole = whole
         self.rows: list[object] = [None] * (1 + num_rows)
         self.found: dict[int, dict[int, int]] = {}
 
@@ -49,6 +50,8 @@ class Encoded:
             self.found[row].update(enumerate(rows.tolist(), start))
         for row, start, count, request in zip(step.rows, step.starts, step.counts, step.requests, strict=True):
             for item in request.media.media.items if request.media else ():
+                assert not (self.whole and start <= item.start < start + count < item.stop)
+                assert not (self.whole and item.start < start < start + count < item.stop)
                 for place in range(max(start, item.start), min(start + count, item.stop)):
                     assert self.rows[self.found[row][place]] == (item.item.content_hash, place - item.start)
 
@@ -77,23 +80,27 @@ def made(number: int, parts: list[Part], outputs: int) -> Request:
     budget=st.integers(1, 2 * LARGEST),
     tokens=st.integers(4, 40),
     blocks=st.integers(28, 60),
+    whole=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_tokens_find_their_vectors(ahead, parts, room, budget, tokens, blocks, seed):
-    """With chunks that cut items, little room for vectors, preemptions, aborts, prefix hits, and steps that are
-    scheduled before earlier ones are read.
+def test_tokens_find_their_vectors(ahead, parts, room, budget, tokens, blocks, whole, seed):
+    """With chunks that cut items or must not, little room for vectors, preemptions, aborts, prefix hits, and steps that
+    are scheduled before earlier ones are read.
     """
+    tokens = max(tokens, LARGEST) if whole else tokens
     config = SchedulerConfig(
         max_num_seqs=4,
         max_num_batched_tokens=tokens,
         max_model_len=100,
         encoder_cache_tokens=room,
         max_encoder_tokens=budget,
+        keeps_media_whole=whole,
+        long_prefill_token_threshold=seed % 3 * 4,
         reserve_full_prompt=bool(seed % 2),
     )
     groups = (KVCacheGroup(layers=(0,)),)
     cache = CacheConfig(block_size=4, num_blocks=blocks, groups=groups, enable_prefix_caching=True)
-    scheduler, device, draws = Scheduler(config, cache), Encoded(room), random.Random(seed)
+    scheduler, device, draws = Scheduler(config, cache), Encoded(room, whole=whole), random.Random(seed)
     requests = [made(number, own, draws.randint(1, 12)) for number, own in enumerate(parts)]
     waiting, in_flight = collections.deque(requests), collections.deque[SchedulerOutput]()
     for _ in range(3000):

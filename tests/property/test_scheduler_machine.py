@@ -100,7 +100,7 @@ class SchedulerMachine(SchedulerInvariants):
         #: block hash -> index of the block in its request, and the device's hashes of its tokens
         self.contents: dict[bytes, tuple[int, list[int]]] = {}
         self.last_first_admission = -1
-        self.num_victims = self.num_drafted = 0
+        self.num_victims = self.num_drafted = self.num_apart = 0
         self.num_copied_in = 0
 
     # What can happen.
@@ -211,6 +211,8 @@ class SchedulerMachine(SchedulerInvariants):
             assert len(scheduled.rows) <= self.config.max_draft_seqs
             assert all(a >= r.num_prompt_tokens for r, a in zip(scheduled.requests, scheduled.starts, strict=True))
             self.num_drafted += 1
+            self.num_apart += scheduled.is_apart
+            assert not (scheduled.is_apart and scheduled.admitted)
             return
         assert not self.scheduler.waiting
         assert 1 < scheduled.num_steps <= self.config.num_decode_steps

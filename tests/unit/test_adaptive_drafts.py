@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.speculative.adaptive import INITIAL, MOST, ONE, RATE, AdaptiveDrafts, check_costs, check_lengths
+from jaxllm.speculative.adaptive import ONE, AdaptiveDrafts, check_costs, check_lengths
+from jaxllm.speculative.credit import INITIAL, MOST, RATE
 
 LENGTHS, MOST_DRAFTS = (2, 5), 5
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.speculative.adaptive import INITIAL, ONE
+from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL
 from jaxllm.speculative.prices import LEAST, MOST, CheckPrices, LaunchClock
 
 

@@ -29,9 +29,8 @@ from jaxllm.runner.buckets import Bucket, decode_step_buckets, draft_buckets
 from jaxllm.runner.compile.block_copies import LOT_SIZES, gather_blocks, scatter_blocks
 from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
-from jaxllm.runner.heads.sampling_step import State, StepConfig
+from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State, StepConfig
 from jaxllm.runner.runner import Runner
-from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.head_drafter import HeadDrafter
@@ -112,7 +111,7 @@ def make_programs(
     def rows(width: int) -> Any:
         return jax.ShapeDtypeStruct((MAX_NUM_SEQS + 1, width), jnp.int32, sharding=sharding)
 
-    drafting = rows(1 + AdaptiveDrafts.COLUMNS) if drafter else None
+    drafting = rows(DRAFTING_COLUMNS) if drafter else None
     state = State(cache=cache, tokens=rows(MAX_MODEL_LEN), drafting=drafting)
     params = shapes(decoder_specs(model), jnp.dtype(dtype), sharding)
     if isinstance(drafter, ReadingDrafter):
@@ -257,6 +256,8 @@ def test_checking_drafts_needs_no_more_memory_for_a_larger_cache(drafter: Drafte
     programs, state = make_programs("bfloat16", MANY, buckets=(SEVERAL,), drafter=drafter)
     keys: list[Key] = [("draft steps", next(reversed(programs.draft_packings)), True)]
     keys += [("forward", SEVERAL)] if isinstance(drafter, HeadDrafter) else []
+    keys += [("catch up", bucket) for bucket in list(programs.catch_up_packings)[-1:]]
+    assert (len(keys) > 1) == isinstance(drafter, ReadingDrafter)
     programs._options = OPTIONS
     programs._compile(keys)
     for program in programs._compiled.values():

@@ -25,9 +25,8 @@ from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.draft_steps import DraftParams
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import SamplingRows
-from jaxllm.runner.heads.sampling_step import State, StepConfig
+from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State, StepConfig
 from jaxllm.runner.rows import Rows
-from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.ngram import NgramDrafter
 
 VOCAB, SEQS, DRAFTS, LENGTH = 11, 256, 2, 16
@@ -81,7 +80,7 @@ def make_programs() -> tuple[SamplingPrograms, State]:
     state = State(
         cache=array(1 + SEQS, *page, dtype=jnp.float32),
         tokens=array(1 + SEQS, LENGTH),
-        drafting=array(1 + SEQS, 1 + AdaptiveDrafts.COLUMNS),
+        drafting=array(1 + SEQS, DRAFTING_COLUMNS),
     )
     config = StepConfig(
         model=model,

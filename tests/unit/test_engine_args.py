@@ -210,8 +210,10 @@ def test_the_class_takes_what_llm_takes(caplog: pytest.LogCaptureFixture):
     )
     with pytest.raises(TypeError, match=r"EngineArgs\(\) got .* 'max_num_seq'. Did you mean 'max_num_seqs'\?"):
         make(model="m", max_num_seq=3)
-    with pytest.raises(ValidationError, match="does not have LoRA"):
-        make(model="m", enable_lora=True)
+    with pytest.raises(ValidationError, match="does not have adapters that belong to kinds of media"):
+        make(model="m", default_mm_loras={"image": "a"})
+    with pytest.raises(ValidationError, match="max_cpu_loras .1. must be greater than or equal to max_loras .2."):
+        make(model="m", enable_lora=True, max_loras=2, max_cpu_loras=1)
     with pytest.raises(ValidationError, match="^model must be"):
         make()
 

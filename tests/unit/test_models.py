@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -210,7 +211,7 @@ def test_a_missing_field_is_named(field: str):
         model_config({**fields, "architectures": ["LlamaForCausalLM"]})
 
 
-def test_a_model_with_images_is_its_text():
+def test_the_text_of_a_model_with_images():
     """Gemma 3 4B's own config.json leaves out what transformers has as a default."""
     text = {
         "hidden_size": 2560,
@@ -219,9 +220,12 @@ def test_a_model_with_images_is_its_text():
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     }
+    vision = {"hidden_size": 1152, "num_attention_heads": 16, "image_size": 896, "patch_size": 14}
     found = model_config(
-        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {"hidden_size": 1}}
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": vision}
     )
+    assert found.vision is not None and found.vision.num_vectors(64 * 64) == 256
+    found = dataclasses.replace(found, vision=None, sees_whole_pictures=False)
     rest = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
     assert found == config("Gemma3ForCausalLM", **text, **rest, max_position_embeddings=131072)
     with pytest.raises(ValidationError, match="no field 'text_config'"):

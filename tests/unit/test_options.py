@@ -64,9 +64,9 @@ def test_every_engine_argument_reaches_the_engine(parser: argparse.ArgumentParse
 def test_vllms_other_arguments_are_taken_and_told_about(parser: argparse.ArgumentParser):
     for name in sorted(known_names() - argument_names()):
         assert f"--{name.replace('_', '-')}" in parser._option_string_actions, name
-    _, given = engine_arguments(parser.parse_args(["-pp", "4", "--swap-space", "8", "--enable-lora"]))
-    assert given == {"pipeline_parallel_size": 4, "swap_space": 8, "enable_lora": True}
-    with pytest.raises(ValidationError, match="pipeline_parallel_size=4|enable_lora=True"):
+    _, given = engine_arguments(parser.parse_args(["-pp", "4", "--swap-space", "8", "--enable-eplb"]))
+    assert given == {"pipeline_parallel_size": 4, "swap_space": 8, "enable_eplb": True}
+    with pytest.raises(ValidationError, match="pipeline_parallel_size=4|enable_eplb=True"):
         refuse(given)
     assert "--swap-space" not in parser.format_help()
 

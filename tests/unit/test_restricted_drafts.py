@@ -1,4 +1,4 @@
-"""When launches have drafts of requests that the host restricts, and what waiting for the host may cost."""
+"""When launches have drafts of requests that the host restricts, or beside prompts, and what that may cost."""
 
 from __future__ import annotations
 
@@ -175,3 +175,51 @@ def test_waiting_for_drafts_that_are_not_there_is_soon_given_up():
         assert [step.num_drafts for step in unread] == [0, 0]
         done += 2
     assert 15 <= waited <= (1.5 + done / 80) / 0.1 + 1
+
+
+def add_long(scheduler: Scheduler, name: str) -> None:
+    """A request that computes its prompt for 100 steps."""
+    scheduler.add_request(Request(name, [3] * 3200, SamplingParams(max_tokens=1)))
+
+
+def test_drafts_and_prompts_take_turns():
+    scheduler = engine()
+    request = add(scheduler, "a", None)
+    read(scheduler, scheduler.schedule(), 0)
+    add_long(scheduler, "b")
+    found = []
+    unread = [scheduler.schedule()]
+    for _ in range(20):
+        unread.append(scheduler.schedule())
+        step = unread.pop(0)
+        read(scheduler, step, 2)
+        found.append((step.num_drafts, step.is_apart, len(step.rows), request in step.requests))
+    # while two launches are under way, nobody but the device knows where a request with drafts stands
+    prompt, drafts = (0, False, 1, False), (DRAFTS, True, 1, True)
+    assert found[1:] == [drafts, prompt] * 9 + [drafts]
+    assert len(request.all_token_ids) > 5 + 10 * 3
+
+
+def test_wrong_drafts_beside_prompts_are_soon_given_up():
+    scheduler = engine()
+    add(scheduler, "a", None)
+    read(scheduler, scheduler.schedule(), 0)
+    apart, steps = 0, 0
+    for number in range(10):
+        add_long(scheduler, str(number))
+        for _ in range(90):
+            step = scheduler.schedule()
+            read(scheduler, step, 0)
+            apart, steps = apart + step.is_apart, steps + 1
+    assert 2 <= apart <= 1.5 + steps / 80 + 1
+
+
+def test_a_restricted_request_beside_prompts_has_single_steps():
+    scheduler = engine()
+    add(scheduler, "a", Anything([7] * 5000))
+    read(scheduler, scheduler.schedule(), 0)
+    add_long(scheduler, "b")
+    for _ in range(20):
+        step = scheduler.schedule()
+        read(scheduler, step, 0)
+        assert step.num_drafts == 0 and len(step.rows) == 2

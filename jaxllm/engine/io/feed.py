@@ -17,12 +17,14 @@ from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.engine.interrupt import DeferredInterrupt
 from jaxllm.engine.io.input_processor import CheckedParams, InputProcessor
 from jaxllm.engine.io.prompt_source import ReadySource, WaitingSource
-from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, TokenizationOptions
+from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, TokenizationOptions, holds_media
+from jaxllm.multimodal.conversations import has_media
 from jaxllm.tokenization.pool import BATCH, TokenizerPool
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from jaxllm.api.lora_request import LoRARequest
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
     from jaxllm.engine.observe.progress import Progress
@@ -37,6 +39,7 @@ class Job(NamedTuple):
     prompt: Prompt
     params: Any
     priority: Any
+    lora_request: Any
 
 
 class Feed:
@@ -47,7 +50,7 @@ class Feed:
     Args:
         prompts: what has no length is read by a thread of its own.
         params: one for all, or one each.
-        priority: one for all, or one each.
+        priority, lora_request: one for all, or one each.
         window: prompts.
         on_error: "raise" or "return".
         convert: makes the prompt of what the caller gave (a conversation).
@@ -67,6 +70,7 @@ class Feed:
         params: SamplingParams | PoolingParams | Iterable[SamplingParams | PoolingParams],
         *,
         priority: int | Iterable[int] | None = None,
+        lora_request: LoRARequest | Iterable[LoRARequest | None] | None = None,
         window: int,
         on_error: str = "raise",
         options: TokenizationOptions | None = None,
@@ -77,7 +81,7 @@ class Feed:
         if on_error not in ("raise", "return"):
             raise ValidationError(f'on_error must be "raise" or "return", got {on_error!r}')
         self._client, self._inputs, self._pool = client, inputs, pool
-        jobs = jobs_of(prompts, params, 0 if priority is None else priority)
+        jobs = jobs_of(prompts, params, 0 if priority is None else priority, lora_request)
         ready = isinstance(prompts, Sized)
         self._source = ReadySource(jobs) if ready or lockstep else WaitingSource(jobs, window)
         self._lockstep = lockstep
@@ -187,7 +191,13 @@ class Feed:
             if not batch:
                 return
             self.num_read += len(batch)
-            self._preparing.append((batch, self._pool.submit(self._prepare, batch)))
+            for slow, jobs in itertools.groupby(batch, self._is_slow):
+                # pictures take long: each prompt begins when its own are there, and they are read beside each other
+                for own in ([job] for job in jobs) if slow else (list(jobs),):
+                    self._preparing.append((own, self._pool.submit(self._prepare, own, slow=slow)))
+
+    def _is_slow(self, job: Job) -> bool:
+        return holds_media(job.prompt) or (self._convert is not None and has_media(job.prompt))
 
     def _wait_for_first(self) -> None:
         """Wait for the pool when there is nothing else to do, or when others add the same prompts."""
@@ -219,9 +229,8 @@ class Feed:
         try:
             if isinstance(prompt, ValidationError):
                 raise prompt
-            request, text = self._inputs.request(
-                request_id, prompt, self._shared or self._check(job.params), checks.integer("priority", job.priority)
-            )
+            params, priority = self._shared or self._check(job.params), checks.integer("priority", job.priority)
+            request, text = self._inputs.request(request_id, prompt, params, priority, job.lora_request)
             self._running[request_id] = job.index
             self._client.add(request, text, self._receive)
         except ValidationError as error:
@@ -263,10 +272,14 @@ class Feed:
         self._source.finished()
 
 
-def jobs_of(prompts: Iterable[Any], params: Any, priority: Any) -> Iterator[Job]:
+def jobs_of(prompts: Iterable[Any], params: Any, priority: Any, lora_request: Any = None) -> Iterator[Job]:
     """The prompts with what belongs to each. Raises ValidationError as soon as lengths are known to differ."""
     columns: dict[str, Iterator[Any]] = {}
-    for name, values, single in (("params", params, (SamplingParams, Mapping)), ("priority", priority, (int, str))):
+    for name, values, single in (
+        ("params", params, (SamplingParams, Mapping)),
+        ("priority", priority, (int, str)),
+        ("lora_request", lora_request, (str, Mapping)),
+    ):
         if isinstance(values, single) or not isinstance(values, Iterable):
             columns[name] = itertools.repeat(values)
             continue

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import float32
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.engine.adapters import adapter_of
 from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader
 from jaxllm.engine.request import Request
 from jaxllm.engine.step import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
@@ -17,6 +18,8 @@ from jaxllm.tokenization.pool import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.api.lora_request import LoRARequest
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.cache.block_hash import BlockHasher
     from jaxllm.engine.io.prompt_embeds import EmbedsReader
     from jaxllm.engine.io.token_constraints import TokenConstraints
@@ -47,6 +50,7 @@ class InputProcessor:
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
         embeds: reads prompts that are vectors; None: there are none.
         media: reads what prompts hold besides text; None: the model takes nothing else.
+        adapters: those that requests may have; None: there are none.
     """
 
     def __init__(
@@ -63,8 +67,9 @@ class InputProcessor:
         hasher: BlockHasher | None = None,
         embeds: EmbedsReader | None = None,
         media: MediaReader | None = None,
+        adapters: AdapterStore | None = None,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._adapters = tokenizer, adapters
         #: reads prompts; several threads may use it
         self.reader = PromptReader(tokenizer, renderer, vocab_size, hasher, embeds, media)
         self._vocab_size = vocab_size
@@ -98,6 +103,7 @@ class InputProcessor:
         prompt: Prompt | PreparedPrompt,
         params: SamplingParams | CheckedParams,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> tuple[Request, str | None]:
         """A checked request and the prompt's text, None when it came as token ids.
 
@@ -114,6 +120,7 @@ class InputProcessor:
             raise ValidationError(
                 "prompt_logprobs is not compatible with prompt embeds: a vector is no token that could be likely."
             )
+        adapter = adapter_of(self._adapters, lora_request)
         request = Request(
             request_id,
             prompt.token_ids,
@@ -122,10 +129,12 @@ class InputProcessor:
             seed=self._request_seed(checked.params),
             priority=priority,
             cache_salt=prompt.cache_salt,
-            block_hashes=prompt.block_hashes,
+            # what is known of the blocks is without an adapter
+            block_hashes=prompt.block_hashes if adapter is None else (),
             prompt_embeds=prompt.embeds,
-            extra_keys=prompt.extra_keys,
+            extra_keys=prompt.extra_keys if adapter is None else (*prompt.extra_keys, adapter.key),
             media=prompt.media,
+            adapter=adapter,
         )
         request.bad_words = checked.bad_words
         return request, prompt.text

@@ -110,6 +110,7 @@ class OutputState:
             logprobs=None if logprobs is None else logprobs[:],
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            lora_request=request.lora_request,
         )
         return RequestOutput(
             request_id=request.request_id,
@@ -121,6 +122,7 @@ class OutputState:
             metrics=self.request.metrics(self.created),
             num_cached_tokens=max(request.num_cached_tokens, 0),
             error=request.error,
+            lora_request=request.lora_request,
         )
 
 

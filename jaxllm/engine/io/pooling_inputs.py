@@ -10,12 +10,16 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.pooler import Pooler
 from jaxllm.api.pooling_params import PoolingParams, truncation
+from jaxllm.engine.adapters import adapter_of
 from jaxllm.engine.io.late_chunking import chunks_of
 from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions
 from jaxllm.engine.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.api.lora_request import LoRARequest
+    from jaxllm.engine.adapters import AdapterStore
 
 _OPTIONS = ("truncate_prompt_tokens", "truncation", "max_length", "truncation_side", "add_special_tokens")
 
@@ -50,6 +54,7 @@ class PoolingInputs:
         reader: reads what is no pair.
         model: its name, for error texts.
         lower_case: texts are lower-cased first.
+        adapters: those that requests may have; None: there are none.
     """
 
     def __init__(
@@ -62,8 +67,9 @@ class PoolingInputs:
         hidden_size: int,
         max_model_len: int,
         lower_case: bool,
+        adapters: AdapterStore | None = None,
     ):
-        self.pooler = pooler
+        self.pooler, self._adapters = pooler, adapters
         self._model, self._hidden_size, self._max_model_len = model, hidden_size, max_model_len
         #: reads prompts; several threads may use it
         self.reader = PoolingReader(reader, tokenizer, lower_case)
@@ -128,7 +134,12 @@ class PoolingInputs:
         return params.resolved(params.task, self.pooler, model=self._model, hidden_size=self._hidden_size)
 
     def request(
-        self, request_id: str, prompt: PreparedPrompt, params: PoolingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt: PreparedPrompt,
+        params: PoolingParams,
+        priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> tuple[Request, str | None]:
         """A request, of parameters that `check` returned, and the prompt's text, None when it came as token ids."""
         if isinstance(prompt, PreparedPair):
@@ -140,14 +151,17 @@ class PoolingInputs:
                 )
             chunks = chunks_of(prompt.offsets, params.late_chunking_params.chunk_size)
             params = dataclasses.replace(params, late_chunking=chunks)
+        adapter = adapter_of(self._adapters, lora_request)
         request = Request(
             request_id,
             prompt.token_ids,
             params,
             priority=priority,
             cache_salt=prompt.cache_salt,
-            block_hashes=prompt.block_hashes,
+            block_hashes=prompt.block_hashes if adapter is None else (),
             prompt_embeds=prompt.embeds,
+            extra_keys=() if adapter is None else (adapter.key,),
+            adapter=adapter,
         )
         return request, prompt.text
 

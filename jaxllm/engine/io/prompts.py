@@ -170,6 +170,7 @@ class PromptReader:
         read: list[PreparedPrompt | ValidationError | None] = []
         texts: dict[bool, list[tuple[int, str, str | None]]] = {True: [], False: []}
         media: dict[int, list[Media]] = {}
+        given: dict[int, str] = {}
         for position, prompt in enumerate(prompts):
             read.append(None)
             try:
@@ -189,6 +190,8 @@ class PromptReader:
                     if options.add_special_tokens is not None:
                         special = options.add_special_tokens
                     assert text is not None
+                    if self._media is not None and media.get(position):
+                        given[position], text = text, self._media.text_of(text)
                     texts[special].append((position, text, salt))
             except ValidationError as error:
                 read[position] = error
@@ -197,7 +200,8 @@ class PromptReader:
                 try:
                     if isinstance(ids, ValidationError):
                         raise ids
-                    read[position] = self._prepared(ids, text, salt, options, media.get(position))
+                    shown = given.get(position, text)
+                    read[position] = self._prepared(ids, shown, salt, options, media.get(position))
                 except ValidationError as error:
                     read[position] = error
         return [item for item in read if item is not None]

@@ -13,13 +13,18 @@ from jaxllm.api.tracebacks import ShortTracebacks
 from jaxllm.engine.interrupt import DeferredInterrupt
 
 if TYPE_CHECKING:
+    from jaxllm.api.lora_request import LoRARequest
     from jaxllm.engine.client import EngineClient
     from jaxllm.engine.io.input_processor import InputProcessor
     from jaxllm.engine.io.prompts import Prompt
 
 
 def stream_text(
-    client: EngineClient, inputs: InputProcessor, prompt: Prompt, params: SamplingParams
+    client: EngineClient,
+    inputs: InputProcessor,
+    prompt: Prompt,
+    params: SamplingParams,
+    lora_request: LoRARequest | None = None,
 ) -> Generator[str, None, None]:
     """Pieces of a completion; the engine works while the next one is asked for.
 
@@ -30,7 +35,7 @@ def stream_text(
         raise ValidationError(f"a stream is one completion, and n={params.n}: use as_completed(), or AsyncLLM")
     params = params.clone()
     params.output_kind = RequestOutputKind.DELTA
-    request, text = inputs.request(client.next_id(), prompt, params)
+    request, text = inputs.request(client.next_id(), prompt, params, lora_request=lora_request)
 
     def pieces() -> Generator[str, None, None]:
         outputs: collections.deque[RequestOutput] = collections.deque()

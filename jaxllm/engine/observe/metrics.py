@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
     from jaxllm.engine.request import Request
     from jaxllm.engine.scheduling.step_updates import StepUpdates
+    from jaxllm.multimodal.processor_cache import ProcessorCache
 
 __all__ = ["Counter", "EngineMetrics", "Gauge", "Histogram", "Metric", "Vector", "one_two_five"]
 
@@ -77,6 +78,7 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
     asked = sum(part.prefix_cache_queries for part in parts)
     hits = sum(part.prefix_cache_hit_rate * part.prefix_cache_queries for part in parts)
     usages = [one.host_cache_usage for one in schedulers if one.host_cache_usage is not None]
+    encoders = [one.encoder_cache_usage for one in schedulers if one.encoder_cache_usage is not None]
     rates = [part.external_hit_rate for part in parts if part.external_hit_rate is not None]
     return EngineStats(
         scheduler=SchedulerStats(
@@ -87,6 +89,9 @@ def total_stats(parts: Sequence[EngineStats]) -> EngineStats:
             kv_cache_usage=sum(one.kv_cache_usage for one in schedulers) / len(parts),
             host_cache_usage=sum(usages) / len(usages) if usages else None,
             num_stores_skipped=sum(one.num_stores_skipped for one in schedulers),
+            encoder_cache_usage=sum(encoders) / len(encoders) if encoders else None,
+            encoder_cache_queries=sum(one.encoder_cache_queries for one in schedulers),
+            encoder_cache_hits=sum(one.encoder_cache_hits for one in schedulers),
         ),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         prompt_tokens_cached=sum(part.prompt_tokens_cached for part in parts),
@@ -111,6 +116,7 @@ class EngineMetrics:
         cache_info: what `vllm:cache_config_info` says of the cache (block_size, num_gpu_blocks, ...).
         expert_layers: the layers that have experts, where their load is counted.
         num_drafts: most drafts of a step.
+        processor_cache: of prepared pictures; None: there are none, or another one counts.
     """
 
     def __init__(
@@ -122,9 +128,11 @@ class EngineMetrics:
         cache_info: Mapping[str, Any] | None = None,
         expert_layers: Sequence[int] = (),
         num_drafts: int = 0,
+        processor_cache: ProcessorCache | None = None,
     ) -> None:
         #: of every metric
         self.labels = {"model_name": model_name, "engine": str(engine)}
+        self._processor_cache = processor_cache
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
         self._expert_layers = tuple(expert_layers)
         #: [layers with experts, experts]; None: nothing has been counted
@@ -284,6 +292,8 @@ class EngineMetrics:
         }
         if scheduler.host_cache_usage is not None:
             values["vllm:kv_offload_cpu_cache_usage_perc"] = scheduler.host_cache_usage
+        if scheduler.encoder_cache_usage is not None:
+            values["jaxllm:encoder_cache_usage_perc"] = scheduler.encoder_cache_usage
         metrics: list[Metric] = [Gauge(name, self._with(), value) for name, value in values.items()]
         # whatever waits, waits for a row, blocks or the step's budget
         metrics += [
@@ -312,6 +322,12 @@ class EngineMetrics:
         }
         if scheduler.host_cache_usage is not None:
             values["vllm:kv_offload_stores_skipped"] = scheduler.num_stores_skipped
+        if scheduler.encoder_cache_usage is not None:
+            values["jaxllm:encoder_cache_hits"] = scheduler.encoder_cache_hits
+            values["jaxllm:encoder_cache_queries"] = scheduler.encoder_cache_queries
+        if self._processor_cache is not None:
+            values["vllm:mm_cache_hits"] = self._processor_cache.num_hits
+            values["vllm:mm_cache_queries"] = self._processor_cache.num_queries
         by_source = {
             "local_compute": self._prompt_tokens - self._prompt_tokens_cached,
             "local_cache_hit": self._prompt_tokens_cached - self._prompt_tokens_external,

@@ -35,14 +35,17 @@ class StepBudget:
             chunk_size = min(chunk_size, threshold)
         return cls(config.max_num_batched_tokens, chunk_size, config.max_scored_tokens)
 
-    def chunk(self, request: Request, start: int, left: int, most: int = sys.maxsize) -> tuple[int, int]:
+    def chunk(
+        self, request: Request, start: int, left: int, most: int = sys.maxsize, *, least: int = 0
+    ) -> tuple[int, int]:
         """(tokens, positions with logits) of the next chunk of a request that has `left` tokens from `start` on; (0, 0)
         where nothing is left to score with.
 
         Args:
             most: tokens that can be computed.
+            least: those that cannot be apart, whatever the size of chunks.
         """
-        count = min(left, self.chunk_size, self.tokens, most)
+        count = min(left, max(self.chunk_size, least), self.tokens, most)
         first = max(start, request.num_scheduled_scores)
         num_scored = min(start + count, request.num_scored_tokens) - first
         if num_scored <= 0:

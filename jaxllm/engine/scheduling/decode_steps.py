@@ -3,13 +3,16 @@ drafts.
 
 Several, or drafts, when nothing is lost by not looking: every running request only decodes, none of them can end for a
 reason that the host alone knows, and there are blocks for all the tokens without a preemption. Several steps also need
-that nobody waits; with drafts, that nobody who waits has a row. One step without drafts, otherwise. The number of steps
-begins small after an arrival, since more arrivals may follow and would have to wait, and doubles while nothing happens.
+that nobody waits. One step without drafts, otherwise. The number of steps begins small after an arrival, since more
+arrivals may follow and would have to wait, and doubles while nothing happens.
+
+Where somebody has a prompt to compute, or waits and finds a row, launches take turns: one step for the prompts, and one
+step with drafts for those that decode. That is a launch more than a step of all of them would be, so it costs `_APART`
+steps each time, less the drafts that were right.
 
 Where the host restricts what requests may sample (`Matcher`), a launch with drafts is one step, and waits until all
-before it is read, so that nothing is under way meanwhile. What that may cost is bounded as `speculative.adaptive`
-bounds what checks cost: `_WAIT` steps each time, whether there are drafts in the end or not, less the drafts that were
-right, out of a credit that grows by `_RATE` with each step without drafts.
+before it is read, so that nothing is under way meanwhile. That costs `_WAIT` steps each time, whether there are drafts
+in the end or not, less the drafts that were right. Both are paid out of a credit (`speculative.credit`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.engine.step import MAX_END_TOKEN_IDS
+from jaxllm.speculative.credit import Credit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +33,8 @@ if TYPE_CHECKING:
 
 #: steps that a launch takes longer which is not made while another one is under way. An assumption: the host needs 1 ms
 _WAIT = 0.1
-#: steps: what may be lost by waiting, as `speculative.adaptive` has it: at first, more of it with each step without
-#: drafts, and the most that there ever is, however much was won
-_INITIAL, _RATE, _MOST = 1.5, 0.0125, 16.0
+#: steps that those who decode take longer beside prompts in a launch of their own: the weights are read once more
+_APART = 1.0
 
 
 class Launch(NamedTuple):
@@ -39,6 +42,8 @@ class Launch(NamedTuple):
 
     num_steps: int = 1
     num_drafts: int = 0
+    #: those who have a prompt to compute take no part, and nobody is admitted
+    apart: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -70,8 +75,10 @@ class DecodeSteps:
         self._stream_interval = config.stream_interval
         self._never = self._most == 1 and not self._drafts
         self._pace = 1
-        #: what waiting for the host may still cost, in steps
-        self._credit = _INITIAL
+        #: what waiting for the host, and launches apart from prompts, may still cost
+        self._waiting_credit, self._apart_credit = Credit(), Credit()
+        #: whether prompts had the latest launch, beside which others decode
+        self._prompts_had_theirs = False
         #: whether the latest choice was to wait, which is paid for once, however often it is made again
         self._waits = False
 
@@ -105,27 +112,36 @@ class DecodeSteps:
     def _choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
         if self._never or not 0 < len(running) <= self._max_num_seqs:
             return ONE_STEP
-        if num_waiting and (num_free_rows or not self._drafts):
+        if num_waiting and not self._drafts:
             return ONE_STEP
         drafts = self._drafts
         if self._drafts_by_num_seqs and not (drafts := self._drafts_by_num_seqs[len(running) - 1]):
             return ONE_STEP
         steps, longest = self._pace, 0
+        decoding: list[Request] = []
         restricted: list[Request] = []
+        prompts = num_waiting > 0 and num_free_rows > 0
         for request in running:
             num_tokens = len(request.all_token_ids) + request.num_output_placeholders
             left = request.max_total_tokens - num_tokens
             if left <= 0:
                 continue
             start = request.num_computed_tokens
+            if self._drafts and computes_prompt(request):
+                prompts = True
+                continue
             if num_tokens - start != 1 or start < request.decode_steps_from:
                 return ONE_STEP
+            decoding.append(request)
             steps = min(steps, request.max_decode_steps)
             longest = max(longest, left)
             if request.matcher is not None:
                 unread = num_tokens - len(request.all_token_ids) + self._most * (1 + drafts) - 1
                 if request.matcher.may_constrain(unread):
                     restricted.append(request)
+        if prompts:
+            return ONE_STEP if restricted else self._take_turns(decoding, drafts)
+        self._prompts_had_theirs = False
         if restricted:
             if any(request.num_unsure_tokens for request in running):
                 # they take no part in a step without drafts: what is under way is read first
@@ -134,7 +150,7 @@ class DecodeSteps:
                 launch = self._choose_restricted(restricted, drafts, alone=len(restricted) == len(running))
                 if launch is not None:
                     return launch
-            self._credit = min(self._credit + _RATE, _MOST)
+            self._waiting_credit.grow()
             return ONE_STEP
         self._pace = min(2 * self._pace, self._most)
         steps = min(steps, longest)
@@ -142,7 +158,20 @@ class DecodeSteps:
             if steps <= 1:
                 return ONE_STEP
             steps //= 2
-        return Launch(max(steps, 1), drafts)
+        steps = max(steps, 1)
+        if drafts:
+            self._apart_credit.grow(steps)
+        return Launch(steps, drafts)
+
+    def _take_turns(self, decoding: list[Request], drafts: int) -> Launch:
+        """The next launch where others have prompts to compute: theirs comes first."""
+        if self._prompts_had_theirs and decoding and self._apart_credit.is_left and self._fit(decoding, 1 + drafts):
+            self._prompts_had_theirs = False
+            self._apart_credit.pay(_APART)
+            return Launch(1, drafts, apart=True)
+        self._prompts_had_theirs = True
+        self._apart_credit.grow()
+        return ONE_STEP
 
     def _choose_restricted(self, restricted: list[Request], drafts: int, *, alone: bool) -> Launch | None:
         """A launch with drafts, or that it is worth waiting for; None: one step.
@@ -151,7 +180,7 @@ class DecodeSteps:
             restricted: requests that the host restricts.
             alone: there are no others, for whom the device drafts.
         """
-        if self._credit <= 0 and not self._waits:
+        if not self._waiting_credit.is_left and not self._waits:
             return None
         unread = [request.num_output_placeholders for request in restricted]
         # as far as the host has read, there are more drafts than what is still to be read
@@ -164,14 +193,18 @@ class DecodeSteps:
             return None
         if not self._waits:
             # what is launched at once is waited for afterwards
-            self._credit -= _WAIT
+            self._waiting_credit.pay(_WAIT)
         return WAIT if any(unread) else Launch(1, drafts)
 
     def learn(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
         """Take in what a launch with drafts has brought."""
-        if scheduled.checked and output.accepted is not None:
-            won = float(output.accepted.sum()) / len(scheduled.rows)
-            self._credit = min(self._credit + won, _MOST)
+        if output.accepted is None:
+            return
+        won = float(output.accepted.sum()) / len(scheduled.rows)
+        if scheduled.checked:
+            self._waiting_credit.win(won)
+        elif scheduled.is_apart:
+            self._apart_credit.win(won)
 
     def _fit(self, running: Sequence[Request], num_tokens: int) -> bool:
         """Whether the free blocks hold so many more tokens of every request."""
@@ -180,6 +213,13 @@ class DecodeSteps:
             end = min(request.num_computed_tokens + num_tokens, request.max_total_tokens - 1)
             blocks += max(0, -(-(end - request.num_slots) // size))
         return blocks * len(self._kv.config.groups) <= self._kv.pool.num_free
+
+
+def computes_prompt(request: Request) -> bool:
+    """Whether a running request has more to compute than its last token, or that is one of its prompt."""
+    num_tokens = len(request.all_token_ids) + request.num_output_placeholders
+    start = request.num_computed_tokens
+    return num_tokens - start > 1 or start < request.num_prompt_tokens
 
 
 def _ends_on_device(request: Request) -> bool:

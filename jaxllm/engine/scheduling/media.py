@@ -22,10 +22,12 @@ class MediaScheduling:
     Args:
         num_rows: vectors that the encoder's cache has room for, at least those of the largest item.
         max_encoder_tokens: vectors that are made in a step; an item of more is made by itself.
+        keeps_whole: whether a chunk has all tokens of an item that it has any of: they see each other. Those that were
+            found in the prefix cache have seen the others.
     """
 
-    def __init__(self, num_rows: int, max_encoder_tokens: int) -> None:
-        self.cache = EncoderCache(num_rows)
+    def __init__(self, num_rows: int, max_encoder_tokens: int, *, keeps_whole: bool = False) -> None:
+        self.cache, self._keeps_whole = EncoderCache(num_rows), keeps_whole
         self._max_encoder_tokens = max_encoder_tokens
         self._left = 0
         #: steps in which a prompt ended in front of an item for which there was no room, and most vectors that a step
@@ -41,6 +43,12 @@ class MediaScheduling:
         self._left = self._max_encoder_tokens
         self._missing.clear()
 
+    def least(self, request: Request, start: int) -> int:
+        """How many tokens a chunk from `start` on has at least."""
+        if request.media is None or not self._keeps_whole:
+            return 0
+        return next((stop - start for _, first, stop, _ in request.media.media.items if first <= start < stop), 0)
+
     def chunk(self, step: SchedulerOutput, request: Request, start: int, count: int) -> int:
         """How many of `count` tokens from `start` on can be computed; the items among them are held, and encoded where
         they are not there.
@@ -51,6 +59,8 @@ class MediaScheduling:
         for number, (item, first, stop, _) in enumerate(held.media.items):
             if first >= start + count:
                 break
+            if stop > start + count and self._keeps_whole:
+                return max(first - start, 0)
             if stop <= start or number in held.rows:
                 continue
             rows = self.cache.acquire(item)

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.cache.manager import KVCacheManager
 from jaxllm.engine.request import Request, RequestStatus
+from jaxllm.engine.scheduling.adapters import AdapterSlots
 from jaxllm.engine.scheduling.budget import StepBudget
-from jaxllm.engine.scheduling.decode_steps import DecodeSteps
+from jaxllm.engine.scheduling.decode_steps import DecodeSteps, computes_prompt
 from jaxllm.engine.scheduling.limits import LengthLimits
 from jaxllm.engine.scheduling.media import MediaScheduling
 from jaxllm.engine.scheduling.micro_batches import MicroBatches
@@ -39,6 +40,7 @@ from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 if TYPE_CHECKING:
     from jaxllm.config.cache import CacheConfig
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.step import StepOutput
 
 #: a comparison of enums costs more than the rest of what is done for a token
@@ -56,7 +58,9 @@ class Scheduler:
         ValueError: the limits contradict each other, or the pool does not hold two tokens.
     """
 
-    def __init__(self, config: SchedulerConfig, cache_config: CacheConfig) -> None:
+    def __init__(
+        self, config: SchedulerConfig, cache_config: CacheConfig, adapters: AdapterStore | None = None
+    ) -> None:
         if config.policy not in ("fcfs", "priority"):
             raise ValueError(f'policy must be "fcfs" or "priority", got {config.policy!r}')
         self.config = config
@@ -77,7 +81,13 @@ class Scheduler:
         #: None: there are no pictures
         self.media: MediaScheduling | None = None
         if config.encoder_cache_tokens:
-            self.media = MediaScheduling(config.encoder_cache_tokens, config.max_encoder_tokens)
+            self.media = MediaScheduling(
+                config.encoder_cache_tokens, config.max_encoder_tokens, keeps_whole=config.keeps_media_whole
+            )
+        #: None: there are no adapters
+        self.adapters: AdapterSlots | None = None
+        if adapters is not None:
+            self.adapters = AdapterSlots(config.max_loras, adapters)
         self._max_running = config.max_num_active_seqs or config.max_num_seqs
         #: what ended requests got, for the next step, where drafts are made of it
         self._ended_outputs: list[list[int]] = []
@@ -153,6 +163,8 @@ class Scheduler:
         self.kv_cache_manager.free(request)
         if self.media is not None:
             self.media.release(request)
+        if self.adapters is not None:
+            self.adapters.release(request)
         self._free_rows.append(request.row)
         request.row = -1
 
@@ -171,12 +183,14 @@ class Scheduler:
         if self.media is not None:
             self.media.begin()
         self._schedule_running(step, budget)
-        if self._preemptions.count == num_preemptions:
+        if self._preemptions.count == num_preemptions and not step.is_apart:
             self._schedule_waiting(step, budget)
         if self._micro_batches is not None:
             self._micro_batches.end(step)
         if self.media is not None:
             self.media.end(step)
+        if self.adapters is not None:
+            step.uses_adapters = any(request.adapter_slot >= 0 for request in step.requests)
         if step.rows and self._ended_outputs:
             step.ended_outputs, self._ended_outputs = self._ended_outputs, []
         if self.kv_cache_manager.host_pool is not None:
@@ -190,7 +204,7 @@ class Scheduler:
         launch = self._decode_steps.choose(self.running, len(self.waiting), self._max_running - len(self.running))
         if not launch.num_steps:
             return
-        step.num_steps, step.num_drafts = launch
+        step.num_steps, step.num_drafts, step.is_apart = launch
         most_decoded, with_drafts = launch.num_tokens, launch.num_drafts > 0
         micro_batches = self._micro_batches
         if micro_batches is not None:
@@ -207,6 +221,8 @@ class Scheduler:
                 continue
             if request.num_unsure_tokens and not with_drafts:
                 # the device alone knows how far it has come, and only launches with drafts ask it
+                continue
+            if step.is_apart and computes_prompt(request):
                 continue
             start = request.num_computed_tokens
             left = num_tokens - start
@@ -263,6 +279,10 @@ class Scheduler:
                 # not compiled yet: others go first, and it keeps its place
                 skipped.append(self.waiting.pop())
                 continue
+            if self.adapters is not None and not self.adapters.find(request):
+                # its adapter is not there: so it is with this one
+                skipped.append(self.waiting.pop())
+                continue
             if request.num_output_placeholders:
                 # Preempted while steps that sample its tokens run: they are part of what it has to recompute.
                 break
@@ -280,6 +300,8 @@ class Scheduler:
                 break
             self.waiting.pop()
             self._admit(request, start, manager.num_external_tokens(hit))
+            if self.adapters is not None:
+                self.adapters.take(request, step)
             request.num_computed_tokens = start + count
             request.num_output_placeholders = int(start + count == num_tokens)
             manager.cache_full_blocks(request)
@@ -299,10 +321,13 @@ class Scheduler:
         self, step: SchedulerOutput, budget: StepBudget, request: Request, start: int, left: int
     ) -> tuple[int, int]:
         """`StepBudget.chunk`, as far as the pictures of the chunk are there."""
-        count, wanted = budget.chunk(request, start, left)
-        if start >= request.media_stop or self.media is None or not count:
-            return count, wanted
-        return budget.chunk(request, start, left, self.media.chunk(step, request, start, count))
+        if start >= request.media_stop or self.media is None:
+            return budget.chunk(request, start, left)
+        least = self.media.least(request, start)
+        count, _ = budget.chunk(request, start, left, least=least)
+        if not count:
+            return 0, 0
+        return budget.chunk(request, start, left, self.media.chunk(step, request, start, count), least=least)
 
     def _admit(self, request: Request, num_cached_tokens: int, num_external_tokens: int) -> None:
         """Give a request a row and its place among the running ones; it has its blocks.
@@ -456,6 +481,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         host_pool = self.kv_cache_manager.host_pool
+        encoded = None if self.media is None else self.media.cache
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -464,6 +490,9 @@ class Scheduler:
             kv_cache_usage=self.kv_cache_manager.usage,
             host_cache_usage=None if host_pool is None else host_pool.usage,
             num_stores_skipped=0 if host_pool is None else host_pool.num_skipped,
+            encoder_cache_usage=None if encoded is None else encoded.num_used / encoded.num_rows,
+            encoder_cache_hits=0 if encoded is None else encoded.num_hits,
+            encoder_cache_queries=0 if encoded is None else encoded.num_queries,
         )
 
     def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:

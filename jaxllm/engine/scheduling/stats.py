@@ -21,3 +21,8 @@ class SchedulerStats:
     host_cache_usage: float | None = None
     #: evicted blocks that the pool had no room for
     num_stores_skipped: int = 0
+    #: share of the encoder's cache that running requests use, in [0, 1]; None: there are no pictures
+    encoder_cache_usage: float | None = None
+    #: items that chunks needed, and those of them whose vectors were there
+    encoder_cache_queries: int = 0
+    encoder_cache_hits: int = 0

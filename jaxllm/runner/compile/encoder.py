@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxllm.layers.context import Context
 from jaxllm.layers.vision import Patches
-from jaxllm.models.qwen_vision import VisionConfig, VisionParams, encode
+from jaxllm.models.qwen_vision import QwenVisionConfig
+from jaxllm.models.vision import VisionConfig, VisionParams, encode
 from jaxllm.multimodal.items import EncoderInput, Grid
 from jaxllm.runner.packing import Packing
 
@@ -27,13 +28,15 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 SMALLEST = 64
 
 
-def encoder_buckets(max_patches: int, merge_unit: int, *, eager: bool = False) -> tuple[int, ...]:
-    """Patches of each program, ascending; the last one holds the largest item.
+def encoder_buckets(config: VisionConfig, max_patches: int, *, eager: bool = False) -> tuple[int, ...]:
+    """Patches of each program, ascending; the last one holds the largest item. Each has whole vectors.
 
     Args:
-        merge_unit: patches that become one vector, of which each bucket has whole ones.
         eager: only every other one.
     """
+    if config.fixed_patches is not None:
+        return (config.fixed_patches,)
+    merge_unit = config.merge_unit
     smallest = -(-SMALLEST // merge_unit) * merge_unit
     sizes, size = [], smallest
     while size < max_patches:
@@ -42,11 +45,11 @@ def encoder_buckets(max_patches: int, merge_unit: int, *, eager: bool = False) -
     return (*sizes, max(-(-max_patches // smallest) * smallest, smallest))
 
 
-def encoder_packing(num_patches: int, merge_unit: int) -> Packing:
+def encoder_packing(config: VisionConfig, num_patches: int) -> Packing:
     """What the program of a bucket reads besides pixels; `rows` 0 is where padding goes."""
     each = (num_patches,)
     return Packing(
-        {"positions": (num_patches, 2), "frames": each, "windows": each, "rows": (num_patches // merge_unit,)}
+        {"positions": (num_patches, 2), "frames": each, "windows": each, "rows": (config.num_vectors(num_patches),)}
     )
 
 
@@ -106,7 +109,7 @@ class EncoderPrograms:
         self._context, self._config, self._params, self._cache = context, config, params, cache
         self._normal = normal
         self._rows, self._words, self._lower = rows, words, lower
-        self.packings = {size: encoder_packing(size, config.merge_unit) for size in buckets}
+        self.packings = {size: encoder_packing(config, size) for size in buckets}
         self.keys = tuple((ENCODE, size) for size in buckets)
 
     def lowerings(self) -> Mapping[str, Callable[[int], jax.stages.Lowered]]:
@@ -148,7 +151,8 @@ def pack_item(config: VisionConfig, packing: Packing, size: int, given: EncoderI
     fields["windows"][: len(patches)] = np.repeat(windows, unit)
     for name in ("frames", "windows"):
         fields[name][len(patches) :] = -1
-    fields["rows"][: len(order)] = given.rows[order]
+    # what follows no patch of its own comes in the order of the rows
+    fields["rows"][: len(given.rows)] = given.rows[order] if config.has_windows else given.rows
     return pixels, words
 
 
@@ -166,7 +170,7 @@ def window_order(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np.ndarr
     """
     rows, columns = grid.rows // config.merge_size, grid.columns // config.merge_size
     count = rows * columns
-    if not config.has_windows:
+    if not (isinstance(config, QwenVisionConfig) and config.has_windows):
         return np.arange(count), np.zeros(count, np.int32)
     side = config.window_side
     row, column = np.indices((rows, columns), dtype=np.int32).reshape(2, -1)

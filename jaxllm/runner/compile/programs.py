@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.models.adapters import Stacks, with_adapters
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
+from jaxllm.runner.adapter_stacks import write_adapter
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
 from jaxllm.runner.compile.encoder import ENCODE, EncoderPrograms
@@ -56,6 +58,7 @@ Key = tuple[Any, ...]
 #: programs that have the head and no layers
 HEAD_PROGRAMS = ("sample", "score")
 ALLOCATOR: Key = ("allocate",)
+ADAPTER_WRITER: Key = ("write adapter",)
 
 
 class Programs(abc.ABC):
@@ -67,6 +70,7 @@ class Programs(abc.ABC):
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
+        adapters: shapes of the stacks of adapters, with their shardings; None: there are none.
         copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
@@ -86,7 +90,9 @@ class Programs(abc.ABC):
         source: Any,
         copied_layers: int = 0,
         progress: StartProgress | None = None,
+        adapters: Stacks | None = None,
     ):
+        self.adapters = adapters
         self.packings, self._state = packings, state
         #: of what a step brings and gives: every device has it whole, of copies of the model that step together those
         #: of a copy
@@ -135,6 +141,30 @@ class Programs(abc.ABC):
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
 
         return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
+
+    def lower_adapter_writer(self) -> jax.stages.Lowered:
+        def one(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding: Any = shape.sharding
+            if isinstance(sharding, jax.sharding.NamedSharding):
+                axes = tuple(sharding.spec)
+                sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P(*axes[:1], *axes[2:]))
+            return jax.ShapeDtypeStruct((shape.shape[0], *shape.shape[2:]), shape.dtype, sharding=sharding)
+
+        out = jax.tree.map(lambda shape: getattr(shape.sharding, "spec", jax.P()), self.adapters)
+        new, slot = jax.tree.map(one, self.adapters), self._words(1)
+        return self._lowered(write_adapter, self.adapters, new, slot, donate=0, out=out)
+
+    @property
+    def adapter_writer(self) -> jax.stages.Compiled:
+        return self._get(ADAPTER_WRITER)
+
+    def with_adapters(self, params: Any, bucket: Bucket) -> Any:
+        """The weights, or their shapes, as a bucket's program takes them.
+
+        Args:
+            params: shapes of them, in any form.
+        """
+        return with_adapters(params, self.adapters) if bucket.adapters and self.adapters is not None else params
 
     def allocate(self) -> Any:
         """The state, zeroed, each device's part in its place."""
@@ -267,7 +297,8 @@ class Programs(abc.ABC):
 
     def _all_keys(self) -> list[Key]:
         encoder = () if self.encoder is None else self.encoder.keys
-        return [*self._keys(), *encoder, *(() if self.block_copies is None else self.block_copies.KEYS)]
+        writers = () if self.adapters is None else (ADAPTER_WRITER,)
+        return [*self._keys(), *writers, *encoder, *(() if self.block_copies is None else self.block_copies.KEYS)]
 
     @abc.abstractmethod
     def _largest(self) -> list[tuple[Key, ...]]:
@@ -277,6 +308,8 @@ class Programs(abc.ABC):
         """The program of a key, ready to be compiled."""
         if key == ALLOCATOR:
             return self.lower_allocator()
+        if key == ADAPTER_WRITER:
+            return self.lower_adapter_writer()
         copies = {} if self.block_copies is None else self.block_copies.lowerings()
         encoder = {} if self.encoder is None else self.encoder.lowerings()
         return {**self._lowerings(), **encoder, **copies}[key[0]](*key[1:])
@@ -290,9 +323,9 @@ class Programs(abc.ABC):
         """Of each array of the weights."""
         return jax.tree.map(lambda shape: shape.sharding, self._params)
 
-    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
-        """The one that a step of this size runs in."""
-        return pick_bucket(tuple(self.packings), num_tokens, num_seqs)
+    def bucket(self, num_tokens: int, num_seqs: int, *, adapters: bool = False) -> Bucket:
+        """The one that a step of this size runs in, with adapters or without."""
+        return pick_bucket(tuple(self.packings), num_tokens, num_seqs, adapters=adapters)
 
     @property
     def largest(self) -> Bucket:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
@@ -60,6 +61,8 @@ def decode_steps(
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[: bucket.seqs] if field.ndim else field for name, field in sampling.items()}
     constraints = None if constraints is None else constraints[: bucket.seqs]
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row, first, limits = fields["rows"], fields["positions"], fields["steps"]
@@ -72,7 +75,7 @@ def decode_steps(
         active_row = jnp.where(loop.going_on, row, trash)
         now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
         batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-        if config.model.vision is not None:
+        if "rope_offsets" in fields:
             # all of them are generated: each goes on as it did
             batch = dataclasses.replace(batch, rope_positions=position + fields["rope_offsets"])
         cache, hidden, load, _ = forward_keeping(

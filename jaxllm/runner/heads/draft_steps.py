@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from jaxllm.layers.context import StepBatch
+from jaxllm.layers.adapted import with_slots
+from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import (
@@ -35,7 +36,8 @@ from jaxllm.runner.heads.sampling_step import (
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
-from jaxllm.speculative.drafter import Asked, Drafter, columns_of
+from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.drafter import Asked, Checked, Drafter, columns_of
 
 
 class DraftParams(NamedTuple):
@@ -81,6 +83,7 @@ class _Loop:
     going_on: jax.Array  # bool [S]
     reached: jax.Array  # i32 [S]: position of the last token
     numbers: jax.Array  # i32 [S, AdaptiveDrafts.COLUMNS]
+    behind: jax.Array  # i32 [S], as `Asked.behind`
     found: DraftSteps
 
 
@@ -114,6 +117,13 @@ def draft_steps(
     sampling = sample_packing.unpack(buffer[packing.size :])
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[:seqs] if field.ndim else field for name, field in sampling.items()}
+    if bucket.adapters:
+        slots = fields["adapter_slots"]
+        several = zip(adaptive.lengths, params.several, strict=True)
+        params = DraftParams(
+            single=with_slots(params.single, slots),
+            several=tuple(with_slots(own, jnp.repeat(slots, 1 + length)) for length, own in several),
+        )
     attention = attention_batch(fields, bucket)
     trash, lane = state.tokens.shape[0] - 1, jnp.arange(width, dtype=jnp.int32)
     assert state.drafting is not None
@@ -122,7 +132,8 @@ def draft_steps(
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
     extra, is_given = fields["check_costs"], fields["num_given"] >= 0
     beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
-    numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:])
+    numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:-1])
+    behind = jnp.where(fields["begins"] != 0, 0, state.drafting[row, -1])
 
     def ends(ids: jax.Array) -> jax.Array:
         """bool, of i32 [S, ...]."""
@@ -161,6 +172,10 @@ def draft_steps(
 
         return jax.tree.map(by_sequence, result)
 
+    def passed_over(loop: _Loop, behind: jax.Array, count: jax.Array) -> jax.Array:
+        """`Asked.behind` of the next step, of `Written.behind` of this one, and the tokens that it brought."""
+        return jnp.where(loop.going_on, jnp.where(behind > 0, behind + count - 1, 0), loop.behind)
+
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
         position = jnp.where(loop.going_on, loop.reached, 0)
@@ -182,14 +197,15 @@ def draft_steps(
             going_on=loop.going_on,
             outputs=loop.state.outputs,
             most=jnp.where(is_given, 0, most),
+            behind=loop.behind,
             sample=sample_of,
         )
         look, counts = drafter.look(asked)
         counts = jnp.where(is_given & loop.going_on, jnp.minimum(fields["num_given"], most), counts)
         kind, counts = adaptive.choose(loop.numbers, counts, loop.going_on, extra)
-        draft_cache, ids = drafter.write(asked, loop.state.draft_cache, look, jnp.where(is_given, 0, counts))
-        ids = jnp.where(is_given[:, None], fields["given"], ids)
-        loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, draft_cache=draft_cache))
+        written = drafter.write(asked, loop.state.draft_cache, look, jnp.where(is_given, 0, counts))
+        ids = jnp.where(is_given[:, None], fields["given"], written.ids)
+        loop = dataclasses.replace(loop, state=dataclasses.replace(loop.state, draft_cache=written.cache))
 
         # whoever looks for a position's earlier tokens finds the drafts among them
         place = jnp.where(lane[1:] <= counts[:, None], position[:, None] + lane[1:], loop.state.tokens.shape[1])
@@ -213,9 +229,8 @@ def draft_steps(
         new, logprobs = result.token_ids, result.logprobs
         right = (new[:, :drafts] == ids) & (lane[:drafts] < counts[:, None])
         accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
-        settled = jnp.where(is_given, 0, counts)
-        draft_cache = drafter.settle(asked, state.draft_cache, ids, settled, accepted, taken)
-        state = dataclasses.replace(state, draft_cache=draft_cache)
+        checked = Checked(ids, jnp.where(is_given, 0, counts), accepted, taken)
+        state = dataclasses.replace(state, draft_cache=drafter.settle(asked, state.draft_cache, checked))
         is_new = lane <= accepted[:, None]
         end = is_new & ends(new)
         is_new &= jnp.cumsum(end, axis=1) - end == 0
@@ -244,6 +259,8 @@ def draft_steps(
             going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits) & ~is_given,
             reached=loop.reached + count,
             numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on, extra),
+            # of a sequence that stands still, nothing new
+            behind=loop.behind if written.behind is None else passed_over(loop, written.behind, count),
             found=found,
         )
 
@@ -255,6 +272,7 @@ def draft_steps(
         going_on=(limits > 0) & ~ends(tokens[row, first]),
         reached=first,
         numbers=numbers,
+        behind=behind,
         found=DraftSteps(
             token_ids=jnp.zeros((seqs, num_steps * width), jnp.int32),
             counts=jnp.zeros(seqs, jnp.int32),
@@ -268,8 +286,35 @@ def draft_steps(
     loop = lax.while_loop(lambda loop: jnp.any(loop.going_on) & (loop.step < num_steps), one_step, loop)
     drafting = loop.state.drafting
     assert drafting is not None
-    left = jnp.concatenate([loop.reached[:, None], loop.numbers], axis=1)
+    left = jnp.concatenate([loop.reached[:, None], loop.numbers, loop.behind[:, None]], axis=1)
     return dataclasses.replace(loop.state, drafting=drafting.at[row].set(left)), loop.found
+
+
+def catch_up(
+    context: Context,
+    drafter: ModelDrafter,
+    bucket: Bucket,
+    packing: Packing,
+    params: Params,
+    state: State,
+    buffer: jax.Array,
+) -> State:
+    """Let a model that drafts read what it has passed over, before a step that it reads.
+
+    Args:
+        context, drafter, bucket, packing: static.
+        params: of what drafts.
+        buffer: int32, `forward_fields` of single tokens: the next one of each sequence.
+    """
+    fields = packing.unpack(buffer)
+    assert state.drafting is not None and state.draft_cache is not None
+    trash = state.tokens.shape[0] - 1
+    row = jnp.where(jnp.arange(bucket.seqs) < fields["num_seqs"], fields["rows"], trash)
+    behind = jnp.where(row < trash, state.drafting[row, -1], 0)
+    attention, positions = attention_batch(fields, bucket), fields["positions"]
+    cache: Any = state.draft_cache
+    cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind)
+    return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(0))
 
 
 def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepFuture
+from jaxllm.models.adapters import Stacks
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.stage_clock import StageClock
@@ -45,6 +46,10 @@ class Head(abc.ABC, Generic[Weights, State]):
 
     def keep_outputs(self, state: State, outputs: Sequence[list[int]]) -> State:
         """Keep what ended requests got, for later drafts; only a head with such drafts is asked to."""
+        raise NotImplementedError
+
+    def use_adapters(self, adapters: Stacks) -> None:
+        """Launch programs of steps with adapters with these from here on."""
         raise NotImplementedError
 
     def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:

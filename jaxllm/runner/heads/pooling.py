@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
+from jaxllm.models.adapters import Stacks, with_adapters
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket
@@ -28,7 +29,7 @@ class PoolingPrograms(Programs):
 
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-        platform, cache_dir, copied_layers, progress: see `Programs`.
+        platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class PoolingPrograms(Programs):
         cache_dir: Path | None,
         copied_layers: int = 0,
         progress: StartProgress | None = None,
+        adapters: Stacks | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
-        made_from = (config, buckets, table_width, params, state)
+        made_from = (config, buckets, table_width, params, state, adapters)
         super().__init__(
             packings,
             state,
@@ -54,6 +56,7 @@ class PoolingPrograms(Programs):
             source=made_from,
             copied_layers=copied_layers,
             progress=progress,
+            adapters=adapters,
         )
         self.config: PoolingStepConfig = config
         self._params = params
@@ -62,7 +65,8 @@ class PoolingPrograms(Programs):
         packing = self.packings[bucket]
         function = functools.partial(pooling_step, self.config, bucket, packing)
         words = self._words(packing.size)
-        args = self._params, self._state, words, *self.embeddings(bucket)
+        params = self.with_adapters(self._params, bucket)
+        args = params, self._state, words, *self.embeddings(bucket)
         return self._lowered(function, *args, donate=1, out=(self._state_specs, jax.P(), jax.P()))
 
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
@@ -145,6 +149,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         self.programs: PoolingPrograms = programs
         self._embeddings = Embeddings(programs)
         self._params: PoolingModel | None = None
+        self._adapters: Stacks | None = None
         #: of all rows, the fields that `pooling_packing` has for each sequence
         self._fields = {name: np.zeros(max_num_seqs, np.int32) for name in ("dimensions", "activate", "segment_starts")}
         self._wants_tokens = np.zeros(max_num_seqs, bool)
@@ -153,6 +158,9 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
 
     def use(self, params: PoolingModel | None) -> None:
         self._params = params
+
+    def use_adapters(self, adapters: Stacks) -> None:
+        self._adapters = adapters
 
     def admit(self, state: PoolingState, request: AdmittedRequest) -> PoolingState:
         row, params = request.row, request.params
@@ -171,7 +179,8 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def forward(
         self, state: PoolingState, scheduled: SchedulerOutput, rows: Rows
     ) -> tuple[PoolingState, PoolingResult]:
-        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        size = scheduled.num_tokens, len(scheduled.rows)
+        bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
         packing = self.programs.packings[bucket]
         # never reused: the device may read it in place
         buffer = np.zeros(packing.size, np.int32)
@@ -213,6 +222,8 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     ) -> tuple[PoolingState, jax.Array, jax.Array | None]:
         buffer, params = put_whole(words, self.programs.sharding), self._params
         embeddings = self._embeddings.argument(bucket, vectors)
+        if bucket.adapters and self._adapters is not None:
+            params = with_adapters(params, self._adapters)
         state, results, hidden = self.programs.pool(bucket)(params, state, buffer, *embeddings)
         tokens = None
         if want_tokens and params is not None:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.bert import BertConfig
@@ -77,6 +78,8 @@ def pooling_step(
         hidden [T, d] of all tokens, for `token_step`.
     """
     fields = packing.unpack(buffer)
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     batch = StepBatch(
         tokens=fields["token_ids"],
         attention=attention_batch(fields, bucket),

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
-from jaxllm.models.decoder import Params
-from jaxllm.models.qwen_vision import VisionParams
+from jaxllm.models.adapters import Stacks, with_adapters
+from jaxllm.models.decoder import Params, draft_params
+from jaxllm.models.vision import VisionParams
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
@@ -173,9 +174,14 @@ class SamplingHead(Head[Params, State]):
         self._learns = not is_distributed()
         costs = programs.check_costs if self._learns else {}
         self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
+        #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
+        self._resting: set[int] = set()
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
+        #: the same with adapters
+        self._adapted: dict[Form, Params] = {}
+        self._adapters: Stacks | None = None
         self._head: Params | None = None
         self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
@@ -192,8 +198,19 @@ class SamplingHead(Head[Params, State]):
             self._vision, params = params.vision, dataclasses.replace(params, vision=None)
             self._head = programs.head_params(params)
             self._forms = programs.forms(params)
+        self._adapt()
+
+    def use_adapters(self, adapters: Stacks) -> None:
+        self._adapters = adapters
+        self._adapt()
+
+    def _adapt(self) -> None:
+        if self._adapters is not None:
+            adapters = self._adapters
+            self._adapted = {form: with_adapters(params, adapters) for form, params in self._forms.items()}
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
+        self._resting.discard(request.row)
         self._rows.admit(request)
         return self._write_tokens(state, request.row, self._rows.history(request))
 
@@ -210,7 +227,7 @@ class SamplingHead(Head[Params, State]):
         if scheduled.num_drafts:
             return self._draft_steps(state, scheduled, rows)
         packings, num_seqs = self.programs.decode_packings, len(scheduled.rows)
-        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
         self._clock.launched()
         state, found = self._decode_steps(state, bucket, packed.buffer, packed.constraints, packed.full)
@@ -221,8 +238,10 @@ class SamplingHead(Head[Params, State]):
 
     def _draft_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
-        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs)
+        bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
         packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
+        if self.programs.catch_up_packings:
+            self._resting.update(scheduled.rows)
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
 
@@ -238,9 +257,30 @@ class SamplingHead(Head[Params, State]):
     ) -> tuple[State, DraftSteps]:
         program, full = self.programs.draft_steps(bucket, full)
         given = self._draft_constraints(bucket, constraints) if full else None
-        forms = self.programs.check_forms(bucket)
-        params = DraftParams(self._forms[self.programs.form(bucket)], tuple(self._forms[form] for form in forms))
+        forms, weights = self.programs.check_forms(bucket), self._adapted if bucket.adapters else self._forms
+        params = DraftParams(weights[self.programs.form(bucket)], tuple(weights[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
+
+    def _catch_up(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> State:
+        """Let a model that drafts read what it has passed over of those who take part in a step that it reads."""
+        late = [entry for entry, row in enumerate(scheduled.rows) if row in self._resting]
+        packings = self.programs.catch_up_packings
+        most = next(reversed(packings)).seqs
+        for first in range(0, len(late), most):
+            some, step = late[first : first + most], SchedulerOutput.empty(scheduled.step)
+            for name in ("rows", "starts", "counts", "wanted"):
+                getattr(step, name).extend(getattr(scheduled, name)[entry] for entry in some)
+            self._resting.difference_update(step.rows)
+            bucket = pick_bucket(tuple(packings), len(some), len(some))
+            buffer = np.zeros(packings[bucket].size, np.int32)
+            rows.pack(step, packings[bucket].views(buffer))
+            state = self._read_late(state, bucket, buffer)
+        return state
+
+    def _read_late(self, state: State, bucket: Bucket, buffer: np.ndarray) -> State:
+        params = self._forms[self.programs.check_forms(bucket)[-1]]
+        self._clock.launched()
+        return self.programs.catch_up(bucket)(draft_params(params), state, put_whole(buffer, self._sharding))
 
     def _draft_constraints(self, bucket: Bucket, constraints: np.ndarray | None) -> jax.Array:
         if constraints is not None:
@@ -266,8 +306,11 @@ class SamplingHead(Head[Params, State]):
         return dataclasses.replace(state, encoded=encoded)
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
-        bucket = self.programs.bucket(scheduled.num_tokens, len(scheduled.rows))
+        size = scheduled.num_tokens, len(scheduled.rows)
+        bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
         packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
+        if self._resting:
+            state = self._catch_up(state, scheduled, rows)
         self._clock.launched()
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
         return state, LaunchedStep(hidden, sampling, packed)
@@ -312,6 +355,8 @@ class SamplingHead(Head[Params, State]):
             buffer = np.zeros(packing.size + sample_size, np.int32)
             for full in (True, False):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
+        for bucket, packing in list(programs.catch_up_packings.items())[: 1 if smallest else None]:
+            state = self._read_late(state, bucket, np.zeros(packing.size, np.int32))
         if programs.encoder is not None:
             for size in list(programs.encoder.packings)[: 1 if smallest else None]:
                 state = self._encode(state, size, *programs.encoder.nothing(size))
@@ -385,4 +430,4 @@ class SamplingHead(Head[Params, State]):
         return array
 
     def _params_for(self, bucket: Bucket) -> Params | None:
-        return self._forms.get(self.programs.form(bucket))
+        return (self._adapted if bucket.adapters else self._forms).get(self.programs.form(bucket))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from jaxllm.engine.step import MAX_END_TOKEN_IDS
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing, forward_fields
+from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 
 #: per-row sampling parameters, float32
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -19,14 +19,14 @@ FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", 
 
 
 def forward_packing(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool = False
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: MediaFields | None = None
 ) -> Packing:
     """What `sampling_step.forward_step` reads."""
     return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media))
 
 
 def decode_packing(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool = False
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: MediaFields | None = None
 ) -> Packing:
     """What `decode_steps.decode_steps` reads: a forward step's fields, and of each sequence how many tokens it samples
     at most, and the ids that end it (-1: none).
@@ -42,7 +42,7 @@ def draft_packing(
     num_lengths: int,
     num_drafts: int,
     *,
-    media: bool = False,
+    media: MediaFields | None = None,
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
     each length cost, and of each sequence whether it goes on where the device stands, whether its row has a new request
@@ -55,14 +55,14 @@ def draft_packing(
 
 
 def _decode_fields(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: MediaFields | None
 ) -> dict[str, tuple[int, ...]]:
     per_seq = {"steps": (bucket.seqs,), "end_ids": (bucket.seqs, MAX_END_TOKEN_IDS)}
     return {**_step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media), **per_seq}
 
 
 def _step_fields(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: bool
+    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: MediaFields | None
 ) -> dict[str, tuple[int, ...]]:
     return {
         **forward_fields(bucket, num_groups, table_width, media=media),

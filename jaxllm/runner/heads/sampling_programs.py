@@ -16,6 +16,7 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
+from jaxllm.models.adapters import Stacks
 from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
@@ -25,10 +26,12 @@ from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
-from jaxllm.runner.heads.draft_steps import DraftParams, draft_steps
+from jaxllm.runner.heads.draft_steps import DraftParams, catch_up, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
+from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
@@ -75,6 +78,7 @@ class SamplingPrograms(Programs):
         num_draft_steps: int = 1,
         encoder_buckets: tuple[int, ...] = (),
         pixel_normal: Normalization = ((), ()),
+        adapters: Stacks | None = None,
     ):
         """
         Args:
@@ -86,11 +90,14 @@ class SamplingPrograms(Programs):
             encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
             pixel_normal: what these take of pixels.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir, copied_layers, progress: see `Programs`.
+            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
         """
         several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
-        made_from = (config, buckets, table_width, params, state, eager, *several)
-        numbers, media = (len(config.groups), table_width, config.max_scored_tokens), encoder_buckets != ()
+        made_from = (config, buckets, table_width, params, state, eager, adapters, *several)
+        numbers = len(config.groups), table_width, config.max_scored_tokens
+        media = None
+        if encoder_buckets:
+            media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
             packings,
@@ -100,6 +107,7 @@ class SamplingPrograms(Programs):
             source=made_from,
             copied_layers=copied_layers,
             progress=progress,
+            adapters=adapters,
         )
         on_cpu = platform == "cpu"
         self.config = config = dataclasses.replace(
@@ -122,6 +130,12 @@ class SamplingPrograms(Programs):
         most = 0 if self.drafter is None else self.drafter.num_drafts
         self.draft_packings = {
             bucket: draft_packing(bucket, *numbers, len(lengths), most, media=media) for bucket in draft_buckets
+        }
+        #: of a model that rests while nothing is drafted, the programs that let it read what it has passed over
+        self.catch_up_packings = {
+            bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
+            for bucket in draft_buckets
+            if self.drafter is not None and self.drafter.rests and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
@@ -164,7 +178,7 @@ class SamplingPrograms(Programs):
         return "few rows" if backend.cpu_kernels and bucket.tokens <= MOST_ROWS else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
-        return self.params_in(self.form(bucket), self._params)
+        return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
 
     def forms(self, params: Params) -> dict[Form, Params]:
         """The weights in all forms that programs take them in, in the same memory."""
@@ -236,12 +250,21 @@ class SamplingPrograms(Programs):
         )
         words = self._words(packing.size + sample_packing.size)
         single, *several = (
-            self.params_in(form, self._params) for form in (self.form(bucket), *self.check_forms(bucket))
+            self.with_adapters(self.params_in(form, self._params), bucket)
+            for form in (self.form(bucket), *self.check_forms(bucket))
         )
         out = self._state_specs, jax.P()
         params = DraftParams(single, tuple(several))
         constraints = self._constraints(full, 1 + drafter.num_drafts, bucket.seqs)
         return self._lowered(function, params, self._state, words, constraints, donate=1, out=out)
+
+    def lower_catch_up(self, bucket: Bucket) -> jax.stages.Lowered:
+        packing, drafter = self.catch_up_packings[bucket], self.drafter
+        assert isinstance(drafter, ModelDrafter)
+        function = functools.partial(catch_up, self.config.context, drafter, bucket, packing)
+        params = draft_params(self.params_in(self.check_forms(bucket)[-1], self._params))
+        words = self._words(packing.size)
+        return self._lowered(function, params, self._state, words, donate=1, out=self._state_specs)
 
     def lower_scorer(self) -> jax.stages.Lowered:
         capacity = self.config.max_scored_tokens
@@ -263,6 +286,7 @@ class SamplingPrograms(Programs):
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
+        several += [("catch up", bucket) for bucket in self.catch_up_packings]
         writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
         return [*several, *samplers, SCORER, *forwards, *writers]
 
@@ -285,6 +309,7 @@ class SamplingPrograms(Programs):
             "sample": self.lower_sampler,
             "decode steps": self.lower_decode_steps,
             "draft steps": self.lower_draft_steps,
+            "catch up": self.lower_catch_up,
             "score": self.lower_scorer,
             "write tokens": self.lower_writer,
             "write outputs": self.lower_output_writer,
@@ -318,6 +343,9 @@ class SamplingPrograms(Programs):
         """The program that checks drafts, and whether it takes constraints, as `sampler`."""
         full = full or False not in self._variants
         return self._get(("draft steps", bucket, full)), full
+
+    def catch_up(self, bucket: Bucket) -> jax.stages.Compiled:
+        return self._get(("catch up", bucket))
 
     @property
     def scorer(self) -> jax.stages.Compiled:

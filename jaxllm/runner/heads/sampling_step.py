@@ -12,6 +12,7 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
@@ -23,6 +24,7 @@ from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
 from jaxllm.sampling.sampler import by_platform, in_blocks, sample, sample_greedy
+from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.head_drafter import HeadCache
 from pallas_kernels.batch import AttentionBatch
@@ -55,6 +57,8 @@ class StepConfig:
     on_cpu: bool | None = None
 
 
+#: numbers of a row in `State.drafting`
+DRAFTING_COLUMNS = 2 + AdaptiveDrafts.COLUMNS
 #: in `State.tokens`, at the position where a row would go on that has ended in a launch of several steps
 ENDED = -1
 
@@ -67,8 +71,8 @@ class State:
     cache: Cache  # of all layers
     #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
     tokens: jax.Array
-    #: i32 [R + 1, 1 + AdaptiveDrafts.COLUMNS], of engines that check drafts: where the last launch with drafts left
-    #: each row, the position of its last token, and how its drafts did
+    #: i32 [R + 1, DRAFTING_COLUMNS], of engines that check drafts: where the last launch with drafts left each row, the
+    #: position of its last token, how its drafts did, and how many tokens a model that drafts has passed over
     drafting: jax.Array | None = None
     #: of the layers of a model that drafts, or of a head, under the same block tables
     draft_cache: Cache | HeadCache | None = None
@@ -118,7 +122,12 @@ def forward_step(
         (state, hidden, sampling): sampling is the buffer's second part, for `sample_step`.
     """
     fields = packing.unpack(buffer)
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
+    if "picture_ends" in fields and not bucket.decode_only:
+        seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)
+        attention = dataclasses.replace(attention, seen_to=seen_to)
     tokens, batch = step_tokens(config, state.tokens, fields, attention)
     if state.encoded is not None:
         batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
@@ -171,10 +180,10 @@ def step_tokens(
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
     batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
-    if config.model.vision is not None:
-        batch = dataclasses.replace(
-            batch, embedded=fields["encoded_rows"] > 0, rope_positions=attention.positions + fields["rope_offsets"]
-        )
+    if "encoded_rows" in fields:
+        batch = dataclasses.replace(batch, embedded=fields["encoded_rows"] > 0)
+    if "rope_offsets" in fields:
+        batch = dataclasses.replace(batch, rope_positions=attention.positions + fields["rope_offsets"])
     return tokens, batch
 
 

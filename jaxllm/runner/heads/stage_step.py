@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.decoder import Params, forward_keeping
 from jaxllm.parallel.stages import Stage
@@ -68,6 +69,8 @@ def stage_step(
         counted (`Hidden.load`), or the last one's `Hidden`; sampling is the buffer's second part.
     """
     fields = packing.unpack(buffer)
+    if bucket.adapters:
+        params = with_slots(params, fields["adapter_slots"])
     attention = attention_batch(fields, bucket)
     tokens, batch = state.tokens, StepBatch(tokens=fields["token_ids"], attention=attention)
     if tokens is not None:

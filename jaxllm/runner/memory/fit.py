@@ -121,7 +121,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         num_host_layers=len(config.offloaded),
         encoder_bytes=config.encoder_bytes,
         tower_bytes=config.tower_bytes,
-        encoder_tokens=0 if config.vision is None else config.encoder_patches // config.vision.merge_unit,
+        encoder_tokens=0 if config.vision is None else config.vision.num_vectors(config.encoder_patches),
         encoder_cache_tokens=limits.encoder_cache_tokens,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,12 @@ class SavedQuantization:
         """The config.json of a model with these weights."""
         return dict(model) if self._config is None else {**model, "quantization_config": self._config}
 
-    def write(self, directory: Path, found: Sequence[Tensor], prefix: str = "") -> None:
+    def write(self, directory: Path, found: Sequence[Tensor], name_of: Callable[[str], str] = str) -> None:
         """Write all tensors of a model.
 
         Args:
             found: the model's arrays; a quantized matrix's are several.
-            prefix: what names begin with that the checkpoint's do not.
+            name_of: what the checkpoint calls a tensor.
 
         Raises:
             WeightsError: there is no room for them, or the system cannot write.
@@ -76,7 +76,7 @@ class SavedQuantization:
         for name, tensors in of_matrix.items():
             arrays = {kind: tensor.value() for kind, tensor in tensors.items()}
             written: Mapping[str, np.ndarray] = {name: arrays[""]} if "" in arrays else self._written(name, arrays)
-            writer.add({tensor.removeprefix(prefix): array for tensor, array in written.items()})
+            writer.add({name_of(tensor): array for tensor, array in written.items()})
         writer.close()
 
     def _written(self, name: str, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -1,0 +1,67 @@
+"""What adapters of low rank add to a product: which implementation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.lora_matmul.reference import lora_matmul_reference
+from pallas_kernels.lora_matmul.xla import lora_matmul_by_slot, lora_matmul_xla
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def lora_matmul(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    slots: jax.Array,
+    *,
+    backend: Backend,
+    parts: tuple[int, ...] | None = None,
+    layer: jax.Array | None = None,
+) -> jax.Array:
+    """Every row by the adapter of its slot: ``out[t] = b[s] @ (a[s] @ x[t])``, the term to add to a product.
+
+    x: [T, in], bf16, f16 or f32. a: [S, P * r, in], b: [S, out, r], both of one such type, an adapter's scale within b,
+    and ranks below r filled up with zeros; with ``layer``, an i32 scalar, stacks of them, of which that layer is meant.
+    slots: i32 [T], s of each row; -1: none, the row is zeros.
+    parts: out-features of each of the P matrices that lie joined in b; None: it is one. Part p is multiplied by rows
+    ``p * r ...`` of a, so that queries, keys and values, which share x, are one call, and none has zeros stored for
+    the ranks of the others.
+    Returns f32 [T, out], sums in float32; beside the reference, what lies between the products is rounded to the wider
+    type of x and a.
+    Numbers of b must be finite in every slot; a row of x, or an a, that is not reaches no other slot's rows. Where the
+    backend is deterministic, a row's bits depend neither on other rows nor on the slot. All but the kernel are
+    differentiable in x, a and b. On a CPU adapters of float32 cost half of what those of bfloat16 do.
+    Raises ValueError where shapes or dtypes do not fit together.
+    """
+    parts = (b.shape[-2],) if parts is None else parts
+    _check(x, a, b, slots, parts, layer)
+    if layer is not None:
+        a, b = (lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (a, b))
+    if backend.implementation == "reference":
+        return lora_matmul_reference(x, a, b, slots, parts)
+    return (lora_matmul_by_slot if backend.deterministic else lora_matmul_xla)(x, a, b, slots, parts)
+
+
+def _check(
+    x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, parts: tuple[int, ...], layer: jax.Array | None
+) -> None:
+    stack, dims = ("", 3) if layer is None else ("L, ", 4)
+    shaped = x.ndim == 2 and a.ndim == b.ndim == dims and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == x.shape[1]
+    if not shaped or a.shape[-2] != len(parts) * b.shape[-1]:
+        raise ValueError(
+            f"a must be [{stack}S, {len(parts)} * r, in] and b [{stack}S, out, r] beside x [T, in], got a {a.shape}, "
+            f"b {b.shape} and x {x.shape}"
+        )
+    if sum(parts) != b.shape[-2] or min(parts) < 1:
+        raise ValueError(f"parts must be positive and add up to the {b.shape[-2]} out-features of b, got {parts}")
+    if slots.shape != x.shape[:1] or slots.dtype != jnp.int32:
+        raise ValueError(f"slots must be int32 [{x.shape[0]}], got {slots.dtype} {slots.shape}")
+    if x.dtype.name not in DTYPES or a.dtype.name not in DTYPES or a.dtype != b.dtype:
+        raise ValueError(f"x, and a and b alike, must be one of {DTYPES}, got {x.dtype}, {a.dtype} and {b.dtype}")
+    if layer is not None and (layer.shape or layer.dtype != jnp.int32):
+        raise ValueError(f"layer must be an int32 scalar, got {layer.dtype} {layer.shape}")

@@ -1,0 +1,212 @@
+"""Adapters through the whole engine, against PEFT on torch: mixed in batches, more of them than there are slots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.tiny_model import SMALL, write_tiny_model
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
+
+PARAMS = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
+NAMES: list[str | None] = [None, *ADAPTERS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    each = enumerate(ADAPTERS.items())
+    return {name: save_adapter(model, folder / name, seed=seed, **config) for seed, (name, config) in each}
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path, adapters: dict[str, Path]) -> Oracle:
+    return Oracle(model, adapters)
+
+
+@pytest.fixture(scope="module")
+def requests(adapters: dict[str, Path]) -> dict[str | None, LoRARequest | None]:
+    return {None: None, **{name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), 1)}}
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    # fewer places than adapters, and ranks smaller than the largest
+    with LLM(model, **SMALL, enable_lora=True, max_loras=2, max_lora_rank=8, block_size=8) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("size", [1, 5, 32])
+def test_batches_of_several_adapters_get_what_peft_says(llm: LLM, oracle: Oracle, requests: Any, size: int):
+    names = [NAMES[(i + size) % len(NAMES)] for i in range(size)]
+    prompts = [f"prompt {i} of {size}" * (1 + i % 4) for i in range(size)]
+    outputs = llm.generate(prompts, PARAMS, lora_request=[requests[name] for name in names], use_tqdm=False)
+    for name, output in zip(names, outputs, strict=True):
+        assert output.lora_request == output.outputs[0].lora_request == requests[name]
+        assert difference(oracle, name, output) < 1e-4
+    # and the adapters are no small matter
+    assert size < 5 or max(difference(oracle, None, o) for o, n in zip(outputs, names, strict=True) if n) > 0.1
+
+
+def test_one_adapter_for_all_prompts_and_other_methods(llm: LLM, oracle: Oracle, requests: Any):
+    all_of_it = requests["all"]
+    for output in llm.generate(["one", "two"], PARAMS, lora_request=all_of_it, use_tqdm=False):
+        assert difference(oracle, "all", output) < 1e-4
+    (chat,) = llm.chat([{"role": "user", "content": "x"}], PARAMS, lora_request=all_of_it, use_tqdm=False)
+    assert difference(oracle, "all", chat) < 1e-4
+    (plain,) = llm.generate("one", PARAMS, lora_request=all_of_it, use_tqdm=False)
+    assert "".join(llm.stream("one", PARAMS, lora_request=all_of_it)) == plain.outputs[0].text
+    several = SamplingParams(max_tokens=3, temperature=1.0, seed=3, n=2, logprobs=1, ignore_eos=True)
+    (output,) = llm.generate("one", several, lora_request=all_of_it, use_tqdm=False)
+    assert len(output.outputs) == 2 and difference(oracle, "all", output) < 1e-4
+
+
+def test_cached_blocks_are_an_adapters_own(llm: LLM, oracle: Oracle, requests: Any, adapters: Any, tmp_path: Path):
+    prompt = "a prompt of several blocks, which are cached"
+    first = requests["attention"]
+
+    def run(request: LoRARequest | None, name: str | None) -> int:
+        (output,) = llm.generate(prompt, PARAMS, lora_request=request, use_tqdm=False)
+        assert difference(oracle, name, output) < 1e-4
+        return output.num_cached_tokens
+
+    assert run(None, None) == 0 and run(first, "attention") == 0
+    assert run(first, "attention") == run(None, None) == 40
+    # what is replaced leaves nothing behind
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["attention"], folder)
+    assert run(LoRARequest("own", 9, folder), "attention") == 0
+    assert run(LoRARequest("own", 9, folder), "attention") == 40
+    shutil.rmtree(folder)
+    shutil.copytree(adapters["all"], folder)
+    assert run(LoRARequest("own", 9, folder, load_inplace=True), "all") == 0
+    engine = llm.llm_engine
+    assert 9 in engine.list_loras() and engine.remove_lora(9) and not engine.remove_lora(9)
+    assert 9 not in engine.list_loras()
+
+
+def test_adapters_are_added_and_pinned_beforehand(llm: LLM, oracle: Oracle, requests: Any):
+    engine = llm.llm_engine
+    engine.remove_lora(1)
+    assert engine.add_lora(requests["attention"]) and not engine.add_lora(requests["attention"])
+    assert engine.pin_lora(1)
+    with pytest.raises(ValidationError, match="Pinning LoRA 2 would leave no other adapter a place .*max_loras=2"):
+        engine.add_lora(requests["all"])
+        engine.pin_lora(2)
+    with pytest.raises(ValidationError, match="LoRA 77 is not registered"):
+        engine.pin_lora(77)
+    names = [name for name in NAMES if name] * 2
+    outputs = llm.generate(["p"] * 6, PARAMS, lora_request=[requests[name] for name in names], use_tqdm=False)
+    assert max(difference(oracle, name, output) for name, output in zip(names, outputs, strict=True)) < 1e-4
+    engine.remove_lora(1)
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _tensors(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+#: what is done to an adapter -> what is said of it
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "the folder is not there"),
+    "empty": (lambda f: (f / "adapter_config.json").unlink(), "the folder has no adapter_config.json"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "cut off": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\1" * 9), "cannot be read"),
+    "DoRA": (lambda f: _config(f, use_dora=True), "use_dora=True is not supported"),
+    "biases": (lambda f: _config(f, bias="all"), "bias='all' is not supported"),
+    "another kind": (lambda f: _config(f, peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
+    "other ranks": (lambda f: _config(f, r=3), "has rank 4, and adapter_config.json says 3"),
+    "module": (
+        lambda f: _tensors(f, lambda t: {name.replace("q_proj", "w_proj"): array for name, array in t.items()}),
+        r"no module 'model.layers.0.self_attn.w_proj' that could have an adapter; those that could: down_proj, gate_",
+    ),
+    "tensor": (
+        lambda f: _tensors(f, lambda t: {name.replace("lora_B.weight", "lora_C"): a for name, a in t.items()}),
+        "the tensor .* is not supported",
+    ),
+    "half": (
+        lambda f: _tensors(f, lambda t: {name: array for name, array in t.items() if "lora_A" in name}),
+        "has one of lora_A and lora_B, and not the other",
+    ),
+    "another model": (
+        lambda f: _tensors(
+            f, lambda t: {name: array[:, :-1] if "lora_A" in name else array for name, array in t.items()}
+        ),
+        r"lora_A \[4, 63\] and lora_B \[64, 4\]; the model's matrix is \[64, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_what_is_wrong_with_an_adapter_is_said_of_its_request_alone(
+    llm: LLM, adapters: dict[str, Path], tmp_path: Path, problem: str
+):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["attention"], folder)
+    change, said = BROKEN[problem]
+    change(folder)
+    request = LoRARequest("broken", 50, folder)
+    with pytest.raises(ValidationError, match=f"'broken'.*{said}"):
+        llm.generate("a", PARAMS, lora_request=request, use_tqdm=False)
+    good, bad = llm.generate(["a", "b"], PARAMS, lora_request=[None, request], use_tqdm=False, on_error="return")
+    assert good.error is None and len(good.outputs[0].token_ids) == 5
+    assert bad.error is not None and bad.outputs[0].finish_reason == "error"
+    assert 50 not in llm.llm_engine.list_loras()
+
+
+def test_what_an_adapter_asks_too_much(llm: LLM, model: Path, requests: Any, tmp_path: Path):
+    large = LoRARequest("large", 60, save_adapter(model, tmp_path / "large", r=16, target_modules=["q_proj"]))
+    with pytest.raises(ValidationError, match="LoRA rank 16 .* is greater than max_lora_rank 8. Set max_lora_rank to"):
+        llm.generate("a", PARAMS, lora_request=large, use_tqdm=False)
+    with pytest.raises(ValidationError, match=r"prompts \(2\) and lora_request \(1\) must be the same"):
+        llm.generate(["a", "b"], PARAMS, lora_request=[requests["all"]], use_tqdm=False)
+    with pytest.raises(ValidationError, match="lora_int_id=2 is the adapter 'all' of .* and not 'other'"):
+        llm.generate(["a", "b"], PARAMS, lora_request=[requests["all"], LoRARequest("other", 2, "/x")], use_tqdm=False)
+    with pytest.raises(TypeError, match="lora_request must be LoRARequest, got str"):
+        llm.generate("a", PARAMS, lora_request="all", use_tqdm=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_steps_without_adapters_run_programs_without_them(llm: LLM, requests: Any):
+    programs: Any = llm.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+    texts = {adapters: programs.forward(programs.bucket(1, 1, adapters=adapters)).as_text() for adapters in (0, 1)}
+    shapes = {adapters: text.count("f32[2,2,24,64]") for adapters, text in texts.items()}
+    assert shapes[False] == 0 < shapes[True]
+    seen: list[bool] = []
+    runner: Any = llm.engine.runner
+    forward = runner.forward
+    try:
+        runner.forward = lambda scheduled: (seen.append(scheduled.uses_adapters), forward(scheduled))[1]
+        runner.execute = lambda scheduled: runner.sample(runner.forward(scheduled), {})
+        llm.generate("abc", PARAMS, use_tqdm=False)
+        assert seen and not any(seen)
+        llm.generate("abc", PARAMS, lora_request=requests["all"], use_tqdm=False)
+        assert seen[-1]
+    finally:
+        del runner.forward, runner.execute
+
+
+def test_the_memory_plan_counts_them(model: Path, llm: LLM):
+    runner: Any = llm.engine.runner
+    config = llm.engine.model_files.config
+    own = runner._adapters.num_bytes
+    assert config.adapter_bytes == own * 3 // 2
+    assert llm.memory_plan.state_bytes >= own

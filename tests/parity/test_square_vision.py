@@ -1,0 +1,117 @@
+"""Towers of square pictures give the vectors that transformers gives, of pictures that are prepared as it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.tiny_square_model import CONFIGS, write_tiny_square_model
+from support.tiny_vl_model import picture
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.layers.context import Context
+from jaxllm.layers.vision import Patches
+from jaxllm.models.registry import model_config
+from jaxllm.models.vision import encode, vision_specs
+from jaxllm.multimodal.items import EncoderInput
+from jaxllm.multimodal.square_processor import SquareProcessor
+from jaxllm.runner.compile.encoder import encoder_buckets, encoder_packing, normalized, pack_item
+from jaxllm.startup.media_setup import read_media
+from jaxllm.weights.checkpoint import Checkpoint
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+SIZES = ((100, 70), (33, 300), (20, 20), (7, 5))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_vectors_are_transformers(family: str, tmp_path: Path):
+    """Of odd sizes; of more patches than a block of scores has queries."""
+    checkpoint = Checkpoint(write_tiny_square_model(tmp_path, family))
+    model = model_config(checkpoint.config)
+    config, setup = model.vision, read_media(EngineArgs(model=str(tmp_path)), checkpoint, model)
+    assert config is not None and setup is not None
+    own = setup.any_processor
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    params: Any = checkpoint.load(vision_specs(config), jnp.dtype("float32"), sharding, seed=0, progress=False)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    (size,) = encoder_buckets(config, 0)
+    packing = encoder_packing(config, size)
+
+    @jax.jit
+    def encoded(pixels: jax.Array, words: jax.Array) -> jax.Array:
+        fields = packing.unpack(words)
+        patches = Patches(positions=fields["positions"], frames=fields["frames"], windows=fields["windows"])
+        return encode(Context(), config, params, normalized(config, own.normal, pixels, jnp.dtype("float32")), patches)
+
+    features = {} if family == "gemma3" else {
+        name: getattr(theirs.config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")
+    }  # fmt: skip
+    for width, height in SIZES:
+        given = picture(width, height)
+        (item,) = own.image(given).items
+        rows = np.arange(1, item.num_tokens + 1, dtype=np.int32)
+        vectors = encoded(*pack_item(config, packing, size, EncoderInput(item, rows)))
+        with torch.no_grad():
+            pixels = processor([given], return_tensors="pt")["pixel_values"]
+            expected = theirs.model.get_image_features(pixels, **features).pooler_output[0]
+        assert vectors.shape == expected.shape == (item.num_tokens, 64)
+        np.testing.assert_allclose(np.asarray(vectors), expected.numpy(), atol=1e-4)
+
+
+SHAPE: dict[str, Any] = {"image_size": 20, "patch_size": 5, "merge_size": 1, "num_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 27}},
+        {"image_processor_type": "LlavaImageProcessor", "size": {"shortest_edge": 20}, "do_pad": True},
+        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 20, "width": 20}, "resample": 2},
+        {"image_processor_type": "CLIPImageProcessor", "size": {"height": 20, "width": 20}, "do_center_crop": False},
+    ],
+    ids=str,
+)
+def test_bytes_are_transformers(fields: dict[str, Any]):
+    if "Siglip" not in fields["image_processor_type"]:
+        fields = {**fields, "crop_size": {"height": 20, "width": 20}}
+    kind = getattr(transformers, f"{fields['image_processor_type']}Pil")
+    theirs = kind(**{name: value for name, value in fields.items() if name != "image_processor_type"})
+    ours = SquareProcessor.of(fields, "", **SHAPE)
+    mean, deviation = (np.asarray(numbers)[:, None] for numbers in ours.normal)
+    for size in SIZES:
+        given = picture(*size)
+        pixels = ours.image(given).items[0].pixels.reshape(4, 4, 3, 5, 5).transpose(2, 0, 3, 1, 4).reshape(3, -1)
+        expected = np.asarray(theirs([given], return_tensors="np")["pixel_values"][0]).reshape(3, -1)
+        np.testing.assert_allclose((pixels / 255 - mean) / deviation, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessor"}, "'ViTImageProcessor' of preprocessor_config.json is not"),
+        ({"do_pan_and_scan": True}, "do_pan_and_scan=True of preprocessor_config.json is not supported; False is"),
+        ({"do_normalize": False}, "do_normalize=False"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
+        ({"size": {"height": 30, "width": 20}}, "differs from config.json's image_size=20"),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 10}}, "at least 20"),
+    ],
+)
+def test_what_is_done_otherwise_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        SquareProcessor.of(fields, "Gemma3ImageProcessor", **SHAPE)
+
+
+def test_a_line_is_not_made_a_square():
+    """Cutting out its middle would make it larger than any picture first."""
+    processor = SquareProcessor.of({"crop_size": 20}, "CLIPImageProcessor", **SHAPE)
+    with pytest.raises(ValidationError, match="are too narrow"):
+        processor.image(picture(400_000, 1))

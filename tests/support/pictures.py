@@ -1,0 +1,48 @@
+"""What tests of pictures need of them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from support.tiny_vl_model import IMAGE, VIDEO, VISION
+
+from jaxllm.config.media import media_limits
+from jaxllm.multimodal.access import MediaAccess
+from jaxllm.multimodal.items import MediaItem
+from jaxllm.multimodal.marks import QWEN
+from jaxllm.multimodal.prompts import MediaReader
+from jaxllm.multimodal.qwen_processor import QwenProcessor
+
+PROCESSOR = QwenProcessor.of(VISION["qwen2_5_vl"], {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64})
+
+
+def reader(max_model_len: int = 1000, **limits: Any) -> MediaReader:
+    return reader_of({"image": PROCESSOR, "video": PROCESSOR}, max_model_len, **limits)
+
+
+def reader_of(processors: dict[str, Any], max_model_len: int = 1000, **limits: Any) -> MediaReader:
+    """Of some modalities."""
+    return MediaReader(
+        processors,
+        {name: token for name, token in (("image", IMAGE), ("video", VIDEO)) if name in processors},
+        media_limits("limits", limits),
+        max_tokens=64,
+        max_model_len=max_model_len,
+        access=MediaAccess(domains=["127.0.0.1"]),
+        marks=QWEN,
+        has_axes=True,
+    )
+
+
+def normal(item: MediaItem) -> np.ndarray:
+    """What the tower takes."""
+    mean, deviation = (np.asarray(numbers)[:, None] for numbers in PROCESSOR.normal)
+    return ((item.pixels.reshape(len(item.pixels), 3, -1) / 255 - mean) / deviation).reshape(item.pixels.shape)
+
+
+def encoded(image: Any, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
