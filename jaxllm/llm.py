@@ -671,9 +671,9 @@ class LLM:
                 None: what was counted since the engine's start, which says less about steps.
             itl: seconds that may lie between two tokens of a request; None: any number.
         """
-        from jaxllm.tuning.advise import advise, load_of_engine, load_of_trace
+        from jaxllm.tuning.advise import advise_engine
 
-        return advise(load_of_engine(self.engine) if trace is None else load_of_trace(trace), itl=itl)
+        return advise_engine(self.engine, trace, itl=itl)
 
     def start_profile(self, prefix: str | None = None, *, path: str | os.PathLike[str] | None = None) -> Path:
         """Begin to write a profile with `jax.profiler`: all that host and device do, down to single kernels.

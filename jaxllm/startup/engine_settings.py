@@ -36,6 +36,7 @@ def engine_settings(
         max_num_seqs=limits.max_num_seqs,
         max_num_active_seqs=active if active is not None and active < limits.max_num_seqs else None,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_encoder_input_tokens=limits.max_encoder_tokens or None,
         max_model_len=plan.max_model_len,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,

@@ -69,6 +69,11 @@ def load_of_engine(engine: Engine) -> Load:
     return Load(settings=engine.watching.settings, metrics=tuple(engine.core.metrics()))
 
 
+def advise_engine(engine: Engine, trace: Trace | None = None, *, itl: float | None = None) -> AdviceList:
+    """As `LLM.advise`, whatever is the engine's face."""
+    return advise(load_of_engine(engine) if trace is None else load_of_trace(trace), itl=itl)
+
+
 class Notice:
     """What a call of an engine is told at its end, when something hurt in it.
 

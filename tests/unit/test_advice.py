@@ -288,16 +288,15 @@ def test_prompts_that_are_tokenized_slowly(model: Path, monkeypatch: pytest.Monk
 
 
 def test_pictures_that_wait_for_the_encoder():
-    """Four requests of two pictures of ten vectors each want 80 at once."""
+    """Two pictures of ten vectors each of four requests, and an encoder that makes 20."""
 
     def run(budget: int) -> AdviceList:
-        room = max(20, budget)
         config = SchedulerConfig(
             max_num_seqs=4,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=64,
             max_model_len=128,
-            encoder_cache_tokens=room,
-            max_encoder_tokens=room,
+            encoder_cache_tokens=budget,
+            max_encoder_tokens=budget,
         )
         cache = CacheConfig(
             block_size=8, num_blocks=100, groups=(KVCacheGroup(layers=(0,)),), enable_prefix_caching=False
@@ -311,11 +310,12 @@ def test_pictures_that_wait_for_the_encoder():
             counts.scheduled(step)
             sampled = [int(wanted > 0) for wanted in step.wanted]
             scheduler.update(step, StepOutput(token_ids=[1] * sum(sampled), counts=sampled))
-        settings = EngineSettings(max_num_batched_tokens=budget, max_num_seqs=4)
+        settings = EngineSettings(max_num_encoder_input_tokens=budget, max_num_batched_tokens=64)
         return advise(Load(settings=settings, metrics=tuple(counts.metrics({}))))
 
-    advice = run(24).of("encoder budget")
-    assert advice is not None and advice.argument == "max_num_batched_tokens"
+    advice = run(20).of("encoder budget")
+    # those of two requests and a part of the third fit into a step of 64 tokens
+    assert advice is not None and advice.setting[:2] == ("max_num_encoder_input_tokens", 64)
     assert run(advice.value).of("encoder budget") is None
 
 

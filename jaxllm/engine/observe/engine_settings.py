@@ -20,6 +20,8 @@ class EngineSettings:
     #: where it is less than `max_num_seqs`
     max_num_active_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    #: of pictures; None: there are none
+    max_num_encoder_input_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int | None = None
     #: blocks of the KV cache, block 0 included, which holds nothing

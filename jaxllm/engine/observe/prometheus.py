@@ -56,7 +56,7 @@ HELP = {
     "jaxllm:most_requests": "Most requests that ran and waited at once.",
     "jaxllm:most_running": "Most requests that ran at once.",
     "jaxllm:longest_request": "Tokens of the longest request that has ended.",
-    "jaxllm:most_encoder_tokens": "Most vectors of pictures that a step would have made, had it been allowed to.",
+    "jaxllm:most_encoder_tokens": "Most vectors of pictures that would have been in use, had there been room.",
     "jaxllm:prefix_cache_evicted": "Tokens that the prefix cache would have had, had it evicted nothing.",
     "jaxllm:prefix_cache_missing_blocks": "Blocks with which it would have had them.",
     "jaxllm:prefix_cache_salted": "Tokens that it had under another cache_salt.",

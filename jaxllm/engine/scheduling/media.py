@@ -30,8 +30,8 @@ class MediaScheduling:
         self.cache, self._keeps_whole = EncoderCache(num_rows), keeps_whole
         self._max_encoder_tokens = max_encoder_tokens
         self._left = 0
-        #: steps in which a prompt ended in front of an item for which there was no room, and most vectors that a step
-        #: would have made, had there been
+        #: steps in which a prompt ended in front of an item for which there was no room, and most vectors that
+        #: would have been in use, had there been
         self.num_waiting_steps = self.most_wanted = 0
         #: of this step: what there was no room for
         self._missing: dict[str, int] = {}
@@ -92,8 +92,7 @@ class MediaScheduling:
         """
         if self._missing:
             self.num_waiting_steps += 1
-            wanted = self._max_encoder_tokens - self._left + sum(self._missing.values())
-            self.most_wanted = max(self.most_wanted, wanted)
+            self.most_wanted = max(self.most_wanted, self.cache.num_used + sum(self._missing.values()))
         if not step.rows:
             for item, _ in step.encoder_inputs:
                 self.cache.forget(item)
