@@ -28,7 +28,7 @@ def add_advise_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the advice; 0 whether there is any or none."""
-    from jaxllm.tuning.advise import advise
+    from jaxllm.tuning.advise import advise, load_of_trace
     from jaxllm.tuning.read import read_metrics, read_trace
 
     given = {
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.vllm_metrics is None:
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValidationError(f"--{wrong[0].replace('_', '-')} is for --vllm-metrics: a trace says what it was.")
-        load = read_trace(arguments.trace)
+        load = load_of_trace(read_trace(arguments.trace))
     else:
         load = read_metrics(arguments.vllm_metrics, given)
     found = advise(load, itl=None if arguments.itl is None else _seconds(arguments.itl))

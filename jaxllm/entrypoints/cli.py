@@ -21,6 +21,7 @@ from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
 from jaxllm.entrypoints.serve.options import add_serve_options
+from jaxllm.entrypoints.simulate import add_simulate_options
 from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -117,6 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         "metrics of a vLLM or jaxllm server. Needs no model and no device.",
     )
     add_advise_options(advise)
+
+    text = "how a trace's requests would have fared with other settings"
+    add_simulate_options(command("simulate", text, _lazily("jaxllm.entrypoints.simulate")))
 
     text = "write a model with quantized weights: AWQ, GPTQ, int8, fp8 or int4"
     quantize = command("quantize", text, _lazily("jaxllm.entrypoints.quantize"))

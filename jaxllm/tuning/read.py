@@ -11,12 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Vector, from_dict
 from jaxllm.engine.observe.engine_settings import EngineSettings
-from jaxllm.engine.observe.trace import StepRecord, Trace
+from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.tuning.load import Load
 
 #: bytes of a scrape, and seconds for it: servers with many models have some megabytes
@@ -25,15 +23,15 @@ MOST_BYTES, SECONDS = 64 * 2**20, 30.0
 _POSITION = "position"
 
 
-def read_trace(path: Path) -> Load:
-    """The load of a file that `Trace.save` wrote. Raises ValidationError for another file."""
+def read_trace(path: Path) -> Trace:
+    """The trace of a file that `Trace.save` wrote. Raises ValidationError for another file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         trace = Trace(lambda _: None, lambda _: None)
         trace.steps = [StepRecord(**step) for step in found["steps"]]
-        settings = EngineSettings.from_dict(found["settings"])
-        metrics = tuple(from_dict(metric) for metric in found["metrics"])
-        lengths = tuple((each["num_prompt_tokens"], each["num_output_tokens"]) for each in found["requests"])
+        trace.requests = [RequestRecord(**{**each, **_tuples(each)}) for each in found["requests"]]
+        trace.settings = EngineSettings.from_dict(found["settings"])
+        trace.metrics = [from_dict(metric) for metric in found["metrics"]]
     except OSError as error:
         raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -42,8 +40,15 @@ def read_trace(path: Path) -> Load:
         raise ValidationError(
             f"{path} is not a trace that `trace.save(PATH)` wrote ({error!r:.100}).{hint if is_chrome else ''}"
         ) from None
-    arrays: Mapping[str, np.ndarray] | None = trace.arrays() if trace.steps else None
-    return Load(settings=settings, metrics=metrics, steps=arrays, lengths=lengths)
+    return trace
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON has as lists."""
+    return {
+        "preempted": tuple((start, end) for start, end in record["preempted"]),
+        "block_hashes": tuple(record["block_hashes"]),
+    }
 
 
 def read_metrics(place: str, given: Mapping[str, Any]) -> Load:

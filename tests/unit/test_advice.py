@@ -237,11 +237,15 @@ def test_prefixes_of_other_salts(model: Path):
 
 def test_drafts_that_cost_more_than_they_bring(model: Path):
     drafts = {"method": "ngram", "num_speculative_tokens": 3}
-    options = {"speculative_config": drafts, "max_tokens": 40, "max_num_batched_tokens": 16}
-    # a token costs as much as a step: a check of four is dear, and it brings two and a half
-    advice = cured("speculation", model, prompts(4, 30), step_seconds=seconds(1e-3, 1e-3), **options)
+    options = {"speculative_config": drafts, "max_tokens": 200, "max_num_batched_tokens": 16}
+
+    def dear(step: SchedulerOutput) -> float:
+        """A check of four takes more than four times as long as a step, and it brings at most four tokens."""
+        return (6e-3 if step.num_drafts else 1e-3) + 1e-5 * sum(step.step_sizes())
+
+    advice = cured("speculation", model, prompts(4, 30), step_seconds=dear, **options)
     assert advice.setting[:2] == ("speculative_config", None)
-    found, _ = fare(model, prompts(4, 30), step_seconds=seconds(1e-3, 1e-6), **options)
+    found, _ = fare(model, prompts(4, 30), step_seconds=seconds(1e-3, 1e-5), **options)
     assert found.of("speculation") is None
 
 

@@ -20,7 +20,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter, Histogram, Vector
 from jaxllm.engine.observe.prometheus import metrics_registry
 from jaxllm.entrypoints.cli import main
-from jaxllm.tuning.advise import advise
+from jaxllm.tuning.advise import advise, load_of_trace
 from jaxllm.tuning.read import parse_metrics, read_metrics, read_trace
 
 VLLM = Path(__file__).parents[1] / "data" / "vllm_metrics.txt"
@@ -35,7 +35,7 @@ def test_a_trace_is_saved_and_read_where_there_is_no_device(tmp_path: Path):
         scraped = generate_latest(metrics_registry(llm.get_metrics)).decode()
         from_server = read_metrics(llm.serve_metrics().url, {"max_num_seqs": 16})
     trace.save(tmp_path / "trace.json")
-    assert "preemptions" in said and str(advise(read_trace(tmp_path / "trace.json"))) == said
+    assert "preemptions" in said and str(advise(load_of_trace(read_trace(tmp_path / "trace.json")))) == said
     code = (
         "import sys\nfrom jaxllm.entrypoints.cli import main\n"
         f"main(['advise', {str(tmp_path / 'trace.json')!r}])\n"

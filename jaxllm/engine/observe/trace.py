@@ -105,6 +105,8 @@ class RequestRecord:
     #: drafts that were checked for it, and those of them that were right
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    #: in hexadecimal, of the full blocks of its prompt, where the prefix cache was asked for them
+    block_hashes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def spans(self) -> list[tuple[str, float, float]]:
         """("queued" | "prefill" | "decode", start, end), one after the other."""
@@ -219,7 +221,11 @@ class Trace:
         return {
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "requests": [
-                dataclasses.asdict(request) | {"preempted": [list(times) for times in request.preempted]}
+                dataclasses.asdict(request)
+                | {
+                    "preempted": [list(times) for times in request.preempted],
+                    "block_hashes": list(request.block_hashes),
+                }
                 for request in self.requests
             ],
             "stages": [dataclasses.asdict(record) for record in self.stages],

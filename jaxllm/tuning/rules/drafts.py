@@ -11,7 +11,7 @@ from jaxllm.tuning.step_time import StepTime
 
 KIND = "speculation"
 #: launches with drafts whose times say something
-FEWEST_STEPS = 8
+FEWEST_STEPS = 4
 #: drafts that say something, and how often one at its place has to be right to be worth its check
 FEWEST_DRAFTS, RIGHT = 32, 0.1
 
