@@ -57,7 +57,7 @@ Result = TypeVar("Result")
 
 OnOutput = Callable[[RequestOutput], object]
 #: one for all prompts of a call, or one each
-LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
+LoRARequests = LoRARequest | Iterable[LoRARequest | None] | None
 PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 

@@ -324,6 +324,22 @@ class TokenizeBody(ConversationFields, Body):
         return self
 
 
+class LoadAdapterBody(Body):
+    """``/v1/load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    #: replace what has the name
+    load_inplace: bool | None = None
+
+
+class UnloadAdapterBody(Body):
+    """``/v1/unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: int | None = None
+
+
 class DetokenizeBody(Body):
     """``/detokenize``."""
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.bodies import (
     Body,
     ChatBody,
@@ -47,6 +49,8 @@ class Call:
     params: SamplingParams | None = None
     #: of a call that pools
     pooling: PoolingParams | None = None
+    #: what the prompts go through the model with; None: the model alone
+    lora_request: LoRARequest | None = None
     #: smaller runs first, with scheduling_policy="priority"
     priority: int = 0
     #: what the answer's id ends with; None: it is drawn
@@ -78,6 +82,7 @@ class Translator:
     Args:
         model_names: what this engine's model is called; the first one is told where the body names none.
         sampling: knows the sampling parameters of the model.
+        adapters: what else a body may name as its model.
         any_model: whatever the body calls its model, it is this engine's; the answer says what the body says.
         tools: reads calls of tools that the model makes of its own accord; None: they are text.
         reasoning: tells reasoning from the answer; None: nobody does.
@@ -88,6 +93,7 @@ class Translator:
 
     model_names: Sequence[str]
     sampling: SamplingReader
+    adapters: NamedAdapters = dataclasses.field(default_factory=lambda: NamedAdapters(None, ()))
     any_model: bool = False
     tools: ToolParser | None = None
     reasoning: ReasoningParser | None = None
@@ -103,14 +109,16 @@ class Translator:
             raise APIError(f"URL {url!r} was used. Supported endpoints: {', '.join(BODIES)}.", param="url")
         if not isinstance(body, Body):
             body = BODIES[url].read(body)
-        model = self.model_name(body)
+        model, lora_request = self.model_name(body), self.adapters.get(body.model)
         try:
             if isinstance(body, ChatBody):
-                return self._chat(body, model)
-            if isinstance(body, CompletionBody):
-                return self._completion(body, model)
-            assert isinstance(body, EmbeddingBody)
-            return embedding_call(body, model)
+                call = self._chat(body, model)
+            elif isinstance(body, CompletionBody):
+                call = self._completion(body, model)
+            else:
+                assert isinstance(body, EmbeddingBody)
+                call = embedding_call(body, model)
+            return dataclasses.replace(call, lora_request=lora_request)
         except ValidationError as error:
             raise APIError(str(error)) from error
 
@@ -118,7 +126,8 @@ class Translator:
         """Return what the answer calls the model. Raises APIError when the body means another one."""
         if body.model is None:
             return self.model_names[0]
-        if body.model not in self.model_names and not self.any_model:
+        known = body.model in self.model_names or self.adapters.get(body.model) is not None
+        if not known and not self.any_model:
             raise APIError(f"The model `{body.model}` does not exist.", status=HTTPStatus.NOT_FOUND, param="model")
         return body.model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def _call(service: Service, body: PoolingFields, prompts: list[Any]) -> Call:
     except ValidationError as error:
         raise APIError(str(error)) from error
     model = service.translator.model_name(body)
-    return Call(url=EMBEDDINGS, model=model, prompts=prompts, pooling=params, priority=body.priority)
+    own = {"lora_request": service.adapters.get(body.model), "priority": body.priority}
+    return Call(url=EMBEDDINGS, model=model, prompts=prompts, pooling=params, **own)
 
 
 async def _scores(service: Service, call: Call, first: Any, second: Any) -> list[Any]:
@@ -90,9 +92,8 @@ async def _scores(service: Service, call: Call, first: Any, second: Any) -> list
     sequences = max(len(one) if isinstance(one, list) else 1 for one in (first, second))
     with service.load.taken(sequences), service.told():
         score = service.engine.engine.pooling("score").score
-        return await asyncio.to_thread(
-            score, first, second, None, call.pooling, False, None, None, "raise", call.priority
-        )
+        arguments = first, second, None, call.pooling, False, None, None, "raise", call.priority
+        return await asyncio.to_thread(functools.partial(score, *arguments, lora_request=call.lora_request))
 
 
 def _usage(outputs: list[Any]) -> dict[str, int]:

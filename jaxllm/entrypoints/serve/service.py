@@ -13,6 +13,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.async_llm import AsyncLLM
+from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
@@ -34,10 +35,15 @@ class Service:
 
     def __init__(self, engine: AsyncLLM, settings: Settings):
         self.engine, self.settings = engine, settings
+        #: what is called as if it were a model
+        self.adapters = NamedAdapters(engine.engine.adapters_or_none, settings.model_names)
+        for name, path in settings.lora_modules:
+            self.adapters.load(name, path)
         parser, reasoning = settings.tool_call_parser, settings.reasoning_parser
         self.translator = Translator(
             model_names=settings.model_names,
             sampling=SamplingReader(engine.engine.default_params),
+            adapters=self.adapters,
             tools=None if parser is None else PARSERS[parser],
             reasoning=None if reasoning is None else ReasoningParser(name=reasoning),
             streams=True,
@@ -77,10 +83,11 @@ class Service:
 
     def _stream(self, call: Call, prompt: Any, task: str | None) -> AsyncGenerator[Any, None]:
         if call.params is None:
-            return self.engine.encode(prompt, call.pooling, pooling_task=task, priority=call.priority)
+            own = {"lora_request": call.lora_request, "priority": call.priority}
+            return self.engine.encode(prompt, call.pooling, pooling_task=task, **own)
         kind = RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY
         params = dataclasses.replace(call.params, output_kind=kind)
-        return self.engine.generate(prompt, params, priority=call.priority)
+        return self.engine.generate(prompt, params, lora_request=call.lora_request, priority=call.priority)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:

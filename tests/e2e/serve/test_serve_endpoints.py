@@ -59,8 +59,12 @@ def test_the_engine_is_steered(engine: AsyncLLM, url: str, client: openai.OpenAI
         assert get(admin, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
         assert get(admin, "/reset_prefix_cache", b"")[0] == 200
-    status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"})
-    assert status == 501 and "not there yet" in told["error"]["message"]
+    adapter = {"lora_name": "a", "lora_path": "/etc"}
+    status, _, told = get(url, "/v1/load_lora_adapter", adapter)
+    assert status == 403 and "--enable-admin-endpoints" in told["error"]["message"]
+    with served(engine, admin_endpoints=True) as admin:
+        status, _, told = get(admin, "/v1/load_lora_adapter", adapter)
+        assert status == 400 and "LoRA is not enabled: start with --enable-lora" in told["error"]["message"]
 
 
 def test_pooling(tiny_model: Path):
