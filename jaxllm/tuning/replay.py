@@ -86,10 +86,11 @@ def replay(trace: Trace, changes: Mapping[str, Any]) -> Replay:
         raise ValidationError(f"the trace is of {len(trace.engines)} replicas; simulations are of one so far.")
     model = StepModel.of(trace.arrays(), settings)
     changed = _changed(settings, changes) if changes else None
+    begins = max(0.0, trace.steps[0].start - min(request.queued for request in trace.requests))
     return Replay(
         measured=measured(trace),
-        same=simulate(workload, settings, model),
-        changed=None if changed is None else simulate(workload, changed, model),
+        same=simulate(workload, settings, model, begins=begins),
+        changed=None if changed is None else simulate(workload, changed, model, begins=begins),
         changes=changes,
         model=model,
     )

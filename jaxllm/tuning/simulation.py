@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.resolve import CPU_DECODE_STEPS_SEQS, GPU_DECODE_STEPS_SEQS
 from jaxllm.config.scheduler import SchedulerConfig
@@ -63,14 +63,19 @@ class Fared:
         }
 
 
-def simulate(workload: Sequence[WorkloadRequest], settings: EngineSettings, model: StepModel) -> Fared:
+def simulate(
+    workload: Sequence[WorkloadRequest], settings: EngineSettings, model: StepModel, *, begins: float = 0.0
+) -> Fared:
     """How the workload fares with these settings.
+
+    Args:
+        begins: when the engine looks for requests first.
 
     Raises:
         ValidationError: the settings lack what a scheduler needs, or ask for what is not simulated.
     """
     scheduler = Scheduler(*_configs(settings))
-    engine = _Engine(scheduler, settings, model)
+    engine = _Engine(scheduler, settings, model, begins)
     for number, each in enumerate(sorted(workload, key=lambda request: request.arrival)):
         engine.expect(number, each)
     engine.run()
@@ -80,7 +85,7 @@ def simulate(workload: Sequence[WorkloadRequest], settings: EngineSettings, mode
 class _Engine:
     """The host loop of `engine.core`, on a clock of its own."""
 
-    def __init__(self, scheduler: Scheduler, settings: EngineSettings, model: StepModel) -> None:
+    def __init__(self, scheduler: Scheduler, settings: EngineSettings, model: StepModel, begins: float) -> None:
         self._scheduler, self._model = scheduler, model
         config = scheduler.config
         self._depth = 1 + config.async_scheduling
@@ -92,14 +97,17 @@ class _Engine:
         self._lasts: dict[str, float] = {}
         self._requests: list[Request] = []
         self._flight: collections.deque[tuple[SchedulerOutput, float]] = collections.deque()
-        self._now = self._device_free = 0.0
+        self._now = self._device_free = begins
         self._usage: list[tuple[float, float]] = []
 
     def expect(self, number: int, each: WorkloadRequest) -> None:
         """Have a request come at its time."""
         # hashes name the content; the tokens behind them are each request's own
         tokens = [number] * each.num_prompt_tokens
-        params = SamplingParams(max_tokens=each.num_output_tokens, ignore_eos=True, temperature=0.0)
+        # nobody streams, as far as a trace knows
+        params = SamplingParams(
+            max_tokens=each.num_output_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         request = Request(str(number), tokens, params, block_hashes=list(each.block_hashes), arrival_time=each.arrival)
         self._coming.append((each.arrival, request))
         self._arrivals[request.request_id] = each.arrival
@@ -107,7 +115,6 @@ class _Engine:
 
     def run(self) -> None:
         """Until everything has ended."""
-        self._now = self._coming[0][0] if self._coming else 0.0
         while self._coming or self._scheduler.has_unfinished or self._flight:
             while self._coming and self._coming[0][0] <= self._now:
                 self._scheduler.add_request(self._coming.popleft()[1])

@@ -16,7 +16,7 @@ from test_advice import ROOMY, prompts
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.engine.observe.trace import Trace
+from jaxllm.engine.observe.trace import RequestRecord, Trace
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
 from jaxllm.tuning.replay import replay
@@ -69,7 +69,7 @@ def test_it_foresees_what_the_engine_does(
     """Steps, preemptions, hits and throughput of other settings, from a trace of the recorded ones."""
     trace = run(model, given, **recorded)
     # arrivals are on the host's clock, which stands still for the device
-    trace.requests = [at_once(request) for request in trace.requests]
+    trace.requests = at_once(trace)
     found = replay(trace, changes)
     assert found.same.throughput == pytest.approx(throughput(trace), rel=0.02)
     truth = run(model, given, **{**recorded, **changes})
@@ -82,9 +82,10 @@ def test_it_foresees_what_the_engine_does(
     assert "error" in str(found) and found.to_dict()["changes"] == changes
 
 
-def at_once(request: Any) -> Any:
-    """In the order in which they came."""
-    return dataclasses.replace(request, queued=1e-9 * int(request.request_id))
+def at_once(trace: Trace) -> list[RequestRecord]:
+    """The requests in the order in which they came."""
+    ordered = sorted(trace.requests, key=lambda request: int(request.request_id))
+    return [dataclasses.replace(request, queued=0.0) for request in ordered]
 
 
 def test_the_model_of_steps_is_found_again(model: Path):
