@@ -292,6 +292,12 @@ class PoolingBody(EmbeddingBody):
     task: str | None = None
 
 
+class ClassifyBody(PoolingFields):
+    """``/classify``."""
+
+    input: Prompts
+
+
 class ScoreBody(PoolingFields):
     """``/score``. Texts of one side and of the other are 1:1, 1:N or N:N."""
 
