@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 OnOutput = Callable[[RequestOutput], object]
 #: one for all prompts of a call, or one each
-LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
+LoRARequests = LoRARequest | Iterable[LoRARequest | None] | None
 PoolingParamsGiven = PoolingParams | Sequence[PoolingParams] | None
 
 

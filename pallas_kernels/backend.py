@@ -39,6 +39,8 @@ class Backend:
     #: version of the kernels for CPUs that this process has loaded (`cpu_ffi.compiled`), which programs call by it; ""
     #: none
     cpu_kernels: str = ""
+    #: by which names programs call the kernels of attention that this process has loaded (`paged_attention.cpu_ffi`)
+    cpu_attention: tuple[str, ...] = ()
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
     deterministic: bool = False
     #: what pages of uint8 hold the bits of

@@ -85,6 +85,7 @@ MANY_ENGINES = (
     "e2e/test_several_hosts.py",
     "e2e/test_one_byte_caches.py",
     "e2e/test_kernels_of_experts.py",
+    "e2e/test_lora_pairs.py",
 )
 
 

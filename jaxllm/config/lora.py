@@ -24,7 +24,7 @@ class LoRAArguments(Arguments):
         None, at_least(1), "adapters that the host's memory has at once (default: max_loras)", group="model"
     )
     lora_dtype: str = argument(
-        "auto", dtype, "what adapters are stored as; auto: as the model", group="model", form="DTYPE"
+        "auto", dtype, "what adapters are stored as; auto: as the model, on CPUs float32", group="model", form="DTYPE"
     )
     lora_target_modules: tuple[str, ...] = argument(
         (),
@@ -66,14 +66,16 @@ class LoRAConfig:
     target_modules: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, args: LoRAArguments, model_dtype: str) -> LoRAConfig | None:
+    def of(cls, args: LoRAArguments, model_dtype: str, platform: str) -> LoRAConfig | None:
         """None: there are no adapters."""
+        # XLA:CPU widens bfloat16 slices of the stacks in every step, which takes longer than multiplying by them
+        auto = "float32" if platform == "cpu" else model_dtype
         if not args.enable_lora:
             return None
         return cls(
             max_loras=args.max_loras,
             max_lora_rank=args.max_lora_rank,
             max_cpu_loras=args.max_cpu_loras or args.max_loras,
-            dtype=model_dtype if args.lora_dtype == "auto" else args.lora_dtype,
+            dtype=auto if args.lora_dtype == "auto" else args.lora_dtype,
             target_modules=args.lora_target_modules,
         )

@@ -83,7 +83,8 @@ class Engine:
         self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
         self.client = EngineClient(core, agreement)
-        self._adapters = adapters
+        #: None: requests have no adapters
+        self.adapters_or_none = adapters
         self.inputs, self.default_params = inputs, default_params
         #: tokenizes beside the engine
         self.pool = TokenizerPool(args.tokenizer_pool_size)
@@ -198,9 +199,9 @@ class Engine:
     @property
     def adapters(self) -> AdapterStore:
         """Raises ValidationError where there are none."""
-        if self._adapters is None:
+        if self.adapters_or_none is None:
             raise ValidationError("LoRA is not enabled. Pass enable_lora=True when making the LLM (--enable-lora).")
-        return self._adapters
+        return self.adapters_or_none
 
     # Its state, as `LLM`'s methods of these names say.
 

@@ -54,7 +54,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, Adapted):
-        return linear_f32(context, x, weight.base) + adapter_term(x, weight)
+        return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
     if isinstance(weight, StackedMatrix):
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)

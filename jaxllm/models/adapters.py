@@ -7,7 +7,7 @@ matrix itself is, A along its inputs and B along its outputs, so that what a dev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from jaxllm.layers.adapted import Adapted
@@ -17,7 +17,7 @@ from jaxllm.models.decoder import MATRICES
 
 Tree = TypeVar("Tree")
 #: of each segment of a model's layers: the field of a matrix -> its A and B, or what stands for them
-Stacks = tuple[dict[str, tuple[Any, Any]], ...]
+Stacks = tuple[dict[str, Adapted], ...]
 
 
 class Place(NamedTuple):
@@ -25,9 +25,6 @@ class Place(NamedTuple):
 
     a: str
     b: str
-    #: which part of the joined matrix it is, and how many these are
-    index: int
-    count: int
     #: the part in the checkpoint's tensor
     part: Part
 
@@ -41,25 +38,29 @@ class Module(NamedTuple):
     places: tuple[Place, ...]
 
 
-def adapter_specs(specs: Any, *, rank: int, slots: int | None) -> Stacks:
+def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Axis], int]) -> Stacks:
     """Specs of the stacks.
 
     Args:
         specs: of the model, none of it quantized.
         rank: of each part, at most.
         slots: adapters; None: of one by itself, without an axis for slots.
+        own: how many numbers of an axis a device has.
     """
     experts = None if slots is None else Axis("slots", slots)
 
-    def one(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec]:
-        count = len(spec.parts)
+    def one(spec: WeightSpec) -> Adapted:
         a, b = [], []
         for index, part in enumerate(spec.parts):
             rows, columns = part.axes
             names = _names(part, index)
             a.append(Part(names[0], (Axis("rank", rank), columns)))
-            b.append(Part(names[1], (rows, Axis("rank", count * rank))))
-        return tuple(WeightSpec(parts=tuple(parts), layers=spec.layers, experts=experts) for parts in (a, b))  # pyright: ignore[reportReturnType]
+            b.append(Part(names[1], (rows, Axis("rank", rank))))
+        return Adapted(
+            a=WeightSpec(parts=tuple(a), layers=spec.layers, experts=experts),
+            b=WeightSpec(parts=tuple(b), layers=spec.layers, experts=experts),
+            parts=tuple(own(part.axes[0]) for part in spec.parts),
+        )
 
     return tuple({field: one(spec) for field, spec in _matrices(segment)} for segment in _layers(specs))
 
@@ -78,7 +79,7 @@ def adapter_modules(specs: Any, *, first_layer: int = 0) -> dict[str, Module]:
                 for index, part in enumerate(spec.parts):
                     a, b = (name.format(layer=layer) for name in _names(part, index))
                     name = part.name.format(layer=layer + first_layer).removesuffix(".weight")
-                    place = Place(a, b, index, len(spec.parts), part)
+                    place = Place(a, b, part)
                     found.setdefault(name, []).append((part, place))
     return {
         name: Module(*parts[0][0].tensor_shape, tuple(place for _, place in parts))  # pyright: ignore[reportCallIssue]
@@ -100,14 +101,18 @@ def with_adapters(params: Tree, stacks: Stacks) -> Tree:
     return dataclasses.replace(tree, layers=layers)
 
 
-def _with_own(segment: Any, own: dict[str, tuple[Any, Any]]) -> Any:
-    plain = {name: Adapted(getattr(segment, name), *pair) for name, pair in own.items() if "." not in name}
+def _with_own(segment: Any, own: dict[str, Adapted]) -> Any:
+    plain = {
+        name: dataclasses.replace(pair, base=getattr(segment, name)) for name, pair in own.items() if "." not in name
+    }
     nested: dict[str, Any] = {}
     for name, pair in own.items():
         if "." in name:
             outer, _, field = name.partition(".")
             holder = nested.get(outer, getattr(segment, outer))
-            nested[outer] = dataclasses.replace(holder, **{field: Adapted(getattr(holder, field), *pair)})
+            nested[outer] = dataclasses.replace(
+                holder, **{field: dataclasses.replace(pair, base=getattr(holder, field))}
+            )
     return dataclasses.replace(segment, **plain, **nested)
 
 

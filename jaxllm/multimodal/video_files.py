@@ -25,7 +25,7 @@ _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,ogg"
 def pyav() -> Any:
     """PyAV's module. Raises ValidationError where it is not installed."""
     try:
-        import av
+        import av  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValidationError(
             f"files of videos need PyAV, which cannot be imported ({error}): {how_to_install('video')}. Lists of "

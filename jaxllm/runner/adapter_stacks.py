@@ -57,7 +57,10 @@ class AdapterStacks:
         self._rank, self._dtype, self._sharding = rank, dtype, sharding
         #: names of tensors -> (module, place), of what a reader is asked for
         self._tensors = {
-            name: (module, place) for module, found in modules.items() for place in found.places for name in place[:2]
+            name: (module, place)
+            for module, found in modules.items()
+            for place in found.places
+            for name in (place.a, place.b)
         }
         self.arrays: Stacks = self._zeros()
 
@@ -87,18 +90,18 @@ class AdapterStacks:
         return programs.sharding
 
     def tensor(self, name: str, adapter: AdapterMatrices) -> np.ndarray:
-        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, ranks of all parts]."""
+        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, rank]."""
         module, place = self._tensors[name]
         rank, rows = self._rank, place.part.shape[0]
         if module not in adapter:
-            shape = (rank, place.part.shape[1]) if name == place.a else (rows, place.count * rank)
+            shape = (rank, place.part.shape[1]) if name == place.a else (rows, rank)
             return np.broadcast_to(np.zeros((), np.float32), shape)
         a, b = adapter[module]
         if name == place.a:
             return np.concatenate([a, np.zeros((rank - len(a), a.shape[1]), a.dtype)])
-        found = np.zeros((rows, place.count * rank), b.dtype)
+        found = np.zeros((rows, rank), b.dtype)
         span, ours = place.part.in_tensor(0, rows)
-        found[:, place.index * rank : place.index * rank + b.shape[1]] = b[span][ours]
+        found[:, : b.shape[1]] = b[span][ours]
         return found
 
     @property

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.adapters import adapter_modules, adapter_specs
+from jaxllm.models.adapters import adapter_modules
 from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
@@ -159,19 +159,22 @@ def _runner(
     return Runner(params, reload, head, rows[0], padding, num_host_blocks=blocks, adapters=adapters)
 
 
-def _adapters(config: RunnerConfig, programs: Any) -> AdapterStacks | None:
+def _adapters(config: RunnerConfig, programs: Any) -> list[AdapterStacks]:
+    """Of each stage of a pipeline."""
     lora = config.lora
     if lora is None:
-        return None
-    specs = config.unquantized_specs
-    return AdapterStacks(
-        programs,
-        adapter_specs(specs, rank=lora.max_lora_rank, slots=None),
-        adapter_modules(specs),
-        rank=lora.max_lora_rank,
-        dtype=jnp.dtype(lora.dtype),
-        sharding=config.target.sharding,
-    )
+        return []
+    return [
+        AdapterStacks(
+            own,
+            stage.adapter_specs(None),
+            adapter_modules(stage.unquantized_specs, first_layer=0 if stage.stage is None else stage.stage.first),
+            rank=lora.max_lora_rank,
+            dtype=jnp.dtype(lora.dtype),
+            sharding=stage.target.sharding,
+        )
+        for stage, own in zip(config.stages, getattr(programs, "stages", (programs,)), strict=True)
+    ]
 
 
 def build_replica(config: RunnerConfig, first: Built) -> Runner:

@@ -4,7 +4,7 @@ head makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class Runner(DeviceMemory[Any, Any]):
         padding: told of every step; None: padding costs nothing to speak of.
         source: another runner of the model, whose weights these are.
         num_host_blocks: blocks of the KV cache that the host's memory has room for.
-        adapters: what requests may have; None: they have none.
+        adapters: what requests may have, of each stage of a pipeline; (): they have none.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Runner(DeviceMemory[Any, Any]):
         padding: PaddingCost | None = None,
         source: Runner | None = None,
         num_host_blocks: int = 0,
-        adapters: AdapterStacks | None = None,
+        adapters: Sequence[AdapterStacks] = (),
     ):
         self.head, self._rows, self._padding = head, rows, padding
-        self._adapters = adapters
+        self._adapters = tuple(adapters)
         super().__init__(params, reload, head.allocator, source)
         self._use_adapters()
         #: of each cache (`Head.caches`); [] where nothing is copied to the host
@@ -119,9 +119,10 @@ class Runner(DeviceMemory[Any, Any]):
     def _admit(self, scheduled: SchedulerOutput) -> None:
         if scheduled.copies_out or scheduled.copies_in:
             self._copy(scheduled)
-        if scheduled.adapter_loads and self._adapters is not None:
+        if scheduled.adapter_loads:
             for slot, matrices in scheduled.adapter_loads:
-                self._adapters.write(slot, matrices)
+                for stacks in self._adapters:
+                    stacks.write(slot, matrices)
             self._use_adapters()
         self._rows.update(scheduled)
         if scheduled.ended_outputs:
@@ -132,8 +133,8 @@ class Runner(DeviceMemory[Any, Any]):
             self._state = self.head.admit(self._live(), request)
 
     def _use_adapters(self) -> None:
-        if self._adapters is not None:
-            self.head.use_adapters(self._adapters.arrays)
+        if self._adapters:
+            self.head.use_adapters([stacks.arrays for stacks in self._adapters])
 
     def time_stages(self) -> StageClock | None:
         """As `Head.time_stages`."""
@@ -149,25 +150,28 @@ class Runner(DeviceMemory[Any, Any]):
     @property
     def num_bytes(self) -> int:
         """What the weights, the state and the host's blocks take at present, wherever they are."""
-        adapters = 0 if self._adapters is None else self._adapters.num_bytes
+        adapters = sum(stacks.num_bytes for stacks in self._adapters)
         return super().num_bytes + adapters + sum(host.num_bytes for host in self._host_blocks)
+
+    def _restore_adapters(self) -> None:
+        """Make the stacks that are freed anew, empty."""
+        for stacks in self._adapters:
+            if stacks.is_freed:
+                stacks.reset()
+        self._use_adapters()
 
     def free_weights(self, *, keep_on_host: bool) -> None:
         super().free_weights(keep_on_host=keep_on_host)
-        if self._adapters is not None:
-            self._adapters.free()
+        for stacks in self._adapters:
+            stacks.free()
 
     def restore_weights(self) -> None:
         super().restore_weights()
-        if self._adapters is not None and self._adapters.is_freed:
-            self._adapters.reset()
-            self._use_adapters()
+        self._restore_adapters()
 
     def reset(self) -> None:
         self._leaving.clear()
-        if self._adapters is not None and self._adapters.is_freed:
-            self._adapters.reset()
-            self._use_adapters()
+        self._restore_adapters()
         for host in self._host_blocks:
             host.forget_copies()
         self.head.forget_outputs()
@@ -176,7 +180,7 @@ class Runner(DeviceMemory[Any, Any]):
     def shutdown(self) -> None:
         """Free every device array; idempotent."""
         super().shutdown()
-        if self._adapters is not None:
-            self._adapters.free()
+        for stacks in self._adapters:
+            stacks.free()
         self._host_blocks, self._leaving = [], []
         self.head.free()

@@ -22,6 +22,7 @@ from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
+from jaxllm.layers.weight import Axis
 from jaxllm.models.adapters import Stacks, adapter_specs
 from jaxllm.models.decoder import DecoderConfig, Params
 from jaxllm.models.matrices import quantized
@@ -33,7 +34,7 @@ from jaxllm.models.specs import decoder_specs
 from jaxllm.models.vision import VisionConfig, vision_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR, own_rows
-from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, local_model, shapes, split_axes
+from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
@@ -371,19 +372,28 @@ class RunnerConfig:
         specs: Any = model_specs(self.model, self.pooler)
         return resegment(specs, segment_sizes(self.specs()))
 
+    def adapter_specs(self, slots: int | None) -> Stacks:
+        """Of the stacks of so many adapters; None: of one by itself."""
+        assert self.lora is not None
+        sizes, rank = self.target.mesh_sizes, self.lora.max_lora_rank
+
+        def own(axis: Axis) -> int:
+            return held(axis, sizes).size
+
+        return adapter_specs(self.unquantized_specs, rank=rank, slots=slots, own=own)
+
     def adapter_shapes(self) -> Stacks | None:
         """Of the stacks of adapters, with their shardings; None: there are none."""
         if self.lora is None:
             return None
-        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras)
-        return shapes(specs, jnp.dtype(self.lora.dtype), self.target.sharding)
+        return shapes(self.adapter_specs(self.lora.max_loras), jnp.dtype(self.lora.dtype), self.target.sharding)
 
     @property
     def adapter_bytes(self) -> int:
         """Of the stacks on one device, and of an adapter on its way there."""
         if self.lora is None:
             return 0
-        specs = adapter_specs(self.unquantized_specs, rank=self.lora.max_lora_rank, slots=self.lora.max_loras + 1)
+        specs = self.adapter_specs(self.lora.max_loras + 1)
         return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
 
     @property

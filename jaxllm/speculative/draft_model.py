@@ -39,8 +39,8 @@ class ModelDrafter(ReadingDrafter):
     """See `ReadingDrafter`."""
 
     @property
-    def rests(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Blocks that lie behind a window are others' by the time that they would be read."""
+    def rests(self) -> bool:
+        """Whether it does: blocks that lie behind a window are others' by the time that they would be read."""
         return all(group.sliding_window is None for group in self.groups if group.layers)
 
     def specs(self) -> Params:
@@ -63,18 +63,17 @@ class ModelDrafter(ReadingDrafter):
         assert cache is not None and asked.params is not None
         params, behind = asked.params, asked.behind
         rests = asked.going_on & (counts == 0) & ((found > 0) | (behind > 0)) & self.rests
-        if self.rests:
-            late = asked.going_on & (~rests | jnp.any(asked.going_on & (behind >= LOT)))
-            cache = self.catch_up(
-                asked.context,
-                asked.params_of_several,
-                cache,
-                asked.attention,
-                asked.tokens,
-                asked.positions,
-                jnp.where(late, behind, 0),
-            )
-            behind = jnp.where(late, 0, behind)
+        late = asked.going_on & (~rests | jnp.any(asked.going_on & (behind >= LOT)))
+        cache = self.catch_up(
+            asked.context,
+            asked.params_of_several,
+            cache,
+            asked.attention,
+            asked.tokens,
+            asked.positions,
+            jnp.where(late, behind, 0),
+        )
+        behind = jnp.where(late, 0, behind)
 
         def one(loop: _Loop) -> _Loop:
             # the last token itself is read where there can be no draft, too

@@ -32,7 +32,7 @@ class Asked(NamedTuple):
     #: i32 [1, 1 + C], of earlier requests (`suffix.KeptOutputs`); None: they are not kept
     outputs: jax.Array | None
     most: jax.Array  # i32 [S]
-    #: i32 [S]: tokens before the last one that a model which rests has passed over (`Drafter.rests`)
+    #: i32 [S]: tokens before the last one that a model which drafts has passed over
     behind: jax.Array
     #: (model, its weights, hidden [S, d], positions i32 [S] of the tokens that these are of) -> i32 [S]: what the
     #: sequences' requests would sample of that model's scores, with the random numbers of those positions
@@ -71,9 +71,6 @@ class Checked(NamedTuple):
 
 
 class Drafter(Protocol):
-    #: whether it passes over tokens while nothing is drafted, and reads them later
-    rests: bool
-
     @property
     def num_drafts(self) -> int:
         """The most of a step."""
@@ -120,7 +117,6 @@ class ReadingDrafter(abc.ABC):
     #: whether it takes what the model made of the tokens, and of which of its layers' inputs (`forward_keeping`); ():
     #: of what comes out behind the last norm
     takes_hidden = False
-    rests = False
 
     @property
     def keeps(self) -> tuple[int, ...]:
@@ -158,8 +154,6 @@ class ReadingDrafter(abc.ABC):
 
 class TextDrafter(abc.ABC):
     """A `Drafter` that finds drafts in texts that there are, and needs no model: it looks for them, and that is all."""
-
-    rests = False
 
     @abc.abstractmethod
     def found(

@@ -231,7 +231,7 @@ class Setup:
             processors=args.logits_processors,
             drafter=make_drafter(args.speculative_config, model, self.draft, limits.max_model_len),
             draft_quantization=self.draft and self.draft.checkpoint.quantization,
-            lora=LoRAConfig.of(args, dtype),
+            lora=LoRAConfig.of(args, dtype, target.platform),
             seed=args.seed,
             # one process must not wait, in a compiler that they share, for another one that has found its program
             compile_cache=None if limits.lockstep else compile_cache(),

@@ -24,14 +24,12 @@ class HostDraftRule:
 
     @classmethod
     def of(cls, config: SpeculativeConfig | None) -> HostDraftRule | None:
-        """Where drafts are found in texts; None: nobody drafts, or a model, which does not read the host's drafts."""
+        """Of an engine's drafts, whoever makes the others; None: there are none."""
         if config is None or config.num_speculative_tokens is None:
             return None
         if config.method == "ngram" and config.prompt_lookup_min and config.prompt_lookup_max:
             return cls(config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max)
-        if config.method == "suffix":
-            return cls(config.num_speculative_tokens, 1, DEFAULT_LOOKUP)
-        return None
+        return cls(config.num_speculative_tokens, 1, DEFAULT_LOOKUP)
 
 
 class CheckedDrafts(NamedTuple):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import math
 import re
 import threading
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -240,17 +242,18 @@ def dummy(
     stop: threading.Event | None = None,
 ) -> Tree:
     """Random weights made on the devices, each its own part: normal with deviation 0.02, norms that change nothing.
+    They follow from the names of their tensors and the device's number, however layers are stacked or shared out.
 
     Args:
         sharding, stop: see `load`.
     """
     leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
     # XLA's own generator: several times faster than JAX's default
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
+    root = jax.random.key(seed, impl="rbg")
     shardings = jax.tree.leaves(each_sharding(specs, sharding))
     draw = jax.jit(_draw, static_argnums=(1, 2))
 
-    def one(key: jax.Array, spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
+    def one(spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
         _raise_if(stop)
         sizes = mesh_sizes(sharding)
         own_dtype = jnp.dtype(spec.dtype or dtype)
@@ -259,30 +262,36 @@ def dummy(
         if spec.init is not None:
             part = np.full(local_shape(spec, sizes), spec.init, own_dtype)
             return jax.make_array_from_callback(shape, own, lambda _: part)
-        parts = []
+        parts, names = [], _names_of_layers(spec)
         for device, index in own.addressable_devices_indices_map(shape).items():
             numbers = place_on_mesh(spec, sharding, index)
-            at = jax.device_put(_own_key(key, numbers), device)
+            at = jax.device_put(_own_keys(root, names, numbers), device)
             drawn = draw(at, local_shape(spec, sizes), own_dtype)
             if own.memory_kind == HOST:
                 drawn = jax.device_put(drawn, jax.sharding.SingleDeviceSharding(device, memory_kind=HOST))
             parts.append(jax.block_until_ready(drawn))
         return jax.make_array_from_single_device_arrays(shape, own, parts)
 
-    return jax.tree.unflatten(tree, list(map(one, keys, leaves, shardings)))
+    return jax.tree.unflatten(tree, list(map(one, leaves, shardings)))
 
 
-def _own_key(key: jax.Array, numbers: Mapping[str, int]) -> jax.Array:
+def _names_of_layers(spec: WeightSpec) -> list[int]:
+    """A number for the tensors of each layer."""
+    layers = (0,) if spec.layers is None else spec.layers
+    return [zlib.crc32(" ".join(part.name.format(layer=i, expert=0) for part in spec.parts).encode()) for i in layers]
+
+
+def _own_keys(key: jax.Array, names: list[int], numbers: Mapping[str, int]) -> jax.Array:
     for number in numbers.values():
         key = jax.random.fold_in(key, number)
-    return key
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.asarray(names, np.uint32))
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Normal numbers, or integers that are all as likely, some rows at a time: about `PIECE`, or more where no smaller
-    number of rows divides them.
+def _draw(keys: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Normal numbers, or integers that are all as likely, an equal part of each of the keys, some rows at a time: about
+    `PIECE`, or more where no smaller number of rows divides them.
     """
-    rows, width = math.prod(shape[:-1]), shape[-1]
+    rows, width = math.prod(shape[:-1]) // len(keys), shape[-1]
     pieces = min(-(-rows * width // PIECE), rows)
     while rows % pieces:
         pieces += 1
@@ -293,7 +302,7 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array
             return lax.bitcast_convert_type(jax.random.bits(key, piece, jnp.uint8), dtype)
         return (0.02 * jax.random.normal(key, piece)).astype(dtype)
 
-    drawn = lax.map(draw, jax.random.split(key, pieces))
+    drawn = lax.map(draw, jax.vmap(lambda key: jax.random.split(key, pieces))(keys).reshape(-1))
     return drawn.reshape(shape)
 
 

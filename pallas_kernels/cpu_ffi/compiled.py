@@ -72,7 +72,7 @@ class Kernels:
                     self._names.add(name)
             except Unavailable as error:
                 self._reason = str(error)
-                logger.warning("Quantized weights are multiplied without the kernels for CPUs: %s", error)
+                logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
                 return ""
             return self._compiler.version
 

@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -70,6 +71,13 @@ class Code:
         """The address so many bytes further."""
         offset = self.number(offset) if isinstance(offset, int) else offset
         return self.builder.gep(base, [offset], source_etype=BYTE)
+
+    def scratch(self, count: int) -> Value:
+        """Room for float32 numbers until the function ends. To be called before loops."""
+        memory: Any = self.builder.alloca(ir.ArrayType(FLOAT, count))
+        memory.align = 64
+        memory.type = POINTER  # which llvmlite would have typed
+        return memory
 
     def load(self, address: Value, kind: ir.Type, align: int | None = None) -> Value:
         return self.builder.load(address, align=align, typ=kind)
@@ -188,6 +196,38 @@ class Code:
         """``a * b + c``, rounded once."""
         name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
         return self.builder.call(self._declared(name, a.type, [a.type] * 3), [a, b, c])
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """The larger of two numbers, or of the numbers of two vectors; of a NaN and a number, the second one."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def exp(self, x: Value) -> Value:
+        """e to the power of a vector's numbers, within 2e-7 of it; no less than 2 ** -126, no more than 2 ** 127.
+
+        2 ** (n + f), n being the nearest integer: the exponent's bits, and Taylor's series of 2 ** f for |f| <= 1/2.
+        """
+        kind, whole = x.type, _with_numbers(x.type, WORD)
+        of = lambda value: ir.Constant(kind, [value] * kind.count)  # noqa: E731
+        power = self.multiplied(x, of(math.log2(math.e)))
+        power = self.larger(of(-126.0), power)
+        power = self.negated(self.larger(of(-127.0), self.negated(power)))
+        # in this sum no bit is left for fractions
+        magic = of(1.5 * 2**23)
+        rounded = self.builder.fsub(self.summed(power, magic), magic)
+        fraction = self.builder.fsub(power, rounded)
+        series = [math.log(2) ** i / math.factorial(i) for i in range(7)]
+        result = of(series[-1])
+        for factor in reversed(series[:-1]):
+            result = self.multiply_add(result, fraction, of(factor))
+        exponent = self.shifted_up(self.builder.fptosi(rounded, whole), 23)
+        found = self.builder.bitcast(self.builder.add(self.builder.bitcast(result, whole), exponent), kind)
+        return self.builder.select(self.builder.fcmp_unordered("uno", x, x), x, found)
+
+    def largest_of(self, vector: Value) -> Value:
+        """The largest of a vector's numbers."""
+        while (half := vector.type.count // 2) >= 1:
+            vector = self.larger(self.part(vector, 0, half), self.part(vector, half, half))
+        return self.builder.extract_element(vector, ir.Constant(WORD, 0))
 
     def sum_of(self, vector: Value) -> Value:
         """The sum of a vector's numbers: the right half to the left one, until one is left."""

@@ -1,4 +1,4 @@
-"""What adapters of low rank add to a product: which implementation."""
+"""What adapters of low rank add to a product: which implementation, and every configuration of the kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backend import Backend
+from pallas_kernels.case import KernelCase
 from pallas_kernels.lora_matmul.reference import lora_matmul_reference
 from pallas_kernels.lora_matmul.xla import lora_matmul_by_slot, lora_matmul_xla
 
 DTYPES = ("bfloat16", "float16", "float32")
+#: (model, layers, ((projection, in, parts), ...)) of the `configurations`
+MODELS = (
+    (
+        "Llama-3.1-8B",
+        32,
+        (
+            ("qkv", 4096, (4096, 1024, 1024)),
+            ("o", 4096, (4096,)),
+            ("gate_up", 4096, (14336, 14336)),
+            ("down", 14336, (4096,)),
+        ),
+    ),
+    ("SmolLM2-135M", 30, (("qkv", 576, (576, 192, 192)), ("down", 1536, (576,)))),
+)
+#: (slots, rank)
+ADAPTERS = ((4, 16), (8, 64), (1, 256))
+TOKENS = (1, 32, 2048)
 
 
 def lora_matmul(
@@ -40,11 +58,65 @@ def lora_matmul(
     """
     parts = (b.shape[-2],) if parts is None else parts
     _check(x, a, b, slots, parts, layer)
+    if backend.implementation in ("triton", "mosaic"):
+        # not above: where no kernel is used, nothing of Pallas is loaded
+        from pallas_kernels.lora_matmul.tiles import tiles_for
+        from pallas_kernels.lora_matmul.triton import lora_matmul_triton
+
+        (rows, columns), (num_slots, _, rank) = x.shape, b.shape[-3:]
+        tiles = tiles_for(rows=rows, columns=columns, features=max(parts), rank=rank, num_slots=num_slots)
+        return lora_matmul_triton(x, a, b, slots, parts, layer=layer, tiles=tiles, interpret=backend.interpret)
     if layer is not None:
         a, b = (lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (a, b))
     if backend.implementation == "reference":
         return lora_matmul_reference(x, a, b, slots, parts)
     return (lora_matmul_by_slot if backend.deterministic else lora_matmul_xla)(x, a, b, slots, parts)
+
+
+def configurations(device_kind: str = "", compute_capability: tuple[int, int] | None = None) -> list[KernelCase]:
+    """The kernels at the shapes of `MODELS`, with `ADAPTERS`, for each number of tokens in `TOKENS`.
+
+    No case may need the memory of a token's matrices: all temporaries are the numbers between the two products.
+    """
+    from pallas_kernels.lora_matmul.tiles import tiles_for
+
+    backend = Backend(implementation="triton", device_kind=device_kind, compute_capability=compute_capability)
+
+    def case(
+        model: str,
+        layers: int,
+        projection: tuple[str, int, tuple[int, ...]],
+        adapters: tuple[int, int],
+        tokens: int,
+    ) -> KernelCase:
+        (name, columns, parts), (num_slots, rank), array = projection, adapters, jax.ShapeDtypeStruct
+
+        def product(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, layer: jax.Array) -> jax.Array:
+            return lora_matmul(x, a, b, slots, backend=backend, parts=parts, layer=layer)
+
+        ranks = len(parts) * rank
+        tiles = tiles_for(rows=tokens, columns=columns, features=max(parts), rank=rank, num_slots=num_slots)
+        return KernelCase(
+            operation="lora_matmul",
+            label=f"{model} {name}, {num_slots} slots of rank {rank}, {tokens} tokens",
+            function=product,
+            arguments=(
+                array((tokens, columns), jnp.bfloat16),
+                array((layers, num_slots, ranks, columns), jnp.bfloat16),
+                array((layers, num_slots, sum(parts), rank), jnp.bfloat16),
+                array((tokens,), jnp.int32),
+                array((), jnp.int32),
+            ),
+            max_temporary_bytes=tiles.split_k * tokens * ranks * 4 + 256,
+        )
+
+    return [
+        case(model, layers, projection, adapters, tokens)
+        for model, layers, projections in MODELS
+        for projection in projections
+        for adapters in (ADAPTERS if model == MODELS[0][0] and projection[0] == "qkv" else ADAPTERS[:1])
+        for tokens in TOKENS
+    ]
 
 
 def _check(

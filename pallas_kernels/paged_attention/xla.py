@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.fixed_order import row_sum
+from pallas_kernels.paged_attention import cpu_ffi
 from pallas_kernels.storage import compute_dtype, from_storage
 
 #: sequences of a tile that has one query of each: more overflow a core's cache with what a piece widens to float32
@@ -49,7 +50,15 @@ def paged_attention(
     kv_heads = cache.shape[1] // 2 if value_width is None else 1
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
     args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales, value_width)
-    out = _decode_tiles(grouped, heads * (value_width or dim), *args)
+    kernel = None
+    if value_width is None and causal and not batch.backend.deterministic:
+        kernel = cpu_ffi.kernel_for(query, cache, batch, softcap=softcap)
+    if kernel is None:
+        out = _decode_tiles(grouped, heads * (value_width or dim), *args)
+    else:
+        out = cpu_ffi.decode_attention(
+            kernel, query, cache, layout, batch, scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales
+        ).reshape(tokens, -1)
     if tokens > 1 and not batch.decode_only:
         out = _prefill_tiles(grouped, out, *args)
     return out.reshape(tokens, heads, -1).astype(query.dtype)

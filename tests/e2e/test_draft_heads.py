@@ -134,6 +134,23 @@ def test_a_hit_of_a_block_that_the_same_step_writes(case: Case):
         assert [drafted, accepted] == [sum(each) for each in zip(*wanted, strict=True)]
 
 
+def test_restricted_requests_have_the_hosts_drafts(case: Case):
+    """The head reads them as soon as they are right, and drafts for their prefix as for any other."""
+    rng = random.Random(2)
+    prompt = [rng.randrange(256) for _ in range(12)]
+    params = SamplingParams(temperature=0.0, max_tokens=30, structured_outputs={"regex": "(abc|def){9,19}"})
+    (wanted,) = case.plain.generate(prompt, params, use_tqdm=False)
+    (got,) = case.drafting.generate(prompt, params, use_tqdm=False)
+    assert results([got]) == results([wanted])
+    assert got.metrics is not None and got.metrics.num_accepted_tokens > 5
+    free = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logit_bias=BIAS)
+    follow_up, before = [*prompt, *got.outputs[0].token_ids, 7], numbers(case.drafting)
+    (later,) = case.drafting.generate(follow_up, free, use_tqdm=False)
+    assert later.num_cached_tokens == 40
+    drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
+    assert (drafted, accepted) == replayed(case, follow_up, list(later.outputs[0].token_ids))
+
+
 def test_what_blocks_held_before_does_not_matter(case: Case):
     """Not even what is no number."""
     runner: Any = case.drafting.engine.core.cores[0]._runner  # pyright: ignore

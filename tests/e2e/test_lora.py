@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.serving import get, served
 from support.tiny_model import SMALL, write_tiny_model
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
+from jaxllm.entrypoints.cli import main
+from jaxllm.runner.build import make_programs
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
+#: fewer slots than adapters, and ranks below the highest
+ARGUMENTS: dict[str, Any] = {**SMALL, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "block_size": 8}
 NAMES: list[str | None] = [None, *ADAPTERS]
 
 
@@ -44,10 +53,15 @@ def requests(adapters: dict[str, Path]) -> dict[str | None, LoRARequest | None]:
 
 
 @pytest.fixture(scope="module")
-def llm(model: Path) -> Iterator[LLM]:
-    # fewer places than adapters, and ranks smaller than the largest
-    with LLM(model, **SMALL, enable_lora=True, max_loras=2, max_lora_rank=8, block_size=8) as llm:
-        yield llm
+def engine(model: Path) -> Iterator[AsyncLLM]:
+    engine = AsyncLLM(model, **ARGUMENTS)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def llm(engine: AsyncLLM) -> LLM:
+    return engine.llm
 
 
 @pytest.mark.parametrize("size", [1, 5, 32])
@@ -185,28 +199,119 @@ def test_what_an_adapter_asks_too_much(llm: LLM, model: Path, requests: Any, tmp
         llm.generate("a", PARAMS, lora_request="all", use_tqdm=False)  # pyright: ignore[reportArgumentType]
 
 
-def test_steps_without_adapters_run_programs_without_them(llm: LLM, requests: Any):
-    programs: Any = llm.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
-    texts = {adapters: programs.forward(programs.bucket(1, 1, adapters=adapters)).as_text() for adapters in (0, 1)}
-    shapes = {adapters: text.count("f32[2,2,24,64]") for adapters, text in texts.items()}
-    assert shapes[False] == 0 < shapes[True]
-    seen: list[bool] = []
-    runner: Any = llm.engine.runner
-    forward = runner.forward
+def test_steps_without_adapters_cost_what_they_did(llm: LLM, requests: Any):
+    config, runner = llm.engine.model_files.config, llm.engine.runner
+    programs: Any = runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+    without: Any = make_programs(dataclasses.replace(config, lora=None), config.params(), llm.memory_plan.num_blocks)
+    assert not any(bucket.adapters for bucket in without.packings)
+    for bucket in without.packings:
+        # to the letter what is compiled where there are no adapters
+        assert programs.lower_forward(bucket).as_text() == without.lower_forward(bucket).as_text()
+    ran: list[bool] = []
+    found = programs.forward
     try:
-        runner.forward = lambda scheduled: (seen.append(scheduled.uses_adapters), forward(scheduled))[1]
-        runner.execute = lambda scheduled: runner.sample(runner.forward(scheduled), {})
-        llm.generate("abc", PARAMS, use_tqdm=False)
-        assert seen and not any(seen)
-        llm.generate("abc", PARAMS, lora_request=requests["all"], use_tqdm=False)
-        assert seen[-1]
+        programs.forward = lambda bucket: (ran.append(bucket.adapters), found(bucket))[1]
+        llm.generate(["abc", "de"], PARAMS, use_tqdm=False)
+        assert ran and not any(ran)
+        llm.generate(["abc", "de"], PARAMS, lora_request=[requests["all"], None], use_tqdm=False)
+        assert ran[-1]
     finally:
-        del runner.forward, runner.execute
+        del programs.forward
+
+
+def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests: Any):
+    own, prompt = requests["all"], "options beside adapters"
+    shaped = SamplingParams(
+        max_tokens=8, temperature=0.0, logprobs=1, structured_outputs=StructuredOutputsParams(regex="(ab|cd){2,4}")
+    )
+    (output,) = llm.generate(prompt, shaped, lora_request=own, use_tqdm=False)
+    assert re.fullmatch("(ab|cd){2,4}", output.outputs[0].text)
+    scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    (output,) = llm.generate(prompt, scored, lora_request=own, use_tqdm=False)
+    ids = output.prompt_token_ids or []
+    ours = [entry[token].logprob for token, entry in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
+    assert ours == pytest.approx(oracle.logprobs("all", ids[:1], ids[1:]), abs=1e-4)
+    found = llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True), lora_request=own)
+    best = found[0].sequences[0]
+    theirs = oracle.logprobs("all", ids, best.tokens[len(ids) :])
+    assert best.cum_logprob == pytest.approx(sum(theirs), abs=1e-3)
+    # weights that are put away and come back leave nothing behind of adapters, which come back too
+    llm.sleep(level=1)
+    llm.wake_up()
+    (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
+    assert difference(oracle, "all", output) < 1e-4
 
 
 def test_the_memory_plan_counts_them(model: Path, llm: LLM):
     runner: Any = llm.engine.runner
     config = llm.engine.model_files.config
-    own = runner._adapters.num_bytes
-    assert config.adapter_bytes == own * 3 // 2
-    assert llm.memory_plan.state_bytes >= own
+    own = sum(stacks.num_bytes for stacks in runner._adapters)
+    # one on its way
+    assert config.adapter_bytes == llm.memory_plan.adapter_bytes == own * 3 // 2 <= llm.memory_plan.state_bytes
+    assert "of it LoRA" in str(llm.memory_plan) and "2 adapters of rank 8, and one on its way" in str(llm.memory_plan)
+
+
+def _logprobs(choice: Any) -> tuple[list[int], list[float]]:
+    tokens = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
+    return tokens, choice.logprobs.token_logprobs
+
+
+def test_a_server_has_adapters_beside_its_model(engine: AsyncLLM, oracle: Oracle, adapters: dict[str, Path]):
+    extra = {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    prompt = list(b"a prompt")
+    with (
+        served(engine, lora_modules=(("first", str(adapters["attention"])),), admin_endpoints=True) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def far(model: str, name: str | None) -> float:
+            asked = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "logprobs": 1, "extra_body": extra}
+            answer = client.completions.create(model=model, **asked)
+            assert answer.model == model
+            tokens, found = _logprobs(answer.choices[0])
+            theirs = oracle.logprobs(name, prompt, tokens)
+            return max(abs(a - b) for a, b in zip(found, theirs, strict=True))
+
+        assert far("tiny", None) < 1e-4 and far("first", "attention") < 1e-4
+        added = {"lora_name": "second", "lora_path": str(adapters["all"])}
+        assert get(url, "/v1/load_lora_adapter", added)[0] == 200
+        assert far("second", "all") < 1e-4
+        models = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+        assert models == {"tiny": None, "alias": None, "first": "tiny", "second": "tiny"}
+        status, _, told = get(url, "/v1/load_lora_adapter", added)
+        assert status == 400 and "has already been loaded" in told["error"]["message"]
+        replaced = {"lora_name": "second", "lora_path": str(adapters["attention"]), "load_inplace": True}
+        assert get(url, "/v1/load_lora_adapter", replaced)[0] == 200
+        assert far("second", "attention") < 1e-4 and far("second", "attention") < 1e-4
+        status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "third", "lora_path": "/no/such"})
+        assert status == 400 and "the folder is not there" in told["error"]["message"]
+        assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 200
+        assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 404
+        with pytest.raises(openai.NotFoundError, match="The model `second` does not exist"):
+            far("second", None)
+    for number in engine.llm.llm_engine.list_loras():
+        engine.llm.llm_engine.remove_lora(number)
+
+
+def test_lines_of_a_batch_name_adapters(model: Path, oracle: Oracle, adapters: dict[str, Path], tmp_path: Path):
+    body = {"prompt": list(b"a line"), "max_tokens": 4, "temperature": 0, "logprobs": 1}
+    body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    names: dict[str, str | None] = {"base": None, "some": "some layers", "all": "all"}
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": name, **body}}
+        for name in [*names, "nobody"]
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in ARGUMENTS.items() if value is not True]
+    asked += [f"--{name.replace('_', '-')}" for name, value in ARGUMENTS.items() if value is True]
+    modules = [f"some={adapters['some layers']}", json.dumps({"name": "all", "path": str(adapters["all"])})]
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    served = ["--served-model-name", "base", "--lora-modules", *modules]
+    assert main(["run-batch", *files, "--model", str(model), *asked, *served]) == 3
+    found = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert found["nobody"]["response"]["status_code"] == 404
+    for name, adapter in names.items():
+        choice = found[name]["response"]["body"]["choices"][0]
+        tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        theirs = oracle.logprobs(adapter, list(b"a line"), tokens)
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(theirs, abs=1e-4)

@@ -17,7 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.lora_matmul.api import lora_matmul
+from pallas_kernels.lora_matmul.api import configurations, lora_matmul
+from pallas_kernels.lora_matmul.tiles import Tiles, tiles_for
+from pallas_kernels.lora_matmul.triton import lora_matmul_triton
 
 #: (rows, in, parts, rank, slots, dtype of x, dtype of the adapters): one row, one slot, odd ranks, and sizes that tiles
 #: do not divide. Few, because each is compiled
@@ -31,6 +33,8 @@ SHAPES = (
 #: layers of a stack, and the one that is meant; the others are NaN
 LAYERS, LAYER = 3, 1
 
+#: small ones, so that every loop goes round several times
+TILES = Tiles(block_t=16, block_r=16, block_k=16, block_n=16, split_k=2)
 BACKENDS = {
     "reference": Backend(implementation="reference"),
     "xla": Backend(implementation="xla"),
@@ -41,8 +45,10 @@ BACKENDS = {
 @functools.cache
 def implementation(name: str, parts: tuple[int, ...], interpret: bool) -> Callable[..., jax.Array]:
     kind = name.removesuffix(" stacked")
-    backend = BACKENDS.get(kind) or Backend(implementation=kind, interpret=interpret)
+    backend = BACKENDS.get(kind) or Backend(implementation="triton", interpret=interpret)
     product = functools.partial(lora_matmul, backend=backend, parts=parts)
+    if kind == "kernel":
+        product = functools.partial(lora_matmul_triton, parts=parts, tiles=TILES, interpret=interpret)
     if name == kind:
         return jax.jit(product)
 
@@ -54,7 +60,7 @@ def implementation(name: str, parts: tuple[int, ...], interpret: bool) -> Callab
     return of_stack
 
 
-NAMES = ("reference", "xla", "by slot", "xla stacked")
+NAMES = ("reference", "xla", "by slot", "xla stacked", "triton", "kernel", "kernel stacked")
 
 
 @st.composite
@@ -117,7 +123,10 @@ def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     expected, bound = formula(shape, x, a, b, slots)
     # what belongs to nobody is NaN
     x = x.at[slots < 0].set(jnp.nan)
-    a = a.at[np.array(sorted({*range(len(a))} - {*of_rows}), int)].set(jnp.nan)
+    unused = np.array(sorted({*range(len(a))} - {*of_rows}), int)
+    a = a.at[unused].set(jnp.nan)
+    if "xla" not in name:
+        b = b.at[unused].set(jnp.nan)
     out = np.asarray(implementation(name, shape[2], interpret)(x, a, b, jnp.asarray(slots, jnp.int32)), np.float64)
     assert out.shape == expected.shape
     np.testing.assert_array_equal(out[slots < 0], 0)
@@ -188,3 +197,21 @@ def test_what_does_not_fit_is_refused(kind: str, changed: dict, text: str):
     given.setdefault("slots", jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match=text):
         lora_matmul(**given, backend=Backend(implementation=kind, interpret=True))
+
+
+def test_configurations_are_distinct_and_trace():
+    cases = configurations()
+    assert len({case.label for case in cases}) == len(cases) == 24
+    for case in cases:
+        x, _, b, *_ = case.arguments
+        assert jax.eval_shape(case.function, *case.arguments).shape == (x.shape[0], b.shape[2]), case.label
+
+
+def test_tiles_fit_the_problem():
+    """Few rows share out the in-features among programs, many do not; ranks are no wider than they must be."""
+    decode = tiles_for(rows=32, columns=4096, features=4096, rank=16, num_slots=4)
+    prefill = tiles_for(rows=2048, columns=4096, features=4096, rank=16, num_slots=4)
+    assert (decode.block_t, decode.split_k) == (32, 16) and (prefill.block_t, prefill.split_k) == (64, 1)
+    assert decode.block_r == 16 and tiles_for(rows=1, columns=40, features=20, rank=5, num_slots=1).block_r == 16
+    with pytest.raises(ValueError, match="block_n must be a power of two from 16 up, got 24"):
+        Tiles(block_t=16, block_r=16, block_k=16, block_n=24, split_k=1)

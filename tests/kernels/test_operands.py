@@ -15,6 +15,7 @@ from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.gpu_only import gpu_only
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.kv_write.api import write_kv
+from pallas_kernels.lora_matmul.api import lora_matmul
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.quant_matmul.api import quant_matmul
 from pallas_kernels.quant_matmul.layout import int4_weight, pack
@@ -95,6 +96,7 @@ def operations(backend: Backend) -> dict[str, Callable[[], Any]]:
         "paged_attention": lambda: paged_attention(array(TOKENS, HEADS, DIM), CACHE, LAYOUT, step, scale=1.0),
         "kv_write": lambda: write_kv(CACHE, rows, rows, LAYOUT, step),
         "grouped_matmul": lambda: grouped_matmul(x, experts, sizes, backend=backend),
+        "lora_matmul": lambda: lora_matmul(x, array(2, 8, 64), array(2, 32, 8), sizes.repeat(2), backend=backend),
         "quant_matmul": lambda: quant_matmul(x, weight, backend=backend),
     }
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments, as_stored, sequences
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import cpu_ffi, reference
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.tiles import DecodeTile
 from pallas_kernels.paged_attention.triton_decode import decode_attention
@@ -34,15 +34,39 @@ SHAPES = (
     Shape(heads=2, kv_heads=1, dim=16, block=16, tokens=300, query="bfloat16", stored="uint16", spans=True),
     # few sequences: "xla" has smaller tiles for the last ones of them
     Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=8, stored="uint16"),
+    # many heads over few numbers: "cpu_ffi" has them in registers in several turns
+    Shape(heads=18, kv_heads=2, dim=32, block=64, tokens=8, seqs=8, softcap=3.0, stored="float8_e4m3fn"),
     # no power of two: "triton" leaves it to "xla", with keys as it has written them
     Shape(heads=2, kv_heads=1, dim=8, block=96, tokens=20),
 )
 IMPLEMENTATIONS = ("reference", "xla", "triton")
+#: without a kernel of "cpu_ffi": too many heads, heads of no multiple of 8 numbers
+WITHOUT = SHAPES[3], SHAPES[4]
 
 
-def backend(implementation: str, interpret: bool) -> Backend:
+def backend(implementation: str, interpret: bool, shape: Shape | None = None) -> Backend:
+    if implementation == "cpu_ffi" and shape is not None:
+        return Backend(cpu_attention=kernels(shape))
     kind = "" if interpret else jax.devices()[0].device_kind
     return Backend(implementation=implementation, interpret=interpret, device_kind=kind)
+
+
+@functools.cache
+def kernels(shape: Shape) -> tuple[str, ...]:
+    """The kernel of `cpu_ffi` for a shape, loaded."""
+    form = cpu_ffi.form_of(
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.dim,
+        block_size=shape.block,
+        stored=shape.number.name,
+        transposed=Backend().transposes_keys(shape.block),
+        has_softcap=shape.softcap is not None,
+    )
+    if form is None:
+        return ()
+    assert cpu_ffi.Form.named(form.name) == form
+    return (cpu_ffi.load(form, None),)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "causal"))
@@ -50,13 +74,18 @@ def attend(query, cache, layout, batch, **how):
     return paged_attention(query, cache, layout, batch, **how)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_which_shapes_have_a_kernel_for_cpus():
+    for shape in SHAPES:
+        assert bool(kernels(shape)) == (shape not in WITHOUT), shape
+
+
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "cpu_ffi"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_attention_is_the_formula(implementation: str, shape: Shape, interpret: bool, data: st.DataObject):
     case = PagedCase(shape, data.draw(sequences(shape)))
-    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
+    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret, shape))
     out = attend(case.query, as_stored(case.cache, batch.backend), case.layout, batch, **arguments(case))
     check(case, np.asarray(out).astype(np.float64))
 
@@ -83,7 +112,7 @@ def test_single_tokens_in_tiles_of_two_sizes(decodes: int):
     check(case, np.asarray(out).astype(np.float64))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "cpu_ffi"))
 def test_the_first_position_can_be_out_of_sight(implementation: str, interpret: bool):
     """Of single tokens, chunks, and prompts, whose first token sees nothing then."""
     shape = Shape(heads=4, kv_heads=2, dim=16, block=16, tokens=24)
@@ -91,7 +120,7 @@ def test_the_first_position_can_be_out_of_sight(implementation: str, interpret: 
         computed=(40, 0, 0, 17), queries=(1, 1, 5, 12), window=UNLIMITED, shared=0, magnitude=1.0, seed=1, first=1
     )
     case = PagedCase(shape, drawn)
-    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
+    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret, shape))
     out = attend(case.query, as_stored(case.cache, batch.backend), case.layout, batch, **arguments(case))
     check(case, np.asarray(out).astype(np.float64))
 
@@ -118,7 +147,7 @@ def test_the_parts_of_a_split_context_are_one(splits: int, interpret: bool, data
     """Also where a part is empty, and where there are more parts than pieces of context."""
     shape = Shape(heads=8, kv_heads=2, dim=16, block=16, tokens=20, decode_only=True, sinks=True)
     case = PagedCase(shape, data.draw(sequences(shape)))
-    batch = dataclasses.replace(case.batch, backend=backend("triton", interpret))
+    batch = dataclasses.replace(case.batch, backend=backend("triton", interpret, shape))
     how = arguments(case)
     del how["causal"]
     out = decode(case.query, case.cache, case.layout, batch, splits=splits, **how)

@@ -48,7 +48,9 @@ def write_gguf(
     kind: Kind = Kind.F32,
     edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """Write HF weights the way llama.cpp's converter does, names by the ``gguf`` package's own table."""
+    """Write HF weights the way llama.cpp's converter does, names by the ``gguf`` package's own table. Of a mixture of
+    experts, those of a layer are one array, and routers stay as they are.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_embedding_length(HIDDEN)
@@ -75,7 +77,7 @@ def write_gguf(
             stored = interleaved(weight, HEADS if "q_proj" in name else KV_HEADS)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             stored = weight + 1
-        if stored.ndim == 2 and kind != Kind.F32:
+        if stored.ndim >= 2 and kind != Kind.F32 and not name.endswith(".gate.weight"):
             writer.add_tensor(stored_name, gguf.quants.quantize(stored, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored_name, stored)

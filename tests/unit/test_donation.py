@@ -35,7 +35,9 @@ from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
+from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.paged_attention.cpu_ffi import form_of, load
 from pallas_kernels.storage import STORAGE, is_scaled
 
 LLAMA: dict[str, Any] = {
@@ -125,6 +127,7 @@ def make_programs(
         params = dataclasses.replace(params, draft=shapes(drafter.specs(), jnp.dtype(dtype), sharding))
     programs = SamplingPrograms(
         StepConfig(
+            context=with_kernel(page, jnp.dtype(kv_dtype or dtype), heads=2 * kv_heads),
             model=model,
             groups=groups,
             num_logprobs=5,
@@ -145,6 +148,22 @@ def make_programs(
         draft_buckets=draft_buckets(2) if drafter else (),
     )
     return programs, state
+
+
+def with_kernel(page: Sequence[int], numbers: jnp.dtype, *, heads: int) -> Context:
+    """As an engine on this machine has it: with a kernel for single tokens, of pages of this shape."""
+    if len(page) < 3:  # latents
+        return Context()
+    form = form_of(
+        heads=heads,
+        kv_heads=page[0] // 2,
+        head_dim=page[2],
+        block_size=page[1],
+        stored=numbers.name,
+        transposed=Backend().transposes_keys(page[1]),
+        has_softcap=False,
+    )
+    return Context() if form is None else Context(backend=Backend(cpu_attention=(load(form, None),)))
 
 
 def size(shapes: Any) -> int:
@@ -257,7 +276,7 @@ def test_checking_drafts_needs_no_more_memory_for_a_larger_cache(drafter: Drafte
     keys: list[Key] = [("draft steps", next(reversed(programs.draft_packings)), True)]
     keys += [("forward", SEVERAL)] if isinstance(drafter, HeadDrafter) else []
     keys += [("catch up", bucket) for bucket in list(programs.catch_up_packings)[-1:]]
-    assert (len(keys) > 1) == isinstance(drafter, ReadingDrafter)
+    assert len(keys) == 1 + isinstance(drafter, ReadingDrafter)
     programs._options = OPTIONS
     programs._compile(keys)
     for program in programs._compiled.values():
@@ -276,17 +295,19 @@ SCALED = [(1, 64, jnp.int8, 64, 1), (1, 128, jnp.uint8, 16, 2), (3, 80, jnp.int8
 SOME = [EVERY[8 * (5 * i + j) + (3 * i + 5 * j) % 8] for i in range(5) for j in range(5)]
 
 
-def test_pages_are_not_copied():
-    check_pages([*SOME, *SCALED])
+@pytest.mark.parametrize("kernels", [False, True], ids=["XLA", "kernels"])
+def test_pages_are_not_copied(kernels: bool):
+    # compiling a kernel takes half a second
+    check_pages([*(SOME[::5] if kernels else SOME), *SCALED], kernels)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("part", range(8))
 def test_pages_of_no_shape_are_copied(part: int):
-    check_pages(EVERY[part::8])
+    check_pages(EVERY[part::8], kernels=False)
 
 
-def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
+def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]], kernels: bool) -> None:
     """By loops over two layers, which write a token's keys and values and attend to what is there: one for each shape,
     in one program, since many programs take longer to compile.
     """
@@ -294,7 +315,7 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
     def words(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    news, caches = [], []
+    news, caches, contexts = [], [], []
     for kv_heads, head_dim, stored, block_size, groups in shapes:
         numbers = jnp.float32 if stored == jnp.float32 else jnp.bfloat16
         news.append(jax.ShapeDtypeStruct((1, kv_heads, head_dim), numbers))
@@ -303,6 +324,8 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
         if is_scaled(stored):
             cache = ScaledPages(cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32))  # pyright: ignore
         caches.append(cache)
+        numbers = next((number for number, bits in STORAGE.items() if bits == stored), jnp.dtype(stored))
+        contexts.append(with_kernel(cache.shape[1:], numbers, heads=kv_heads) if kernels else Context())
     batch: Any = AttentionBatch(
         token_seq=words(1),  # pyright: ignore[reportArgumentType]
         positions=words(1),  # pyright: ignore[reportArgumentType]
@@ -315,7 +338,7 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
         decode_only=True,
     )
 
-    def layers(cache: Cache, new: jax.Array, groups: int, batch: AttentionBatch) -> Any:
+    def layers(context: Context, cache: Cache, new: jax.Array, groups: int, batch: AttentionBatch) -> Any:
         batch = dataclasses.replace(batch, block_tables=batch.block_tables[:groups])
         step: Any = StepBatch(tokens=batch.token_seq, attention=batch)
         layer: Any = np.arange(2, dtype=np.int32)
@@ -324,17 +347,19 @@ def check_pages(shapes: Sequence[tuple[int, int, Any, int, int]]) -> None:
 
         def one(carry: tuple[Cache, jax.Array], place: Layout) -> tuple[tuple[Cache, jax.Array], None]:
             cache, query = carry
-            cache = write_kv(Context(), cache, new, new, place, step)
-            return (cache, attention(Context(), query, cache, place, step, scale=1.0)), None
+            cache = write_kv(context, cache, new, new, place, step)
+            return (cache, attention(context, query, cache, place, step, scale=1.0)), None
 
         return lax.scan(one, (cache, new), places)[0]
 
     def step(caches: list[Cache], news: list[jax.Array], batch: AttentionBatch) -> Any:
         return [
-            layers(cache, new, groups, batch) for cache, new, (*_, groups) in zip(caches, news, shapes, strict=True)
+            layers(context, cache, new, groups, batch)
+            for context, cache, new, (*_, groups) in zip(contexts, caches, news, shapes, strict=True)
         ]
 
     program = jax.jit(step, donate_argnums=0).lower(caches, news, batch)
+    assert ("jaxllm_attention" in program.as_text()) == kernels
     memory = program.compile(OPTIONS).memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == size(caches)
     assert memory.temp_size_in_bytes < 2 * MANY

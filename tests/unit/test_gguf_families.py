@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
-from support.gguf_files import interleaved
+from support.gguf_files import interleaved, write_gguf
 
+from jaxllm import LLM, SamplingParams
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.registry import model_config
@@ -23,6 +26,7 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.gguf_families import MODEL_CLASSES
 from jaxllm.weights.formats.safetensors import SafetensorsReader
+from pallas_kernels.quantized import is_quantized
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 4
 BASE: dict[str, Any] = {
@@ -318,6 +322,59 @@ def test_experts_are_what_the_safetensors_are(name: str, tmp_path: Path) -> None
         stored = with_keys_and_values_apart(stored, fields)
     write(tmp_path / "model.gguf", architecture, stored, keys)
     compare(tmp_path, model, specs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "fields"),
+    [
+        ("llama", Kind.Q4_0, {"num_local_experts": 6}),
+        ("qwen3moe", Kind.Q5_1, {"num_experts": 6, "moe_intermediate_size": 64, "norm_topk_prob": True}),
+    ],
+    ids=["Mixtral", "Qwen3-MoE"],
+)
+def test_experts_in_their_blocks_give_what_transformers_gives(
+    architecture: str, kind: Kind, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """An engine that keeps a file's blocks, beside transformers with what the gguf package makes of them."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    name = "MixtralForCausalLM" if architecture == "llama" else MODEL_CLASSES[architecture][0]
+    size = {"intermediate_size": 64, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+    config = {**BASE, **size, **fields, "architectures": [name]}
+    model_type = "mixtral" if architecture == "llama" else MODEL_CLASSES[architecture][1]
+    _, weights = drawn(model_config(config))
+    weights = {name: weight if "norm" in name else weight / 3 for name, weight in weights.items()}
+    rounded = {
+        name: weight
+        if weight.ndim == 1 or name.endswith(".gate.weight")
+        else gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+        for name, weight in weights.items()
+    }
+    save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    keys = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 64}
+
+    def experts(writer: gguf.GGUFWriter) -> None:
+        for key, value in keys.items():
+            writer.add_uint32(f"{architecture}.{key}", value)
+
+    file = write_gguf(tmp_path / "model.gguf", architecture, with_stacked_experts(weights), kind, experts)
+    prompt = np.random.default_rng(1).integers(0, BASE["vocab_size"], 30).tolist()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0].log_softmax(-1).numpy()
+    arguments: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 1, "enforce_eager": True}
+    with LLM(file, quantization="gguf", skip_tokenizer_init=True, **arguments) as llm:
+        (params,) = llm.apply_model(lambda params: params)
+        experts_of_both = [layer.sparse.experts for layer in params.layers]
+        assert all(is_quantized(one.gate_up) and is_quantized(one.down) for one in experts_of_both)
+        asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=1)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, asked, use_tqdm=False)
+    assert output.prompt_logprobs is not None
+    positions: Any = output.prompt_logprobs[1:]
+    found = [position[token].logprob for position, token in zip(positions, prompt[1:], strict=True)]
+    np.testing.assert_allclose(found, expected[np.arange(29), prompt[1:]], atol=2e-4)
+    assert output.outputs[0].token_ids[0] == expected[-1].argmax()
 
 
 def test_experts_in_a_form_that_is_not_known_are_refused(tmp_path: Path) -> None:

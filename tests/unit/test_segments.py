@@ -130,6 +130,12 @@ def test_dummy_weights_of_separate_layers(monkeypatch: pytest.MonkeyPatch):
     assert all((np.asarray(layer.query_norm) == 1).all() for layer in drawn.layers)
 
 
+@pytest.mark.parametrize("sizes", SEGMENTS.values(), ids=SEGMENTS)
+def test_dummy_weights_are_the_same_in_any_segments(sizes: tuple[int, ...]):
+    """And so in any stages of a pipeline, which have segments of the model."""
+    check_rows(loader.dummy(resegment(STACKED, sizes), FLOAT32, DEVICE), loader.dummy(STACKED, FLOAT32, DEVICE))
+
+
 @pytest.mark.parametrize("saved", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize("loaded", SEGMENTS.values(), ids=SEGMENTS)
 def test_a_saved_model_is_loaded_into_any_segments(tmp_path: Path, saved: tuple[int, ...], loaded: tuple[int, ...]):

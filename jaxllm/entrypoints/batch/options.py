@@ -6,6 +6,7 @@ import argparse
 
 from jaxllm.command_options import add_engine_options
 from jaxllm.entrypoints.encodings import add_encoding_option
+from jaxllm.entrypoints.openai.adapters import add_lora_modules_option
 from jaxllm.entrypoints.openai.tools.options import add_tool_option
 
 
@@ -37,6 +38,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     names.add_argument(
         "--ignore-model-field", action="store_true", help="run the lines with this model, whatever they call theirs"
     )
+    add_lora_modules_option(batch)
     add_tool_option(batch)
     add_encoding_option(batch)
     table.add_argument("--prompt-column", metavar="NAME", help="column of prompts (default: prompt)")

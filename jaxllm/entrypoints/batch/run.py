@@ -36,6 +36,7 @@ from jaxllm.entrypoints.batch.lines import (
 )
 from jaxllm.entrypoints.batch.rows import read_table
 from jaxllm.entrypoints.batch.summary import Tally
+from jaxllm.entrypoints.openai.adapters import NamedAdapters, lora_modules
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
@@ -74,17 +75,22 @@ def run(arguments: argparse.Namespace) -> int:
         served = given.pop("served_model_name", None) or model
         names = [str(name) for name in (served if isinstance(served, list) else [served])]
         tools, reasoning = arguments.tool_call_parser, reasoning_parser(given)
+        modules = lora_modules(arguments.lora_modules)
         if not arguments.ignore_model_field:
-            _warn_of_model(first, names)
+            _warn_of_model(first, [*names, *(name for name, _ in modules)])
         with whole_module("jaxllm.llm").LLM(model, **given) as llm:
             total = None if is_table(arguments.input_file) else count_lines(arguments.input_file)
             tally = Tally(total, show=sys.stderr.isatty())
+            adapters = NamedAdapters(llm.engine.adapters_or_none, names)
+            for name, path in modules:
+                adapters.load(name, path)
             translator = Translator(
+                adapters=adapters,
                 model_names=names,
                 any_model=arguments.ignore_model_field,
                 sampling=SamplingReader(llm.get_default_sampling_params()),
                 tools=PARSERS[tools] if tools else None,
-                reasoning=ReasoningParser(name=reasoning) if reasoning else None,
+                reasoning=ReasoningParser.of(reasoning, llm.get_tokenizer) if reasoning else None,
             )
             batch = Batch(llm, journal, tally, translator)
             try:
@@ -212,11 +218,12 @@ class Batch:
                     running[next(positions)] = line, part
                     yield prompt, line.call
 
-        prompts, params, priorities = itertools.tee(feed(), 3)
+        prompts, params, priorities, adapters = itertools.tee(feed(), 4)
         outputs = self._llm.as_completed(
             (prompt for prompt, _ in prompts),
             cast("Iterator[SamplingParams]", (call.params for _, call in params)),
             priority=(call.priority for _, call in priorities),
+            lora_request=(call.lora_request for _, call in adapters),
             on_error="return",
         )
         for output in outputs:
@@ -235,7 +242,10 @@ class Batch:
             for length in dict.fromkeys(_kept(line) for line, _, _ in group):
                 same = [part for part in group if _kept(part[0]) == length]
                 prompts, params = [prompt for _, _, prompt in same], [line.call.pooling for line, _, _ in same]
-                outputs = llm.embed(prompts, pooling_params=params, on_error="return", use_tqdm=False)
+                adapters = [line.call.lora_request for line, _, _ in same]
+                outputs = llm.embed(
+                    prompts, pooling_params=params, lora_request=adapters, on_error="return", use_tqdm=False
+                )
                 for (line, part, _), output in zip(same, outputs, strict=True):
                     self._take(line, part, output)
 

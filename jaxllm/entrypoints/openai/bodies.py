@@ -292,6 +292,12 @@ class PoolingBody(EmbeddingBody):
     task: str | None = None
 
 
+class ClassifyBody(PoolingFields):
+    """``/classify``."""
+
+    input: Prompts
+
+
 class ScoreBody(PoolingFields):
     """``/score``. Texts of one side and of the other are 1:1, 1:N or N:N."""
 
@@ -322,6 +328,22 @@ class TokenizeBody(ConversationFields, Body):
         if (self.prompt is None) == (self.messages is None):
             raise APIError("Give prompt or messages, one of them.", param="prompt")
         return self
+
+
+class LoadAdapterBody(Body):
+    """``/v1/load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    #: replace what has the name
+    load_inplace: bool | None = None
+
+
+class UnloadAdapterBody(Body):
+    """``/v1/unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: int | None = None
 
 
 class DetokenizeBody(Body):

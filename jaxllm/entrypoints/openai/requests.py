@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.pooling_params import PoolingParams
-from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.bodies import (
     Body,
     ChatBody,
@@ -47,6 +49,8 @@ class Call:
     params: SamplingParams | None = None
     #: of a call that pools
     pooling: PoolingParams | None = None
+    #: what the prompts go through the model with; None: the model alone
+    lora_request: LoRARequest | None = None
     #: smaller runs first, with scheduling_policy="priority"
     priority: int = 0
     #: what the answer's id ends with; None: it is drawn
@@ -78,6 +82,7 @@ class Translator:
     Args:
         model_names: what this engine's model is called; the first one is told where the body names none.
         sampling: knows the sampling parameters of the model.
+        adapters: what else a body may name as its model.
         any_model: whatever the body calls its model, it is this engine's; the answer says what the body says.
         tools: reads calls of tools that the model makes of its own accord; None: they are text.
         reasoning: tells reasoning from the answer; None: nobody does.
@@ -88,6 +93,7 @@ class Translator:
 
     model_names: Sequence[str]
     sampling: SamplingReader
+    adapters: NamedAdapters = dataclasses.field(default_factory=lambda: NamedAdapters(None, ()))
     any_model: bool = False
     tools: ToolParser | None = None
     reasoning: ReasoningParser | None = None
@@ -103,14 +109,16 @@ class Translator:
             raise APIError(f"URL {url!r} was used. Supported endpoints: {', '.join(BODIES)}.", param="url")
         if not isinstance(body, Body):
             body = BODIES[url].read(body)
-        model = self.model_name(body)
+        model, lora_request = self.model_name(body), self.adapters.get(body.model)
         try:
             if isinstance(body, ChatBody):
-                return self._chat(body, model)
-            if isinstance(body, CompletionBody):
-                return self._completion(body, model)
-            assert isinstance(body, EmbeddingBody)
-            return embedding_call(body, model)
+                call = self._chat(body, model)
+            elif isinstance(body, CompletionBody):
+                call = self._completion(body, model)
+            else:
+                assert isinstance(body, EmbeddingBody)
+                call = embedding_call(body, model)
+            return dataclasses.replace(call, lora_request=lora_request)
         except ValidationError as error:
             raise APIError(str(error)) from error
 
@@ -118,7 +126,8 @@ class Translator:
         """Return what the answer calls the model. Raises APIError when the body means another one."""
         if body.model is None:
             return self.model_names[0]
-        if body.model not in self.model_names and not self.any_model:
+        known = body.model in self.model_names or self.adapters.get(body.model) is not None
+        if not known and not self.any_model:
             raise APIError(f"The model `{body.model}` does not exist.", status=HTTPStatus.NOT_FOUND, param="model")
         return body.model
 
@@ -126,7 +135,7 @@ class Translator:
         top = _chat_logprobs(body)
         dialect = self._dialect(body)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        own: dict[str, Any] = {"logprobs": top, **_forced(body, dialect)}
+        own: dict[str, Any] = {"logprobs": top, **self._kind(body), **_forced(body, dialect)}
         if dialect.tools is not None and dialect.tools.special and body.skip_special_tokens is None:
             own["skip_special_tokens"] = False
         return Call(
@@ -211,7 +220,9 @@ class Translator:
             raise APIError("echo needs prompts of text.", param="echo")
         max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         echo_only = echo and max_tokens == 0
-        own = {"prompt_logprobs": body.logprobs} if echo and body.logprobs is not None else {}
+        own = self._kind(body)
+        if echo and body.logprobs is not None:
+            own["prompt_logprobs"] = body.logprobs
         if body.cache_salt is not None:
             prompts = [{**({"prompt": p} if isinstance(p, str) else p), "cache_salt": body.cache_salt} for p in prompts]
         return Call(
@@ -224,6 +235,12 @@ class Translator:
             echo_only=echo_only,
             **self._form(body),
         )
+
+    def _kind(self, body: GenerationBody) -> dict[str, Any]:
+        """Return which outputs the engine gives, where it can be asked for pieces."""
+        if not self.streams:
+            return {}
+        return {"output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY}
 
     def _form(self, body: GenerationBody) -> dict[str, Any]:
         """Return what both kinds of completions say of the call itself."""

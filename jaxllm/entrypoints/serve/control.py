@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import jaxllm
+from jaxllm.entrypoints.openai.bodies import LoadAdapterBody, UnloadAdapterBody
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.serve.json_answers import JSONAnswer
 from jaxllm.entrypoints.serve.service import Service
@@ -24,16 +27,22 @@ def routes(service: Service) -> APIRouter:
     admin = [Depends(_refuse_users)] if not service.settings.admin_endpoints else []
 
     def model(name: str) -> dict[str, Any]:
-        length = engine.engine.core.config.max_model_len
-        return {"id": name, "object": "model", "created": created, "owned_by": "jaxllm", "max_model_len": length}
+        length, parent = engine.engine.core.config.max_model_len, {}
+        if name in service.adapters:
+            parent = {"parent": service.settings.model_names[0]}
+        own = {"id": name, "object": "model", "created": created, "owned_by": "jaxllm"}
+        return {**own, **parent, "max_model_len": length}
+
+    def names() -> list[str]:
+        return [*service.settings.model_names, *service.adapters]
 
     @router.get("/v1/models")
     async def models() -> Response:
-        return JSONAnswer({"object": "list", "data": [model(name) for name in service.settings.model_names]})
+        return JSONAnswer({"object": "list", "data": [model(name) for name in names()]})
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        if name not in service.settings.model_names:
+        if name not in names():
             raise APIError(f"The model `{name:.80}` does not exist.", status=404, param="model")
         return JSONAnswer(model(name))
 
@@ -82,10 +91,18 @@ def routes(service: Service) -> APIRouter:
                 raise APIError("Requests run, and hold blocks: try again, or reset_running_requests=true.", status=409)
         return Response()
 
-    @router.post("/v1/load_lora_adapter")
-    @router.post("/v1/unload_lora_adapter")
-    async def adapters() -> Response:
-        raise APIError("Adapters (LoRA) are not there yet: jaxllm serves the model as it is.", status=501)
+    @router.post("/v1/load_lora_adapter", dependencies=admin)
+    async def load_adapter(body: LoadAdapterBody) -> Response:
+        with service.told():
+            load = functools.partial(service.adapters.load, in_place=bool(body.load_inplace))
+            await asyncio.to_thread(load, body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", dependencies=admin)
+    async def unload_adapter(body: UnloadAdapterBody) -> Response:
+        if not service.adapters.unload(body.lora_name):
+            raise APIError(f"The lora adapter {body.lora_name!r:.80} cannot be found.", status=404, param="lora_name")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
 

@@ -6,6 +6,7 @@ import argparse
 
 from jaxllm.command_options import add_engine_options
 from jaxllm.config.command_line import add_option, count, number, size
+from jaxllm.entrypoints.openai.adapters import add_lora_modules_option
 from jaxllm.entrypoints.openai.tools.options import add_tool_option
 from jaxllm.entrypoints.serve.settings import MAX_BODY
 
@@ -67,10 +68,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         server,
         "enable_admin_endpoints",
         None,
-        "answer /sleep, /wake_up and /reset_prefix_cache, for everyone who may use the server",
+        "answer /sleep, /wake_up, /reset_prefix_cache and what loads adapters, for everyone who may use the server",
         default=False,
         shown=False,
     )
+    add_lora_modules_option(server)
     add_tool_option(server)
     add_option(
         server, "enable_auto_tool_choice", None, "vLLM's switch; --tool-call-parser is what decides", default=False

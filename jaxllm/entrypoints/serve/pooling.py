@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,34 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.entrypoints.openai.bodies import EmbeddingBody, PoolingBody, PoolingFields, RerankBody, ScoreBody
+from jaxllm.entrypoints.openai.bodies import (
+    ClassifyBody,
+    EmbeddingBody,
+    PoolingBody,
+    PoolingFields,
+    RerankBody,
+    ScoreBody,
+)
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, pooling_params
-from jaxllm.entrypoints.openai.responses import head, response_body
+from jaxllm.entrypoints.openai.responses import head
 from jaxllm.entrypoints.serve.clients import while_there
 from jaxllm.entrypoints.serve.json_answers import JSONAnswer
-from jaxllm.entrypoints.serve.service import Service
+from jaxllm.entrypoints.serve.large_bodies import LargeBodies
+from jaxllm.entrypoints.serve.service import Service, whole_answer
 
 
 def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=LargeBodies)
+    #: of classes, where the model has names for them
+    labels = service.engine.engine.vllm_config.model_config.hf_config.id2label or {}
 
     @router.post(EMBEDDINGS)
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         call = service.translator.translate(EMBEDDINGS, body)
         outputs = await while_there(request, service.whole(call, task="embed"))
-        return JSONAnswer(response_body(call, [_Embedded(output) for output in outputs]))
+        return await whole_answer(call, [_Embedded(output) for output in outputs])
 
     @router.post("/pooling")
     async def pooling(body: PoolingBody, request: Request) -> Response:
@@ -40,6 +51,23 @@ def routes(service: Service) -> APIRouter:
             data = [base64.b64encode(array.tobytes()).decode() for array in arrays]
         listed = [{"index": index, "object": "pooling", "data": one} for index, one in enumerate(data)]
         return JSONAnswer({**head(call), "data": listed, "usage": _usage(outputs)})
+
+    @router.post("/classify")
+    async def classify(body: ClassifyBody, request: Request) -> Response:
+        call = _call(service, body, body.input)
+        outputs = await while_there(request, service.whole(call, task="classify"))
+        arrays = [np.asarray(output.outputs.data, np.float64) for output in outputs]
+        data = [
+            {
+                "index": index,
+                "label": labels.get(int(array.argmax())),
+                "probs": array.tolist(),
+                "num_classes": len(array),
+            }
+            for index, array in enumerate(arrays)
+        ]
+        told = {**head(call), "object": "list", "data": data, "usage": _usage(outputs)}
+        return JSONAnswer({**told, "id": told["id"].replace("embd-", "classify-", 1)})
 
     @router.post("/score")
     @router.post("/v1/score")
@@ -80,7 +108,8 @@ def _call(service: Service, body: PoolingFields, prompts: list[Any]) -> Call:
     except ValidationError as error:
         raise APIError(str(error)) from error
     model = service.translator.model_name(body)
-    return Call(url=EMBEDDINGS, model=model, prompts=prompts, pooling=params, priority=body.priority)
+    own = {"lora_request": service.adapters.get(body.model), "priority": body.priority}
+    return Call(url=EMBEDDINGS, model=model, prompts=prompts, pooling=params, **own)
 
 
 async def _scores(service: Service, call: Call, first: Any, second: Any) -> list[Any]:
@@ -90,9 +119,8 @@ async def _scores(service: Service, call: Call, first: Any, second: Any) -> list
     sequences = max(len(one) if isinstance(one, list) else 1 for one in (first, second))
     with service.load.taken(sequences), service.told():
         score = service.engine.engine.pooling("score").score
-        return await asyncio.to_thread(
-            score, first, second, None, call.pooling, False, None, None, "raise", call.priority
-        )
+        arguments = first, second, None, call.pooling, False, None, None, "raise", call.priority
+        return await asyncio.to_thread(functools.partial(score, *arguments, lora_request=call.lora_request))
 
 
 def _usage(outputs: list[Any]) -> dict[str, int]:

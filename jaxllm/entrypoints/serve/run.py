@@ -15,6 +15,7 @@ from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.command_options import engine_arguments
 from jaxllm.engine.interrupt import whole_module
+from jaxllm.entrypoints.openai.adapters import lora_modules
 from jaxllm.entrypoints.openai.tools.options import reasoning_parser
 from jaxllm.entrypoints.serve.listening import LOOPBACK, is_loopback, listen
 from jaxllm.entrypoints.serve.settings import Settings
@@ -62,6 +63,7 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
     keys = _keys(arguments)
     return Settings(
         model_names=tuple(names),
+        lora_modules=tuple(lora_modules(arguments.lora_modules)),
         api_keys=keys,
         max_queue=arguments.max_queue,
         max_body=arguments.max_body_size,

@@ -14,6 +14,8 @@ class Settings:
 
     #: what the model is called; at least one
     model_names: tuple[str, ...]
+    #: adapters, by the names that requests call in place of the model's, and their folders
+    lora_modules: tuple[tuple[str, str], ...] = ()
     #: any of them opens the server; none: it is open
     api_keys: tuple[str, ...] = ()
     #: prompts that may wait while as many run as the engine runs at once; None: any number

@@ -1,4 +1,4 @@
-"""The kernels that multiply with quantized weights on a CPU, loaded before programs that call them are."""
+"""The kernels of an engine on a CPU, loaded before programs that call them are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.speculative.drafter import ReadingDrafter
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.packed_matmul import cpu_ffi
+from pallas_kernels.paged_attention.cpu_ffi import form_of
+from pallas_kernels.paged_attention.cpu_ffi import load as load_attention
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quantized import CodebookWeight, ScaledWeight
 
@@ -18,20 +22,46 @@ _WEIGHTS = (ScaledWeight, Int4Weight, BlockWeight, CodebookWeight)
 
 
 def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
-    """A runner's configuration with the kernels that its weights have on this device.
+    """A runner's configuration with the kernels that its attention and its weights have on this device.
 
-    Where bits must not depend on the batch there are none: matrices of many rows are multiplied by XLA, which adds up
-    in another order.
+    Where bits must not depend on the batch there are none: prompts, and matrices of many rows, are left to XLA, which
+    adds up in another order.
 
     Args:
         folder: where their machine code is kept.
     """
-    if config.platform != "cpu" or config.quantization is None or config.backend.deterministic:
+    if config.platform != "cpu" or config.backend.implementation != "xla" or config.backend.deterministic:
         return config
+    backend = dataclasses.replace(config.backend, cpu_attention=_attention(config, folder))
+    if config.quantization is not None:
+        backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+    return dataclasses.replace(config, attention=backend)
+
+
+def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
+    """Load the kernels of single tokens, of the model's pages and of those of a model that drafts."""
+    found: set[str] = set()
+    drafter = config.step_drafter
+    for model in (config.step_model, drafter.model if isinstance(drafter, ReadingDrafter) else None):
+        if not isinstance(model, DecoderConfig) or model.latents is not None:
+            continue
+        form = form_of(
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            block_size=config.block_size,
+            stored=config.kv_dtype,
+            transposed=config.backend.transposes_keys(config.block_size),
+            has_softcap=model.attention_softcap is not None,
+        )
+        if form is not None:
+            found.add(load_attention(form, folder))
+    return tuple(sorted(found - {""}))
+
+
+def _of_weights(config: RunnerConfig, folder: Path) -> str:
+    """Load the kernels of the model's quantized weights; their version."""
     leaves = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
     # experts, which have an axis more, are multiplied group by group
     weights = [leaf for leaf in leaves if isinstance(leaf, _WEIGHTS) and len(leaf.shape) <= 3]
-    version = cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
-    if not version:
-        return config
-    return dataclasses.replace(config, attention=dataclasses.replace(config.backend, cpu_kernels=version))
+    return cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)

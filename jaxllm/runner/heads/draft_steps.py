@@ -37,7 +37,7 @@ from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter
-from jaxllm.speculative.drafter import Asked, Checked, Drafter, columns_of
+from jaxllm.speculative.drafter import Asked, Checked, Drafter, Written, columns_of
 from pallas_kernels.batch import AttentionBatch
 
 
@@ -179,9 +179,14 @@ def draft_steps(
 
         return jax.tree.map(by_sequence, result)
 
-    def passed_over(loop: _Loop, behind: jax.Array, count: jax.Array) -> jax.Array:
-        """`Asked.behind` of the next step, of `Written.behind` of this one, and the tokens that it brought."""
-        return jnp.where(loop.going_on, jnp.where(behind > 0, behind + count - 1, 0), loop.behind)
+    def passed_over(loop: _Loop, written: Written, drafted: jax.Array, count: jax.Array) -> jax.Array:
+        """`Asked.behind` of the next step, of the drafter's own drafts in this one, and the tokens that it brought: of
+        those that the host has drafted it has read none.
+        """
+        if written.behind is None:
+            return loop.behind
+        left = jnp.where(drafted > 0, 0, jnp.maximum(written.behind + count - 1, 0))
+        return jnp.where(loop.going_on, left, loop.behind)
 
     def one_step(loop: _Loop) -> _Loop:
         active_row = jnp.where(loop.going_on, row, trash)
@@ -268,8 +273,7 @@ def draft_steps(
             going_on=loop.going_on & ~jnp.any(end, axis=1) & (found.counts < limits) & ~is_given,
             reached=loop.reached + count,
             numbers=adaptive.after(loop.numbers, kind, counts, accepted, loop.going_on, extra),
-            # of a sequence that stands still, nothing new
-            behind=loop.behind if written.behind is None else passed_over(loop, written.behind, count),
+            behind=passed_over(loop, written, checked.counts, count),
             found=found,
         )
 

@@ -48,8 +48,8 @@ class Head(abc.ABC, Generic[Weights, State]):
         """Keep what ended requests got, for later drafts; only a head with such drafts is asked to."""
         raise NotImplementedError
 
-    def use_adapters(self, adapters: Stacks) -> None:
-        """Launch programs of steps with adapters with these from here on."""
+    def use_adapters(self, adapters: Sequence[Stacks]) -> None:
+        """Launch programs of steps with adapters with these, of each stage of a pipeline, from here on."""
         raise NotImplementedError
 
     def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import SchedulerOutput
+from jaxllm.models.adapters import with_adapters
 from jaxllm.models.decoder import Params
 from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket
@@ -50,6 +51,8 @@ class PipelineHead(SamplingHead):
         self._embeddings = Embeddings(pipeline.first)
         #: of each stage its weights, as programs of several rows take them and as those of a single row do
         self._stages: tuple[tuple[Params, dict[Form, Params]], ...] = ()
+        #: the latter with adapters
+        self._adapted_stages: tuple[dict[Form, Params], ...] = ()
         #: told of each launch
         self._clocks: tuple[StageClock, ...] = ()
         #: the last stage's own copy of the embedding, where that is the head
@@ -73,6 +76,13 @@ class PipelineHead(SamplingHead):
             cut.append((part, programs.forms(part)))
         self._stages = tuple(cut)
         self._head = self.programs.head_params(cut[-1][0])
+        self._adapt()
+
+    def _adapt(self) -> None:
+        self._adapted_stages = tuple(
+            {form: with_adapters(params, adapters) for form, params in forms.items()}
+            for (_, forms), adapters in zip(self._stages, self._adapters, strict=False)
+        )
 
     def forward(self, state: Any, scheduled: SchedulerOutput, rows: Rows) -> tuple[PipelineState, LaunchedStep]:
         needed = {row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]}
@@ -147,7 +157,7 @@ class PipelineHead(SamplingHead):
             words = jax.device_put(buffer, programs.sharding)
             if programs.stage.index:
                 given = (jax.device_put(given[0], programs.sharding),)
-            _, forms = params
+            forms = self._adapted_stages[programs.stage.index] if bucket.adapters else params[1]
             weights = forms[programs.form(bucket)]
             new, hidden, rest = programs.forward(bucket)(weights, own, words, *given)
             if isinstance(hidden, tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -159,8 +159,8 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def use(self, params: PoolingModel | None) -> None:
         self._params = params
 
-    def use_adapters(self, adapters: Stacks) -> None:
-        self._adapters = adapters
+    def use_adapters(self, adapters: Sequence[Stacks]) -> None:
+        (self._adapters,) = adapters
 
     def admit(self, state: PoolingState, request: AdmittedRequest) -> PoolingState:
         row, params = request.row, request.params

@@ -181,7 +181,7 @@ class SamplingHead(Head[Params, State]):
         self._forms: dict[Form, Params] = {}
         #: the same with adapters
         self._adapted: dict[Form, Params] = {}
-        self._adapters: Stacks | None = None
+        self._adapters: tuple[Stacks, ...] = ()
         self._head: Params | None = None
         self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
@@ -200,13 +200,12 @@ class SamplingHead(Head[Params, State]):
             self._forms = programs.forms(params)
         self._adapt()
 
-    def use_adapters(self, adapters: Stacks) -> None:
-        self._adapters = adapters
+    def use_adapters(self, adapters: Sequence[Stacks]) -> None:
+        self._adapters = tuple(adapters)
         self._adapt()
 
     def _adapt(self) -> None:
-        if self._adapters is not None:
-            adapters = self._adapters
+        for adapters in self._adapters:
             self._adapted = {form: with_adapters(params, adapters) for form, params in self._forms.items()}
 
     def admit(self, state: State, request: AdmittedRequest) -> State:

@@ -131,11 +131,11 @@ class SamplingPrograms(Programs):
         self.draft_packings = {
             bucket: draft_packing(bucket, *numbers, len(lengths), most, media=media) for bucket in draft_buckets
         }
-        #: of a model that rests while nothing is drafted, the programs that let it read what it has passed over
+        #: of a model that drafts, the programs that let it read what it has passed over
         self.catch_up_packings = {
             bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
             for bucket in draft_buckets
-            if self.drafter is not None and self.drafter.rests and not bucket.adapters
+            if isinstance(self.drafter, ModelDrafter) and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}

@@ -68,6 +68,10 @@ class MemoryPlan:
     tower_bytes: int = 0
     encoder_tokens: int = 0
     encoder_cache_tokens: int = 0
+    #: of adapters, part of the state: all that the device has room for, of this rank, and one on its way
+    adapter_bytes: int = 0
+    max_loras: int = 0
+    max_lora_rank: int = 0
     #: temporaries of the encoder (the activations are the larger of these and the largest step's); None: not known
     encoder_activation_bytes: int | None = None
 
@@ -103,6 +107,7 @@ class MemoryPlan:
                 f"one of them for padding{note})",
                 *([unused] if self.unused_bytes else []),
                 *self._encoder_lines(),
+                *self._adapter_lines(),
                 *self._host_lines(),
                 *self.vllm_lines(),
             ]
@@ -119,6 +124,13 @@ class MemoryPlan:
             f"  of it images {own / GIB:8.3f} GiB  (tower {self.tower_bytes / GIB:.3f}; {self.encoder_cache_tokens:,} "
             f"vectors of up to {self.encoder_tokens:,} an image kept: {self.encoder_bytes / GIB:.3f}{computing})"
         ]
+
+    def _adapter_lines(self) -> list[str]:
+        """What adapters take of the state."""
+        if not self.max_loras:
+            return []
+        size = f"{self.adapter_bytes / GIB:8.3f} GiB"
+        return [f"  of it LoRA   {size}  ({self.max_loras} adapters of rank {self.max_lora_rank}, and one on its way)"]
 
     def _host_lines(self) -> list[str]:
         """What lies in the machine's memory."""

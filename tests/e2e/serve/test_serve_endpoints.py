@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import prometheus_client.parser
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.serving import MESSAGES, Closed, get, sent, served
 from support.tiny_model import SMALL
 
@@ -59,8 +62,12 @@ def test_the_engine_is_steered(engine: AsyncLLM, url: str, client: openai.OpenAI
         assert get(admin, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
         assert get(admin, "/reset_prefix_cache", b"")[0] == 200
-    status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"})
-    assert status == 501 and "not there yet" in told["error"]["message"]
+    adapter = {"lora_name": "a", "lora_path": "/etc"}
+    status, _, told = get(url, "/v1/load_lora_adapter", adapter)
+    assert status == 403 and "--enable-admin-endpoints" in told["error"]["message"]
+    with served(engine, admin_endpoints=True) as admin:
+        status, _, told = get(admin, "/v1/load_lora_adapter", adapter)
+        assert status == 400 and "LoRA is not enabled: start with --enable-lora" in told["error"]["message"]
 
 
 def test_pooling(tiny_model: Path):
@@ -102,6 +109,51 @@ def test_pooling(tiny_model: Path):
                 client.embeddings.create(model="tiny", input="x", dimensions=4)
             with pytest.raises(openai.BadRequestError, match="generative models"):
                 client.completions.create(model="tiny", prompt="x")
+
+
+def test_classes(tiny_model: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_model, tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text())
+    names = {str(number): name for number, name in enumerate(("good", "bad", "ugly"))}
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": names}
+    config["label2id"] = {name: int(number) for number, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    weights["score.weight"] = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    texts = ["One", "Two, and more", "three"]
+    with contextlib.closing(Closed(AsyncLLM(folder, **SMALL))) as closing:
+        expected = [output.outputs.probs for output in closing.engine.llm.classify(texts, use_tqdm=False)]
+        with served(closing.engine) as url:
+            for path in ("/classify", "/invocations"):
+                status, _, told = get(url, path, {"input": texts})
+                assert status == 200 and told["id"].startswith("classify-"), told
+                assert told["usage"]["prompt_tokens"] == sum(map(len, texts))
+                for one, probs in zip(told["data"], expected, strict=True):
+                    assert one["probs"] == pytest.approx(probs, rel=1e-5) and one["num_classes"] == 3
+                    assert one["label"] == names[str(int(np.argmax(probs)))]
+            status, _, told = get(url, "/v1/embeddings", {"input": "x"})
+            assert status == 400 and "Embedding API is not supported by this model" in told["error"]["message"]
+
+
+def test_one_endpoint_for_all(url: str):
+    """SageMaker's."""
+    sampled = {"temperature": 0, "max_tokens": 4, "return_token_ids": True}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": MESSAGES, **sampled}),
+        ("/v1/completions", {"prompt": ["x", "y"], **sampled}),
+    ):
+        told = get(url, "/invocations", body)[2]
+        assert told["choices"] == get(url, path, body)[2]["choices"] and told["object"] in (
+            "chat.completion",
+            "text_completion",
+        )
+    text = get(url, "/invocations", {"prompt": "x", "max_tokens": 2, "stream": True})[2]
+    assert text.endswith("data: [DONE]\n\n")
+    for body, said in (({"query": "x", "documents": ["y"]}, "pooling models"), ({"x": 1}, "none of messages, prompt")):
+        status, _, told = get(url, "/invocations", body)
+        assert status == 400 and said in told["error"]["message"]
 
 
 def test_what_the_server_tells_of_itself(client: openai.OpenAI, url: str, engine: AsyncLLM):
