@@ -197,14 +197,13 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
 
 def check_media(args: EngineArgs) -> None:
     """Raise ValidationError for what an engine that sees pictures cannot do."""
+    drafts = args.speculative_config
     remedy = 'Leave it out, or run the text alone with limit_mm_per_prompt={"image": 0, "video": 0}.'
     for asked, what in (
         (args.pipeline_parallel_size > 1, f"pipeline_parallel_size={args.pipeline_parallel_size}"),
         (args.steps_together, "enable_expert_parallel=True with replicas"),
-        (args.speculative_config is not None, "speculative_config"),
+        (drafts is not None and drafts.has_layers, "speculative_config of a model that drafts, which sees none,"),
         (args.enable_prompt_embeds, "enable_prompt_embeds=True"),
-        (args.kv_offloading_size, f"kv_offloading_size={args.kv_offloading_size}"),
-        (args.cpu_offload_gb, f"cpu_offload_gb={args.cpu_offload_gb:g}"),
         (args.load_format == "null", 'load_format="null"'),
     ):
         if asked:

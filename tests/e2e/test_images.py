@@ -384,9 +384,8 @@ def test_names_of_contents_stand_for_them(llm: LLM):
 def test_what_does_not_go_with_pictures_is_refused(model: Path):
     for argument, value in (
         ("pipeline_parallel_size", 2),
-        ("speculative_config", {"method": "ngram", "num_speculative_tokens": 2}),
+        ("speculative_config", {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}),
         ("enable_prompt_embeds", True),
-        ("kv_offloading_size", 1),
         ("runner", "pooling"),
     ):
         with pytest.raises(ValidationError, match="images"):
