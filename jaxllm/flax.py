@@ -12,6 +12,15 @@
     train(model, optimizer, tokens)
     llm.update_weights(nnx.state(model))
 
+With `lora_rank`, adapters (LoRA) are trained, and the weights are not:
+
+    model = to_nnx(llm, lora_rank=16, target_modules=("q_proj", "v_proj"))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
+    loss, gradients = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, tokens)
+    ...
+    model.save_adapter("adapter")
+    llm.generate(prompt, lora_request=LoRARequest("mine", 1, "adapter"))
+
 The forward pass is the engine's own layers over attention without pages (`models.whole_sequences`), so that what is
 trained is what generates. The weights in `update_weights` become the engine's without a copy where their dtype is the
 engine's: a training step must not donate them, and their arrays live as long as either side uses them.
@@ -20,15 +29,21 @@ engine's: a training step must not donate them, and their arrays live as long as
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.flax_adapters import TrainableAdapters
 from jaxllm.models import whole_sequences
 from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.segments import resegment, segment_sizes
 from pallas_kernels.quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -40,10 +55,13 @@ class Model(nnx.Module):
     `models.decoder.Params`: ``model.weights.layers[0].qkv``.
     """
 
-    def __init__(self, config: DecoderConfig, params: Params):
+    def __init__(self, config: DecoderConfig, params: Params, adapters: TrainableAdapters | None = None):
         self.config = config
         self.weights = _nodes(params)
         self._structure = jax.tree.structure(params)
+        if adapters is not None:
+            #: an `nnx.LoRAParam` each: ``model.adapters.layers[0]["q_proj"].a``
+            self.adapters = adapters
 
     @property
     def params(self) -> Params:
@@ -52,22 +70,52 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32 [B, L, V], of tokens i32 [B, L] (see `whole_sequences.logits`)."""
-        return whole_sequences.logits(self.config, self.params, tokens)
+        return whole_sequences.logits(self.config, self._adapted(tokens.size), tokens)
 
     def token_logprobs(self, tokens: jax.Array) -> jax.Array:
         """float32 [B, L - 1] of tokens i32 [B, L] (see `whole_sequences.token_logprobs`)."""
-        return whole_sequences.token_logprobs(self.config, self.params, tokens)
+        return whole_sequences.token_logprobs(self.config, self._adapted(tokens[:, :-1].size), tokens)
+
+    def _adapted(self, num_tokens: int) -> Params:
+        adapters: TrainableAdapters | None = getattr(self, "adapters", None)
+        return self.params if adapters is None else adapters.beside(self.params, num_tokens)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapters in PEFT's format, as `LoRARequest` and PEFT read them: ``adapter_config.json`` and
+        ``adapter_model.safetensors``. What the folder had of these is replaced.
+
+        Raises:
+            ValidationError: the model has none.
+        """
+        adapters: TrainableAdapters | None = getattr(self, "adapters", None)
+        if adapters is None:
+            raise ValidationError("save_adapter takes a model with adapters: to_nnx(llm, lora_rank=16).")
+        adapters.save(Path(folder))
 
 
-def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
-    """The model of an engine that generates, with a copy of its weights.
+def to_nnx(
+    llm: LLM,
+    *,
+    dtype: Any = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Model:
+    """The model of an engine that generates, with a copy of its weights; or, with `lora_rank`, with its weights, or a
+    copy where `dtype` is another one, and adapters to train beside them, which change nothing yet.
 
     Args:
-        dtype: of the copy, in which the layers compute then; None: the engine's. Optimizers want float32, whose small
-            steps bfloat16 rounds away.
+        dtype: of the weights, in which the layers compute then; None: the engine's. Optimizers want float32, whose
+            small steps bfloat16 rounds away; adapters are float32 in any case.
+        lora_rank: of the adapters' matrices; None: there are no adapters, and the weights are trained.
+        lora_alpha: the adapters' factor is `lora_alpha` / `lora_rank`; None: 1.
+        target_modules: the modules that have adapters, by the ends of their names ("q_proj"); None: all that can.
+        seed: of the adapters' random half.
 
     Raises:
-        ValidationError: the engine pools, or its weights are split over devices or quantized.
+        ValidationError: the engine pools, or its weights are split over devices or quantized; a rank below 1, or a
+            module that the model has not.
         RuntimeError: it sleeps.
     """
     params, *_ = llm.apply_model(lambda params: params)
@@ -81,11 +129,25 @@ def to_nnx(llm: LLM, *, dtype: Any = None) -> Model:
             "devices (tensor_parallel_size). Train a copy with tensor_parallel_size=1, and llm.save() it for this one."
         )
     # those of pipeline stages come together
-    home = params.embedding.sharding
-    copied = jax.tree.map(lambda array: jnp.array(jax.device_put(array, home), dtype=dtype, copy=True), params)
-    config = llm.engine.model_files.config.model
-    assert isinstance(config, DecoderConfig)
-    return Model(config, copied)
+    home, copy = params.embedding.sharding, lora_rank is None
+    copied = jax.tree.map(lambda array: jnp.array(jax.device_put(array, home), dtype=dtype, copy=copy), params)
+    config = llm.engine.model_files.config
+    assert isinstance(config.model, DecoderConfig)
+    if lora_rank is None:
+        others = {"lora_alpha": lora_alpha, "target_modules": target_modules}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValidationError(f"{' and '.join(given)} need lora_rank, the rank of adapters: lora_rank=16.")
+        return Model(config.model, copied)
+    specs = resegment(config.unquantized_specs, segment_sizes(copied))
+    adapters = TrainableAdapters(
+        specs,
+        rank=checks.integer("lora_rank", lora_rank),
+        alpha=float(lora_rank if lora_alpha is None else lora_alpha),
+        targets=None if target_modules is None else tuple(checks.strings("target_modules", target_modules)),
+        base=str(llm.engine.args.model),
+        seed=seed,
+    )
+    return Model(config.model, copied, adapters)
 
 
 def is_nnx(value: object) -> bool:

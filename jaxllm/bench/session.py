@@ -56,8 +56,12 @@ class JaxLLMSession(Session):
             SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, detokenize=self._detokenize)
             for _, length in requests
         ]
-        self.outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+        self.outputs = self.llm.generate(list(map(self.prompt, requests)), params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in self.outputs]
+
+    def prompt(self, request: Request) -> Any:
+        """What the engine is given of a request."""
+        return {"prompt_token_ids": request[0]}
 
     def times_per_token(self) -> list[float]:
         """Return mean seconds of a token after the first, for each request of the newest round."""

@@ -62,7 +62,7 @@ def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Ax
             parts=tuple(own(part.axes[0]) for part in spec.parts),
         )
 
-    return tuple({field: one(spec) for field, spec in _matrices(segment)} for segment in _layers(specs))
+    return tuple({field: one(spec) for field, spec in adapted_matrices(segment)} for segment in _layers(specs))
 
 
 def adapter_modules(specs: Any, *, first_layer: int = 0) -> dict[str, Module]:
@@ -74,7 +74,7 @@ def adapter_modules(specs: Any, *, first_layer: int = 0) -> dict[str, Module]:
     """
     found: dict[str, list[tuple[Part, Place]]] = {}
     for segment in _layers(specs):
-        for _, spec in _matrices(segment):
+        for _, spec in adapted_matrices(segment):
             for layer in spec.layers or ():
                 for index, part in enumerate(spec.parts):
                     a, b = (name.format(layer=layer) for name in _names(part, index))
@@ -120,8 +120,8 @@ def _layers(specs: Any) -> tuple[Any, ...]:
     return getattr(specs, "body", specs).layers
 
 
-def _matrices(segment: Any) -> Iterator[tuple[str, WeightSpec]]:
-    """Of one segment, each by the field that has it."""
+def adapted_matrices(segment: Any) -> Iterator[tuple[str, WeightSpec]]:
+    """The matrices of a segment that can have adapters, each by the field that has it."""
     for name in MATRICES:
         if getattr(segment, name) is not None:
             yield name, getattr(segment, name)

@@ -56,8 +56,9 @@ def paged_attention(
     if kernel is None:
         out = _decode_tiles(grouped, heads * (value_width or dim), *args)
     else:
-        how = dict(scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales)
-        out = cpu_ffi.decode_attention(kernel, query, cache, layout, batch, **how).reshape(tokens, -1)
+        out = cpu_ffi.decode_attention(
+            kernel, query, cache, layout, batch, scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales
+        ).reshape(tokens, -1)
     if tokens > 1 and not batch.decode_only:
         out = _prefill_tiles(grouped, out, *args)
     return out.reshape(tokens, heads, -1).astype(query.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_model import byte_tokenizer
 
 from jaxllm.entrypoints.openai.messages import Dialect, MessageStream, whole_message
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
@@ -140,7 +141,7 @@ def test_a_long_text_is_not_read_for_each_piece(name: str | None, text: str, tol
         tools = dataclasses.replace(
             tools, parse=lambda text, done, schemas: read.append(len(text)) or parse(text, done, schemas)
         )
-    reasoning = ReasoningParser(name="qwen3") if "<think>" in text else None
+    reasoning = ReasoningParser.of("qwen3", byte_tokenizer) if "<think>" in text else None
     stream = MessageStream(Dialect(tools=tools, reasoning=reasoning, schemas=SCHEMAS), "")
     split = ReasoningParser.split
     with pytest.MonkeyPatch.context() as patch:
@@ -222,17 +223,21 @@ def test_schemas_with_definitions_of_their_own():
     ],
 )
 def test_reasoning(name: str, prompt: str, text: str, reasoning: str, content: str):
-    dialect = Dialect(reasoning=ReasoningParser(name=name))
+    dialect = Dialect(reasoning=ReasoningParser.of(name, byte_tokenizer))
     message, _ = whole_message(text, prompt, dialect)
     assert (message["reasoning_content"] or "", message["content"]) == (reasoning, content)
     for cuts in (list(range(len(text))), [3], []):
         assert streamed(dialect, text, cuts, prompt) == (reasoning, content, [])
-    silent = Dialect(reasoning=ReasoningParser(name=name), tells_reasoning=False)
+    end = "[/THINK]" if name == "mistral" else "</think>"
+    count = text.find(end) + len(end) if end in text else len(text) if reasoning else 0
+    # a token is a byte
+    assert dialect.reasoning_tokens(byte_tokenizer().encode(text).ids, prompt) == count
+    silent = Dialect(reasoning=ReasoningParser.of(name, byte_tokenizer), tells_reasoning=False)
     assert streamed(silent, text, [], prompt) == ("", content, [])
 
 
 def test_reasoning_before_calls():
-    dialect = Dialect(reasoning=ReasoningParser(name="qwen3"), tools=PARSERS["hermes"], schemas=SCHEMAS)
+    dialect = Dialect(reasoning=ReasoningParser.of("qwen3", byte_tokenizer), tools=PARSERS["hermes"], schemas=SCHEMAS)
     text = "<think>a <tool_call> perhaps</think>" + CASES[0][1]
     for cuts in ([], list(range(len(text)))):
         assert streamed(dialect, text, cuts) == ("a <tool_call> perhaps", "Let me see.", ONE)

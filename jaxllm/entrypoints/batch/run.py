@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
                 any_model=arguments.ignore_model_field,
                 sampling=SamplingReader(llm.get_default_sampling_params()),
                 tools=PARSERS[tools] if tools else None,
-                reasoning=ReasoningParser(name=reasoning) if reasoning else None,
+                reasoning=ReasoningParser.of(reasoning, llm.get_tokenizer) if reasoning else None,
             )
             batch = Batch(llm, journal, tally, translator)
             try:

@@ -93,13 +93,13 @@ class ResponseItems:
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._messages: MessageStream | None = None
-        self._tokens = 0
+        self._token_ids: list[int] = []
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """Return the answer."""
         completion = output.outputs[0]
         message = self._call.dialect.read(completion.text, True, output.prompt)
-        self._tokens = len(completion.token_ids)
+        self._token_ids = list(completion.token_ids)
         return self._response(output, completion, _items(message, self._call))
 
     def begin(self) -> Iterator[dict[str, Any]]:
@@ -110,7 +110,7 @@ class ResponseItems:
     def take(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """Make the events of what is new; the output has ``output_kind=DELTA``."""
         completion = output.outputs[0]
-        self._tokens += len(completion.token_ids)
+        self._token_ids += completion.token_ids
         if self._messages is None:
             self._messages = MessageStream(self._call.dialect, output.prompt)
         for delta in self._messages.push(completion.text, completion.finish_reason is not None):
@@ -181,13 +181,14 @@ class ResponseItems:
             status = "completed" if completion.finish_reason == "stop" else "incomplete"
             if completion.finish_reason == "length":
                 details = {"reason": "max_output_tokens"}
-            prompt = len(output.prompt_token_ids)
+            prompt, generated = len(output.prompt_token_ids), len(self._token_ids)
+            reasoning = self._call.dialect.reasoning_tokens(self._token_ids, output.prompt)
             usage = {
                 "input_tokens": prompt,
                 "input_tokens_details": {"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
-                "output_tokens": self._tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": prompt + self._tokens,
+                "output_tokens": generated,
+                "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+                "total_tokens": prompt + generated,
             }
         return {
             "id": self._id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import string
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
@@ -51,6 +52,12 @@ class Dialect:
         parsed = self.tools.parse(text, done, self.schemas)
         calls = parsed.calls if self.several else parsed.calls[:1]
         return Message(reasoning, parsed.content, tuple(calls), parsed.until, "content" if parsed.goes_on else None)
+
+    def reasoning_tokens(self, token_ids: Sequence[int], prompt: str | None) -> int | None:
+        """Return how many tokens of an answer are its reasoning; None: nobody tells it from the rest."""
+        if self.reasoning is None:
+            return None
+        return self.reasoning.count(list(token_ids), self.reasoning.begins_inside(prompt))
 
     def new_call_id(self) -> str:
         """Return an id for a call of a tool."""

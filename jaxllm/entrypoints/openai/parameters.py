@@ -46,11 +46,14 @@ class SamplingReader:
         given |= {"max_tokens": _limited(max_tokens, self._defaults), **own}
         shaped = {name: value for name in _SHAPED if (value := getattr(body, name)) is not None}
         key = repr((given, shaped))
-        if key not in self._known:
+        # several threads may read
+        found = self._known.get(key)
+        if found is None:
+            found = self._build(given, shaped)
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            self._known[key] = self._build(given, shaped)
-        return self._known[key]
+            self._known[key] = found
+        return found
 
     def _build(self, given: dict[str, Any], shaped: dict[str, Any]) -> SamplingParams:
         try:

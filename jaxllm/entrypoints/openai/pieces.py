@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxllm.api.outputs import CompletionOutput, RequestOutput
 from jaxllm.entrypoints.openai.logprobs import chat_logprobs
-from jaxllm.entrypoints.openai.messages import MessageStream
+from jaxllm.entrypoints.openai.messages import Dialect, MessageStream
 from jaxllm.entrypoints.openai.requests import CHAT, Call
-from jaxllm.entrypoints.openai.responses import completion_choice, head, usage
+from jaxllm.entrypoints.openai.responses import added, completion_choice, head, usage
 
 
 @dataclasses.dataclass
@@ -21,6 +21,17 @@ class _Choice:
     begun: bool = False
     #: characters of the tokens so far
     length: int = 0
+    #: tokens so far, where some may be reasoning
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    #: of them; None: it has not ended
+    reasoning: int | None = None
+
+    def reasoning_tokens(self, dialect: Dialect, prompt: str | None, done: bool) -> int:
+        """How many tokens so far are reasoning: all of them before there is an answer."""
+        message = self.messages.message
+        if self.reasoning is None and (done or message.content or message.calls):
+            self.reasoning = dialect.reasoning_tokens(self.token_ids, prompt) or 0
+        return len(self.token_ids) if self.reasoning is None else self.reasoning
 
 
 class AnswerPieces:
@@ -41,6 +52,8 @@ class AnswerPieces:
         self._waiting: dict[int, list[RequestOutput]] = {}
         self._prompt_logprobs: dict[int, Any] = {}
         self._generated = 0
+        #: of each choice: its tokens that are reasoning
+        self._reasoning: dict[int, int] = {}
 
     def take(self, position: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """Make the pieces of what is new.
@@ -77,8 +90,14 @@ class AnswerPieces:
             if state is None:
                 state = self._choices[index] = _Choice(MessageStream(self._call.dialect, output.prompt))
             make = self._chat if self._call.url == CHAT else self._completion
+            reasons = self._call.dialect.reasoning is not None
+            if reasons:
+                state.token_ids += completion.token_ids
             told = dataclasses.replace(output, prompt_logprobs=None) if state.begun else output
             for choice in make(state, told, completion):
+                if reasons:
+                    done = completion.finish_reason is not None
+                    self._reasoning[index] = state.reasoning_tokens(self._call.dialect, output.prompt, done)
                 yield self._piece({**choice, "index": index}, output, first=not state.begun)
                 state.begun = True
 
@@ -99,6 +118,7 @@ class AnswerPieces:
             prompt=sum(length for length, _ in self._prompts.values()),
             completion=self._generated,
             cached=sum(cached for _, cached in self._prompts.values()),
+            reasoning=added(self._reasoning.values()),
         )
 
     def _chat(self, state: _Choice, output: RequestOutput, completion: CompletionOutput) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from jaxllm.config.structured_outputs import PARSERS
 from jaxllm.entrypoints.openai.tools.calls import overlap
@@ -17,9 +20,16 @@ class ReasoningParser:
 
     Args:
         name: of `PARSERS`.
+        decode: a text of token ids, with its special tokens.
     """
 
     name: str
+    decode: Callable[[list[int]], str]
+
+    @classmethod
+    def of(cls, name: str, tokenizer: Callable[[], Any]) -> ReasoningParser:
+        """Return the parser of a name, for a model whose tokenizer is there when it is asked for."""
+        return cls(name=name, decode=lambda ids: tokenizer().decode(ids, skip_special_tokens=False))
 
     def begins_inside(self, prompt: str | None) -> bool:
         """Return whether an answer to `prompt` begins with reasoning: most templates write the mark of its beginning,
@@ -51,3 +61,18 @@ class ReasoningParser:
         thought = body.lstrip("\n")
         reasoning = thought if done else thought[: len(thought) - overlap(thought, end)].rstrip("\n")
         return reasoning, "", end[0] + "\n" if reasoning and reasoning == thought else None
+
+    def count(self, token_ids: list[int], inside: bool) -> int:
+        """Return how many tokens of an answer are its reasoning; its marks belong to it.
+
+        Args:
+            inside: as `begins_inside` says.
+        """
+        start, end = PARSERS[self.name]
+        text = self.decode(token_ids)
+        if not inside and not text.lstrip().startswith(start):
+            return 0
+        if end not in text:
+            return len(token_ids)
+        # the first tokens whose text has the mark
+        return bisect.bisect_left(range(len(token_ids)), True, key=lambda count: end in self.decode(token_ids[:count]))

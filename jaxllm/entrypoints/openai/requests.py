@@ -12,7 +12,7 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.pooling_params import PoolingParams
-from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.bodies import (
     Body,
@@ -135,7 +135,7 @@ class Translator:
         top = _chat_logprobs(body)
         dialect = self._dialect(body)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        own: dict[str, Any] = {"logprobs": top, **_forced(body, dialect)}
+        own: dict[str, Any] = {"logprobs": top, **self._kind(body), **_forced(body, dialect)}
         if dialect.tools is not None and dialect.tools.special and body.skip_special_tokens is None:
             own["skip_special_tokens"] = False
         return Call(
@@ -220,7 +220,9 @@ class Translator:
             raise APIError("echo needs prompts of text.", param="echo")
         max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         echo_only = echo and max_tokens == 0
-        own = {"prompt_logprobs": body.logprobs} if echo and body.logprobs is not None else {}
+        own = self._kind(body)
+        if echo and body.logprobs is not None:
+            own["prompt_logprobs"] = body.logprobs
         if body.cache_salt is not None:
             prompts = [{**({"prompt": p} if isinstance(p, str) else p), "cache_salt": body.cache_salt} for p in prompts]
         return Call(
@@ -233,6 +235,12 @@ class Translator:
             echo_only=echo_only,
             **self._form(body),
         )
+
+    def _kind(self, body: GenerationBody) -> dict[str, Any]:
+        """Return which outputs the engine gives, where it can be asked for pieces."""
+        if not self.streams:
+            return {}
+        return {"output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY}
 
     def _form(self, body: GenerationBody) -> dict[str, Any]:
         """Return what both kinds of completions say of the call itself."""

@@ -6,7 +6,7 @@ import base64
 import random
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxllm.api.outputs import CompletionOutput, RequestOutput
@@ -119,20 +119,33 @@ def completion_choice(
 
 
 def call_usage(call: Call, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    answers = [] if call.echo_only else [(output, one) for output in outputs for one in output.outputs]
+    reasoning = [call.dialect.reasoning_tokens(one.token_ids, output.prompt) for output, one in answers]
     return usage(
         prompt=sum(len(output.prompt_token_ids) for output in outputs),
-        completion=0 if call.echo_only else sum(len(one.token_ids) for output in outputs for one in output.outputs),
+        completion=sum(len(one.token_ids) for _, one in answers),
         cached=sum(output.num_cached_tokens for output in outputs),
+        reasoning=added(reasoning),
     )
 
 
-def usage(*, prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Return what a call took, in tokens: prompts, what the prefix cache had of them, and answers."""
+def added(reasoning: Iterable[int | None]) -> int | None:
+    """Return the sum; None where nobody tells reasoning from the rest."""
+    known = [count for count in reasoning if count is not None]
+    return sum(known) if known else None
+
+
+def usage(*, prompt: int, completion: int, cached: int, reasoning: int | None = None) -> dict[str, Any]:
+    """Return what a call took, in tokens: prompts, what the prefix cache had of them, answers, and what of these was
+    reasoning (None: nobody knows).
+    """
+    details = {} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        **details,
     }
 
 

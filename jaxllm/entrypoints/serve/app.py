@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -12,7 +13,7 @@ import jaxllm
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.entrypoints.openai.bodies import refusal
 from jaxllm.entrypoints.openai.errors import APIError
-from jaxllm.entrypoints.serve import control, generation, page, pooling, tokens
+from jaxllm.entrypoints.serve import control, generation, invocations, page, pooling, tokens
 from jaxllm.entrypoints.serve.clients import ClientGone
 from jaxllm.entrypoints.serve.guard import Guard
 from jaxllm.entrypoints.serve.json_answers import error_answer
@@ -28,8 +29,12 @@ def make_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
     # its pages of documentation would load scripts from elsewhere
     app = FastAPI(title="jaxllm", version=jaxllm.__version__, docs_url=None, redoc_url=None)
     service = Service(engine, settings)
-    for routes in (generation.routes, pooling.routes, tokens.routes, control.routes, page.routes):
-        app.include_router(routes(service))
+    modules = (generation, pooling, tokens, control, page)
+    routers = [module.routes(service) for module in modules]
+    found = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    routers.append(invocations.routes(service, {route.path: route.endpoint for route in found}))
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(APIError, _told)
     app.add_exception_handler(RequestValidationError, _told)
     app.add_exception_handler(HTTPException, _told)

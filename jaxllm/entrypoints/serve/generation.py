@@ -15,15 +15,15 @@ from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.items import RESPONSES, ResponseItems, chat_body
 from jaxllm.entrypoints.openai.pieces import AnswerPieces
 from jaxllm.entrypoints.openai.requests import CHAT, COMPLETIONS, Call
-from jaxllm.entrypoints.openai.responses import response_body
 from jaxllm.entrypoints.serve.clients import while_there
 from jaxllm.entrypoints.serve.json_answers import DONE, EventStream, JSONAnswer, event
-from jaxllm.entrypoints.serve.service import Placed, Service
+from jaxllm.entrypoints.serve.large_bodies import LargeBodies, beside
+from jaxllm.entrypoints.serve.service import Placed, Service, whole_answer
 
 
 def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=LargeBodies)
 
     @router.post(CHAT)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -35,7 +35,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(RESPONSES)
     async def responses(body: ResponsesBody, request: Request) -> Response:
-        call = service.translator.translate(CHAT, chat_body(body))
+        call = await beside(request, lambda: service.translator.translate(CHAT, chat_body(body)))
         items = ResponseItems(body, call)
         if not call.stream:
             (output,) = await while_there(request, service.whole(call))
@@ -48,14 +48,14 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _answer(service: Service, url: str, body: Body, request: Request) -> Response:
-    call = service.translator.translate(url, body)
+    call = await beside(request, service.translator.translate, url, body)
     if given := request.headers.get("x-request-id"):
         if len(given) > MAX_REQUEST_ID:
             raise APIError(f"X-Request-Id has more than {MAX_REQUEST_ID} characters: {given!r:.80}")
         call = dataclasses.replace(call, request_id=given)
     if not call.stream:
         outputs = await while_there(request, service.whole(call))
-        return JSONAnswer(response_body(call, outputs))
+        return await whole_answer(call, outputs)
     outputs = service.outputs(call)
     # whatever is refused is refused before the stream begins
     first = await while_there(request, anext(outputs))

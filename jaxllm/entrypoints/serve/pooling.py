@@ -12,24 +12,34 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.entrypoints.openai.bodies import EmbeddingBody, PoolingBody, PoolingFields, RerankBody, ScoreBody
+from jaxllm.entrypoints.openai.bodies import (
+    ClassifyBody,
+    EmbeddingBody,
+    PoolingBody,
+    PoolingFields,
+    RerankBody,
+    ScoreBody,
+)
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.requests import EMBEDDINGS, Call, pooling_params
-from jaxllm.entrypoints.openai.responses import head, response_body
+from jaxllm.entrypoints.openai.responses import head
 from jaxllm.entrypoints.serve.clients import while_there
 from jaxllm.entrypoints.serve.json_answers import JSONAnswer
-from jaxllm.entrypoints.serve.service import Service
+from jaxllm.entrypoints.serve.large_bodies import LargeBodies
+from jaxllm.entrypoints.serve.service import Service, whole_answer
 
 
 def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=LargeBodies)
+    #: of classes, where the model has names for them
+    labels: dict[Any, str] = service.engine.engine.vllm_config.model_config.hf_config.id2label or {}
 
     @router.post(EMBEDDINGS)
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         call = service.translator.translate(EMBEDDINGS, body)
         outputs = await while_there(request, service.whole(call, task="embed"))
-        return JSONAnswer(response_body(call, [_Embedded(output) for output in outputs]))
+        return await whole_answer(call, [_Embedded(output) for output in outputs])
 
     @router.post("/pooling")
     async def pooling(body: PoolingBody, request: Request) -> Response:
@@ -41,6 +51,23 @@ def routes(service: Service) -> APIRouter:
             data = [base64.b64encode(array.tobytes()).decode() for array in arrays]
         listed = [{"index": index, "object": "pooling", "data": one} for index, one in enumerate(data)]
         return JSONAnswer({**head(call), "data": listed, "usage": _usage(outputs)})
+
+    @router.post("/classify")
+    async def classify(body: ClassifyBody, request: Request) -> Response:
+        call = _call(service, body, body.input)
+        outputs = await while_there(request, service.whole(call, task="classify"))
+        arrays = [np.asarray(output.outputs.data, np.float64) for output in outputs]
+        data = [
+            {
+                "index": index,
+                "label": labels.get(int(array.argmax())),
+                "probs": array.tolist(),
+                "num_classes": len(array),
+            }
+            for index, array in enumerate(arrays)
+        ]
+        told = {**head(call), "object": "list", "data": data, "usage": _usage(outputs)}
+        return JSONAnswer({**told, "id": told["id"].replace("embd-", "classify-", 1)})
 
     @router.post("/score")
     @router.post("/v1/score")

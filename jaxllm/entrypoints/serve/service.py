@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
-from jaxllm.api.sampling_params import RequestOutputKind
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.entrypoints.openai.adapters import NamedAdapters
 from jaxllm.entrypoints.openai.errors import APIError
 from jaxllm.entrypoints.openai.parameters import SamplingReader
 from jaxllm.entrypoints.openai.reasoning import ReasoningParser
 from jaxllm.entrypoints.openai.requests import Call, Translator
+from jaxllm.entrypoints.openai.responses import response_body
 from jaxllm.entrypoints.openai.tools.parsers import PARSERS
+from jaxllm.entrypoints.serve.json_answers import JSONAnswer
 from jaxllm.entrypoints.serve.load import RETRY_AFTER, Load
 from jaxllm.entrypoints.serve.settings import Settings
 
 #: an output, and the position of its prompt among the call's
 Placed = tuple[int, Any]
+#: prompts of a call that the event loop takes up in one turn
+AT_ONCE = 64
+#: and that it hands to the engine, where this runs fewer than half of them at once; the others wait for their ends
+IN_HAND = 256
 
 
 class Service:
@@ -45,12 +48,17 @@ class Service:
             sampling=SamplingReader(engine.engine.default_params),
             adapters=self.adapters,
             tools=None if parser is None else PARSERS[parser],
-            reasoning=None if reasoning is None else ReasoningParser(name=reasoning),
+            reasoning=None if reasoning is None else ReasoningParser.of(reasoning, engine.engine.get_tokenizer),
             streams=True,
             trusts_templates=settings.trust_request_chat_template,
             template_files=False,
         )
         self.load = Load(engine.engine.core.max_num_seqs, settings.max_queue)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the engine pools into classes."""
+        return "classify" in self.engine.engine.supported_tasks
 
     async def outputs(self, call: Call, *, task: str | None = None) -> AsyncGenerator[Placed, None]:
         """Outputs of a call's prompts as they come; of a call that is not streamed, one a prompt. Leaving the loop ends
@@ -69,7 +77,8 @@ class Service:
                     async for output in stream:
                         yield 0, output
                 return
-            async with contextlib.aclosing(_merged(streams)) as merged:
+            most = max(IN_HAND, 2 * self.engine.engine.core.max_num_seqs)
+            async with contextlib.aclosing(_merged(streams, most)) as merged:
                 async for placed in merged:
                     yield placed
 
@@ -85,9 +94,7 @@ class Service:
         if call.params is None:
             own = {"lora_request": call.lora_request, "priority": call.priority}
             return self.engine.encode(prompt, call.pooling, pooling_task=task, **own)
-        kind = RequestOutputKind.DELTA if call.stream else RequestOutputKind.FINAL_ONLY
-        params = dataclasses.replace(call.params, output_kind=kind)
-        return self.engine.generate(prompt, params, lora_request=call.lora_request, priority=call.priority)
+        return self.engine.generate(prompt, call.params, lora_request=call.lora_request, priority=call.priority)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -105,9 +112,20 @@ class Service:
             raise APIError(str(error), status=500) from error
 
 
-async def _merged(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[Placed, None]:
-    """Outputs of several streams as they come. What one raises ends all."""
+async def whole_answer(call: Call, outputs: list[Any]) -> JSONAnswer:
+    """Return the answer to a call; one of many outputs is made beside the event loop. Raises as `response_body`."""
+    if len(outputs) <= AT_ONCE:
+        return JSONAnswer(response_body(call, outputs))
+    return await asyncio.to_thread(lambda: JSONAnswer(response_body(call, outputs)))
+
+
+async def _merged(streams: list[AsyncGenerator[RequestOutput, None]], most: int) -> AsyncGenerator[Placed, None]:
+    """Outputs of several streams as they come, of so many at a time. What one raises ends all. They begin and end a few
+    in one turn of the event loop: others have theirs in between.
+    """
+    room = asyncio.Semaphore(most)
     queue: asyncio.Queue[Callable[[], Placed | None]] = asyncio.Queue()
+    tasks: list[asyncio.Task[None]] = []
 
     async def pump(position: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
         try:
@@ -118,10 +136,18 @@ async def _merged(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGe
             queue.put_nowait(lambda error=error: _raise(error))
         else:
             queue.put_nowait(lambda: None)
+            room.release()
 
-    tasks = [asyncio.create_task(pump(*item)) for item in zip(itertools.count(), streams)]
+    async def begin() -> None:
+        for item in enumerate(streams):
+            await room.acquire()
+            tasks.append(asyncio.create_task(pump(*item)))
+            if len(tasks) % AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    beginning = asyncio.create_task(begin())
     try:
-        running = len(tasks)
+        running = len(streams)
         while running:
             placed = (await queue.get())()
             if placed is None:
@@ -129,9 +155,12 @@ async def _merged(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGe
             else:
                 yield placed
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        beginning.cancel()
+        for first in range(0, len(tasks), AT_ONCE):
+            some = tasks[first : first + AT_ONCE]
+            for task in some:
+                task.cancel()
+            await asyncio.gather(*some, return_exceptions=True)
 
 
 def _raise(error: Exception) -> None:

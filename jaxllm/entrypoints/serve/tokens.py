@@ -12,6 +12,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.engine.io.prompts import TokenizationOptions, holds_media
 from jaxllm.entrypoints.openai.bodies import DetokenizeBody, TokenizeBody
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.serve import large_bodies
 from jaxllm.entrypoints.serve.clients import while_there
 from jaxllm.entrypoints.serve.json_answers import JSONAnswer
 from jaxllm.entrypoints.serve.service import Service
@@ -19,7 +20,7 @@ from jaxllm.entrypoints.serve.service import Service
 
 def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=large_bodies.LargeBodies)
     engine = service.engine.engine
 
     async def beside(request: Request, *work: Any, slow: bool = False) -> Any:
@@ -32,7 +33,7 @@ def routes(service: Service) -> APIRouter:
         service.translator.model_name(body)
         prompt: Any = body.prompt
         if body.messages is not None:
-            prompt = service.translator.chat_prompt(body.messages, body)
+            prompt = await large_bodies.beside(request, service.translator.chat_prompt, body.messages, body)
         options = TokenizationOptions(add_special_tokens=body.add_special_tokens)
         (read,) = await beside(request, engine.inputs.reader.read, [prompt], options, slow=holds_media(prompt))
         if isinstance(read, ValidationError):

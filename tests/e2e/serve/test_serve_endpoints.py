@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import prometheus_client.parser
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.serving import MESSAGES, Closed, get, sent, served
 from support.tiny_model import SMALL
 
@@ -108,9 +112,58 @@ def test_pooling(tiny_model: Path):
                 client.completions.create(model="tiny", prompt="x")
 
 
+def test_classes(tiny_model: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_model, tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text())
+    names = {str(number): name for number, name in enumerate(("good", "bad", "ugly"))}
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": names}
+    config["label2id"] = {name: int(number) for number, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    weights["score.weight"] = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    texts = ["One", "Two, and more", "three"]
+    with contextlib.closing(Closed(AsyncLLM(folder, **SMALL))) as closing:
+        expected = [output.outputs.probs for output in closing.engine.llm.classify(texts, use_tqdm=False)]
+        with served(closing.engine) as url:
+            for path in ("/classify", "/invocations"):
+                status, _, told = get(url, path, {"input": texts})
+                assert status == 200 and told["id"].startswith("classify-"), told
+                assert told["usage"]["prompt_tokens"] == sum(map(len, texts))
+                for one, probs in zip(told["data"], expected, strict=True):
+                    assert one["probs"] == pytest.approx(probs, rel=1e-5) and one["num_classes"] == 3
+                    assert one["label"] == names[str(int(np.argmax(probs)))]
+            status, _, told = get(url, "/v1/embeddings", {"input": "x"})
+            assert status == 400 and "Embedding API is not supported by this model" in told["error"]["message"]
+
+
+def test_one_endpoint_for_all(url: str):
+    """SageMaker's."""
+    sampled = {"temperature": 0, "max_tokens": 4, "return_token_ids": True}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": MESSAGES, **sampled}),
+        ("/v1/completions", {"prompt": ["x", "y"], **sampled}),
+    ):
+        told = get(url, "/invocations", body)[2]
+        assert told["choices"] == get(url, path, body)[2]["choices"] and told["object"] in (
+            "chat.completion",
+            "text_completion",
+        )
+    text = get(url, "/invocations", {"prompt": "x", "max_tokens": 2, "stream": True})[2]
+    assert text.endswith("data: [DONE]\n\n")
+    for body, said in (({"query": "x", "documents": ["y"]}, "pooling models"), ({"x": 1}, "none of messages, prompt")):
+        status, _, told = get(url, "/invocations", body)
+        assert status == 400 and said in told["error"]["message"]
+
+
 def test_what_the_server_tells_of_itself(client: openai.OpenAI, url: str, engine: AsyncLLM):
     assert [model.id for model in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("alias").max_model_len == 256  # pyright: ignore[reportAttributeAccessIssue]
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/health")
+        assert connection.getresponse().status == 200
     assert get(url, "/health")[::2] == (200, "") and get(url, "/ping")[0] == 200
     assert get(url, "/version")[2] == {"version": jaxllm.__version__}
     assert get(url, "/load")[2] == {"server_load": 0}
