@@ -74,7 +74,7 @@ class JaxLLMSession(Session):
         metrics = {metric.name: metric for metric in self.llm.get_metrics() if isinstance(metric, Counter)}
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
         found = {name: metrics.get(f"vllm:spec_decode_{name}") for name in names}
-        return {name: metric.value for name, metric in found.items() if metric is not None} or None
+        return {name: int(metric.value) for name, metric in found.items() if metric is not None} or None
 
 
 def load(message: dict[str, Any]) -> JaxLLMSession:

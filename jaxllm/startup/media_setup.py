@@ -189,7 +189,7 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
         marks=family.marks,
         has_axes=model.rope_sections != (),
-        keeps_whole=model.sees_whole_pictures,
+        keeps_whole=model.sees_whole_pictures or args.disable_chunked_mm_input,
         max_encoder_tokens=args.max_num_encoder_input_tokens,
         cache_bytes=int(args.mm_processor_cache_gb * 2**30),
     )
