@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from jaxllm.command_options import DEFAULT_MODEL, add_engine_options
 from jaxllm.config.command_line import count, json_object
 
-DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom")
+#: (height, width, frames) -> its share; vLLM's default
+BUCKETS = "{(256, 256, 1): 0.5, (720, 1280, 1): 0.5}"
+DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom", "random-mm")
 
 
 class Benchmark(NamedTuple):
@@ -218,7 +220,7 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         choices=DATASETS,
         default="random",
         help="random tokens; a ShareGPT JSON file; random tokens with ShareGPT's lengths; random tokens with shared "
-        "beginnings; or a JSONL file of prompts (default: %(default)s)",
+        "beginnings; a JSONL file of prompts; or random tokens and images (default: %(default)s)",
     )
     _add_file(group, "--dataset-path", "of sharegpt and custom", kind=Path)
     _add(group, "--num-prompts", 1000, "requests")
@@ -230,6 +232,11 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--prefix-repetition-prefix-len", 256, "tokens of a shared beginning", kind=not_negative)
     _add(group, "--prefix-repetition-suffix-len", 256, "tokens behind it")
     _add(group, "--prefix-repetition-num-prefixes", 10, "shared beginnings")
+    _add(group, "--random-mm-base-items-per-request", 1, "images of a prompt of random-mm")
+    text = "R: draw their number from [n (1 - R), n (1 + R)]"
+    _add(group, "--random-mm-num-mm-items-range-ratio", 0.0, text, kind=float)
+    text = "shares of their sizes, (height, width, 1)"
+    _add(group, "--random-mm-bucket-config", BUCKETS, text, kind=str)
 
 
 def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
