@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from jaxllm.api.metric import Metric
     from jaxllm.config.vllm_config import ModelConfig, VllmConfig
+    from jaxllm.tuning.advice import AdviceList
 
 Result = TypeVar("Result")
 
@@ -282,6 +283,12 @@ class AsyncLLM:
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""
         return self.engine.core.metrics()
+
+    def advise(self, *, itl: float | None = None) -> AdviceList:
+        """As `LLM.advise`, of what was counted since the engine's start."""
+        from jaxllm.tuning.advise import advise_engine
+
+        return advise_engine(self.engine, itl=itl)
 
     async def check_health(self) -> None:
         """Raise RuntimeError when the engine has been shut down."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from jaxllm.llm_engine import LLMEngine
     from jaxllm.planning.explanation import Explanation
     from jaxllm.runner.memory.plan import MemoryPlan
+    from jaxllm.tuning.advice import AdviceList
 
 Result = TypeVar("Result")
 
@@ -658,6 +661,20 @@ class LLM:
         """
         return self.engine.watching.trace()
 
+    def advise(self, trace: Trace | None = None, *, itl: float | None = None) -> AdviceList:
+        """Which argument, at which value, would have helped: preemptions, a queue beside an empty cache, budgets, lost
+        prefix hits, drafts, pictures, tokenizing, padding, the host's time. Each piece has what was seen that says so,
+        and is gone when an engine with that value meets the same requests.
+
+        Args:
+            trace: of this engine, stopped: how it fared meanwhile, with each step's times, and each request's lengths.
+                None: what was counted since the engine's start, which says less about steps.
+            itl: seconds that may lie between two tokens of a request; None: any number.
+        """
+        from jaxllm.tuning.advise import advise_engine
+
+        return advise_engine(self.engine, trace, itl=itl)
+
     def start_profile(self, prefix: str | None = None, *, path: str | os.PathLike[str] | None = None) -> Path:
         """Begin to write a profile with `jax.profiler`: all that host and device do, down to single kernels.
 
@@ -715,10 +732,24 @@ def start_engine(
     args = engine_args(model, **arguments)
     try:
         with StartInterrupt(cancelled or _own_task_is_cancelled()) as interrupt:
-            return start(args, interrupt, in_time=in_time)
+            engine = start(args, interrupt, in_time=in_time)
     except BaseException as error:
         clear_frames(error)
         raise
+    if not args.disable_log_stats:
+        # the engine must not keep itself alive
+        engine.generation.notice = functools.partial(_notice, weakref.ref(engine))
+    return engine
+
+
+def _notice(engine: weakref.ref[Engine]) -> contextlib.AbstractContextManager[object]:
+    """What tells of a call what hurt in it."""
+    found = engine()
+    if found is None:
+        return contextlib.nullcontext()
+    from jaxllm.tuning.advise import Notice
+
+    return Notice(found)
 
 
 def _own_task_is_cancelled() -> Callable[[], bool]:

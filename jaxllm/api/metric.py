@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Counter(Metric):
-    """Only ever grows."""
+    """Only ever grows. vLLM's are whole numbers; seconds are not."""
 
     value: int
 
@@ -68,3 +69,40 @@ class Observations:
         cumulative = list(itertools.accumulate(self._counts))
         buckets = dict(zip((*map(str, self._bounds), "+Inf"), cumulative, strict=True))
         return Histogram(name, labels, cumulative[-1], self._sum, buckets)
+
+
+_KINDS = {kind.__name__.lower(): kind for kind in (Counter, Gauge, Vector, Histogram)}
+
+
+def to_dict(metric: Metric) -> dict[str, Any]:
+    """Of what JSON knows."""
+    return {"type": type(metric).__name__.lower(), **dataclasses.asdict(metric)}
+
+
+def from_dict(fields: Mapping[str, Any]) -> Metric:
+    """Of a `to_dict`. Raises KeyError or TypeError for something else."""
+    given = dict(fields)
+    return _KINDS[given.pop("type")](**given)
+
+
+def since(before: Iterable[Metric], now: Iterable[Metric]) -> list[Metric]:
+    """What was counted between two snapshots of one engine; gauges are those of the second one."""
+    earlier = {_key(metric): metric for metric in before}
+    return [_less(metric, earlier.get(_key(metric))) for metric in now]
+
+
+def _key(metric: Metric) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return metric.name, tuple(sorted(metric.labels.items()))
+
+
+def _less(metric: Metric, before: Metric | None) -> Metric:
+    if isinstance(metric, Counter) and isinstance(before, Counter):
+        return dataclasses.replace(metric, value=metric.value - before.value)
+    if isinstance(metric, Vector) and isinstance(before, Vector):
+        values = [value - other for value, other in zip(metric.values, before.values, strict=True)]
+        return dataclasses.replace(metric, values=values)
+    if isinstance(metric, Histogram) and isinstance(before, Histogram):
+        buckets = {bound: count - before.buckets.get(bound, 0) for bound, count in metric.buckets.items()}
+        count, total = metric.count - before.count, metric.sum - before.sum
+        return dataclasses.replace(metric, count=count, sum=total, buckets=buckets)
+    return metric

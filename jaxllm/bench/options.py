@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from jaxllm.command_options import DEFAULT_MODEL, add_engine_options
 from jaxllm.config.command_line import count, json_object
 
-DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom")
+#: (height, width, frames) -> its share; vLLM's default
+BUCKETS = "{(256, 256, 1): 0.5, (720, 1280, 1): 0.5}"
+DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom", "random-mm")
 
 
 class Benchmark(NamedTuple):
@@ -64,6 +66,15 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", choices=["vllm"], help="also time vLLM's scheduler, on the same requests")
     _add_peer_python(parser)
     _add_output_json(parser)
+
+
+def add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench simulate`` takes."""
+    _add(parser, "--num-prompts", 24, "requests of each workload")
+    _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
+    _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
+    _add_output_json(parser)
+    add_engine_options(parser)
 
 
 def add_throughput_options(parser: argparse.ArgumentParser) -> None:
@@ -218,7 +229,7 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         choices=DATASETS,
         default="random",
         help="random tokens; a ShareGPT JSON file; random tokens with ShareGPT's lengths; random tokens with shared "
-        "beginnings; or a JSONL file of prompts (default: %(default)s)",
+        "beginnings; a JSONL file of prompts; or random tokens and images (default: %(default)s)",
     )
     _add_file(group, "--dataset-path", "of sharegpt and custom", kind=Path)
     _add(group, "--num-prompts", 1000, "requests")
@@ -230,6 +241,11 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--prefix-repetition-prefix-len", 256, "tokens of a shared beginning", kind=not_negative)
     _add(group, "--prefix-repetition-suffix-len", 256, "tokens behind it")
     _add(group, "--prefix-repetition-num-prefixes", 10, "shared beginnings")
+    _add(group, "--random-mm-base-items-per-request", 1, "images of a prompt of random-mm")
+    text = "R: draw their number from [n (1 - R), n (1 + R)]"
+    _add(group, "--random-mm-num-mm-items-range-ratio", 0.0, text, kind=float)
+    text = "shares of their sizes, (height, width, 1)"
+    _add(group, "--random-mm-bucket-config", BUCKETS, text, kind=str)
 
 
 def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +272,7 @@ BENCHMARKS = (
     Benchmark("lora", "seconds of one batch without adapters and with several", add_lora_options),
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
+    Benchmark("simulate", "how far the simulator is from what is measured", add_simulate_options),
     Benchmark("startup", "seconds from process start to the first token", add_startup_options),
     Benchmark("serve", "latencies of requests to a server of OpenAI's API", add_serve_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.io.output_processor import OutputProcessor
 from jaxllm.engine.io.pooling_processor import PoolingProcessor
+from jaxllm.engine.observe.step_counts import StepCounts
 from jaxllm.engine.request import Request, RequestStatus
 from jaxllm.engine.scheduling.scheduler import Scheduler
 
@@ -35,6 +36,7 @@ class EngineCore:
         runner: launches the steps; the engine owns and shuts it down.
         constraints: follows the requests whose tokens are restricted; None: there are none.
         pools: the requests are to be pooled, not continued.
+        bucket: (tokens, sequences) of a step -> those of the program that runs it; None: there are none.
         adapters: has those that requests may have; None: there are none.
     """
 
@@ -48,6 +50,7 @@ class EngineCore:
         constraints: TokenConstraints | None = None,
         *,
         pools: bool = False,
+        bucket: Callable[[int, int], tuple[int, ...]] | None = None,
         adapters: AdapterStore | None = None,
     ):
         self.scheduler = Scheduler(scheduler_config, cache_config, adapters)
@@ -66,8 +69,9 @@ class EngineCore:
         self._refuses = False
         #: steps under way: one at each stage of a pipeline, and one that waits for the oldest one
         self._depth = scheduler_config.num_micro_batches + scheduler_config.async_scheduling
+        self.counts = StepCounts(self.scheduler, bucket)
         #: who is told of each step; replaced as a whole, since any thread may do so
-        self._observers: tuple[StepObserver, ...] = ()
+        self._observers: tuple[StepObserver, ...] = (self.counts,)
         self._observers_lock = threading.Lock()
 
     @property
@@ -377,6 +381,14 @@ class EngineCore:
         """Count a prompt all of whose `n` > 1 completions have ended."""
         self._metrics.record_completed_prompt(n, longest_output)
 
+    def waited_for_prompts(self, seconds: float) -> None:
+        """Count a time in which nothing ran, since no prompt was tokenized yet."""
+        self.counts.tokenizer_seconds += seconds
+
+    def prompts_are_missing(self) -> None:
+        """As `StepCounts.prompts_are_missing`."""
+        self.counts.prompts_are_missing()
+
     def observe(self, observer: StepObserver) -> None:
         """Tell `observer` of every step from now on; any thread may ask for it."""
         with self._observers_lock:
@@ -398,7 +410,8 @@ class EngineCore:
     def metrics(self) -> list[Metric]:
         """Everything that is counted and measured; any thread may ask."""
         manager = self.scheduler.kv_cache_manager
-        return self._metrics.snapshot(self.scheduler.stats(), manager.prefix_cache_stats, manager.external_stats)
+        found = self._metrics.snapshot(self.scheduler.stats(), manager.prefix_cache_stats, manager.external_stats)
+        return found + self.counts.metrics(self._metrics.labels)
 
     def stats(self) -> EngineStats:
         """The few numbers of it that are shown while the engine runs; any thread may ask."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.io.agreement import Agreement
     from jaxllm.engine.io.input_processor import InputProcessor
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
+    from jaxllm.engine.observe.engine_settings import EngineSettings
     from jaxllm.engine.replicas import Replicas
     from jaxllm.runner.memory.plan import MemoryPlan
     from jaxllm.runner.null import NullRunner
@@ -74,6 +75,7 @@ class Engine:
         runners: Sequence[Runner | NullRunner],
         default_params: SamplingParams,
         profile: Callable[[Path], Any],
+        settings: EngineSettings,
         memory_plan: MemoryPlan,
         startup_times: dict[str, float],
         model_files: ModelFiles,
@@ -93,7 +95,11 @@ class Engine:
         self.stepped = SteppedRequests(self.client, inputs)
         folder = args.profiler_config.torch_profiler_dir
         self.watching = Watching(
-            self.client, runners[0].bucket, profile, Path(folder) if folder else cache_folder() / "profiles"
+            self.client,
+            runners[0].bucket,
+            profile,
+            Path(folder) if folder else cache_folder() / "profiles",
+            settings,
         )
         self._pooling = None if pooling_inputs is None else Pooling(self.feeds, pooling_inputs)
         # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it

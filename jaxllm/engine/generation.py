@@ -31,6 +31,8 @@ class Generation:
 
     def __init__(self, feeds: Feeds):
         self._feeds = feeds
+        #: around each call
+        self.notice: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         self._told_of_default = False
         #: what was enqueued and not collected, one a call
         self._enqueued: list[Feed] = []
@@ -88,7 +90,7 @@ class Generation:
         outputs: list[RequestOutput] = []
         try:
             total = sum(feed.num_read for feed in feeds)
-            with Progress(total, enabled=use_tqdm, stats=self._feeds.client.core.stats) as progress:
+            with self.notice(), Progress(total, enabled=use_tqdm, stats=self._feeds.client.core.stats) as progress:
                 for feed in feeds:
                     outputs += sorted(feed.outputs(progress), key=lambda output: output.index)
         finally:
@@ -101,6 +103,7 @@ class Generation:
         cut_at_default = True
         with (
             ShortTracebacks(),
+            self.notice(),
             Progress(total, enabled=use_tqdm, stats=self._feeds.client.core.stats) as progress,
             contextlib.closing(feed.outputs(progress)) as outputs,
         ):

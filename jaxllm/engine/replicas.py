@@ -251,6 +251,15 @@ class Replicas:
         """Count a prompt all of whose `n` > 1 completions have ended."""
         self.cores[0].record_completed_prompt(n, longest_output)
 
+    def waited_for_prompts(self, seconds: float) -> None:
+        """Count it once: of the first replica."""
+        self.cores[0].waited_for_prompts(seconds)
+
+    def prompts_are_missing(self) -> None:
+        """Of all replicas."""
+        for core in self.cores:
+            core.prompts_are_missing()
+
     def observe(self, observer: StepObserver) -> None:
         """Tell `observer` of every turn of the whole from now on, and of nothing inside: steps are watched at `cores`.
         Any thread may ask for it.

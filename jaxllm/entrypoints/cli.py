@@ -14,12 +14,14 @@ from jaxllm.api.errors import JaxLLMError
 from jaxllm.bench.options import add_benchmarks
 from jaxllm.command_options import add_engine_options, add_sampling_options
 from jaxllm.config.command_line import with_hyphens
+from jaxllm.entrypoints.advise import add_advise_options
 from jaxllm.entrypoints.batch.options import add_batch_options
 from jaxllm.entrypoints.command_parser import CommandParser
 from jaxllm.entrypoints.encodings import add_encoding_option
 from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
 from jaxllm.entrypoints.serve.options import add_serve_options
+from jaxllm.entrypoints.simulate import add_simulate_options
 from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -105,6 +107,20 @@ def build_parser() -> argparse.ArgumentParser:
         "with 1 when the model does not fit.",
     )
     add_plan_options(explain)
+
+    text = "which argument, at which value, would have helped"
+    advise = command(
+        "advise",
+        text,
+        _lazily("jaxllm.entrypoints.advise"),
+        conflict_handler="resolve",
+        description="Say which argument, at which value, would have helped: of a trace that was saved, or of the "
+        "metrics of a vLLM or jaxllm server. Needs no model and no device.",
+    )
+    add_advise_options(advise)
+
+    text = "how a trace's requests would have fared with other settings"
+    add_simulate_options(command("simulate", text, _lazily("jaxllm.entrypoints.simulate")))
 
     text = "write a model with quantized weights: AWQ, GPTQ, int8, fp8 or int4"
     quantize = command("quantize", text, _lazily("jaxllm.entrypoints.quantize"))

@@ -105,6 +105,8 @@ def _content(
     if given is None and part["type"] in ("image_url", "input_image"):
         raise ValidationError(f"{label} must have a URL: {{'url': 'data:image/png;base64,...'}}, got {part!r:.80}")
     if _KINDS[part["type"]] == VIDEO:
+        if isinstance(given, str):
+            return read(given, label)
         if not isinstance(given, list):
             return given
         check_frames(len(given), label)

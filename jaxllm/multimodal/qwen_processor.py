@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.items import IMAGE, VIDEO, Media, MediaItem, Room
 from jaxllm.multimodal.pictures import MOST_DECODED, MOST_PIXELS, pillow, read_picture
 from jaxllm.multimodal.processor import content_of, item_of, of_channels
+from jaxllm.multimodal.video_files import VideoFile, open_video
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -176,7 +178,7 @@ class QwenProcessor:
 
         Args:
             given: an array [frames, height, width, 3], a list of pictures of one size, or a pair of these and of what
-                is known of them: {"fps": 2.0}.
+                is known of them: {"fps": 2.0}; or a file's path or bytes, of which `fps` frames a second are taken.
             name, uuid, room: as of `image`.
 
         Raises:
@@ -186,10 +188,16 @@ class QwenProcessor:
         if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
             given, about = given
             fps = checks.real(f"fps of {name}", about.get("fps") or fps)
-        if not isinstance(given, list | tuple | np.ndarray) or (isinstance(given, np.ndarray) and given.ndim != 4):
+        together = self.temporal_patch_size
+        if isinstance(given, str | os.PathLike | bytes | bytearray | memoryview):
+            most = None if room is None else room.frames
+            given = open_video(given, name, fps=fps, together=together, most_frames=most)  # pyright: ignore
+            fps = given.fps
+        kinds = (list, tuple, np.ndarray, VideoFile)
+        if not isinstance(given, kinds) or (isinstance(given, np.ndarray) and given.ndim != 4):
             raise ValidationError(
-                f"{name} must be an array [frames, height, width, 3] or a list of pictures, got "
-                f"{type(given).__name__}: {given!r:.80}. Files of videos are not read so far: give their frames."
+                f"{name} must be an array [frames, height, width, 3], a list of pictures, a path or a file's bytes, "
+                f"got {type(given).__name__}: {given!r:.80}"
             )
         if not len(given):
             raise ValidationError(f"{name} has no frames")
@@ -198,7 +206,7 @@ class QwenProcessor:
                 f"{name} has {len(given)} frames, and num_frames of limit_mm_per_prompt allows {room.frames}. Give "
                 "fewer, or start the engine with more."
             )
-        together, size = self.temporal_patch_size, None
+        size = None
         step = 1.0 if self.tokens_per_second is None else self.tokens_per_second * together / max(fps, 1e-300)
         if not fps > 0 or step * len(given) > _MOST_TIME:
             raise ValidationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
@@ -151,11 +152,10 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
     """
     assert model.vision is not None
     hf, vision = checkpoint.config, model.vision
-    family = next(_FAMILIES[name] for name in hf["architectures"] if name in _FAMILIES)
+    family = _family(hf)
     tokens: dict[str, int] = {}
-    for modality, (default, names) in family.tokens.items():
-        if not args.limit_mm_per_prompt.get(modality, MediaLimit()).count:
-            continue
+    for modality in wanted_modalities(args, hf):
+        default, names = family.tokens[modality]
         name = next((name for name in names if name in hf), names[0])
         tokens[modality] = token = hf.get(name, default)
         if not 0 <= token < model.vocab_size:
@@ -189,22 +189,31 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
         marks=family.marks,
         has_axes=model.rope_sections != (),
-        keeps_whole=model.sees_whole_pictures,
+        keeps_whole=model.sees_whole_pictures or args.disable_chunked_mm_input,
         max_encoder_tokens=args.max_num_encoder_input_tokens,
         cache_bytes=int(args.mm_processor_cache_gb * 2**30),
     )
 
 
+def wanted_modalities(args: EngineArgs, hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a model with a tower sees, but for what `limit_mm_per_prompt` switches off."""
+    limits = args.limit_mm_per_prompt
+    return tuple(modality for modality in _family(hf).tokens if limits.get(modality, MediaLimit()).count)
+
+
+def _family(hf: Mapping[str, Any]) -> _Family:
+    return next(_FAMILIES[name] for name in hf["architectures"] if name in _FAMILIES)
+
+
 def check_media(args: EngineArgs) -> None:
     """Raise ValidationError for what an engine that sees pictures cannot do."""
+    drafts = args.speculative_config
     remedy = 'Leave it out, or run the text alone with limit_mm_per_prompt={"image": 0, "video": 0}.'
     for asked, what in (
         (args.pipeline_parallel_size > 1, f"pipeline_parallel_size={args.pipeline_parallel_size}"),
         (args.steps_together, "enable_expert_parallel=True with replicas"),
-        (args.speculative_config is not None, "speculative_config"),
+        (drafts is not None and drafts.has_layers, "speculative_config of a model that drafts, which sees none,"),
         (args.enable_prompt_embeds, "enable_prompt_embeds=True"),
-        (args.kv_offloading_size, f"kv_offloading_size={args.kv_offloading_size}"),
-        (args.cpu_offload_gb, f"cpu_offload_gb={args.cpu_offload_gb:g}"),
         (args.load_format == "null", 'load_format="null"'),
     ):
         if asked:

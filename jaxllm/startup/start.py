@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
@@ -43,6 +44,7 @@ from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
+from jaxllm.startup.engine_settings import engine_settings
 from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
@@ -193,6 +195,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             ),
             constraints[number],
             pools=pooler is not None,
+            bucket=runner.bucket,
             adapters=adapters,
         )
         for number, runner in enumerate(launching)
@@ -235,6 +238,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         runners=runners,
         default_params=default_params,
         profile=Profile,
+        settings=engine_settings(args, config, built.scheduler, plan, num_devices=jax.device_count()),
         memory_plan=plan,
         startup_times=times,
         adapters=adapters,

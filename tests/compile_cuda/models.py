@@ -30,6 +30,8 @@ class Model:
     eagle3: dict[str, Any] | None = None
     #: share of the layers that lie in the host's memory; the largest steps are compiled, and nothing else
     offloaded: float = 0.0
+    #: patches of the largest picture; the programs that encode pictures are compiled, the largest step, and no others
+    encoder_patches: int = 0
 
 
 def _gemma3(**shape: int) -> dict[str, Any]:
@@ -174,6 +176,52 @@ MODELS: dict[str, Model] = {
         max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(40000,),
+    ),
+    "Gemma-3-4B, images": Model(
+        config={
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": _gemma3(
+                hidden_size=2560,
+                intermediate_size=10240,
+                num_hidden_layers=34,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+            ),
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 896,
+                "patch_size": 14,
+            },
+        },
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=32768,
+        num_blocks=(20000,),
+        encoder_patches=4096,
+    ),
+    "Qwen2.5-VL-7B, images": Model(
+        config={
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            **_QWEN25_7B,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 3584,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+        },
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=32768,
+        num_blocks=(20000,),
+        encoder_patches=16384,
     ),
     "Gemma-3-27B": Model(
         config=_gemma3(

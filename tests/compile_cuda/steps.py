@@ -20,6 +20,7 @@ from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split, shapes, spread_experts
 from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.deviceless import devices as described
+from jaxllm.runner.compile.encoder import ENCODE
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
@@ -43,6 +44,7 @@ _WRITTEN = {
     "forward": ("cache", "tokens"),
     "sample": ("tokens",),
     "write tokens": ("tokens",),
+    ENCODE: ("encoded",),
     "pool": ("cache", "pooled"),
     "draft steps": ("cache", "tokens", "drafting", "draft_cache"),
     "catch up": ("cache", "tokens", "drafting", "draft_cache"),
@@ -58,6 +60,8 @@ _NOT_QUICK = (
     "Llama-3.1-8B, drafts of Llama-3.2-1B",
     "Llama-3.1-8B, drafts of EAGLE-3",
     "Llama-3.1-8B, half on the host",
+    "Gemma-3-4B, images",
+    "Qwen2.5-VL-7B, images",
 )
 #: the architecture of the GPUs that the models of several devices run on
 SPLIT_ARCHITECTURE = "sm_90"
@@ -136,13 +140,20 @@ def _cases(
             in_place_bytes=device_bytes(written),
             cache_bytes=device_bytes(state.cache),
             most_temporary_bytes=MOST_TEMPORARY_BYTES,
-            layers=model.config["num_hidden_layers"] if has_layers else None,
+            layers=config.model.num_layers if has_layers else None,
             layer_bytes=tuple(map(device_bytes, body.layers)) if has_layers else (),
-            weight_bytes=device_bytes(params if has_layers else programs.head_params(params)) if written else 0,
+            weight_bytes=device_bytes(_taken(key, programs, params)) if written else 0,
             fetched_bytes=config.fetched_bytes if has_layers else 0,
             is_step=True,
             devices=devices,
         )
+
+
+def _taken(key: Key, programs: Any, params: Any) -> Any:
+    """What a program takes of the weights."""
+    if key[0] == ENCODE:
+        return params.vision
+    return params if key[0] in ("forward", "pool") else programs.head_params(params)
 
 
 def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
@@ -166,9 +177,13 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
         for bucket in list(programs.catch_up_packings)[-1:]:
             yield f"what was passed over of {bucket.seqs} seqs", ("catch up", bucket)
         return
+    if programs.encoder is not None:
+        for key in (*programs.encoder.keys[:1], *programs.encoder.keys[1:][-1:]):
+            yield f"encode {key[1]} patches", key
+        chosen = chosen[-1:]
     for bucket in chosen:
         yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)
-    if which != "few":
+    if which != "few" and programs.encoder is None:
         yield f"sample {programs._sample_rows[-1]} rows", ("sample", programs._sample_rows[-1], True)
     if which == "all":
         for rows in programs._sample_rows[:-1]:
@@ -202,6 +217,7 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
             max_scored_tokens=1024,
             num_drafts=model.drafts,
             max_draft_seqs=GPU_DRAFT_SEQS if model.drafts else 0,
+            encoder_cache_tokens=model.max_num_batched_tokens if model.encoder_patches else 0,
         ),
         dtype="bfloat16",
         kv_dtype="bfloat16",
@@ -216,6 +232,8 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         num_logprobs=20,
         logprobs_mode="raw_logprobs",
         processors=(),
+        encoder_patches=model.encoder_patches,
+        pixel_normal=((0.5,) * 3, (0.5,) * 3) if model.encoder_patches else ((), ()),
         drafter=_drafter(model, read),
         seed=0,
         compile_cache=None,

@@ -13,14 +13,20 @@ pytest.importorskip("PIL")
 pytestmark = pytest.mark.thorough
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return found_by("support.image_pairs", tmp_path_factory.mktemp("pairs"))
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by("support.image_pairs", tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("engine", [*(name for name in ENGINES if name != "plain"), "after a sleep", "saved and read"])
 def test_answers_are_those_of_the_plain_engine(found: dict[str, Any], engine: str):
     assert found[engine] == found["plain"]
+
+
+def test_the_settings_were_met(found: dict[str, Any]):
+    assert found["split, prefixes, preemption: counted"]["preemptions"] > 0
+    assert found["host blocks, offloaded weights: counted"]["hits on the host"] > 0
+    assert found["drafts: counted"]["right drafts"] > 0
 
 
 def test_without_the_tower_texts_are_the_same_and_pictures_refused(found: dict[str, Any]):

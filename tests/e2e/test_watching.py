@@ -18,7 +18,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.engine.observe.step_observer import StepObserver
+from jaxllm.engine.observe.step_counts import StepCounts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [[3, 1, 4], list(range(50)), [9] * 20]
@@ -30,11 +30,12 @@ def total(llm: LLM, name: str) -> float:
 
 
 def test_a_trace_of_generate(engine: LLM):
+    observers = engine.engine.core._observers
     with engine.trace() as trace:
         outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     again = engine.trace()
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert not again.steps and not engine.engine.core._observers
+    assert not again.steps and engine.engine.core._observers == observers
     assert sum(step.num_decode_tokens for step in trace.steps) == 3 * 5
     cached = sum(output.num_cached_tokens for output in outputs)
     assert sum(step.num_prefill_tokens for step in trace.steps) == 73 - cached
@@ -65,12 +66,13 @@ def test_two_traces_and_a_trace_again(engine: LLM):
 
 
 def test_a_profile_names_steps_and_phases(engine: LLM, tmp_path: Path):
+    observers = engine.engine.core._observers
     engine.start_profile("first", path=tmp_path)
     with pytest.raises(RuntimeError, match="written already"):
         engine.start_profile(path=tmp_path)
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert engine.stop_profile() == tmp_path / "first"
-    assert not engine.engine.core._observers
+    assert engine.engine.core._observers == observers
     (file,) = tmp_path.glob("first/plugins/profile/*/*.trace.json.gz")
     names = {event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
     assert {"step", "schedule", "wait for the device", "update"} <= names
@@ -142,15 +144,11 @@ def test_an_engine_that_logs_serves_and_profiles_by_its_arguments(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and thread.is_alive()]
 
 
-def test_by_default_no_line_is_logged_and_nobody_watches(
-    engine: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    calls: list[str] = []
-    for name in [name for name in vars(StepObserver) if not name.startswith("_")]:
-        monkeypatch.setattr(StepObserver, name, lambda *_, name=name: calls.append(name))
+def test_by_default_no_line_is_logged_and_nothing_but_counters_watches(engine: LLM, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG, logger="jaxllm")
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert not calls and not [message for message in caplog.messages if "throughput" in message]
+    assert [type(observer) for observer in engine.engine.core._observers] == [StepCounts]
+    assert not [message for message in caplog.messages if "throughput" in message or "Advice" in message]
     assert engine.get_metrics()
 
 

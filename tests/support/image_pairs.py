@@ -1,5 +1,5 @@
 """Pictures beside every other capability: ``python -m support.image_pairs FOLDER`` prints one JSON object, by engine,
-of what each request got. An engine with a setting on answers as the plain one.
+of what each request got. An engine with a setting on answers as the plain one. In a folder "gemma3" it is Gemma 3's.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support import tiny_square_model
 from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.api.metric import Counter
 
 PLAIN: dict[str, Any] = {
     "dtype": "float32",
@@ -29,10 +31,21 @@ ENGINES: dict[str, dict[str, Any]] = {
     "split, prefixes, preemption": {
         "tensor_parallel_size": 2,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 27,
+        "num_gpu_blocks_override": 34,
     },
     "plain": {},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 16},
+    "drafts": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1},
+        "enforce_eager": False,
+        "max_num_batched_tokens": 32,
+    },
+    "host blocks, offloaded weights": {
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": 34,
+        "kv_offloading_size": "2MB",
+        "cpu_offload_gb": 1,
+    },
     "replicas, deterministic, priorities": {
         "data_parallel_size": 2,
         "deterministic": True,
@@ -47,6 +60,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "n": {"n": 2, "temperature": 1.0, "seed": 5},
     "structured outputs": {"temperature": 0.0, "structured_outputs": {"regex": "(ab|cd|fg){2,9}"}},
     "min_tokens": {"temperature": 0.0, "min_tokens": 9, "stop_token_ids": list(range(100))},
+    # which is easily guessed
+    "one token": {"temperature": 0.0, "allowed_token_ids": [66]},
     "penalties": {"temperature": 0.0, "presence_penalty": 1.0, "repetition_penalty": 1.2},
     "prompt logprobs": {"temperature": 0.0, "prompt_logprobs": 0},
 }
@@ -54,37 +69,56 @@ KINDS: dict[str, dict[str, Any]] = {
 PROMPTS = {"what is @ here?": [(100, 70)], "@ and @": [(70, 98), (33, 300)], "a large @": [(500, 400)], "a text": []}
 
 
-def prompt(text: str) -> dict[str, Any]:
+#: what is counted of an engine -> its metric
+COUNTED = {
+    "preemptions": "vllm:num_preemptions",
+    "hits on the host": "vllm:external_prefix_cache_hits",
+    "right drafts": "vllm:spec_decode_num_accepted_tokens",
+}
+
+
+def counted(llm: LLM) -> dict[str, float]:
+    found = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    return {name: found.get(metric, 0) for name, metric in COUNTED.items()}
+
+
+def prompt(text: str, mark: str = PICTURE) -> dict[str, Any]:
     pictures = [picture(*size) for size in PROMPTS[text]]
-    return {"prompt": text.replace("@", PICTURE), **({"multi_modal_data": {"image": pictures}} if pictures else {})}
+    return {"prompt": text.replace("@", mark), **({"multi_modal_data": {"image": pictures}} if pictures else {})}
 
 
-def answers(llm: LLM) -> list[Any]:
-    asked = [(prompt(text), SamplingParams(max_tokens=16, ignore_eos=True, **kind))
+def answers(llm: LLM, mark: str) -> list[Any]:
+    asked = [(prompt(text, mark), SamplingParams(max_tokens=16, ignore_eos=True, **kind))
              for text in PROMPTS for kind in KINDS.values()]  # fmt: skip
     outputs = llm.generate([each for each, _ in asked], [params for _, params in asked], use_tqdm=False)
     return [[list(completion.token_ids) for completion in output.outputs] for output in outputs]
 
 
 def main(folder: Path) -> None:
-    model = write_tiny_vl_model(folder)
+    is_gemma = folder.name.startswith("gemma3")
+    model = tiny_square_model.write_tiny_square_model(folder, "gemma3") if is_gemma else write_tiny_vl_model(folder)
+    mark = tiny_square_model.PICTURE["gemma3"] if is_gemma else PICTURE
     found: dict[str, Any] = {}
     for name, arguments in ENGINES.items():
         with LLM(model, **{**PLAIN, **arguments}) as llm:
-            found[name] = answers(llm)
+            found[name] = answers(llm, mark)
             if name == "plain":
                 llm.sleep(1)
                 llm.wake_up()
-                found["after a sleep"] = answers(llm)
+                found["after a sleep"] = answers(llm, mark)
                 llm.save(folder / "saved")
+            # what was computed once comes from the host
+            if name.startswith("host blocks") and answers(llm, mark) != found[name]:
+                found[name] = "others, the second time"
+            found[f"{name}: counted"] = counted(llm)
     with LLM(folder / "saved", **PLAIN) as llm:
-        found["saved and read"] = answers(llm)
+        found["saved and read"] = answers(llm, mark)
     with LLM(model, **PLAIN, limit_mm_per_prompt={"image": 0, "video": 0}) as llm:
         (output,) = llm.generate(
             "a text", SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.0), use_tqdm=False
         )
         found["text without the tower"] = list(output.outputs[0].token_ids)
-        (output,) = llm.generate([prompt("a large @")], use_tqdm=False, on_error="return")
+        (output,) = llm.generate([prompt("a large @", mark)], use_tqdm=False, on_error="return")
         found["a picture without the tower"] = output.error
     print(json.dumps(found))
 

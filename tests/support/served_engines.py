@@ -46,7 +46,7 @@ def answers(engine: AsyncLLM) -> dict[str, Any]:
     bodies = asked()
     params = [SamplingParams(**{name: value for name, value in body.items() if name != "prompt"}) for body in bodies]
     outputs = engine.llm.generate(PROMPTS, params, use_tqdm=False)
-    found = {"offline": [[list(one.token_ids) for one in output.outputs] for output in outputs]}
+    found: dict[str, Any] = {"offline": [[list(one.token_ids) for one in output.outputs] for output in outputs]}
     messages: Any = [{"role": "user", "content": PROMPTS[3]}]
     (chat,) = engine.llm.chat(messages, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
     found["chat"] = [list(one.token_ids) for one in chat.outputs]

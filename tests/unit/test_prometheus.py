@@ -16,7 +16,7 @@ from support.fake_engine import FakeEngine
 
 import jaxllm
 from jaxllm.api.errors import ValidationError
-from jaxllm.engine.observe.metrics import Counter, Gauge, Histogram, Metric
+from jaxllm.engine.observe.metrics import Counter, Gauge, Histogram, Metric, Vector
 from jaxllm.engine.observe.prometheus import HELP, MetricsServer, families, metrics_registry
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -51,6 +51,9 @@ def expected(metrics: list[Metric]) -> Samples:
             samples[metric.name + "_total", frozenset(labels)] = metric.value
         elif isinstance(metric, Gauge):
             samples[metric.name, frozenset(labels)] = metric.value
+        elif isinstance(metric, Vector):
+            for place, value in enumerate(metric.values):
+                samples[metric.name + "_total", frozenset(labels | {("position", str(place))})] = value
         elif isinstance(metric, Histogram):
             samples[metric.name + "_count", frozenset(labels)] = metric.count
             samples[metric.name + "_sum", frozenset(labels)] = metric.sum
@@ -79,6 +82,7 @@ def test_every_family_has_its_kind_and_a_help_text():
     made = families(busy_engine().core.metrics())
     # what that engine does not have
     others = {"vllm:cache_config_info", "jaxllm:expert_tokens"}
+    others |= {name for name in HELP if "spec_decode" in name or "encoder" in name}
     others |= {"vllm:kv_offload_cpu_cache_usage_perc", "vllm:kv_offload_stores_skipped"}
     others |= {name for name in HELP if name.startswith(("vllm:mm_cache", "jaxllm:encoder"))}
     assert {family.name for family in made} == HELP.keys() - others
@@ -87,6 +91,12 @@ def test_every_family_has_its_kind_and_a_help_text():
     assert kinds["vllm:kv_cache_usage_perc"] == "gauge"
     assert kinds["vllm:iteration_tokens_total"] == "histogram"
     assert all(family.documentation == HELP[family.name] for family in made)
+
+
+def test_places_of_drafts_are_counters_with_a_label():
+    """As vLLM's are, whose `LLM.get_metrics` makes one vector of them."""
+    metrics: list[Metric] = [Vector("vllm:spec_decode_num_accepted_tokens_per_pos", {"engine": "0"}, [7, 3, 0])]
+    assert parsed(generate_latest(metrics_registry(lambda: metrics)).decode()) == expected(metrics)
 
 
 def test_nothing_is_registered_globally():

@@ -234,7 +234,8 @@ def test_arrays_table_and_dictionary_agree(preempting: tuple[Traced, Trace]):
         assert as_dict["steps"][i]["kv_cache_usage"] == step.kv_cache_usage == table["kv_cache_usage"].iloc[i]
         assert arrays["num_seqs"][i] == step.num_seqs == table["num_seqs"].iloc[i]
     assert StepRecord(**as_dict["steps"][0]) == trace.steps[0]
-    requests = [{**r, "preempted": tuple(map(tuple, r["preempted"]))} for r in as_dict["requests"]]
+    tuples = lambda r: {"preempted": tuple(map(tuple, r["preempted"])), "block_hashes": tuple(r["block_hashes"])}  # noqa: E731
+    requests = [{**r, **tuples(r)} for r in as_dict["requests"]]
     assert [RequestRecord(**request) for request in requests] == trace.requests
     assert repr(trace).startswith(f"Trace({len(trace.steps)} steps and 5 requests in ")
 

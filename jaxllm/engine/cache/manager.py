@@ -21,6 +21,7 @@ from jaxllm.config.capacity import blocks_per_request, max_tokens_per_request, w
 from jaxllm.engine.cache.block_hash import BlockHasher
 from jaxllm.engine.cache.block_pool import NULL_BLOCK_ID, BlockPool
 from jaxllm.engine.cache.host_pool import HostPool
+from jaxllm.engine.cache.lost_hits import LostHits
 from jaxllm.engine.cache.prefix_cache_stats import PrefixCacheStats
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class KVCacheManager:
         self.max_chunk = max_chunk
         #: None: what is evicted is lost
         self.host_pool = HostPool(config.num_host_blocks) if config.num_host_blocks else None
-        evicted = None if self.host_pool is None else self.host_pool.store
-        self.pool = BlockPool(config.num_blocks, len(config.groups), evicted)
+        self.pool = BlockPool(config.num_blocks, len(config.groups), self._evicted)
         self.prefix_cache_stats = PrefixCacheStats()
         #: of what the device's prefix cache did not have, and the host's pool was asked for
         self.external_stats = PrefixCacheStats()
@@ -73,6 +73,17 @@ class KVCacheManager:
             (g, group.sliding_window) for g, group in enumerate(config.groups) if group.sliding_window is not None
         ]
         self._bounds = [window_bound(group, config.block_size, max_chunk) for group in config.groups]
+        #: None: nothing is cached, or all layers have windows
+        self.lost_hits: LostHits | None = None
+        if self._caching and self._full_groups:
+            first = self._full_groups[0]
+            self.lost_hits = LostHits(config.block_size, lambda block_hash: self.is_cached(block_hash, first))
+
+    def _evicted(self, block_hash: bytes, group: int, block_id: int) -> None:
+        if self.host_pool is not None:
+            self.host_pool.store(block_hash, group, block_id)
+        if self.lost_hits is not None and group == self._full_groups[0]:
+            self.lost_hits.evicted(block_hash)
 
     @property
     def usage(self) -> float:
@@ -312,6 +323,8 @@ class KVCacheManager:
         if not self.pool.reset_prefix_cache():
             return False
         self.prefix_cache_stats.forget_recent()
+        if self.lost_hits is not None:
+            self.lost_hits.forget()
         if host_pool and self.host_pool is not None:
             self.host_pool.reset()
             self.external_stats.forget_recent()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,6 +149,8 @@ class Feed:
                 with self._client.lock:
                     # while this thread waited for the lock, another one's steps may have brought what is left
                     if self._running:
+                        if self._preparing:
+                            self._client.core.prompts_are_missing()
                         self._client.step()
 
     def submit(self) -> list[str]:
@@ -201,7 +204,10 @@ class Feed:
         every = self._check_first or self._lockstep
         for _, future in self._preparing if every else itertools.islice(self._preparing, 1):
             if every or not self._running:
+                start = time.perf_counter()
                 concurrent.futures.wait([future])
+                if not self._running:
+                    self._client.core.waited_for_prompts(time.perf_counter() - start)
 
     def _prepare(self, jobs: Sequence[Job]) -> list[PreparedPrompt | ValidationError]:
         prompts = [job.prompt for job in jobs]

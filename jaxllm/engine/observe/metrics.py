@@ -130,8 +130,9 @@ class EngineMetrics:
         num_drafts: int = 0,
         processor_cache: ProcessorCache | None = None,
     ) -> None:
+        #: of every metric
+        self.labels = {"model_name": model_name, "engine": str(engine)}
         self._processor_cache = processor_cache
-        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._cache_info = {name: str(value) for name, value in (cache_info or {}).items()}
         self._expert_layers = tuple(expert_layers)
         #: [layers with experts, experts]; None: nothing has been counted
@@ -314,6 +315,7 @@ class EngineMetrics:
             "vllm:external_prefix_cache_queries": external.queries,
             "vllm:external_prefix_cache_hits": external_hits,
             "vllm:num_preemptions": scheduler.num_preemptions,
+            "jaxllm:preempted_tokens": scheduler.num_preempted_tokens,
             "vllm:prompt_tokens": self._prompt_tokens,
             "vllm:prompt_tokens_cached": self._prompt_tokens_cached,
             "vllm:generation_tokens": self._generation_tokens,
@@ -344,7 +346,7 @@ class EngineMetrics:
             Counter("vllm:admission_rejections", self._with(reason=reason), count)
             for reason, count in self._rejections.items()
         ]
-        metrics += self._drafts.metrics(self._labels)
+        metrics += self._drafts.metrics(self.labels)
         if self._expert_load is not None:
             metrics += [
                 Counter("jaxllm:expert_tokens", self._with(layer=str(layer), expert=str(expert)), count)
@@ -377,7 +379,7 @@ class EngineMetrics:
         return [observations.histogram(name, self._with()) for name, observations in observed.items()]
 
     def _with(self, **labels: str) -> dict[str, str]:
-        return {**self._labels, **labels}
+        return {**self.labels, **labels}
 
 
 def _num_cached(request: Request) -> int:

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter, Gauge, Histogram, Metric
+from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Vector
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as MetricFamily
@@ -36,8 +36,31 @@ HELP = {
     "vllm:prompt_tokens_cached": "Prompt tokens of these that the prefix cache had.",
     "vllm:prompt_tokens_by_source": "Prompt tokens, by where their keys and values came from.",
     "vllm:generation_tokens": "Tokens generated.",
+    "vllm:spec_decode_num_drafts": "Checks of drafts.",
+    "vllm:spec_decode_num_draft_tokens": "Drafts that were checked.",
+    "vllm:spec_decode_num_accepted_tokens": "Drafts of these that were right.",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "Right drafts, by their place.",
     "vllm:request_success": "Finished requests, by how they ended.",
     "vllm:admission_rejections": "Requests that were refused, by why.",
+    "jaxllm:preempted_tokens": "Computed tokens that preemptions gave up.",
+    "jaxllm:steps": "Steps.",
+    "jaxllm:steps_full": "Steps that used up max_num_batched_tokens.",
+    "jaxllm:steps_without_row": "Steps while requests waited for a row, and less than half of the KV cache was in use.",
+    "jaxllm:steps_starved": "Steps with free rows, while prompts were being tokenized.",
+    "jaxllm:steps_encoder_full": "Steps in which a prompt ended in front of a picture that had to wait.",
+    "jaxllm:step_tokens": "Tokens of the steps that are padded to a program's size.",
+    "jaxllm:step_bucket_tokens": "Tokens that the programs of these steps have room for.",
+    "jaxllm:host_seconds": "Seconds in which the host worked.",
+    "jaxllm:device_wait_seconds": "Seconds in which the host waited for the device.",
+    "jaxllm:tokenizer_wait_seconds": "Seconds in which nothing ran, since no prompt was tokenized yet.",
+    "jaxllm:most_requests": "Most requests that ran and waited at once.",
+    "jaxllm:most_running": "Most requests that ran at once.",
+    "jaxllm:longest_request": "Tokens of the longest request that has ended.",
+    "jaxllm:most_encoder_tokens": "Most vectors of pictures that would have been in use, had there been room.",
+    "jaxllm:prefix_cache_evicted": "Tokens that the prefix cache would have had, had it evicted nothing.",
+    "jaxllm:prefix_cache_missing_blocks": "Blocks with which it would have had them.",
+    "jaxllm:prefix_cache_salted": "Tokens that it had under another cache_salt.",
+    "jaxllm:prefix_cache_salted_requests": "Requests that this befell.",
     "vllm:mm_cache_queries": "Images and videos of prompts.",
     "vllm:mm_cache_hits": "Those of them that were prepared already.",
     "jaxllm:encoder_cache_usage_perc": "Share of the encoder's cache that running requests use, in [0, 1].",
@@ -63,21 +86,32 @@ HELP = {
     "vllm:request_num_preemptions": "Preemptions of a request.",
 }
 
-_FAMILIES = {Counter: CounterMetricFamily, Gauge: GaugeMetricFamily, Histogram: HistogramMetricFamily}
+#: of a vector's counters; vLLM's label of a draft's places, the only vector that there is
+_PLACE = "position"
+_FAMILIES = {
+    Counter: CounterMetricFamily,
+    Vector: CounterMetricFamily,
+    Gauge: GaugeMetricFamily,
+    Histogram: HistogramMetricFamily,
+}
 
 
 def families(metrics: Iterable[Metric]) -> list[MetricFamily]:
-    """Prometheus' families of a snapshot, counters with the suffix ``_total``."""
+    """Prometheus' families of a snapshot, counters with the suffix ``_total``, those of a vector by their place."""
     made: dict[str, MetricFamily] = {}
     for metric in metrics:
         labels = list(metric.labels)
         family = made.get(metric.name)
         if family is None:
             kind = _FAMILIES[type(metric)]
+            labels += [_PLACE] if isinstance(metric, Vector) else []
             family = made[metric.name] = kind(metric.name, HELP.get(metric.name, metric.name), labels=labels)
         values = list(metric.labels.values())
         if isinstance(metric, Histogram) and isinstance(family, HistogramMetricFamily):
             family.add_metric(values, list(metric.buckets.items()), metric.sum)
+        elif isinstance(metric, Vector) and isinstance(family, CounterMetricFamily):
+            for place, value in enumerate(metric.values):
+                family.add_metric([*values, str(place)], value)
         elif isinstance(metric, (Counter, Gauge)) and isinstance(family, (CounterMetricFamily, GaugeMetricFamily)):
             family.add_metric(values, metric.value)
     return list(made.values())

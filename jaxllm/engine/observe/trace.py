@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxllm.api.extras import how_to_install
+from jaxllm.api.metric import Metric, to_dict
+from jaxllm.engine.observe.engine_settings import EngineSettings
 from jaxllm.engine.observe.stage_record import StageRecord, bubble, busy_shares
 
 if TYPE_CHECKING:
@@ -101,6 +105,8 @@ class RequestRecord:
     #: drafts that were checked for it, and those of them that were right
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    #: in hexadecimal, of the full blocks of its prompt, where the prefix cache was asked for them
+    block_hashes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def spans(self) -> list[tuple[str, float, float]]:
         """("queued" | "prefill" | "decode", start, end), one after the other."""
@@ -132,13 +138,16 @@ class Trace:
         self.requests: list[RequestRecord] = []
         #: of a pipeline, what each stage did, once the trace has stopped
         self.stages: list[StageRecord] = []
+        #: what the engine was started with, and what its counters counted meanwhile, once the trace has stopped
+        self.settings: EngineSettings | None = None
+        self.metrics: list[Metric] = []
         #: number of a replica -> `expert_load` of what it ran
         self.expert_loads: dict[int, np.ndarray] = {}
 
     def start(self) -> Trace:
         """Begin anew: what an earlier use has recorded is dropped."""
         self.stop()
-        self.steps, self.requests, self.stages, self.expert_loads = [], [], [], {}
+        self.steps, self.requests, self.stages, self.metrics, self.expert_loads = [], [], [], [], {}
         self._attach(self)
         return self
 
@@ -207,17 +216,27 @@ class Trace:
         return {name: np.array([getattr(step, name) for step in steps], dtype=_dtype(name)) for name in _STEP_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"steps": [...], "requests": [...], "stages": [...]}``, and "expert_load" where it is counted; of what
-        JSON knows."""
+        """``{"steps": [...], "requests": [...], "stages": [...]}``, "settings" and "metrics" of an engine, and
+        "expert_load" where it is counted; of what JSON knows."""
         return {
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "requests": [
-                dataclasses.asdict(request) | {"preempted": [list(times) for times in request.preempted]}
+                dataclasses.asdict(request)
+                | {
+                    "preempted": [list(times) for times in request.preempted],
+                    "block_hashes": list(request.block_hashes),
+                }
                 for request in self.requests
             ],
             "stages": [dataclasses.asdict(record) for record in self.stages],
+            **({} if self.settings is None else {"settings": self.settings.to_dict()}),
+            **({} if not self.metrics else {"metrics": [to_dict(metric) for metric in self.metrics]}),
             **({} if self.expert_load is None else {"expert_load": self.expert_load.tolist()}),
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON, for ``jaxllm advise PATH``."""
+        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
 
     def to_pandas(self) -> pandas.DataFrame:
         """The steps as a table, indexed by step.

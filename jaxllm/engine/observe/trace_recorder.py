@@ -188,6 +188,7 @@ class TraceRecorder(StepObserver):
         request = seen.request
         if seen.preempted_at is not None:
             seen.preempted.append((seen.preempted_at, self._now()))
+        num_full = request.num_prompt_tokens // self._scheduler.kv_cache_manager.block_size
         self.trace.requests.append(
             RequestRecord(
                 request_id=request.request_id,
@@ -203,6 +204,7 @@ class TraceRecorder(StepObserver):
                 engine=self._engine,
                 num_drafted_tokens=request.num_drafted_tokens,
                 num_accepted_tokens=request.num_accepted_tokens,
+                block_hashes=tuple(block_hash.hex() for block_hash in request.block_hashes[:num_full]),
             )
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Metric, since
 from jaxllm.engine.observe.stage_record import stage_records
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.engine.observe.trace_recorder import TraceRecorder
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from jaxllm.engine.client import EngineClient
+    from jaxllm.engine.observe.engine_settings import EngineSettings
     from jaxllm.engine.observe.prometheus import MetricsServer
     from jaxllm.engine.step import StageTimer
 
@@ -30,6 +32,7 @@ class Watching:
         bucket: tokens and sequences of a step -> what the runner pads it to.
         profile: begins a profile in a folder; the result watches the steps, and has `folder` and `stop`.
         profiles: the folder of profiles that are given none.
+        settings: what the engine was started with.
     """
 
     def __init__(
@@ -38,8 +41,9 @@ class Watching:
         bucket: Callable[[int, int], tuple[int, ...]],
         profile: Callable[[Path], Any],
         profiles: Path,
+        settings: EngineSettings,
     ):
-        self._client, self._bucket = client, bucket
+        self._client, self._bucket, self.settings = client, bucket, settings
         self._begin_profile, self._profiles = profile, profiles
         self._profile: Any = None
         #: the port that is open
@@ -63,23 +67,30 @@ class Watching:
 
     def trace(self) -> Trace:
         """What records each step while it is on."""
-        cores, bucket = self._client.core.cores, self._bucket
+        core, bucket = self._client.core, self._bucket
+        cores = core.cores
         recorders: list[TraceRecorder] = []
         timers: list[tuple[StageTimer, int, float]] = []
 
+        before: list[list[Metric]] = []
+
         def attach(trace: Trace) -> None:
+            trace.settings = self.settings
+            before.append(core.metrics())
             zero = time.monotonic()
-            for number, core in enumerate(cores):
-                recorders.append(TraceRecorder(trace, core.scheduler, bucket, engine=number, zero=zero))
-                core.observe(recorders[-1])
-                timer = core.time_stages()
+            for number, one in enumerate(cores):
+                recorders.append(TraceRecorder(trace, one.scheduler, bucket, engine=number, zero=zero))
+                one.observe(recorders[-1])
+                timer = one.time_stages()
                 if timer is not None:
                     timers.append((timer, number, zero))
 
         def detach(trace: Trace) -> None:
             stopped, recorders[:] = list(recorders), []
-            for core, recorder in zip(cores, stopped, strict=False):
-                core.stop_observing(recorder)
+            while before:
+                trace.metrics = since(before.pop(), core.metrics())
+            for one, recorder in zip(cores, stopped, strict=False):
+                one.stop_observing(recorder)
                 recorder.close()
             timed, timers[:] = list(timers), []
             for timer, number, zero in timed:

@@ -30,12 +30,18 @@ class MediaScheduling:
         self.cache, self._keeps_whole = EncoderCache(num_rows), keeps_whole
         self._max_encoder_tokens = max_encoder_tokens
         self._left = 0
+        #: steps in which a prompt ended in front of an item for which there was no room, and most vectors that
+        #: would have been in use, had there been
+        self.num_waiting_steps = self.most_wanted = 0
+        #: of this step: what there was no room for
+        self._missing: dict[str, int] = {}
         #: requests that hold items
         self._holders: dict[str, Request] = {}
 
     def begin(self) -> None:
         """Another step."""
         self._left = self._max_encoder_tokens
+        self._missing.clear()
 
     def least(self, request: Request, start: int) -> int:
         """How many tokens a chunk from `start` on has at least."""
@@ -61,6 +67,7 @@ class MediaScheduling:
             if rows is None:
                 is_first = self._left == self._max_encoder_tokens
                 if not self.cache.can_hold(item.num_tokens) or (item.num_tokens > self._left and not is_first):
+                    self._missing[item.content_hash] = item.num_tokens
                     return max(first - start, 0)
                 rows = self.cache.allocate(item)
                 self._left -= item.num_tokens
@@ -83,6 +90,9 @@ class MediaScheduling:
 
         A step without entries is not executed: what it would have encoded is not there.
         """
+        if self._missing:
+            self.num_waiting_steps += 1
+            self.most_wanted = max(self.most_wanted, self.cache.num_used + sum(self._missing.values()))
         if not step.rows:
             for item, _ in step.encoder_inputs:
                 self.cache.forget(item)

@@ -339,6 +339,8 @@ class Scheduler:
             manager, resumed = self.kv_cache_manager, request.num_preemptions > 0
             num_tokens, num_local = len(request.all_token_ids), num_cached_tokens - num_external_tokens
             manager.prefix_cache_stats.record(num_tokens, num_local, resumed=resumed)
+            if manager.lost_hits is not None and not resumed:
+                manager.lost_hits.count(request, num_cached_tokens)
             if manager.host_pool is not None:
                 manager.external_stats.record(num_tokens - num_local, num_external_tokens, resumed=resumed)
         if request.num_cached_tokens < 0:

@@ -103,6 +103,9 @@ class Body(BaseModel):
                 known = sorted(cls.model_fields.keys() | cls.refused.keys())
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
+                if str(name).startswith("guided_"):
+                    # names that vLLM had, which are in many scripts
+                    hint = f" structured_outputs={{{str(name).removeprefix('guided_')!r:.80}: ...}} takes its place."
                 raise APIError(f"The parameter {name!r:.80} does not exist.{hint}", param=str(name))
         return kept
 

@@ -46,6 +46,7 @@ def routes(service: Service) -> APIRouter:
             raise APIError(f"The model `{name:.80}` does not exist.", status=404, param="model")
         return JSONAnswer(model(name))
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     @router.get("/ping")
     @router.post("/ping")

@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter(route_class=LargeBodies)
     #: of classes, where the model has names for them
-    labels = service.engine.engine.vllm_config.model_config.hf_config.id2label or {}
+    labels: dict[Any, str] = service.engine.engine.vllm_config.model_config.hf_config.id2label or {}
 
     @router.post(EMBEDDINGS)
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:

@@ -38,6 +38,7 @@ from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.drafter import Asked, Checked, Drafter, Written, columns_of
+from pallas_kernels.batch import AttentionBatch
 
 
 class DraftParams(NamedTuple):
@@ -140,6 +141,12 @@ def draft_steps(
         end_ids = fields["end_ids"].reshape(seqs, *(1,) * (ids.ndim - 1), -1)
         return (ids == ENDED) | jnp.any(end_ids == ids[..., None], axis=-1)
 
+    def turned(now: AttentionBatch, columns: int) -> jax.Array | None:
+        """`StepBatch.rope_positions` of so many positions of every sequence, all of them generated."""
+        if "rope_offsets" not in fields:
+            return None
+        return now.positions + jnp.repeat(fields["rope_offsets"], columns, axis=1)
+
     def computed(state: State, batch: StepBatch, params: Params, columns: int) -> _Computed:
         """A forward pass over so many positions of every sequence."""
         state, hidden, load, taken = compute(config, params, state, batch, drafter_reads=False)
@@ -220,11 +227,13 @@ def draft_steps(
 
         def single(loop: _Loop) -> _Computed:
             now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
-            return computed(loop.state, StepBatch(tokens=given[:, 0], attention=now), params.single, 1)
+            batch = StepBatch(tokens=given[:, 0], attention=now, rope_positions=turned(now, 1))
+            return computed(loop.state, batch, params.single, 1)
 
         def several(length: int, params: Params, loop: _Loop) -> _Computed:
             now = columns_of(attention, position, loop.going_on, counts, 1 + length)
-            batch = StepBatch(tokens=given[:, : 1 + length].reshape(-1), attention=now)
+            own = given[:, : 1 + length].reshape(-1)
+            batch = StepBatch(tokens=own, attention=now, rope_positions=turned(now, 1 + length))
             return computed(loop.state, batch, params, 1 + length)
 
         checks = zip(adaptive.lengths, params.several, strict=True)

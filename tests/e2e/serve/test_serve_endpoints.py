@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import shutil
@@ -159,6 +160,10 @@ def test_one_endpoint_for_all(url: str):
 def test_what_the_server_tells_of_itself(client: openai.OpenAI, url: str, engine: AsyncLLM):
     assert [model.id for model in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("alias").max_model_len == 256  # pyright: ignore[reportAttributeAccessIssue]
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/health")
+        assert connection.getresponse().status == 200
     assert get(url, "/health")[::2] == (200, "") and get(url, "/ping")[0] == 200
     assert get(url, "/version")[2] == {"version": jaxllm.__version__}
     assert get(url, "/load")[2] == {"server_load": 0}

@@ -33,6 +33,7 @@ def test_refusals_are_openais(client: openai.OpenAI, url: str):
         client.chat.completions.create(model="gpt", messages=MESSAGES)
     for body, text in (
         ({"tempreature": 1}, "Did you mean 'temperature'"),
+        ({"guided_json": {}}, r"structured_outputs=\{'json': \.\.\.\} takes its place"),
         ({"temperature": "hot"}, "temperature should be a valid number"),
         ({"temperature": 3}, r"temperature must be in \[0, 2\]"),
         ({"messages": []}, "at least 1 item"),

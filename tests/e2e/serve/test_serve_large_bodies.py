@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import threading
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_many_prompts_begin_a_few_at_a_time(most: int):
     begun, ended, turns = [0], [0], []
     count = 10 * AT_ONCE
 
-    async def stream(number: int) -> Any:
+    async def stream(number: int) -> AsyncGenerator[Any, None]:
         begun[0] += 1
         try:
             yield number

@@ -64,19 +64,21 @@ def test_calls_and_reasoning_that_the_model_writes(engine: AsyncLLM):
         openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
         body = {"structured_outputs": {"choice": ["Hm.</think>Yes."]}}
-        talk: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "extra_body": body}
+        asking: Any = {"model": "tiny", "messages": MESSAGES, "extra_body": body}
         message: Any = (
             client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body).choices[0].message
         )
         assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
         # a token is a byte: eleven of reasoning and its mark, four of the answer
-        for options in ({"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}):
-            stream: Any = client.chat.completions.create(**talk, stream=True, stream_options=options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        forms: Any = ({"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True})
+        for options in forms:
+            stream: Any = client.chat.completions.create(**asking, stream=True, stream_options=options)
             usages = [piece.usage for piece in stream if piece.usage is not None]
-            usages.append(client.chat.completions.create(**talk).usage)
+            usages.append(client.chat.completions.create(**asking).usage)
             told = [usage.completion_tokens_details.reasoning_tokens for usage in usages]
             assert told == sorted(told) and told[-2:] == [11, 11] and usages[-1].completion_tokens >= 15
-        asked = {"model": "tiny", "input": "What?", "extra_body": body}
-        events = list(client.responses.create(**asked, stream=True))
-        for response in (client.responses.create(**asked), events[-1].response):  # pyright: ignore[reportAttributeAccessIssue]
+        question: Any = {"model": "tiny", "input": "What?", "extra_body": body}
+        events: Any = list(client.responses.create(**question, stream=True))
+        for response in (client.responses.create(**question), events[-1].response):
+            assert response.usage is not None
             assert response.usage.output_tokens_details.reasoning_tokens == 11

@@ -1,0 +1,190 @@
+"""How an engine fared, from a file or from a server: a trace that was saved, or metrics as Prometheus gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Vector, from_dict
+from jaxllm.engine.observe.engine_settings import EngineSettings
+from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
+from jaxllm.tuning.load import Load
+
+#: bytes of a scrape, and seconds for it: servers with many models have some megabytes
+MOST_BYTES, SECONDS = 64 * 2**20, 30.0
+#: vLLM numbers the places of a draft by this label
+_POSITION = "position"
+
+
+def read_trace(path: Path) -> Trace:
+    """The trace of a file that `Trace.save` wrote. Raises ValidationError for another file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        trace = Trace(lambda _: None, lambda _: None)
+        trace.steps = [StepRecord(**step) for step in found["steps"]]
+        trace.requests = [RequestRecord(**{**each, **_tuples(each)}) for each in found["requests"]]
+        trace.settings = EngineSettings.from_dict(found["settings"])
+        trace.metrics = [from_dict(metric) for metric in found["metrics"]]
+    except OSError as error:
+        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        hint = " It is a trace for Perfetto: trace.save(PATH) writes the one that is wanted."
+        is_chrome = isinstance(error, KeyError | TypeError) and _is_chrome_trace(path)
+        raise ValidationError(
+            f"{path} is not a trace that `trace.save(PATH)` wrote ({error!r:.100}).{hint if is_chrome else ''}"
+        ) from None
+    return trace
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON has as lists."""
+    return {
+        "preempted": tuple((start, end) for start, end in record["preempted"]),
+        "block_hashes": tuple(record["block_hashes"]),
+    }
+
+
+def read_metrics(place: str, given: Mapping[str, Any]) -> Load:
+    """The load that a scrape tells of.
+
+    Args:
+        place: a file, or a URL, which is asked once.
+        given: engine arguments, which no scrape has: `max_num_seqs`, `max_num_batched_tokens`, and others.
+
+    Raises:
+        ValidationError: the place cannot be read, or has no metrics of vLLM or jaxllm.
+    """
+    metrics = parse_metrics(_text(place), place)
+    names = {metric.name for metric in metrics}
+    if not any(name.startswith("vllm:") for name in names):
+        raise ValidationError(
+            f"{place} has {len(names)} metrics, and none whose name begins with 'vllm:'. A vLLM server has them at "
+            "http://HOST:PORT/metrics."
+        )
+    settings = _settings(metrics, names)
+    known = {field.name for field in dataclasses.fields(EngineSettings)}
+    changed = {name: value for name, value in given.items() if name in known and value is not None}
+    return Load(settings=dataclasses.replace(settings, **changed), metrics=tuple(metrics))
+
+
+def parse_metrics(text: str, place: str) -> list[Metric]:
+    """The metrics of a text in Prometheus' format, under the names that `LLM.get_metrics` has.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: list[Metric] = []
+    try:
+        for family in text_string_to_metric_families(text):
+            if family.type == "histogram":
+                found += _histograms(family.name, family.samples)
+            elif family.type == "counter":
+                counted = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                found += _counters(family.name, counted)
+            else:
+                found += [Gauge(sample.name, dict(sample.labels), sample.value) for sample in family.samples]
+    except (ValueError, KeyError) as error:
+        raise ValidationError(f"{place} is not in Prometheus' text format: {error}") from None
+    return found
+
+
+def _counters(name: str, samples: Iterable[Any]) -> list[Metric]:
+    by_place: dict[tuple[tuple[str, str], ...], dict[int, int]] = {}
+    found: list[Metric] = []
+    for sample in samples:
+        if name.endswith("_per_pos") and sample.labels.get(_POSITION, "").isdecimal():
+            others = tuple(sorted((key, value) for key, value in sample.labels.items() if key != _POSITION))
+            by_place.setdefault(others, {})[int(sample.labels[_POSITION])] = int(sample.value)
+        else:
+            value = int(sample.value) if float(sample.value).is_integer() else sample.value
+            found.append(Counter(name, dict(sample.labels), value))
+    for labels, places in by_place.items():
+        found.append(Vector(name, dict(labels), [places.get(place, 0) for place in range(max(places) + 1)]))
+    return found
+
+
+def _histograms(name: str, samples: Iterable[Any]) -> list[Metric]:
+    found: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+    for sample in samples:
+        labels = tuple(sorted((key, value) for key, value in sample.labels.items() if key != "le"))
+        parts = found.setdefault(labels, {"buckets": {}, "sum": 0.0, "count": 0})
+        if sample.name == f"{name}_bucket":
+            bound = sample.labels["le"]
+            parts["buckets"][bound if bound == "+Inf" else str(float(bound))] = int(sample.value)
+        elif sample.name == f"{name}_sum":
+            parts["sum"] = sample.value
+        elif sample.name == f"{name}_count":
+            parts["count"] = int(sample.value)
+    return [Histogram(name, dict(labels), **parts) for labels, parts in found.items() if parts["buckets"]]
+
+
+def _settings(metrics: Iterable[Metric], names: set[str]) -> EngineSettings:
+    """What the labels of `vllm:cache_config_info` say; jaxllm's own server is known by its metrics."""
+    ours = any(name.startswith("jaxllm:") for name in names)
+    info = next((metric for metric in metrics if metric.name == "vllm:cache_config_info"), None)
+    labels = {} if info is None else info.labels
+    return EngineSettings(
+        engine="jaxllm" if ours else "vllm",
+        model=next((metric.labels["model_name"] for metric in metrics if "model_name" in metric.labels), ""),
+        block_size=_number(labels.get("block_size"), int),
+        num_blocks=_number(labels.get("num_gpu_blocks"), int),
+        gpu_memory_utilization=_number(labels.get("gpu_memory_utilization"), float),
+        sized_by="num_gpu_blocks_override"
+        if _number(labels.get("num_gpu_blocks_override"), int)
+        else "gpu_memory_utilization",
+        enable_prefix_caching=labels.get("enable_prefix_caching") != "False",
+    )
+
+
+def _number(text: str | None, kind: type) -> Any:
+    try:
+        return None if text is None else kind(text)
+    except ValueError:  # "None"
+        return None
+
+
+def _text(place: str) -> str:
+    if not re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE):
+        try:
+            return Path(place).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValidationError(f"{place} cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise ValidationError(f"{place} is not a text in UTF-8, as Prometheus' format is.") from None
+    if not place.lower().startswith(("http://", "https://")):
+        raise ValidationError(f"{place!r} is no URL of http or https. A file is given by its path.")
+    try:
+        # of a machine's own server, which no proxy knows
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+        with opener.open(place, timeout=SECONDS) as answer:
+            content = answer.read(MOST_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        hint = " A server's metrics are at /metrics." if not place.rstrip("/").endswith("/metrics") else ""
+        raise ValidationError(f"{place} answers {error.code} ({error.reason}).{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValidationError(f"{place} cannot be reached: {reason}. Does a server run there?") from None
+    if len(content) > MOST_BYTES:
+        raise ValidationError(f"{place} has more than {MOST_BYTES >> 20} MiB of metrics. Save them, and give the file.")
+    return content.decode("utf-8", errors="replace")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Nobody is asked but whom the user has named."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _is_chrome_trace(path: Path) -> bool:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(found, list) or "traceEvents" in found

@@ -1,0 +1,145 @@
+"""``jaxllm advise``: of a trace's file, and of a scrape of vLLM; neither needs a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from support.tiny_model import write_tiny_model
+from test_advice import ROOMY, prompts
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.api.metric import Counter, Histogram, Vector
+from jaxllm.engine.observe.prometheus import metrics_registry
+from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.advise import advise, load_of_trace
+from jaxllm.tuning.read import parse_metrics, read_metrics, read_trace
+
+VLLM = Path(__file__).parents[1] / "data" / "vllm_metrics.txt"
+
+
+def test_a_trace_is_saved_and_read_where_there_is_no_device(tmp_path: Path):
+    model = write_tiny_model(tmp_path)
+    with LLM(model, **{**ROOMY, "num_gpu_blocks_override": 60}) as llm:
+        with llm.trace() as trace:
+            llm.generate([{"prompt_token_ids": ids} for ids in prompts(12, 40)], SamplingParams(max_tokens=24))
+        said = str(llm.advise(trace))
+        scraped = generate_latest(metrics_registry(llm.get_metrics)).decode()
+        from_server = read_metrics(llm.serve_metrics().url, {"max_num_seqs": 16})
+    trace.save(tmp_path / "trace.json")
+    assert "preemptions" in said and str(advise(load_of_trace(read_trace(tmp_path / "trace.json")))) == said
+    code = (
+        "import sys\nfrom jaxllm.entrypoints.cli import main\n"
+        f"main(['advise', {str(tmp_path / 'trace.json')!r}])\n"
+        "print(*[name for name in ('jax', 'jaxlib', 'transformers') if name in sys.modules], 'loaded')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == f"{said}\nloaded\n"
+    # what Prometheus gets of jaxllm has the same numbers, under the same names
+    found = {(metric.name, tuple(sorted(metric.labels.items()))): metric for metric in parse_metrics(scraped, "text")}
+    for metric in llm_metrics(trace):
+        assert found[metric.name, tuple(sorted(metric.labels.items()))] == metric
+    advice = advise(from_server).of("preemptions")
+    assert advice is not None and advice.setting[:2] == ("max_num_seqs", 7)
+
+
+def llm_metrics(trace: object) -> list[Counter | Histogram]:
+    """Of an engine that did nothing before."""
+    kept = getattr(trace, "metrics")  # noqa: B009
+    names = {"vllm:num_preemptions", "vllm:prompt_tokens", "vllm:generation_tokens", "vllm:iteration_tokens_total"}
+    chosen = [metric for metric in kept if metric.name in names]
+    assert len(chosen) == len(names)
+    return chosen
+
+
+def test_a_scrape_of_vllm():
+    load = read_metrics(str(VLLM), {"max_num_batched_tokens": 2048, "num_speculative_tokens": 5})
+    found = advise(load, itl=None)
+    assert [advice.kind for advice in found] == ["preemptions", "budget too small", "speculation"]
+    # requests of up to 1000 + 1000 tokens need 125 blocks; 160 are there, and 47 fit into 5,999 blocks
+    preemptions = found[0]
+    assert preemptions.numbers["blocks_needed"] == 160 * 125
+    assert preemptions.setting[:2] == ("max_num_seqs", 47)
+    assert found[1].setting[:2] == ("max_num_batched_tokens", 4096)
+    # the third place is right in 8% of the checks
+    assert found[2].setting[:2] == ("num_speculative_tokens", 2)
+    # 48 requests take 31% of the cache: three times as many take 90%
+    calm = tuple(metric for metric in load.metrics if metric.name != "vllm:num_preemptions")
+    queue = advise(dataclasses.replace(load, metrics=calm)).of("queue")
+    assert queue is not None and queue.setting[:2] == ("max_num_seqs", 139)
+    late = advise(load, itl=0.05).of("budget too large")
+    assert late is not None and late.setting[:2] == ("max_num_batched_tokens", 1024)
+    # 13,800 of 204,800 tokens came later than 50 ms after the one before
+    assert late.numbers["late_share"] == pytest.approx(13800 / 204800)
+    assert advise(load, itl=0.15).of("budget too large") is None
+    assert load.values("vllm:spec_decode_num_accepted_tokens_per_pos") == [6000, 2400, 800, 150, 50]
+    assert any(isinstance(metric, Vector) for metric in load.metrics)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]):
+    assert (
+        main(["advise", "--vllm-metrics", str(VLLM), "--max-num-batched-tokens", "2k", "--itl", "50ms", "--json"]) == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kind"] for line in lines] == ["preemptions", "speculation", "budget too large"]
+    assert {"evidence", "argument", "value", "instead", "numbers"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either a trace or --vllm-metrics"),
+        (["none.json"], "none.json cannot be read: No such file"),
+        ([str(VLLM)], "is not a trace that `trace.save"),
+        (["--vllm-metrics", "none.txt"], "none.txt cannot be read"),
+        (["--vllm-metrics", "ftp://host/metrics"], "is no URL of http or https"),
+        (["--vllm-metrics", "file:///etc/passwd"], "is no URL of http or https"),
+        (["--vllm-metrics", "http://127.0.0.1:1/metrics"], "cannot be reached"),
+        (["--vllm-metrics", __file__], "is not in Prometheus' text format"),
+        ([str(VLLM), "--max-num-seqs", "4"], "--max-num-seqs is for --vllm-metrics"),
+        (["--vllm-metrics", str(VLLM), "--itl", "soon"], "--itl must be a time such as 50ms"),
+        (["--vllm-metrics", str(VLLM), "--itl", "0"], "itl must be a number of seconds greater than 0"),
+    ],
+)
+def test_bad_input_is_told(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["advise", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_trace_for_perfetto_is_told_from_the_one_that_is_wanted(tmp_path: Path):
+    (tmp_path / "trace.json").write_text('{"traceEvents": []}')
+    with pytest.raises(ValidationError, match="It is a trace for Perfetto: trace.save"):
+        read_trace(tmp_path / "trace.json")
+
+
+class Moved(BaseHTTPRequestHandler):
+    """A server that sends its clients elsewhere."""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", "http://example.org/metrics")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_nobody_is_asked_but_whom_the_user_named():
+    server = HTTPServer(("127.0.0.1", 0), Moved)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(ValidationError, match="answers 302"):
+            read_metrics(f"http://127.0.0.1:{server.server_port}/metrics", {})
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,118 @@
+"""The simulator against the engine itself, over a device that takes time on a clock of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_model import write_tiny_model
+from support.virtual_time import VirtualTime
+from test_advice import ROOMY, prompts
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.trace import RequestRecord, Trace
+from jaxllm.engine.step import SchedulerOutput
+from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.replay import replay
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def run(model: Path, given: list[list[int]], **arguments: Any) -> Trace:
+    """A trace of requests that come together, where steps take 1 ms and 20 us a token of their programs."""
+    with LLM(model, **{**ROOMY, **arguments}) as llm:
+        bucket = llm.engine.runner.bucket
+
+        def seconds(step: SchedulerOutput) -> float:
+            return sum(1e-3 + 2e-5 * bucket(tokens, min(tokens, len(step.rows)))[0] for tokens in step.step_sizes())
+
+        clock = VirtualTime(llm, seconds)
+        params = [SamplingParams(max_tokens=8 + 5 * (i % 4), ignore_eos=True) for i in range(len(given))]
+        with clock.trace() as trace:
+            llm.generate([{"prompt_token_ids": ids} for ids in given], params, use_tqdm=False)
+    return trace
+
+
+def throughput(trace: Trace) -> float:
+    """Output tokens a second on the device's clock."""
+    end = max(step.device_start + step.device_time for step in trace.steps)
+    return sum(request.num_output_tokens for request in trace.requests) / end
+
+
+SHARED = [[*prompts(1, 64, seed=5)[0], *end] for end in prompts(16, 20)]
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded", "changes"),
+    [
+        (prompts(24, 40), {"max_num_seqs": 4}, {"max_num_seqs": 12}),
+        (prompts(24, 40), {"num_gpu_blocks_override": 200}, {"num_gpu_blocks_override": 60}),
+        (prompts(16, 100), {"max_num_batched_tokens": 64}, {"max_num_batched_tokens": 256}),
+        (SHARED, {"max_num_seqs": 4}, {"enable_prefix_caching": False}),
+        (prompts(8, 30), {"max_num_seqs": 8}, {"num_decode_steps": 8}),
+        (prompts(8, 30), {"max_num_seqs": 8}, {"async_scheduling": False}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_it_foresees_what_the_engine_does(
+    model: Path, given: list[list[int]], recorded: dict[str, Any], changes: dict[str, Any]
+):
+    """Steps, preemptions, hits and throughput of other settings, from a trace of the recorded ones."""
+    trace = run(model, given, **recorded)
+    # arrivals are on the host's clock, which stands still for the device
+    trace.requests = at_once(trace)
+    found = replay(trace, changes)
+    assert found.same.throughput == pytest.approx(throughput(trace), rel=0.02)
+    truth = run(model, given, **{**recorded, **changes})
+    assert found.changed is not None
+    assert found.changed.throughput == pytest.approx(throughput(truth), rel=0.02)
+    assert found.changed.preemptions == sum(step.num_preemptions for step in truth.steps)
+    assert found.changed.cached_tokens == sum(request.num_cached_tokens for request in truth.requests)
+    assert found.changed.num_requests == len(given)
+    np.testing.assert_allclose(found.changed.kv_cache_usage.max(), max(step.kv_cache_usage for step in truth.steps))
+    assert "error" in str(found) and found.to_dict()["changes"] == changes
+
+
+def at_once(trace: Trace) -> list[RequestRecord]:
+    """The requests in the order in which they came."""
+    ordered = sorted(trace.requests, key=lambda request: int(request.request_id))
+    return [dataclasses.replace(request, queued=0.0) for request in ordered]
+
+
+def test_the_model_of_steps_is_found_again(model: Path):
+    trace = run(model, prompts(24, 40), max_num_seqs=12)
+    found = replay(trace, {}).model
+    assert found.fixed == pytest.approx(1e-3, rel=0.05) and found.token == pytest.approx(2e-5, rel=0.05)
+    assert found.kv_token < 1e-9
+
+
+def test_what_is_not_simulated_is_refused(model: Path):
+    trace = run(model, prompts(8, 30), max_num_seqs=4)
+    bad: Callable[..., Any] = lambda **changes: replay(trace, changes)  # noqa: E731
+    with pytest.raises(ValidationError, match="block_size cannot change"):
+        bad(block_size=16)
+    with pytest.raises(ValidationError, match="speculative_config is not simulated"):
+        bad(num_speculative_tokens=3)
+    with pytest.raises(ValidationError, match="max_num_batched_tokens=2 is less than max_num_seqs=4"):
+        bad(max_num_batched_tokens=2)
+    trace.requests.clear()
+    with pytest.raises(ValidationError, match="has no requests"):
+        bad()
+
+
+def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(model, prompts(8, 30), max_num_seqs=4).save(tmp_path / "trace.json")
+    assert main(["simulate", str(tmp_path / "trace.json"), "--max-num-seqs", "8", "--no-async-scheduling"]) == 0
+    out = capsys.readouterr().out
+    assert "max_num_seqs=8, async_scheduling=False" in out and "output tokens/s" in out and "error" in out
+    assert main(["simulate", str(tmp_path / "trace.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] is None
