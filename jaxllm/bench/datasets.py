@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.bench.pictures import with_pictures
 from jaxllm.command_options import engine_arguments
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.resolve import resolve
@@ -42,6 +43,8 @@ class BenchRequest:
     output_len: int
     #: seconds after the beginning at which it comes; None: the benchmark says when
     arrival_s: float | None = None
+    #: (width, height, seed of the pixels) of each picture in front of the prompt
+    pictures: tuple[tuple[int, int, int], ...] = ()
 
 
 def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -67,7 +70,7 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         raise ValidationError(f"--dataset-name {name} reads a file: give --dataset-path{hint}.")
     if not reads and path is not None:
         raise ValidationError(f"--dataset-name {name} makes its prompts itself and reads no --dataset-path.")
-    if name != "random" and arguments.input_len is not None:
+    if name not in ("random", "random-mm") and arguments.input_len is not None:
         instead = "--prefix-repetition-prefix-len and -suffix-len" if name == "prefix_repetition" else "--num-prompts"
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
     if path is not None:
@@ -81,7 +84,7 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
             for option in ("num_prefixes", "prefix_len", "suffix_len")
         }
         return prefix_repetition(ids, count, draw, output_len=output_len or OUTPUT_LEN, **lengths)
-    return random_lengths(
+    requests = random_lengths(
         ids,
         count,
         draw,
@@ -89,6 +92,15 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         output_len=output_len or OUTPUT_LEN,
         range_ratio=arguments.random_range_ratio,
         prefix_len=arguments.random_prefix_len,
+    )
+    if name != "random-mm":
+        return requests
+    return with_pictures(
+        requests,
+        draw,
+        count=arguments.random_mm_base_items_per_request,
+        range_ratio=arguments.random_mm_num_mm_items_range_ratio,
+        buckets=arguments.random_mm_bucket_config,
     )
 
 

@@ -56,6 +56,7 @@ class Samples:
     num_requests: int
     prompt_tokens: int
     output_tokens: int
+    num_images: int = 0
     seconds: list[float] = dataclasses.field(default_factory=list)
     #: of rounds that generate one token of each request; empty where prefill is not measured apart
     prefill_seconds: list[float] = dataclasses.field(default_factory=list)
@@ -66,6 +67,7 @@ class Samples:
             num_requests=len(requests),
             prompt_tokens=sum(len(request.prompt_token_ids) for request in requests),
             output_tokens=sum(request.output_len for request in requests),
+            num_images=sum(len(request.pictures) for request in requests),
         )
 
     def add(self, turn: int, seconds: float, prefill_seconds: float | None = None) -> None:
@@ -85,6 +87,8 @@ class Samples:
             "total_tokens_per_s": (self.prompt_tokens + self.output_tokens) / seconds,
             "output_tokens_per_s": self.output_tokens / seconds,
         }
+        if self.num_images:
+            found["images_per_s"] = self.num_images / seconds
         if prefill_seconds is not None:
             found["prefill_tokens_per_s"] = self.prompt_tokens / prefill_seconds
             if seconds > prefill_seconds and self.output_tokens > self.num_requests:

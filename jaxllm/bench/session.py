@@ -56,8 +56,12 @@ class JaxLLMSession(Session):
             SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, detokenize=self._detokenize)
             for _, length in requests
         ]
-        self.outputs = self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+        self.outputs = self.llm.generate(list(map(self.prompt, requests)), params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in self.outputs]
+
+    def prompt(self, request: Request) -> Any:
+        """What the engine is given of a request."""
+        return {"prompt_token_ids": request[0]}
 
     def times_per_token(self) -> list[float]:
         """Return mean seconds of a token after the first, for each request of the newest round."""
@@ -70,7 +74,7 @@ class JaxLLMSession(Session):
         metrics = {metric.name: metric for metric in self.llm.get_metrics() if isinstance(metric, Counter)}
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
         found = {name: metrics.get(f"vllm:spec_decode_{name}") for name in names}
-        return {name: metric.value for name, metric in found.items() if metric is not None} or None
+        return {name: int(metric.value) for name, metric in found.items() if metric is not None} or None
 
 
 def load(message: dict[str, Any]) -> JaxLLMSession:

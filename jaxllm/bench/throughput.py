@@ -11,6 +11,7 @@ from jaxllm.bench import plot, report
 from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
 from jaxllm.bench.measurements import Samples, turns
 from jaxllm.bench.peers.protocol import Request, timed_round
+from jaxllm.bench.pictures import PictureSession
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.command_options import build_llm
 
@@ -21,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValidationError("--include-startup compares engines: give --compare, or use `jaxllm bench startup`.")
     if arguments.compare is None and (arguments.peer_python or arguments.gguf or arguments.threads):
         raise ValidationError("--peer-python, --gguf and --threads are for --compare.")
+    if arguments.compare is not None and arguments.dataset_name == "random-mm":
+        raise ValidationError("--dataset-name random-mm is not for --compare, whose engines get tokens alone.")
     plot.require(arguments.plot)
     tokenizer = bench_tokenizer(arguments)
     cases: list[list[BenchRequest]] = []
@@ -41,7 +44,10 @@ def _alone(
 ) -> tuple[dict[str, Any], dict[str, list[Samples]]]:
     done: list[Samples] = []
     with build_llm(arguments) as llm:
-        session = JaxLLMSession(llm, detokenize=not arguments.disable_detokenize)
+        every, detokenize = [request for case in cases for request in case], not arguments.disable_detokenize
+        session = JaxLLMSession(llm, detokenize=detokenize)
+        if any(request.pictures for request in every):
+            session = PictureSession(llm, every, detokenize=detokenize)
         for case in cases:
             session.check(_plain(case))
         for case in cases:
@@ -81,6 +87,8 @@ def _show(samples: Samples) -> None:
         f"Total num prompt tokens:  {samples.prompt_tokens}\n"
         f"Total num output tokens:  {samples.output_tokens}"
     )
+    if samples.num_images:
+        print(f"Images: {medians['images_per_s']:.2f} images/s, {samples.num_images} in all")
     if "decode_tokens_per_s" in medians:
         print(
             f"Prefill: {medians['prefill_tokens_per_s']:.2f} prompt tokens/s, "

@@ -41,7 +41,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
         "media_io_kwargs": (),
         "interleave_mm_strings": (False,),
         "skip_mm_profiling": (False,),
-        "disable_chunked_mm_input": (False,),
     },
     "this choice of what is offloaded (cpu_offload_gb offloads whole layers, kv_offloading_size the KV cache)": {
         "cpu_offload_params": (),

@@ -199,6 +199,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     mm_processor_cache_gb: float = argument(
         4.0, check.gibibytes, "memory of images that are prepared, in case they come again; 0: none", group="model"
     )
+    disable_chunked_mm_input: bool = switch(
+        False, "compute all tokens of an image in one step (Gemma 3's always are)", group="scheduler"
+    )
     max_num_encoder_input_tokens: int | None = argument(
         None,
         check.at_least(1),

@@ -70,6 +70,12 @@ class MediaReader:
         with _told("the messages"):
             return without_media(prompt, self._access, self._marks.placeholders, self._check_count, self._check_frames)
 
+    def placeholder_ids(self, modality: str) -> list[int]:
+        """What stands for an item in a prompt of tokens."""
+        if self._tokenizer is None:
+            raise ValidationError("the marks of images need a tokenizer, and skip_tokenizer_init=True")
+        return list(self._tokenizer.encode(self._marks.placeholders[modality], add_special_tokens=False))
+
     def text_of(self, text: str) -> str:
         """A text with pictures as the model reads it."""
         return self._marks.in_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
@@ -151,11 +152,10 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
     """
     assert model.vision is not None
     hf, vision = checkpoint.config, model.vision
-    family = next(_FAMILIES[name] for name in hf["architectures"] if name in _FAMILIES)
+    family = _family(hf)
     tokens: dict[str, int] = {}
-    for modality, (default, names) in family.tokens.items():
-        if not args.limit_mm_per_prompt.get(modality, MediaLimit()).count:
-            continue
+    for modality in wanted_modalities(args, hf):
+        default, names = family.tokens[modality]
         name = next((name for name in names if name in hf), names[0])
         tokens[modality] = token = hf.get(name, default)
         if not 0 <= token < model.vocab_size:
@@ -189,10 +189,20 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
         access=MediaAccess(args.allowed_local_media_path, args.allowed_media_domains),
         marks=family.marks,
         has_axes=model.rope_sections != (),
-        keeps_whole=model.sees_whole_pictures,
+        keeps_whole=model.sees_whole_pictures or args.disable_chunked_mm_input,
         max_encoder_tokens=args.max_num_encoder_input_tokens,
         cache_bytes=int(args.mm_processor_cache_gb * 2**30),
     )
+
+
+def wanted_modalities(args: EngineArgs, hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a model with a tower sees, but for what `limit_mm_per_prompt` switches off."""
+    limits = args.limit_mm_per_prompt
+    return tuple(modality for modality in _family(hf).tokens if limits.get(modality, MediaLimit()).count)
+
+
+def _family(hf: Mapping[str, Any]) -> _Family:
+    return next(_FAMILIES[name] for name in hf["architectures"] if name in _FAMILIES)
 
 
 def check_media(args: EngineArgs) -> None:

@@ -20,8 +20,12 @@ from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.media import media_limits
+from jaxllm.models.decoder import DecoderConfig
 from jaxllm.multimodal.items import Media
 from jaxllm.multimodal.qwen_processor import QwenProcessor
+from jaxllm.startup.setup import read_setup
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -67,7 +71,7 @@ def prompt(text: str, *pictures: Any, **others: Any) -> dict[str, Any]:
 
 
 def counter(llm: LLM, name: str) -> int:
-    return next(m.value for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
+    return next(int(m.value) for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
 
 
 def prepared(pictures: Sequence[Any]) -> dict[str, Any]:
@@ -390,3 +394,17 @@ def test_what_does_not_go_with_pictures_is_refused(model: Path):
     ):
         with pytest.raises(ValidationError, match="images"):
             LLM(model, **{**ARGUMENTS, "enforce_eager": False, argument: value})
+
+
+def test_pictures_that_are_not_cut_need_room_in_a_step(model: Path):
+    with pytest.raises(ValidationError, match="Set max_num_batched_tokens to at least 64"):
+        LLM(model, **ARGUMENTS, disable_chunked_mm_input=True)
+
+
+def test_the_text_of_a_model_that_sees_is_pooled_without_its_tower(model: Path):
+    args = EngineArgs(
+        model=str(model), runner="pooling", limit_mm_per_prompt=media_limits("", {"image": 0, "video": 0})
+    )
+    setup = read_setup(args, model)
+    assert setup.pooler is not None and setup.media is None
+    assert isinstance(setup.model, DecoderConfig) and setup.model.vision is None

@@ -229,17 +229,30 @@ def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests:
     scored = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     (output,) = llm.generate(prompt, scored, lora_request=own, use_tqdm=False)
     ids = output.prompt_token_ids or []
-    ours = [entry[token].logprob for token, entry in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)]
+    scores = zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
+    ours = [entry[token].logprob for token, entry in scores if entry]
     assert ours == pytest.approx(oracle.logprobs("all", ids[:1], ids[1:]), abs=1e-4)
     found = llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True), lora_request=own)
     best = found[0].sequences[0]
     theirs = oracle.logprobs("all", ids, best.tokens[len(ids) :])
     assert best.cum_logprob == pytest.approx(sum(theirs), abs=1e-3)
     # weights that are put away and come back leave nothing behind of adapters, which come back too
-    llm.sleep(level=1)
-    llm.wake_up()
-    (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
-    assert difference(oracle, "all", output) < 1e-4
+    for level in (1, 2):
+        llm.sleep(level=level)
+        llm.wake_up()
+        (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
+        assert difference(oracle, "all", output) < 1e-4
+
+
+def test_a_step_without_adapters_is_the_program_of_an_engine_without_them(llm: LLM, model: Path):
+    with LLM(model, **SMALL, block_size=8) as plain:
+        texts = []
+        for engine in (llm, plain):
+            programs: Any = engine.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+            lines = programs.forward(programs.bucket(1, 1)).as_text().splitlines()
+            # but for the lines of Python that an operation is from
+            texts.append([re.sub(r", metadata=\{.*?\}", "", line) for line in lines if " = " in line])
+    assert texts[0] == texts[1] and len(texts[0]) > 100
 
 
 def test_the_memory_plan_counts_them(model: Path, llm: LLM):

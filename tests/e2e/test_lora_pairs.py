@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lora_pairs import FAMILIES, SETTINGS
+from support.lora_pairs import FAMILIES, PICTURES, SETTINGS
 from support.own_process import found_by
 from support.tiny_model import SMALL, write_tiny_model
 
@@ -19,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.lora_pairs", tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, *FAMILIES])
+@pytest.mark.parametrize("name", [*SETTINGS, *FAMILIES, PICTURES])
 def test_adapters_go_with(found: dict[str, Any], name: str):
     """Log-probabilities are PEFT's, and not those of the model without adapters."""
     assert found[name]["difference"] < 1e-4 and found[name]["from the base"] > 0.1
@@ -32,6 +32,7 @@ def test_the_settings_were_at_work(found: dict[str, Any]):
     assert count("preemption", "num_preemptions") and count("tensor parallel", "prefix_cache_hits")
     assert count("KV offloading", "external_prefix_cache_hits")
     assert count("drafts", "spec_decode_num_draft_tokens")
+    assert count("a model that drafts", "spec_decode_num_accepted_tokens")
 
 
 #: what adapters do not go with -> what is said

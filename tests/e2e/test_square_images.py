@@ -72,7 +72,7 @@ def prompt(family: str, text: str, *pictures: Any, **others: Any) -> dict[str, A
 
 
 def counter(llm: LLM, name: str) -> int:
-    return next(m.value for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
+    return next(int(m.value) for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
 
 
 def check(theirs: Any, processor: Any, output: RequestOutput, pictures: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ log-probabilities are from PEFT's, and from those of the model without adapters.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import jax
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from support.adapters import ADAPTERS, Oracle, difference, save_adapter
 from support.quantized_checkpoints import write
 from support.tiny_model import SMALL, write_tiny_model
+from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.lora_request import LoRARequest
@@ -33,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "enforce_eager": False,
         "max_num_batched_tokens": 8,
     },
+    # a model that drafts has no adapters: its drafts are the base's
+    "a model that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8},
     "preemption": {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 8},
     "KV offloading": {"kv_offloading_size": "2MB", "num_gpu_blocks_override": 20},
@@ -65,6 +70,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     ),
 }
+PICTURES = "pictures"
+IMAGE_LIMIT = {"count": 1, "width": 84, "height": 84}
 PROMPT = "some text that begins alike, then goes its own way: "
 
 
@@ -104,7 +111,48 @@ def of_setting(name: str, folder: Path) -> dict[str, Any]:
     each = enumerate(ADAPTERS.items())
     adapters = {key: save_adapter(model, folder / key, seed=seed, **config) for seed, (key, config) in each}
     prompts = [PROMPT + str(i) * (1 + 5 * (i % 3)) for i in range(12)]
-    return asked(model, read, adapters, SETTINGS[name], prompts, {})
+    arguments = dict(SETTINGS[name])
+    if name == "a model that drafts":
+        drafter = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 1}
+        arguments["speculative_config"] = drafter
+    return asked(model, read, adapters, arguments, prompts, {})
+
+
+def of_pictures(folder: Path) -> dict[str, Any]:
+    """An adapter of the text of a model that sees pictures, against the same adapter merged into the model."""
+    folder.mkdir()
+    model, merged, adapter = (folder / name for name in ("model", "merged", "adapter"))
+    model.mkdir()
+    write_tiny_vl_model(model)
+    torch.manual_seed(5)
+    base: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    modules = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    adapted: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
+    adapted.save_pretrained(str(adapter))
+    shutil.copytree(model, merged)
+    adapted.merge_and_unload().save_pretrained(folder / "made")
+    shutil.copy(folder / "made" / "model.safetensors", merged / "model.safetensors")
+    prompts = [
+        {"prompt": f"{PICTURE} what is it", "multi_modal_data": {"image": picture(56, 84)}},
+        {"prompt": f"and {PICTURE} this", "multi_modal_data": {"image": picture(28, 56, seed=2)}},
+        "only text",
+    ]
+    params = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
+
+    def numbers(read: Path, lora_request: LoRARequest | None) -> list[float]:
+        own = {"enable_lora": True} if lora_request is not None else {}
+        arguments = {**SMALL, "max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": IMAGE_LIMIT}}
+        with LLM(read, **arguments, **own) as llm:
+            outputs = llm.generate(prompts, params, lora_request=lora_request, use_tqdm=False)
+        return [output.outputs[0].cumulative_logprob or 0.0 for output in outputs]
+
+    plain, ours = numbers(model, None), numbers(model, LoRARequest("own", 1, adapter))
+    theirs = numbers(merged, None)
+    return {
+        "difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
+        "from the base": max(abs(a - b) for a, b in zip(ours, plain, strict=True)),
+        "counters": {},
+    }
 
 
 def of_family(name: str, folder: Path) -> dict[str, Any]:
@@ -127,13 +175,12 @@ def of_family(name: str, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
-    chosen = sys.argv[2:] or [*SETTINGS, *FAMILIES]
-    place = Path(sys.argv[1])
-    print(
-        json.dumps(
-            {
-                name: (of_setting if name in SETTINGS else of_family)(name, place / name.replace(" ", "-"))
-                for name in chosen
-            }
-        )
-    )
+    chosen = sys.argv[2:] or [*SETTINGS, *FAMILIES, PICTURES]
+    found = {}
+    for name in chosen:
+        place = Path(sys.argv[1]) / name.replace(" ", "-")
+        if name == PICTURES:
+            found[name] = of_pictures(place)
+        else:
+            found[name] = (of_setting if name in SETTINGS else of_family)(name, place)
+    print(json.dumps(found))

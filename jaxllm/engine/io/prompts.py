@@ -157,8 +157,9 @@ class PromptReader:
         embeds: EmbedsReader | None = None,
         media: MediaReader | None = None,
     ):
-        self._hasher, self._embeds, self._media = hasher, embeds, media
+        self._hasher, self._embeds = hasher, embeds
         self._tokenizer = tokenizer
+        self.media = media
         self._renderer = renderer
         self._vocab_size = vocab_size
 
@@ -178,9 +179,9 @@ class PromptReader:
                     read[position] = self._embedded(prompt, options)
                     continue
                 if isinstance(prompt, Mapping) and has_media(prompt.get("messages")):
-                    if self._media is None:
+                    if self.media is None:
                         raise ValidationError(f"a message has a part that is no text{_TEXT_ONLY}")
-                    prompt = self._media.of_conversation(prompt)
+                    prompt = self.media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
                 if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
                     media[position] = self._items(prompt)
@@ -190,8 +191,8 @@ class PromptReader:
                     if options.add_special_tokens is not None:
                         special = options.add_special_tokens
                     assert text is not None
-                    if self._media is not None and media.get(position):
-                        given[position], text = text, self._media.text_of(text)
+                    if self.media is not None and media.get(position):
+                        given[position], text = text, self.media.text_of(text)
                     texts[special].append((position, text, salt))
             except ValidationError as error:
                 read[position] = error
@@ -251,10 +252,10 @@ class PromptReader:
 
     def _items(self, prompt: Mapping[str, Any]) -> list[Media]:
         """What a prompt holds besides text."""
-        if self._media is None:
+        if self.media is None:
             given = next(key for key in MEDIA_KEYS if prompt.get(key))
             raise ValidationError(f"the prompt has {given!r}{_TEXT_ONLY}")
-        return self._media.read(prompt)
+        return self.media.read(prompt)
 
     def _embedded(self, prompt: Mapping[str, Any], options: TokenizationOptions) -> PreparedPrompt:
         """A prompt that is vectors."""
@@ -304,16 +305,16 @@ class PromptReader:
         items: list[Media] | None = None,
     ) -> PreparedPrompt:
         media, keys = None, ()
-        if items and self._media is not None:
-            ids, media = self._media.place(ids, items)
+        if items and self.media is not None:
+            ids, media = self.media.place(ids, items)
             if options.keep is not None and len(ids) > options.keep:
                 raise ValidationError(
                     f"the prompt has {len(ids)} tokens with those of its images, and truncate_prompt_tokens would cut "
                     f"it to {options.keep}: a prompt with images is not cut. Make it or its images smaller."
                 )
             keys = tuple(ExtraKey(kind="mm", value=item.key, start=item.start, stop=item.stop) for item in media.items)
-        elif self._media is not None:
-            self._media.check_no_places(ids)
+        elif self.media is not None:
+            self.media.check_no_places(ids)
         ids = options.cut(ids)
         if not ids:
             raise ValidationError("The decoder prompt cannot be empty")
