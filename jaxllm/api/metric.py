@@ -19,9 +19,9 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Counter(Metric):
-    """Only ever grows."""
+    """Only ever grows. vLLM's are whole numbers; seconds are not."""
 
-    value: float
+    value: int
 
 
 @dataclasses.dataclass(frozen=True)

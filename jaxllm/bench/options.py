@@ -68,6 +68,15 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     _add_output_json(parser)
 
 
+def add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench simulate`` takes."""
+    _add(parser, "--num-prompts", 24, "requests of each workload")
+    _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
+    _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
+    _add_output_json(parser)
+    add_engine_options(parser)
+
+
 def add_throughput_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench throughput`` takes."""
     add_dataset_options(parser)
@@ -100,6 +109,15 @@ def add_latency_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--sweep-context", None, "with prompts of these lengths", kind=counts)
     _add(group, "--sweep-blocks", None, "with KV caches of these many blocks", kind=counts)
     _add_outputs(parser, plot="milliseconds per token against context or blocks")
+    add_engine_options(parser)
+
+
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench lora`` takes."""
+    _add_lengths(parser, output_len=32)
+    _add(parser, "--batch-size", 32, "requests in the batch")
+    _add_iterations(parser, num_iters=3, num_iters_warmup=1)
+    _add_output_json(parser)
     add_engine_options(parser)
 
 
@@ -251,8 +269,10 @@ BENCHMARKS = (
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
     Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
+    Benchmark("lora", "seconds of one batch without adapters and with several", add_lora_options),
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
+    Benchmark("simulate", "how far the simulator is from what is measured", add_simulate_options),
     Benchmark("startup", "seconds from process start to the first token", add_startup_options),
     Benchmark("serve", "latencies of requests to a server of OpenAI's API", add_serve_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),

@@ -105,7 +105,8 @@ def _counters(name: str, samples: Iterable[Any]) -> list[Metric]:
             others = tuple(sorted((key, value) for key, value in sample.labels.items() if key != _POSITION))
             by_place.setdefault(others, {})[int(sample.labels[_POSITION])] = int(sample.value)
         else:
-            found.append(Counter(name, dict(sample.labels), sample.value))
+            value = int(sample.value) if float(sample.value).is_integer() else sample.value
+            found.append(Counter(name, dict(sample.labels), value))
     for labels, places in by_place.items():
         found.append(Vector(name, dict(labels), [places.get(place, 0) for place in range(max(places) + 1)]))
     return found
