@@ -112,6 +112,15 @@ def add_latency_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench lora`` takes."""
+    _add_lengths(parser, output_len=32)
+    _add(parser, "--batch-size", 32, "requests in the batch")
+    _add_iterations(parser, num_iters=3, num_iters_warmup=1)
+    _add_output_json(parser)
+    add_engine_options(parser)
+
+
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench profile`` takes."""
     _add(parser, "--batch-sizes", [1, 8, 32], "requests of each batch", kind=counts)
@@ -260,6 +269,7 @@ BENCHMARKS = (
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
     Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
+    Benchmark("lora", "seconds of one batch without adapters and with several", add_lora_options),
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),
     Benchmark("simulate", "how far the simulator is from what is measured", add_simulate_options),

@@ -85,6 +85,9 @@ class PeftReader:
             with SafetensorsReader(folder) as reader:
                 for module, (a, b, scale) in matrices.items():
                     up = reader.read(b).astype(np.float32) * np.float32(scale)
+                    # products by all slots' matrices at once would carry them into other requests' sums
+                    if not np.isfinite(up).all():
+                        raise ValidationError(f"{name}: lora_B of {module!r} has numbers that are not finite.")
                     found[module] = reader.read(a), up
             return found
 

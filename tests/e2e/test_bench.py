@@ -48,6 +48,17 @@ def test_throughput(options: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_lora(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "lora", tmp_path, *options, "--max-model-len", "256", "--num-iters", "2", "--num-iters-warmup", "0",
+        "--input-len", "8", "--output-len", "3", "--batch-size", "4", "--max-loras", "2", "--max-lora-rank", "3",
+    )  # fmt: skip
+    rounds = [times for each in record["rounds"].values() for times in each.values()]
+    assert list(record["rounds"]) == ["base", "adapters"] and all(len(times) == 2 for times in rounds)
+    line = rf"seconds: base {NUMBER}, 2 adapters {NUMBER}: {NUMBER} times as long\n"
+    assert len(re.findall(line, capsys.readouterr().out)) == 2
+
+
 def test_latency(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "latency", tmp_path, *options, "--max-model-len", "256", "--num-iters", "3", "--num-iters-warmup", "1",

@@ -244,6 +244,17 @@ def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests:
         assert difference(oracle, "all", output) < 1e-4
 
 
+def test_a_step_without_adapters_is_the_program_of_an_engine_without_them(llm: LLM, model: Path):
+    with LLM(model, **SMALL, block_size=8) as plain:
+        texts = []
+        for engine in (llm, plain):
+            programs: Any = engine.engine.runner.head.programs  # pyright: ignore[reportAttributeAccessIssue]
+            lines = programs.forward(programs.bucket(1, 1)).as_text().splitlines()
+            # but for the lines of Python that an operation is from
+            texts.append([re.sub(r", metadata=\{.*?\}", "", line) for line in lines if " = " in line])
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+
+
 def test_the_memory_plan_counts_them(model: Path, llm: LLM):
     runner: Any = llm.engine.runner
     config = llm.engine.model_files.config

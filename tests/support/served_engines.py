@@ -18,12 +18,16 @@ from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import AsyncLLM, SamplingParams
 
-DRAFTS: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1}
+#: a drafter, and sizes that compile little
+DRAFTS: dict[str, Any] = {
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1},
+    **{"enforce_eager": False, "max_num_seqs": 2, "max_num_batched_tokens": 8},
+}
 #: name -> settings; the first engine makes as many devices as the others need
 ENGINES: dict[str, dict[str, Any]] = {
     "stages of halves": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "kv_offloading_size": "1MB"},
-    "halves that draft": {"tensor_parallel_size": 2, "speculative_config": DRAFTS, "enforce_eager": False},
-    "replicas": {"data_parallel_size": 2, "deterministic": True, "speculative_config": DRAFTS, "enforce_eager": False},
+    "halves that draft": {"tensor_parallel_size": 2, **DRAFTS},
+    "replicas": {"data_parallel_size": 2, "deterministic": True, **DRAFTS},
     "one": {},
 }
 PROMPTS = [f"{'again and ' * (number % 4)}{number} is a number, and " for number in range(8)]
