@@ -61,10 +61,14 @@ class StepModel:
 
 
 def _fit(times: np.ndarray, *features: np.ndarray) -> list[float]:
-    """Factors of the features that make the times, a time's tenth being as bad wherever it is."""
+    """Factors of the features that make the times, a time's tenth being as bad wherever it is; and all of them together
+    as long as the times are, which have outliers on one side.
+    """
     # what is out of all proportion is somebody else's
     kept = times <= 5 * np.median(times) if len(times) > 50 else np.ones(len(times), bool)
     matrix = np.stack(features, axis=1)[kept] / times[kept, None]
     scales = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     found, _ = nnls(matrix / scales, np.ones(kept.sum()))
-    return [float(value) for value in found / scales]
+    factors = found / scales
+    modelled = float((np.stack(features, axis=1) @ factors).sum())
+    return [float(value) for value in factors * (times.sum() / modelled if modelled else 1.0)]
