@@ -45,7 +45,7 @@ def draw_timeline(path: Path, requests: Sequence[Sequence[float]]) -> None:
         requests: when it was sent and when its outputs came, in seconds; at least one of each.
     """
     figure, axes = _figure()
-    requests = sorted(requests)
+    requests = sorted(requests, key=tuple)
     began = requests[0][0]
     rows = range(len(requests))
     axes.hlines(rows, [r[0] - began for r in requests], [r[1] - began for r in requests], "0.7", label="waiting")

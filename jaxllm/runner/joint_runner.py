@@ -108,6 +108,10 @@ class ReplicaRunner:
     def sample(self, launched: SchedulerOutput, masks: Mapping[int, np.ndarray]) -> StepFuture:
         return self._joint.tell(self._number, launched, masks)
 
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket:
+        """As `JointRunner.bucket`."""
+        return self._joint.bucket(num_tokens, num_seqs)
+
     def time_stages(self) -> None:
         return None
 
