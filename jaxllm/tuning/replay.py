@@ -42,7 +42,9 @@ class Replay:
     model: StepModel
 
     def error(self, name: str) -> float:
-        """By how much the simulator is off with the trace's own settings, relative to what was measured."""
+        """By how much the simulator is off with the trace's own settings, relative to what was measured. Its steps were
+        fitted to these, and take as long in all: of throughput it says nothing, and of other settings little.
+        """
         measured, same = self.measured.to_dict()[name], self.same.to_dict()[name]
         return (same - measured) / measured if measured else float(same != 0)
 
@@ -56,7 +58,11 @@ class Replay:
             numbers = "".join(f"{factor * column[name]:>{max(width, 11) + 2}.2f}" for column in columns.values())
             lines.append(f"{heading:28}{numbers}   {self.error(name):+.1%}")
         lines.append(
-            f"error: of the simulator with the trace's own settings; a step takes {1e3 * self.model.fixed:.2f} ms, "
+            "error: with the trace's own settings, whose steps' total time the model was made to have; with others "
+            "expect several times the error of the times to the first token"
+        )
+        lines.append(
+            f"a step takes {1e3 * self.model.fixed:.2f} ms, "
             f"{1e6 * self.model.token:.1f} us a token and {1e9 * self.model.kv_token:.1f} ns a token in the cache"
         )
         return "\n".join(lines)

@@ -23,8 +23,8 @@ def test_greedy_tokens_are_those_of_xla(tiny_model: Path, monkeypatch: pytest.Mo
     used: list[Bucket] = []
     pick = Programs.bucket
 
-    def bucket(programs: Programs, num_tokens: int, num_seqs: int) -> Bucket:
-        used.append(pick(programs, num_tokens, num_seqs))
+    def bucket(programs: Programs, num_tokens: int, num_seqs: int, *, adapters: bool = False) -> Bucket:
+        used.append(pick(programs, num_tokens, num_seqs, adapters=adapters))
         return used[-1]
 
     monkeypatch.setattr(Programs, "bucket", bucket)

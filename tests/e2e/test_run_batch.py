@@ -390,8 +390,16 @@ def test_embeddings_run_in_groups(tmp_path: Path):
     class Embedder:
         supported_tasks = ("embed",)
 
-        def embed(self, prompts: list[Any], *, pooling_params: list[Any], on_error: str, use_tqdm: bool) -> list[Any]:
-            assert (on_error, use_tqdm) == ("return", False)
+        def embed(
+            self,
+            prompts: list[Any],
+            *,
+            pooling_params: list[Any],
+            lora_request: list[Any],
+            on_error: str,
+            use_tqdm: bool,
+        ) -> list[Any]:
+            assert (on_error, use_tqdm) == ("return", False) and lora_request == [None] * len(prompts)
             # all prompts of a call are cut to one length
             assert len({params.truncate_prompt_tokens for params in pooling_params}) == 1
             calls.append(prompts)
