@@ -77,3 +77,19 @@ def test_pinned_adapters_count_among_those_in_memory(store: AdapterStore):
     store.pin(1)
     others = [ready(store, number) for number in (2, 3, 4)]
     assert [adapter.matrices is not None for adapter in (pinned, *others)] == [True, False, False, True]
+
+
+def test_who_waits_for_a_busy_slot_takes_one_that_becomes_free_before(store: AdapterStore):
+    slots = AdapterSlots(2, store)
+    first, second = (ready(store, number) for number in (1, 2))
+    admit(slots, first)
+    users = [admit(slots, second)[0] for _ in range(2)]
+    third = ready(store, 3)
+    # it waits for the slot that fewer requests use
+    assert not slots.find(request_of(third)) and not slots.find(request_of(first))
+    for request in users:
+        slots.release(request)
+    _, step = admit(slots, third)
+    assert step.adapter_loads == [(1, "adapter 3")]
+    # nobody waits for the first one any more
+    assert slots.find(request_of(first))

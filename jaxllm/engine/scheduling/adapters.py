@@ -66,12 +66,17 @@ class AdapterSlots:
             return slot if waiting is None or waiting.adapter is adapter else None
         slots = range(len(self._held))
         slot = next((i for i in slots if (w := self._reserved[i]) is not None and w.adapter is adapter), None)
-        if slot is None:
+        if slot is None or self._users[slot]:
             free = [i for i in slots if self._reserved[i] is None and not self._is_pinned(i)]
-            if not free:
-                return None
-            slot = min(free, key=lambda i: (self._users[i], self._held[i] is not None, self._taken[i]))
-            self._reserved[slot] = request
+            best = min(free, key=lambda i: (self._users[i], self._held[i] is not None, self._taken[i]), default=None)
+            if slot is None:
+                if best is None:
+                    return None
+                slot, self._reserved[best] = best, request
+            elif best is not None and not self._users[best]:
+                # another one has become free before the one that it waits for
+                self._reserved[best], self._reserved[slot] = self._reserved[slot], None
+                slot = best
         if self._users[slot] or not self._store.is_ready(adapter):
             return None
         if adapter.error is not None:
