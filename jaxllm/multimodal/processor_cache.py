@@ -83,7 +83,10 @@ def content_key(given: Any) -> Hashable | None:
         frames = content_key(given[0])
         return None if frames is None else ("timed", frames, repr(sorted(given[1].items(), key=repr)))
     if isinstance(given, list | tuple):
-        frames = tuple(content_key(frame) for frame in given)
+        # only who gives a path itself has it opened here: texts within lists may be of strangers
+        frames = tuple(
+            None if isinstance(frame, str | os.PathLike | list | tuple) else content_key(frame) for frame in given
+        )
         return None if None in frames else ("frames", frames)
     return _key_of_picture(given)
 
