@@ -133,6 +133,8 @@ class MediaAccess:
                     f"{name}: The file path {place!r:.200} must be a subpath of the `--allowed-local-media-path` "
                     f"{str(self._folder)!r}."
                 )
+            if not path.is_file():  # a pipe would never end
+                raise ValidationError(f"{name}: {place!r:.200} cannot be read: there is no such file.")
             if path.stat().st_size > MOST_BYTES:
                 raise ValidationError(f"{name}: {place!r:.200} has more than {MOST_BYTES} bytes.")
             return path.read_bytes()

@@ -110,9 +110,21 @@ def _content(
         if not isinstance(given, list):
             return given
         check_frames(len(given), label)
+        _check_flat(given, label)
         # frames are pictures, and read from where pictures may be
         return [read(frame, label) if isinstance(frame, str) else frame for frame in given]
+    _check_flat([given], label)
     return read(given, label) if isinstance(given, str) else given
+
+
+def _check_flat(pictures: Sequence[Any], label: str) -> None:
+    """Raise ValidationError for a list in a picture's place: what it names would not be asked of `MediaAccess`."""
+    for given in pictures:
+        if isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray | memoryview):
+            raise ValidationError(
+                f"{label}: a picture must be one URL, got {type(given).__name__}: {given!r:.80}. Several pictures are "
+                "several parts, and the frames of a video are one flat list."
+            )
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _GROUND = (255, 255, 255)
 #: numbers of a pixel that arrays may have, as Pillow calls such pictures
 _ARRAY_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+#: more than there are threads that read pictures, so that these seldom wait for each other
+_LOCKS = tuple(threading.Lock() for _ in range(64))
 
 
 def pillow() -> Any:
@@ -32,6 +35,11 @@ def pillow() -> Any:
     except ImportError as error:
         raise ValidationError(f"images need Pillow, which cannot be imported ({error}): pip install pillow") from None
     return Image
+
+
+def lock_of(picture: Any) -> threading.Lock:
+    """Held while a picture of Pillow's is decoded, which its file may be opened for and several prompts may have."""
+    return _LOCKS[id(picture) // 16 % len(_LOCKS)]
 
 
 def read_picture(given: Any, name: str) -> Any:
@@ -118,7 +126,10 @@ def _upright(picture: Any, name: str) -> Any:
 
     _check_size(picture, name)
     try:
-        picture.seek(0)
+        with lock_of(picture):
+            picture.seek(0)
+            picture.load()
+            picture.getexif()  # kept by the picture, and read by what turns it
         if picture.mode.startswith("I;16") or picture.mode == "I":
             # 16 bits of a pixel: Pillow would cut off what is above 255
             numbers = np.asarray(picture).astype(np.int64)

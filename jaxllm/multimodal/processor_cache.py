@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.multimodal.items import Media
+from jaxllm.multimodal.pictures import lock_of
 
 #: kinds of pictures of Pillow's whose pixels say all of it
 _PLAIN_MODES = ("RGB", "RGBA", "L")
@@ -83,18 +84,25 @@ def content_key(given: Any) -> Hashable | None:
         frames = content_key(given[0])
         return None if frames is None else ("timed", frames, repr(sorted(given[1].items(), key=repr)))
     if isinstance(given, list | tuple):
-        frames = tuple(content_key(frame) for frame in given)
+        # only who gives a path itself has it opened here: texts within lists may be of strangers
+        frames = tuple(
+            None if isinstance(frame, str | os.PathLike | list | tuple) else content_key(frame) for frame in given
+        )
         return None if None in frames else ("frames", frames)
     return _key_of_picture(given)
 
 
 def _key_of_picture(given: Any) -> Hashable | None:
     """Of a picture of Pillow's that is decoded already; others may be anything."""
-    if getattr(given, "mode", None) not in _PLAIN_MODES or getattr(given, "_im", None) is None:
+    if getattr(given, "mode", None) not in _PLAIN_MODES:
         return None
-    if "transparency" in given.info or getattr(given, "is_animated", False) or given.getexif().get(_ORIENTATION):
-        return None
-    return "picture", given.mode, given.size, _digest(given.tobytes())
+    with lock_of(given):  # another thread may be in the middle of decoding it
+        if getattr(given, "_im", None) is None or getattr(given, "is_animated", False):
+            return None
+        if "transparency" in given.info or given.getexif().get(_ORIENTATION):
+            return None
+        data = given.tobytes()
+    return "picture", given.mode, given.size, _digest(data)
 
 
 def _digest(data: Any) -> bytes:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from support.pictures import PROCESSOR, encoded, reader
 from support.tiny_vl_model import picture
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.multimodal.access import MediaAccess
+from jaxllm.multimodal.processor_cache import content_key
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 
 Image = pytest.importorskip("PIL.Image")
@@ -185,3 +190,33 @@ def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[st
     for path in ("drops", "drops-of-head"):
         with pytest.raises(ValidationError, match=r"cannot be fetched: .*(seconds|timed out)"):
             reader().of_conversation(asked(image_url(f"{url}/{path}")))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": ["{}"]}},
+        {"type": "image", "image": ["{}"]},
+        {"type": "video", "video": [["{}"]]},
+        {"type": "video_url", "video_url": {"url": [[["{}"]]]}},
+    ],
+    ids=lambda part: part["type"],
+)
+def test_lists_in_the_place_of_pictures_open_nothing(
+    part: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "secret.png").write_bytes(encoded(picture(28, 28), "PNG"))
+    part = json.loads(json.dumps(part).replace("{}", str(tmp_path / "secret.png")))
+    opened: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or b"")
+    with pytest.raises(ValidationError, match="a picture must be one URL, got list"):
+        reader().of_conversation(asked(part))
+    given = part.get("image", part.get("video", [str(tmp_path / "secret.png")]))
+    assert content_key(given) is None and not opened
+
+
+def test_pipes_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("was opened"))
+    with pytest.raises(ValidationError, match="there is no such file"):
+        MediaAccess(str(tmp_path)).read(str(tmp_path / "pipe"), "image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,19 @@ def test_what_does_not_fit_is_refused_though_it_is_there():
     read(own, picture(112, 112))
     with pytest.raises(ValidationError, match="image 1 becomes 16 tokens, and 4 are left"):
         own.read({"multi_modal_data": {"image": [picture(112, 112)] * 2}})
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_picture_that_is_not_decoded_yet_is_of_several_prompts(form: str, modality: str):
+    """It is decoded by the first thread that needs it, and the others wait."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encoded(picture(500, 400), form, exif=turned)
+    frames: Any = lambda shared: [[shared, shared]] if modality == "video" else shared  # noqa: E731
+    own, wanted = cached(), read(cached(), frames(Image.open(io.BytesIO(data))), modality)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            given = frames(Image.open(io.BytesIO(data)))
+            found = [pool.submit(read, own, given, modality) for _ in range(8)]
+            assert {each.result().items[0].content_hash for each in found} == {wanted.items[0].content_hash}
