@@ -17,7 +17,7 @@ from jaxllm.multimodal.marks import Marks
 from jaxllm.multimodal.pictures import MOST_DECODED, size_of_file
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.processor import Processor
-from jaxllm.multimodal.processor_cache import ProcessorCache, content_key
+from jaxllm.multimodal.processor_cache import ProcessorCache, content_key, time_key
 
 #: of a prompt
 MEDIA_KEYS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs")
@@ -116,7 +116,8 @@ class MediaReader:
     ) -> Media:
         """One item, from the cache where it is there and there is room for it."""
         content = None if self.cache is None else uuid or content_key(given)
-        key = None if content is None else (modality, processor, uuid is not None, content)
+        time = time_key(given) if uuid is not None else None
+        key = None if content is None else (modality, processor, uuid is not None, content, time)
         if self.cache is not None and key is not None:
             found = self.cache.get(key)
             if found is not None and found.fits(room):
