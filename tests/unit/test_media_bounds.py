@@ -185,7 +185,7 @@ def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[st
     for place in (f"{url}/a b", "http://127.0.0.1:abc/x", f"{url}/short", "http://127.0.0.1:1/x"):
         with pytest.raises(ValidationError, match="cannot be fetched"):
             reader().of_conversation(asked(image_url(place)))
-    with pytest.raises(ValidationError, match="cannot be read"):
+    with pytest.raises(ValidationError, match="multi_modal_data must be a dict"):
         reader().of_conversation({**asked(image_url(f"{url}/one")), "multi_modal_data": ["none"]})
     # each drop is there in time, and all of them are not
     monkeypatch.setattr("jaxllm.multimodal.access.SECONDS", 0.3)
