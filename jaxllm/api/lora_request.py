@@ -17,8 +17,8 @@ class LoRARequest:
         lora_name: what outputs and errors call it.
         lora_int_id: at least 1, another one for each adapter.
         lora_path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        load_inplace: read it anew, in the place of what had its number: what the old one has left in the prefix cache
-            is not hit any more, and requests that run keep the old one.
+        load_inplace: take the place of what has its number, unless that is this adapter and its files are as they were:
+            what the old one has left in the prefix cache is not hit any more, and requests that run keep the old one.
 
     Raises:
         ValidationError: a number below 1, an empty name or path.
