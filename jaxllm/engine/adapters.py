@@ -165,15 +165,11 @@ class AdapterStore:
                 return True
             self._loaded[adapter] = None
             self._loaded.move_to_end(adapter)
-            for other in list(self._loaded)[: max(len(self._loaded) - self._most, 0)]:
-                if other.loading is None and not other.is_pinned:
+            others = [other for other in self._loaded if other.loading is None and not other.is_pinned]
+            for other in others[: max(len(self._loaded) - self._most, 0)]:
+                if other is not adapter:
                     self._forget(other)
             return adapter.matrices is not None
-
-    def matrices(self, adapter: Adapter) -> Any:
-        """Of an adapter that was ready; they are read again where they had to give way since."""
-        with self._lock:
-            return adapter.read() if adapter.matrices is None else adapter.matrices
 
     def _take(self, adapter: Adapter, loading: concurrent.futures.Future[Any]) -> None:
         adapter.loading = None
@@ -189,6 +185,8 @@ class AdapterStore:
     def _forget(self, adapter: Adapter) -> None:
         self._loaded.pop(adapter, None)
         adapter.matrices = None
+        # nor does it keep a slot on the device that nobody could unpin
+        adapter.is_pinned = False
 
     def shutdown(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -169,6 +169,11 @@ class Runner(DeviceMemory[Any, Any]):
         super().restore_weights()
         self._restore_adapters()
 
+    def reload_weights(self) -> None:
+        # adapters stay where the scheduler knows them to be
+        super().free_weights(keep_on_host=False)
+        super().restore_weights()
+
     def reset(self) -> None:
         self._leaving.clear()
         self._restore_adapters()

@@ -242,6 +242,10 @@ def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests:
         llm.wake_up()
         (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
         assert difference(oracle, "all", output) < 1e-4
+    # and weights that are read anew leave the adapters where they are
+    llm.collective_rpc("reload_weights")
+    (output,) = llm.generate(prompt, PARAMS, lora_request=own, use_tqdm=False)
+    assert output.num_cached_tokens == 0 and difference(oracle, "all", output) < 1e-4
 
 
 def test_a_step_without_adapters_is_the_program_of_an_engine_without_them(llm: LLM, model: Path):

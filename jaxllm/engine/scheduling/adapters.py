@@ -8,7 +8,7 @@ waits for ever, while all others go on.
 from __future__ import annotations
 
 import concurrent.futures
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.engine.adapters import PATIENCE
 
@@ -36,12 +36,25 @@ class AdapterSlots:
         self._num_taken = 0
         #: of each slot, the request that waits for it
         self._reserved: list[Request | None] = [None] * num_slots
+        #: what `find` found: the request, its slot, and the matrices that go there, None where they are there
+        self._found: tuple[Request, int, Any] | None = None
         #: requests whose adapter cannot be read; their `error` says why
         self._failed: list[Request] = []
 
     def find(self, request: Request) -> bool:
         """Whether a waiting request can be admitted: its adapter is there, or can be put into a slot now."""
-        return request.adapter is None or self._slot(request, request.adapter) is not None
+        adapter = request.adapter
+        if adapter is None:
+            return True
+        slot = self._slot(request, adapter)
+        if slot is None:
+            return False
+        # other threads may take them out of the host's memory at any time
+        matrices = None if self._held[slot] is adapter else adapter.matrices
+        if matrices is None and self._held[slot] is not adapter:
+            return False
+        self._found = request, slot, matrices
+        return True
 
     def _slot(self, request: Request, adapter: Adapter) -> int | None:
         for slot, waiting in enumerate(self._reserved):
@@ -53,12 +66,17 @@ class AdapterSlots:
             return slot if waiting is None or waiting.adapter is adapter else None
         slots = range(len(self._held))
         slot = next((i for i in slots if (w := self._reserved[i]) is not None and w.adapter is adapter), None)
-        if slot is None:
+        if slot is None or self._users[slot]:
             free = [i for i in slots if self._reserved[i] is None and not self._is_pinned(i)]
-            if not free:
-                return None
-            slot = min(free, key=lambda i: (self._users[i], self._held[i] is not None, self._taken[i]))
-            self._reserved[slot] = request
+            best = min(free, key=lambda i: (self._users[i], self._held[i] is not None, self._taken[i]), default=None)
+            if slot is None:
+                if best is None:
+                    return None
+                slot, self._reserved[best] = best, request
+            elif best is not None and not self._users[best]:
+                # another one has become free before the one that it waits for
+                self._reserved[best], self._reserved[slot] = self._reserved[slot], None
+                slot = best
         if self._users[slot] or not self._store.is_ready(adapter):
             return None
         if adapter.error is not None:
@@ -73,15 +91,16 @@ class AdapterSlots:
         return held is not None and held.is_pinned
 
     def take(self, request: Request, step: SchedulerOutput) -> None:
-        """Give a request, which is admitted in this step, its slot."""
+        """Give a request, which is admitted in this step, the slot that `find` has just found for it."""
         if request.adapter is None:
             return
-        slot = self._slot(request, request.adapter)
-        assert slot is not None
-        self._reserved[slot] = None
-        if self._held[slot] is not request.adapter:
+        assert self._found is not None
+        found, slot, matrices = self._found
+        assert found is request
+        self._found = self._reserved[slot] = None
+        if matrices is not None:
             self._held[slot] = request.adapter
-            step.adapter_loads.append((slot, self._store.matrices(request.adapter)))
+            step.adapter_loads.append((slot, matrices))
         self._num_taken += 1
         self._users[slot] += 1
         self._taken[slot] = self._num_taken
@@ -101,7 +120,8 @@ class AdapterSlots:
     def wait(self) -> None:
         """Wait a little for an adapter, if any is being read: nothing else is left to do."""
         adapters = [waiting.adapter for waiting in self._reserved if waiting is not None]
-        loading = [a.loading for a in adapters if a is not None and a.loading is not None]
+        # another thread may end one between two looks
+        loading = [future for a in adapters if a is not None and (future := a.loading) is not None]
         if loading:
             concurrent.futures.wait(loading, PATIENCE, concurrent.futures.FIRST_COMPLETED)
 
