@@ -104,6 +104,12 @@ def test_what_is_not_simulated_is_refused(model: Path):
         bad(num_speculative_tokens=3)
     with pytest.raises(ValidationError, match="max_num_batched_tokens=2 is less than max_num_seqs=4"):
         bad(max_num_batched_tokens=2)
+    own = trace.settings
+    assert own is not None
+    trace.settings = dataclasses.replace(own, enable_prefix_caching=False)
+    assert bad(enable_prefix_caching=False).changed is not None
+    with pytest.raises(ValidationError, match="enable_prefix_caching cannot be switched on"):
+        bad(enable_prefix_caching=True)
     trace.requests.clear()
     with pytest.raises(ValidationError, match="has no requests"):
         bad()
