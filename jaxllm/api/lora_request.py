@@ -22,8 +22,8 @@ class LoRARequest:
             the user's folder.
         base_model_name: what the model is called; nothing depends on it.
         tensorizer_config_dict: must be None.
-        load_inplace: read it anew, in the place of what had its number: what the old one has left in the prefix cache
-            is not hit any more, and requests that run keep the old one.
+        load_inplace: take the place of what has its number, unless that is this adapter and its files are as they were:
+            what the old one has left in the prefix cache is not hit any more, and requests that run keep the old one.
         is_3d_lora_weight: must be False: experts have no adapters.
 
     Raises:

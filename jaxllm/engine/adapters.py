@@ -10,14 +10,27 @@ import collections
 import concurrent.futures
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.engine.cache.block_hash import ExtraKey
 
-#: checks an adapter, and returns what reads its matrices
-Open = Callable[[LoRARequest], Callable[[], Any]]
+
+class AdapterFiles(Protocol):
+    """An adapter where it lies."""
+
+    def have_changed(self) -> bool:
+        """Whether they are no longer those that were checked."""
+        ...
+
+    def read(self) -> Any:
+        """The matrices, as the runner takes them. Whatever it raises is the adapter's fault."""
+        ...
+
+
+#: checks an adapter
+Open = Callable[[LoRARequest], AdapterFiles]
 #: seconds that the engine waits for an adapter, where it has nothing else to do
 PATIENCE = 0.02
 
@@ -31,8 +44,8 @@ class Adapter:
         error: why it cannot be read; None: nobody knows of anything.
     """
 
-    def __init__(self, request: LoRARequest, version: int, read: Callable[[], Any]):
-        self.request, self.read = request, read
+    def __init__(self, request: LoRARequest, version: int, files: AdapterFiles):
+        self.request, self.files = request, files
         self.key = ExtraKey(kind="lora", value=f"{request.lora_name}\0{request.path}\0{version}")
         self.matrices: Any = None
         self.error: str | None = None
@@ -44,7 +57,7 @@ class AdapterStore:
     """The adapters of one engine, by their numbers. Any thread may ask.
 
     Args:
-        open: checks an adapter; what it returns reads it.
+        open: checks an adapter.
         max_loras: adapters that the device has at once.
         max_cpu_loras: adapters that the host's memory has at once, at least as many.
     """
@@ -67,11 +80,24 @@ class AdapterStore:
         """
         if not isinstance(request, LoRARequest):
             raise TypeError(f"lora_request must be LoRARequest, got {type(request).__name__}")
+        known = self._known(request)
+        if known is not None:
+            return known
+        # not with the lock, for which the engine's steps wait
+        files = self._open(request)
+        with self._lock:
+            return self._known(request) or self._register(request, files)
+
+    def _known(self, request: LoRARequest) -> Adapter | None:
+        """What a request means, if it is known; what is loaded in place of itself is it, unless its files differ."""
         with self._lock:
             known = self._adapters.get(request.lora_int_id)
-            if known is None or request.load_inplace:
-                return self._register(request)
-            if (known.request.lora_name, known.request.path) != (request.lora_name, request.path):
+            if known is None:
+                return None
+            is_same = (known.request.lora_name, known.request.path) == (request.lora_name, request.path)
+            if request.load_inplace:
+                return known if is_same and not known.files.have_changed() else None
+            if not is_same:
                 raise ValidationError(
                     f"lora_int_id={request.lora_int_id} is the adapter {known.request.lora_name!r} of "
                     f"{known.request.path}, and not {request.lora_name!r} of {request.path}. Take another number, or "
@@ -86,11 +112,10 @@ class AdapterStore:
             self.is_ready(self.get(request))
             return is_new or request.load_inplace
 
-    def _register(self, request: LoRARequest) -> Adapter:
-        read = self._open(request)
+    def _register(self, request: LoRARequest, files: AdapterFiles) -> Adapter:
         self._num_versions += 1
         old = self._adapters.get(request.lora_int_id)
-        adapter = self._adapters[request.lora_int_id] = Adapter(request, self._num_versions, read)
+        adapter = self._adapters[request.lora_int_id] = Adapter(request, self._num_versions, files)
         if old is not None:
             adapter.is_pinned = old.is_pinned
             self._forget(old)
@@ -133,7 +158,7 @@ class AdapterStore:
         """Whether the host has an adapter's matrices, or nobody ever will (`Adapter.error`); it is read if not."""
         with self._lock:
             if adapter.matrices is None and adapter.loading is None and adapter.error is None:
-                adapter.loading = self._pool.submit(adapter.read)
+                adapter.loading = self._pool.submit(adapter.files.read)
             if adapter.loading is not None and adapter.loading.done():
                 self._take(adapter, adapter.loading)
             if adapter.error is not None:

@@ -21,6 +21,8 @@ from jaxllm.api.errors import ValidationError
 
 #: of a picture that is fetched
 MOST_BYTES = 256 * 2**20
+#: of a URL that is no data URI
+MOST_CHARACTERS = 2**16
 #: in which an answer is here whole, once its host has been reached
 SECONDS = 30.0
 
@@ -102,13 +104,16 @@ class MediaAccess:
         """
         if not isinstance(place, str):
             raise ValidationError(f"{name}: the URL must be a text, got {type(place).__name__}: {place!r:.80}")
+        # urlsplit keeps the latest texts that it has read, however long
+        if place[:64].lstrip()[:5].lower() == "data:":
+            return _of_data(place, name)
+        if len(place) > MOST_CHARACTERS:
+            raise ValidationError(f"{name}: {place[:60]!r} and so on is no URL: it has {len(place)} characters")
         try:
             parts = urllib.parse.urlsplit(place)
             host = (parts.hostname or "").lower()
         except ValueError as error:
             raise ValidationError(f"{name}: {place!r:.200} is no URL: {error}") from None
-        if parts.scheme == "data":
-            return _of_data(place, name)
         if parts.scheme in ("http", "https"):
             return self._fetched(place, host, name)
         if parts.scheme == "file":

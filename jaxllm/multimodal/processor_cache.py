@@ -80,9 +80,9 @@ def content_key(given: Any) -> Hashable | None:
         if given.dtype.hasobject:
             return None
         return "array", given.dtype.str, given.shape, _digest(np.ascontiguousarray(given).reshape(-1).view(np.uint8))
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+    if (time := time_key(given)) is not None:
         frames = content_key(given[0])
-        return None if frames is None else ("timed", frames, repr(sorted(given[1].items(), key=repr)))
+        return None if frames is None else ("timed", frames, time)
     if isinstance(given, list | tuple):
         # only who gives a path itself has it opened here: texts within lists may be of strangers
         frames = tuple(
@@ -90,6 +90,13 @@ def content_key(given: Any) -> Hashable | None:
         )
         return None if None in frames else ("frames", frames)
     return _key_of_picture(given)
+
+
+def time_key(given: Any) -> str | None:
+    """What a video that is a pair says of its frames' time; None: it is none."""
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)):
+        return None
+    return repr(sorted(given[1].items(), key=repr))
 
 
 def _key_of_picture(given: Any) -> Hashable | None:

@@ -17,10 +17,28 @@ from jaxllm.multimodal.marks import Marks
 from jaxllm.multimodal.pictures import MOST_DECODED, size_of_file
 from jaxllm.multimodal.positions import rope_offsets
 from jaxllm.multimodal.processor import Processor
-from jaxllm.multimodal.processor_cache import ProcessorCache, content_key
+from jaxllm.multimodal.processor_cache import ProcessorCache, content_key, time_key
 
 #: of a prompt
 MEDIA_KEYS = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs")
+
+
+def is_given(value: Any) -> bool:
+    """Whether a prompt's key has something; arrays and tables, which are none of what it may have, do not say."""
+    try:
+        return bool(value)
+    except Exception:
+        return True
+
+
+def _dict(prompt: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    given = prompt.get(name)
+    if not is_given(given):
+        return {}
+    if not isinstance(given, Mapping):
+        such = '"max_pixels"' if name == "mm_processor_kwargs" else '"image"'
+        raise ValidationError(f"{name} must be a dict such as {{{such}: ...}}, got {given!r:.80}")
+    return given
 
 
 class MediaReader:
@@ -67,6 +85,8 @@ class MediaReader:
         """
         if not has_media(prompt["messages"]):
             return prompt
+        for name in MEDIA_KEYS:
+            _dict(prompt, name)
         with _told("the messages"):
             return without_media(prompt, self._access, self._marks.placeholders, self._check_count, self._check_frames)
 
@@ -86,12 +106,8 @@ class MediaReader:
         Raises:
             ValidationError: one cannot be read, is too large, or there are too many.
         """
-        data = prompt.get("multi_modal_data") or {}
-        uuids = prompt.get("multi_modal_uuids") or {}
-        for name, given in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
-            if not isinstance(given, Mapping):
-                raise ValidationError(f'{name} must be a dict such as {{"image": ...}}, got {given!r:.80}')
-        options, salt, found = prompt.get("mm_processor_kwargs"), prompt.get("cache_salt"), []
+        data, uuids, options = (_dict(prompt, name) for name in MEDIA_KEYS)
+        salt, found = prompt.get("cache_salt"), []
         processors = {modality: own.with_options(options) for modality, own in self._processors.items()}
         left = self._max_model_len
         for modality, given in data.items():
@@ -116,7 +132,8 @@ class MediaReader:
     ) -> Media:
         """One item, from the cache where it is there and there is room for it."""
         content = None if self.cache is None else uuid or content_key(given)
-        key = None if content is None else (modality, processor, uuid is not None, content)
+        time = time_key(given) if uuid is not None else None
+        key = None if content is None else (modality, processor, uuid is not None, content, time)
         if self.cache is not None and key is not None:
             found = self.cache.get(key)
             if found is not None and found.fits(room):

@@ -222,7 +222,9 @@ class QwenProcessor:
                 self.check_room(size, len(given), name, room)
             elif picture.size != size:
                 raise ValidationError(f"{name} must have frames of one size, got {size} and {picture.size}")
-            waiting.append((self._resized(picture), f"{uuid} frame {number}" if uuid else content_of(picture)))
+            # which frames of a file are taken follows from fps
+            place = given.places[number] if isinstance(given, VideoFile) else number
+            waiting.append((self._resized(picture), f"{uuid} frame {place}" if uuid else content_of(picture)))
             if number == len(given) - 1:
                 waiting += waiting[-1:] * (together - len(waiting))
             if len(waiting) == together:

@@ -133,6 +133,11 @@ class SquareProcessor:
                     f"{width} x {height} pixels are too narrow: made {self.shorter_side} wide, they would be more than "
                     f"{MOST_PIXELS}. Cut a part out."
                 )
+        if self.ground is not None and max(width, height) ** 2 > MOST_PIXELS:
+            raise ValidationError(
+                f"{width} x {height} pixels are too long: the square that they are put on would have more than "
+                f"{MOST_PIXELS}. Cut a part out, or make it smaller."
+            )
         return self.num_tokens
 
     def patches_of(self, num_tokens: int) -> int:

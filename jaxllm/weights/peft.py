@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: of each of an adapter's files, its inode, size and time of change; None: it is not there
+_State = tuple[tuple[int, int, int] | None, ...]
 #: what is not plain LoRA, each with what asks for nothing
 _OTHERS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
@@ -64,34 +66,23 @@ class PeftReader:
         self._names = {outer + name: own for outer in (*_OUTER, prefix) for name, own in inner.items()}
         self._kinds = sorted({name.rpartition(".")[2] for name in modules})
 
-    def open(self, request: LoRARequest) -> Callable[[], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """Check all of an adapter but its numbers, which the result reads: of each module A [r, in], and B [out, r]
-        with the scale in it.
+    def open(self, request: LoRARequest) -> PeftFiles:
+        """Check all of an adapter but its numbers, which the result reads.
 
         Raises:
             ValidationError: it is not there, is not of this model, or is not plain LoRA.
         """
         folder = Path(request.path).expanduser()
         name = f"LoRA adapter {request.lora_name!r} ({folder})"
+        # what changes from here on is not what is checked
+        state = _state(folder)
         config = self._read_config(folder, name)
         try:
             with SafetensorsReader(_weights_file(folder, name)) as reader:
                 matrices = self._matrices({tensor: reader.shape(tensor) for tensor in reader.names()}, config, name)
         except WeightsError as error:
             raise ValidationError(f"{name} cannot be read: {error}") from None
-
-        def read() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-            found = {}
-            with SafetensorsReader(folder) as reader:
-                for module, (a, b, scale) in matrices.items():
-                    up = reader.read(b).astype(np.float32) * np.float32(scale)
-                    # products by all slots' matrices at once would carry them into other requests' sums
-                    if not np.isfinite(up).all():
-                        raise ValidationError(f"{name}: lora_B of {module!r} has numbers that are not finite.")
-                    found[module] = reader.read(a), up
-            return found
-
-        return read
+        return PeftFiles(folder, name, state, matrices)
 
     def _read_config(self, folder: Path, name: str) -> dict[str, Any]:
         file = folder / CONFIG
@@ -154,19 +145,74 @@ class PeftReader:
 
     def _check_shapes(self, a: tuple[int, ...], b: tuple[int, ...], module: Module, of: str) -> int:
         """The rank."""
-        rank, expected = a[0], (module.out_features, module.in_features)
-        if len(a) != 2 or len(b) != 2 or b[1] != rank or (b[0], a[1]) != expected:
+        expected = module.out_features, module.in_features
+        if len(a) != 2 or len(b) != 2 or not a[0] or b[1] != a[0] or (b[0], a[1]) != expected:
             raise ValidationError(
                 f"{of} has lora_A {list(a)} and lora_B {list(b)}; the model's matrix is {list(expected)}, so they must "
-                f"be [r, {expected[1]}] and [{expected[0]}, r]. Is it an adapter of another model?"
+                f"be [r, {expected[1]}] and [{expected[0]}, r], r at least 1. Is it an adapter of another model?"
             )
-        return rank
+        return a[0]
+
+
+class PeftFiles:
+    """An adapter's files, of which all but the numbers has been checked.
+
+    Args:
+        name: what errors call it.
+        state: of the files, before they were checked.
+        matrices: of each of the model's modules that has one, the names of A and B, and the scale.
+    """
+
+    def __init__(self, folder: Path, name: str, state: _State, matrices: Mapping[str, tuple[str, str, float]]):
+        self._folder, self._name, self._state, self._matrices = folder, name, state, matrices
+
+    def have_changed(self) -> bool:
+        """Whether they are no longer those that were checked, or not there."""
+        return _state(self._folder) != self._state
+
+    def read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Of each module A [r, in], and B [out, r] with the scale in it.
+
+        Raises:
+            ValidationError: the files have changed, or B has numbers that are not finite.
+            WeightsError: they cannot be read.
+        """
+        self._check_unchanged()
+        found = {}
+        with SafetensorsReader(self._folder / WEIGHTS) as reader:
+            for module, (a, b, scale) in self._matrices.items():
+                up = reader.read(b).astype(np.float32) * np.float32(scale)
+                # products by all slots' matrices at once would carry them into other requests' sums
+                if not np.isfinite(up).all():
+                    raise ValidationError(f"{self._name}: lora_B of {module!r} has numbers that are not finite.")
+                found[module] = reader.read(a), up
+        self._check_unchanged()
+        return found
+
+    def _check_unchanged(self) -> None:
+        if self.have_changed():
+            raise ValidationError(
+                f"{self._name} has changed since it was loaded. Ask for it with load_inplace=True, or under another "
+                "lora_int_id, to have what is there now."
+            )
+
+
+def _state(folder: Path) -> _State:
+    """What tells an adapter's files from later ones."""
+    found = []
+    for file in (folder / CONFIG, folder / WEIGHTS):
+        try:
+            stat = file.stat()
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return tuple(found)
 
 
 def _weights_file(folder: Path, name: str) -> Path:
-    """The folder, whose weights are there."""
+    """The file with the weights, which is there."""
     if (folder / WEIGHTS).is_file():
-        return folder
+        return folder / WEIGHTS
     if (folder / "adapter_model.bin").is_file():
         raise ValidationError(
             f"{name} has adapter_model.bin, a pickle that could run code. Save it with PEFT's safe_serialization=True."
@@ -176,8 +222,8 @@ def _weights_file(folder: Path, name: str) -> Path:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, name: str) -> float:
     """The factor on ``B @ A``, as PEFT computes it of a module."""
-    alpha = _of_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    said = _of_module(config.get("rank_pattern") or {}, module, config.get("r", rank))
+    alpha = _of_module(config, "alpha_pattern", module, config.get("lora_alpha", 8), name)
+    said = _of_module(config, "rank_pattern", module, config.get("r", rank), name)
     if said != rank:
         raise ValidationError(f"{name}: {module!r} has rank {rank}, and {CONFIG} says {said!r}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -185,7 +231,15 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, name: str) -> floa
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_module(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _of_module(config: Mapping[str, Any], field: str, module: str, default: Any, name: str) -> Any:
     """The value of the first pattern that a module's name ends in (`peft.utils.other.get_pattern_key`)."""
-    keys: Iterable[str] = patterns
-    return next((patterns[key] for key in keys if re.match(rf"(.*\.)?({key})$", module)), default)
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise ValidationError(f"{name}: {field} must be an object, got {patterns!r:.200}.")
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise ValidationError(f"{name}: {field} has {key!r}, which is no regular expression: {error}.") from None
+    return default

@@ -115,3 +115,6 @@ def test_a_line_is_not_made_a_square():
     processor = SquareProcessor.of({"crop_size": 20}, "CLIPImageProcessor", **SHAPE)
     with pytest.raises(ValidationError, match="are too narrow"):
         processor.image(picture(400_000, 1))
+    padded = SquareProcessor.of({"crop_size": 20, "do_pad": True}, "LlavaImageProcessor", **SHAPE)
+    with pytest.raises(ValidationError, match="the square that they are put on would have more than"):
+        padded.image(picture(12_000, 1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.server
 import json
 import os
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,7 @@ def test_what_http_stumbles_over_is_a_prompts_own_error(host: tuple[str, list[st
     for place in (f"{url}/a b", "http://127.0.0.1:abc/x", f"{url}/short", "http://127.0.0.1:1/x"):
         with pytest.raises(ValidationError, match="cannot be fetched"):
             reader().of_conversation(asked(image_url(place)))
-    with pytest.raises(ValidationError, match="cannot be read"):
+    with pytest.raises(ValidationError, match="multi_modal_data must be a dict"):
         reader().of_conversation({**asked(image_url(f"{url}/one")), "multi_modal_data": ["none"]})
     # each drop is there in time, and all of them are not
     monkeypatch.setattr("jaxllm.multimodal.access.SECONDS", 0.3)
@@ -220,3 +222,14 @@ def test_pipes_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("was opened"))
     with pytest.raises(ValidationError, match="there is no such file"):
         MediaAccess(str(tmp_path)).read(str(tmp_path / "pipe"), "image")
+
+
+def test_data_is_not_kept_once_it_is_read():
+    """Though texts that are split as URLs are."""
+    data = base64.b64encode(encoded(picture(28, 28), "PNG")).decode()
+    before = urllib.parse.urlsplit.cache_info()  # pyright: ignore[reportFunctionMemberAccess]
+    for place in (f"data:image/png;base64,{data}", f" DATA:image/png;base64,{data}"):
+        assert MediaAccess().read(place, "image") == base64.b64decode(data)
+    with pytest.raises(ValidationError, match="is no URL: it has 100009 characters"):
+        MediaAccess().read("https:///" + "a" * 100_000, "image")
+    assert urllib.parse.urlsplit.cache_info() == before  # pyright: ignore[reportFunctionMemberAccess]

@@ -9,8 +9,10 @@ from support.tiny_vl_model import IMAGE, VIDEO, VISION, picture
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit, domains, media_limits
+from jaxllm.engine.io.prompts import PreparedPrompt, PromptReader, holds_media
 from jaxllm.multimodal.items import Grid, Media
 from jaxllm.multimodal.qwen_processor import QwenProcessor
+from jaxllm.tokenization.chat import ChatRenderer
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -169,3 +171,16 @@ def test_time_is_part_of_what_blocks_depend_on():
     keys = [[i.key for i in reader().place([VIDEO], media)[1].items] for media in (slow, fast)]
     assert keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]
     assert isinstance(slow[0], Media) and slow[0].items[0].content_hash == slow[0].items[1].content_hash
+
+
+@pytest.mark.parametrize("key", ["multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs"])
+def test_arrays_in_the_place_of_dicts_fail_alone(key: str):
+    bad = {"prompt_token_ids": [1, IMAGE], key: np.zeros((2, 2))}
+    asks = {"messages": [{"role": "user", "content": [{"type": "image", "image": picture(28, 28)}]}], key: bad[key]}
+    assert holds_media(bad) and holds_media({"prompt": "a", key: [1]}) and not holds_media({"prompt": "a", key: {}})
+    for media, message in ((reader(), f"{key} must be a dict such as"), (None, f"the prompt has {key!r}, and this")):
+        own = PromptReader(None, ChatRenderer(None, None), 100, media=media)
+        refused, read = own.read([bad, {"prompt_token_ids": [1, 2]}])
+        assert message in str(refused) and isinstance(read, PreparedPrompt) and read.token_ids == [1, 2]
+    with pytest.raises(ValidationError, match=f"{key} must be a dict such as"):
+        reader().of_conversation(asks)

@@ -12,6 +12,7 @@ import pytest
 from support.pictures import PROCESSOR, reader
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.multimodal.processor_cache import ProcessorCache
 from jaxllm.multimodal.video_files import open_video
 
 av = pytest.importorskip("av")
@@ -64,6 +65,20 @@ def test_a_file_is_a_video_of_a_prompt(tmp_path: Path):
     part = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
     prompt = own.of_conversation({"messages": [{"role": "user", "content": [part]}]})
     assert [item.content_hash for item in own.read(prompt)[0].items] == list(hashes.pop())
+
+
+def test_a_uuid_names_other_frames_where_others_are_taken():
+    own, data = reader(), video(33)
+    own.cache = ProcessorCache(2**24)
+    named: dict[str, Any] = {"multi_modal_uuids": {"video": "own"}}
+
+    def names(given: Any, **options: Any) -> list[str]:
+        found = own.read({"multi_modal_data": {"video": given}, **named, "mm_processor_kwargs": options})[0]
+        return [item.content_hash for item in found.items]
+
+    slow, fast = names(data), names(data, fps=4.0)
+    assert len(slow) == 4 and len(fast) == 8 and not set(slow) & set(fast)
+    assert names((data, {"fps": 4.0})) == fast and names((data, {"fps": 2.0})) == slow == names(data)
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ from jaxllm.engine.cache.block_hash import ExtraKey
 from jaxllm.engine.io.prompt_embeds import EmbedsReader
 from jaxllm.multimodal.conversations import has_media
 from jaxllm.multimodal.items import Media, PromptMedia
-from jaxllm.multimodal.prompts import MEDIA_KEYS
+from jaxllm.multimodal.prompts import MEDIA_KEYS, is_given
 from jaxllm.tokenization.pool import encode
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class TokenizationOptions:
 def holds_media(prompt: Prompt) -> bool:
     """Whether pictures or videos have to be read for a prompt."""
     return isinstance(prompt, Mapping) and (
-        any(prompt.get(key) for key in MEDIA_KEYS) or has_media(prompt.get("messages"))
+        any(is_given(prompt.get(key)) for key in MEDIA_KEYS) or has_media(prompt.get("messages"))
     )
 
 
@@ -183,7 +183,7 @@ class PromptReader:
                         raise ValidationError(f"a message has a part that is no text{_TEXT_ONLY}")
                     prompt = self.media.of_conversation(prompt)
                 text, ids, salt, special = self._parts(prompt)
-                if isinstance(prompt, Mapping) and any(prompt.get(key) for key in MEDIA_KEYS):
+                if isinstance(prompt, Mapping) and any(is_given(prompt.get(key)) for key in MEDIA_KEYS):
                     media[position] = self._items(prompt)
                 if ids is not None:
                     read[position] = self._prepared(ids, text, salt, options, media.get(position))
@@ -253,7 +253,7 @@ class PromptReader:
     def _items(self, prompt: Mapping[str, Any]) -> list[Media]:
         """What a prompt holds besides text."""
         if self.media is None:
-            given = next(key for key in MEDIA_KEYS if prompt.get(key))
+            given = next(key for key in MEDIA_KEYS if is_given(prompt.get(key)))
             raise ValidationError(f"the prompt has {given!r}{_TEXT_ONLY}")
         return self.media.read(prompt)
 

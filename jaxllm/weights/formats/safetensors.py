@@ -59,7 +59,8 @@ class _Tensor:
 
 
 class SafetensorsReader:
-    """A directory's safetensors under their own names. A context manager; the files stay open while it is.
+    """The safetensors of a directory, or of one file, under their own names. A context manager; the files stay open
+    while it is.
 
     Raises ``WeightsError`` when a file is missing, truncated or corrupt, or when the index and the shards disagree.
     """
@@ -80,7 +81,7 @@ class SafetensorsReader:
                 if name not in shards[file]:
                     raise WeightsError(f"{index}: tensor {name!r} should be in {file}, but is not there")
             return {name: shards[file][name] for name, file in weight_map.items()}
-        files = [directory / SINGLE]
+        files = [directory if directory.is_file() else directory / SINGLE]
         if not files[0].is_file():
             files = sorted(directory.glob("*.safetensors"))
         if not files:
