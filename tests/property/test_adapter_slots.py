@@ -22,15 +22,19 @@ from jaxllm.engine.step import SchedulerOutput, StepOutput
 BROKEN = 6
 
 
-def opened(request: LoRARequest):
-    """What reads an adapter, whose "matrices" are its name."""
+class Files:
+    """An adapter, whose "matrices" are its name."""
 
-    def read() -> str:
-        if request.lora_int_id == BROKEN:
+    def __init__(self, request: LoRARequest):
+        self.request = request
+
+    def have_changed(self) -> bool:
+        return False
+
+    def read(self) -> str:
+        if self.request.lora_int_id == BROKEN:
             raise OSError("the file is cut off")
-        return request.lora_name
-
-    return read
+        return self.request.lora_name
 
 
 def made(number: int, adapter: int, store: AdapterStore, outputs: int) -> Request:
@@ -84,7 +88,7 @@ def scheduler_of(slots: int, store: AdapterStore, blocks: int = 40, tokens: int 
 )
 def test_requests_find_their_adapters(ahead, adapters, slots, more, blocks, seed):
     """With preemptions, aborts, adapters that cannot be read, and steps that are scheduled before others are read."""
-    store = AdapterStore(opened, max_loras=slots, max_cpu_loras=slots + more)
+    store = AdapterStore(Files, max_loras=slots, max_cpu_loras=slots + more)
     scheduler, device, draws = scheduler_of(slots, store, blocks), Device(slots), random.Random(seed)
     requests: list[Request] = []
     waiting, in_flight = collections.deque(enumerate(adapters)), collections.deque[SchedulerOutput]()
@@ -121,7 +125,7 @@ def test_requests_find_their_adapters(ahead, adapters, slots, more, blocks, seed
 
 
 def test_nobody_starves_while_others_keep_coming():
-    store = AdapterStore(opened, max_loras=2, max_cpu_loras=3)
+    store = AdapterStore(Files, max_loras=2, max_cpu_loras=3)
     scheduler, device = scheduler_of(2, store), Device(2)
     for adapter in (1, 2, 3):
         while not store.is_ready(store.get(LoRARequest(f"adapter {adapter}", adapter, "/x"))):

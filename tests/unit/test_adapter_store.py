@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,20 +16,28 @@ from jaxllm.engine.scheduling.adapters import AdapterSlots
 from jaxllm.engine.step import SchedulerOutput
 
 
-def opened(request: LoRARequest) -> Callable[[], str]:
-    """What reads an adapter, whose "matrices" are its name."""
-    return lambda: request.lora_name
+class Files:
+    """An adapter, whose "matrices" are its name."""
+
+    def __init__(self, request: LoRARequest):
+        self.request, self.changed = request, False
+
+    def have_changed(self) -> bool:
+        return self.changed
+
+    def read(self) -> str:
+        return self.request.lora_name
 
 
 @pytest.fixture
 def store() -> Iterator[AdapterStore]:
-    store = AdapterStore(opened, max_loras=2, max_cpu_loras=2)
+    store = AdapterStore(Files, max_loras=2, max_cpu_loras=2)
     yield store
     store.shutdown()
 
 
-def named(number: int, *, load_inplace: bool = False) -> LoRARequest:
-    return LoRARequest(f"adapter {number}", number, f"/{number}", load_inplace=load_inplace)
+def named(number: int) -> LoRARequest:
+    return LoRARequest(f"adapter {number}", number, f"/{number}")
 
 
 def ready(store: AdapterStore, number: int) -> Adapter:
@@ -58,7 +67,8 @@ def test_a_pinned_adapter_that_is_gone_keeps_no_slot(store: AdapterStore, how: s
     if how == "removed":
         store.remove(1)
     else:
-        assert store.get(named(1, load_inplace=True)).is_pinned
+        replaced = LoRARequest("adapter 1", 1, "/another", load_inplace=True)
+        assert store.get(replaced).is_pinned
     _, step = admit(slots, ready(store, 2))
     assert step.adapter_loads == [(0, "adapter 2")]
 
@@ -93,3 +103,33 @@ def test_who_waits_for_a_busy_slot_takes_one_that_becomes_free_before(store: Ada
     assert step.adapter_loads == [(1, "adapter 3")]
     # nobody waits for the first one any more
     assert slots.find(request_of(first))
+
+
+def test_an_adapter_is_loaded_in_its_own_place_where_its_files_have_changed(store: AdapterStore):
+    in_place = LoRARequest("adapter 1", 1, "/1", load_inplace=True)
+    first = store.get(in_place)
+    # each prompt of a call asks for it
+    assert store.get(in_place) is store.get(named(1)) is first
+    files = first.files
+    assert isinstance(files, Files)
+    files.changed = True
+    second = store.get(in_place)
+    assert second is not first and second.key != first.key and store.get(in_place) is second
+
+
+def test_an_adapter_is_opened_while_others_ask():
+    known: list[set[int]] = []
+    in_time: list[bool] = []
+
+    def opened(request: LoRARequest) -> Files:
+        # the engine's own thread, which looks at another adapter in each step
+        thread = threading.Thread(target=lambda: known.append(store.numbers()), daemon=True)
+        thread.start()
+        thread.join(timeout=2)
+        in_time.append(not thread.is_alive())
+        return Files(request)
+
+    store = AdapterStore(opened, max_loras=1, max_cpu_loras=1)
+    store.get(named(1))
+    store.shutdown()
+    assert in_time == [True] and known == [set()]
