@@ -148,7 +148,11 @@ class EngineCore:
         self.check_runs()
         try:
             outputs, launched = self.begin_step()
-            return outputs + self.end_step(launched=launched, waits=not (launched or outputs))
+            waits = not (outputs or self._in_flight)
+            outputs += self.end_step(launched=launched)
+            if waits:
+                self.wait()
+            return outputs
         except BaseException:
             self.recover()
             raise
@@ -165,24 +169,27 @@ class EngineCore:
         outputs = [] if self._constraints is None else self._fail(self._constraints.failed())
         return outputs, self._launch(outputs)
 
-    def end_step(self, *, launched: bool, waits: bool) -> list[RequestOutput]:
+    def end_step(self, *, launched: bool) -> list[RequestOutput]:
         """The second half: read the oldest step, if it is time.
 
         Args:
             launched: whether the first half has launched one.
-            waits: where there is none to read, wait a little for what requests wait for.
         """
         outputs: list[RequestOutput] = []
         if self._in_flight and (not launched or len(self._in_flight) >= self._depth):
             outputs = self._read()
-        elif waits:
-            if self._constraints is not None:
-                self._constraints.wait()
-            if self.scheduler.adapters is not None:
-                self.scheduler.adapters.wait()
         for observer in self._observers:
             observer.turn_ends()
         return outputs
+
+    def wait(self) -> None:
+        """Wait a little for what requests wait for, where no step is to be read. It is no work of the host's, and of no
+        turn.
+        """
+        if self._constraints is not None:
+            self._constraints.wait()
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.wait()
 
     @property
     def has_launched(self) -> bool:

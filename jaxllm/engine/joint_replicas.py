@@ -40,9 +40,11 @@ class JointReplicas(Replicas):
             # none waits for a grammar while another one has something to do
             waits = not any(outputs or core.has_launched for core, (outputs, _) in zip(cores, begun, strict=True))
             for core, (ended, launched) in zip(cores, begun, strict=True):
-                outputs += ended + core.end_step(launched=launched, waits=waits)
+                outputs += ended + core.end_step(launched=launched)
             for observer in self._observers:
                 observer.turn_ends()
+            for core in cores if waits else ():
+                core.wait()
         except BaseException:
             self.recover()
             raise

@@ -34,7 +34,7 @@ def read_trace(path: Path) -> Trace:
         trace.metrics = [from_dict(metric) for metric in found["metrics"]]
     except OSError as error:
         raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         hint = " It is a trace for Perfetto: trace.save(PATH) writes the one that is wanted."
         is_chrome = isinstance(error, KeyError | TypeError) and _is_chrome_trace(path)
         raise ValidationError(

@@ -129,4 +129,9 @@ def _changed(settings: EngineSettings, changes: Mapping[str, Any]) -> EngineSett
         given["num_blocks"] = given.pop("num_gpu_blocks_override")
     if "block_size" in given and settings.block_size:
         raise ValidationError("block_size cannot change: a trace names what prompts share by blocks of its own size.")
+    if given.get("enable_prefix_caching") and not settings.enable_prefix_caching:
+        raise ValidationError(
+            "enable_prefix_caching cannot be switched on: a trace of an engine without it does not name what prompts "
+            "share. Take one with enable_prefix_caching=True."
+        )
     return dataclasses.replace(settings, **given)

@@ -74,7 +74,11 @@ def simulate(
     Raises:
         ValidationError: the settings lack what a scheduler needs, or ask for what is not simulated.
     """
-    scheduler = Scheduler(*_configs(settings))
+    scheduler_config, cache_config = _configs(settings)
+    try:
+        scheduler = Scheduler(scheduler_config, cache_config)
+    except ValueError as error:
+        raise ValidationError(f"no engine has these settings: {error}") from None
     engine = _Engine(scheduler, settings, model, begins)
     for number, each in enumerate(sorted(workload, key=lambda request: request.arrival)):
         engine.expect(number, each)

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -267,6 +267,25 @@ def test_a_device_that_waits_for_the_host(model: Path):
     options = {"step_seconds": lambda step: 2e-3, "host_seconds": 1e-3}
     advice = cured("host time", model, prompts(8, 20), max_tokens=80, async_scheduling=False, **options)
     assert advice.setting[:2] == ("async_scheduling", True)
+
+
+def test_a_wait_for_grammars_is_no_work_of_the_host(model: Path):
+    with LLM(model, **ROOMY) as llm:
+        (core,) = llm.engine.core.cores
+        clock = VirtualTime(llm, lambda _: 1e-3)
+
+        class Compiling:
+            def failed(self) -> list[Any]:
+                return []
+
+            def wait(self) -> None:
+                clock.now += 5.0
+
+            def shutdown(self) -> None:
+                pass
+
+        core._constraints = cast("Any", Compiling())
+        assert core.step() == [] and clock.now == 5.0 and core.counts.host_seconds == 0.0
 
 
 def test_prompts_that_are_tokenized_slowly(model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -120,6 +120,14 @@ def test_a_trace_for_perfetto_is_told_from_the_one_that_is_wanted(tmp_path: Path
         read_trace(tmp_path / "trace.json")
 
 
+@pytest.mark.parametrize("settings", [[1], "settings", 3])
+def test_settings_that_are_none_are_told(settings: object, tmp_path: Path):
+    found = {"steps": [], "requests": [], "settings": settings, "metrics": []}
+    (tmp_path / "trace.json").write_text(json.dumps(found))
+    with pytest.raises(ValidationError, match="is not a trace that `trace.save"):
+        read_trace(tmp_path / "trace.json")
+
+
 class Moved(BaseHTTPRequestHandler):
     """A server that sends its clients elsewhere."""
 

@@ -66,8 +66,8 @@ def add(scheduler: Scheduler, name: str, matcher: Anything | None) -> Request:
 
 
 def read(scheduler: Scheduler, step: SchedulerOutput, right: int) -> None:
-    """With drafts, so many of which are right; every token is another one."""
-    counts = [1 + min(right, step.num_drafts)] * len(step.rows)
+    """With drafts, so many of which are right; every token is another one. Chunks of prompts bring none."""
+    counts = [1 + min(right, step.num_drafts) if wanted else 0 for wanted in step.wanted]
     made = iter(range(1000 + 10 * step.step, 10**6))
     output = StepOutput(token_ids=[next(made) for _ in range(sum(counts))], counts=counts)
     if step.num_drafts:

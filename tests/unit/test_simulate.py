@@ -104,6 +104,16 @@ def test_what_is_not_simulated_is_refused(model: Path):
         bad(num_speculative_tokens=3)
     with pytest.raises(ValidationError, match="max_num_batched_tokens=2 is less than max_num_seqs=4"):
         bad(max_num_batched_tokens=2)
+    with pytest.raises(ValidationError, match="no engine has these settings: .* without chunked prefill"):
+        bad(enable_chunked_prefill=False, max_num_batched_tokens=4)
+    with pytest.raises(ValidationError, match="no engine has these settings: num_blocks must be at least 2"):
+        bad(num_gpu_blocks_override=1)
+    own = trace.settings
+    assert own is not None
+    trace.settings = dataclasses.replace(own, enable_prefix_caching=False)
+    assert bad(enable_prefix_caching=False).changed is not None
+    with pytest.raises(ValidationError, match="enable_prefix_caching cannot be switched on"):
+        bad(enable_prefix_caching=True)
     trace.requests.clear()
     with pytest.raises(ValidationError, match="has no requests"):
         bad()
