@@ -162,9 +162,16 @@ def to_params(value: Model | nnx.State, like: Any) -> Params:
         like: the engine's own.
 
     Raises:
-        ValidationError: a weight is missing, or is there that the engine has none of; the text names it.
+        ValidationError: a weight is missing, or is there that the engine has none of; the text names it. Or it has
+            adapters, which are no weights.
     """
-    params = _as_params(value, jax.tree.structure(like))
+    state = nnx.state(value) if isinstance(value, nnx.Module) else value
+    if nnx.to_pure_dict(nnx.filter_state(state, nnx.LoRAParam)):
+        raise ValidationError(
+            "update_weights takes weights, and this model has adapters (lora_rank) beside the engine's own: "
+            "model.save_adapter(folder), and LoRARequest(name, number, folder, load_inplace=True)."
+        )
+    params = _as_params(state, jax.tree.structure(like))
     return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
 
 

@@ -173,7 +173,9 @@ def failed_output(
 
 def was_refused(output: Any) -> bool:
     """Whether the `error` of an output, of any kind, is the request's own fault: it was refused, not cut short."""
-    return isinstance(output, RequestOutput) and any(c.finish_reason == "error" for c in output.outputs)
+    if isinstance(output, RequestOutput):
+        return any(completion.finish_reason == "error" for completion in output.outputs)
+    return output.is_refused
 
 
 def _short_text(text: str | None) -> str:

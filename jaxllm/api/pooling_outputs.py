@@ -85,6 +85,8 @@ class PoolingRequestOutput(Generic[T]):
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics, repr=False)
     #: why the request was refused or could not be finished; None: it was not
     error: str | None = None
+    #: whether that is its own fault: it was not cut short
+    is_refused: bool = False
     #: position of the prompt among those of the call
     index: int = 0
     #: with `LateChunkingParams`: what each row of the data stands for
@@ -121,7 +123,9 @@ class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
         return cls(**base.replaced(ScoringOutput(score=float(data[0]) if data.size else float("nan"))))  # pyright: ignore[reportArgumentType]
 
 
-def failed_pooling(request_id: str, reason: str, *, index: int = 0) -> PoolingRequestOutput[PoolingOutput]:
+def failed_pooling(
+    request_id: str, reason: str, *, is_refused: bool = False, index: int = 0
+) -> PoolingRequestOutput[PoolingOutput]:
     """What a request gets that was refused or could not be finished."""
     return PoolingRequestOutput(
         request_id=request_id,
@@ -129,5 +133,6 @@ def failed_pooling(request_id: str, reason: str, *, index: int = 0) -> PoolingRe
         prompt_token_ids=[],
         finished=True,
         error=reason,
+        is_refused=is_refused,
         index=index,
     )

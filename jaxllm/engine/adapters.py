@@ -107,10 +107,9 @@ class AdapterStore:
 
     def add(self, request: LoRARequest) -> bool:
         """Register an adapter and begin to read it; whether nobody knew it. Raises what `get` does."""
-        with self._lock:
-            is_new = request.lora_int_id not in self._adapters
-            self.is_ready(self.get(request))
-            return is_new or request.load_inplace
+        known = self.numbers()
+        self.is_ready(self.get(request))
+        return request.lora_int_id not in known or request.load_inplace
 
     def _register(self, request: LoRARequest, files: AdapterFiles) -> Adapter:
         self._num_versions += 1

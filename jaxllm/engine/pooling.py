@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.outputs import was_refused
 from jaxllm.api.pooler import EMBED_TASKS
 from jaxllm.api.pooling_outputs import (
     PoolingOutput,
@@ -169,7 +170,7 @@ def _with_task(params: Any, task: str) -> PoolingParams:
 
 def _failed(output: Any) -> Pooled:
     """What the engine says of a request that never ran, as an output of this kind."""
-    return failed_pooling(output.request_id, output.error or "", index=output.index)
+    return failed_pooling(output.request_id, output.error or "", is_refused=was_refused(output), index=output.index)
 
 
 def _unsupported(task: str, inputs: PoolingInputs) -> str:
@@ -226,5 +227,6 @@ def _scored(
         num_cached_tokens=a.num_cached_tokens + b.num_cached_tokens,
         metrics=b.metrics,
         error=error,
+        is_refused=(a if a.error is not None else b).is_refused,
         index=index,
     )

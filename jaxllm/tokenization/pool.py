@@ -26,18 +26,19 @@ _SLOW_WORKERS = 4
 
 
 class TokenizerPool:
-    """Runs work on prompts in `workers` threads; 0: in the caller's thread.
+    """Runs work on prompts in `workers` threads; 0: in the caller's thread, which a server's must not wait in for slow
+    work: that always has threads of its own.
 
     The threads start with the first work and end with `shutdown`.
     """
 
     def __init__(self, workers: int):
         self.workers = workers
-        self._executor = self._slow = None
+        self._executor = None
         self._ended = False
         if workers:
             self._executor = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
-            self._slow = concurrent.futures.ThreadPoolExecutor(_SLOW_WORKERS, thread_name_prefix="media")
+        self._slow = concurrent.futures.ThreadPoolExecutor(_SLOW_WORKERS, thread_name_prefix="media")
 
     def submit(
         self, work: Callable[..., Result], *arguments: Any, slow: bool = False

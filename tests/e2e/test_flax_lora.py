@@ -82,3 +82,7 @@ def test_what_cannot_be_trained_is_refused(llm: LLM, tmp_path: Path):
         to_nnx(llm, lora_alpha=4)
     with pytest.raises(ValidationError, match="save_adapter takes a model with adapters"):
         to_nnx(llm).save_adapter(tmp_path)
+    model = to_nnx(llm, lora_rank=4)
+    for whole in (model, nnx.state(model)):
+        with pytest.raises(ValidationError, match="update_weights takes weights, .* model.save_adapter"):
+            llm.update_weights(whole)

@@ -302,6 +302,8 @@ def test_a_server_has_adapters_beside_its_model(engine: AsyncLLM, oracle: Oracle
         assert far("second", "attention") < 1e-4 and far("second", "attention") < 1e-4
         status, _, told = get(url, "/v1/load_lora_adapter", {"lora_name": "third", "lora_path": "/no/such"})
         assert status == 400 and "the folder is not there" in told["error"]["message"]
+        status, _, told = get(url, "/v1/unload_lora_adapter", {"lora_name": "second", "lora_int_id": 99})
+        assert status == 400 and "lora_int_id=99 is not 'second'" in told["error"]["message"]
         assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 200
         assert get(url, "/v1/unload_lora_adapter", {"lora_name": "second"})[0] == 404
         with pytest.raises(openai.NotFoundError, match="The model `second` does not exist"):

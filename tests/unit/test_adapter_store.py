@@ -131,5 +131,6 @@ def test_an_adapter_is_opened_while_others_ask():
 
     store = AdapterStore(opened, max_loras=1, max_cpu_loras=1)
     store.get(named(1))
+    store.add(named(2))
     store.shutdown()
-    assert in_time == [True] and known == [set()]
+    assert in_time == [True, True] and known == [set(), {1}]

@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.api.errors import FetchError, ValidationError
+from jaxllm.api.outputs import was_refused
 from jaxllm.api.pooler import Pooler, PoolerConfig, pooler_config
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.config.engine_args import engine_args
 from jaxllm.engine.io.pooling_inputs import longest_first
+from jaxllm.engine.io.pooling_processor import PoolingProcessor
+from jaxllm.engine.request import Request
 from jaxllm.models.pooling_setup import make_pooler, runner_type
 from jaxllm.runner.heads.pooling_step import add_tokens
 from jaxllm.weights import fetch as fetching
@@ -258,3 +261,16 @@ def test_files_beside_the_weights_are_fetched_and_checked(monkeypatch: pytest.Mo
     assert (fetching.fetch("m", progress=False, registry={"m": named()}) / "config.json").read_bytes() == b"{}"
     with pytest.raises(FetchError, match="not the expected file"):
         fetching.fetch("m2", progress=False, registry={"m2": named(p="0" * 64)})
+
+
+def test_the_reason_why_a_request_failed_is_told_apart_from_an_abort() -> None:
+    processor = PoolingProcessor()
+    aborted, refused = (Request(name, [1], PoolingParams(task="embed")) for name in ("aborted", "refused"))
+    refused.error = "Loading LoRA adapter 'mine' failed"
+    found = []
+    for request in (aborted, refused):
+        processor.add(request, None)
+        output = processor.end(request)
+        assert output is not None
+        found.append((output.error, was_refused(output)))
+    assert found == [("the request was aborted", False), ("Loading LoRA adapter 'mine' failed", True)]

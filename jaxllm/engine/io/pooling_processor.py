@@ -32,7 +32,8 @@ class PoolingProcessor:
         """The output of a request that was ended from outside."""
         if self._arrivals.pop(request.request_id, None) is None:
             return None
-        return failed_pooling(request.request_id, "the request was aborted")
+        refused = request.error is not None
+        return failed_pooling(request.request_id, request.error or "the request was aborted", is_refused=refused)
 
     def clear(self) -> None:
         self._arrivals.clear()

@@ -36,7 +36,9 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         help="what the lines may call the model (default: --model); the answer of one that names none has the first",
     )
     names.add_argument(
-        "--ignore-model-field", action="store_true", help="run the lines with this model, whatever they call theirs"
+        "--ignore-model-field",
+        action="store_true",
+        help="run the lines with this model, whatever they call theirs, unless it is a name of --lora-modules",
     )
     add_lora_modules_option(batch)
     add_tool_option(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 from collections.abc import Iterator, Sequence
 
 from jaxllm.api.errors import ValidationError
@@ -52,6 +53,8 @@ class NamedAdapters:
     def __init__(self, store: AdapterStore | None, taken: Sequence[str]):
         self._store, self._taken = store, taken
         self._named: dict[str, LoRARequest] = {}
+        #: several may be loaded at once, each in a thread
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._named))
@@ -71,19 +74,40 @@ class NamedAdapters:
         """
         if self._store is None:
             raise ValidationError("LoRA is not enabled: start with --enable-lora.")
-        known = self._named.get(name)
-        if name in self._taken or (known is not None and not in_place):
-            what = "the model itself" if name in self._taken else "load_inplace=true replaces it"
-            raise ValidationError(f"The lora adapter {name!r} has already been loaded ({what}).")
-        # of an engine that others use as well, a number that nobody has
-        number = 1 + max(self._store.numbers(), default=0) if known is None else known.lora_int_id
-        self._store.add(LoRARequest(name, number, path, load_inplace=known is not None))
-        # what comes later means this one, and does not load it anew
-        self._named[name] = LoRARequest(name, number, path)
+        with self._lock:
+            known = self._named.get(name)
+            if name in self._taken or (known is not None and not in_place):
+                what = "the model itself" if name in self._taken else "load_inplace=true replaces it"
+                raise ValidationError(f"The lora adapter {name!r} has already been loaded ({what}).")
+            number = self._new_number() if known is None else known.lora_int_id
+            self._store.add(LoRARequest(name, number, path, load_inplace=known is not None))
+            # what comes later means this one, and does not load it anew
+            self._named[name] = LoRARequest(name, number, path)
 
-    def unload(self, name: str) -> bool:
-        """Have it no more; whether it was there."""
-        request = self._named.pop(name, None)
-        if request is not None and self._store is not None:
-            self._store.remove(request.lora_int_id)
-        return request is not None
+    def _new_number(self) -> int:
+        """One that nobody has: neither others who use the engine as well, nor one of ours that could not be read."""
+        assert self._store is not None
+        ours = {request.lora_int_id for request in self._named.values()}
+        return 1 + max(ours | self._store.numbers(), default=0)
+
+    def unload(self, name: str, number: int | None = None) -> bool:
+        """Have it no more; whether it was there.
+
+        Args:
+            number: of the adapter; None: whatever it is.
+
+        Raises:
+            ValidationError: the name has another number.
+        """
+        with self._lock:
+            request = self._named.get(name)
+            if request is None:
+                return False
+            if number not in (None, request.lora_int_id):
+                raise ValidationError(
+                    f"lora_int_id={number} is not {name!r}, whose number is {request.lora_int_id}: leave it out."
+                )
+            del self._named[name]
+            if self._store is not None:
+                self._store.remove(request.lora_int_id)
+            return True

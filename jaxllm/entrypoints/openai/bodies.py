@@ -346,6 +346,7 @@ class UnloadAdapterBody(Body):
     """``/v1/unload_lora_adapter``."""
 
     lora_name: str = Field(min_length=1)
+    #: nobody else's than that of the name
     lora_int_id: int | None = None
 
 

@@ -101,7 +101,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/unload_lora_adapter", dependencies=admin)
     async def unload_adapter(body: UnloadAdapterBody) -> Response:
-        if not service.adapters.unload(body.lora_name):
+        with service.told():
+            found = await asyncio.to_thread(service.adapters.unload, body.lora_name, body.lora_int_id)
+        if not found:
             raise APIError(f"The lora adapter {body.lora_name!r:.80} cannot be found.", status=404, param="lora_name")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
