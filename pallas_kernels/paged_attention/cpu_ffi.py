@@ -14,8 +14,8 @@ from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 
 #: of the pages, as arrays hold them: what their numbers are
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
-#: query heads of a KV head: more would be too much code, each of them being written out
-MOST_GROUP = 16
+#: query heads of a KV head, and their numbers: more would be too much code, all of them being written out
+MOST_GROUP, MOST_NUMBERS = 16, 4096
 #: what the work is cut along has so many numbers for each sequence and KV head (`work_sharing.UNIT`)
 _UNIT = 4
 _NEVER = -1e30
@@ -98,11 +98,12 @@ def form_of(
     Args:
         stored: the numbers that pages hold.
     """
-    fits = heads // kv_heads <= MOST_GROUP and stored in STORED and _lanes(head_dim) >= 8 and _lanes(block_size) >= 8
-    if not fits:
+    group = heads // kv_heads
+    fits = group <= MOST_GROUP and group * head_dim <= MOST_NUMBERS and stored in STORED
+    if not fits or min(_lanes(head_dim), _lanes(block_size)) < 8:
         return None
     return Form(
-        group=heads // kv_heads,
+        group=group,
         head_dim=head_dim,
         block_size=block_size,
         stored=stored,
