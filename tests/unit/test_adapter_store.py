@@ -10,9 +10,12 @@ import pytest
 
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.adapters import Adapter, AdapterStore
 from jaxllm.engine.request import Request
 from jaxllm.engine.scheduling.adapters import AdapterSlots
+from jaxllm.engine.scheduling.scheduler import Scheduler
 from jaxllm.engine.step import SchedulerOutput
 
 
@@ -53,6 +56,7 @@ def request_of(adapter: Adapter) -> Request:
 
 def admit(slots: AdapterSlots, adapter: Adapter) -> tuple[Request, SchedulerOutput]:
     request, step = request_of(adapter), SchedulerOutput.empty(0)
+    slots.begin()
     assert slots.find(request)
     slots.take(request, step)
     return request, step
@@ -134,3 +138,34 @@ def test_an_adapter_is_opened_while_others_ask():
     store.add(named(2))
     store.shutdown()
     assert in_time == [True, True] and known == [set(), {1}]
+
+
+def test_a_step_looks_once_at_an_adapter_that_many_wait_for():
+    may_read = threading.Event()
+
+    class Slow(Files):
+        def read(self) -> str:
+            may_read.wait()
+            return super().read()
+
+    class Counting(AdapterStore):
+        num_looks = 0
+
+        def is_ready(self, adapter: Adapter) -> bool:
+            self.num_looks += 1
+            return super().is_ready(adapter)
+
+    store = Counting(Slow, max_loras=1, max_cpu_loras=1)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=60, max_loras=1)
+    cache = CacheConfig(block_size=4, num_blocks=40, groups=(KVCacheGroup(layers=(0,)),), enable_prefix_caching=False)
+    scheduler = Scheduler(config, cache, store)
+    adapter = store.get(named(1))
+    for number in range(20):
+        scheduler.add_request(Request(f"request {number}", [1], SamplingParams(), adapter=adapter))
+    store.num_looks = 0
+    assert not scheduler.schedule().rows and store.num_looks == 1
+    may_read.set()
+    while not store.is_ready(adapter):
+        time.sleep(0.001)
+    assert len(scheduler.schedule().rows) == 4
+    store.shutdown()

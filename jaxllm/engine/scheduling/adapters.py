@@ -38,16 +38,27 @@ class AdapterSlots:
         self._reserved: list[Request | None] = [None] * num_slots
         #: what `find` found: the request, its slot, and the matrices that go there, None where they are there
         self._found: tuple[Request, int, Any] | None = None
+        #: adapters that are not there in this step, whose other requests need no look
+        self._absent: set[Adapter] = set()
         #: requests whose adapter cannot be read; their `error` says why
         self._failed: list[Request] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._absent.clear()
 
     def find(self, request: Request) -> bool:
         """Whether a waiting request can be admitted: its adapter is there, or can be put into a slot now."""
         adapter = request.adapter
         if adapter is None:
             return True
+        if adapter in self._absent:
+            return False
         slot = self._slot(request, adapter)
         if slot is None:
+            # all requests of one that cannot be read fail at once
+            if adapter.error is None:
+                self._absent.add(adapter)
             return False
         # other threads may take them out of the host's memory at any time
         matrices = None if self._held[slot] is adapter else adapter.matrices

@@ -273,6 +273,8 @@ class Scheduler:
         """Admit requests in the queue's order until one does not fit."""
         manager = self.kv_cache_manager
         skipped: list[Request] = []
+        if self.adapters is not None:
+            self.adapters.begin()
         while budget.tokens > 0 and len(self.running) < self._max_running and self.waiting:
             request = self.waiting.peek()
             if request.grammar is not None:
