@@ -20,7 +20,6 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.config.lora import LoRAConfig
 from jaxllm.models.adapters import Module
-from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,6 +44,8 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "arrow_config": (),
     "megatron_config": (),
 }
+#: of `init_lora_weights`, what changes the model's own matrices, which the adapter then goes with
+_CHANGES_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _WRAPPER = "base_model.model."
 _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
 #: what stands in front of a layer's modules, where a model is a part of another one
@@ -74,15 +75,18 @@ class PeftReader:
         """
         folder = Path(request.path).expanduser()
         name = f"LoRA adapter {request.lora_name!r} ({folder})"
-        # what changes from here on is not what is checked
-        state = _state(folder)
-        config = self._read_config(folder, name)
         try:
+            # what changes from here on is not what is checked
+            state = _state(folder)
+            config = self._read_config(folder, name)
             with SafetensorsReader(_weights_file(folder, name)) as reader:
-                matrices = self._matrices({tensor: reader.shape(tensor) for tensor in reader.names()}, config, name)
-        except WeightsError as error:
+                shapes = {tensor: reader.shape(tensor) for tensor in reader.names()}
+            matrices = self._matrices(shapes, config, name)
+        except ValidationError:
+            raise
+        except Exception as error:  # whatever it is, it is this adapter's, and no fault of the call's other prompts
             raise ValidationError(f"{name} cannot be read: {error}") from None
-        return PeftFiles(folder, name, state, matrices)
+        return PeftFiles(folder, name, state, shapes, matrices, np.dtype(self._config.dtype))
 
     def _read_config(self, folder: Path, name: str) -> dict[str, Any]:
         file = folder / CONFIG
@@ -101,6 +105,15 @@ class PeftReader:
             if value is not None and value not in accepted and value not in ({}, []):
                 why = "DoRA's magnitudes" if field == "use_dora" else "this kind of adapter"
                 raise ValidationError(f"{name}: {field}={value!r} is not supported: {why} cannot be served as LoRA.")
+        init = config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_MODEL):
+            raise ValidationError(
+                f"{name}: init_lora_weights={init!r} is not supported: it has changed the model that the adapter is "
+                "of. Save it as plain LoRA, by PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion="
+                "...)."
+            )
+        for field in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(field, config.get(field) or {}, name)
         return config
 
     def _matrices(
@@ -160,11 +173,22 @@ class PeftFiles:
     Args:
         name: what errors call it.
         state: of the files, before they were checked.
+        shapes: of the tensors.
         matrices: of each of the model's modules that has one, the names of A and B, and the scale.
+        dtype: that they are to have on the device.
     """
 
-    def __init__(self, folder: Path, name: str, state: _State, matrices: Mapping[str, tuple[str, str, float]]):
-        self._folder, self._name, self._state, self._matrices = folder, name, state, matrices
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        state: _State,
+        shapes: Mapping[str, tuple[int, ...]],
+        matrices: Mapping[str, tuple[str, str, float]],
+        dtype: np.dtype,
+    ):
+        self._folder, self._name, self._state, self._shapes = folder, name, state, shapes
+        self._matrices, self._dtype = matrices, dtype
 
     def have_changed(self) -> bool:
         """Whether they are no longer those that were checked, or not there."""
@@ -174,23 +198,29 @@ class PeftFiles:
         """Of each module A [r, in], and B [out, r] with the scale in it.
 
         Raises:
-            ValidationError: the files have changed, or B has numbers that are not finite.
+            ValidationError: the files have changed, or have numbers that are not finite, or not on the device.
             WeightsError: they cannot be read.
         """
-        self._check_unchanged()
+        self._check(is_unchanged=not self.have_changed())
         found = {}
-        with SafetensorsReader(self._folder / WEIGHTS) as reader:
+        with SafetensorsReader(self._folder / WEIGHTS) as reader, np.errstate(over="ignore", invalid="ignore"):
+            # a copy may have its original's time
+            self._check(is_unchanged={tensor: reader.shape(tensor) for tensor in reader.names()} == self._shapes)
             for module, (a, b, scale) in self._matrices.items():
-                up = reader.read(b).astype(np.float32) * np.float32(scale)
-                # products by all slots' matrices at once would carry them into other requests' sums
-                if not np.isfinite(up).all():
-                    raise ValidationError(f"{self._name}: lora_B of {module!r} has numbers that are not finite.")
-                found[module] = reader.read(a), up
-        self._check_unchanged()
+                down, up = reader.read(a), reader.read(b).astype(np.float32) * np.float32(scale)
+                for half, matrix in (("A", down), ("B", up)):
+                    # products by all slots' matrices at once would carry them into other requests' sums
+                    if not np.isfinite(matrix.astype(self._dtype)).all():
+                        raise ValidationError(
+                            f"{self._name}: lora_{half} of {module!r} has numbers that are not finite, or not in "
+                            f"{self._dtype.name}, as which it is stored (lora_dtype)."
+                        )
+                found[module] = down, up
+        self._check(is_unchanged=not self.have_changed())
         return found
 
-    def _check_unchanged(self) -> None:
-        if self.have_changed():
+    def _check(self, *, is_unchanged: bool) -> None:
+        if not is_unchanged:
             raise ValidationError(
                 f"{self._name} has changed since it was loaded. Ask for it with load_inplace=True, or under another "
                 "lora_int_id, to have what is there now."
@@ -222,8 +252,8 @@ def _weights_file(folder: Path, name: str) -> Path:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, name: str) -> float:
     """The factor on ``B @ A``, as PEFT computes it of a module."""
-    alpha = _of_module(config, "alpha_pattern", module, config.get("lora_alpha", 8), name)
-    said = _of_module(config, "rank_pattern", module, config.get("r", rank), name)
+    alpha = _of_module(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    said = _of_module(config.get("rank_pattern") or {}, module, config.get("r", rank))
     if said != rank:
         raise ValidationError(f"{name}: {module!r} has rank {rank}, and {CONFIG} says {said!r}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -231,15 +261,25 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, name: str) -> floa
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_module(config: Mapping[str, Any], field: str, module: str, default: Any, name: str) -> Any:
-    """The value of the first pattern that a module's name ends in (`peft.utils.other.get_pattern_key`)."""
-    patterns = config.get(field) or {}
+def _check_patterns(field: str, patterns: Any, name: str) -> None:
+    """Raises ValidationError for what is no object of regular expressions and numbers."""
     if not isinstance(patterns, dict):
         raise ValidationError(f"{name}: {field} must be an object, got {patterns!r:.200}.")
-    for key, value in patterns.items():
+    for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
+            re.compile(_ended(pattern))
         except re.error as error:
-            raise ValidationError(f"{name}: {field} has {key!r}, which is no regular expression: {error}.") from None
-    return default
+            raise ValidationError(
+                f"{name}: {field} has {pattern!r}, which is no regular expression: {error}."
+            ) from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValidationError(f"{name}: {field} of {pattern!r} must be a number, got {value!r:.200}.")
+
+
+def _of_module(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends in (`peft.utils.other.get_pattern_key`)."""
+    return next((value for pattern, value in patterns.items() if re.match(_ended(pattern), module)), default)
+
+
+def _ended(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -68,6 +69,13 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"a": np.zeros((), np.float32)}, r"lora_A \[\] and lora_B \[6, 2\]"),
     "no rank": ({"a": A[:0], "b": B[:, :0]}, r"lora_A \[0, 5\] and lora_B \[6, 0\].* r at least 1"),
     "a pattern": ({"alpha_pattern": {"q_(proj": 3}}, r"alpha_pattern has 'q_\(proj', which is no regular expression"),
+    "a text": ({"alpha_pattern": {"q_proj": "3"}}, "alpha_pattern of 'q_proj' must be a number, got '3'"),
+    "an enormous scale": ({"lora_alpha": 10**400}, "cannot be read: .* too large"),
+    "PiSSA": (
+        {"init_lora_weights": "pissa_niter_4"},
+        "init_lora_weights='pissa_niter_4' .* changed the model .* path_in",
+    ),
+    "OLoRA": ({"init_lora_weights": "OLoRA"}, "init_lora_weights='OLoRA' is not supported"),
     "a list": ({"rank_pattern": ["q_proj"]}, r"rank_pattern must be an object, got \['q_proj'\]"),
 }
 
@@ -77,3 +85,34 @@ def test_malformed_adapters_are_refused(tmp_path: Path, problem: str):
     made, said = MALFORMED[problem]
     with pytest.raises(ValidationError, match=f"'mine' .*{said}"):
         READER.open(write(tmp_path, **made))
+
+
+def test_a_folder_with_a_name_that_no_system_takes_fails_as_an_adapter():
+    with pytest.raises(ValidationError, match="'mine' .* cannot be read"):
+        READER.open(LoRARequest("mine", 1, "a\0b"))
+
+
+def test_a_copy_with_its_originals_time_and_other_shapes_is_not_read(tmp_path: Path):
+    request = write(tmp_path)
+    files = READER.open(request)
+    # as large as before, and without what tells it from the other one
+    save = {f"base_model.model.{MODULE}.lora_{half}.weight": x.T.copy() for half, x in (("A", A), ("B", B))}
+    file = tmp_path / "adapter_model.safetensors"
+    stat = file.stat()
+    save_file(save, tmp_path / "copy")
+    file.write_bytes((tmp_path / "copy").read_bytes())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not files.have_changed()
+    with pytest.raises(ValidationError, match="has changed since it was loaded"):
+        files.read()
+
+
+@pytest.mark.parametrize(("dtype", "half", "number"), [("float32", "a", np.nan), ("float16", "b", 1e5)])
+def test_numbers_that_would_not_be_finite_on_the_device(tmp_path: Path, dtype: str, half: str, number: float):
+    matrices = {"a": A.copy(), "b": B.copy()}
+    matrices[half][0, 0] = number
+    reader = PeftReader({MODULE: Module(6, 5, ())}, "model.", dataclasses.replace(CONFIG, dtype=dtype))
+    files = reader.open(write(tmp_path, **matrices))
+    said = f"lora_{half.upper()} of .*q_proj' has numbers that are not finite, or not in {dtype}"
+    with pytest.raises(ValidationError, match=said):
+        files.read()
