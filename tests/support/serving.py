@@ -36,7 +36,7 @@ def served(engine: AsyncLLM, **asked: Any) -> Iterator[str]:
     with listen("127.0.0.1", 0, None) as (bound, url):
         config = uvicorn.Config(make_app(engine, Settings(**asked)), log_level="warning")
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+        thread = threading.Thread(target=server.run, args=([bound],), name="test server", daemon=True)
         thread.start()
         while not server.started:
             assert thread.is_alive()
