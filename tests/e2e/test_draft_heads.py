@@ -146,7 +146,8 @@ def test_restricted_requests_have_the_hosts_drafts(case: Case):
     free = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logit_bias=BIAS)
     follow_up, before = [*prompt, *got.outputs[0].token_ids, 7], numbers(case.drafting)
     (later,) = case.drafting.generate(follow_up, free, use_tqdm=False)
-    assert later.num_cached_tokens == 40
+    # the last token is computed where it was a draft, which hangs on how many a check had
+    assert later.num_cached_tokens in (32, 40)
     drafted, accepted = (now - then for now, then in zip(numbers(case.drafting), before, strict=True))
     assert (drafted, accepted) == replayed(case, follow_up, list(later.outputs[0].token_ids))
 
