@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # a model that drafts has no adapters: its drafts are the base's
     "a model that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8},
-    "preemption": {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 8},
+    "preemption": {"num_gpu_blocks_override": 20},
     "KV offloading": {"kv_offloading_size": "2MB", "num_gpu_blocks_override": 20},
     "quantized weights": {"quantization": "awq"},
     "asynchronous scheduling": {"async_scheduling": True, "scheduling_policy": "priority"},
