@@ -157,17 +157,7 @@ class QwenProcessor:
         return rows, columns
 
     def image(self, given: Any, *, name: str = "image", uuid: str | None = None, room: Room | None = None) -> Media:
-        """A picture as the encoder takes it.
-
-        Args:
-            given: as `pictures.read_picture` takes it.
-            name: of the picture, for errors.
-            uuid: the caller's name of the content, in place of a hash of it.
-            room: for what there is room; None: for all.
-
-        Raises:
-            ValidationError: it cannot be read, is too large, or has a form that the model does not take.
-        """
+        """As `Processor.image`."""
         picture = read_picture(given, name)
         self.check_room(picture.size, 1, name, room)
         pixels = self._resized(picture)
