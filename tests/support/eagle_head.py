@@ -29,21 +29,33 @@ CONFIG: dict[str, Any] = {
 DRAFTED = 128
 
 
-def write_eagle3(folder: Path, *, size: int = 48, hidden: int = 64, keeps: tuple[int, ...] = (0, 1, 1)) -> Path:
+def write_eagle3(
+    folder: Path,
+    *,
+    size: int = 48,
+    hidden: int = 64,
+    keeps: tuple[int, ...] = (0, 1, 1),
+    vocab_size: int = CONFIG["vocab_size"],
+) -> Path:
     """A head of another width than the model's, with tables of its own, and fewer tokens."""
     random = np.random.default_rng(3)
     weights = {
         **{f"midlayer.{name}": array for name, array in _layer(random, size, 2 * size).items()},
         "midlayer.hidden_norm.weight": _norm(random, size),
         "midlayer.input_layernorm.weight": _norm(random, size),
-        "embed_tokens.weight": _matrix(random, CONFIG["vocab_size"], size),
+        "embed_tokens.weight": _matrix(random, vocab_size, size),
         "fc.weight": _matrix(random, size, len(keeps) * hidden),
         "norm.weight": _norm(random, size),
         "lm_head.weight": _matrix(random, DRAFTED, size, 4.0),
         "d2t": np.arange(DRAFTED, dtype=np.int64),
-        "t2d": np.arange(CONFIG["vocab_size"]) % 2 == 0,
+        "t2d": np.arange(vocab_size) % 2 == 0,
     }
-    own = {"hidden_size": size, "draft_vocab_size": DRAFTED, "eagle_aux_hidden_state_layer_ids": list(keeps)}
+    own = {
+        "vocab_size": vocab_size,
+        "hidden_size": size,
+        "draft_vocab_size": DRAFTED,
+        "eagle_aux_hidden_state_layer_ids": list(keeps),
+    }
     return _written(folder, {**CONFIG, **own, "architectures": ["LlamaForCausalLMEagle3"]}, weights)
 
 
