@@ -161,7 +161,7 @@ def head_forward(
     attention = dataclasses.replace(attention, token_valid=valid, seen_to=None)
     batch = dataclasses.replace(batch, attention=attention)
     cos, sin = rope_tables(jnp.maximum(attention.positions - 1, 0), model.rope)
-    embedding = embed(context, params.embedding, batch.tokens)
+    embedding = embed(context, params.embedding, batch.tokens, hidden.dtype)
     if model.embedding_scale != 1.0:
         embedding = embedding * jnp.asarray(model.embedding_scale, embedding.dtype)
     if batch.embeddings is not None and batch.embeddings.shape == embedding.shape:
