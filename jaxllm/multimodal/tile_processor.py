@@ -124,6 +124,7 @@ class TileProcessor:
         order = self._order(*picture.size)
         item = item_of(
             np.moveaxis(np.concatenate(squares), -1, 0)[None],
+            # of one name, pictures of two sizes may have other vectors of the same squares
             f"{uuid or content_of(picture)} of {picture.size}",
             patch_size=self.square.patch_size,
             merge_size=1,

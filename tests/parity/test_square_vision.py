@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,10 +16,12 @@ from support.seeing_models import SQUARE, picture, write_seeing_model
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.context import Context
+from jaxllm.models.llava_next import tile_grids
 from jaxllm.models.registry import model_config
 from jaxllm.models.vision import vision_specs
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.multimodal.square_processor import SquareProcessor
+from jaxllm.multimodal.tile_processor import TileProcessor
 from jaxllm.runner.compile.encoder import encode_step, encoder_buckets, encoder_packing, pack_item
 from jaxllm.startup.media_setup import read_media
 from jaxllm.weights.checkpoint import Checkpoint
@@ -115,3 +118,38 @@ def test_a_line_is_not_made_a_square():
     padded = SquareProcessor.of({"crop_size": 20, "do_pad": True}, "LlavaImageProcessor", **SHAPE)
     with pytest.raises(ValidationError, match="the square that they are put on would have more than"):
         padded.image(picture(12_000, 1))
+
+
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+
+def tiles(largest: tuple[int, int] | None = None) -> TileProcessor:
+    own = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+    return TileProcessor.of(SquareProcessor.of(own, "LlavaNextImageProcessor", **SHAPE), GRIDS, largest)
+
+
+def test_tiles_have_as_many_vectors_as_transformers_counts():
+    """Of pictures of any form: very wide and very high ones too."""
+    theirs: Any = transformers.LlavaNextProcessor.__new__(transformers.LlavaNextProcessor)
+    theirs.image_processor = SimpleNamespace(
+        image_grid_pinpoints=[[20 * rows, 20 * columns] for rows, columns in GRIDS]
+    )
+    theirs.patch_size, theirs.num_additional_image_tokens = 5, 0
+    ours, random = tiles(), np.random.default_rng(0)
+    sizes = [*random.integers(1, 400, (200, 2)).tolist(), [1, 4000], [4000, 1], [1, 1], [1000, 997]]
+    for width, height in sizes:
+        expected = theirs._get_number_of_features(height, width, 20, 20)
+        assert ours.tokens_of(width, height) == len(ours._order(width, height)) == expected
+        assert expected <= ours.most_tokens
+
+
+def test_more_tiles_than_were_planned_for_are_refused():
+    small = tiles(largest=(40, 20))
+    assert (small.most_tiles, small.patches_of(1)) == (2, 3 * 16)
+    assert small.image(picture(80, 40)).num_tokens == 16 + 4 * 9 == small.most_tokens
+    with pytest.raises(ValidationError, match=r"of 40 x 40 pixels becomes 4 tiles, and the engine has planned for 2"):
+        small.image(picture(40, 40))
+    with pytest.raises(ValidationError, match="mm_processor_kwargs has 'max_pixels'"):
+        small.with_options({"max_pixels": 1})
+    with pytest.raises(ValidationError, match="which is not made of tiles of 20 x 20 pixels"):
+        tile_grids({"image_grid_pinpoints": [[20, 30]]}, 20)

@@ -75,6 +75,14 @@ ENGINES: dict[str, dict[str, Any]] = {
         "max_num_active_seqs": 3,
     },
 }
+#: what families differ in is in the others
+OF_QWEN = ("stages", "drafts of earlier outputs", "drafts of another model", "drafts of layers")
+
+
+def engines(family: str) -> list[str]:
+    return [name for name in ENGINES if family != "gemma3" or name not in OF_QWEN]
+
+
 #: option of a request -> its parameters
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -118,16 +126,16 @@ def answers(llm: LLM, mark: str) -> list[Any]:
 
 
 def main(folder: Path) -> None:
-    is_gemma = folder.name.startswith("gemma3")
-    family = "gemma3" if is_gemma else "qwen2_5_vl"
+    family = "gemma3" if folder.name.startswith("gemma3") else "qwen2_5_vl"
     model, mark = write_seeing_model(folder, family), PICTURE[family]
     places = {"MODEL": str(model), "HEAD": str(write_eagle3(folder / "head", vocab_size=VOCAB_SIZE))}
     found: dict[str, Any] = {}
-    for name, arguments in ENGINES.items():
+    for name in engines(family):
+        arguments = ENGINES[name]
         drafts = arguments.get("speculative_config")
         if drafts and "model" in drafts:
             arguments = {**arguments, "speculative_config": {**drafts, "model": places[drafts["model"]]}}
-        if is_gemma and "num_gpu_blocks_override" in arguments:
+        if family == "gemma3" and "num_gpu_blocks_override" in arguments:
             arguments = {**arguments, "num_gpu_blocks_override": FEW_OF_TWO_GROUPS}
         with LLM(model, **{**PLAIN, **arguments}) as llm, checks_that_cost(llm, 0.0) if drafts else nullcontext():
             found[name] = answers(llm, mark)
