@@ -123,6 +123,19 @@ def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any):
         check(theirs, output, given)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 7), (16, 100)])
+def test_batches_and_chunks_of_other_sizes(model: Path, theirs: Any, rows: int, chunk: int):
+    """One request at a time, a few tokens of a picture each step, and all of them twice in one batch."""
+    made = drawn()
+    asked = [prompt(text, *given) for text, given in made.items()] * 2
+    arguments = {"max_num_seqs": rows, "max_num_batched_tokens": chunk, "num_gpu_blocks_override": 27 * min(rows, 8)}
+    with LLM(model, **{**ARGUMENTS, **arguments}) as engine:
+        outputs = engine.generate(asked, ASKED, use_tqdm=False)
+    for output, given in zip(outputs, [*made.values()] * 2, strict=True):
+        check(theirs, output, given)
+
+
 def test_videos(llm: LLM, theirs: Any):
     """Frames in time, of two videos and a picture, and what follows a video whose time outlasts it."""
     processor = QwenProcessor.of(

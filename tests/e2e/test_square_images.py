@@ -105,6 +105,21 @@ def _pairs(made: dict[str, list[Any]]) -> Iterator[tuple[Any, ...]]:
     return ((text, *given) for text, given in made.items())
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 16), (16, 100)])
+def test_batches_and_chunks_of_other_sizes(
+    model: Path, theirs: Any, processor: Any, family: str, rows: int, chunk: int
+):
+    """One request at a time, and all of them twice in one batch."""
+    made = drawn()
+    asked = [prompt(family, text, *given) for text, given in made.items()] * 2
+    arguments = {"max_num_seqs": rows, "max_num_batched_tokens": chunk, "max_model_len": 200}
+    with LLM(model, **{**ARGUMENTS, **arguments}, num_gpu_blocks_override=50 * min(rows, 8)) as engine:
+        outputs = engine.generate(asked, ASKED, use_tqdm=False)
+    for output, given in zip(outputs, [*made.values()] * 2, strict=True):
+        check(theirs, processor, output, given)
+
+
 def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: Any, processor: Any, family: str):
     """A hit may end within a picture, whose other tokens are computed with all of them in sight."""
     llm.reset_prefix_cache()
