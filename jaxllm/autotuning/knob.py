@@ -1,0 +1,278 @@
+"""Engine arguments whose values are searched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxllm.autotuning.capacity import Capacity, Planner
+from jaxllm.config.resolve import CPU_LIMITS
+from jaxllm.runner.memory.fit import DoesNotFitError
+from jaxllm.runner.memory.plan import MemoryPlan
+from jaxllm.tuning.simulation.workload import Workload
+
+#: a length that is asked for is a multiple of so many tokens, so that the next workload's longest request fits, too
+LENGTH_STEP = 128
+#: steps of more tokens bring nothing more (`config.resolve`, vLLM's guides)
+MOST_CPU_TOKENS, MOST_GPU_TOKENS = 2048, 32768
+FEWEST_TOKENS, FEWEST_SEQS = 32, 2
+#: arguments that decide how the model is spread over devices
+GRID = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_HOLDS = "the KV cache holds the whole workload at once; more of it would stay empty"
+#: requests that take longer to come than this come one by one, in seconds
+AT_ONCE = 1.0
+#: those that decide how large the KV cache is, of which one is enough
+CACHE_SIZES = ("kv_cache_memory_bytes", "num_gpu_blocks_override")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One argument, or several that only have values together."""
+
+    #: the argument's; "parallelism" of those in `GRID`
+    name: str
+    #: in an order in which neighbours are alike; of several arguments, a mapping each
+    values: tuple[Any, ...]
+    #: the engine's own, one of `values`
+    default: Any
+    #: what it trades for what
+    why: str
+
+    def arguments(self, value: Any) -> dict[str, Any]:
+        """The engine arguments of a value; {}: the default needs none."""
+        if value == self.default:
+            return {}
+        return dict(value) if isinstance(value, Mapping) else {self.name: value}
+
+    def shown(self, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name}={number}" for name, number in value.items()) or "one device"
+        return str(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Space:
+    """Everything that is searched, and why the rest is not."""
+
+    knobs: tuple[Knob, ...]
+    #: argument -> why it is left as it is
+    left: Mapping[str, str]
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The engine arguments of a value for each knob; those that are the default are left out."""
+        found: dict[str, Any] = {}
+        for knob in self.knobs:
+            found |= knob.arguments(values.get(knob.name, knob.default))
+        return found
+
+    def values(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The knobs' values of such arguments."""
+        found = {}
+        for knob in self.knobs:
+            if isinstance(knob.default, Mapping):
+                own = {name: value for name, value in arguments.items() if name in GRID}
+                found[knob.name] = own if own else knob.default
+            else:
+                found[knob.name] = arguments.get(knob.name, knob.default)
+        return found
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are."""
+        number = 1
+        for knob in self.knobs:
+            number *= len(knob.values)
+        return number
+
+    @classmethod
+    def of(cls, planner: Planner, workload: Workload) -> Space:
+        """What a platform can have, for a workload; what is held fixed is not searched.
+
+        Raises:
+            ValidationError: the fixed arguments contradict each other, the model or the workload.
+        """
+        left: dict[str, str] = {}
+        knobs = []
+        for name, found in _candidates(planner, workload):
+            if name in planner.fixed or (name == "parallelism" and any(each in planner.fixed for each in GRID)):
+                left[name] = "you hold it fixed"
+            elif isinstance(found, str):
+                left[name] = found
+            elif len(found.values) < 2:
+                left[name] = "there is but one value that this workload and this device can have"
+            else:
+                knobs.append(found)
+        return cls(knobs=tuple(knobs), left=left)
+
+
+def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Knob | str]]:
+    """Each argument with its knob, or with the reason why there is none."""
+    plan = base_capacity(planner, workload).plan
+    on_cpu = plan.platform == "cpu"
+    longest_prompt = max(request.num_prompt_tokens for request in workload.requests)
+    holds = holds_all(workload, plan)
+    most_seqs = max(plan.max_num_seqs, CPU_LIMITS[1])
+    seqs = _powers(FEWEST_SEQS, min(_power(len(workload)), most_seqs))
+    yield (
+        "max_num_seqs",
+        Knob(
+            name="max_num_seqs",
+            values=_with(seqs, plan.max_num_seqs),
+            default=plan.max_num_seqs,
+            why="more requests at once share each reading of the weights; fewer leave more KV cache to each, are "
+            "preempted less, and make each token come sooner",
+        ),
+    )
+    most = MOST_CPU_TOKENS if on_cpu else MOST_GPU_TOKENS
+    budgets = _powers(FEWEST_TOKENS, max(min(most, _power(workload.num_prompt_tokens)), FEWEST_TOKENS))
+    yield (
+        "max_num_batched_tokens",
+        Knob(
+            name="max_num_batched_tokens",
+            values=_with(budgets, plan.max_num_batched_tokens),
+            default=plan.max_num_batched_tokens,
+            why="larger steps bring prompts in sooner and at a better rate; smaller ones keep the time between the "
+            "tokens of others short",
+        ),
+    )
+    yield "max_model_len", _length(planner, demand, plan.max_model_len)
+    if on_cpu:
+        yield "gpu_memory_utilization", "on a CPU the KV cache stops at 2 GiB, far below the machine's memory"
+    elif any(name in planner.fixed for name in CACHE_SIZES):
+        yield "gpu_memory_utilization", "the size of the KV cache is held fixed"
+    elif holds:
+        yield "gpu_memory_utilization", _HOLDS
+    else:
+        yield (
+            "gpu_memory_utilization",
+            Knob(
+                name="gpu_memory_utilization",
+                values=_with((0.8, 0.85, 0.9, 0.93, 0.95), plan.gpu_memory_utilization),
+                default=plan.gpu_memory_utilization,
+                why="what weights and activations leave of it is KV cache; nothing else may need the rest",
+            ),
+        )
+    yield (
+        "block_size",
+        Knob(
+            name="block_size",
+            values=_with((16, 32, 64, 128) if on_cpu else (16, 32, 64), plan.block_size),
+            default=plan.block_size,
+            why="prefixes are shared, and the cache is handed out, in whole blocks: small ones waste less, large ones "
+            "have shorter tables",
+        ),
+    )
+    if planner.has_latents():
+        yield "kv_cache_dtype", "pages of models with latent attention have no scales"
+    elif holds:
+        yield "kv_cache_dtype", f"{_HOLDS}, and would lose precision for nothing"
+    else:
+        yield (
+            "kv_cache_dtype",
+            Knob(
+                name="kv_cache_dtype",
+                values=("auto", "int8"),
+                default="auto",
+                why="int8 keeps twice the tokens in the same memory, and what is generated differs a little",
+            ),
+        )
+    thresholds = tuple(size for size in (64, 128, 256, 512, 1024, 2048, 4096) if size < longest_prompt)
+    yield (
+        "long_prefill_token_threshold",
+        Knob(
+            name="long_prefill_token_threshold",
+            values=(0, *thresholds),
+            default=0,
+            why="a long prompt leaves a part of each step to others; 0: it may take all of it",
+        ),
+    )
+    yield "max_num_partial_prefills", "jaxllm computes parts of any number of prompts in a step, within its tokens"
+    if streams(workload):
+        yield "num_decode_steps", "requests that come one by one are streamed, and streams get each token by itself"
+    else:
+        yield (
+            "num_decode_steps",
+            Knob(
+                name="num_decode_steps",
+                values=(1, 4, 8, 16),
+                default=plan_steps(planner),
+                why="several tokens of each request in one launch save the host's time, where nobody waits",
+            ),
+        )
+    yield "parallelism", _grid(planner)
+
+
+def base_capacity(planner: Planner, workload: Workload) -> Capacity:
+    """Of the fixed arguments by themselves, with a length that fits where the model's own does not."""
+    try:
+        return planner.capacity({})
+    except DoesNotFitError:
+        return planner.capacity({"max_model_len": needed_length(planner, workload)})
+
+
+def needed_length(planner: Planner, workload: Workload) -> int:
+    """The shortest `max_model_len` that is searched."""
+    return min(-(-workload.longest // LENGTH_STEP) * LENGTH_STEP, planner.longest())
+
+
+def plan_steps(planner: Planner) -> int:
+    return int(planner.fixed.get("num_decode_steps") or 1)
+
+
+def _length(planner: Planner, workload: Workload, default: int) -> Knob | str:
+    needed = needed_length(planner, workload)
+    lengths = sorted({needed, default}) if needed < default else [default]
+    return Knob(
+        name="max_model_len",
+        values=tuple(lengths),
+        default=default,
+        why=f"the longest request of the workload has {workload.longest} tokens; room for longer ones is kept in tables, "
+        "and one of them has to fit into the KV cache",
+    )
+
+
+def _grid(planner: Planner) -> Knob | str:
+    if planner.num_devices == 1:
+        return "there is one device"
+    values = tuple(
+        {
+            name: size
+            for name, size in zip(GRID, (grid.tensor, grid.stage, grid.data), strict=True)
+            if size > 1
+        }
+        for grid in planner.grids()
+    )
+    return Knob(
+        name="parallelism",
+        values=values,
+        default=values[0],
+        why="tensor parallelism shortens every step and exchanges within it; stages exchange less and fill with "
+        "several requests; replicas exchange nothing, and each has all the weights",
+    )
+
+
+def _powers(least: int, most: int) -> tuple[int, ...]:
+    return tuple(1 << power for power in range(least.bit_length() - 1, most.bit_length()) if 1 << power >= least)
+
+
+def _power(number: int) -> int:
+    """The power of two that is not below it."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _with(values: Sequence[Any], default: Any) -> tuple[Any, ...]:
+    return tuple(sorted({*values, default}))
+
+
+
+def streams(workload: Workload) -> bool:
+    """Whether somebody waits for each token: requests come one by one."""
+    return workload.seconds > AT_ONCE
+
+
+def holds_all(workload: Workload, plan: MemoryPlan) -> bool:
+    """Whether the KV cache has room for all requests, whatever order they run in."""
+    size = plan.block_size
+    needed = sum(-(-(each.num_prompt_tokens + each.num_output_tokens) // size) for each in workload.requests)
+    return needed < plan.num_blocks

@@ -1,0 +1,387 @@
+"""One search from its question to its result: calibrate, simulate, measure the best few in turns, and leave out each
+value in turn to see what it brings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.autotuning.capacity import Capacity, Planner
+from jaxllm.autotuning.forecast import Forecast
+from jaxllm.autotuning.goals import Goals
+from jaxllm.autotuning.knob import Space, needed_length
+from jaxllm.autotuning.measure import known_tokens, measure
+from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text
+from jaxllm.autotuning.search import AS_GOOD, Search, optuna
+from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
+from jaxllm.engine.observe.progress import bar_class
+from jaxllm.runner.memory.fit import DoesNotFitError
+from jaxllm.tuning.simulation.fitted_steps import FittedSteps
+from jaxllm.tuning.simulation.step_times import StepTimes
+from jaxllm.tuning.simulation.workload import Workload
+from jaxllm.tuning.trace_file import read_trace
+
+#: what drafts are measured with, where a workload has real prompts
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3}
+#: of what differs by less than this share, the simulator says that it is the same
+SAME = 0.002
+
+Measure = Callable[[Any, Mapping[str, Any], Workload], Any]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tuner:
+    """A search.
+
+    Args:
+        folder: for what is found, and for what a search that was interrupted goes on with; None: nothing is kept.
+        step_times: of engines on a device that is not there; None: they are measured, and so are the best few.
+        num_trials: that are sampled in the simulator.
+        num_measured: of the best, that are measured beside the defaults; 0: none.
+        rounds: of each.
+        show: whether there is a progress bar, or what makes it.
+    """
+
+    planner: Planner
+    workload: Workload
+    goals: Goals
+    folder: Path | None = None
+    step_times: Callable[[Capacity], StepTimes] | None = None
+    uncertainty: str = ""
+    device: str = ""
+    num_trials: int = 100
+    num_measured: int = 3
+    rounds: int = 3
+    show: bool | Callable[..., Any] = True
+    measure: Measure = measure
+
+    def run(self) -> TuningResult:
+        """Search. Ctrl-C gives the best so far.
+
+        Raises:
+            ValidationError: the question cannot be asked, or no engine is possible.
+            KeyboardInterrupt: nothing had been tried yet.
+        """
+        optuna()
+        self._check()
+        self._base = self._base_arguments()
+        self.planner.fixed |= self._base
+        self.space = Space.of(self.planner, self.workload)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = None if self.folder is None else self.folder / "trials.jsonl"
+        self.journal = Journal(path, self._question())
+        self._effects: tuple[Effect, ...] = ()
+        self._finalists: list[Mapping[str, Any]] = []
+        self._best: Trial | None = None
+        interrupted = False
+        try:
+            times = self.step_times or self._calibrate()
+            self._simulate(Forecast(self.planner, self.workload, self.goals, times))
+            if self.step_times is None and self.num_measured:
+                self._measure_best()
+        except KeyboardInterrupt:
+            interrupted = True
+            self._best = self._best or self._search().best()
+            if self._best is None:
+                raise
+        return self._result(interrupted=interrupted)
+
+    # What can be asked.
+
+    def _check(self) -> None:
+        longest, most = self.workload.longest, self.planner.longest()
+        if longest > most:
+            raise ValidationError(
+                f"the workload has a request of {longest} tokens, and the model knows contexts of up to {most}. Take "
+                "the request out, or another model."
+            )
+        asked = self.planner.fixed.get("max_model_len")
+        if isinstance(asked, int) and 0 < asked < longest:
+            raise ValidationError(
+                f"max_model_len={asked} is held fixed, and the workload has a request of {longest} tokens. Set "
+                f"max_model_len to at least {longest}, or leave it out: it is searched then."
+            )
+        if not self.planner.generates():
+            raise ValidationError("jaxllm tune is for models that generate; this one pools.")
+        if self.num_trials < 1 or self.num_measured < 0 or self.rounds < 1:
+            raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
+
+    def _base_arguments(self) -> dict[str, Any]:
+        """What the fixed arguments lack for an engine to be possible: the model's own length may not fit."""
+        try:
+            self.planner.capacity({})
+        except DoesNotFitError:
+            if self.planner.fixed.get("max_model_len") is None:
+                length = {"max_model_len": needed_length(self.planner, self.workload)}
+                grids = [{}, *(grid for grid in self._grids() if grid)]
+                for grid in grids:
+                    try:
+                        self.planner.capacity(length | grid)
+                    except ValidationError:
+                        continue
+                    return length | grid
+            raise
+        return {}
+
+    def _grids(self) -> Iterable[dict[str, Any]]:
+        for grid in self.planner.grids():
+            if grid.tensor > 1:
+                yield {"tensor_parallel_size": grid.tensor}
+
+    def _question(self) -> dict[str, Any]:
+        """What trials are trials of."""
+        return {
+            "model": str(self.planner.model),
+            "device": self.device,
+            "objective": self.goals.objective,
+            "constraints": [str(each) for each in self.goals.constraints],
+            "arguments": {name: str(value) for name, value in self.planner.fixed.items()},
+            "workload": f"{self.workload} {hash_of(self.workload)}",
+        }
+
+    # The simulator.
+
+    def _calibrate(self) -> Callable[[Capacity], StepTimes]:
+        """The times of steps as the defaults measure them, which is the first measured run."""
+        path = None if self.folder is None else self.folder / "defaults.trace.json"
+        if path is not None and path.exists() and self.journal.measured({}):
+            trace = read_trace(path)
+            assert trace.settings is not None
+        else:
+            with self._bar(1, "Measuring the defaults") as bar:
+                found = self.measure(self.planner.model, dict(self.planner.fixed), self.workload)
+                bar.update()
+            trace = found.trace
+            if path is not None:
+                trace.save(path)
+            self.planner.learn(found.plan)
+            self._keep_measured({}, found, 1)
+        times = FittedSteps.of(trace)
+        return lambda capacity: times
+
+    def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
+        def told(trial: Trial) -> None:
+            if bar is not None:
+                bar.update()
+                best = search.best()
+                if best is not None and best.numbers is not None:
+                    bar.set_postfix_str(self.goals.text(best.numbers), refresh=False)
+
+        search = Search(self.space, self.goals, self.journal, forecast or _nothing, told=told)
+        return search
+
+    def _simulate(self, forecast: Forecast) -> None:
+        total = min(self.num_trials, self.space.size)
+        with self._bar(total, "Simulating") as bar:
+            self._best = self._search(forecast, bar).run(total)
+        if self._best is None:
+            problems = dict.fromkeys(trial.problem for trial in self.journal.trials if trial.problem)
+            raise ValidationError(f"no engine is possible: {next(iter(problems), 'nothing was tried')}")
+        self._finalists = [trial.arguments for trial in self._top(max(self.num_measured, 3))]
+        self._effects = self._effects_of(self._best.arguments, forecast)
+
+    def _top(self, count: int) -> list[Trial]:
+        """The best, each of which fares differently from the others."""
+        assert self._best is not None
+        found = [self._best]
+        trials = [trial for trial in self.journal.trials if trial.kind == "simulated" and trial.numbers is not None]
+        for trial in sorted(trials, key=lambda each: (*self.goals.rank(each.numbers or {}), len(each.arguments))):
+            if len(found) >= count:
+                break
+            if not any(_alike(trial.numbers or {}, other.numbers or {}) for other in found):
+                found.append(trial)
+        return found
+
+    def _effects_of(self, arguments: Mapping[str, Any], forecast: Callable[[Mapping[str, Any]], Trial]) -> tuple[Effect, ...]:
+        """Simulated, of each value that is no default."""
+        values, effects = self.space.values(arguments), []
+        with_all = self.journal.simulated(arguments)
+        for knob in self.space.knobs:
+            if values[knob.name] == knob.default:
+                continue
+            without = self.space.arguments(values | {knob.name: knob.default})
+            trial = self.journal.simulated(without) or self.journal.add(forecast(without))
+            gain = 0.0
+            if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
+                gain = self.goals.gain(with_all.numbers, trial.numbers)
+            effects.append(
+                Effect(
+                    knob=knob, value=values[knob.name], without=trial.numbers, gain=gain, is_measured=False,
+                    problem=trial.problem,
+                )
+            )  # fmt: skip
+        return tuple(effects)
+
+    # The machine.
+
+    def _measure_best(self) -> None:
+        """The defaults, the best few, and what is not simulated, in turns; then the best without each of its values."""
+        assert self._best is not None
+        few = [trial.arguments for trial in self._top(self.num_measured)]
+        few += [dict(few[0]) | more for more in self._not_simulated()]
+        wanted = _distinct([{}, *few])
+        self._finalists = wanted
+        self._in_turns(wanted, "Measuring the best")
+        self._best = self._fastest(wanted)
+        without = {effect.knob.name: effect for effect in self._effects_of(self._best.arguments, _nothing)}
+        values = self.space.values(self._best.arguments)
+        ablated = {
+            name: self.space.arguments(values | {name: effect.knob.default})
+            for name, effect in without.items()
+            if not effect.problem or effect.problem == _UNTRIED
+        }
+        if ablated:
+            again = _distinct([self._best.arguments, *ablated.values()])
+            self._in_turns(again, "Measuring each value")
+            self._finalists = _distinct([*wanted, *again])
+            self._best = self._fastest(self._finalists)
+        self._effects = tuple(self._measured_effect(effect) for effect in self._effects_of(self._best.arguments, _nothing))
+
+    def _not_simulated(self) -> Iterable[dict[str, Any]]:
+        """Arguments that the simulator cannot try, and that this workload and this machine can have."""
+        if self._can_draft:
+            yield {"speculative_config": DRAFTS}
+
+    @property
+    def _can_draft(self) -> bool:
+        return "speculative_config" not in self.planner.fixed and all(
+            known_tokens(request) is not None for request in self.workload.requests
+        )
+
+    def _in_turns(self, wanted: Sequence[Mapping[str, Any]], what: str) -> None:
+        """Measure each as often as there are rounds, one after the other in each round."""
+        missing = sum(max(self.rounds - len(self.journal.measured(arguments)), 0) for arguments in wanted)
+        with self._bar(missing, what) as bar:
+            for number in range(1, self.rounds + 1):
+                for arguments in wanted:
+                    if len(self.journal.measured(arguments)) >= number:
+                        continue
+                    bar.set_postfix_str(arguments_text(arguments))
+                    try:
+                        found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                    except ValidationError as error:
+                        self.journal.add(
+                            Trial(
+                                kind=MEASURED, arguments=dict(arguments), numbers=None, problem=str(error), round=number
+                            )
+                        )
+                    else:
+                        self._keep_measured(arguments, found, number)
+                    bar.update()
+
+    def _keep_measured(self, arguments: Mapping[str, Any], found: Any, number: int) -> None:
+        numbers = self.goals.numbers(found.run)
+        self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
+
+    def _fastest(self, wanted: Sequence[Mapping[str, Any]]) -> Trial:
+        """Of those that were measured, the best by its medians; of those that are as good, the one with fewest values."""
+        found = [(self._finalist(arguments), arguments) for arguments in wanted]
+        found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
+        best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
+        for finalist, arguments in found:
+            kept = self.goals.excess(finalist.numbers) <= max(self.goals.excess(best.numbers), 0.0)
+            as_good = self.goals.gain(finalist.numbers, best.numbers) >= -AS_GOOD
+            if kept and as_good and len(arguments) < len(chosen):
+                best, chosen = finalist, arguments
+        return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
+
+    def _measured_effect(self, effect: Effect) -> Effect:
+        assert self._best is not None
+        values = self.space.values(self._best.arguments)
+        arguments = self.space.arguments(values | {effect.knob.name: effect.knob.default})
+        drafts = {name: value for name, value in self._best.arguments.items() if name == "speculative_config"}
+        finalist = self._finalist({**arguments, **drafts})
+        if not finalist.measured:
+            return effect
+        gain = self.goals.gain(self._finalist(self._best.arguments).numbers, finalist.numbers)
+        return dataclasses.replace(effect, without=finalist.numbers, gain=gain, is_measured=True, problem="")
+
+    # The result.
+
+    def _finalist(self, arguments: Mapping[str, Any]) -> Finalist:
+        simulated = self.journal.simulated(arguments)
+        runs = (trial.numbers for trial in self.journal.measured(arguments))
+        return Finalist(
+            arguments=arguments,
+            simulated=None if simulated is None else simulated.numbers,
+            measured=tuple(run for run in runs if run is not None),
+        )
+
+    def _result(self, *, interrupted: bool) -> TuningResult:
+        assert self._best is not None
+        finalists = tuple(map(self._finalist, self._finalists))
+        fixed = dict(self.planner.fixed)
+        base = {name: fixed.pop(name) for name in self._base}
+        best = self._finalist(self._best.arguments)
+        return TuningResult(
+            model=str(self.planner.model),
+            device=self.device,
+            workload=str(self.workload),
+            goals=self.goals,
+            fixed=fixed,
+            space=self.space,
+            trials=tuple(self.journal.trials),
+            base=self._finalist({}),
+            best=dataclasses.replace(best, arguments={**base, **best.arguments}),
+            finalists=finalists,
+            effects=self._effects,
+            uncertainty=self.uncertainty or self._error(),
+            interrupted=interrupted,
+        )
+
+    def _error(self) -> str:
+        """How far the simulator was from what was measured here."""
+        pairs = [self._finalist(arguments) for arguments in _distinct([{}, *self._finalists])]
+        found = []
+        for name, text in (("throughput", "throughput"), ("ttft_p50", "the median TTFT")):
+            errors = [
+                each.simulated[name] / each.numbers[name] - 1
+                for each in pairs
+                if each.measured and each.simulated and each.numbers[name] and each.arguments
+            ]
+            if errors:
+                found.append(f"{text} by {min(errors):+.0%} to {max(errors):+.0%}")
+        if not found:
+            return (
+                "The simulator's steps were fitted to one run of the defaults; nothing else was measured, so other "
+                "settings may differ from this by tens of percent."
+            )
+        return f"The simulator, whose steps were fitted to one run of the defaults, was off for the others in {' and in '.join(found)}."
+
+    def _bar(self, total: int, what: str) -> Any:
+        make = self.show if callable(self.show) else bar_class()
+        return make(total=total, desc=what, unit="trial", dynamic_ncols=True, disable=not self.show)
+
+
+_UNTRIED = "it was not tried"
+
+
+def _nothing(arguments: Mapping[str, Any]) -> Trial:
+    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=_UNTRIED)
+
+
+def _alike(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    return all(abs(some[name] - others[name]) <= SAME * abs(others[name]) for name in ("throughput", "e2e_mean"))
+
+
+def _distinct(wanted: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list({key_of(arguments): arguments for arguments in wanted}.values())
+
+
+def hash_of(workload: Workload) -> str:
+    """The same for equal requests, in any process."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=8)
+    for each in workload.requests:
+        digest.update(
+            f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()
+        )
+    return digest.hexdigest()
+
+

@@ -1,0 +1,84 @@
+"""``jaxllm tune`` searches the engine arguments that suit a workload best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxllm.command_options import add_engine_options, engine_arguments
+from jaxllm.config.devices import DEVICE_NAMES
+from jaxllm.engine.interrupt import whole_module
+
+
+def add_tune_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes; the parser has to resolve conflicts, for the options that mean more here."""
+    from jaxllm.bench.options import add_workload_options
+
+    add_engine_options(parser)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="as --model; for a device that is not there, a config.json is enough",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("throughput", "latency", "goodput"),
+        default="throughput",
+        help="output tokens a second; the median from arrival to the last token; or requests a second that keep to the "
+        "limits of all constraints (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--constraint",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="such as 'p99 ttft<2s', 'p50 itl<50ms', 'e2e<10s' (its 99th percentile) or 'throughput>500'; may be "
+        "repeated",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for config.yaml, report.html, and the trials, with "
+                        "which the same command goes on where it was interrupted (default: tune-MODEL)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(DEVICE_NAMES)}: need not be there, and nothing is measured; auto (default): what this "
+        "machine has",
+    )
+    parser.add_argument("--num-devices", type=int, metavar="N", help="of a device that is not there (default: 1)")
+    parser.add_argument("--num-trials", type=int, default=100, metavar="N", help="in the simulator (default: 100)")
+    parser.add_argument(
+        "--num-measured", type=int, default=3, metavar="N", help="of the best, beside the defaults (default: 3)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each; medians count (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_workload_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, write, and print; 0 where the constraints are kept, 1 where nothing keeps them, 130 after Ctrl-C."""
+    from jaxllm.bench.workloads import workload_of
+
+    model, given = engine_arguments(arguments)
+    folder = arguments.output or Path(f"tune-{Path(str(model)).stem}")
+    result = whole_module("jaxllm.autotuning.api").tune(
+        model,
+        workload_of(arguments),
+        objective=arguments.objective,
+        constraints=arguments.constraint,
+        num_devices=arguments.num_devices,
+        num_trials=arguments.num_trials,
+        num_measured=arguments.num_measured,
+        rounds=arguments.rounds,
+        output=folder,
+        **given,
+    )
+    if arguments.json:
+        print(json.dumps(result.to_dict(), default=str))
+    else:
+        print(result)
+        print(f"written: {folder / 'config.yaml'} (--config takes it), {folder / 'report.html'}")
+    if result.interrupted:
+        return 130
+    return 0 if result.feasible else 1
