@@ -19,7 +19,7 @@ from jaxllm.engine.observe.engine_settings import EngineSettings
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.rules import split_sizes
-from jaxllm.planning.api import model_path
+from jaxllm.planning.api import config_path
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.runner.compile.target import Target, target_described, target_here
 from jaxllm.runner.memory.fit import plan_memory
@@ -124,7 +124,7 @@ class Planner:
         return self._model_config(engine_args(self.model, **self.fixed)).max_position_embeddings
 
     def generates(self) -> bool:
-        with model_path(args := engine_args(self.model, **self.fixed)) as path:
+        with config_path(args := engine_args(self.model, **self.fixed)) as path:
             return read_setup(args, path).pooler is None
 
     def has_latents(self) -> bool:
@@ -132,7 +132,7 @@ class Planner:
         return isinstance(model, DecoderConfig) and model.latents is not None
 
     def _model_config(self, args: EngineArgs) -> ModelConfig:
-        with quiet(), model_path(args) as path:
+        with quiet(), config_path(args) as path:
             return read_setup(args, path).model
 
     def _target(self, args: EngineArgs) -> Target:
@@ -144,7 +144,7 @@ class Planner:
         args = engine_args(self.model, **{**self.fixed, **arguments})
         if args.grid.size > self.num_devices:
             raise ValidationError(f"{args.grid} needs {args.grid.size} devices, and there are {self.num_devices}.")
-        with model_path(args) as path:
+        with config_path(args) as path:
             setup = read_setup(args, path)
             target = self._target(args)
             config = setup.runner_config(target if args.steps_together else target.replica(0), progress=None)

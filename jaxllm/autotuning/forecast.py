@@ -58,7 +58,9 @@ class Forecast:
         """The workloads of replicas that take requests in turns."""
         if replicas not in self._parts:
             requests, count = self.workload.requests, min(replicas, len(self.workload))
-            self._parts[replicas] = [dataclasses.replace(self.workload, requests=requests[number::count]) for number in range(count)]
+            self._parts[replicas] = [
+                dataclasses.replace(self.workload, requests=requests[number::count]) for number in range(count)
+            ]
         return self._parts[replicas]
 
 
@@ -72,5 +74,7 @@ def _together(runs: list[SimulatedRun]) -> SimulatedRun:
         )
     }  # fmt: skip
     return SimulatedRun(
-        preemptions=sum(run.preemptions for run in runs), cached_tokens=sum(run.cached_tokens for run in runs), **columns
+        preemptions=sum(run.preemptions for run in runs),
+        cached_tokens=sum(run.cached_tokens for run in runs),
+        **columns,
     )

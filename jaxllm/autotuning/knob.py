@@ -10,7 +10,7 @@ from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.config.resolve import CPU_LIMITS
 from jaxllm.runner.memory.fit import DoesNotFitError
 from jaxllm.runner.memory.plan import MemoryPlan
-from jaxllm.tuning.simulation.workload import Workload
+from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 
 #: a length that is asked for is a multiple of so many tokens, so that the next workload's longest request fits, too
 LENGTH_STEP = 128
@@ -18,7 +18,9 @@ LENGTH_STEP = 128
 MOST_CPU_TOKENS, MOST_GPU_TOKENS = 2048, 32768
 FEWEST_TOKENS, FEWEST_SEQS = 32, 2
 #: arguments that decide how the model is spread over devices
-GRID = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+GRID = TENSOR, STAGES, DATA = "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
+#: what drafts are measured with, where a workload has real prompts
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3}
 _HOLDS = "the KV cache holds the whole workload at once; more of it would stay empty"
 #: requests that take longer to come than this come one by one, in seconds
 AT_ONCE = 1.0
@@ -30,7 +32,7 @@ CACHE_SIZES = ("kv_cache_memory_bytes", "num_gpu_blocks_override")
 class Knob:
     """One argument, or several that only have values together."""
 
-    #: the argument's; "parallelism" of those in `GRID`
+    #: the argument's; "parallelism" of `TENSOR` and `DATA`
     name: str
     #: in an order in which neighbours are alike; of several arguments, a mapping each
     values: tuple[Any, ...]
@@ -38,6 +40,8 @@ class Knob:
     default: Any
     #: what it trades for what
     why: str
+    #: whether the simulator knows what it does; else it is measured, with the best of the rest
+    is_simulated: bool = True
 
     def arguments(self, value: Any) -> dict[str, Any]:
         """The engine arguments of a value; {}: the default needs none."""
@@ -58,20 +62,26 @@ class Space:
     knobs: tuple[Knob, ...]
     #: argument -> why it is left as it is
     left: Mapping[str, str]
+    #: those that are measured alone
+    measured: tuple[Knob, ...] = ()
+
+    @property
+    def all_knobs(self) -> tuple[Knob, ...]:
+        return (*self.knobs, *self.measured)
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The engine arguments of a value for each knob; those that are the default are left out."""
         found: dict[str, Any] = {}
-        for knob in self.knobs:
+        for knob in self.all_knobs:
             found |= knob.arguments(values.get(knob.name, knob.default))
         return found
 
     def values(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The knobs' values of such arguments."""
         found = {}
-        for knob in self.knobs:
+        for knob in self.all_knobs:
             if isinstance(knob.default, Mapping):
-                own = {name: value for name, value in arguments.items() if name in GRID}
+                own = {name: value for name, value in arguments.items() if name in (TENSOR, DATA)}
                 found[knob.name] = own if own else knob.default
             else:
                 found[knob.name] = arguments.get(knob.name, knob.default)
@@ -103,7 +113,11 @@ class Space:
                 left[name] = "there is but one value that this workload and this device can have"
             else:
                 knobs.append(found)
-        return cls(knobs=tuple(knobs), left=left)
+        return cls(
+            knobs=tuple(knob for knob in knobs if knob.is_simulated),
+            left=left,
+            measured=tuple(knob for knob in knobs if not knob.is_simulated),
+        )
 
 
 def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Knob | str]]:
@@ -136,7 +150,7 @@ def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Kno
             "tokens of others short",
         ),
     )
-    yield "max_model_len", _length(planner, demand, plan.max_model_len)
+    yield "max_model_len", _length(planner, workload, plan.max_model_len)
     if on_cpu:
         yield "gpu_memory_utilization", "on a CPU the KV cache stops at 2 GiB, far below the machine's memory"
     elif any(name in planner.fixed for name in CACHE_SIZES):
@@ -201,6 +215,21 @@ def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Kno
             ),
         )
     yield "parallelism", _grid(planner)
+    yield STAGES, _stages(planner)
+    if planner.gpu is not None or not all(known_tokens(request) is not None for request in workload.requests):
+        where = "nothing is measured" if planner.gpu is not None else "the workload has lengths and no prompts"
+        yield "speculative_config", f"how many drafts would be right is not known: {where}"
+    else:
+        yield (
+            "speculative_config",
+            Knob(
+                name="speculative_config",
+                values=(None, DRAFTS),
+                default=None,
+                why="several tokens a step where outputs repeat what was there before; drafts that are wrong cost time",
+                is_simulated=False,
+            ),
+        )
 
 
 def base_capacity(planner: Planner, workload: Workload) -> Capacity:
@@ -227,28 +256,40 @@ def _length(planner: Planner, workload: Workload, default: int) -> Knob | str:
         name="max_model_len",
         values=tuple(lengths),
         default=default,
-        why=f"the longest request of the workload has {workload.longest} tokens; room for longer ones is kept in tables, "
-        "and one of them has to fit into the KV cache",
+        why=f"the longest request of the workload has {workload.longest} tokens; room for longer ones is kept in "
+        "tables, and one of them has to fit into the KV cache",
     )
 
 
 def _grid(planner: Planner) -> Knob | str:
     if planner.num_devices == 1:
         return "there is one device"
-    values = tuple(
-        {
-            name: size
-            for name, size in zip(GRID, (grid.tensor, grid.stage, grid.data), strict=True)
-            if size > 1
-        }
-        for grid in planner.grids()
-    )
+    grids = [grid for grid in planner.grids() if grid.stage == 1]
+    sizes = ({TENSOR: grid.tensor, DATA: grid.data} for grid in grids)
+    values = tuple({name: size for name, size in each.items() if size > 1} for each in sizes)
+    if len(values) < 2:
+        return "the model cannot be split over the devices that there are"
     return Knob(
         name="parallelism",
         values=values,
         default=values[0],
-        why="tensor parallelism shortens every step and exchanges within it; stages exchange less and fill with "
-        "several requests; replicas exchange nothing, and each has all the weights",
+        why="tensor parallelism shortens every step and exchanges within it; replicas exchange nothing, and each has "
+        "all the weights",
+    )
+
+
+def _stages(planner: Planner) -> Knob | str:
+    if planner.num_devices == 1:
+        return "there is one device"
+    if planner.gpu is not None:
+        return "pipelines are not simulated, and nothing is measured"
+    sizes = sorted({grid.stage for grid in planner.grids() if grid.tensor == grid.data == 1})
+    return Knob(
+        name=STAGES,
+        values=tuple(sizes),
+        default=1,
+        why="stages exchange less than a split of every layer, and fill where several requests run",
+        is_simulated=False,
     )
 
 
@@ -264,6 +305,13 @@ def _power(number: int) -> int:
 def _with(values: Sequence[Any], default: Any) -> tuple[Any, ...]:
     return tuple(sorted({*values, default}))
 
+
+def known_tokens(request: WorkloadRequest) -> list[int] | None:
+    """The tokens of a prompt, where the workload was made of prompts; None: only lengths are known."""
+    if not request.piece_ids or not all(isinstance(piece, tuple) for piece in request.piece_ids):
+        return None
+    tokens = [token for piece in request.piece_ids if isinstance(piece, tuple) for token in piece]
+    return tokens if len(tokens) == request.num_prompt_tokens else None
 
 
 def streams(workload: Workload) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.autotuning.capacity import quiet
-from jaxllm.autotuning.knob import streams
+from jaxllm.autotuning.knob import known_tokens, streams
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
 from jaxllm.llm_engine import LLMEngine
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
-from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
+from jaxllm.tuning.simulation.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,14 +102,6 @@ def prompts_of(workload: Workload, ids: list[int]) -> Iterator[list[int]]:
         missing = request.num_prompt_tokens - len(tokens)
         tokens += random.Random(f"request {number}").choices(ids, k=max(missing, 0))
         yield tokens[: request.num_prompt_tokens]
-
-
-def known_tokens(request: WorkloadRequest) -> list[int] | None:
-    """The tokens of a prompt, where the workload was made of prompts; None: only lengths are known."""
-    if not request.piece_ids or not all(isinstance(piece, tuple) for piece in request.piece_ids):
-        return None
-    tokens = [token for piece in request.piece_ids if isinstance(piece, tuple) for token in piece]
-    return tokens if len(tokens) == request.num_prompt_tokens else None
 
 
 def _ordinary_ids(llm: LLM) -> list[int]:

@@ -60,8 +60,8 @@ def body(result: TuningResult) -> str:
         plots = "".join(_effect(result, knob) for knob in result.space.knobs)
         parts += [
             "<h2>The effect of each knob</h2>",
-            f"<p>Every simulated setting ({html.escape(goals.objective)} in {goals.unit}; pale: constraints missed). The "
-            "line is the best of each value.</p>",
+            f"<p>Every simulated setting ({html.escape(goals.objective)} in {goals.unit}; pale: constraints missed). "
+            "The line is the best of each value.</p>",
             plots,
         ]
     if result.space.left:
@@ -100,7 +100,11 @@ def _effect(result: TuningResult, knob: Knob) -> str:
     """The objective against a knob's values, of all that was simulated."""
     goals, points, best = result.goals, [], {}
     for trial in _simulated(result):
-        place = knob.values.index(value) if (value := result.space.values(trial.arguments)[knob.name]) in knob.values else -1
+        place = (
+            knob.values.index(value)
+            if (value := result.space.values(trial.arguments)[knob.name]) in knob.values
+            else -1
+        )
         if place < 0 or trial.numbers is None:
             continue
         missed = goals.excess(trial.numbers) > 0
@@ -208,5 +212,3 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
     return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-

@@ -13,7 +13,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import Space, needed_length
+from jaxllm.autotuning.knob import GRID, Space, needed_length
 from jaxllm.autotuning.measure import known_tokens, measure
 from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
@@ -147,22 +147,35 @@ class Tuner:
     # The simulator.
 
     def _calibrate(self) -> Callable[[Capacity], StepTimes]:
-        """The times of steps as the defaults measure them, which is the first measured run."""
-        path = None if self.folder is None else self.folder / "defaults.trace.json"
-        if path is not None and path.exists() and self.journal.measured({}):
-            trace = read_trace(path)
-            assert trace.settings is not None
-        else:
-            with self._bar(1, "Measuring the defaults") as bar:
-                found = self.measure(self.planner.model, dict(self.planner.fixed), self.workload)
-                bar.update()
-            trace = found.trace
-            if path is not None:
-                trace.save(path)
+        """The times of steps as the defaults measure them, which is the first measured run; of a model that is split
+        over devices, as one with so many does.
+        """
+        found: dict[int, StepTimes] = {}
+
+        def times(capacity: Capacity) -> StepTimes:
+            devices = capacity.args.tensor_parallel_size
+            if devices not in found:
+                split = devices != (self.planner.fixed.get("tensor_parallel_size") or 1)
+                found[devices] = self._measured_steps({"tensor_parallel_size": devices} if split else {})
+            return found[devices]
+
+        times(self.planner.capacity({}))
+        return times
+
+    def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
+        name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
+        path = None if self.folder is None else self.folder / f"{name}.trace.json"
+        if path is not None and path.exists() and self.journal.measured(arguments):
+            return FittedSteps.of(read_trace(path).arrays())
+        with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
+            found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+            bar.update()
+        if path is not None:
+            found.trace.save(path)
+        if not arguments:
             self.planner.learn(found.plan)
-            self._keep_measured({}, found, 1)
-        times = FittedSteps.of(trace)
-        return lambda capacity: times
+        self._keep_measured(arguments, found, 1)
+        return FittedSteps.of(found.trace.arrays())
 
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
@@ -197,7 +210,9 @@ class Tuner:
                 found.append(trial)
         return found
 
-    def _effects_of(self, arguments: Mapping[str, Any], forecast: Callable[[Mapping[str, Any]], Trial]) -> tuple[Effect, ...]:
+    def _effects_of(
+        self, arguments: Mapping[str, Any], forecast: Callable[[Mapping[str, Any]], Trial]
+    ) -> tuple[Effect, ...]:
         """Simulated, of each value that is no default."""
         values, effects = self.space.values(arguments), []
         with_all = self.journal.simulated(arguments)
@@ -223,7 +238,7 @@ class Tuner:
         """The defaults, the best few, and what is not simulated, in turns; then the best without each of its values."""
         assert self._best is not None
         few = [trial.arguments for trial in self._top(self.num_measured)]
-        few += [dict(few[0]) | more for more in self._not_simulated()]
+        few += [self._with(few[0], more) for more in self._not_simulated()]
         wanted = _distinct([{}, *few])
         self._finalists = wanted
         self._in_turns(wanted, "Measuring the best")
@@ -240,12 +255,26 @@ class Tuner:
             self._in_turns(again, "Measuring each value")
             self._finalists = _distinct([*wanted, *again])
             self._best = self._fastest(self._finalists)
-        self._effects = tuple(self._measured_effect(effect) for effect in self._effects_of(self._best.arguments, _nothing))
+        self._effects = tuple(
+            self._measured_effect(effect) for effect in self._effects_of(self._best.arguments, _nothing)
+        )
+
+    @staticmethod
+    def _with(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with others; pipelines in place of another split."""
+        kept = {name: value for name, value in arguments.items() if not (name in GRID and more.keys() & set(GRID))}
+        if "pipeline_parallel_size" in more:
+            kept.pop("num_decode_steps", None)
+        return kept | dict(more)
 
     def _not_simulated(self) -> Iterable[dict[str, Any]]:
         """Arguments that the simulator cannot try, and that this workload and this machine can have."""
         if self._can_draft:
             yield {"speculative_config": DRAFTS}
+        if self.planner.num_devices > 1 and not any(name in self.planner.fixed for name in GRID):
+            for grid in self.planner.grids():
+                if grid.stage > 1 and grid.data == grid.tensor == 1:
+                    yield {"pipeline_parallel_size": grid.stage}
 
     @property
     def _can_draft(self) -> bool:
@@ -279,7 +308,7 @@ class Tuner:
         self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
 
     def _fastest(self, wanted: Sequence[Mapping[str, Any]]) -> Trial:
-        """Of those that were measured, the best by its medians; of those that are as good, the one with fewest values."""
+        """Of those that were measured, the best by its medians; of those as good, the one with fewest values."""
         found = [(self._finalist(arguments), arguments) for arguments in wanted]
         found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
         best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
@@ -351,7 +380,10 @@ class Tuner:
                 "The simulator's steps were fitted to one run of the defaults; nothing else was measured, so other "
                 "settings may differ from this by tens of percent."
             )
-        return f"The simulator, whose steps were fitted to one run of the defaults, was off for the others in {' and in '.join(found)}."
+        return (
+            "The simulator, whose steps were fitted to one run of the defaults, was off for the others in "
+            f"{' and in '.join(found)}."
+        )
 
     def _bar(self, total: int, what: str) -> Any:
         make = self.show if callable(self.show) else bar_class()
@@ -383,5 +415,3 @@ def hash_of(workload: Workload) -> str:
             f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()
         )
     return digest.hexdigest()
-
-
