@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.autotuning.capacity import Planner
+from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.result import TuningResult
 from jaxllm.autotuning.tuner import Tuner
-from jaxllm.config.devices import GPUS, gpu_named
+from jaxllm.config.devices import gpu_named
 from jaxllm.config.log import show_log
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.planning.api import HERE
+from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
 from jaxllm.tuning.simulation.workload_file import read_workload
 
@@ -85,7 +88,7 @@ def tune(
         gpu = gpu_named(device)
         planner = Planner(model, arguments, gpu=gpu, num_devices=num_devices)
         described = f"{num_devices or 1} x {gpu.description}, which need not be here"
-        options = _absent(planner)
+        options = _absent(planner, gpu.name)
     tuner = Tuner(
         planner=planner, workload=found, goals=goals, folder=folder, device=described, num_trials=num_trials,
         num_measured=num_measured, rounds=rounds, show=use_tqdm, **options,
@@ -116,5 +119,22 @@ def _described_here(planner: Planner) -> str:
     return f"{planner.num_devices} x {device.device_kind}"
 
 
-def _absent(planner: Planner) -> dict[str, Any]:
-    raise NotImplementedError(GPUS)
+def _absent(planner: Planner, device: str) -> dict[str, Any]:
+    """What a search for a device that is not there has in place of measurements."""
+    from jaxllm.tuning.simulation.absent import absent_engine
+
+    @functools.cache
+    def steps(key: str) -> StepTimes:
+        given = {name: value for name, value in json.loads(key).items() if name != "data_parallel_size"}
+        return absent_engine(planner.model, device=device, **{**planner.fixed, **given})[1]
+
+    def step_times(capacity: Capacity) -> StepTimes:
+        return steps(json.dumps(dict(capacity.arguments), sort_keys=True))
+
+    return {
+        "step_times": step_times,
+        "uncertainty": "Nothing was measured: the memory plan is an estimate from shapes (activations within a factor of "
+        "1.5), and times come from the device's rates, of which steps are taken to reach 60%. Where all steps are slower "
+        "or faster by the same factor, so are throughput and latencies, and settings keep their order; expect a factor "
+        "of up to 1.7 either way. Measure on the device before you rely on a limit.",
+    }

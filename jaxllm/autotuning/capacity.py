@@ -33,6 +33,8 @@ from jaxllm.startup.setup import read_setup
 class Capacity:
     """An engine that fits."""
 
+    #: beside the fixed ones
+    arguments: Mapping[str, Any]
     args: EngineArgs
     config: RunnerConfig
     plan: MemoryPlan
@@ -150,7 +152,7 @@ class Planner:
             config = setup.runner_config(target if args.steps_together else target.replica(0), progress=None)
         config, plan = plan_memory(config, self._activations)
         settings = engine_settings(setup.args, config, config.scheduler, plan, num_devices=self.num_devices)
-        return Capacity(args=setup.args, config=config, plan=plan, settings=settings)
+        return Capacity(arguments=dict(arguments), args=setup.args, config=config, plan=plan, settings=settings)
 
     def _activations(self, config: RunnerConfig, num_blocks: int) -> tuple[int, ...]:
         return tuple(math.ceil(size * self.activation_factor) for size in estimated_activations(config, num_blocks))

@@ -13,8 +13,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import GRID, Space, needed_length
-from jaxllm.autotuning.measure import known_tokens, measure
+from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, needed_length
+from jaxllm.autotuning.measure import measure
 from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
 from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
@@ -25,8 +25,6 @@ from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
 from jaxllm.tuning.trace_file import read_trace
 
-#: what drafts are measured with, where a workload has real prompts
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 3}
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
 
@@ -214,23 +212,32 @@ class Tuner:
         self, arguments: Mapping[str, Any], forecast: Callable[[Mapping[str, Any]], Trial]
     ) -> tuple[Effect, ...]:
         """Simulated, of each value that is no default."""
-        values, effects = self.space.values(arguments), []
+        effects = []
         with_all = self.journal.simulated(arguments)
-        for knob in self.space.knobs:
-            if values[knob.name] == knob.default:
-                continue
-            without = self.space.arguments(values | {knob.name: knob.default})
-            trial = self.journal.simulated(without) or self.journal.add(forecast(without))
+        for knob, value, without in self._ablated(arguments):
+            trial = self.journal.simulated(without)
+            if trial is None:
+                trial = forecast(without)
+                if trial.problem != _UNTRIED:
+                    self.journal.add(trial)
             gain = 0.0
             if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
                 gain = self.goals.gain(with_all.numbers, trial.numbers)
             effects.append(
                 Effect(
-                    knob=knob, value=values[knob.name], without=trial.numbers, gain=gain, is_measured=False,
-                    problem=trial.problem,
+                    knob=knob, value=value, without=trial.numbers, gain=gain, is_measured=False, problem=trial.problem
                 )
-            )  # fmt: skip
+            )
         return tuple(effects)
+
+    def _ablated(self, arguments: Mapping[str, Any]) -> list[tuple[Knob, Any, dict[str, Any]]]:
+        """Of each value that is no default: its knob, the value, and the arguments with the default in its place."""
+        values = self.space.values(arguments)
+        return [
+            (knob, values[knob.name], self.space.arguments(values | {knob.name: knob.default}))
+            for knob in self.space.all_knobs
+            if values[knob.name] != knob.default
+        ]
 
     # The machine.
 
@@ -238,49 +245,38 @@ class Tuner:
         """The defaults, the best few, and what is not simulated, in turns; then the best without each of its values."""
         assert self._best is not None
         few = [trial.arguments for trial in self._top(self.num_measured)]
-        few += [self._with(few[0], more) for more in self._not_simulated()]
+        few += self._not_simulated(few[0])
         wanted = _distinct([{}, *few])
         self._finalists = wanted
         self._in_turns(wanted, "Measuring the best")
         self._best = self._fastest(wanted)
-        without = {effect.knob.name: effect for effect in self._effects_of(self._best.arguments, _nothing)}
-        values = self.space.values(self._best.arguments)
-        ablated = {
-            name: self.space.arguments(values | {name: effect.knob.default})
-            for name, effect in without.items()
+        best = self._best.arguments
+        possible = [
+            without
+            for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
             if not effect.problem or effect.problem == _UNTRIED
-        }
-        if ablated:
-            again = _distinct([self._best.arguments, *ablated.values()])
+        ]
+        if possible:
+            again = _distinct([best, *possible])
             self._in_turns(again, "Measuring each value")
             self._finalists = _distinct([*wanted, *again])
             self._best = self._fastest(self._finalists)
-        self._effects = tuple(
-            self._measured_effect(effect) for effect in self._effects_of(self._best.arguments, _nothing)
-        )
+            best = self._best.arguments
+        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
+        self._effects = tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
 
-    @staticmethod
-    def _with(arguments: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with others; pipelines in place of another split."""
-        kept = {name: value for name, value in arguments.items() if not (name in GRID and more.keys() & set(GRID))}
-        if "pipeline_parallel_size" in more:
-            kept.pop("num_decode_steps", None)
-        return kept | dict(more)
-
-    def _not_simulated(self) -> Iterable[dict[str, Any]]:
-        """Arguments that the simulator cannot try, and that this workload and this machine can have."""
-        if self._can_draft:
-            yield {"speculative_config": DRAFTS}
-        if self.planner.num_devices > 1 and not any(name in self.planner.fixed for name in GRID):
-            for grid in self.planner.grids():
-                if grid.stage > 1 and grid.data == grid.tensor == 1:
-                    yield {"pipeline_parallel_size": grid.stage}
-
-    @property
-    def _can_draft(self) -> bool:
-        return "speculative_config" not in self.planner.fixed and all(
-            known_tokens(request) is not None for request in self.workload.requests
-        )
+    def _not_simulated(self, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        """The arguments with a value of each knob that is measured alone."""
+        for knob in self.space.measured:
+            for value in knob.values:
+                if value == knob.default:
+                    continue
+                found = {**arguments, **knob.arguments(value)}
+                if knob.name == STAGES:
+                    # its devices are those that another split had, and its stages launch one step at a time
+                    others = (TENSOR, DATA, "num_decode_steps")
+                    found = {name: kept for name, kept in found.items() if name not in others}
+                yield found
 
     def _in_turns(self, wanted: Sequence[Mapping[str, Any]], what: str) -> None:
         """Measure each as often as there are rounds, one after the other in each round."""
@@ -319,12 +315,9 @@ class Tuner:
                 best, chosen = finalist, arguments
         return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
 
-    def _measured_effect(self, effect: Effect) -> Effect:
+    def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
         assert self._best is not None
-        values = self.space.values(self._best.arguments)
-        arguments = self.space.arguments(values | {effect.knob.name: effect.knob.default})
-        drafts = {name: value for name, value in self._best.arguments.items() if name == "speculative_config"}
-        finalist = self._finalist({**arguments, **drafts})
+        finalist = self._finalist(without)
         if not finalist.measured:
             return effect
         gain = self.goals.gain(self._finalist(self._best.arguments).numbers, finalist.numbers)
