@@ -122,19 +122,17 @@ def _described_here(planner: Planner) -> str:
 def _absent(planner: Planner, device: str) -> dict[str, Any]:
     """What a search for a device that is not there has in place of measurements."""
     from jaxllm.tuning.simulation.absent import absent_engine
+    from jaxllm.tuning.simulation.roofline_steps import BEST
 
     @functools.cache
-    def steps(key: str) -> StepTimes:
+    def steps(key: str) -> Any:
         given = {name: value for name, value in json.loads(key).items() if name != "data_parallel_size"}
         return absent_engine(planner.model, device=device, **{**planner.fixed, **given})[1]
 
     def step_times(capacity: Capacity) -> StepTimes:
         return steps(json.dumps(dict(capacity.arguments), sort_keys=True))
 
-    return {
-        "step_times": step_times,
-        "uncertainty": "Nothing was measured: the memory plan is an estimate from shapes (activations within a factor of "
-        "1.5), and times come from the device's rates, of which steps are taken to reach 60%. Where all steps are slower "
-        "or faster by the same factor, so are throughput and latencies, and settings keep their order; expect a factor "
-        "of up to 1.7 either way. Measure on the device before you rely on a limit.",
-    }
+    def fastest(capacity: Capacity) -> StepTimes:
+        return steps(json.dumps(dict(capacity.arguments), sort_keys=True)).with_efficiency(BEST)
+
+    return {"step_times": step_times, "fastest_steps": fastest}

@@ -88,6 +88,11 @@ class Planner:
             raise found
         return found
 
+    def hold(self, arguments: Mapping[str, Any]) -> None:
+        """Hold more arguments fixed."""
+        self.fixed |= arguments
+        self._found.clear()
+
     def learn(self, plan: MemoryPlan) -> None:
         """Take the activations of an engine that ran with the fixed arguments for true."""
         estimated = self.capacity({}).plan.activation_bytes / self.activation_factor

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxllm.autotuning.capacity import Capacity, Planner
+from jaxllm.api.errors import ValidationError
+from jaxllm.autotuning.capacity import Planner
 from jaxllm.config.resolve import CPU_LIMITS
 from jaxllm.runner.memory.fit import DoesNotFitError
 from jaxllm.runner.memory.plan import MemoryPlan
@@ -122,7 +123,7 @@ class Space:
 
 def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Knob | str]]:
     """Each argument with its knob, or with the reason why there is none."""
-    plan = base_capacity(planner, workload).plan
+    plan = planner.capacity(fitting_grid(planner, {})).plan
     on_cpu = plan.platform == "cpu"
     longest_prompt = max(request.num_prompt_tokens for request in workload.requests)
     holds = holds_all(workload, plan)
@@ -232,12 +233,27 @@ def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Kno
         )
 
 
-def base_capacity(planner: Planner, workload: Workload) -> Capacity:
-    """Of the fixed arguments by themselves, with a length that fits where the model's own does not."""
+def fitting_grid(planner: Planner, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The fewest devices over which a model is split that fits with the arguments; {}: it fits as it is.
+
+    Raises:
+        DoesNotFitError: it fits nowhere.
+    """
     try:
-        return planner.capacity({})
+        planner.capacity(arguments)
     except DoesNotFitError:
-        return planner.capacity({"max_model_len": needed_length(planner, workload)})
+        if any(name in planner.fixed for name in GRID):
+            raise
+        for grid in planner.grids():
+            found = {TENSOR: grid.tensor}
+            try:
+                if grid.size == grid.tensor > 1:
+                    planner.capacity({**arguments, **found})
+                    return found
+            except ValidationError:
+                continue
+        raise
+    return {}
 
 
 def needed_length(planner: Planner, workload: Workload) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
-from jaxllm.autotuning.forecast import Forecast
+from jaxllm.autotuning.forecast import Forecast, StepTimesOf
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, needed_length
+from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_grid, needed_length
 from jaxllm.autotuning.measure import measure
 from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
@@ -38,6 +38,7 @@ class Tuner:
     Args:
         folder: for what is found, and for what a search that was interrupted goes on with; None: nothing is kept.
         step_times: of engines on a device that is not there; None: they are measured, and so are the best few.
+        fastest_steps: of the same, as fast as they can be; None: nobody knows.
         num_trials: that are sampled in the simulator.
         num_measured: of the best, that are measured beside the defaults; 0: none.
         rounds: of each.
@@ -48,8 +49,8 @@ class Tuner:
     workload: Workload
     goals: Goals
     folder: Path | None = None
-    step_times: Callable[[Capacity], StepTimes] | None = None
-    uncertainty: str = ""
+    step_times: StepTimesOf | None = None
+    fastest_steps: StepTimesOf | None = None
     device: str = ""
     num_trials: int = 100
     num_measured: int = 3
@@ -67,7 +68,7 @@ class Tuner:
         optuna()
         self._check()
         self._base = self._base_arguments()
-        self.planner.fixed |= self._base
+        self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +85,17 @@ class Tuner:
                 self._measure_best()
         except KeyboardInterrupt:
             interrupted = True
-            self._best = self._best or self._search().best()
+            self._best = self._best_so_far()
             if self._best is None:
                 raise
         return self._result(interrupted=interrupted)
+
+    def _best_so_far(self) -> Trial | None:
+        """Of what was measured, where the best of the simulator is among it; else that one."""
+        best = self._best or self._search().best()
+        if best is None or self.step_times is not None or not self.journal.measured(best.arguments):
+            return best
+        return self._fastest(_distinct([{}, *self._finalists, best.arguments]))
 
     # What can be asked.
 
@@ -110,26 +118,20 @@ class Tuner:
             raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
 
     def _base_arguments(self) -> dict[str, Any]:
-        """What the fixed arguments lack for an engine to be possible: the model's own length may not fit."""
-        try:
-            self.planner.capacity({})
-        except DoesNotFitError:
-            if self.planner.fixed.get("max_model_len") is None:
-                length = {"max_model_len": needed_length(self.planner, self.workload)}
-                grids = [{}, *(grid for grid in self._grids() if grid)]
-                for grid in grids:
-                    try:
-                        self.planner.capacity(length | grid)
-                    except ValidationError:
-                        continue
-                    return length | grid
-            raise
-        return {}
+        """What the fixed arguments lack for an engine to be possible: the model's own length may not fit.
 
-    def _grids(self) -> Iterable[dict[str, Any]]:
-        for grid in self.planner.grids():
-            if grid.tensor > 1:
-                yield {"tensor_parallel_size": grid.tensor}
+        Raises:
+            DoesNotFitError: no engine is.
+        """
+        try:
+            fitting_grid(self.planner, {})
+        except DoesNotFitError:
+            if self.planner.fixed.get("max_model_len") is not None:
+                raise
+            length = {"max_model_len": needed_length(self.planner, self.workload)}
+            fitting_grid(self.planner, length)
+            return length
+        return {}
 
     def _question(self) -> dict[str, Any]:
         """What trials are trials of."""
@@ -144,7 +146,7 @@ class Tuner:
 
     # The simulator.
 
-    def _calibrate(self) -> Callable[[Capacity], StepTimes]:
+    def _calibrate(self) -> StepTimesOf:
         """The times of steps as the defaults measure them, which is the first measured run; of a model that is split
         over devices, as one with so many does.
         """
@@ -157,7 +159,7 @@ class Tuner:
                 found[devices] = self._measured_steps({"tensor_parallel_size": devices} if split else {})
             return found[devices]
 
-        times(self.planner.capacity({}))
+        times(self.planner.capacity(fitting_grid(self.planner, {})))
         return times
 
     def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
@@ -352,7 +354,7 @@ class Tuner:
             best=dataclasses.replace(best, arguments={**base, **best.arguments}),
             finalists=finalists,
             effects=self._effects,
-            uncertainty=self.uncertainty or self._error(),
+            uncertainty=self._error() if self.step_times is None else self._range(),
             interrupted=interrupted,
         )
 
@@ -376,6 +378,22 @@ class Tuner:
         return (
             "The simulator, whose steps were fitted to one run of the defaults, was off for the others in "
             f"{' and in '.join(found)}."
+        )
+
+    def _range(self) -> str:
+        """What may come of the best on a device that nobody has asked."""
+        assert self._best is not None
+        fastest = ""
+        if self.fastest_steps is not None:
+            trial = Forecast(self.planner, self.workload, self.goals, self.fastest_steps)(self._best.arguments)
+            if trial.numbers is not None:
+                told = self.goals.text(trial.numbers)
+                fastest = f" Were they all that its memory and its units can do, it would be {told}."
+        return (
+            "Nothing was measured. The memory plan is an estimate from shapes (activations within a factor of 1.5), "
+            f"and steps take what the device's rates say, with a margin.{fastest} Programs of few tokens may be slower "
+            "than either; where all steps change alike, settings keep their order. Measure on the device before you "
+            "rely on a limit."
         )
 
     def _bar(self, total: int, what: str) -> Any:
