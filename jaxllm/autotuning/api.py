@@ -77,6 +77,8 @@ def tune(
         )
     if local and name != "auto":
         arguments = {"device": "cpu" if name == "cpu" else "gpu", **arguments}
+    # None stands for the default of every argument
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     folder = None if output is None else Path(output)
     options: dict[str, Any] = {}
     if local:

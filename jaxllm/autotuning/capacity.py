@@ -93,11 +93,19 @@ class Planner:
         self.fixed |= arguments
         self._found.clear()
 
-    def learn(self, plan: MemoryPlan) -> None:
-        """Take the activations of an engine that ran with the fixed arguments for true."""
-        estimated = self.capacity({}).plan.activation_bytes / self.activation_factor
-        if estimated and plan.activation_bytes:
-            self.activation_factor = plan.activation_bytes / estimated
+    def learn(self, settings: EngineSettings) -> None:
+        """Take what an engine that ran needed beside weights and cache for true; it had the fixed arguments, and the
+        parallel sizes of its settings.
+        """
+        try:
+            sizes = {name: getattr(settings, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+            found = self.capacity({name: size for name, size in sizes.items() if size > 1})
+        except ValidationError:
+            return
+        state = found.plan.state_bytes
+        estimated = found.plan.activation_bytes / self.activation_factor
+        if estimated and settings.other_bytes and settings.other_bytes > state:
+            self.activation_factor = (settings.other_bytes - state) / estimated
             self._found.clear()
 
     @functools.cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from typing import Any
 
@@ -32,7 +33,7 @@ def config_text(result: TuningResult) -> str:
     lines += ["", f"model: {_yaml(result.model)}", ""]
     for name, value in result.fixed.items():
         if value is not None:
-            lines += [*_comment("You hold it fixed."), f"{name}: {_yaml(value)}", ""]
+            lines += [*_comment("You hold it fixed."), *_line(name, value), ""]
     known = {}
     for effect in result.effects:
         lines += _comment(f"Why: {effect.knob.why}.")
@@ -70,8 +71,19 @@ def _comment(text: str) -> list[str]:
     )
 
 
+def _line(name: str, value: Any) -> list[str]:
+    """What cannot be written is said."""
+    import yaml
+
+    try:
+        return [f"{name}: {_yaml(value)}"]
+    except yaml.YAMLError:
+        return _comment(f"{name}: {type(value).__name__} cannot be written in YAML; give it beside this file.")
+
+
 def _yaml(value: Any) -> str:
     import yaml
 
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    plain = str(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("\n...").strip()

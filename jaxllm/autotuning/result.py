@@ -31,7 +31,7 @@ class Finalist:
         """Medians of what was measured, where it was; else what was simulated."""
         if not self.measured:
             return self.simulated or {}
-        return {name: float(np.median([run[name] for run in self.measured])) for name in self.measured[0]}
+        return medians(self.measured)
 
     def spread(self, goals: Goals) -> float:
         """Between the rounds, relative to their median; 0 where there is but one."""
@@ -213,6 +213,11 @@ def _finalist_dict(finalist: Finalist) -> dict[str, Any]:
         "simulated": None if finalist.simulated is None else dict(finalist.simulated),
         "measured": [dict(run) for run in finalist.measured],
     }
+
+
+def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the numbers of at least one run."""
+    return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.api.errors import ValidationError
+from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast, StepTimesOf
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_grid, needed_length
 from jaxllm.autotuning.measure import measure
-from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text
+from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text, medians
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
 from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
 from jaxllm.engine.observe.progress import bar_class
@@ -25,6 +25,8 @@ from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
 from jaxllm.tuning.trace_file import read_trace
 
+#: arguments that are written nowhere
+SECRETS = ("hf_token",)
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
 
@@ -140,7 +142,7 @@ class Tuner:
             "device": self.device,
             "objective": self.goals.objective,
             "constraints": [str(each) for each in self.goals.constraints],
-            "arguments": {name: str(value) for name, value in self.planner.fixed.items()},
+            "arguments": {name: str(value) for name, value in self.planner.fixed.items() if name not in SECRETS},
             "workload": f"{self.workload} {hash_of(self.workload)}",
         }
 
@@ -166,16 +168,18 @@ class Tuner:
         name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
         path = None if self.folder is None else self.folder / f"{name}.trace.json"
         if path is not None and path.exists() and self.journal.measured(arguments):
-            return FittedSteps.of(read_trace(path).arrays())
-        with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
-            found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
-            bar.update()
-        if path is not None:
-            found.trace.save(path)
-        if not arguments:
-            self.planner.learn(found.plan)
-        self._keep_measured(arguments, found, 1)
-        return FittedSteps.of(found.trace.arrays())
+            trace = read_trace(path)
+        else:
+            with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
+                found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                bar.update()
+            trace = found.trace
+            if path is not None:
+                trace.save(path)
+            self._keep_measured(arguments, found, 1)
+        if trace.settings is not None:
+            self.planner.learn(trace.settings)
+        return FittedSteps.of(trace.arrays())
 
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
@@ -250,7 +254,7 @@ class Tuner:
         few += self._not_simulated(few[0])
         wanted = _distinct([{}, *few])
         self._finalists = wanted
-        self._in_turns(wanted, "Measuring the best")
+        self._in_turns(wanted, range(1, self.rounds + 1), "Measuring the best")
         self._best = self._fastest(wanted)
         best = self._best.arguments
         possible = [
@@ -258,9 +262,10 @@ class Tuner:
             for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
             if not effect.problem or effect.problem == _UNTRIED
         ]
-        if possible:
+        known = set(map(key_of, wanted))
+        if not known.issuperset(map(key_of, possible)):
             again = _distinct([best, *possible])
-            self._in_turns(again, "Measuring each value")
+            self._in_turns(again, range(self.rounds + 1, 2 * self.rounds + 1), "Measuring each value")
             self._finalists = _distinct([*wanted, *again])
             self._best = self._fastest(self._finalists)
             best = self._best.arguments
@@ -280,26 +285,28 @@ class Tuner:
                     found = {name: kept for name, kept in found.items() if name not in others}
                 yield found
 
-    def _in_turns(self, wanted: Sequence[Mapping[str, Any]], what: str) -> None:
-        """Measure each as often as there are rounds, one after the other in each round."""
-        missing = sum(max(self.rounds - len(self.journal.measured(arguments)), 0) for arguments in wanted)
-        with self._bar(missing, what) as bar:
-            for number in range(1, self.rounds + 1):
-                for arguments in wanted:
-                    if len(self.journal.measured(arguments)) >= number:
-                        continue
-                    bar.set_postfix_str(arguments_text(arguments))
+    def _in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
+        """Measure each in every round, one after the other; those that have been are not measured again."""
+        missing = [
+            (number, arguments)
+            for number in rounds
+            for arguments in wanted
+            if number not in {trial.round for trial in self.journal.measured(arguments)}
+        ]
+        with self._bar(len(missing), what) as bar:
+            for number, arguments in missing:
+                bar.set_postfix_str(arguments_text(arguments))
+                if not any(trial.problem for trial in self.journal.measured(arguments)):
                     try:
                         found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
-                    except ValidationError as error:
+                    except (JaxLLMError, RuntimeError, MemoryError) as error:
+                        problem = str(error) or type(error).__name__
                         self.journal.add(
-                            Trial(
-                                kind=MEASURED, arguments=dict(arguments), numbers=None, problem=str(error), round=number
-                            )
+                            Trial(kind=MEASURED, arguments=dict(arguments), numbers=None, problem=problem, round=number)
                         )
                     else:
                         self._keep_measured(arguments, found, number)
-                    bar.update()
+                bar.update()
 
     def _keep_measured(self, arguments: Mapping[str, Any], found: Any, number: int) -> None:
         numbers = self.goals.numbers(found.run)
@@ -309,6 +316,9 @@ class Tuner:
         """Of those that were measured, the best by its medians; of those as good, the one with fewest values."""
         found = [(self._finalist(arguments), arguments) for arguments in wanted]
         found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
+        if not found:
+            problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
+            raise ValidationError(f"no engine could be measured: {next(iter(problems), 'nothing was tried')}")
         best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
         for finalist, arguments in found:
             kept = self.goals.excess(finalist.numbers) <= max(self.goals.excess(best.numbers), 0.0)
@@ -319,11 +329,14 @@ class Tuner:
 
     def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
         assert self._best is not None
-        finalist = self._finalist(without)
-        if not finalist.measured:
+        best, rest = ({trial.round: trial.numbers for trial in self.journal.measured(each) if trial.numbers is not None}
+                      for each in (self._best.arguments, without))  # fmt: skip
+        common = sorted(best.keys() & rest.keys())
+        if not common:
             return effect
-        gain = self.goals.gain(self._finalist(self._best.arguments).numbers, finalist.numbers)
-        return dataclasses.replace(effect, without=finalist.numbers, gain=gain, is_measured=True, problem="")
+        ours, theirs = (medians([runs[number] for number in common]) for runs in (best, rest))
+        gain = self.goals.gain(ours, theirs)
+        return dataclasses.replace(effect, without=theirs, gain=gain, is_measured=True, problem="")
 
     # The result.
 
@@ -339,7 +352,7 @@ class Tuner:
     def _result(self, *, interrupted: bool) -> TuningResult:
         assert self._best is not None
         finalists = tuple(map(self._finalist, self._finalists))
-        fixed = dict(self.planner.fixed)
+        fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
         base = {name: fixed.pop(name) for name in self._base}
         best = self._finalist(self._best.arguments)
         return TuningResult(
