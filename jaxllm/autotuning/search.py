@@ -72,15 +72,11 @@ class Search:
     def _sample(self, num_trials: int) -> None:
         library = optuna()
 
-        def excess(frozen: Any) -> tuple[float]:
-            return (frozen.user_attrs.get("excess", _NO_ENGINE),)
-
         with _silent():
             sampler = library.samplers.TPESampler(
                 seed=self._seed,
                 multivariate=True,
                 n_startup_trials=max(8, num_trials // 4),
-                constraints_func=excess,
             )
             study = library.create_study(direction="maximize", sampler=sampler)
             for start in self._starts():
@@ -94,7 +90,7 @@ class Search:
                 }
                 trial = self._trial(self.space.arguments(values))
                 numbers = trial.numbers
-                asked.set_user_attr("excess", _NO_ENGINE if numbers is None else self.goals.excess(numbers))
+                asked.set_constraint("excess", _NO_ENGINE if numbers is None else self.goals.excess(numbers))
                 study.tell(asked, _NO_SCORE if numbers is None else self.goals.score(numbers))
 
     def _starts(self) -> Iterator[dict[str, Any]]:
@@ -149,7 +145,7 @@ def _neighbours(knob: Knob, value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Multivariate sampling and constraints are called experimental at every start, though they are years old."""
+    """Optuna calls what it has had for years experimental, at every start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

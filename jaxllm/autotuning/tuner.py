@@ -27,6 +27,11 @@ from jaxllm.tuning.trace_file import read_trace
 
 #: arguments that are written nowhere
 SECRETS = ("hf_token",)
+#: what no search can hold fixed, and what to do
+_NOT_SIMULATED = {
+    "speculative_config": "Leave it out: drafts of n-grams are measured where the workload has real prompts.",
+    "pipeline_parallel_size": "Leave it out: on several devices it is measured with the best of the rest.",
+}
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
 
@@ -102,6 +107,10 @@ class Tuner:
     # What can be asked.
 
     def _check(self) -> None:
+        fixed = self.planner.fixed
+        for name, instead in _NOT_SIMULATED.items():
+            if fixed.get(name) not in (None, 1, {}):
+                raise ValidationError(f"{name}={fixed[name]!r} is held fixed, and is not simulated. {instead}")
         longest, most = self.workload.longest, self.planner.longest()
         if longest > most:
             raise ValidationError(

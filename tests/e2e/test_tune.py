@@ -226,6 +226,13 @@ def test_bad_questions(model: Path, monkeypatch: pytest.MonkeyPatch):
         jaxllm.tune(model, workload, num_devices=2)
     with pytest.raises(ValidationError, match="'h1000' is not a device that jaxllm knows.*'h100'"):
         jaxllm.tune(model, workload, device="h1000")
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+    with pytest.raises(
+        ValidationError, match="speculative_config=.* is held fixed, and is not simulated. Leave it out"
+    ):
+        jaxllm.tune(model, workload, **NULL, speculative_config=drafts)
+    with pytest.raises(ValidationError, match="num_trials and rounds are at least 1"):
+        jaxllm.tune(model, workload, **NULL, rounds=0)
     with pytest.raises(TypeError, match="workload must be a Workload"):
         jaxllm.tune(model, 3)  # pyright: ignore[reportArgumentType]
     monkeypatch.setitem(sys.modules, "optuna", None)
