@@ -10,7 +10,6 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning.capacity import Planner
 from jaxllm.config.resolve import CPU_LIMITS
 from jaxllm.runner.memory.fit import DoesNotFitError
-from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 
 #: a length that is asked for is a multiple of so many tokens, so that the next workload's longest request fits, too
@@ -126,7 +125,7 @@ def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Kno
     plan = planner.capacity(fitting_grid(planner, {})).plan
     on_cpu = plan.platform == "cpu"
     longest_prompt = max(request.num_prompt_tokens for request in workload.requests)
-    holds = holds_all(workload, plan)
+    holds = holds_all(planner, workload)
     most_seqs = max(plan.max_num_seqs, CPU_LIMITS[1])
     seqs = _powers(FEWEST_SEQS, min(_power(len(workload)), most_seqs))
     yield (
@@ -335,8 +334,15 @@ def streams(workload: Workload) -> bool:
     return workload.seconds > AT_ONCE
 
 
-def holds_all(workload: Workload, plan: MemoryPlan) -> bool:
-    """Whether the KV cache has room for all requests, whatever order they run in."""
-    size = plan.block_size
-    needed = sum(-(-(each.num_prompt_tokens + each.num_output_tokens) // size) for each in workload.requests)
-    return needed < plan.num_blocks
+def holds_all(planner: Planner, workload: Workload) -> bool:
+    """Whether the KV cache has room for all that may want it, with the defaults and as many requests at once as there
+    are: the longest of them, or all where prompts share something, which is worth keeping.
+    """
+    most = {} if "max_num_seqs" in planner.fixed else {"max_num_seqs": _power(len(workload))}
+    try:
+        plan = planner.capacity({**fitting_grid(planner, {}), **most}).plan
+    except ValidationError:
+        return False
+    lengths = (each.num_prompt_tokens + each.num_output_tokens for each in workload.requests)
+    sizes = sorted((-(-length // plan.block_size) for length in lengths), reverse=True)
+    return sum(sizes if workload.shared else sizes[: plan.max_num_seqs]) < plan.num_blocks

@@ -107,6 +107,6 @@ def prompts_of(workload: Workload, ids: list[int]) -> Iterator[list[int]]:
 def _ordinary_ids(llm: LLM) -> list[int]:
     """The vocabulary without special tokens, which may stand for a picture."""
     if llm.engine.args.skip_tokenizer_init:
-        return list(range(min(llm.engine.inputs.vocab_size, 1 << 16)))
+        return list(range(min(llm.engine.model_files.config.model.vocab_size, 1 << 16)))
     tokenizer = llm.get_tokenizer()
     return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))

@@ -35,8 +35,6 @@ _NOT_SIMULATED = {
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
 
-Measure = Callable[[Any, Mapping[str, Any], Workload], Any]
-
 
 @dataclasses.dataclass(kw_only=True)
 class Tuner:
@@ -63,7 +61,6 @@ class Tuner:
     num_measured: int = 3
     rounds: int = 3
     show: bool | Callable[..., Any] = True
-    measure: Measure = measure
 
     def run(self) -> TuningResult:
         """Search. Ctrl-C gives the best so far.
@@ -180,7 +177,7 @@ class Tuner:
             trace = read_trace(path)
         else:
             with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
-                found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
                 bar.update()
             trace = found.trace
             if path is not None:
@@ -307,7 +304,7 @@ class Tuner:
                 bar.set_postfix_str(arguments_text(arguments))
                 if not any(trial.problem for trial in self.journal.measured(arguments)):
                     try:
-                        found = self.measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                        found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
                     except (JaxLLMError, RuntimeError, MemoryError) as error:
                         problem = str(error) or type(error).__name__
                         self.journal.add(

@@ -21,6 +21,7 @@ import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning import measure as measuring
+from jaxllm.autotuning import tuner
 from jaxllm.autotuning.capacity import Planner
 from jaxllm.autotuning.forecast import Forecast
 from jaxllm.autotuning.goals import Goals
@@ -28,7 +29,6 @@ from jaxllm.autotuning.knob import Space
 from jaxllm.autotuning.measure import MeasuredRun, measure, prompts_of
 from jaxllm.autotuning.search import Search
 from jaxllm.autotuning.trials import Journal
-from jaxllm.autotuning.tuner import Tuner
 from jaxllm.config.files import load_config
 from jaxllm.entrypoints.cli import main
 from jaxllm.tuning.simulation.step_times import LinearSteps
@@ -38,6 +38,21 @@ from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 STEPS = LinearSteps(fixed=1e-3, token=2e-5, context=5e-8, host=1e-4, host_request=1e-6)
 #: engines without a model, which start at once
 NULL: dict[str, Any] = {"load_format": "null", "skip_tokenizer_init": True, "max_model_len": 256}
+
+
+#: a model that takes most of one card of 80 GB
+QWQ = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +78,8 @@ def recorded(model: Path) -> dict[str, Workload]:
                     use_tqdm=False,
                 )
             found[name] = Workload.of_trace(trace, source=name)
-    # one comes every 30 ms, which is about as fast as the device above can answer them
-    late = (dataclasses.replace(each, arrival=0.03 * i) for i, each in enumerate(found["shared"].requests))
+    # they come faster than few at a time can be answered
+    late = (dataclasses.replace(each, arrival=0.004 * i) for i, each in enumerate(found["shared"].requests))
     found["shared"] = dataclasses.replace(found["shared"], requests=tuple(late))
     return found
 
@@ -81,7 +96,8 @@ def test_it_finds_what_an_exhaustive_sweep_finds(model: Path, recorded: dict[str
     """Within 5% of the best of all combinations, with a fraction of them tried."""
     workload = recorded[name]
     # 40 blocks of 16: requests are preempted, prefixes are evicted
-    planner = Planner(model, {**NULL, "num_gpu_blocks_override": 40, "num_decode_steps": 1, "block_size": 16})
+    planner = Planner(model, {**NULL, "num_gpu_blocks_override": 40, "num_decode_steps": 1, "block_size": 16,
+                              "kv_cache_dtype": "auto"})  # fmt: skip
     forecast = Forecast(planner, workload, goals, lambda _: STEPS)
     space = Space.of(planner, workload)
     assert {knob.name for knob in space.knobs} >= {
@@ -145,7 +161,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -
         calls.append(dict(arguments))
         return measure(model, arguments, workload)
 
-    monkeypatch.setattr(Tuner, "measure", staticmethod(counting))
+    monkeypatch.setattr(tuner, "measure", counting)
     return calls
 
 
@@ -154,7 +170,7 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
 ):
     workload = dataclasses.replace(recorded["mixed"], requests=recorded["mixed"].requests[:12])
     options: dict[str, Any] = {
-        "output": tmp_path / "out", "num_trials": 12, "num_measured": 1, "rounds": 2, "use_tqdm": False, **NULL,
+        "output": tmp_path / "out", "num_trials": 12, "num_measured": 2, "rounds": 2, "use_tqdm": False, **NULL,
     }  # fmt: skip
     first = counted(monkeypatch, stop_after=2)
     stopped = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
@@ -191,6 +207,34 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
     (tmp_path / "out" / "trials.jsonl").write_text("something else\n")
     with pytest.raises(ValidationError, match="is not a file of trials"):
         jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+
+
+def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
+    """Plan and simulator alone; each value has its reason and its effect, and how uncertain that is is said."""
+    draw = random.Random(1)
+    rows = (
+        WorkloadRequest(arrival=0.0, num_prompt_tokens=draw.choice([500, 1000, 1500]), num_output_tokens=60)
+        for _ in range(24)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(QWQ))
+    result = jaxllm.tune(
+        tmp_path / "config.json", Workload(requests=tuple(rows), source="some"), device="H100", num_devices=2,
+        constraints="p99 itl<200ms", num_trials=16, max_num_seqs=24, output=tmp_path / "out", use_tqdm=False,
+    )  # fmt: skip
+    assert not result.is_measured and result.feasible and "Nothing was measured" in result.uncertainty
+    # the model's own length does not fit beside the weights, and is found before anything is tried
+    assert result.arguments["max_model_len"] == 1664 and result.arguments["max_num_seqs"] == 24
+    assert "pipelines are not simulated" in result.space.left["pipeline_parallel_size"]
+    assert {"parallelism", "gpu_memory_utilization"} <= {
+        knob.name for knob in result.space.knobs
+    } | result.space.left.keys()
+    assert result.effects and "tensor_parallel_size" in result.arguments
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    assert load_config(tmp_path / "out" / "config.yaml") == {"model": result.model, **result.arguments}
+    for effect in result.effects:
+        for name in effect.knob.arguments(effect.value):
+            assert re.search(rf"# Why: [^\n]*(\n# [^\n]*)*\n# Effect: [^\n]*(\n#[^\n]*)*(\n\w+: .*)*\n{name}: ", text)
+    check_page((tmp_path / "out" / "report.html").read_text(), result)
 
 
 def check_page(page: str, result: jaxllm.TuningResult) -> None:
