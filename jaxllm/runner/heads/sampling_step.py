@@ -123,7 +123,7 @@ def forward_step(
     """
     fields = packing.unpack(buffer)
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     if "picture_ends" in fields and not bucket.decode_only:
         seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)
