@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,17 @@ Key = tuple[Any, ...]
 HEAD_PROGRAMS = ("sample", "score")
 ALLOCATOR: Key = ("allocate",)
 ADAPTER_WRITER: Key = ("write adapter",)
+
+
+class KeptProgram(NamedTuple):
+    """A program in the compile cache."""
+
+    #: what it does, then for which shapes
+    name: str
+    #: of its file; None: it is not kept, or is not found without being traced
+    num_bytes: int | None
+    #: by this process; False: an earlier one had kept it
+    compiled: bool
 
 
 class Programs(abc.ABC):
@@ -251,6 +262,16 @@ class Programs(abc.ABC):
         everything, store = {*self._all_keys(), ALLOCATOR}, self._store
         return len(everything), None if store is None else sum(not store.has(key) for key in everything)
 
+    def kept(self) -> list[KeptProgram]:
+        """All programs, once they are compiled, as they are kept for the next start; [] where JAX keeps them."""
+        store = self._store
+        if store is None:
+            return []
+        return [
+            KeptProgram(_key_text(key), store.size(key), compiled=key in store.compiled)
+            for key in (ALLOCATOR, *self._all_keys())
+        ]
+
     def _collect(
         self, futures: Mapping[concurrent.futures.Future[jax.stages.Compiled | None], Key], total: int
     ) -> None:
@@ -347,6 +368,11 @@ class Programs(abc.ABC):
             return OneAtATime(compiled) if self._runs_alone else compiled
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
+
+
+def _key_text(key: Key) -> str:
+    forms = {True: "any sampling", False: "greedy sampling"}
+    return ", ".join(forms[part] if isinstance(part, bool) else str(part) for part in key)
 
 
 def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:
