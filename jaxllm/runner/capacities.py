@@ -27,14 +27,17 @@ def row_capacity(max_num_seqs: int, platform: str) -> int:
 
 
 def context_capacity(max_model_len: int, longest: int, platform: str) -> int:
-    """Return the tokens of a row that programs have room for: a power of two.
+    """Return the tokens of a row that programs have room for: a power of two up to `SHARED_CONTEXT`, else a multiple of
+    it.
 
     Args:
         longest: the model's own limit.
     """
     if platform == "cpu":
         max_model_len = max(max_model_len, min(longest, SHARED_CONTEXT))
-    return 1 << (max_model_len - 1).bit_length()
+    if max_model_len <= SHARED_CONTEXT:
+        return 1 << (max_model_len - 1).bit_length()
+    return -(-max_model_len // SHARED_CONTEXT) * SHARED_CONTEXT
 
 
 def block_capacity(num_blocks: int, block_bytes: int, platform: str) -> int:

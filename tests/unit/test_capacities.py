@@ -23,7 +23,7 @@ def test_rows(max_num_seqs: int, platform: str):
 def test_contexts(max_model_len: int, longest: int, platform: str):
     max_model_len = min(max_model_len, longest)
     tokens = context_capacity(max_model_len, longest, platform)
-    assert tokens >= max_model_len and tokens.bit_count() == 1
+    assert tokens >= max_model_len and (tokens.bit_count() == 1 or tokens % 8192 == 0)
     assert tokens < 2 * max(max_model_len, min(longest, 8192) if platform == "cpu" else 1)
 
 
@@ -43,8 +43,8 @@ def test_sizes_are_few(capacity):
 def test_a_cpus_engines_share_the_models_context():
     """SmolLM2's, and of a model whose own is too long for all."""
     assert {context_capacity(length, 8192, "cpu") for length in (1, 128, 1000, 4096, 8192)} == {8192}
-    assert [context_capacity(length, 131072, "cpu") for length in (128, 8192, 8193, 131072)] == [
+    assert [context_capacity(length, 131072, "cpu") for length in (128, 8192, 8193, 40960)] == [
         *(8192, 8192),
-        *(16384, 131072),
+        *(16384, 40960),
     ]
     assert context_capacity(2048, 131072, "cuda") == 2048

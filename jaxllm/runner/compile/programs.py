@@ -35,10 +35,12 @@ CPU_OPTIONS: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
+#: XLA's fusions of YNNPACK add up wrongly in JAX 0.10 (jax issue 39103); products by themselves are right, and what
+#: stands in their place has other bits in other programs
+RIGHT_SUMS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
-    # XLA's fusions of YNNPACK add up wrongly there (jax issue 39103); products by themselves are right, and what
-    # stands in their place has other bits in other programs
-    CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    RIGHT_SUMS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+CPU_OPTIONS |= RIGHT_SUMS
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
 CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
