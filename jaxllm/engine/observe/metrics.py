@@ -380,8 +380,8 @@ class EngineMetrics:
         return [observations.histogram(name, self._with()) for name, observations in observed.items()]
 
     def adapters(self, max_loras: int, waiting: Iterable[str], running: Iterable[str]) -> Metric:
-        """vLLM's gauge of adapters, which tells in its labels: those that requests wait and run with, by name. Its value
-        is the time, in seconds since 1970.
+        """vLLM's gauge of adapters, which tells in its labels: those that requests wait and run with, by name. Its
+        value is the time, in seconds since 1970.
         """
         names = {"waiting_lora_adapters": waiting, "running_lora_adapters": running}
         told = {label: ",".join(sorted(each)) for label, each in names.items()}
