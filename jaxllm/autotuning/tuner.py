@@ -190,6 +190,8 @@ class Tuner:
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
             if bar is not None:
+                if bar.total is not None and bar.n >= bar.total:
+                    bar.total += 1  # neighbours of the best, of which nobody knows how many there will be
                 bar.update()
                 best = search.best()
                 if best is not None and best.numbers is not None:
