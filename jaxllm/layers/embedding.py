@@ -63,15 +63,16 @@ def unembed(
 
 def _scores(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix | Quantized) -> jax.Array:
     """float32 [R, V]. A GGUF file's blocks are never widened as a whole: no matrix of a small model is larger."""
-    is_whole = not isinstance(table, BlockWeight) or table.shape[0] <= PIECE
-    if is_whole or has_kernel(context.backend, table, rows=hidden.shape[0]):
+    if not isinstance(table, BlockWeight):
+        return linear_f32(context, hidden, table)
+    size = table.shape[0]
+    if size <= PIECE or has_kernel(context.backend, table, rows=hidden.shape[0]):
         return linear_f32(context, hidden, table)
 
     def piece(first: jax.Array | int, count: int) -> jax.Array:
         part = dataclasses.replace(table, data=lax.dynamic_slice_in_dim(table.data, first, count))
         return linear_f32(context, hidden, part.dequantize(hidden.dtype))
 
-    size = table.shape[0]
     whole, rest = divmod(size, PIECE)
     scores = jnp.zeros((hidden.shape[0], size), jnp.float32)
 
