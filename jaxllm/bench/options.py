@@ -87,6 +87,15 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
     _add_outputs(parser, plot="tokens per second against the number of requests")
     group = parser.add_argument_group("comparison")
     group.add_argument(
+        "--against",
+        action="append",
+        type=json_object,
+        default=[],
+        metavar="JSON",
+        help="also an engine with these arguments, such as '{\"pipeline_parallel_size\": 2}', in turns with the "
+        "other in one process (may be repeated)",
+    )
+    group.add_argument(
         "--compare",
         metavar="NAME,NAME,...",
         help="run these engines on the same requests, in turns: transformers, transformers-continuous, llama.cpp, "
