@@ -57,13 +57,12 @@ class PoolingPrograms(Programs):
     ):
         numbers = len(config.groups), table_width
         packings = {bucket: pooling_packing(bucket, *numbers, media=media) for bucket in buckets}
-        made_from = (config, buckets, table_width, params, state, adapters, media, encoder_buckets, pixel_normal)
         super().__init__(
             packings,
             state,
             platform=platform,
             cache_dir=cache_dir,
-            source=made_from,
+            source=(config, table_width, params, state, adapters, media, encoder_buckets, pixel_normal),
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
