@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.adapters import Stacks
+from jaxllm.models.adapters import Stacks, with_own_heads
 from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
@@ -157,7 +157,11 @@ class SamplingPrograms(Programs):
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
         #: that there is room for
         self.max_num_seqs = num_rows
-        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
+        #: whether adapters may have heads, and samplers know whose each row is
+        self.has_own_heads = adapters is not None and adapters.tables is not None
+        self.sample_packing = sample_packing(
+            self.max_num_seqs, len(extra_arg_defaults(config.processors)), own_heads=self.has_own_heads
+        )
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
 
@@ -217,7 +221,7 @@ class SamplingPrograms(Programs):
         packing = self.sample_packing
         function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
-        head = self.head_params(self._params)
+        head = with_own_heads(self.head_params(self._params), self.adapters)
         words = self._words(packing.size)
         return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
 
@@ -271,10 +275,15 @@ class SamplingPrograms(Programs):
         return self._lowered(function, params, self._state, words, donate=1, out=self._state_specs)
 
     def lower_scorer(self) -> jax.stages.Lowered:
-        capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
-        hidden = self._hidden(capacity)
-        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
+        hidden, head = self._hidden(self.config.max_scored_tokens), self.head_params(self._params)
+        words = self._words(self.num_target_words)
+        return self._lowered(function, with_own_heads(head, self.adapters), hidden, words)
+
+    @property
+    def num_target_words(self) -> int:
+        """Of what `score_step` takes."""
+        return 1 + self.config.max_scored_tokens * (1 + self.has_own_heads)
 
     def lower_writer(self) -> jax.stages.Lowered:
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
