@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +12,8 @@ from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
+from pallas_kernels.dense_matmul.api import dense_matmul
+from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
@@ -56,6 +60,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     if isinstance(weight, Adapted):
         return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
     if isinstance(weight, StackedMatrix):
+        if _is_dense(context, x, weight.stored):
+            return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
@@ -66,12 +72,19 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
         weight = weight.weight
     if not isinstance(weight, jax.Array):
         return _of_quantized(context, x, weight)
+    if _is_dense(context, x, weight):
+        return dense_matmul(x, weight, backend=context.backend)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
     if context.deterministic and rows < least:
         return linear_f32(context, _padded(x, least), weight)[:rows]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)
+
+
+def _is_dense(context: Context, x: jax.Array, weight: Any) -> bool:
+    """Whether `dense_matmul` has a kernel for it, which takes any number of rows, and adds up each alike."""
+    return has_dense_kernel(context.backend, weight) and x.ndim == 2 and x.dtype == weight.dtype
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:

@@ -52,7 +52,7 @@ class StackedMatrix:
         """The layer's matrix by itself: it is copied, where it is not at hand."""
         if self.several is not None:
             return self.several
-        assert is_quantized(self.stored) and self.layer is not None
+        assert self.layer is not None
         return index(self.stored, self.layer)
 
 

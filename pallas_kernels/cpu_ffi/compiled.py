@@ -103,6 +103,15 @@ def target_name(kernel: str, version: str) -> str:
     return f"jaxllm_{kernel}_{version}"
 
 
+def processor() -> tuple[str, frozenset[str]]:
+    """LLVM's name of this processor, and of its features; nothing where it cannot be asked."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return "", frozenset()
+    return llvm.get_host_cpu_name(), frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+
+
 class _Compiler:
     """LLVM's, for this processor."""
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
+from pallas_kernels.dense_matmul.cpu_ffi import load as load_dense
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.paged_attention.cpu_ffi import form_of
@@ -30,11 +31,14 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     Args:
         folder: where their machine code is kept.
     """
-    if config.platform != "cpu" or config.backend.implementation != "xla" or config.backend.deterministic:
+    if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
-    backend = dataclasses.replace(config.backend, cpu_attention=_attention(config, folder))
-    if config.quantization is not None:
-        backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+    dense = load_dense(config.dtype, folder)
+    backend = dataclasses.replace(config.backend, cpu_dense=(dense,) if dense else ())
+    if not backend.deterministic:
+        backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
+        if config.quantization is not None:
+            backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
     return dataclasses.replace(config, attention=backend)
 
 
