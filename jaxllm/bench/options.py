@@ -254,9 +254,11 @@ def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--num-tokens", 50_000, "tokens of it, from its beginning")
     _add(parser, "--context", 1024, "tokens of a window; what is before it is not seen")
     sweeps = {
-        "--sweep-quantization": "compare these values of --quantization, one engine after the other; none: as the "
-        "checkpoint is",
+        "--sweep-dtype": "compare these values of --dtype, one engine after the other; the first of all is what others "
+        "are compared with",
+        "--sweep-quantization": "and these of --quantization; none: as the checkpoint is",
         "--sweep-kv-cache-dtype": "and these of --kv-cache-dtype",
+        "--sweep-model": "and these models, quantized forms of the same; of a .gguf file its blocks",
     }
     for name, text in sweeps.items():
         parser.add_argument(name, type=lambda text: text.split(","), metavar="NAME,NAME,...", help=text)

@@ -183,12 +183,14 @@ def _read_and_computed(
     and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``. The tokens of all replicas that step
     together, as many of each, go to them.
     """
-    names = {layout.name for layout in weights}
+    names = {layout.name.partition(".")[0] for layout in weights}
     moe = config.model.moe if isinstance(config.model, DecoderConfig) else None
     size = flops = 0.0
     for layout in weights:
-        field = layout.name.rpartition(".")[2]
-        if field.endswith("embedding") and (config.stage is not None or "head" in names or "." in layout.name):
+        # one that is quantized is the matrix's name and the array's
+        first, *others = layout.name.split(".")
+        is_table = any(name.endswith("embedding") for name in (first, *others))
+        if is_table and (config.stage is not None or "head" in names or first != "embedding"):
             continue
         chosen = 1.0 if layout.experts is None or moe is None else moe.top_k / layout.experts
         own = tokens if layout.experts is None else tokens * config.target.replicas

@@ -131,9 +131,9 @@ def cache_layouts(config: RunnerConfig, num_blocks: int) -> list[ArrayLayout]:
     """
     own, sizes, replicas = config.layers_per_group * num_blocks, config.target.mesh_sizes, config.target.replicas
     pages = replicas * own
-    _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
-    axes, is_latent = cache_axes(config.model, replicas=replicas), config.model.kv_specs[0].parts == 1
-    names: tuple[str | None, ...] = (*axes, *(None,) * (4 - len(axes)))
+    *others, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
+    axes = cache_axes(config.model, replicas=replicas)
+    names: tuple[str | None, ...] = (*axes, *(None,) * (1 + len(whole) - len(axes)))
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     pages = ArrayLayout(
         name=KV_CACHE,
@@ -141,7 +141,8 @@ def cache_layouts(config: RunnerConfig, num_blocks: int) -> list[ArrayLayout]:
         count=1,
         axes=(
             (("pages", pages),),
-            (("latents", 1) if is_latent else ("kv_heads", config.model.num_kv_heads),),
+            # latents are of all heads
+            *((("kv_heads", config.model.num_kv_heads),) for _ in others),
             (("tokens", block),),
             (("width", width),),
         ),

@@ -175,8 +175,9 @@ class Programs(abc.ABC):
         """The argument of a forward program that brings vectors of prompts; () where the engine takes none."""
         if not self.config.prompt_embeds:
             return ()
-        table = getattr(self._params, "body", self._params).embedding
-        return (self._rows(table.dtype, bucket.tokens, self.config.model.hidden_size),)
+        return (
+            self._rows(getattr(self._params, "body", self._params).dtype, bucket.tokens, self.config.model.hidden_size),
+        )
 
     def _rows(self, dtype: Any, count: int, *shape: int) -> jax.ShapeDtypeStruct:
         """What a step brings or gives: `count` rows of a shape, of each replica."""

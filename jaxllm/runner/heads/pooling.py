@@ -72,7 +72,7 @@ class PoolingPrograms(Programs):
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(token_step, self.config, packing)
-        hidden = self._rows(self._params.body.embedding.dtype, bucket.tokens, self.config.model.hidden_size)
+        hidden = self._rows(self._params.body.dtype, bucket.tokens, self.config.model.hidden_size)
         return self._lowered(function, self._params.head, hidden, self._words(packing.size))
 
     def _keys(self) -> list[Key]:

@@ -281,7 +281,7 @@ class SamplingPrograms(Programs):
         return self._lowered(write_tokens, self._state.outputs, self._words(3 + WRITE_TOKENS), donate=0)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        return self._rows(self._params.embedding.dtype, rows, self.config.model.hidden_size)
+        return self._rows(self._params.dtype, rows, self.config.model.hidden_size)
 
     def _keys(self) -> list[Key]:
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
