@@ -53,9 +53,9 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
     Where the context is deterministic, on a CPU, a row of the result is the same, to the bit, however many rows
-    x [rows, in] has. Two and more are multiplied by kernels that add up each number of the result from the first
-    product to the last; a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16
-    takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
+    x [rows, in] has. `dense_matmul` adds up any row alike. XLA multiplies two rows and more by kernels that add up each
+    number of the result from the first product to the last, a single row by another one, which keeps several sums, and
+    with Intel's AMX three rows of bfloat16 by its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, Adapted):
         return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)

@@ -261,7 +261,9 @@ class Code:
             places = [[first + side * half + i for first in firsts for i in range(half)] for side in (0, 1)]
             left, right = (ir.Constant(ir.VectorType(WORD, len(each)), each) for each in places)
             pieces = [
-                self.summed(*(self.builder.shuffle_vector(pieces[i], pieces[i + together - 1], at) for at in (left, right)))
+                self.summed(
+                    *(self.builder.shuffle_vector(pieces[i], pieces[i + together - 1], at) for at in (left, right))
+                )
                 for i in range(0, len(pieces), together)
             ]
             width = half

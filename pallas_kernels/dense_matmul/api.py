@@ -17,9 +17,7 @@ def has_kernel(backend: Backend, weight: Any) -> bool:
     return isinstance(weight, jax.Array | jax.ShapeDtypeStruct) and kernel_for(backend.cpu_dense, weight) is not None
 
 
-def dense_matmul(
-    x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None
-) -> jax.Array:
+def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
     """``x @ weight.T``, float32 [M, N].
 
     x: [M, K]; weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that

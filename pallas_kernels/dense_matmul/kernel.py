@@ -9,7 +9,6 @@ has the same bits whatever other rows there are.
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 from llvmlite import ir
 

@@ -40,7 +40,7 @@ from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quanti
 from pallas_kernels.storage import STORAGE
 
 #: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
-#: those that a few rows read so by a kernel
+#: those that several rows, or a few, read so by a kernel
 Form = Literal["plain", "one row", "few rows"]
 PLAIN = Backend()
 
@@ -380,7 +380,7 @@ def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool
 
     Args:
         params: arrays, or their shapes.
-        one_row: False: as steps of a few tokens do, which leave the head as it is.
+        one_row: False: as steps of several tokens do, which leave the head as it is.
     """
     params = with_whole_segments(params, backend, one_row=one_row)
     return with_head_for_one(params, backend) if one_row else params
