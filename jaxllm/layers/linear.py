@@ -11,13 +11,13 @@ from jax import lax
 from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
-from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
+from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 from pallas_kernels.dense_matmul.api import dense_matmul
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized | Observed | Adapted
@@ -64,7 +64,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
             return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
-        if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
+        if x.shape[0] == 1 and not context.deterministic and weight.has_one_row_product:
             return one_row_product(x, weight)
         weight = weight.whole()
     if isinstance(weight, Observed):

@@ -48,6 +48,14 @@ class StackedMatrix:
     def of_layer(self, layer: jax.Array) -> StackedMatrix:
         return dataclasses.replace(self, layer=layer)
 
+    @property
+    def has_one_row_product(self) -> bool:
+        """Whether `one_row_product` takes it: what has a kernel as a whole may be split into parts without one."""
+        if is_quantized(self.stored):
+            return can_be_read(self.stored)
+        stored: Any = self.stored
+        return stored.dtype != jnp.bfloat16 and stored.shape[-1] % LANES == 0
+
     def whole(self) -> jax.Array | Quantized:
         """The layer's matrix by itself: it is copied, where it is not at hand."""
         if self.several is not None:

@@ -29,6 +29,9 @@ logger = logging.getLogger("pallas_kernels")
 #: processor features without which kernels would be slow, or could not widen float16
 NEEDED = {"x86_64": ("avx2", "fma", "f16c"), "aarch64": ("neon",)}
 
+#: reasons that the log has
+_told: set[str] = set()
+
 
 class Unavailable(Exception):
     """Why there are no kernels."""
@@ -72,7 +75,9 @@ class Kernels:
                     self._names.add(name)
             except Unavailable as error:
                 self._reason = str(error)
-                logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
+                if self._reason not in _told:
+                    _told.add(self._reason)
+                    logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
                 return ""
             return self._compiler.version
 

@@ -40,8 +40,8 @@ from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quanti
 from pallas_kernels.storage import STORAGE
 
 #: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
-#: those that several rows, or a few, read so by a kernel
-Form = Literal["plain", "one row", "few rows"]
+#: those that a few rows, or any number of them, read so by a kernel
+Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
@@ -176,8 +176,9 @@ class SamplingPrograms(Programs):
         if bucket.tokens == 1 and self.has_one_row_products:
             return "one row"
         backend = self.config.context.backend
-        few = bool(backend.cpu_kernels) and bucket.tokens <= MOST_ROWS
-        return "few rows" if few or backend.cpu_dense else "plain"
+        if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
+            return "few rows"
+        return "several rows" if backend.cpu_dense else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
