@@ -19,7 +19,7 @@ from jaxllm.parallel.collectives import Collective, collectives, expected_collec
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import exchanging_layers, held, layer_sums
 from jaxllm.planning.explanation import Explanation
-from jaxllm.planning.layout import ArrayLayout, cache_layouts, weight_layouts
+from jaxllm.planning.layout import ArrayLayout, adapter_layouts, cache_layouts, weight_layouts
 from jaxllm.planning.plan import Plan
 from jaxllm.planning.step_estimate import COPY, StepEstimate, handed_on, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
@@ -83,7 +83,7 @@ def explanation(
     steps: list[StepEstimate] = []
     for stage, own in zip(config.stages, parts, strict=True):
         weights = weight_layouts(stage)
-        layouts += [*weights, *cache_layouts(stage, plan.memory.num_blocks)]
+        layouts += [*weights, *adapter_layouts(stage), *cache_layouts(stage, plan.memory.num_blocks)]
         steps += [_step(name, stage, own, weights, gpu, *size) for size, name in wanted.items()]
     largest = [step for step in steps if step.name == [*wanted.values()][-1]]
     if not any(step.not_compiled for step in largest):

@@ -107,8 +107,25 @@ def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
     return tuple(found.values())
 
 
-def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLayout:
-    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or config.dtype)
+def adapter_layouts(config: RunnerConfig) -> list[ArrayLayout]:
+    """Of the stacks of adapters, a slot for each that the device has at once; []: there are none."""
+    if config.lora is None:
+        return []
+    found: dict[str, ArrayLayout] = {}
+    for segment in config.adapter_specs(config.lora.max_loras):
+        for field, pair in segment.items():
+            for half in ("a", "b"):
+                name = f"adapters.{field}.{half}"
+                one = _weight_layout(name, getattr(pair, half), config, config.lora.dtype)
+                key = f"{name} {one.shape}"
+                seen = found.setdefault(key, dataclasses.replace(one, count=0, device_bytes=0))
+                size = seen.device_bytes + one.device_bytes
+                found[key] = dataclasses.replace(seen, count=seen.count + 1, device_bytes=size)
+    return list(found.values())
+
+
+def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig, dtype_of_others: str = "") -> ArrayLayout:
+    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or dtype_of_others or config.dtype)
     shape = local_shape(spec, sizes)
     layers = () if spec.layers is None else ((("layers", len(spec.layers)),),)
     return ArrayLayout(

@@ -100,7 +100,8 @@ def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pyte
     config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
     (kernel,) = config.backend.cpu_dense
     assert kernel.startswith("jaxllm_dense_float32_") and bool(config.backend.cpu_attention) != deterministic
-    params: Any = with_whole_layers(config.params(), config.backend)
+    given: Any = config.params()
+    params: Any = with_whole_layers(given, config.backend)
     (segment,) = params.layers
     assert all(isinstance(getattr(segment, name), StackedMatrix) for name in MATRICES)
     assert not isinstance(params.head, StackedMatrix)

@@ -47,13 +47,12 @@ class PoolingPrograms(Programs):
         adapters: Stacks | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
-        made_from = (config, buckets, table_width, params, state, adapters)
         super().__init__(
             packings,
             state,
             platform=platform,
             cache_dir=cache_dir,
-            source=made_from,
+            source=(config, table_width, params, state, adapters),
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
