@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -60,7 +58,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     if isinstance(weight, Adapted):
         return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
     if isinstance(weight, StackedMatrix):
-        if _is_dense(context, x, weight.stored):
+        if isinstance(weight.stored, jax.Array) and _is_dense(context, x, weight.stored):
             return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
@@ -82,7 +80,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     return _product(x, weight)
 
 
-def _is_dense(context: Context, x: jax.Array, weight: Any) -> bool:
+def _is_dense(context: Context, x: jax.Array, weight: jax.Array) -> bool:
     """Whether `dense_matmul` has a kernel for it, which takes any number of rows, and adds up each alike."""
     return has_dense_kernel(context.backend, weight) and x.ndim == 2 and x.dtype == weight.dtype
 

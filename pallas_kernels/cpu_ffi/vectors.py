@@ -276,7 +276,8 @@ class Code:
 
     def sums_of(self, vectors: Sequence[Value]) -> Value:
         """A vector of the `sum_of` each of some vectors, whose number is a power of two."""
-        pieces, width = list(vectors), vectors[0].type.count
+        pieces: list[Value] = list(vectors)
+        width = vectors[0].type.count
         while width > 1:
             half, length = width // 2, pieces[0].type.count
             together = 2 if len(pieces) > 1 else 1
@@ -294,7 +295,7 @@ class Code:
             count = 2 * pieces[0].type.count
             places = ir.Constant(ir.VectorType(WORD, count), list(range(count)))
             pairs = zip(pieces[::2], pieces[1::2], strict=True)
-            pieces = [self.builder.shuffle_vector(*pair, places) for pair in pairs]
+            pieces = [self.builder.shuffle_vector(a, b, places) for a, b in pairs]
         return pieces[0]
 
     def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
