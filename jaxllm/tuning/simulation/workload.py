@@ -40,6 +40,8 @@ class Workload:
     source: str = ""
     #: when the engine looks for requests first, in seconds
     begins: float = 0.0
+    #: requests at a time: others are sent when one of these has ended, and count from then; None: any number
+    max_concurrency: int | None = None
     _hashes: dict[int, list[tuple[bytes, ...]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
