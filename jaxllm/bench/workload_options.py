@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: datasets of lengths alone, which need no tokenizer
 _SHAPES = ("random", "sharegpt_like", "prefix_repetition")
+#: of a dataset
+_NUM_PROMPTS = 1000
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     count_option(group, "--hash-block-size", 'tokens that each of "hash_ids" stands for (default: what fits)')
     add_dataset_options(parser)
     add_arrivals(parser)
+    # of a file, all requests
+    parser.set_defaults(num_prompts=None)
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
@@ -56,7 +60,12 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
         found = Workload.of_prompts(prompts, lengths, arrivals(arguments, requests), source=arguments.dataset_name)
         return dataclasses.replace(found, max_concurrency=limit)
     path = Path(arguments.workload)
-    found = read_workload(path, time_unit=arguments.time_unit, piece_size=arguments.hash_block_size)
+    given = ("dataset_path", "input_len", "output_len")
+    if wrong := [name for name in given if getattr(arguments, name) is not None]:
+        raise ValidationError(f"--{wrong[0].replace('_', '-')} is for datasets: {path} has lengths of its own.")
+    found = read_workload(
+        path, time_unit=arguments.time_unit, piece_size=arguments.hash_block_size, count=arguments.num_prompts
+    )
     if math.isfinite(rate) and not found.seconds:
         raise ValidationError(f"--request-rate: the requests of {path} come at once, and have no rate to change.")
     if math.isfinite(rate):
@@ -68,6 +77,7 @@ def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
     from jaxllm.bench.datasets import bench_tokenizer, read_dataset, shape_of_dataset
 
     name = arguments.dataset_name
+    arguments.num_prompts = arguments.num_prompts or _NUM_PROMPTS
     if name == "random-mm":
         raise ValidationError("--dataset-name random-mm has pictures, which are not simulated.")
     if name in _SHAPES and arguments.dataset_path is None:

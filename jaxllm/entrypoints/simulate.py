@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,26 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
         workload = workload_of(arguments)
         with build_llm(arguments) as llm:
             return forecasts.on_engine(llm, workload)
+    if hasattr(arguments, "model"):
+        raise ValidationError("--model is for --measure and --device: a trace says how long its model's steps take.")
     other = None if arguments.steps_of is None else read_trace(arguments.steps_of)
-    if path is not None and path.suffix == ".json":
+    trace = path if path is not None and path.suffix == ".json" else None
+    if trace is not None and other is None and _is_other_traffic(arguments):
+        other = read_trace(trace)
+    elif trace is not None and not _is_other_traffic(arguments):
         steps: Any = None if other is None else FittedSteps.of(other.arrays())
-        return replay(read_trace(path), _changes(given), step_times=steps)
+        return replay(read_trace(trace), _changes(given), step_times=steps)
     if other is None:
         raise ValidationError(
             "how long do steps take? Give --measure (this machine), --device h100 or another GPU, or --steps-of TRACE."
         )
     return forecasts.by_trace(other, workload_of(arguments), _changes(given))
+
+
+def _is_other_traffic(arguments: argparse.Namespace) -> bool:
+    """Whether requests are to come otherwise than a trace has them."""
+    fewer = arguments.num_prompts is not None or arguments.max_concurrency is not None
+    return fewer or math.isfinite(arguments.request_rate)
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def test_a_running_engine_is_measured(model: Path):
     """Of steps that take long enough for this machine's other work not to matter, the error is of a run that they were
     not fitted to."""
     with LLM(model, **SMALL, num_gpu_blocks_override=64) as llm:
-        runner: Any = llm.engine.core._runner
+        (core,) = llm.engine.core.cores
+        runner: Any = core._runner
         execute = runner.execute
 
         def slowly(step: SchedulerOutput) -> Any:

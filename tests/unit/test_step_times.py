@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -151,8 +152,24 @@ def test_other_settings_of_memory():
     assert blocks(num_gpu_blocks_override=5) == 5
     with pytest.raises(ValidationError, match="hold no block of 1,000 bytes: raise gpu_memory_utilization"):
         blocks(gpu_memory_utilization=0.8)
-    with pytest.raises(ValidationError, match="tensor_size is not simulated"):
-        blocks(tensor_size=2)
+    for changes, message in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is not simulated"),
+        ({"max_model_len": "auto"}, "max_model_len must be a whole number to be simulated, got 'auto'"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            blocks(**changes)
+    own = changed(own, {"num_gpu_blocks_override": 50})
+    assert blocks(kv_cache_dtype="int8") == 83 and blocks(kv_cache_memory_bytes=7000) == 7
+    with pytest.raises(ValidationError, match="whose cache num_gpu_blocks_override decides"):
+        blocks(gpu_memory_utilization=0.5)
+    for changes, message in (
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size is not simulated"),
+        ({"max_model_len": 10}, "max_model_len=10 cuts off the longest request, which has 11 tokens"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            simulate(
+                requests((0.0, 8, 3)), dataclasses.replace(SETTINGS, **changes), LinearSteps(fixed=1e-3, token=0.0)
+            )
 
 
 @pytest.fixture(scope="module")

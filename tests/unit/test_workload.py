@@ -120,6 +120,9 @@ def test_a_datasets_shape_comes_at_a_rate(tmp_path: Path):
     assert 80 < lengths.num_prompt_tokens / 300 < 240
     path = str(write(tmp_path / "trace.jsonl", MOONCAKE))
     assert workload_of(options("--workload", path, "--request-rate", "4")).seconds == 0.5
+    assert len(workload_of(options("--workload", path, "--num-prompts", "2"))) == 2
+    with pytest.raises(ValidationError, match="--input-len is for datasets"):
+        workload_of(options("--workload", path, "--input-len", "2"))
     with pytest.raises(ValidationError, match="reads a file: give --dataset-path"):
         workload_of(options("--dataset-name", "sharegpt"))
     with pytest.raises(ValidationError, match="pictures, which are not simulated"):

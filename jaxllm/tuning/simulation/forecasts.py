@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.tuning.simulation.fitted_steps import FittedSteps
 from jaxllm.tuning.simulation.forecast import Forecast, relative_errors
 from jaxllm.tuning.simulation.measure import measure_steps
 from jaxllm.tuning.simulation.roofline_steps import BEST
-from jaxllm.tuning.simulation.settings import changed
+from jaxllm.tuning.simulation.settings import changed, configs
 from jaxllm.tuning.simulation.simulate import simulate
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 from jaxllm.tuning.simulation.workload import Workload
@@ -40,11 +39,13 @@ def on_engine(llm: LLM, workload: Workload, changes: Mapping[str, Any] | None = 
     settings: Any = llm.engine.watching.settings
     if llm.engine.args.data_parallel_size > 1:
         raise ValidationError("a simulation is of one replica: leave data_parallel_size out.")
+    others = changed(settings, changes or {})
+    configs(others)
     steps = measure_steps(llm)
     trace = _tried(llm)
     measured = SimulatedRun.of_trace(trace)
     errors = relative_errors(simulate(Workload.of_trace(trace), settings, steps), measured)
-    run = simulate(workload, changed(settings, changes or {}), steps)
+    run = simulate(workload, others, steps)
     return Forecast(
         workload=workload,
         runs={"simulated": run},
@@ -86,12 +87,11 @@ def by_trace(trace: Trace, workload: Workload, changes: Mapping[str, Any]) -> Fo
 
     own = replay(trace, {})
     assert trace.settings is not None
-    steps = FittedSteps.of(trace.arrays())
-    run = simulate(workload, changed(trace.settings, changes), steps)
+    run = simulate(workload, changed(trace.settings, changes), own.step_times)
     return Forecast(
         workload=workload,
         runs={"simulated": run},
-        step_times=steps,
+        step_times=own.step_times,
         errors=own.errors,
         errors_of=f"{own.errors_of}, and its own requests",
     )

@@ -35,6 +35,11 @@ def simulate(workload: Workload, arguments: EngineSettings, step_times: StepTime
             workload can never run with them.
     """
     scheduler_config, cache_config = configs(arguments)
+    if workload.longest > scheduler_config.max_model_len:
+        raise ValidationError(
+            f"max_model_len={scheduler_config.max_model_len} cuts off the longest request, which has "
+            f"{workload.longest} tokens: set it to at least that."
+        )
     try:
         scheduler = Scheduler(scheduler_config, cache_config, warns=False)
     except ValueError as error:
