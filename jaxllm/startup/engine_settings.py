@@ -67,7 +67,6 @@ def engine_settings(
 
 
 def _int8_block_bytes(config: RunnerConfig) -> int | None:
-    latents = config.model.kv_specs[0].parts == 1
-    if latents or config.cache_dtype.itemsize == 1 or config.pipeline:
+    if config.cache_dtype.itemsize == 1 or config.pipeline:
         return None
     return dataclasses.replace(config, kv_dtype="int8").block_bytes
