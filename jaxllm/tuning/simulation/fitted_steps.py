@@ -104,7 +104,8 @@ class FittedSteps:
         typical = float(np.median(times))
         weights = [0.0] * 5 + [_OWN_TIME / typical] * len(thresholds)
         found = _least_squares(times, columns, weights)
-        work = sum(steps[f"{part}_time"] for part in ("schedule", "launch", "update", "output"))
+        # a trace's `device_time` begins before the launch, and has its time
+        work = sum(steps[f"{part}_time"] for part in ("schedule", "update", "output"))
         host = _least_squares(np.maximum(work, 1e-9), [np.ones(len(times)), steps["num_seqs"]], [0.0, 0.0])
         fixed, token, logit, context, pair = found[:5]
         return cls(
