@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Forecast:
     """Prints as a table; a notebook shows it with its figure."""
 
@@ -46,6 +46,8 @@ class Forecast:
         more = {"error": {name: f"{error:+.1%}" for name, error in self.errors.items()}} if self.errors else {}
         lines = [str(self.workload), "", table(dict(self.runs), more), "", self.errors_of, str(self.step_times)]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def plot(self) -> Figure:
         """KV cache, queue and running requests over time, and how TTFT and ITL are distributed.

@@ -29,7 +29,7 @@ class WorkloadRequest:
     piece_ids: tuple[Hashable, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Workload:
     """Requests in the order of their arrival."""
 
@@ -91,6 +91,9 @@ class Workload:
             f"{len(self):,} requests {rate}, {self.num_prompt_tokens:,} prompt tokens ({self.shared:.0%} of them "
             f"shared), {self.num_output_tokens:,} output tokens"
         )
+
+    def __repr__(self) -> str:
+        return f"Workload({self})"
 
     def at_rate(self, factor: float) -> Workload:
         """The same requests, coming `factor` times as fast."""
