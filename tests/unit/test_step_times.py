@@ -74,7 +74,7 @@ def measured(seconds, count: int = 400) -> dict[str, np.ndarray]:
         "num_drafted_tokens": np.zeros(count, int),
         **{f"{part}_time": np.full(count, 1e-4) for part in ("schedule", "launch", "update", "output")},
     }
-    times = np.array([seconds(*row) for row in _shapes(columns)])
+    times = np.array([seconds(*row[:5]) for row in _shapes(columns)])
     return {**columns, "device_time": times * draw.uniform(0.95, 1.05, count)}
 
 
@@ -159,7 +159,8 @@ def test_other_settings_of_memory():
         with pytest.raises(ValidationError, match=message):
             blocks(**changes)
     own = changed(own, {"num_gpu_blocks_override": 50})
-    assert blocks(kv_cache_dtype="int8") == 83 and blocks(kv_cache_memory_bytes=7000) == 7
+    # as many as it says, however large they are
+    assert blocks(kv_cache_dtype="int8") == blocks(block_size=32) == 50 and blocks(kv_cache_memory_bytes=7000) == 7
     with pytest.raises(ValidationError, match="whose cache num_gpu_blocks_override decides"):
         blocks(gpu_memory_utilization=0.5)
     for changes, message in (
@@ -204,5 +205,5 @@ def test_a_forecast_for_a_gpu_says_how_sure_it_is(llama: Path):
     assert "<img" in found._repr_html_() and "H100" in found._repr_html_()
     with pytest.raises(ValidationError, match="one replica without a pipeline"):
         absent_engine(llama, device="h100", pipeline_parallel_size=2)
-    with pytest.raises(ValidationError, match="KV cache is needed"):
+    with pytest.raises(ValidationError, match="needs 1.00 GiB of KV cache"):
         absent_engine(llama, device="l4", gpu_memory_utilization=0.5)

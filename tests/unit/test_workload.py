@@ -123,8 +123,6 @@ def test_a_datasets_shape_comes_at_a_rate(tmp_path: Path):
     assert len(workload_of(options("--workload", path, "--num-prompts", "2"))) == 2
     with pytest.raises(ValidationError, match="--input-len is for datasets"):
         workload_of(options("--workload", path, "--input-len", "2"))
-    with pytest.raises(ValidationError, match="reads a file: give --dataset-path"):
-        workload_of(options("--dataset-name", "sharegpt"))
     with pytest.raises(ValidationError, match="pictures, which are not simulated"):
         workload_of(options("--dataset-name", "random-mm"))
     with pytest.raises(ValidationError, match="above 0"):
