@@ -1,6 +1,4 @@
-"""Attention of sequences with few queries on a CPU, single tokens and drafts above all, by a kernel (`cpu_kernel`) that
-reads pages where they lie, on XLA's threads.
-"""
+"""Attention on a CPU by a kernel (`cpu_kernel`) that reads pages where they lie, on XLA's threads."""
 
 from __future__ import annotations
 
@@ -18,11 +16,13 @@ from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 #: query heads of a KV head, and their numbers: more would be too much code, all of them being written out
 MOST_GROUP, MOST_NUMBERS = 16, 4096
-#: of a sequence that the kernel computes; XLA's products are faster where there are more
-MOST_QUERIES = 16
 #: queries of a sequence that take the context together
 QUERIES_TILE = 4
-#: what the work is cut along has so many numbers for each sequence and KV head (`work_sharing.UNIT`)
+#: queries of a part of a sequence, which one thread takes, and most parts
+PART, MOST_PARTS = 64, 8
+#: no limit to queries of a sequence
+ANY = 2**30
+#: what the work is cut along has so many numbers for each part of a sequence and KV head (`work_sharing.UNIT`)
 _UNIT = 4
 _NEVER = -1e30
 
@@ -130,7 +130,7 @@ def load(form: Form, folder: Path | None) -> str:
 
 
 def kernel_for(query: jax.Array, cache: jax.Array, batch: AttentionBatch, *, softcap: float | None) -> str | None:
-    """What XLA calls the kernel of few queries, where one is loaded; None: none is, for such arrays."""
+    """What XLA calls the kernel of a step, where one is loaded; None: none is, for such arrays."""
     stored = jnp.dtype(jnp.bfloat16) if cache.dtype == jnp.uint16 else batch.backend.numbers(cache.dtype)
     form = form_of(
         heads=query.shape[1],
@@ -164,13 +164,15 @@ def attention(
         kernel: of these arrays (`kernel_for`).
     """
     tokens, heads, dim = query.shape
-    most = jnp.int32(most_queries(batch))
-    where = jnp.stack([layout.group, layout.page_offset, layout.window, jnp.int32(layout.first), most])
+    longest = min(batch.longest or tokens, tokens)
+    parts = min(-(-longest // PART), MOST_PARTS)
+    how = jnp.array([layout.first, most_queries(batch), parts], jnp.int32)
+    where = jnp.concatenate([jnp.stack([layout.group, layout.page_offset, layout.window]), how])
     if sinks is None:
         start = jnp.stack([jnp.full((heads,), _NEVER, jnp.float32), jnp.zeros((heads,), jnp.float32)])
     else:  # as if a position of this score, and no value, came first
         start = jnp.stack([sinks.astype(jnp.float32), jnp.ones((heads,), jnp.float32)])
-    shared = jax.ShapeDtypeStruct((_UNIT * batch.kv_lens.shape[0] * (cache.shape[1] // 2),), jnp.int32)
+    shared = jax.ShapeDtypeStruct((_UNIT * batch.kv_lens.shape[0] * (cache.shape[1] // 2) * parts,), jnp.int32)
     call = jax.ffi.ffi_call(kernel, (shared, jax.ShapeDtypeStruct((tokens, heads, dim), jnp.float32)))
     return call(
         query.astype(jnp.float32) * scale,
@@ -188,4 +190,4 @@ def attention(
 
 def most_queries(batch: AttentionBatch) -> int:
     """Of a sequence that the kernel computes: tokens of a picture see what lies behind them, which it does not do."""
-    return 1 if batch.decode_only or batch.seen_to is not None else MOST_QUERIES
+    return 1 if batch.decode_only or batch.seen_to is not None else ANY

@@ -1,16 +1,17 @@
-"""The kernel of few queries of a sequence on CPUs, as LLVM code, written for one model's heads and pages (`Form`).
+"""The kernel for CPUs, as LLVM code, written for one model's heads and pages (`Form`).
 
-Operands: queries, float32 [T, heads, head_dim], scaled; the cache; block tables i32 [groups, S, W]; where the layer is,
-i32 [5] (group, first page, window, first position that anybody sees, most queries of a sequence that is computed);
-positions i32 [T]; of each query head the maximum and the sum that the softmax begins with, float32 [2, heads]; the soft
-cap, float32 []; the first query of each sequence, i32 [S + 1]; which tokens are valid, bool [T]; the scales of the
-pages, where they have some. Results: i32 [UNIT * S * kv_heads], which nobody writes or reads (the work is shared out
-along it, a `UNIT` for each sequence and KV head), and float32 [T, heads, head_dim].
+Operands: queries, float32 [T, heads, head_dim], scaled; the cache; block tables i32 [groups, S, W]; where the layer is
+and what is computed, i32 [6] (group, first page, window, first position that anybody sees, most queries of a sequence
+that is computed, parts of a sequence); positions i32 [T]; of each query head the maximum and the sum that the softmax
+begins with, float32 [2, heads]; the soft cap, float32 []; the first query of each sequence, i32 [S + 1]; which tokens
+are valid, bool [T]; the scales of the pages, where they have some. Results: i32 [UNIT * S * parts * kv_heads], which
+nobody writes or reads (the work is shared out along it, a `UNIT` for each part of a sequence and KV head), and float32
+[T, heads, head_dim].
 
-Whoever has a sequence's KV head takes its queries one by one, or `Form.queries` at once, and for these walks the
-context page by page with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). What a query's numbers are
-added up from, and in which order, follows from its own context alone, and so do their bits: a page that only others of
-its tile see leaves them as they are.
+Whoever has a part of a sequence and a KV head takes its queries one by one, or `Form.queries` at once, and for these
+walks the context page by page with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). What a query's
+numbers are added up from, and in which order, follows from its own context alone, and so do their bits: a page that
+only others of its tile see leaves them as they are.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def module(name: str) -> ir.Module:
     form = Form.named(name)
     made = ir.Module(name=name)
     tiles = {queries: _Tile(made, form, queries).function for queries in sorted({1, form.queries})}
-    sequence = _sequence(made, form, tiles)
+    part = _part(made, form, tiles)
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
     with code.loop(code.divided(begin, UNIT), code.divided(code.add(end, UNIT - 1), UNIT), 1) as items:
-        code.builder.call(sequence, [table, items.index])
+        code.builder.call(part, [table, items.index])
     code.end()
     return made
 
@@ -69,29 +70,36 @@ class _Table:
         return code.builder.sext(word, LONG)
 
 
-def _sequence(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
-    """Writes the function (table, item): attention of one sequence's queries, of one KV head; zeros behind its last
-    valid one, of a sequence that has too many, and, by the last sequence, of tokens that are nobody's.
+def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
+    """Writes the function (table, item): attention of a part of a sequence's queries, of one KV head. Zeros are written
+    for what comes behind a sequence's last valid query, for all of a sequence that has too many, and, with the last
+    sequence, for tokens that are nobody's.
     """
-    code = Code(made, "sequence", [POINTER, LONG])
+    code = Code(made, "part", [POINTER, LONG])
     given, item = code.arguments
     table, builder = _Table(code, given, form), code.builder
-    kv_heads = code.divided(table.dim("cache", 1), 2)
-    seq, head = code.divided(item, kv_heads), builder.urem(item, kv_heads)
+    kv_heads, parts = code.divided(table.dim("cache", 1), 2), table.integer("where", 5)
+    head, rest = builder.urem(item, kv_heads), code.divided(item, kv_heads)
+    part, seq = builder.urem(rest, parts), code.divided(rest, parts)
     tokens = table.dim("query", 0)
     first, behind = table.integer("query_start", seq), table.integer("query_start", code.add(seq, 1))
-    few = builder.icmp_signed("<=", code.subtract(behind, first), table.integer("where", 4))
+    count = code.subtract(behind, first)
+    few = builder.icmp_signed("<=", count, table.integer("where", 4))
     first, behind = code.smaller(first, tokens), code.smaller(behind, tokens)
     behind = builder.select(builder.icmp_signed("==", code.add(seq, 1), table.dim("tables", 1)), tokens, behind)
     # behind the last valid token: the token, and its position
-    valid, nothing = table.data("valid"), [first, code.number(0)]
-    with code.loop(first, builder.select(few, behind, first), 1, nothing) as places:
+    last, valid = builder.select(few, behind, first), table.data("valid")
+    with code.loop(first, last, 1, [first, code.number(0)]) as places:
         is_valid = builder.icmp_unsigned("!=", code.load(code.at(valid, places.index), BYTE), ir.Constant(BYTE, 0))
         position = code.add(table.integer("positions", places.index), 1)
         places.next[0] = builder.select(is_valid, code.add(places.index, 1), places.values[0])
         places.next[1] = builder.select(is_valid, position, places.values[1])
     last, seen_to = places.values
-    with code.loop(first, last, form.queries) as places:
+    # of neighbouring tiles, to each part its own
+    count = code.divided(code.add(code.subtract(last, first), form.queries - 1), form.queries)
+    each = code.times(code.divided(code.subtract(code.add(count, parts), 1), parts), form.queries)
+    begin = code.add(first, builder.mul(part, each))
+    with code.loop(begin, code.smaller(code.add(begin, each), last), form.queries) as places:
         left = code.subtract(last, places.index)
         arguments = [given, seq, head, places.index, left, seen_to]
         with builder.if_else(builder.icmp_signed("==", left, code.number(1))) as (one, several):
@@ -100,7 +108,8 @@ def _sequence(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
             with several:
                 builder.call(tiles[form.queries], arguments)
     size = 4 * form.group * form.head_dim
-    with code.loop(last, behind, 1) as places:
+    is_first = builder.icmp_signed("==", part, code.number(0))
+    with code.loop(last, builder.select(is_first, behind, last), 1) as places:
         at = code.times(code.add(code.times(places.index, kv_heads), head), size)
         result = code.at(table.data("result"), at)
         for i in range(0, form.group * form.head_dim, form.lanes):

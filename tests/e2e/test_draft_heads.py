@@ -52,8 +52,8 @@ class Case(NamedTuple):
     scope="module",
     params=[
         "eagle3",
-        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp", "eagle of 3 layers")),
-        pytest.param("eagle3 of 2 layers", marks=pytest.mark.thorough),
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp", "eagle3 of 2 layers")),
+        pytest.param("eagle of 3 layers", marks=pytest.mark.large),
     ],
 )
 def case(request: Any, tiny_model: Path, tmp_path_factory: Any) -> Iterator[Case]:

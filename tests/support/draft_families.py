@@ -57,33 +57,36 @@ def write_family(folder: Path, family: str) -> Path:
     return folder
 
 
-def drafts_of(drafter: str, folder: Path, model: Path) -> dict[str, Any]:
+def drafts_of(drafter: str, folder: Path, model: Path | None, hidden: int, vocab: int) -> dict[str, Any]:
     """``speculative_config``, of one draft a step.
 
     Args:
-        model: another one, which can draft.
+        model: another one, which can draft; None: the model itself does, in fewer bits.
+        hidden, vocab: of the model that is drafted for.
     """
     config: dict[str, Any] = {"method": drafter, "num_speculative_tokens": 1}
     if drafter == "ngram":
         config["prompt_lookup_min"] = 1
-    elif drafter == "draft_model":
+    elif drafter == "draft_model" and model is not None:
         config["model"] = str(model)
     elif drafter == "eagle":
-        config["model"] = str(write_eagle(folder))
+        config["model"] = str(write_eagle(folder, size=hidden))
     elif drafter == "eagle3":
-        config["model"] = str(write_eagle3(folder))
+        config["model"] = str(write_eagle3(folder, hidden=hidden, vocab=vocab))
     return config
 
 
-def mixed_requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """200 greedy requests, of one token to many. Of every other one few tokens are likely, so that drafts are right now
-    and then.
+def mixed_requests(longest: int, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then.
+
+    Args:
+        longest, most: tokens of prompts and outputs; of four, outputs are far longer.
     """
     lengths = np.random.default_rng(3)
-    prompts = [repeating(seed, int(lengths.integers(1, 41))) for seed in range(200)]
-    most = [90, 70, 57, 60, *(int(lengths.integers(1, 13)) for _ in range(196))]
+    prompts = [repeating(seed, int(lengths.integers(1, longest + 1))) for seed in range(200)]
+    outputs = [90, 70, 57, 60, *(int(lengths.integers(1, most + 1)) for _ in range(196))]
     likely = dict.fromkeys(range(60, 63), 60.0)
     return prompts, [
         SamplingParams(temperature=0.0, logit_bias=likely if index % 2 else None, max_tokens=n, ignore_eos=index < 100)
-        for index, n in enumerate(most)
+        for index, n in enumerate(outputs)
     ]

@@ -30,7 +30,13 @@ DRAFTED = 128
 
 
 def write_eagle3(
-    folder: Path, *, size: int = 48, hidden: int = 64, keeps: tuple[int, ...] = (0, 1, 1), layers: int = 1
+    folder: Path,
+    *,
+    size: int = 48,
+    hidden: int = 64,
+    keeps: tuple[int, ...] = (0, 1, 1),
+    layers: int = 1,
+    vocab: int = CONFIG["vocab_size"],
 ) -> Path:
     """A head of another width than the model's, with tables of its own, and fewer tokens."""
     random, first = np.random.default_rng(3), "midlayer" if layers == 1 else "layers.0"
@@ -39,15 +45,15 @@ def write_eagle3(
         f"{first}.hidden_norm.weight": _norm(random, size),
         f"{first}.input_layernorm.weight": _norm(random, size),
         **_others(random, size, layers),
-        "embed_tokens.weight": _matrix(random, CONFIG["vocab_size"], size),
+        "embed_tokens.weight": _matrix(random, vocab, size),
         "fc.weight": _matrix(random, size, len(keeps) * hidden),
         "norm.weight": _norm(random, size),
         "lm_head.weight": _matrix(random, DRAFTED, size, 4.0),
         "d2t": np.arange(DRAFTED, dtype=np.int64),
-        "t2d": np.arange(CONFIG["vocab_size"]) % 2 == 0,
+        "t2d": np.arange(vocab) % 2 == 0,
     }
     own = {"hidden_size": size, "draft_vocab_size": DRAFTED, "eagle_aux_hidden_state_layer_ids": list(keeps)}
-    own["num_hidden_layers"] = layers
+    own |= {"num_hidden_layers": layers, "vocab_size": vocab}
     return _written(folder, {**CONFIG, **own, "architectures": ["LlamaForCausalLMEagle3"]}, weights)
 
 
