@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from jaxllm.api.metric import Metric
     from jaxllm.config.vllm_config import ModelConfig, VllmConfig
-    from jaxllm.tuning.advice import AdviceList
+    from jaxllm.tuning.advice.advice import AdviceList
 
 Result = TypeVar("Result")
 
@@ -286,7 +286,7 @@ class AsyncLLM:
 
     def advise(self, *, itl: float | None = None) -> AdviceList:
         """As `LLM.advise`, of what was counted since the engine's start."""
-        from jaxllm.tuning.advise import advise_engine
+        from jaxllm.tuning.advice.advise import advise_engine
 
         return advise_engine(self.engine, itl=itl)
 

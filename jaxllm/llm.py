@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from jaxllm.llm_engine import LLMEngine
     from jaxllm.planning.explanation import Explanation
     from jaxllm.runner.memory.plan import MemoryPlan
-    from jaxllm.tuning.advice import AdviceList
+    from jaxllm.tuning.advice.advice import AdviceList
 
 Result = TypeVar("Result")
 
@@ -671,7 +671,7 @@ class LLM:
                 None: what was counted since the engine's start, which says less about steps.
             itl: seconds that may lie between two tokens of a request; None: any number.
         """
-        from jaxllm.tuning.advise import advise_engine
+        from jaxllm.tuning.advice.advise import advise_engine
 
         return advise_engine(self.engine, trace, itl=itl)
 
@@ -747,7 +747,7 @@ def _notice(engine: weakref.ref[Engine]) -> contextlib.AbstractContextManager[ob
     found = engine()
     if found is None:
         return contextlib.nullcontext()
-    from jaxllm.tuning.advise import Notice
+    from jaxllm.tuning.advice.advise import Notice
 
     return Notice(found)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quant_matmul.layout import unpack
+from pallas_kernels.quant_matmul.layout import Int4Weight, unpack
 
 Weight = TypeVar("Weight")
 
@@ -186,6 +186,16 @@ def dense(weight: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:
 def is_quantized(weight: object) -> bool:
     """Whether it stands in a matrix's place, and is no array."""
     return hasattr(weight, "dequantize")
+
+
+def rows(weight: Weight, places: jax.Array) -> Weight:
+    """Some rows of a matrix [N, K], i32 [...], as a matrix [..., K] that is stored as it is."""
+    if isinstance(weight, Int4Weight):
+        scales, zeros = (array[:, places] for array in (weight.scales, weight.zeros))
+        return dataclasses.replace(weight, packed=weight.packed[places], scales=scales, zeros=zeros)
+    if isinstance(weight, RoundedInputs | Reordered):
+        return dataclasses.replace(weight, weight=rows(weight.weight, places))
+    return jax.tree.map(lambda array: array[places], weight)
 
 
 def index(weight: Weight, place: jax.Array) -> Weight:

@@ -9,7 +9,8 @@ it chose another place than at the program's boundary, and copied the whole cach
 other, though both have the same bytes in the same order. So keys and values share a dimension with the heads.
 
 Latents (multi-head latent attention) are one vector a token, whose first numbers are its value, too. Their pages are
-``[pages, block_size, width]``, since there is nothing that a dimension of heads would count.
+``[pages, block_size, width]``, since there is nothing that a dimension of heads would count, and their scales, where
+they are in 8 bits, ``[pages, block_size]``.
 
 Where `Backend.transposes_keys`, the keys of a head are ``[head_dim, block_size]``, in the same place of the same array.
 
@@ -124,15 +125,7 @@ def check_operands(
     if cache.ndim != 4 or cache.shape[1] % 2:
         raise ValueError(f"cache must be [pages, 2 * kv_heads, block_size, head_dim], got {list(cache.shape)}")
     kv_heads, dim = cache.shape[1] // 2, cache.shape[3]
-    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8, jnp.uint8)):
-        raise ValueError(
-            f"cache must be of a float dtype, int8, uint16 (bf16's bits) or uint8 (float8's bits), got {cache.dtype}"
-        )
-    if is_scaled(cache.dtype) != (kv_scales is not None):
-        wanted = f"needs kv_scales of shape {list(cache.shape[:3])}" if kv_scales is None else "takes no kv_scales"
-        raise ValueError(f"a cache of {cache.dtype} {wanted}")
-    if kv_scales is not None and kv_scales.shape != cache.shape[:3]:
-        raise ValueError(f"kv_scales must be of shape {list(cache.shape[:3])}, got {list(kv_scales.shape)}")
+    _check_numbers(cache, kv_scales, "cache")
     for name, array in rows.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be of a float dtype, got {array.dtype}")
@@ -142,12 +135,27 @@ def check_operands(
             raise ValueError(f"{name} must be [{tokens} (the batch's), {heads}, {dim}], got {list(array.shape)}")
 
 
-def check_latents(cache: jax.Array, tokens: int, name: str, rows: jax.Array, heads: int | None = None) -> None:
-    """`check_operands` of pages of latents, which have no scales, and `rows` [T, heads, width]; None: any heads."""
+def _check_numbers(cache: jax.Array, kv_scales: jax.Array | None, name: str) -> None:
+    """Whether pages are of numbers that kernels know, with scales where these need them."""
+    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype in (jnp.uint16, jnp.int8, jnp.uint8)):
+        raise ValueError(
+            f"{name} must be of a float dtype, int8, uint16 (bf16's bits) or uint8 (float8's bits), got {cache.dtype}"
+        )
+    scales = cache.shape[:-1]
+    if is_scaled(cache.dtype) != (kv_scales is not None):
+        wanted = f"needs kv_scales of shape {list(scales)}" if kv_scales is None else "takes no kv_scales"
+        raise ValueError(f"a cache of {cache.dtype} {wanted}")
+    if kv_scales is not None and kv_scales.shape != scales:
+        raise ValueError(f"kv_scales must be of shape {list(scales)}, got {list(kv_scales.shape)}")
+
+
+def check_latents(
+    cache: jax.Array, kv_scales: jax.Array | None, tokens: int, name: str, rows: jax.Array, heads: int | None = None
+) -> None:
+    """`check_operands` of pages of latents, and `rows` [T, heads, width]; None: any heads."""
     if cache.ndim != 3:
         raise ValueError(f"a cache of latents must be [pages, block_size, width], got {list(cache.shape)}")
-    if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype == jnp.uint16) or is_scaled(cache.dtype):
-        raise ValueError(f"a cache of latents must be of 16-bit or wider floats, or uint16, got {cache.dtype}")
+    _check_numbers(cache, kv_scales, "a cache of latents")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(f"{name} must be of a float dtype, got {rows.dtype}")
     width = cache.shape[2]

@@ -87,6 +87,15 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
     _add_outputs(parser, plot="tokens per second against the number of requests")
     group = parser.add_argument_group("comparison")
     group.add_argument(
+        "--against",
+        action="append",
+        type=json_object,
+        default=[],
+        metavar="JSON",
+        help="also an engine with these arguments, such as '{\"pipeline_parallel_size\": 2}', in turns with the "
+        "other in one process (may be repeated)",
+    )
+    group.add_argument(
         "--compare",
         metavar="NAME,NAME,...",
         help="run these engines on the same requests, in turns: transformers, transformers-continuous, llama.cpp, "
@@ -254,9 +263,11 @@ def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--num-tokens", 50_000, "tokens of it, from its beginning")
     _add(parser, "--context", 1024, "tokens of a window; what is before it is not seen")
     sweeps = {
-        "--sweep-quantization": "compare these values of --quantization, one engine after the other; none: as the "
-        "checkpoint is",
+        "--sweep-dtype": "compare these values of --dtype, one engine after the other; the first of all is what others "
+        "are compared with",
+        "--sweep-quantization": "and these of --quantization; none: as the checkpoint is",
         "--sweep-kv-cache-dtype": "and these of --kv-cache-dtype",
+        "--sweep-model": "and these models, quantized forms of the same; of a .gguf file its blocks",
     }
     for name, text in sweeps.items():
         parser.add_argument(name, type=lambda text: text.split(","), metavar="NAME,NAME,...", help=text)

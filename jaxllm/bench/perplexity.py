@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
@@ -28,9 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     window = arguments.context
     results: dict[str, Any] = {}
     for form, changes in forms(arguments).items():
-        for name, value in changes.items():
-            setattr(arguments, name, value)
-        with build_llm(arguments, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
+        given = argparse.Namespace(**{**vars(arguments), **changes})
+        for name in [name for name, value in changes.items() if value is None]:
+            delattr(given, name)
+        with build_llm(given, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
             ids = llm.get_tokenizer().encode(text, add_special_tokens=False)[: arguments.num_tokens]
             windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
             windows = [each for each in windows if len(each) > 1]
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
         one, first = results[form], next(iter(results.values()))
         print(
-            f"{form:8} perplexity {one['perplexity']:8.3f} ({one['perplexity'] / first['perplexity']:.3f}), weights "
+            f"{form:16} perplexity {one['perplexity']:8.3f} ({one['perplexity'] / first['perplexity']:.3f}), weights "
             f"{one['weight_bytes'] / 2**20:,.0f} MiB, {one['kv_bytes_per_token']:,} bytes of KV cache a token, "
             f"{one['tokens']} tokens",
             flush=True,
@@ -66,8 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def forms(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> the engine's arguments that make it: those of each sweep, beside what else is asked for."""
-    asked = {name: getattr(arguments, name, None) for name in ("quantization", "kv_cache_dtype")}
-    weights, caches = arguments.sweep_quantization or [], arguments.sweep_kv_cache_dtype or []
-    found = {form: {**asked, "quantization": None if form == AS_THEY_ARE else form} for form in weights}
-    found |= {f"{form} KV cache": {**asked, "kv_cache_dtype": form} for form in caches}
+    asked = {name: getattr(arguments, name, None) for name in ("model", "dtype", "quantization", "kv_cache_dtype")}
+    found = {dtype: {**asked, "dtype": dtype} for dtype in arguments.sweep_dtype or ()}
+    for form in arguments.sweep_quantization or ():
+        found[form] = {**asked, "quantization": None if form == AS_THEY_ARE else form}
+    for form in arguments.sweep_kv_cache_dtype or ():
+        found[f"{form} KV cache"] = {**asked, "kv_cache_dtype": form}
+    for model in arguments.sweep_model or ():
+        path = Path(model)
+        # a file's blocks are what it is measured for
+        own = "gguf" if path.suffix == ".gguf" else None
+        found[path.stem if own else path.name] = {**asked, "model": model, "quantization": own}
     return found or {asked["quantization"] or AS_THEY_ARE: asked}

@@ -13,7 +13,8 @@ from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, ordinary_ids, p
 from jaxllm.command_options import build_llm
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
-from jaxllm.tuning.replay import Replay, measured, replay
+from jaxllm.tuning.simulation.replay import Replay, replay
+from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 
 #: what is compared, and under which name it is shown
 _NUMBERS = {"throughput": "tokens/s", "ttft_p50": "TTFT"}
@@ -73,7 +74,7 @@ def _traced(llm: LLM, requests: list[BenchRequest]) -> Trace:
 
 
 def _errors(trace: Trace, own: Replay, foreseen: Replay) -> dict[str, Any]:
-    truth = measured(trace).to_dict()
+    truth = SimulatedRun.of_trace(trace).to_dict()
     assert foreseen.changed is not None
     found = {"own": own.same.to_dict(), "foreseen": foreseen.changed.to_dict()}
     errors = {name: {each: numbers[each] / truth[each] - 1 for each in _NUMBERS} for name, numbers in found.items()}

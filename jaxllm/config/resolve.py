@@ -132,7 +132,7 @@ def scheduler_config(
         long_prefill_token_threshold_adaptive=args.long_prefill_token_threshold_adaptive,
         max_num_active_seqs=args.max_num_active_seqs,
         policy=args.scheduling_policy,
-        max_scored_tokens=max(1, min(scored_tokens, SCORED_BYTES // (8 * max(num_logprobs, 1)), num_tokens)),
+        max_scored_tokens=max(1, min(scored_tokens, SCORED_BYTES // (8 * max(num_logprobs, 1)))),
         enable_chunked_prefill=args.enable_chunked_prefill,
         async_scheduling=args.async_scheduling,
         reserve_full_prompt=args.scheduler_reserve_full_isl,

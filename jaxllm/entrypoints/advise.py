@@ -28,8 +28,9 @@ def add_advise_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the advice; 0 whether there is any or none."""
-    from jaxllm.tuning.advise import advise, load_of_trace
-    from jaxllm.tuning.read import read_metrics, read_trace
+    from jaxllm.tuning.advice.advise import advise, load_of_trace
+    from jaxllm.tuning.advice.read import read_metrics
+    from jaxllm.tuning.trace_file import read_trace
 
     given = {
         name: getattr(arguments, name)

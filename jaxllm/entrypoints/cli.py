@@ -22,6 +22,7 @@ from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
 from jaxllm.entrypoints.serve.options import add_serve_options
 from jaxllm.entrypoints.simulate import add_simulate_options
+from jaxllm.entrypoints.warm import add_warm_options
 from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
 
@@ -107,6 +108,16 @@ def build_parser() -> argparse.ArgumentParser:
         "with 1 when the model does not fit.",
     )
     add_plan_options(explain)
+
+    warm = command(
+        "warm",
+        "compile an engine's programs ahead of its first start",
+        _lazily("jaxllm.entrypoints.warm"),
+        conflict_handler="resolve",
+        description="Compile what an engine of these arguments runs, and keep it for starts on machines like this one. "
+        "Reads no weights; what is there already is left.",
+    )
+    add_warm_options(warm)
 
     text = "which argument, at which value, would have helped"
     advise = command(

@@ -31,8 +31,8 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was measured and what is simulated."""
-    from jaxllm.tuning.read import read_trace
-    from jaxllm.tuning.replay import replay
+    from jaxllm.tuning.simulation.replay import replay
+    from jaxllm.tuning.trace_file import read_trace
 
     given = {name: getattr(arguments, name) for name in (*_COUNTS, *_SWITCHES)}
     found = replay(read_trace(arguments.trace), {name: value for name, value in given.items() if value is not None})

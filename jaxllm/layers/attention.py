@@ -26,10 +26,10 @@ __all__ = ["Cache", "Layout", "ScaledPages", "attention", "latent_attention", "w
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaledPages:
-    """Pages of 8-bit numbers, and the scale of each key and each value of a head."""
+    """Pages of 8-bit numbers, and the scale of each key and each value of a head, or of each latent."""
 
-    numbers: jax.Array  # int8, float8 or uint8 [pages, 2 * kv_heads, block_size, head_dim]
-    scales: jax.Array  # f32 [pages, 2 * kv_heads, block_size]
+    numbers: jax.Array  # int8, float8 or uint8 [pages, 2 * kv_heads, block_size, head_dim]; [pages, block_size, width]
+    scales: jax.Array  # f32 [pages, 2 * kv_heads, block_size]; [pages, block_size]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,12 +46,7 @@ def write_kv(
     """Write this step's keys and values [T, kv_heads, head_dim] into their pages; in place, as the cache is donated."""
     if isinstance(batch.attention, WholeSequences):
         return jnp.stack([key, value])
-    attended = _for_kernels(context, batch)
-    if isinstance(cache, ScaledPages):
-        numbers, scales = kv_write.write_kv(cache.numbers, key, value, layout, attended, cache.scales)
-        assert scales is not None
-        return ScaledPages(numbers, scales)
-    return kv_write.write_kv(cache, key, value, layout, attended)[0]
+    return _written(context, cache, key, value, layout, batch)
 
 
 def attention(
@@ -84,25 +79,23 @@ def attention(
             query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal, sinks=sinks
         )
     attended = _for_kernels(context, batch)
-    pages, kv_scales = (cache.numbers, cache.scales) if isinstance(cache, ScaledPages) else (cache, None)
+    pages, kv_scales = _apart(cache)
     return paged_attention(
         query, pages, layout, attended, scale=scale, softcap=softcap, causal=causal, sinks=sinks, kv_scales=kv_scales
     )
 
 
-def write_latents(
-    context: Context, cache: jax.Array, latents: jax.Array, layout: Layout, batch: StepBatch
-) -> jax.Array:
+def write_latents(context: Context, cache: Cache, latents: jax.Array, layout: Layout, batch: StepBatch) -> Cache:
     """Write this step's latents [T, 1, width] into their pages; in place, as the cache is donated."""
     if isinstance(batch.attention, WholeSequences):
         return latents[None]
-    return kv_write.write_kv(cache, latents, None, layout, _for_kernels(context, batch))[0]
+    return _written(context, cache, latents, None, layout, batch)
 
 
 def latent_attention(
     context: Context,
     query: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     layout: Layout,
     batch: StepBatch,
     *,
@@ -120,13 +113,27 @@ def latent_attention(
         [T, heads, rank] in query's dtype; rows of padding tokens hold anything finite.
     """
     if isinstance(batch.attention, WholeSequences):
-        (latents,) = cache
+        (latents,) = cast(jax.Array, cache)
         values = latents[..., :rank]
         return dense_attention(
             query, latents, values, layout.window, batch.attention, scale=scale, softcap=None, causal=True
         )
     attended = _for_kernels(context, batch)
-    return paged_latent_attention(query, cache, layout, attended, scale=scale, value_width=rank)
+    pages, kv_scales = _apart(cache)
+    return paged_latent_attention(query, pages, layout, attended, scale=scale, value_width=rank, kv_scales=kv_scales)
+
+
+def _written(
+    context: Context, cache: Cache, key: jax.Array, value: jax.Array | None, layout: Layout, batch: StepBatch
+) -> Cache:
+    """The cache with a step's keys and values, or with its latents alone."""
+    pages, kv_scales = _apart(cache)
+    numbers, scales = kv_write.write_kv(pages, key, value, layout, _for_kernels(context, batch), kv_scales)
+    return numbers if scales is None else ScaledPages(numbers, scales)
+
+
+def _apart(cache: Cache) -> tuple[jax.Array, jax.Array | None]:
+    return (cache.numbers, cache.scales) if isinstance(cache, ScaledPages) else (cache, None)
 
 
 def _for_kernels(context: Context, batch: StepBatch) -> AttentionBatch:

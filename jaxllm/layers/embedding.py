@@ -9,19 +9,27 @@ from jax import lax
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix
+from pallas_kernels.packed_matmul.api import has_kernel
+from pallas_kernels.quantized import Quantized, dense, is_quantized, rows
 
 VOCAB = "vocab"
+#: rows of a quantized table that are widened at once, where scores are wanted of more tokens than it has kernels for
+PIECE = 4096
 
 
-def embed(context: Context, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of `table` [V, d] of tokens i32 [T] -> [T, d]. Of a table that is split, the others' rows come from them."""
+def embed(context: Context, table: jax.Array | Quantized, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of `table` [V, d] of tokens i32 [T] -> [T, d]. Of a table that is split, the others' rows come from them.
+
+    Args:
+        dtype: of the rows of a quantized table.
+    """
     axis = context.mesh_axis(VOCAB)
     if axis is None:
-        return table[tokens]
-    rows = table.shape[0]
-    local = tokens - lax.axis_index(axis) * rows
-    here = (local >= 0) & (local < rows)
-    found = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
+        return dense(rows(table, tokens), dtype)
+    size = table.shape[0]
+    local = tokens - lax.axis_index(axis) * size
+    here = (local >= 0) & (local < size)
+    found = jnp.where(here[:, None], dense(rows(table, jnp.where(here, local, 0)), dtype), 0)
     with exchanged(VOCAB):
         return lax.psum(found, axis)
 
@@ -33,16 +41,40 @@ def with_embeddings(x: jax.Array, batch: StepBatch) -> jax.Array:
     return jnp.where(batch.embedded[:, None], batch.embeddings, x)
 
 
-def unembed(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix, vocab_size: int) -> jax.Array:
+def unembed(
+    context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix | Quantized, vocab_size: int
+) -> jax.Array:
     """Scores of every token, float32 [R, vocab_size], of hidden [R, d] and `table` [V, d].
 
     Args:
         vocab_size: of the whole vocabulary, on each device.
     """
-    scores = linear_f32(context, hidden, table)
+    scores = _scores(context, hidden, table)
     axis = context.mesh_axis(VOCAB)
     if axis is None:
         return scores
     # the last device's rows may go on behind the vocabulary
     with exchanged(VOCAB):
         return lax.all_gather(scores, axis, axis=1, tiled=True)[:, :vocab_size]
+
+
+def _scores(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix | Quantized) -> jax.Array:
+    """float32 [R, V]. A quantized table is never widened as a whole: it is the largest matrix of a small model."""
+    size = table.shape[0] if is_quantized(table) else 0
+    if size <= PIECE or has_kernel(context.backend, table, rows=hidden.shape[0]):
+        return linear_f32(context, hidden, table)
+
+    def piece(first: jax.Array | int, count: int) -> jax.Array:
+        places = first + jnp.arange(count, dtype=jnp.int32)
+        return linear_f32(context, hidden, dense(rows(table, places), hidden.dtype))
+
+    whole, rest = divmod(size, PIECE)
+    scores = jnp.zeros((hidden.shape[0], size), jnp.float32)
+
+    def one(i: jax.Array, scores: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(scores, piece(i * PIECE, PIECE), i * PIECE, axis=1)
+
+    scores = lax.fori_loop(0, whole, one, scores)
+    if rest:
+        scores = scores.at[:, whole * PIECE :].set(piece(whole * PIECE, rest))
+    return scores

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.attention import Layout, latent_attention, write_latents
+from jaxllm.layers.attention import Cache, Layout, ScaledPages, latent_attention, write_latents
 from jaxllm.layers.chunk_attention import begin_their_sequences, chunk_attention, single_tokens
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.dense_attention import WholeSequences
@@ -88,12 +88,12 @@ def latent_block(
     cos: jax.Array,
     sin: jax.Array,
     x: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     batch: StepBatch,
     *,
     scale: float,
     interleaved: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache]:
     """What the heads of one layer see of hidden states x [T, d], without the projection behind them.
 
     Args:
@@ -132,6 +132,7 @@ def latent_block(
         key = jnp.concatenate([key, jnp.broadcast_to(turned, (tokens, heads, c.turned_dim))], axis=2)
         value = made[:, heads * c.plain_dim :].reshape(tokens, heads, c.value_dim)
         query = jnp.concatenate([plain, turned_query], axis=2)
+        assert isinstance(cache, jax.Array)
         seen = chunk_attention(context, query, key, value, layout.window, chunks, stored=cache.dtype, scale=scale)
         rows = min(tokens, chunks.kv_lens.shape[0])
         singles = dataclasses.replace(batch, attention=single_tokens(chunks, rows))
@@ -140,7 +141,8 @@ def latent_block(
         return seen.at[:rows].set(jnp.where(is_single, first, seen[:rows]))
 
     chunks = batch.attention
-    if isinstance(chunks, WholeSequences) or not _expands(context, chunks):
+    # of pages in 8 bits a step reads its own latents as rounded as every later one
+    if isinstance(chunks, WholeSequences) or isinstance(cache, ScaledPages) or not _expands(context, chunks):
         seen = absorbed(tokens, batch)
     else:
         begin = begin_their_sequences(chunks)

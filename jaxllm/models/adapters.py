@@ -58,7 +58,7 @@ def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Ax
             b.append(Part(names[1], (rows, Axis("rank", rank))))
         return Adapted(
             a=WeightSpec(parts=tuple(a), layers=spec.layers, experts=experts),
-            b=WeightSpec(parts=tuple(b), layers=spec.layers, experts=experts),
+            b=WeightSpec(parts=tuple(b), layers=spec.layers, experts=experts, columns_first=True),
             parts=tuple(own(part.axes[0]) for part in spec.parts),
         )
 

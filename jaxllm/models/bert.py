@@ -81,6 +81,11 @@ class BertParams:
     embedding_norm_bias: jax.Array  # [d]
     layers: tuple[BertLayers, ...]  # segments
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What layers compute in."""
+        return self.embedding_norm.dtype
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     """The model of a BERT config.json.
@@ -130,7 +135,7 @@ def forward(
     positions, types = batch.attention.positions, jnp.zeros_like(batch.tokens)
     if batch.segment_starts is not None:
         types = (positions >= batch.segment_starts[batch.attention.token_seq]).astype(jnp.int32)
-    x = with_embeddings(embed(context, params.embedding, batch.tokens), batch)
+    x = with_embeddings(embed(context, params.embedding, batch.tokens, params.dtype), batch)
     x = x + params.type_embedding[types] + params.position_embedding[positions]
     x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
 

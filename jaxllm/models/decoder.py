@@ -191,6 +191,13 @@ class Params:
     #: of the tower that sees pictures
     vision: VisionParams | None = None
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What layers compute in: that of norms, which are never quantized."""
+        names = ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+        norms = (getattr(layer, name) for layer in self.layers for name in names)
+        return next((norm.dtype for norm in norms if norm is not None), getattr(self.embedding, "dtype", None))
+
 
 def without_draft(params: Any) -> Any:
     """A model's weights as users know them, without those of the model that drafts for it."""
@@ -328,7 +335,7 @@ def decoder_layer(
 
 def embedded(context: Context, config: DecoderConfig, params: Params, batch: StepBatch) -> jax.Array:
     """What the first layer takes, [T, d]."""
-    x = embed(context, params.embedding, batch.tokens)
+    x = embed(context, params.embedding, batch.tokens, params.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     return with_embeddings(x, batch)

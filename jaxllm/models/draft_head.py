@@ -166,7 +166,7 @@ def head_forward(
     attention = dataclasses.replace(attention, token_valid=attention.token_valid & (attention.positions > 0))
     batch = dataclasses.replace(batch, attention=attention)
     cos, sin = rope_tables(jnp.maximum(attention.positions - 1, 0), model.rope)
-    embedding = embed(context, params.embedding, batch.tokens)
+    embedding = embed(context, params.embedding, batch.tokens, hidden.dtype)
     if model.embedding_scale != 1.0:
         embedding = embedding * jnp.asarray(model.embedding_scale, embedding.dtype)
     normed_hidden = hidden if joint.hidden_norm is None else rms_norm(hidden, joint.hidden_norm, eps)

@@ -84,8 +84,8 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         for _, group in itertools.groupby(range(len(layers)), key=lambda i, of_layer=of_layer: of_layer[i]):
             numbers = list(group)
             segments.append(run(segment, slice(numbers[0], numbers[-1] + 1)))
-    head = getattr(tree, "head", None)
-    outside = {} if head is None else {"head": stored(head, forms(head, 0))}
+    tables = {name: getattr(tree, name, None) for name in ("embedding", "head")}
+    outside = {name: stored(spec, forms(spec, 0)) for name, spec in tables.items() if spec is not None}
     return dataclasses.replace(tree, layers=tuple(segments), **outside)
 
 

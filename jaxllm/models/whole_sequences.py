@@ -27,7 +27,7 @@ def logits(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Arra
     """
     sequences, length = tokens.shape
     spec = config.kv_specs[0]
-    cache = jnp.zeros((spec.parts, tokens.size, spec.heads, spec.width), params.embedding.dtype)
+    cache = jnp.zeros((spec.parts, tokens.size, spec.heads, spec.width), params.dtype)
     batch = StepBatch(tokens=tokens.reshape(-1), attention=WholeSequences(sequences=sequences, length=length))
     groups = kv_cache_groups(config.kv_specs)
     _, hidden = decoder.forward(Context(), config, groups, params, cache, batch)

@@ -37,7 +37,7 @@ def _of_stage(config: RunnerConfig) -> int:
 def _computed(config: RunnerConfig) -> int:
     model, limits = config.step_model, config.scheduler
     size = jnp.dtype(config.dtype).itemsize
-    hidden, seqs, tokens = model.hidden_size, limits.max_num_seqs, limits.max_num_batched_tokens
+    hidden, seqs, tokens = model.hidden_size, config.row_capacity, limits.max_num_batched_tokens
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     queries = heads * model.head_dim
     if isinstance(model, DecoderConfig) and model.latents is not None:

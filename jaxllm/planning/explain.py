@@ -19,7 +19,7 @@ from jaxllm.parallel.collectives import Collective, collectives, expected_collec
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import exchanging_layers, held, layer_sums
 from jaxllm.planning.explanation import Explanation
-from jaxllm.planning.layout import ArrayLayout, cache_layouts, weight_layouts
+from jaxllm.planning.layout import ArrayLayout, adapter_layouts, cache_layouts, weight_layouts
 from jaxllm.planning.plan import Plan
 from jaxllm.planning.step_estimate import COPY, StepEstimate, handed_on, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
@@ -83,7 +83,7 @@ def explanation(
     steps: list[StepEstimate] = []
     for stage, own in zip(config.stages, parts, strict=True):
         weights = weight_layouts(stage)
-        layouts += [*weights, *cache_layouts(stage, plan.memory.num_blocks)]
+        layouts += [*weights, *adapter_layouts(stage), *cache_layouts(stage, plan.memory.num_blocks)]
         steps += [_step(name, stage, own, weights, gpu, *size) for size, name in wanted.items()]
     largest = [step for step in steps if step.name == [*wanted.values()][-1]]
     if not any(step.not_compiled for step in largest):
@@ -183,12 +183,14 @@ def _read_and_computed(
     and each for itself, a share of ``1 - (1 - top_k / experts) ** tokens``. The tokens of all replicas that step
     together, as many of each, go to them.
     """
-    names = {layout.name for layout in weights}
+    names = {layout.name.partition(".")[0] for layout in weights}
     moe = config.model.moe if isinstance(config.model, DecoderConfig) else None
     size = flops = 0.0
     for layout in weights:
-        field = layout.name.rpartition(".")[2]
-        if field.endswith("embedding") and (config.stage is not None or "head" in names or "." in layout.name):
+        # one that is quantized is the matrix's name and the array's
+        first, *others = layout.name.split(".")
+        is_table = any(name.endswith("embedding") for name in (first, *others))
+        if is_table and (config.stage is not None or "head" in names or first != "embedding"):
             continue
         chosen = 1.0 if layout.experts is None or moe is None else moe.top_k / layout.experts
         own = tokens if layout.experts is None else tokens * config.target.replicas

@@ -107,8 +107,25 @@ def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
     return tuple(found.values())
 
 
-def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLayout:
-    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or config.dtype)
+def adapter_layouts(config: RunnerConfig) -> list[ArrayLayout]:
+    """Of the stacks of adapters, a slot for each that the device has at once; []: there are none."""
+    if config.lora is None:
+        return []
+    found: dict[str, ArrayLayout] = {}
+    for segment in config.adapter_specs(config.lora.max_loras):
+        for field, pair in segment.items():
+            for half in ("a", "b"):
+                name = f"adapters.{field}.{half}"
+                one = _weight_layout(name, getattr(pair, half), config, config.lora.dtype)
+                key = f"{name} {one.shape}"
+                seen = found.setdefault(key, dataclasses.replace(one, count=0, device_bytes=0))
+                size = seen.device_bytes + one.device_bytes
+                found[key] = dataclasses.replace(seen, count=seen.count + 1, device_bytes=size)
+    return list(found.values())
+
+
+def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig, dtype_of_others: str = "") -> ArrayLayout:
+    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or dtype_of_others or config.dtype)
     shape = local_shape(spec, sizes)
     layers = () if spec.layers is None else ((("layers", len(spec.layers)),),)
     return ArrayLayout(
@@ -131,9 +148,9 @@ def cache_layouts(config: RunnerConfig, num_blocks: int) -> list[ArrayLayout]:
     """
     own, sizes, replicas = config.layers_per_group * num_blocks, config.target.mesh_sizes, config.target.replicas
     pages = replicas * own
-    _, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
-    axes, is_latent = cache_axes(config.model, replicas=replicas), config.model.kv_specs[0].parts == 1
-    names: tuple[str | None, ...] = (*axes, *(None,) * (4 - len(axes)))
+    *others, block, width = whole = config.model.kv_specs[0].page_shape(config.block_size)
+    axes = cache_axes(config.model, replicas=replicas)
+    names: tuple[str | None, ...] = (*axes, *(None,) * (1 + len(whole) - len(axes)))
     split = (axis if axis is not None and sizes.get(axis, 1) > 1 else None for axis in names)
     pages = ArrayLayout(
         name=KV_CACHE,
@@ -141,7 +158,8 @@ def cache_layouts(config: RunnerConfig, num_blocks: int) -> list[ArrayLayout]:
         count=1,
         axes=(
             (("pages", pages),),
-            (("latents", 1) if is_latent else ("kv_heads", config.model.num_kv_heads),),
+            # latents are of all heads
+            *((("kv_heads", config.model.num_kv_heads),) for _ in others),
             (("tokens", block),),
             (("width", width),),
         ),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.grid import Grid, Rounded, better_rows
 from jaxllm.quantizing.inputs import row_errors
 
@@ -24,7 +25,7 @@ CLIPS = np.arange(20, 9, -1, dtype=np.float32) / 20
 _SMALLEST = 1e-4
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def column_scales(grid: Grid, matrices: list[jax.Array], grams: list[jax.Array], absolute: jax.Array) -> jax.Array:
     """What to multiply the columns of some matrices by, which have the same inputs.
 
@@ -48,7 +49,7 @@ def column_scales(grid: Grid, matrices: list[jax.Array], grams: list[jax.Array],
     return scales(jnp.asarray(STRENGTHS)[jnp.argmin(lax.map(error, jnp.asarray(STRENGTHS)))])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def clipped(grid: Grid, matrix: jax.Array, gram: jax.Array) -> Rounded:
     """Round a matrix, some of whose groups are clipped.
 

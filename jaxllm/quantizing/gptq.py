@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from scipy.linalg import solve_triangular
 
+from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.grid import Grid, Rounded, better_rows
 from jaxllm.quantizing.inputs import products, row_errors
 
@@ -68,7 +69,7 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
     return solve_triangular(turned, np.eye(len(turned)), check_finite=False).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _solve(grid: Grid, matrix: Any, gram: Any, factor: Any) -> Rounded:
     rows, columns = matrix.shape
     group, groups = grid.group, columns // grid.group

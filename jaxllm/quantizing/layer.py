@@ -20,6 +20,7 @@ from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
 from jaxllm.models.decoder import Layers
 from jaxllm.quantizing.awq import clipped
+from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.gptq import gptq
 from jaxllm.quantizing.grid import Grid, Rounded
 from jaxllm.quantizing.inputs import InputMoments, row_errors
@@ -235,17 +236,17 @@ class _Matrix:
             yield name, rows
 
 
-@jax.jit
+@compiled
 def _matrix(weight: Quantized) -> jax.Array:
     return dense(weight, F32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _nearest(grid: Grid, matrix: jax.Array) -> Rounded:
     return grid.round(matrix)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _off(grid: Grid | None, matrix: jax.Array, made: jax.Array, gram: jax.Array | None) -> jax.Array:
     """Of each row, how far its products are off, how far those of the nearest numbers are, and the products themselves,
     squared: float32 [N, 3].

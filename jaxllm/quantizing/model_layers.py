@@ -26,6 +26,7 @@ from jaxllm.models.matrices import FIELDS
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.stages import Stage, stage_model
+from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.inputs import InputMoments, moments
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import hugging_face
@@ -138,7 +139,7 @@ def matrix_specs(layer: Any) -> dict[str, WeightSpec]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _embedded(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
     # the rows of these tokens alone are widened
     wide = dataclasses.replace(params, embedding=params.embedding[tokens].astype(jnp.float32))
@@ -147,12 +148,12 @@ def _embedded(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.A
     return decoder.embedded(Context(), config, wide, batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _through(config: DecoderConfig, weights: Layers, hidden: jax.Array) -> jax.Array:
     return _forward(config, weights, hidden)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _inputs(config: DecoderConfig, weights: Layers, hidden: jax.Array) -> dict[str, InputMoments]:
     found: dict[str, InputMoments] = {}
 
@@ -168,7 +169,7 @@ def _inputs(config: DecoderConfig, weights: Layers, hidden: jax.Array) -> dict[s
     return found
 
 
-@jax.jit
+@compiled
 def _sum(found: dict[str, InputMoments], more: dict[str, InputMoments]) -> dict[str, InputMoments]:
     return jax.tree.map(jnp.add, found, more)
 
@@ -186,7 +187,7 @@ def _forward(config: DecoderConfig, weights: Any, hidden: jax.Array) -> jax.Arra
     return decoder.forward(Context(), config, kv_cache_groups(config.kv_specs), params, cache, batch)[1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _scored(config: DecoderConfig, ends: Params, hidden: jax.Array, following: jax.Array) -> jax.Array:
     normed = decoder.last_norm(config, ends, hidden[: len(following)])
     scores = jax.nn.log_softmax(decoder.logits(Context(), config, ends, normed), axis=-1)

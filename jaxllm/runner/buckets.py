@@ -31,6 +31,7 @@ def make_buckets(
     sequences cost nothing.
 
     Args:
+        max_num_seqs: that there is room for, `capacities.row_capacity`.
         eager: only three buckets, for one token, a few, and the most: quick start, slower steps. One token is the step
             of a single sequence, which on a CPU takes a sixth of the time of 32.
         decode_only: also buckets for steps that give every sequence one token, unless `eager`.
@@ -54,16 +55,19 @@ def make_buckets(
 
 def decode_step_buckets(buckets: tuple[Bucket, ...], max_num_seqs: int) -> tuple[Bucket, ...]:
     """Buckets of launches of several steps of up to `max_num_seqs` sequences, of the sizes that single steps have."""
-    sizes = sorted({min(bucket.seqs, max_num_seqs) for bucket in buckets} - {0})
-    return tuple(Bucket(size, size, decode_only=True) for size in sizes)
+    sizes = sorted({bucket.seqs for bucket in buckets})
+    most = next((size for size in sizes if size >= max_num_seqs), sizes[-1])
+    return tuple(Bucket(size, size, decode_only=True) for size in sizes if max_num_seqs and size <= most)
 
 
 def draft_buckets(max_num_seqs: int) -> tuple[Bucket, ...]:
     """Buckets of launches with drafts, of up to `max_num_seqs` sequences: powers of two, since padding costs as many
     positions as a sequence has drafts.
     """
-    sizes = {min(1 << power, max_num_seqs) for power in range(max_num_seqs.bit_length() + 1)} - {0}
-    return tuple(Bucket(size, size, decode_only=True) for size in sorted(sizes))
+    if not max_num_seqs:
+        return ()
+    sizes = (1 << power for power in range((max_num_seqs - 1).bit_length() + 1))
+    return tuple(Bucket(size, size, decode_only=True) for size in sizes)
 
 
 def with_adapters(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:

@@ -246,7 +246,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
     buckets = make_buckets(
-        limits.max_num_batched_tokens, limits.max_num_seqs, eager=config.enforce_eager, decode_only=decode_only
+        limits.max_num_batched_tokens, config.row_capacity, eager=config.enforce_eager, decode_only=decode_only
     )
     if config.lora is not None:
         buckets = with_adapters(buckets)
@@ -305,6 +305,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         draft_buckets=also(draft_buckets(limits.max_draft_seqs)),
         num_draft_steps=limits.num_draft_steps,
         encoder_buckets=_encoder_buckets(config),
+        num_rows=config.row_capacity,
         pixel_normal=config.pixel_normal,
     )
 

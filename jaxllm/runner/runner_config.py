@@ -37,6 +37,7 @@ from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
 from jaxllm.runner.buckets import draft_buckets
+from jaxllm.runner.capacities import context_capacity, row_capacity
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
@@ -190,9 +191,19 @@ class RunnerConfig:
 
     @property
     def table_width(self) -> int:
-        """Blocks of the longest request."""
+        """Blocks of the longest request that programs have room for."""
         # drafts behind the last position are masked, and have places all the same
-        return -(-(self.scheduler.max_model_len + self.scheduler.num_drafts) // self.block_size)
+        return -(-(self.context_capacity + self.scheduler.num_drafts) // self.block_size)
+
+    @property
+    def row_capacity(self) -> int:
+        """Rows that programs have room for."""
+        return row_capacity(self.scheduler.max_num_seqs, self.platform)
+
+    @property
+    def context_capacity(self) -> int:
+        """Tokens of a row that programs have room for."""
+        return context_capacity(self.scheduler.max_model_len, self.model.max_position_embeddings, self.platform)
 
     @property
     def has_explicit_cache(self) -> bool:
@@ -277,7 +288,7 @@ class RunnerConfig:
 
     def state(self, num_blocks: int) -> State | PoolingState:
         """Shapes of what lives on the device between steps."""
-        rows, replicas = self.scheduler.max_num_seqs + 1, self.target.replicas
+        rows, replicas = self.row_capacity + 1, self.target.replicas
         sizes, mesh = self.target.mesh_sizes, self.target.mesh
         own = self.target.sharding if mesh is None else jax.sharding.NamedSharding(mesh, own_rows(mesh))
 
@@ -301,7 +312,7 @@ class RunnerConfig:
 
         cache = cache_of(self.model, self.layers_per_group, self.page_shape)
         if self.pooler is None:
-            shape = rows, self.scheduler.max_model_len
+            shape = rows, self.context_capacity
             drafting = None if self.drafter is None else array((rows, DRAFTING_COLUMNS), jnp.int32)
             draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
             if isinstance(drafter := self.drafter, ReadingDrafter):
@@ -362,7 +373,7 @@ class RunnerConfig:
         own = sum(math.prod(array.shape) for array in words) // self.target.replicas
         # of launches with drafts, of each position
         sizes = [bucket.seqs for bucket in draft_buckets(self.scheduler.max_draft_seqs)]
-        rows = self.scheduler.max_num_seqs + (1 + self.scheduler.num_drafts) * sum(sizes)
+        rows = self.row_capacity + (1 + self.scheduler.num_drafts) * sum(sizes)
         bytes_of_words = 4 * (own + rows * constraint_row)
         return bytes_of_words + self._embeddings_bytes + self.encoder_bytes + self.adapter_bytes
 

@@ -16,7 +16,7 @@ from jaxllm.sampling.batch import SamplingBatch
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogitsState:
-    """What a logits processor may know of each of the R rows. M = max_model_len."""
+    """What a logits processor may know of each of the R rows. M: at least max_model_len."""
 
     #: i32 [R, M]: token ids, the prompt's (negative where it has vectors), then the generated ones; anything from
     #: `length` on

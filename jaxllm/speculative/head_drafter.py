@@ -134,7 +134,7 @@ class HeadDrafter(ReadingDrafter):
             return _Loop(loop.step + 1, pages, ids, hidden)
 
         ids = jnp.pad(asked.last_tokens, ((0, 0), (0, self.num_drafts)))
-        dtype = jnp.dtype(params.embedding.dtype)
+        dtype = jnp.dtype(params.dtype)
         before = self._kept(cache, asked.attention, seq, asked.positions - 1, dtype)
         loop = _Loop(jnp.int32(0), cache.pages, ids, before)
         loop = lax.while_loop(lambda loop: loop.step < jnp.max(counts), one, loop)

@@ -58,6 +58,8 @@ def engine_settings(
         async_scheduling=args.async_scheduling,
         enforce_eager=args.enforce_eager,
         num_decode_steps=limits.num_decode_steps,
+        long_prefill_token_threshold=limits.long_prefill_token_threshold,
+        long_prefill_token_threshold_adaptive=limits.long_prefill_token_threshold_adaptive,
         num_speculative_tokens=limits.num_drafts,
         tokenizer_pool_size=args.tokenizer_pool_size,
         num_processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -65,7 +67,6 @@ def engine_settings(
 
 
 def _int8_block_bytes(config: RunnerConfig) -> int | None:
-    latents = config.model.kv_specs[0].parts == 1
-    if latents or config.cache_dtype.itemsize == 1 or config.pipeline:
+    if config.cache_dtype.itemsize == 1 or config.pipeline:
         return None
     return dataclasses.replace(config, kv_dtype="int8").block_bytes

@@ -22,7 +22,6 @@ def check_adapters(args: EngineArgs, model: Any, target: Target) -> None:
     if not args.enable_lora:
         return
     others = {
-        "deterministic=True": (args.deterministic, "the bits of an adapter's products depend on the batch"),
         'load_format="null"': (args.load_format == "null", "there is no model"),
         f"cpu_offload_gb={args.cpu_offload_gb:g}": (bool(args.cpu_offload_gb), "layers on the host have no adapters"),
         f"enable_expert_parallel=True and data_parallel_size={args.data_parallel_size}": (

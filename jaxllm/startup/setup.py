@@ -137,28 +137,20 @@ class Setup:
     def _kv_dtype(self, dtype: str) -> str:
         """numpy's name of what keys and values are stored as, in an engine of this dtype."""
         asked = self.args.kv_cache_dtype
-        latents = self.model.kv_specs[0].parts == 1
         wanted, said = self.checkpoint.kv_cache
         if asked == "auto" and said is None:
             return dtype
-        if asked == "auto" and (wanted is None or latents):
-            logger.warning(
-                "The checkpoint says %s, which jaxllm does not have for this model: its KV cache is %s.", said, dtype
-            )
+        if asked == "auto" and wanted is None:
+            logger.warning("The checkpoint says %s, which jaxllm does not have: its KV cache is %s.", said, dtype)
             return dtype
         stored = KV_CACHE_DTYPES[str(wanted) if asked == "auto" else asked]
         if said is not None and is_scaled(jnp.dtype(stored)):
             logger.info(
-                "The checkpoint says %s: the KV cache is %s, with a scale of its own for each key and value of a head. "
-                "kv_cache_dtype=%r leaves them as they are.",
+                "The checkpoint says %s: the KV cache is %s, with a scale of its own for each key and value of a head "
+                "(or each latent). kv_cache_dtype=%r leaves them as they are.",
                 said,
                 stored,
                 dtype,
-            )
-        if latents and is_scaled(jnp.dtype(stored)):
-            raise ValidationError(
-                f"kv_cache_dtype={asked!r} is not for models with latent attention, whose pages have no scales. Pass "
-                "'auto', 'bfloat16', 'float16' or 'float32'."
             )
         return stored
 

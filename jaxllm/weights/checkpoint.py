@@ -22,6 +22,7 @@ from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
+from jaxllm.weights.quantization.kept import read_kept
 from jaxllm.weights.quantization.kv_cache import wanted_kv_cache
 from jaxllm.weights.quantization.method import Found
 from jaxllm.weights.quantization.reader import QuantizedTensors
@@ -110,6 +111,9 @@ class Checkpoint:
             ValidationError: see `quantization_method`.
             WeightsError: quantized tensors do not fit together.
         """
+        if self.load_format == "orbax" and (kept := read_kept(self.path, asked)) is not None:
+            self.quantization = kept
+            return
         stored = None if self.is_gguf else self.quantization_config
         method = quantization_method(asked, stored, is_gguf=self.is_gguf)
         if method is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxllm.layers.weight_storage import MARK
 from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.quantization.reader import QuantizedTensors
 
@@ -29,7 +30,8 @@ class WithClassifier:
 
     def __init__(self, reader: CommonNames | QuantizedTensors, rows: ClassifierRows):
         self._reader, self._rows = reader, rows
-        names = set(reader.names())
+        # a matrix in a form of its own can be read as numbers, too
+        names = {name.partition(MARK)[0] for name in reader.names()}
         self._source = None if _MADE in names else next((name for name in _SOURCES if name in names), None)
 
     def names(self) -> Iterable[str]:

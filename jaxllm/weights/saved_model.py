@@ -19,6 +19,7 @@ from jaxllm.weights.formats import hugging_face, orbax
 from jaxllm.weights.naming import among_parts
 from jaxllm.weights.new_folder import appearing
 from jaxllm.weights.quantization.detect import Quantization
+from jaxllm.weights.quantization.kept import write_kept
 from jaxllm.weights.quantization.saved import SavedQuantization
 
 if TYPE_CHECKING:
@@ -58,12 +59,12 @@ def save(
     """
     if format not in SAVED_FORMATS:
         raise ValidationError(f"format must be {' or '.join(map(repr, SAVED_FORMATS))}, got {format!r}.")
-    if quantization is not None and format == "orbax":
-        raise ValidationError("format='orbax' holds no quantized weights: take format='safetensors'.")
-    saved = None if quantization is None else SavedQuantization(quantization, specs)
+    saved = None if quantization is None or format == "orbax" else SavedQuantization(quantization, specs)
     with appearing(directory) as folder:
         if format == "orbax":
             orbax.save(folder, params, specs)
+            if quantization is not None:
+                write_kept(folder, quantization)
             written = dict(config)
         else:
             written = hugging_face_config(config, model, params)

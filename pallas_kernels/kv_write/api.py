@@ -28,7 +28,7 @@ def write_kv(
     """
     tokens = batch.token_seq.shape[0]
     if value is None:
-        check_latents(cache, tokens, "key", key, heads=1)
+        check_latents(cache, kv_scales, tokens, "key", key, heads=1)
     else:
         check_operands(cache, kv_scales, tokens, {"key": key, "value": value}, exact_heads=True)
     implementation = batch.backend.implementation

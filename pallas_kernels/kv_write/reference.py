@@ -22,7 +22,8 @@ def write_kv(
     Args:
         cache: see `pallas_kernels.storage`.
         key, value: [T, kv_heads, head_dim]; or key [T, 1, width] and no value: latents.
-        kv_scales: f32 [pages, 2 * kv_heads, block_size], of int8 and float8 pages; written too.
+        kv_scales: f32 [pages, 2 * kv_heads, block_size], of latents [pages, block_size], of int8 and float8 pages;
+            written too.
 
     Returns:
         (cache, kv_scales).
@@ -32,9 +33,10 @@ def write_kv(
     page = jnp.where(batch.token_valid, block + layout.page_offset, 0)
     slot = batch.positions % block_size
     if value is None:
-        return cache.at[page, slot].set(to_storage(key[:, 0], cache.dtype)), None
-    new = jnp.concatenate([key, value], axis=1)  # [T, 2 * kv_heads, head_dim]
+        at, new = (page, slot), key[:, 0]
+    else:
+        at, new = (page, slice(None), slot), jnp.concatenate([key, value], axis=1)  # [T, 2 * kv_heads, head_dim]
     if kv_scales is None:
-        return cache.at[page, :, slot].set(to_storage(new, cache.dtype)), None
+        return cache.at[at].set(to_storage(new, cache.dtype)), None
     stored, scales = quantize(new, cache.dtype, batch.backend.numbers(cache.dtype))
-    return cache.at[page, :, slot].set(stored), kv_scales.at[page, :, slot].set(scales)
+    return cache.at[at].set(stored), kv_scales.at[at].set(scales)

@@ -248,7 +248,8 @@ def walk(
         products = (_dot(q, k, contract=1) for q, k in zip(query, keys, strict=True))
         scores = functools.reduce(operator.add, products) * factor
         if has_scales:
-            scores = scores * _scales(pages.scales, key_row, inside)[None, :]
+            key_scales = _scales(pages.scales, key_row, inside)[None, :]
+            scores = scores * key_scales
         if g.softcap is not None:
             scores = (g.softcap * LOG2_E) * _tanh(scores)
         visible = inside
@@ -263,9 +264,9 @@ def walk(
         weights = jnp.exp2(scores - highest[:, None])
         keep = jnp.exp2(state.highest - highest)
         total = state.total * keep + jnp.sum(weights, axis=1)
-        values = keys[0] if g.latents else load(g.value, value_row, inside, g.value_dtype)
+        values = keys[0].astype(g.value_dtype) if g.latents else load(g.value, value_row, inside, g.value_dtype)
         if has_scales:
-            weights = weights * _scales(pages.scales, value_row, inside)[None, :]
+            weights = weights * (key_scales if g.latents else _scales(pages.scales, value_row, inside)[None, :])
         weighted = state.weighted * keep[:, None] + _dot(weights.astype(g.value_dtype), values, contract=0)
         return Softmax(highest, total, weighted)
 

@@ -21,6 +21,7 @@ def paged_latent_attention(
     *,
     scale: float,
     value_width: int,
+    kv_scales: jax.Array | None = None,
 ) -> jax.Array:
     """`reference.paged_latent_attention` by `batch.backend`'s implementation; rows of padding tokens hold anything
     finite.
@@ -32,13 +33,13 @@ def paged_latent_attention(
         ValueError: the arrays do not belong together (`storage.check_latents`), or the kernels cannot address such a
             cache (`storage.check_addressable`).
     """
-    check_latents(cache, batch.token_seq.shape[0], "query", query)
+    check_latents(cache, kv_scales, batch.token_seq.shape[0], "query", query)
     if not 0 < value_width < cache.shape[2]:
         raise ValueError(f"value_width must be between 0 and the latents' {cache.shape[2]} numbers, got {value_width}")
     implementation = batch.backend.implementation
     if implementation == "reference":
         attend = reference.paged_latent_attention
-    elif implementation == "xla" or not _has_kernels(cache, value_width):
+    elif implementation == "xla" or not (_has_kernels(cache, value_width) and batch.backend.supports(cache.dtype)):
         attend = xla.paged_latent_attention
     else:
         # Pallas is slow to import, and a CPU needs none of it
@@ -46,7 +47,7 @@ def paged_latent_attention(
 
         check_addressable(cache)
         attend = triton.paged_latent_attention
-    return attend(query, cache, layout, batch, scale=scale, value_width=value_width)
+    return attend(query, cache, layout, batch, scale=scale, value_width=value_width, kv_scales=kv_scales)
 
 
 def _has_kernels(cache: jax.Array, value_width: int) -> bool:

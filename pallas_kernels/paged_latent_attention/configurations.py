@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.backend import Backend
 from pallas_kernels.case import KernelCase
 from pallas_kernels.paged_attention.configurations import PARTS_BYTES, Heads, Step
+from pallas_kernels.storage import is_scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,10 @@ class LatentStep(Step):
     def pages(self) -> int:
         return self.cache_bytes // (self.block_size * self.heads.head_dim * jnp.dtype(self.stored).itemsize)
 
-    def cache(self) -> tuple[Any, None]:
+    def cache(self) -> tuple[Any, Any]:
         shape = (self.pages, self.block_size, self.heads.head_dim)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.stored)), None
+        cache = jax.ShapeDtypeStruct(shape, jnp.dtype(self.stored))
+        return cache, jax.ShapeDtypeStruct(shape[:-1], jnp.float32) if is_scaled(cache.dtype) else None
 
 
 def _heads(model: str, heads: int) -> Heads:
@@ -55,6 +57,7 @@ def steps() -> list[LatentStep]:
     found += [one(tokens=seqs, seqs=seqs, decode_only=True, context=131072) for seqs in (1, 256)]
     found += [one(tokens=512, seqs=64, block_size=16), one(tokens=512, seqs=64, cache_bytes=2**33)]
     found += [one(tokens=512, seqs=64, query=dtype, stored=dtype) for dtype in ("float16", "float32")]
+    found += [one(tokens=512, seqs=64, stored=dtype) for dtype in ("int8", "float8_e4m3fn")]
     return found
 
 
@@ -62,18 +65,23 @@ def configurations(device_kind: str = "") -> list[KernelCase]:
     """Attention of each of `steps`, with the tiles of a device."""
     from pallas_kernels.paged_latent_attention.api import paged_latent_attention
 
+    def attend(query, cache, scales, layout, batch, *, value_width: int):
+        return paged_latent_attention(
+            query, cache, layout, batch, scale=192**-0.5, value_width=value_width, kv_scales=scales
+        )
+
     cases = []
     backend = Backend(implementation="triton", device_kind=device_kind)
     for step in steps():
         query = jax.ShapeDtypeStruct((step.tokens, step.heads.heads, step.heads.head_dim), jnp.dtype(step.query))
-        function = functools.partial(paged_latent_attention, scale=192**-0.5, value_width=step.value_width)
         cases.append(
             KernelCase(
                 operation="paged_latent_attention",
                 label=str(step),
-                function=function,
-                arguments=(query, step.cache()[0], step.layout(), step.batch(backend)),
+                function=functools.partial(attend, value_width=step.value_width),
+                arguments=(query, *step.cache(), step.layout(), step.batch(backend)),
                 max_temporary_bytes=2 * query.size * query.dtype.itemsize + PARTS_BYTES,
+                least_compute_capability=(8, 9) if step.stored == "float8_e4m3fn" else (8, 0),
             )
         )
     return cases

@@ -18,6 +18,7 @@ def paged_latent_attention(
     *,
     scale: float,
     value_width: int,
+    kv_scales: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(mask(scale q c)) c[: value_width] of each token, over the latents c of its sequence's pages, this step's
     included: attention of all heads over one vector a position (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1, where
@@ -29,6 +30,7 @@ def paged_latent_attention(
         scale: factor on the scores.
         value_width: the first so many numbers of a latent are its value; the others, which rotary embeddings turn, take
             part in the scores alone.
+        kv_scales: f32 [pages, block_size], of int8 and float8 pages.
 
     Returns:
         [T, heads, value_width] in query's dtype; rows of padding tokens are zeros.
@@ -36,7 +38,10 @@ def paged_latent_attention(
     tokens, _, width = query.shape
     compute = jnp.promote_types(query.dtype, jnp.float32)
     pages = batch.block_tables[layout.group, batch.token_seq] + layout.page_offset  # [T, W]
-    latents = from_storage(cache[pages], compute).astype(compute).reshape(tokens, -1, width)
+    latents = from_storage(cache[pages], compute, batch.backend.numbers(cache.dtype)).astype(compute)
+    if kv_scales is not None:
+        latents = latents * kv_scales[pages].astype(compute)[..., None]
+    latents = latents.reshape(tokens, -1, width)
     position = jnp.arange(latents.shape[1], dtype=jnp.int32)
     at = batch.positions[:, None]
     visible = (position <= at) & (position > at - layout.window) & (position >= layout.first)

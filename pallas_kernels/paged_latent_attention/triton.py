@@ -25,18 +25,18 @@ def paged_latent_attention(
     *,
     scale: float,
     value_width: int,
+    kv_scales: jax.Array | None = None,
 ) -> jax.Array:
     """As `reference.paged_latent_attention`: single tokens by one kernel, chunks and prompts by the other."""
     tokens, _, width = query.shape
     itemsize = max(dtype.itemsize for dtype in product_dtypes(query.dtype, cache.dtype))
     tile = tiles(batch.backend.device_kind, head_dim=width, itemsize=itemsize, operation="paged_latent_attention")
     arguments = query, cache, layout, batch
-    decoded = decode_attention(*arguments, tile.decode, num_sms=tile.num_sms, scale=scale, value_width=value_width)[
-        :tokens
-    ]
+    how = {"scale": scale, "value_width": value_width, "kv_scales": kv_scales}
+    decoded = decode_attention(*arguments, tile.decode, num_sms=tile.num_sms, **how)[:tokens]
     decoded = jnp.pad(decoded, ((0, tokens - decoded.shape[0]), (0, 0), (0, 0)))
     is_decode = (jnp.arange(tokens, dtype=jnp.int32) < batch.num_decodes)[:, None, None]
     if batch.decode_only:
         return jnp.where(is_decode, decoded, 0)
-    prefilled = prefill_attention(*arguments, tile.prefill, scale=scale, value_width=value_width)
+    prefilled = prefill_attention(*arguments, tile.prefill, **how)
     return jnp.where(is_decode, decoded, jnp.where(batch.token_valid[:, None, None], prefilled, 0))

@@ -18,6 +18,7 @@ def paged_latent_attention(
     *,
     scale: float,
     value_width: int,
+    kv_scales: jax.Array | None = None,
 ) -> jax.Array:
     """As `reference.paged_latent_attention`."""
-    return xla.paged_attention(query, cache, layout, batch, scale=scale, value_width=value_width)
+    return xla.paged_attention(query, cache, layout, batch, scale=scale, value_width=value_width, kv_scales=kv_scales)

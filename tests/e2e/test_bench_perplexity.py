@@ -22,6 +22,7 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     options = [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("dtype", "max_num_batched_tokens")]
     where = ["--model", str(tiny_model), "--text", str(tmp_path / "text"), "--output-json", str(tmp_path / "found")]
     swept = ["--context", "24", "--sweep-quantization", "none,int8", "--kv-cache-memory-bytes", "8M", "--enforce-eager"]
+    swept += ["--sweep-model", str(tiny_model)]
     assert main(["bench", "perplexity", *where, *swept, *options]) == 0
     found = json.loads((tmp_path / "found").read_text())
     peer = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
@@ -37,7 +38,8 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     assert found["int8"]["perplexity"] == pytest.approx(found["none"]["perplexity"], rel=0.05)
     assert found["int8"]["perplexity"] != found["none"]["perplexity"]
     assert found["int8"]["weight_bytes"] < found["none"]["weight_bytes"] * 0.7
-    assert "int8     perplexity" in capsys.readouterr().out
+    assert found[tiny_model.name]["perplexity"] == found["none"]["perplexity"]
+    assert f"{'int8':16} perplexity" in capsys.readouterr().out
 
 
 def peer_ids(model: Path, text: str) -> list[int]:

@@ -65,6 +65,20 @@ def test_every_device_has_all_latents(found: dict[str, Any], engine: str):
     assert {**step, **sampler} == expected_collectives(layers, devices)
 
 
+def test_latents_in_8_bits_differ_by_rounding(found: dict[str, Any]):
+    """Beside two devices, preempted requests, chunks, prefixes out of the cache and off the host. Of these weights the
+    log-probabilities lie between -2 and -21.
+    """
+    rounded, one = found["rounded"], found["one"]
+    layers, width = DEEPSEEK["num_hidden_layers"], DEEPSEEK["kv_lora_rank"] + DEEPSEEK["qk_rope_head_dim"]
+    assert rounded["bytes a token"] == layers * (width + 4)
+    off = np.abs(np.subtract(rounded["prompt logprobs"], one["prompt logprobs"]))
+    assert 1e-5 < off.max() < 1 and off.mean() < 0.2
+    assert rounded["preemptions"] > 0 and rounded["prefix hits"] > 0
+    assert rounded["after prefix hits"] == [rounded["greedy"][2]]
+    assert_came_back(rounded["offloaded"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "arguments", "text"),
     [

@@ -89,6 +89,27 @@ def test_one_adapter_for_all_prompts_and_other_methods(llm: LLM, oracle: Oracle,
     assert len(output.outputs) == 2 and difference(oracle, "all", output) < 1e-4
 
 
+def test_where_it_is_deterministic_bits_depend_on_no_other_request(model: Path, oracle: Oracle, requests: Any):
+    """Nor on the slot that an adapter has, nor on what of a prompt is cached."""
+    names = [NAMES[i % len(NAMES)] for i in range(10)]
+    prompts = [f"a beginning of some length {i % 3}" * (1 + i % 2) for i in range(10)]
+    with LLM(model, **ARGUMENTS, deterministic=True) as llm:
+
+        def found(which: list[int]) -> dict[int, list[tuple[int, float]]]:
+            chosen, loras = [prompts[i] for i in which], [requests[names[i]] for i in which]
+            outputs = llm.generate(chosen, PARAMS, lora_request=loras, use_tqdm=False)
+            assert max(difference(oracle, names[i], output) for i, output in zip(which, outputs, strict=True)) < 1e-4
+            answers = (output.outputs[0] for output in outputs)
+            return {
+                i: [(token, found[token].logprob) for token, found in zip(a.token_ids, a.logprobs or [], strict=True)]
+                for i, a in zip(which, answers, strict=True)
+            }
+
+        together = found(list(range(10)))
+        assert {i: answer for i in reversed(range(10)) for answer in found([i]).values()} == together
+        assert llm.reset_prefix_cache() and found([7, 2, 1]) == {i: together[i] for i in (7, 2, 1)}
+
+
 def test_cached_blocks_are_an_adapters_own(llm: LLM, oracle: Oracle, requests: Any, adapters: Any, tmp_path: Path):
     prompt = "a prompt of several blocks, which are cached"
     first = requests["attention"]
@@ -293,8 +314,13 @@ def test_a_server_has_adapters_beside_its_model(engine: AsyncLLM, oracle: Oracle
         added = {"lora_name": "second", "lora_path": str(adapters["all"])}
         assert get(url, "/v1/load_lora_adapter", added)[0] == 200
         assert far("second", "all") < 1e-4
-        models = {model.id: getattr(model, "parent", None) for model in client.models.list()}
-        assert models == {"tiny": None, "alias": None, "first": "tiny", "second": "tiny"}
+        base = str(engine.llm.engine.args.model), None
+        own = {"first": (str(adapters["attention"]), "tiny"), "second": (str(adapters["all"]), "tiny")}
+        models: Any = client.models.list()
+        assert {each.id: (each.root, each.parent) for each in models} == {"tiny": base, "alias": base, **own}
+        (info,) = (metric for metric in engine.llm.get_metrics() if metric.name == "vllm:lora_requests_info")
+        told = {"max_lora": "2", "waiting_lora_adapters": "", "running_lora_adapters": ""}
+        assert told.items() <= info.labels.items()
         status, _, told = get(url, "/v1/load_lora_adapter", added)
         assert status == 400 and "has already been loaded" in told["error"]["message"]
         replaced = {"lora_name": "second", "lora_path": str(adapters["attention"]), "load_inplace": True}

@@ -48,13 +48,17 @@ def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, forma
         assert answers(llm) == before
 
 
-def test_quantized_weights_are_saved_as_they_are(tiny_model: Path, tmp_path: Path):
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_quantized_weights_are_saved_as_they_are(tiny_model: Path, tmp_path: Path, format: str):
+    if format == "orbax":
+        pytest.importorskip("orbax.checkpoint")
     with LLM(tiny_model, quantization="int4", dtype="float32", **SMALL) as llm:
         before = answers(llm)
         weights = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(llm.engine.runner.params)]
-        llm.save(tmp_path / "saved")
-        with pytest.raises(ValueError, match="format='orbax' holds no quantized weights: take format='safetensors'"):
-            llm.save(tmp_path / "other", format="orbax")
+        llm.save(tmp_path / "saved", format=format)
+    if format == "orbax":
+        with pytest.raises(ValueError, match="quantization='awq', but the checkpoint is quantized by 'int4'"):
+            LLM(tmp_path / "saved", quantization="awq", **SMALL)
     with LLM(tmp_path / "saved", dtype="float32", **SMALL) as llm:
         for saved, loaded in zip(weights, jax.tree.leaves(llm.engine.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import LAYER, SCALE, PagedCase, Sequences, Shape, sequences
+from test_kv_write import quantized
 from test_paged_attention import IMPLEMENTATIONS, backend, check
 
 from pallas_kernels.backend import Backend
@@ -30,6 +31,8 @@ SHAPES = (
     (Shape(heads=20, kv_heads=1, dim=40, block=64, tokens=40, query="bfloat16", stored="bfloat16"), 32),
     (Shape(heads=3, kv_heads=1, dim=18, block=8, tokens=24, query="bfloat16", stored="uint16"), 10),
     (Shape(heads=1, kv_heads=1, dim=72, block=64, tokens=20, decode_only=True, query="float16", stored="float16"), 64),
+    (Shape(heads=4, kv_heads=1, dim=24, block=16, query="float16", stored="int8"), 16),
+    (Shape(heads=20, kv_heads=1, dim=40, block=64, tokens=40, query="bfloat16", stored="float8_e4m3fn"), 32),
     # no power of two: "triton" leaves it to "xla"
     (Shape(heads=2, kv_heads=1, dim=12, block=96, tokens=20), 8),
 )
@@ -41,12 +44,13 @@ class LatentCase(PagedCase):
     def __init__(self, shape: Shape, drawn: Sequences, value_width: int):
         super().__init__(shape, drawn)
         self.cache = np.ascontiguousarray(self.cache[:, 0])
+        self.scales = None if self.scales is None else np.ascontiguousarray(self.scales[:, 0])
         self.values = [keys[..., :value_width] for keys in self.keys]
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "value_width"))
-def attend(query, cache, layout, batch, **how):
-    return paged_latent_attention(query, cache, layout, batch, **how)
+def attend(query, cache, layout, batch, kv_scales, **how):
+    return paged_latent_attention(query, cache, layout, batch, kv_scales=kv_scales, **how)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -56,7 +60,7 @@ def attend(query, cache, layout, batch, **how):
 def test_attention_is_the_formula(implementation: str, shape: tuple[Shape, int], interpret: bool, data: st.DataObject):
     case = LatentCase(shape[0], data.draw(sequences(shape[0])), shape[1])
     batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
-    out = attend(case.query, case.cache, case.layout, batch, scale=SCALE, value_width=shape[1])
+    out = attend(case.query, case.cache, case.layout, batch, case.scales, scale=SCALE, value_width=shape[1])
     assert out.shape == (shape[0].tokens, shape[0].heads, shape[1])
     check(case, np.asarray(out).astype(np.float64))
 
@@ -79,8 +83,8 @@ def test_the_parts_of_a_split_context_are_one(interpret: bool, data: st.DataObje
 
 
 @jax.jit
-def write(cache, latents, layout, batch):
-    return write_kv(cache, latents, None, layout, batch)[0]
+def write(cache, latents, layout, batch, scales):
+    return write_kv(cache, latents, None, layout, batch, scales)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -89,6 +93,7 @@ def write(cache, latents, layout, batch):
     [
         Shape(heads=1, kv_heads=1, dim=24, block=16),
         Shape(heads=1, kv_heads=1, dim=10, block=64, tokens=1, query="bfloat16", stored="uint16"),
+        Shape(heads=1, kv_heads=1, dim=24, block=16, stored="int8"),
     ],
     ids=str,
 )
@@ -96,17 +101,26 @@ def write(cache, latents, layout, batch):
 @settings(max_examples=8)
 def test_new_latents_are_written_and_no_others(implementation: str, shape: Shape, interpret: bool, data: st.DataObject):
     case = LatentCase(shape, data.draw(sequences(shape)), shape.dim - 2)
-    new = np.random.default_rng(case.drawn.seed).standard_normal((shape.tokens, 1, shape.dim)).astype(shape.number)
+    new = np.random.default_rng(case.drawn.seed).standard_normal((shape.tokens, 1, shape.dim))
+    new = new.astype(np.float32 if shape.has_scales else shape.number)
     batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
-    expected = case.cache.copy()
+    expected, expected_scales = case.cache.copy(), None if case.scales is None else case.scales.copy()
+    numbers, scales = (new, None) if not shape.has_scales else quantized(new, shape.number)
     for seq, before in enumerate(case.drawn.computed):
         for i, token in enumerate(range(*case.tokens(seq).indices(shape.tokens))):
             at = before + i
             page = LAYER * shape.num_blocks + case.table[seq, at // shape.block]
-            expected[page, at % shape.block] = new[token, 0].view(expected.dtype)
-    found = write(case.cache, jnp.asarray(new, jnp.dtype(shape.query)), case.layout, batch)
+            expected[page, at % shape.block] = numbers[token, 0].view(expected.dtype)
+            if scales is not None and expected_scales is not None:
+                expected_scales[page, at % shape.block] = scales[token, 0]
+    found, found_scales = write(case.cache, jnp.asarray(new, jnp.dtype(shape.query)), case.layout, batch, case.scales)
     # page 0 takes the padding
-    np.testing.assert_array_equal(np.asarray(found)[1:].view(np.uint8), expected[1:].view(np.uint8))
+    if expected_scales is None:
+        np.testing.assert_array_equal(np.asarray(found)[1:].view(np.uint8), expected[1:].view(np.uint8))
+    else:
+        np.testing.assert_allclose(np.asarray(found_scales)[1:], expected_scales[1:], rtol=1e-6)
+        # a number between two integers may be rounded to either
+        assert np.abs(np.asarray(found)[1:].astype(np.int32) - expected[1:]).max() <= 1
 
 
 def test_gradients_of_the_reference_are_those_of_expanded_keys_and_values():
@@ -163,7 +177,9 @@ def test_chunks_and_single_tokens_have_a_kernel_each(decode_only: bool):
     ("changed", "text"),
     [
         ({"cache": jnp.zeros((4, 2, 16, 24))}, r"a cache of latents must be \[pages, block_size, width\], got .4, 2"),
-        ({"cache": jnp.zeros((4, 16, 24), jnp.int8)}, "of 16-bit or wider floats, or uint16, got int8"),
+        ({"cache": jnp.zeros((4, 16, 24), jnp.int32)}, "of a float dtype, int8, uint16 .*, got int32"),
+        ({"cache": jnp.zeros((4, 16, 24), jnp.int8)}, r"a cache of int8 needs kv_scales of shape .4, 16."),
+        ({"kv_scales": jnp.zeros((4, 16))}, "a cache of bfloat16 takes no kv_scales"),
         ({"query": jnp.zeros((8, 4, 16))}, r"query must be .8 \(the batch's\), heads, 24., got .8, 4, 16."),
         ({"query": jnp.zeros((7, 4, 24))}, r"query must be .8 \(the batch's\)"),
         ({"query": jnp.zeros((8, 4, 24), jnp.int32)}, "query must be of a float dtype, got int32"),

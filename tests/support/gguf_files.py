@@ -18,26 +18,26 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weight.shape)
 
 
-def hf_weights(architecture: str, tied: bool = False) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(7)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+def hf_weights(architecture: str, tied: bool = False, head_dim: int = HEAD_DIM) -> dict[str, np.ndarray]:
+    rng, hidden, ffn = np.random.default_rng(7), HEADS * head_dim, 2 * HEADS * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, hidden), "model.norm.weight": (hidden,)}
     if not tied:
-        shapes["lm_head.weight"] = (VOCAB, HIDDEN)
+        shapes["lm_head.weight"] = (VOCAB, hidden)
     norms = ["input_layernorm", "post_attention_layernorm"]
     if architecture == "gemma3":
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        for name, out in (("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
-            shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, HIDDEN)
+        for name, out in (("q", HEADS * head_dim), ("k", KV_HEADS * head_dim), ("v", KV_HEADS * head_dim)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (out, hidden)
             if architecture == "qwen2":
                 shapes[f"{at}.self_attn.{name}_proj.bias"] = (out,)
             if architecture in ("qwen3", "gemma3") and name != "v":
-                shapes[f"{at}.self_attn.{name}_norm.weight"] = (HEAD_DIM,)
-        shapes[f"{at}.self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
-        shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (FFN, HIDDEN)
-        shapes[f"{at}.mlp.down_proj.weight"] = (HIDDEN, FFN)
-        shapes |= {f"{at}.{norm}.weight": (HIDDEN,) for norm in norms}
+                shapes[f"{at}.self_attn.{name}_norm.weight"] = (head_dim,)
+        shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, HEADS * head_dim)
+        shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (ffn, hidden)
+        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, ffn)
+        shapes |= {f"{at}.{norm}.weight": (hidden,) for norm in norms}
     return {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -52,13 +52,14 @@ def write_gguf(
     experts, those of a layer are one array, and routers stay as they are.
     """
     writer = gguf.GGUFWriter(path, architecture)
+    hidden = weights["model.embed_tokens.weight"].shape[1]
     writer.add_block_count(LAYERS)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(FFN)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(2 * hidden)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
+    writer.add_key_length(hidden // HEADS)
+    writer.add_value_length(hidden // HEADS)
     writer.add_context_length(512)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(50_000.0)

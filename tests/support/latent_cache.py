@@ -44,6 +44,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     },
     "one": {},
 }
+#: latents in 8 bits
+ROUNDED: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_dtype": "int8", "kv_offloading_size": "1MB"}
 #: latents of 24 numbers and 8 that are turned, where keys and values would be 4 heads of 24 and 16
 DEEPSEEK: dict[str, Any] = {
     **CONFIG,
@@ -123,6 +125,12 @@ def main() -> None:
             }
             if name == "spread":
                 llm.save(saved)
+    with LLM(saved, **{**WAYS_ARGUMENTS, **ROUNDED}) as llm:
+        found["rounded"] = {
+            **answers(llm),
+            "bytes a token": llm.memory_plan.kv_bytes_per_token,
+            "offloaded": asked_again(llm),
+        }
     print(json.dumps(found))
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.eagle_head import write_eagle3
 from support.quantized_checkpoints import write
 from support.tiny_model import SMALL, write_tiny_model
 from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
@@ -38,6 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # a model that drafts has no adapters: its drafts are the base's
     "a model that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
+    # nor has a head, which takes hidden states that the adapters have made
+    "a head that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8},
     "preemption": {"num_gpu_blocks_override": 20},
     "KV offloading": {"kv_offloading_size": "2MB", "num_gpu_blocks_override": 20},
@@ -114,6 +117,10 @@ def of_setting(name: str, folder: Path) -> dict[str, Any]:
     arguments = dict(SETTINGS[name])
     if name == "a model that drafts":
         drafter = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 1}
+        arguments["speculative_config"] = drafter
+    if name == "a head that drafts":
+        head = folder / "head"
+        drafter = {"method": "eagle3", "model": str(write_eagle3(head)), "num_speculative_tokens": 1}
         arguments["speculative_config"] = drafter
     return asked(model, read, adapters, arguments, prompts, {})
 

@@ -28,9 +28,9 @@ from jaxllm.engine.step import SchedulerOutput, StepOutput
 from jaxllm.multimodal.items import Grid, MediaItem, PlacedItem, PromptMedia
 from jaxllm.planning import api
 from jaxllm.startup import engine_settings
-from jaxllm.tuning.advice import Advice, AdviceList
-from jaxllm.tuning.advise import advise, load_of_engine, load_of_trace
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.advice import Advice, AdviceList
+from jaxllm.tuning.advice.advise import advise, load_of_engine, load_of_trace
+from jaxllm.tuning.advice.load import Load
 
 #: room for everything, but for what a test takes away
 ROOMY: dict[str, Any] = {

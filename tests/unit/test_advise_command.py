@@ -20,8 +20,9 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter, Histogram, Vector
 from jaxllm.engine.observe.prometheus import metrics_registry
 from jaxllm.entrypoints.cli import main
-from jaxllm.tuning.advise import advise, load_of_trace
-from jaxllm.tuning.read import parse_metrics, read_metrics, read_trace
+from jaxllm.tuning.advice.advise import advise, load_of_trace
+from jaxllm.tuning.advice.read import parse_metrics, read_metrics
+from jaxllm.tuning.trace_file import read_trace
 
 VLLM = Path(__file__).parents[1] / "data" / "vllm_metrics.txt"
 

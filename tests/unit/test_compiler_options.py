@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.quick_compile import THOROUGH
 
+from jaxllm.quantizing.compiled import compiled
+from jaxllm.quantizing.inputs import row_errors
 from jaxllm.runner.compile.programs import CPU_HEAD_OPTIONS, CPU_OPTIONS
 
 
@@ -26,3 +29,12 @@ def test_sums_of_fused_products_are_right(options: dict[str, Any]):
     options = {**THOROUGH, **options}
     program = jax.jit(squares).lower(rows).compile(compiler_options=options)
     assert float(program(rows)[-1]) == 2.0**30
+
+
+def test_sums_of_what_is_quantized_are_right():
+    """The same numbers as errors of a matrix's rows."""
+    n = 2**15 + 1
+    rows = np.zeros((n, 3), np.float32)
+    rows[:, 0] = np.arange(n)
+    found = compiled(row_errors)(rows, np.eye(3, dtype=np.float32))
+    assert float(found[-1]) == 2.0**30

@@ -107,7 +107,7 @@ def test_pages_between_2_and_4_gib_of_one_byte_are_not_planned(tmp_path: Path):
     assert found.num_blocks == few and "kernels cannot address" in found.unused_why
 
 
-def test_latents_have_no_scales(tmp_path: Path):
+def test_latents_have_a_scale_each(tmp_path: Path):
     latents = {
         "architectures": ["DeepseekV2ForCausalLM"],
         "q_lora_rank": None,
@@ -118,11 +118,13 @@ def test_latents_have_no_scales(tmp_path: Path):
         "first_k_dense_replace": 3,
     }
     folder = write(tmp_path, **latents)
-    with pytest.raises(
-        ValidationError, match="kv_cache_dtype='int8' is not for models with latent attention.*Pass 'au"
-    ):
-        jaxllm.plan(folder, device="h200", kv_cache_dtype="int8")
-    assert jaxllm.plan(folder, device="h200", kv_cache_dtype="float32").memory.kv_bytes_per_token == 3 * 64 * 4
+    for dtype, size in (("float32", 64 * 4), ("int8", 64 + 4), ("fp8", 64 + 4)):
+        explained = jaxllm.explain(folder, device="h200", kv_cache_dtype=dtype, tensor_parallel_size=2)
+        memory = explained.plan.memory
+        # every device has all of them
+        assert memory.kv_bytes_per_token == 3 * size
+        cache = [layout for layout in explained.layouts if layout.name.startswith("KV cache")]
+        assert sum(layout.device_bytes for layout in cache) == memory.kv_cache_bytes
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,14 @@ from jaxllm.parallel.rules import cache_axes
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.paged_latent_attention.api import paged_latent_attention
+from pallas_kernels.storage import is_scaled
 
 #: (numbers of a latent, of its value), what they are stored as, positions of a block, groups of layers
 EVERY = list(itertools.product(((576, 512), (80, 64)), (jnp.float32, jnp.uint16), (16, 64), (1, 2)))
 #: every second one: any two values of two columns meet
 SHAPES = [shape for i, shape in enumerate(EVERY) if i.bit_count() % 2 == 0]
+#: with scales
+SHAPES += [((576, 512), jnp.int8, 64, 1), ((80, 64), jnp.uint8, 16, 2)]
 
 
 def test_a_token_has_one_latent_in_a_layer():
@@ -45,9 +48,11 @@ def test_pages_of_latents_are_not_copied():
 
     queries, caches = [], []
     for (width, _), stored, block_size, groups in SHAPES:
-        numbers = jnp.bfloat16 if stored == jnp.uint16 else stored
+        numbers = jnp.float32 if stored == jnp.float32 else jnp.bfloat16
         queries.append(jax.ShapeDtypeStruct((1, 4, width), numbers))
-        caches.append(jax.ShapeDtypeStruct((2 // groups * MANY, block_size, width), stored))
+        pages: Any = jax.ShapeDtypeStruct((2 // groups * MANY, block_size, width), stored)
+        scales = jax.ShapeDtypeStruct(pages.shape[:-1], jnp.float32) if is_scaled(stored) else None
+        caches.append((pages, scales))
     valid: Any = jax.ShapeDtypeStruct((1,), jnp.bool)
     batch = AttentionBatch(
         token_seq=words(1),
@@ -61,21 +66,22 @@ def test_pages_of_latents_are_not_copied():
         decode_only=True,
     )
 
-    def layers(cache: jax.Array, query: jax.Array, value_width: int, groups: int, batch: AttentionBatch) -> Any:
+    def layers(cache: Any, query: jax.Array, value_width: int, groups: int, batch: AttentionBatch) -> Any:
         batch = dataclasses.replace(batch, block_tables=batch.block_tables[:groups])
         layer: Any = np.arange(2, dtype=np.int32)
         window: Any = np.full(2, 30, np.int32)
         places = Layout(group=layer % groups, page_offset=layer // groups * np.int32(MANY), window=window)
 
-        def one(carry: tuple[jax.Array, jax.Array], place: Layout) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def one(carry: tuple[Any, jax.Array], place: Layout) -> tuple[tuple[Any, jax.Array], None]:
             cache, query = carry
-            cache, _ = write_kv(cache, query[:, :1], None, place, batch)
-            seen = paged_latent_attention(query, cache, place, batch, scale=1.0, value_width=value_width)
+            cache = write_kv(cache[0], query[:, :1], None, place, batch, cache[1])
+            how = {"scale": 1.0, "value_width": value_width, "kv_scales": cache[1]}
+            seen = paged_latent_attention(query, cache[0], place, batch, **how)
             return (cache, query.at[..., :value_width].set(seen)), None
 
         return lax.scan(one, (cache, query), places)[0]
 
-    def step(caches: list[jax.Array], queries: list[jax.Array], batch: AttentionBatch) -> Any:
+    def step(caches: list[Any], queries: list[jax.Array], batch: AttentionBatch) -> Any:
         return [
             layers(cache, query, value_width, groups, batch)
             for cache, query, ((_, value_width), *_, groups) in zip(caches, queries, SHAPES, strict=True)
@@ -83,5 +89,5 @@ def test_pages_of_latents_are_not_copied():
 
     program = jax.jit(step, donate_argnums=0).lower(caches, queries, batch)
     memory = program.compile(OPTIONS).memory_analysis()
-    assert memory is not None and memory.alias_size_in_bytes == sum(map(size, caches))
+    assert memory is not None and memory.alias_size_in_bytes == size(caches)
     assert memory.temp_size_in_bytes < 2 * MANY

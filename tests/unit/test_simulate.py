@@ -16,10 +16,11 @@ from test_advice import ROOMY, prompts
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.step_shape import StepShape
 from jaxllm.engine.observe.trace import RequestRecord, Trace
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
-from jaxllm.tuning.replay import replay
+from jaxllm.tuning.simulation.replay import replay
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def run(model: Path, given: list[list[int]], **arguments: Any) -> Trace:
         bucket = llm.engine.runner.bucket
 
         def seconds(step: SchedulerOutput) -> float:
-            return sum(1e-3 + 2e-5 * bucket(tokens, min(tokens, len(step.rows)))[0] for tokens in step.step_sizes())
+            tokens = step.step_sizes()[0]
+            return step.num_steps * (1e-3 + 2e-5 * bucket(tokens, min(tokens, len(step.rows)))[0])
 
         clock = VirtualTime(llm, seconds)
         params = [SamplingParams(max_tokens=8 + 5 * (i % 4), ignore_eos=True) for i in range(len(given))]
@@ -91,15 +93,16 @@ def at_once(trace: Trace) -> list[RequestRecord]:
 def test_the_model_of_steps_is_found_again(model: Path):
     trace = run(model, prompts(24, 40), max_num_seqs=12)
     found = replay(trace, {}).model
-    assert found.fixed == pytest.approx(1e-3, rel=0.05) and found.token == pytest.approx(2e-5, rel=0.05)
-    assert found.kv_token < 1e-9
+    for tokens in (1, 8, 16):
+        shape = StepShape(tokens, 8, 8, 400, 0)
+        assert found.device_seconds(shape) == pytest.approx(1e-3 + 2e-5 * tokens, rel=0.05)
 
 
 def test_what_is_not_simulated_is_refused(model: Path):
     trace = run(model, prompts(8, 30), max_num_seqs=4)
     bad: Callable[..., Any] = lambda **changes: replay(trace, changes)  # noqa: E731
-    with pytest.raises(ValidationError, match="block_size cannot change"):
-        bad(block_size=16)
+    with pytest.raises(ValidationError, match="tokenizer is not simulated"):
+        bad(tokenizer="other")
     with pytest.raises(ValidationError, match="speculative_config is not simulated"):
         bad(num_speculative_tokens=3)
     with pytest.raises(ValidationError, match="max_num_batched_tokens=2 is less than max_num_seqs=4"):

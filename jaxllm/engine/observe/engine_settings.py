@@ -51,6 +51,8 @@ class EngineSettings:
     async_scheduling: bool = True
     enforce_eager: bool = False
     num_decode_steps: int = 1
+    long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold_adaptive: bool = False
     #: most drafts of a step; 0: nobody makes any
     num_speculative_tokens: int = 0
     tokenizer_pool_size: int | None = None

@@ -72,6 +72,11 @@ class StepRecord:
     #: drafts that it checked, and those of them that were right
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    #: of its launch; and of all of them together, as `StepShape` has it
+    num_steps: int = 1
+    num_logits: int = 0
+    decode_context: int = 0
+    chunk_pairs: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.engine.observe.step_observer import StepObserver
+from jaxllm.engine.observe.step_shape import StepShape
 from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
 from jaxllm.engine.request import Request, RequestStatus
 
@@ -85,6 +86,7 @@ class TraceRecorder(StepObserver):
         )
         num_seqs = len(step.rows)
         bucket_tokens, bucket_seqs = self._bucket(step.step_sizes()[0], num_seqs)[:2] if self._bucket else (0, 0)
+        shape = StepShape.of(step, bucket_tokens)
         self._launched[step.step] = {
             "engine": self._engine,
             "step": step.step,
@@ -102,6 +104,10 @@ class TraceRecorder(StepObserver):
             "bucket_seqs": bucket_seqs,
             "schedule_time": now - self._turn,
             "launch_time": 0.0,
+            "num_steps": shape.num_steps,
+            "num_logits": shape.num_logits,
+            "decode_context": shape.decode_context,
+            "chunk_pairs": shape.chunk_pairs,
         }
 
     def launched(self, step: SchedulerOutput) -> None:

@@ -497,6 +497,14 @@ class Scheduler:
             encoder_cache_queries=0 if encoded is None else encoded.num_queries,
         )
 
+    def adapter_names(self) -> tuple[set[str], set[str]]:
+        """Of the adapters that requests wait with, and of those that they run with; any thread may ask."""
+        waiting, running = set(), set()
+        for request in list(self._requests.values()):
+            if request.adapter is not None:
+                (waiting if request.adapter_slot < 0 else running).add(request.adapter.request.lora_name)
+        return waiting, running
+
     def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
         """As `KVCacheManager.reset_prefix_cache`; what nobody uses of encoded pictures is forgotten, too."""
         if self.media is not None:

@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,12 @@ CPU_OPTIONS: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
+#: XLA's fusions of YNNPACK add up wrongly in JAX 0.10 (jax issue 39103); products by themselves are right, and what
+#: stands in their place has other bits in other programs
+RIGHT_SUMS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
-    # XLA's fusions of YNNPACK add up wrongly there (jax issue 39103); products by themselves are right, and what
-    # stands in their place has other bits in other programs
-    CPU_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    RIGHT_SUMS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+CPU_OPTIONS |= RIGHT_SUMS
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
 #: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
 CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
@@ -59,6 +61,17 @@ Key = tuple[Any, ...]
 HEAD_PROGRAMS = ("sample", "score")
 ALLOCATOR: Key = ("allocate",)
 ADAPTER_WRITER: Key = ("write adapter",)
+
+
+class KeptProgram(NamedTuple):
+    """A program in the compile cache."""
+
+    #: what it does, then for which shapes
+    name: str
+    #: of its file; None: it is not kept, or is not found without being traced
+    num_bytes: int | None
+    #: by this process; False: an earlier one had kept it
+    compiled: bool
 
 
 class Programs(abc.ABC):
@@ -175,8 +188,9 @@ class Programs(abc.ABC):
         """The argument of a forward program that brings vectors of prompts; () where the engine takes none."""
         if not self.config.prompt_embeds:
             return ()
-        table = getattr(self._params, "body", self._params).embedding
-        return (self._rows(table.dtype, bucket.tokens, self.config.model.hidden_size),)
+        return (
+            self._rows(getattr(self._params, "body", self._params).dtype, bucket.tokens, self.config.model.hidden_size),
+        )
 
     def _rows(self, dtype: Any, count: int, *shape: int) -> jax.ShapeDtypeStruct:
         """What a step brings or gives: `count` rows of a shape, of each replica."""
@@ -250,6 +264,16 @@ class Programs(abc.ABC):
         """How many programs there are, and how many of them no earlier start has kept; None: nobody knows."""
         everything, store = {*self._all_keys(), ALLOCATOR}, self._store
         return len(everything), None if store is None else sum(not store.has(key) for key in everything)
+
+    def kept(self) -> list[KeptProgram]:
+        """All programs, once they are compiled, as they are kept for the next start; [] where JAX keeps them."""
+        store = self._store
+        if store is None:
+            return []
+        return [
+            KeptProgram(_key_text(key), store.size(key), compiled=key in store.compiled)
+            for key in (ALLOCATOR, *self._all_keys())
+        ]
 
     def _collect(
         self, futures: Mapping[concurrent.futures.Future[jax.stages.Compiled | None], Key], total: int
@@ -347,6 +371,11 @@ class Programs(abc.ABC):
             return OneAtATime(compiled) if self._runs_alone else compiled
         except KeyError:
             raise RuntimeError(f"the program for {key} was not compiled ahead of time; please report this") from None
+
+
+def _key_text(key: Key) -> str:
+    forms = {True: "any sampling", False: "greedy sampling"}
+    return ", ".join(forms[part] if isinstance(part, bool) else str(part) for part in key)
 
 
 def lowered(function: Callable[..., Any], *args: Any, donate: int | None = None) -> jax.stages.Lowered:

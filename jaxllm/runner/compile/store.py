@@ -57,6 +57,8 @@ class ProgramStore:
         self._folder, self._devices, self._options = folder, list(devices), options
         self._environment = environment(self._devices) + described(options)
         self._keeps = True
+        #: keys of the programs that were compiled, not loaded
+        self.compiled: set[tuple[Any, ...]] = set()
         self._warned: set[str] = set()
         self._lock = threading.Lock()
         self._source: str | None = None
@@ -81,12 +83,14 @@ class ProgramStore:
         options = {**self._options, **(own_options or {})}
         text = lowered.as_text()
         if _CALLBACK in text:
+            self.compiled.add(key)
             return lowered.compile(compiler_options=options)
         trees = f"{lowered.in_tree} {lowered.out_tree}"
         path = self._folder / f"{_hash(self._environment, described(options), trees, text, _NAMES)}.program"
         compiled = self._load(path)
         if compiled is None:
             compiled = lowered.compile(compiler_options=options)
+            self.compiled.add(key)
             try:
                 content = pickle.dumps(serialize(compiled))
             except (TypeError, ValueError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as e:
@@ -104,6 +108,15 @@ class ProgramStore:
         """Whether `find` will most probably find the program; reads nothing."""
         name = self._name(key)
         return name is not None and os.path.exists(name)  # whose parent may be hidden
+
+    def size(self, key: tuple[Any, ...]) -> int | None:
+        """Bytes of the kept program of a key; None: none is kept that is found by its key."""
+        path = self._name(key)
+        name = None if path is None else self._read(path)
+        try:
+            return None if name is None else (self._folder / name.decode()).stat().st_size
+        except OSError:
+            return None
 
     def _name(self, key: tuple[Any, ...]) -> Path | None:
         if self._source is None:

@@ -62,7 +62,7 @@ def decode_steps(
     sampling = {name: field[: bucket.seqs] if field.ndim else field for name, field in sampling.items()}
     constraints = None if constraints is None else constraints[: bucket.seqs]
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row, first, limits = fields["rows"], fields["positions"], fields["steps"]

@@ -119,11 +119,11 @@ def draft_steps(
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[:seqs] if field.ndim else field for name, field in sampling.items()}
     if bucket.adapters:
-        slots = fields["adapter_slots"]
+        slots, backend = fields["adapter_slots"], config.context.backend
         several = zip(adaptive.lengths, params.several, strict=True)
         params = DraftParams(
-            single=with_slots(params.single, slots),
-            several=tuple(with_slots(own, jnp.repeat(slots, 1 + length)) for length, own in several),
+            single=with_slots(params.single, slots, backend),
+            several=tuple(with_slots(own, jnp.repeat(slots, 1 + length), backend) for length, own in several),
         )
     attention = attention_batch(fields, bucket)
     trash, lane = state.tokens.shape[0] - 1, jnp.arange(width, dtype=jnp.int32)

@@ -56,7 +56,7 @@ class PipelineHead(SamplingHead):
         #: told of each launch
         self._clocks: tuple[StageClock, ...] = ()
         #: the last stage's own copy of the embedding, where that is the head
-        self._tied: jax.Array | None = None
+        self._tied: Any = None
 
     @property
     def allocator(self) -> PipelinePrograms:
@@ -68,8 +68,8 @@ class PipelineHead(SamplingHead):
         if params is None:
             return
         if params.head is None:
-            own: Any = self._pipeline.last.head_shape
-            self._tied = jax.device_put(params.embedding, own.sharding, may_alias=False)
+            places = jax.tree.map(lambda shape: shape.sharding, self._pipeline.last.head_shape)
+            self._tied = jax.device_put(params.embedding, places, may_alias=False)
         cut = []
         for programs in self._pipeline.stages:
             part = stage_params(params, programs.stage, self._tied)
@@ -130,8 +130,9 @@ class PipelineHead(SamplingHead):
         self._free_copy()
 
     def _free_copy(self) -> None:
-        if self._tied is not None and not self._tied.is_deleted():
-            self._tied.delete()
+        for array in jax.tree.leaves(self._tied):
+            if not array.is_deleted():
+                array.delete()
         self._tied = None
 
     def _take_sampled(self, state: Any, rows: set[int], at_most: int | None = None) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxllm.models.decoder import Params
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.compile.programs import Key
+from jaxllm.runner.compile.programs import KeptProgram, Key
 from jaxllm.runner.compile.progress import PartProgress, StartProgress, Tally
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms, with_whole_segments
 from jaxllm.runner.heads.sampling_step import State, StepConfig
@@ -164,6 +164,14 @@ class PipelinePrograms:
         self._begin()
         for stage in self.stages:
             stage.compile_all()
+
+    def kept(self) -> list[KeptProgram]:
+        """As `Programs.kept`, of all stages."""
+        return [
+            program._replace(name=f"stage {1 + stage.stage.index}: {program.name}")
+            for stage in self.stages
+            for program in stage.kept()
+        ]
 
     def allocate(self) -> PipelineState:
         """The state, zeroed, each stage's part in its place."""

@@ -47,13 +47,12 @@ class PoolingPrograms(Programs):
         adapters: Stacks | None = None,
     ):
         packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
-        made_from = (config, buckets, table_width, params, state, adapters)
         super().__init__(
             packings,
             state,
             platform=platform,
             cache_dir=cache_dir,
-            source=made_from,
+            source=(config, table_width, params, state, adapters),
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
@@ -72,7 +71,7 @@ class PoolingPrograms(Programs):
     def lower_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
         function = functools.partial(token_step, self.config, packing)
-        hidden = self._rows(self._params.body.embedding.dtype, bucket.tokens, self.config.model.hidden_size)
+        hidden = self._rows(self._params.body.dtype, bucket.tokens, self.config.model.hidden_size)
         return self._lowered(function, self._params.head, hidden, self._words(packing.size))
 
     def _keys(self) -> list[Key]:

@@ -79,7 +79,7 @@ def pooling_step(
     """
     fields = packing.unpack(buffer)
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     batch = StepBatch(
         tokens=fields["token_ids"],
         attention=attention_batch(fields, bucket),

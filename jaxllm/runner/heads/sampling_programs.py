@@ -79,6 +79,7 @@ class SamplingPrograms(Programs):
         encoder_buckets: tuple[int, ...] = (),
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
+        num_rows: int | None = None,
     ):
         """
         Args:
@@ -89,22 +90,31 @@ class SamplingPrograms(Programs):
             num_draft_steps: most steps of a launch with drafts.
             encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
             pixel_normal: what these take of pixels.
+            num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
             platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
         """
-        several = num_decode_steps, decode_buckets, draft_buckets, num_draft_steps, encoder_buckets, pixel_normal
-        made_from = (config, buckets, table_width, params, state, eager, adapters, *several)
         numbers = len(config.groups), table_width, config.max_scored_tokens
         media = None
         if encoder_buckets:
             media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
+        if num_rows is None:
+            num_rows = state.tokens.shape[0] - 1
+        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
+        self._sample_rows = sorted({min(size, num_rows) for size in sizes})
+        while platform != "cpu" and self._sample_rows[-1] < num_rows:
+            self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
+        if eager:
+            self._sample_rows = self._sample_rows[-1:]
+        several = num_decode_steps, num_draft_steps, encoder_buckets, pixel_normal, num_rows, self._sample_rows[-1]
         super().__init__(
             packings,
             state,
             platform=platform,
             cache_dir=cache_dir,
-            source=made_from,
+            # not the buckets, which are in the keys: an engine that has others finds those that it shares
+            source=(config, table_width, params, state, adapters, *several),
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
@@ -145,15 +155,9 @@ class SamplingPrograms(Programs):
         #: tokens of ended requests that are kept for drafts, and the most requests
         self.num_kept_tokens = 0 if state.outputs is None else state.outputs.shape[1] - 1
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
-        # the largest step has room for all
-        self.max_num_seqs = buckets[-1].seqs if state.tokens is None else state.tokens.shape[0] // self.replicas - 1
+        #: that there is room for
+        self.max_num_seqs = num_rows
         self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
-        sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
-        self._sample_rows = sorted({min(size, self.max_num_seqs) for size in sizes})
-        while platform != "cpu" and self._sample_rows[-1] < self.max_num_seqs:
-            self._sample_rows.append(min(2 * self._sample_rows[-1], self.max_num_seqs))
-        if eager:
-            self._sample_rows = self._sample_rows[-1:]
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
 
@@ -279,7 +283,7 @@ class SamplingPrograms(Programs):
         return self._lowered(write_tokens, self._state.outputs, self._words(3 + WRITE_TOKENS), donate=0)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        return self._rows(self._params.embedding.dtype, rows, self.config.model.hidden_size)
+        return self._rows(self._params.dtype, rows, self.config.model.hidden_size)
 
     def _keys(self) -> list[Key]:
         samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]

@@ -66,7 +66,9 @@ ENDED = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What stays on the device between steps; donated to every step. R = max_num_seqs, M = max_model_len."""
+    """What stays on the device between steps; donated to every step. R rows and M tokens of each, for which there is
+    room (`RunnerConfig.row_capacity`, `context_capacity`).
+    """
 
     cache: Cache  # of all layers
     #: i32 [R + 1, M]: every token that the device has seen of each row, at its position; the last row is trash
@@ -96,7 +98,7 @@ class Hidden:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A step's result; entry i belongs to the i-th sampled sequence. R = max_num_seqs."""
+    """A step's result; entry i belongs to the i-th sampled sequence. R as in `State`."""
 
     token_ids: jax.Array  # i32 [R]
     logprobs: Logprobs | None  # [R, ...]; None from the greedy-only program
@@ -123,7 +125,7 @@ def forward_step(
     """
     fields = packing.unpack(buffer)
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     if "picture_ends" in fields and not bucket.decode_only:
         seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)

@@ -70,7 +70,7 @@ def stage_step(
     """
     fields = packing.unpack(buffer)
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     tokens, batch = state.tokens, StepBatch(tokens=fields["token_ids"], attention=attention)
     if tokens is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request
+from jaxllm.runner.capacities import block_capacity
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, GIB, MemoryPlan, quantize_blocks
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -109,6 +110,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         block_size=config.block_size,
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
+        num_rows=config.row_capacity,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         num_tokens=int(concurrency * limits.max_model_len),
         max_concurrency=concurrency,
@@ -250,13 +252,17 @@ def _num_blocks(config: RunnerConfig, budget: float) -> int:
 
 
 def _most_blocks(config: RunnerConfig) -> int:
-    """Blocks that as many of the longest requests as can run at once would fill; more are of no use."""
+    """Blocks that as many of the longest requests as can run at once would fill, rounded up to few sizes, which are
+    part of every compiled step; more are of no use.
+    """
     if not config.model.causal:
         # a prompt is computed in one step; two steps are under way at once
         limits = config.scheduler
         full = -(-limits.max_num_batched_tokens // config.block_size) + limits.max_num_seqs
-        return 1 + max(2 * full, blocks_of_one(config)) * len(config.groups)
-    return 1 + config.scheduler.max_num_seqs * blocks_of_one(config)
+        useful = max(2 * full, blocks_of_one(config)) * len(config.groups)
+    else:
+        useful = config.scheduler.max_num_seqs * blocks_of_one(config)
+    return 1 + block_capacity(useful, config.block_bytes, config.platform)
 
 
 def _binding_limit(config: RunnerConfig, num_blocks: int) -> int | None:

@@ -72,6 +72,8 @@ class MemoryPlan:
     adapter_bytes: int = 0
     max_loras: int = 0
     max_lora_rank: int = 0
+    #: requests that compiled steps have room for, `max_num_seqs` or a few more
+    num_rows: int = 0
     #: temporaries of the encoder (the activations are the larger of these and the largest step's); None: not known
     encoder_activation_bytes: int | None = None
 
@@ -102,7 +104,7 @@ class MemoryPlan:
                 f"gpu_memory_utilization={self.gpu_memory_utilization:g}{of_stage})",
                 f"  weights      {gib(self.weight_bytes)}{shared if sharers > 1 else ''}",
                 f"  activations  {gib(self.activation_bytes)}  (largest step: {self.max_num_batched_tokens} tokens)",
-                f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.max_num_seqs} rows)",
+                f"  state        {gib(self.state_bytes)}  (token ids and constraints of {self.num_rows} rows)",
                 f"  KV cache     {gib(self.kv_cache_bytes)}  ({self.num_blocks} blocks of {self.block_size} tokens, "
                 f"one of them for padding{note})",
                 *([unused] if self.unused_bytes else []),

@@ -17,7 +17,7 @@ def plan_html(plan: MemoryPlan) -> str:
     parts = [
         ("weights", plan.weight_bytes, "#0072B2", ""),
         ("activations", plan.activation_bytes, "#E69F00", f"largest step: {plan.max_num_batched_tokens:,} tokens"),
-        ("state", plan.state_bytes, "#CC79A7", f"token ids and constraints of {plan.max_num_seqs:,} rows"),
+        ("state", plan.state_bytes, "#CC79A7", f"token ids and constraints of {plan.num_rows:,} rows"),
         (
             "KV cache",
             plan.kv_cache_bytes,

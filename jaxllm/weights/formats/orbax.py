@@ -69,9 +69,10 @@ def save(directory: Path, params: Any, specs: Any) -> None:
     folder = (directory / FOLDER).absolute()
     if folder.exists():
         raise WeightsError(f"{folder} exists already; save into another directory, or remove it first")
+    names = iter(_names(specs))
     leaves: dict[str, list[jax.Array]] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        leaves.setdefault(_name(path), []).append(leaf)
+    for leaf in jax.tree.leaves(params):
+        leaves.setdefault(next(names), []).append(leaf)
     tree = {name: array.value(leaves[name]) for name, array in _arrays(specs).items()}
     with _checkpointer() as (checkpointer, ocp):
         how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in tree}
@@ -91,7 +92,7 @@ def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: Any) -> Any:
     wanted = _arrays(specs, each_sharding(specs, sharding))
     folder = (directory / FOLDER).absolute()
     # an array as large as the limit would be refused
-    largest = max(math.prod(array.shape) for array in wanted.values()) * dtype.itemsize
+    largest = max(math.prod(a.shape) * jnp.dtype(a.specs[0].dtype or dtype).itemsize for a in wanted.values())
     with _checkpointer(in_flight_bytes=largest + CHUNK_BYTES) as (checkpointer, ocp):
         try:
             stored = getattr(checkpointer.metadata(folder).item_metadata, "tree", {})
@@ -123,7 +124,8 @@ def load(directory: Path, specs: Any, dtype: jnp.dtype, sharding: Any) -> Any:
                 pieces = array.split(value) if len(array.specs) > 1 else [value]
                 parts = list(map(scatter, array.specs, pieces, array.shardings))
             read[name] = iter(jax.block_until_ready(parts))
-    return jax.tree.map_with_path(lambda path, _: next(read[_name(path)]), specs, is_leaf=is_spec)
+    names = iter(_names(specs))
+    return jax.tree.map(lambda _: next(read[next(names)]), specs, is_leaf=is_spec)
 
 
 @contextlib.contextmanager
@@ -138,15 +140,38 @@ def _checkpointer(in_flight_bytes: int = 2**30) -> Iterator[tuple[Any, Any]]:
 
 
 def _arrays(specs: Any, shardings: Any = None) -> dict[str, _Array]:
-    """By the path of their leaves, such as ``layers.qkv``."""
+    """By `_names`."""
     own = iter(jax.tree.leaves(shardings))
     arrays: dict[str, _Array] = {}
-    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
-        array = arrays.setdefault(_name(path), _Array())
+    for name, spec in zip(_names(specs), jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
+        array = arrays.setdefault(name, _Array())
         array.specs.append(spec)
         array.shardings.append(next(own, None))
     return arrays
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(key.name) for key in path if not isinstance(key, jax.tree_util.SequenceKey))
+def _names(specs: Any) -> list[str]:
+    """Of each leaf, the path without the number of its segment, such as ``layers.qkv``. Where segments have it in
+    different forms (quantized layers), its shape and dtype are behind it.
+    """
+    leaves = jax.tree.leaves_with_path(specs, is_leaf=is_spec)
+    paths = [_path(path) for path, _ in leaves]
+    forms = [("x".join(map(str, spec.shape[spec.layers is not None :])), spec.dtype) for _, spec in leaves]
+    found: dict[str, set[tuple[str, Any]]] = {}
+    for path, form in zip(paths, forms, strict=True):
+        found.setdefault(path, set()).add(form)
+    return [
+        path if len(found[path]) == 1 else f"{path}.{form[0]}.{form[1]}"
+        for path, form in zip(paths, forms, strict=True)
+    ]
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    """The parts of a joined matrix are numbered; segments are not."""
+    words = []
+    for before, key in zip((None, *path), path, strict=False):
+        if not isinstance(key, jax.tree_util.SequenceKey):
+            words.append(str(key.name))
+        elif str(getattr(before, "name", "")) != "layers":
+            words.append(str(key.idx))
+    return ".".join(words)

@@ -13,8 +13,12 @@ from pallas_kernels.gguf_blocks import BLOCKS
 logger = logging.getLogger("jaxllm")
 
 
+#: what tokens are looked up in, and scored by
+TABLES = ("model.embed_tokens.weight", "lm_head.weight", "gpt_neox.embed_in.weight", "embed_out.weight")
+
+
 class GGUF(Method):
-    """What has other types, and what is no matrix of a layer, is widened."""
+    """What has other types is widened."""
 
     name = "gguf"
     tensors = (".weight",)
@@ -25,7 +29,8 @@ class GGUF(Method):
         found, widened = {}, set()
         for name in tensors.names():
             shape, kind = tensors.shape(name), tensors.dtype(name)
-            if ".layers." in name and name.endswith(".weight") and len(shape) == 2:
+            is_matrix = (".layers." in name and name.endswith(".weight")) or name in TABLES
+            if is_matrix and len(shape) == 2:
                 if kind in BLOCKS:
                     found[name] = Found(BlockLayout(kind), (shape[0], shape[1]))
                 elif kind not in ("F32", "F16", "BF16"):

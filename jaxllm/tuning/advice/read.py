@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import urllib.error
 import urllib.request
@@ -12,43 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Vector, from_dict
+from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Vector
 from jaxllm.engine.observe.engine_settings import EngineSettings
-from jaxllm.engine.observe.trace import RequestRecord, StepRecord, Trace
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.load import Load
 
 #: bytes of a scrape, and seconds for it: servers with many models have some megabytes
 MOST_BYTES, SECONDS = 64 * 2**20, 30.0
 #: vLLM numbers the places of a draft by this label
 _POSITION = "position"
-
-
-def read_trace(path: Path) -> Trace:
-    """The trace of a file that `Trace.save` wrote. Raises ValidationError for another file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        trace = Trace(lambda _: None, lambda _: None)
-        trace.steps = [StepRecord(**step) for step in found["steps"]]
-        trace.requests = [RequestRecord(**{**each, **_tuples(each)}) for each in found["requests"]]
-        trace.settings = EngineSettings.from_dict(found["settings"])
-        trace.metrics = [from_dict(metric) for metric in found["metrics"]]
-    except OSError as error:
-        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = " It is a trace for Perfetto: trace.save(PATH) writes the one that is wanted."
-        is_chrome = isinstance(error, KeyError | TypeError) and _is_chrome_trace(path)
-        raise ValidationError(
-            f"{path} is not a trace that `trace.save(PATH)` wrote ({error!r:.100}).{hint if is_chrome else ''}"
-        ) from None
-    return trace
-
-
-def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON has as lists."""
-    return {
-        "preempted": tuple((start, end) for start, end in record["preempted"]),
-        "block_hashes": tuple(record["block_hashes"]),
-    }
 
 
 def read_metrics(place: str, given: Mapping[str, Any]) -> Load:
@@ -183,8 +153,3 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
-
-
-def _is_chrome_trace(path: Path) -> bool:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return isinstance(found, list) or "traceEvents" in found

@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 class Advice:
     """One thing that hurt, and its remedy."""
 
-    #: such as "preemptions"; `jaxllm.tuning.advise.RULES` has all of them
+    #: such as "preemptions"; `jaxllm.tuning.advice.advise.RULES` has all of them
     kind: str
     #: a sentence without an end
     evidence: str

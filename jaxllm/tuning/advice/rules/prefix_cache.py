@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
-from jaxllm.tuning.memory import more_blocks
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
+from jaxllm.tuning.advice.memory import more_blocks
 
 EVICTED, SALTED = "evicted prefixes", "salted prefixes"
 #: of the tokens that the cache was asked for, what is worth a word

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import since
-from jaxllm.tuning.advice import Advice, AdviceList
-from jaxllm.tuning.load import Load
-from jaxllm.tuning.rules import budget, drafts, encoder, host, padding, preemptions, prefix_cache, rows, tokenizer
+from jaxllm.tuning.advice.advice import Advice, AdviceList
+from jaxllm.tuning.advice.load import Load
+from jaxllm.tuning.advice.rules import (
+    budget,
+    drafts,
+    encoder,
+    host,
+    padding,
+    preemptions,
+    prefix_cache,
+    rows,
+    tokenizer,
+)
 
 if TYPE_CHECKING:
     from jaxllm.api.metric import Metric

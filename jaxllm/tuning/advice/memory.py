@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from jaxllm.tuning.advice import Setting
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.advice import Setting
+from jaxllm.tuning.advice.load import Load
 
 #: most of a device's memory that may be asked for: some is never free
 MOST_UTILIZATION = 0.98

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
-from jaxllm.tuning.step_time import StepTime
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
+from jaxllm.tuning.advice.step_time import StepTime
 
 KIND = "speculation"
 #: launches with drafts whose times say something

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
-from jaxllm.tuning.step_time import StepTime
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
+from jaxllm.tuning.advice.step_time import StepTime
 
 SMALL, LARGE = "budget too small", "budget too large"
 #: steps that use the budget up, and their share of those with prompts, from which on it is small

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxllm.engine.observe.step_counts import HALF
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
 
 KIND = "queue"
 #: steps, and their share of all, from which on it is worth a word

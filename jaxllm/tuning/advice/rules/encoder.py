@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
 
 KIND = "encoder budget"
 #: share of the steps that is worth a word

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxllm.config.resolve import CPU_DECODE_STEPS_SEQS, GPU_DECODE_STEPS_SEQS
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
 
 KIND = "host time"
 FEWEST_STEPS, FEWEST_SECONDS = 32, 0.02

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxllm.tuning.advice import Advice, Setting
-from jaxllm.tuning.load import Load
-from jaxllm.tuning.memory import MOST_UTILIZATION, more_blocks, more_devices, smaller_blocks
+from jaxllm.tuning.advice.advice import Advice, Setting
+from jaxllm.tuning.advice.load import Load
+from jaxllm.tuning.advice.memory import MOST_UTILIZATION, more_blocks, more_devices, smaller_blocks
 
 KIND = "preemptions"
 #: share of the requests whose outputs may be cut

@@ -1,0 +1,139 @@
+"""How long steps take, learnt from steps that were measured.
+
+A step's time is a sum: what every step takes, what each token of the program does, rows of logits, and what is attended
+to. Programs are of few sizes, and are made differently for few tokens and for many, so each size that was measured may
+have a time of its own above that of the smaller ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.engine.observe.step_shape import StepShape
+
+#: steps that are fitted, at least
+FEWEST_STEPS = 8
+#: how much likelier a line through all sizes is than a time of its own for each: the weight of a size's own time in the
+#: sum of squares, relative to a step's
+_OWN_TIME = 0.03
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedSteps:
+    """Seconds; none is negative."""
+
+    #: of the device
+    fixed: float
+    token: float
+    logit: float
+    context: float
+    pair: float
+    #: (tokens of a program, what it takes more than the smaller ones, beside its tokens), in ascending order
+    own: tuple[tuple[int, float], ...] = ()
+    #: of the host
+    host: float = 0.0
+    host_request: float = 0.0
+    #: relative error of steps that it was not fitted to, all of a fold together, the mean of folds; None: nobody tried
+    error: float | None = None
+    num_steps: int = 0
+
+    def device_seconds(self, shape: StepShape) -> float:
+        size = shape.num_tokens
+        own = sum([seconds for tokens, seconds in self.own if tokens <= size])
+        return (
+            shape.num_steps * (self.fixed + own + self.token * size)
+            + self.logit * shape.num_logits
+            + self.context * shape.decode_context
+            + self.pair * shape.chunk_pairs
+        )
+
+    def host_seconds(self, num_requests: int) -> float:
+        return self.host + self.host_request * num_requests
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f"; off by {self.error:.1%} for steps that it was not fitted to"
+        return (
+            f"a step takes {1e3 * self.fixed:.2f} ms, {1e6 * self.token:.1f} us a token, {1e9 * self.context:.1f} ns a "
+            f"token in the cache; fitted to {self.num_steps} steps{error}"
+        )
+
+    @classmethod
+    def of(cls, steps: Mapping[str, np.ndarray]) -> FittedSteps:
+        """The one with the least squares of relative errors over a trace's steps (Lawson and Hanson's NNLS).
+
+        Args:
+            steps: `Trace.arrays`.
+
+        Raises:
+            ValidationError: there are fewer than `FEWEST_STEPS` steps.
+        """
+        kept = _usable(steps)
+        if kept.sum() < FEWEST_STEPS:
+            raise ValidationError(f"the trace has {int(kept.sum())} steps to learn from; {FEWEST_STEPS} are needed.")
+        return cls._fit({name: values[kept] for name, values in steps.items()})
+
+    @classmethod
+    def _fit(cls, steps: Mapping[str, np.ndarray]) -> FittedSteps:
+        times, launches = steps["device_time"], steps["num_steps"]
+        sizes = np.where(steps["bucket_tokens"] > 0, steps["bucket_tokens"], _tokens(steps))
+        different = np.unique(sizes)
+        thresholds = [int(size) for size in different[1:]]
+        columns = [
+            launches,
+            sizes * launches,
+            steps["num_logits"],
+            steps["decode_context"],
+            steps["chunk_pairs"],
+            *(launches * (sizes >= size) for size in thresholds),
+        ]
+        typical = float(np.median(times))
+        weights = [0.0] * 5 + [_OWN_TIME / typical] * len(thresholds)
+        found = _least_squares(times, columns, weights)
+        work = sum(steps[f"{part}_time"] for part in ("schedule", "launch", "update", "output"))
+        host = _least_squares(np.maximum(work, 1e-9), [np.ones(len(times)), steps["num_seqs"]], [0.0, 0.0])
+        fixed, token, logit, context, pair = found[:5]
+        return cls(
+            fixed=fixed,
+            token=token,
+            logit=logit,
+            context=context,
+            pair=pair,
+            own=tuple((size, own) for size, own in zip(thresholds, found[5:], strict=True) if own > 0),
+            host=host[0],
+            host_request=host[1],
+            num_steps=len(times),
+        )
+
+
+def _tokens(steps: Mapping[str, np.ndarray]) -> np.ndarray:
+    return steps["num_prefill_tokens"] + steps["num_decode_tokens"]
+
+
+def _usable(steps: Mapping[str, np.ndarray]) -> np.ndarray:
+    return (steps["device_time"] > 0) & (steps["num_drafted_tokens"] == 0)
+
+
+def _least_squares(times: np.ndarray, columns: Sequence[np.ndarray], weights: Sequence[float]) -> list[float]:
+    """Factors of the columns that make the times, a time's tenth being as bad wherever it is; and all of them together
+    as long as the times are, which have outliers on one side.
+
+    Args:
+        weights: by which each factor is held at 0, times the square root of the steps.
+    """
+    # what is out of all proportion is somebody else's
+    kept = times <= 5 * np.median(times) if len(times) > 50 else np.ones(len(times), bool)
+    whole = np.stack([column.astype(float) for column in columns], axis=1)
+    matrix = whole[kept] / times[kept, None]
+    held = np.sqrt(kept.sum()) * np.diag(weights)
+    matrix = np.concatenate([matrix, held[np.any(held, axis=1)]])
+    target = np.concatenate([np.ones(kept.sum()), np.zeros(len(matrix) - kept.sum())])
+    scales = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    found, _ = nnls(matrix / scales, target)
+    factors = found / scales
+    modelled = float((whole @ factors).sum())
+    return [float(value) for value in factors * (times.sum() / modelled if modelled else 1.0)]

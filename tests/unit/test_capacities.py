@@ -1,0 +1,50 @@
+"""Room in compiled programs: enough for every limit, of few sizes, and little more than is asked for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxllm.runner.capacities import block_capacity, context_capacity, row_capacity
+
+PLATFORMS = st.sampled_from(["cpu", "cuda"])
+
+
+@given(st.integers(1, 5000), PLATFORMS)
+def test_rows(max_num_seqs: int, platform: str):
+    rows = row_capacity(max_num_seqs, platform)
+    assert rows >= max_num_seqs
+    assert row_capacity(rows, platform) == rows
+    assert rows <= (64 if platform == "cpu" else 16) or rows < 2 * max_num_seqs or rows == 256
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**20), PLATFORMS)
+def test_contexts(max_model_len: int, longest: int, platform: str):
+    max_model_len = min(max_model_len, longest)
+    tokens = context_capacity(max_model_len, longest, platform)
+    assert tokens >= max_model_len and (tokens.bit_count() == 1 or tokens % 8192 == 0)
+    assert tokens < 2 * max(max_model_len, min(longest, 8192) if platform == "cpu" else 1)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2**26), PLATFORMS)
+def test_blocks(useful: int, block_bytes: int, platform: str):
+    blocks = block_capacity(useful, block_bytes, platform)
+    assert blocks >= useful and block_capacity(blocks, block_bytes, platform) == blocks
+    assert blocks <= useful * 9 / 8 or blocks * block_bytes <= 2**27
+
+
+@pytest.mark.parametrize("capacity", [row_capacity, lambda size, platform: block_capacity(size, 2**20, platform)])
+def test_sizes_are_few(capacity):
+    for platform in ("cpu", "cuda"):
+        assert len({capacity(size, platform) for size in range(1, 257)}) <= (48 if capacity is not row_capacity else 6)
+
+
+def test_a_cpus_engines_share_the_models_context():
+    """SmolLM2's, and of a model whose own is too long for all."""
+    assert {context_capacity(length, 8192, "cpu") for length in (1, 128, 1000, 4096, 8192)} == {8192}
+    assert [context_capacity(length, 131072, "cpu") for length in (128, 8192, 8193, 40960)] == [
+        *(8192, 8192),
+        *(16384, 40960),
+    ]
+    assert context_capacity(2048, 131072, "cuda") == 2048
