@@ -146,7 +146,7 @@ class _Tile:
     """
 
     def __init__(self, made: ir.Module, form: Form, queries: int):
-        self._form, self._queries = form, queries
+        self._form = form
         self._code = code = Code(made, f"tile_{queries}", [POINTER, LONG, LONG, LONG, LONG, LONG])
         self.function = code.function
         given, seq, head, first, count, behind = code.arguments
