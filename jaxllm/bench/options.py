@@ -152,11 +152,7 @@ def add_startup_options(parser: argparse.ArgumentParser) -> None:
 def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench serve-trace`` takes."""
     add_dataset_options(parser)
-<<<<<<< HEAD
-    add_arrivals(parser)
-=======
     add_arrival_options(parser)
->>>>>>> main
     _add_outputs(parser)
     add_engine_options(parser)
 
@@ -188,11 +184,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="TEXT", help="another one")
     _add(parser, "--seed", 0, "of prompts and arrivals", kind=not_negative)
-<<<<<<< HEAD
-    add_arrivals(parser)
-=======
     add_arrival_options(parser)
->>>>>>> main
     _add(parser, "--num-warmups", 1, "requests before, that do not count", kind=not_negative)
     parser.add_argument(
         "--goodput",
@@ -231,16 +223,12 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "--plot", "draw the requests over time (.png, .svg, .pdf)")
 
 
-<<<<<<< HEAD
 def count_option(parser: argparse._ActionsContainer, name: str, text: str) -> None:
     """Add an option that takes a whole number above 0."""
     _add(parser, name, None, text)
 
 
-def add_arrivals(parser: argparse.ArgumentParser) -> None:
-=======
 def add_arrival_options(parser: argparse.ArgumentParser) -> None:
->>>>>>> main
     """Add when requests come."""
     text = 'requests a second; inf: the "timestamp" seconds of a custom dataset\'s lines, else all at once'
     _add(parser, "--request-rate", float("inf"), text, kind=float)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.bench.options import add_arrivals, add_dataset_options, count_option
+from jaxllm.bench.options import add_arrival_options, add_dataset_options, count_option
 
 if TYPE_CHECKING:
     from jaxllm.bench.datasets import BenchRequest
@@ -36,7 +36,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     )
     count_option(group, "--hash-block-size", 'tokens that each of "hash_ids" stands for (default: what fits)')
     add_dataset_options(parser)
-    add_arrivals(parser)
+    add_arrival_options(parser)
     # of a file, all requests
     parser.set_defaults(num_prompts=None)
 
