@@ -72,6 +72,12 @@ class Code:
     def below(self, a: Value, b: Value) -> Value:
         return self.builder.icmp_signed("<", a, b)
 
+    def smaller(self, a: Value, b: Value) -> Value:
+        return self.builder.select(self.below(a, b), a, b)
+
+    def greater(self, a: Value, b: Value) -> Value:
+        return self.builder.select(self.below(a, b), b, a)
+
     # ---- memory
 
     def at(self, base: Value, offset: Value | int) -> Value:

@@ -48,7 +48,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
 
 
 def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
-    """Load the kernels of single tokens, of the model's pages and of those of a model that drafts."""
+    """Load the kernels of attention, of the model's pages and of those of a model that drafts."""
     found: set[str] = set()
     drafter = config.step_drafter
     for model in (config.step_model, drafter.model if isinstance(drafter, ReadingDrafter) else None):
