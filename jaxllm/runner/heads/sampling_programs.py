@@ -34,13 +34,14 @@ from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengt
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
+from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
 #: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
-#: those that a few rows read so by a kernel
-Form = Literal["plain", "one row", "few rows"]
+#: those that a few rows, or any number of them, read so by a kernel
+Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
@@ -183,7 +184,9 @@ class SamplingPrograms(Programs):
         if bucket.tokens == 1 and self.has_one_row_products:
             return "one row"
         backend = self.config.context.backend
-        return "few rows" if backend.cpu_kernels and bucket.tokens <= MOST_ROWS else "plain"
+        if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
+            return "few rows"
+        return "several rows" if backend.cpu_dense else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
@@ -215,7 +218,7 @@ class SamplingPrograms(Programs):
             params: arrays, or their shapes.
         """
         params = dataclasses.replace(params, layers=None, norm=None, draft=None)
-        return with_head_for_one(params) if self.has_one_row_products else params
+        return with_head_for_one(params, self.config.context.backend) if self.has_one_row_products else params
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = self.sample_packing
@@ -391,10 +394,10 @@ def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool
 
     Args:
         params: arrays, or their shapes.
-        one_row: False: as steps of a few tokens do, which leave the head as it is.
+        one_row: False: as steps of several tokens do, which leave the head as it is.
     """
     params = with_whole_segments(params, backend, one_row=one_row)
-    return with_head_for_one(params) if one_row else params
+    return with_head_for_one(params, backend) if one_row else params
 
 
 def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
@@ -420,7 +423,7 @@ def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bo
     return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)), draft=draft)
 
 
-def with_head_for_one(params: Params) -> Params:
+def with_head_for_one(params: Params, backend: Backend = PLAIN) -> Params:
     """The weights with a head that has one row multiplied by itself, where it is in bfloat16. A float32 row XLA:CPU
     multiplies by so tall a matrix as fast as it can be read (measured with 262,144 x 640: 44 ms; in parts, 138).
 
@@ -428,7 +431,9 @@ def with_head_for_one(params: Params) -> Params:
         params: arrays, or their shapes.
     """
     head: Any = params.embedding if params.head is None else params.head
-    if head is None or is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
+    if head is None or is_quantized(head) or has_dense_kernel(backend, head):
+        return params
+    if head.dtype != jnp.bfloat16 or not can_be_read(head):
         return params
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
@@ -444,7 +449,7 @@ def _whole(weight: Any, backend: Backend, one_row: bool) -> Any:
         return dataclasses.replace(weight, weight=_whole(weight.weight, backend, one_row))
     if weight is None or len(weight.shape) != 3:
         return weight
-    if has_kernel(backend, weight):
+    if has_dense_kernel(backend, weight) or has_kernel(backend, weight):
         return StackedMatrix(weight)
     if not one_row or not can_be_read(weight):
         return weight
