@@ -128,7 +128,7 @@ def answers(llm: LLM, mark: str) -> list[Any]:
 def main(folder: Path) -> None:
     family = "gemma3" if folder.name.startswith("gemma3") else "qwen2_5_vl"
     model, mark = write_seeing_model(folder, family), PICTURE[family]
-    places = {"MODEL": str(model), "HEAD": str(write_eagle3(folder / "head", vocab_size=VOCAB_SIZE))}
+    places = {"MODEL": str(model), "HEAD": str(write_eagle3(folder / "head", vocab=VOCAB_SIZE))}
     found: dict[str, Any] = {}
     for name in engines(family):
         arguments = ENGINES[name]
