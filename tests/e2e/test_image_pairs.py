@@ -49,7 +49,7 @@ def test_the_settings_were_met(found: dict[str, Any]):
 def test_stages_and_drafts_meet_pictures(found: dict[str, Any]):
     assert found["stages: counted"]["preemptions"] > 0
     # the same weights: those that read the pictures, too, know more than those that read the tokens in their places
-    assert of_drafts(found, "drafts of itself") > of_drafts(found, "drafts of another model") + 0.1
+    assert of_drafts(found, "drafts of itself") > 1.3 * of_drafts(found, "drafts of another model")
 
 
 def test_without_the_tower_texts_are_the_same_and_pictures_refused(found: dict[str, Any]):
