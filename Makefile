@@ -54,7 +54,7 @@ test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray
 
 # Clients of others, and the page in headless Chromium where there is one (Debian: apt-get install
 # chromium-headless-shell), against the server.
-test-clients: $(VENV)/.installed-test $(VENV)/.installed-clients
+test-clients: $(VENV)/.installed-test $(VENV)/.installed-clients $(VENV)/instructor/.installed
 	$(BIN)/python -m pytest -m clients $(PYTEST_ARGS) tests/e2e/serve
 
 test-py312:
@@ -114,6 +114,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-%: $(VENV)/.installed
 	@echo "Installing what $* needs into $(VENV)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$*]'
+	@touch $@
+
+# apart, since it wants other versions of what jaxllm is tested with
+$(VENV)/instructor/.installed: $(VENV)/.installed
+	@$(BIN)/python -m venv --clear $(VENV)/instructor
+	@$(VENV)/instructor/bin/python -m pip install -qq --disable-pip-version-check "instructor>=1.17,<2"
 	@touch $@
 
 $(VENV312)/.installed-smoke: pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the machines are shared and compiling takes its time: slowness is no failure
 settings.register_profile("jaxllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxllm")
+
+# Shells start what runs in the background with interrupts ignored, and nohup ignores hangups; the tests send both, and
+# the processes that they start inherit what this one does with them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TESTS = Path(__file__).parent
 #: The files that take longest, the longest first. `make test` gives whole files to its workers: one that began such a

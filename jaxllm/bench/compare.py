@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxllm.bench import report
 from jaxllm.bench.datasets import BenchRequest
 from jaxllm.bench.engine_process import EngineProcess
 from jaxllm.bench.measurements import Samples, turns
@@ -112,8 +113,7 @@ class Comparison:
             same = [f"{self._agreement(index, name):.0%}" for name in self.names[1:]]
             rows.append([count, "same first tokens", "", *same])
         rows.append(["", "peak RSS, MB", *(f"{self.peak_rss_bytes[name] / 1e6:.0f}" for name in self.names)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return report.table(rows)
 
     def record(self) -> dict[str, Any]:
         """Return all of it, for JSON."""

@@ -73,6 +73,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--num-prompts", 24, "requests of each workload")
     _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
     _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
+    _add(parser, "--num-iters", 2, "runs of each workload, in turns with steps that are timed")
     _add_output_json(parser)
     add_engine_options(parser)
 
@@ -86,6 +87,15 @@ def add_throughput_options(parser: argparse.ArgumentParser) -> None:
     _add_switch(parser, "--no-phases", text)
     _add_outputs(parser, plot="tokens per second against the number of requests")
     group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--against",
+        action="append",
+        type=json_object,
+        default=[],
+        metavar="JSON",
+        help="also an engine with these arguments, such as '{\"pipeline_parallel_size\": 2}', in turns with the "
+        "other in one process (may be repeated)",
+    )
     group.add_argument(
         "--compare",
         metavar="NAME,NAME,...",
@@ -142,7 +152,7 @@ def add_startup_options(parser: argparse.ArgumentParser) -> None:
 def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench serve-trace`` takes."""
     add_dataset_options(parser)
-    _add_arrivals(parser)
+    add_arrival_options(parser)
     _add_outputs(parser)
     add_engine_options(parser)
 
@@ -174,7 +184,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="TEXT", help="another one")
     _add(parser, "--seed", 0, "of prompts and arrivals", kind=not_negative)
-    _add_arrivals(parser)
+    add_arrival_options(parser)
     _add(parser, "--num-warmups", 1, "requests before, that do not count", kind=not_negative)
     parser.add_argument(
         "--goodput",
@@ -213,7 +223,13 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "--plot", "draw the requests over time (.png, .svg, .pdf)")
 
 
-def _add_arrivals(parser: argparse.ArgumentParser) -> None:
+def count_option(parser: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Add an option that takes a whole number above 0."""
+    _add(parser, name, None, text)
+
+
+def add_arrival_options(parser: argparse.ArgumentParser) -> None:
+    """Add when requests come."""
     text = 'requests a second; inf: the "timestamp" seconds of a custom dataset\'s lines, else all at once'
     _add(parser, "--request-rate", float("inf"), text, kind=float)
     text = "1: requests come as a Poisson process; below: in bursts; above: evenly"

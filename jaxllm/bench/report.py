@@ -60,6 +60,12 @@ def show_drafts(drafts: dict[str, int] | None) -> None:
     )
 
 
+def table(rows: list[list[str]]) -> str:
+    """Return rows of as many cells each as lines, with each column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import plot, report
+from jaxllm.bench.against import Variants
 from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
 from jaxllm.bench.measurements import Samples, turns
 from jaxllm.bench.peers.protocol import Request, timed_round
@@ -24,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValidationError("--peer-python, --gguf and --threads are for --compare.")
     if arguments.compare is not None and arguments.dataset_name == "random-mm":
         raise ValidationError("--dataset-name random-mm is not for --compare, whose engines get tokens alone.")
+    if arguments.against and (arguments.compare is not None or arguments.dataset_name == "random-mm"):
+        raise ValidationError("--against is for engines of this process and for tokens alone: leave it out here.")
     plot.require(arguments.plot)
     tokenizer = bench_tokenizer(arguments)
     cases: list[list[BenchRequest]] = []
@@ -31,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         sized = copy.copy(arguments)
         sized.num_prompts = count
         cases.append(read_dataset(sized, tokenizer))
-    results, samples = (_alone if arguments.compare is None else _compared)(arguments, cases)
+    measure = _against if arguments.against else _alone if arguments.compare is None else _compared
+    results, samples = measure(arguments, cases)
     report.write(arguments.output_json, arguments, results)
     if arguments.plot:
         lines = {name: list(map(_point, found)) for name, found in samples.items()}
@@ -71,6 +75,17 @@ def _compared(
     comparison.run()
     print(comparison.table())
     return comparison.record(), {name: [case[name] for case in comparison.samples] for name in comparison.names}
+
+
+def _against(
+    arguments: argparse.Namespace, cases: list[list[BenchRequest]]
+) -> tuple[dict[str, Any], dict[str, list[Samples]]]:
+    names = Variants.names(arguments)
+    samples = [{name: Samples.of(case) for name in names} for case in cases]
+    variants = Variants(arguments, list(map(_plain, cases)), samples)
+    variants.run()
+    print(variants.table())
+    return variants.record(), {name: [case[name] for case in samples] for name in names}
 
 
 def _plain(requests: list[BenchRequest], output_len: int | None = None) -> list[Request]:

@@ -418,6 +418,8 @@ class EngineCore:
         """Everything that is counted and measured; any thread may ask."""
         manager = self.scheduler.kv_cache_manager
         found = self._metrics.snapshot(self.scheduler.stats(), manager.prefix_cache_stats, manager.external_stats)
+        if self.scheduler.adapters is not None:
+            found.append(self._metrics.adapters(self.scheduler.config.max_loras, *self.scheduler.adapter_names()))
         return found + self.counts.metrics(self._metrics.labels)
 
     def stats(self) -> EngineStats:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.adapted import WholeAdapters
 from jaxllm.layers.moe import Experts
 from jaxllm.layers.stacked_matrix import StackedMatrix
 from jaxllm.layers.weight import is_spec
@@ -38,8 +39,8 @@ def through_layers(
     """``carry = layer(carry, weights, place)``, one layer after the other.
 
     Args:
-        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer; so do `Experts`. Those
-            that lie in the host's memory are copied ahead (`models.offloaded`).
+        segments: the weights. A `StackedMatrix` among them stays whole, and knows its layer; so do `Experts` and
+            `WholeAdapters`. Those that lie in the host's memory are copied ahead (`models.offloaded`).
         places: a tree of numpy arrays [L, ...], what else differs from layer to layer; `layer` gets its part.
     """
     # traced once for all layers of the same shapes; XLA puts the calls' bodies in their place
@@ -56,7 +57,7 @@ def through_layers(
         last = first + _num_layers(segment)
         here = jax.tree.map(lambda array, first=first, last=last: array[first:last], places)
         leaves = jax.tree.leaves(segment, is_leaf=_is_whole)
-        if last - first == 1 and not any(isinstance(leaf, StackedMatrix) for leaf in leaves):
+        if last - first == 1 and not any(isinstance(leaf, (StackedMatrix, WholeAdapters)) for leaf in leaves):
             # a reshape is no copy, as a slice would be
             single = jax.tree.map(lambda array: array.reshape(array.shape[1:]), segment)
             carry = call(carry, single, jax.tree.map(lambda array: array[0], here))
@@ -80,7 +81,7 @@ def _scan(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, segment: Any,
 
 
 def _is_whole(leaf: Any) -> bool:
-    return isinstance(leaf, (StackedMatrix, Experts))
+    return isinstance(leaf, (StackedMatrix, Experts, WholeAdapters))
 
 
 def _num_layers(segment: Any) -> int:

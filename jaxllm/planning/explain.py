@@ -19,7 +19,7 @@ from jaxllm.parallel.collectives import Collective, collectives, expected_collec
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import exchanging_layers, held, layer_sums
 from jaxllm.planning.explanation import Explanation
-from jaxllm.planning.layout import ArrayLayout, cache_layouts, weight_layouts
+from jaxllm.planning.layout import ArrayLayout, adapter_layouts, cache_layouts, weight_layouts
 from jaxllm.planning.plan import Plan
 from jaxllm.planning.step_estimate import COPY, StepEstimate, handed_on, step_estimate, step_exchanges
 from jaxllm.runner.compile.programs import Programs
@@ -83,7 +83,7 @@ def explanation(
     steps: list[StepEstimate] = []
     for stage, own in zip(config.stages, parts, strict=True):
         weights = weight_layouts(stage)
-        layouts += [*weights, *cache_layouts(stage, plan.memory.num_blocks)]
+        layouts += [*weights, *adapter_layouts(stage), *cache_layouts(stage, plan.memory.num_blocks)]
         steps += [_step(name, stage, own, weights, gpu, *size) for size, name in wanted.items()]
     largest = [step for step in steps if step.name == [*wanted.values()][-1]]
     if not any(step.not_compiled for step in largest):
@@ -123,7 +123,7 @@ def _step(
         except jax.errors.JaxRuntimeError as error:
             problem = f"the compiler says {str(error).splitlines()[0]}"
     exchanges = step_exchanges(
-        _expected(config, tokens, requests) if found is None else found,
+        expected_exchanges(config, tokens, requests) if found is None else found,
         num_layers=config.model.num_layers,
         devices=config.target.replicas * config.target.num_devices,
         gpu=gpu,
@@ -131,7 +131,7 @@ def _step(
     if config.stage is not None and not config.stage.is_last:
         rows = tokens if programs is None else programs.bucket(tokens, requests).tokens
         exchanges += (handed_on(rows * config.model.hidden_size * jnp.dtype(config.dtype).itemsize, gpu),)
-    size, flops = _read_and_computed(config, weights, tokens, requests)
+    size, flops = read_and_computed(config, weights, tokens, requests)
     return step_estimate(
         name,
         stage=None if config.stage is None else config.stage.index,
@@ -146,7 +146,7 @@ def _step(
     )
 
 
-def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Collective]:
+def expected_exchanges(config: RunnerConfig, tokens: int, requests: int) -> Counter[Collective]:
     """What the rules of the split make a step exchange: sums of hidden states, and logits in float32."""
     model, sizes, devices = config.model, config.target.mesh_sizes, config.target.num_devices
     rows = SAMPLE_ROWS_GPU[-1]
@@ -173,7 +173,7 @@ def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Colle
     return found
 
 
-def _read_and_computed(
+def read_and_computed(
     config: RunnerConfig, weights: tuple[ArrayLayout, ...], tokens: int, requests: int
 ) -> tuple[int, int]:
     """(bytes of weights that a device reads in a step, operations of its products with them).

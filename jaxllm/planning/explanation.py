@@ -25,7 +25,7 @@ class Explanation:
     mesh: dict[str, int]
     #: that the devices are, by its name in `config.devices`; None: none that is known
     gpu: str | None
-    #: of the weights, then of the KV cache
+    #: of the weights, then of adapters, then of the KV cache
     layouts: tuple[ArrayLayout, ...]
     #: steps of several sizes; the largest comes last
     steps: tuple[StepEstimate, ...]

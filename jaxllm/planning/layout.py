@@ -107,8 +107,31 @@ def weight_layouts(config: RunnerConfig) -> tuple[ArrayLayout, ...]:
     return tuple(found.values())
 
 
-def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig) -> ArrayLayout:
-    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or config.dtype)
+def adapter_layouts(config: RunnerConfig) -> list[ArrayLayout]:
+    """Of the stacks of adapters, a slot for each that the device has at once; []: there are none."""
+    if config.lora is None:
+        return []
+    found: dict[str, ArrayLayout] = {}
+    stacks = config.adapter_specs(config.lora.max_loras)
+    specs = [
+        (f"{field}.{half}", getattr(pair, half))
+        for segment in stacks.layers
+        for field, pair in segment.items()
+        for half in ("a", "b")
+    ]
+    if stacks.tables is not None:
+        specs += [(name, getattr(stacks.tables, name)) for name in ("embedding", "head", "owned")]
+    for name, spec in specs:
+        if spec is not None:
+            one = _weight_layout(f"adapters.{name}", spec, config, config.lora.dtype)
+            seen = found.setdefault(f"{name} {one.shape}", dataclasses.replace(one, count=0, device_bytes=0))
+            size = seen.device_bytes + one.device_bytes
+            found[f"{name} {one.shape}"] = dataclasses.replace(seen, count=seen.count + 1, device_bytes=size)
+    return list(found.values())
+
+
+def _weight_layout(name: str, spec: WeightSpec, config: RunnerConfig, dtype_of_others: str = "") -> ArrayLayout:
+    sizes, dtype = config.target.mesh_sizes, jnp.dtype(spec.dtype or dtype_of_others or config.dtype)
     shape = local_shape(spec, sizes)
     layers = () if spec.layers is None else ((("layers", len(spec.layers)),),)
     return ArrayLayout(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.adapters import AdapterStore
-from jaxllm.models.adapters import adapter_modules
+from jaxllm.models.adapters import adapter_modules, adapter_tables
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import base_prefix
 from jaxllm.weights.peft import PeftReader
@@ -22,7 +22,6 @@ def check_adapters(args: EngineArgs, model: Any, target: Target) -> None:
     if not args.enable_lora:
         return
     others = {
-        "deterministic=True": (args.deterministic, "the bits of an adapter's products depend on the batch"),
         'load_format="null"': (args.load_format == "null", "there is no model"),
         f"cpu_offload_gb={args.cpu_offload_gb:g}": (bool(args.cpu_offload_gb), "layers on the host have no adapters"),
         f"enable_expert_parallel=True and data_parallel_size={args.data_parallel_size}": (
@@ -42,5 +41,7 @@ def adapter_store(config: RunnerConfig) -> AdapterStore | None:
     lora = config.lora
     if lora is None:
         return None
-    reader = PeftReader(adapter_modules(config.unquantized_specs), base_prefix(config.model), lora)
+    specs = config.unquantized_specs
+    tables = adapter_tables(specs, head=config.head_name)
+    reader = PeftReader(adapter_modules(specs), tables, base_prefix(config.model), lora, config.dtype)
     return AdapterStore(reader.open, max_loras=lora.max_loras, max_cpu_loras=lora.max_cpu_loras)

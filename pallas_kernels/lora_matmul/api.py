@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.case import KernelCase
+from pallas_kernels.lora_matmul.cpu_ffi import has_kernel, lora_matmul_cpu
 from pallas_kernels.lora_matmul.reference import lora_matmul_reference
 from pallas_kernels.lora_matmul.xla import lora_matmul_by_slot, lora_matmul_xla
 
@@ -41,9 +42,9 @@ def lora_matmul(
     parts: tuple[int, ...] | None = None,
     layer: jax.Array | None = None,
 ) -> jax.Array:
-    """Every row by the adapter of its slot: ``out[t] = b[s] @ (a[s] @ x[t])``, the term to add to a product.
+    """Every row by the adapter of its slot: ``out[t] = b[s].T @ (a[s] @ x[t])``, the term to add to a product.
 
-    x: [T, in], bf16, f16 or f32. a: [S, P * r, in], b: [S, out, r], both of one such type, an adapter's scale within b,
+    x: [T, in], bf16, f16 or f32. a: [S, P * r, in], b: [S, r, out], both of one such type, an adapter's scale within b,
     and ranks below r filled up with zeros; with ``layer``, an i32 scalar, stacks of them, of which that layer is meant.
     slots: i32 [T], s of each row; -1: none, the row is zeros.
     parts: out-features of each of the P matrices that lie joined in b; None: it is one. Part p is multiplied by rows
@@ -52,20 +53,24 @@ def lora_matmul(
     Returns f32 [T, out], sums in float32; beside the reference, what lies between the products is rounded to the wider
     type of x and a.
     Numbers of b must be finite in every slot; a row of x, or an a, that is not reaches no other slot's rows. Where the
-    backend is deterministic, a row's bits depend neither on other rows nor on the slot. All but the kernel are
-    differentiable in x, a and b. On a CPU adapters of float32 cost half of what those of bfloat16 do.
+    backend is deterministic, a row's bits depend neither on other rows nor on the slot. All but the kernels are
+    differentiable in x, a and b.
     Raises ValueError where shapes or dtypes do not fit together.
     """
-    parts = (b.shape[-2],) if parts is None else parts
+    parts = (b.shape[-1],) if parts is None else parts
     _check(x, a, b, slots, parts, layer)
     if backend.implementation in ("triton", "mosaic"):
         # not above: where no kernel is used, nothing of Pallas is loaded
         from pallas_kernels.lora_matmul.tiles import tiles_for
         from pallas_kernels.lora_matmul.triton import lora_matmul_triton
 
-        (rows, columns), (num_slots, _, rank) = x.shape, b.shape[-3:]
+        (rows, columns), (num_slots, rank, _) = x.shape, b.shape[-3:]
         tiles = tiles_for(rows=rows, columns=columns, features=max(parts), rank=rank, num_slots=num_slots)
         return lora_matmul_triton(x, a, b, slots, parts, layer=layer, tiles=tiles, interpret=backend.interpret)
+    if has_kernel(backend.cpu_adapters, a, parts):
+        place = jnp.int32(0) if layer is None else layer
+        a, b = (array if layer is not None else lax.expand_dims(array, [0]) for array in (a, b))
+        return lora_matmul_cpu(backend.cpu_adapters, x, a, b, slots, parts, place)
     if layer is not None:
         a, b = (lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (a, b))
     if backend.implementation == "reference":
@@ -103,7 +108,7 @@ def configurations(device_kind: str = "", compute_capability: tuple[int, int] | 
             arguments=(
                 array((tokens, columns), jnp.bfloat16),
                 array((layers, num_slots, ranks, columns), jnp.bfloat16),
-                array((layers, num_slots, sum(parts), rank), jnp.bfloat16),
+                array((layers, num_slots, rank, sum(parts)), jnp.bfloat16),
                 array((tokens,), jnp.int32),
                 array((), jnp.int32),
             ),
@@ -124,13 +129,13 @@ def _check(
 ) -> None:
     stack, dims = ("", 3) if layer is None else ("L, ", 4)
     shaped = x.ndim == 2 and a.ndim == b.ndim == dims and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == x.shape[1]
-    if not shaped or a.shape[-2] != len(parts) * b.shape[-1]:
+    if not shaped or a.shape[-2] != len(parts) * b.shape[-2]:
         raise ValueError(
-            f"a must be [{stack}S, {len(parts)} * r, in] and b [{stack}S, out, r] beside x [T, in], got a {a.shape}, "
+            f"a must be [{stack}S, {len(parts)} * r, in] and b [{stack}S, r, out] beside x [T, in], got a {a.shape}, "
             f"b {b.shape} and x {x.shape}"
         )
-    if sum(parts) != b.shape[-2] or min(parts) < 1:
-        raise ValueError(f"parts must be positive and add up to the {b.shape[-2]} out-features of b, got {parts}")
+    if sum(parts) != b.shape[-1] or min(parts) < 1:
+        raise ValueError(f"parts must be positive and add up to the {b.shape[-1]} out-features of b, got {parts}")
     if slots.shape != x.shape[:1] or slots.dtype != jnp.int32:
         raise ValueError(f"slots must be int32 [{x.shape[0]}], got {slots.dtype} {slots.shape}")
     if x.dtype.name not in DTYPES or a.dtype.name not in DTYPES or a.dtype != b.dtype:

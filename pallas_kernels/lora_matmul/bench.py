@@ -34,7 +34,7 @@ def measure(
     keys, draw = jax.random.split(jax.random.key(0), 3), np.random.default_rng(0)
     x = jax.random.normal(keys[0], (tokens, columns), jnp.bfloat16)
     a = jax.random.normal(keys[1], (layers, slots, len(parts) * rank, columns), dtype)
-    b = jax.random.normal(keys[2], (layers, slots, sum(parts), rank), dtype)
+    b = jax.random.normal(keys[2], (layers, slots, rank, sum(parts)), dtype)
     owners = jnp.asarray(draw.integers(slots, size=tokens), jnp.int32)
 
     def every_layer(x: jax.Array, a: jax.Array, b: jax.Array, owners: jax.Array) -> list[jax.Array]:

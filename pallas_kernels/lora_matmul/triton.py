@@ -47,7 +47,7 @@ def lora_matmul_triton(
     """
     place = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32)
     a, b = (array.reshape(math.prod(array.shape[:-3]), *array.shape[-3:]) for array in (a, b))
-    rows, (_, num_slots, ranks, _), (*_, features, _) = x.shape[0], a.shape, b.shape
+    rows, (_, num_slots, ranks, _), features = x.shape[0], a.shape, b.shape[-1]
     # adapters are exact in the wider type, and x is: what is multiplied is either's
     dtype = jnp.promote_types(x.dtype, a.dtype)
     call = functools.partial(triton_call, num_warps=tiles.num_warps, num_stages=tiles.num_stages, interpret=interpret)
@@ -86,7 +86,7 @@ def _low_kernel(
         inside = (first + jnp.arange(tiles.block_k) < k)[None, :]
         x = plt.load(x_ref.at[rows, window], mask=own[:, None] & inside, other=0.0)
         a = plt.load(a_ref.at[place_ref[0], slot, rank_window, window], mask=rank_mask[:, None] & inside, other=0.0)
-        return acc + _dot(x.astype(dtype), a.astype(dtype))
+        return acc + _dot(x.astype(dtype), a.astype(dtype), turned=True)
 
     # without a row of the slot nothing is read
     steps = jnp.max(own.astype(jnp.int32)) * steps_of_part
@@ -105,9 +105,9 @@ def _out_kernel(
     dtype: jnp.dtype,
     parts: tuple[int, ...],
 ) -> None:
-    """low_ref: f32 [split_k, T, P * r]. b_ref: [L, S, N, r]. slots_ref: i32 [T]. place_ref: i32 [1]. out_ref: f32
+    """low_ref: f32 [split_k, T, P * r]. b_ref: [L, S, r, N]. slots_ref: i32 [T]. place_ref: i32 [1]. out_ref: f32
     [T, N]."""
-    rank = b_ref.shape[3]
+    rank = b_ref.shape[2]
     rows, slots = _rows_of(slots_ref, pl.program_id(0), tiles.block_t)
     first_column, behind, first_low = _columns_of(pl.program_id(1), parts, tiles.block_n, rank)
     columns = pl.ds(first_column, tiles.block_n)
@@ -128,9 +128,9 @@ def _out_kernel(
                 return low + plt.load(at, mask=mask, other=0.0)
 
             low = lax.fori_loop(0, tiles.split_k, add_part, jnp.zeros((tiles.block_t, tiles.block_r), jnp.float32))
-            at = b_ref.at[place_ref[0], slot, columns, pl.ds(first, tiles.block_r)]
-            b = plt.load(at, mask=(column_mask & any_own)[:, None] & inside[None, :], other=0.0)
-            return acc + _dot(low.astype(dtype), b.astype(dtype))
+            at = b_ref.at[place_ref[0], slot, pl.ds(first, tiles.block_r), columns]
+            b = plt.load(at, mask=inside[:, None] & (column_mask & any_own)[None, :], other=0.0)
+            return acc + _dot(low.astype(dtype), b.astype(dtype), turned=False)
 
         zeros = jnp.zeros((tiles.block_t, tiles.block_n), jnp.float32)
         return jnp.where(own[:, None], lax.fori_loop(0, cdiv(rank, tiles.block_r), add_ranks, zeros), out)
@@ -163,6 +163,6 @@ def _columns_of(program: Any, parts: tuple[int, ...], block_n: int, rank: int) -
     return first, behind, first_low
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [T, K] by weight [N, K]."""
-    return plt.dot(x, weight, trans_b=True, precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+def _dot(x: jax.Array, weight: jax.Array, *, turned: bool) -> jax.Array:
+    """x [T, K] by weight [K, N], or, turned, [N, K]."""
+    return plt.dot(x, weight, trans_b=turned, precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)

@@ -22,14 +22,14 @@ def lora_matmul_xla(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, 
     costs less than any way of sorting, since what a product costs on a CPU is mostly not its arithmetic.
     What is multiplied has the wider type of x and the adapters; sums are float32.
     """
-    rows, (num_slots, _, rank) = x.shape[0], b.shape
+    rows, (num_slots, rank, _) = x.shape[0], b.shape
     if rows <= MOST_GATHERED_ROWS:
         return _gathered(x, a, b, slots, parts)
     dtype = jnp.promote_types(x.dtype, a.dtype)
     low = _product(x.astype(dtype), a.reshape(-1, a.shape[-1]).astype(dtype)).reshape(rows, num_slots, -1)
     low = jnp.where(slots[:, None, None] == jnp.arange(num_slots)[:, None], low, 0).astype(dtype)
     made = [
-        _product(low[..., ranks].reshape(rows, -1), _all_slots(b[:, features]).astype(dtype))
+        _product(low[..., ranks].reshape(rows, -1), b[..., features].reshape(num_slots * rank, -1).astype(dtype).T)
         for features, ranks in places(parts, rank)
     ]
     return jnp.concatenate(made, axis=1)
@@ -49,10 +49,10 @@ def lora_matmul_by_slot(
         number, a, b = slot
         own = (slots == number)[:, None]
         low = _product(jnp.where(own, x, 0), a.astype(dtype)).astype(dtype)
-        made = [_product(low[:, ranks], b[features].astype(dtype)) for features, ranks in places(parts, b.shape[-1])]
+        made = [_product(low[:, ranks], b[:, features].T.astype(dtype)) for features, ranks in places(parts, len(b))]
         return jnp.where(own, jnp.concatenate(made, axis=1), out), None
 
-    zeros = jnp.zeros((x.shape[0], b.shape[1]), jnp.float32)
+    zeros = jnp.zeros((x.shape[0], b.shape[2]), jnp.float32)
     return lax.scan(add_slot, zeros, (jnp.arange(len(a), dtype=jnp.int32), a, b))[0][:rows]
 
 
@@ -62,14 +62,9 @@ def _gathered(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, parts:
     low = jnp.sum(x[:, None].astype(jnp.float32) * a[own].astype(jnp.float32), axis=-1)
     of_slots = b[own].astype(jnp.float32)
     made = [
-        jnp.sum(low[:, None, ranks] * of_slots[:, features], axis=-1) for features, ranks in places(parts, b.shape[-1])
+        jnp.sum(low[:, ranks, None] * of_slots[..., features], axis=1) for features, ranks in places(parts, b.shape[1])
     ]
     return jnp.where(has_one, jnp.concatenate(made, axis=1), 0)
-
-
-def _all_slots(b: jax.Array) -> jax.Array:
-    """[S, out, r] as [out, S * r]."""
-    return b.transpose(1, 0, 2).reshape(b.shape[1], -1)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import gguf_blocks
 from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.quant_matmul.layout import Int4Weight
@@ -17,7 +18,7 @@ from pallas_kernels.quantized import ScaledWeight
 
 #: what `formats` has; said here, too, since reading it takes llvmlite
 GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
-BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+BLOCKS = tuple(gguf_blocks.BLOCKS)
 #: columns of x that share a scale; no kernel takes fewer at once
 GROUP = 32
 

@@ -10,7 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels.cpu_ffi.vectors import BYTE, LANES, Code, Value
+from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, LANES, Code, Value
+from pallas_kernels.gguf_blocks import E2M1_DOUBLED, IQ4_TABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +197,70 @@ def _q6_k(code: Code, block: Value) -> list[Run]:
     return runs
 
 
+def _two_bits(code: Code, start: Value) -> list[Value]:
+    """256 numbers of two bits, eight vectors of 32: each half has 32 bytes, whose pairs of bits hold its values 0-31,
+    32-63, 64-95 and 96-127.
+    """
+    found = []
+    for half in range(2):
+        packed = code.bytes(code.at(start, 32 * half), 32)
+        found += [code.masked(code.shifted_down(packed, 2 * quarter), 3) for quarter in range(4)]
+    return found
+
+
+def _q2_k(code: Code, block: Value) -> list[Run]:
+    d, dmin = code.half(code.at(block, 80)), code.negated(code.half(code.at(block, 82)))
+    runs = []
+    for i, values in enumerate(_two_bits(code, code.at(block, 16))):
+        for j, part in enumerate(code.parts(values)):
+            byte = code.byte(code.at(block, 2 * i + j))
+            scale, minimum = code.unsigned(code.masked(byte, 15)), code.unsigned(code.shifted_down(byte, 4))
+            runs.append(Run([part], code.multiplied(d, scale), code.multiplied(dmin, minimum)))
+    return runs
+
+
+def _q3_k(code: Code, block: Value) -> list[Run]:
+    d, mask, runs = code.half(code.at(block, 108)), code.bytes(block, 32), []
+    for i, low in enumerate(_two_bits(code, code.at(block, 32))):
+        third = code.shifted_up(code.masked(code.shifted_down(mask, i), 1), 2)
+        for j, part in enumerate(code.parts(code.less(code.builder.or_(low, third), 4))):
+            number = 2 * i + j
+            byte, upper = (code.byte(code.at(block, 96 + at)) for at in (number % 8, 8 + number % 4))
+            own = code.shifted_down(byte, 4) if number >= 8 else code.masked(byte, 15)
+            high = code.masked(code.shifted_down(upper, 2 * (number // 4)), 3)
+            scale = code.less(code.builder.or_(own, code.shifted_up(high, 4)), 32)
+            runs.append(Run([part], code.multiplied(d, code.signed(scale))))
+    return runs
+
+
+def _of_table(code: Code, table: tuple[int, ...], start: Value) -> list[Value]:
+    return [code.looked_up(table, codes) for codes in _nibbles(code, start)]
+
+
+def _iq4_nl(code: Code, block: Value) -> list[Run]:
+    return [Run(_of_table(code, IQ4_TABLE, code.at(block, 2)), code.half(block))]
+
+
+def _iq4_xs(code: Code, block: Value) -> list[Run]:
+    d, runs = code.half(block), []
+    for i in range(8):
+        low, high = (code.byte(code.at(block, at)) for at in (4 + i // 2, 2 + i // 4))
+        low = code.shifted_down(low, 4) if i % 2 else code.masked(low, 15)
+        high = code.masked(code.shifted_down(high, 2 * (i % 4)), 3)
+        scale = code.less(code.builder.or_(low, code.shifted_up(high, 4)), 32)
+        values = _of_table(code, IQ4_TABLE, code.at(block, 8 + 16 * i))
+        runs.append(Run(values, code.multiplied(d, code.signed(scale))))
+    return runs
+
+
+def _mxfp4(code: Code, block: Value) -> list[Run]:
+    exponent = code.byte(block)
+    is_zero = code.builder.icmp_unsigned("==", exponent, code.all(0, exponent))
+    bits = code.builder.select(is_zero, code.all(1 << 22, exponent), code.shifted_up(exponent, 23))
+    scale = code.multiplied(code.builder.bitcast(bits, FLOAT), ir.Constant(FLOAT, 0.5))
+    return [Run(_of_table(code, E2M1_DOUBLED, code.at(block, 1)), scale)]
+
+
 def _row_of(code: Code, array: Operand, layer: Value, row: Value) -> Value:
     """Of an array [L, N, ...]: the number of a row, counted through all layers."""
     return code.add(code.times(layer, _dim(code, array, 1)), row)
@@ -219,4 +286,9 @@ FORMATS: dict[str, Format] = {
     "Q4_K": _blocks(256, 144, _q4_k),
     "Q5_K": _blocks(256, 176, _q5_k),
     "Q6_K": _blocks(256, 210, _q6_k),
+    "Q2_K": _blocks(256, 84, _q2_k),
+    "Q3_K": _blocks(256, 110, _q3_k),
+    "IQ4_NL": _blocks(32, 18, _iq4_nl),
+    "IQ4_XS": _blocks(256, 136, _iq4_xs),
+    "MXFP4": _blocks(32, 17, _mxfp4),
 }

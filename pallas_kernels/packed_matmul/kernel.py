@@ -14,7 +14,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
 from pallas_kernels.packed_matmul.formats import FORMATS, Format, Operand, Run
 
 #: rows of x that are multiplied at once by one row of the weight, most first: what registers hold. Rows of the weight
@@ -93,11 +93,11 @@ class Exact(Inputs):
 
 class Rounded(Inputs):
     """x in 16 bits: int16 [M, K], and of each `GROUP` columns the scale and the sum (of what it stands for), float32
-    [M, K / GROUP]. Products of integers are exact, two of them and their sum one instruction.
+    [M, K / GROUP]. Products of integers are exact, two of them and their sum one instruction, of a whole `GROUP` where
+    the processor has it.
     """
 
     arrays = 3
-    lanes = LANES // 2
 
     def row(self, code: Code, x: list[Operand], row: Value, columns: Value) -> Any:
         first = code.times(row, columns)
@@ -105,46 +105,61 @@ class Rounded(Inputs):
         return code.at(x[0].data, code.times(first, 2)), code.at(x[1].data, group), code.at(x[2].data, group)
 
     def zero(self) -> list[Value]:
-        return [_zeros(self.lanes), ir.Constant(FLOAT, 0.0)]
+        return [_zeros(LANES), _zeros(LANES // 2), ir.Constant(FLOAT, 0.0)]
 
     def numbers(self, code: Code, run: Run) -> list[Value]:
-        return [code.widened(part, HALF_WORD) for part in run.values]
+        parts = run.values
+        if has_wide_pairs() and len(parts) * LANES % GROUP == 0:
+            parts = [code.joined(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        return [code.widened(part, HALF_WORD) for part in parts]
 
     def add(
         self, code: Code, total: list[Value], row: Any, first: Value, run: Run, numbers: list[Value]
     ) -> list[Value]:
-        (values, scales, sums), (lanes, minima) = row, total
-        together = max(1, GROUP // LANES) if len(numbers) * LANES >= GROUP else len(numbers)
+        (values, scales, sums), (*lanes, minima) = row, total
+        # numbers of a vector, lanes of their pairs, and which of the sums has as many
+        size = numbers[0].type.count
+        count, own = size // 2, 0 if size // 2 == LANES else 1
+        together = min(GROUP // size, len(numbers))
         products = None
         for i in range(0, len(numbers), together):
-            column = code.add(first, LANES * i)
+            column = code.add(first, size * i)
             start = code.at(values, code.times(column, 2))
-            whole = None
-            for j in range(together):
-                x = code.half_words(code.at(start, 2 * LANES * j))
-                pairs = code.pairs(numbers[i + j], x)
-                whole = pairs if whole is None else code.builder.add(whole, pairs)
+            inputs = [code.half_words(code.at(start, 2 * size * j), size) for j in range(together)]
+            whole = self._products(code, numbers[i : i + together], inputs)
             group = code.times(code.divided(column, GROUP), 4)
             scale = code.load(code.at(scales, group), FLOAT, align=4)
-            wide = code.signed(whole)
             if run.scale is None:
-                lanes = code.multiply_add(wide, code.splat(scale, self.lanes), lanes)
+                lanes[own] = code.multiply_add(whole, code.splat(scale, count), lanes[own])
             elif len(numbers) == together:
-                lanes = code.multiply_add(wide, code.splat(code.multiplied(scale, run.scale), self.lanes), lanes)
+                lanes[own] = code.multiply_add(whole, code.splat(code.multiplied(scale, run.scale), count), lanes[own])
             elif products is None:
-                products = code.multiplied(wide, code.splat(scale, self.lanes))
+                products = code.multiplied(whole, code.splat(scale, count))
             else:
-                products = code.multiply_add(wide, code.splat(scale, self.lanes), products)
-            if run.minimum is not None:
-                assert together * LANES == GROUP, "a minimum of fewer columns than x has sums for"
+                products = code.multiply_add(whole, code.splat(scale, count), products)
+            if run.minimum is not None and together * size == GROUP:
                 of_group = code.load(code.at(sums, group), FLOAT, align=4)
                 minima = code.multiply_add(of_group, run.minimum, minima)
+            elif run.minimum is not None:  # of fewer columns than x has sums for
+                ones = [code.all(1, x) for x in inputs]
+                factor = code.splat(code.multiplied(scale, run.minimum), count)
+                lanes[own] = code.multiply_add(self._products(code, ones, inputs), factor, lanes[own])
         if products is not None:
-            lanes = code.multiply_add(products, code.splat(run.scale, self.lanes), lanes)
-        return [lanes, minima]
+            lanes[own] = code.multiply_add(products, code.splat(run.scale, count), lanes[own])
+        return [*lanes, minima]
+
+    @staticmethod
+    def _products(code: Code, numbers: list[Value], inputs: list[Value]) -> Value:
+        """Sums of pairs of products, float32."""
+        whole = code.pairs(numbers[0], inputs[0])
+        for number, x in zip(numbers[1:], inputs[1:], strict=True):
+            whole = code.builder.add(whole, code.pairs(number, x))
+        return code.signed(whole)
 
     def result(self, code: Code, total: list[Value]) -> Value:
-        return code.summed(code.sum_of(total[0]), total[1])
+        wide, narrow, minima = total
+        halves = [code.part(wide, first, LANES // 2) for first in (0, LANES // 2)]
+        return code.summed(code.sum_of(code.summed(code.summed(*halves), narrow)), minima)
 
 
 #: by the prefix of a kernel's name

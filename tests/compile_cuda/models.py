@@ -30,6 +30,8 @@ class Model:
     eagle3: dict[str, Any] | None = None
     #: share of the layers that lie in the host's memory; the largest steps are compiled, and nothing else
     offloaded: float = 0.0
+    #: (how many the device has, their rank); the largest steps with them are compiled, and nothing else
+    adapters: tuple[int, int] | None = None
     #: patches of the largest picture; the programs that encode pictures are compiled, the largest step, and no others
     encoder_patches: int = 0
 
@@ -156,6 +158,14 @@ MODELS: dict[str, Model] = {
         max_model_len=131072,
         num_blocks=(20000,),
         offloaded=0.5,
+    ),
+    "Llama-3.1-8B, adapters": Model(
+        config=_LLAMA31_8B,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        max_model_len=131072,
+        num_blocks=(20000,),
+        adapters=(4, 16),
     ),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},

@@ -11,6 +11,7 @@ import jax
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.devices import GPU
+from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.parallel import Grid
 from jaxllm.config.resolve import GPU_DRAFT_SEQS
 from jaxllm.config.scheduler import SchedulerConfig
@@ -60,6 +61,7 @@ _NOT_QUICK = (
     "Llama-3.1-8B, drafts of Llama-3.2-1B",
     "Llama-3.1-8B, drafts of EAGLE-3",
     "Llama-3.1-8B, half on the host",
+    "Llama-3.1-8B, adapters",
     "Gemma-3-4B, images",
     "Qwen2.5-VL-7B, images",
 )
@@ -183,7 +185,7 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
         chosen = chosen[-1:]
     for bucket in chosen:
         yield f"decode {bucket.seqs} seqs" if bucket.decode_only else f"mixed {bucket}", ("forward", bucket)
-    if which != "few" and programs.encoder is None:
+    if which != "few" and programs.encoder is None and programs.adapters is None:
         yield f"sample {programs._sample_rows[-1]} rows", ("sample", programs._sample_rows[-1], True)
     if which == "all":
         for rows in programs._sample_rows[:-1]:
@@ -238,9 +240,17 @@ def _runner_config(model: Model, devices: tuple[Any, ...], gpu: GPU) -> RunnerCo
         seed=0,
         compile_cache=None,
         progress=None,
+        lora=_lora(model),
     )
     layers = sum(config.layer_bytes)
     return dataclasses.replace(config, cpu_offload_bytes=int(model.offloaded * layers))
+
+
+def _lora(model: Model) -> LoRAConfig | None:
+    if model.adapters is None:
+        return None
+    count, rank = model.adapters
+    return LoRAConfig(max_loras=count, max_lora_rank=rank, max_cpu_loras=count, dtype="bfloat16")
 
 
 def _drafter(model: Model, read: Any) -> Drafter | None:

@@ -48,6 +48,24 @@ def test_throughput(options: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_engines_with_other_arguments_in_turns(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = bench(
+        "throughput", tmp_path, *options, "--max-model-len", "256", "--num-iters", "2", "--sweep-num-prompts", "1,3",
+        "--input-len", "8", "--output-len", "3", "--against", '{"block_size": 8, "max_num_seqs": 2}',
+    )  # fmt: skip
+    names = ["as given", "block_size=8, max_num_seqs=2"]
+    assert [record["engines"][name]["max_num_seqs"] for name in names] == [4, 2]
+    for case, count in zip(record["cases"], (1, 3), strict=True):
+        assert list(case) == names and all(found["output_tokens"] == 3 * count for found in case.values())
+        assert {len(found[key]) for found in case.values() for key in ("seconds", "processor_seconds")} == {2}
+    printed = capsys.readouterr().out
+    assert len(re.findall(rf"processor seconds +{NUMBER} +{NUMBER} \({NUMBER}x\)", printed)) == 2
+    with pytest.raises(SystemExit):
+        main(["bench", "throughput", *options, "--against", "block_size=8"])
+    assert main(["bench", "throughput", *options, "--num-prompts", "1", "--against", '{"block_sise": 8}']) != 0
+    assert "block_size" in capsys.readouterr().err
+
+
 def test_lora(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "lora", tmp_path, *options, "--max-model-len", "256", "--num-iters", "2", "--num-iters-warmup", "0",

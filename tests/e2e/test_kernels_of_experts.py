@@ -26,6 +26,8 @@ def test_the_kernels_are_there(found: dict[str, Any]):
     [
         ("kernels", "XLA"),
         ("own weights", "XLA"),
+        # of which each device has some (enable_expert_parallel)
+        ("whole experts", "XLA"),
         ("other weights", "other weights by XLA"),
     ],
 )

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.adapters import ADAPTERS, TABLES, Oracle, difference, save_adapter
 from support.serving import get, served
 from support.tiny_model import SMALL, write_tiny_model
 
@@ -87,6 +88,27 @@ def test_one_adapter_for_all_prompts_and_other_methods(llm: LLM, oracle: Oracle,
     several = SamplingParams(max_tokens=3, temperature=1.0, seed=3, n=2, logprobs=1, ignore_eos=True)
     (output,) = llm.generate("one", several, lora_request=all_of_it, use_tqdm=False)
     assert len(output.outputs) == 2 and difference(oracle, "all", output) < 1e-4
+
+
+def test_where_it_is_deterministic_bits_depend_on_no_other_request(model: Path, oracle: Oracle, requests: Any):
+    """Nor on the slot that an adapter has, nor on what of a prompt is cached."""
+    names = [NAMES[i % len(NAMES)] for i in range(10)]
+    prompts = [f"a beginning of some length {i % 3}" * (1 + i % 2) for i in range(10)]
+    with LLM(model, **ARGUMENTS, deterministic=True) as llm:
+
+        def found(which: list[int]) -> dict[int, list[tuple[int, float]]]:
+            chosen, loras = [prompts[i] for i in which], [requests[names[i]] for i in which]
+            outputs = llm.generate(chosen, PARAMS, lora_request=loras, use_tqdm=False)
+            assert max(difference(oracle, names[i], output) for i, output in zip(which, outputs, strict=True)) < 1e-4
+            answers = (output.outputs[0] for output in outputs)
+            return {
+                i: [(token, found[token].logprob) for token, found in zip(a.token_ids, a.logprobs or [], strict=True)]
+                for i, a in zip(which, answers, strict=True)
+            }
+
+        together = found(list(range(10)))
+        assert {i: answer for i in reversed(range(10)) for answer in found([i]).values()} == together
+        assert llm.reset_prefix_cache() and found([7, 2, 1]) == {i: together[i] for i in (7, 2, 1)}
 
 
 def test_cached_blocks_are_an_adapters_own(llm: LLM, oracle: Oracle, requests: Any, adapters: Any, tmp_path: Path):
@@ -219,6 +241,36 @@ def test_steps_without_adapters_cost_what_they_did(llm: LLM, requests: Any):
         del programs.forward
 
 
+def test_embeddings_and_heads_of_adapters(model: Path, tmp_path: Path):
+    """Whole ones and changes, of tokens to come and of those of the prompt; more adapters than there are slots."""
+    each = enumerate(TABLES.items())
+    adapters = {name: save_adapter(model, tmp_path / name, seed=seed, **config) for seed, (name, config) in each}
+    oracle = Oracle(model, adapters)
+    requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), 1)}
+    names: list[str | None] = [None, *adapters]
+    names = [names[(i * 2) % len(names)] for i in range(10)]
+    params = dataclasses.replace(PARAMS, prompt_logprobs=0)
+    with LLM(model, **ARGUMENTS, lora_embeddings=True) as llm:
+        prompts = [f"prompt {i}" * (1 + i % 4) for i in range(len(names))]
+        loras = [None if name is None else requests[name] for name in names]
+        outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+        for name, output in zip(names, outputs, strict=True):
+            assert difference(oracle, name, output) < 1e-4
+            assert name is None or difference(oracle, None, output) > 0.1
+            prompt, scored = output.prompt_token_ids or [], output.prompt_logprobs or []
+            theirs = oracle.logprobs(name, prompt[:1], prompt[1:])
+            ours = [(entry or {})[token].logprob for token, entry in zip(prompt[1:], scored[1:], strict=True)]
+            assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+        runner: Any = llm.engine.runner
+        own = sum(stacks.num_bytes for stacks in runner._adapters)
+        assert llm.memory_plan.adapter_bytes == own * 3 // 2 > 2 * 2 * 257 * 64 * 4
+        folder = tmp_path / "other words"
+        shutil.copytree(adapters["a head"], folder)
+        _tensors(folder, lambda t: {n: np.repeat(a, 2, axis=0) if "lm_head" in n else a for n, a in t.items()})
+        with pytest.raises(ValidationError, match="Its 257 added tokens are not supported"):
+            llm.generate("x", PARAMS, lora_request=LoRARequest("other", 9, folder), use_tqdm=False)
+
+
 def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests: Any):
     own, prompt = requests["all"], "options beside adapters"
     shaped = SamplingParams(
@@ -293,8 +345,13 @@ def test_a_server_has_adapters_beside_its_model(engine: AsyncLLM, oracle: Oracle
         added = {"lora_name": "second", "lora_path": str(adapters["all"])}
         assert get(url, "/v1/load_lora_adapter", added)[0] == 200
         assert far("second", "all") < 1e-4
-        models = {model.id: getattr(model, "parent", None) for model in client.models.list()}
-        assert models == {"tiny": None, "alias": None, "first": "tiny", "second": "tiny"}
+        base = str(engine.llm.engine.args.model), None
+        own = {"first": (str(adapters["attention"]), "tiny"), "second": (str(adapters["all"]), "tiny")}
+        models: Any = client.models.list()
+        assert {each.id: (each.root, each.parent) for each in models} == {"tiny": base, "alias": base, **own}
+        (info,) = (metric for metric in engine.llm.get_metrics() if metric.name == "vllm:lora_requests_info")
+        told = {"max_lora": "2", "waiting_lora_adapters": "", "running_lora_adapters": ""}
+        assert told.items() <= info.labels.items()
         status, _, told = get(url, "/v1/load_lora_adapter", added)
         assert status == 400 and "has already been loaded" in told["error"]["message"]
         replaced = {"lora_name": "second", "lora_path": str(adapters["attention"]), "load_inplace": True}

@@ -33,11 +33,11 @@ def test_the_settings_were_at_work(found: dict[str, Any]):
     assert count("KV offloading", "external_prefix_cache_hits")
     assert count("drafts", "spec_decode_num_draft_tokens")
     assert count("a model that drafts", "spec_decode_num_accepted_tokens")
+    assert count("a head that drafts", "spec_decode_num_draft_tokens")
 
 
 #: what adapters do not go with -> what is said
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deterministic": ({"deterministic": True}, "enable_lora=True with deterministic=True: the bits"),
     "offloaded weights": ({"cpu_offload_gb": 1}, "enable_lora=True with cpu_offload_gb=1: layers on the host"),
     "no model": ({"load_format": "null"}, 'enable_lora=True with load_format="null": there is no model'),
 }

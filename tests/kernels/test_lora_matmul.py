@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.lora_matmul.api import configurations, lora_matmul
+from pallas_kernels.lora_matmul.cpu_ffi import Form, has_kernel, load
 from pallas_kernels.lora_matmul.tiles import Tiles, tiles_for
 from pallas_kernels.lora_matmul.triton import lora_matmul_triton
 
@@ -29,6 +30,7 @@ SHAPES = (
     (40, 72, (40, 20), 7, 4, "bfloat16", "float32"),
     (37, 96, (33,), 16, 2, "float16", "float16"),
     (21, 64, (48,), 1, 5, "float32", "float32"),
+    (150, 48, (48, 16), 6, 3, "bfloat16", "float16"),
 )
 #: layers of a stack, and the one that is meant; the others are NaN
 LAYERS, LAYER = 3, 1
@@ -43,9 +45,25 @@ BACKENDS = {
 
 
 @functools.cache
-def implementation(name: str, parts: tuple[int, ...], interpret: bool) -> Callable[..., jax.Array]:
-    kind = name.removesuffix(" stacked")
-    backend = BACKENDS.get(kind) or Backend(implementation="triton", interpret=interpret)
+def on_cpu(rank: int, dtype: str) -> Backend:
+    """With the kernel for CPUs of adapters of this rank and dtype."""
+    backend = Backend(cpu_adapters=load(Form(rank=rank, dtype=dtype), None))
+    assert backend.cpu_adapters
+    return backend
+
+
+def fits(shape: tuple) -> bool:
+    """Whether there is a kernel for CPUs."""
+    _, columns, parts, rank, num_slots, _, dtype = shape
+    a = jax.ShapeDtypeStruct((num_slots, len(parts) * rank, columns), dtype)
+    return has_kernel(on_cpu(rank, dtype).cpu_adapters, a, parts)
+
+
+@functools.cache
+def implementation(name: str, shape: tuple, interpret: bool) -> Callable[..., jax.Array]:
+    kind, parts = name.removesuffix(" stacked"), shape[2]
+    backend = on_cpu(shape[3], shape[6]) if kind == "cpu" else BACKENDS.get(kind)
+    backend = backend or Backend(implementation="triton", interpret=interpret)
     product = functools.partial(lora_matmul, backend=backend, parts=parts)
     if kind == "kernel":
         product = functools.partial(lora_matmul_triton, parts=parts, tiles=TILES, interpret=interpret)
@@ -60,7 +78,7 @@ def implementation(name: str, parts: tuple[int, ...], interpret: bool) -> Callab
     return of_stack
 
 
-NAMES = ("reference", "xla", "by slot", "xla stacked", "triton", "kernel", "kernel stacked")
+NAMES = ("reference", "xla", "by slot", "xla stacked", "cpu", "cpu stacked", "triton", "kernel", "kernel stacked")
 
 
 @st.composite
@@ -86,7 +104,7 @@ def operands(shape: tuple, seed: int, magnitude: float = 1.0) -> tuple[jax.Array
     draw = np.random.default_rng(seed)
     x = jnp.asarray(draw.normal(size=(rows, columns)) * magnitude, dtype)
     a = jnp.asarray(draw.normal(size=(num_slots, len(parts) * rank, columns)), of_adapters)
-    return x, a, jnp.asarray(draw.normal(size=(num_slots, sum(parts), rank)), of_adapters)
+    return x, a, jnp.asarray(draw.normal(size=(num_slots, rank, sum(parts))), of_adapters)
 
 
 def formula(shape: tuple, x: jax.Array, a: jax.Array, b: jax.Array, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +117,7 @@ def formula(shape: tuple, x: jax.Array, a: jax.Array, b: jax.Array, slots: np.nd
     for number, size in enumerate(parts):
         for row in np.flatnonzero(slots >= 0):
             of_a = a64[slots[row], number * rank : (number + 1) * rank]
-            of_b = b64[slots[row], first : first + size]
+            of_b = b64[slots[row], :, first : first + size].T
             low, summed = of_a @ x64[row], np.abs(of_a) @ np.abs(x64[row])
             out[row, first : first + size] = of_b @ low
             off = columns * eps * summed + between * (np.abs(low) + columns * eps * summed)
@@ -118,6 +136,7 @@ def formula(shape: tuple, x: jax.Array, a: jax.Array, b: jax.Array, slots: np.nd
 @example(problem=(SHAPES[2], [3, 2, 1, 0] * 10, 0, 1.0))
 def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     shape, of_rows, seed, magnitude = problem
+    assume("cpu" not in name or fits(shape))
     x, a, b = operands(shape, seed, magnitude)
     slots = np.array(of_rows)
     expected, bound = formula(shape, x, a, b, slots)
@@ -127,7 +146,7 @@ def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     a = a.at[unused].set(jnp.nan)
     if "xla" not in name:
         b = b.at[unused].set(jnp.nan)
-    out = np.asarray(implementation(name, shape[2], interpret)(x, a, b, jnp.asarray(slots, jnp.int32)), np.float64)
+    out = np.asarray(implementation(name, shape, interpret)(x, a, b, jnp.asarray(slots, jnp.int32)), np.float64)
     assert out.shape == expected.shape
     np.testing.assert_array_equal(out[slots < 0], 0)
     assert np.all(np.abs(out - expected) <= bound)
@@ -141,7 +160,7 @@ def test_gradients_are_the_formula_s(name: str, shape: tuple):
     x, a, b = operands(shape, 1)
     slots = np.arange(rows) % (num_slots + 1) - 1
     weights = np.random.default_rng(2).normal(size=(rows, sum(parts)))
-    product = implementation(name, parts, True)
+    product = implementation(name, shape, True)
 
     def loss(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(product(x, a, b, jnp.asarray(slots, jnp.int32)) * jnp.asarray(weights, jnp.float32))
@@ -154,20 +173,21 @@ def test_gradients_are_the_formula_s(name: str, shape: tuple):
         of_part, ranks = slice(first, first + size), slice(number * rank, (number + 1) * rank)
         for row in np.flatnonzero(slots >= 0):
             slot, w = slots[row], weights[row, of_part]
-            back = b64[slot, of_part].T @ w
+            back = b64[slot, :, of_part] @ w
             expected[0][row] += a64[slot, ranks].T @ back
             expected[1][slot, ranks] += np.outer(back, x64[row])
-            expected[2][slot, of_part] += np.outer(w, a64[slot, ranks] @ x64[row])
+            expected[2][slot, :, of_part] += np.outer(a64[slot, ranks] @ x64[row], w)
         first += size
     for gradient, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_where_it_is_deterministic_bits_depend_on_neither_rows_nor_slots():
-    shape = (40, 72, (40, 20), 7, 4, "bfloat16", "float32")
+@pytest.mark.parametrize("name", ["by slot", "cpu"])
+def test_where_it_is_deterministic_bits_depend_on_neither_rows_nor_slots(name: str):
+    shape = (40, 80, (48, 16), 7, 4, "bfloat16", "float32")
     x, a, b = operands(shape, 3)
     slots = np.random.default_rng(4).integers(-1, 4, 40)
-    product = implementation("by slot", shape[2], True)
+    product = implementation(name, shape, True)
     out = np.asarray(product(x, a, b, jnp.asarray(slots, jnp.int32)))
     for rows in (slice(0, 1), slice(5, 7), slice(3, 20)):
         np.testing.assert_array_equal(product(x[rows], a, b, jnp.asarray(slots[rows], jnp.int32)), out[rows])
@@ -179,21 +199,21 @@ def test_where_it_is_deterministic_bits_depend_on_neither_rows_nor_slots():
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"x": jnp.zeros((4, 9))}, r"a must be \[S, 2 \* r, in\] and b \[S, out, r\] beside x \[T, in\], got a"),
-        ({"a": jnp.zeros((2, 7, 8))}, r"got a \(2, 7, 8\), b \(2, 6, 3\)"),
-        ({"b": jnp.zeros((3, 6, 3))}, r"got a \(2, 6, 8\), b \(3, 6, 3\)"),
+        ({"x": jnp.zeros((4, 9))}, r"a must be \[S, 2 \* r, in\] and b \[S, r, out\] beside x \[T, in\], got a"),
+        ({"a": jnp.zeros((2, 7, 8))}, r"got a \(2, 7, 8\), b \(2, 3, 6\)"),
+        ({"b": jnp.zeros((3, 3, 6))}, r"got a \(2, 6, 8\), b \(3, 3, 6\)"),
         ({"parts": (4, 3)}, r"parts must be positive and add up to the 6 out-features of b, got \(4, 3\)"),
         ({"parts": (6, 0)}, "parts must be positive"),
         ({"slots": jnp.zeros(3, jnp.int32)}, r"slots must be int32 \[4\], got int32 \(3,\)"),
         ({"slots": jnp.zeros(4)}, r"slots must be int32 \[4\], got float32"),
-        ({"b": jnp.zeros((2, 6, 3), jnp.bfloat16)}, "one of .* got float32, float32 and bfloat16"),
+        ({"b": jnp.zeros((2, 3, 6), jnp.bfloat16)}, "one of .* got float32, float32 and bfloat16"),
         ({"x": jnp.zeros((4, 8), jnp.int32)}, "one of .* got int32"),
         ({"layer": jnp.int32(0)}, r"a must be \[L, S, 2 \* r, in\]"),
     ],
 )
 @pytest.mark.parametrize("kind", ["xla", "triton"])
 def test_what_does_not_fit_is_refused(kind: str, changed: dict, text: str):
-    given = {"x": jnp.zeros((4, 8)), "a": jnp.zeros((2, 6, 8)), "b": jnp.zeros((2, 6, 3)), "parts": (4, 2), **changed}
+    given = {"x": jnp.zeros((4, 8)), "a": jnp.zeros((2, 6, 8)), "b": jnp.zeros((2, 3, 6)), "parts": (4, 2), **changed}
     given.setdefault("slots", jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match=text):
         lora_matmul(**given, backend=Backend(implementation=kind, interpret=True))
@@ -204,7 +224,7 @@ def test_configurations_are_distinct_and_trace():
     assert len({case.label for case in cases}) == len(cases) == 24
     for case in cases:
         x, _, b, *_ = case.arguments
-        assert jax.eval_shape(case.function, *case.arguments).shape == (x.shape[0], b.shape[2]), case.label
+        assert jax.eval_shape(case.function, *case.arguments).shape == (x.shape[0], b.shape[3]), case.label
 
 
 def test_tiles_fit_the_problem():

@@ -96,7 +96,7 @@ def operations(backend: Backend) -> dict[str, Callable[[], Any]]:
         "paged_attention": lambda: paged_attention(array(TOKENS, HEADS, DIM), CACHE, LAYOUT, step, scale=1.0),
         "kv_write": lambda: write_kv(CACHE, rows, rows, LAYOUT, step),
         "grouped_matmul": lambda: grouped_matmul(x, experts, sizes, backend=backend),
-        "lora_matmul": lambda: lora_matmul(x, array(2, 8, 64), array(2, 32, 8), sizes.repeat(2), backend=backend),
+        "lora_matmul": lambda: lora_matmul(x, array(2, 8, 64), array(2, 8, 32), sizes.repeat(2), backend=backend),
         "quant_matmul": lambda: quant_matmul(x, weight, backend=backend),
     }
 

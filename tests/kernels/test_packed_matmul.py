@@ -54,6 +54,8 @@ def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
     for start in HALVES[kernel]:
         numbers = draw.normal(size=data.shape[:-1]).astype(np.float16)
         data[..., start : start + 2] = numbers[..., None].view(np.uint8)
+    if kernel == "MXFP4":  # an exponent of two
+        data[..., 0] = draw.integers(110, 130, data.shape[:-1])
     return BlockWeight(data=jnp.asarray(data.reshape(LAYERS, n, -1)), kind=kernel)
 
 
@@ -62,10 +64,11 @@ DTYPES = ("float32", "bfloat16")
 #: where a block has float16 numbers: random bytes could be NaN
 HALVES = {
     **{"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2)},
-    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)},
+    **{"IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": ()},
 }
 #: whose numbers are small differences of larger ones
-WITH_MINIMA = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 
 
 @functools.cache

@@ -105,6 +105,8 @@ def test_requests_find_their_adapters(ahead, adapters, slots, more, blocks, seed
             scheduler.finish(request, RequestStatus.FINISHED_ERROR)
         device.run(step)
         assert len({r.adapter for r in scheduler.running if r.adapter is not None}) <= slots
+        running = {r.adapter.request.lora_name for r in scheduler.running if r.adapter is not None}
+        assert scheduler.adapter_names()[1] == running
         if step.rows:
             in_flight.append(step)
         elif not in_flight:
@@ -139,6 +141,8 @@ def test_nobody_starves_while_others_keep_coming():
         scheduler.add_request(made(number, 1 + number % 2, store, 8))
         step = scheduler.schedule()
         device.run(step)
+        # the rare one waits until it runs
+        assert ("adapter 3" in scheduler.adapter_names()[rare.adapter_slot >= 0]) or rare.is_finished
         read(scheduler, step)
         if rare.is_finished:
             break

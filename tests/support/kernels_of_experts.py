@@ -56,6 +56,8 @@ def main() -> None:
         found["other weights"] = answers(llm)
         llm.update_weights(own)
         found["own weights"] = answers(llm)
+    with LLM(model, tensor_parallel_size=2, enable_expert_parallel=True, **arguments) as llm:
+        found["whole experts"] = answers(llm)
     with mock.patch.object(cpu_ffi, "load", lambda *_: ""), LLM(model, **arguments) as llm:
         found["XLA"], found["XLA's kernels"] = answers(llm), has_kernels(llm)
         llm.update_weights(others(llm.apply_model(lambda params: params)[0]))

@@ -273,3 +273,17 @@ def test_a_model_that_drafts_stays_on_the_device(model: Path, tmp_path: Path):
     on_host = {layout.name for layout in found.layouts if layout.on_host}
     assert "layers.qkv" in on_host and not [name for name in on_host if name.startswith("draft.")]
     assert "draft.layers.qkv" in {layout.name for layout in found.layouts}
+
+
+def test_adapters_are_arrays_of_it(model: Path):
+    """Split as their matrices are: A along its inputs, B along its outputs."""
+    found = jaxllm.explain(model, **ASKED, enable_lora=True, max_loras=3)
+    own = {layout.name: layout for layout in found.layouts if layout.name.startswith("adapters.")}
+    assert set(own) == {f"adapters.{name}.{half}" for name in ("qkv", "output", "gate_up", "down") for half in "ab"}
+    # the plan has one more, on its way
+    assert sum(layout.device_bytes for layout in own.values()) * 4 == found.plan.memory.adapter_bytes * 3
+    down = own["adapters.down.a"], own["adapters.down.b"]
+    counts = [layout.count for layout in down]
+    assert counts == [80, 80] and [layout.device_shape for layout in down] == [(1, 3, 16, 7168), (1, 3, 16, 8192)]
+    assert own["adapters.qkv.b"].device_shape == (1, 3, 16, 2048 + 2 * 256)
+    assert "adapters.gate_up.a" in str(found) and "of it LoRA" in str(found)

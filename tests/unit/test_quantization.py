@@ -27,6 +27,7 @@ from support.tiny_model import CONFIG, write_tiny_model
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.quantization import NAMES
 from jaxllm.layers.context import Context
+from jaxllm.layers.embedding import PIECE, embed, unembed
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
 from jaxllm.layers.weight import is_spec
@@ -194,6 +195,19 @@ def test_blocks_are_the_gguf_packages(kind: str):
     theirs = gguf.quants.dequantize(raw, number)
     # a product and a sum, which a compiler may make one
     np.testing.assert_allclose(ours.dequantize(F32), theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_a_table_in_blocks_is_widened_in_pieces():
+    """Two whole ones and a rest; rows of it are looked up."""
+    random, size = np.random.default_rng(1), 2 * PIECE + 37
+    raw = gguf.quants.quantize(random.standard_normal((size, 64)).astype(np.float32), GGMLQuantizationType.Q8_0)
+    table = gguf.quants.dequantize(raw, GGMLQuantizationType.Q8_0)
+    hidden = random.standard_normal((3, 64)).astype(np.float32)
+    stored = BlockWeight(data=jnp.asarray(raw), kind="Q8_0")
+    scores = jax.jit(unembed, static_argnums=(0, 3))(Context(), jnp.asarray(hidden), stored, size)
+    np.testing.assert_allclose(scores, hidden @ table.T, atol=1e-4)
+    tokens = np.array([0, size - 1, 5, 5])
+    np.testing.assert_array_equal(embed(Context(), stored, jnp.asarray(tokens), jnp.dtype("float32")), table[tokens])
 
 
 def test_exponents_are_powers_of_two():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.metric import Counter, Gauge, Histogram, Metric, Observations, Vector, one_two_five
@@ -377,6 +378,14 @@ class EngineMetrics:
             "vllm:request_num_preemptions": self._preemptions,
         }
         return [observations.histogram(name, self._with()) for name, observations in observed.items()]
+
+    def adapters(self, max_loras: int, waiting: Iterable[str], running: Iterable[str]) -> Metric:
+        """vLLM's gauge of adapters, which tells in its labels: those that requests wait and run with, by name. Its
+        value is the time, in seconds since 1970.
+        """
+        names = {"waiting_lora_adapters": waiting, "running_lora_adapters": running}
+        told = {label: ",".join(sorted(each)) for label, each in names.items()}
+        return Gauge("vllm:lora_requests_info", self._with(max_lora=str(max_loras), **told), time.time())
 
     def _with(self, **labels: str) -> dict[str, str]:
         return {**self.labels, **labels}

@@ -25,6 +25,7 @@ HELP = {
     "vllm:gpu_cache_usage_perc": "The old name of vllm:kv_cache_usage_perc.",
     "vllm:gpu_prefix_cache_hit_rate": "Share of the last 1000 requests' tokens that the prefix cache had, in [0, 1].",
     "vllm:cache_config_info": "The cache's configuration, in labels.",
+    "vllm:lora_requests_info": "The time; in labels, the adapters that requests wait and run with.",
     "vllm:prefix_cache_queries": "Tokens that the prefix cache was asked for.",
     "vllm:prefix_cache_hits": "Tokens of these that it had.",
     "vllm:external_prefix_cache_queries": "Tokens that the prefix cache lacks, and the host was asked for.",

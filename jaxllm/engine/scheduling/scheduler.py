@@ -54,12 +54,20 @@ NOTHING_ALLOWED = (
 class Scheduler:
     """Continuous batching over the rows and blocks of one runner.
 
+    Args:
+        warns: whether it says when requests are preempted.
+
     Raises:
         ValueError: the limits contradict each other, or the pool does not hold two tokens.
     """
 
     def __init__(
-        self, config: SchedulerConfig, cache_config: CacheConfig, adapters: AdapterStore | None = None
+        self,
+        config: SchedulerConfig,
+        cache_config: CacheConfig,
+        adapters: AdapterStore | None = None,
+        *,
+        warns: bool = True,
     ) -> None:
         if config.policy not in ("fcfs", "priority"):
             raise ValueError(f'policy must be "fcfs" or "priority", got {config.policy!r}')
@@ -73,7 +81,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         # A stack with row 0 on top: few requests stay in the low rows.
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._preemptions = PreemptionLog(self.kv_cache_manager)
+        self._preemptions = PreemptionLog(self.kv_cache_manager, warns=warns)
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._micro_batches: MicroBatches | None = None
         if config.num_micro_batches > 1:
@@ -496,6 +504,14 @@ class Scheduler:
             encoder_cache_hits=0 if encoded is None else encoded.num_hits,
             encoder_cache_queries=0 if encoded is None else encoded.num_queries,
         )
+
+    def adapter_names(self) -> tuple[set[str], set[str]]:
+        """Of the adapters that requests wait with, and of those that they run with; any thread may ask."""
+        waiting, running = set(), set()
+        for request in list(self._requests.values()):
+            if request.adapter is not None:
+                (waiting if request.adapter_slot < 0 else running).add(request.adapter.request.lora_name)
+        return waiting, running
 
     def reset_prefix_cache(self, *, host_pool: bool = False) -> bool:
         """As `KVCacheManager.reset_prefix_cache`; what nobody uses of encoded pictures is forgotten, too."""

@@ -27,11 +27,12 @@ def routes(service: Service) -> APIRouter:
     admin = [Depends(_refuse_users)] if not service.settings.admin_endpoints else []
 
     def model(name: str) -> dict[str, Any]:
-        length, parent = engine.engine.core.config.max_model_len, {}
-        if name in service.adapters:
-            parent = {"parent": service.settings.model_names[0]}
-        own = {"id": name, "object": "model", "created": created, "owned_by": "jaxllm"}
-        return {**own, **parent, "max_model_len": length}
+        adapter = service.adapters.get(name)
+        root, parent = str(engine.engine.args.model), None
+        if adapter is not None:
+            root, parent = adapter.path, service.settings.model_names[0]
+        own = {"id": name, "object": "model", "created": created, "owned_by": "jaxllm", "root": root, "parent": parent}
+        return {**own, "max_model_len": engine.engine.core.config.max_model_len}
 
     def names() -> list[str]:
         return [*service.settings.model_names, *service.adapters]

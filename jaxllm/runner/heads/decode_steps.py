@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
@@ -62,7 +62,7 @@ def decode_steps(
     sampling = {name: field[: bucket.seqs] if field.ndim else field for name, field in sampling.items()}
     constraints = None if constraints is None else constraints[: bucket.seqs]
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     trash = state.tokens.shape[0] - 1
     row, first, limits = fields["rows"], fields["positions"], fields["steps"]

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import (
@@ -119,11 +119,11 @@ def draft_steps(
     # the first S of the sampler's rows are the step's sequences
     sampling = {name: field[:seqs] if field.ndim else field for name, field in sampling.items()}
     if bucket.adapters:
-        slots = fields["adapter_slots"]
+        slots, backend = fields["adapter_slots"], config.context.backend
         several = zip(adaptive.lengths, params.several, strict=True)
         params = DraftParams(
-            single=with_slots(params.single, slots),
-            several=tuple(with_slots(own, jnp.repeat(slots, 1 + length)) for length, own in several),
+            single=with_slots(params.single, slots, backend),
+            several=tuple(with_slots(own, jnp.repeat(slots, 1 + length), backend) for length, own in several),
         )
     attention = attention_batch(fields, bucket)
     trash, lane = state.tokens.shape[0] - 1, jnp.arange(width, dtype=jnp.int32)

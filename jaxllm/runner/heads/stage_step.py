@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import Params, forward_keeping
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
@@ -70,7 +70,7 @@ def stage_step(
     """
     fields = packing.unpack(buffer)
     if bucket.adapters:
-        params = with_slots(params, fields["adapter_slots"])
+        params = with_slots(params, fields["adapter_slots"], config.context.backend)
     attention = attention_batch(fields, bucket)
     tokens, batch = state.tokens, StepBatch(tokens=fields["token_ids"], attention=attention)
     if tokens is not None:
