@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jaxllm.api.pooling_params import LateChunkingParams, PoolingParams
     from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
     from jaxllm.async_llm import AsyncLLM
+    from jaxllm.autotuning.api import tune
+    from jaxllm.autotuning.result import TuningResult
     from jaxllm.config.command_line import FlexibleArgumentParser
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.llm import LLM
@@ -74,9 +76,11 @@ _HOMES = {
     "StructuredOutputsParams": "jaxllm.api.constraints",
     "TextPrompt": "jaxllm.api.inputs",
     "TokensPrompt": "jaxllm.api.inputs",
+    "TuningResult": "jaxllm.autotuning.result",
     "explain": "jaxllm.planning.api",
     "plan": "jaxllm.planning.api",
     "quantize": "jaxllm.quantizing.api",
+    "tune": "jaxllm.autotuning.api",
 }
 
 __all__ = [
@@ -112,10 +116,12 @@ __all__ = [
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
+    "TuningResult",
     "__version__",
     "explain",
     "plan",
     "quantize",
+    "tune",
 ]
 
 install_finder()

@@ -73,6 +73,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--num-prompts", 24, "requests of each workload")
     _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
     _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
+    _add(parser, "--num-iters", 2, "runs of each workload, in turns with steps that are timed")
     _add_output_json(parser)
     add_engine_options(parser)
 
@@ -130,6 +131,17 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def add_images_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench images`` takes."""
+    _add_lengths(parser, output_len=64)
+    _add(parser, "--batch-size", 8, "texts in the batch")
+    _add(parser, "--num-images", 4, "images beside them, each in a prompt of its own")
+    _add(parser, "--image-size", 448, "pixels of a side")
+    _add_iterations(parser, num_iters=3, num_iters_warmup=1)
+    _add_output_json(parser)
+    add_engine_options(parser)
+
+
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench profile`` takes."""
     _add(parser, "--batch-sizes", [1, 8, 32], "requests of each batch", kind=counts)
@@ -151,7 +163,7 @@ def add_startup_options(parser: argparse.ArgumentParser) -> None:
 def add_serve_trace_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench serve-trace`` takes."""
     add_dataset_options(parser)
-    _add_arrivals(parser)
+    add_arrival_options(parser)
     _add_outputs(parser)
     add_engine_options(parser)
 
@@ -183,7 +195,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer (default: %(default)s)")
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="TEXT", help="another one")
     _add(parser, "--seed", 0, "of prompts and arrivals", kind=not_negative)
-    _add_arrivals(parser)
+    add_arrival_options(parser)
     _add(parser, "--num-warmups", 1, "requests before, that do not count", kind=not_negative)
     parser.add_argument(
         "--goodput",
@@ -222,7 +234,13 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     _add_file(parser, "--plot", "draw the requests over time (.png, .svg, .pdf)")
 
 
-def _add_arrivals(parser: argparse.ArgumentParser) -> None:
+def count_option(parser: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Add an option that takes a whole number above 0."""
+    _add(parser, name, None, text)
+
+
+def add_arrival_options(parser: argparse.ArgumentParser) -> None:
+    """Add when requests come."""
     text = 'requests a second; inf: the "timestamp" seconds of a custom dataset\'s lines, else all at once'
     _add(parser, "--request-rate", float("inf"), text, kind=float)
     text = "1: requests come as a Poisson process; below: in bursts; above: evenly"
@@ -280,6 +298,7 @@ BENCHMARKS = (
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
     Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
+    Benchmark("images", "images a second, and the speed of texts beside them", add_images_options),
     Benchmark("lora", "seconds of one batch without adapters and with several", add_lora_options),
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),

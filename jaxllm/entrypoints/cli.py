@@ -22,6 +22,7 @@ from jaxllm.entrypoints.plan import add_plan_options
 from jaxllm.entrypoints.quantize import add_quantize_options
 from jaxllm.entrypoints.serve.options import add_serve_options
 from jaxllm.entrypoints.simulate import add_simulate_options
+from jaxllm.entrypoints.tune import add_tune_options
 from jaxllm.entrypoints.warm import add_warm_options
 from jaxllm.runner.compile.workers import leave
 from jaxllm.weights.named_models import NAMED_MODELS
@@ -130,8 +131,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_advise_options(advise)
 
-    text = "how a trace's requests would have fared with other settings"
-    add_simulate_options(command("simulate", text, _lazily("jaxllm.entrypoints.simulate")))
+    simulate = command(
+        "simulate",
+        "how a workload fares with arguments that nobody has run",
+        _lazily("jaxllm.entrypoints.simulate"),
+        conflict_handler="resolve",
+        description="Replay a workload through the engine's own scheduler, block pool and prefix cache, in place of "
+        "the model the time that its steps take: as a trace has it, as --measure finds it on this machine, or as "
+        "--device of a GPU that need not be there.",
+    )
+    add_simulate_options(simulate)
+
+    tune = command(
+        "tune",
+        "search the engine arguments that suit a workload best",
+        _lazily("jaxllm.entrypoints.tune"),
+        conflict_handler="resolve",
+        description="Search the engine arguments that suit a workload best, those given held fixed: in the simulator "
+        "first, then the best few are measured in turns on this machine. Writes a configuration for --config, with the "
+        "reason and the effect beside every value, and a page with plots. Ctrl-C gives the best so far; the same "
+        "command goes on where it was interrupted. Exits with 1 when nothing keeps the constraints.",
+    )
+    add_tune_options(tune)
 
     text = "write a model with quantized weights: AWQ, GPTQ, int8, fp8 or int4"
     quantize = command("quantize", text, _lazily("jaxllm.entrypoints.quantize"))

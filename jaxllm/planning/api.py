@@ -93,7 +93,7 @@ def _answered(
     args = engine_args(model, **arguments)
     if args.load_format == "null":
         raise ValidationError('load_format="null" has no model, so there is no memory to plan.')
-    with _config_path(args) as path:
+    with config_path(args) as path:
         if local:
             question = Question(
                 args=args,
@@ -146,7 +146,7 @@ def _no_compiler() -> str:
 
 
 @contextlib.contextmanager
-def _config_path(args: EngineArgs) -> Iterator[Path]:
+def config_path(args: EngineArgs) -> Iterator[Path]:
     """Return the model's directory or .gguf file; of a config.json by itself, a directory with nothing else."""
     path = Path(os.fspath(args.model)).expanduser()
     if path.suffix.lower() != ".json" or not path.is_file():

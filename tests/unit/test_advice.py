@@ -17,7 +17,7 @@ from support.virtual_time import VirtualTime
 import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter
+from jaxllm.api.metric import Counter, Vector
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.observe.engine_settings import EngineSettings
@@ -143,7 +143,7 @@ def test_preemptions_where_few_requests_are_long(model: Path):
     assert [setting[:2] for setting in advice.instead] == [("max_num_seqs", 10), ("max_model_len", 56)]
 
 
-@pytest.mark.parametrize("argument", ["gpu_memory_utilization", "tensor_parallel_size"])
+@pytest.mark.parametrize("argument", ["gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size"])
 def test_more_memory_is_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str):
     """The plan of a GPU that is not there stands for one that is: with the value that is named it has the blocks."""
     monkeypatch.setattr(api, "find_compiler", lambda folder: None)
@@ -247,6 +247,24 @@ def test_drafts_that_cost_more_than_they_bring(model: Path):
     assert advice.setting[:2] == ("speculative_config", None)
     found, _ = fare(model, prompts(4, 30), step_seconds=seconds(1e-3, 1e-5), **options)
     assert found.of("speculation") is None
+
+
+def test_drafts_at_places_that_are_seldom_right():
+    """Of 100 checks of three drafts the first is right in 40, the second in 20, the third in 4."""
+
+    def found(places: list[int]) -> Advice | None:
+        settings = EngineSettings(num_speculative_tokens=len(places))
+        counts = {"drafts": 100, "draft_tokens": 100 * len(places), "accepted_tokens": sum(places)}
+        metrics = [Counter(f"vllm:spec_decode_num_{name}", {}, value) for name, value in counts.items()]
+        metrics.append(Vector("vllm:spec_decode_num_accepted_tokens_per_pos", {}, places))
+        return advise(Load(settings=settings, metrics=tuple(metrics))).of("speculation")
+
+    advice = found([40, 20, 4])
+    assert advice is not None and advice.setting[:2] == ("num_speculative_tokens", 2)
+    assert advice.numbers["right_at_place"] == 0.04 and found([40, 20]) is None
+    # nothing is left of drafts of which none is right
+    nothing = found([4, 2, 1])
+    assert nothing is not None and nothing.setting[:2] == ("speculative_config", None)
 
 
 def test_padding_of_few_programs(model: Path):

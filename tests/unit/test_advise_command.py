@@ -85,6 +85,29 @@ def test_a_scrape_of_vllm():
     assert any(isinstance(metric, Vector) for metric in load.metrics)
 
 
+def test_a_scrape_of_vllm_whose_blocks_are_evicted_too_soon(tmp_path: Path):
+    """``--kv-cache-metrics`` of vLLM: half of what is evicted was idle for 5 s, and what is used again after 20."""
+
+    def scraped(idle: str) -> str:
+        lines = ['vllm:cache_config_info{block_size="16",num_gpu_blocks="6000",gpu_memory_utilization="0.9"} 1']
+        for name, bounds in {
+            "kv_block_reuse_gap_seconds": {"5": 10, "20": 95, "+Inf": 100},
+            "kv_block_idle_before_evict_seconds": {idle: 60, "+Inf": 100},
+        }.items():
+            lines += [f"# TYPE vllm:{name} histogram"]
+            lines += [f'vllm:{name}_bucket{{le="{bound}"}} {count}' for bound, count in bounds.items()]
+            lines += [f"vllm:{name}_sum 1000", f"vllm:{name}_count 100"]
+        return "\n".join(lines) + "\n"
+
+    (tmp_path / "metrics.txt").write_text(scraped("5"))
+    advice = advise(read_metrics(str(tmp_path / "metrics.txt"), {})).of("evicted prefixes")
+    assert advice is not None and advice.setting[:2] == ("gpu_memory_utilization", 0.95)
+    assert [setting.argument for setting in advice.instead] == ["kv_offloading_size"]
+    # with room for them, blocks are idle for longer before they go
+    (tmp_path / "metrics.txt").write_text(scraped("60"))
+    assert advise(read_metrics(str(tmp_path / "metrics.txt"), {})).of("evicted prefixes") is None
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert (
         main(["advise", "--vllm-metrics", str(VLLM), "--max-num-batched-tokens", "2k", "--itl", "50ms", "--json"]) == 0

@@ -1,0 +1,449 @@
+"""One search from its question to its result: calibrate, simulate, measure the best few in turns, and leave out each
+value in turn to see what it brings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.autotuning.capacity import Capacity, Planner
+from jaxllm.autotuning.forecast import Forecast, StepTimesOf
+from jaxllm.autotuning.goals import Goals
+from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_grid, needed_length
+from jaxllm.autotuning.measure import measure
+from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text, medians
+from jaxllm.autotuning.search import AS_GOOD, Search, optuna
+from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
+from jaxllm.engine.observe.progress import bar_class
+from jaxllm.runner.memory.fit import DoesNotFitError
+from jaxllm.tuning.simulation.fitted_steps import FittedSteps
+from jaxllm.tuning.simulation.step_times import StepTimes
+from jaxllm.tuning.simulation.workload import Workload
+from jaxllm.tuning.trace_file import read_trace
+
+#: arguments that are written nowhere
+SECRETS = ("hf_token",)
+#: what no search can hold fixed, and what to do
+_NOT_SIMULATED = {
+    "speculative_config": "Leave it out: drafts of n-grams are measured where the workload has real prompts.",
+    "pipeline_parallel_size": "Leave it out: on several devices it is measured with the best of the rest.",
+}
+#: of what differs by less than this share, the simulator says that it is the same
+SAME = 0.002
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tuner:
+    """A search.
+
+    Args:
+        folder: for what is found, and for what a search that was interrupted goes on with; None: nothing is kept.
+        step_times: of engines on a device that is not there; None: they are measured, and so are the best few.
+        fastest_steps: of the same, as fast as they can be; None: nobody knows.
+        num_trials: that are sampled in the simulator.
+        num_measured: of the best, that are measured beside the defaults; 0: none.
+        rounds: of each.
+        show: whether there is a progress bar, or what makes it.
+    """
+
+    planner: Planner
+    workload: Workload
+    goals: Goals
+    folder: Path | None = None
+    step_times: StepTimesOf | None = None
+    fastest_steps: StepTimesOf | None = None
+    device: str = ""
+    num_trials: int = 100
+    num_measured: int = 3
+    rounds: int = 3
+    show: bool | Callable[..., Any] = True
+
+    def run(self) -> TuningResult:
+        """Search. Ctrl-C gives the best so far.
+
+        Raises:
+            ValidationError: the question cannot be asked, or no engine is possible.
+            KeyboardInterrupt: nothing had been tried yet.
+        """
+        optuna()
+        self._check()
+        self._base = self._base_arguments()
+        self.planner.hold(self._base)
+        self.space = Space.of(self.planner, self.workload)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = None if self.folder is None else self.folder / "trials.jsonl"
+        self.journal = Journal(path, self._question())
+        self._effects: tuple[Effect, ...] = ()
+        self._finalists: list[Mapping[str, Any]] = []
+        self._best: Trial | None = None
+        interrupted = False
+        try:
+            times = self.step_times or self._calibrate()
+            self._simulate(Forecast(self.planner, self.workload, self.goals, times))
+            if self.step_times is None and self.num_measured:
+                self._measure_best()
+        except KeyboardInterrupt:
+            interrupted = True
+            self._best = self._best_so_far()
+            if self._best is None:
+                raise
+        return self._result(interrupted=interrupted)
+
+    def _best_so_far(self) -> Trial | None:
+        """Of what was measured, where the best of the simulator is among it; else that one."""
+        best = self._best or self._search().best()
+        if best is None or self.step_times is not None or not self.journal.measured(best.arguments):
+            return best
+        return self._fastest(_distinct([{}, *self._finalists, best.arguments]))
+
+    # What can be asked.
+
+    def _check(self) -> None:
+        fixed = self.planner.fixed
+        for name, instead in _NOT_SIMULATED.items():
+            if fixed.get(name) not in (None, 1, {}):
+                raise ValidationError(f"{name}={fixed[name]!r} is held fixed, and is not simulated. {instead}")
+        longest, most = self.workload.longest, self.planner.longest()
+        if longest > most:
+            raise ValidationError(
+                f"the workload has a request of {longest} tokens, and the model knows contexts of up to {most}. Take "
+                "the request out, or another model."
+            )
+        asked = self.planner.fixed.get("max_model_len")
+        if isinstance(asked, int) and 0 < asked < longest:
+            raise ValidationError(
+                f"max_model_len={asked} is held fixed, and the workload has a request of {longest} tokens. Set "
+                f"max_model_len to at least {longest}, or leave it out: it is searched then."
+            )
+        if not self.planner.generates():
+            raise ValidationError("jaxllm tune is for models that generate; this one pools.")
+        if self.num_trials < 1 or self.num_measured < 0 or self.rounds < 1:
+            raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
+
+    def _base_arguments(self) -> dict[str, Any]:
+        """What the fixed arguments lack for an engine to be possible: the model's own length may not fit.
+
+        Raises:
+            DoesNotFitError: no engine is.
+        """
+        try:
+            fitting_grid(self.planner, {})
+        except DoesNotFitError:
+            if self.planner.fixed.get("max_model_len") is not None:
+                raise
+            length = {"max_model_len": needed_length(self.planner, self.workload)}
+            fitting_grid(self.planner, length)
+            return length
+        return {}
+
+    def _question(self) -> dict[str, Any]:
+        """What trials are trials of."""
+        return {
+            "model": str(self.planner.model),
+            "device": self.device,
+            "objective": self.goals.objective,
+            "constraints": [str(each) for each in self.goals.constraints],
+            "arguments": {name: str(value) for name, value in self.planner.fixed.items() if name not in SECRETS},
+            "workload": f"{self.workload} {hash_of(self.workload)}",
+        }
+
+    # The simulator.
+
+    def _calibrate(self) -> StepTimesOf:
+        """The times of steps as the defaults measure them, which is the first measured run; of a model that is split
+        over devices, as one with so many does.
+        """
+        found: dict[int, StepTimes] = {}
+
+        def times(capacity: Capacity) -> StepTimes:
+            devices = capacity.args.tensor_parallel_size
+            if devices not in found:
+                split = devices != (self.planner.fixed.get("tensor_parallel_size") or 1)
+                found[devices] = self._measured_steps({"tensor_parallel_size": devices} if split else {})
+            return found[devices]
+
+        times(self.planner.capacity(fitting_grid(self.planner, {})))
+        return times
+
+    def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
+        name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
+        path = None if self.folder is None else self.folder / f"{name}.trace.json"
+        if path is not None and path.exists() and self.journal.measured(arguments):
+            trace = read_trace(path)
+        else:
+            with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
+                found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                bar.update()
+            trace = found.trace
+            if path is not None:
+                trace.save(path)
+            self._keep_measured(arguments, found, 1)
+        if trace.settings is not None:
+            self.planner.learn(trace.settings)
+        return FittedSteps.of(trace.arrays())
+
+    def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
+        def told(trial: Trial) -> None:
+            if bar is not None:
+                if bar.total is not None and bar.n >= bar.total:
+                    bar.total += 1  # neighbours of the best, of which nobody knows how many there will be
+                bar.update()
+                best = search.best()
+                if best is not None and best.numbers is not None:
+                    bar.set_postfix_str(self.goals.text(best.numbers), refresh=False)
+
+        search = Search(self.space, self.goals, self.journal, forecast or _nothing, told=told)
+        return search
+
+    def _simulate(self, forecast: Forecast) -> None:
+        total = min(self.num_trials, self.space.size)
+        with self._bar(total, "Simulating") as bar:
+            self._best = self._search(forecast, bar).run(total)
+        if self._best is None:
+            problems = dict.fromkeys(trial.problem for trial in self.journal.trials if trial.problem)
+            raise ValidationError(f"no engine is possible: {next(iter(problems), 'nothing was tried')}")
+        self._finalists = [trial.arguments for trial in self._top(max(self.num_measured, 3))]
+        self._effects = self._effects_of(self._best.arguments, forecast)
+
+    def _top(self, count: int) -> list[Trial]:
+        """The best, each of which fares differently from the others."""
+        assert self._best is not None
+        found = [self._best]
+        trials = [trial for trial in self.journal.trials if trial.kind == "simulated" and trial.numbers is not None]
+        for trial in sorted(trials, key=lambda each: (*self.goals.rank(each.numbers or {}), len(each.arguments))):
+            if len(found) >= count:
+                break
+            if not any(_alike(trial.numbers or {}, other.numbers or {}) for other in found):
+                found.append(trial)
+        return found
+
+    def _effects_of(
+        self, arguments: Mapping[str, Any], forecast: Callable[[Mapping[str, Any]], Trial]
+    ) -> tuple[Effect, ...]:
+        """Simulated, of each value that is no default."""
+        effects = []
+        with_all = self.journal.simulated(arguments)
+        for knob, value, without in self._ablated(arguments):
+            trial = self.journal.simulated(without)
+            if trial is None:
+                trial = forecast(without)
+                if trial.problem != _UNTRIED:
+                    self.journal.add(trial)
+            gain = 0.0
+            if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
+                gain = self.goals.gain(with_all.numbers, trial.numbers)
+            effects.append(
+                Effect(
+                    knob=knob, value=value, without=trial.numbers, gain=gain, is_measured=False, problem=trial.problem
+                )
+            )
+        return tuple(effects)
+
+    def _ablated(self, arguments: Mapping[str, Any]) -> list[tuple[Knob, Any, dict[str, Any]]]:
+        """Of each value that is no default: its knob, the value, and the arguments with the default in its place."""
+        values = self.space.values(arguments)
+        return [
+            (knob, values[knob.name], self.space.arguments(values | {knob.name: knob.default}))
+            for knob in self.space.all_knobs
+            if values[knob.name] != knob.default
+        ]
+
+    # The machine.
+
+    def _measure_best(self) -> None:
+        """The defaults, the best few, and what is not simulated, in turns; then the best without each of its values."""
+        assert self._best is not None
+        few = [trial.arguments for trial in self._top(self.num_measured)]
+        few += self._not_simulated(few[0])
+        wanted = _distinct([{}, *few])
+        self._finalists = wanted
+        self._in_turns(wanted, range(1, self.rounds + 1), "Measuring the best")
+        self._best = self._fastest(wanted)
+        best = self._best.arguments
+        possible = [
+            without
+            for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
+            if not effect.problem or effect.problem == _UNTRIED
+        ]
+        known = set(map(key_of, wanted))
+        if not known.issuperset(map(key_of, possible)):
+            again = _distinct([best, *possible])
+            self._in_turns(again, range(self.rounds + 1, 2 * self.rounds + 1), "Measuring each value")
+            self._finalists = _distinct([*wanted, *again])
+            self._best = self._fastest(self._finalists)
+            best = self._best.arguments
+        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
+        self._effects = tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
+
+    def _not_simulated(self, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        """The arguments with a value of each knob that is measured alone."""
+        for knob in self.space.measured:
+            for value in knob.values:
+                if value == knob.default:
+                    continue
+                found = {**arguments, **knob.arguments(value)}
+                if knob.name == STAGES:
+                    # its devices are those that another split had, and its stages launch one step at a time
+                    others = (TENSOR, DATA, "num_decode_steps")
+                    found = {name: kept for name, kept in found.items() if name not in others}
+                yield found
+
+    def _in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
+        """Measure each in every round, one after the other; those that have been are not measured again."""
+        missing = [
+            (number, arguments)
+            for number in rounds
+            for arguments in wanted
+            if number not in {trial.round for trial in self.journal.measured(arguments)}
+        ]
+        with self._bar(len(missing), what) as bar:
+            for number, arguments in missing:
+                bar.set_postfix_str(arguments_text(arguments))
+                if not any(trial.problem for trial in self.journal.measured(arguments)):
+                    try:
+                        found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                    except (JaxLLMError, RuntimeError, MemoryError) as error:
+                        problem = str(error) or type(error).__name__
+                        self.journal.add(
+                            Trial(kind=MEASURED, arguments=dict(arguments), numbers=None, problem=problem, round=number)
+                        )
+                    else:
+                        self._keep_measured(arguments, found, number)
+                bar.update()
+
+    def _keep_measured(self, arguments: Mapping[str, Any], found: Any, number: int) -> None:
+        numbers = self.goals.numbers(found.run)
+        self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
+
+    def _fastest(self, wanted: Sequence[Mapping[str, Any]]) -> Trial:
+        """Of those that were measured, the best by its medians; of those as good, the one with fewest values."""
+        found = [(self._finalist(arguments), arguments) for arguments in wanted]
+        found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
+        if not found:
+            problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
+            raise ValidationError(f"no engine could be measured: {next(iter(problems), 'nothing was tried')}")
+        best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
+        for finalist, arguments in found:
+            kept = self.goals.excess(finalist.numbers) <= max(self.goals.excess(best.numbers), 0.0)
+            as_good = self.goals.gain(finalist.numbers, best.numbers) >= -AS_GOOD
+            if kept and as_good and len(arguments) < len(chosen):
+                best, chosen = finalist, arguments
+        return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
+
+    def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
+        assert self._best is not None
+        best, rest = ({trial.round: trial.numbers for trial in self.journal.measured(each) if trial.numbers is not None}
+                      for each in (self._best.arguments, without))  # fmt: skip
+        common = sorted(best.keys() & rest.keys())
+        if not common:
+            return effect
+        ours, theirs = (medians([runs[number] for number in common]) for runs in (best, rest))
+        gain = self.goals.gain(ours, theirs)
+        return dataclasses.replace(effect, without=theirs, gain=gain, is_measured=True, problem="")
+
+    # The result.
+
+    def _finalist(self, arguments: Mapping[str, Any]) -> Finalist:
+        simulated = self.journal.simulated(arguments)
+        runs = (trial.numbers for trial in self.journal.measured(arguments))
+        return Finalist(
+            arguments=arguments,
+            simulated=None if simulated is None else simulated.numbers,
+            measured=tuple(run for run in runs if run is not None),
+        )
+
+    def _result(self, *, interrupted: bool) -> TuningResult:
+        assert self._best is not None
+        finalists = tuple(map(self._finalist, self._finalists))
+        fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
+        base = {name: fixed.pop(name) for name in self._base}
+        best = self._finalist(self._best.arguments)
+        return TuningResult(
+            model=str(self.planner.model),
+            device=self.device,
+            workload=str(self.workload),
+            goals=self.goals,
+            fixed=fixed,
+            space=self.space,
+            trials=tuple(self.journal.trials),
+            base=self._finalist({}),
+            best=dataclasses.replace(best, arguments={**base, **best.arguments}),
+            finalists=finalists,
+            effects=self._effects,
+            uncertainty=self._error() if self.step_times is None else self._range(),
+            interrupted=interrupted,
+        )
+
+    def _error(self) -> str:
+        """How far the simulator was from what was measured here."""
+        pairs = [self._finalist(arguments) for arguments in _distinct([{}, *self._finalists])]
+        found = []
+        for name, text in (("throughput", "throughput"), ("ttft_p50", "the median TTFT")):
+            errors = [
+                each.simulated[name] / each.numbers[name] - 1
+                for each in pairs
+                if each.measured and each.simulated and each.numbers[name] and each.arguments
+            ]
+            if errors:
+                found.append(f"{text} by {min(errors):+.0%} to {max(errors):+.0%}")
+        if not found:
+            return (
+                "The simulator's steps were fitted to one run of the defaults; nothing else was measured, so other "
+                "settings may differ from this by tens of percent."
+            )
+        return (
+            "The simulator, whose steps were fitted to one run of the defaults, was off for the others in "
+            f"{' and in '.join(found)}."
+        )
+
+    def _range(self) -> str:
+        """What may come of the best on a device that nobody has asked."""
+        assert self._best is not None
+        fastest = ""
+        if self.fastest_steps is not None:
+            trial = Forecast(self.planner, self.workload, self.goals, self.fastest_steps)(self._best.arguments)
+            if trial.numbers is not None:
+                told = self.goals.text(trial.numbers)
+                fastest = f" Were they all that its memory and its units can do, it would be {told}."
+        return (
+            "Nothing was measured. The memory plan is an estimate from shapes (activations within a factor of 1.5), "
+            f"and steps take what the device's rates say, with a margin.{fastest} Programs of few tokens may be slower "
+            "than either; where all steps change alike, settings keep their order. Measure on the device before you "
+            "rely on a limit."
+        )
+
+    def _bar(self, total: int, what: str) -> Any:
+        make = self.show if callable(self.show) else bar_class()
+        return make(total=total, desc=what, unit="trial", dynamic_ncols=True, disable=not self.show)
+
+
+_UNTRIED = "it was not tried"
+
+
+def _nothing(arguments: Mapping[str, Any]) -> Trial:
+    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=_UNTRIED)
+
+
+def _alike(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    return all(abs(some[name] - others[name]) <= SAME * abs(others[name]) for name in ("throughput", "e2e_mean"))
+
+
+def _distinct(wanted: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list({key_of(arguments): arguments for arguments in wanted}.values())
+
+
+def hash_of(workload: Workload) -> str:
+    """The same for equal requests, in any process."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=8)
+    for each in workload.requests:
+        digest.update(
+            f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()
+        )
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""``jaxllm tune`` searches the engine arguments that suit a workload best."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench.options import add_arrival_options, add_dataset_options
+from jaxllm.command_options import add_engine_options, engine_arguments
+from jaxllm.config.devices import DEVICE_NAMES
+from jaxllm.engine.interrupt import whole_module
+
+if TYPE_CHECKING:
+    from jaxllm.tuning.simulation.workload import Workload
+
+#: datasets whose prompts are texts that somebody has written
+_WRITTEN = ("sharegpt", "custom")
+
+
+def add_tune_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes; the parser has to resolve conflicts, for the options that mean more here."""
+    add_engine_options(parser)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="as --model; for a device that is not there, a config.json is enough",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=("throughput", "latency", "goodput"),
+        default="throughput",
+        help="output tokens a second; the median from arrival to the last token; or requests a second that keep to the "
+        "limits of all constraints (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--constraint",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="such as 'p99 ttft<2s', 'p50 itl<50ms', 'e2e<10s' (its 99th percentile) or 'throughput>500'; may be "
+        "repeated",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for config.yaml, report.html, and the trials, with "
+                        "which the same command goes on where it was interrupted (default: tune-MODEL)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(DEVICE_NAMES)}: need not be there, and nothing is measured; auto (default): what this "
+        "machine has",
+    )
+    parser.add_argument("--num-devices", type=int, metavar="N", help="of a device that is not there (default: 1)")
+    parser.add_argument("--num-trials", type=int, default=100, metavar="N", help="in the simulator (default: 100)")
+    parser.add_argument(
+        "--num-measured", type=int, default=3, metavar="N", help="of the best, beside the defaults (default: 3)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each; medians count (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--workload",
+        type=Path,
+        metavar="FILE",
+        help="a trace that trace.save(FILE) wrote (.json), or lines of JSON with input_length, output_length, and "
+        "timestamp or arrival_s if wanted (default: the dataset that the options below describe)",
+    )
+    add_dataset_options(parser)
+    add_arrival_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, write, and print; 0 where the constraints are kept, 1 where nothing keeps them, 130 after Ctrl-C."""
+    model, given = engine_arguments(arguments)
+    folder = arguments.output or Path(f"tune-{Path(str(model)).stem}")
+    result = whole_module("jaxllm.autotuning.api").tune(
+        model,
+        _workload(arguments),
+        objective=arguments.objective,
+        constraints=arguments.constraint,
+        num_devices=arguments.num_devices,
+        num_trials=arguments.num_trials,
+        num_measured=arguments.num_measured,
+        rounds=arguments.rounds,
+        output=folder,
+        **given,
+    )
+    if arguments.json:
+        print(json.dumps(result.to_dict(), default=str))
+    else:
+        print(result)
+        print(f"written: {folder / 'config.yaml'} (--config takes it), {folder / 'report.html'}")
+    if result.interrupted:
+        return 130
+    return 0 if result.feasible else 1
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    """The file's, or the dataset's."""
+    from jaxllm.bench.datasets import bench_tokenizer, read_dataset
+    from jaxllm.bench.serve_trace import arrivals
+    from jaxllm.tuning.simulation.workload import Workload
+    from jaxllm.tuning.simulation.workload_file import read_workload
+
+    if arguments.workload is not None:
+        return read_workload(arguments.workload)
+    if arguments.dataset_name == "random-mm":
+        raise ValidationError("--dataset-name random-mm: pictures are not simulated. Take another dataset.")
+    requests = read_dataset(arguments, bench_tokenizer(arguments))
+    found = Workload.of_prompts(
+        [request.prompt_token_ids for request in requests],
+        [request.output_len for request in requests],
+        arrivals(arguments, requests),
+        source=arguments.dataset_name,
+    )
+    if arguments.dataset_name in _WRITTEN:
+        return found
+    # of tokens that were drawn, only what they share means something: drafts would never be right
+    blind = (dataclasses.replace(each, piece_ids=tuple(map(hash, each.piece_ids))) for each in found.requests)
+    return dataclasses.replace(found, requests=tuple(blind))

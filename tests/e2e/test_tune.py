@@ -1,0 +1,260 @@
+"""`jaxllm tune`: what it finds, against an exhaustive sweep; what it writes; and that nothing finished is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from support.tiny_model import write_tiny_model
+
+import jaxllm
+from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
+from jaxllm.autotuning import measure as measuring
+from jaxllm.autotuning import tuner
+from jaxllm.autotuning.capacity import Planner
+from jaxllm.autotuning.forecast import Forecast
+from jaxllm.autotuning.goals import Goals
+from jaxllm.autotuning.knob import Space
+from jaxllm.autotuning.measure import MeasuredRun, measure, prompts_of
+from jaxllm.autotuning.search import Search
+from jaxllm.autotuning.trials import Journal
+from jaxllm.config.files import load_config
+from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.simulation.step_times import LinearSteps
+from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
+
+#: a device whose steps take 1 ms, 20 us a token of the program and 50 ns a token that is attended to
+STEPS = LinearSteps(fixed=1e-3, token=2e-5, context=5e-8, host=1e-4, host_request=1e-6)
+#: engines without a model, which start at once
+NULL: dict[str, Any] = {"load_format": "null", "skip_tokenizer_init": True, "max_model_len": 256}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def recorded(model: Path) -> dict[str, Workload]:
+    """Two workloads that an engine has recorded: a batch of many lengths, and prompts that begin alike."""
+    draw = random.Random(0)
+    tokens = lambda count: [draw.randrange(250) for _ in range(count)]  # noqa: E731
+    mixed = [(tokens(draw.randrange(8, 160)), draw.randrange(2, 64)) for _ in range(32)]
+    prefix = [tokens(96) for _ in range(3)]
+    shared = [(prefix[i % 3] + tokens(24), 12) for i in range(30)]
+    found = {}
+    with LLM(model, **NULL, max_num_seqs=4, max_num_batched_tokens=128, block_size=16) as llm:
+        for name, requests in {"mixed": mixed, "shared": shared}.items():
+            with llm.trace() as trace:
+                llm.generate(
+                    [{"prompt_token_ids": ids} for ids, _ in requests],
+                    [SamplingParams(max_tokens=count, ignore_eos=True) for _, count in requests],
+                    use_tqdm=False,
+                )
+            found[name] = Workload.of_trace(trace, source=name)
+    # they come faster than few at a time can be answered
+    late = (dataclasses.replace(each, arrival=0.004 * i) for i, each in enumerate(found["shared"].requests))
+    found["shared"] = dataclasses.replace(found["shared"], requests=tuple(late))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "goals"),
+    [
+        ("mixed", Goals.of("throughput", "p99 itl<6ms")),
+        ("shared", Goals.of("latency", "p99 ttft<400ms")),
+    ],
+    ids=["mixed", "shared"],
+)
+def test_it_finds_what_an_exhaustive_sweep_finds(model: Path, recorded: dict[str, Workload], name: str, goals: Goals):
+    """Within 5% of the best of all combinations, with a fraction of them tried."""
+    workload = recorded[name]
+    # 40 blocks of 16: requests are preempted, prefixes are evicted
+    planner = Planner(model, {**NULL, "num_gpu_blocks_override": 40, "num_decode_steps": 1, "block_size": 16,
+                              "kv_cache_dtype": "auto"})  # fmt: skip
+    forecast = Forecast(planner, workload, goals, lambda _: STEPS)
+    space = Space.of(planner, workload)
+    assert {knob.name for knob in space.knobs} >= {
+        "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold",
+    }  # fmt: skip
+    names = [knob.name for knob in space.knobs]
+    combinations = itertools.product(*(knob.values for knob in space.knobs))
+    swept = {
+        json.dumps(arguments, sort_keys=True): forecast(arguments)
+        for arguments in (space.arguments(dict(zip(names, values, strict=True))) for values in combinations)
+    }
+    numbers = [trial.numbers for trial in swept.values() if trial.numbers is not None]
+    best, worst = min(numbers, key=goals.rank), max(numbers, key=goals.rank)
+    journal = Journal(None, {})
+    found = Search(space, goals, journal, forecast).run(24)
+    assert found is not None and found.numbers is not None
+    assert goals.excess(found.numbers) <= 0 and goals.excess(best) <= 0
+    assert goals.gain(found.numbers, best) >= -0.05
+    assert len(journal.trials) < len(swept) / 2
+    # and it could have been missed
+    assert goals.excess(worst) > 0 or goals.gain(worst, best) < -0.2
+
+
+def test_what_makes_no_difference_is_left_at_its_default(model: Path):
+    workload = requests_at(0.0, count=2, prompt=16, output=4)
+    planner = Planner(model, NULL)
+    goals = Goals.of("throughput")
+    forecast = Forecast(planner, workload, goals, lambda _: STEPS)
+    found = Search(Space.of(planner, workload), goals, Journal(None, {}), forecast).run(16)
+    assert found is not None and "long_prefill_token_threshold" not in found.arguments
+    assert "block_size" not in found.arguments and "max_num_seqs" not in found.arguments
+
+
+def requests_at(gap: float, *, count: int, prompt: int, output: int) -> Workload:
+    rows = (WorkloadRequest(arrival=i * gap, num_prompt_tokens=prompt, num_output_tokens=output) for i in range(count))
+    return Workload(requests=tuple(rows), source="some")
+
+
+def test_the_space_is_what_the_platform_can_have(model: Path):
+    workload = requests_at(0.0, count=40, prompt=100, output=20)
+    space = Space.of(Planner(model, {**NULL, "max_num_seqs": 8}), workload)
+    assert space.left["max_num_seqs"] == "you hold it fixed" and "one device" in space.left["parallelism"]
+    assert "holds the whole workload" in space.left["kv_cache_dtype"]
+    assert {"gpu_memory_utilization", "max_num_partial_prefills"} <= space.left.keys()
+    long = Space.of(Planner(model, {key: value for key, value in NULL.items() if key != "max_model_len"}), workload)
+    lengths = next(knob for knob in long.knobs if knob.name == "max_model_len")
+    assert min(lengths.values) == 128 and lengths.default > 128
+    slowly = Space.of(Planner(model, NULL), requests_at(1.0, count=4, prompt=100, output=20))
+    assert "streamed" in slowly.left["num_decode_steps"]
+    tight = Space.of(Planner(model, {**NULL, "num_gpu_blocks_override": 8}), workload)
+    assert "kv_cache_dtype" in {knob.name for knob in tight.knobs}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[dict[str, Any]]:
+    """The arguments of each engine that is measured from here on; Ctrl-C comes instead of one more."""
+    calls: list[dict[str, Any]] = []
+
+    def counting(model: Any, arguments: Mapping[str, Any], workload: Workload) -> MeasuredRun:
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(dict(arguments))
+        return measure(model, arguments, workload)
+
+    monkeypatch.setattr(tuner, "measure", counting)
+    return calls
+
+
+def test_it_measures_writes_and_goes_on_after_an_interrupt(
+    model: Path, recorded: dict[str, Workload], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workload = dataclasses.replace(recorded["mixed"], requests=recorded["mixed"].requests[:12])
+    options: dict[str, Any] = {
+        "output": tmp_path / "out", "num_trials": 12, "num_measured": 2, "rounds": 2, "use_tqdm": False, **NULL,
+    }  # fmt: skip
+    first = counted(monkeypatch, stop_after=2)
+    stopped = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+    assert stopped.interrupted and len(first) == 2 and "interrupted" in stopped.to_yaml()
+    assert load_config(tmp_path / "out" / "config.yaml")["model"] == str(model)
+    kept = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    # what a kill leaves of a line is done again
+    (tmp_path / "out" / "trials.jsonl").write_text("\n".join(kept) + '\n{"kind": "meas')
+    second = counted(monkeypatch)
+    result = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+    trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    assert trials[: len(kept)] == [json.loads(line) for line in kept] and not result.interrupted
+    runs = [(trial["kind"], json.dumps(trial["arguments"]), trial["round"]) for trial in trials[1:]]
+    assert len(runs) == len(set(runs))
+    assert sum(kind == "measured" for kind, _, _ in runs) == len(first) + len(second)
+    # once more, and everything is there
+    third = counted(monkeypatch)
+    again = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+    assert third == [] and again.best == result.best
+
+    assert result.is_measured and result.feasible and len(result.best.measured) >= 2
+    assert result.arguments["max_model_len"] == 256 and "off for the others" in result.uncertainty
+    config = load_config(tmp_path / "out" / "config.yaml")
+    assert config == {"model": str(model), **result.arguments}
+    with LLM(**config) as llm:
+        assert llm.engine.args.max_num_seqs == config.get("max_num_seqs", llm.engine.args.max_num_seqs)
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    for effect in result.effects:
+        assert re.search(rf"# Effect: [^\n]*(\n#[^\n]*)*\n{effect.knob.name}: ", text)
+    check_page((tmp_path / "out" / "report.html").read_text(), result)
+    assert "<svg" in result._repr_html_() and str(result).startswith(f"{model} on ")
+    with pytest.raises(ValidationError, match="another question .constraints: .*Give another --output"):
+        jaxllm.tune(model, workload, constraints="p99 ttft<2min", **options)
+    (tmp_path / "out" / "trials.jsonl").write_text("something else\n")
+    with pytest.raises(ValidationError, match="is not a file of trials"):
+        jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+
+
+def check_page(page: str, result: jaxllm.TuningResult) -> None:
+    """It has its plots in it, and asks for nothing from elsewhere."""
+    assert page.count("<svg") == 1 + len(result.space.knobs) and "polyline" in page
+    assert not re.search(r"""(src|href)=|https?://(?!www\.w3\.org)|@import|url\(""", page)
+    for knob in result.space.knobs:
+        assert f"<figcaption>{knob.name}</figcaption>" in page
+
+
+def test_nothing_keeps_the_constraint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = ({"input_length": 60, "output_length": 8, "arrival_s": 0.0} for _ in range(10))
+    (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["tune", str(model), "--workload", str(tmp_path / "w.jsonl"), "--constraint", "p99 ttft<1us",
+             "--num-trials", "8", "--num-measured", "0", "--output", str(tmp_path / "out"), "--load-format", "null",
+             "--skip-tokenizer-init", "--max-model-len", "128"]  # fmt: skip
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "Nothing that was tried keeps p99 ttft<" in out and "The nearest: " in out
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["max_model_len"] == 128 and "Nothing that was tried" in (tmp_path / "out" / "report.html").read_text()
+    assert main([*words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["feasible"] is False
+
+
+def test_bad_questions(model: Path, monkeypatch: pytest.MonkeyPatch):
+    workload = requests_at(0.0, count=4, prompt=100, output=20)
+    with pytest.raises(ValidationError, match="max_model_len=64 is held fixed.* at least 120"):
+        jaxllm.tune(model, workload, **{**NULL, "max_model_len": 64})
+    with pytest.raises(ValidationError, match="a request of 100020 tokens, and the model knows contexts of up to"):
+        jaxllm.tune(model, requests_at(0.0, count=1, prompt=100_000, output=20), skip_tokenizer_init=True)
+    with pytest.raises(ValidationError, match="num_devices=2 is for a device that is not there"):
+        jaxllm.tune(model, workload, num_devices=2)
+    with pytest.raises(ValidationError, match="'h1000' is not a device that jaxllm knows.*'h100'"):
+        jaxllm.tune(model, workload, device="h1000")
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+    with pytest.raises(
+        ValidationError, match="speculative_config=.* is held fixed, and is not simulated. Leave it out"
+    ):
+        jaxllm.tune(model, workload, **NULL, speculative_config=drafts)
+    with pytest.raises(ValidationError, match="num_trials and rounds are at least 1"):
+        jaxllm.tune(model, workload, **NULL, rounds=0)
+    with pytest.raises(TypeError, match="workload must be a Workload"):
+        jaxllm.tune(model, 3)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValidationError, match=r"searches with Optuna.*pip install"):
+        jaxllm.tune(model, workload, **NULL)
+
+
+def test_prompts_share_what_the_workload_says(recorded: dict[str, Workload]):
+    ids = list(range(200))
+    prompts = list(prompts_of(recorded["shared"], ids))
+    assert [len(prompt) for prompt in prompts] == [120] * 30 and max(map(max, prompts)) < 200
+    assert prompts[0][:96] == prompts[3][:96] != prompts[1][:96] and prompts[0][96:] != prompts[3][96:]
+    own = Workload.of_prompts([[5, 6, 7] * 9, [5, 6, 7] * 5], [4, 4])
+    assert list(prompts_of(own, ids)) == [[5, 6, 7] * 9, [5, 6, 7] * 5]
+
+
+def test_requests_come_when_they_come(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Arrivals are kept, and a request that came during a step has waited since."""
+    monkeypatch.setattr(measuring, "streams", lambda _: True)
+    found = measure(model, NULL, requests_at(0.05, count=5, prompt=20, output=6))
+    np.testing.assert_allclose(np.diff(found.run.arrivals), 0.05)
+    assert found.run.num_requests == 5 and len(found.run.itl) == 5 * 5
+    assert (found.run.ttft > 0).all() and found.run.seconds >= 0.2
+    assert found.plan.max_model_len == 256
