@@ -32,6 +32,8 @@ class AttentionBatch:
     backend: Backend = dataclasses.field(metadata={"static": True}, default=Backend())
     #: the step has single tokens only: num_decodes == num_seqs
     decode_only: bool = dataclasses.field(metadata={"static": True}, default=False)
+    #: most query tokens of a sequence; None: as many as there are
+    longest: int | None = dataclasses.field(metadata={"static": True}, default=None)
 
 
 @jax.tree_util.register_dataclass

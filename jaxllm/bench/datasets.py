@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -75,24 +76,7 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
     if path is not None:
         return (read_sharegpt if name == "sharegpt" else read_custom)(path, tokenizer, count, draw, output_len)
-    ids = ordinary_ids(tokenizer)
-    if name == "sharegpt_like":
-        return sharegpt_like(ids, count, draw, output_len)
-    if name == "prefix_repetition":
-        lengths = {
-            option: getattr(arguments, f"prefix_repetition_{option}")
-            for option in ("num_prefixes", "prefix_len", "suffix_len")
-        }
-        return prefix_repetition(ids, count, draw, output_len=output_len or OUTPUT_LEN, **lengths)
-    requests = random_lengths(
-        ids,
-        count,
-        draw,
-        input_len=arguments.input_len or INPUT_LEN,
-        output_len=output_len or OUTPUT_LEN,
-        range_ratio=arguments.random_range_ratio,
-        prefix_len=arguments.random_prefix_len,
-    )
+    requests = _drawn(arguments, draw, ordinary_ids(tokenizer))
     if name != "random-mm":
         return requests
     return with_pictures(
@@ -101,6 +85,57 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         count=arguments.random_mm_base_items_per_request,
         range_ratio=arguments.random_mm_num_mm_items_range_ratio,
         buckets=arguments.random_mm_bucket_config,
+    )
+
+
+def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> list[float]:
+    """Return the seconds from the beginning to each request.
+
+    They are the trace's own, or those of a Poisson process at the rate asked for (with a burstiness other than 1,
+    intervals are gamma-distributed, as in vLLM), or 0 without a rate.
+    """
+    given = [request.arrival_s for request in requests if request.arrival_s is not None]
+    if given and len(given) < len(requests):
+        raise ValidationError(f'only {len(given)} of {len(requests)} lines of the trace have a "timestamp".')
+    rate = arguments.request_rate
+    if math.isfinite(rate):
+        draw = random.Random(getattr(arguments, "seed", 0))
+        shape = arguments.burstiness
+        intervals = [draw.gammavariate(shape, 1 / (rate * shape)) for _ in requests]
+        return [0.0, *itertools.accumulate(intervals[1:])]
+    return [stamp - min(given) for stamp in given] if given else [0.0] * len(requests)
+
+
+def shape_of_dataset(arguments: argparse.Namespace, draw: random.Random) -> list[BenchRequest]:
+    """The same lengths and shared beginnings, without a tokenizer: ids mean nothing.
+
+    Raises:
+        ValidationError: the options do not go together.
+    """
+    if arguments.dataset_name != "random" and arguments.input_len is not None:
+        raise ValidationError(f"--dataset-name {arguments.dataset_name} has lengths of its own, not --input-len.")
+    return _drawn(arguments, draw, list(range(2**15)))
+
+
+def _drawn(arguments: argparse.Namespace, draw: random.Random, ids: list[int]) -> list[BenchRequest]:
+    """Requests of a dataset that makes its prompts itself."""
+    name, count, output_len = arguments.dataset_name, arguments.num_prompts, arguments.output_len
+    if name == "sharegpt_like":
+        return sharegpt_like(ids, count, draw, output_len)
+    if name == "prefix_repetition":
+        lengths = {
+            option: getattr(arguments, f"prefix_repetition_{option}")
+            for option in ("num_prefixes", "prefix_len", "suffix_len")
+        }
+        return prefix_repetition(ids, count, draw, output_len=output_len or OUTPUT_LEN, **lengths)
+    return random_lengths(
+        ids,
+        count,
+        draw,
+        input_len=arguments.input_len or INPUT_LEN,
+        output_len=output_len or OUTPUT_LEN,
+        range_ratio=arguments.random_range_ratio,
+        prefix_len=arguments.random_prefix_len,
     )
 
 

@@ -73,6 +73,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--num-prompts", 24, "requests of each workload")
     _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
     _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
+    _add(parser, "--num-iters", 2, "runs of each workload, in turns with steps that are timed")
     _add_output_json(parser)
     add_engine_options(parser)
 
@@ -220,6 +221,11 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     text = "draw the requests over time beside it, as .timeline.png"
     _add_switch(group, "--plot-timeline", text)
     _add_file(parser, "--plot", "draw the requests over time (.png, .svg, .pdf)")
+
+
+def count_option(parser: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Add an option that takes a whole number above 0."""
+    _add(parser, name, None, text)
 
 
 def add_arrival_options(parser: argparse.ArgumentParser) -> None:

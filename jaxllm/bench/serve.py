@@ -16,9 +16,9 @@ from typing import Any
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.bench import plot, report, serve_results
-from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
+from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, read_dataset
 from jaxllm.bench.http_stream import lines
-from jaxllm.bench.serve_trace import METRICS, Answer, arrivals, measure, table
+from jaxllm.bench.serve_trace import METRICS, Answer, measure, table
 
 #: of every request, where they are given
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.bench import report
-from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
+from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, read_dataset
 from jaxllm.bench.measurements import summary
 from jaxllm.command_options import engine_arguments
 
@@ -64,24 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results, arguments))
     report.write(arguments.output_json, arguments, {**results, "answers": [dataclasses.asdict(a) for a in answers]})
     return 0
-
-
-def arrivals(arguments: argparse.Namespace, requests: list[BenchRequest]) -> list[float]:
-    """Return the seconds from the beginning to each request.
-
-    They are the trace's own, or those of a Poisson process at the rate asked for (with a burstiness other than 1,
-    intervals are gamma-distributed, as in vLLM), or 0 without a rate.
-    """
-    given = [request.arrival_s for request in requests if request.arrival_s is not None]
-    if given and len(given) < len(requests):
-        raise ValidationError(f'only {len(given)} of {len(requests)} lines of the trace have a "timestamp".')
-    rate = arguments.request_rate
-    if math.isfinite(rate):
-        draw = random.Random(getattr(arguments, "seed", 0))
-        shape = arguments.burstiness
-        intervals = [draw.gammavariate(shape, 1 / (rate * shape)) for _ in requests]
-        return [0.0, *itertools.accumulate(intervals[1:])]
-    return [stamp - min(given) for stamp in given] if given else [0.0] * len(requests)
 
 
 def measure(

@@ -7,21 +7,29 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
 from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, ordinary_ids, prefix_repetition, random_lengths
 from jaxllm.command_options import build_llm
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
-from jaxllm.tuning.simulation.replay import Replay, replay
+from jaxllm.tuning.simulation.fitted_steps import FittedSteps
+from jaxllm.tuning.simulation.measure import run_steps
+from jaxllm.tuning.simulation.replay import replay
+from jaxllm.tuning.simulation.simulate import simulate
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
+from jaxllm.tuning.simulation.workload import Workload
 
 #: what is compared, and under which name it is shown
 _NUMBERS = {"throughput": "tokens/s", "ttft_p50": "TTFT"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trace each workload with each setting; simulate it from its own trace, and from that of the first setting."""
+    """Measure each workload with each setting, and simulate it twice: with times of steps that were measured before and
+    after it, none of which is its own, and with those of the trace of the first setting.
+    """
     ids = ordinary_ids(bench_tokenizer(arguments))
     rows: list[dict[str, Any]] = []
     firsts: dict[str, Trace] = {}
@@ -31,18 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
         changes = {"max_num_seqs": seqs, "max_num_batched_tokens": budget}
         with build_llm(arguments, **changes) as llm:
             for name, requests in _workloads(ids, arguments.num_prompts).items():
-                trace = _traced(llm, requests)
-                first = firsts.setdefault(name, trace)
-                own, foreseen = replay(trace, {}), replay(first, changes)
-                rows.append({"workload": name, **changes, **_errors(trace, own, foreseen)})
-                row = rows[-1]
+                traces, steps = _measured(llm, requests, arguments.num_iters)
+                first = firsts.setdefault(name, traces[0])
+                row = {"workload": name, **changes, **_errors(traces, steps, first, changes if number else {})}
+                rows.append(row)
                 print(
                     f"{name:9} {seqs:12} {budget:7} {row['measured']['throughput']:18.1f} "
                     f"{1e3 * row['measured']['ttft_p50']:9.0f}   "
                     + ", ".join(
-                        f"{short} {row['own'][long]:+.1%} (from the first setting {row['foreseen'][long]:+.1%})"
+                        f"{short} {row['from steps'][long]:+.1%}"
+                        + (f" (from the first setting {row['from the first'][long]:+.1%})" if number else "")
                         for long, short in _NUMBERS.items()
-                    )
+                    ),
+                    flush=True,
                 )
     report.write(arguments.output_json, arguments, {"rows": rows})
     return 0
@@ -61,21 +70,32 @@ def _workloads(ids: list[int], count: int) -> dict[str, list[BenchRequest]]:
     }
 
 
-def _traced(llm: LLM, requests: list[BenchRequest]) -> Trace:
-    """The second of two runs of the requests, each with an empty prefix cache."""
+def _measured(llm: LLM, requests: list[BenchRequest], rounds: int) -> tuple[list[Trace], dict[str, np.ndarray]]:
+    """Traces of runs of the requests, each with an empty prefix cache, and the steps that were timed in turns with
+    them: machines have slow minutes.
+    """
     prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
     params = [SamplingParams(max_tokens=request.output_len, ignore_eos=True, temperature=0.0) for request in requests]
-    trace = llm.trace()
-    for _ in range(2):
-        llm.reset_prefix_cache()
-        with trace:
+    steps, traces = [run_steps(llm, rounds=1).arrays()], []
+    for _ in range(rounds):
+        with llm.trace() as trace:
             llm.generate(prompts, params, use_tqdm=False)
-    return trace
+        traces.append(trace)
+        steps.append(run_steps(llm, rounds=1).arrays())
+    return traces, {name: np.concatenate([each[name] for each in steps]) for name in steps[0]}
 
 
-def _errors(trace: Trace, own: Replay, foreseen: Replay) -> dict[str, Any]:
-    truth = SimulatedRun.of_trace(trace).to_dict()
-    assert foreseen.changed is not None
-    found = {"own": own.same.to_dict(), "foreseen": foreseen.changed.to_dict()}
-    errors = {name: {each: numbers[each] / truth[each] - 1 for each in _NUMBERS} for name, numbers in found.items()}
-    return {"measured": {name: truth[name] for name in _NUMBERS}, **errors}
+def _errors(traces: list[Trace], steps: dict[str, np.ndarray], first: Trace, changes: dict[str, Any]) -> dict[str, Any]:
+    """Relative errors of both simulations, of what was measured on average."""
+    runs = [SimulatedRun.of_trace(trace).to_dict() for trace in traces]
+    truth = {name: float(np.mean([each[name] or 0.0 for each in runs])) for name in _NUMBERS}
+    settings = traces[0].settings
+    assert settings is not None
+    found = {"from steps": simulate(Workload.of_trace(traces[0]), settings, FittedSteps.of(steps))}
+    if changes:
+        found["from the first"] = replay(first, changes).simulated
+    numbers = {name: each.to_dict() for name, each in found.items()}
+    errors = {
+        name: {each: (values[each] or 0.0) / truth[each] - 1 for each in _NUMBERS} for name, values in numbers.items()
+    }
+    return {"measured": truth, **errors}

@@ -131,8 +131,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_advise_options(advise)
 
-    text = "how a trace's requests would have fared with other settings"
-    add_simulate_options(command("simulate", text, _lazily("jaxllm.entrypoints.simulate")))
+    simulate = command(
+        "simulate",
+        "how a workload fares with arguments that nobody has run",
+        _lazily("jaxllm.entrypoints.simulate"),
+        conflict_handler="resolve",
+        description="Replay a workload through the engine's own scheduler, block pool and prefix cache, in place of "
+        "the model the time that its steps take: as a trace has it, as --measure finds it on this machine, or as "
+        "--device of a GPU that need not be there.",
+    )
+    add_simulate_options(simulate)
 
     tune = command(
         "tune",

@@ -5,14 +5,17 @@ several tokens of DeepSeek-V3 (2024, arXiv:2412.19437, section 2.2).
 They take pairs: a token, and a hidden state of the token before it, the model's own or, further ahead, their own. So a
 sequence's first token has none, and nobody sees its place in their cache. Positions are counted from the first pair.
 
-    EAGLE      x = W [embedding; hidden]                     one layer, without a norm in front of attention
-    EAGLE-3    hidden = W [three of the model's layers]      one layer, attention of [norm(embedding); norm(hidden)]
+    EAGLE      x = W [embedding; hidden]                     a layer without a norm in front of attention
+    EAGLE-3    hidden = W [three of the model's layers]      a layer with attention of [norm(embedding); norm(hidden)]
     MTP        x = W [norm(embedding); norm(hidden)]         one layer as the model's last
+
+EAGLE's heads may have more layers behind that one, which are as a model's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -29,7 +32,7 @@ from jaxllm.layers.rope import rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.layers.weight import Axis, Part, WeightSpec, is_spec
 from jaxllm.models.decoder import DecoderConfig, Joint, Params, decoder_layer, layouts
-from jaxllm.models.segments import through_layers
+from jaxllm.models.segments import resegment, through_layers
 from jaxllm.models.specs import decoder_specs
 from pallas_kernels.batch import AttentionBatch
 
@@ -63,9 +66,12 @@ def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
     """A `Params` tree of `WeightSpec`s, as `decoder_specs`.
 
     Args:
-        model: its layer.
+        model: its layers.
     """
     specs: Any = decoder_specs(model)
+    if model.num_layers > 1:
+        specs = resegment(specs, (1, model.num_layers - 1))
+    first, *others = specs.layers
     d, hidden = Axis("embed", model.hidden_size), Axis("embed", head.hidden_size)
     prefix = f"{model.names.prefix}{model.names.layer}".format(layer=0)
 
@@ -76,12 +82,12 @@ def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
     embedding_norm = hidden_norm = None
     if head.kind == "eagle3":
         hidden_norm = norm(f"{prefix}hidden_norm")
-        specs = dataclasses.replace(specs, layers=(_of_two_inputs(specs.layers[0]),))
+        specs = dataclasses.replace(specs, layers=(_of_two_inputs(first), *others))
     elif head.kind == "mtp":
         embedding_norm, hidden_norm = norm(f"{head.prefix}enorm"), norm(f"{head.prefix}hnorm")
     else:
-        layer = dataclasses.replace(specs.layers[0], attention_norm=None)
-        specs = dataclasses.replace(specs, layers=(layer,), norm=None)
+        first = dataclasses.replace(first, attention_norm=None)
+        specs = dataclasses.replace(specs, layers=(first, *others), norm=None)
     joint = Joint(
         matrix=WeightSpec(parts=(Part(f"{head.prefix}{head.matrix}.weight", (d, columns)),)),  # pyright: ignore
         bias=WeightSpec(parts=(Part(f"{head.prefix}{head.matrix}.bias", (d,)),), init=0.0) if head.bias else None,  # pyright: ignore
@@ -173,10 +179,10 @@ def head_forward(
         x = linear(context, pair, joint.matrix, joint.bias)
     valid = None if model.moe is None else of_all_copies(context, attention.token_valid)
 
-    def layer(carry, weights, place):
+    def layer(carry, weights, place, *, pair: bool):
         x, cache = carry
         layout, rope = place
-        if head.kind == "eagle3":
+        if pair and head.kind == "eagle3":
             normed = jnp.concatenate([rms_norm(embedding, weights.attention_norm, eps), normed_hidden], axis=1)
         elif weights.attention_norm is None:
             normed = x
@@ -188,5 +194,7 @@ def head_forward(
 
     layout = dataclasses.replace(layouts(model.kv_specs, groups, cache.shape[0]), first=1)
     places = layout, np.asarray(model.layer_rope, np.int32)
-    x, cache = through_layers(layer, (x, cache), params.layers, places)
+    for pair, segments in ((True, params.layers[:1]), (False, params.layers[1:])):
+        here = jax.tree.map(lambda array, pair=pair: array[:1] if pair else array[1:], places)
+        x, cache = through_layers(functools.partial(layer, pair=pair), (x, cache), segments, here)
     return cache, x

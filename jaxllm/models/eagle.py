@@ -29,7 +29,7 @@ def draft_method(hf: Mapping[str, Any], guess: str) -> str:
         return "eagle3"
     if "eagle" in names[0].lower():
         return guess if guess != "draft_model" else "eagle"
-    # a head of more layers is none that is supported
+    # heads of several layers say what they are
     return guess if hf.get("num_hidden_layers", 1) == 1 else "draft_model"
 
 
@@ -55,12 +55,11 @@ def eagle_head(
     names = hf.get("architectures") or ["LlamaForCausalLM"]
     if names[0] not in _LAYERS:
         raise ValidationError(f"its architecture {names[0]!r} is none of EAGLE's with Llama's layers: {_LAYERS}.")
-    layer = "midlayer." if kind == "eagle3" else "layers.{layer}."
     fields: dict[str, Any] = {**hf, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     fields.setdefault("max_position_embeddings", target.max_position_embeddings)
     layers = model_config({**fields, "vocab_size": target.vocab_size}, max_model_len)
-    if layers.num_layers != 1:
-        raise ValidationError(f"num_hidden_layers={layers.num_layers}, and heads of one layer are supported.")
+    # one layer of EAGLE-3's has a name of its own
+    layer = "midlayer." if kind == "eagle3" and layers.num_layers == 1 else "layers.{layer}."
     own_head = has("lm_head.weight")
     shared = {} if own_head else {"logits_scale": target.logits_scale, "logits_softcap": target.logits_softcap}
     own_embedding = has("embed_tokens.weight")

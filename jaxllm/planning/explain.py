@@ -123,7 +123,7 @@ def _step(
         except jax.errors.JaxRuntimeError as error:
             problem = f"the compiler says {str(error).splitlines()[0]}"
     exchanges = step_exchanges(
-        _expected(config, tokens, requests) if found is None else found,
+        expected_exchanges(config, tokens, requests) if found is None else found,
         num_layers=config.model.num_layers,
         devices=config.target.replicas * config.target.num_devices,
         gpu=gpu,
@@ -131,7 +131,7 @@ def _step(
     if config.stage is not None and not config.stage.is_last:
         rows = tokens if programs is None else programs.bucket(tokens, requests).tokens
         exchanges += (handed_on(rows * config.model.hidden_size * jnp.dtype(config.dtype).itemsize, gpu),)
-    size, flops = _read_and_computed(config, weights, tokens, requests)
+    size, flops = read_and_computed(config, weights, tokens, requests)
     return step_estimate(
         name,
         stage=None if config.stage is None else config.stage.index,
@@ -146,7 +146,7 @@ def _step(
     )
 
 
-def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Collective]:
+def expected_exchanges(config: RunnerConfig, tokens: int, requests: int) -> Counter[Collective]:
     """What the rules of the split make a step exchange: sums of hidden states, and logits in float32."""
     model, sizes, devices = config.model, config.target.mesh_sizes, config.target.num_devices
     rows = SAMPLE_ROWS_GPU[-1]
@@ -173,7 +173,7 @@ def _expected(config: RunnerConfig, tokens: int, requests: int) -> Counter[Colle
     return found
 
 
-def _read_and_computed(
+def read_and_computed(
     config: RunnerConfig, weights: tuple[ArrayLayout, ...], tokens: int, requests: int
 ) -> tuple[int, int]:
     """(bytes of weights that a device reads in a step, operations of its products with them).

@@ -203,4 +203,5 @@ def columns_of(
         kv_lens=position + width,
         num_decodes=jnp.int32(0),
         decode_only=False,
+        longest=width,
     )

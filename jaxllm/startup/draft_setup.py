@@ -109,10 +109,6 @@ def read_draft(
     model = dataclasses.replace(model, vision=None)
     if model.vocab_size != target.vocab_size:
         _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
-    if model.kv_specs[0].parts == 1:
-        raise ValidationError(
-            f"{name} keeps latents of tokens, and a model that drafts keeps keys and values. Take another one."
-        )
     kv_cache_groups(model.kv_specs)  # raises where layers keep different things
     checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
     return DraftSetup(checkpoint=checkpoint, model=model)

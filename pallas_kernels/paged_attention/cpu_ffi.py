@@ -1,4 +1,4 @@
-"""Single tokens' attention on a CPU by a kernel (`cpu_kernel`) that reads pages where they lie, on XLA's threads."""
+"""Attention on a CPU by a kernel (`cpu_kernel`) that reads pages where they lie, on XLA's threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 #: query heads of a KV head, and their numbers: more would be too much code, all of them being written out
 MOST_GROUP, MOST_NUMBERS = 16, 4096
-#: what the work is cut along has so many numbers for each sequence and KV head (`work_sharing.UNIT`)
+#: queries of a sequence that take the context together
+QUERIES_TILE = 4
+#: queries of a part of a sequence, which one thread takes, and most parts
+PART, MOST_PARTS = 64, 8
+#: no limit to queries of a sequence
+ANY = 2**30
+#: what the work is cut along has so many numbers for each part of a sequence and KV head (`work_sharing.UNIT`)
 _UNIT = 4
 _NEVER = -1e30
 
@@ -56,6 +62,11 @@ class Form:
             transposed="t" in flags,
             has_softcap="c" in flags,
         )
+
+    @property
+    def queries(self) -> int:
+        """Queries of a sequence that are computed at once."""
+        return max(min(QUERIES_TILE, MOST_GROUP // self.group, MOST_NUMBERS // (self.group * self.head_dim)), 1)
 
     @property
     def is_scaled(self) -> bool:
@@ -119,7 +130,7 @@ def load(form: Form, folder: Path | None) -> str:
 
 
 def kernel_for(query: jax.Array, cache: jax.Array, batch: AttentionBatch, *, softcap: float | None) -> str | None:
-    """What XLA calls the kernel of single tokens, where one is loaded; None: none is, for such arrays."""
+    """What XLA calls the kernel of a step, where one is loaded; None: none is, for such arrays."""
     stored = jnp.dtype(jnp.bfloat16) if cache.dtype == jnp.uint16 else batch.backend.numbers(cache.dtype)
     form = form_of(
         heads=query.shape[1],
@@ -135,7 +146,7 @@ def kernel_for(query: jax.Array, cache: jax.Array, batch: AttentionBatch, *, sof
     return next((name for name in batch.backend.cpu_attention if name == target_name(form.name, name[-16:])), None)
 
 
-def decode_attention(
+def attention(
     kernel: str,
     query: jax.Array,
     cache: jax.Array,
@@ -147,30 +158,36 @@ def decode_attention(
     sinks: jax.Array | None,
     kv_scales: jax.Array | None,
 ) -> jax.Array:
-    """Of each sequence's first `num_decodes` tokens, float32 [T, heads, head_dim]; zeros for the others.
+    """Of sequences that have at most `most_queries` tokens, float32 [T, heads, head_dim]; zeros for the others.
 
     Args:
         kernel: of these arrays (`kernel_for`).
     """
     tokens, heads, dim = query.shape
-    rows = min(tokens, batch.kv_lens.shape[0])
-    where = jnp.stack(
-        [layout.group, layout.page_offset, layout.window, jnp.int32(layout.first), batch.num_decodes.astype(jnp.int32)]
-    )
+    longest = min(batch.longest or tokens, tokens)
+    parts = min(-(-longest // PART), MOST_PARTS)
+    how = jnp.array([layout.first, most_queries(batch), parts], jnp.int32)
+    where = jnp.concatenate([jnp.stack([layout.group, layout.page_offset, layout.window]), how])
     if sinks is None:
         start = jnp.stack([jnp.full((heads,), _NEVER, jnp.float32), jnp.zeros((heads,), jnp.float32)])
     else:  # as if a position of this score, and no value, came first
         start = jnp.stack([sinks.astype(jnp.float32), jnp.ones((heads,), jnp.float32)])
-    shared = jax.ShapeDtypeStruct((_UNIT * rows * (cache.shape[1] // 2),), jnp.int32)
-    call = jax.ffi.ffi_call(kernel, (shared, jax.ShapeDtypeStruct((rows, heads, dim), jnp.float32)))
-    _, out = call(
-        query[:rows].astype(jnp.float32) * scale,
+    shared = jax.ShapeDtypeStruct((_UNIT * batch.kv_lens.shape[0] * (cache.shape[1] // 2) * parts,), jnp.int32)
+    call = jax.ffi.ffi_call(kernel, (shared, jax.ShapeDtypeStruct((tokens, heads, dim), jnp.float32)))
+    return call(
+        query.astype(jnp.float32) * scale,
         cache,
         batch.block_tables,
         where,
         batch.positions,
         start,
         jnp.float32(1.0 if softcap is None else softcap),
+        batch.query_start,
+        batch.token_valid,
         *(() if kv_scales is None else (kv_scales,)),
-    )
-    return jnp.pad(out, ((0, tokens - rows), (0, 0), (0, 0)))
+    )[1]
+
+
+def most_queries(batch: AttentionBatch) -> int:
+    """Of a sequence that the kernel computes: tokens of a picture see what lies behind them, which it does not do."""
+    return 1 if batch.decode_only or batch.seen_to is not None else ANY

@@ -1,13 +1,17 @@
-"""The kernel of single tokens on CPUs, as LLVM code, written for one model's heads and pages (`Form`).
+"""The kernel for CPUs, as LLVM code, written for one model's heads and pages (`Form`).
 
-Operands: queries, float32 [R, heads, head_dim], scaled; the cache; block tables i32 [groups, S, W]; where the layer is,
-i32 [5] (group, first page, window, first position that anybody sees, single tokens); positions i32 [T]; of each query
-head the maximum and the sum that the softmax begins with, float32 [2, heads]; the soft cap, float32 []; the scales of
-the pages, where they have some. Results: i32 [UNIT * R * kv_heads], which nobody writes or reads (the work is shared
-out along it, a `UNIT` for each sequence and KV head), and float32 [R, heads, head_dim].
+Operands: queries, float32 [T, heads, head_dim], scaled; the cache; block tables i32 [groups, S, W]; where the layer is
+and what is computed, i32 [6] (group, first page, window, first position that anybody sees, most queries of a sequence
+that is computed, parts of a sequence); positions i32 [T]; of each query head the maximum and the sum that the softmax
+begins with, float32 [2, heads]; the soft cap, float32 []; the first query of each sequence, i32 [S + 1]; which tokens
+are valid, bool [T]; the scales of the pages, where they have some. Results: i32 [UNIT * S * parts * kv_heads], which
+nobody writes or reads (the work is shared out along it, a `UNIT` for each part of a sequence and KV head), and float32
+[T, heads, head_dim].
 
-Whoever has a sequence's KV head walks its context page by page with a running softmax (Milakov and Gimelshein 2018,
-arXiv:1805.02867). What a row's numbers are added up from follows from its own context alone, and so do their bits.
+Whoever has a part of a sequence and a KV head takes its queries one by one, or `Form.queries` at once, and for these
+walks the context page by page with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). What a query's
+numbers are added up from, and in which order, follows from its own context alone, and so do their bits: a page that
+only others of its tile see leaves them as they are.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, HALF_WORD, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.cpu_ffi.work_sharing import UNIT
 from pallas_kernels.paged_attention.cpu_ffi import Form
 
-#: query heads, and vectors of 16 numbers, whose sums registers hold at once
-HEADS_TILE, VECTORS_TILE = 4, 2
+#: rows, and vectors of 16 numbers, whose sums registers hold at once
+ROWS_TILE, VECTORS_TILE = 4, 2
 NEVER = -1e30  # a score of what is not seen
 
 
@@ -31,83 +36,159 @@ def module(name: str) -> ir.Module:
     """A kernel, a function `kernel`, by the name of its form."""
     form = Form.named(name)
     made = ir.Module(name=name)
-    row = _Row(made, form).function
+    tiles = {queries: _Tile(made, form, queries).function for queries in sorted({1, form.queries})}
+    part = _part(made, form, tiles)
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
     with code.loop(code.divided(begin, UNIT), code.divided(code.add(end, UNIT - 1), UNIT), 1) as items:
-        code.builder.call(row, [table, items.index])
+        code.builder.call(part, [table, items.index])
     code.end()
     return made
 
 
+class _Table:
+    """What a kernel was called with (`work_sharing`)."""
+
+    def __init__(self, code: Code, table: Value, form: Form):
+        self._code, self._table = code, table
+        names = ("query", "cache", "tables", "where", "positions", "start", "softcap", "query_start", "valid")
+        names = (*names, *(("scales",) if form.is_scaled else ()), "shared", "result")
+        self._places = {name: place for place, name in enumerate(names)}
+
+    def data(self, name: str) -> Value:
+        return self._code.load(self._code.at(self._table, 16 * self._places[name]), POINTER)
+
+    def dim(self, name: str, i: int) -> Value:
+        dims = self._code.load(self._code.at(self._table, 16 * self._places[name] + 8), POINTER)
+        return self._code.load(self._code.at(dims, 8 * i), LONG)
+
+    def integer(self, name: str, i: Value | int) -> Value:
+        """An i32 number of an array, as i64."""
+        code = self._code
+        place = code.number(i) if isinstance(i, int) else i
+        word = code.load(code.at(self.data(name), code.times(place, 4)), WORD)
+        return code.builder.sext(word, LONG)
+
+
+def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
+    """Writes the function (table, item): attention of a part of a sequence's queries, of one KV head. Zeros are written
+    for what comes behind a sequence's last valid query, for all of a sequence that has too many, and, with the last
+    sequence, for tokens that are nobody's.
+    """
+    code = Code(made, "part", [POINTER, LONG])
+    given, item = code.arguments
+    table, builder = _Table(code, given, form), code.builder
+    kv_heads, parts = code.divided(table.dim("cache", 1), 2), table.integer("where", 5)
+    head, rest = builder.urem(item, kv_heads), code.divided(item, kv_heads)
+    part, seq = builder.urem(rest, parts), code.divided(rest, parts)
+    tokens = table.dim("query", 0)
+    first, behind = table.integer("query_start", seq), table.integer("query_start", code.add(seq, 1))
+    count = code.subtract(behind, first)
+    few = builder.icmp_signed("<=", count, table.integer("where", 4))
+    first, behind = code.smaller(first, tokens), code.smaller(behind, tokens)
+    behind = builder.select(builder.icmp_signed("==", code.add(seq, 1), table.dim("tables", 1)), tokens, behind)
+    # behind the last valid token: the token, and its position
+    last, valid = builder.select(few, behind, first), table.data("valid")
+    with code.loop(first, last, 1, [first, code.number(0)]) as places:
+        is_valid = builder.icmp_unsigned("!=", code.load(code.at(valid, places.index), BYTE), ir.Constant(BYTE, 0))
+        position = code.add(table.integer("positions", places.index), 1)
+        places.next[0] = builder.select(is_valid, code.add(places.index, 1), places.values[0])
+        places.next[1] = builder.select(is_valid, position, places.values[1])
+    last, seen_to = places.values
+    # of neighbouring tiles, to each part its own
+    count = code.divided(code.add(code.subtract(last, first), form.queries - 1), form.queries)
+    each = code.times(code.divided(code.subtract(code.add(count, parts), 1), parts), form.queries)
+    begin = code.add(first, builder.mul(part, each))
+    with code.loop(begin, code.smaller(code.add(begin, each), last), form.queries) as places:
+        left = code.subtract(last, places.index)
+        arguments = [given, seq, head, places.index, left, seen_to]
+        with builder.if_else(builder.icmp_signed("==", left, code.number(1))) as (one, several):
+            with one:
+                builder.call(tiles[1], arguments)
+            with several:
+                builder.call(tiles[form.queries], arguments)
+    size = 4 * form.group * form.head_dim
+    is_first = builder.icmp_signed("==", part, code.number(0))
+    with code.loop(last, builder.select(is_first, behind, last), 1) as places:
+        at = code.times(code.add(code.times(places.index, kv_heads), head), size)
+        result = code.at(table.data("result"), at)
+        for i in range(0, form.group * form.head_dim, form.lanes):
+            code.store(_constant(0.0, form.lanes), code.at(result, 4 * i))
+    code.end()
+    return code.function
+
+
 @dataclasses.dataclass(frozen=True)
 class _Page:
-    """A page of the context: where its keys and values are, its first position, and which of its positions are seen."""
+    """A page of the context: where its keys and values are, and which of its positions each query sees."""
 
     keys: Value
     values: Value
     scales: Value | None
-    start: Value
-    first: Value
-    behind: Value
+    #: (first, behind), of each query; the first query sees from `first` on, and the last one up to `behind`
+    seen: list[tuple[Value, Value]]
+
+    @property
+    def first(self) -> Value:
+        return self.seen[0][0]
+
+    @property
+    def behind(self) -> Value:
+        return self.seen[-1][1]
 
 
-class _Row:
-    """Writes the function (table, item): attention of one sequence's query heads of one KV head."""
+class _Tile:
+    """Writes the function (table, sequence, KV head, first token, tokens, behind): attention of up to `queries` tokens
+    of a sequence, of the query heads of one KV head; none sees position `behind`, nor what lies behind it.
 
-    def __init__(self, made: ir.Module, form: Form):
+    A row is a query's query head, a query's heads one behind the other. Where there are fewer tokens, the last one is
+    computed several times, and written once.
+    """
+
+    def __init__(self, made: ir.Module, form: Form, queries: int):
         self._form = form
-        self._code = code = Code(made, "row", [POINTER, LONG])
+        self._code = code = Code(made, f"tile_{queries}", [POINTER, LONG, LONG, LONG, LONG, LONG])
         self.function = code.function
-        table, item = code.arguments
-        group, dim, block = form.group, form.head_dim, form.block_size
+        given, seq, head, first, count, behind = code.arguments
+        table = _Table(code, given, form)
+        self._rows = rows = queries * form.group
+        dim, block = form.head_dim, form.block_size
         self._scores, self._sums, self._largest, self._totals = (
-            code.scratch(count) for count in (group * block, group * dim, group, group)
+            code.scratch(numbers) for numbers in (rows * block, rows * dim, rows, rows)
         )
-        query, cache, tables, where, positions, start, softcap = (self._data(table, i) for i in range(7))
-        dims = self._dims(table, 1)
-        kv_heads = code.divided(code.load(code.at(dims, 8), LONG), 2)
-        result = self._data(table, 8 + form.is_scaled)
-        group_of, page_offset, window, least, decodes = (self._integer(where, i) for i in range(5))
-        seq, head = code.divided(item, kv_heads), code.builder.urem(item, kv_heads)
-        self._query = code.at(query, code.times(item, 4 * group * dim))
-        result = code.at(result, code.times(item, 4 * group * dim))
-        self._softcap = code.load(softcap, FLOAT) if form.has_softcap else None
-        builder = code.builder
-        with builder.if_else(code.below(seq, decodes)) as (computed, padding):
-            with computed:
-                self._begin(start, head, kv_heads)
-                position = self._integer(positions, seq)
-                seen_to = code.add(position, 1)
-                seen_from = self._larger(code.subtract(seen_to, window), least)
-                shape = self._dims(table, 2)
-                num_seqs, width = (code.load(code.at(shape, 8 * i), LONG) for i in (1, 2))
-                columns = code.times(code.add(code.times(group_of, num_seqs), seq), width)
-                last = code.divided(code.add(seen_to, block - 1), block)
-                with code.loop(code.divided(seen_from, block), last, 1) as pages:
-                    page = code.add(self._integer(tables, code.add(columns, pages.index)), page_offset)
-                    rows = code.times(code.add(code.times(page, code.times(kv_heads, 2)), head), block)
-                    apart = code.times(kv_heads, block)
-                    begin = code.times(pages.index, block)
-                    scales = None
-                    if form.is_scaled:
-                        scales = code.at(self._data(table, 7), code.times(rows, 4)), code.times(apart, 4)
-                    size = dim * form.itemsize
-                    keys = code.at(cache, code.times(rows, size))
-                    self._piece(
-                        _Page(
-                            keys=keys,
-                            values=code.at(keys, code.times(apart, size)),
-                            scales=scales,
-                            start=begin,
-                            first=self._larger(code.subtract(seen_from, begin), code.number(0)),
-                            behind=self._smaller(code.subtract(seen_to, begin), code.number(block)),
-                        )
-                    )
-                self._end(result)
-            with padding:
-                for i in range(0, group * dim, form.lanes):
-                    code.store(_constant(0.0, form.lanes), code.at(result, 4 * i))
+        kv_heads = code.divided(table.dim("cache", 1), 2)
+        group_of, page_offset, window, least = (table.integer("where", i) for i in range(4))
+        self._softcap = code.load(table.data("softcap"), FLOAT) if form.has_softcap else None
+        tokens = [code.smaller(code.number(i), code.subtract(count, 1)) for i in range(queries)]
+        tokens = [code.add(first, token) for token in tokens]
+        places = [code.times(code.add(code.times(token, kv_heads), head), 4 * form.group * dim) for token in tokens]
+        self._query = [code.at(table.data("query"), place) for place in places]
+        self._begin(table.data("start"), head, kv_heads)
+        seen_to = [code.smaller(code.add(table.integer("positions", token), 1), behind) for token in tokens]
+        seen_from = [code.greater(code.subtract(end, window), least) for end in seen_to]
+        columns = code.times(code.add(code.times(group_of, table.dim("tables", 1)), seq), table.dim("tables", 2))
+        last = code.divided(code.add(seen_to[-1], block - 1), block)
+        with code.loop(code.divided(seen_from[0], block), last, 1) as pages:
+            page = code.add(table.integer("tables", code.add(columns, pages.index)), page_offset)
+            lines = code.times(code.add(code.times(page, code.times(kv_heads, 2)), head), block)
+            apart = code.times(kv_heads, block)
+            begin = code.times(pages.index, block)
+            scales = None
+            if form.is_scaled:
+                scales = code.at(table.data("scales"), code.times(lines, 4)), code.times(apart, 4)
+            size = dim * form.itemsize
+            keys = code.at(table.data("cache"), code.times(lines, size))
+            seen = [
+                (
+                    code.greater(code.subtract(start, begin), code.number(0)),
+                    code.smaller(code.subtract(end, begin), code.number(block)),
+                )
+                for start, end in zip(seen_from, seen_to, strict=True)
+            ]
+            self._piece(_Page(keys=keys, values=code.at(keys, code.times(apart, size)), scales=scales, seen=seen))
+        for query, place in enumerate(places):
+            with code.builder.if_then(code.below(code.number(query), count)):
+                self._end(query, code.at(table.data("result"), place))
         code.end()
 
     # ---- a page
@@ -115,65 +196,63 @@ class _Row:
     def _piece(self, page: _Page) -> None:
         """Take a page into the sums."""
         form = self._form
-        for first in range(0, form.group, HEADS_TILE):
-            heads = range(first, min(first + HEADS_TILE, form.group))
+        some = [range(first, min(first + ROWS_TILE, self._rows)) for first in range(0, self._rows, ROWS_TILE)]
+        for rows in some:
             if form.transposed:
-                self._score_columns(page, heads)
+                self._score_columns(page, rows)
             else:
-                self._score_rows(page, heads)
-        kept = [self._weigh(page, head) for head in range(form.group)]
+                self._score_rows(page, rows)
+        kept = [self._weigh(page, row) for row in range(self._rows)]
         width = form.lanes * VECTORS_TILE if form.head_dim % (form.lanes * VECTORS_TILE) == 0 else form.lanes
-        for first in range(0, form.group, HEADS_TILE):
-            heads = range(first, min(first + HEADS_TILE, form.group))
+        for rows in some:
             for column in range(0, form.head_dim, width):
-                self._add_values(page, heads, kept, range(column, column + width, form.lanes))
+                self._add_values(page, rows, kept, range(column, column + width, form.lanes))
 
-    def _score_columns(self, page: _Page, heads: range) -> None:
+    def _score_columns(self, page: _Page, rows: range) -> None:
         """Scores of keys that lie as [head_dim, block_size], of several positions at a time."""
         form, code = self._form, self._code
         lanes = form.position_lanes
         vectors = VECTORS_TILE if form.block_size % (lanes * VECTORS_TILE) == 0 else 1
         together = 2 if form.head_dim % 2 == 0 else 1
         with code.loop(code.number(0), code.number(form.block_size), lanes * vectors) as places:
-            empty = [_constant(0.0, lanes)] * (len(heads) * vectors)
+            empty = [_constant(0.0, lanes)] * (len(rows) * vectors)
             with code.loop(code.number(0), code.number(form.head_dim), together, empty) as numbers:
                 for j in range(together):
                     d = code.add(numbers.index, j)
                     at = code.add(code.times(d, form.block_size), places.index)
-                    row = code.at(page.keys, code.times(at, form.itemsize))
-                    keys = [self._stored(code.at(row, form.itemsize * lanes * i), lanes) for i in range(vectors)]
-                    for i, head in enumerate(heads):
-                        place = code.add(code.times(d, 4), 4 * head * form.head_dim)
-                        query = code.splat(code.load(code.at(self._query, place), FLOAT), lanes)
+                    line = code.at(page.keys, code.times(at, form.itemsize))
+                    keys = [self._stored(code.at(line, form.itemsize * lanes * i), lanes) for i in range(vectors)]
+                    for i, row in enumerate(rows):
+                        query = code.splat(code.load(self._query_at(row, code.times(d, 4)), FLOAT), lanes)
                         for k, key in enumerate(keys):
                             here = i * vectors + k
                             numbers.next[here] = code.multiply_add(query, key, numbers.next[here])
-            for i, head in enumerate(heads):
+            for i, row in enumerate(rows):
                 for k in range(vectors):
-                    place = code.add(places.index, head * form.block_size + lanes * k)
+                    place = code.add(places.index, row * form.block_size + lanes * k)
                     code.store(numbers.values[i * vectors + k], code.at(self._scores, code.times(place, 4)))
 
-    def _score_rows(self, page: _Page, heads: range) -> None:
+    def _score_rows(self, page: _Page, rows: range) -> None:
         """Scores of keys that lie as [block_size, head_dim], one position after the other."""
         form, code = self._form, self._code
         with code.loop(page.first, page.behind, 1) as places:
-            row = code.at(page.keys, code.times(places.index, form.head_dim * form.itemsize))
-            totals = [_constant(0.0, form.lanes) for _ in heads]
+            line = code.at(page.keys, code.times(places.index, form.head_dim * form.itemsize))
+            totals = [_constant(0.0, form.lanes) for _ in rows]
             for d in range(0, form.head_dim, form.lanes):
-                key = self._stored(code.at(row, d * form.itemsize), form.lanes)
-                for i, head in enumerate(heads):
-                    query = code.floats(code.at(self._query, 4 * (head * form.head_dim + d)), form.lanes)
+                key = self._stored(code.at(line, d * form.itemsize), form.lanes)
+                for i, row in enumerate(rows):
+                    query = code.floats(self._query_at(row, code.number(4 * d)), form.lanes)
                     totals[i] = code.multiply_add(query, key, totals[i])
-            for total, head in zip(totals, heads, strict=True):
-                place = code.add(places.index, head * form.block_size)
+            for total, row in zip(totals, rows, strict=True):
+                place = code.add(places.index, row * form.block_size)
                 code.store(code.sum_of(total), code.at(self._scores, code.times(place, 4)))
 
-    def _weigh(self, page: _Page, head: int) -> Value:
-        """Make a head's scores weights, and add these up; what was added before counts so much from now on."""
+    def _weigh(self, page: _Page, row: int) -> Value:
+        """Make a row's scores weights, and add these up; what was added before counts so much from now on."""
         form, code = self._form, self._code
-        lanes, builder = form.position_lanes, self._code.builder
-        scores = code.at(self._scores, 4 * head * form.block_size)
-        largest_at, total_at = (code.at(array, 4 * head) for array in (self._largest, self._totals))
+        lanes, builder, seen = form.position_lanes, self._code.builder, page.seen[row // form.group]
+        scores = code.at(self._scores, 4 * row * form.block_size)
+        largest_at, total_at = (code.at(array, 4 * row) for array in (self._largest, self._totals))
         before = code.load(largest_at, FLOAT)
         with self._vectors([_constant(NEVER, lanes)]) as (places, address):
             score = code.floats(code.at(scores, address), lanes)
@@ -181,14 +260,14 @@ class _Row:
                 score = code.multiplied(score, code.floats(code.at(page.scales[0], address), lanes))
             if self._softcap is not None:
                 score = self._capped(score)
-            score = builder.select(self._seen(page, places.index), score, _constant(NEVER, lanes))
+            score = builder.select(self._seen(seen, places.index), score, _constant(NEVER, lanes))
             code.store(score, code.at(scores, address))
             places.next[0] = code.larger(places.next[0], score)
         largest = code.larger(before, code.largest_of(places.values[0]))
         with self._vectors([_constant(0.0, lanes)]) as (places, address):
             score = code.floats(code.at(scores, address), lanes)
             weight = code.exp(builder.fsub(score, code.splat(largest, lanes)))
-            weight = builder.select(self._seen(page, places.index), weight, _constant(0.0, lanes))
+            weight = builder.select(self._seen(seen, places.index), weight, _constant(0.0, lanes))
             places.next[0] = code.summed(places.next[0], weight)
             if page.scales is not None:
                 of_values = code.at(page.scales[0], code.add(page.scales[1], address))
@@ -200,21 +279,21 @@ class _Row:
         code.store(total, total_at)
         return kept
 
-    def _add_values(self, page: _Page, heads: range, kept: list[Value], columns: range) -> None:
-        """Add some numbers of the values of the positions that are seen: a former owner of the page may have left NaN
-        at the others.
+    def _add_values(self, page: _Page, rows: range, kept: list[Value], columns: range) -> None:
+        """Add some numbers of the values of the positions that any query sees: a former owner of the page may have left
+        NaN at the others.
         """
         form, code = self._form, self._code
-        sums = [code.at(self._sums, 4 * (head * form.head_dim + column)) for head in heads for column in columns]
+        sums = [code.at(self._sums, 4 * (row * form.head_dim + column)) for row in rows for column in columns]
         scaled = [
-            code.multiplied(code.floats(at, form.lanes), code.splat(kept[head], form.lanes))
-            for at, head in zip(sums, [head for head in heads for _ in columns], strict=True)
+            code.multiplied(code.floats(at, form.lanes), code.splat(kept[row], form.lanes))
+            for at, row in zip(sums, [row for row in rows for _ in columns], strict=True)
         ]
         with code.loop(page.first, page.behind, 1, scaled) as places:
-            row = code.at(page.values, code.times(places.index, form.head_dim * form.itemsize))
-            values = [self._stored(code.at(row, column * form.itemsize), form.lanes) for column in columns]
-            for i, head in enumerate(heads):
-                place = code.add(places.index, head * form.block_size)
+            line = code.at(page.values, code.times(places.index, form.head_dim * form.itemsize))
+            values = [self._stored(code.at(line, column * form.itemsize), form.lanes) for column in columns]
+            for i, row in enumerate(rows):
+                place = code.add(places.index, row * form.block_size)
                 weight = code.splat(code.load(code.at(self._scores, code.times(place, 4)), FLOAT), form.lanes)
                 for k, value in enumerate(values):
                     here = i * len(values) + k
@@ -222,29 +301,29 @@ class _Row:
         for at, value in zip(sums, places.values, strict=True):
             code.store(value, at)
 
-    # ---- a row's begin and end
+    # ---- a tile's begin and end
 
     def _begin(self, start: Value, head: Value, kv_heads: Value) -> None:
         form, code = self._form, self._code
         first = code.times(head, 4 * form.group)
         behind = code.times(kv_heads, 4 * form.group)
-        for i in range(form.group):
-            at = code.at(start, code.add(first, 4 * i))
-            code.store(code.load(at, FLOAT), code.at(self._largest, 4 * i))
-            code.store(code.load(code.at(at, behind), FLOAT), code.at(self._totals, 4 * i))
-        for i in range(0, form.group * form.head_dim, form.lanes):
+        for row in range(self._rows):
+            at = code.at(start, code.add(first, 4 * (row % form.group)))
+            code.store(code.load(at, FLOAT), code.at(self._largest, 4 * row))
+            code.store(code.load(code.at(at, behind), FLOAT), code.at(self._totals, 4 * row))
+        for i in range(0, self._rows * form.head_dim, form.lanes):
             code.store(_constant(0.0, form.lanes), code.at(self._sums, 4 * i))
 
-    def _end(self, result: Value) -> None:
+    def _end(self, query: int, result: Value) -> None:
+        """Write a query's rows."""
         form, code = self._form, self._code
         for head in range(form.group):
-            total = code.larger(code.load(code.at(self._totals, 4 * head), FLOAT), ir.Constant(FLOAT, 1e-30))
+            row = query * form.group + head
+            total = code.larger(code.load(code.at(self._totals, 4 * row), FLOAT), ir.Constant(FLOAT, 1e-30))
             inverse = code.splat(code.builder.fdiv(ir.Constant(FLOAT, 1.0), total), form.lanes)
             for d in range(0, form.head_dim, form.lanes):
-                at = 4 * (head * form.head_dim + d)
-                code.store(
-                    code.multiplied(code.floats(code.at(self._sums, at), form.lanes), inverse), code.at(result, at)
-                )
+                sums = code.floats(code.at(self._sums, 4 * (row * form.head_dim + d)), form.lanes)
+                code.store(code.multiplied(sums, inverse), code.at(result, 4 * (head * form.head_dim + d)))
 
     # ---- parts
 
@@ -255,12 +334,18 @@ class _Row:
         with code.loop(code.number(0), code.number(form.block_size), form.position_lanes, carried) as places:
             yield places, code.times(places.index, 4)
 
-    def _seen(self, page: _Page, place: Value) -> Value:
-        """Which of a vector's positions are seen."""
+    def _query_at(self, row: int, offset: Value) -> Value:
+        """Where a row's query is, so many bytes further."""
+        form, code = self._form, self._code
+        query, head = divmod(row, form.group)
+        return code.at(self._query[query], code.add(offset, 4 * head * form.head_dim))
+
+    def _seen(self, seen: tuple[Value, Value], place: Value) -> Value:
+        """Which of a vector's positions are."""
         code, lanes = self._code, self._form.position_lanes
         numbers = ir.Constant(ir.VectorType(WORD, lanes), list(range(lanes)))
         places = code.builder.add(code.splat(code.builder.trunc(place, WORD), lanes), numbers)
-        first, behind = (code.splat(code.builder.trunc(edge, WORD), lanes) for edge in (page.first, page.behind))
+        first, behind = (code.splat(code.builder.trunc(edge, WORD), lanes) for edge in seen)
         after = code.builder.icmp_signed(">=", places, first)
         return code.builder.and_(after, code.builder.icmp_signed("<", places, behind))
 
@@ -300,24 +385,6 @@ class _Row:
         """float16's bits, as float32."""
         builder, count = self._code.builder, bits.type.count
         return builder.fpext(builder.bitcast(bits, _of(ir.HalfType(), count)), _of(FLOAT, count))
-
-    def _data(self, table: Value, i: int) -> Value:
-        return self._code.load(self._code.at(table, 16 * i), POINTER)
-
-    def _dims(self, table: Value, i: int) -> Value:
-        return self._code.load(self._code.at(table, 16 * i + 8), POINTER)
-
-    def _integer(self, array: Value, i: Value | int) -> Value:
-        """An i32 number of an array, as i64."""
-        code = self._code
-        place = code.number(i) if isinstance(i, int) else i
-        return code.builder.sext(code.load(code.at(array, code.times(place, 4)), WORD), LONG)
-
-    def _larger(self, a: Value, b: Value) -> Value:
-        return self._code.builder.select(self._code.below(a, b), b, a)
-
-    def _smaller(self, a: Value, b: Value) -> Value:
-        return self._code.builder.select(self._code.below(a, b), a, b)
 
 
 def _of(number: ir.Type, count: int) -> ir.Type:

@@ -54,13 +54,16 @@ def paged_attention(
     if value_width is None and causal and not batch.backend.deterministic:
         kernel = cpu_ffi.kernel_for(query, cache, batch, softcap=softcap)
     if kernel is None:
+        done = 1
         out = _decode_tiles(grouped, heads * (value_width or dim), *args)
     else:
-        out = cpu_ffi.decode_attention(
+        done = cpu_ffi.most_queries(batch)
+        out = cpu_ffi.attention(
             kernel, query, cache, layout, batch, scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales
         ).reshape(tokens, -1)
-    if tokens > 1 and not batch.decode_only:
-        out = _prefill_tiles(grouped, out, *args)
+    longest = 1 if batch.decode_only else min(batch.longest or tokens, tokens)
+    if longest > done:
+        out = _prefill_tiles(grouped, out, done, *args)
     return out.reshape(tokens, heads, -1).astype(query.dtype)
 
 
@@ -97,12 +100,12 @@ def _decode_tiles(query, width, cache, layout, batch, *how):
     return jnp.pad(out, ((0, tokens - out.shape[0]), (0, 0)))
 
 
-def _prefill_tiles(query, out, cache, layout, batch, *how):
-    """Write the rows of chunks and prompts into `out`."""
+def _prefill_tiles(query, out, done, cache, layout, batch, *how):
+    """Write the rows of chunks and prompts of more than `done` tokens into `out`."""
     tokens, seqs = query.shape[0], batch.kv_lens.shape[0]
-    seq = jnp.arange(seqs, dtype=jnp.int32)
-    prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
-    first, rest = batch.query_start[:-1], jnp.where(prefill, jnp.diff(batch.query_start), 0)
+    seq, count = jnp.arange(seqs, dtype=jnp.int32), jnp.diff(batch.query_start)
+    prefill = (seq >= batch.num_decodes) & (seq < batch.num_seqs) & (count > done)
+    first, rest = batch.query_start[:-1], jnp.where(prefill, count, 0)
     args = (cache, layout, batch, *how)
     for length, rows, context in RUNS[:-1]:
         if tokens >= length:

@@ -50,18 +50,24 @@ class Case(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=["eagle3", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp"))],
+    params=[
+        "eagle3",
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp", "eagle3 of 2 layers")),
+        pytest.param("eagle of 3 layers", marks=pytest.mark.large),
+    ],
 )
 def case(request: Any, tiny_model: Path, tmp_path_factory: Any) -> Iterator[Case]:
     """A launch waits for the one before, so that none has fewer drafts since that one may have brought more tokens than
     it did.
     """
-    folder, config = tmp_path_factory.mktemp(request.param), {"method": request.param, "num_speculative_tokens": DRAFTS}
-    if request.param == "mtp":
+    method, _, layers = request.param.partition(" of ")
+    folder, config = tmp_path_factory.mktemp(method), {"method": method, "num_speculative_tokens": DRAFTS}
+    if method == "mtp":
         model = write_mtp(folder)
         oracle = MtpOracle(model)
     else:
-        model, head = tiny_model, {"eagle3": write_eagle3, "eagle": write_eagle}[request.param](folder)
+        write: Callable[..., Path] = {"eagle3": write_eagle3, "eagle": write_eagle}[method]
+        model, head = tiny_model, write(folder, layers=int(layers[:1] or 1))
         config["model"], oracle = str(head), EagleOracle(model, head)
     with (
         LLM(model, **ARGUMENTS, num_gpu_blocks_override=129, enforce_eager=True) as plain,
@@ -255,7 +261,6 @@ def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
     del own["eagle_aux_hidden_state_layer_ids"]
     refused("inputs of the model's layers 2, 1, -1, and the model has 2", own, **eagle3)
     refused("'Qwen2ForCausalLM' is none of EAGLE's", {**own, "architectures": ["Qwen2ForCausalLM"]}, **eagle3)
-    refused("num_hidden_layers=2, and heads of one layer", {**own, "num_hidden_layers": 2}, **eagle3)
     refused("hidden_size is 48, and the model's is 64", own, method="eagle", model=str(tmp_path))
     refused("'mtp' is for DeepseekV3ForCausalLM.* this is LlamaForCausalLM", own, method="mtp")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.drafts import checks_that_cost
+from support.latent_cache import DEEPSEEK, write_random
 from support.tiny_model import CONFIG
 
 from jaxllm import LLM, SamplingParams
@@ -215,6 +216,27 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
         # nothing is drafted behind the draft's own longest sequence
         compare(plain, llm, prompts()[-1], params[-1])
         assert counted(llm)[0] == drafted
+
+
+@pytest.mark.thorough
+def test_a_twin_with_latents_is_always_right(tmp_path: Path):
+    """Latents in the draft's own cache, and experts, which read them in lots, in chunks and one by one."""
+    model = write_random(tmp_path, DEEPSEEK)
+    drafts = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
+    params = [SamplingParams(**SAMPLED, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+    with (
+        LLM(model, **ARGUMENTS, num_gpu_blocks_override=129, enforce_eager=True) as alone,
+        LLM(model, **ARGUMENTS, num_gpu_blocks_override=18, speculative_config=drafts) as llm,
+    ):
+        with checks_that_cost(llm, 0.0):
+            compare(alone, llm, prompts(), params)
+        drafted, accepted = counted(llm)
+        assert drafted == accepted > 100
+        # while it rests it passes over tokens, and reads them later
+        with checks_that_cost(llm, 1.4):
+            compare(alone, llm, prompts(), params)
+        drafted, accepted = counted(llm)
+        assert drafted == accepted
 
 
 def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):

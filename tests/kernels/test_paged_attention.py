@@ -127,6 +127,51 @@ def test_the_first_position_can_be_out_of_sight(implementation: str, interpret: 
     check(case, np.asarray(out).astype(np.float64))
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8], SHAPES[9]], ids=str)
+@pytest.mark.parametrize("window", [UNLIMITED, 5, 40])
+def test_drafts_on_a_cpu_are_single_tokens_to_the_bit(shape: Shape, window: int):
+    """Several queries of a sequence, of which the last ones are no drafts (and their places hold NaN), a sequence that
+    takes no part, and one that has no context.
+    """
+    width, counts, computed = 6, (6, 1, 4, 0, 5, 2), (100, 40, 0, 3, 7, 250)
+    seqs = len(counts)
+    shape = dataclasses.replace(shape, tokens=width * seqs, seqs=seqs)
+    drawn = Sequences(computed=computed, queries=counts, window=window, shared=0, magnitude=1.0, seed=2)
+    case, lane, before = PagedCase(shape, drawn), np.arange(width), np.asarray(computed)
+    ragged = dataclasses.replace(case.batch, backend=backend("cpu_ffi", False, shape))
+    place = np.concatenate([seq * width + lane[:count] for seq, count in enumerate(counts)])
+    query = np.ones_like(case.query)
+    query[place] = case.query[: len(place)]
+    batch = dataclasses.replace(
+        ragged,
+        token_seq=jnp.repeat(jnp.arange(seqs), width),
+        positions=jnp.asarray((before[:, None] + lane).reshape(-1), jnp.int32),
+        token_valid=jnp.asarray((lane < np.asarray(counts)[:, None]).reshape(-1)),
+        query_start=jnp.arange(seqs + 1, dtype=jnp.int32) * width,
+        kv_lens=jnp.asarray(before + width, jnp.int32),
+        num_decodes=jnp.int32(0),
+        longest=width,
+    )
+    cache, how = as_stored(case.cache, batch.backend), arguments(case)
+    out = np.asarray(attend(query, cache, case.layout, batch, **how)).astype(np.float64)
+    assert not np.delete(out, place, axis=0).any()
+    found = np.zeros(case.query.shape)
+    found[: len(place)] = out[place]
+    check(case, found)
+    for column in range(width):
+        one = dataclasses.replace(
+            batch,
+            token_seq=jnp.arange(seqs),
+            positions=batch.positions[column::width],
+            token_valid=batch.token_valid[column::width],
+            query_start=jnp.arange(seqs + 1, dtype=jnp.int32),
+            num_decodes=jnp.int32(seqs),
+            decode_only=True,
+        )
+        alone = np.asarray(attend(query[column::width], cache, case.layout, one, **how)).astype(np.float64)
+        np.testing.assert_array_equal(alone, out[column::width])
+
+
 def check(case: PagedCase, out: np.ndarray) -> None:
     """That `out` [tokens, heads, dim] is right where there are tokens, and finite elsewhere."""
     assert np.isfinite(out).all()

@@ -29,30 +29,50 @@ CONFIG: dict[str, Any] = {
 DRAFTED = 128
 
 
-def write_eagle3(folder: Path, *, size: int = 48, hidden: int = 64, keeps: tuple[int, ...] = (0, 1, 1)) -> Path:
+def write_eagle3(
+    folder: Path,
+    *,
+    size: int = 48,
+    hidden: int = 64,
+    keeps: tuple[int, ...] = (0, 1, 1),
+    layers: int = 1,
+    vocab: int = CONFIG["vocab_size"],
+) -> Path:
     """A head of another width than the model's, with tables of its own, and fewer tokens."""
-    random = np.random.default_rng(3)
+    random, first = np.random.default_rng(3), "midlayer" if layers == 1 else "layers.0"
     weights = {
-        **{f"midlayer.{name}": array for name, array in _layer(random, size, 2 * size).items()},
-        "midlayer.hidden_norm.weight": _norm(random, size),
-        "midlayer.input_layernorm.weight": _norm(random, size),
-        "embed_tokens.weight": _matrix(random, CONFIG["vocab_size"], size),
+        **{f"{first}.{name}": array for name, array in _layer(random, size, 2 * size).items()},
+        f"{first}.hidden_norm.weight": _norm(random, size),
+        f"{first}.input_layernorm.weight": _norm(random, size),
+        **_others(random, size, layers),
+        "embed_tokens.weight": _matrix(random, vocab, size),
         "fc.weight": _matrix(random, size, len(keeps) * hidden),
         "norm.weight": _norm(random, size),
         "lm_head.weight": _matrix(random, DRAFTED, size, 4.0),
         "d2t": np.arange(DRAFTED, dtype=np.int64),
-        "t2d": np.arange(CONFIG["vocab_size"]) % 2 == 0,
+        "t2d": np.arange(vocab) % 2 == 0,
     }
     own = {"hidden_size": size, "draft_vocab_size": DRAFTED, "eagle_aux_hidden_state_layer_ids": list(keeps)}
+    own |= {"num_hidden_layers": layers, "vocab_size": vocab}
     return _written(folder, {**CONFIG, **own, "architectures": ["LlamaForCausalLMEagle3"]}, weights)
 
 
-def write_eagle(folder: Path, *, size: int = 64) -> Path:
+def write_eagle(folder: Path, *, size: int = 64, layers: int = 1) -> Path:
     """A head of the first kind, which takes the model's tables."""
     random = np.random.default_rng(4)
     weights = {"fc.weight": _matrix(random, size, 2 * size), "fc.bias": _norm(random, size) - 1}
     weights |= {f"layers.0.{name}": array for name, array in _layer(random, size, size).items()}
-    return _written(folder, {**CONFIG, "hidden_size": size}, weights)
+    weights |= _others(random, size, layers)
+    return _written(folder, {**CONFIG, "hidden_size": size, "num_hidden_layers": layers}, weights)
+
+
+def _others(random: np.random.Generator, size: int, layers: int) -> dict[str, np.ndarray]:
+    """Layers behind the first one."""
+    found: dict[str, np.ndarray] = {}
+    for number in range(1, layers):
+        found[f"layers.{number}.input_layernorm.weight"] = _norm(random, size)
+        found |= {f"layers.{number}.{name}": array for name, array in _layer(random, size, size).items()}
+    return found
 
 
 def _written(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
@@ -93,7 +113,7 @@ class EagleOracle:
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.weights = load_file(head / "model.safetensors")
         self.config = json.loads((head / "config.json").read_text())
-        self.is_third = "midlayer.hidden_norm.weight" in self.weights
+        self.is_third = "d2t" in self.weights
 
     @torch.no_grad()
     def drafts(self, token_ids: list[int], number: int, bias: dict[int, float]) -> list[int]:
@@ -124,15 +144,23 @@ class EagleOracle:
         if not self.is_third:
             embedding = self.model.get_input_embeddings().weight[tokens]
             x = torch.cat([embedding, hidden], dim=1) @ w["fc.weight"].T + w["fc.bias"]
-            x = self._layer("layers.0.", x, x)
+            x = self._behind(self._layer("layers.0.", x, x))
             return self.model.get_output_embeddings()(x[-1]), x[-1]
-        embedding = _rms(w["embed_tokens.weight"][tokens], w["midlayer.input_layernorm.weight"])
-        pair = torch.cat([embedding, _rms(hidden, w["midlayer.hidden_norm.weight"])], dim=1)
-        x = self._layer("midlayer.", hidden, pair)
+        first = "midlayer" if "midlayer.hidden_norm.weight" in w else "layers.0"
+        embedding = _rms(w["embed_tokens.weight"][tokens], w[f"{first}.input_layernorm.weight"])
+        pair = torch.cat([embedding, _rms(hidden, w[f"{first}.hidden_norm.weight"])], dim=1)
+        x = self._behind(self._layer(f"{first}.", hidden, pair))
         scores = torch.full((self.config["vocab_size"],), -torch.inf)
         own = _rms(x[-1], w["norm.weight"]) @ w["lm_head.weight"].T
         scores[torch.arange(len(own)) + w["d2t"]] = own
         return scores, x[-1]
+
+    def _behind(self, x: torch.Tensor) -> torch.Tensor:
+        """Through the layers behind the first one."""
+        for number in range(1, self.config["num_hidden_layers"]):
+            prefix = f"layers.{number}."
+            x = self._layer(prefix, x, _rms(x, self.weights[f"{prefix}input_layernorm.weight"]))
+        return x
 
     def _layer(self, prefix: str, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         def times(module: str, x: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ import pytest
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import report
-from jaxllm.bench.datasets import BenchRequest
+from jaxllm.bench.datasets import BenchRequest, arrivals
 from jaxllm.bench.measurements import PERCENTAGES, Samples, percentiles, summary
-from jaxllm.bench.serve_trace import Answer, arrivals, measure, table
+from jaxllm.bench.serve_trace import Answer, measure, table
 
 SIZES: dict[str, Any] = {"num_requests": 4, "prompt_tokens": 40, "output_tokens": 24}
 

@@ -151,7 +151,7 @@ def make_programs(
 
 
 def with_kernel(page: Sequence[int], numbers: jnp.dtype, *, heads: int) -> Context:
-    """As an engine on this machine has it: with a kernel for single tokens, of pages of this shape."""
+    """As an engine on this machine has it: with a kernel of attention, of pages of this shape."""
     if len(page) < 3:  # latents
         return Context()
     form = form_of(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_model import write_tiny_model
+from support.tiny_model import SMALL, write_tiny_model
 from support.virtual_time import VirtualTime
 from test_advice import ROOMY, prompts
 
@@ -20,7 +21,9 @@ from jaxllm.engine.observe.step_shape import StepShape
 from jaxllm.engine.observe.trace import RequestRecord, Trace
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.simulation.forecasts import on_engine
 from jaxllm.tuning.simulation.replay import replay
+from jaxllm.tuning.simulation.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +76,15 @@ def test_it_foresees_what_the_engine_does(
     # arrivals are on the host's clock, which stands still for the device
     trace.requests = at_once(trace)
     found = replay(trace, changes)
-    assert found.same.throughput == pytest.approx(throughput(trace), rel=0.02)
+    assert found.runs["simulated"].throughput == pytest.approx(throughput(trace), rel=0.02)
     truth = run(model, given, **{**recorded, **changes})
-    assert found.changed is not None
-    assert found.changed.throughput == pytest.approx(throughput(truth), rel=0.02)
-    assert found.changed.preemptions == sum(step.num_preemptions for step in truth.steps)
-    assert found.changed.cached_tokens == sum(request.num_cached_tokens for request in truth.requests)
-    assert found.changed.num_requests == len(given)
-    np.testing.assert_allclose(found.changed.kv_cache_usage.max(), max(step.kv_cache_usage for step in truth.steps))
-    assert "error" in str(found) and found.to_dict()["changes"] == changes
+    assert found.simulated.throughput == pytest.approx(throughput(truth), rel=0.02)
+    assert found.simulated.preemptions == sum(step.num_preemptions for step in truth.steps)
+    assert found.simulated.cached_tokens == sum(request.num_cached_tokens for request in truth.requests)
+    assert found.simulated.num_requests == len(given)
+    np.testing.assert_allclose(found.simulated.kv_cache_usage.max(), max(step.kv_cache_usage for step in truth.steps))
+    assert "error" in str(found) and len(found.to_dict()["runs"]) == 3
+    assert "throughput" in found.errors
 
 
 def at_once(trace: Trace) -> list[RequestRecord]:
@@ -92,7 +95,7 @@ def at_once(trace: Trace) -> list[RequestRecord]:
 
 def test_the_model_of_steps_is_found_again(model: Path):
     trace = run(model, prompts(24, 40), max_num_seqs=12)
-    found = replay(trace, {}).model
+    found = replay(trace, {}).step_times
     for tokens in (1, 8, 16):
         shape = StepShape(tokens, 8, 8, 400, 0)
         assert found.device_seconds(shape) == pytest.approx(1e-3 + 2e-5 * tokens, rel=0.05)
@@ -114,7 +117,7 @@ def test_what_is_not_simulated_is_refused(model: Path):
     own = trace.settings
     assert own is not None
     trace.settings = dataclasses.replace(own, enable_prefix_caching=False)
-    assert bad(enable_prefix_caching=False).changed is not None
+    assert len(bad(enable_prefix_caching=False).runs) == 3
     with pytest.raises(ValidationError, match="enable_prefix_caching cannot be switched on"):
         bad(enable_prefix_caching=True)
     trace.requests.clear()
@@ -128,4 +131,36 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "max_num_seqs=8, async_scheduling=False" in out and "output tokens/s" in out and "error" in out
     assert main(["simulate", str(tmp_path / "trace.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["changed"] is None
+    assert list(json.loads(capsys.readouterr().out)["runs"]) == ["measured", "simulated"]
+    other = ["simulate", "--steps-of", str(tmp_path / "trace.json"), "--num-prompts", "9", "--input-len", "20"]
+    figure = str(tmp_path / "figure.svg")
+    assert main([*other, "--output-len", "5", "--max-num-batched-tokens", "64", "--plot", figure]) == 0
+    assert "9 requests at once, 180 prompt tokens" in capsys.readouterr().out
+    assert "<svg" in Path(figure).read_text()
+    for words, message in (
+        (["simulate", "--num-prompts", "9"], "how long do steps take? Give --measure"),
+        ([*other, "--measure"], "--measure and --steps-of say both how long steps take"),
+        ([*other, "--plot", "figure.txt"], "a figure is a .png, .svg, .pdf file"),
+        ([*other, "--max-loras", "2"], "max_loras is not simulated"),
+    ):
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_running_engine_is_measured(model: Path):
+    """Of steps that take long enough for this machine's other work not to matter, the error is of a run that they were
+    not fitted to."""
+    with LLM(model, **SMALL, num_gpu_blocks_override=64) as llm:
+        (core,) = llm.engine.core.cores
+        runner: Any = core._runner
+        execute = runner.execute
+
+        def slowly(step: SchedulerOutput) -> Any:
+            time.sleep(2e-3 + 1e-4 * step.num_tokens)
+            return execute(step)
+
+        runner.execute = slowly
+        found = on_engine(llm, Workload.of_prompts(prompts(20, 30), [6] * 20), {"max_num_seqs": 2})
+    assert found.simulated.num_requests == 20 and found.simulated.num_running.max() == 2
+    assert set(found.errors) > {"throughput", "ttft_p50"} and "12 other requests, which were measured" in str(found)
+    assert abs(found.errors["throughput"]) < 0.5

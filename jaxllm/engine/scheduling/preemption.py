@@ -33,10 +33,14 @@ class Shortage:
 
 
 class PreemptionLog:
-    """Counts preemptions and warns about them, rarely enough to be read."""
+    """Counts preemptions and warns about them, rarely enough to be read.
 
-    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
-        self._kv = kv_cache_manager
+    Args:
+        warns: whether it does.
+    """
+
+    def __init__(self, kv_cache_manager: KVCacheManager, *, warns: bool = True) -> None:
+        self._kv, self._warns = kv_cache_manager, warns
         #: preemptions so far
         self.count = 0
         #: computed tokens given up so far; what the prefix cache keeps of them is not subtracted
@@ -55,7 +59,7 @@ class PreemptionLog:
             shortage: measured at the step's first preemption.
             usage_before: of the KV cache, in [0, 1], when the victim still had its blocks.
         """
-        if self.count > 1 and self.count % LOG_INTERVAL:
+        if not self._warns or (self.count > 1 and self.count % LOG_INTERVAL):
             return
         usable = self._kv.pool.num_usable
         at_most = sorted(

@@ -54,12 +54,20 @@ NOTHING_ALLOWED = (
 class Scheduler:
     """Continuous batching over the rows and blocks of one runner.
 
+    Args:
+        warns: whether it says when requests are preempted.
+
     Raises:
         ValueError: the limits contradict each other, or the pool does not hold two tokens.
     """
 
     def __init__(
-        self, config: SchedulerConfig, cache_config: CacheConfig, adapters: AdapterStore | None = None
+        self,
+        config: SchedulerConfig,
+        cache_config: CacheConfig,
+        adapters: AdapterStore | None = None,
+        *,
+        warns: bool = True,
     ) -> None:
         if config.policy not in ("fcfs", "priority"):
             raise ValueError(f'policy must be "fcfs" or "priority", got {config.policy!r}')
@@ -73,7 +81,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         # A stack with row 0 on top: few requests stay in the low rows.
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._preemptions = PreemptionLog(self.kv_cache_manager)
+        self._preemptions = PreemptionLog(self.kv_cache_manager, warns=warns)
         self._decode_steps = DecodeSteps(config, self.kv_cache_manager)
         self._micro_batches: MicroBatches | None = None
         if config.num_micro_batches > 1:

@@ -38,8 +38,6 @@ class FittedSteps:
     #: of the host
     host: float = 0.0
     host_request: float = 0.0
-    #: relative error of steps that it was not fitted to, all of a fold together, the mean of folds; None: nobody tried
-    error: float | None = None
     num_steps: int = 0
 
     def device_seconds(self, shape: StepShape) -> float:
@@ -56,10 +54,9 @@ class FittedSteps:
         return self.host + self.host_request * num_requests
 
     def __str__(self) -> str:
-        error = "" if self.error is None else f"; off by {self.error:.1%} for steps that it was not fitted to"
         return (
             f"a step takes {1e3 * self.fixed:.2f} ms, {1e6 * self.token:.1f} us a token, {1e9 * self.context:.1f} ns a "
-            f"token in the cache; fitted to {self.num_steps} steps{error}"
+            f"token in the cache; fitted to {self.num_steps} steps"
         )
 
     @classmethod
@@ -73,9 +70,22 @@ class FittedSteps:
             ValidationError: there are fewer than `FEWEST_STEPS` steps.
         """
         kept = _usable(steps)
+        if kept.any() and not steps["num_logits"][kept].any():
+            raise ValidationError("the trace does not say what its steps attended to: take one with this version.")
         if kept.sum() < FEWEST_STEPS:
             raise ValidationError(f"the trace has {int(kept.sum())} steps to learn from; {FEWEST_STEPS} are needed.")
         return cls._fit({name: values[kept] for name, values in steps.items()})
+
+    @classmethod
+    def of_halves(cls, steps: Mapping[str, np.ndarray]) -> tuple[FittedSteps, FittedSteps]:
+        """Fitted to one half of the steps, and to the other one: runs of steps alternate.
+
+        Raises:
+            ValidationError: as `of` does, of each half.
+        """
+        numbers = np.arange(len(steps["device_time"])) * 2 // FEWEST_STEPS
+        halves = [{name: values[numbers % 2 == odd] for name, values in steps.items()} for odd in (0, 1)]
+        return cls.of(halves[0]), cls.of(halves[1])
 
     @classmethod
     def _fit(cls, steps: Mapping[str, np.ndarray]) -> FittedSteps:
@@ -94,7 +104,8 @@ class FittedSteps:
         typical = float(np.median(times))
         weights = [0.0] * 5 + [_OWN_TIME / typical] * len(thresholds)
         found = _least_squares(times, columns, weights)
-        work = sum(steps[f"{part}_time"] for part in ("schedule", "launch", "update", "output"))
+        # a trace's `device_time` begins before the launch, and has its time
+        work = sum(steps[f"{part}_time"] for part in ("schedule", "update", "output"))
         host = _least_squares(np.maximum(work, 1e-9), [np.ones(len(times)), steps["num_seqs"]], [0.0, 0.0])
         fixed, token, logit, context, pair = found[:5]
         return cls(

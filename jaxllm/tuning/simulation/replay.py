@@ -2,69 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.tuning.simulation.fitted_steps import FittedSteps
+from jaxllm.tuning.simulation.forecast import Forecast, relative_errors, worst
 from jaxllm.tuning.simulation.settings import changed
 from jaxllm.tuning.simulation.simulate import simulate
-from jaxllm.tuning.simulation.simulated_run import SHOWN, SimulatedRun, table
+from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Prints as a table."""
-
-    measured: SimulatedRun
-    #: with the trace's own settings
-    same: SimulatedRun
-    #: with others; None: there are none
-    changed: SimulatedRun | None
-    changes: Mapping[str, Any]
-    model: StepTimes
-
-    def error(self, name: str) -> float | None:
-        """By how much the simulator is off with the trace's own settings, relative to what was measured; None where
-        nothing was.
-        """
-        measured, same = self.measured.to_dict()[name], self.same.to_dict()[name]
-        if measured is None or same is None:
-            return None
-        return (same - measured) / measured if measured else float(same != 0)
-
-    def __str__(self) -> str:
-        runs = {"measured": self.measured, "simulated": self.same}
-        if self.changed is not None:
-            runs[", ".join(f"{name}={value}" for name, value in self.changes.items())] = self.changed
-        errors = {name: self.error(name) for name, _, _ in SHOWN}
-        texts = {name: "-" if error is None else f"{error:+.1%}" for name, error in errors.items()}
-        lines = [table(runs, {"error": texts})]
-        lines.append(
-            "error: with the trace's own settings, whose steps' total time the model was made to have; with others "
-            "expect several times the error of the times to the first token"
-        )
-        lines.append(str(self.model))
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Of what JSON knows."""
-        return {
-            "measured": self.measured.to_dict(),
-            "simulated": self.same.to_dict(),
-            "changed": None if self.changed is None else self.changed.to_dict(),
-            "changes": dict(self.changes),
-            "error": {name: self.error(name) for name, _, _ in SHOWN},
-            "steps": str(self.model),
-        }
+MEASURED, SIMULATED = "measured", "simulated"
 
 
-def replay(trace: Trace, changes: Mapping[str, Any]) -> Replay:
+def replay(trace: Trace, changes: Mapping[str, Any], *, step_times: StepTimes | None = None) -> Forecast:
     """The trace's requests, at their times, with its settings and with `changes` to them.
+
+    Args:
+        step_times: from elsewhere; None: fitted to the trace's own steps. The error is then that of two simulations, of
+            which each was fitted to one half of the steps.
 
     Raises:
         ValidationError: the trace has too little, is of several replicas, or the settings are not simulated.
@@ -79,13 +38,22 @@ def replay(trace: Trace, changes: Mapping[str, Any]) -> Replay:
             "enable_prefix_caching cannot be switched on: a trace of an engine without it does not name what prompts "
             "share. Take one with enable_prefix_caching=True."
         )
-    workload = Workload.of_trace(trace)
-    model = FittedSteps.of(trace.arrays())
-    others = changed(settings, changes) if changes else None
-    return Replay(
-        measured=SimulatedRun.of_trace(trace),
-        same=simulate(workload, settings, model),
-        changed=None if others is None else simulate(workload, others, model),
-        changes=changes,
-        model=model,
-    )
+    workload, measured = Workload.of_trace(trace), SimulatedRun.of_trace(trace)
+    steps = trace.arrays()
+    model = FittedSteps.of(steps) if step_times is None else step_times
+    runs = {MEASURED: measured, SIMULATED: simulate(workload, settings, model)}
+    if step_times is not None:
+        errors = relative_errors(runs[SIMULATED], measured)
+        errors_of = "error: of the simulation with the trace's own settings, whose steps it was not fitted to"
+    else:
+        halves = FittedSteps.of_halves(steps)
+        errors = worst([relative_errors(simulate(workload, settings, half), measured) for half in halves])
+        errors_of = (
+            "error: with the trace's own settings, the larger one of two simulations that were fitted to one half of "
+            "its steps each"
+        )
+    if changes:
+        name = ", ".join(f"{name}={value}" for name, value in changes.items())
+        runs[name] = simulate(workload, changed(settings, changes), model)
+        errors_of += "; of steps of other sizes than it has seen, expect more"
+    return Forecast(workload=workload, runs=runs, step_times=model, errors=errors, errors_of=errors_of)

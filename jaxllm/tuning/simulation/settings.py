@@ -15,6 +15,23 @@ from jaxllm.engine.observe.engine_settings import EngineSettings
 _GIB = 2**30
 #: arguments that decide how many blocks there are
 _SIZES = ("gpu_memory_utilization", "kv_cache_memory_bytes", "block_size", "kv_cache_dtype")
+#: those that change nothing but what the scheduler does, and which of the programs run
+_LIMITS = (
+    "max_num_seqs",
+    "max_num_active_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "long_prefill_token_threshold",
+    "num_decode_steps",
+    "num_speculative_tokens",
+)
+_SWITCHES = (
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "async_scheduling",
+    "enforce_eager",
+    "long_prefill_token_threshold_adaptive",
+)
 
 
 def changed(settings: EngineSettings, changes: Mapping[str, Any]) -> EngineSettings:
@@ -30,9 +47,11 @@ def changed(settings: EngineSettings, changes: Mapping[str, Any]) -> EngineSetti
     given = dict(changes)
     resized = {name: given.pop(name) for name in _SIZES if name in given}
     blocks = given.pop("num_gpu_blocks_override", None)
-    known = {field.name for field in dataclasses.fields(EngineSettings)}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(given) - {*_LIMITS, *_SWITCHES}):
         raise ValidationError(f"{unknown[0]} is not simulated: leave it out.")
+    for name, value in given.items():
+        if name in _LIMITS and (not isinstance(value, int) or value < 0):
+            raise ValidationError(f"{name} must be a whole number to be simulated, got {value!r}.")
     found = dataclasses.replace(settings, **given)
     if resized:
         found = _resized(found, **resized)
@@ -62,12 +81,15 @@ def _resized(
         size = size * block_size // tokens
     if kv_cache_memory_bytes is not None:
         memory = kv_cache_memory_bytes
-    elif gpu_memory_utilization is not None and settings.sized_by == "gpu_memory_utilization":
-        if not settings.total_bytes:
-            raise ValidationError("gpu_memory_utilization: how much memory the device has is not known.")
+    elif gpu_memory_utilization is not None:
+        if settings.sized_by != "gpu_memory_utilization" or not settings.total_bytes:
+            raise ValidationError(
+                f"gpu_memory_utilization has no effect on this engine, whose cache {settings.sized_by} decides. Change "
+                "num_gpu_blocks_override or kv_cache_memory_bytes."
+            )
         taken = (settings.weight_bytes or 0) + (settings.other_bytes or 0)
         memory = int(gpu_memory_utilization * settings.total_bytes) - taken
-    if settings.sized_by == "num_gpu_blocks_override":
+    if settings.sized_by == "num_gpu_blocks_override" and kv_cache_memory_bytes is None:
         memory = size * blocks
     if memory // size < 2:
         raise ValidationError(
@@ -98,6 +120,8 @@ def configs(settings: EngineSettings) -> tuple[SchedulerConfig, CacheConfig]:
     if settings.num_speculative_tokens or settings.pipeline_parallel_size > 1:
         what = "speculative_config" if settings.num_speculative_tokens else "pipeline_parallel_size"
         raise ValidationError(f"{what} is not simulated: take a trace without it.")
+    if settings.kv_offloading_size:
+        raise ValidationError("kv_offloading_size is not simulated: take a trace without it.")
     seqs, budget = needed["max_num_seqs"], needed["max_num_batched_tokens"]
     if budget < seqs:
         raise ValidationError(f"max_num_batched_tokens={budget} is less than max_num_seqs={seqs}, as in no engine.")

@@ -35,8 +35,13 @@ def simulate(workload: Workload, arguments: EngineSettings, step_times: StepTime
             workload can never run with them.
     """
     scheduler_config, cache_config = configs(arguments)
+    if workload.longest > scheduler_config.max_model_len:
+        raise ValidationError(
+            f"max_model_len={scheduler_config.max_model_len} cuts off the longest request, which has "
+            f"{workload.longest} tokens: set it to at least that."
+        )
     try:
-        scheduler = Scheduler(scheduler_config, cache_config)
+        scheduler = Scheduler(scheduler_config, cache_config, warns=False)
     except ValueError as error:
         raise ValidationError(f"no engine has these settings: {error}") from None
     engine = _Engine(scheduler, arguments, step_times, workload)
@@ -53,17 +58,21 @@ class _Engine:
         self._scheduler, self._times = scheduler, step_times
         config = scheduler.config
         self._depth = 1 + config.async_scheduling
-        self._buckets = make_buckets(config.max_num_batched_tokens, config.max_num_seqs, eager=arguments.enforce_eager)
+        self._buckets = make_buckets(
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            eager=arguments.enforce_eager,
+            # where attention is a kernel of ours
+            decode_only=arguments.platform not in (None, "cpu"),
+        )
         #: (tokens, requests) of a step -> tokens of its program
         self._sizes: dict[tuple[int, int], int] = {}
         self._workload = workload
         self._requests: list[Request] = []
         self._coming: collections.deque[Request] = collections.deque()
         self._expect(arguments)
-        count = len(workload)
-        #: of each request, by its number
-        self._firsts, self._lasts = [0.0] * count, [0.0] * count
-        self._gaps: list[float] = []
+        #: when outputs came, and of which requests, by their number
+        self._got: list[tuple[float, list[int]]] = []
         self._flight: collections.deque[tuple[SchedulerOutput, float]] = collections.deque()
         self._now = self._device_free = workload.begins
         self._seen: list[tuple[float, float, int, int]] = []
@@ -87,8 +96,13 @@ class _Engine:
     def run(self) -> None:
         """Until everything has ended."""
         coming, flight, scheduler = self._coming, self._flight, self._scheduler
+        limit = self._workload.max_concurrency or len(self._workload)
         while coming or flight or scheduler.has_unfinished:
             while coming and coming[0].arrival_time <= self._now:
+                if len(scheduler.running) + len(scheduler.waiting) >= limit:
+                    break
+                if self._workload.max_concurrency:
+                    coming[0].arrival_time = self._now
                 scheduler.add_request(coming.popleft())
             launched = self._launch()
             if flight and (not launched or len(flight) >= self._depth):
@@ -126,27 +140,27 @@ class _Engine:
         else:
             counts = [int(wanted > 0) for wanted in step.wanted]
         updates = self._scheduler.update(step, StepOutput(token_ids=[0] * sum(counts), counts=counts))
-        firsts, lasts, gaps = self._firsts, self._lasts, self._gaps
-        for request in updates.requests:
-            number = request.prompt_token_ids[0]
-            last = lasts[number]
-            if last:
-                gaps.append(now - last)
-            else:
-                firsts[number] = now
-            lasts[number] = now
+        self._got.append((now, [request.arrival_order for request in updates.requests]))
 
     def result(self) -> SimulatedRun:
         """What came of it."""
-        done = [number for number, last in enumerate(self._lasts) if last]
+        count = len(self._workload)
+        numbers = np.concatenate([np.array(got, int) for _, got in self._got])
+        moments = np.repeat([now for now, _ in self._got], [len(got) for _, got in self._got])
+        # of each request, its moments in order
+        order = np.argsort(numbers, kind="stable")
+        numbers, moments = numbers[order], moments[order]
+        starts = np.searchsorted(numbers, np.arange(count + 1))
+        done = np.flatnonzero(np.diff(starts))
+        same = np.diff(numbers) == 0
         seen: Any = np.array(self._seen).reshape(-1, 4).T
         return SimulatedRun(
-            arrivals=np.array([self._workload.requests[number].arrival for number in done]),
-            firsts=np.array([self._firsts[number] for number in done]),
-            lasts=np.array([self._lasts[number] for number in done]),
+            arrivals=np.array([self._requests[number].arrival_time for number in done]),
+            firsts=moments[starts[:-1][done]],
+            lasts=moments[starts[1:][done] - 1],
             prompt_lengths=np.array([self._requests[number].num_prompt_tokens for number in done], int),
             output_lengths=np.array([self._requests[number].num_output_tokens for number in done], int),
-            itl=np.array(self._gaps),
+            itl=np.diff(moments)[same],
             preemptions=self._scheduler.stats().num_preemptions,
             cached_tokens=self._scheduler.kv_cache_manager.prefix_cache_stats.hits,
             times=seen[0],

@@ -164,7 +164,7 @@ def table(columns: dict[str, SimulatedRun], more: dict[str, dict[str, str]] | No
     """Runs beside each other, as text.
 
     Args:
-        more: other columns, heading -> name of a number -> text.
+        more: other columns, heading -> name of a number -> text, behind the simulation of what was measured, or last.
     """
     texts: dict[str, dict[str, str]] = {}
     for heading, run in columns.items():
@@ -173,7 +173,8 @@ def table(columns: dict[str, SimulatedRun], more: dict[str, dict[str, str]] | No
         texts[heading] = {
             name: "-" if value is None else f"{factor * value:.2f}" for name, (value, factor) in found.items()
         }
-    texts |= more or {}
+    first = dict(list(texts.items())[: 2 if "measured" in texts else None])
+    texts = first | (more or {}) | texts
     widths = {heading: max(len(heading), *map(len, each.values())) + 2 for heading, each in texts.items()}
     lines = [" " * 28 + "".join(f"{heading:>{width}}" for heading, width in widths.items())]
     for name, label, _ in SHOWN:

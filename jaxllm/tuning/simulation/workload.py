@@ -29,7 +29,7 @@ class WorkloadRequest:
     piece_ids: tuple[Hashable, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Workload:
     """Requests in the order of their arrival."""
 
@@ -40,6 +40,8 @@ class Workload:
     source: str = ""
     #: when the engine looks for requests first, in seconds
     begins: float = 0.0
+    #: requests at a time: others are sent when one of these has ended, and count from then; None: any number
+    max_concurrency: int | None = None
     _hashes: dict[int, list[tuple[bytes, ...]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -89,6 +91,9 @@ class Workload:
             f"{len(self):,} requests {rate}, {self.num_prompt_tokens:,} prompt tokens ({self.shared:.0%} of them "
             f"shared), {self.num_output_tokens:,} output tokens"
         )
+
+    def __repr__(self) -> str:
+        return f"Workload({self})"
 
     def at_rate(self, factor: float) -> Workload:
         """The same requests, coming `factor` times as fast."""

@@ -13,6 +13,7 @@ Fields of other names are passed over. Mooncake: https://github.com/kvcache-ai/M
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ def read_workload(
         ValidationError: the file cannot be read, or is neither.
     """
     if path.suffix == ".json":
-        return Workload.of_trace(read_trace(path), source=path.name)
+        found = Workload.of_trace(read_trace(path), source=path.name)
+        return found if count is None else dataclasses.replace(found, requests=found.requests[:count])
     rows = list(_rows(path, count))
     lengths = [(_length(path, number, row, _PROMPT), _length(path, number, row, _OUTPUT)) for number, row in rows]
     times = [_time(path, number, row) for number, row in rows]

@@ -1,0 +1,85 @@
+"""Workloads that commands take: a file, or the shape of a dataset, which comes at some rate."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench.options import add_arrival_options, add_dataset_options, count_option
+
+if TYPE_CHECKING:
+    from jaxllm.bench.datasets import BenchRequest
+    from jaxllm.tuning.simulation.workload import Workload
+
+#: datasets of lengths alone, which need no tokenizer
+_SHAPES = ("random", "sharegpt_like", "prefix_repetition")
+#: of a dataset
+_NUM_PROMPTS = 1000
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Add a file, and what makes a workload where there is none; the engine's ``--seed`` is the draw's."""
+    parser.add_argument(
+        "--workload",
+        metavar="FILE",
+        help='a trace that trace.save(FILE) wrote (.json), or lines of {"input_length": N, "output_length": N, '
+        '"timestamp": T, "hash_ids": [...]} as in Mooncake\'s traces (.jsonl), in place of a dataset',
+    )
+    group = parser.add_argument_group("of lines of JSON")
+    group.add_argument(
+        "--time-unit", choices=("s", "ms"), help='of "timestamp" (default: whole numbers are milliseconds)'
+    )
+    count_option(group, "--hash-block-size", 'tokens that each of "hash_ids" stands for (default: what fits)')
+    add_dataset_options(parser)
+    add_arrival_options(parser)
+    # of a file, all requests
+    parser.set_defaults(num_prompts=None)
+
+
+def workload_of(arguments: argparse.Namespace) -> Workload:
+    """The workload that the options describe.
+
+    Raises:
+        ValidationError: they do not go together, or the file is not what it should be.
+    """
+    from jaxllm.bench.datasets import arrivals
+    from jaxllm.tuning.simulation.workload import Workload
+    from jaxllm.tuning.simulation.workload_file import read_workload
+
+    rate, limit = arguments.request_rate, arguments.max_concurrency
+    if not (rate > 0 and 0 < arguments.burstiness < math.inf):
+        raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
+    if arguments.workload is None:
+        requests = _dataset(arguments)
+        prompts, lengths = zip(*((each.prompt_token_ids, each.output_len) for each in requests), strict=True)
+        found = Workload.of_prompts(prompts, lengths, arrivals(arguments, requests), source=arguments.dataset_name)
+        return dataclasses.replace(found, max_concurrency=limit)
+    path = Path(arguments.workload)
+    given = ("dataset_path", "input_len", "output_len")
+    if wrong := [name for name in given if getattr(arguments, name) is not None]:
+        raise ValidationError(f"--{wrong[0].replace('_', '-')} is for datasets: {path} has lengths of its own.")
+    found = read_workload(
+        path, time_unit=arguments.time_unit, piece_size=arguments.hash_block_size, count=arguments.num_prompts
+    )
+    if math.isfinite(rate) and not found.seconds:
+        raise ValidationError(f"--request-rate: the requests of {path} come at once, and have no rate to change.")
+    if math.isfinite(rate):
+        found = found.at_rate(rate * found.seconds / max(len(found) - 1, 1))
+    return dataclasses.replace(found, max_concurrency=limit)
+
+
+def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
+    from jaxllm.bench.datasets import bench_tokenizer, read_dataset, shape_of_dataset
+
+    name = arguments.dataset_name
+    arguments.num_prompts = arguments.num_prompts or _NUM_PROMPTS
+    if name == "random-mm":
+        raise ValidationError("--dataset-name random-mm has pictures, which are not simulated.")
+    if name in _SHAPES and arguments.dataset_path is None:
+        return shape_of_dataset(arguments, random.Random(getattr(arguments, "seed", 0)))
+    return read_dataset(arguments, bench_tokenizer(arguments))
