@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast, StepTimesOf
@@ -172,20 +174,23 @@ class Tuner:
 
     def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
         name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
-        path = None if self.folder is None else self.folder / f"{name}.trace.json"
-        if path is not None and path.exists() and self.journal.measured(arguments):
-            trace = read_trace(path)
+        paths = [None if self.folder is None else self.folder / f"{name}.{kind}.json" for kind in ("trace", "steps")]
+        if self.journal.measured(arguments) and paths[0] is not None and paths[0].exists():
+            traces = [read_trace(path) for path in paths if path is not None and path.exists()]
         else:
             with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
-                found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                fixed = self.planner.fixed
+                found = measure(self.planner.model, {**fixed, **arguments}, self.workload, with_steps=True)
                 bar.update()
-            trace = found.trace
-            if path is not None:
-                trace.save(path)
+            traces = [found.trace] if found.steps is None else [found.trace, found.steps]
+            for trace, path in zip(traces, paths, strict=False):
+                if path is not None:
+                    trace.save(path)
             self._keep_measured(arguments, found, 1)
-        if trace.settings is not None:
-            self.planner.learn(trace.settings)
-        return FittedSteps.of(trace.arrays())
+        if traces[0].settings is not None:
+            self.planner.learn(traces[0].settings)
+        columns = [trace.arrays() for trace in traces]
+        return FittedSteps.of({name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
@@ -393,11 +398,11 @@ class Tuner:
                 found.append(f"{text} by {min(errors):+.0%} to {max(errors):+.0%}")
         if not found:
             return (
-                "The simulator's steps were fitted to one run of the defaults; nothing else was measured, so other "
+                "The simulator's steps were fitted to those of the defaults; nothing else was measured, so other "
                 "settings may differ from this by tens of percent."
             )
         return (
-            "The simulator, whose steps were fitted to one run of the defaults, was off for the others in "
+            "The simulator, whose steps were fitted to those of the defaults, was off for the others in "
             f"{' and in '.join(found)}."
         )
 
