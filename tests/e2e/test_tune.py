@@ -56,7 +56,12 @@ QWQ = {
 
 
 #: values of what is not searched then
-DEFAULTS = {"max_num_seqs": 8, "max_num_batched_tokens": 2048, "block_size": 16, "long_prefill_token_threshold": 0}
+DEFAULTS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 2048,
+    "block_size": 16,
+    "long_prefill_token_threshold": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,21 @@ def test_the_space_is_what_the_platform_can_have(model: Path):
     assert "streamed" in slowly.left["num_decode_steps"]
     tight = Space.of(Planner(model, {**NULL, "num_gpu_blocks_override": 8}), workload)
     assert "kv_cache_dtype" in {knob.name for knob in tight.knobs}
+
+
+def test_drafts_are_measured_where_there_are_real_prompts(model: Path):
+    """The simulator does not know which are right; lengths alone say nothing of it."""
+    prompts = Workload.of_prompts([[5, 6, 7] * 20] * 6, [40] * 6, source="prompts")
+    planner = Planner(model, NULL)
+    space = Space.of(planner, prompts)
+    (drafts,) = space.measured
+    assert drafts.name == "speculative_config" and "speculative_config" not in space.left
+    arguments = space.arguments({drafts.name: drafts.values[1], "max_num_seqs": 4})
+    assert arguments == {"speculative_config": drafts.values[1], "max_num_seqs": 4}
+    assert space.values(arguments)[drafts.name] == drafts.values[1]
+    result = jaxllm.tune(model, prompts, num_trials=4, num_measured=1, rounds=1, use_tqdm=False, **NULL)
+    assert any("speculative_config" in trial.arguments for trial in result.trials if trial.kind == "measured")
+    assert "speculative_config" in Space.of(planner, requests_at(0.0, count=6, prompt=60, output=40)).left
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[dict[str, Any]]:
