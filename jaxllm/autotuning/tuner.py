@@ -19,7 +19,7 @@ from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_gr
 from jaxllm.autotuning.measure import measure
 from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text, medians
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
-from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
+from jaxllm.autotuning.trials import MEASURED, UNTRIED, Journal, Trial, key_of
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.runner.memory.fit import DoesNotFitError
 from jaxllm.tuning.simulation.fitted_steps import FittedSteps
@@ -94,6 +94,7 @@ class Tuner:
             self._best = self._best_so_far()
             if self._best is None:
                 raise
+            self._effects = self._known_effects()
         return self._result(interrupted=interrupted)
 
     def _best_so_far(self) -> Trial | None:
@@ -237,7 +238,7 @@ class Tuner:
             trial = self.journal.simulated(without)
             if trial is None:
                 trial = forecast(without)
-                if trial.problem != _UNTRIED:
+                if trial.problem != UNTRIED:
                     self.journal.add(trial)
             gain = 0.0
             if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
@@ -273,7 +274,7 @@ class Tuner:
         possible = [
             without
             for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
-            if not effect.problem or effect.problem == _UNTRIED
+            if not effect.problem or effect.problem == UNTRIED
         ]
         known = set(map(key_of, wanted))
         if not known.issuperset(map(key_of, possible)):
@@ -282,8 +283,7 @@ class Tuner:
             self._finalists = _distinct([*wanted, *again])
             self._best = self._fastest(self._finalists)
             best = self._best.arguments
-        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
-        self._effects = tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
+        self._effects = self._known_effects()
 
     def _not_simulated(self, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """The arguments with a value of each knob that is measured alone."""
@@ -339,6 +339,13 @@ class Tuner:
             if kept and as_good and len(arguments) < len(chosen):
                 best, chosen = finalist, arguments
         return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
+
+    def _known_effects(self) -> tuple[Effect, ...]:
+        """Of the best: as they were measured, or else simulated; nothing more is tried for them."""
+        assert self._best is not None
+        best = self._best.arguments
+        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
+        return tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
 
     def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
         assert self._best is not None
@@ -427,11 +434,8 @@ class Tuner:
         return make(total=total, desc=what, unit="trial", dynamic_ncols=True, disable=not self.show)
 
 
-_UNTRIED = "it was not tried"
-
-
 def _nothing(arguments: Mapping[str, Any]) -> Trial:
-    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=_UNTRIED)
+    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=UNTRIED)
 
 
 def _alike(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
