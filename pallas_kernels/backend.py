@@ -41,6 +41,8 @@ class Backend:
     cpu_kernels: str = ""
     #: by which names programs call the kernels of attention that this process has loaded (`paged_attention.cpu_ffi`)
     cpu_attention: tuple[str, ...] = ()
+    #: those of the kernels of dense products (`dense_matmul.cpu_ffi`)
+    cpu_dense: tuple[str, ...] = ()
     #: by which name programs call the kernel of adapters that this process has loaded (`lora_matmul.cpu_ffi`); "": none
     cpu_adapters: str = ""
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can

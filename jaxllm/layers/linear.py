@@ -9,11 +9,13 @@ from jax import lax
 from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
-from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
+from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
+from pallas_kernels.dense_matmul.api import dense_matmul
+from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, is_quantized
+from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized | Observed | Adapted
@@ -49,16 +51,18 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
     Where the context is deterministic, on a CPU, a row of the result is the same, to the bit, however many rows
-    x [rows, in] has. Two and more are multiplied by kernels that add up each number of the result from the first
-    product to the last; a single row is multiplied by another one, which keeps several sums. With Intel's AMX, bfloat16
-    takes three rows for its own kernel, which rounds otherwise. Fewer rows get companions.
+    x [rows, in] has. `dense_matmul` adds up any row alike. XLA multiplies two rows and more by kernels that add up each
+    number of the result from the first product to the last, a single row by another one, which keeps several sums, and
+    with Intel's AMX three rows of bfloat16 by its own kernel, which rounds otherwise. Fewer rows get companions.
     """
     if isinstance(weight, Adapted):
         return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
     if isinstance(weight, StackedMatrix):
+        if isinstance(weight.stored, jax.Array) and _is_dense(context, x, weight.stored):
+            return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
-        if x.shape[0] == 1 and (not is_quantized(weight.stored) or can_be_read(weight.stored)):
+        if x.shape[0] == 1 and not context.deterministic and weight.has_one_row_product:
             return one_row_product(x, weight)
         weight = weight.whole()
     if isinstance(weight, Observed):
@@ -66,12 +70,19 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
         weight = weight.weight
     if not isinstance(weight, jax.Array):
         return _of_quantized(context, x, weight)
+    if _is_dense(context, x, weight):
+        return dense_matmul(x, weight, backend=context.backend)
     rows, least = x.shape[0], 4 if x.dtype == jnp.bfloat16 else 2
     if context.deterministic and rows < least:
         return linear_f32(context, _padded(x, least), weight)[:rows]
     if x.ndim == 2 and x.dtype == jnp.bfloat16:
         return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
     return _product(x, weight)
+
+
+def _is_dense(context: Context, x: jax.Array, weight: jax.Array) -> bool:
+    """Whether `dense_matmul` has a kernel for it, which takes any number of rows, and adds up each alike."""
+    return has_dense_kernel(context.backend, weight) and x.ndim == 2 and x.dtype == weight.dtype
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:

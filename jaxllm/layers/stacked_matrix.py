@@ -1,4 +1,4 @@
-"""A matrix of one layer, read where those of all layers lie: for products of a single row on a CPU.
+"""A matrix of one layer, read where those of all layers lie, on a CPU: by kernels, and without one for a single row.
 
 There a step of one token does little but read weights. XLA:CPU copies a layer's matrix out of the stack before it
 multiplies it, and has no good product of one bfloat16 row; elementwise operations it compiles to loops that read the
@@ -34,25 +34,33 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedMatrix:
-    """[out, in] of a layer: what `linear` takes in place of a weight, for x of one row, or of a few where it is
-    quantized and has a kernel (`pallas_kernels.packed_matmul`).
+    """[out, in] of a layer: what `linear` takes in place of a weight, for x of one row, or of several where the weight
+    has a kernel (`pallas_kernels.dense_matmul`, `pallas_kernels.packed_matmul`).
     """
 
-    #: [L, out, in]: float32, or uint16, the bits of bfloat16; or quantized
+    #: [L, out, in]: what has a kernel; else float32, or uint16, the bits of bfloat16, or quantized
     stored: jax.Array | Quantized
     #: i32 [], unknown to the compiler; None: of all layers
     layer: jax.Array | None = None
-    #: [out, in], the same for x of several rows; None: there is no such x, or it is quantized
+    #: [out, in], the same for x of several rows; None: there is no such x, or the weight has a kernel
     several: jax.Array | None = None
 
     def of_layer(self, layer: jax.Array) -> StackedMatrix:
         return dataclasses.replace(self, layer=layer)
 
+    @property
+    def has_one_row_product(self) -> bool:
+        """Whether `one_row_product` takes it: what has a kernel as a whole may be split into parts without one."""
+        if is_quantized(self.stored):
+            return can_be_read(self.stored)
+        stored: Any = self.stored
+        return stored.dtype != jnp.bfloat16 and stored.shape[-1] % LANES == 0
+
     def whole(self) -> jax.Array | Quantized:
         """The layer's matrix by itself: it is copied, where it is not at hand."""
         if self.several is not None:
             return self.several
-        assert is_quantized(self.stored) and self.layer is not None
+        assert self.layer is not None
         return index(self.stored, self.layer)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.adapters import adapter_modules
+from jaxllm.models.adapters import adapter_modules, adapter_tables
 from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
@@ -164,11 +164,14 @@ def _adapters(config: RunnerConfig, programs: Any) -> list[AdapterStacks]:
     lora = config.lora
     if lora is None:
         return []
+    # as a whole model's names have them, also where a stage has the embedding as its head
+    tables = adapter_tables(config.unquantized_specs, head=config.head_name) if lora.has_tables else {}
     return [
         AdapterStacks(
             own,
             stage.adapter_specs(None),
             adapter_modules(stage.unquantized_specs, first_layer=0 if stage.stage is None else stage.stage.first),
+            tables,
             rank=lora.max_lora_rank,
             dtype=jnp.dtype(lora.dtype),
             sharding=stage.target.sharding,

@@ -383,6 +383,12 @@ class RunnerConfig:
         specs: Any = model_specs(self.model, self.pooler)
         return resegment(specs, segment_sizes(self.specs()))
 
+    @property
+    def head_name(self) -> str:
+        """What the head is called in the checkpoint, also where it is the embedding."""
+        assert isinstance(self.model, DecoderConfig)
+        return self.model.names.head
+
     def adapter_specs(self, slots: int | None) -> Stacks:
         """Of the stacks of so many adapters; None: of one by itself."""
         assert self.lora is not None
@@ -391,7 +397,8 @@ class RunnerConfig:
         def own(axis: Axis) -> int:
             return held(axis, sizes).size
 
-        return adapter_specs(self.unquantized_specs, rank=rank, slots=slots, own=own)
+        tables = self.dtype if self.lora.has_tables else None
+        return adapter_specs(self.unquantized_specs, rank=rank, slots=slots, own=own, tables=tables)
 
     def adapter_shapes(self) -> Stacks | None:
         """Of the stacks of adapters, with their shardings; None: there are none."""

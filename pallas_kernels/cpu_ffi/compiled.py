@@ -29,6 +29,9 @@ logger = logging.getLogger("pallas_kernels")
 #: processor features without which kernels would be slow, or could not widen float16
 NEEDED = {"x86_64": ("avx2", "fma", "f16c"), "aarch64": ("neon",)}
 
+#: reasons that the log has
+_told: set[str] = set()
+
 
 class Unavailable(Exception):
     """Why there are no kernels."""
@@ -72,7 +75,9 @@ class Kernels:
                     self._names.add(name)
             except Unavailable as error:
                 self._reason = str(error)
-                logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
+                if self._reason not in _told:
+                    _told.add(self._reason)
+                    logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
                 return ""
             return self._compiler.version
 
@@ -101,6 +106,15 @@ class Kernels:
 def target_name(kernel: str, version: str) -> str:
     """Under which XLA knows a kernel."""
     return f"jaxllm_{kernel}_{version}"
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """LLVM's name of this processor, and of its features; nothing where it cannot be asked."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return "", frozenset()
+    return llvm.get_host_cpu_name(), frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
 class _Compiler:

@@ -92,6 +92,13 @@ class Code:
         memory.type = POINTER  # which llvmlite would have typed
         return memory
 
+    def allocated(self, size: Value) -> Value:
+        """So many bytes, until `free`."""
+        return self.builder.call(self._declared("malloc", POINTER, [LONG]), [size])
+
+    def free(self, memory: Value) -> None:
+        self.builder.call(self._declared("free", ir.VoidType(), [POINTER]), [memory])
+
     def load(self, address: Value, kind: ir.Type, align: int | None = None) -> Value:
         return self.builder.load(address, align=align, typ=kind)
 
@@ -207,6 +214,15 @@ class Code:
         left, right = (self.builder.shuffle_vector(products, nothing, places) for places in (even, odd))
         return self.builder.add(left, right)
 
+    def bfloat16_pairs(self, a: Value, b: Value, total: Value) -> Value:
+        """``total`` <16 x float>, with the products of two vectors of bfloat16, <32 x i16>, each added to its
+        neighbour's; of processors with AVX512-BF16.
+        """
+        kind = ir.VectorType(_BFloat16(), 32)
+        numbers = [self.builder.bitcast(vector, kind) for vector in (a, b)]
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        return self.builder.call(self._declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
+
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
 
@@ -264,6 +280,30 @@ class Code:
             vector = self.summed(self.part(vector, 0, half), self.part(vector, half, half))
         return self.builder.extract_element(vector, ir.Constant(WORD, 0))
 
+    def sums_of(self, vectors: Sequence[Value]) -> Value:
+        """A vector of the `sum_of` each of some vectors, whose number is a power of two."""
+        pieces: list[Value] = list(vectors)
+        width = vectors[0].type.count
+        while width > 1:
+            half, length = width // 2, pieces[0].type.count
+            together = 2 if len(pieces) > 1 else 1
+            firsts = range(0, together * length, width)
+            places = [[first + side * half + i for first in firsts for i in range(half)] for side in (0, 1)]
+            left, right = (ir.Constant(ir.VectorType(WORD, len(each)), each) for each in places)
+            pieces = [
+                self.summed(
+                    *(self.builder.shuffle_vector(pieces[i], pieces[i + together - 1], at) for at in (left, right))
+                )
+                for i in range(0, len(pieces), together)
+            ]
+            width = half
+        while len(pieces) > 1:
+            count = 2 * pieces[0].type.count
+            places = ir.Constant(ir.VectorType(WORD, count), list(range(count)))
+            pairs = zip(pieces[::2], pieces[1::2], strict=True)
+            pieces = [self.builder.shuffle_vector(a, b, places) for a, b in pairs]
+        return pieces[0]
+
     def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         """A function of LLVM's own."""
         known = self._module.globals.get(name)
@@ -301,6 +341,19 @@ class Loop:
 
     def __init__(self, index: Value, values: list[Value]):
         self.index, self.values, self.next = index, values, list(values)
+
+
+class _BFloat16(ir.Type):
+    """LLVM's ``bfloat``, which llvmlite has no type for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
 
 
 def _with_numbers(kind: ir.Type, number: ir.Type) -> ir.Type:

@@ -16,7 +16,7 @@ import jax
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.adapters import ADAPTERS, TABLES, Oracle, difference, save_adapter
 from support.eagle_head import write_eagle3
 from support.quantized_checkpoints import write
 from support.tiny_model import SMALL, write_tiny_model
@@ -47,6 +47,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "quantized weights": {"quantization": "awq"},
     "asynchronous scheduling": {"async_scheduling": True, "scheduling_policy": "priority"},
     "several replicas' parts": {"data_parallel_size": 2, "tensor_parallel_size": 2},
+    "tables, pipeline and tensor parallel": {
+        **{"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "lora_embeddings": True},
+    },
+    "tables, drafts": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_min": 1},
+        **{"enforce_eager": False, "max_num_batched_tokens": 8, "lora_embeddings": True},
+    },
+    "tables, several decode steps": {
+        **{"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8, "lora_embeddings": True},
+    },
 }
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _SIZES: dict[str, Any] = {
@@ -111,7 +121,7 @@ def of_setting(name: str, folder: Path) -> dict[str, Any]:
     model = read = write_tiny_model(folder)
     if name == "quantized weights":
         read, model = write(folder, "awq")
-    each = enumerate(ADAPTERS.items())
+    each = enumerate((TABLES if SETTINGS[name].get("lora_embeddings") else ADAPTERS).items())
     adapters = {key: save_adapter(model, folder / key, seed=seed, **config) for seed, (key, config) in each}
     prompts = [PROMPT + str(i) * (1 + 5 * (i % 3)) for i in range(12)]
     arguments = dict(SETTINGS[name])

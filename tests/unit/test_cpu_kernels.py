@@ -16,6 +16,7 @@ from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.stacked_matrix import StackedMatrix
+from jaxllm.models.decoder import MATRICES
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.heads.sampling_programs import with_whole_layers
 from jaxllm.startup.setup import read_setup
@@ -89,3 +90,18 @@ def test_an_engine_has_the_kernels_of_its_weights(tmp_path: Path, monkeypatch: p
     assert config.backend.cpu_kernels and whole and all(is_quantized(leaf.stored) for leaf in whole)
     assert not config_of(dataclasses.replace(args, deterministic=True)).backend.cpu_kernels
     assert not config_of(dataclasses.replace(args, quantization=None)).backend.cpu_kernels
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool):
+    """All programs read the matrices where the stacks lie; rows have one order of sums, so `deterministic` has it."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    args = EngineArgs(model=write_tiny_model(tmp_path), deterministic=deterministic, **SMALL)
+    config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
+    (kernel,) = config.backend.cpu_dense
+    assert kernel.startswith("jaxllm_dense_float32_") and bool(config.backend.cpu_attention) != deterministic
+    given: Any = config.params()
+    params: Any = with_whole_layers(given, config.backend)
+    (segment,) = params.layers
+    assert all(isinstance(getattr(segment, name), StackedMatrix) for name in MATRICES)
+    assert not isinstance(params.head, StackedMatrix)

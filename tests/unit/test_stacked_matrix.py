@@ -111,6 +111,14 @@ def _is_matrix(leaf: Any) -> bool:
     return isinstance(leaf, StackedMatrix)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_kernels() -> Iterator[None]:
+    """As where llvmlite or the processor's features are missing: kernels would take these products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxllm.runner.compile.cpu_kernels.load_dense", lambda *_: "")
+        yield
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def llm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[LLM]:
     with LLM(write_tiny_model(tmp_path_factory.mktemp("model")), **{**BUCKETS, "dtype": request.param}) as llm:

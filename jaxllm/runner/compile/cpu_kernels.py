@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
+from pallas_kernels.dense_matmul.cpu_ffi import load as load_dense
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.lora_matmul.cpu_ffi import Form
 from pallas_kernels.lora_matmul.cpu_ffi import load as load_adapters
@@ -26,20 +27,23 @@ _WEIGHTS = (ScaledWeight, Int4Weight, BlockWeight, CodebookWeight)
 def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """A runner's configuration with the kernels that its attention, weights and adapters have on this device.
 
-    Where bits must not depend on the batch there are none: prompts, and matrices of many rows, are left to XLA, which
-    adds up in another order.
+    Where bits must not depend on the batch there are none but that of dense products: prompts' attention, and packed
+    matrices of many rows, are left to XLA, which adds up in another order.
 
     Args:
         folder: where their machine code is kept.
     """
-    if config.platform != "cpu" or config.backend.implementation != "xla" or config.backend.deterministic:
+    if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
-    backend = dataclasses.replace(config.backend, cpu_attention=_attention(config, folder))
-    if config.lora is not None:
-        adapters = Form(rank=config.lora.max_lora_rank, dtype=config.lora.dtype)
-        backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
-    if config.quantization is not None:
-        backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+    dense = load_dense(config.dtype, folder)
+    backend = dataclasses.replace(config.backend, cpu_dense=(dense,) if dense else ())
+    if not backend.deterministic:
+        backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
+        if config.lora is not None:
+            adapters = Form(rank=config.lora.max_lora_rank, dtype=config.lora.dtype)
+            backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
+        if config.quantization is not None:
+            backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
     return dataclasses.replace(config, attention=backend)
 
 

@@ -156,15 +156,22 @@ class Programs(abc.ABC):
         return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
 
     def lower_adapter_writer(self) -> jax.stages.Lowered:
-        def one(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert self.adapters is not None
+
+        def one(shape: jax.ShapeDtypeStruct, slots: int) -> jax.ShapeDtypeStruct:
+            """Without the axis of slots."""
             sharding: Any = shape.sharding
             if isinstance(sharding, jax.sharding.NamedSharding):
                 axes = tuple(sharding.spec)
-                sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P(*axes[:1], *axes[2:]))
-            return jax.ShapeDtypeStruct((shape.shape[0], *shape.shape[2:]), shape.dtype, sharding=sharding)
+                own = jax.P(*axes[:slots], *axes[slots + 1 :])
+                sharding = jax.sharding.NamedSharding(sharding.mesh, own)
+            sizes = *shape.shape[:slots], *shape.shape[slots + 1 :]
+            return jax.ShapeDtypeStruct(sizes, shape.dtype, sharding=sharding)
 
         out = jax.tree.map(lambda shape: getattr(shape.sharding, "spec", jax.P()), self.adapters)
-        new, slot = jax.tree.map(one, self.adapters), self._words(1)
+        layers = jax.tree.map(functools.partial(one, slots=1), self.adapters.layers)
+        tables = jax.tree.map(functools.partial(one, slots=0), self.adapters.tables)
+        new, slot = Stacks(layers, tables), self._words(1)
         return self._lowered(write_adapter, self.adapters, new, slot, donate=0, out=out)
 
     @property

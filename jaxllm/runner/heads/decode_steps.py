@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import (

@@ -79,6 +79,7 @@ class PipelineHead(SamplingHead):
         self._adapt()
 
     def _adapt(self) -> None:
+        self._adapt_head()
         self._adapted_stages = tuple(
             {form: with_adapters(params, adapters) for form, params in forms.items()}
             for (_, forms), adapters in zip(self._stages, self._adapters, strict=False)

@@ -11,9 +11,9 @@ from jax import lax
 from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
 from jaxllm.models.pooler import Head, PoolingModel, finish

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
-from jaxllm.models.adapters import Stacks, with_adapters
+from jaxllm.models.adapters import Stacks, with_adapters, with_own_heads
 from jaxllm.models.decoder import Params, draft_params
 from jaxllm.models.vision import VisionParams
 from jaxllm.multimodal.items import EncoderInput
@@ -205,8 +205,14 @@ class SamplingHead(Head[Params, State]):
         self._adapt()
 
     def _adapt(self) -> None:
+        self._adapt_head()
         for adapters in self._adapters:
             self._adapted = {form: with_adapters(params, adapters) for form, params in self._forms.items()}
+
+    def _adapt_head(self) -> None:
+        """Of a pipeline the last stage has it."""
+        if self._head is not None and self._adapters:
+            self._head = with_own_heads(self._head, self._adapters[-1])
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._resting.discard(request.row)
@@ -337,7 +343,7 @@ class SamplingHead(Head[Params, State]):
             state, hidden, sampling = self._forward(state, bucket, buffer)
             for full in (True, False):
                 state, _ = self._sample(state, hidden, sampling, None, bucket.seqs, full)
-            self._score(hidden, np.zeros(replicas * (1 + programs.config.max_scored_tokens), np.int32))
+            self._score(hidden, np.zeros(replicas * programs.num_target_words, np.int32))
         for bucket, packing in list(programs.decode_packings.items())[: 1 if smallest else None]:
             buffer = np.zeros(packing.size + sample_size, np.int32)
             fields, sampling = packing.views(buffer[: packing.size]), buffer[packing.size :]

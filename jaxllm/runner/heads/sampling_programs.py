@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.adapters import Stacks
+from jaxllm.models.adapters import Stacks, with_own_heads
 from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
@@ -34,13 +34,14 @@ from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengt
 from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
+from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
 #: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
-#: those that a few rows read so by a kernel
-Form = Literal["plain", "one row", "few rows"]
+#: those that a few rows, or any number of them, read so by a kernel
+Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
 #: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
@@ -157,7 +158,11 @@ class SamplingPrograms(Programs):
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
         #: that there is room for
         self.max_num_seqs = num_rows
-        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
+        #: whether adapters may have heads, and samplers know whose each row is
+        self.has_own_heads = adapters is not None and adapters.tables is not None
+        self.sample_packing = sample_packing(
+            self.max_num_seqs, len(extra_arg_defaults(config.processors)), own_heads=self.has_own_heads
+        )
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
 
@@ -179,7 +184,9 @@ class SamplingPrograms(Programs):
         if bucket.tokens == 1 and self.has_one_row_products:
             return "one row"
         backend = self.config.context.backend
-        return "few rows" if backend.cpu_kernels and bucket.tokens <= MOST_ROWS else "plain"
+        if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
+            return "few rows"
+        return "several rows" if backend.cpu_dense else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
@@ -211,13 +218,13 @@ class SamplingPrograms(Programs):
             params: arrays, or their shapes.
         """
         params = dataclasses.replace(params, layers=None, norm=None, draft=None)
-        return with_head_for_one(params) if self.has_one_row_products else params
+        return with_head_for_one(params, self.config.context.backend) if self.has_one_row_products else params
 
     def lower_sampler(self, rows: int, full: bool) -> jax.stages.Lowered:
         packing = self.sample_packing
         function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
-        head = self.head_params(self._params)
+        head = with_own_heads(self.head_params(self._params), self.adapters)
         words = self._words(packing.size)
         return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
 
@@ -271,10 +278,15 @@ class SamplingPrograms(Programs):
         return self._lowered(function, params, self._state, words, donate=1, out=self._state_specs)
 
     def lower_scorer(self) -> jax.stages.Lowered:
-        capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
-        hidden = self._hidden(capacity)
-        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
+        hidden, head = self._hidden(self.config.max_scored_tokens), self.head_params(self._params)
+        words = self._words(self.num_target_words)
+        return self._lowered(function, with_own_heads(head, self.adapters), hidden, words)
+
+    @property
+    def num_target_words(self) -> int:
+        """Of what `score_step` takes."""
+        return 1 + self.config.max_scored_tokens * (1 + self.has_own_heads)
 
     def lower_writer(self) -> jax.stages.Lowered:
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)
@@ -382,10 +394,10 @@ def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool
 
     Args:
         params: arrays, or their shapes.
-        one_row: False: as steps of a few tokens do, which leave the head as it is.
+        one_row: False: as steps of several tokens do, which leave the head as it is.
     """
     params = with_whole_segments(params, backend, one_row=one_row)
-    return with_head_for_one(params) if one_row else params
+    return with_head_for_one(params, backend) if one_row else params
 
 
 def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
@@ -411,7 +423,7 @@ def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bo
     return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)), draft=draft)
 
 
-def with_head_for_one(params: Params) -> Params:
+def with_head_for_one(params: Params, backend: Backend = PLAIN) -> Params:
     """The weights with a head that has one row multiplied by itself, where it is in bfloat16. A float32 row XLA:CPU
     multiplies by so tall a matrix as fast as it can be read (measured with 262,144 x 640: 44 ms; in parts, 138).
 
@@ -419,7 +431,9 @@ def with_head_for_one(params: Params) -> Params:
         params: arrays, or their shapes.
     """
     head: Any = params.embedding if params.head is None else params.head
-    if head is None or is_quantized(head) or head.dtype != jnp.bfloat16 or not can_be_read(head):
+    if head is None or is_quantized(head) or has_dense_kernel(backend, head):
+        return params
+    if head.dtype != jnp.bfloat16 or not can_be_read(head):
         return params
     number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
     layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
@@ -435,7 +449,7 @@ def _whole(weight: Any, backend: Backend, one_row: bool) -> Any:
         return dataclasses.replace(weight, weight=_whole(weight.weight, backend, one_row))
     if weight is None or len(weight.shape) != 3:
         return weight
-    if has_kernel(backend, weight):
+    if has_dense_kernel(backend, weight) or has_kernel(backend, weight):
         return StackedMatrix(weight)
     if not one_row or not can_be_read(weight):
         return weight

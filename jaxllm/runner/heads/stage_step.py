@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import Params, forward_keeping
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket

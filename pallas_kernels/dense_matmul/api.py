@@ -1,0 +1,35 @@
+"""Product with a dense weight: which implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.dense_matmul.cpu_ffi import dense_matmul_cpu, kernel_for
+from pallas_kernels.dense_matmul.reference import dense_matmul_reference
+
+
+def has_kernel(backend: Backend, weight: Any) -> bool:
+    """Whether products with a weight [..., N, K], or with one of its shape, have a kernel."""
+    return isinstance(weight, jax.Array | jax.ShapeDtypeStruct) and kernel_for(backend.cpu_dense, weight) is not None
+
+
+def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
+    """``x @ weight.T``, float32 [M, N].
+
+    x: [M, K]; weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that
+    layer is meant, and read where it lies.
+    By a kernel where `has_kernel` and both have one dtype; else by the reference, which is differentiable.
+    Raises ValueError where shapes do not fit together.
+    """
+    stack = "" if layer is None else "L, "
+    if x.ndim != 2 or weight.ndim != 2 + (layer is not None) or weight.shape[-1] != x.shape[1]:
+        raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
+    kernel = kernel_for(backend.cpu_dense, weight)
+    if kernel is not None and x.dtype == weight.dtype:
+        return dense_matmul_cpu(kernel, x, weight, layer)
+    own = weight if layer is None else lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    return dense_matmul_reference(x, own)

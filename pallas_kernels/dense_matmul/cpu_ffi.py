@@ -1,0 +1,71 @@
+"""The kernels for CPUs (`kernel`), and the calls of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cpu_ffi.compiled import Kernels, processor, target_name
+
+#: whose numbers have kernels
+DTYPES = ("bfloat16", "float32")
+#: columns come in multiples of it: no kernel takes more at once
+COLUMNS = 32
+#: the form that multiplies two bfloat16 numbers by one instruction: AMD's have twice the rate of float32, Intel's half
+#: of it (Sapphire Rapids: 87 against 173 GFLOP/s of a core)
+PAIRS = "pairs"
+_PREFIX = "dense_"
+
+
+def _module(name: str) -> Any:
+    from pallas_kernels.dense_matmul.kernel import module
+
+    return module(name)
+
+
+KERNELS = Kernels(_module, [Path(__file__).parent])
+
+
+def load(dtype: str, folder: Path | None, form: str | None = None) -> str:
+    """Load the kernel of a dtype (`Kernels.load`): the name by which programs call it (`Backend.cpu_dense`); "": none.
+
+    Args:
+        form: how it multiplies, the rest of a name in `kernel.NUMBERS`; None: as this processor does best.
+    """
+    if dtype not in DTYPES:
+        return ""
+    if form is None:
+        form = best_form(dtype)
+    name = f"{_PREFIX}{dtype}_{form}"
+    version = KERNELS.load([name], folder)
+    return version and target_name(name, version)
+
+
+def best_form(dtype: str) -> str:
+    """How this processor multiplies numbers of a dtype best."""
+    name, known = processor()
+    if dtype == "bfloat16" and "avx512bf16" in known and name.startswith("znver"):
+        return PAIRS
+    return "16" if "avx512f" in known else "8"
+
+
+def kernel_for(names: tuple[str, ...], weight: Any) -> str | None:
+    """Which of the kernels with these names multiplies by a weight [..., N, K], or its shape; None: none does."""
+    if not names or weight.shape[-1] % COLUMNS:
+        return None
+    return next((name for name in names if name.startswith(target_name(f"{_PREFIX}{weight.dtype.name}", ""))), None)
+
+
+def dense_matmul_cpu(kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """`dense_matmul_reference` of a layer of a stack [L, N, K], or, where `layer` is None, of a weight [N, K].
+
+    Args:
+        kernel: of these arrays (`kernel_for`).
+    """
+    if not kernel.startswith(target_name(f"{_PREFIX}bfloat16_{PAIRS}", "")):
+        x = x.astype(jnp.float32)
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-2]), jnp.float32)
+    return jax.ffi.ffi_call(kernel, result)(x, jnp.int32(0) if layer is None else layer, weight)

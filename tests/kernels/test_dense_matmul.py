@@ -1,0 +1,102 @@
+"""Products with dense weights: the kernels for CPUs, and the reference, against the numbers of float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.backend import Backend
+from pallas_kernels.cpu_ffi.compiled import processor
+from pallas_kernels.dense_matmul.api import dense_matmul, has_kernel
+from pallas_kernels.dense_matmul.cpu_ffi import PAIRS, best_form, load
+
+LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
+#: several and single rows of a tile, with and without widening them before, and more than a block of them
+ROWS = (1, 3, 4, 7, 41)
+#: kernels as dtype and form; all of them where the processor can
+KERNELS = [
+    *((dtype, lanes) for dtype in ("float32", "bfloat16") for lanes in ("8", "16")),
+    *([("bfloat16", PAIRS)] if "avx512bf16" in processor()[1] else []),
+]
+
+
+@functools.cache
+def backend(dtype: str, form: str | None) -> Backend:
+    return Backend() if form is None else Backend(cpu_dense=(load(dtype, None, form),))
+
+
+def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT) -> tuple[jax.Array, jax.Array]:
+    """Rows, and a stack of weights."""
+    draw = np.random.default_rng(0)
+    x, weight = draw.normal(size=(count, NUM_IN)), draw.normal(size=(LAYERS, n, NUM_IN))
+    return jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend) -> jax.Array:
+    return dense_matmul(x, weights, backend=backend, layer=layer)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [*KERNELS, ("float32", None), ("bfloat16", None)])
+def test_equals_the_formula(dtype: str, form: str | None):
+    rows, weights = operands(dtype)
+    own = backend(dtype, form)
+    assert has_kernel(own, weights) == (form is not None)
+    w = np.asarray(weights[LAYER], np.float64)
+    for count in ROWS:
+        x = rows[:count]
+        exact = np.asarray(x, np.float64)
+        bound = (NUM_IN + 8) * 2.0**-24 * (np.abs(exact) @ np.abs(w).T)
+        for found in (product(x, weights, jnp.int32(LAYER), own), product(x, weights[LAYER], None, own)):
+            assert found.shape == (count, NUM_OUT) and found.dtype == jnp.float32
+            assert (np.abs(np.asarray(found) - exact @ w.T) <= bound).all(), count
+
+
+@pytest.mark.parametrize(("dtype", "form"), KERNELS)
+def test_a_row_has_the_same_bits_beside_any_others(dtype: str, form: str):
+    rows, weights = operands(dtype)
+    own = backend(dtype, form)
+    whole = np.asarray(product(rows, weights, jnp.int32(LAYER), own))
+    for count in ROWS:
+        last = product(rows[-count:], weights, jnp.int32(LAYER), own)
+        np.testing.assert_array_equal(last, whole[-count:])
+    nan_beside = product(rows.at[1].set(jnp.nan), weights, jnp.int32(LAYER), own)
+    assert np.isnan(nan_beside[1]).all()
+    np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
+
+
+@pytest.mark.parametrize("n", [1, 500])
+def test_any_number_of_results(n: int):
+    """Fewer than a tile has, and more than a thread takes at once."""
+    x, weights = operands("bfloat16", 5, n)
+    found = product(x, weights, jnp.int32(LAYER), backend("bfloat16", "16"))
+    np.testing.assert_allclose(found, product(x, weights, jnp.int32(LAYER), Backend()), rtol=1e-5, atol=1e-4)
+
+
+def test_other_weights_take_the_reference():
+    own = backend("bfloat16", "16")
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(jnp.bfloat16))
+    assert has_kernel(own, shape((3, 4, 64))) and not has_kernel(own, shape((3, 4, 48)))
+    assert not has_kernel(own, jax.ShapeDtypeStruct((3, 4, 64), jnp.dtype(jnp.float32)))
+    assert load("float16", None) == ""
+    # of another dtype than x
+    x, weights = operands("bfloat16")
+    wide = product(x.astype(jnp.float32), weights[0], None, own)
+    np.testing.assert_allclose(wide, product(x, weights[0], None, own), rtol=1e-5, atol=1e-4)
+
+
+def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch):
+    """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's."""
+    both = frozenset({"avx2", "avx512f", "avx512bf16"})
+    for found, forms in {
+        ("znver4", both): ("pairs", "16"),
+        ("sapphirerapids", both): ("16", "16"),
+        ("znver3", frozenset({"avx2"})): ("8", "8"),
+    }.items():
+        monkeypatch.setattr("pallas_kernels.dense_matmul.cpu_ffi.processor", lambda found=found: found)
+        assert (best_form("bfloat16"), best_form("float32")) == forms
