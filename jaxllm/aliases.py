@@ -162,6 +162,7 @@ MODULES: dict[str, dict[str, str]] = {
     "sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.api.beam_search"},
     "tokenizers": _nothing("LLM.get_tokenizer() is the engine's; transformers.AutoTokenizer makes others"),
     "transformers_utils": _nothing("transformers itself has it: AutoConfig, AutoTokenizer, and huggingface_hub"),
+    "transformers_utils.repo_utils": {"hf_api": "jaxllm.aliases"},
     "usage": _nothing("jaxllm reports no usage to anybody; leave usage_context out"),
     "utils": {**_PARSER, "random_uuid": "jaxllm.aliases"},
     "utils.argparse_utils": _PARSER,
@@ -199,6 +200,13 @@ _RENAMED = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
     """vLLM's scripts call it between two engines. There is nothing to clean up: `LLM.shutdown` frees everything."""
+
+
+def hf_api() -> Any:
+    """vLLM's way to the hub: `huggingface_hub.HfApi`."""
+    import huggingface_hub
+
+    return huggingface_hub.HfApi()
 
 
 def init_logger(name: str) -> Any:

@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.layers.adapted import Adapted, with_slots
+from jaxllm.layers.adapted import Adapted
 from jaxllm.layers.weight import Part, WeightSpec
-from jaxllm.models.adapters import adapted_matrices, with_adapters
+from jaxllm.models.adapters import Stacks, adapted_matrices, with_adapters, with_slots
 from jaxllm.models.decoder import Params
 from jaxllm.weights.peft import CONFIG, WEIGHTS
 from pallas_kernels.backend import Backend
@@ -96,7 +96,7 @@ class TrainableAdapters(nnx.Module):
                     parts = tuple(part.shape[0] for part in each.parts)
                     found[each.field] = Adapted(a=a, b=b, parts=parts)
             stacks.append(found)
-        return with_slots(with_adapters(params, tuple(stacks)), jnp.zeros(num_tokens, jnp.int32), Backend())
+        return with_slots(with_adapters(params, Stacks(tuple(stacks))), jnp.zeros(num_tokens, jnp.int32), Backend())
 
     def _joined(self, matrix: _Matrix, own: Any) -> tuple[jax.Array, jax.Array]:
         """a [L, 1, P * r, in] and b [L, 1, r, out] of all parts, zeros where one has none."""

@@ -26,6 +26,9 @@ class LoRAArguments(Arguments):
     lora_dtype: str = argument(
         "auto", dtype, "what adapters are stored as; auto: as the model, on CPUs float32", group="model", form="DTYPE"
     )
+    lora_embeddings: bool = switch(
+        False, "let adapters have embeddings and heads: a table of each, for all that the device has", group="model"
+    )
     lora_target_modules: tuple[str, ...] = argument(
         (),
         lambda name, value: tuple(checks.strings(name, value)),
@@ -64,6 +67,8 @@ class LoRAConfig:
     dtype: str
     #: the only modules that adapters may have, by the ends of their names; (): all that can have one
     target_modules: tuple[str, ...] = ()
+    #: whether adapters may have embeddings and heads of their own
+    has_tables: bool = False
 
     @classmethod
     def of(cls, args: LoRAArguments, model_dtype: str, platform: str) -> LoRAConfig | None:
@@ -78,4 +83,5 @@ class LoRAConfig:
             max_cpu_loras=args.max_cpu_loras or args.max_loras,
             dtype=auto if args.lora_dtype == "auto" else args.lora_dtype,
             target_modules=args.lora_target_modules,
+            has_tables=args.lora_embeddings,
         )

@@ -8,16 +8,12 @@ each, one below the other (`pallas_kernels.lora_matmul`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.lora_matmul.api import lora_matmul
-from pallas_kernels.lora_matmul.cpu_ffi import has_kernel
-
-Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -54,19 +50,6 @@ class WholeAdapters:
 
     def of_layer(self, layer: jax.Array) -> WholeAdapters:
         return dataclasses.replace(self, layer=layer)
-
-
-def with_slots(params: Tree, slots: jax.Array, backend: Backend) -> Tree:
-    """Weights whose adapted matrices know each token's slot, i32 [T]; those that have a kernel, as `WholeAdapters`."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Adapted):
-            return leaf
-        if has_kernel(backend.cpu_adapters, leaf.a, leaf.parts):
-            return dataclasses.replace(leaf, a=WholeAdapters(a=leaf.a, b=leaf.b, slots=slots), b=None)
-        return dataclasses.replace(leaf, slots=jnp.broadcast_to(slots, (leaf.a.shape[0], *slots.shape)))
-
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 
 def adapter_term(backend: Backend, x: jax.Array, weight: Adapted) -> jax.Array:

@@ -20,19 +20,33 @@ VOCAB = "vocab"
 PIECE = 4096
 
 
-def embed(context: Context, table: jax.Array | Quantized, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(
+    context: Context,
+    table: jax.Array | Quantized,
+    tokens: jax.Array,
+    dtype: jnp.dtype,
+    slots: jax.Array | None = None,
+) -> jax.Array:
     """Rows of `table` [V, d] of tokens i32 [T] -> [T, d]. Of a table that is split, the others' rows come from them.
 
     Args:
         dtype: of the rows of a quantized table.
+        slots: i32 [T], of each token which of several tables [S, V, d], none of them quantized, it is.
     """
+
+    def rows_of(tokens: jax.Array) -> jax.Array:
+        if slots is not None:
+            assert isinstance(table, jax.Array)
+            return table[slots, tokens]
+        return dense(rows(table, tokens), dtype)
+
     axis = context.mesh_axis(VOCAB)
     if axis is None:
-        return dense(rows(table, tokens), dtype)
-    size = table.shape[0]
+        return rows_of(tokens)
+    size = table.shape[-2]
     local = tokens - lax.axis_index(axis) * size
     here = (local >= 0) & (local < size)
-    found = jnp.where(here[:, None], dense(rows(table, jnp.where(here, local, 0)), dtype), 0)
+    found = jnp.where(here[:, None], rows_of(jnp.where(here, local, 0)), 0)
     with exchanged(VOCAB):
         return lax.psum(found, axis)
 

@@ -10,14 +10,31 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from jaxllm.layers.adapted import Adapted
+import jax
+import jax.numpy as jnp
+
+from jaxllm.layers.adapted import Adapted, WholeAdapters
+from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.weight import Axis, Part, WeightSpec
 from jaxllm.models.decoder import MATRICES
+from pallas_kernels.backend import Backend
+from pallas_kernels.lora_matmul.cpu_ffi import has_kernel
 
 Tree = TypeVar("Tree")
-#: of each segment of a model's layers: the field of a matrix -> its A and B, or what stands for them
-Stacks = tuple[dict[str, Adapted], ...]
+#: names of what tables are read by
+EMBEDDING, HEAD, OWNED = "embedding|table", "head|table", "tables|owned"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacks:
+    """All adapters that a device has, or what stands for them."""
+
+    #: of each segment of a model's layers: the field of a matrix -> its A and B
+    layers: tuple[dict[str, Adapted], ...]
+    #: None: adapters have no embedding and no head of their own
+    tables: AdapterTables | None = None
 
 
 class Place(NamedTuple):
@@ -38,7 +55,18 @@ class Module(NamedTuple):
     places: tuple[Place, ...]
 
 
-def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Axis], int]) -> Stacks:
+class Table(NamedTuple):
+    """The model's embedding, or its head, of which adapters may have their own."""
+
+    #: `EMBEDDING` or `HEAD`
+    kind: str
+    #: (tokens, hidden size)
+    shape: tuple[int, int]
+
+
+def adapter_specs(
+    specs: Any, *, rank: int, slots: int | None, own: Callable[[Axis], int], tables: str | None = None
+) -> Stacks:
     """Specs of the stacks.
 
     Args:
@@ -46,6 +74,7 @@ def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Ax
         rank: of each part, at most.
         slots: adapters; None: of one by itself, without an axis for slots.
         own: how many numbers of an axis a device has.
+        tables: the dtype of embeddings and heads; None: adapters have none of their own.
     """
     experts = None if slots is None else Axis("slots", slots)
 
@@ -62,7 +91,41 @@ def adapter_specs(specs: Any, *, rank: int, slots: int | None, own: Callable[[Ax
             parts=tuple(own(part.axes[0]) for part in spec.parts),
         )
 
-    return tuple({field: one(spec) for field, spec in adapted_matrices(segment)} for segment in _layers(specs))
+    def table(kind: str, spec: WeightSpec) -> WeightSpec:
+        return WeightSpec(parts=(Part(kind, spec.parts[0].axes),), experts=experts, dtype=tables)
+
+    layers = tuple({field: one(spec) for field, spec in adapted_matrices(segment)} for segment in _layers(specs))
+    # every stage of a pipeline says which it would be, so that all steps have one form
+    found = {kind: table(kind, spec) for kind, spec in _tables(specs).items()}
+    if tables is None:
+        return Stacks(layers)
+    owned = WeightSpec(parts=(Part(OWNED, (Axis("tables", 2),)),), experts=experts, dtype="int32")
+    return Stacks(layers, AdapterTables(embedding=found.get(EMBEDDING), head=found.get(HEAD), owned=owned))
+
+
+def _tables(specs: Any) -> dict[str, WeightSpec]:
+    """What the model has of an embedding and a head; tied, they are the same."""
+    body = getattr(specs, "body", specs)
+    head = body.embedding if body.head is None else body.head
+    # what has logits has the last norm
+    makes_logits = body is specs and body.norm is not None
+    found = {EMBEDDING: body.embedding, HEAD: head if makes_logits else None}
+    return {kind: spec for kind, spec in found.items() if spec is not None}
+
+
+def adapter_tables(specs: Any, *, head: str) -> dict[str, Table]:
+    """The tables that adapters can have, by their names in the checkpoint without ``.weight``.
+
+    Args:
+        specs: as in `adapter_specs`, of a whole model.
+        head: what the head is called, also where it is the embedding.
+    """
+    found = {}
+    for kind, spec in _tables(specs).items():
+        (part,) = spec.parts
+        name = head if kind == HEAD else part.name.removesuffix(".weight")
+        found[name] = Table(kind, part.shape)  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def adapter_modules(specs: Any, *, first_layer: int = 0) -> dict[str, Module]:
@@ -97,8 +160,31 @@ def with_adapters(params: Tree, stacks: Stacks) -> Tree:
     tree: Any = params
     if hasattr(tree, "body"):
         return dataclasses.replace(tree, body=with_adapters(tree.body, stacks))
-    layers = tuple(_with_own(segment, own) for segment, own in zip(tree.layers, stacks, strict=True))
-    return dataclasses.replace(tree, layers=layers)
+    layers = tuple(_with_own(segment, own) for segment, own in zip(tree.layers, stacks.layers, strict=True))
+    return dataclasses.replace(tree, layers=layers, tables=stacks.tables)
+
+
+def with_own_heads(params: Tree, stacks: Stacks | None) -> Tree:
+    """What samplers take of a model's weights, with the heads that adapters have, if they can have any."""
+    if stacks is None or stacks.tables is None or stacks.tables.head is None:
+        return params
+    tree: Any = params
+    return dataclasses.replace(tree, tables=dataclasses.replace(stacks.tables, embedding=None))
+
+
+def with_slots(params: Tree, slots: jax.Array, backend: Backend) -> Tree:
+    """Weights whose adapters know each token's slot, i32 [T]; those that have a kernel are `WholeAdapters`."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, AdapterTables):
+            return dataclasses.replace(leaf, slots=slots)
+        if not isinstance(leaf, Adapted):
+            return leaf
+        if has_kernel(backend.cpu_adapters, leaf.a, leaf.parts):
+            return dataclasses.replace(leaf, a=WholeAdapters(a=leaf.a, b=leaf.b, slots=slots), b=None)
+        return dataclasses.replace(leaf, slots=jnp.broadcast_to(slots, (leaf.a.shape[0], *slots.shape)))
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted | AdapterTables))
 
 
 def _with_own(segment: Any, own: dict[str, Adapted]) -> Any:

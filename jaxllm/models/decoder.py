@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated
+from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.dense_attention import WholeSequences
@@ -190,6 +191,8 @@ class Params:
     token_offsets: jax.Array | None = None
     #: of the tower that sees pictures
     vision: VisionParams | None = None
+    #: of adapters, in programs that have them
+    tables: AdapterTables | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -336,6 +339,8 @@ def decoder_layer(
 def embedded(context: Context, config: DecoderConfig, params: Params, batch: StepBatch) -> jax.Array:
     """What the first layer takes, [T, d]."""
     x = embed(context, params.embedding, batch.tokens, params.dtype)
+    if params.tables is not None:
+        x = params.tables.embedded(context, batch.tokens, x)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     return with_embeddings(x, batch)
@@ -352,13 +357,21 @@ def no_load(config: DecoderConfig) -> jax.Array:
     return jnp.zeros((sum(config.layer_moe), config.moe.num_experts), jnp.int32)
 
 
-def logits(context: Context, config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Scores over the vocabulary, float32 [R, V], of hidden [R, d]."""
+def logits(
+    context: Context, config: DecoderConfig, params: Params, hidden: jax.Array, slots: jax.Array | None = None
+) -> jax.Array:
+    """Scores over the vocabulary, float32 [R, V], of hidden [R, d].
+
+    Args:
+        slots: i32 [R], of each row that of its adapter, which may have a head of its own; -1: it has none.
+    """
     head, offsets = params.embedding if params.head is None else params.head, params.token_offsets
     scores = unembed(context, hidden, head, config.vocab_size if offsets is None else offsets.shape[0])
     if offsets is not None:
         token = jnp.arange(offsets.shape[0], dtype=jnp.int32) + offsets
         scores = jnp.full((scores.shape[0], config.vocab_size), NEVER).at[:, token].set(scores)
+    if params.tables is not None and slots is not None:
+        scores = params.tables.scores(context, hidden, slots, scores)
     if config.logits_scale != 1.0:
         scores = scores * config.logits_scale
     cap = config.logits_softcap

@@ -112,15 +112,21 @@ def adapter_layouts(config: RunnerConfig) -> list[ArrayLayout]:
     if config.lora is None:
         return []
     found: dict[str, ArrayLayout] = {}
-    for segment in config.adapter_specs(config.lora.max_loras):
-        for field, pair in segment.items():
-            for half in ("a", "b"):
-                name = f"adapters.{field}.{half}"
-                one = _weight_layout(name, getattr(pair, half), config, config.lora.dtype)
-                key = f"{name} {one.shape}"
-                seen = found.setdefault(key, dataclasses.replace(one, count=0, device_bytes=0))
-                size = seen.device_bytes + one.device_bytes
-                found[key] = dataclasses.replace(seen, count=seen.count + 1, device_bytes=size)
+    stacks = config.adapter_specs(config.lora.max_loras)
+    specs = [
+        (f"{field}.{half}", getattr(pair, half))
+        for segment in stacks.layers
+        for field, pair in segment.items()
+        for half in ("a", "b")
+    ]
+    if stacks.tables is not None:
+        specs += [(name, getattr(stacks.tables, name)) for name in ("embedding", "head", "owned")]
+    for name, spec in specs:
+        if spec is not None:
+            one = _weight_layout(f"adapters.{name}", spec, config, config.lora.dtype)
+            seen = found.setdefault(f"{name} {one.shape}", dataclasses.replace(one, count=0, device_bytes=0))
+            size = seen.device_bytes + one.device_bytes
+            found[f"{name} {one.shape}"] = dataclasses.replace(seen, count=seen.count + 1, device_bytes=size)
     return list(found.values())
 
 

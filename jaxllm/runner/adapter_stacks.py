@@ -12,17 +12,23 @@ import numpy as np
 from jax import lax
 
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.adapters import Module, Stacks
+from jaxllm.models.adapters import EMBEDDING, HEAD, OWNED, Module, Stacks, Table
 from jaxllm.parallel.processes import put_whole
 from jaxllm.weights.loader import read_array
+from jaxllm.weights.peft import OwnTable
+from pallas_kernels.quantized import dense
 
-#: of an adapter, by the names of its modules: A [r, in], and B [out, r] with the scale in it
-AdapterMatrices = Mapping[str, tuple[np.ndarray, np.ndarray]]
+#: of an adapter, by the names of its modules: A [r, in], and B [out, r] with the scale in it; or a table
+AdapterMatrices = Mapping[str, tuple[np.ndarray, np.ndarray] | OwnTable]
 
 
 def write_adapter(stacks: Stacks, adapter: Stacks, slot: jax.Array) -> Stacks:
     """The stacks, donated, with an adapter in a slot, i32 [1]."""
-    return jax.tree.map(lambda all, new: lax.dynamic_update_index_in_dim(all, new, slot[0], 1), stacks, adapter)
+
+    def written(axis: int, all: Any, new: Any) -> Any:
+        return jax.tree.map(lambda all, new: lax.dynamic_update_index_in_dim(all, new, slot[0], axis), all, new)
+
+    return Stacks(written(1, stacks.layers, adapter.layers), written(0, stacks.tables, adapter.tables))
 
 
 class Writer(Protocol):
@@ -39,6 +45,7 @@ class AdapterStacks:
     Args:
         specs: of one adapter (`models.adapters.adapter_specs`).
         modules: the matrices that can have one.
+        tables: the tables that can be an adapter's own.
         rank: of each, at most.
         sharding: of what every device has whole.
     """
@@ -48,6 +55,7 @@ class AdapterStacks:
         programs: Writer,
         specs: Stacks,
         modules: Mapping[str, Module],
+        tables: Mapping[str, Table],
         *,
         rank: int,
         dtype: jnp.dtype,
@@ -62,6 +70,8 @@ class AdapterStacks:
             for place in found.places
             for name in (place.a, place.b)
         }
+        #: kinds of tables -> (module, shape)
+        self._tables = {table.kind: (module, table.shape) for module, table in tables.items()}
         self.arrays: Stacks = self._zeros()
 
     def _zeros(self) -> Stacks:
@@ -76,9 +86,13 @@ class AdapterStacks:
 
         return jax.tree.map(zeros, self._programs.adapters)
 
-    def write(self, slot: int, adapter: AdapterMatrices) -> None:
-        """Put an adapter into a slot, for the steps that are launched from here on."""
-        reader: Any = _Reader(self, adapter)
+    def write(self, slot: int, adapter: AdapterMatrices, params: Any) -> None:
+        """Put an adapter into a slot, for the steps that are launched from here on.
+
+        Args:
+            params: the model's weights, of whose tables an adapter may have a change.
+        """
+        reader: Any = _Reader(self, adapter, params)
         read = functools.partial(read_array, reader, sharding=self._sharding, dtype=self._dtype)
         new = jax.tree.map(lambda spec: read(spec), self._specs, is_leaf=is_spec)
         number = put_whole(np.full(1, slot, np.int32), self._programs_sharding)
@@ -89,20 +103,45 @@ class AdapterStacks:
         programs: Any = self._programs
         return programs.sharding
 
-    def tensor(self, name: str, adapter: AdapterMatrices) -> np.ndarray:
-        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, rank]."""
+    def tensor(self, name: str, adapter: AdapterMatrices, params: Any) -> np.ndarray:
+        """A or B of one part, zeros where the adapter has none: [rank, in], or [out, rank]. Or a table [V, d], or which
+        tables there are, i32 [2].
+        """
+        if name == OWNED:
+            kinds = (self._tables.get(kind, ("", ()))[0] in adapter for kind in (EMBEDDING, HEAD))
+            return np.asarray(list(kinds), np.int32)
+        if name in self._tables:
+            return self._table(name, adapter, params)
         module, place = self._tensors[name]
         rank, rows = self._rank, place.part.shape[0]
         if module not in adapter:
             shape = (rank, place.part.shape[1]) if name == place.a else (rows, rank)
             return np.broadcast_to(np.zeros((), np.float32), shape)
-        a, b = adapter[module]
+        found = adapter[module]
+        assert not isinstance(found, OwnTable)
+        a, b = found
         if name == place.a:
             return np.concatenate([a, np.zeros((rank - len(a), a.shape[1]), a.dtype)])
         found = np.zeros((rows, rank), b.dtype)
         span, ours = place.part.in_tensor(0, rows)
         found[:, : b.shape[1]] = b[span][ours]
         return found
+
+    def _table(self, kind: str, adapter: AdapterMatrices, params: Any) -> np.ndarray:
+        module, shape = self._tables[kind]
+        own = adapter.get(module)
+        if own is None:
+            return np.broadcast_to(np.zeros((), np.float32), shape)
+        assert isinstance(own, OwnTable)
+        table = own.whole
+        if table is None:
+            body = getattr(params, "body", params)
+            base = body.embedding if kind == EMBEDDING or body.head is None else body.head
+            # split over devices, it may go on behind the vocabulary
+            table = np.asarray(dense(base, jnp.dtype(jnp.float32)))[: shape[0]]
+        if own.rows is None or own.columns is None:
+            return table
+        return table.astype(np.float32) + own.rows @ own.columns
 
     @property
     def is_freed(self) -> bool:
@@ -126,15 +165,22 @@ class AdapterStacks:
 class _Reader:
     """An adapter as `weights.loader.WeightReader`, of the tensors that the stacks are made of."""
 
-    def __init__(self, stacks: AdapterStacks, adapter: AdapterMatrices):
-        self._stacks, self._adapter = stacks, adapter
+    def __init__(self, stacks: AdapterStacks, adapter: AdapterMatrices, params: Any):
+        self._stacks, self._adapter, self._params = stacks, adapter, params
+        #: the tensor that was read last: each device asks for its part
+        self._last: tuple[str, np.ndarray] | None = None
 
     def names(self) -> Iterable[str]:
         return ()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stacks.tensor(name, self._adapter).shape
+        return self._tensor(name).shape
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
-        found = self._stacks.tensor(name, self._adapter)
+        found = self._tensor(name)
         return found if rows is None else found[rows]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._stacks.tensor(name, self._adapter, self._params)
+        return self._last[1]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.adapters import adapter_modules
+from jaxllm.models.adapters import adapter_modules, adapter_tables
 from jaxllm.models.decoder import DecoderConfig, Params, without_draft
 from jaxllm.models.model import base_prefix
 from jaxllm.models.pooler import PoolingModel
@@ -164,11 +164,14 @@ def _adapters(config: RunnerConfig, programs: Any) -> list[AdapterStacks]:
     lora = config.lora
     if lora is None:
         return []
+    # as a whole model's names have them, also where a stage has the embedding as its head
+    tables = adapter_tables(config.unquantized_specs, head=config.head_name) if lora.has_tables else {}
     return [
         AdapterStacks(
             own,
             stage.adapter_specs(None),
             adapter_modules(stage.unquantized_specs, first_layer=0 if stage.stage is None else stage.stage.first),
+            tables,
             rank=lora.max_lora_rank,
             dtype=jnp.dtype(lora.dtype),
             sharding=stage.target.sharding,
@@ -227,9 +230,7 @@ def compiled_plan(
         return (needed,) if isinstance(needed, int) else needed
 
     config, plan = plan_memory(config, activations)
-    if isinstance(made[0], Programs):
-        plan = dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
-    return config, made[0], plan
+    return config, made[0], dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
 
 
 def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PipelinePrograms:
@@ -272,6 +273,9 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             copied_layers=copied_layers,
             progress=config.progress,
             adapters=adapters,
+            media=config.media_fields,
+            encoder_buckets=_encoder_buckets(config),
+            pixel_normal=config.pixel_normal,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
     kind = SamplingPrograms
@@ -304,6 +308,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         decode_buckets=also(decode_step_buckets(buckets, limits.max_decode_steps_seqs)),
         draft_buckets=also(draft_buckets(limits.max_draft_seqs)),
         num_draft_steps=limits.num_draft_steps,
+        media=config.media_fields,
         encoder_buckets=_encoder_buckets(config),
         num_rows=config.row_capacity,
         pixel_normal=config.pixel_normal,

@@ -122,7 +122,7 @@ class Runner(DeviceMemory[Any, Any]):
         if scheduled.adapter_loads:
             for slot, matrices in scheduled.adapter_loads:
                 for stacks in self._adapters:
-                    stacks.write(slot, matrices)
+                    stacks.write(slot, matrices, self.params)
             self._use_adapters()
         self._rows.update(scheduled)
         if scheduled.ended_outputs:

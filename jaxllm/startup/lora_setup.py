@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.adapters import AdapterStore
-from jaxllm.models.adapters import adapter_modules
+from jaxllm.models.adapters import adapter_modules, adapter_tables
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import base_prefix
 from jaxllm.weights.peft import PeftReader
@@ -41,5 +41,7 @@ def adapter_store(config: RunnerConfig) -> AdapterStore | None:
     lora = config.lora
     if lora is None:
         return None
-    reader = PeftReader(adapter_modules(config.unquantized_specs), base_prefix(config.model), lora)
+    specs = config.unquantized_specs
+    tables = adapter_tables(specs, head=config.head_name)
+    reader = PeftReader(adapter_modules(specs), tables, base_prefix(config.model), lora, config.dtype)
     return AdapterStore(reader.open, max_loras=lora.max_loras, max_cpu_loras=lora.max_cpu_loras)

@@ -7,19 +7,20 @@ it. A matrix's scale is ``alpha / r``, with rslora ``alpha / sqrt(r)`` (arXiv:23
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.config.lora import LoRAConfig
-from jaxllm.models.adapters import Module
+from jaxllm.models.adapters import EMBEDDING, Module, Table
 from jaxllm.weights.formats.safetensors import SafetensorsReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +31,6 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "bias": ("none",),
     "lora_bias": (False,),
-    "modules_to_save": (),
     "fan_in_fan_out": (False,),
     "layer_replication": (),
     "trainable_token_indices": (),
@@ -48,8 +48,29 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
 _CHANGES_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _WRAPPER = "base_model.model."
 _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
+#: of an embedding, A [r, tokens] and B [d, r]; and a whole table, which PEFT also saves of those that have them
+_OF_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
+_WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.\w+)?)?\.weight")
 #: what stands in front of a layer's modules, where a model is a part of another one
 _OUTER = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTable:
+    """An embedding, or a head, that an adapter has: what is whole, or the model's, and a change of it."""
+
+    whole: np.ndarray | None  # [tokens, d]
+    rows: np.ndarray | None  # [tokens, r], the scale in it
+    columns: np.ndarray | None  # [r, d]
+
+
+class _TableTensors(NamedTuple):
+    """The names of what a file has of a table."""
+
+    kind: str
+    whole: str | None
+    #: names of A and B, and the scale
+    change: tuple[str, str, float] | None
 
 
 class PeftReader:
@@ -57,13 +78,17 @@ class PeftReader:
 
     Args:
         modules: the matrices that can have one, by their names in the model's checkpoint.
+        tables: embedding and head, likewise.
         prefix: what these names begin with; checkpoints of the bare model leave it out.
         config: what there is room for.
+        dtype: that tables are stored as.
     """
 
-    def __init__(self, modules: Mapping[str, Module], prefix: str, config: LoRAConfig):
-        self._modules, self._config = modules, config
-        inner = {name.removeprefix(prefix): name for name in modules}
+    def __init__(
+        self, modules: Mapping[str, Module], tables: Mapping[str, Table], prefix: str, config: LoRAConfig, dtype: str
+    ):
+        self._modules, self._tables, self._config, self._dtype = modules, tables, config, np.dtype(dtype)
+        inner = {name.removeprefix(prefix): name for name in (*modules, *tables)}
         self._names = {outer + name: own for outer in (*_OUTER, prefix) for name, own in inner.items()}
         self._kinds = sorted({name.rpartition(".")[2] for name in modules})
 
@@ -81,12 +106,63 @@ class PeftReader:
             config = self._read_config(folder, name)
             with SafetensorsReader(_weights_file(folder, name)) as reader:
                 shapes = {tensor: reader.shape(tensor) for tensor in reader.names()}
-            matrices = self._matrices(shapes, config, name)
+            tables = self._own_tables(shapes, config, name)
+            matrices = self._matrices(shapes, config, name, has_tables=bool(tables))
         except ValidationError:
             raise
         except Exception as error:  # whatever it is, it is this adapter's, and no fault of the call's other prompts
             raise ValidationError(f"{name} cannot be read: {error}") from None
-        return PeftFiles(folder, name, state, shapes, matrices, np.dtype(self._config.dtype))
+        dtypes = np.dtype(self._config.dtype), self._dtype
+        return PeftFiles(folder, name, state, shapes, matrices, tables, dtypes)
+
+    def _table(self, given: str) -> str | None:
+        """The model's table that a file calls so."""
+        own = self._names.get(given.removeprefix(_WRAPPER))
+        return own if own in self._tables else None
+
+    def _own_tables(
+        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
+    ) -> dict[str, _TableTensors]:
+        """Of each table of its own, what the file has of it."""
+        whole: dict[str, str] = {}
+        pairs: dict[str, dict[str, str]] = {}
+        for tensor in shapes:
+            match = _MATRIX.fullmatch(tensor) or _OF_EMBEDDING.fullmatch(tensor)
+            if match is not None and (own := self._table(match[1])) is not None:
+                pairs.setdefault(own, {})[match[2]] = tensor
+            elif match is None and (match := _WHOLE.fullmatch(tensor)) and (own := self._table(match[1])) is not None:
+                whole[own] = tensor
+        saved = config.get("modules_to_save") or []
+        ends = {own.rpartition(".")[2] for own in self._tables}
+        if others := [module for module in saved if module.rpartition(".")[2] not in ends]:
+            raise ValidationError(
+                f"{name}: modules_to_save={saved!r} has {others[0]!r}, which is not supported: of whole modules an "
+                f"adapter may have {' and '.join(sorted(ends))} (lora_embeddings=True)."
+            )
+        owned = [own for own in self._tables if own in whole or own in pairs]
+        if (owned or saved) and not self._config.has_tables:
+            raise ValidationError(
+                f"{name} has {' and '.join(owned or saved)}, whole or changed, which takes a table for each "
+                "adapter. Set lora_embeddings=True to have room for them."
+            )
+        found = {}
+        for own in owned:
+            kind, shape = self._tables[own]
+            change = None
+            if own in pairs:
+                self._check_wanted(own, own, name)
+                if len(pairs[own]) < 2:
+                    raise ValidationError(f"{name}: {own!r} has one of lora_A and lora_B, and not the other.")
+                a, b = pairs[own]["A"], pairs[own]["B"]
+                rows, columns = (shapes[a][::-1], shapes[b][::-1]) if kind == EMBEDDING else (shapes[b], shapes[a])
+                _check_table(own, (rows[0], columns[-1]), shape, name)
+                if rows[1:] != columns[:1] or not columns[0]:
+                    raise ValidationError(f"{name}: {own!r} has lora_A {shapes[a]} and lora_B {shapes[b]}.")
+                change = a, b, _scale(config, own, columns[0], name)
+            if own in whole:
+                _check_table(own, shapes[whole[own]], shape, name)
+            found[own] = _TableTensors(kind, whole.get(own), change)
+        return found
 
     def _read_config(self, folder: Path, name: str) -> dict[str, Any]:
         file = folder / CONFIG
@@ -117,18 +193,22 @@ class PeftReader:
         return config
 
     def _matrices(
-        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
+        self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str, *, has_tables: bool
     ) -> dict[str, tuple[str, str, float]]:
         """Of each of the model's modules that has one, the names of A and B, and the scale."""
         pairs: dict[str, dict[str, str]] = {}
         for tensor in shapes:
             match = _MATRIX.fullmatch(tensor)
+            of_table = match or _OF_EMBEDDING.fullmatch(tensor) or _WHOLE.fullmatch(tensor)
+            if of_table is not None and self._table(of_table[1]) is not None:
+                continue
             if match is None:
                 raise ValidationError(
-                    f"{name}: the tensor {tensor!r} is not supported: only lora_A and lora_B of linear layers are."
+                    f"{name}: the tensor {tensor!r} is not supported: only lora_A and lora_B of linear layers are, of "
+                    "embedding and head, and these whole."
                 )
             pairs.setdefault(match[1].removeprefix(_WRAPPER), {})[match[2]] = tensor
-        if not pairs:
+        if not pairs and not has_tables:
             raise ValidationError(f"{name} has no tensors.")
         found = {}
         for given, pair in pairs.items():
@@ -138,12 +218,7 @@ class PeftReader:
                     f"{name}: the model has no module {given!r} that could have an adapter; those that could: "
                     f"{', '.join(self._kinds)}."
                 )
-            wanted = self._config.target_modules
-            if wanted and not own.endswith(tuple("." + target for target in wanted)):
-                raise ValidationError(
-                    f"{name}: {given!r} is not among lora_target_modules={list(wanted)}. Add it, or leave "
-                    "lora_target_modules out."
-                )
+            self._check_wanted(own, given, name)
             if len(pair) < 2:
                 raise ValidationError(f"{name}: {given!r} has one of lora_A and lora_B, and not the other.")
             a, b = pair["A"], pair["B"]
@@ -155,6 +230,14 @@ class PeftReader:
                 )
             found[own] = a, b, _scale(config, given, rank, name)
         return found
+
+    def _check_wanted(self, own: str, given: str, name: str) -> None:
+        wanted = self._config.target_modules
+        if wanted and not f".{own}".endswith(tuple("." + target for target in wanted)):
+            raise ValidationError(
+                f"{name}: {given!r} is not among lora_target_modules={list(wanted)}. Add it, or leave "
+                "lora_target_modules out."
+            )
 
     def _check_shapes(self, a: tuple[int, ...], b: tuple[int, ...], module: Module, of: str) -> int:
         """The rank."""
@@ -175,7 +258,8 @@ class PeftFiles:
         state: of the files, before they were checked.
         shapes: of the tensors.
         matrices: of each of the model's modules that has one, the names of A and B, and the scale.
-        dtype: that they are to have on the device.
+        tables: of each table of its own, the tensors.
+        dtypes: that matrices and tables are to have on the device.
     """
 
     def __init__(
@@ -185,24 +269,25 @@ class PeftFiles:
         state: _State,
         shapes: Mapping[str, tuple[int, ...]],
         matrices: Mapping[str, tuple[str, str, float]],
-        dtype: np.dtype,
+        tables: Mapping[str, _TableTensors],
+        dtypes: tuple[np.dtype, np.dtype],
     ):
         self._folder, self._name, self._state, self._shapes = folder, name, state, shapes
-        self._matrices, self._dtype = matrices, dtype
+        self._matrices, self._tables, (self._dtype, self._table_dtype) = matrices, tables, dtypes
 
     def have_changed(self) -> bool:
         """Whether they are no longer those that were checked, or not there."""
         return _state(self._folder) != self._state
 
-    def read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Of each module A [r, in], and B [out, r] with the scale in it.
+    def read(self) -> dict[str, tuple[np.ndarray, np.ndarray] | OwnTable]:
+        """Of each module A [r, in], and B [out, r] with the scale in it; of each table what it has of its own.
 
         Raises:
             ValidationError: the files have changed, or have numbers that are not finite, or not on the device.
             WeightsError: they cannot be read.
         """
         self._check(is_unchanged=not self.have_changed())
-        found = {}
+        found: dict[str, tuple[np.ndarray, np.ndarray] | OwnTable] = {}
         with SafetensorsReader(self._folder / WEIGHTS) as reader, np.errstate(over="ignore", invalid="ignore"):
             # a copy may have its original's time
             self._check(is_unchanged={tensor: reader.shape(tensor) for tensor in reader.names()} == self._shapes)
@@ -210,14 +295,32 @@ class PeftFiles:
                 down, up = reader.read(a), reader.read(b).astype(np.float32) * np.float32(scale)
                 for half, matrix in (("A", down), ("B", up)):
                     # products by all slots' matrices at once would carry them into other requests' sums
-                    if not np.isfinite(matrix.astype(self._dtype)).all():
-                        raise ValidationError(
-                            f"{self._name}: lora_{half} of {module!r} has numbers that are not finite, or not in "
-                            f"{self._dtype.name}, as which it is stored (lora_dtype)."
-                        )
+                    self._check_finite(matrix, self._dtype, f"lora_{half} of {module!r}", "lora_dtype")
                 found[module] = down, up
+            for module, tensors in self._tables.items():
+                table = self._table(reader, tensors)
+                for part in (table.whole, table.rows, table.columns):
+                    if part is not None:
+                        self._check_finite(part, self._table_dtype, f"what it has of {module!r}", "dtype")
+                found[module] = table
         self._check(is_unchanged=not self.have_changed())
         return found
+
+    def _table(self, reader: SafetensorsReader, tensors: _TableTensors) -> OwnTable:
+        whole = None if tensors.whole is None else reader.read(tensors.whole)
+        if tensors.change is None:
+            return OwnTable(whole, None, None)
+        a, b, scale = tensors.change
+        down, up = reader.read(a).astype(np.float32), reader.read(b).astype(np.float32)
+        rows, columns = (down.T, up.T) if tensors.kind == EMBEDDING else (up, down)
+        return OwnTable(whole, rows * np.float32(scale), columns)
+
+    def _check_finite(self, numbers: np.ndarray, dtype: np.dtype, what: str, argument: str) -> None:
+        if not np.isfinite(numbers.astype(dtype)).all():
+            raise ValidationError(
+                f"{self._name}: {what} has numbers that are not finite, or not in {dtype.name}, as which it is stored "
+                f"({argument})."
+            )
 
     def _check(self, *, is_unchanged: bool) -> None:
         if not is_unchanged:
@@ -225,6 +328,16 @@ class PeftFiles:
                 f"{self._name} has changed since it was loaded. Ask for it with load_inplace=True, or under another "
                 "lora_int_id, to have what is there now."
             )
+
+
+def _check_table(own: str, found: tuple[int, ...], shape: tuple[int, int], name: str) -> None:
+    """Raises ValidationError where a table, or what changes it, is of other tokens or another width."""
+    if tuple(found) == shape:
+        return
+    why = "Is it an adapter of another model?"
+    if len(found) == 2 and found[0] > shape[0] and found[1] == shape[1]:
+        why = f"Its {found[0] - shape[0]} added tokens are not supported: train it with the model's own vocabulary."
+    raise ValidationError(f"{name}: {own!r} is of {list(found)}, and the model's is {list(shape)}. {why}")
 
 
 def _state(folder: Path) -> _State:

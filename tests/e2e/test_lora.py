@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.adapters import ADAPTERS, Oracle, difference, save_adapter
+from support.adapters import ADAPTERS, TABLES, Oracle, difference, save_adapter
 from support.serving import get, served
 from support.tiny_model import SMALL, write_tiny_model
 
@@ -238,6 +239,36 @@ def test_steps_without_adapters_cost_what_they_did(llm: LLM, requests: Any):
         assert ran[-1]
     finally:
         del programs.forward
+
+
+def test_embeddings_and_heads_of_adapters(model: Path, tmp_path: Path):
+    """Whole ones and changes, of tokens to come and of those of the prompt; more adapters than there are slots."""
+    each = enumerate(TABLES.items())
+    adapters = {name: save_adapter(model, tmp_path / name, seed=seed, **config) for seed, (name, config) in each}
+    oracle = Oracle(model, adapters)
+    requests = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), 1)}
+    names: list[str | None] = [None, *adapters]
+    names = [names[(i * 2) % len(names)] for i in range(10)]
+    params = dataclasses.replace(PARAMS, prompt_logprobs=0)
+    with LLM(model, **ARGUMENTS, lora_embeddings=True) as llm:
+        prompts = [f"prompt {i}" * (1 + i % 4) for i in range(len(names))]
+        loras = [None if name is None else requests[name] for name in names]
+        outputs = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+        for name, output in zip(names, outputs, strict=True):
+            assert difference(oracle, name, output) < 1e-4
+            assert name is None or difference(oracle, None, output) > 0.1
+            prompt, scored = output.prompt_token_ids or [], output.prompt_logprobs or []
+            theirs = oracle.logprobs(name, prompt[:1], prompt[1:])
+            ours = [(entry or {})[token].logprob for token, entry in zip(prompt[1:], scored[1:], strict=True)]
+            assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+        runner: Any = llm.engine.runner
+        own = sum(stacks.num_bytes for stacks in runner._adapters)
+        assert llm.memory_plan.adapter_bytes == own * 3 // 2 > 2 * 2 * 257 * 64 * 4
+        folder = tmp_path / "other words"
+        shutil.copytree(adapters["a head"], folder)
+        _tensors(folder, lambda t: {n: np.repeat(a, 2, axis=0) if "lm_head" in n else a for n, a in t.items()})
+        with pytest.raises(ValidationError, match="Its 257 added tokens are not supported"):
+            llm.generate("x", PARAMS, lora_request=LoRARequest("other", 9, folder), use_tqdm=False)
 
 
 def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests: Any):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,28 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+#: those with embeddings and heads of their own
+TABLES: dict[str, dict[str, Any]] = {
+    "attention": ADAPTERS["attention"],
+    "whole tables": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "changed tables": {"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "a head": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
 def save_adapter(model: Path, folder: Path, *, seed: int = 0, **config: Any) -> Path:
-    """Save an adapter of a model with random A and B; returns its folder."""
+    """Save an adapter of a model with random A and B, and tables that are not the model's; returns its folder."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(init_lora_weights=False, **config))
-    adapted.save_pretrained(str(folder))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".modules_to_save." in name:
+                parameter += 0.3 * parameter.std() * torch.randn(parameter.shape)
+    with warnings.catch_warnings():
+        # that it saves embeddings, too, where they are changed
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(str(folder))
     return folder
 
 
@@ -41,26 +58,18 @@ class Oracle:
     """
 
     def __init__(self, model: Path, adapters: dict[str, Path]):
-        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._model: Any = base
+        def base() -> Any:
+            return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+        # each of its own: PEFT does not put a change of an embedding beside a whole one
+        self._models: dict[str | None, Any] = {None: base()}
         for name, folder in adapters.items():
-            key = name.replace(" ", "_")
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(str(folder), key)
-            else:
-                self._model = PeftModel.from_pretrained(base, str(folder), key)
-        self._model.eval()
+            self._models[name] = PeftModel.from_pretrained(base(), str(folder)).eval()
 
     @torch.no_grad()
     def logprobs(self, name: str | None, prompt: Sequence[int], outputs: Sequence[int]) -> list[float]:
         """Of each output token, with an adapter or (None) without."""
-        ids = torch.tensor([[*prompt, *outputs]])
-        if name is None:
-            with self._model.disable_adapter():
-                scores = self._model(ids).logits
-        else:
-            self._model.set_adapter(name.replace(" ", "_"))
-            scores = self._model(ids).logits
+        scores = self._models[name](torch.tensor([[*prompt, *outputs]])).logits
         found = torch.log_softmax(scores[0].double(), -1)
         return [found[len(prompt) - 1 + i, token].item() for i, token in enumerate(outputs)]
 

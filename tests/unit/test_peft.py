@@ -10,17 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.config.lora import LoRAConfig
-from jaxllm.models.adapters import Module
-from jaxllm.weights.peft import PeftReader
+from jaxllm.models.adapters import EMBEDDING, HEAD, Module, Table
+from jaxllm.weights.peft import OwnTable, PeftReader
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIG = LoRAConfig(max_loras=1, max_lora_rank=8, max_cpu_loras=1, dtype="float32")
-READER = PeftReader({MODULE: Module(6, 5, ())}, "model.", CONFIG)
+TABLES = {"model.embed_tokens": Table(EMBEDDING, (9, 5)), "lm_head": Table(HEAD, (9, 5))}
+
+
+def reader_of(**config: Any) -> PeftReader:
+    return PeftReader({MODULE: Module(6, 5, ())}, TABLES, "model.", dataclasses.replace(CONFIG, **config), "bfloat16")
+
+
+READER = reader_of()
 A, B = np.full((2, 5), 3.0, np.float32), np.full((6, 2), 7.0, np.float32)
 
 
@@ -38,7 +45,9 @@ def test_other_files_of_the_folder_are_none_of_the_adapters(tmp_path: Path):
     for name in ("model.safetensors", "optimizer.safetensors"):
         save_file({"model.embed_tokens.weight": A}, tmp_path / name)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    ((a, b),) = READER.open(request).read().values()
+    (found,) = READER.open(request).read().values()
+    assert not isinstance(found, OwnTable)
+    a, b = found
     np.testing.assert_array_equal(a, A)
     np.testing.assert_array_equal(b, B)
 
@@ -111,8 +120,58 @@ def test_a_copy_with_its_originals_time_and_other_shapes_is_not_read(tmp_path: P
 def test_numbers_that_would_not_be_finite_on_the_device(tmp_path: Path, dtype: str, half: str, number: float):
     matrices = {"a": A.copy(), "b": B.copy()}
     matrices[half][0, 0] = number
-    reader = PeftReader({MODULE: Module(6, 5, ())}, "model.", dataclasses.replace(CONFIG, dtype=dtype))
+    reader = reader_of(dtype=dtype)
     files = reader.open(write(tmp_path, **matrices))
     said = f"lora_{half.upper()} of .*q_proj' has numbers that are not finite, or not in {dtype}"
     with pytest.raises(ValidationError, match=said):
         files.read()
+
+
+def with_tensors(folder: Path, tensors: dict[str, np.ndarray], **config: Any) -> LoRARequest:
+    """An adapter that has these, too."""
+    request = write(folder, **config)
+    file = folder / "adapter_model.safetensors"
+    more = {f"base_model.model.{name}": array for name, array in tensors.items()}
+    save_file({**load_file(file), **more}, file)
+    return request
+
+
+def test_tables_whole_and_changed(tmp_path: Path):
+    table = np.arange(45, dtype=np.float32).reshape(9, 5)
+    of_embedding = {
+        "lora_embedding_A": np.full((2, 9), 2.0, np.float32),
+        "lora_embedding_B": np.ones((5, 2), np.float32),
+    }
+    tensors = {f"model.embed_tokens.{name}": array for name, array in of_embedding.items()}
+    # PEFT saves what an embedding was before it was changed, too
+    tensors |= {"model.embed_tokens.base_layer.weight": table, "lm_head.weight": table + 1}
+    found = reader_of(has_tables=True).open(with_tensors(tmp_path, tensors, lora_alpha=6)).read()
+    embedding, head = found["model.embed_tokens"], found["lm_head"]
+    assert isinstance(embedding, OwnTable) and isinstance(head, OwnTable) and len(found) == 3
+    assert embedding.whole is not None and embedding.rows is not None and embedding.columns is not None
+    # 6 / 2 times B @ A, which is 2 * 2 everywhere
+    np.testing.assert_array_equal(embedding.whole + embedding.rows @ embedding.columns, table + 12)
+    np.testing.assert_array_equal(head.whole, table + 1)
+    assert head.rows is head.columns is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "has_tables", "said"),
+    [
+        ({"lm_head.weight": np.ones((9, 5), np.float32)}, {}, False, "lm_head.*Set lora_embeddings=True"),
+        ({}, {"modules_to_save": ["embed_tokens"]}, False, "embed_tokens.*Set lora_embeddings=True"),
+        ({}, {"modules_to_save": ["lm_head", "score"]}, True, "has 'score', which is not supported.*embed_tokens"),
+        ({"lm_head.weight": np.ones((11, 5), np.float32)}, {}, True, "Its 2 added tokens are not supported"),
+        ({"lm_head.weight": np.ones((9, 4), np.float32)}, {}, True, r"is of \[9, 4\], and the model's is \[9, 5\]"),
+        (
+            {"lm_head.lora_A.weight": np.ones((2, 5), np.float32)},
+            {},
+            True,
+            "one of lora_A and lora_B, and not the other",
+        ),
+        ({"model.norm.weight": np.ones(5, np.float32)}, {}, True, "the tensor .*norm.weight' is not supported"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path: Path, tensors: dict, config: dict, has_tables: bool, said: str):
+    with pytest.raises(ValidationError, match=said):
+        reader_of(has_tables=has_tables).open(with_tensors(tmp_path, tensors, **config))

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.resolve import resolve
 
@@ -52,6 +55,18 @@ def _decoder(folder: Path, head: Any, kind: str, config: dict[str, Any]) -> None
     tokenizer.save_pretrained(folder)
 
 
+def adapter(folder: Path) -> None:
+    """A LoRA of the two above, in PEFT's format."""
+    draw, size, rank, tensors = np.random.default_rng(0), SIZES["hidden_size"], 8, {}
+    for layer in range(SIZES["num_hidden_layers"]):
+        for module in ("q_proj", "v_proj"):
+            for half, shape in (("A", (rank, size)), ("B", (size, rank))):
+                name = f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_{half}.weight"
+                tensors[name] = 0.1 * draw.standard_normal(shape, np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+
+
 def embedder(folder: Path, **config: Any) -> None:
     """all-MiniLM-L6-v2 itself, which is small; `config` changes its config.json."""
     shutil.copytree(resolve("all-minilm-l6-v2"), folder, dirs_exist_ok=True)
@@ -81,7 +96,9 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
             "lmsys/longchat-13b-16k",
             "meta-llama/Llama-2-13b-chat-hf",
             "meta-llama/Llama-3.1-8B-Instruct",
+            "huggyllama/llama-7b",
             "meta-llama/Llama-3.2-1B-Instruct",
+            "meta-llama/Llama-3.2-3B-Instruct",
             "mistralai/Mistral-7B-Instruct-v0.3",
         ),
         lambda folder: causal(folder, "llama"),
@@ -95,6 +112,14 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "internlm/internlm2-1_8b-reward": lambda folder: classifier(folder, "llama", num_labels=1),
     "nvidia/llama-nemotron-rerank-1b-v2": lambda folder: classifier(folder, "llama", num_labels=1),
     "boltuix/NeuroBERT-NER": lambda folder: classifier(folder, "qwen3", num_labels=5),
+    **dict.fromkeys(
+        (
+            "AmirMohseni/skywork-qwen3-0.6b-reward-lora",
+            "jeeejeee/llama32-3b-text2sql-spider",
+            "timdettmers/qlora-flan-7b",
+        ),
+        adapter,
+    ),
     "BAAI/bge-reranker-v2-m3": cross_encoder,
     **dict.fromkeys(
         ("intfloat/e5-small", "intfloat/multilingual-e5-small", "BAAI/bge-m3", "jinaai/jina-reranker-v3"), embedder

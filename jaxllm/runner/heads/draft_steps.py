@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import (
@@ -210,6 +210,7 @@ def draft_steps(
             outputs=loop.state.outputs,
             most=jnp.where(is_given, 0, most),
             behind=loop.behind,
+            rope_offsets=fields.get("rope_offsets"),
             sample=sample_of,
         )
         look, counts = drafter.look(asked)
@@ -326,7 +327,8 @@ def catch_up(
     behind = jnp.where(row < trash, state.drafting[row, -1], 0)
     attention, positions = attention_batch(fields, bucket), fields["positions"]
     cache: Any = state.draft_cache
-    cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind)
+    offsets = fields.get("rope_offsets")
+    cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind, offsets)
     return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(0))
 
 

@@ -72,8 +72,12 @@ def _step_fields(
     }
 
 
-def sample_packing(max_num_seqs: int, num_extra_args: int) -> Packing:
-    """What `sampling_step.sample_step` reads; entry i is the i-th sampled token. One layout for all buckets."""
-    per_row = dict.fromkeys(("rows", "positions", *FLOATS, *INTS), (max_num_seqs,))
+def sample_packing(max_num_seqs: int, num_extra_args: int, *, own_heads: bool = False) -> Packing:
+    """What `sampling_step.sample_step` reads; entry i is the i-th sampled token. One layout for all buckets.
+
+    Args:
+        own_heads: whether each row says which adapter's head it may have: one more than its slot, 0 for none.
+    """
+    per_row = dict.fromkeys(("rows", "positions", *FLOATS, *INTS, *(("adapters",) * own_heads)), (max_num_seqs,))
     extra = {"extra_args": (max_num_seqs, num_extra_args)}
     return Packing({"num_samples": (), **dict.fromkeys(FLAGS, ()), **per_row, **extra}, floats=FLOAT_FIELDS)

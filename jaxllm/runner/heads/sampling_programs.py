@@ -16,12 +16,12 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
-from jaxllm.models.adapters import Stacks
+from jaxllm.models.adapters import Stacks, with_own_heads
 from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compile.encoder import EncoderPrograms, Normalization
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -77,6 +77,7 @@ class SamplingPrograms(Programs):
         decode_buckets: tuple[Bucket, ...] = (),
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
+        media: MediaFields | None = None,
         encoder_buckets: tuple[int, ...] = (),
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
@@ -89,16 +90,12 @@ class SamplingPrograms(Programs):
             decode_buckets: those that have such programs.
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
-            encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
-            pixel_normal: what these take of pixels.
             num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
+            media: what steps bring of pictures; None: there are none.
+            platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
-        media = None
-        if encoder_buckets:
-            media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         if num_rows is None:
             num_rows = state.tokens.shape[0] - 1
@@ -108,7 +105,8 @@ class SamplingPrograms(Programs):
             self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
-        several = num_decode_steps, num_draft_steps, encoder_buckets, pixel_normal, num_rows, self._sample_rows[-1]
+        pictures = media, encoder_buckets, pixel_normal
+        several = num_decode_steps, num_draft_steps, *pictures, num_rows, self._sample_rows[-1]
         super().__init__(
             packings,
             state,
@@ -124,13 +122,7 @@ class SamplingPrograms(Programs):
         self.config = config = dataclasses.replace(
             config, on_cpu=on_cpu, fixed_sample_rows=None if on_cpu else SAMPLE_ROWS_GPU[-1]
         )
-        if params.vision is not None:
-            cache: Any = state.encoded
-            assert config.model.vision is not None
-            args = config.model.vision, pixel_normal, encoder_buckets, params.vision, cache
-            self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
-        self._vision = params.vision
-        self._params = params = dataclasses.replace(params, vision=None)
+        self._params = params = self._with_encoder(params, encoder_buckets, pixel_normal)
         #: whether a single row has products of its own (`layers.stacked_matrix`)
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
@@ -158,14 +150,13 @@ class SamplingPrograms(Programs):
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
         #: that there is room for
         self.max_num_seqs = num_rows
-        self.sample_packing = sample_packing(self.max_num_seqs, len(extra_arg_defaults(config.processors)))
+        #: whether adapters may have heads, and samplers know whose each row is
+        self.has_own_heads = adapters is not None and adapters.tables is not None
+        self.sample_packing = sample_packing(
+            self.max_num_seqs, len(extra_arg_defaults(config.processors)), own_heads=self.has_own_heads
+        )
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
-
-    @property
-    def param_shardings(self) -> Any:
-        vision = jax.tree.map(lambda shape: shape.sharding, self._vision)
-        return dataclasses.replace(super().param_shardings, vision=vision)
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -220,7 +211,7 @@ class SamplingPrograms(Programs):
         packing = self.sample_packing
         function = functools.partial(sample_step, self.config, rows, packing)
         hidden = self._hidden(self.max_num_seqs)
-        head = self.head_params(self._params)
+        head = with_own_heads(self.head_params(self._params), self.adapters)
         words = self._words(packing.size)
         return self._lowered(function, head, self._state.tokens, hidden, words, self._constraints(full), donate=1)
 
@@ -274,10 +265,15 @@ class SamplingPrograms(Programs):
         return self._lowered(function, params, self._state, words, donate=1, out=self._state_specs)
 
     def lower_scorer(self) -> jax.stages.Lowered:
-        capacity = self.config.max_scored_tokens
         function = functools.partial(score_step, self.config, self._sample_rows[-1])
-        hidden = self._hidden(capacity)
-        return self._lowered(function, self.head_params(self._params), hidden, self._words(1 + capacity))
+        hidden, head = self._hidden(self.config.max_scored_tokens), self.head_params(self._params)
+        words = self._words(self.num_target_words)
+        return self._lowered(function, with_own_heads(head, self.adapters), hidden, words)
+
+    @property
+    def num_target_words(self) -> int:
+        """Of what `score_step` takes."""
+        return 1 + self.config.max_scored_tokens * (1 + self.has_own_heads)
 
     def lower_writer(self) -> jax.stages.Lowered:
         return self._lowered(write_tokens, self._state.tokens, self._words(3 + WRITE_TOKENS), donate=0)

@@ -63,7 +63,9 @@ class SamplingRows:
     def __init__(self, programs: SamplingPrograms):
         config, max_num_seqs = programs.config, programs.max_num_seqs
         self._shape = ConstraintShape(config.model.vocab_size)
-        self._max_scored_tokens = config.max_scored_tokens
+        self._max_scored_tokens, self._num_target_words = config.max_scored_tokens, programs.num_target_words
+        #: of each row, one more than the slot of its adapter; None: samplers need not know it
+        self._adapters = np.zeros(max_num_seqs, np.int32) if programs.has_own_heads else None
         self._sample_packing = programs.sample_packing
         self._check_costs = programs.check_costs
         #: of a launch with drafts, of one request
@@ -96,6 +98,8 @@ class SamplingRows:
         self._ints["top_k"][row] = max(params.top_k, 0)
         self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
         self._ints["prompt_length"][row] = request.num_prompt_tokens
+        if self._adapters is not None:
+            self._adapters[row] = 1 + request.adapter_slot
         self._logprobs[row] = params.num_logprobs is not None
         given = params.extra_args or {}
         self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
@@ -240,6 +244,8 @@ class SamplingRows:
         fields["rows"][:count] = rows
         fields["positions"][:count] = positions
         fields.together((*FLOATS, *INTS))[:, :count] = self._parameters[:, rows]
+        if self._adapters is not None:
+            fields["adapters"][:count] = self._adapters[rows]
         if self._extra_defaults:
             fields["extra_args"][:count] = self._extra_args[rows]
         if packed.full:
@@ -256,7 +262,7 @@ class SamplingRows:
             known: tokens of each row.
             wanted, scored: int [n], of each sequence.
         """
-        targets = np.zeros(1 + self._max_scored_tokens, np.int32)
+        targets = np.zeros(self._num_target_words, np.int32)
         counts = np.zeros_like(scored)
         counts[found.order] = scored
         first, position, done = (found.end - wanted).tolist(), (found.lengths - wanted + 1).tolist(), 0
@@ -265,6 +271,9 @@ class SamplingRows:
             tokens[done : done + count] = np.arange(first[seq], first[seq] + count)
             follows = known[int(found.rows[seq])][position[seq] : position[seq] + count]
             targets[1 + done : 1 + done + count] = follows
+            if self._adapters is not None:
+                behind = 1 + self._max_scored_tokens
+                targets[behind + done : behind + done + count] = self._adapters[int(found.rows[seq])]
             done += count
         targets[0] = done
         return targets, counts.tolist()

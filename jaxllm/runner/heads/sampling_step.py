@@ -12,14 +12,14 @@ from jaxllm.api.logits_processor import LogitsProcessor
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.engine.step import EMBEDDED
-from jaxllm.layers.adapted import with_slots
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
-from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.runner.packing import Packing, step_attention, with_pictures
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
@@ -126,15 +126,10 @@ def forward_step(
     fields = packing.unpack(buffer)
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
-    attention = attention_batch(fields, bucket)
-    if "picture_ends" in fields and not bucket.decode_only:
-        seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)
-        attention = dataclasses.replace(attention, seen_to=seen_to)
-    tokens, batch = step_tokens(config, state.tokens, fields, attention)
-    if state.encoded is not None:
-        batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
-    elif embeddings is not None:
+    tokens, batch = step_tokens(config, state.tokens, fields, step_attention(fields, bucket))
+    if embeddings is not None:
         batch = dataclasses.replace(batch, embeddings=embeddings)
+    batch = with_pictures(batch, fields, state.encoded)
     state, hidden, load, _ = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
@@ -181,12 +176,7 @@ def step_tokens(
         tokens = tokens.at[jnp.where(embedded, rows, trash), attention.positions].set(EMBEDDED)
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
-    batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
-    if "encoded_rows" in fields:
-        batch = dataclasses.replace(batch, embedded=fields["encoded_rows"] > 0)
-    if "rope_offsets" in fields:
-        batch = dataclasses.replace(batch, rope_positions=attention.positions + fields["rope_offsets"])
-    return tokens, batch
+    return tokens, StepBatch(tokens=ids, attention=attention, embedded=embedded)
 
 
 def wanted_rows(config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], hidden: jax.Array) -> Hidden:
@@ -260,7 +250,10 @@ def sample_rows(
         if rows == 1 < capacity and config.fixed_sample_rows is not None:
             # XLA:GPU of JAX 0.10 takes the slice into the product with the head, and cannot compile that of one row
             wanted = lax.optimization_barrier(wanted)
-        scores = _scores_of_some(config, params, wanted, fields["num_samples"])
+        slots = None
+        if "adapters" in fields:
+            slots = lax.dynamic_slice_in_dim(fields["adapters"], first, rows) - 1
+        scores = _scores_of_some(config, params, wanted, fields["num_samples"], slots)
         if constraints is None:
             new = Sampled(token_ids=sample_greedy(scores), logprobs=None)
         else:
@@ -286,20 +279,23 @@ def sample_rows(
     return tokens.at[row, fields["positions"]].set(out.token_ids, mode="drop"), out
 
 
-def _scores(config: StepConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    return logits(config.context, config.model, params, hidden)
+def _scores(config: StepConfig, params: Params, hidden: jax.Array, slots: jax.Array | None) -> jax.Array:
+    return logits(config.context, config.model, params, hidden, slots)
 
 
-def _scores_of_some(config: StepConfig, params: Params, hidden: jax.Array, num_samples: jax.Array) -> jax.Array:
+def _scores_of_some(
+    config: StepConfig, params: Params, hidden: jax.Array, num_samples: jax.Array, slots: jax.Array | None
+) -> jax.Array:
     """`_scores`, where a single sample may have a product of its own, and the other rows are zeros: so one program
     serves one sample and several.
     """
 
     def single(hidden: jax.Array) -> jax.Array:
-        return jnp.pad(_scores(config, params, hidden[:1]), ((0, hidden.shape[0] - 1), (0, 0)))
+        first = None if slots is None else slots[:1]
+        return jnp.pad(_scores(config, params, hidden[:1], first), ((0, hidden.shape[0] - 1), (0, 0)))
 
     def every(hidden: jax.Array) -> jax.Array:
-        return _scores(config, params, hidden)
+        return _scores(config, params, hidden, slots)
 
     if hidden.shape[0] == 1 or config.fixed_sample_rows is not None:
         return every(hidden)
@@ -336,7 +332,8 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
     Args:
         config, rows (of a block): static.
         hidden: [E, d], `Hidden.scored`.
-        targets: int32 [1 + E]: how many rows count, then the token that follows each.
+        targets: int32 [1 + E]: how many rows count, then the token that follows each; where adapters may have heads,
+            [1 + 2 E], then one more than the slot of each.
 
     Returns:
         [E, ...]: `sampled` and `rank` are the target's.
@@ -350,7 +347,10 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
 
     def block(i: jax.Array, out: Logprobs) -> Logprobs:
         first = jnp.minimum(i * rows, capacity - rows)
-        scores = to_blocks(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows)))
+        slots = None
+        if targets.shape[0] > 1 + capacity:
+            slots = lax.dynamic_slice_in_dim(targets, 1 + capacity + first, rows) - 1
+        scores = to_blocks(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows), slots))
         target = lax.dynamic_slice_in_dim(targets, 1 + first, rows)
         new = by_platform(config.on_cpu, lambda *args: in_blocks(gather, *args), gather, scores, target)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
