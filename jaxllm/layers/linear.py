@@ -87,8 +87,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
 
 
 def _is_dense(context: Context, x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `dense_matmul` has a kernel for it, which takes any number of rows, and adds up each alike."""
-    return has_dense_kernel(context.backend, weight) and x.ndim == 2 and x.dtype == weight.dtype
+    """Whether `dense_matmul` has a kernel for it."""
+    return x.ndim == 2 and x.dtype == weight.dtype and has_dense_kernel(context.backend, weight, rows=len(x))
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:

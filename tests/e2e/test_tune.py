@@ -289,6 +289,21 @@ def test_nothing_keeps_the_constraint(model: Path, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["feasible"] is False
 
 
+@pytest.mark.thorough
+def test_the_command_on_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Steps of every size calibrate the simulator, and engines with weights are measured."""
+    words = ["tune", str(model), "--dataset-name", "random", "--num-prompts", "6", "--input-len", "24", "--output-len",
+             "6", "--num-trials", "6", "--num-measured", "1", "--rounds", "1", "--output", str(tmp_path / "out"),
+             "--skip-tokenizer-init", "--max-model-len", "64", "--max-num-batched-tokens", "64", "--block-size", "16",
+             "--kv-cache-dtype", "auto", "--num-decode-steps", "1", "--enforce-eager"]  # fmt: skip
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "best, measured: " in out and "config.yaml (--config takes it)" in out
+    steps = json.loads((tmp_path / "out" / "defaults.steps.json").read_text())["steps"]
+    assert len({step["bucket_tokens"] for step in steps}) > 1
+    assert load_config(tmp_path / "out" / "config.yaml")["enforce_eager"] is True
+
+
 def test_bad_questions(model: Path, monkeypatch: pytest.MonkeyPatch):
     workload = requests_at(0.0, count=4, prompt=100, output=20)
     with pytest.raises(ValidationError, match="max_model_len=64 is held fixed.* at least 120"):
