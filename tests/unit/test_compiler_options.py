@@ -29,7 +29,7 @@ def rows() -> jax.Array:
 
 @pytest.mark.parametrize("options", [CPU_OPTIONS, {**CPU_OPTIONS, **CPU_HEAD_OPTIONS}], ids=["layers", "head"])
 def test_sums_of_fused_products_are_right(rows: jax.Array, options: dict[str, Any]):
-    program = jax.jit(squares).lower(rows).compile(compiler_options={**THOROUGH, **options})
+    program = jax.jit(squares).lower(rows).compile(compiler_options=dict[str, Any](THOROUGH | options))
     assert float(program(rows)[-1]) == 2.0**30
 
 
