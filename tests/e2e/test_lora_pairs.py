@@ -47,7 +47,10 @@ def test_the_settings_were_at_work(found: dict[str, Any]):
 #: what adapters do not go with -> what is said
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tables and drafts": (
-        {"lora_embeddings": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 1}},
+        {
+            **{"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}, "enforce_eager": False},
+            "lora_embeddings": True,
+        },
         "lora_embeddings=True and a speculative_config: nobody has seen",
     ),
     "offloaded weights": ({"cpu_offload_gb": 1}, "enable_lora=True with cpu_offload_gb=1: layers on the host"),
@@ -59,4 +62,4 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_adapters_are_refused_with(tmp_path: Path, name: str):
     arguments, said = REFUSED[name]
     with pytest.raises(ValidationError, match=said):
-        LLM(write_tiny_model(tmp_path), **SMALL, enable_lora=True, **arguments)
+        LLM(write_tiny_model(tmp_path), **{**SMALL, **arguments}, enable_lora=True)
