@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.autotuning.capacity import Planner
+from jaxllm.autotuning.capacity import Capacity, Planner, quiet
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.result import TuningResult
 from jaxllm.autotuning.tuner import Tuner
@@ -16,6 +18,7 @@ from jaxllm.config.devices import gpu_named
 from jaxllm.config.log import show_log
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.planning.api import HERE
+from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
 from jaxllm.tuning.simulation.workload_file import read_workload
 
@@ -120,7 +123,19 @@ def _described_here(planner: Planner) -> str:
 
 def _absent(planner: Planner, device: str) -> dict[str, Any]:
     """What a search for a device that is not there has in place of measurements."""
-    raise ValidationError(
-        f"device={device!r}: engines of {planner.model} on devices that are not there cannot be simulated yet. Leave "
-        "device out: it is this machine's then."
-    )
+    from jaxllm.tuning.simulation.absent import absent_engine
+    from jaxllm.tuning.simulation.roofline_steps import BEST
+
+    @functools.cache
+    def steps(key: str) -> Any:
+        given = {name: value for name, value in json.loads(key).items() if name != "data_parallel_size"}
+        with quiet():
+            return absent_engine(planner.model, device=device, **{**planner.fixed, **given})[1]
+
+    def step_times(capacity: Capacity) -> StepTimes:
+        return steps(json.dumps(dict(capacity.arguments), sort_keys=True))
+
+    def fastest(capacity: Capacity) -> StepTimes:
+        return steps(json.dumps(dict(capacity.arguments), sort_keys=True)).with_efficiency(BEST)
+
+    return {"step_times": step_times, "fastest_steps": fastest}

@@ -176,7 +176,8 @@ class Goals:
         return ", ".join([shown, *(f"{_heading(key)} {_shown(key, numbers[key])}" for key in keys)])
 
     def __str__(self) -> str:
-        bounds = ", ".join(map(str, self.constraints))
+        each = [str(one) if one in self.held else str(one).removeprefix(f"{DEFAULT_RANK} ") for one in self.constraints]
+        bounds = ", ".join(each)
         return f"{self.objective}{f' with {bounds}' if bounds else ''}"
 
 

@@ -19,6 +19,8 @@ MOST_CPU_TOKENS, MOST_GPU_TOKENS = 2048, 32768
 FEWEST_TOKENS, FEWEST_SEQS = 32, 2
 #: arguments that decide how the model is spread over devices
 GRID = TENSOR, STAGES, DATA = "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
+#: the knob of `TENSOR` and `DATA`, whose values are mappings
+SPLIT = "parallelism"
 #: what drafts are measured with, where a workload has real prompts
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3}
 _HOLDS = "the KV cache holds the whole workload at once; more of it would stay empty"
@@ -32,7 +34,7 @@ CACHE_SIZES = ("kv_cache_memory_bytes", "num_gpu_blocks_override")
 class Knob:
     """One argument, or several that only have values together."""
 
-    #: the argument's; "parallelism" of `TENSOR` and `DATA`
+    #: the argument's; `SPLIT` stands for two
     name: str
     #: in an order in which neighbours are alike; of several arguments, a mapping each
     values: tuple[Any, ...]
@@ -47,10 +49,10 @@ class Knob:
         """The engine arguments of a value; {}: the default needs none."""
         if value == self.default:
             return {}
-        return dict(value) if isinstance(value, Mapping) else {self.name: value}
+        return dict(value) if self.name == SPLIT else {self.name: value}
 
     def shown(self, value: Any) -> str:
-        if isinstance(value, Mapping):
+        if self.name == SPLIT:
             return ", ".join(f"{name}={number}" for name, number in value.items()) or "one device"
         return str(value)
 
@@ -80,7 +82,7 @@ class Space:
         """The knobs' values of such arguments."""
         found = {}
         for knob in self.all_knobs:
-            if isinstance(knob.default, Mapping):
+            if knob.name == SPLIT:
                 own = {name: value for name, value in arguments.items() if name in (TENSOR, DATA)}
                 found[knob.name] = own if own else knob.default
             else:
@@ -105,7 +107,7 @@ class Space:
         left: dict[str, str] = {}
         knobs = []
         for name, found in _candidates(planner, workload):
-            if name in planner.fixed or (name == "parallelism" and any(each in planner.fixed for each in GRID)):
+            if name in planner.fixed or (name == SPLIT and any(each in planner.fixed for each in GRID)):
                 left[name] = "you hold it fixed"
             elif isinstance(found, str):
                 left[name] = found
@@ -214,7 +216,7 @@ def _candidates(planner: Planner, workload: Workload) -> Iterator[tuple[str, Kno
                 why="several tokens of each request in one launch save the host's time, where nobody waits",
             ),
         )
-    yield "parallelism", _grid(planner)
+    yield SPLIT, _grid(planner)
     yield STAGES, _stages(planner)
     if planner.gpu is not None or not all(known_tokens(request) is not None for request in workload.requests):
         where = "nothing is measured" if planner.gpu is not None else "the workload has lengths and no prompts"
@@ -285,7 +287,7 @@ def _grid(planner: Planner) -> Knob | str:
     if len(values) < 2:
         return "the model cannot be split over the devices that there are"
     return Knob(
-        name="parallelism",
+        name=SPLIT,
         values=values,
         default=values[0],
         why="tensor parallelism shortens every step and exchanges within it; replicas exchange nothing, and each has "

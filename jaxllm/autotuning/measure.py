@@ -17,6 +17,7 @@ from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
 from jaxllm.llm_engine import LLMEngine
 from jaxllm.runner.memory.plan import MemoryPlan
+from jaxllm.tuning.simulation.measure import run_steps
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 from jaxllm.tuning.simulation.workload import Workload
 
@@ -28,11 +29,16 @@ class MeasuredRun:
     run: SimulatedRun
     trace: Trace
     plan: MemoryPlan
+    #: of steps of every size (`tuning.simulation.measure`); None: they were not asked for
+    steps: Trace | None = None
 
 
-def measure(model: Any, arguments: Mapping[str, Any], workload: Workload) -> MeasuredRun:
+def measure(model: Any, arguments: Mapping[str, Any], workload: Workload, *, with_steps: bool = False) -> MeasuredRun:
     """Start an engine, run the workload, and end the engine. Programs that an engine before has compiled are found in
     the compile cache.
+
+    Args:
+        with_steps: run steps of every size behind it, which takes some seconds.
 
     Raises:
         ValidationError: there is no such engine.
@@ -44,12 +50,16 @@ def measure(model: Any, arguments: Mapping[str, Any], workload: Workload) -> Mea
         first = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0, detokenize=False)
         llm.generate({"prompt_token_ids": ids[:8]}, first, use_tqdm=False)
         llm.reset_prefix_cache()
-        return MeasuredRun(plan=llm.memory_plan, **_replay(LLMEngine(llm), prompts, workload))
+        found = _replay(LLMEngine(llm), prompts, workload)
+        # without a model, steps of all sizes take no time
+        has_steps = with_steps and llm.engine.args.load_format != "null"
+        return MeasuredRun(plan=llm.memory_plan, steps=run_steps(llm) if has_steps else None, **found)
 
 
 def _replay(engine: LLMEngine, prompts: list[list[int]], workload: Workload) -> dict[str, Any]:
     """The run and its trace."""
     requests, is_streamed = workload.requests, streams(workload)
+    limit = workload.max_concurrency or len(requests)
     kind = RequestOutputKind.DELTA if is_streamed else RequestOutputKind.FINAL_ONLY
     first = requests[0].arrival
     due = np.array([request.arrival - first for request in requests])
@@ -62,6 +72,11 @@ def _replay(engine: LLMEngine, prompts: list[list[int]], workload: Workload) -> 
         while coming < len(requests) or engine.has_unfinished_requests():
             now = time.monotonic() - began
             while coming < len(requests) and due[coming] <= now:
+                if engine.get_num_unfinished_requests() >= limit:
+                    break
+                if workload.max_concurrency:
+                    # it is sent when there is room for it, and its time begins then
+                    due[coming] = now
                 params = SamplingParams(
                     max_tokens=requests[coming].num_output_tokens,
                     ignore_eos=True,

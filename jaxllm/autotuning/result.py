@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.knob import Knob, Space
-from jaxllm.autotuning.trials import Trial
+from jaxllm.autotuning.trials import UNTRIED, Trial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class Effect:
         """The effect, in half a sentence."""
         default = self.knob.shown(self.knob.default)
         how = "measured" if self.is_measured else "simulated"
+        if self.problem == UNTRIED:
+            return f"nobody has tried the default ({default}) with the other values"
         if self.without is None:
             return f"with the default ({default}) there is no such engine: {self.problem.split('. ')[0]}"
         missed = goals.excess(self.without)

@@ -12,6 +12,8 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 
 SIMULATED, MEASURED = "simulated", "measured"
+#: in place of a problem
+UNTRIED = "it was not tried"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

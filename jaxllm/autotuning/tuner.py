@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast, StepTimesOf
@@ -17,7 +19,7 @@ from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_gr
 from jaxllm.autotuning.measure import measure
 from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text, medians
 from jaxllm.autotuning.search import AS_GOOD, Search, optuna
-from jaxllm.autotuning.trials import MEASURED, Journal, Trial, key_of
+from jaxllm.autotuning.trials import MEASURED, UNTRIED, Journal, Trial, key_of
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.runner.memory.fit import DoesNotFitError
 from jaxllm.tuning.simulation.fitted_steps import FittedSteps
@@ -92,6 +94,7 @@ class Tuner:
             self._best = self._best_so_far()
             if self._best is None:
                 raise
+            self._effects = self._known_effects()
         return self._result(interrupted=interrupted)
 
     def _best_so_far(self) -> Trial | None:
@@ -172,20 +175,23 @@ class Tuner:
 
     def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
         name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
-        path = None if self.folder is None else self.folder / f"{name}.trace.json"
-        if path is not None and path.exists() and self.journal.measured(arguments):
-            trace = read_trace(path)
+        paths = [None if self.folder is None else self.folder / f"{name}.{kind}.json" for kind in ("trace", "steps")]
+        if self.journal.measured(arguments) and paths[0] is not None and paths[0].exists():
+            traces = [read_trace(path) for path in paths if path is not None and path.exists()]
         else:
             with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
-                found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
+                fixed = self.planner.fixed
+                found = measure(self.planner.model, {**fixed, **arguments}, self.workload, with_steps=True)
                 bar.update()
-            trace = found.trace
-            if path is not None:
-                trace.save(path)
+            traces = [found.trace] if found.steps is None else [found.trace, found.steps]
+            for trace, path in zip(traces, paths, strict=False):
+                if path is not None:
+                    trace.save(path)
             self._keep_measured(arguments, found, 1)
-        if trace.settings is not None:
-            self.planner.learn(trace.settings)
-        return FittedSteps.of(trace.arrays())
+        if traces[0].settings is not None:
+            self.planner.learn(traces[0].settings)
+        columns = [trace.arrays() for trace in traces]
+        return FittedSteps.of({name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
@@ -232,7 +238,7 @@ class Tuner:
             trial = self.journal.simulated(without)
             if trial is None:
                 trial = forecast(without)
-                if trial.problem != _UNTRIED:
+                if trial.problem != UNTRIED:
                     self.journal.add(trial)
             gain = 0.0
             if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
@@ -268,7 +274,7 @@ class Tuner:
         possible = [
             without
             for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
-            if not effect.problem or effect.problem == _UNTRIED
+            if not effect.problem or effect.problem == UNTRIED
         ]
         known = set(map(key_of, wanted))
         if not known.issuperset(map(key_of, possible)):
@@ -277,8 +283,7 @@ class Tuner:
             self._finalists = _distinct([*wanted, *again])
             self._best = self._fastest(self._finalists)
             best = self._best.arguments
-        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
-        self._effects = tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
+        self._effects = self._known_effects()
 
     def _not_simulated(self, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """The arguments with a value of each knob that is measured alone."""
@@ -334,6 +339,13 @@ class Tuner:
             if kept and as_good and len(arguments) < len(chosen):
                 best, chosen = finalist, arguments
         return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
+
+    def _known_effects(self) -> tuple[Effect, ...]:
+        """Of the best: as they were measured, or else simulated; nothing more is tried for them."""
+        assert self._best is not None
+        best = self._best.arguments
+        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
+        return tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
 
     def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
         assert self._best is not None
@@ -393,11 +405,11 @@ class Tuner:
                 found.append(f"{text} by {min(errors):+.0%} to {max(errors):+.0%}")
         if not found:
             return (
-                "The simulator's steps were fitted to one run of the defaults; nothing else was measured, so other "
+                "The simulator's steps were fitted to those of the defaults; nothing else was measured, so other "
                 "settings may differ from this by tens of percent."
             )
         return (
-            "The simulator, whose steps were fitted to one run of the defaults, was off for the others in "
+            "The simulator, whose steps were fitted to those of the defaults, was off for the others in "
             f"{' and in '.join(found)}."
         )
 
@@ -422,11 +434,8 @@ class Tuner:
         return make(total=total, desc=what, unit="trial", dynamic_ncols=True, disable=not self.show)
 
 
-_UNTRIED = "it was not tried"
-
-
 def _nothing(arguments: Mapping[str, Any]) -> Trial:
-    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=_UNTRIED)
+    return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=UNTRIED)
 
 
 def _alike(some: Mapping[str, float], others: Mapping[str, float]) -> bool:

@@ -131,6 +131,17 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def add_images_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``jaxllm bench images`` takes."""
+    _add_lengths(parser, output_len=64)
+    _add(parser, "--batch-size", 8, "texts in the batch")
+    _add(parser, "--num-images", 4, "images beside them, each in a prompt of its own")
+    _add(parser, "--image-size", 448, "pixels of a side")
+    _add_iterations(parser, num_iters=3, num_iters_warmup=1)
+    _add_output_json(parser)
+    add_engine_options(parser)
+
+
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench profile`` takes."""
     _add(parser, "--batch-sizes", [1, 8, 32], "requests of each batch", kind=counts)
@@ -287,6 +298,7 @@ BENCHMARKS = (
     Benchmark("host", "what a step costs the host, part by part", add_host_options),
     Benchmark("throughput", "requests and tokens per second of a batch; of other engines, too", add_throughput_options),
     Benchmark("latency", "seconds of one batch; decoding against context and cache size", add_latency_options),
+    Benchmark("images", "images a second, and the speed of texts beside them", add_images_options),
     Benchmark("lora", "seconds of one batch without adapters and with several", add_lora_options),
     Benchmark("perplexity", "how well a text is foreseen, by forms of weights and KV cache", add_perplexity_options),
     Benchmark("profile", "milliseconds of compiled steps, by what they are for; on a CPU", add_profile_options),

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllm.api.errors import ValidationError
-from jaxllm.bench.options import add_arrival_options, add_dataset_options
+from jaxllm.bench.workload_options import add_workload_options, workload_of
 from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
 from jaxllm.engine.interrupt import whole_module
@@ -61,15 +60,7 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each; medians count (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--workload",
-        type=Path,
-        metavar="FILE",
-        help="a trace that trace.save(FILE) wrote (.json), or lines of JSON with input_length, output_length, and "
-        "timestamp or arrival_s if wanted (default: the dataset that the options below describe)",
-    )
-    add_dataset_options(parser)
-    add_arrival_options(parser)
+    add_workload_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,25 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
-    """The file's, or the dataset's."""
-    from jaxllm.bench.datasets import bench_tokenizer, read_dataset
-    from jaxllm.bench.serve_trace import arrivals
-    from jaxllm.tuning.simulation.workload import Workload
-    from jaxllm.tuning.simulation.workload_file import read_workload
-
-    if arguments.workload is not None:
-        return read_workload(arguments.workload)
-    if arguments.dataset_name == "random-mm":
-        raise ValidationError("--dataset-name random-mm: pictures are not simulated. Take another dataset.")
-    requests = read_dataset(arguments, bench_tokenizer(arguments))
-    found = Workload.of_prompts(
-        [request.prompt_token_ids for request in requests],
-        [request.output_len for request in requests],
-        arrivals(arguments, requests),
-        source=arguments.dataset_name,
-    )
-    if arguments.dataset_name in _WRITTEN:
+    """The file's, or the dataset's. Of tokens that were drawn only what they share means something: drafts of them
+    would never be right, and are not to be tried.
+    """
+    found = workload_of(arguments)
+    if arguments.workload is not None or arguments.dataset_name in _WRITTEN:
         return found
-    # of tokens that were drawn, only what they share means something: drafts would never be right
     blind = (dataclasses.replace(each, piece_ids=tuple(map(hash, each.piece_ids))) for each in found.requests)
     return dataclasses.replace(found, requests=tuple(blind))

@@ -8,6 +8,7 @@ its own in front of the patches, and a norm in front of the layers; SigLIP has n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -64,6 +65,10 @@ class ClipConfig:
     #: whether the first feature is dropped: CLIP's own token
     drops_first: bool
     projector: ProjectorConfig
+    #: how many squares a picture may be, ascending: more than one of LLaVA-NeXT's, the whole and its tiles
+    squares: tuple[int, ...] = (1,)
+    #: whether rows of vectors end in one that is learned
+    has_newline: bool = False
 
     @property
     def side(self) -> int:
@@ -72,7 +77,7 @@ class ClipConfig:
 
     @property
     def fixed_patches(self) -> int:
-        """Of every picture."""
+        """Of every square."""
         return self.side**2
 
     @property
@@ -98,8 +103,9 @@ class ClipConfig:
         return False
 
     def num_vectors(self, num_patches: int) -> int:
-        """That so many patches become."""
-        return num_patches // self.merge_unit + self.class_token - self.drops_first
+        """That so many patches become, of whole squares."""
+        squares = num_patches // self.fixed_patches
+        return num_patches // self.merge_unit + squares * (self.class_token - self.drops_first)
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +143,8 @@ class ClipParams:
     last_norm: jax.Array  # [v]
     last_norm_bias: jax.Array  # [v]
     projector: Projector
+    #: [d], of the language model
+    newline: jax.Array | None = None
 
 
 def clip_config(
@@ -245,36 +253,39 @@ def clip_specs(c: ClipConfig) -> ClipParams:
         last_norm=outside("post_layernorm.weight", v, init=1.0),
         last_norm_bias=outside("post_layernorm.bias", v, init=0.0),
         projector=projector_specs(c.projector, len(c.feature_layers) * c.hidden_size),
+        newline=WeightSpec(parts=(Part("image_newline", (Axis("embed", c.output_size),)),)) if c.has_newline else None,
     )
 
 
 def encode(context: Context, config: ClipConfig, params: ClipParams, pixels: jax.Array, patches: Patches) -> jax.Array:
-    """The patches of one picture as vectors of the language model.
+    """The patches of one picture as vectors of the language model. Nothing in a square sees another one.
 
     Args:
         context, config: static.
-        pixels: [`fixed_patches`, `patch_numbers`], normalized, in the dtype of the weights; those whose features become
-            one follow each other.
+        pixels: [`fixed_patches` of each square, `patch_numbers`], normalized, in the dtype of the weights; those whose
+            features become one follow each other.
 
     Returns:
         [num_vectors, output_size], in the order of the patches.
     """
     heads, dim = config.num_heads, config.hidden_size // config.num_heads
-    clip, scale = config.class_token, dim**-0.5
+    clip, scale, squares = config.class_token, dim**-0.5, len(pixels) // config.fixed_patches
     x = linear(context, pixels, params.patch_embedding.reshape(config.hidden_size, -1), params.patch_bias)
-    place = patches.positions[:, 0] * config.side + patches.positions[:, 1]
+    place = (patches.positions[:, 0] * config.side + patches.positions[:, 1]) % config.fixed_patches
     x = x + params.positions[place + clip]
     if params.class_embedding is not None:
-        x = jnp.concatenate([(params.class_embedding + params.positions[0])[None], x])
+        first = jnp.broadcast_to(params.class_embedding + params.positions[0], (squares, 1, config.hidden_size))
+        x = jnp.concatenate([first, x.reshape(squares, -1, config.hidden_size)], axis=1).reshape(-1, config.hidden_size)
     if params.first_norm is not None:
         x = layer_norm(x, params.first_norm, params.first_norm_bias, config.norm_eps)
-    frames = jnp.pad(patches.frames, (int(clip), 0))
+    frames = jnp.pad(patches.frames.reshape(squares, -1), ((0, 0), (int(clip), 0)))
+    attend = jax.vmap(functools.partial(frame_attention, scale=scale))
 
     def layer(x: jax.Array, w: ClipLayers, _: Any) -> jax.Array:
         normed = layer_norm(x, w.attention_norm, w.attention_norm_bias, config.norm_eps)
-        qkv = linear(context, normed, w.attention_in, w.attention_in_bias).reshape(-1, 3 * heads, dim)
-        query, key, value = jnp.split(qkv, 3, axis=1)
-        attended = frame_attention(query, key, value, frames, scale=scale).reshape(-1, heads * dim)
+        qkv = linear(context, normed, w.attention_in, w.attention_in_bias).reshape(squares, -1, 3 * heads, dim)
+        query, key, value = jnp.split(qkv, 3, axis=2)
+        attended = attend(query, key, value, frames).reshape(-1, heads * dim)
         x = x + linear(context, attended, w.attention_out, w.attention_out_bias)
         normed = layer_norm(x, w.mlp_norm, w.mlp_norm_bias, config.norm_eps)
         y = activate(config.activation, linear(context, normed, w.mlp_in, w.mlp_in_bias))
@@ -287,4 +298,5 @@ def encode(context: Context, config: ClipConfig, params: ClipParams, pixels: jax
     features = jnp.concatenate([behind[number] for number in config.feature_layers], axis=-1)
     if config.last_norm:
         features = layer_norm(features, params.last_norm, params.last_norm_bias, config.norm_eps)
-    return project(context, config.projector, params.projector, features[int(config.drops_first) :])
+    features = features.reshape(squares, -1, features.shape[-1])[:, int(config.drops_first) :]
+    return project(context, config.projector, params.projector, features.reshape(-1, features.shape[-1]))

@@ -199,7 +199,8 @@ class Params:
         """What layers compute in: that of norms, which are never quantized."""
         names = ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
         norms = (getattr(layer, name) for layer in self.layers for name in names)
-        return next((norm.dtype for norm in norms if norm is not None), getattr(self.embedding, "dtype", None))
+        found: Any = next((norm for norm in norms if norm is not None), self.embedding)
+        return found.dtype
 
 
 def without_draft(params: Any) -> Any:

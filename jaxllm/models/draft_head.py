@@ -25,7 +25,7 @@ import numpy as np
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.embedding import embed
+from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import rope_tables
@@ -162,13 +162,16 @@ def head_forward(
     """
     joint, eps, attention = params.joint, model.norm_eps, batch.attention
     assert joint is not None and isinstance(attention, AttentionBatch)
-    # nobody sees the place of the token that has no pair
-    attention = dataclasses.replace(attention, token_valid=attention.token_valid & (attention.positions > 0))
+    # nobody sees the place of the token that has no pair, nor what comes behind a token: its pair is no part of a block
+    valid = attention.token_valid & (attention.positions > 0)
+    attention = dataclasses.replace(attention, token_valid=valid, seen_to=None)
     batch = dataclasses.replace(batch, attention=attention)
     cos, sin = rope_tables(jnp.maximum(attention.positions - 1, 0), model.rope)
     embedding = embed(context, params.embedding, batch.tokens, hidden.dtype)
     if model.embedding_scale != 1.0:
         embedding = embedding * jnp.asarray(model.embedding_scale, embedding.dtype)
+    if batch.embeddings is not None and batch.embeddings.shape == embedding.shape:
+        embedding = with_embeddings(embedding, batch)
     normed_hidden = hidden if joint.hidden_norm is None else rms_norm(hidden, joint.hidden_norm, eps)
     if head.kind == "eagle3":
         x = normed_hidden if head.norm_before_residual else hidden

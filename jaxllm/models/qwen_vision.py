@@ -79,10 +79,6 @@ class QwenVisionConfig:
     def has_windows(self) -> bool:
         return len(self.full_layers) < self.num_layers
 
-    @property
-    def fixed_patches(self) -> None:
-        """Pictures are of many sizes."""
-
     def num_vectors(self, num_patches: int) -> int:
         """That so many patches become."""
         return num_patches // self.merge_unit

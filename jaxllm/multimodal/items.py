@@ -36,6 +36,9 @@ class MediaItem:
     #: uint8 [patches, numbers of a patch], in the order in which patches are merged; many pictures may wait, and bytes
     #: take a fourth of what the numbers do that the device makes of them
     pixels: np.ndarray
+    #: i32 [num_tokens], of each which of the encoder's vectors it is, -1: the one that ends a row (LLaVA-NeXT); None:
+    #: one after the other
+    order: np.ndarray | None = None
 
 
 class Media(NamedTuple):

@@ -65,13 +65,22 @@ class Processor(Protocol):
         ...
 
 
-def item_of(frames: np.ndarray, content: str, *, patch_size: int, merge_size: int, num_tokens: int | None) -> MediaItem:
+def item_of(
+    frames: np.ndarray,
+    content: str,
+    *,
+    patch_size: int,
+    merge_size: int,
+    num_tokens: int | None,
+    order: np.ndarray | None = None,
+) -> MediaItem:
     """An item of pixels, cut into patches.
 
     Args:
         frames: uint8 [times, channels, height, width], sides of whole merged patches.
         content: names what they show.
         num_tokens: vectors that it becomes; None: one for each merged patch.
+        order: as `MediaItem` has it.
     """
     times, channels, height, width = frames.shape
     grid = Grid(height // patch_size, width // patch_size)
@@ -85,6 +94,7 @@ def item_of(frames: np.ndarray, content: str, *, patch_size: int, merge_size: in
         grid=grid,
         num_tokens=grid.num_patches // merge_size**2 if num_tokens is None else num_tokens,
         pixels=pixels,
+        order=order,
     )
 
 

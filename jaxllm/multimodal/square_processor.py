@@ -29,6 +29,7 @@ _KINDS = {
     "SiglipImageProcessor": (_HALF, _BICUBIC, False),
     "CLIPImageProcessor": (_CLIP, _BICUBIC, True),
     "LlavaImageProcessor": (_CLIP, _BICUBIC, True),
+    "LlavaNextImageProcessor": (_CLIP, _BICUBIC, True),
 }
 
 

@@ -1,8 +1,8 @@
 """Pipeline stages: which layers each has, and what its part of a model is.
 
 A stage is a smaller model: its layers, its part of each group of layers that share a block table, and of the weights
-outside of layers the embedding (the first stage) or what makes logits (the last one). Where embedding and head are one
-matrix, both have it.
+outside of layers the embedding and the tower that sees (the first stage) or what makes logits (the last one). Where
+embedding and head are one matrix, both have it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.segments import segment_sizes
+
+#: what the first stage has outside of layers
+FIRST = ("embedding", "vision")
 
 Model = TypeVar("Model")
 #: `Params`, their shapes or their specs
@@ -85,7 +88,9 @@ def stage_model(model: Model, stage: Stage) -> Model:
     # by their names, those that have one entry a layer
     by_layer = {name: getattr(model, name) for field in fields if (name := field.name).startswith("layer_")}
     cut = {name: each[stage.first : stage.stop] for name, each in by_layer.items() if isinstance(each, tuple)}
-    return dataclasses.replace(model, num_layers=stage.num_layers, **cut)  # pyright: ignore
+    # the first one puts what pictures become in the place of tokens
+    tower = {} if stage.is_first or not hasattr(model, "vision") else {"vision": None}
+    return dataclasses.replace(model, num_layers=stage.num_layers, **cut, **tower)  # pyright: ignore
 
 
 def stage_groups(groups: tuple[KVCacheGroup, ...], stage: Stage) -> tuple[KVCacheGroup, ...]:
@@ -107,10 +112,10 @@ def with_ends(params: Tree, stage: Stage, head: Any = None) -> Tree:
     """
     tree: Any = params
     own = tree.head if tree.head is not None else tree.embedding if head is None else head
-    ends = {field.name: None for field in dataclasses.fields(tree) if field.name not in ("embedding", "layers", "head")}
+    ends = {field.name: None for field in dataclasses.fields(tree) if field.name not in (*FIRST, "layers", "head")}
     return dataclasses.replace(
         tree,
-        embedding=tree.embedding if stage.is_first else None,
+        **{name: getattr(tree, name) if stage.is_first else None for name in FIRST},
         head=own if stage.is_last else None,
         **({} if stage.is_last else ends),
     )
@@ -142,5 +147,5 @@ def of_each_array(specs: Any, stages: Sequence[Stage], values: Sequence[Value]) 
     return dataclasses.replace(
         specs,
         layers=tuple(fill(segment, values[i]) for segment, i in zip(specs.layers, numbers, strict=True)),
-        **{name: fill(getattr(specs, name), values[0 if name == "embedding" else -1]) for name in rest},
+        **{name: fill(getattr(specs, name), values[0 if name in FIRST else -1]) for name in rest},
     )

@@ -54,10 +54,10 @@ def _computed(config: RunnerConfig) -> int:
     layer = max(tokens * (widest + stream), min(tokens, UNROUNDED_TOKENS) * (unrounded + stream))
     tables = len(config.groups) * seqs * config.table_width * 4
     if config.pooler is not None:
-        return layer + seqs * hidden * size + tables
+        return max(layer + seqs * hidden * size + tables, _of_encoder(config))
     outputs = (seqs + limits.max_scored_tokens) * hidden * size
     if config.stage is not None and not config.stage.is_last:
-        return layer + tables + tokens * hidden * size
+        return max(layer + tables + tokens * hidden * size, _of_encoder(config))
     block = min(SAMPLE_ROWS_GPU[-1], seqs) * model.vocab_size * 4
     return max(layer + outputs + tables, LOGITS_COPIES * block, _of_encoder(config))
 

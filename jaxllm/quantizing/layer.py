@@ -163,7 +163,7 @@ class _Matrix:
         grid = forms.grid(layout)
         if method not in CALIBRATED or inputs is None:
             order = np.arange(matrix.shape[1], dtype=np.int32) if reorders else None
-            return rounded_arrays(layout, _nearest(grid, matrix), order)
+            return rounded_arrays(layout, _nearest(grid, jnp.asarray(matrix)), order)
         if method == "awq":
             return rounded_arrays(layout, clipped(grid, jnp.asarray(matrix), inputs.gram))
         return rounded_arrays(layout, *gptq(grid, jnp.asarray(matrix), inputs.gram, act_order=reorders))
@@ -205,7 +205,7 @@ class _Matrix:
         gram = None if self._inputs is None else self._inputs.gram
         grid = forms.grid(layout) if forms.scheme.method in CALIBRATED else None
         for matrix, own in zip(matrices, made, strict=True):
-            rows.append(np.asarray(_off(grid, matrix, own, gram), np.float64))
+            rows.append(np.asarray(_off(grid, jnp.asarray(matrix), jnp.asarray(own), gram), np.float64))
         together = np.stack(rows).reshape(*self._lead, -1, 3)
         sums: dict[str, np.ndarray] = {}
         for name, own in self._tensors(together):

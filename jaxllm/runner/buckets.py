@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jaxllm.runner.capacities import ROW_BLOCK
+
 
 class Bucket(NamedTuple):
     """A step of up to `tokens` tokens of up to `seqs` sequences."""
@@ -66,8 +68,10 @@ def draft_buckets(max_num_seqs: int) -> tuple[Bucket, ...]:
     """
     if not max_num_seqs:
         return ()
-    sizes = (1 << power for power in range((max_num_seqs - 1).bit_length() + 1))
-    return tuple(Bucket(size, size, decode_only=True) for size in sizes)
+    powers = [1 << power for power in range((max_num_seqs - 1).bit_length() + 1)]
+    if powers[-1] > ROW_BLOCK:  # no more than there are rows
+        powers[-1] = -(-max_num_seqs // ROW_BLOCK) * ROW_BLOCK
+    return tuple(Bucket(size, size, decode_only=True) for size in powers)
 
 
 def with_adapters(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:

@@ -230,9 +230,7 @@ def compiled_plan(
         return (needed,) if isinstance(needed, int) else needed
 
     config, plan = plan_memory(config, activations)
-    if isinstance(made[0], Programs):
-        plan = dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
-    return config, made[0], plan
+    return config, made[0], dataclasses.replace(plan, encoder_activation_bytes=made[0].encoder_activation_bytes())
 
 
 def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs | PipelinePrograms:
@@ -275,6 +273,9 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
             copied_layers=copied_layers,
             progress=config.progress,
             adapters=adapters,
+            media=config.media_fields,
+            encoder_buckets=_encoder_buckets(config),
+            pixel_normal=config.pixel_normal,
         )
     assert isinstance(params, Params) and isinstance(state, State) and isinstance(config.step_model, DecoderConfig)
     kind = SamplingPrograms
@@ -307,6 +308,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         decode_buckets=also(decode_step_buckets(buckets, limits.max_decode_steps_seqs)),
         draft_buckets=also(draft_buckets(limits.max_draft_seqs)),
         num_draft_steps=limits.num_draft_steps,
+        media=config.media_fields,
         encoder_buckets=_encoder_buckets(config),
         num_rows=config.row_capacity,
         pixel_normal=config.pixel_normal,

@@ -6,6 +6,7 @@ the fields, on the host and inside the compiled program.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxllm.layers.context import StepBatch
 from jaxllm.runner.buckets import Bucket
 from pallas_kernels.batch import AttentionBatch
 
@@ -146,3 +148,27 @@ def attention_batch(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBa
         num_seqs=fields["num_seqs"],
         decode_only=bucket.decode_only,
     )
+
+
+def step_attention(fields: dict[str, jax.Array], bucket: Bucket) -> AttentionBatch:
+    """`attention_batch` of a step that may compute prompts, where the tokens of a picture may see each other."""
+    attention = attention_batch(fields, bucket)
+    if "picture_ends" not in fields or bucket.decode_only:
+        return attention
+    return dataclasses.replace(attention, seen_to=jnp.maximum(fields["picture_ends"], attention.positions + 1))
+
+
+def with_pictures(batch: StepBatch, fields: dict[str, jax.Array], encoded: jax.Array | None) -> StepBatch:
+    """A step's batch with what its fields say of pictures.
+
+    Args:
+        encoded: [1 + C, d], the vectors of encoded items; None: the step's tokens have none, or others put them in.
+    """
+    if encoded is not None:
+        rows = fields["encoded_rows"]
+        batch = dataclasses.replace(batch, embedded=rows > 0, embeddings=encoded[rows])
+    if "rope_offsets" in fields:
+        attention = batch.attention
+        assert isinstance(attention, AttentionBatch)
+        batch = dataclasses.replace(batch, rope_positions=attention.positions + fields["rope_offsets"])
+    return batch

@@ -45,6 +45,7 @@ from jaxllm.runner.compile.target import Target
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State
+from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
@@ -329,12 +330,20 @@ class RunnerConfig:
                 encoded=self._encoded(array),
             )
         keeps = self.pooler.seq_pooling_type != "LAST"
-        return PoolingState(cache=cache, pooled=array((rows, self.model.hidden_size), jnp.float32) if keeps else None)
+        pooled = array((rows, self.model.hidden_size), jnp.float32) if keeps else None
+        return PoolingState(cache=cache, pooled=pooled, encoded=self._encoded(array))
 
     @property
     def vision(self) -> VisionConfig | None:
         """Of the tower that sees pictures; None: there is none."""
         return self.model.vision if isinstance(self.model, DecoderConfig) else None
+
+    @property
+    def media_fields(self) -> MediaFields | None:
+        """What steps bring of pictures, to every stage; None: there are none."""
+        if not self.encoder_patches or not isinstance(self.model, DecoderConfig):
+            return None
+        return MediaFields(self.model.rope_sections != (), self.model.sees_whole_pictures)
 
     @property
     def tower_bytes(self) -> int:

@@ -38,6 +38,10 @@ class _Loop(NamedTuple):
 class ModelDrafter(ReadingDrafter):
     """See `ReadingDrafter`."""
 
+    #: whether it is the model's own text part, which takes what pictures became; else it reads a prompt's tokens alone,
+    #: as in vLLM
+    sees: bool = False
+
     @property
     def rests(self) -> bool:
         """Whether it does: blocks that lie behind a window are others' by the time that they would be read."""
@@ -72,6 +76,7 @@ class ModelDrafter(ReadingDrafter):
             asked.tokens,
             asked.positions,
             jnp.where(late, behind, 0),
+            asked.rope_offsets,
         )
         behind = jnp.where(late, 0, behind)
 
@@ -104,12 +109,13 @@ class ModelDrafter(ReadingDrafter):
         tokens: jax.Array,
         positions: jax.Array,
         behind: jax.Array,
+        rope_offsets: jax.Array | None,
     ) -> Cache:
         """Read what was passed over.
 
         Args:
             params: as steps of several tokens of each sequence take them.
-            attention, tokens: as of `Asked`.
+            attention, tokens, rope_offsets: as of `Asked`.
             positions: i32 [S], each sequence's first token that is not to be read.
             behind: i32 [S], how many before it are.
         """
@@ -124,7 +130,8 @@ class ModelDrafter(ReadingDrafter):
             now = columns_of(attention, first, behind > 0, jnp.full_like(behind, LOT - 1), LOT)
             now = dataclasses.replace(now, token_valid=valid.reshape(-1))
             ids = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
-            batch = StepBatch(tokens=ids.reshape(-1), attention=now)
+            turned = None if rope_offsets is None else now.positions + jnp.repeat(rope_offsets, LOT, axis=1)
+            batch = StepBatch(tokens=ids.reshape(-1), attention=now, rope_positions=turned)
             return self.read(context, params, cache, batch), jnp.maximum(behind - LOT, 0)
 
         return lax.while_loop(lambda carry: jnp.any(carry[1] > 0), some, (cache, behind))[0]
@@ -146,6 +153,9 @@ class ModelDrafter(ReadingDrafter):
         self, context: Context, params: Params | None, cache: Cache | None, batch: StepBatch
     ) -> tuple[Cache, jax.Array]:
         assert params is not None and cache is not None
+        if not self.sees:
+            attention = dataclasses.replace(batch.attention, seen_to=None)
+            batch = StepBatch(tokens=batch.tokens, attention=attention)
         return forward(context, self.model, self.groups, params, cache, batch)
 
     def _batch(self, asked: Asked, ids: jax.Array, ahead: jax.Array, reads: jax.Array) -> StepBatch:
@@ -154,7 +164,11 @@ class ModelDrafter(ReadingDrafter):
         """
         column = jnp.broadcast_to(ahead, asked.positions.shape)[:, None]
         tokens = jnp.take_along_axis(ids, column, axis=1, mode="clip")[:, 0]
-        return asked.single(tokens, asked.positions + ahead, reads)
+        batch = asked.single(tokens, asked.positions + ahead, reads)
+        if asked.rope_offsets is None:
+            return batch
+        assert isinstance(batch.attention, AttentionBatch)
+        return dataclasses.replace(batch, rope_positions=batch.attention.positions + asked.rope_offsets)
 
 
 def draft_groups(

@@ -34,6 +34,8 @@ class Asked(NamedTuple):
     most: jax.Array  # i32 [S]
     #: i32 [S]: tokens before the last one that a model which drafts has passed over
     behind: jax.Array
+    #: i32 [3, S], what is added to positions of generated tokens behind pictures; None: positions have one axis
+    rope_offsets: jax.Array | None
     #: (model, its weights, hidden [S, d], positions i32 [S] of the tokens that these are of) -> i32 [S]: what the
     #: sequences' requests would sample of that model's scores, with the random numbers of those positions
     sample: Callable[[DecoderConfig, Params, jax.Array, jax.Array], jax.Array]

@@ -39,6 +39,8 @@ class DraftSetup:
     model: DecoderConfig
     #: None: it is a model
     head: DraftHead | None = None
+    #: whether it takes what pictures became: it is the model's own text part
+    sees: bool = False
 
 
 def make_drafter(
@@ -61,7 +63,9 @@ def make_drafter(
     # masks of tokens are as long as the large model's vocabulary
     samples = config.draft_sample_method != "greedy" and model.vocab_size == target.vocab_size
     fields: dict[str, Any] = dict(num_drafts=drafts, model=model, groups=groups, max_length=longest, samples=samples)
-    return ModelDrafter(**fields) if draft.head is None else HeadDrafter(**fields, head=draft.head)
+    if draft.head is None:
+        return ModelDrafter(**fields, sees=draft.sees)
+    return HeadDrafter(**fields, head=draft.head)
 
 
 def _finds_drafts(config: SpeculativeConfig, drafts: int) -> Drafter:
@@ -105,13 +109,13 @@ def read_draft(
         model = model_config(checkpoint.config, max_model_len)
     except ValidationError as error:
         raise ValidationError(f"speculative_config.model={name!r}: {error}") from None
-    # it reads texts alone
-    model = dataclasses.replace(model, vision=None)
+    # its tower is the engine's, or not asked
+    model = dataclasses.replace(model, vision=None, sees_whole_pictures=False)
     if model.vocab_size != target.vocab_size:
         _check_vocabulary(args, path, model.vocab_size, target.vocab_size)
     kv_cache_groups(model.kv_specs)  # raises where layers keep different things
     checkpoint.quantize(quantization, matrices(model_specs(model, None)), prefix=base_prefix(model))
-    return DraftSetup(checkpoint=checkpoint, model=model)
+    return DraftSetup(checkpoint=checkpoint, model=model, sees=config.model is None)
 
 
 def _read_head(

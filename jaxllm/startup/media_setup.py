@@ -11,6 +11,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.models.clip_vision import ClipConfig
 from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.llava_next import tile_grids
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import IMAGE, VIDEO
 from jaxllm.multimodal.marks import GEMMA, LLAVA, QWEN, Marks
@@ -19,6 +20,7 @@ from jaxllm.multimodal.processor_cache import ProcessorCache
 from jaxllm.multimodal.prompts import MediaReader
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.multimodal.square_processor import SquareProcessor
+from jaxllm.multimodal.tile_processor import TileProcessor
 from jaxllm.weights.checkpoint import read_json
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _QWEN = _Family(marks=QWEN, tokens={IMAGE: (151655, ("image_token_id",)), VIDEO:
 #: either name, of older and newer configs
 _IMAGE_FIELDS = ("image_token_id", "image_token_index")
 _LLAVA = _Family(marks=LLAVA, tokens={IMAGE: (32000, _IMAGE_FIELDS)}, processor="CLIPImageProcessor")
+_LLAVA_NEXT = dataclasses.replace(_LLAVA, processor="LlavaNextImageProcessor")
 _FAMILIES = {
     "Qwen2VLForConditionalGeneration": _QWEN,
     "Qwen2_5_VLForConditionalGeneration": _QWEN,
@@ -54,6 +57,7 @@ _FAMILIES = {
         marks=GEMMA, tokens={IMAGE: (262144, _IMAGE_FIELDS)}, processor="Gemma3ImageProcessor"
     ),
     "LlavaForConditionalGeneration": _LLAVA,
+    "LlavaNextForConditionalGeneration": _LLAVA_NEXT,
 }
 
 
@@ -166,14 +170,9 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
     for modality in tokens:
         own = _preprocessor(checkpoint) if modality == IMAGE else _video_preprocessor(checkpoint)
         if isinstance(vision, ClipConfig):
-            made: Processor = SquareProcessor.of(
-                own,
-                "SiglipImageProcessor" if family is _LLAVA and not vision.class_token else family.processor,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                merge_size=vision.merge_size,
-                num_tokens=vision.num_vectors(vision.fixed_patches),
-            )
+            made: Processor = _square_processor(own, family, vision)
+            if vision.has_newline:
+                made = _tile_processor(made, own, hf, vision, args.limit_mm_per_prompt.get(IMAGE, MediaLimit()))
         else:
             made = QwenProcessor.of(hf["vision_config"], own)
         processors[modality] = made.with_options(args.mm_processor_kwargs)
@@ -195,6 +194,32 @@ def read_media(args: EngineArgs, checkpoint: Checkpoint, model: DecoderConfig) -
     )
 
 
+def _square_processor(own: Mapping[str, Any], family: _Family, vision: ClipConfig) -> SquareProcessor:
+    # of LLaVA-NeXT `do_pad` says something else
+    own = {name: value for name, value in own.items() if name != "do_pad" or not vision.has_newline}
+    return SquareProcessor.of(
+        own,
+        "SiglipImageProcessor" if family is _LLAVA and not vision.class_token else family.processor,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        num_tokens=vision.num_vectors(vision.fixed_patches),
+    )
+
+
+def _tile_processor(
+    square: SquareProcessor, own: Mapping[str, Any], hf: Mapping[str, Any], vision: ClipConfig, limit: MediaLimit
+) -> TileProcessor:
+    grids = tile_grids(hf, vision.image_size)
+    if "image_grid_pinpoints" in own and tile_grids(own, vision.image_size) != grids:
+        raise ValidationError(
+            "image_grid_pinpoints of preprocessor_config.json differ from those of config.json: a picture is put "
+            "together as it was cut"
+        )
+    largest = None if limit.width is None or limit.height is None else (limit.width, limit.height)
+    return TileProcessor.of(square, grids, largest)
+
+
 def wanted_modalities(args: EngineArgs, hf: Mapping[str, Any]) -> tuple[str, ...]:
     """What a model with a tower sees, but for what `limit_mm_per_prompt` switches off."""
     limits = args.limit_mm_per_prompt
@@ -207,12 +232,9 @@ def _family(hf: Mapping[str, Any]) -> _Family:
 
 def check_media(args: EngineArgs) -> None:
     """Raise ValidationError for what an engine that sees pictures cannot do."""
-    drafts = args.speculative_config
     remedy = 'Leave it out, or run the text alone with limit_mm_per_prompt={"image": 0, "video": 0}.'
     for asked, what in (
-        (args.pipeline_parallel_size > 1, f"pipeline_parallel_size={args.pipeline_parallel_size}"),
         (args.steps_together, "enable_expert_parallel=True with replicas"),
-        (drafts is not None and drafts.has_layers, "speculative_config of a model that drafts, which sees none,"),
         (args.enable_prompt_embeds, "enable_prompt_embeds=True"),
         (args.load_format == "null", 'load_format="null"'),
     ):

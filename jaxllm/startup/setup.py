@@ -37,7 +37,7 @@ from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
 from jaxllm.startup.lora_setup import check_adapters
-from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media, wanted_modalities
+from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
@@ -291,14 +291,6 @@ def _for_pooling(
     """The model, the arguments and the pooler of a pooling engine."""
     check_pooling(args)
     model = pooling_model_config(hf, _asked_length(args))
-    if isinstance(model, DecoderConfig) and model.vision is not None:
-        if wanted_modalities(args, hf):
-            architecture = next(iter(hf.get("architectures") or ()), "the model")
-            raise ValidationError(
-                f"{architecture} sees images, and jaxllm pools the text of such models alone: pass "
-                'limit_mm_per_prompt={"image": 0, "video": 0}, or leave runner, convert and task out.'
-            )
-        model = dataclasses.replace(model, vision=None, sees_whole_pictures=False)
     if isinstance(model, DecoderConfig) and hf.get("is_causal") is False:
         model = dataclasses.replace(model, causal=False)
     if not model.causal:

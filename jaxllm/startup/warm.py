@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import sys
 import tempfile
 import time
@@ -23,8 +22,6 @@ from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.weights.resolve import resolve
-
-logger = logging.getLogger("jaxllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ _HEADS = (
     "visual.",
     "vision_tower.",
     "multi_modal_projector.",
+    "image_newline",
     "embed_out.",
     "score.",
     "classifier.",
@@ -34,6 +35,7 @@ _PARTS = {
     "model.vision_tower.vision_model.": "vision_tower.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
 }
 
 
@@ -85,7 +87,7 @@ def among_parts(name: str) -> str:
     """The name that checkpoints of transformers 4 and vLLM have for a tensor of a model with LLaVA's parts."""
     if name.startswith("vision_tower."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    return name if name.startswith("multi_modal_projector.") else f"language_model.{name}"
+    return name if name.startswith(("multi_modal_projector.", "image_newline")) else f"language_model.{name}"
 
 
 def _common(name: str, prefix: str) -> str:

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 SAVED_FORMATS = ("safetensors", "orbax")
 #: a model that sees images -> the config.json of its text by itself
-_TEXTS = {"Gemma3ForConditionalGeneration": gemma3.text_alone, "LlavaForConditionalGeneration": llava.text_alone}
+_TEXTS = {
+    "Gemma3ForConditionalGeneration": gemma3.text_alone,
+    "LlavaForConditionalGeneration": llava.text_alone,
+    "LlavaNextForConditionalGeneration": llava.text_alone,
+}
 _SUFFIXES = ("ForCausalLM", "ForMaskedLM", CLASSIFIER_SUFFIX, "Model")
 
 
@@ -98,7 +102,8 @@ def write_files(
 
 def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: Any) -> dict[str, Any]:
     """The config.json of what is saved: its class is the one that has these weights, no more and no fewer."""
-    sees, has_axes = isinstance(params, Params) and params.vision is not None, getattr(model, "rope_sections", ())
+    body = getattr(params, "body", params)
+    sees, has_axes = isinstance(body, Params) and body.vision is not None, getattr(model, "rope_sections", ())
     if has_axes and not sees:
         raise ValidationError(
             "The engine runs without the tower that sees images, and what it saved would have none. Start it without "
@@ -107,7 +112,8 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
     architecture = config["architectures"][0]
     written = dict(config if sees or architecture not in _TEXTS else _TEXTS[architecture](config))
     architecture = written["architectures"][0]
-    if not isinstance(params, Params):
+    # of a model that sees there is one class, which pooling leaves without a head
+    if not isinstance(params, Params) and not sees:
         family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))
         if params.head is not None:
             architecture = f"{family}{CLASSIFIER_SUFFIX}"

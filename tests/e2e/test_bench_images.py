@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tiny_square_model import write_tiny_square_model
+from support.seeing_models import write_seeing_model
 
 from jaxllm.entrypoints.cli import main
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.thorough
 
 
 def test_images_a_second_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    model = write_tiny_square_model(tmp_path, "gemma3")
+    model = write_seeing_model(tmp_path, "gemma3")
     options = [
         *(
             "--model",
@@ -37,6 +37,13 @@ def test_images_a_second_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "images/s, 6 in all" in capsys.readouterr().out
     (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert case["num_images"] == 6 and case["medians"]["images_per_s"] > 0
+    beside = options[: options.index("--dataset-name")]
+    beside += ["--input-len", "12", "--output-len", "4", "--batch-size", "3", "--num-images", "2", "--image-size", "30"]
+    beside += ["--num-iters", "1", "--output-json", str(tmp_path / "own.json")]
+    assert main(["bench", "images", *beside]) == 0
+    assert "ms beside images" in capsys.readouterr().out
+    told = json.loads((tmp_path / "own.json").read_text())
+    assert all(seconds > 0 for seconds in told["medians"].values()) and len(told["launches"]) == 2
     for wrong, why in (("{(1, 2, 3): 1}", "pictures alone"), ("no dict", "must be such as")):
         assert main(["bench", "throughput", *options[:-1], wrong]) != 0
         assert why in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.image_pairs import ENGINES, KINDS, PROMPTS
+from support.image_pairs import ENGINES, KINDS, PROMPTS, engines
 from support.own_process import found_by
 
 pytest.importorskip("torch")
@@ -13,20 +13,43 @@ pytest.importorskip("PIL")
 pytestmark = pytest.mark.thorough
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+FAMILIES = ("qwen2_5_vl", "gemma3")
+PAIRS = [
+    (family, engine)
+    for family in FAMILIES
+    for engine in (*engines(family), "after a sleep", "saved and read")
+    if engine != "plain"
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.image_pairs", tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("engine", [*(name for name in ENGINES if name != "plain"), "after a sleep", "saved and read"])
+@pytest.mark.parametrize(("found", "engine"), PAIRS, indirect=["found"])
 def test_answers_are_those_of_the_plain_engine(found: dict[str, Any], engine: str):
     assert found[engine] == found["plain"]
+
+
+def of_drafts(found: dict[str, Any], engine: str) -> float:
+    """The share that was right."""
+    counted = found[f"{engine}: counted"]
+    return counted["right drafts"] / counted["drafts"]
 
 
 def test_the_settings_were_met(found: dict[str, Any]):
     assert found["split, prefixes, preemption: counted"]["preemptions"] > 0
     assert found["host blocks, offloaded weights: counted"]["hits on the host"] > 0
-    assert found["drafts: counted"]["right drafts"] > 0
+    drafting = [engine for engine in ENGINES if "drafts" in engine and engine in found]
+    assert len(drafting) >= 2 and all(found[f"{engine}: counted"]["right drafts"] > 0 for engine in drafting)
+
+
+@pytest.mark.parametrize("found", FAMILIES[:1], indirect=True)
+def test_stages_and_drafts_meet_pictures(found: dict[str, Any]):
+    assert found["stages: counted"]["preemptions"] > 0
+    # the same weights: those that read the pictures, too, know more than those that read the tokens in their places
+    assert of_drafts(found, "drafts of itself") > 1.3 * of_drafts(found, "drafts of another model")
 
 
 def test_without_the_tower_texts_are_the_same_and_pictures_refused(found: dict[str, Any]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import http.server
 import io
 import threading
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import image_answers
+from support.image_answers import counter, drawn
+from support.pictures import broken, encoded
+from support.seeing_models import END, IMAGE, QWEN_PICTURE, START, VIDEO, picture, write_seeing_model
 from support.serving import served
-from support.tiny_vl_model import END, IMAGE, PICTURE, START, VIDEO, picture, write_tiny_vl_model
 
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.media import media_limits
@@ -50,7 +53,7 @@ ASKED = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logpro
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", pytest.param("qwen2_vl", marks=pytest.mark.thorough)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_vl_model(tmp_path_factory.mktemp(request.param), request.param)
+    return write_seeing_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +67,7 @@ def theirs(model: Path) -> Any:
     return transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def prompt(text: str, *pictures: Any, **others: Any) -> dict[str, Any]:
-    """A prompt with each "@" of a text a picture."""
-    data = {"multi_modal_data": {"image": list(pictures)}} if pictures else {}
-    return {"prompt": text.replace("@", PICTURE), **data, **others}
-
-
-def counter(llm: LLM, name: str) -> int:
-    return next(int(m.value) for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
+prompt = functools.partial(image_answers.prompt, "qwen2_vl")
 
 
 def prepared(pictures: Sequence[Any]) -> dict[str, Any]:
@@ -82,64 +78,61 @@ def prepared(pictures: Sequence[Any]) -> dict[str, Any]:
     return dict(processor(list(pictures), return_tensors="pt")) if pictures else {}
 
 
+def inputs(theirs: Any, ids: Any, first: int, pictures: Sequence[Any], videos: Sequence[Media] = ()) -> dict[str, Any]:
+    """What transformers' model takes besides tokens, of which the prompt's are those before `first`."""
+    given, kinds = {}, (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    if pictures:
+        given |= prepared(pictures)
+    if videos:
+        mean, deviation = (np.asarray(x, np.float32)[:, None] for x in QwenProcessor.of({}, {}).normal)
+        pixels = np.concatenate([item.pixels for video in videos for item in video.items])
+        pixels = ((pixels.reshape(len(pixels), 3, -1) / np.float32(255) - mean) / deviation).reshape(pixels.shape)
+        grids = [[len(video.items), *video.items[0].grid] for video in videos]
+        given |= {"pixel_values_videos": torch.tensor(pixels), "video_grid_thw": torch.tensor(grids)}
+    if given:
+        times = {}
+        if videos and "2_5" in type(theirs).__name__:
+            # time_step is of two positions a second
+            times = {"second_per_grid_ts": torch.tensor([video.time_step / 2 for video in videos])}
+        grids = {name: grid for name, grid in given.items() if name.endswith("_thw")}
+        # what is generated goes on behind the highest position of the prompt
+        own, _ = theirs.model.get_rope_index(ids[:, :first], kinds[:, :first], **grids, **times)
+        behind = own.max() + 1 + torch.arange(ids.shape[1] - first).expand(3, 1, -1)
+        given |= {"mm_token_type_ids": kinds, "position_ids": torch.cat([own, behind], dim=-1)}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
+
+
 def check(theirs: Any, output: RequestOutput, pictures: Sequence[Any], videos: Sequence[Media] = ()) -> None:
     """What a prompt got is what transformers' model says of its tokens, and of the prompt's own, too."""
-    prompt_ids, completion = list(output.prompt_token_ids or []), output.outputs[0]
-    ids = torch.tensor([prompt_ids + list(completion.token_ids)])
+    prompt_ids = list(output.prompt_token_ids or [])
+    ids = torch.tensor([prompt_ids + list(output.outputs[0].token_ids)])
     with torch.no_grad():
-        given, kinds = {}, (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        if pictures:
-            given |= prepared(pictures)
-        if videos:
-            mean, deviation = (np.asarray(x, np.float32)[:, None] for x in QwenProcessor.of({}, {}).normal)
-            pixels = np.concatenate([item.pixels for video in videos for item in video.items])
-            pixels = ((pixels.reshape(len(pixels), 3, -1) / np.float32(255) - mean) / deviation).reshape(pixels.shape)
-            grids = [[len(video.items), *video.items[0].grid] for video in videos]
-            given |= {"pixel_values_videos": torch.tensor(pixels), "video_grid_thw": torch.tensor(grids)}
-        if given:
-            times = {}
-            if videos and "2_5" in type(theirs).__name__:
-                # time_step is of two positions a second
-                times = {"second_per_grid_ts": torch.tensor([video.time_step / 2 for video in videos])}
-            grids = {name: grid for name, grid in given.items() if name.endswith("_thw")}
-            # what is generated goes on behind the highest position of the prompt
-            first = len(prompt_ids)
-            own, _ = theirs.model.get_rope_index(ids[:, :first], kinds[:, :first], **grids, **times)
-            behind = own.max() + 1 + torch.arange(ids.shape[1] - first).expand(3, 1, -1)
-            given |= {"mm_token_type_ids": kinds, "position_ids": torch.cat([own, behind], dim=-1)}
-        scores = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[0]
-    expected = torch.log_softmax(scores, -1).numpy()
-    first = len(prompt_ids)
-    for number, (token, found) in enumerate(zip(completion.token_ids, completion.logprobs or [], strict=True)):
-        assert token == int(expected[first + number - 1].argmax())
-        assert found[token].logprob == pytest.approx(expected[first + number - 1, token], abs=1e-4)
-    for place, found in enumerate((output.prompt_logprobs or [])[1:], 1):
-        assert found is not None
-        assert found[prompt_ids[place]].logprob == pytest.approx(expected[place - 1, prompt_ids[place]], abs=1e-4)
-
-
-#: odd sizes, several of one prompt, one at each end, larger than a step, equal ones
-PICTURES = {
-    "what is @ here?": [(100, 70)],
-    "@ and @": [(70, 98), (33, 300)],
-    "@": [(28, 28)],
-    "a text": [],
-    "between @, @ and @ there is": [(84, 28), (150, 40), (84, 28)],
-    "the large @ one": [(500, 400)],
-    "another text without": [],
-    "@ first, then nothing else but a long text that fills some blocks": [(230, 230)],
-}
+        scores = theirs(**inputs(theirs, ids, len(prompt_ids), pictures, videos)).logits[0]
+    image_answers.check(output, scores)
 
 
 def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any):
     """In chunks that cut pictures, in one batch with texts, and with a pool that is too small for all of them."""
-    made = {text: [picture(*size) for size in sizes] for text, sizes in PICTURES.items()}
+    made = drawn()
     before = counter(llm, "vllm:num_preemptions")
     params = [ASKED] * len(made)
     params[4] = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     outputs = llm.generate([prompt(text, *given) for text, given in made.items()], params, use_tqdm=False)
     assert counter(llm, "vllm:num_preemptions") > before
     for output, given in zip(outputs, made.values(), strict=True):
+        check(theirs, output, given)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 7), (16, 100)])
+def test_batches_and_chunks_of_other_sizes(model: Path, theirs: Any, rows: int, chunk: int):
+    """One request at a time, a few tokens of a picture each step, and all of them twice in one batch."""
+    made = drawn()
+    asked = [prompt(text, *given) for text, given in made.items()] * 2
+    arguments = {"max_num_seqs": rows, "max_num_batched_tokens": chunk, "num_gpu_blocks_override": 27 * min(rows, 8)}
+    with LLM(model, **{**ARGUMENTS, **arguments}) as engine:
+        outputs = engine.generate(asked, ASKED, use_tqdm=False)
+    for output, given in zip(outputs, [*made.values()] * 2, strict=True):
         check(theirs, output, given)
 
 
@@ -150,10 +143,13 @@ def test_videos(llm: LLM, theirs: Any):
     )
     film = [picture(84, 56, seed=seed) for seed in range(7)]
     short, slow = np.stack([np.asarray(frame) for frame in film[:2]]), (film, {"fps": 0.5})
-    mark = PICTURE.replace("image", "video")
+    mark = QWEN_PICTURE.replace("image", "video")
     given = picture(60, 60)
     prompts = [
-        {"prompt": f"{mark} and {PICTURE} or {mark}.", "multi_modal_data": {"image": given, "video": [slow, short]}},
+        {
+            "prompt": f"{mark} and {QWEN_PICTURE} or {mark}.",
+            "multi_modal_data": {"image": given, "video": [slow, short]},
+        },
         {"prompt": f"a {mark}", "multi_modal_data": {"video": film}},
     ]
     outputs = llm.generate(prompts, ASKED, use_tqdm=False)
@@ -210,7 +206,7 @@ def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
         "must be a picture": prompt("@", {"not": "one"}),
         "got shape (0, 3, 3)": prompt("@", np.zeros((0, 3, 3), np.uint8)),
         "aspect ratio must be smaller than 200": prompt("@", picture(2000, 4)),
-        "which the model does not take": {"prompt": PICTURE, "multi_modal_data": {"audio": good}},
+        "which the model does not take": {"prompt": QWEN_PICTURE, "multi_modal_data": {"audio": good}},
         "which is not supported; supported: min_pixels": prompt("@", good, mm_processor_kwargs={"crop": 1}),
         "to be 0 prompt placeholders": prompt("@"),
         "to be 0 prompt placeholders corresponding": prompt("@", multi_modal_data={"image": None}),
@@ -228,6 +224,23 @@ def test_what_is_wrong_fails_alone(llm: LLM, tmp_path: Path):
     core: Any = llm.engine.core
     scheduler = core.scheduler
     assert scheduler.media is not None and not scheduler.has_unfinished and not scheduler.media.cache.num_used
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(500, marks=pytest.mark.thorough)])
+def test_broken_files_leave_no_request_behind(llm: LLM, count: int):
+    """Each of many files of every kind gets an answer or a reason, and so does the text beside it."""
+    files = [encoded(picture(20, 20), form) for form in ("PNG", "JPEG", "WEBP", "GIF")]
+    random = np.random.default_rng(count)
+    asked: list[Any] = [prompt("@", broken(data, random)) for _ in range(count) for data in files]
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    outputs = llm.generate([*asked, "a text"], one, use_tqdm=False, on_error="return")
+    told = [output.error for output in outputs]
+    assert told[-1] is None and any(told)
+    assert all(output.error or len(output.outputs[0].token_ids) == 1 for output in outputs)
+    core: Any = llm.engine.core
+    scheduler = core.scheduler
+    assert not scheduler.has_unfinished and not scheduler.media.cache.num_used
+    assert not scheduler.kv_cache_manager.pool.num_used
 
 
 def test_conversations(llm: LLM, model: Path, tmp_path: Path):
@@ -386,14 +399,30 @@ def test_names_of_contents_stand_for_them(llm: LLM):
 
 
 def test_what_does_not_go_with_pictures_is_refused(model: Path):
-    for argument, value in (
-        ("pipeline_parallel_size", 2),
-        ("speculative_config", {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}),
-        ("enable_prompt_embeds", True),
-        ("runner", "pooling"),
-    ):
-        with pytest.raises(ValidationError, match="images"):
-            LLM(model, **{**ARGUMENTS, "enforce_eager": False, argument: value})
+    together = {"data_parallel_size": 2, "enable_expert_parallel": True}
+    for arguments in ({"enable_prompt_embeds": True}, together, {"load_format": "null"}):
+        with pytest.raises(ValidationError, match="for a model that sees images"):
+            LLM(model, **{**ARGUMENTS, **arguments})
+
+
+def test_pictures_are_pooled(model: Path, theirs: Any):
+    """In chunks that cut them; a prefix that hits ends in one."""
+    made = drawn()
+    asked = [prompt(text, *given) for text, given in made.items()]
+    with LLM(model, **ARGUMENTS, runner="pooling") as engine:
+        first, second = (engine.embed(asked, use_tqdm=False) for _ in range(2))
+        with pytest.raises(ValidationError, match="a prompt with images is not cut"):
+            engine.embed(asked[:1], truncate_prompt_tokens=5, use_tqdm=False)
+        core: Any = engine.engine.core
+        assert not core.scheduler.media.cache.num_used
+    assert any(output.num_cached_tokens for output in second)
+    for output, again, given in zip(first, second, made.values(), strict=True):
+        ids = torch.tensor([output.prompt_token_ids])
+        with torch.no_grad():
+            hidden = theirs.model(**inputs(theirs, ids, ids.shape[1], given)).last_hidden_state[0, -1]
+        expected = (hidden / hidden.norm()).numpy()
+        for found in (output, again):
+            np.testing.assert_allclose(found.outputs.embedding, expected, atol=1e-4)
 
 
 def test_pictures_that_are_not_cut_need_room_in_a_step(model: Path):

@@ -19,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.lora_pairs", tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, *FAMILIES, PICTURES])
+@pytest.mark.parametrize("name", [*SETTINGS, *FAMILIES, *PICTURES])
 def test_adapters_go_with(found: dict[str, Any], name: str):
     """Log-probabilities are PEFT's, and not those of the model without adapters."""
     assert found[name]["difference"] < 1e-4 and found[name]["from the base"] > 0.1

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_square_model import IMAGE, MARKS, PICTURE, write_tiny_square_model
-from support.tiny_vl_model import picture
+from support import image_answers
+from support.image_answers import counter, drawn, prompt, square_inputs
+from support.seeing_models import MARKS, PICTURE, SQUARE_IMAGE, picture, write_seeing_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.engine.scheduling.scheduler import Scheduler
 
@@ -33,25 +33,29 @@ ARGUMENTS: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": 3},
 }
 #: less than four requests of the longest prompts fill; Gemma 3 has two groups of layers
-BLOCKS = {"gemma3": 26, "llava": 20, "llava-siglip": 20}
+BLOCKS = {"gemma3": 26, "llava": 20, "llava-siglip": 20, "llava-next": 30}
 TOKENS = 24
-VECTORS = 16
+#: of a picture that is a square; of LLaVA-NeXT's of itself, and of two rows of two tiles, with rows' ends
+VECTORS = {"gemma3": 16, "llava": 16, "llava-siglip": 16, "llava-next": 16 + 8 * 9}
 ASKED = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "llava", pytest.param("llava-siglip", marks=pytest.mark.thorough)])
+@pytest.fixture(
+    scope="module", params=["gemma3", "llava", "llava-next", pytest.param("llava-siglip", marks=pytest.mark.thorough)]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_square_model(tmp_path_factory.mktemp(family), family)
+    return write_seeing_model(tmp_path_factory.mktemp(family), family)
 
 
 @pytest.fixture(scope="module")
 def llm(model: Path, family: str) -> Iterator[LLM]:
-    with LLM(model, **ARGUMENTS, num_gpu_blocks_override=BLOCKS[family]) as engine:
+    longest = {"max_model_len": 200} if family == "llava-next" else {}
+    with LLM(model, **{**ARGUMENTS, **longest}, num_gpu_blocks_override=BLOCKS[family]) as engine:
         yield engine
 
 
@@ -65,52 +69,19 @@ def processor(model: Path) -> Any:
     return transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
 
 
-def prompt(family: str, text: str, *pictures: Any, **others: Any) -> dict[str, Any]:
-    """A prompt with each "@" of a text a picture."""
-    data = {"multi_modal_data": {"image": list(pictures)}} if pictures else {}
-    return {"prompt": text.replace("@", PICTURE[family]), **data, **others}
-
-
-def counter(llm: LLM, name: str) -> int:
-    return next(int(m.value) for m in llm.get_metrics() if isinstance(m, Counter) and m.name == name)
-
-
 def check(theirs: Any, processor: Any, output: RequestOutput, pictures: Sequence[Any]) -> None:
     """What a prompt got is what transformers' model says of its tokens, and of the prompt's own, too."""
     prompt_ids, completion = list(output.prompt_token_ids or []), output.outputs[0]
     ids = torch.tensor([prompt_ids + list(completion.token_ids)])
-    given = dict(processor(list(pictures), return_tensors="pt")) if pictures else {}
-    given = {name: value for name, value in given.items() if name == "pixel_values"}
-    if theirs.config.model_type == "gemma3":
-        given["token_type_ids"] = (ids == IMAGE).int()
     with torch.no_grad():
-        scores = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[0]
-    expected = torch.log_softmax(scores, -1).numpy()
-    first = len(prompt_ids)
-    for number, (token, found) in enumerate(zip(completion.token_ids, completion.logprobs or [], strict=True)):
-        assert token == int(expected[first + number - 1].argmax())
-        assert found[token].logprob == pytest.approx(expected[first + number - 1, token], abs=1e-4)
-    for place, found in enumerate((output.prompt_logprobs or [])[1:], 1):
-        assert found is not None
-        assert found[prompt_ids[place]].logprob == pytest.approx(expected[place - 1, prompt_ids[place]], abs=1e-4)
-
-
-#: odd sizes, several of one prompt, one at each end, equal ones
-PICTURES = {
-    "what is @ here?": [(100, 70)],
-    "@ and @": [(70, 98), (33, 300)],
-    "@": [(28, 28)],
-    "a text": [],
-    "between @, @ and @ there is": [(84, 28), (15, 40), (84, 28)],
-    "the large @ one": [(500, 400)],
-    "another text without": [],
-    "@ first, then nothing else but a long text that fills some blocks": [(20, 20)],
-}
+        own = square_inputs(theirs, processor, ids, pictures)
+        scores = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **own).logits[0]
+    image_answers.check(output, scores)
 
 
 def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any, processor: Any, family: str):
     """In chunks that would cut pictures, in one batch with texts, and with a pool that is too small for all of them."""
-    made = {text: [picture(*size) for size in sizes] for text, sizes in PICTURES.items()}
+    made = drawn()
     before = counter(llm, "vllm:num_preemptions")
     params = [ASKED] * len(made)
     for number in (1, 4):
@@ -120,19 +91,33 @@ def test_tokens_and_logprobs_are_transformers(llm: LLM, theirs: Any, processor: 
     outputs = llm.generate([prompt(family, *each) for each in _pairs(made)], params, use_tqdm=False)
     assert counter(llm, "vllm:num_preemptions") > before
     for output, (text, given) in zip(outputs, made.items(), strict=True):
-        place = PICTURE[family]
-        whole = place * VECTORS
-        if family == "gemma3":
-            soft, _, end = MARKS[family]
-            whole = f"\n\n{place}{soft * VECTORS}{end}\n\n"
-        tokenizer = llm.get_tokenizer()
-        assert list(output.prompt_token_ids or []) == tokenizer.encode(text.replace("@", whole))
+        place, ids = PICTURE[family], list(output.prompt_token_ids or [])
+        begin, end = (f"\n\n{place}", f"{MARKS[family][2]}\n\n") if family == "gemma3" else ("", "")
+        # transformers' model refuses other numbers of vectors
+        around = [token for token in ids if token != SQUARE_IMAGE]
+        assert around == llm.get_tokenizer().encode(text.replace("@", begin + end))
+        assert len(ids) - len(around) == len(given) * VECTORS[family] or family == "llava-next"
         assert output.prompt == text.replace("@", place)
         check(theirs, processor, output, given)
 
 
 def _pairs(made: dict[str, list[Any]]) -> Iterator[tuple[Any, ...]]:
     return ((text, *given) for text, given in made.items())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 16), (16, 100)])
+def test_batches_and_chunks_of_other_sizes(
+    model: Path, theirs: Any, processor: Any, family: str, rows: int, chunk: int
+):
+    """One request at a time, and all of them twice in one batch."""
+    made = drawn()
+    asked = [prompt(family, text, *given) for text, given in made.items()] * 2
+    arguments = {"max_num_seqs": rows, "max_num_batched_tokens": chunk, "max_model_len": 200}
+    with LLM(model, **{**ARGUMENTS, **arguments}, num_gpu_blocks_override=50 * min(rows, 8)) as engine:
+        outputs = engine.generate(asked, ASKED, use_tqdm=False)
+    for output, given in zip(outputs, [*made.values()] * 2, strict=True):
+        check(theirs, processor, output, given)
 
 
 def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: Any, processor: Any, family: str):
@@ -148,7 +133,7 @@ def test_prefixes_with_equal_pictures_hit_and_others_do_not(llm: LLM, theirs: An
 
     beginning = len("look at ")
     # behind the text: two lines' ends and a mark
-    stop = beginning + VECTORS + 3 * (family == "gemma3")
+    stop = beginning + VECTORS[family] + 3 * (family == "gemma3")
     assert hits(text, own) == 0
     assert hits(text, own) == (stop + len(" and say")) // 8 * 8 - 8 * (stop % 8 == 0)
     assert hits(text, other) == beginning // 8 * 8
@@ -176,7 +161,7 @@ def test_marks_in_token_ids(llm: LLM, family: str):
     refused = {
         "to be 0 prompt placeholders": prompt(family, "@"),
         "At most 3 image(s)": prompt(family, "@@@@", *[given] * 4),
-        "which is not supported: every picture": prompt(family, "@", given, mm_processor_kwargs={"max_pixels": 100}),
+        "which is not supported: ": prompt(family, "@", given, mm_processor_kwargs={"max_pixels": 100}),
         "which the model does not take": {"prompt": "a", "multi_modal_data": {"video": [given]}},
     }
     outputs = llm.generate(list(refused.values()), ASKED, use_tqdm=False, on_error="return")

@@ -40,6 +40,30 @@ STEPS = LinearSteps(fixed=1e-3, token=2e-5, context=5e-8, host=1e-4, host_reques
 NULL: dict[str, Any] = {"load_format": "null", "skip_tokenizer_init": True, "max_model_len": 256}
 
 
+#: a model that takes most of one card of 80 GB
+QWQ = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+#: values of what is not searched then
+DEFAULTS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 2048,
+    "block_size": 16,
+    "long_prefill_token_threshold": 0,
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
@@ -136,15 +160,30 @@ def test_the_space_is_what_the_platform_can_have(model: Path):
     assert "kv_cache_dtype" in {knob.name for knob in tight.knobs}
 
 
+def test_drafts_are_measured_where_there_are_real_prompts(model: Path):
+    """The simulator does not know which are right; lengths alone say nothing of it."""
+    prompts = Workload.of_prompts([[5, 6, 7] * 20] * 6, [40] * 6, source="prompts")
+    planner = Planner(model, NULL)
+    space = Space.of(planner, prompts)
+    (drafts,) = space.measured
+    assert drafts.name == "speculative_config" and "speculative_config" not in space.left
+    arguments = space.arguments({drafts.name: drafts.values[1], "max_num_seqs": 4})
+    assert arguments == {"speculative_config": drafts.values[1], "max_num_seqs": 4}
+    assert space.values(arguments)[drafts.name] == drafts.values[1]
+    result = jaxllm.tune(model, prompts, num_trials=4, num_measured=1, rounds=1, use_tqdm=False, **NULL)
+    assert any("speculative_config" in trial.arguments for trial in result.trials if trial.kind == "measured")
+    assert "speculative_config" in Space.of(planner, requests_at(0.0, count=6, prompt=60, output=40)).left
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[dict[str, Any]]:
     """The arguments of each engine that is measured from here on; Ctrl-C comes instead of one more."""
     calls: list[dict[str, Any]] = []
 
-    def counting(model: Any, arguments: Mapping[str, Any], workload: Workload) -> MeasuredRun:
+    def counting(model: Any, arguments: Mapping[str, Any], workload: Workload, **options: Any) -> MeasuredRun:
         if len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(dict(arguments))
-        return measure(model, arguments, workload)
+        return measure(model, arguments, workload, **options)
 
     monkeypatch.setattr(tuner, "measure", counting)
     return calls
@@ -194,6 +233,39 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
         jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
 
 
+def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
+    """Plan and simulator alone; each value has its reason and its effect, and how uncertain that is is said."""
+    draw = random.Random(1)
+    rows = tuple(
+        WorkloadRequest(arrival=0.0, num_prompt_tokens=draw.choice([500, 1000, 1500]), num_output_tokens=60)
+        for _ in range(24)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(QWQ))
+    result = jaxllm.tune(
+        tmp_path / "config.json", Workload(requests=rows, source="some"), device="H100", num_devices=2,
+        constraints="p99 itl<200ms", num_trials=16, max_num_seqs=24, output=tmp_path / "out", use_tqdm=False,
+    )  # fmt: skip
+    assert not result.is_measured and result.feasible and "Nothing was measured" in result.uncertainty
+    assert result.arguments["max_num_seqs"] == 24
+    assert "pipelines are not simulated" in result.space.left["pipeline_parallel_size"]
+    assert {"parallelism", "gpu_memory_utilization"} <= {
+        knob.name for knob in result.space.knobs
+    } | result.space.left.keys()
+    assert result.effects and "tensor_parallel_size" in result.arguments
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    assert load_config(tmp_path / "out" / "config.yaml") == {"model": result.model, **result.arguments}
+    for effect in result.effects:
+        for name in effect.knob.arguments(effect.value):
+            assert re.search(rf"# Why: [^\n]*(\n# [^\n]*)*\n# Effect: [^\n]*(\n#[^\n]*)*(\n\w+: .*)*\n{name}: ", text)
+    check_page((tmp_path / "out" / "report.html").read_text(), result)
+    # on one card the model's own length does not fit beside the weights, and the workload's does
+    alone = jaxllm.tune(
+        tmp_path / "config.json", Workload(requests=rows[:4], source="few"), device="h100", num_devices=1,
+        num_trials=2, use_tqdm=False, **DEFAULTS,
+    )  # fmt: skip
+    assert alone.arguments["max_model_len"] == 1664 and "tensor_parallel_size" not in alone.arguments
+
+
 def check_page(page: str, result: jaxllm.TuningResult) -> None:
     """It has its plots in it, and asks for nothing from elsewhere."""
     assert page.count("<svg") == 1 + len(result.space.knobs) and "polyline" in page
@@ -215,6 +287,21 @@ def test_nothing_keeps_the_constraint(model: Path, tmp_path: Path, capsys: pytes
     assert config["max_model_len"] == 128 and "Nothing that was tried" in (tmp_path / "out" / "report.html").read_text()
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["feasible"] is False
+
+
+@pytest.mark.thorough
+def test_the_command_on_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Steps of every size calibrate the simulator, and engines with weights are measured."""
+    words = ["tune", str(model), "--dataset-name", "random", "--num-prompts", "6", "--input-len", "24", "--output-len",
+             "6", "--num-trials", "6", "--num-measured", "1", "--rounds", "1", "--output", str(tmp_path / "out"),
+             "--skip-tokenizer-init", "--max-model-len", "64", "--max-num-batched-tokens", "64", "--block-size", "16",
+             "--kv-cache-dtype", "auto", "--num-decode-steps", "1", "--enforce-eager"]  # fmt: skip
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "best, measured: " in out and "config.yaml (--config takes it)" in out
+    steps = json.loads((tmp_path / "out" / "defaults.steps.json").read_text())["steps"]
+    assert len({step["bucket_tokens"] for step in steps}) > 1
+    assert load_config(tmp_path / "out" / "config.yaml")["enforce_eager"] is True
 
 
 def test_bad_questions(model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny_vl_model import picture, write_tiny_vl_model
+from support.seeing_models import picture, write_seeing_model
 
 from jaxllm.layers import vision
 from jaxllm.layers.context import Context
@@ -32,7 +32,7 @@ def test_vectors_are_transformers(family: str, tmp_path: Path, monkeypatch: pyte
     """Of odd sizes, in a bucket that they do not fill; attention in several blocks of each kind."""
     monkeypatch.setattr(vision, "BLOCK_SCORES", 2**13)
     monkeypatch.setattr(vision, "WINDOW_BLOCK", 32)
-    folder = write_tiny_vl_model(tmp_path, family)
+    folder = write_seeing_model(tmp_path, family)
     checkpoint = Checkpoint(folder)
     config = model_config(checkpoint.config).vision
     assert isinstance(config, QwenVisionConfig)
@@ -79,7 +79,7 @@ def test_windows_are_transformers():
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_older_and_newer_configs_are_the_same_model(family: str, tmp_path: Path):
     """Flat ones, as on the hub, and those that transformers 5 writes."""
-    flat = write_tiny_vl_model(tmp_path, family)
+    flat = write_seeing_model(tmp_path, family)
     config = transformers.AutoConfig.from_pretrained(flat)
     nested = {**config.to_dict(), "architectures": Checkpoint(flat).config["architectures"]}
     assert "hidden_size" not in nested and nested["text_config"]["hidden_size"] == 64

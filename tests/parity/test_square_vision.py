@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tiny_square_model import CONFIGS, write_tiny_square_model
-from support.tiny_vl_model import picture
+from support.seeing_models import SQUARE, picture, write_seeing_model
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.context import Context
-from jaxllm.layers.vision import Patches
+from jaxllm.models.llava_next import tile_grids
 from jaxllm.models.registry import model_config
-from jaxllm.models.vision import encode, vision_specs
+from jaxllm.models.vision import vision_specs
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.multimodal.square_processor import SquareProcessor
-from jaxllm.runner.compile.encoder import encoder_buckets, encoder_packing, normalized, pack_item
+from jaxllm.multimodal.tile_processor import TileProcessor
+from jaxllm.runner.compile.encoder import encode_step, encoder_buckets, encoder_packing, pack_item
 from jaxllm.startup.media_setup import read_media
 from jaxllm.weights.checkpoint import Checkpoint
 
@@ -31,10 +33,10 @@ pytest.importorskip("PIL")
 SIZES = ((100, 70), (33, 300), (20, 20), (7, 5))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", SQUARE)
 def test_vectors_are_transformers(family: str, tmp_path: Path):
     """Of odd sizes; of more patches than a block of scores has queries."""
-    checkpoint = Checkpoint(write_tiny_square_model(tmp_path, family))
+    checkpoint = Checkpoint(write_seeing_model(tmp_path, family))
     model = model_config(checkpoint.config)
     config, setup = model.vision, read_media(EngineArgs(model=str(tmp_path)), checkpoint, model)
     assert config is not None and setup is not None
@@ -43,15 +45,9 @@ def test_vectors_are_transformers(family: str, tmp_path: Path):
     params: Any = checkpoint.load(vision_specs(config), jnp.dtype("float32"), sharding, seed=0, progress=False)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    (size,) = encoder_buckets(config, 0)
+    size = encoder_buckets(config, own.patches_of(own.most_tokens))[-1]
     packing = encoder_packing(config, size)
-
-    @jax.jit
-    def encoded(pixels: jax.Array, words: jax.Array) -> jax.Array:
-        fields = packing.unpack(words)
-        patches = Patches(positions=fields["positions"], frames=fields["frames"], windows=fields["windows"])
-        return encode(Context(), config, params, normalized(config, own.normal, pixels, jnp.dtype("float32")), patches)
-
+    encoded = jax.jit(functools.partial(encode_step, Context(), config, own.normal, packing))
     features = {} if family == "gemma3" else {
         name: getattr(theirs.config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")
     }  # fmt: skip
@@ -59,10 +55,14 @@ def test_vectors_are_transformers(family: str, tmp_path: Path):
         given = picture(width, height)
         (item,) = own.image(given).items
         rows = np.arange(1, item.num_tokens + 1, dtype=np.int32)
-        vectors = encoded(*pack_item(config, packing, size, EncoderInput(item, rows)))
+        cache = jnp.zeros((1 + own.most_tokens, 64))
+        cache = encoded(params, cache, *pack_item(config, packing, size, EncoderInput(item, rows)))
+        vectors = cache[1 : 1 + item.num_tokens]
         with torch.no_grad():
-            pixels = processor([given], return_tensors="pt")["pixel_values"]
-            expected = theirs.model.get_image_features(pixels, **features).pooler_output[0]
+            prepared = processor([given], return_tensors="pt")
+            sizes = {"image_sizes": prepared["image_sizes"]} if family == "llava-next" else {}
+            found = theirs.model.get_image_features(prepared["pixel_values"], **sizes, **features)
+            expected = found.pooler_output[0]
         assert vectors.shape == expected.shape == (item.num_tokens, 64)
         np.testing.assert_allclose(np.asarray(vectors), expected.numpy(), atol=1e-4)
 
@@ -118,3 +118,38 @@ def test_a_line_is_not_made_a_square():
     padded = SquareProcessor.of({"crop_size": 20, "do_pad": True}, "LlavaImageProcessor", **SHAPE)
     with pytest.raises(ValidationError, match="the square that they are put on would have more than"):
         padded.image(picture(12_000, 1))
+
+
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+
+def tiles(largest: tuple[int, int] | None = None) -> TileProcessor:
+    own = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+    return TileProcessor.of(SquareProcessor.of(own, "LlavaNextImageProcessor", **SHAPE), GRIDS, largest)
+
+
+def test_tiles_have_as_many_vectors_as_transformers_counts():
+    """Of pictures of any form: very wide and very high ones too."""
+    theirs: Any = transformers.LlavaNextProcessor.__new__(transformers.LlavaNextProcessor)
+    theirs.image_processor = SimpleNamespace(
+        image_grid_pinpoints=[[20 * rows, 20 * columns] for rows, columns in GRIDS]
+    )
+    theirs.patch_size, theirs.num_additional_image_tokens = 5, 0
+    ours, random = tiles(), np.random.default_rng(0)
+    sizes = [*random.integers(1, 400, (200, 2)).tolist(), [1, 4000], [4000, 1], [1, 1], [1000, 997]]
+    for width, height in sizes:
+        expected = theirs._get_number_of_features(height, width, 20, 20)
+        assert ours.tokens_of(width, height) == len(ours._order(width, height)) == expected
+        assert expected <= ours.most_tokens
+
+
+def test_more_tiles_than_were_planned_for_are_refused():
+    small = tiles(largest=(40, 20))
+    assert (small.most_tiles, small.patches_of(1)) == (2, 3 * 16)
+    assert small.image(picture(80, 40)).num_tokens == 16 + 4 * 9 < small.most_tokens == 16 + 8 * 5
+    with pytest.raises(ValidationError, match=r"of 40 x 40 pixels becomes 4 tiles, and the engine has planned for 2"):
+        small.image(picture(40, 40))
+    with pytest.raises(ValidationError, match="mm_processor_kwargs has 'max_pixels'"):
+        small.with_options({"max_pixels": 1})
+    with pytest.raises(ValidationError, match="which is not made of tiles of 20 x 20 pixels"):
+        tile_grids({"image_grid_pinpoints": [[20, 30]]}, 20)

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from support import tiny_square_model
-from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
+from support.drafts import checks_that_cost
+from support.eagle_head import write_eagle3
+from support.seeing_models import PICTURE, VOCAB_SIZE, picture, write_seeing_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.metric import Counter
@@ -27,9 +29,13 @@ PLAIN: dict[str, Any] = {
 }
 #: blocks that are fewer than requests fill together; of Gemma 3, which has two groups of layers
 FEW, FEW_OF_TWO_GROUPS = 27, 34
+#: of engines that check drafts
+CHECKS: dict[str, Any] = {"enforce_eager": False, "max_num_batched_tokens": 32}
 #: engines by name -> their arguments
 ENGINES: dict[str, dict[str, Any]] = {
     # the first engine makes as many devices as the others need
+    "stages, each split": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_prefix_caching": True},
+    "stages": {"pipeline_parallel_size": 2, "num_gpu_blocks_override": 16, "max_model_len": 112},
     "split, prefixes, preemption": {
         "tensor_parallel_size": 2,
         "enable_prefix_caching": True,
@@ -40,8 +46,21 @@ ENGINES: dict[str, dict[str, Any]] = {
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 16},
     "drafts": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1},
-        "enforce_eager": False,
-        "max_num_batched_tokens": 32,
+        **CHECKS,
+    },
+    "drafts of earlier outputs": {"speculative_config": {"method": "suffix", "num_speculative_tokens": 2}, **CHECKS},
+    # its text part in 4 bits takes what pictures became; a model of its own reads the prompt's tokens; layers behind it
+    # take what the model made of both
+    "drafts of itself": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}, **CHECKS},
+    "drafts of another model": {
+        "speculative_config": {"method": "draft_model", "model": "MODEL", "num_speculative_tokens": 2},
+        "enable_prefix_caching": True,
+        **CHECKS,
+    },
+    "drafts of layers": {
+        "speculative_config": {"method": "eagle3", "model": "HEAD", "num_speculative_tokens": 2},
+        "enable_prefix_caching": True,
+        **CHECKS,
     },
     "host blocks, offloaded weights": {
         "enable_prefix_caching": True,
@@ -56,6 +75,14 @@ ENGINES: dict[str, dict[str, Any]] = {
         "max_num_active_seqs": 3,
     },
 }
+#: what families differ in is in the others
+OF_QWEN = ("stages", "drafts of earlier outputs", "drafts of another model", "drafts of layers")
+
+
+def engines(family: str) -> list[str]:
+    return [name for name in ENGINES if family != "gemma3" or name not in OF_QWEN]
+
+
 #: option of a request -> its parameters
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -76,6 +103,7 @@ PROMPTS = {"what is @ here?": [(100, 70)], "@ and @": [(70, 98), (33, 300)], "a 
 COUNTED = {
     "preemptions": "vllm:num_preemptions",
     "hits on the host": "vllm:external_prefix_cache_hits",
+    "drafts": "vllm:spec_decode_num_draft_tokens",
     "right drafts": "vllm:spec_decode_num_accepted_tokens",
 }
 
@@ -85,7 +113,7 @@ def counted(llm: LLM) -> dict[str, float]:
     return {name: found.get(metric, 0) for name, metric in COUNTED.items()}
 
 
-def prompt(text: str, mark: str = PICTURE) -> dict[str, Any]:
+def prompt(text: str, mark: str) -> dict[str, Any]:
     pictures = [picture(*size) for size in PROMPTS[text]]
     return {"prompt": text.replace("@", mark), **({"multi_modal_data": {"image": pictures}} if pictures else {})}
 
@@ -98,14 +126,18 @@ def answers(llm: LLM, mark: str) -> list[Any]:
 
 
 def main(folder: Path) -> None:
-    is_gemma = folder.name.startswith("gemma3")
-    model = tiny_square_model.write_tiny_square_model(folder, "gemma3") if is_gemma else write_tiny_vl_model(folder)
-    mark = tiny_square_model.PICTURE["gemma3"] if is_gemma else PICTURE
+    family = "gemma3" if folder.name.startswith("gemma3") else "qwen2_5_vl"
+    model, mark = write_seeing_model(folder, family), PICTURE[family]
+    places = {"MODEL": str(model), "HEAD": str(write_eagle3(folder / "head", vocab=VOCAB_SIZE))}
     found: dict[str, Any] = {}
-    for name, arguments in ENGINES.items():
-        if is_gemma and "num_gpu_blocks_override" in arguments:
+    for name in engines(family):
+        arguments = ENGINES[name]
+        drafts = arguments.get("speculative_config")
+        if drafts and "model" in drafts:
+            arguments = {**arguments, "speculative_config": {**drafts, "model": places[drafts["model"]]}}
+        if family == "gemma3" and "num_gpu_blocks_override" in arguments:
             arguments = {**arguments, "num_gpu_blocks_override": FEW_OF_TWO_GROUPS}
-        with LLM(model, **{**PLAIN, **arguments}) as llm:
+        with LLM(model, **{**PLAIN, **arguments}) as llm, checks_that_cost(llm, 0.0) if drafts else nullcontext():
             found[name] = answers(llm, mark)
             if name == "plain":
                 llm.sleep(1)

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from support.adapters import ADAPTERS, TABLES, Oracle, difference, save_adapter
 from support.eagle_head import write_eagle3
 from support.quantized_checkpoints import write
+from support.seeing_models import PICTURE, picture, write_seeing_model
 from support.tiny_model import SMALL, write_tiny_model
-from support.tiny_vl_model import PICTURE, picture, write_tiny_vl_model
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.lora_request import LoRARequest
@@ -83,7 +83,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     ),
 }
-PICTURES = "pictures"
+#: by a name, a family that sees pictures
+PICTURES = {"pictures": "qwen2_5_vl", "pictures of Gemma 3": "gemma3", "pictures of LLaVA": "llava"}
 IMAGE_LIMIT = {"count": 1, "width": 84, "height": 84}
 PROMPT = "some text that begins alike, then goes its own way: "
 
@@ -135,12 +136,12 @@ def of_setting(name: str, folder: Path) -> dict[str, Any]:
     return asked(model, read, adapters, arguments, prompts, {})
 
 
-def of_pictures(folder: Path) -> dict[str, Any]:
+def of_pictures(folder: Path, family: str) -> dict[str, Any]:
     """An adapter of the text of a model that sees pictures, against the same adapter merged into the model."""
     folder.mkdir()
     model, merged, adapter = (folder / name for name in ("model", "merged", "adapter"))
     model.mkdir()
-    write_tiny_vl_model(model)
+    write_seeing_model(model, family)
     torch.manual_seed(5)
     base: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     modules = r".*language_model.*\.(q_proj|v_proj|down_proj)"
@@ -150,8 +151,8 @@ def of_pictures(folder: Path) -> dict[str, Any]:
     adapted.merge_and_unload().save_pretrained(folder / "made")
     shutil.copy(folder / "made" / "model.safetensors", merged / "model.safetensors")
     prompts = [
-        {"prompt": f"{PICTURE} what is it", "multi_modal_data": {"image": picture(56, 84)}},
-        {"prompt": f"and {PICTURE} this", "multi_modal_data": {"image": picture(28, 56, seed=2)}},
+        {"prompt": f"{PICTURE[family]} what is it", "multi_modal_data": {"image": picture(56, 84)}},
+        {"prompt": f"and {PICTURE[family]} this", "multi_modal_data": {"image": picture(28, 56, seed=2)}},
         "only text",
     ]
     params = SamplingParams(max_tokens=5, temperature=0.0, logprobs=1, ignore_eos=True)
@@ -192,12 +193,12 @@ def of_family(name: str, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
-    chosen = sys.argv[2:] or [*SETTINGS, *FAMILIES, PICTURES]
+    chosen = sys.argv[2:] or [*SETTINGS, *FAMILIES, *PICTURES]
     found = {}
     for name in chosen:
         place = Path(sys.argv[1]) / name.replace(" ", "-")
-        if name == PICTURES:
-            found[name] = of_pictures(place)
+        if name in PICTURES:
+            found[name] = of_pictures(place, PICTURES[name])
         else:
             found[name] = (of_setting if name in _ALL else of_family)(name, place)
     print(json.dumps(found))

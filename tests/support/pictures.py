@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
-from support.tiny_vl_model import IMAGE, VIDEO, VISION
+from support.seeing_models import IMAGE, VIDEO, VISION
 
 from jaxllm.config.media import media_limits
 from jaxllm.multimodal.access import MediaAccess
@@ -46,3 +46,11 @@ def encoded(image: Any, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def broken(data: bytes, random: np.random.Generator) -> bytes:
+    """A file that may end early, with a few wrong bytes."""
+    found = bytearray(data[: random.integers(1, len(data) + 1)])
+    for place in random.integers(0, len(found), 4):
+        found[place] = random.integers(256)
+    return bytes(found)

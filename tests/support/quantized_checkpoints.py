@@ -234,27 +234,35 @@ def write(
         left_out: matrices with this in their name are not quantized.
         changes: fields of the model's config.json.
     """
+    (folder / "dense").mkdir()
+    write_tiny_model(folder / "dense")
+    (folder / "dense" / "config.json").write_text(json.dumps({**CONFIG, **(changes or {})}))
+    return quantized(folder, name, (left_out,)), folder / "dense"
+
+
+def quantized(folder: Path, name: str, left_out: tuple[str, ...]) -> Path:
+    """The model in ``folder / "dense"`` in a format, whose matrices become what they are there: another directory.
+
+    Args:
+        left_out: matrices with one of these in their name are not quantized.
+    """
     config, pack = FORMATS[name]
     random = np.random.default_rng(3)
-    for kind in ("quantized", "dense"):
-        (folder / kind).mkdir()
-    write_tiny_model(folder / "dense")
+    made = folder / f"quantized {name}"
+    shutil.copytree(folder / "dense", made)
     with SafetensorsReader(folder / "dense") as reader:
         dense = {name: reader.read(name).copy() for name in reader.names()}
     tensors: Tensors = {}
     for tensor, value in list(dense.items()):
         module = tensor.removesuffix(".weight")
-        if not module.endswith("_proj") or left_out in module:
+        if not module.endswith("_proj") or any(part in module for part in left_out):
             tensors[tensor] = value
             continue
         stored, matrix = pack(*value.shape, random)
         tensors.update({f"{module}.{end}": array for end, array in stored.items()})
         dense[tensor] = np.ascontiguousarray(matrix.astype(np.float32))
     save_file(dense, folder / "dense" / "model.safetensors")
-    save_file(tensors, folder / "quantized" / "model.safetensors")
-    model = {**CONFIG, **(changes or {})}
-    (folder / "dense" / "config.json").write_text(json.dumps(model))
-    (folder / "quantized" / "config.json").write_text(json.dumps({**model, "quantization_config": config}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / "dense" / name, folder / "quantized" / name)
-    return folder / "quantized", folder / "dense"
+    save_file(tensors, made / "model.safetensors")
+    model = json.loads((folder / "dense" / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**model, "quantization_config": config}))
+    return made

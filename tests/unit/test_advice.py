@@ -17,7 +17,7 @@ from support.virtual_time import VirtualTime
 import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import Counter, Vector
+from jaxllm.api.metric import Counter, Metric, Vector
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.observe.engine_settings import EngineSettings
@@ -255,7 +255,7 @@ def test_drafts_at_places_that_are_seldom_right():
     def found(places: list[int]) -> Advice | None:
         settings = EngineSettings(num_speculative_tokens=len(places))
         counts = {"drafts": 100, "draft_tokens": 100 * len(places), "accepted_tokens": sum(places)}
-        metrics = [Counter(f"vllm:spec_decode_num_{name}", {}, value) for name, value in counts.items()]
+        metrics: list[Metric] = [Counter(f"vllm:spec_decode_num_{name}", {}, value) for name, value in counts.items()]
         metrics.append(Vector("vllm:spec_decode_num_accepted_tokens_per_pos", {}, places))
         return advise(Load(settings=settings, metrics=tuple(metrics))).of("speculation")
 

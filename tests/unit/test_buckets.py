@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import KVSpec, kv_cache_groups
-from jaxllm.runner.buckets import Bucket, make_buckets, pick_bucket
+from jaxllm.runner.buckets import Bucket, decode_step_buckets, draft_buckets, make_buckets, pick_bucket
+from jaxllm.runner.capacities import row_capacity
 from jaxllm.runner.heads.sampling_fields import FLOAT_FIELDS, forward_packing, sample_packing
 
 LIMITS = st.tuples(st.integers(1, 20_000), st.integers(1, 1024)).filter(lambda pair: pair[0] >= pair[1])
@@ -43,6 +44,18 @@ def test_steps_of_single_tokens_have_programs_of_their_own(limits: tuple[int, in
         tokens = data.draw(st.integers(seqs + 1, max_tokens))
         bucket = pick_bucket(buckets, tokens, seqs)
         assert not bucket.decode_only and bucket.tokens >= tokens and bucket.seqs >= seqs
+
+
+@given(st.integers(1, 1024), st.sampled_from(["cpu", "cuda"]), st.booleans())
+def test_launches_of_several_steps_have_few_sizes_and_the_rows_room_for_them(most: int, platform: str, eager: bool):
+    rows = row_capacity(most, platform)
+    ordinary = make_buckets(max(most, 64), rows, eager=eager)
+    for buckets in (draft_buckets(most), decode_step_buckets(ordinary, most)):
+        sizes = [bucket.seqs for bucket in buckets]
+        assert sizes == sorted(set(sizes)) and most <= sizes[-1] <= rows
+        assert all(size < most for size in sizes[:-1])
+        assert all(bucket.tokens == bucket.seqs and bucket.decode_only for bucket in buckets)
+    assert draft_buckets(0) == decode_step_buckets(ordinary, 0) == ()
 
 
 def test_a_step_beyond_the_limits_is_an_error_with_the_numbers():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.layers.attention import Layout
+from jaxllm.layers.attention import Cache, Layout
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.mla import EXPANDED_TOKENS, LatentConfig, LatentWeights, latent_block
 from jaxllm.runner.compile.programs import CPU_OPTIONS
@@ -61,7 +61,7 @@ def formula(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def layer(tokens: int) -> jax.stages.Wrapped:
-    def step(x: jax.Array, cache: jax.Array, batch: AttentionBatch) -> tuple[jax.Array, jax.Array]:
+    def step(x: jax.Array, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         nothing = jnp.int32(0)
         place = Layout(group=nothing, page_offset=nothing, window=jnp.int32(2**30))
         angles = jnp.zeros((tokens, CONFIG.turned_dim // 2))

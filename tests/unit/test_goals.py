@@ -85,6 +85,7 @@ def test_numbers_of_a_run():
     assert numbers["e2e_p50"] == pytest.approx((2.6 + 3.9) / 2)
     # the third misses 250 ms between tokens, the fourth 3 s to the first; all that are left end within 4 s
     assert numbers["goodput"] == pytest.approx(2 / 4) and goals.value(numbers) == numbers["goodput"]
+    assert str(goals) == "goodput with ttft<3s, itl<250ms, p50 e2e<4s"
     # the bound with a rank holds for the run as well, those without one are each request's
     assert [str(each) for each in goals.held] == ["p50 e2e<4s"] and goals.excess(numbers) < 0
 

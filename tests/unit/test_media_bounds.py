@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.pictures import PROCESSOR, encoded, reader
-from support.tiny_vl_model import picture
+from support.seeing_models import picture
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.access import MediaAccess

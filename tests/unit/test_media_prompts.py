@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.pictures import PROCESSOR, normal, reader, reader_of
-from support.tiny_vl_model import IMAGE, VIDEO, VISION, picture
+from support.seeing_models import IMAGE, VIDEO, VISION, picture
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit, domains, media_limits

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.pictures import encoded, reader_of
-from support.tiny_vl_model import picture
+from support.seeing_models import picture
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.processor_cache import ProcessorCache, content_key

@@ -139,7 +139,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "<svg" in Path(figure).read_text()
     for words, message in (
         (["simulate", "--num-prompts", "9"], "how long do steps take? Give --measure"),
-        ([*other, "--measure"], "--measure and --steps-of say both how long steps take"),
+        ([*other, "--measure"], "--measure and --steps-of both say how long steps take"),
         ([*other, "--plot", "figure.txt"], "a figure is a .png, .svg, .pdf file"),
         ([*other, "--max-loras", "2"], "max_loras is not simulated"),
     ):

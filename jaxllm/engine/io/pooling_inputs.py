@@ -12,7 +12,7 @@ from jaxllm.api.pooler import Pooler
 from jaxllm.api.pooling_params import PoolingParams, truncation
 from jaxllm.engine.adapters import adapter_of
 from jaxllm.engine.io.late_chunking import chunks_of
-from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions
+from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions, not_cut
 from jaxllm.engine.request import Request
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ class PoolingInputs:
             cache_salt=prompt.cache_salt,
             block_hashes=prompt.block_hashes if adapter is None else (),
             prompt_embeds=prompt.embeds,
-            extra_keys=() if adapter is None else (adapter.key,),
+            media=prompt.media,
+            extra_keys=prompt.extra_keys if adapter is None else (*prompt.extra_keys, adapter.key),
             adapter=adapter,
         )
         return request, prompt.text
@@ -207,10 +208,12 @@ class PoolingReader:
         offsets = encoding.offsets
         return PreparedText(prompt.token_ids, prompt.text, prompt.cache_salt, prompt.block_hashes, offsets=offsets)
 
-    def _cut(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt:
+    def _cut(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt | ValidationError:
         keep = options.keep
         if keep is None or len(prompt.token_ids) <= keep:
             return prompt
+        if prompt.media is not None:
+            return not_cut(len(prompt.token_ids), keep)
         if prompt.embeds is not None:
             cut = prompt.with_token_ids(options.cut(prompt.token_ids))
             return dataclasses.replace(cut, embeds=options.cut(prompt.embeds))

@@ -130,6 +130,14 @@ class TokenizationOptions:
         return ids[-self.keep :] if self.truncation_side == "left" else ids[: self.keep]
 
 
+def not_cut(count: int, keep: int) -> ValidationError:
+    """Why a prompt with images is refused that has more tokens than are to be kept."""
+    return ValidationError(
+        f"the prompt has {count} tokens with those of its images, and truncate_prompt_tokens would cut it to {keep}: a "
+        "prompt with images is not cut. Make it or its images smaller."
+    )
+
+
 def holds_media(prompt: Prompt) -> bool:
     """Whether pictures or videos have to be read for a prompt."""
     return isinstance(prompt, Mapping) and (
@@ -308,10 +316,7 @@ class PromptReader:
         if items and self.media is not None:
             ids, media = self.media.place(ids, items)
             if options.keep is not None and len(ids) > options.keep:
-                raise ValidationError(
-                    f"the prompt has {len(ids)} tokens with those of its images, and truncate_prompt_tokens would cut "
-                    f"it to {options.keep}: a prompt with images is not cut. Make it or its images smaller."
-                )
+                raise not_cut(len(ids), options.keep)
             keys = tuple(ExtraKey(kind="mm", value=item.key, start=item.start, stop=item.stop) for item in media.items)
         elif self.media is not None:
             self.media.check_no_places(ids)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxllm.layers.context import Context
 from jaxllm.layers.vision import Patches
+from jaxllm.models.clip_vision import ClipConfig, ClipParams
 from jaxllm.models.qwen_vision import QwenVisionConfig
 from jaxllm.models.vision import VisionConfig, VisionParams, encode
 from jaxllm.multimodal.items import EncoderInput, Grid
@@ -34,8 +35,9 @@ def encoder_buckets(config: VisionConfig, max_patches: int, *, eager: bool = Fal
     Args:
         eager: only every other one.
     """
-    if config.fixed_patches is not None:
-        return (config.fixed_patches,)
+    if isinstance(config, ClipConfig):
+        squares = (number for number in config.squares if number * config.fixed_patches < max_patches)
+        return (*(number * config.fixed_patches for number in squares if not eager), max_patches)
     merge_unit = config.merge_unit
     smallest = -(-SMALLEST // merge_unit) * merge_unit
     sizes, size = [], smallest
@@ -47,10 +49,13 @@ def encoder_buckets(config: VisionConfig, max_patches: int, *, eager: bool = Fal
 
 def encoder_packing(config: VisionConfig, num_patches: int) -> Packing:
     """What the program of a bucket reads besides pixels; `rows` 0 is where padding goes."""
-    each = (num_patches,)
-    return Packing(
-        {"positions": (num_patches, 2), "frames": each, "windows": each, "rows": (config.num_vectors(num_patches),)}
-    )
+    each, places = (num_patches,), (config.num_vectors(num_patches),)
+    fields: dict[str, tuple[int, ...]] = {"positions": (num_patches, 2), "frames": each, "windows": each}
+    if not (isinstance(config, ClipConfig) and config.has_newline):
+        return Packing({**fields, "rows": places})
+    # besides, no more rows end than there are in the squares; which vector each place has
+    places = (places[0] + num_patches // config.side,)
+    return Packing({**fields, "rows": places, "order": places})
 
 
 def encode_step(
@@ -73,6 +78,8 @@ def encode_step(
     fields = packing.unpack(words)
     patches = Patches(positions=fields["positions"], frames=fields["frames"], windows=fields["windows"])
     vectors = encode(context, config, params, normalized(config, normal, pixels, params.patch_embedding.dtype), patches)
+    if isinstance(params, ClipParams) and params.newline is not None:
+        vectors = jnp.concatenate([vectors, params.newline[None]])[fields["order"]]
     return cache.at[fields["rows"]].set(vectors.astype(cache.dtype))
 
 
@@ -153,6 +160,8 @@ def pack_item(config: VisionConfig, packing: Packing, size: int, given: EncoderI
         fields[name][len(patches) :] = -1
     # what follows no patch of its own comes in the order of the rows
     fields["rows"][: len(given.rows)] = given.rows[order] if config.has_windows else given.rows
+    if given.item.order is not None:
+        fields["order"][: len(given.rows)] = given.item.order
     return pixels, words
 
 

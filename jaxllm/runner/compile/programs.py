@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
@@ -16,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.models.adapters import Stacks, with_adapters
+from jaxllm.models.decoder import Params
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.vision import VisionParams
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.adapter_stacks import write_adapter
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
-from jaxllm.runner.compile.encoder import ENCODE, EncoderPrograms
+from jaxllm.runner.compile.encoder import ENCODE, EncoderPrograms, Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
@@ -84,6 +87,7 @@ class Programs(abc.ABC):
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
         adapters: shapes of the stacks of adapters, with their shardings; None: there are none.
+        encoder_buckets, pixel_normal: of what has a tower, see `_with_encoder`.
         copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
@@ -129,10 +133,33 @@ class Programs(abc.ABC):
         self.block_copies: BlockCopies | None = None
         if copied_layers:
             self.block_copies = BlockCopies(copied_layers, state.cache, self._words, self._lowered)
-        #: of the tower that sees pictures; None: there is none
+        #: of the tower that sees pictures, and shapes of its weights; None: there is none
         self.encoder: EncoderPrograms | None = None
+        self._vision: VisionParams | None = None
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
+
+    def _with_encoder(self, params: Params, buckets: tuple[int, ...], normal: Normalization) -> Params:
+        """Take the tower out of the weights' shapes, for programs of its own: few arguments make quick launches.
+
+        Args:
+            buckets: patches of these programs.
+            normal: what they take of pixels.
+        """
+        self._vision = params.vision
+        if params.vision is not None:
+            self.encoder = EncoderPrograms(
+                self.config.context,
+                self.config.model.vision,
+                normal,
+                buckets,
+                params.vision,
+                self._state.encoded,
+                self._rows,
+                self._words,
+                self._lowered,
+            )
+        return dataclasses.replace(params, vision=None)
 
     def _lowered(self, function: Callable[..., Any], *args: Any, donate: int | None = None, out: Any = None) -> Any:
         """`function` of `args` (trees of `jax.ShapeDtypeStruct`), lowered.
@@ -350,9 +377,14 @@ class Programs(abc.ABC):
         """What lowers each kind of program, of the rest of its key."""
 
     @property
+    def _whole_params(self) -> Any:
+        """Shapes of the weights, the tower's too."""
+        return self._params if self._vision is None else dataclasses.replace(self._params, vision=self._vision)
+
+    @property
     def param_shardings(self) -> Any:
         """Of each array of the weights."""
-        return jax.tree.map(lambda shape: shape.sharding, self._params)
+        return jax.tree.map(lambda shape: shape.sharding, self._whole_params)
 
     def bucket(self, num_tokens: int, num_seqs: int, *, adapters: bool = False) -> Bucket:
         """The one that a step of this size runs in, with adapters or without."""

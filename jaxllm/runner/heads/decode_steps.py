@@ -18,7 +18,7 @@ from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import Params, forward_keeping, no_load
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
-from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.runner.packing import Packing, attention_batch, with_pictures
 
 
 @jax.tree_util.register_dataclass
@@ -74,10 +74,8 @@ def decode_steps(
         position = jnp.where(loop.going_on, first + loop.step, 0)
         active_row = jnp.where(loop.going_on, row, trash)
         now = dataclasses.replace(attention, positions=position, kv_lens=position + 1, token_valid=loop.going_on)
-        batch = StepBatch(tokens=loop.state.tokens[active_row, position], attention=now)
-        if "rope_offsets" in fields:
-            # all of them are generated: each goes on as it did
-            batch = dataclasses.replace(batch, rope_positions=position + fields["rope_offsets"])
+        # all of them are generated, and go on behind pictures as the first of them did
+        batch = with_pictures(StepBatch(tokens=loop.state.tokens[active_row, position], attention=now), fields, None)
         cache, hidden, load, _ = forward_keeping(
             config.context, config.model, config.groups, params, loop.state.cache, batch, counts=config.expert_load
         )

@@ -210,6 +210,7 @@ def draft_steps(
             outputs=loop.state.outputs,
             most=jnp.where(is_given, 0, most),
             behind=loop.behind,
+            rope_offsets=fields.get("rope_offsets"),
             sample=sample_of,
         )
         look, counts = drafter.look(asked)
@@ -326,7 +327,8 @@ def catch_up(
     behind = jnp.where(row < trash, state.drafting[row, -1], 0)
     attention, positions = attention_batch(fields, bucket), fields["positions"]
     cache: Any = state.draft_cache
-    cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind)
+    offsets = fields.get("rope_offsets")
+    cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind, offsets)
     return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(0))
 
 

@@ -12,14 +12,15 @@ import numpy as np
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.models.adapters import with_adapters
 from jaxllm.models.decoder import Params
+from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.embeddings import Embeddings
+from jaxllm.runner.heads.pictures import Pictures
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
 from jaxllm.runner.heads.sampling_programs import Form
-from jaxllm.runner.heads.sampling_step import State
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
 from jaxllm.runner.rows import Rows
@@ -48,7 +49,7 @@ class PipelineHead(SamplingHead):
     def __init__(self, pipeline: PipelinePrograms):
         super().__init__(pipeline.last)
         self._pipeline = pipeline
-        self._embeddings = Embeddings(pipeline.first)
+        self._embeddings, self._pictures = Embeddings(pipeline.first), Pictures(pipeline.first)
         #: of each stage its weights, as programs of several rows take them and as those of a single row do
         self._stages: tuple[tuple[Params, dict[Form, Params]], ...] = ()
         #: the latter with adapters
@@ -63,13 +64,14 @@ class PipelineHead(SamplingHead):
         return self._pipeline
 
     def use(self, params: Params | None) -> None:
-        self._stages, self._head = (), None
+        self._stages, self._head, self._pictures.params = (), None, None
         self._free_copy()
         if params is None:
             return
         if params.head is None:
             places = jax.tree.map(lambda shape: shape.sharding, self._pipeline.last.head_shape)
             self._tied = jax.device_put(params.embedding, places, may_alias=False)
+        self._pictures.params, params = params.vision, dataclasses.replace(params, vision=None)
         cut = []
         for programs in self._pipeline.stages:
             part = stage_params(params, programs.stage, self._tied)
@@ -84,6 +86,14 @@ class PipelineHead(SamplingHead):
             {form: with_adapters(params, adapters) for form, params in forms.items()}
             for (_, forms), adapters in zip(self._stages, self._adapters, strict=False)
         )
+
+    def encode(self, state: Any, inputs: Sequence[EncoderInput]) -> PipelineState:
+        first, *others = state.stages
+        return dataclasses.replace(state, stages=(super().encode(first, inputs), *others))
+
+    def _warm_up_pictures(self, state: Any, *, smallest: bool) -> PipelineState:
+        first, *others = state.stages
+        return dataclasses.replace(state, stages=(super()._warm_up_pictures(first, smallest=smallest), *others))
 
     def forward(self, state: Any, scheduled: SchedulerOutput, rows: Rows) -> tuple[PipelineState, LaunchedStep]:
         needed = {row for row, start in zip(scheduled.rows, scheduled.starts, strict=True) if start >= rows.known[row]}
@@ -147,7 +157,8 @@ class PipelineHead(SamplingHead):
         count = max(count, len(unwritten) - (len(state.stages) if at_most is None else at_most))
         first, *others = state.stages
         for step in unwritten[:count]:
-            first = State(cache=first.cache, tokens=self._pipeline.first.take(first.tokens, step.ids, step.sampling))
+            tokens = self._pipeline.first.take(first.tokens, step.ids, step.sampling)
+            first = dataclasses.replace(first, tokens=tokens)
         return PipelineState(stages=(first, *others), unwritten=unwritten[count:])
 
     def _forward(

@@ -83,7 +83,10 @@ class StagePrograms(SamplingPrograms):
         return super()._step(bucket, num_seqs) if self.stage.is_last else (("forward", bucket),)
 
     def _largest(self) -> list[tuple[Key, ...]]:
-        return super()._largest() if self.stage.is_last else [(("forward", self.largest),)]
+        if self.stage.is_last:
+            return super()._largest()
+        encoder = () if self.encoder is None else (self.encoder.keys[-1],)
+        return [(key,) for key in (("forward", self.largest), *encoder)]
 
     def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:
         return {**super()._lowerings(), TAKE[0]: self.lower_take}
@@ -158,6 +161,10 @@ class PipelinePrograms:
         """Of each stage, as `Programs.activation_bytes`, and what it has received and sent in the steps under way."""
         self._begin()
         return tuple(stage.activation_bytes() + len(self.stages) * stage.handed_on_bytes for stage in self.stages)
+
+    def encoder_activation_bytes(self) -> int | None:
+        """As `Programs.encoder_activation_bytes`."""
+        return self.first.encoder_activation_bytes()
 
     def compile_all(self) -> None:
         """Compile what is missing."""

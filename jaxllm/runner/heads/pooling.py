@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +15,17 @@ from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.adapters import Stacks, with_adapters
 from jaxllm.models.pooler import PoolingModel
+from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.pictures import Pictures
 from jaxllm.runner.heads.pooling_step import PoolingState, PoolingStepConfig, pooling_packing, pooling_step, token_step
+from jaxllm.runner.packing import MediaFields
 from jaxllm.runner.rows import Rows
 
 
@@ -29,7 +34,8 @@ class PoolingPrograms(Programs):
 
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
-        platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
+        media: what steps bring of pictures; None: there are none.
+        platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
     """
 
     def __init__(
@@ -45,20 +51,34 @@ class PoolingPrograms(Programs):
         copied_layers: int = 0,
         progress: StartProgress | None = None,
         adapters: Stacks | None = None,
+        media: MediaFields | None = None,
+        encoder_buckets: tuple[int, ...] = (),
+        pixel_normal: Normalization = ((), ()),
     ):
-        packings = {bucket: pooling_packing(bucket, len(config.groups), table_width) for bucket in buckets}
+        numbers = len(config.groups), table_width
+        packings = {bucket: pooling_packing(bucket, *numbers, media=media) for bucket in buckets}
         super().__init__(
             packings,
             state,
             platform=platform,
             cache_dir=cache_dir,
-            source=(config, table_width, params, state, adapters),
+            source=(config, table_width, params, state, adapters, media, encoder_buckets, pixel_normal),
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
         )
         self.config: PoolingStepConfig = config
-        self._params = params
+        body: Any = params.body
+        if media is not None:
+            body = self._with_encoder(body, encoder_buckets, pixel_normal)
+        self._params = dataclasses.replace(params, body=body)
+
+    @property
+    def _whole_params(self) -> PoolingModel:
+        body: Any = self._params.body
+        if self._vision is None:
+            return self._params
+        return dataclasses.replace(self._params, body=dataclasses.replace(body, vision=self._vision))
 
     def lower_pooling(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]
@@ -82,7 +102,8 @@ class PoolingPrograms(Programs):
 
     def _largest(self) -> list[tuple[Key, ...]]:
         # what one step returns lives until it is read, which may be after the next was launched
-        return [(("pool", self.largest), ("tokens", self.largest))]
+        encoder = [] if self.encoder is None else [self.encoder.keys[-1:]]
+        return [(("pool", self.largest), ("tokens", self.largest)), *encoder]
 
     def _lowerings(self) -> dict[str, Callable[..., jax.stages.Lowered]]:
         return {"pool": self.lower_pooling, "tokens": self.lower_tokens}
@@ -146,7 +167,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
 
     def __init__(self, programs: PoolingPrograms, max_num_seqs: int):
         self.programs: PoolingPrograms = programs
-        self._embeddings = Embeddings(programs)
+        self._embeddings, self._pictures = Embeddings(programs), Pictures(programs)
         self._params: PoolingModel | None = None
         self._adapters: Stacks | None = None
         #: of all rows, the fields that `pooling_packing` has for each sequence
@@ -156,7 +177,14 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         self._pieces: list[list[np.ndarray]] = [[] for _ in range(max_num_seqs)]
 
     def use(self, params: PoolingModel | None) -> None:
-        self._params = params
+        self._params, self._pictures.params = params, None
+        if params is not None and self.programs.encoder is not None:
+            body: Any = params.body
+            self._pictures.params = body.vision
+            self._params = dataclasses.replace(params, body=dataclasses.replace(body, vision=None))
+
+    def encode(self, state: PoolingState, inputs: Sequence[EncoderInput]) -> PoolingState:
+        return dataclasses.replace(state, encoded=self._pictures.encode(state.encoded, inputs))
 
     def use_adapters(self, adapters: Sequence[Stacks]) -> None:
         (self._adapters,) = adapters
@@ -211,7 +239,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def warm_up(self, state: PoolingState, *, smallest: bool) -> PoolingState:
         for bucket, packing in list(self.programs.packings.items())[: 1 if smallest else None]:
             state, *_ = self._launch(state, bucket, np.zeros(packing.size, np.int32), None, want_tokens=True)
-        return state
+        return dataclasses.replace(state, encoded=self._pictures.warm_up(state.encoded, smallest=smallest))
 
     def free(self) -> None:
         self._embeddings.free()

@@ -18,7 +18,7 @@ from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
 from jaxllm.models.pooler import Head, PoolingModel, finish
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.packing import Packing, attention_batch, forward_fields
+from jaxllm.runner.packing import MediaFields, Packing, forward_fields, step_attention, with_pictures
 
 #: sequences, and tokens of each, that one round of a sum takes
 SUM_ROWS = 8
@@ -46,15 +46,17 @@ class PoolingState:
     #: f32 [R + 1, d]: the first token's state (CLS), or the sum so far (MEAN), of each row; the last row is trash.
     #: None with LAST, which needs nothing of earlier chunks
     pooled: jax.Array | None
+    #: [1 + C, d], as `sampling_step.State.encoded`
+    encoded: jax.Array | None = None
 
 
-def pooling_packing(bucket: Bucket, num_groups: int, table_width: int) -> Packing:
+def pooling_packing(bucket: Bucket, num_groups: int, table_width: int, *, media: MediaFields | None = None) -> Packing:
     """What `pooling_step` reads: `forward_fields`, and some of each sequence.
 
     Those are the components of its embedding, whether to normalise or activate, and where its second segment begins.
     """
     per_seq = dict.fromkeys(("dimensions", "activate", "segment_starts"), (bucket.seqs,))
-    return Packing({**forward_fields(bucket, num_groups, table_width), **per_seq})
+    return Packing({**forward_fields(bucket, num_groups, table_width, media=media), **per_seq})
 
 
 def pooling_step(
@@ -82,15 +84,16 @@ def pooling_step(
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
     batch = StepBatch(
         tokens=fields["token_ids"],
-        attention=attention_batch(fields, bucket),
+        attention=step_attention(fields, bucket),
         embeddings=embeddings,
         embedded=None if embeddings is None else fields["token_ids"] == EMBEDDED,
         segment_starts=fields["segment_starts"] if isinstance(config.model, BertConfig) else None,
     )
+    batch = with_pictures(batch, fields, state.encoded)
     cache, hidden = forward(config.context, config.model, config.groups, params.body, state.cache, batch)
     pooled, kept = _pool(config.pooler.seq_pooling_type, hidden, state.pooled, fields)
     results = finish(config.context, config.pooler, params.head, pooled, fields["dimensions"], fields["activate"] != 0)
-    return PoolingState(cache=cache, pooled=kept), results, hidden
+    return dataclasses.replace(state, cache=cache, pooled=kept), results, hidden
 
 
 def token_step(

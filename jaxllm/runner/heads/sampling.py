@@ -12,7 +12,6 @@ import numpy as np
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.adapters import Stacks, with_adapters, with_own_heads
 from jaxllm.models.decoder import Params, draft_params
-from jaxllm.models.vision import VisionParams
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
@@ -20,6 +19,7 @@ from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.draft_steps import DraftParams, DraftSteps
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
+from jaxllm.runner.heads.pictures import Pictures
 from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, Form, SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
@@ -167,7 +167,7 @@ class SamplingHead(Head[Params, State]):
         self.programs: SamplingPrograms = programs
         self._sharding = programs.sharding
         self._rows = SamplingRows(programs)
-        self._embeddings = Embeddings(programs)
+        self._embeddings, self._pictures = Embeddings(programs), Pictures(programs)
         self._kept = KeptOutputs(programs.num_kept_tokens, programs.max_kept_outputs)
         self._clock = LaunchClock()
         # processes that tell one program different prices would not come together again
@@ -183,7 +183,6 @@ class SamplingHead(Head[Params, State]):
         self._adapted: dict[Form, Params] = {}
         self._adapters: tuple[Stacks, ...] = ()
         self._head: Params | None = None
-        self._vision: VisionParams | None = None
         rows = programs.replicas * programs.max_num_seqs
         constraints = ConstraintShape(programs.config.model.vocab_size).empty(rows)
         self._no_constraints = put_whole(constraints, self._sharding)
@@ -192,10 +191,10 @@ class SamplingHead(Head[Params, State]):
 
     def use(self, params: Params | None) -> None:
         programs = self.programs
-        self._params, self._forms, self._head, self._vision = params, {}, None, None
+        self._params, self._forms, self._head, self._pictures.params = params, {}, None, None
         if params is not None:
             # few arguments make quick launches
-            self._vision, params = params.vision, dataclasses.replace(params, vision=None)
+            self._pictures.params, params = params.vision, dataclasses.replace(params, vision=None)
             self._head = programs.head_params(params)
             self._forms = programs.forms(params)
         self._adapt()
@@ -299,16 +298,7 @@ class SamplingHead(Head[Params, State]):
         return self._no_draft_constraints[bucket]
 
     def encode(self, state: State, inputs: Sequence[EncoderInput]) -> State:
-        encoder = self.programs.encoder
-        assert encoder is not None
-        for given in inputs:
-            state = self._encode(state, *encoder.pack(given))
-        return state
-
-    def _encode(self, state: State, size: int, pixels: np.ndarray, words: np.ndarray) -> State:
-        given = (put_whole(array, self._sharding) for array in (pixels, words))
-        encoded = self.programs.encode(size)(self._vision, state.encoded, *given)
-        return dataclasses.replace(state, encoded=encoded)
+        return dataclasses.replace(state, encoded=self._pictures.encode(state.encoded, inputs))
 
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         size = scheduled.num_tokens, len(scheduled.rows)
@@ -362,12 +352,13 @@ class SamplingHead(Head[Params, State]):
                 state, _ = self._check_drafts(state, bucket, buffer, None, full)
         for bucket, packing in list(programs.catch_up_packings.items())[: 1 if smallest else None]:
             state = self._read_late(state, bucket, np.zeros(packing.size, np.int32))
-        if programs.encoder is not None:
-            for size in list(programs.encoder.packings)[: 1 if smallest else None]:
-                state = self._encode(state, size, *programs.encoder.nothing(size))
+        state = self._warm_up_pictures(state, smallest=smallest)
         if programs.max_kept_outputs:
             state = self._write_outputs(state, 0, np.zeros(1, np.int32))
         return self._write_tokens(state, trash, np.zeros(1, np.int32))
+
+    def _warm_up_pictures(self, state: State, *, smallest: bool) -> State:
+        return dataclasses.replace(state, encoded=self._pictures.warm_up(state.encoded, smallest=smallest))
 
     def free(self) -> None:
         self._embeddings.free()

@@ -21,7 +21,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
-from jaxllm.runner.compile.encoder import EncoderPrograms, Normalization
+from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -77,6 +77,7 @@ class SamplingPrograms(Programs):
         decode_buckets: tuple[Bucket, ...] = (),
         draft_buckets: tuple[Bucket, ...] = (),
         num_draft_steps: int = 1,
+        media: MediaFields | None = None,
         encoder_buckets: tuple[int, ...] = (),
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
@@ -89,16 +90,12 @@ class SamplingPrograms(Programs):
             decode_buckets: those that have such programs.
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
-            encoder_buckets: patches of the programs that encode pictures; (): there are no pictures.
-            pixel_normal: what these take of pixels.
             num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
-            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
+            media: what steps bring of pictures; None: there are none.
+            platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
-        media = None
-        if encoder_buckets:
-            media = MediaFields(config.model.rope_sections != (), config.model.sees_whole_pictures)
         packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
         if num_rows is None:
             num_rows = state.tokens.shape[0] - 1
@@ -108,7 +105,8 @@ class SamplingPrograms(Programs):
             self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
-        several = num_decode_steps, num_draft_steps, encoder_buckets, pixel_normal, num_rows, self._sample_rows[-1]
+        pictures = media, encoder_buckets, pixel_normal
+        several = num_decode_steps, num_draft_steps, *pictures, num_rows, self._sample_rows[-1]
         super().__init__(
             packings,
             state,
@@ -124,13 +122,7 @@ class SamplingPrograms(Programs):
         self.config = config = dataclasses.replace(
             config, on_cpu=on_cpu, fixed_sample_rows=None if on_cpu else SAMPLE_ROWS_GPU[-1]
         )
-        if params.vision is not None:
-            cache: Any = state.encoded
-            assert config.model.vision is not None
-            args = config.model.vision, pixel_normal, encoder_buckets, params.vision, cache
-            self.encoder = EncoderPrograms(config.context, *args, self._rows, self._words, self._lowered)
-        self._vision = params.vision
-        self._params = params = dataclasses.replace(params, vision=None)
+        self._params = params = self._with_encoder(params, encoder_buckets, pixel_normal)
         #: whether a single row has products of its own (`layers.stacked_matrix`)
         self.has_one_row_products = platform == "cpu" and self._mesh is None and not config.context.deterministic
         self.num_decode_steps = num_decode_steps
@@ -165,11 +157,6 @@ class SamplingPrograms(Programs):
         )
         #: whether samplers are whole; a GPU also gets greedy-only ones, whose launches never wait for a branch
         self._variants = (True,) if platform == "cpu" or config.processors else (True, False)
-
-    @property
-    def param_shardings(self) -> Any:
-        vision = jax.tree.map(lambda shape: shape.sharding, self._vision)
-        return dataclasses.replace(super().param_shardings, vision=vision)
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         packing = self.packings[bucket]

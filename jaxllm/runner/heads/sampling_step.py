@@ -19,7 +19,7 @@ from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_k
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
-from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.runner.packing import Packing, step_attention, with_pictures
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
@@ -126,15 +126,10 @@ def forward_step(
     fields = packing.unpack(buffer)
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
-    attention = attention_batch(fields, bucket)
-    if "picture_ends" in fields and not bucket.decode_only:
-        seen_to = jnp.maximum(fields["picture_ends"], attention.positions + 1)
-        attention = dataclasses.replace(attention, seen_to=seen_to)
-    tokens, batch = step_tokens(config, state.tokens, fields, attention)
-    if state.encoded is not None:
-        batch = dataclasses.replace(batch, embeddings=state.encoded[fields["encoded_rows"]])
-    elif embeddings is not None:
+    tokens, batch = step_tokens(config, state.tokens, fields, step_attention(fields, bucket))
+    if embeddings is not None:
         batch = dataclasses.replace(batch, embeddings=embeddings)
+    batch = with_pictures(batch, fields, state.encoded)
     state, hidden, load, _ = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
@@ -181,12 +176,7 @@ def step_tokens(
         tokens = tokens.at[jnp.where(embedded, rows, trash), attention.positions].set(EMBEDDED)
     # `ENDED` behind an end that the host has not read of: whatever comes of it is dropped
     ids = jnp.where(ids >= 0, ids, tokens[rows, attention.positions])
-    batch = StepBatch(tokens=ids, attention=attention, embedded=embedded)
-    if "encoded_rows" in fields:
-        batch = dataclasses.replace(batch, embedded=fields["encoded_rows"] > 0)
-    if "rope_offsets" in fields:
-        batch = dataclasses.replace(batch, rope_positions=attention.positions + fields["rope_offsets"])
-    return tokens, batch
+    return tokens, StepBatch(tokens=ids, attention=attention, embedded=embedded)
 
 
 def wanted_rows(config: StepConfig, tokens: jax.Array, fields: dict[str, jax.Array], hidden: jax.Array) -> Hidden:

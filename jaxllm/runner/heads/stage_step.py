@@ -18,7 +18,7 @@ from jaxllm.models.decoder import Params, forward_keeping
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import Hidden, State, StepConfig, step_tokens, wanted_rows
-from jaxllm.runner.packing import Packing, attention_batch
+from jaxllm.runner.packing import Packing, step_attention, with_pictures
 
 
 @jax.tree_util.register_dataclass
@@ -71,18 +71,19 @@ def stage_step(
     fields = packing.unpack(buffer)
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
-    attention = attention_batch(fields, bucket)
+    attention = step_attention(fields, bucket)
     tokens, batch = state.tokens, StepBatch(tokens=fields["token_ids"], attention=attention)
     if tokens is not None:
         tokens, batch = step_tokens(config, tokens, fields, attention)
     batch = dataclasses.replace(batch, **{"embeddings" if stage.is_first else "hidden": given})
+    batch = with_pictures(batch, fields, state.encoded)
     cache, hidden, load, _ = forward_keeping(
         config.context, config.model, config.groups, params, state.cache, batch, counts=config.expert_load
     )
     made: Hidden | jax.Array | tuple[jax.Array, jax.Array] = hidden if load is None else (hidden, load)
     if stage.is_last:
         made = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
-    return State(cache=cache, tokens=tokens), made, buffer[packing.size :]
+    return dataclasses.replace(state, cache=cache, tokens=tokens), made, buffer[packing.size :]
 
 
 def take_sampled(packing: Packing, tokens: jax.Array, ids: jax.Array, buffer: jax.Array) -> jax.Array:
