@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,13 +9,9 @@ from jax import lax
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix
-from pallas_kernels.gguf_blocks import BlockWeight
-from pallas_kernels.packed_matmul.api import has_kernel
 from pallas_kernels.quantized import Quantized, dense, rows
 
 VOCAB = "vocab"
-#: rows of a table in blocks that are widened at once, where scores are wanted of more tokens than it has kernels for
-PIECE = 4096
 
 
 def embed(
@@ -66,34 +60,10 @@ def unembed(
     Args:
         vocab_size: of the whole vocabulary, on each device.
     """
-    scores = _scores(context, hidden, table)
+    scores = linear_f32(context, hidden, table)
     axis = context.mesh_axis(VOCAB)
     if axis is None:
         return scores
     # the last device's rows may go on behind the vocabulary
     with exchanged(VOCAB):
         return lax.all_gather(scores, axis, axis=1, tiled=True)[:, :vocab_size]
-
-
-def _scores(context: Context, hidden: jax.Array, table: jax.Array | StackedMatrix | Quantized) -> jax.Array:
-    """float32 [R, V]. A GGUF file's blocks are never widened as a whole: no matrix of a small model is larger."""
-    if not isinstance(table, BlockWeight):
-        return linear_f32(context, hidden, table)
-    size = table.shape[0]
-    if size <= PIECE or has_kernel(context.backend, table, rows=hidden.shape[0]):
-        return linear_f32(context, hidden, table)
-
-    def piece(first: jax.Array | int, count: int) -> jax.Array:
-        part = dataclasses.replace(table, data=lax.dynamic_slice_in_dim(table.data, first, count))
-        return linear_f32(context, hidden, part.dequantize(hidden.dtype))
-
-    whole, rest = divmod(size, PIECE)
-    scores = jnp.zeros((hidden.shape[0], size), jnp.float32)
-
-    def one(i: jax.Array, scores: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(scores, piece(i * PIECE, PIECE), i * PIECE, axis=1)
-
-    scores = lax.fori_loop(0, whole, one, scores)
-    if rest:
-        scores = scores.at[:, whole * PIECE :].set(piece(whole * PIECE, rest))
-    return scores

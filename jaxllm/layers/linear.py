@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,11 +15,14 @@ from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
 from pallas_kernels.dense_matmul.api import dense_matmul
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
+from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
 from pallas_kernels.quant_matmul.layout import Int4Weight, halves
 from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight
 
+#: numbers of a GGUF file's blocks that are widened at once, in whole rows
+PIECE = 2**22
 #: what a matrix can be stored as
 Matrix = jax.Array | StackedMatrix | Quantized | Observed | Adapted
 
@@ -81,8 +87,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
 
 
 def _is_dense(context: Context, x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `dense_matmul` has a kernel for it, which takes any number of rows, and adds up each alike."""
-    return has_dense_kernel(context.backend, weight) and x.ndim == 2 and x.dtype == weight.dtype
+    """Whether `dense_matmul` has a kernel for it."""
+    return x.ndim == 2 and x.dtype == weight.dtype and has_dense_kernel(context.backend, weight, rows=len(x))
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:
@@ -106,7 +112,28 @@ def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Arra
         return linear_f32(context, x, weight.values.astype(x.dtype)) * weight.scales[:, 0].astype(jnp.float32)
     if isinstance(weight, Int4Weight) and not context.deterministic:
         return _of_halves(context, x, weight)
+    if isinstance(weight, BlockWeight) and math.prod(weight.shape) > PIECE:
+        return _of_pieces(context, x, weight)
     return linear_f32(context, x, weight.dequantize(x.dtype))
+
+
+def _of_pieces(context: Context, x: jax.Array, weight: BlockWeight) -> jax.Array:
+    """A part of the rows after the other: no large matrix of a GGUF file is ever widened as a whole."""
+    size, columns = weight.shape
+    rows = max(PIECE // columns, 1)
+
+    def piece(first: jax.Array | int, count: int) -> jax.Array:
+        part = dataclasses.replace(weight, data=lax.dynamic_slice_in_dim(weight.data, first, count))
+        return linear_f32(context, x, part.dequantize(x.dtype))
+
+    def one(i: jax.Array, y: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y, piece(i * rows, rows), i * rows, axis=-1)
+
+    whole, rest = divmod(size, rows)
+    y = lax.fori_loop(0, whole, one, jnp.zeros((*x.shape[:-1], size), jnp.float32))
+    if rest:
+        y = lax.dynamic_update_slice_in_dim(y, piece(whole * rows, rest), whole * rows, axis=-1)
+    return y
 
 
 def _of_halves(context: Context, x: jax.Array, weight: Int4Weight) -> jax.Array:

@@ -12,9 +12,11 @@ from pallas_kernels.dense_matmul.cpu_ffi import dense_matmul_cpu, kernel_for
 from pallas_kernels.dense_matmul.reference import dense_matmul_reference
 
 
-def has_kernel(backend: Backend, weight: Any) -> bool:
-    """Whether products with a weight [..., N, K], or with one of its shape, have a kernel."""
-    return isinstance(weight, jax.Array | jax.ShapeDtypeStruct) and kernel_for(backend.cpu_dense, weight) is not None
+def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
+    """Whether a product of so many rows with a weight [..., N, K], or with one of its shape, has a kernel."""
+    if not isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
+        return False
+    return kernel_for(backend.cpu_dense, weight, rows) is not None
 
 
 def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
@@ -28,7 +30,7 @@ def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: ja
     stack = "" if layer is None else "L, "
     if x.ndim != 2 or weight.ndim != 2 + (layer is not None) or weight.shape[-1] != x.shape[1]:
         raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
-    kernel = kernel_for(backend.cpu_dense, weight)
+    kernel = kernel_for(backend.cpu_dense, weight, len(x))
     if kernel is not None and x.dtype == weight.dtype:
         return dense_matmul_cpu(kernel, x, weight, layer)
     own = weight if layer is None else lax.dynamic_index_in_dim(weight, layer, keepdims=False)

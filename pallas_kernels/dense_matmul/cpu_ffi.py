@@ -17,6 +17,8 @@ COLUMNS = 32
 #: the form that multiplies two bfloat16 numbers by one instruction: AMD's have twice the rate of float32, Intel's half
 #: of it (Sapphire Rapids: 87 against 173 GFLOP/s of a core)
 PAIRS = "pairs"
+#: the form for up to `MOST_ROWS` rows: XLA multiplies more by Intel's AMX
+FEW, MOST_ROWS = "few", 64
 _PREFIX = "dense_"
 
 
@@ -29,16 +31,19 @@ def _module(name: str) -> Any:
 KERNELS = Kernels(_module, [Path(__file__).parent])
 
 
-def load(dtype: str, folder: Path | None, form: str | None = None) -> str:
+def load(dtype: str, folder: Path | None, form: str | None = None, *, any_rows: bool = False) -> str:
     """Load the kernel of a dtype (`Kernels.load`): the name by which programs call it (`Backend.cpu_dense`); "": none.
 
     Args:
+        any_rows: whether it is of no use for a few rows alone.
         form: how it multiplies, the rest of a name in `kernel.NUMBERS`; None: as this processor does best.
     """
     if dtype not in DTYPES:
         return ""
     if form is None:
         form = best_form(dtype)
+    if any_rows and form == FEW:
+        return ""
     name = f"{_PREFIX}{dtype}_{form}"
     version = KERNELS.load([name], folder)
     return version and target_name(name, version)
@@ -49,14 +54,23 @@ def best_form(dtype: str) -> str:
     name, known = processor()
     if dtype == "bfloat16" and "avx512bf16" in known and name.startswith("znver"):
         return PAIRS
+    if dtype == "bfloat16" and "amx-bf16" in known:
+        return FEW
     return "16" if "avx512f" in known else "8"
 
 
-def kernel_for(names: tuple[str, ...], weight: Any) -> str | None:
-    """Which of the kernels with these names multiplies by a weight [..., N, K], or its shape; None: none does."""
+def kernel_for(names: tuple[str, ...], weight: Any, rows: int) -> str | None:
+    """Which of the kernels with these names multiplies so many rows by a weight [..., N, K], or its shape; or None."""
     if not names or weight.shape[-1] % COLUMNS:
         return None
-    return next((name for name in names if name.startswith(target_name(f"{_PREFIX}{weight.dtype.name}", ""))), None)
+    dtype = weight.dtype.name
+    found = next((name for name in names if _is_of(name, dtype)), None)
+    return None if found is not None and rows > MOST_ROWS and _is_of(found, f"{dtype}_{FEW}") else found
+
+
+def _is_of(name: str, kernel: str) -> bool:
+    """Whether programs call a kernel by this name whose own begins so."""
+    return name.startswith(target_name(f"{_PREFIX}{kernel}", ""))
 
 
 def dense_matmul_cpu(kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Array | None) -> jax.Array:
@@ -65,7 +79,7 @@ def dense_matmul_cpu(kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Ar
     Args:
         kernel: of these arrays (`kernel_for`).
     """
-    if not kernel.startswith(target_name(f"{_PREFIX}bfloat16_{PAIRS}", "")):
+    if not _is_of(kernel, f"bfloat16_{PAIRS}"):
         x = x.astype(jnp.float32)
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-2]), jnp.float32)
     return jax.ffi.ffi_call(kernel, result)(x, jnp.int32(0) if layer is None else layer, weight)

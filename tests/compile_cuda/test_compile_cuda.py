@@ -26,6 +26,8 @@ PROBED = list(TARGETS)[1:2] if QUICK else list(TARGETS)
 STACKS: dict[str, int] = {
     # heads of 256 numbers, widened from one byte: the registers of sm_100 do not hold both tiles
     r"^paged_attention: Gemma.* over (int8|float8)": 128,
+    # latents of 576 numbers, widened from one byte
+    r"^paged_latent_attention: .* over (int8|float8)": 32,
     # XLA's own products, whose tiles it chooses on the card: without one nothing is autotuned
     r"^Gemma-3-27B: (decode|mixed) .*, fusion\.\d+$": 696,
     # and of routers

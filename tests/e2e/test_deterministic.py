@@ -140,7 +140,7 @@ def test_a_row_of_a_product_is_the_same_bits_beside_any_number_of_rows(dtype: st
 
 def test_the_switch_changes_what_it_must(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     """Without it, XLA multiplies a single row by other kernels: were it not so, the switch would be of no use there."""
-    monkeypatch.setattr("jaxllm.runner.compile.cpu_kernels.load_dense", lambda *_: "")
+    monkeypatch.setattr("jaxllm.runner.compile.cpu_kernels.load_dense", lambda *_, **__: "")
     for name, value in QUICK.items():
         monkeypatch.setitem(CPU_OPTIONS, name, value)
     options = {**BASE, "max_num_batched_tokens": 8, "max_num_seqs": 2, "dtype": "float32", "deterministic": False}

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi.compiled import processor
 from pallas_kernels.dense_matmul.api import dense_matmul, has_kernel
-from pallas_kernels.dense_matmul.cpu_ffi import PAIRS, best_form, load
+from pallas_kernels.dense_matmul.cpu_ffi import FEW, MOST_ROWS, PAIRS, best_form, load
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
 #: several and single rows of a tile, with and without widening them before, and more than a block of them
@@ -21,6 +21,7 @@ ROWS = (1, 3, 4, 7, 41)
 #: kernels as dtype and form; all of them where the processor can
 KERNELS = [
     *((dtype, lanes) for dtype in ("float32", "bfloat16") for lanes in ("8", "16")),
+    ("bfloat16", FEW),
     *([("bfloat16", PAIRS)] if "avx512bf16" in processor()[1] else []),
 ]
 
@@ -84,6 +85,12 @@ def test_other_weights_take_the_reference():
     assert has_kernel(own, shape((3, 4, 64))) and not has_kernel(own, shape((3, 4, 48)))
     assert not has_kernel(own, jax.ShapeDtypeStruct((3, 4, 64), jnp.dtype(jnp.float32)))
     assert load("float16", None) == ""
+    # XLA has AMX for more rows
+    few = backend("bfloat16", FEW)
+    assert has_kernel(few, shape((3, 4, 64)), rows=MOST_ROWS) and has_kernel(own, shape((3, 4, 64)), rows=MOST_ROWS + 1)
+    assert (
+        not has_kernel(few, shape((3, 4, 64)), rows=MOST_ROWS + 1) and load("bfloat16", None, FEW, any_rows=True) == ""
+    )
     # of another dtype than x
     x, weights = operands("bfloat16")
     wide = product(x.astype(jnp.float32), weights[0], None, own)
@@ -91,11 +98,14 @@ def test_other_weights_take_the_reference():
 
 
 def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch):
-    """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's."""
+    """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's; where
+    these have AMX, XLA has it.
+    """
     both = frozenset({"avx2", "avx512f", "avx512bf16"})
     for found, forms in {
         ("znver4", both): ("pairs", "16"),
         ("sapphirerapids", both): ("16", "16"),
+        ("sapphirerapids", both | {"amx-bf16"}): ("few", "16"),
         ("znver3", frozenset({"avx2"})): ("8", "8"),
     }.items():
         monkeypatch.setattr("pallas_kernels.dense_matmul.cpu_ffi.processor", lambda found=found: found)

@@ -16,13 +16,14 @@ from gguf import GGMLQuantizationType
 from support.gguf_files import VOCAB, hf_weights, write_gguf
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.layers import linear
 from jaxllm.weights.formats.gguf import GGUFReader
 from pallas_kernels.quantized import is_quantized
 
-PROMPT = [(7 * i + i * i) % VOCAB for i in range(30)]
+PROMPT = [(7 * i + i * i) % VOCAB for i in range(50)]
 SCORED = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, prompt_logprobs=0, detokenize=False)
 ARGUMENTS: dict[str, Any] = {
-    **{"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16, "block_size": 8},
+    **{"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 64, "block_size": 8},
     **{"num_gpu_blocks_override": 24, "enforce_eager": True, "skip_tokenizer_init": True},
 }
 #: by name, how each is started; "widened" is what the others are compared with
@@ -45,6 +46,8 @@ def answers(llm: LLM) -> dict[str, Any]:
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
+    # the prompt's matrices are widened in pieces; single tokens have kernels
+    linear.PIECE = 24 * 64
     folder = Path(sys.argv[1])
     file = write_gguf(
         folder / "model.gguf", "llama", hf_weights("llama", tied=True, head_dim=16), GGMLQuantizationType.Q8_0

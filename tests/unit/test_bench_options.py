@@ -117,13 +117,18 @@ def test_a_request_that_would_end_early_is_refused():
 
 def test_forms_of_weights_and_of_the_cache_are_compared_one_by_one():
     def asked(**options: object) -> dict[str, dict[str, object]]:
-        sweeps = {"sweep_quantization": None, "sweep_kv_cache_dtype": None}
-        return forms(argparse.Namespace(**{**sweeps, **options}))
+        names = ("dtype", "quantization", "kv_cache_dtype", "model")
+        return forms(argparse.Namespace(**{**{f"sweep_{name}": None for name in names}, **options}))
 
-    assert asked() == {"none": {"quantization": None, "kv_cache_dtype": None}}
-    assert asked(quantization="int8") == {"int8": {"quantization": "int8", "kv_cache_dtype": None}}
-    assert asked(sweep_quantization=["none", "fp8"], sweep_kv_cache_dtype=["int8"], kv_cache_dtype="fp8") == {
-        "none": {"quantization": None, "kv_cache_dtype": "fp8"},
-        "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
-        "int8 KV cache": {"quantization": None, "kv_cache_dtype": "int8"},
+    def engine(**given: object) -> dict[str, object]:
+        return {"model": None, "dtype": None, "quantization": None, "kv_cache_dtype": None, **given}
+
+    assert asked() == {"none": engine()}
+    assert asked(quantization="int8") == {"int8": engine(quantization="int8")}
+    sweeps = {"sweep_quantization": ["none", "fp8"], "sweep_kv_cache_dtype": ["int8"], "sweep_model": ["a/b.gguf"]}
+    assert asked(**sweeps, kv_cache_dtype="fp8") == {
+        "none": engine(kv_cache_dtype="fp8"),
+        "fp8": engine(quantization="fp8", kv_cache_dtype="fp8"),
+        "int8 KV cache": engine(kv_cache_dtype="int8"),
+        "b": engine(model="a/b.gguf", quantization="gguf", kv_cache_dtype="fp8"),
     }

@@ -27,8 +27,8 @@ from support.tiny_model import CONFIG, write_tiny_model
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.quantization import NAMES
 from jaxllm.layers.context import Context
-from jaxllm.layers.embedding import PIECE, embed, unembed
-from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.embedding import embed, unembed
+from jaxllm.layers.linear import PIECE, linear_f32
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read, one_row_product
 from jaxllm.layers.weight import is_spec
 from jaxllm.layers.weight_storage import Int4Layout
@@ -199,13 +199,13 @@ def test_blocks_are_the_gguf_packages(kind: str):
 
 def test_a_table_in_blocks_is_widened_in_pieces():
     """Two whole ones and a rest; rows of it are looked up."""
-    random, size = np.random.default_rng(1), 2 * PIECE + 37
-    raw = gguf.quants.quantize(random.standard_normal((size, 64)).astype(np.float32), GGMLQuantizationType.Q8_0)
+    random, size = np.random.default_rng(1), 2 * PIECE // 1024 + 37
+    raw = gguf.quants.quantize(random.standard_normal((size, 1024), np.float32), GGMLQuantizationType.Q8_0)
     table = gguf.quants.dequantize(raw, GGMLQuantizationType.Q8_0)
-    hidden = random.standard_normal((3, 64)).astype(np.float32)
+    hidden = random.standard_normal((3, 1024), np.float32)
     stored = BlockWeight(data=jnp.asarray(raw), kind="Q8_0")
     scores = jax.jit(unembed, static_argnums=(0, 3))(Context(), jnp.asarray(hidden), stored, size)
-    np.testing.assert_allclose(scores, hidden @ table.T, atol=1e-4)
+    np.testing.assert_allclose(scores, hidden @ table.T, atol=1e-3)
     tokens = np.array([0, size - 1, 5, 5])
     np.testing.assert_array_equal(embed(Context(), stored, jnp.asarray(tokens), jnp.dtype("float32")), table[tokens])
 
@@ -374,6 +374,11 @@ def test_mxfp4_experts_are_the_gguf_packages(tmp_path: Path):
     _, planned = specs_of(tmp_path / "quantized", load_format="dummy")
     _, found = specs_of(tmp_path / "quantized")
     assert device_bytes(planned, F32, {}) == device_bytes(found, F32, {})
+    name = next(name for name in stored if name.endswith("down_proj_scales"))
+    with pytest.raises(WeightsError, match=rf"tensor '{name}' has shape \(8, 1\), .* it must be"):
+        load(edited(tmp_path / "quantized", **{name: np.zeros((8, 1), np.uint8)}))
+    with pytest.raises(WeightsError, match=f"no tensor '{name}'"):
+        load(edited(tmp_path / "quantized", **{name: None}))
 
 
 def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
@@ -384,7 +389,19 @@ def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
         check_storage_split(specs, {"tensor": 4})
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq act-order", "fp8 blocks", "nf4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "awq",
+        "gptq 3 bits",
+        "gptq act-order",
+        "fp8 blocks",
+        "int8",
+        "packed 4 bits with zeros",
+        "nf4",
+        "bitsandbytes int8",
+    ],
+)
 def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
     """DeepSeek's, each expert's tensors by themselves; a router and what is left out stay as they are."""
     config, pack = FORMATS[name]

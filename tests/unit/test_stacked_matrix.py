@@ -115,7 +115,7 @@ def _is_matrix(leaf: Any) -> bool:
 def without_kernels() -> Iterator[None]:
     """As where llvmlite or the processor's features are missing: kernels would take these products."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxllm.runner.compile.cpu_kernels.load_dense", lambda *_: "")
+        patch.setattr("jaxllm.runner.compile.cpu_kernels.load_dense", lambda *_, **__: "")
         yield
 
 

@@ -35,7 +35,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """
     if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
-    dense = load_dense(config.dtype, folder)
+    dense = load_dense(config.dtype, folder, any_rows=config.backend.deterministic)
     backend = dataclasses.replace(config.backend, cpu_dense=(dense,) if dense else ())
     if not backend.deterministic:
         backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
