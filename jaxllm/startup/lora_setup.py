@@ -22,6 +22,10 @@ def check_adapters(args: EngineArgs, model: Any, target: Target) -> None:
     if not args.enable_lora:
         return
     others = {
+        "lora_embeddings=True and a speculative_config": (
+            args.lora_embeddings and args.speculative_config is not None,
+            "nobody has seen drafts checked by an adapter's head",
+        ),
         'load_format="null"': (args.load_format == "null", "there is no model"),
         f"cpu_offload_gb={args.cpu_offload_gb:g}": (bool(args.cpu_offload_gb), "layers on the host have no adapters"),
         f"enable_expert_parallel=True and data_parallel_size={args.data_parallel_size}": (

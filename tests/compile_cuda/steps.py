@@ -65,7 +65,7 @@ _NOT_QUICK = (
     "Gemma-3-4B, images",
     "Qwen2.5-VL-7B, images",
 )
-#: the architecture of the GPUs that the models of several devices run on
+#: the architecture of the GPUs that the models of several devices run on, and those with adapters
 SPLIT_ARCHITECTURE = "sm_90"
 
 
@@ -76,6 +76,8 @@ def step_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) -> I
         part: 0 or 1: of every second model alone, from the first or the second one on.
     """
     models = [item for item in MODELS.items() if not (quick and item[0] in _NOT_QUICK)]
+    # kernels of adapters are compiled for each architecture, whole steps with them take long
+    models = [(name, model) for name, model in models if not model.adapters or gpu.architecture == SPLIT_ARCHITECTURE]
     for name, model in models[part :: 1 if part is None else 2]:
         for i, num_blocks in enumerate(model.num_blocks[:1] if quick else model.num_blocks):
             which = _KINDS[i > 0 or quick or model.offloaded > 0][model.all_programs and not i]

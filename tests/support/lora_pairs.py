@@ -39,8 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # a model that drafts has no adapters: its drafts are the base's
     "a model that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
-    # nor has a head, which takes hidden states that the adapters have made
-    "a head that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
     "several decode steps": {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8},
     "preemption": {"num_gpu_blocks_override": 20},
     "KV offloading": {"kv_offloading_size": "2MB", "num_gpu_blocks_override": 20},
@@ -50,14 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tables, pipeline and tensor parallel": {
         **{"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "lora_embeddings": True},
     },
-    "tables, drafts": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_min": 1},
-        **{"enforce_eager": False, "max_num_batched_tokens": 8, "lora_embeddings": True},
-    },
+}
+#: those that compile much
+LONG_SETTINGS: dict[str, dict[str, Any]] = {
+    # nor has a head, which takes hidden states that the adapters have made
+    "a head that drafts": {"enforce_eager": False, "max_num_batched_tokens": 8},
     "tables, several decode steps": {
         **{"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8, "lora_embeddings": True},
     },
 }
+_ALL = {**SETTINGS, **LONG_SETTINGS}
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _SIZES: dict[str, Any] = {
     **{"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2},
@@ -122,10 +122,10 @@ def of_setting(name: str, folder: Path) -> dict[str, Any]:
     model = read = write_tiny_model(folder)
     if name == "quantized weights":
         read, model = write(folder, "awq")
-    each = enumerate((TABLES if SETTINGS[name].get("lora_embeddings") else ADAPTERS).items())
+    each = enumerate((TABLES if _ALL[name].get("lora_embeddings") else ADAPTERS).items())
     adapters = {key: save_adapter(model, folder / key, seed=seed, **config) for seed, (key, config) in each}
     prompts = [PROMPT + str(i) * (1 + 5 * (i % 3)) for i in range(12)]
-    arguments = dict(SETTINGS[name])
+    arguments = dict(_ALL[name])
     if name == "a model that drafts":
         drafter = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 1}
         arguments["speculative_config"] = drafter
@@ -200,5 +200,5 @@ if __name__ == "__main__":
         if name in PICTURES:
             found[name] = of_pictures(place, PICTURES[name])
         else:
-            found[name] = (of_setting if name in SETTINGS else of_family)(name, place)
+            found[name] = (of_setting if name in _ALL else of_family)(name, place)
     print(json.dumps(found))

@@ -20,10 +20,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": quick}
 
 
-def found_by(module: str, folder: Path) -> Any:
-    """The JSON that ``python -m MODULE FOLDER`` prints last, on a CPU."""
+def found_by(module: str, folder: Path, *arguments: str) -> Any:
+    """The JSON that ``python -m MODULE FOLDER ARGUMENTS`` prints last, on a CPU."""
     done = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
+        [sys.executable, "-m", module, str(folder), *arguments],
         env=environment(),
         capture_output=True,
         text=True,
