@@ -24,6 +24,9 @@ PARTS = {
     "jaxllm/models/segments.py": "a layer's weights copied",
     "jaxllm/sampling/": "sampling",
     "jaxllm/runner/": "fields of the step",
+    "pallas_kernels/dense_matmul/": "products with weights",
+    "pallas_kernels/packed_matmul/": "products with weights",
+    "pallas_kernels/lora_matmul/": "products with weights",
     "pallas_kernels/paged_attention/": "attention",
     "pallas_kernels/kv_write/": "keys and values written",
 }

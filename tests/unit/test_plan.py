@@ -315,7 +315,7 @@ class TestOneReadingOfMemory:
     def test_a_larger_share_is_not_proposed_where_others_have_the_memory(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(target, "device_memory", lambda device: (2**40, 2**20))
+        monkeypatch.setattr(target, "device_memory", lambda device: (2**40, 2**19))
         with pytest.raises(ValidationError, match="increasing the device's free memory"):
             LLM(write_tiny_model(tmp_path), device="cpu", **self.ARGUMENTS)
 
