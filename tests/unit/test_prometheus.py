@@ -81,7 +81,7 @@ def test_the_text_says_what_the_snapshot_says():
 def test_every_family_has_its_kind_and_a_help_text():
     made = families(busy_engine().core.metrics())
     # what that engine does not have
-    others = {"vllm:cache_config_info", "jaxllm:expert_tokens"}
+    others = {"vllm:cache_config_info", "vllm:lora_requests_info", "jaxllm:expert_tokens"}
     others |= {name for name in HELP if "spec_decode" in name or "encoder" in name}
     others |= {"vllm:kv_offload_cpu_cache_usage_perc", "vllm:kv_offload_stores_skipped"}
     others |= {name for name in HELP if name.startswith(("vllm:mm_cache", "jaxllm:encoder"))}

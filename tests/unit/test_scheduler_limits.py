@@ -137,7 +137,7 @@ def test_the_rest_is_handed_on():
         max_model_len=2048,
         long_prefill_token_threshold=32,
         policy="priority",
-        max_scored_tokens=64,
+        max_scored_tokens=256,
         enable_chunked_prefill=True,
         async_scheduling=False,
         reserve_full_prompt=False,
