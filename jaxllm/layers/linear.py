@@ -37,7 +37,7 @@ def linear(
 ) -> jax.Array:
     """``x [..., in] @ weight [out, in].T (+ bias [out])``, accumulated in float32, in x's dtype.
 
-    Weights keep the checkpoint's orientation. A `StackedMatrix` stands for a weight where x may have one row.
+    Weights keep the checkpoint's orientation. A `StackedMatrix` stands for a weight that is read where it lies.
 
     Args:
         over: logical axis of the in-features that may be split over devices: each has a part of x and weight, and all

@@ -27,8 +27,8 @@ _WEIGHTS = (ScaledWeight, Int4Weight, BlockWeight, CodebookWeight)
 def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """A runner's configuration with the kernels that its attention, weights and adapters have on this device.
 
-    Where bits must not depend on the batch there are none but that of dense products: prompts' attention, and packed
-    matrices of many rows, are left to XLA, which adds up in another order.
+    Where bits must not depend on the batch there are none but that of dense products: attention of prompts with
+    pictures, and packed matrices of many rows, are left to XLA in any engine, which adds up in another order.
 
     Args:
         folder: where their machine code is kept.
