@@ -77,7 +77,12 @@ class Tuner:
         self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValidationError(
+                    f"{self.folder} cannot be made ({error.strerror or error}). Give another --output."
+                ) from None
         path = None if self.folder is None else self.folder / "trials.jsonl"
         self.journal = Journal(path, self._question())
         self._effects: tuple[Effect, ...] = ()
@@ -374,7 +379,10 @@ class Tuner:
         finalists = tuple(map(self._finalist, self._finalists))
         fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
         base = {name: fixed.pop(name) for name in self._base}
-        best = self._finalist(self._best.arguments)
+        best, defaults = self._finalist(self._best.arguments), self._finalist({})
+        if not best.measured and defaults.simulated is not None:
+            # what was simulated is no better or worse than what was measured
+            defaults = dataclasses.replace(defaults, measured=())
         return TuningResult(
             model=str(self.planner.model),
             device=self.device,
@@ -383,7 +391,7 @@ class Tuner:
             fixed=fixed,
             space=self.space,
             trials=tuple(self.journal.trials),
-            base=self._finalist({}),
+            base=defaults,
             best=dataclasses.replace(best, arguments={**base, **best.arguments}),
             finalists=finalists,
             effects=self._effects,
@@ -450,7 +458,8 @@ def hash_of(workload: Workload) -> str:
     """The same for equal requests, in any process."""
     import hashlib
 
-    digest = hashlib.blake2b(digest_size=8)
+    # pieces of another size share other tokens, and fewer requests at a time come otherwise
+    digest = hashlib.blake2b(f"{workload.piece_size} {workload.max_concurrency};".encode(), digest_size=8)
     for each in workload.requests:
         digest.update(
             f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()

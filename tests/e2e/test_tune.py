@@ -29,8 +29,11 @@ from jaxllm.autotuning.knob import Space
 from jaxllm.autotuning.measure import MeasuredRun, measure, prompts_of
 from jaxllm.autotuning.search import Search
 from jaxllm.autotuning.trials import Journal
+from jaxllm.autotuning.tuner import hash_of
+from jaxllm.config.devices import gpu_named
 from jaxllm.config.files import load_config
 from jaxllm.entrypoints.cli import main
+from jaxllm.entrypoints.tune import default_folder
 from jaxllm.tuning.simulation.step_times import LinearSteps
 from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 
@@ -138,6 +141,63 @@ def test_what_makes_no_difference_is_left_at_its_default(model: Path):
     found = Search(Space.of(planner, workload), goals, Journal(None, {}), forecast).run(16)
     assert found is not None and "long_prefill_token_threshold" not in found.arguments
     assert "block_size" not in found.arguments and "max_num_seqs" not in found.arguments
+
+
+def test_no_request_in_time_is_not_as_good_as_some(model: Path):
+    """The defaults run all at once, each too slowly: what has a goodput is not given back for them."""
+    workload = requests_at(0.0, count=16, prompt=48, output=32)
+    fixed = {"block_size": 16, "long_prefill_token_threshold": 0, "max_num_batched_tokens": 256, "num_decode_steps": 1}
+    planner = Planner(model, {**NULL, **fixed})
+    goals = Goals.of("goodput", "tpot<1.25ms")
+    forecast = Forecast(planner, workload, goals, lambda _: STEPS)
+    found = Search(Space.of(planner, workload), goals, Journal(None, {}), forecast).run(8)
+    base = forecast({}).numbers
+    assert base is not None and base["goodput"] == 0
+    assert found is not None and found.numbers is not None and found.numbers["goodput"] > 0
+    assert found.arguments["max_num_seqs"] <= 8
+
+
+def test_replicas_share_the_requests_at_a_time(model: Path, tmp_path: Path):
+    workload = dataclasses.replace(requests_at(0.0, count=12, prompt=48, output=8), max_concurrency=3)
+    planner = Planner(model / "config.json", {}, gpu=gpu_named("h100"), num_devices=2)
+    run = Forecast(planner, workload, Goals.of("throughput"), lambda _: STEPS).run({"data_parallel_size": 2})
+    assert run.num_requests == 12 and run.num_running.max() == 2 and run.num_running.min() == 1
+    # and a number of replicas may be held fixed
+    result = jaxllm.tune(
+        model / "config.json", workload, device="h100", num_devices=2, data_parallel_size=2, num_trials=2,
+        use_tqdm=False, **DEFAULTS,
+    )  # fmt: skip
+    assert result.arguments["data_parallel_size"] == 2 and result.best.numbers["throughput"] > 0
+    # other traffic is another question
+    assert len({hash_of(dataclasses.replace(workload, max_concurrency=limit)) for limit in (None, 3, 4)}) == 3
+    with pytest.raises(ValidationError, match="cannot be made .*Give another --output"):
+        jaxllm.tune(model, workload, output=model / "config.json", use_tqdm=False, **NULL)
+
+
+def test_what_is_simulated_is_compared_with_defaults_that_are_simulated(model: Path):
+    """The defaults are measured, to learn from, and are not what a simulation is better than."""
+    workload = requests_at(0.0, count=16, prompt=48, output=16)
+    # what nothing keeps has whatever comes nearest, and no setting for the sake of being simple
+    result = jaxllm.tune(
+        model, workload, constraints="max e2e<1us", num_trials=8, num_measured=0, use_tqdm=False, **NULL
+    )
+    simulated = {trial.key: trial.numbers for trial in result.trials if trial.kind == "simulated"}
+    assert sum(trial.kind == "measured" for trial in result.trials) == 1 and result.best.arguments
+    assert not result.is_measured and result.base.numbers == simulated["{}"]
+    assert f"With the engine's defaults, simulated: {result.goals.text(result.base.numbers)}" in result.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("meta-llama/Llama-3.2-1B", "tune-Llama-3.2-1B"),
+        ("models/Qwen2.5-7B/config.json", "tune-Qwen2.5-7B"),
+        ("q4.5.gguf", "tune-q4.5"),
+        ("models/a/..", "tune-models"),
+    ],
+)
+def test_each_model_has_a_folder_of_its_own(name: str, folder: str):
+    assert default_folder(name) == Path(folder)
 
 
 def requests_at(gap: float, *, count: int, prompt: int, output: int) -> Workload:
