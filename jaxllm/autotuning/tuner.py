@@ -273,8 +273,10 @@ class Tuner:
         few += self._not_simulated(few[0])
         wanted = _distinct([{}, *few])
         self._finalists = wanted
-        self._in_turns(wanted, range(1, self.rounds + 1), "Measuring the best")
-        self._best = self._fastest(wanted)
+        rounds = range(1, self.rounds + 1)
+        self._in_turns(wanted, rounds, "Measuring the best")
+        # later rounds, which an earlier run may have left, do not change what is measured next
+        self._best = self._fastest(wanted, rounds)
         best = self._best.arguments
         possible = [
             without
@@ -330,9 +332,11 @@ class Tuner:
         numbers = self.goals.numbers(found.run)
         self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
 
-    def _fastest(self, wanted: Sequence[Mapping[str, Any]]) -> Trial:
-        """Of those that were measured, the best by its medians; of those as good, the one with fewest values."""
-        found = [(self._finalist(arguments), arguments) for arguments in wanted]
+    def _fastest(self, wanted: Sequence[Mapping[str, Any]], rounds: range | None = None) -> Trial:
+        """Of those that were measured, the best by its medians of some rounds, or of all; of those as good, the one
+        with fewest values.
+        """
+        found = [(self._finalist(arguments, rounds), arguments) for arguments in wanted]
         found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
         if not found:
             problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
@@ -365,9 +369,9 @@ class Tuner:
 
     # The result.
 
-    def _finalist(self, arguments: Mapping[str, Any]) -> Finalist:
-        simulated = self.journal.simulated(arguments)
-        runs = (trial.numbers for trial in self.journal.measured(arguments))
+    def _finalist(self, arguments: Mapping[str, Any], rounds: range | None = None) -> Finalist:
+        simulated, measured = self.journal.simulated(arguments), self.journal.measured(arguments)
+        runs = (trial.numbers for trial in measured if rounds is None or trial.round in rounds)
         return Finalist(
             arguments=arguments,
             simulated=None if simulated is None else simulated.numbers,

@@ -235,6 +235,19 @@ def test_drafts_are_measured_where_there_are_real_prompts(model: Path):
     assert "speculative_config" in Space.of(planner, requests_at(0.0, count=6, prompt=60, output=40)).left
 
 
+def test_a_report_tells_of_engines_that_were_not_measured(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Drafts, which are not simulated, have no numbers where their engine is refused, or Ctrl-C comes before it."""
+    prompts = Workload.of_prompts([[5, 6, 7] * 20] * 6, [40] * 6, source="prompts")
+    options: dict[str, Any] = {"num_trials": 4, "num_measured": 1, "rounds": 1, "use_tqdm": False, **NULL}
+    refused = jaxllm.tune(model, prompts, output=tmp_path, enforce_eager=True, **options)
+    assert not refused.interrupted and any(not each.numbers for each in refused.finalists)
+    assert "programs that check drafts are not among" in (tmp_path / "report.html").read_text()
+    counted(monkeypatch, stop_after=1)
+    stopped = jaxllm.tune(model, prompts, **options)
+    assert stopped.interrupted and any(not each.numbers for each in stopped.finalists)
+    assert "not simulated" in stopped._repr_html_()
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[dict[str, Any]]:
     """The arguments of each engine that is measured from here on; Ctrl-C comes instead of one more."""
     calls: list[dict[str, Any]] = []
@@ -291,6 +304,31 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
     (tmp_path / "out" / "trials.jsonl").write_text("something else\n")
     with pytest.raises(ValidationError, match="is not a file of trials"):
         jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
+
+
+def test_the_same_question_again_has_the_same_answer(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where what was the fastest of the first rounds is not the fastest of all."""
+    calls: list[str] = []
+
+    def machine(model: Any, arguments: Mapping[str, Any], workload: Workload, **options: Any) -> MeasuredRun:
+        """More settings are faster at first, and what runs a second time is slower than all."""
+        found = measure(model, arguments, workload, **options)
+        key = json.dumps(dict(arguments), sort_keys=True)
+        seconds = 2.6 if key in calls else 2 - 0.05 * len(arguments)
+        calls.append(key)
+        none = np.zeros(found.run.num_requests)
+        run = dataclasses.replace(found.run, arrivals=none, firsts=none + seconds / 2, lasts=none + seconds)
+        return dataclasses.replace(found, run=run)
+
+    monkeypatch.setattr(tuner, "measure", machine)
+    prompts = Workload.of_prompts([[5, 6, 7] * 20] * 6, [40] * 6, source="prompts")
+    options: dict[str, Any] = {"num_trials": 8, "num_measured": 1, "rounds": 1, "use_tqdm": False, **NULL}
+    question: Any = {"constraints": "max e2e<1us", "output": tmp_path, **options}
+    first = jaxllm.tune(model, prompts, **question)
+    assert max(map(calls.count, calls)) == 2 and first.best.arguments
+    number = len(calls)
+    again = jaxllm.tune(model, prompts, **question)
+    assert len(calls) == number and again.best == first.best and again.finalists == first.finalists
 
 
 def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
