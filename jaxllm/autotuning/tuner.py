@@ -76,6 +76,9 @@ class Tuner:
         self._base = self._base_arguments()
         self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
+        if self._base:
+            reason = "the model's own length does not fit, and this one serves the workload"
+            self.space = dataclasses.replace(self.space, left={**self.space.left, **dict.fromkeys(self._base, reason)})
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

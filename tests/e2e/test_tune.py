@@ -362,6 +362,7 @@ def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
         num_trials=2, use_tqdm=False, **DEFAULTS,
     )  # fmt: skip
     assert alone.arguments["max_model_len"] == 1664 and "tensor_parallel_size" not in alone.arguments
+    assert "does not fit" in alone.space.left["max_model_len"] and alone.space.left["block_size"] == "you hold it fixed"
 
 
 def check_page(page: str, result: jaxllm.TuningResult) -> None:
@@ -433,6 +434,16 @@ def test_prompts_share_what_the_workload_says(recorded: dict[str, Workload]):
     assert prompts[0][:96] == prompts[3][:96] != prompts[1][:96] and prompts[0][96:] != prompts[3][96:]
     own = Workload.of_prompts([[5, 6, 7] * 9, [5, 6, 7] * 5], [4, 4])
     assert list(prompts_of(own, ids)) == [[5, 6, 7] * 9, [5, 6, 7] * 5]
+
+
+def test_prompts_are_of_the_models_vocabulary(tmp_path: Path):
+    """Tokenizers may know more, such as the mark of pictures of a model's larger kin."""
+    folder = write_tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    options = {"load_format": "null", "max_model_len": 256}
+    found = measure(folder, options, requests_at(0.0, count=4, prompt=100, output=4))
+    assert found.run.num_requests == 4
 
 
 def test_requests_come_when_they_come(model: Path, monkeypatch: pytest.MonkeyPatch):
