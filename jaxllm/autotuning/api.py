@@ -128,9 +128,10 @@ def _absent(planner: Planner, device: str) -> dict[str, Any]:
 
     @functools.cache
     def steps(key: str) -> Any:
-        given = {name: value for name, value in json.loads(key).items() if name != "data_parallel_size"}
+        given = {**planner.fixed, **json.loads(key)}
+        given.pop("data_parallel_size", None)
         with quiet():
-            return absent_engine(planner.model, device=device, **{**planner.fixed, **given})[1]
+            return absent_engine(planner.model, device=device, **given)[1]
 
     def step_times(capacity: Capacity) -> StepTimes:
         return steps(json.dumps(dict(capacity.arguments), sort_keys=True))

@@ -6,6 +6,7 @@ import os
 import textwrap
 from typing import Any
 
+from jaxllm.autotuning.goals import gain_text
 from jaxllm.autotuning.result import TuningResult
 
 _WIDTH = 118
@@ -26,9 +27,8 @@ def config_text(result: TuningResult) -> str:
     lines += _comment(f"With it, {how}{rounds}: {goals.text(best.numbers)}{spread}.")
     if result.base.numbers:
         base_how = "measured" if result.base.measured else "simulated"
-        lines += _comment(
-            f"With the engine's defaults, {base_how}: {goals.text(result.base.numbers)}; this is {result.gain:+.1%}."
-        )
+        base = goals.text(result.base.numbers)
+        lines += _comment(f"With the engine's defaults, {base_how}: {base}; this is {gain_text(result.gain)}.")
     lines += _comment(result.uncertainty)
     lines += ["", f"model: {_yaml(result.model)}", ""]
     for name, value in result.fixed.items():

@@ -58,8 +58,17 @@ class Forecast:
         """The workloads of replicas that take requests in turns."""
         if replicas not in self._parts:
             requests, count = self.workload.requests, min(replicas, len(self.workload))
+            limit = self.workload.max_concurrency
+            if limit is not None:
+                # as many at a time as there may be, of all replicas together
+                count = min(count, limit)
             self._parts[replicas] = [
-                dataclasses.replace(self.workload, requests=requests[number::count]) for number in range(count)
+                dataclasses.replace(
+                    self.workload,
+                    requests=requests[number::count],
+                    max_concurrency=None if limit is None else len(range(number, limit, count)),
+                )
+                for number in range(count)
             ]
         return self._parts[replicas]
 

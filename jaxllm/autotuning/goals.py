@@ -162,10 +162,14 @@ class Goals:
         return (excess, 0.0) if excess > 0 else (0.0, -self.score(numbers))
 
     def gain(self, numbers: Mapping[str, float], other: Mapping[str, float]) -> float:
-        """How much better the objective is than another run's: 0.1 is ten percent."""
+        """How much better the objective is than another run's: 0.1 is ten percent, -1 is nothing in place of
+        something (no request kept to the limits of "goodput"), infinity the other way round.
+        """
         ours, theirs = self.value(numbers), self.value(other)
-        if not theirs or not ours:
+        if ours == theirs:
             return 0.0
+        if not theirs or not ours:
+            return math.inf if bool(ours) == OBJECTIVES[self.objective][1] else -1.0
         return ours / theirs - 1 if OBJECTIVES[self.objective][1] else theirs / ours - 1
 
     def text(self, numbers: Mapping[str, float]) -> str:
@@ -225,6 +229,11 @@ def parse(text: str) -> Constraint:
     if rank.startswith("p") and not 0 < float(rank[1:]) <= 100:
         raise ValidationError(f"constraint {text.strip()!r}: percentiles are in (0, 100], such as p99; got {rank}.")
     return Constraint(name, rank, number * _SECONDS[unit], text.strip())
+
+
+def gain_text(gain: float) -> str:
+    """Such as "+3.1%"; "from nothing" where there is no share."""
+    return f"{gain:+.1%}" if math.isfinite(gain) else "from nothing"
 
 
 def seconds_text(seconds: float) -> str:

@@ -120,8 +120,9 @@ def prompts_of(workload: Workload, ids: list[int]) -> Iterator[list[int]]:
 
 
 def _ordinary_ids(llm: LLM) -> list[int]:
-    """The vocabulary without special tokens, which may stand for a picture."""
+    """The model's vocabulary without special tokens, which may stand for a picture; tokenizers may know more."""
+    size = llm.engine.model_files.config.model.vocab_size
     if llm.engine.args.skip_tokenizer_init:
-        return list(range(min(llm.engine.model_files.config.model.vocab_size, 1 << 16)))
+        return list(range(min(size, 1 << 16)))
     tokenizer = llm.get_tokenizer()
-    return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    return sorted(set(range(min(len(tokenizer), size))) - set(tokenizer.all_special_ids))

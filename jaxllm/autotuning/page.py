@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jaxllm.autotuning.goals import seconds_text
 from jaxllm.autotuning.knob import Knob
 from jaxllm.autotuning.result import TuningResult, arguments_text, table_html
-from jaxllm.autotuning.trials import Trial
+from jaxllm.autotuning.trials import Trial, key_of
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 640, 360, 64, 40, 12
 _SMALL = 300, 200
@@ -120,8 +120,12 @@ def _effect(result: TuningResult, knob: Knob) -> str:
 
 def _finalists(result: TuningResult) -> str:
     goals, rows = result.goals, []
-    for each in sorted(result.finalists, key=lambda one: goals.rank(one.numbers)):
-        measured = f"{goals.text(each.numbers)} ({len(each.measured)} rounds)" if each.measured else "-"
+    problems = {trial.key: trial.problem for trial in result.trials if trial.problem}
+    known = sorted((each for each in result.finalists if each.numbers), key=lambda one: goals.rank(one.numbers))
+    for each in [*known, *(each for each in result.finalists if not each.numbers)]:
+        measured = problems.get(key_of(each.arguments), "-")
+        if each.measured:
+            measured = f"{goals.text(each.numbers)} ({len(each.measured)} rounds)"
         simulated = goals.text(each.simulated) if each.simulated else "not simulated"
         rows.append([arguments_text(each.arguments), measured, simulated])
     return table_html(["settings", "measured", "simulated"], rows)

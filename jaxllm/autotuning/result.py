@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxllm.autotuning.goals import Goals
+from jaxllm.autotuning.goals import Goals, gain_text
 from jaxllm.autotuning.knob import Knob, Space
 from jaxllm.autotuning.trials import UNTRIED, Trial
 
@@ -63,7 +64,8 @@ class Effect:
             return f"with the default ({default}) there is no such engine: {self.problem.split('. ')[0]}"
         missed = goals.excess(self.without)
         also = f", and constraints missed by {missed:.0%}" if missed > 0 else ""
-        return f"{self.gain:+.1%} against the default ({default}), {how}: {goals.text(self.without)} with that{also}"
+        told = f"{goals.text(self.without)} with that{also}"
+        return f"{gain_text(self.gain)} against the default ({default}), {how}: {told}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,8 @@ class TuningResult:
             + (" (interrupted: this is the best so far)" if self.interrupted else ""),
             *([self.verdict()] if self.verdict() else []),
             f"best, {how}: {self.goals.text(self.best.numbers)}",
-            *([f"defaults, {how if self.base.measured or not self.is_measured else 'simulated'}: "
-               f"{self.goals.text(self.base.numbers)} (the best is {self.gain:+.1%})"] if self.base.numbers else []),
+            *([f"defaults, {'measured' if self.base.measured else 'simulated'}: {self.goals.text(self.base.numbers)} "
+               f"(the best is {gain_text(self.gain)})"] if self.base.numbers else []),
         ]  # fmt: skip
         if not self.effects:
             lines.append("  the engine's own defaults are the best that was found")
@@ -189,7 +191,7 @@ class TuningResult:
             "feasible": self.feasible,
             "interrupted": self.interrupted,
             "arguments": self.arguments,
-            "gain": self.gain,
+            "gain": _plain(self.gain),
             "best": _finalist_dict(self.best),
             "base": _finalist_dict(self.base),
             "finalists": [_finalist_dict(each) for each in self.finalists],
@@ -198,7 +200,7 @@ class TuningResult:
                     "argument": effect.knob.name,
                     "value": effect.value,
                     "default": effect.knob.default,
-                    "gain": effect.gain,
+                    "gain": _plain(effect.gain),
                     "measured": effect.is_measured,
                 }
                 for effect in self.effects
@@ -207,6 +209,11 @@ class TuningResult:
             "uncertainty": self.uncertainty,
             "trials": [trial.to_dict() for trial in self.trials],
         }
+
+
+def _plain(gain: float) -> float | None:
+    """JSON knows no infinity."""
+    return gain if math.isfinite(gain) else None
 
 
 def _finalist_dict(finalist: Finalist) -> dict[str, Any]:

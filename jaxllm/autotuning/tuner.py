@@ -76,8 +76,16 @@ class Tuner:
         self._base = self._base_arguments()
         self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
+        if self._base:
+            reason = "the model's own length does not fit, and this one serves the workload"
+            self.space = dataclasses.replace(self.space, left={**self.space.left, **dict.fromkeys(self._base, reason)})
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValidationError(
+                    f"{self.folder} cannot be made ({error.strerror or error}). Give another --output."
+                ) from None
         path = None if self.folder is None else self.folder / "trials.jsonl"
         self.journal = Journal(path, self._question())
         self._effects: tuple[Effect, ...] = ()
@@ -268,8 +276,10 @@ class Tuner:
         few += self._not_simulated(few[0])
         wanted = _distinct([{}, *few])
         self._finalists = wanted
-        self._in_turns(wanted, range(1, self.rounds + 1), "Measuring the best")
-        self._best = self._fastest(wanted)
+        rounds = range(1, self.rounds + 1)
+        self._in_turns(wanted, rounds, "Measuring the best")
+        # later rounds, which an earlier run may have left, do not change what is measured next
+        self._best = self._fastest(wanted, rounds)
         best = self._best.arguments
         possible = [
             without
@@ -325,9 +335,11 @@ class Tuner:
         numbers = self.goals.numbers(found.run)
         self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
 
-    def _fastest(self, wanted: Sequence[Mapping[str, Any]]) -> Trial:
-        """Of those that were measured, the best by its medians; of those as good, the one with fewest values."""
-        found = [(self._finalist(arguments), arguments) for arguments in wanted]
+    def _fastest(self, wanted: Sequence[Mapping[str, Any]], rounds: range | None = None) -> Trial:
+        """Of those that were measured, the best by its medians of some rounds, or of all; of those as good, the one
+        with fewest values.
+        """
+        found = [(self._finalist(arguments, rounds), arguments) for arguments in wanted]
         found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
         if not found:
             problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
@@ -360,9 +372,9 @@ class Tuner:
 
     # The result.
 
-    def _finalist(self, arguments: Mapping[str, Any]) -> Finalist:
-        simulated = self.journal.simulated(arguments)
-        runs = (trial.numbers for trial in self.journal.measured(arguments))
+    def _finalist(self, arguments: Mapping[str, Any], rounds: range | None = None) -> Finalist:
+        simulated, measured = self.journal.simulated(arguments), self.journal.measured(arguments)
+        runs = (trial.numbers for trial in measured if rounds is None or trial.round in rounds)
         return Finalist(
             arguments=arguments,
             simulated=None if simulated is None else simulated.numbers,
@@ -374,7 +386,10 @@ class Tuner:
         finalists = tuple(map(self._finalist, self._finalists))
         fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
         base = {name: fixed.pop(name) for name in self._base}
-        best = self._finalist(self._best.arguments)
+        best, defaults = self._finalist(self._best.arguments), self._finalist({})
+        if not best.measured and defaults.simulated is not None:
+            # what was simulated is no better or worse than what was measured
+            defaults = dataclasses.replace(defaults, measured=())
         return TuningResult(
             model=str(self.planner.model),
             device=self.device,
@@ -383,7 +398,7 @@ class Tuner:
             fixed=fixed,
             space=self.space,
             trials=tuple(self.journal.trials),
-            base=self._finalist({}),
+            base=defaults,
             best=dataclasses.replace(best, arguments={**base, **best.arguments}),
             finalists=finalists,
             effects=self._effects,
@@ -450,7 +465,8 @@ def hash_of(workload: Workload) -> str:
     """The same for equal requests, in any process."""
     import hashlib
 
-    digest = hashlib.blake2b(digest_size=8)
+    # pieces of another size share other tokens, and fewer requests at a time come otherwise
+    digest = hashlib.blake2b(f"{workload.piece_size} {workload.max_concurrency};".encode(), digest_size=8)
     for each in workload.requests:
         digest.update(
             f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.bench import report
 from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
@@ -32,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=arguments.output_len, temperature=0, ignore_eos=True, detokenize=False)
     found: Samples = {}
     with build_llm(arguments, enable_prefix_caching=False) as llm:
-        mark = llm.engine.inputs.reader.media.placeholder_ids(IMAGE)  # pyright: ignore[reportOptionalMemberAccess]
+        media = llm.engine.inputs.reader.media
+        if media is None:
+            raise ValidationError(f"{llm.engine.args.model} sees no images: give a --model that does.")
+        mark = media.placeholder_ids(IMAGE)
 
         def images(turn: int, kind: int) -> list[Any]:
             """Others every time: what was encoded or prepared once comes from a cache."""

@@ -16,7 +16,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
-from jaxllm.command_options import build_llm
+from jaxllm.command_options import build_llm, engine_arguments
 from jaxllm.quantizing.text import own_text
 
 #: the weights as the checkpoint has them
@@ -29,9 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     window = arguments.context
     results: dict[str, Any] = {}
     for form, changes in forms(arguments).items():
-        given = argparse.Namespace(**{**vars(arguments), **changes})
-        for name in [name for name, value in changes.items() if value is None]:
-            delattr(given, name)
+        given = with_form(arguments, changes)
         with build_llm(given, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
             ids = llm.get_tokenizer().encode(text, add_special_tokens=False)[: arguments.num_tokens]
             windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
@@ -66,17 +64,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def with_form(arguments: argparse.Namespace, changes: dict[str, Any]) -> argparse.Namespace:
+    """A command line with what a form has in place of its own and of its configuration's."""
+    return argparse.Namespace(**{**vars(arguments), **changes})
+
+
 def forms(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Name -> the engine's arguments that make it: those of each sweep, beside what else is asked for."""
-    asked = {name: getattr(arguments, name, None) for name in ("model", "dtype", "quantization", "kv_cache_dtype")}
-    found = {dtype: {**asked, "dtype": dtype} for dtype in arguments.sweep_dtype or ()}
+    """Name -> what is other than asked for, as engine arguments. None is the engine's own default, in place of what a
+    configuration says.
+    """
+    found: dict[str, dict[str, Any]] = {dtype: {"dtype": dtype} for dtype in arguments.sweep_dtype or ()}
     for form in arguments.sweep_quantization or ():
-        found[form] = {**asked, "quantization": None if form == AS_THEY_ARE else form}
+        found[form] = {"quantization": None if form == AS_THEY_ARE else form}
     for form in arguments.sweep_kv_cache_dtype or ():
-        found[f"{form} KV cache"] = {**asked, "kv_cache_dtype": form}
+        found[f"{form} KV cache"] = {"kv_cache_dtype": form}
     for model in arguments.sweep_model or ():
         path = Path(model)
         # a file's blocks are what it is measured for
         own = "gguf" if path.suffix == ".gguf" else None
-        found[path.stem if own else path.name] = {**asked, "model": model, "quantization": own}
-    return found or {asked["quantization"] or AS_THEY_ARE: asked}
+        found[path.stem if own else path.name] = {"model": model, "quantization": own}
+    return found or {engine_arguments(arguments)[1].get("quantization") or AS_THEY_ARE: {}}

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 _SHAPES = ("random", "sharegpt_like", "prefix_repetition")
 #: of a dataset
 _NUM_PROMPTS = 1000
+#: options that a file leaves nothing to, and what they are where nobody gives them
+_OF_DATASETS = {
+    "dataset_path": None,
+    "input_len": None,
+    "output_len": None,
+    "dataset_name": "random",
+    "random_range_ratio": 0.0,
+    "random_prefix_len": 0,
+    "burstiness": 1.0,
+}
+_OF_LINES = ("time_unit", "hash_block_size")
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -54,15 +65,13 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     rate, limit = arguments.request_rate, arguments.max_concurrency
     if not (rate > 0 and 0 < arguments.burstiness < math.inf):
         raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
+    check_workload_options(arguments)
     if arguments.workload is None:
         requests = _dataset(arguments)
         prompts, lengths = zip(*((each.prompt_token_ids, each.output_len) for each in requests), strict=True)
         found = Workload.of_prompts(prompts, lengths, arrivals(arguments, requests), source=arguments.dataset_name)
         return dataclasses.replace(found, max_concurrency=limit)
     path = Path(arguments.workload)
-    given = ("dataset_path", "input_len", "output_len")
-    if wrong := [name for name in given if getattr(arguments, name) is not None]:
-        raise ValidationError(f"--{wrong[0].replace('_', '-')} is for datasets: {path} has lengths of its own.")
     found = read_workload(
         path, time_unit=arguments.time_unit, piece_size=arguments.hash_block_size, count=arguments.num_prompts
     )
@@ -71,6 +80,17 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     if math.isfinite(rate):
         found = found.at_rate(rate * found.seconds / max(len(found) - 1, 1))
     return dataclasses.replace(found, max_concurrency=limit)
+
+
+def check_workload_options(arguments: argparse.Namespace) -> None:
+    """Raise ValidationError for an option that the workload asked for has no use for."""
+    path = None if arguments.workload is None else Path(arguments.workload)
+    is_lines = path is not None and path.suffix != ".json"
+    if not is_lines and (wrong := [name for name in _OF_LINES if getattr(arguments, name) is not None]):
+        raise ValidationError(f"--{wrong[0].replace('_', '-')} is for a --workload of lines of JSON: leave it out.")
+    wrong = [name for name, default in _OF_DATASETS.items() if getattr(arguments, name) != default]
+    if path is not None and wrong:
+        raise ValidationError(f"--{wrong[0].replace('_', '-')} is for datasets: {path} has requests of its own.")
 
 
 def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:

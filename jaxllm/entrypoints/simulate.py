@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.bench.workload_options import add_workload_options
+from jaxllm.bench.workload_options import add_workload_options, check_workload_options
 from jaxllm.command_options import add_engine_options, build_llm, engine_arguments
 from jaxllm.config.devices import GPUS
 
@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(given) > 1:
         names = " and ".join(_OPTIONS[name] for name in given)
         raise ValidationError(f"{names} both say how long steps take: give one of them.")
+    if arguments.compiler and not arguments.gpu:
+        raise ValidationError("--compiler plans the memory of --device: give one, such as --device h100.")
     found = _forecast(arguments)
     if arguments.plot is not None:
         found.save_plot(arguments.plot)
@@ -73,6 +75,7 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
     if trace is not None and other is None and _is_other_traffic(arguments):
         other = read_trace(trace)
     elif trace is not None and not _is_other_traffic(arguments):
+        check_workload_options(arguments)
         steps: Any = None if other is None else FittedSteps.of(other.arrays())
         return replay(read_trace(trace), _changes(given), step_times=steps)
     if other is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.bench.workload_options import add_workload_options, workload_of
 from jaxllm.command_options import add_engine_options, engine_arguments
@@ -66,7 +67,7 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Search, write, and print; 0 where the constraints are kept, 1 where nothing keeps them, 130 after Ctrl-C."""
     model, given = engine_arguments(arguments)
-    folder = arguments.output or Path(f"tune-{Path(str(model)).stem}")
+    folder = arguments.output or default_folder(model)
     result = whole_module("jaxllm.autotuning.api").tune(
         model,
         _workload(arguments),
@@ -87,6 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     return 0 if result.feasible else 1
+
+
+def default_folder(model: Any) -> Path:
+    """Named after the model: a file without its suffix, a config.json as its folder."""
+    path = Path(os.path.abspath(Path(str(model)).expanduser()))
+    if path.name == "config.json":
+        path = path.parent
+    # a point in a model's name ends no name
+    return Path(f"tune-{path.stem if path.suffix in ('.gguf', '.json') else path.name}")
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:

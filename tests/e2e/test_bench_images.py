@@ -47,3 +47,9 @@ def test_images_a_second_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     for wrong, why in (("{(1, 2, 3): 1}", "pictures alone"), ("no dict", "must be such as")):
         assert main(["bench", "throughput", *options[:-1], wrong]) != 0
         assert why in capsys.readouterr().err
+
+
+def test_a_model_that_sees_none_is_refused(tiny_model: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--model", str(tiny_model), "--max-model-len", "64", "--max-num-seqs", "2", "--enforce-eager"]
+    assert main(["bench", "images", *options, "--input-len", "8", "--output-len", "2", "--batch-size", "1"]) == 1
+    assert f"{tiny_model} sees no images" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import pytest
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.bench import report
-from jaxllm.bench.options import output_file
-from jaxllm.bench.perplexity import forms
+from jaxllm.bench.options import add_perplexity_options, output_file
+from jaxllm.bench.perplexity import forms, with_form
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.bench.startup import start_once
+from jaxllm.command_options import engine_arguments
 from jaxllm.entrypoints.cli import main
 
 
@@ -118,17 +119,33 @@ def test_a_request_that_would_end_early_is_refused():
 def test_forms_of_weights_and_of_the_cache_are_compared_one_by_one():
     def asked(**options: object) -> dict[str, dict[str, object]]:
         names = ("dtype", "quantization", "kv_cache_dtype", "model")
-        return forms(argparse.Namespace(**{**{f"sweep_{name}": None for name in names}, **options}))
+        return forms(argparse.Namespace(**{**{f"sweep_{name}": None for name in names}, "config": None, **options}))
 
-    def engine(**given: object) -> dict[str, object]:
-        return {"model": None, "dtype": None, "quantization": None, "kv_cache_dtype": None, **given}
-
-    assert asked() == {"none": engine()}
-    assert asked(quantization="int8") == {"int8": engine(quantization="int8")}
-    sweeps = {"sweep_quantization": ["none", "fp8"], "sweep_kv_cache_dtype": ["int8"], "sweep_model": ["a/b.gguf"]}
-    assert asked(**sweeps, kv_cache_dtype="fp8") == {
-        "none": engine(kv_cache_dtype="fp8"),
-        "fp8": engine(quantization="fp8", kv_cache_dtype="fp8"),
-        "int8 KV cache": engine(kv_cache_dtype="int8"),
-        "b": engine(model="a/b.gguf", quantization="gguf", kv_cache_dtype="fp8"),
+    assert asked() == {"none": {}}
+    assert asked(quantization="int8") == {"int8": {}}
+    sweeps = {"sweep_quantization": ["none", "fp8"], "sweep_kv_cache_dtype": ["int8"], "sweep_model": ["a/b.gguf", "c"]}
+    found = asked(**sweeps, kv_cache_dtype="fp8")
+    assert found == {
+        "none": {"quantization": None},
+        "fp8": {"quantization": "fp8"},
+        "int8 KV cache": {"kv_cache_dtype": "int8"},
+        "b": {"model": "a/b.gguf", "quantization": "gguf"},
+        "c": {"model": "c", "quantization": None},
     }
+
+
+def test_the_weights_as_they_are_are_not_those_of_a_configuration(tmp_path: Path):
+    """A sweep's "none" wins over the file, too."""
+    (tmp_path / "c.yaml").write_text("model: smollm2-135m-instruct\nquantization: int8\n")
+    parser = argparse.ArgumentParser()
+    add_perplexity_options(parser)
+    for words, expected in (
+        ([], {"int8": "int8"}),
+        (["--sweep-quantization", "none,fp8"], {"none": None, "fp8": "fp8"}),
+        (["--sweep-model", "other"], {"other": None}),
+    ):
+        arguments = parser.parse_args(["--config", str(tmp_path / "c.yaml"), *words])
+        given = {name: with_form(arguments, changes) for name, changes in forms(arguments).items()}
+        models = {name: engine_arguments(each)[0] for name, each in given.items()}
+        assert {name: engine_arguments(each)[1]["quantization"] for name, each in given.items()} == expected
+        assert models == dict.fromkeys(expected, "other" if "other" in expected else "smollm2-135m-instruct")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.autotuning.goals import Goals, parse
+from jaxllm.autotuning.goals import Goals, gain_text, parse
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 
 
@@ -101,6 +103,10 @@ def test_what_misses_a_constraint_is_behind_what_keeps_it():
     # as good, and sooner
     assert goals.rank(kept | {"e2e_mean": 0.5}) < goals.rank(kept)
     assert goals.gain(kept, slow) == pytest.approx(1 / 3)
+    # of goodput, none at all is not as good as some
+    good = Goals.of("goodput", "ttft<2s")
+    assert good.gain({"goodput": 2.0}, {"goodput": 0.0}) == math.inf and gain_text(math.inf) == "from nothing"
+    assert good.gain({"goodput": 0.0}, {"goodput": 2.0}) == -1 and good.gain({"goodput": 0.0}, {"goodput": 0.0}) == 0
     latency = Goals.of("latency")
     assert latency.gain({"e2e_p50": 1.0}, {"e2e_p50": 1.5}) == pytest.approx(0.5)
     assert latency.text({"e2e_p50": 0.0123}) == "median e2e 12.3ms"

@@ -141,6 +141,8 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["simulate", "--num-prompts", "9"], "how long do steps take? Give --measure"),
         ([*other, "--measure"], "--measure and --steps-of both say how long steps take"),
         ([*other, "--plot", "figure.txt"], "a figure is a .png, .svg, .pdf file"),
+        (["simulate", str(tmp_path / "trace.json"), "--input-len", "5"], "--input-len is for datasets"),
+        ([*other, "--compiler"], "--compiler plans the memory of --device"),
         ([*other, "--max-loras", "2"], "max_loras is not simulated"),
     ):
         assert main(words) == 1

@@ -123,6 +123,13 @@ def test_a_datasets_shape_comes_at_a_rate(tmp_path: Path):
     assert len(workload_of(options("--workload", path, "--num-prompts", "2"))) == 2
     with pytest.raises(ValidationError, match="--input-len is for datasets"):
         workload_of(options("--workload", path, "--input-len", "2"))
+    with pytest.raises(ValidationError, match="--burstiness is for datasets: .* requests of its own"):
+        workload_of(options("--workload", path, "--burstiness", "0.5", "--request-rate", "4"))
+    with pytest.raises(ValidationError, match="--dataset-name is for datasets"):
+        workload_of(options("--workload", path, "--dataset-name", "sharegpt_like"))
+    for words in (["--workload", "trace.json"], []):
+        with pytest.raises(ValidationError, match="--time-unit is for a --workload of lines of JSON"):
+            workload_of(options(*words, "--time-unit", "s"))
     with pytest.raises(ValidationError, match="pictures, which are not simulated"):
         workload_of(options("--dataset-name", "random-mm"))
     with pytest.raises(ValidationError, match="above 0"):
