@@ -39,7 +39,8 @@ from jaxllm.parallel.rules import check_storage_split, device_bytes
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
-from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
+from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
+from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
 from pallas_kernels.backend import Backend
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
@@ -448,3 +449,16 @@ def test_experts_of_a_layer_that_differ_are_refused():
     form = Int4Layout(group=32, scale_dtype="float16")
     with pytest.raises(ValidationError, match="experts of layer 0 are quantized in different ways"):
         quantized(decoder_specs(model_config(model)), lambda name: form if "experts.0." in name else None)
+
+
+@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8"])
+def test_kept_matrices_are_asked_for_by_the_name_that_made_them(tmp_path: Path, asked: str):
+    method = quantization_method(asked, None)
+    assert method is not None
+    made = Quantization(method, {"a.weight": Found(Int4Layout(group=32, scale_dtype="float16"), (4, 64))})
+    write_kept(tmp_path, made)
+    for name in (None, asked):
+        kept = read_kept(tmp_path, name)
+        assert kept is not None and kept.matrices == made.matrices
+    with pytest.raises(ValidationError, match="quantization='awq', but the checkpoint is quantized by"):
+        read_kept(tmp_path, "awq")
