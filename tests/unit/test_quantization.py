@@ -36,6 +36,7 @@ from jaxllm.models.matrices import matrices, quantized
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import check_storage_split, device_bytes
+from jaxllm.runner import adapter_stacks
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
@@ -209,6 +210,15 @@ def test_a_table_in_blocks_is_widened_in_pieces():
     np.testing.assert_allclose(scores, hidden @ table.T, atol=1e-3)
     tokens = np.array([0, size - 1, 5, 5])
     np.testing.assert_array_equal(embed(Context(), stored, jnp.asarray(tokens), jnp.dtype("float32")), table[tokens])
+
+
+def test_a_table_in_blocks_that_an_adapter_changes_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    random, size, widened = np.random.default_rng(2), 2 * PIECE // 1024 + 37, []
+    raw = gguf.quants.quantize(random.standard_normal((size, 1024), np.float32), GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr(adapter_stacks, "dense", lambda part, dtype: widened.append(part.shape) or dense(part, dtype))
+    found = adapter_stacks.whole_table(BlockWeight(data=jnp.asarray(raw), kind="Q8_0"), size - 5)
+    np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, GGMLQuantizationType.Q8_0)[: size - 5])
+    assert set(widened) == {(PIECE // 1024, 1024)}
 
 
 def test_exponents_are_powers_of_two():
