@@ -293,11 +293,11 @@ class EngineCore:
         for observer in self._observers:
             observer.failed()
         self.scheduler.reset_prefix_cache()
-        self._forget_adapters()
+        self.forget_adapters()
         self._runner.reset()
 
-    def _forget_adapters(self) -> None:
-        """The device loses them."""
+    def forget_adapters(self) -> None:
+        """They come to the device anew. No request runs."""
         if self.scheduler.adapters is not None:
             self.scheduler.adapters.forget()
 
@@ -361,7 +361,7 @@ class EngineCore:
             self._asleep.add("kv_cache")
         if level and "weights" not in self._asleep:
             self._runner.free_weights(keep_on_host=level == 1)
-            self._forget_adapters()
+            self.forget_adapters()
             self._asleep.add("weights")
         self._asleep.add("scheduling")
 

@@ -269,7 +269,13 @@ class Engine:
             others: list[Any] = list(self.runners[1:])
             for runner in others:
                 runner.reload_weights()  # from the first
-            self.core.reset_prefix_cache(host_pool=True)
+            self._forget_computed()
+
+    def _forget_computed(self) -> None:
+        """What was made with weights that are replaced is made anew. No request runs."""
+        self.core.reset_prefix_cache(host_pool=True)
+        if self.args.lora_embeddings:
+            self.core.forget_adapters()
 
     def call_runner(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
@@ -288,7 +294,7 @@ class Engine:
             if method == "reload_weights":
                 # what was computed with the old ones is computed anew
                 self.client.preempt_all()
-                self.core.reset_prefix_cache(host_pool=True)
+                self._forget_computed()
             self.core.rest()
             return [call(*args, **(kwargs or {})) for call in calls]
 

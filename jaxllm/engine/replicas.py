@@ -197,6 +197,11 @@ class Replicas:
         for core in self.cores:
             core.preempt_all()
 
+    def forget_adapters(self) -> None:
+        """As `EngineCore.forget_adapters`."""
+        for core in self.cores:
+            core.forget_adapters()
+
     # Pauses and sleep, of all of them.
 
     @property

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxllm.layers.linear import PIECE
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.adapters import EMBEDDING, HEAD, OWNED, Module, Stacks, Table
 from jaxllm.parallel.processes import put_whole
 from jaxllm.weights.loader import read_array
 from jaxllm.weights.peft import OwnTable
-from pallas_kernels.quantized import dense
+from pallas_kernels.quantized import dense, is_quantized, rows
 
 #: of an adapter, by the names of its modules: A [r, in], and B [out, r] with the scale in it; or a table
 AdapterMatrices = Mapping[str, tuple[np.ndarray, np.ndarray] | OwnTable]
@@ -29,6 +30,19 @@ def write_adapter(stacks: Stacks, adapter: Stacks, slot: jax.Array) -> Stacks:
         return jax.tree.map(lambda all, new: lax.dynamic_update_index_in_dim(all, new, slot[0], axis), all, new)
 
     return Stacks(written(1, stacks.layers, adapter.layers), written(0, stacks.tables, adapter.tables))
+
+
+def whole_table(table: Any, count: int) -> np.ndarray:
+    """The first rows of a model's table [V, d]; of a quantized one some at a time: no device has room for all."""
+    if not is_quantized(table):
+        return np.asarray(table)[:count]
+    columns = table.shape[-1]
+    size, found = min(max(PIECE // columns, 1), count), np.empty((count, columns), np.float32)
+    for start in range(0, count, size):
+        # all are of one size, for which the device compiles once
+        first = min(start, count - size)
+        found[first : first + size] = dense(rows(table, first + np.arange(size)), jnp.dtype(jnp.float32))  # pyright: ignore
+    return found
 
 
 class Writer(Protocol):
@@ -138,7 +152,7 @@ class AdapterStacks:
             body = getattr(params, "body", params)
             base = body.embedding if kind == EMBEDDING or body.head is None else body.head
             # split over devices, it may go on behind the vocabulary
-            table = np.asarray(dense(base, jnp.dtype(jnp.float32)))[: shape[0]]
+            table = whole_table(base, shape[0])
         if own.rows is None or own.columns is None:
             return table
         return table.astype(np.float32) + own.rows @ own.columns

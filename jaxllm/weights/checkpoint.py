@@ -118,6 +118,12 @@ class Checkpoint:
         method = quantization_method(asked, stored, is_gguf=self.is_gguf)
         if method is None:
             return
+        if self.load_format == "orbax":
+            asked = asked or method.name
+            raise ValidationError(
+                f"quantization={asked!r}, but {self.path} holds orbax arrays, which are read as they are. Take the "
+                f"model that they are of: LLM(model, quantization={asked!r}).save(directory, format='orbax') keeps it."
+            )
         found: dict[str, Found] = {}
         # a plan needs the config alone
         has_files = self.is_gguf or any(self.path.glob("*.safetensors"))

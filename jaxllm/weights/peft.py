@@ -126,10 +126,13 @@ class PeftReader:
         """Of each table of its own, what the file has of it."""
         whole: dict[str, str] = {}
         pairs: dict[str, dict[str, str]] = {}
+        #: by which patterns of ranks and alphas go
+        given: dict[str, str] = {}
         for tensor in shapes:
             match = _MATRIX.fullmatch(tensor) or _OF_EMBEDDING.fullmatch(tensor)
             if match is not None and (own := self._table(match[1])) is not None:
                 pairs.setdefault(own, {})[match[2]] = tensor
+                given[own] = match[1].removeprefix(_WRAPPER)
             elif match is None and (match := _WHOLE.fullmatch(tensor)) and (own := self._table(match[1])) is not None:
                 whole[own] = tensor
         saved = config.get("modules_to_save") or []
@@ -145,6 +148,9 @@ class PeftReader:
                 f"{name} has {' and '.join(owned or saved)}, whole or changed, which takes a table for each "
                 "adapter. Set lora_embeddings=True to have room for them."
             )
+        there = {own.rpartition(".")[2] for own in whole}
+        if absent := [module for module in saved if module.rpartition(".")[2] not in there]:
+            raise ValidationError(f"{name}: modules_to_save={saved!r}, and the file has no {absent[0]!r}.")
         found = {}
         for own in owned:
             kind, shape = self._tables[own]
@@ -158,7 +164,7 @@ class PeftReader:
                 _check_table(own, (rows[0], columns[-1]), shape, name)
                 if rows[1:] != columns[:1] or not columns[0]:
                     raise ValidationError(f"{name}: {own!r} has lora_A {shapes[a]} and lora_B {shapes[b]}.")
-                change = a, b, _scale(config, own, columns[0], name)
+                change = a, b, _scale(config, given[own], columns[0], name)
             if own in whole:
                 _check_table(own, shapes[whole[own]], shape, name)
             found[own] = _TableTensors(kind, whole.get(own), change)

@@ -269,6 +269,25 @@ def test_embeddings_and_heads_of_adapters(model: Path, tmp_path: Path):
         _tensors(folder, lambda t: {n: np.repeat(a, 2, axis=0) if "lm_head" in n else a for n, a in t.items()})
         with pytest.raises(ValidationError, match="Its 257 added tokens are not supported"):
             llm.generate("x", PARAMS, lora_request=LoRARequest("other", 9, folder), use_tqdm=False)
+        _changes_follow_the_weights(llm, model, adapters["changed tables"], tmp_path)
+
+
+def _changes_follow_the_weights(llm: LLM, model: Path, adapter: Path, tmp_path: Path) -> None:
+    """What an adapter adds to the model's tables is added to those that the model gets."""
+    own, other = tmp_path / "own", tmp_path / "other model"
+    shutil.copytree(adapter, own)
+    # PEFT has saved what the tables were before they were changed, too
+    _tensors(own, lambda tensors: {name: a for name, a in tensors.items() if "base_layer" not in name})
+    shutil.copytree(model, other)
+    weights = load_file(model / "model.safetensors")
+    turned = {name: a[::-1].copy() if len(a) == 257 else a for name, a in weights.items()}
+    save_file(turned, other / "model.safetensors", {"format": "pt"})
+    oracle, request = Oracle(other, {"own": own}), LoRARequest("own", 10, own)
+    (params,) = llm.apply_model(lambda params: params)
+    (before,) = llm.generate("a change", PARAMS, lora_request=request, use_tqdm=False)
+    llm.update_weights(dataclasses.replace(params, embedding=params.embedding[::-1], head=params.head[::-1]))
+    (after,) = llm.generate("a change", PARAMS, lora_request=request, use_tqdm=False)
+    assert difference(oracle, "own", after) < 1e-4 and difference(oracle, "own", before) > 0.1
 
 
 def test_options_of_requests_beside_adapters(llm: LLM, oracle: Oracle, requests: Any):

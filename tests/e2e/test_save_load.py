@@ -46,6 +46,9 @@ def test_a_saved_model_answers_as_before(tiny_model: Path, tmp_path: Path, forma
         for saved, loaded in zip(weights, jax.tree.leaves(llm.engine.runner.params), strict=True):
             assert saved.tobytes() == np.asarray(loaded).tobytes()
         assert answers(llm) == before
+    if format == "orbax":
+        with pytest.raises(ValueError, match=r"quantization='int8', but .*saved holds orbax arrays, .*LLM\(model, q"):
+            LLM(tmp_path / "saved", quantization="int8", **SMALL)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])

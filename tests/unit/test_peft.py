@@ -155,12 +155,24 @@ def test_tables_whole_and_changed(tmp_path: Path):
     assert head.rows is head.columns is None
 
 
+def test_patterns_go_by_the_names_that_the_file_has(tmp_path: Path):
+    """Of a model that sees, PEFT's names have another beginning than those of its text by itself."""
+    name, full = "model.embed_tokens", "model.language_model.embed_tokens"
+    ones = {"A": np.ones((2, 9), np.float32), "B": np.ones((5, 2), np.float32)}
+    tensors = {f"{full}.lora_embedding_{half}": array for half, array in ones.items()}
+    request = with_tensors(tmp_path, tensors, lora_alpha=2, alpha_pattern={full: 8})
+    table = reader_of(has_tables=True).open(request).read()[name]
+    assert isinstance(table, OwnTable) and table.rows is not None
+    np.testing.assert_array_equal(table.rows, np.full((9, 2), 4.0))
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "has_tables", "said"),
     [
         ({"lm_head.weight": np.ones((9, 5), np.float32)}, {}, False, "lm_head.*Set lora_embeddings=True"),
         ({}, {"modules_to_save": ["embed_tokens"]}, False, "embed_tokens.*Set lora_embeddings=True"),
         ({}, {"modules_to_save": ["lm_head", "score"]}, True, "has 'score', which is not supported.*embed_tokens"),
+        ({}, {"modules_to_save": ["embed_tokens"]}, True, "and the file has no 'embed_tokens'"),
         ({"lm_head.weight": np.ones((11, 5), np.float32)}, {}, True, "Its 2 added tokens are not supported"),
         ({"lm_head.weight": np.ones((9, 4), np.float32)}, {}, True, r"is of \[9, 4\], and the model's is \[9, 5\]"),
         (

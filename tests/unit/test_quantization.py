@@ -36,10 +36,12 @@ from jaxllm.models.matrices import matrices, quantized
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import check_storage_split, device_bytes
+from jaxllm.runner import adapter_stacks
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.safetensors import SafetensorsReader
-from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
+from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
+from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
 from pallas_kernels.backend import Backend
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
@@ -208,6 +210,15 @@ def test_a_table_in_blocks_is_widened_in_pieces():
     np.testing.assert_allclose(scores, hidden @ table.T, atol=1e-3)
     tokens = np.array([0, size - 1, 5, 5])
     np.testing.assert_array_equal(embed(Context(), stored, jnp.asarray(tokens), jnp.dtype("float32")), table[tokens])
+
+
+def test_a_table_in_blocks_that_an_adapter_changes_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    random, size, widened = np.random.default_rng(2), 2 * PIECE // 1024 + 37, []
+    raw = gguf.quants.quantize(random.standard_normal((size, 1024), np.float32), GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr(adapter_stacks, "dense", lambda part, dtype: widened.append(part.shape) or dense(part, dtype))
+    found = adapter_stacks.whole_table(BlockWeight(data=jnp.asarray(raw), kind="Q8_0"), size - 5)
+    np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, GGMLQuantizationType.Q8_0)[: size - 5])
+    assert set(widened) == {(PIECE // 1024, 1024)}
 
 
 def test_exponents_are_powers_of_two():
@@ -448,3 +459,16 @@ def test_experts_of_a_layer_that_differ_are_refused():
     form = Int4Layout(group=32, scale_dtype="float16")
     with pytest.raises(ValidationError, match="experts of layer 0 are quantized in different ways"):
         quantized(decoder_specs(model_config(model)), lambda name: form if "experts.0." in name else None)
+
+
+@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8"])
+def test_kept_matrices_are_asked_for_by_the_name_that_made_them(tmp_path: Path, asked: str):
+    method = quantization_method(asked, None)
+    assert method is not None
+    made = Quantization(method, {"a.weight": Found(Int4Layout(group=32, scale_dtype="float16"), (4, 64))})
+    write_kept(tmp_path, made)
+    for name in (None, asked):
+        kept = read_kept(tmp_path, name)
+        assert kept is not None and kept.matrices == made.matrices
+    with pytest.raises(ValidationError, match="quantization='awq', but the checkpoint is quantized by"):
+        read_kept(tmp_path, "awq")

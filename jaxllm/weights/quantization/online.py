@@ -29,8 +29,8 @@ class Online(Method):
     in_files = False
 
     def __init__(self, name: str, *, only_experts: bool = False):
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
-        self._only_experts = only_experts
+        self.name = f"experts_{name}" if only_experts else name  # pyright: ignore[reportAttributeAccessIssue]
+        self._form, self._only_experts = name, only_experts
 
     def find(self, tensors: StoredTensors) -> dict[str, Found]:
         """Every matrix, of which those are quantized that `planned` takes."""
@@ -44,10 +44,10 @@ class Online(Method):
             return None
         if self._only_experts and ".experts." not in name:
             return None
-        if self.name == "int4":
+        if self._form == "int4":
             group = next((group for group in INT4_GROUPS if shape[1] % group == 0), None)
             return None if group is None else Int4Layout(group=group, scale_dtype="float16")
-        if self.name == "int8":
+        if self._form == "int8":
             return ScaledLayout(dtype="int8", group=0, scale_dtype="float32")
         own = ScaledLayout(dtype=FLOAT8, group=0, scale_dtype="float32")
         return RoundedInputsLayout(layout=own, dtype=FLOAT8)
