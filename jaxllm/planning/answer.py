@@ -159,7 +159,7 @@ class _Planner:
         )
         plan = plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]
         programs = self.planned[1]
-        if isinstance(programs, Programs):
+        if programs is not None:
             plan = dataclasses.replace(plan, encoder_activation_bytes=programs.encoder_activation_bytes())
         return plan
 

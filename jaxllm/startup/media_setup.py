@@ -93,7 +93,9 @@ class MediaSetup:
             limit = self.limits.get(modality, MediaLimit())
             processor = self.processors[modality]
             most = processor.most_tokens
-            if limit.width is not None and limit.height is not None:
+            # a smaller picture of another form may have more vectors of as many tiles, which are bounded already
+            is_tiled = isinstance(processor, TileProcessor)
+            if limit.width is not None and limit.height is not None and not is_tiled:
                 most = min(most, processor.tokens_of(limit.width, limit.height))
             sizes.append(most)
         return min(max(sizes), max_model_len)

@@ -90,6 +90,7 @@ def warm(args: EngineArgs) -> WarmReport:
     setup = read_setup(args, resolve(args.model, revision=args.revision, token=args.hf_token))
     args = setup.args
     share_gpu_memory(args.gpu_memory_utilization)
+    setup.check_classifier()
     setup.check_devices()
     setup.pipeline(args.pipeline_parallel_size)
     target = target_here(args.device, args.grid, together=args.steps_together)

@@ -48,6 +48,8 @@ def test_the_settings_were_met(found: dict[str, Any]):
 @pytest.mark.parametrize("found", FAMILIES[:1], indirect=True)
 def test_stages_and_drafts_meet_pictures(found: dict[str, Any]):
     assert found["stages: counted"]["preemptions"] > 0
+    of_engine, planned = found["planned"]
+    assert of_engine == planned and of_engine > 0
     # the same weights: those that read the pictures, too, know more than those that read the tokens in their places
     assert of_drafts(found, "drafts of itself") > 1.3 * of_drafts(found, "drafts of another model")
 

@@ -20,7 +20,7 @@ from support.pictures import broken, encoded
 from support.seeing_models import END, IMAGE, QWEN_PICTURE, START, VIDEO, picture, write_seeing_model
 from support.serving import served
 
-from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from jaxllm import LLM, AsyncLLM, BeamSearchParams, LateChunkingParams, PoolingParams, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.engine_args import EngineArgs
@@ -413,6 +413,10 @@ def test_pictures_are_pooled(model: Path, theirs: Any):
         first, second = (engine.embed(asked, use_tqdm=False) for _ in range(2))
         with pytest.raises(ValidationError, match="a prompt with images is not cut"):
             engine.embed(asked[:1], truncate_prompt_tokens=5, use_tqdm=False)
+        # of one vector, as many tokens as its text has
+        late = PoolingParams(late_chunking_params=LateChunkingParams(5))
+        with pytest.raises(ValidationError, match="Late chunking requires nonempty plain-text input"):
+            engine.encode([prompt("see @", picture(28, 28))], late, pooling_task="token_embed", use_tqdm=False)
         core: Any = engine.engine.core
         assert not core.scheduler.media.cache.num_used
     assert any(output.num_cached_tokens for output in second)

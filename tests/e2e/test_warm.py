@@ -112,6 +112,8 @@ def test_what_would_not_be_kept_is_an_error(
 ):
     assert main(["warm", str(tiny_model), "--load-format", "null"]) == 1
     assert "nothing to compile" in capsys.readouterr().err
+    assert main(["warm", str(tiny_model), *OPTIONS, "--runner", "pooling", "--convert", "classify"]) == 1
+    assert "needs a classifier" in capsys.readouterr().err
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "file" / "cache"))
     assert main(["warm", str(tiny_model), *OPTIONS]) == 1

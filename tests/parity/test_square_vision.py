@@ -15,6 +15,7 @@ from support.seeing_models import SQUARE, picture, write_seeing_model
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.media import media_limits
 from jaxllm.layers.context import Context
 from jaxllm.models.llava_next import tile_grids
 from jaxllm.models.registry import model_config
@@ -153,3 +154,17 @@ def test_more_tiles_than_were_planned_for_are_refused():
         small.with_options({"max_pixels": 1})
     with pytest.raises(ValidationError, match="which is not made of tiles of 20 x 20 pixels"):
         tile_grids({"image_grid_pinpoints": [[20, 30]]}, 20)
+
+
+def test_smaller_pictures_than_were_planned_for_have_room(tmp_path: Path):
+    """Those of another form may fill their tiles, and so have more vectors than one of the size that was said."""
+    checkpoint = Checkpoint(write_seeing_model(tmp_path, "llava-next"))
+    limits = media_limits("", {"image": {"count": 1, "width": 44, "height": 15}})
+    args = EngineArgs(model=str(tmp_path), limit_mm_per_prompt=limits)
+    setup = read_media(args, checkpoint, model_config(checkpoint.config))
+    assert setup is not None
+    sizes = []
+    for given in (picture(44, 15), picture(30, 15)):
+        (media,) = setup.reader(200, None).read({"multi_modal_data": {"image": given}})
+        sizes.append(media.num_tokens)
+    assert sizes == [16 + 2 * 9, 16 + 4 * 9] and setup.most_tokens(200) == 16 + 8 * 5

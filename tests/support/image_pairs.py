@@ -14,6 +14,7 @@ from support.drafts import checks_that_cost
 from support.eagle_head import write_eagle3
 from support.seeing_models import PICTURE, VOCAB_SIZE, picture, write_seeing_model
 
+import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.metric import Counter
 
@@ -148,6 +149,9 @@ def main(folder: Path) -> None:
             if name.startswith("host blocks") and answers(llm, mark) != found[name]:
                 found[name] = "others, the second time"
             found[f"{name}: counted"] = counted(llm)
+            if name == "stages":
+                plans = llm.memory_plan, jaxllm.plan(model, **{**PLAIN, **arguments}).memory
+                found["planned"] = [plan.encoder_activation_bytes for plan in plans]
     with LLM(folder / "saved", **PLAIN) as llm:
         found["saved and read"] = answers(llm, mark)
     with LLM(model, **PLAIN, limit_mm_per_prompt={"image": 0, "video": 0}) as llm:

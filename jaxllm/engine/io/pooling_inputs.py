@@ -200,7 +200,8 @@ class PoolingReader:
 
     def _located(self, prompt: PreparedPrompt, options: TokenizationOptions) -> PreparedPrompt:
         """A text with the places of its tokens; any other prompt as it is."""
-        if not prompt.text or prompt.embeds is not None or self._backend is None:
+        # a picture of one vector has as many tokens as its mark in the text
+        if not prompt.text or prompt.embeds is not None or prompt.media is not None or self._backend is None:
             return prompt
         encoding = self._backend.encode(prompt.text, add_special_tokens=options.add_special_tokens is not False)
         if encoding.ids != prompt.token_ids:
