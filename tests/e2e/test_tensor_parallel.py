@@ -16,6 +16,7 @@ from jaxllm import LLM, Explanation
 from jaxllm.api.errors import ValidationError
 from jaxllm.parallel.collectives import expected_collectives
 from jaxllm.planning.layout import KV_CACHE
+from jaxllm.runner.capacities import row_capacity
 
 SPLIT = [n for n in DEVICES if n > 1]
 
@@ -50,6 +51,10 @@ def test_a_split_encoder_pools_as_the_whole_one(found: dict[str, Any]):
     np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
 
 
+#: whose logits a program has room for
+ROWS = row_capacity(ARGUMENTS["max_num_seqs"], "cpu")
+
+
 @pytest.mark.parametrize("devices", DEVICES)
 def test_devices_exchange_what_they_must(found: dict[str, Any], devices: int):
     """Two sums of the hidden states a layer and one for the embedding; the logits once, filled up by the vocabulary."""
@@ -59,7 +64,7 @@ def test_devices_exchange_what_they_must(found: dict[str, Any], devices: int):
     if devices == 1:
         return
     hidden = exchanged["tokens"] * CONFIG["hidden_size"] * 4
-    rows, words = ARGUMENTS["max_num_seqs"], -(-VOCAB_SIZE // devices) * devices
+    rows, words = ROWS, -(-VOCAB_SIZE // devices) * devices
     assert exchanged["bytes"] == [{"all-reduce": (2 * layers + 1) * hidden}, {"all-gather": rows * words * 4}]
 
 
@@ -106,7 +111,7 @@ def test_an_engine_explains_what_its_steps_exchange(found: dict[str, Any], devic
         padded = {1: 1, 4: 32, 32: 32}[step.tokens]
         assert all(exchange.bytes == padded * hidden for exchange in sums.values())
         [logits] = (exchange for exchange in step.exchanges if exchange.kind == "all-gather")
-        assert logits.over == "vocab" and logits.bytes == 4 * words
+        assert logits.over == "vocab" and logits.bytes == ROWS * words
     if devices == 4:
         planned = Explanation.from_dict(found["planned"])
         assert planned.steps == said.steps and planned.layouts[:-1] == said.layouts[:-1]
