@@ -56,7 +56,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Answe
 
 def assert_same(wanted: list[Any], model: Path, family: str, config: dict[str, Any]) -> None:
     with (
-        LLM(model, **ARGUMENTS, num_gpu_blocks_override=26, speculative_config=config) as llm,
+        LLM(model, **ARGUMENTS, num_gpu_blocks_override=17, speculative_config=config) as llm,
         # whatever is drafted is checked
         checks_that_cost(llm, 0.0),
     ):
@@ -64,7 +64,8 @@ def assert_same(wanted: list[Any], model: Path, family: str, config: dict[str, A
         assert counted(llm, "num_accepted_tokens") > 30
         assert llm.engine.core.cores[0].scheduler.kv_cache_manager.pool.num_used == 0
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-        assert values["vllm:num_preemptions"]
+        # where all layers have windows, a sequence gives back the blocks behind them
+        assert values["vllm:num_preemptions"] or family == "Mixtral"
 
 
 @pytest.mark.parametrize(("family", "drafter"), [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS])
