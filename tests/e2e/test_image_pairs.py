@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,9 +24,15 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return found_by("support.image_pairs", tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a family's engines answered: asked once, in whatever order tests want it."""
+    return functools.cache(lambda family: found_by("support.image_pairs", tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(params=FAMILIES)
+def found(request: pytest.FixtureRequest, answers: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return answers(request.param)
 
 
 @pytest.mark.parametrize(("found", "engine"), PAIRS, indirect=["found"])
