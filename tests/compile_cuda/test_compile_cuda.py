@@ -28,6 +28,8 @@ STACKS: dict[str, int] = {
     r"^paged_attention: Gemma.* over (int8|float8)": 128,
     # latents of 576 numbers, widened from one byte
     r"^paged_latent_attention: .* over (int8|float8)": 32,
+    # up to four numbers, of one token's products with a matrix of 1,536 columns
+    r"^lora_matmul: ": 16,
     # XLA's own products, whose tiles it chooses on the card: without one nothing is autotuned
     r"^Gemma-3-27B: (decode|mixed) .*, fusion\.\d+$": 696,
     # and of routers
