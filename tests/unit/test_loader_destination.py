@@ -178,7 +178,8 @@ def test_weights_are_never_twice_in_host_memory(tmp_path: Path, stored: str, dev
     assert size > 200 * 2**20
     # a number that is drawn is an integer and a float32 before it is what it becomes
     piece = 16 * loader.PIECE if stored == "dummy" else 4 * loader.READ_PIECE
-    assert peak < size + piece + 2**26
+    # where programs that draw are compiled, the compiler takes 50 MiB
+    assert peak < size + piece + 3 * 2**25
 
 
 def write_zeros(directory: Path, dtype: str) -> None:
