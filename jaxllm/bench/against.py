@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.bench.measurements import Samples, turns
 from jaxllm.bench.peers.protocol import Request, timed_round
 from jaxllm.bench.report import table
@@ -39,8 +40,13 @@ class Variants:
 
     @staticmethod
     def names(arguments: argparse.Namespace) -> list[str]:
-        """What the engines are called, the one that the command line describes first."""
-        return [GIVEN, *(", ".join(f"{name}={value}" for name, value in each.items()) for each in arguments.against)]
+        """What the engines are called, the one that the command line describes first. Raises ValidationError for two of
+        the same arguments, and for one without any.
+        """
+        found = [", ".join(f"{name}={value}" for name, value in each.items()) for each in arguments.against]
+        if "" in found or len(set(found)) < len(found):
+            raise ValidationError(f"--against {found}: give each engine arguments of its own, and none of them twice.")
+        return [GIVEN, *found]
 
     def run(self) -> None:
         """Measure. Raises `JaxLLMError` for arguments that are refused, and requests that do not fit."""

@@ -64,6 +64,10 @@ def test_engines_with_other_arguments_in_turns(options: list[str], tmp_path: Pat
         main(["bench", "throughput", *options, "--against", "block_size=8"])
     assert main(["bench", "throughput", *options, "--num-prompts", "1", "--against", '{"block_sise": 8}']) != 0
     assert "block_size" in capsys.readouterr().err
+    for again in (['{"block_size": 8}', '{"block_size": 8}'], ["{}"]):
+        asked = [word for each in again for word in ("--against", each)]
+        assert main(["bench", "throughput", *options, "--num-prompts", "1", *asked]) != 0
+        assert "none of them twice" in capsys.readouterr().err
 
 
 def test_lora(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
