@@ -1,5 +1,5 @@
-"""GPT-2: learned positions, LayerNorm, biases, an MLP without a gate, matrices that are [in, out] in checkpoints (Radford
-et al. 2019).
+"""GPT-2: learned positions, LayerNorm, biases, an MLP without a gate, matrices that are [in, out] in checkpoints
+(Radford et al. 2019).
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         first_layer: the model's layer that is the first one of these.
 
     Raises:
-        ValidationError: experts of a layer lie in different forms; the text names the layer. Or a matrix is [in, out] in
-            checkpoints, where quantized ones are [out, in].
+        ValidationError: experts of a layer lie in different forms; the text names the layer. Or a matrix is [in, out]
+            in checkpoints, where quantized ones are [out, in].
     """
     tree: Any = specs
     if hasattr(tree, "body"):

@@ -42,7 +42,7 @@ READ_PIECE = 2**20
 PIECE = 2**21
 
 _LAYER = re.compile(r"\.(?:layers?|h)\.\d+\.")
-#: what old checkpoints of Llama, GPT-NeoX, GPT-2 and GPT-J keep of the rotary embedding and of the mask; follows from the config
+#: what old checkpoints of Llama and of the GPTs keep of the rotary embedding and of the mask; follows from the config
 _DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
