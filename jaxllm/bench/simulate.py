@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
-from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, ordinary_ids, prefix_repetition, random_lengths
+from jaxllm.bench.datasets import BenchRequest, bench_ids, prefix_repetition, random_lengths
 from jaxllm.command_options import build_llm
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure each workload with each setting, and simulate it twice: with times of steps that were measured before and
     after it, none of which is its own, and with those of the trace of the first setting.
     """
-    ids = ordinary_ids(bench_tokenizer(arguments))
+    ids = bench_ids(arguments)
     rows: list[dict[str, Any]] = []
     firsts: dict[str, Trace] = {}
     print(f"{'workload':9} {'max_num_seqs':>12} {'tokens':>7} {'measured tokens/s':>18} {'TTFT ms':>9}   errors")
