@@ -52,6 +52,14 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(num_prompts=None)
 
 
+def is_described(arguments: argparse.Namespace) -> bool:
+    """Whether anything says what the requests are: a file, or any option of a dataset."""
+    given = [arguments.workload, arguments.num_prompts]
+    return any(each is not None for each in given) or any(
+        getattr(arguments, name) != default for name, default in _OF_DATASETS.items()
+    )
+
+
 def workload_of(arguments: argparse.Namespace) -> Workload:
     """The workload that the options describe.
 
