@@ -24,7 +24,7 @@ def plotting() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise ImportError(f"plot() needs matplotlib: {how_to_install('plot')}.") from error
 
