@@ -290,7 +290,8 @@ def test_arguments_are_changed_as_vllms_scripts_change_them():
     drafts: Any = {"method": "ngram", "num_speculative_tokens": 2}
     limits: Any = {"image": 1}
     args: Any = EngineArgs(model="m", limit_mm_per_prompt=limits, max_model_len=400, speculative_config=drafts)
-    assert engine_args(**(dataclasses.asdict(args) | {"seed": 3})) == dataclasses.replace(args, seed=3)
+    spread: dict[str, Any] = {**dataclasses.asdict(args), "seed": 3}
+    assert engine_args(**spread) == dataclasses.replace(args, seed=3)
     limits = {"image": 0, "video": 0, "audio": 0} | dict(args.limit_mm_per_prompt or {})
     args.limit_mm_per_prompt, args.max_model_len, args.seed = limits, "1k", None
     expected: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_model_len": 1000, "seed": 0}
