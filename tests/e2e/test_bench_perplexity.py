@@ -40,6 +40,15 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     assert found["int8"]["weight_bytes"] < found["none"]["weight_bytes"] * 0.7
     assert found[tiny_model.name]["perplexity"] == found["none"]["perplexity"]
     assert f"{'int8':16} perplexity" in capsys.readouterr().out
+    # what is in the file is not measured again, and windows that are missing are; of the same text alone
+    cut = {**found, "int8": {"windows": found["int8"]["windows"][:2]}}
+    (tmp_path / "found").write_text(json.dumps(cut))
+    assert main(["bench", "perplexity", *where, *swept, *options, "--resume"]) == 0
+    again = json.loads((tmp_path / "found").read_text())
+    assert again["none"] == found["none"] and len(again["int8"]["windows"]) == 3
+    assert again["int8"]["perplexity"] == pytest.approx(found["int8"]["perplexity"], rel=1e-6)
+    assert main(["bench", "perplexity", *where, *swept, *options, "--resume", "--context", "12"]) == 1
+    assert "was measured with context 24, and 12 is asked for" in capsys.readouterr().err
 
 
 def peer_ids(model: Path, text: str) -> list[int]:
