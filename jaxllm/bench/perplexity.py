@@ -123,7 +123,7 @@ def every_form(arguments: argparse.Namespace, text: str) -> dict[str, WrittenFor
     source = resolve(engine_arguments(arguments)[0])
     tokenizer = load_tokenizer(source)
     ids = tokens_of(tokenizer, text)[arguments.num_tokens :]
-    return written_forms(source, arguments.every_form, tokenizer.decode(ids))
+    return written_forms(source, arguments.every_form, str(tokenizer.decode(ids)))
 
 
 def changes_of(model: Path) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class Code:
         nothing = self.builder.icmp_unsigned("==", size, self.all(127, size))
         bits = self.builder.select(nothing, self.all(0x7E00, bits), bits)
         halves = self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES))
-        wide = self.builder.fpext(halves, ir.VectorType(FLOAT, LANES))
-        return self.multiplied(wide, ir.Constant(wide.type, [256.0] * LANES))
+        floats = ir.VectorType(FLOAT, LANES)
+        return self.multiplied(self.builder.fpext(halves, floats), ir.Constant(floats, [256.0] * LANES))
 
     def byte(self, address: Value) -> Value:
         """The byte there, i32 0..255."""
