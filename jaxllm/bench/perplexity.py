@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
 from jaxllm.bench.quantized_forms import WrittenForm, written_forms
+from jaxllm.bench.weights_alone import WeightsAlone
 from jaxllm.command_options import build_llm, engine_arguments
 from jaxllm.quantizing.text import own_text
 from jaxllm.tokenization.load import load_tokenizer
@@ -57,13 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace, text: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
     """How well one engine foresees a text, put into a result: after every few windows, which `keep` is told of."""
+    if arguments.weights_alone:
+        return measure_weights(arguments, text, result, keep)
     window = arguments.context
     with build_llm(arguments, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
-        ids = tokens_of(llm.get_tokenizer(), text)[: arguments.num_tokens]
-        windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
-        windows = [each for each in windows if len(each) > 1]
-        if not windows:
-            raise ValidationError(f"The text has {len(ids)} tokens; two at least are needed.")
+        windows = windows_of(llm.get_tokenizer(), text, arguments)
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         result |= {
             "weight_bytes": llm.memory_plan.weight_bytes,
@@ -79,11 +78,48 @@ def measure(arguments: argparse.Namespace, text: str, result: dict[str, Any], ke
             result["seconds"] = result.get("seconds", 0.0) + time.perf_counter() - start
             result["processor_seconds"] = result.get("processor_seconds", 0.0) + time.process_time() - busy
             keep()
-    result |= {"perplexity": perplexity_of(result["windows"]), "tokens": sum(count for _, count in result["windows"])}
+    finish(result)
     keep()
 
 
-def perplexity_of(windows: list[list[Any]]) -> float:
+def measure_weights(arguments: argparse.Namespace, text: str, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """`measure` of the weights alone."""
+    model, given = engine_arguments(arguments)
+    if given.get("kv_cache_dtype") is not None:
+        raise ValidationError("--weights-alone runs no engine: there is no KV cache to be compared.")
+    windows = windows_of(load_tokenizer(resolve(model)), text, arguments)
+    weights = WeightsAlone(model, dtype=given.get("dtype") or "float32", quantization=given.get("quantization"))
+    result |= {"weight_bytes": weights.weight_bytes, "kv_bytes_per_token": 0}
+    for first in range(len(result["windows"]), len(windows), WINDOWS):
+        start, busy = time.perf_counter(), time.process_time()
+        result["windows"] += weights.scores(windows[first : first + WINDOWS], arguments.context)
+        result["seconds"] = result.get("seconds", 0.0) + time.perf_counter() - start
+        result["processor_seconds"] = result.get("processor_seconds", 0.0) + time.process_time() - busy
+        keep()
+    finish(result)
+    keep()
+
+
+def finish(result: dict[str, Any]) -> None:
+    """Put in what all windows say together."""
+    result |= {"perplexity": perplexity_of(result["windows"]), "tokens": sum(count for _, count in result["windows"])}
+
+
+def windows_of(tokenizer: Any, text: str, arguments: argparse.Namespace) -> list[list[int]]:
+    """The windows of a text that are asked for.
+
+    Raises:
+        ValidationError: there is none.
+    """
+    ids, window = tokens_of(tokenizer, text)[: arguments.num_tokens], arguments.context
+    windows = [ids[first : first + window] for first in range(0, len(ids) - 1, window)]
+    windows = [each for each in windows if len(each) > 1]
+    if not windows:
+        raise ValidationError(f"The text has {len(ids)} tokens; two at least are needed.")
+    return windows
+
+
+def perplexity_of(windows: Sequence[Sequence[Any]]) -> float:
     """Of pairs: a window's sum of log-probabilities, and how many these are."""
     sums, counts = zip(*windows, strict=True)
     return math.exp(-math.fsum(sums) / sum(counts))
@@ -108,7 +144,7 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("model", "text", "num_tokens", "context"):
+    for name in ("model", "text", "num_tokens", "context", "weights_alone"):
         was, asked = found["arguments"].get(name), getattr(arguments, name)
         if was != (asked if asked is None or isinstance(asked, int) else str(asked)):
             raise ValidationError(
