@@ -30,6 +30,7 @@ from jaxllm.models import (
     qwen2_vl,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
     stablelm,
 )
@@ -70,6 +71,12 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
+#: families whose tokens see those behind them too
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], BertConfig]] = {
+    "Bert": bert.config_from_hf,
+    "Roberta": roberta.config_from_hf,
+    "XLMRoberta": roberta.config_from_hf,
+}
 #: what can only be pooled: the bare models, and those with a classification head
 POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
     **{
@@ -77,7 +84,11 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
         for suffix in ("Model", CLASSIFIER_SUFFIX)
     },
-    **{f"Bert{suffix}": bert.config_from_hf for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)},
+    **{
+        f"{family}{suffix}": reading
+        for family, reading in ENCODERS.items()
+        for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)
+    },
 }
 
 
@@ -94,7 +105,7 @@ _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")
 def is_encoder(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model whose tokens see those behind them too."""
     names = hf.get("architectures") or ()
-    return any(POOLING_ARCHITECTURES.get(name) is bert.config_from_hf for name in names)
+    return any(POOLING_ARCHITECTURES.get(name) in ENCODERS.values() for name in names)
 
 
 def model_config(hf: Mapping[str, Any], max_model_len: int | None = None) -> DecoderConfig:

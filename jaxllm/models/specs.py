@@ -184,7 +184,7 @@ def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
 
 def bert_specs(c: BertConfig) -> BertParams:
     """A `BertParams` tree of `WeightSpec`s, the layers in one segment."""
-    prefix, layers = "bert.encoder.layer.{layer}.", range(c.num_layers)
+    prefix, layers = f"{c.prefix}encoder.layer.{{layer}}.", range(c.num_layers)
     d, vocab, mlp = Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size), Axis("mlp", c.intermediate_size)
     heads = Axis("heads", c.num_heads, c.head_dim)
 
@@ -200,7 +200,7 @@ def bert_specs(c: BertConfig) -> BertParams:
         return WeightSpec(parts=(Part(f"{prefix}{name}.weight", (d,)),), layers=layers, init=ONE)
 
     def outside(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
-        return WeightSpec(parts=(Part(f"bert.embeddings.{name}", axes),), init=init)
+        return WeightSpec(parts=(Part(f"{c.prefix}embeddings.{name}", axes),), init=init)
 
     attention = ("attention.self.query", "attention.self.key", "attention.self.value")
     segment = BertLayers(
@@ -217,9 +217,10 @@ def bert_specs(c: BertConfig) -> BertParams:
         mlp_norm=norm("output.LayerNorm"),
         mlp_norm_bias=bias(d, "output.LayerNorm"),
     )
+    positions = Axis("positions", c.first_position + c.max_position_embeddings)
     return BertParams(
         embedding=outside("word_embeddings.weight", vocab, d),
-        position_embedding=outside("position_embeddings.weight", Axis("positions", c.max_position_embeddings), d),
+        position_embedding=outside("position_embeddings.weight", positions, d),
         type_embedding=outside("token_type_embeddings.weight", Axis("types", c.type_vocab_size), d),
         embedding_norm=outside("LayerNorm.weight", d, init=ONE),
         embedding_norm_bias=outside("LayerNorm.bias", d, init=ZERO),
