@@ -46,10 +46,13 @@ class WeightNames:
     #: of a layer, behind the prefix
     layer: str = "layers.{layer}."
     embedding: str = "embed_tokens"
+    position_embedding: str = "embed_positions"
     norm: str = "norm"
     head: str = "lm_head"
     attention_norm: str = "input_layernorm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    #: whether the layers' matrices are [in, out] there, as those of transformers' Conv1D
+    transposed: bool = False
     #: whether the rows of one tensor are each head's query, key and value in turn, not all queries first
     qkv_by_head: bool = False
     #: with ``{head}``: each head's weights are a tensor of their own

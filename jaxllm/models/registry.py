@@ -18,6 +18,7 @@ from jaxllm.models import (
     gemma3,
     glm,
     glm4_moe,
+    gpt2,
     gpt_neox,
     gpt_oss,
     granite,
@@ -30,6 +31,7 @@ from jaxllm.models import (
     mixtral,
     olmo2,
     olmoe,
+    opt,
     phi3,
     qwen2,
     qwen2_moe,
@@ -61,6 +63,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "LlavaForConditionalGeneration": llava.config_from_hf,
     "LlavaNextForConditionalGeneration": llava_next.config_from_hf,
     "Phi3ForCausalLM": phi3.config_from_hf,
+    "OPTForCausalLM": opt.config_from_hf,
+    "GPT2LMHeadModel": gpt2.config_from_hf,
     "GraniteForCausalLM": granite.config_from_hf,
     "Olmo2ForCausalLM": olmo2.config_from_hf,
     "SmolLM3ForCausalLM": smollm3.config_from_hf,
@@ -108,8 +112,12 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
 #: fields of config.json that count something, those that are numbers, true or false, token ids, and those that have
 #: fields of their own; where a family has them at all
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_COUNTS = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps")
+_COUNTS = (
+    *(*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    # OPT's and GPT-2's own
+    *("ffn_dim", "word_embed_proj_dim", "n_embd", "n_head", "n_inner", "n_layer", "n_positions"),
+)
+_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")

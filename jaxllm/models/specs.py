@@ -34,12 +34,18 @@ def decoder_specs(c: DecoderConfig) -> Params:
         first = layers.stop
     return Params(
         embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
+        position_embedding=_positions(c, d) if c.position_rows else None,
         layers=tuple(segments),
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
         head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
         vision=None if c.vision is None else vision_specs(c.vision),
     )
+
+
+def _positions(c: DecoderConfig, d: Axis) -> WeightSpec:
+    name = f"{c.names.prefix}{c.names.position_embedding}.weight"
+    return WeightSpec(parts=(Part(name, (Axis("positions", c.position_rows), d)),))
 
 
 def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
@@ -57,7 +63,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
             places = _shared_rows(rows, by_unit=modules is names.qkv and names.qkv_by_head)
             modules *= len(rows)
         parts = (
-            Part(f"{prefix}{module}.{kind}", (axis, *columns), place)
+            Part(f"{prefix}{module}.{kind}", (axis, *columns), place, names.transposed and len(columns) > 0)
             for module, axis, place in zip(modules, rows, places, strict=True)
         )
         return WeightSpec(parts=tuple(parts), layers=layers)

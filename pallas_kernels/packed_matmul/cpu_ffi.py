@@ -29,7 +29,7 @@ def _module(name: str) -> Any:
     return module(name)
 
 
-KERNELS = Kernels(_module, [Path(__file__).parent])
+KERNELS = Kernels(_module, [Path(__file__).parent, Path(gguf_blocks.__file__)])
 
 
 def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
