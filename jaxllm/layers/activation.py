@@ -12,6 +12,9 @@ ACTIVATIONS = {
     # other names of the tanh form
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    # Primer's squared ReLU (So et al. 2021, arXiv:2109.08668)
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     # CLIP's
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }

@@ -59,6 +59,10 @@ class DecoderConfig:
     layer_rope: tuple[int, ...]
     #: sliding window of each layer, in tokens, itself included; None: all
     layer_window: tuple[int | None, ...]
+    #: rows of the table of learned positions, whose rows are added to the embeddings; 0: there is none
+    position_rows: int = 0
+    #: its row of the first token
+    first_position: int = 0
     #: whether neighbours are paired in rotary embeddings, not halves
     rope_interleaved: bool = False
     tie_word_embeddings: bool
@@ -116,6 +120,11 @@ class DecoderConfig:
     vision: VisionConfig | None = None
     #: whether the tokens of a picture see each other
     sees_whole_pictures: bool = False
+
+    @property
+    def turns(self) -> bool:
+        """Whether any layer has a rotary embedding."""
+        return any(any(kind.inverse_frequencies) for kind in self.rope)
 
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
@@ -183,6 +192,8 @@ class Params:
     norm: jax.Array | None  # [d]; None: another pipeline stage has it
     norm_bias: jax.Array | None  # [d]
     head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
+    #: [P, d]; None: positions are not learned, or another pipeline stage has them
+    position_embedding: jax.Array | None = None
     #: of a smaller model that makes drafts, or of layers behind this one that do, in the runner alone
     draft: Params | None = None
     #: of such layers; None: the model reads tokens alone
@@ -344,7 +355,12 @@ def embedded(context: Context, config: DecoderConfig, params: Params, batch: Ste
         x = params.tables.embedded(context, batch.tokens, x)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    return with_embeddings(x, batch)
+    x = with_embeddings(x, batch)
+    if params.position_embedding is None:
+        return x
+    # padding and drafts that will not be kept may lie behind the table's end
+    rows = batch.attention.positions + config.first_position
+    return x + params.position_embedding.at[rows].get(mode="clip")
 
 
 def last_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -418,7 +434,8 @@ def _attention_block(
         query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
     if config.qkv_clip is not None:
         query, key, value = (jnp.clip(x, -config.qkv_clip, config.qkv_clip) for x in (query, key, value))
-    query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
+    if config.turns:
+        query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
     cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
         context,

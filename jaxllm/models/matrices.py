@@ -44,7 +44,8 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         first_layer: the model's layer that is the first one of these.
 
     Raises:
-        ValidationError: experts of a layer lie in different forms; the text names the layer.
+        ValidationError: experts of a layer lie in different forms; the text names the layer. Or a matrix is [in, out]
+            in checkpoints, where quantized ones are [out, in].
     """
     tree: Any = specs
     if hasattr(tree, "body"):
@@ -67,7 +68,14 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
 
     def forms(spec: WeightSpec, layer: int) -> tuple[Layout | None, ...]:
         experts = 1 if spec.experts is None else spec.experts.units
-        return tuple(of_part(part, layer, experts) for part in spec.parts)
+        found = tuple(of_part(part, layer, experts) for part in spec.parts)
+        for part, form in zip(spec.parts, found, strict=True):
+            if part.transposed and spec.experts is None and form is not None:
+                raise ValidationError(
+                    f"quantization of {part.name.format(layer=layer + first_layer)} is not supported: this family's "
+                    "checkpoints have its matrices as [in, out], and quantized ones are [out, in]. Leave it out."
+                )
+        return found
 
     def run(segment: Any, where: slice) -> Any:
         def one(path: Any, spec: WeightSpec) -> Any:

@@ -41,9 +41,9 @@ READ_PIECE = 2**20
 #: random elements that are drawn at once: on their way they take several times their memory
 PIECE = 2**21
 
-_LAYER = re.compile(r"\.layers?\.\d+\.")
-#: what old checkpoints of Llama and GPT-NeoX keep of the rotary embedding and of the mask; follows from the config
-_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_LAYER = re.compile(r"\.(?:layers?|h)\.\d+\.")
+#: what old checkpoints of Llama and of the GPTs keep of the rotary embedding and of the mask; follows from the config
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 #: a model's specs, or something else of each

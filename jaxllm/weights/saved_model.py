@@ -32,7 +32,8 @@ _TEXTS = {
     "LlavaForConditionalGeneration": llava.text_alone,
     "LlavaNextForConditionalGeneration": llava.text_alone,
 }
-_SUFFIXES = ("ForCausalLM", "ForMaskedLM", CLASSIFIER_SUFFIX, "Model")
+_GENERATING = ("ForCausalLM", "LMHeadModel")
+_SUFFIXES = (*_GENERATING, "ForMaskedLM", CLASSIFIER_SUFFIX, "Model")
 
 
 def save(
@@ -74,8 +75,9 @@ def save(
             written = hugging_face_config(config, model, params)
             found = list(hugging_face.tensors(specs, params))
             # the bare model's tensors have no prefix
-            prefix = base_prefix(model) if written["architectures"][0].endswith("Model") else ""
-            has_parts = written["architectures"][0] in _TEXTS
+            architecture: str = written["architectures"][0]
+            is_bare = architecture.endswith("Model") and not architecture.endswith(_GENERATING)
+            prefix, has_parts = base_prefix(model) if is_bare else "", architecture in _TEXTS
 
             def name_of(name: str) -> str:
                 return among_parts(name) if has_parts else name.removeprefix(prefix)
@@ -117,7 +119,7 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
         family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))
         if params.head is not None:
             architecture = f"{family}{CLASSIFIER_SUFFIX}"
-        elif not (architecture.endswith("ForCausalLM") and getattr(model, "tie_word_embeddings", False)):
+        elif not (architecture.endswith(_GENERATING) and getattr(model, "tie_word_embeddings", False)):
             architecture = f"{family}Model"
     written.pop("torch_dtype", None)
     return {**written, "architectures": [architecture], "dtype": str(jax.tree.leaves(params)[0].dtype)}

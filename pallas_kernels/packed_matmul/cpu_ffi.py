@@ -29,7 +29,8 @@ def _module(name: str) -> Any:
     return module(name)
 
 
-KERNELS = Kernels(_module, [Path(__file__).parent, Path(dense_matmul.__file__).parent])
+_SOURCES = [Path(__file__).parent, Path(dense_matmul.__file__).parent, Path(gguf_blocks.__file__)]
+KERNELS = Kernels(_module, _SOURCES)
 
 
 def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:

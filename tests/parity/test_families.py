@@ -33,13 +33,14 @@ MAX_LEN = max(LENGTHS) + DECODES
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    model: str  # transformers' class, without ForCausalLM and Config
+    model: str  # transformers' class, without `kind` and Config
     fields: dict[str, Any]
     block_size: int = 16
     config: str | None = None
     max_shard_size: str = "1GB"
     #: tokens of a step
     bucket: int = 320
+    kind: str = "ForCausalLM"
     #: of a model of which this is the text
     beside: dict[str, Any] | None = None
 
@@ -211,6 +212,12 @@ IN_SMALL_STEPS = {
             "logits_scaling": 0.8,
         },
     ),
+    "opt": Family(
+        "OPT",
+        # the last position that is computed is the table's last one
+        {"hidden_size": 48, "ffn_dim": 100, "num_attention_heads": 4, "max_position_embeddings": MAX_LEN},
+    ),
+    "gpt2": Family("GPT2", {"hidden_size": 60, "n_inner": 100, "num_attention_heads": 3}, kind="LMHeadModel"),
     "olmo2": Family("Olmo2", {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "smollm3": Family(
         "SmolLM3",
@@ -311,7 +318,7 @@ def random_model(family: Family, seed: int) -> Any:
             **family.fields,
         }
     )
-    kind = "ForCausalLM"
+    kind = family.kind
     if family.beside is not None:
         kind = "ForConditionalGeneration"
         config = getattr(transformers, f"{family.model}Config")(text_config=config, **family.beside)
@@ -330,6 +337,9 @@ def random_model(family: Family, seed: int) -> Any:
                 weight.copy_(draw(weight.shape, 0.5))
             else:
                 weight.copy_(draw(weight.shape, weight.shape[-1] ** -0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(draw(buffer.shape, 0.3))
     return model
 
 

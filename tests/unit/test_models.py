@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -172,10 +173,10 @@ def test_missing_fields_have_transformers_defaults():
     """As in config files that transformers itself wrote without them."""
     transformers = pytest.importorskip("transformers")
     fields = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_attention_heads")}
-    for name in [name for name in ARCHITECTURES if name.endswith("ForCausalLM")]:
+    for name in [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))]:
         if name.startswith("Deepseek"):
             continue  # a config of theirs without its sizes is refused: it would be some other model's
-        kind = {"Gemma3": "Gemma3Text"}.get(family := name.removesuffix("ForCausalLM"), family)
+        kind = {"Gemma3": "Gemma3Text"}.get(family := re.sub("ForCausalLM|LMHeadModel", "", name), family)
         full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
         ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
         del full["architectures"]
@@ -190,12 +191,17 @@ def test_missing_fields_have_transformers_defaults():
     [
         ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
-        ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
+        ("LlamaForCausalLM", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
         ("LlamaForCausalLM", {"head_dim": 15}, "head_dim=15 is odd"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("OPTForCausalLM", {"do_layer_norm_before": False}, "do_layer_norm_before=false of OPT"),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32 is not supported: it must be"),
+        ("OPTForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "learned positions, 512 of"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true of GPT-2"),
+        ("GPT2LMHeadModel", {"n_embd": "wide"}, "n_embd of config.json must be an integer, got 'wide'"),
         ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
     ],
 )

@@ -21,6 +21,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -44,10 +45,7 @@ from pallas_kernels.storage import STORAGE
 Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
-#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
-#: several blocks, a CPU goes on to the next block as long as there are rows
-SAMPLE_ROWS_CPU = (8, 32)
+#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
 WRITER: Key = ("write tokens",)
