@@ -14,12 +14,22 @@ class ExpertNames:
     router: str = "gate"
     #: what helps the router to choose, a tensor
     correction: str = "gate.e_score_correction_bias"
+    #: what transformers 5 calls these where it saves them in a form of its own
+    new_module: str = "mlp"
+    new_router: str = "gate"
+    new_correction: str = "gate.e_score_correction_bias"
+    #: whether that tensor has an axis of one in front
+    correction_is_row: bool = False
     #: whether a layer's experts are stacked at all times: [in, out], gate and up in turn, with biases
     stacked: bool = False
+    #: or so: the tensors of gate and up, one below the other, and of down, [out, in]; None: they are not
+    joined: tuple[str, str] | None = None
     #: else of each expert, ``experts.{expert}.``; transformers 5 has those of a layer stacked, under names of its own
     gate_up: tuple[str, str] = ("gate_proj", "up_proj")
     down: str = "down_proj"
-    shared_gate_up: tuple[str, str] = ("shared_experts.gate_proj", "shared_experts.up_proj")
+    #: of the shared MLP; None: `module`
+    shared_module: str | None = None
+    shared_gate_up: tuple[str, ...] = ("shared_experts.gate_proj", "shared_experts.up_proj")
     shared_down: str = "shared_experts.down_proj"
     shared_gate: str = "shared_expert_gate"
 

@@ -50,11 +50,12 @@ def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
     if not isinstance(config, BertConfig):
         classifier = weight("score.weight", Axis("labels", labels), d)
         return PoolingModel(body, Head(dense=None, dense_bias=None, classifier=classifier, classifier_bias=None))
+    dense, classifier = config.head
     head = Head(
-        dense=weight("bert.pooler.dense.weight", inner, d),
-        dense_bias=weight("bert.pooler.dense.bias", inner, init=0.0),
-        classifier=weight("classifier.weight", Axis("labels", labels), inner),
-        classifier_bias=weight("classifier.bias", Axis("labels", labels), init=0.0),
+        dense=weight(f"{dense}.weight", inner, d),
+        dense_bias=weight(f"{dense}.bias", inner, init=0.0),
+        classifier=weight(f"{classifier}.weight", Axis("labels", labels), inner),
+        classifier_bias=weight(f"{classifier}.bias", Axis("labels", labels), init=0.0),
     )
     return PoolingModel(body, head)
 

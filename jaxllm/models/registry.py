@@ -12,21 +12,27 @@ from jaxllm.models import (
     bert,
     cohere,
     deepseek,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone4,
     falcon,
+    flex_olmo,
     gemma,
     gemma3,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
     gpt_oss,
     gptj,
     granite,
+    granite_moe,
     hunyuan,
     llama,
     llava,
     llava_next,
+    minimax_m2,
     mistral,
     mixtral,
     nemotron,
@@ -41,6 +47,7 @@ from jaxllm.models import (
     qwen2_vl,
     qwen3,
     qwen3_moe,
+    roberta,
     seed_oss,
     smollm3,
     stablelm,
@@ -91,11 +98,24 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "DeepseekV3ForCausalLM": deepseek.config_from_hf,
     "GlmForCausalLM": glm.config_from_hf,
     "Glm4ForCausalLM": glm.glm4_config_from_hf,
+    "Glm4MoeForCausalLM": glm4_moe.config_from_hf,
+    "Dots1ForCausalLM": dots1.config_from_hf,
+    "MiniMaxM2ForCausalLM": minimax_m2.config_from_hf,
+    "GraniteMoeForCausalLM": granite_moe.config_from_hf,
+    "GraniteMoeSharedForCausalLM": granite_moe.shared_config_from_hf,
+    "FlexOlmoForCausalLM": flex_olmo.config_from_hf,
+    "Ernie4_5_MoeForCausalLM": ernie4_5_moe.config_from_hf,
     "Qwen2VLForConditionalGeneration": qwen2_vl.config_from_hf,
     "Qwen2_5_VLForConditionalGeneration": qwen2_vl.qwen2_5_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
+#: families whose tokens see those behind them too
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], BertConfig]] = {
+    "Bert": bert.config_from_hf,
+    "Roberta": roberta.config_from_hf,
+    "XLMRoberta": roberta.config_from_hf,
+}
 #: what can only be pooled: the bare models, and those with a classification head
 POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
     **{
@@ -103,7 +123,11 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
         for suffix in ("Model", CLASSIFIER_SUFFIX)
     },
-    **{f"Bert{suffix}": bert.config_from_hf for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)},
+    **{
+        f"{family}{suffix}": reading
+        for family, reading in ENCODERS.items()
+        for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)
+    },
 }
 
 
@@ -125,7 +149,7 @@ _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")
 def is_encoder(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model whose tokens see those behind them too."""
     names = hf.get("architectures") or ()
-    return any(POOLING_ARCHITECTURES.get(name) is bert.config_from_hf for name in names)
+    return any(POOLING_ARCHITECTURES.get(name) in ENCODERS.values() for name in names)
 
 
 def model_config(hf: Mapping[str, Any], max_model_len: int | None = None) -> DecoderConfig:

@@ -135,14 +135,20 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
     experts = Axis("experts" if moe.expert_parallel else "whole experts", moe.num_experts)
     own = Axis("whole mlp" if moe.expert_parallel else "mlp", moe.intermediate_size)
     shared = Axis("mlp", moe.shared_size)
-    # transformers 5 calls the module so in every family
-    new = f"{prefix}{ExpertNames.module}."
+    new = f"{prefix}{names.new_module}."
 
     def spec(*parts: Part, experts: Axis | None = None, **fields: Any) -> WeightSpec:
         return WeightSpec(parts=parts, layers=layers, experts=experts, **fields)
 
     def plain(module: str, *axes: Axis) -> Part:
         return Part(f"{prefix}{names.module}.{module}.weight", axes)
+
+    def of_shared(module: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        return Part(f"{prefix}{names.shared_module or names.module}.{module}.weight", axes, rows)
+
+    def joined(tensor: str, stacked: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        other = Part(f"{new}experts.{stacked}", axes, rows)
+        return Part(f"{prefix}{names.module}.{tensor}", axes, rows, alternative=other)
 
     def of_each(module: str, stacked: str, *axes: Axis, rows: Rows | None = None) -> Part:
         other = Part(f"{new}experts.{stacked}", axes, rows)
@@ -164,24 +170,39 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
             biases = (of_all("gate_up_proj_bias", f"{name}.bias", own, rows=rows) for name, rows in places)
             gate_up_bias = spec(*biases, experts=experts)
             down_bias = spec(of_all("down_proj_bias", f"{names.down}.bias", d), experts=experts)
+    elif names.joined is not None:
+        both, last = names.joined
+        places = _shared_rows((own, own), by_unit=False)
+        gate_up = spec(*(joined(both, "gate_up_proj", own, d, rows=rows) for rows in places), experts=experts)
+        down = spec(joined(last, "down_proj", d, own), experts=experts)
     else:
         places = zip(names.gate_up, _shared_rows((own, own), by_unit=False), strict=True)
         gate_up = spec(*(of_each(name, "gate_up_proj", own, d, rows=rows) for name, rows in places), experts=experts)
         down = spec(of_each(names.down, "down_proj", d, own), experts=experts)
     has_shared, scored = moe.shared_size > 0, Axis("whole experts", moe.num_experts)
     router = dataclasses.replace(
-        plain(names.router, scored, d), alternative=Part(f"{new}{ExpertNames.router}.weight", (scored, d))
+        plain(names.router, scored, d), alternative=Part(f"{new}{names.new_router}.weight", (scored, d))
     )
     router_bias = Part(f"{prefix}{names.module}.{names.router}.bias", (scored,))
-    correction = Part(f"{prefix}{names.module}.{names.correction}", (scored,))
+    row = (Axis("row", 1), scored) if names.correction_is_row else (scored,)
+    correction = Part(
+        f"{prefix}{names.module}.{names.correction}", row, alternative=Part(f"{new}{names.new_correction}", row)
+    )
+    shared_rows: Sequence[Rows | None] = (None, None)
+    shared_gate_up = names.shared_gate_up
+    if len(shared_gate_up) < len(shared_rows):
+        shared_rows, shared_gate_up = _shared_rows((shared, shared), by_unit=False), shared_gate_up * 2
+    shared_parts = (
+        of_shared(name, shared, d, rows=rows) for name, rows in zip(shared_gate_up, shared_rows, strict=True)
+    )
     return SparseMLP(
-        router=spec(router),
+        router=spec(router, dtype="float32" if moe.float32_router else None),
         router_bias=spec(router_bias) if moe.router_bias else None,
-        correction=spec(correction, init=ZERO, dtype="float32") if moe.routing == "sigmoid" else None,
+        correction=spec(correction, init=ZERO, dtype="float32") if moe.has_correction else None,
         experts=Experts(gate_up=gate_up, gate_up_bias=gate_up_bias, down=down, down_bias=down_bias),
-        shared_gate_up=spec(*(plain(name, shared, d) for name in names.shared_gate_up)) if has_shared else None,
-        shared_down=spec(plain(names.shared_down, d, shared)) if has_shared else None,
-        shared_gate=spec(plain(names.shared_gate, Axis("gate", 1), d)) if moe.shared_gate else None,
+        shared_gate_up=spec(*shared_parts) if has_shared else None,
+        shared_down=spec(of_shared(names.shared_down, d, shared)) if has_shared else None,
+        shared_gate=spec(of_shared(names.shared_gate, Axis("gate", 1), d)) if moe.shared_gate else None,
     )
 
 
@@ -199,7 +220,7 @@ def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
 
 def bert_specs(c: BertConfig) -> BertParams:
     """A `BertParams` tree of `WeightSpec`s, the layers in one segment."""
-    prefix, layers = "bert.encoder.layer.{layer}.", range(c.num_layers)
+    prefix, layers = f"{c.prefix}encoder.layer.{{layer}}.", range(c.num_layers)
     d, vocab, mlp = Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size), Axis("mlp", c.intermediate_size)
     heads = Axis("heads", c.num_heads, c.head_dim)
 
@@ -215,7 +236,7 @@ def bert_specs(c: BertConfig) -> BertParams:
         return WeightSpec(parts=(Part(f"{prefix}{name}.weight", (d,)),), layers=layers, init=ONE)
 
     def outside(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
-        return WeightSpec(parts=(Part(f"bert.embeddings.{name}", axes),), init=init)
+        return WeightSpec(parts=(Part(f"{c.prefix}embeddings.{name}", axes),), init=init)
 
     attention = ("attention.self.query", "attention.self.key", "attention.self.value")
     segment = BertLayers(
@@ -232,9 +253,10 @@ def bert_specs(c: BertConfig) -> BertParams:
         mlp_norm=norm("output.LayerNorm"),
         mlp_norm_bias=bias(d, "output.LayerNorm"),
     )
+    positions = Axis("positions", c.first_position + c.max_position_embeddings)
     return BertParams(
         embedding=outside("word_embeddings.weight", vocab, d),
-        position_embedding=outside("position_embeddings.weight", Axis("positions", c.max_position_embeddings), d),
+        position_embedding=outside("position_embeddings.weight", positions, d),
         type_embedding=outside("token_type_embeddings.weight", Axis("types", c.type_vocab_size), d),
         embedding_norm=outside("LayerNorm.weight", d, init=ONE),
         embedding_norm_bias=outside("LayerNorm.bias", d, init=ZERO),

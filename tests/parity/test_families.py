@@ -435,6 +435,9 @@ def random_model(family: Family, seed: int) -> Any:
                 weight.copy_(draw(weight.shape, 0.5))
             else:
                 weight.copy_(draw(weight.shape, weight.shape[-1] ** -0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(draw(buffer.shape, 0.3))
     return model
 
 

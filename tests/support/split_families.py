@@ -51,6 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "GptOss": {"num_local_experts": 6, "intermediate_size": 20},
+    "GraniteMoeShared": {"num_local_experts": 6, "intermediate_size": 20, "shared_intermediate_size": 20},
+    "Ernie4_5_Moe spread": {"moe_num_experts": 8, "moe_intermediate_size": 20},
     "DeepseekV2": {
         "kv_lora_rank": 24,
         "q_lora_rank": 20,

@@ -82,12 +82,13 @@ def pooling_step(
     fields = packing.unpack(buffer)
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
+    has_segments = isinstance(config.model, BertConfig) and config.model.has_segments
     batch = StepBatch(
         tokens=fields["token_ids"],
         attention=step_attention(fields, bucket),
         embeddings=embeddings,
         embedded=None if embeddings is None else fields["token_ids"] == EMBEDDED,
-        segment_starts=fields["segment_starts"] if isinstance(config.model, BertConfig) else None,
+        segment_starts=fields["segment_starts"] if has_segments else None,
     )
     batch = with_pictures(batch, fields, state.encoded)
     cache, hidden = forward(config.context, config.model, config.groups, params.body, state.cache, batch)
