@@ -91,6 +91,8 @@ def _dense_module(path: str, config: dict[str, Any], file: str) -> DenseModule:
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS:
         raise ValidationError(f"{file} asks for the activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
+    if not path or Path(path).name != path:
+        raise ValidationError(f"The path of a Dense module in {MODULES} must be a folder of the model's, got {path!r}.")
     sizes = {}
     for name in ("in_features", "out_features"):
         if not isinstance(config.get(name), int) or config[name] < 1:
