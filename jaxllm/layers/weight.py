@@ -37,6 +37,8 @@ class Rows(NamedTuple):
     step: int
     #: of the whole tensor
     total: int
+    #: units that lie next to each other; `step` goes to the next ones
+    run: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Part:
         all, and which of these they are.
         """
         width = self.axes[0].width
-        start, step, _ = self.rows or Rows(0, width, self.shape[0])
+        start, step, _, run = self.rows or Rows(0, width, self.shape[0])
+        width *= run
         if step == width:
             return slice(start + first, start + last), slice(None)
         units, rest = np.divmod(np.arange(first, last), width)

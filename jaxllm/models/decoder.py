@@ -70,6 +70,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    #: of the scores of the vocabulary
+    head_bias: bool = False
     #: "rms", or "layer": LayerNorm
     norm: Literal["rms", "layer"] = "rms"
     #: whether the norms of hidden states have biases (of LayerNorm)
@@ -79,6 +81,8 @@ class DecoderConfig:
     #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
     #: heads as one vector
     qk_norm_of: Literal["shared", "own", "joint"] = "shared"
+    #: whether they stand behind the rotary embedding
+    qk_norm_behind_rope: bool = False
     #: queries, keys and values are clipped so, on both sides; None: they are not
     qkv_clip: float | None = None
     #: a score of each head, beside those of the tokens (`layers.attention`)
@@ -200,6 +204,8 @@ class Params:
     joint: Joint | None = None
     #: i32 [V], of a head over some tokens: what is added to a row's number; None: row i is token i
     token_offsets: jax.Array | None = None
+    #: [V], on every device; None: scores have none, or another pipeline stage has it
+    head_bias: jax.Array | None = None
     #: of the tower that sees pictures
     vision: VisionParams | None = None
     #: of adapters, in programs that have them
@@ -230,6 +236,7 @@ def draft_params(params: Params) -> Params | None:
         draft,
         embedding=params.embedding if draft.embedding is None else draft.embedding,
         head=head if draft.head is None else draft.head,
+        head_bias=params.head_bias if draft.head is None else draft.head_bias,
     )
 
 
@@ -389,6 +396,8 @@ def logits(
         scores = jnp.full((scores.shape[0], config.vocab_size), NEVER).at[:, token].set(scores)
     if params.tables is not None and slots is not None:
         scores = params.tables.scores(context, hidden, slots, scores)
+    if params.head_bias is not None:
+        scores = scores + params.head_bias.astype(jnp.float32)
     if config.logits_scale != 1.0:
         scores = scores * config.logits_scale
     cap = config.logits_softcap
@@ -430,12 +439,14 @@ def _attention_block(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = linear(context, x, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-    if w.query_norm is not None and w.key_norm is not None:
+    if not config.qk_norm_behind_rope:
         query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
     if config.qkv_clip is not None:
         query, key, value = (jnp.clip(x, -config.qkv_clip, config.qkv_clip) for x in (query, key, value))
     if config.turns:
         query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
+    if config.qk_norm_behind_rope:
+        query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
     cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
         context,
@@ -454,7 +465,9 @@ def _attention_block(
 
 
 def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight, key_weight):
-    """Of query [T, heads, head_dim] and key [T, kv_heads, head_dim]."""
+    """Of query [T, heads, head_dim] and key [T, kv_heads, head_dim]; as they are where the family has none."""
+    if query_weight is None or key_weight is None:
+        return query, key
     if config.qk_norm_of == "joint":
         flat = [x.reshape(len(x), -1) for x in (query, key)]
         axis = context.mesh_axis("heads")
@@ -485,7 +498,7 @@ def _norm(config: DecoderConfig, x: jax.Array, weight: jax.Array | None, bias: j
     if weight is None:
         return x
     if config.norm == "layer":
-        return layer_norm(x, weight, bias, config.norm_eps)
+        return layer_norm(x, weight, bias, config.norm_eps, offset=config.norm_offset)
     return rms_norm(x, weight, config.norm_eps, offset=config.norm_offset)
 
 

@@ -53,7 +53,7 @@ class WeightNames:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     #: whether the layers' matrices are [in, out] there, as those of transformers' Conv1D
     transposed: bool = False
-    #: whether the rows of one tensor are each head's query, key and value in turn, not all queries first
+    #: whether the rows of one tensor are each KV head's queries, key and value in turn, not all queries first
     qkv_by_head: bool = False
     #: with ``{head}``: each head's weights are a tensor of their own
     query_norm: str = "self_attn.q_norm"

@@ -8,11 +8,15 @@ from typing import Any, TypeVar
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import (
+    arcee,
     bert,
     cohere,
     deepseek,
     dots1,
+    ernie4_5,
     ernie4_5_moe,
+    exaone4,
+    falcon,
     flex_olmo,
     gemma,
     gemma3,
@@ -21,17 +25,22 @@ from jaxllm.models import (
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     granite,
     granite_moe,
+    hunyuan,
     llama,
     llava,
     llava_next,
     minimax_m2,
     mistral,
     mixtral,
+    nemotron,
     olmo2,
+    olmo3,
     olmoe,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen2_moe,
@@ -39,8 +48,10 @@ from jaxllm.models import (
     qwen3,
     qwen3_moe,
     roberta,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
 )
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
@@ -65,6 +76,17 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "Phi3ForCausalLM": phi3.config_from_hf,
     "OPTForCausalLM": opt.config_from_hf,
     "GPT2LMHeadModel": gpt2.config_from_hf,
+    "Starcoder2ForCausalLM": starcoder2.config_from_hf,
+    "Olmo3ForCausalLM": olmo3.config_from_hf,
+    "Exaone4ForCausalLM": exaone4.config_from_hf,
+    "SeedOssForCausalLM": seed_oss.config_from_hf,
+    "Ernie4_5ForCausalLM": ernie4_5.config_from_hf,
+    "ArceeForCausalLM": arcee.config_from_hf,
+    "NemotronForCausalLM": nemotron.config_from_hf,
+    "PhiForCausalLM": phi.config_from_hf,
+    "GPTJForCausalLM": gptj.config_from_hf,
+    "FalconForCausalLM": falcon.config_from_hf,
+    "HunYuanDenseV1ForCausalLM": hunyuan.config_from_hf,
     "GraniteForCausalLM": granite.config_from_hf,
     "Olmo2ForCausalLM": olmo2.config_from_hf,
     "SmolLM3ForCausalLM": smollm3.config_from_hf,
@@ -115,10 +137,11 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COUNTS = (
     *(*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    # OPT's and GPT-2's own
-    *("ffn_dim", "word_embed_proj_dim", "n_embd", "n_head", "n_inner", "n_layer", "n_positions"),
+    # some families' own
+    *("ffn_dim", "word_embed_proj_dim", "n_embd", "n_head", "n_inner", "n_layer", "n_positions", "rotary_dim"),
+    *("ffn_hidden_size", "num_kv_heads"),
 )
-_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")

@@ -39,6 +39,7 @@ def decoder_specs(c: DecoderConfig) -> Params:
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
         head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+        head_bias=_head_bias(c) if c.head_bias else None,
         vision=None if c.vision is None else vision_specs(c.vision),
     )
 
@@ -46,6 +47,11 @@ def decoder_specs(c: DecoderConfig) -> Params:
 def _positions(c: DecoderConfig, d: Axis) -> WeightSpec:
     name = f"{c.names.prefix}{c.names.position_embedding}.weight"
     return WeightSpec(parts=(Part(name, (Axis("positions", c.position_rows), d)),))
+
+
+def _head_bias(c: DecoderConfig) -> WeightSpec:
+    # small, and added to the scores of all tokens, so every device has it
+    return WeightSpec(parts=(Part(f"{c.names.head}.bias", (Axis("whole vocab", c.vocab_size),)),), init=ZERO)
 
 
 def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
@@ -202,11 +208,14 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
 
 def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
     """Where the parts of a tensor lie that has them one below the other; or, by unit, the first one's first unit, the
-    second one's first unit and so on, then all second units.
+    second one's first unit and so on, then all second units. Of parts with more units than another as many lie next to
+    each other as share one of that.
     """
-    total, step = sum(axis.size for axis in axes), sum(axis.width for axis in axes)
-    firsts = itertools.accumulate((axis.width if by_unit else axis.size for axis in axes), initial=0)
-    return [Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)]
+    total, groups = sum(axis.size for axis in axes), min(axis.units for axis in axes) if by_unit else 1
+    firsts = itertools.accumulate((axis.size // groups for axis in axes), initial=0)
+    return [
+        Rows(first, total // groups, total, axis.units // groups) for first, axis in zip(firsts, axes, strict=False)
+    ]
 
 
 def bert_specs(c: BertConfig) -> BertParams:
