@@ -459,6 +459,7 @@ def _attention_block(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         causal=config.causal,
+        windows=any(config.layer_window),
         sinks=w.sinks,
     )
     y = linear(context, attended.reshape(-1, heads * dim), w.output, w.output_bias, over="heads")

@@ -125,6 +125,7 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
         for suffix in ("Model", CLASSIFIER_SUFFIX)
     },
+    "Gemma3TextModel": gemma3.embedding_config_from_hf,
     **{
         f"{family}{suffix}": reading
         for family, reading in ENCODERS.items()
