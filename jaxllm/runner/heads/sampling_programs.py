@@ -36,7 +36,7 @@ from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
-from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, takes
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
@@ -171,7 +171,7 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense else "plain"
+        return "several rows" if backend.cpu_dense or takes(backend, bucket.tokens) else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
