@@ -22,6 +22,7 @@ from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.adapter_stacks import AdapterStacks
 from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets, with_adapters
+from jaxllm.runner.compile.background import Background
 from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -57,6 +58,8 @@ class Built:
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
+    #: makes programs that steps do without until then; None: all are there
+    background: Background | None = None
 
 
 def build_runner(
@@ -124,7 +127,7 @@ def build_runner(
                 unwanted.set()
 
     try:
-        programs.compile_all()
+        programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")
         # on a CPU the cache is zeroed while they are read
@@ -139,7 +142,9 @@ def build_runner(
     clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")
-    return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
+    late = Background(programs) if isinstance(programs, Programs) and programs.late else None
+    cache = config.cache_config(plan.num_blocks)
+    return Built(runner=runner, scheduler=config.scheduler, cache=cache, plan=plan, background=late)
 
 
 def _runner(
@@ -312,6 +317,8 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         encoder_buckets=_encoder_buckets(config),
         num_rows=config.row_capacity,
         pixel_normal=config.pixel_normal,
+        # a stage of a pipeline would wait for the others' programs
+        answers_early=config.answers_early and config.stage is None,
     )
 
 

@@ -121,6 +121,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
+        config = dataclasses.replace(config, answers_early=True)
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
@@ -244,6 +245,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         adapters=adapters,
         model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
+        background=built.background,
     )
 
 
