@@ -22,7 +22,6 @@ from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.adapter_stacks import AdapterStacks
 from jaxllm.runner.buckets import decode_step_buckets, draft_buckets, make_buckets, with_adapters
-from jaxllm.runner.compile.background import Background
 from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -58,8 +57,8 @@ class Built:
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
-    #: makes programs that steps do without until then; None: all are there
-    background: Background | None = None
+    #: those that have some that steps do without until they are made; None: all are there
+    unfinished: Programs | None = None
 
 
 def build_runner(
@@ -142,9 +141,9 @@ def build_runner(
     clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")
-    late = Background(programs) if isinstance(programs, Programs) and programs.late else None
+    unfinished = programs if isinstance(programs, Programs) and programs.late else None
     cache = config.cache_config(plan.num_blocks)
-    return Built(runner=runner, scheduler=config.scheduler, cache=cache, plan=plan, background=late)
+    return Built(runner=runner, scheduler=config.scheduler, cache=cache, plan=plan, unfinished=unfinished)
 
 
 def _runner(

@@ -36,6 +36,7 @@ from jaxllm.parallel.processes import differing
 from jaxllm.parallel.rules import expert_layers
 from jaxllm.runner.build import Built, build_replica, build_runner
 from jaxllm.runner.compile import identity as program_identity
+from jaxllm.runner.compile.background import Background
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target, target_here
 from jaxllm.runner.compile.workers import Workers
@@ -245,7 +246,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         adapters=adapters,
         model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
-        background=built.background,
+        # last: where the start fails, nothing more is compiled
+        background=Background(built.unfinished) if built.unfinished is not None else None,
     )
 
 

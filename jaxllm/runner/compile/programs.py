@@ -282,7 +282,7 @@ class Programs(abc.ABC):
         with Workers(self._workers, "compile") as pool:
             if store is not None:
                 self._collect({pool.submit(found, key): key for key in missing}, total)
-            futures: dict[concurrent.futures.Future[jax.stages.Compiled | None], Key] = {}
+            futures: dict[concurrent.futures.Future[Any], Key] = {}
             for key in missing:
                 if key not in self._compiled and key not in late:
                     self.were_found = False
