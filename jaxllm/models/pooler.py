@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.api.pooler import Pooler
+from jaxllm.api.pooler import DenseModule, Pooler
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.weight import Axis, Part, WeightSpec
@@ -30,18 +30,28 @@ class Head:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Dense:
+    """Weights of a `DenseModule`."""
+
+    matrix: jax.Array  # [out, in]
+    bias: jax.Array | None  # [out]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PoolingModel:
     """Weights of a pooling model."""
 
     body: ModelParams
-    head: Head | None  # None: embeddings
+    #: of classes; or what embeddings go through; None: embeddings that go through nothing
+    head: Head | tuple[Dense, ...] | None
 
 
 def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
     """A `PoolingModel` tree of `WeightSpec`s, the layers in one segment."""
     body = body_specs(config)
     if not pooler.num_labels:
-        return PoolingModel(body=body, head=None)
+        return PoolingModel(body=body, head=tuple(map(_dense_spec, pooler.dense_modules)) or None)
     d, inner, labels = Axis("embed", config.hidden_size), Axis("pooled", config.hidden_size), pooler.num_labels
 
     def weight(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
@@ -50,24 +60,37 @@ def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
     if not isinstance(config, BertConfig):
         classifier = weight("score.weight", Axis("labels", labels), d)
         return PoolingModel(body, Head(dense=None, dense_bias=None, classifier=classifier, classifier_bias=None))
+    dense, classifier = config.head
     head = Head(
-        dense=weight("bert.pooler.dense.weight", inner, d),
-        dense_bias=weight("bert.pooler.dense.bias", inner, init=0.0),
-        classifier=weight("classifier.weight", Axis("labels", labels), inner),
-        classifier_bias=weight("classifier.bias", Axis("labels", labels), init=0.0),
+        dense=weight(f"{dense}.weight", inner, d),
+        dense_bias=weight(f"{dense}.bias", inner, init=0.0),
+        classifier=weight(f"{classifier}.weight", Axis("labels", labels), inner),
+        classifier_bias=weight(f"{classifier}.bias", Axis("labels", labels), init=0.0),
     )
     return PoolingModel(body, head)
 
 
+def _dense_spec(module: DenseModule) -> Dense:
+    rows = Axis("dense outputs", module.out_features)
+    matrix = Part(f"{module.path}/linear.weight", (rows, Axis("dense inputs", module.in_features)))
+    bias = WeightSpec(parts=(Part(f"{module.path}/linear.bias", (rows,)),), init=0.0)
+    return Dense(matrix=WeightSpec(parts=(matrix,)), bias=bias if module.bias else None)
+
+
 def output_size(config: ModelConfig, pooler: Pooler) -> int:
     """Components of one result."""
-    return pooler.num_labels or config.hidden_size
+    return pooler.num_labels or embedding_size(config, pooler)
+
+
+def embedding_size(config: ModelConfig, pooler: Pooler) -> int:
+    """Components of an embedding, as whole as it comes."""
+    return pooler.dense_modules[-1].out_features if pooler.dense_modules else config.hidden_size
 
 
 def finish(
     context: Context,
     pooler: Pooler,
-    head: Head | None,
+    head: Head | tuple[Dense, ...] | None,
     pooled: jax.Array,
     dimensions: jax.Array,
     activate: jax.Array,
@@ -82,7 +105,10 @@ def finish(
     Returns:
         f32 [N, `output_size`].
     """
-    if head is None:
+    if not isinstance(head, Head):
+        for module, dense in zip(pooler.dense_modules, head or (), strict=True):
+            pooled = _linear(context, pooled, dense.matrix, dense.bias)
+            pooled = jnp.tanh(pooled) if module.activation == "tanh" else pooled
         component = jnp.arange(pooled.shape[1], dtype=jnp.int32)
         x = jnp.where(component < dimensions[:, None], pooled, 0.0)
         length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))

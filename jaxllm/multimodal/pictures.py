@@ -136,6 +136,11 @@ def _upright(picture: Any, name: str) -> Any:
             if picture.mode != "I" or numbers.max() > 255:
                 numbers >>= 8
             picture = pillow().fromarray(np.clip(numbers, 0, 255).astype(np.uint8))
+        if picture.mode == "F":
+            # floats are read as those of arrays are, where they are such; Pillow would make them black
+            numbers = np.asarray(picture)
+            if 0 <= numbers.min() and numbers.max() <= 1:
+                picture = pillow().fromarray(np.round(numbers * 255).astype(np.uint8))
         turned = ImageOps.exif_transpose(picture)
         if turned.mode == "RGB" and "transparency" not in turned.info:
             return turned

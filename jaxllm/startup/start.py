@@ -32,6 +32,7 @@ from jaxllm.engine.joint_replicas import JointReplicas
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.engine.replicas import Replicas
+from jaxllm.models.pooler import embedding_size
 from jaxllm.parallel.processes import differing
 from jaxllm.parallel.rules import expert_layers
 from jaxllm.runner.build import Built, build_replica, build_runner
@@ -227,7 +228,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             tokenizer,
             pooler,
             model=str(args.model),
-            hidden_size=model.hidden_size,
+            hidden_size=embedding_size(model, pooler),
             max_model_len=plan.max_model_len,
             adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,

@@ -65,6 +65,13 @@ def test_integers_are_of_16_bits_where_they_need_them():
         np.testing.assert_array_equal(np.asarray(read_picture(Image.fromarray(given), "it"))[..., 0], expected)
 
 
+def test_floats_are_numbers_up_to_1_or_up_to_255():
+    numbers = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for given in (numbers, numbers * 255):
+        found = np.asarray(read_picture(Image.fromarray(given), "it"))[..., 0]
+        np.testing.assert_allclose(found, numbers * 255, atol=1)
+
+
 def test_errors_name_no_places_in_memory():
     with pytest.raises(ValidationError, match="are no picture") as refusal:
         read_picture(b"text", "it")

@@ -21,6 +21,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -35,7 +36,7 @@ from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
-from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, takes
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
@@ -44,10 +45,7 @@ from pallas_kernels.storage import STORAGE
 Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
-#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
-#: several blocks, a CPU goes on to the next block as long as there are rows
-SAMPLE_ROWS_CPU = (8, 32)
+#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
 #: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
@@ -182,7 +180,7 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense else "plain"
+        return "several rows" if backend.cpu_dense or takes(backend, bucket.tokens) else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)

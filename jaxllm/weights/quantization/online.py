@@ -2,7 +2,8 @@
 has the matrix as it was.
 
 The largest number of a row, or of a group of its columns, becomes the largest that the format has. Matrices that cannot
-be cut into groups stay as they are, and so do stacked experts, embeddings, heads and routers.
+be cut into groups stay as they are, and so do embeddings, heads, routers, and stacked experts whose tensors are called
+otherwise than ``.weight``.
 """
 
 from __future__ import annotations
