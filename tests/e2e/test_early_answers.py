@@ -90,18 +90,18 @@ def test_tokens_are_the_same_whatever_programs_are_there(
         with counted_events() as events:
             assert answers(llm) == first, "while programs come"
             llm.wait_until_ready()
-        assert events[LOWERED] == 5
+        assert events[LOWERED] >= 5
         assert sizes(llm) == [1, 8, 16, 32, 64, 128]
         llm.reset_prefix_cache()
         with counted_events() as events:
             assert answers(llm) == first
         assert not events
-    assert "Compiling 7 of 7 programs" in caplog.text and "5 more programs are there" in caplog.text
+    assert "Compiling 6 of 6 programs" in caplog.text and "5 more programs are there" in caplog.text
     caplog.clear()
     with counted_events() as events, LLM(tiny_model, **ARGUMENTS) as llm:
         assert sizes(llm) == [1, 8, 16, 32, 64, 128], "what was kept is there at once"
         llm.wait_until_ready()
-    assert not events[LOWERED] and "Loading 12 programs" in caplog.text
+    assert not events[LOWERED] and "Loading 11 programs" in caplog.text
 
 
 def test_a_program_that_fails_is_told_and_done_without(
