@@ -54,6 +54,8 @@ class Part:
     rows: Rows | None = None
     #: whether the tensor's last two axes are the other way round
     transposed: bool = False
+    #: whether the tensor is one number, without the axis that it has here
+    scalar: bool = False
     #: what checkpoints of another time have in its place
     alternative: Part | None = None
 
@@ -64,6 +66,8 @@ class Part:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of the tensor in which the part lies."""
+        if self.scalar:
+            return ()
         return self.shape if self.rows is None else (self.rows.total, *self.shape[1:])
 
     def in_tensor(self, first: int, last: int) -> tuple[slice, slice | np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
-from jaxllm.layers.activation import activate, gated
+from jaxllm.layers.activation import activate, gated, xielu
 from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
@@ -171,6 +171,8 @@ class Layers:
     down: jax.Array | None  # [L, d, F]
     down_bias: jax.Array | None  # [L, d]
     post_mlp_norm: jax.Array | None  # [L, d]
+    #: [L, 4], the numbers of `layers.activation.xielu`; None: the activation has none
+    activation: jax.Array | None = None
     #: in place of gate_up and down; None: the layers have these
     sparse: SparseMLP | None = None
     #: in place of qkv; None: the layers have that
@@ -497,7 +499,10 @@ def _mlp_block(
         return _norm(config, y, w.post_mlp_norm), chosen
     assert w.gate_up is not None and w.down is not None
     y = linear(context, x, w.gate_up, w.gate_up_bias)
-    y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
+    if w.activation is not None:
+        y = xielu(y, w.activation)
+    else:
+        y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
     y = linear(context, y, w.down, w.down_bias, over="mlp")
     return _norm(config, y, w.post_mlp_norm), None
 

@@ -83,5 +83,7 @@ class WeightNames:
     mlp_norm: str = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    #: of its numbers, where it has some
+    activation: str = "mlp.act_fn"
     post_mlp_norm: str = "post_feedforward_layernorm"
     moe: ExpertNames = ExpertNames()

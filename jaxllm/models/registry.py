@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import (
+    apertus,
     arcee,
     bert,
     cohere,
@@ -88,6 +89,7 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "GPTJForCausalLM": gptj.config_from_hf,
     "FalconForCausalLM": falcon.config_from_hf,
     "HunYuanDenseV1ForCausalLM": hunyuan.config_from_hf,
+    "ApertusForCausalLM": apertus.config_from_hf,
     "GraniteForCausalLM": granite.config_from_hf,
     "Olmo2ForCausalLM": olmo2.config_from_hf,
     "SmolLM3ForCausalLM": smollm3.config_from_hf,

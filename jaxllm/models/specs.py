@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.layers.activation import XIELU
 from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
@@ -104,6 +105,11 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
     two_norms = c.pre_norms and not c.shared_norm
     first_norm = c.pre_norms and (c.first_norm or layers[0] > 0)
     sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
+    numbers = (
+        Part(f"{prefix}{names.activation}.{name}", (Axis("numbers", 1),), scalar=name in ("beta", "eps"))
+        for name in ("alpha_p", "alpha_n", "beta", "eps")
+    )
+    activation = WeightSpec(parts=tuple(numbers), layers=layers, init=0.5)
     latents, values = None, heads
     if c.latents is not None:
         values = Axis("heads", c.num_heads, c.latents.value_dim)
@@ -128,6 +134,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         down=joined((names.down,), (d,), mlp) if moe is None else None,
         down_bias=bias(c.mlp_bias and moe is None, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
+        activation=activation if c.activation == XIELU and moe is None else None,
         sparse=None if moe is None else sparse_specs(moe, names.moe, prefix, layers, d),
         latents=latents,
     )

@@ -371,6 +371,15 @@ VARIANTS = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "alpha": 50.0, "factor": 1.0},
         },
     ),
+    "apertus": Family(
+        "Apertus",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 16384,
+        },
+    ),
     "glm": Family("Glm", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}),
 }
 VARIANTS = {name: dataclasses.replace(family, bucket=64) for name, family in VARIANTS.items()}
