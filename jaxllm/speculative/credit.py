@@ -19,6 +19,10 @@ class Credit:
         self._steps = INITIAL
 
     @property
+    def steps(self) -> float:
+        return self._steps
+
+    @property
     def is_left(self) -> bool:
         return self._steps > 0
 

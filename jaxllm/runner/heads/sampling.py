@@ -25,7 +25,9 @@ from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, Sampling
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.speculative.adaptive import ONE
 from jaxllm.speculative.prices import CheckPrices, LaunchClock
+from jaxllm.speculative.reading import Reading
 from jaxllm.speculative.suffix import KeptOutputs
 
 
@@ -176,6 +178,7 @@ class SamplingHead(Head[Params, State]):
         self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
         #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
         self._resting: set[int] = set()
+        self._reading = Reading(programs.reading_costs) if programs.reading_costs else None
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
@@ -215,6 +218,8 @@ class SamplingHead(Head[Params, State]):
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._resting.discard(request.row)
+        if self._reading is not None:
+            self._reading.admit(request.row)
         self._rows.admit(request)
         return self._write_tokens(state, request.row, self._rows.history(request))
 
@@ -243,13 +248,20 @@ class SamplingHead(Head[Params, State]):
     def _draft_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
-        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
-        if self.programs.catch_up_packings:
-            self._resting.update(scheduled.rows)
+        # of this engine's own numbers: processes that decide differently would not come together again
+        given_up, always = None, not self._learns
+        if self._reading is not None:
+            given_up = self._reading.given_up(scheduled.rows, always=always)
+            self._resting.update(row for row, rests in zip(scheduled.rows, given_up, strict=True) if not rests)
+        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket], given_up)
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
 
         def learn(kinds: np.ndarray, waited: bool) -> None:
+            if self._reading is not None:
+                extra = self.programs.check_costs[bucket.seqs] / ONE
+                accepted = int(np.asarray(found.accepted).sum())
+                self._reading.learn(scheduled.rows, accepted, kinds.tolist(), extra.tolist())
             seconds = self._clock.seconds(launch, waited=waited)
             if seconds is not None:
                 self._prices[bucket.seqs].saw(seconds, kinds.tolist())
@@ -303,9 +315,17 @@ class SamplingHead(Head[Params, State]):
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         size = scheduled.num_tokens, len(scheduled.rows)
         bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
-        packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
-        if self._resting:
-            state = self._catch_up(state, scheduled, rows)
+        packing = self.programs.packings[bucket]
+        packed = self._rows.pack(scheduled, rows, packing)
+        if self._reading is not None:
+            reads = self._reading.reads(
+                scheduled.rows, scheduled.counts, may_draft=scheduled.may_draft, always=not self._learns
+            )
+            packing.views(packed.buffer[: packing.size])["drafter_reads"][...] = reads
+            if not reads:
+                self._resting.difference_update(scheduled.rows)
+            elif self._resting:
+                state = self._catch_up(state, scheduled, rows)
         self._clock.launched()
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
         return state, LaunchedStep(hidden, sampling, packed)
