@@ -6,11 +6,11 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
 - **What is to be won.** A draft of a sequence is right with the probability a with which its latest ones were, if
   those before it are: so ``a + a**2 + ... + a**k`` of k drafts. Of the lengths that programs have room for, the one is
   taken whose sum over the sequences exceeds its cost most.
-- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, `RATE` more with
-  each step without drafts of its own, what its right drafts won, less its share of what checks cost, and never more
-  than `MOST`. Drafts are checked where those who have some can pay. So all checks together lose no more than `INITIAL`
-  of each sequence and `RATE` of its steps, whatever is drafted; and where nothing is to be won, credit that has grown
-  pays for another try, of the shortest kind.
+- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, or none where
+  those before it have lost too much, `RATE` more with each step without drafts of its own, what its right drafts won,
+  less its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay.
+  So all checks together lose no more than `INITIAL` of each sequence and `RATE` of its steps, whatever is drafted; and
+  where nothing is to be won, credit that has grown pays for another try, of the shortest kind.
 
 All of it is in integers and elementwise, and what is sampled never depends on it.
 """
@@ -30,6 +30,7 @@ from jaxllm.speculative.credit import INITIAL, MOST, RATE
 ONE = 1 << 16
 #: before any draft is checked, this many of so many were right
 RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
+_BEFORE = round(RIGHT_BEFORE * ONE), round(TRIED_BEFORE * ONE)
 #: the part of older checks that each check leaves is ``1 - 2**-FADING``
 FADING = 3
 
@@ -52,9 +53,14 @@ class AdaptiveDrafts:
     #: numbers of a sequence: its credit, its right drafts, and those that were tried
     COLUMNS = 3
 
-    def beginning(self) -> tuple[int, ...]:
-        """The numbers of a request without checks."""
-        return tuple(round(value * ONE) for value in (INITIAL, RIGHT_BEFORE, TRIED_BEFORE))
+    def beginning(self, credit: jax.Array | None = None) -> jax.Array:
+        """The numbers of a request without checks, i32 [COLUMNS].
+
+        Args:
+            credit: i32 [], in units of 1 / `ONE`; None: `INITIAL`.
+        """
+        first = round(INITIAL * ONE) if credit is None else credit
+        return jnp.stack([jnp.asarray(number, jnp.int32) for number in (first, *_BEFORE)])
 
     def choose(
         self, numbers: jax.Array, counts: jax.Array, going_on: jax.Array, extra: jax.Array

@@ -21,15 +21,16 @@ class ReadingCosts:
 
 
 class Reading:
-    """Of an engine. What is read and never drafted for is time that is lost, so it is paid out of one credit
-    (`speculative.credit`), which right drafts fill up. Where that is spent, the small model reads no further, and
-    whoever has tokens that it did not read is drafted for no more: a draft would need them all.
+    """Of an engine. What is read and never drafted for is time that is lost, so it is paid out of the credit that all
+    its drafts have (`speculative.credit`), and that right ones fill up. Where that is spent, the small model reads no
+    further, and whoever has tokens that it did not read is drafted for no more: a draft would need them all.
 
-    A prompt that is read is paid for, so its request goes on at least as long as that was worth.
+    A prompt whose reading has begun is read to its end, and its request drafted for at least until that much was lost
+    again.
     """
 
-    def __init__(self, costs: ReadingCosts) -> None:
-        self._costs, self._credit = costs, Credit()
+    def __init__(self, costs: ReadingCosts, credit: Credit) -> None:
+        self._costs, self._credit = costs, credit
         #: row -> steps that reading its prompt took
         self._paid: dict[int, float] = {}
         #: rows with tokens that were not read
@@ -48,28 +49,26 @@ class Reading:
             may_draft: as many requests run as may have drafts.
             always: however little drafts have won.
         """
-        if not may_draft or not (always or self._credit.is_left):
+        if not (may_draft and (always or self._can_pay(rows))):
             self._unread.update(rows)
             return False
         steps = self._costs.step * max(sum(counts) / self._costs.tokens_of_a_step, 1.0)
         self._credit.pay(steps)
         for row, count in zip(rows, counts, strict=True):
-            self._paid[row] = self._paid.get(row, 0.0) + steps * count / sum(counts)
+            if count > 1:
+                self._paid[row] = self._paid.get(row, 0.0) + steps * count / sum(counts)
         return True
 
     def given_up(self, rows: Sequence[int], *, always: bool = False) -> list[bool]:
         """Of the rows of a launch with drafts, which have none: they have tokens that were not read."""
-        if not (always or self._credit.is_left or self._credit.steps + sum(self._paid.get(row, 0) for row in rows) > 0):
+        if not (always or self._can_pay(rows)):
             self._unread.update(rows)
         return [row in self._unread for row in rows]
 
-    def learn(self, rows: Sequence[int], accepted: int, kinds: Sequence[int], extra: Sequence[float]) -> None:
-        """Take in a launch with drafts: how many were right, how many steps had none, and checks of each length, and
-        what such a check takes longer than a step.
-        """
-        single, *checks = kinds
-        self._credit.grow(sum(kinds))
-        won = accepted / len(rows) - sum(count * steps for count, steps in zip(checks, extra, strict=True))
+    def _can_pay(self, rows: Sequence[int]) -> bool:
+        return self._credit.steps + sum(self._paid.get(row, 0.0) for row in rows) > 0
+
+    def rested(self, rows: Sequence[int], num_steps: int) -> None:
+        """So many steps of a launch with drafts had none."""
         if not all(row in self._unread for row in rows):
-            won -= single * self._costs.late_token
-        self._credit.win(won)
+            self._credit.pay(num_steps * self._costs.late_token)

@@ -133,7 +133,7 @@ def draft_steps(
     row = jnp.where(limits > 0, fields["rows"], trash)
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
     extra, is_given = fields["check_costs"], fields["num_given"] >= 0
-    beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
+    beginning = adaptive.beginning(fields["first_credit"])
     begins = fields["begins"] & BEGINS != 0
     numbers = jnp.where(begins[:, None], beginning, state.drafting[row, 1:-1])
     behind = jnp.where(begins, 0, state.drafting[row, -1])

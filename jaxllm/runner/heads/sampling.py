@@ -26,6 +26,7 @@ from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL, Credit
 from jaxllm.speculative.prices import CheckPrices, LaunchClock
 from jaxllm.speculative.reading import Reading
 from jaxllm.speculative.suffix import KeptOutputs
@@ -178,7 +179,9 @@ class SamplingHead(Head[Params, State]):
         self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
         #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
         self._resting: set[int] = set()
-        self._reading = Reading(programs.reading_costs) if programs.reading_costs else None
+        #: what all drafts of the engine may still cost, beside each request's own
+        self._credit = Credit()
+        self._reading = Reading(programs.reading_costs, self._credit) if programs.reading_costs else None
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
@@ -253,15 +256,18 @@ class SamplingHead(Head[Params, State]):
         if self._reading is not None:
             given_up = self._reading.given_up(scheduled.rows, always=always)
             self._resting.update(row for row, rests in zip(scheduled.rows, given_up, strict=True) if not rests)
-        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket], given_up)
+        first_credit = INITIAL if always or self._credit.is_left else 0.0
+        packing = packings[bucket]
+        packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
 
         def learn(kinds: np.ndarray, waited: bool) -> None:
+            extra = self.programs.check_costs[bucket.seqs] / ONE
+            self._credit.grow(int(kinds.sum()))
+            self._credit.win(float(np.asarray(found.accepted).sum() / num_seqs - kinds[1:] @ extra))
             if self._reading is not None:
-                extra = self.programs.check_costs[bucket.seqs] / ONE
-                accepted = int(np.asarray(found.accepted).sum())
-                self._reading.learn(scheduled.rows, accepted, kinds.tolist(), extra.tolist())
+                self._reading.rested(scheduled.rows, int(kinds[0]))
             seconds = self._clock.seconds(launch, waited=waited)
             if seconds is not None:
                 self._prices[bucket.seqs].saw(seconds, kinds.tolist())

@@ -56,12 +56,12 @@ def draft_packing(
     media: MediaFields | None = None,
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
-    each length cost, and of each sequence whether it goes on where the device stands, how it begins (`BEGINS`,
-    `GIVES_UP`), and how many drafts the host has for it (-1: the device drafts), with these.
+    each length cost, the credit of new requests, and of each sequence whether it goes on where the device stands, how
+    it begins (`BEGINS`, `GIVES_UP`), and how many drafts the host has for it (-1: the device drafts), with these.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
     given = {"num_given": (bucket.seqs,), "given": (bucket.seqs, num_drafts)}
-    of_all = {"most_drafts": (), "check_costs": (num_lengths,)}
+    of_all = {"most_drafts": (), "check_costs": (num_lengths,), "first_credit": ()}
     return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,), **given})
 
 

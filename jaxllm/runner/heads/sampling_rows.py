@@ -16,6 +16,8 @@ from jaxllm.runner.heads.sampling_fields import BEGINS, FLOATS, GIVES_UP, INTS
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.packing import Packing
 from jaxllm.runner.rows import Rows, Sequences
+from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL
 
 
 @dataclasses.dataclass(slots=True)
@@ -160,13 +162,20 @@ class SamplingRows:
         return packed
 
     def pack_decode_steps(
-        self, step: SchedulerOutput, rows: Rows, packing: Packing, given_up: Sequence[bool] | None = None
+        self,
+        step: SchedulerOutput,
+        rows: Rows,
+        packing: Packing,
+        *,
+        given_up: Sequence[bool] | None = None,
+        first_credit: float = INITIAL,
     ) -> PackedStep:
         """`pack` for a launch of several steps, or with drafts.
 
         Args:
             packing: `decode_packing` or `draft_packing` of its bucket.
             given_up: of each entry, whether a model has not read all that it would need to draft for it.
+            first_credit: of requests without any launch with drafts, in steps.
         """
         packed = self.pack(step, rows, packing)
         fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
@@ -176,6 +185,7 @@ class SamplingRows:
             taking_part = np.asarray(step.rows)[order]
             fields["most_drafts"][...] = step.num_drafts
             fields["check_costs"][...] = self._check_costs[len(fields["steps"])]
+            fields["first_credit"][...] = round(first_credit * ONE)
             fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
             fields["begins"][: len(order)] = self._begins[taking_part] * BEGINS
             if given_up is not None:
