@@ -49,7 +49,7 @@ class Reading:
             may_draft: as many requests run as may have drafts.
             always: however little drafts have won.
         """
-        if not (may_draft and (always or self._can_pay(rows))):
+        if not (may_draft and (always or self.can_pay(rows))):
             self._unread.update(rows)
             return False
         steps = self._costs.step * max(sum(counts) / self._costs.tokens_of_a_step, 1.0)
@@ -61,11 +61,12 @@ class Reading:
 
     def given_up(self, rows: Sequence[int], *, always: bool = False) -> list[bool]:
         """Of the rows of a launch with drafts, which have none: they have tokens that were not read."""
-        if not (always or self._can_pay(rows)):
+        if not (always or self.can_pay(rows)):
             self._unread.update(rows)
         return [row in self._unread for row in rows]
 
-    def _can_pay(self, rows: Sequence[int]) -> bool:
+    def can_pay(self, rows: Sequence[int]) -> bool:
+        """Whether credit is left, not counting what reading the rows' own prompts took."""
         return self._credit.steps + sum(self._paid.get(row, 0.0) for row in rows) > 0
 
     def rested(self, rows: Sequence[int], num_steps: int) -> None:

@@ -256,7 +256,8 @@ class SamplingHead(Head[Params, State]):
         if self._reading is not None:
             given_up = self._reading.given_up(scheduled.rows, always=always)
             self._resting.update(row for row, rests in zip(scheduled.rows, given_up, strict=True) if not rests)
-        first_credit = INITIAL if always or self._credit.is_left else 0.0
+        can_pay = self._credit.is_left if self._reading is None else self._reading.can_pay(scheduled.rows)
+        first_credit = INITIAL if always or can_pay else 0.0
         packing = packings[bucket]
         packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
         launch = self._clock.launched()

@@ -148,8 +148,10 @@ class SamplingPrograms(Programs):
         #: of a model that drafts, what reading costs
         self.reading_costs = reading_costs(platform, _draft_cost(params)) if model_drafts else None
         for bucket in draft_buckets:
-            few_rows = [form == "few rows" for form in self.check_forms(bucket)]
-            self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows, draft_cost=_draft_cost(params))
+            few_rows, cost = [form != "plain" for form in self.check_forms(bucket)], _draft_cost(params)
+            self.check_costs[bucket.seqs] = check_costs(
+                platform, lengths, few_rows, num_seqs=bucket.seqs, draft_cost=cost
+            )
         #: tokens of ended requests that are kept for drafts, and the most requests
         self.num_kept_tokens = 0 if state.outputs is None else state.outputs.shape[1] - 1
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
