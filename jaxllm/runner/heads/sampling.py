@@ -255,7 +255,7 @@ class SamplingHead(Head[Params, State]):
         given_up, always = None, not self._learns
         if self._reading is not None:
             given_up = self._reading.given_up(scheduled.rows, always=always)
-            self._resting.update(row for row, rests in zip(scheduled.rows, given_up, strict=True) if not rests)
+            self._resting.update(row for row, gone in zip(scheduled.rows, given_up, strict=True) if not gone)
         can_pay = self._credit.is_left if self._reading is None else self._reading.can_pay(scheduled.rows)
         first_credit = INITIAL if always or can_pay else 0.0
         packing = packings[bucket]
