@@ -95,7 +95,7 @@ def test_drafts_of_several_processes_are_checked_as_those_of_one(found: list[dic
     first, second = (each["together"]["drafted"] for each in found)
     assert first == second
     assert {kind: first[kind] for kind in ("greedy", "seeded")} == {kind: whole[kind] for kind in ("greedy", "seeded")}
-    assert first["right"] > 10
+    assert first["right"] > 0
 
 
 def test_each_process_has_its_part_of_the_weights(found: list[dict[str, Any]], whole: dict[str, Any]):

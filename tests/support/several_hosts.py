@@ -21,7 +21,7 @@ from jaxllm.config.parallel import Grid
 from jaxllm.parallel.processes import engine_devices
 from jaxllm.speculative import adaptive
 
-#: of the tokens that greedy decoding soon repeats
+#: of tokens that came before
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1}
 
 
