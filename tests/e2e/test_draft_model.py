@@ -166,7 +166,7 @@ def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: L
         head._credit.pay(1000.0)
         compare(plain, llm, prompts()[2:4], params)
         assert counted(llm) == (drafted, accepted)
-        head._credit.win(1000.0)
+        head._credit.win(2000.0)
         compare(plain, llm, prompts()[2:4], params)
         now = counted(llm)
         assert now[0] - drafted == now[1] - accepted > 0
