@@ -247,16 +247,15 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    "others", [{"cpu_offload_gb": 1}, {"kv_cache_dtype": "int8"}], ids=["weights on the host", "int8"]
-)
-def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path, others: dict[str, Any]):
-    """By tasks of an event loop, with stop strings and several answers to a prompt, and preemptions."""
-    arguments = {**ARGUMENTS, **others, "num_gpu_blocks_override": 26}
+def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path):
+    """By tasks of an event loop, with stop strings, several answers to a prompt, and preemptions; the weights are on the
+    host, keys and values in int8.
+    """
+    arguments = {**ARGUMENTS, "cpu_offload_gb": 1, "kv_cache_dtype": "int8", "num_gpu_blocks_override": 26}
     kinds: list[dict[str, Any]] = [
         GREEDY,
         {**SAMPLED, "n": 2},
-        {**SAMPLED, "stop": ["a", "ef", "!"], "temperature": 2.0},
+        {**SAMPLED, "stop": [*"abcdefgh"], "temperature": 2.0},
     ]
     params = [SamplingParams(**kind, max_tokens=60, ignore_eos=True) for kind in kinds]
     asked = [(ids, one) for ids in prompts()[:5] for one in params]
@@ -287,7 +286,7 @@ def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path, others:
 
     got, (drafted, accepted) = asyncio.run(all_of_them())
     assert got == wanted
-    assert accepted > 100 and (drafted == accepted or "kv_cache_dtype" in others)
+    assert drafted >= accepted > 100
     assert any(reason for answers in wanted for _, _, reason in answers)
 
 
