@@ -248,10 +248,10 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
 
 @pytest.mark.thorough
 def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path):
-    """By tasks of an event loop, with stop strings, several answers to a prompt, and preemptions; the weights are on the
+    """By tasks of an event loop, with stop strings, several answers to a prompt, and preemptions; weights are on the
     host, keys and values in int8.
     """
-    arguments = {**ARGUMENTS, "cpu_offload_gb": 1, "kv_cache_dtype": "int8", "num_gpu_blocks_override": 26}
+    arguments = {**ARGUMENTS, "cpu_offload_gb": 1, "kv_cache_dtype": "int8", "num_gpu_blocks_override": 18}
     kinds: list[dict[str, Any]] = [
         GREEDY,
         {**SAMPLED, "n": 2},
