@@ -54,10 +54,10 @@ class Part:
     rows: Rows | None = None
     #: whether the tensor's last two axes are the other way round
     transposed: bool = False
-    #: whether the tensor is one number, without the axis that it has here
-    scalar: bool = False
     #: what checkpoints of another time have in its place
     alternative: Part | None = None
+    #: whether the tensor is one number, without the axis that it has here
+    scalar: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
