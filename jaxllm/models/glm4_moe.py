@@ -16,6 +16,9 @@ _DEFAULTS: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408,
     "n_shared_experts": 1,
     "norm_topk_prob": True,
 }

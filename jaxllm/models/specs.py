@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.layers.activation import XIELU
 from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
@@ -28,17 +29,25 @@ def decoder_specs(c: DecoderConfig) -> Params:
     names, d, vocab = c.names, Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size)
     last, one = f"{names.prefix}{names.norm}", ONE - c.norm_offset
     segments, first = [], 0
-    for sparse, run in itertools.groupby(c.layer_moe if c.moe else (False,) * c.num_layers):
+    kinds = enumerate(c.layer_moe if c.moe else (False,) * c.num_layers)
+    for (sparse, _), run in itertools.groupby(kinds, key=lambda kind: (kind[1], not c.first_norm and kind[0] == 0)):
         layers = range(first, first + len(list(run)))
         segments.append(_segment(c, layers, c.moe if sparse else None))
         first = layers.stop
+
+    def outer_norm(kind: str, init: float) -> WeightSpec:
+        return WeightSpec(parts=(Part(f"{names.prefix}{names.embedding_norm}.{kind}", (d,)),), init=init)
+
     return Params(
         embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
         position_embedding=_positions(c, d) if c.position_rows else None,
+        embedding_norm=outer_norm("weight", one) if c.embedding_norm else None,
+        embedding_norm_bias=outer_norm("bias", ZERO) if c.embedding_norm and c.norm_bias else None,
         layers=tuple(segments),
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
         head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+        head_bias=_head_bias(c) if c.head_bias else None,
         vision=None if c.vision is None else vision_specs(c.vision),
     )
 
@@ -46,6 +55,11 @@ def decoder_specs(c: DecoderConfig) -> Params:
 def _positions(c: DecoderConfig, d: Axis) -> WeightSpec:
     name = f"{c.names.prefix}{c.names.position_embedding}.weight"
     return WeightSpec(parts=(Part(name, (Axis("positions", c.position_rows), d)),))
+
+
+def _head_bias(c: DecoderConfig) -> WeightSpec:
+    # small, and added to the scores of all tokens, so every device has it
+    return WeightSpec(parts=(Part(f"{c.names.head}.bias", (Axis("whole vocab", c.vocab_size),)),), init=ZERO)
 
 
 def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
@@ -89,7 +103,13 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         return norm(c.qk_norm, module, *axes)
 
     two_norms = c.pre_norms and not c.shared_norm
+    first_norm = c.pre_norms and (c.first_norm or layers[0] > 0)
     sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
+    numbers = (
+        Part(f"{prefix}{names.activation}.{name}", (Axis("numbers", 1),), scalar=name in ("beta", "eps"))
+        for name in ("alpha_p", "alpha_n", "beta", "eps")
+    )
+    activation = WeightSpec(parts=tuple(numbers), layers=layers, init=0.5)
     latents, values = None, heads
     if c.latents is not None:
         values = Axis("heads", c.num_heads, c.latents.value_dim)
@@ -97,8 +117,8 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
             c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
         )
     return Layers(
-        attention_norm=norm(c.pre_norms, names.attention_norm),
-        attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
+        attention_norm=norm(first_norm, names.attention_norm),
+        attention_norm_bias=norm_bias(first_norm, names.attention_norm),
         qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),
@@ -114,6 +134,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         down=joined((names.down,), (d,), mlp) if moe is None else None,
         down_bias=bias(c.mlp_bias and moe is None, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
+        activation=activation if c.activation == XIELU and moe is None else None,
         sparse=None if moe is None else sparse_specs(moe, names.moe, prefix, layers, d),
         latents=latents,
     )
@@ -202,11 +223,14 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
 
 def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
     """Where the parts of a tensor lie that has them one below the other; or, by unit, the first one's first unit, the
-    second one's first unit and so on, then all second units.
+    second one's first unit and so on, then all second units. Of parts with more units than another as many lie next to
+    each other as share one of that.
     """
-    total, step = sum(axis.size for axis in axes), sum(axis.width for axis in axes)
-    firsts = itertools.accumulate((axis.width if by_unit else axis.size for axis in axes), initial=0)
-    return [Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)]
+    total, groups = sum(axis.size for axis in axes), min(axis.units for axis in axes) if by_unit else 1
+    firsts = itertools.accumulate((axis.size // groups for axis in axes), initial=0)
+    return [
+        Rows(first, total // groups, total, axis.units // groups) for first, axis in zip(firsts, axes, strict=False)
+    ]
 
 
 def bert_specs(c: BertConfig) -> BertParams:

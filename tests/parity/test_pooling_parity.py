@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.quick_compile import THOROUGH
 
 from jaxllm import LLM, LateChunkingParams, PoolingParams
@@ -224,6 +225,56 @@ def test_bidirectional_decoders(tmp_path: Path) -> None:
             expected.append(model(torch.tensor([ids]), attention_mask=everything).last_hidden_state[0].mean(0).numpy())
     with LLM(tmp_path, **SMALL, skip_tokenizer_init=True, pooler_config={"pooling_type": "MEAN"}) as llm:
         assert np.abs(embeddings(llm, PROMPTS) - normalized(expected)).max() < 1e-5
+
+
+def test_embedding_gemma(tmp_path: Path) -> None:
+    """Windows that reach both ways, and layers behind the mean, which lie in folders of their own."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    sizes = {**DECODER, "head_dim": 20, "query_pre_attn_scalar": 24}
+    model = save(tmp_path, "Gemma3TextModel", use_bidirectional_attention=True, **sizes, **layers)
+    kinds = {"0": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense", "4": "Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    draw, matrices = np.random.default_rng(0), []
+    for path, activation, (rows, columns) in (("2_Dense", "linear.Identity", (72, 48)), ("3_Dense", "Tanh", (40, 72))):
+        matrices.append(draw.normal(size=(rows, columns)).astype(np.float32) / 8)
+        (tmp_path / path).mkdir()
+        save_file({"linear.weight": matrices[-1]}, tmp_path / path / "model.safetensors")
+        config = {"in_features": columns, "out_features": rows, "bias": False, "activation_function": activation}
+        (tmp_path / path / "config.json").write_text(json.dumps(config))
+    means = np.stack([hidden.mean(0) for hidden in hidden_states(model, PROMPTS)])
+    expected = normalized(list(np.tanh(means @ matrices[0].T @ matrices[1].T)))
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True) as llm:
+        assert np.abs(embeddings(llm, PROMPTS) - expected).max() < 1e-5
+        llm.save(tmp_path / "saved")
+    for path, matrix in zip(("2_Dense", "3_Dense"), matrices, strict=True):
+        saved = load_file(tmp_path / "saved" / path / "model.safetensors")
+        np.testing.assert_array_equal(saved["linear.weight"], matrix)
+    again = hidden_states(transformers.AutoModel.from_pretrained(tmp_path / "saved"), PROMPTS[3:4])[0].mean(0)
+    np.testing.assert_allclose(again, means[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.thorough)])
+def test_modernbert_embeds_and_classifies(pooling: str, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    fields = {**sizes, "num_hidden_layers": 4, "local_attention": 16, "classifier_pooling": pooling, "num_labels": 3}
+    biases = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), pooling == "cls")
+    model = save(tmp_path, "ModernBertForSequenceClassification", **fields, **biases)
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([ids])).logits[0] for ids in PROMPTS]).softmax(-1).numpy()
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True) as llm:
+        ours = [o.outputs.probs for o in llm.classify(PROMPTS, use_tqdm=False)]
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        llm.save(tmp_path / "saved")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    if pooling == "cls":
+        expected = normalized([hidden[0] for hidden in hidden_states(model.model, PROMPTS)])
+        with LLM(tmp_path, **SMALL, skip_tokenizer_init=True, convert="embed") as llm:
+            assert np.abs(embeddings(llm, PROMPTS) - expected).max() < 1e-5
 
 
 # BERT as a cross-encoder.

@@ -38,6 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     # whose matrices are [in, out], and whose positions every device has
     "GPT2": {"n_embd": 64, "n_inner": 128},
+    # KV heads in turn with their queries; a bias of the scores
+    "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+    "Phi": {},
     "Olmo2": {},
     "Cohere": {"use_qk_norm": True},
     "Mixtral spread": {"num_local_experts": 8, "intermediate_size": 21},
