@@ -130,8 +130,9 @@ class Pooler:
     tok_pooling_type: str = "ALL"
     #: of the classification head; 0: there is none, the results are embeddings
     num_labels: int = 0
-    #: whether a dense layer and tanh come before the classification head (BERT)
-    has_dense: bool = False
+    #: of a classification head with a dense layer in front of its last one (`models.names.ClassifierNames`)
+    dense_activation: str = "tanh"
+    norm_eps: float = 1e-5
     #: what embeddings go through, in this order
     dense_modules: tuple[DenseModule, ...] = ()
     #: what `use_activation` applies to class scores: "identity", "sigmoid" or "softmax"

@@ -20,6 +20,7 @@ from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import attention_scale, layouts
+from jaxllm.models.names import ClassifierNames
 from jaxllm.models.segments import through_layers
 
 
@@ -39,9 +40,9 @@ class BertConfig:
     activation: str
     #: the row of `position_embedding` that a sequence's first token gets; those before it are nobody's
     first_position: int = 0
-    #: what the checkpoint's tensors begin with, and what it calls the two layers of a classification head
+    #: what the checkpoint's tensors begin with
     prefix: str = "bert."
-    head: tuple[str, str] = ("bert.pooler.dense", "classifier")
+    classifier: ClassifierNames = ClassifierNames(dense="bert.pooler.dense", classifier="classifier")
     causal: bool = False
 
     @property

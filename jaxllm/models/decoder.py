@@ -29,7 +29,7 @@ from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_expert
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables, sectioned_rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
-from jaxllm.models.names import WeightNames
+from jaxllm.models.names import ClassifierNames, WeightNames
 from jaxllm.models.segments import through_layers
 from jaxllm.models.vision import VisionConfig, VisionParams
 
@@ -76,6 +76,10 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     #: whether the norms of hidden states have biases (of LayerNorm)
     norm_bias: bool = False
+    #: a norm behind the embeddings
+    embedding_norm: bool = False
+    #: whether the first layer has one in front of attention, where the others have
+    first_norm: bool = True
     #: norms of queries and keys
     qk_norm: bool = False
     #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
@@ -118,6 +122,8 @@ class DecoderConfig:
     default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
+    #: the head of an encoder that classifies; None: one matrix, ``score``
+    classifier: ClassifierNames | None = None
     #: of positions of three axes, the frequencies of each (`layers.rope.sectioned_rope_tables`); (): they have one
     rope_sections: tuple[int, ...] = ()
     #: the tower that sees pictures; None: there is none, or it is not loaded
@@ -200,6 +206,9 @@ class Params:
     head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
     #: [P, d]; None: positions are not learned, or another pipeline stage has them
     position_embedding: jax.Array | None = None
+    #: [d], behind the embeddings; None: there is none, or another pipeline stage has it
+    embedding_norm: jax.Array | None = None
+    embedding_norm_bias: jax.Array | None = None
     #: of a smaller model that makes drafts, or of layers behind this one that do, in the runner alone
     draft: Params | None = None
     #: of such layers; None: the model reads tokens alone
@@ -365,11 +374,11 @@ def embedded(context: Context, config: DecoderConfig, params: Params, batch: Ste
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     x = with_embeddings(x, batch)
-    if params.position_embedding is None:
-        return x
-    # padding and drafts that will not be kept may lie behind the table's end
-    rows = batch.attention.positions + config.first_position
-    return x + params.position_embedding.at[rows].get(mode="clip")
+    if params.position_embedding is not None:
+        # padding and drafts that will not be kept may lie behind the table's end
+        rows = batch.attention.positions + config.first_position
+        x = x + params.position_embedding.at[rows].get(mode="clip")
+    return _norm(config, x, params.embedding_norm, params.embedding_norm_bias)
 
 
 def last_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:

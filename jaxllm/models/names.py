@@ -35,6 +35,23 @@ class ExpertNames:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierNames:
+    """The layers of an encoder's classification head, and what is between them. In front of all of these names is
+    nothing.
+    """
+
+    dense: str
+    classifier: str
+    #: behind the dense layer
+    activation: str = "tanh"
+    #: a LayerNorm behind that; None: there is none
+    norm: str | None = None
+    #: whether the dense layer and the norm have biases
+    dense_bias: bool = True
+    norm_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightNames:
     """The modules of one family, ``.weight`` and ``.bias`` left out; as most families have them where nothing is said.
 
@@ -47,6 +64,7 @@ class WeightNames:
     layer: str = "layers.{layer}."
     embedding: str = "embed_tokens"
     position_embedding: str = "embed_positions"
+    embedding_norm: str = "embedding_norm"
     norm: str = "norm"
     head: str = "lm_head"
     attention_norm: str = "input_layernorm"

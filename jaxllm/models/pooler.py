@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.pooler import DenseModule, Pooler
+from jaxllm.layers.activation import activate as activate_by_name
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.norm import layer_norm
 from jaxllm.layers.weight import Axis, Part, WeightSpec
-from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, ModelParams, body_specs
 
 
@@ -24,6 +25,8 @@ class Head:
 
     dense: jax.Array | None  # [d, d]
     dense_bias: jax.Array | None  # [d]
+    norm: jax.Array | None  # [d]
+    norm_bias: jax.Array | None  # [d]
     classifier: jax.Array  # [C, d]
     classifier_bias: jax.Array | None  # [C]
 
@@ -57,15 +60,18 @@ def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
     def weight(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
         return WeightSpec(parts=(Part(name, axes),), init=init)
 
-    if not isinstance(config, BertConfig):
-        classifier = weight("score.weight", Axis("labels", labels), d)
-        return PoolingModel(body, Head(dense=None, dense_bias=None, classifier=classifier, classifier_bias=None))
-    dense, classifier = config.head
+    names = config.classifier
+    if names is None:
+        score = weight("score.weight", Axis("labels", labels), d)
+        head = Head(dense=None, dense_bias=None, norm=None, norm_bias=None, classifier=score, classifier_bias=None)
+        return PoolingModel(body, head)
     head = Head(
-        dense=weight(f"{dense}.weight", inner, d),
-        dense_bias=weight(f"{dense}.bias", inner, init=0.0),
-        classifier=weight(f"{classifier}.weight", Axis("labels", labels), inner),
-        classifier_bias=weight(f"{classifier}.bias", Axis("labels", labels), init=0.0),
+        dense=weight(f"{names.dense}.weight", inner, d),
+        dense_bias=weight(f"{names.dense}.bias", inner, init=0.0) if names.dense_bias else None,
+        norm=weight(f"{names.norm}.weight", inner, init=1.0) if names.norm else None,
+        norm_bias=weight(f"{names.norm}.bias", inner, init=0.0) if names.norm and names.norm_bias else None,
+        classifier=weight(f"{names.classifier}.weight", Axis("labels", labels), inner),
+        classifier_bias=weight(f"{names.classifier}.bias", Axis("labels", labels), init=0.0),
     )
     return PoolingModel(body, head)
 
@@ -115,7 +121,10 @@ def finish(
         return jnp.where(activate[:, None], x / jnp.maximum(length, 1e-12), x)
     x = pooled
     if head.dense is not None:
-        x = jnp.tanh(_linear(context, x, head.dense, head.dense_bias))
+        x = _linear(context, x, head.dense, head.dense_bias)
+        x = jnp.tanh(x) if pooler.dense_activation == "tanh" else activate_by_name(pooler.dense_activation, x)
+    if head.norm is not None:
+        x = layer_norm(x, head.norm, head.norm_bias, pooler.norm_eps)
     x = (_linear(context, x, head.classifier, head.classifier_bias) - pooler.logit_mean) / pooler.logit_sigma
     return jnp.where(activate[:, None], _ACTIVATIONS[pooler.activation](x), x)
 

@@ -82,16 +82,17 @@ def make_pooler(
 
     Without either, causal models pool their last token and BERT its first (CLS), and embeddings are normalised.
     """
-    encoder = is_encoder(hf)
     labels = num_labels(hf) if convert == "classify" else 0
+    usual = "CLS" if is_encoder(hf) else "LAST"
+    if labels and hf.get("classifier_pooling") == "mean":
+        usual = "MEAN"
     use_activation = given.use_activation
     if use_activation is None:
         use_activation = True if labels or normalize is None else normalize
     return Pooler(
-        seq_pooling_type=given.seq_pooling_type or pooling_type or ("CLS" if encoder else "LAST"),
+        seq_pooling_type=given.seq_pooling_type or pooling_type or usual,
         tok_pooling_type=given.tok_pooling_type or "ALL",
         num_labels=labels,
-        has_dense=encoder and labels > 0,
         dense_modules=() if labels else dense_modules,
         activation=_activation(hf, labels) if labels else "identity",
         logit_mean=0.0 if given.logit_mean is None else given.logit_mean,

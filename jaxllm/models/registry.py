@@ -36,6 +36,7 @@ from jaxllm.models import (
     minimax_m2,
     mistral,
     mixtral,
+    modernbert,
     nemotron,
     olmo2,
     olmo3,
@@ -113,10 +114,11 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
 #: families whose tokens see those behind them too
-ENCODERS: dict[str, Callable[[Mapping[str, Any]], BertConfig]] = {
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
     "Bert": bert.config_from_hf,
     "Roberta": roberta.config_from_hf,
     "XLMRoberta": roberta.config_from_hf,
+    "ModernBert": modernbert.config_from_hf,
 }
 #: what can only be pooled: the bare models, and those with a classification head
 POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {

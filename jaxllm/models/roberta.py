@@ -11,6 +11,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import bert
 from jaxllm.models.bert import BertConfig
+from jaxllm.models.names import ClassifierNames
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
@@ -33,5 +34,5 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
         max_position_embeddings=longest,
         first_position=first,
         prefix="roberta.",
-        head=("classifier.dense", "classifier.out_proj"),
+        classifier=ClassifierNames(dense="classifier.dense", classifier="classifier.out_proj"),
     )

@@ -29,13 +29,20 @@ def decoder_specs(c: DecoderConfig) -> Params:
     names, d, vocab = c.names, Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size)
     last, one = f"{names.prefix}{names.norm}", ONE - c.norm_offset
     segments, first = [], 0
-    for sparse, run in itertools.groupby(c.layer_moe if c.moe else (False,) * c.num_layers):
+    kinds = enumerate(c.layer_moe if c.moe else (False,) * c.num_layers)
+    for (sparse, _), run in itertools.groupby(kinds, key=lambda kind: (kind[1], not c.first_norm and kind[0] == 0)):
         layers = range(first, first + len(list(run)))
         segments.append(_segment(c, layers, c.moe if sparse else None))
         first = layers.stop
+
+    def outer_norm(kind: str, init: float) -> WeightSpec:
+        return WeightSpec(parts=(Part(f"{names.prefix}{names.embedding_norm}.{kind}", (d,)),), init=init)
+
     return Params(
         embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
         position_embedding=_positions(c, d) if c.position_rows else None,
+        embedding_norm=outer_norm("weight", one) if c.embedding_norm else None,
+        embedding_norm_bias=outer_norm("bias", ZERO) if c.embedding_norm and c.norm_bias else None,
         layers=tuple(segments),
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
@@ -96,6 +103,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         return norm(c.qk_norm, module, *axes)
 
     two_norms = c.pre_norms and not c.shared_norm
+    first_norm = c.pre_norms and (c.first_norm or layers[0] > 0)
     sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
     numbers = (
         Part(f"{prefix}{names.activation}.{name}", (Axis("numbers", 1),), scalar=name in ("beta", "eps"))
@@ -109,8 +117,8 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
             c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
         )
     return Layers(
-        attention_norm=norm(c.pre_norms, names.attention_norm),
-        attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
+        attention_norm=norm(first_norm, names.attention_norm),
+        attention_norm_bias=norm_bias(first_norm, names.attention_norm),
         qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),

@@ -311,6 +311,9 @@ def _for_pooling(
         dense_modules=files.dense_modules if files else (),
     )
     check_dense_modules(model, pooler)
+    if model.classifier is not None:
+        names = model.classifier
+        pooler = dataclasses.replace(pooler, dense_activation=names.activation, norm_eps=model.norm_eps)
     logger.info("Pooling: %s", pooler)
     return model, args, pooler
 

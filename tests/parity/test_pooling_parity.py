@@ -256,6 +256,27 @@ def test_embedding_gemma(tmp_path: Path) -> None:
     np.testing.assert_allclose(again, means[3], atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.thorough)])
+def test_modernbert_embeds_and_classifies(pooling: str, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    fields = {**sizes, "num_hidden_layers": 4, "local_attention": 16, "classifier_pooling": pooling, "num_labels": 3}
+    biases = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), pooling == "cls")
+    model = save(tmp_path, "ModernBertForSequenceClassification", **fields, **biases)
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([ids])).logits[0] for ids in PROMPTS]).softmax(-1).numpy()
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True) as llm:
+        ours = [o.outputs.probs for o in llm.classify(PROMPTS, use_tqdm=False)]
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        llm.save(tmp_path / "saved")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    if pooling == "cls":
+        expected = normalized([hidden[0] for hidden in hidden_states(model.model, PROMPTS)])
+        with LLM(tmp_path, **SMALL, skip_tokenizer_init=True, convert="embed") as llm:
+            assert np.abs(embeddings(llm, PROMPTS) - expected).max() < 1e-5
+
+
 # BERT as a cross-encoder.
 
 BERT = {

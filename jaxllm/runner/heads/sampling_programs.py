@@ -48,6 +48,10 @@ PLAIN = Backend()
 #: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
+#: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
+#: largest
+FIRST_TOKENS = 32
+
 WRITER: Key = ("write tokens",)
 OUTPUT_WRITER: Key = ("write outputs",)
 SCORER: Key = ("score",)
@@ -80,6 +84,7 @@ class SamplingPrograms(Programs):
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
         num_rows: int | None = None,
+        answers_early: bool = False,
     ):
         """
         Args:
@@ -90,6 +95,7 @@ class SamplingPrograms(Programs):
             num_draft_steps: most steps of a launch with drafts.
             num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
+            answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
@@ -103,6 +109,9 @@ class SamplingPrograms(Programs):
             self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
+        #: those of the samplers that are there
+        self._ready_rows = tuple(self._sample_rows)
+        self._answers_early = answers_early and platform == "cpu" and not eager
         pictures = media, encoder_buckets, pixel_normal
         several = num_decode_steps, num_draft_steps, *pictures, num_rows, self._sample_rows[-1]
         super().__init__(
@@ -291,6 +300,20 @@ class SamplingPrograms(Programs):
         writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
         return [*several, *samplers, SCORER, *forwards, *writers]
 
+    def _replaceable(self) -> tuple[Key, ...]:
+        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
+        if not self._answers_early or special or self._mesh is not None or self._store is None:
+            return ()
+        some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
+        forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]
+        # what a few requests run in comes first
+        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows[:-1] for full in self._variants]
+        return (*forwards[:2], *samplers, *forwards[2:])
+
+    def _do_without(self, late: tuple[Key, ...]) -> None:
+        super()._do_without(late)
+        self._ready_rows = tuple(rows for rows in self._sample_rows if ("sample", rows, True) not in late)
+
     def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
@@ -330,7 +353,9 @@ class SamplingPrograms(Programs):
         token.
         """
         full = full or False not in self._variants
-        return self._get(("sample", self._sampler_rows(num_samples), full)), full
+        ready = self._ready_rows
+        rows = next((rows for rows in ready if rows >= num_samples), ready[-1])
+        return self._get(("sample", rows, full)), full
 
     def _sampler_rows(self, num_samples: int) -> int:
         return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])
