@@ -44,8 +44,14 @@ _TORCH_PROCESSORS = _nothing(
     f"LLM(..., logits_processors=[{JAX_PROCESSOR}]), see jaxllm.LogitsProcessor"
 )
 _ONE_PROCESS = _nothing("jaxllm is one process, without workers that talk to each other")
-_NO_SERVER = _nothing("jaxllm has no server so far: AsyncLLM is for asyncio programs, jaxllm run-batch for files")
-_NO_MEDIA = _nothing("jaxllm does not take images, audio or video so far")
+_NO_SERVER = _nothing(
+    "the server is a command, jaxllm serve; AsyncLLM is for asyncio programs, jaxllm run-batch for files"
+)
+_NO_AUDIO = _nothing("jaxllm takes no audio")
+_NO_MEDIA = _nothing(
+    "a prompt's pictures and videos are paths, a file's bytes, arrays or pictures of Pillow's: "
+    "{'prompt': ..., 'multi_modal_data': {'image': ...}}; audio is not taken"
+)
 _NO_RESOLVERS = _nothing("an adapter is a folder: LoRARequest(lora_name, lora_int_id, lora_path)")
 _OWN_MODELS = _nothing("jaxllm has its own models and its own loaders; see LLM.save, and load_format")
 _NO_TRANSFER = _nothing("keys and values stay in the engine: it hands them to nobody")
@@ -114,13 +120,13 @@ MODULES: dict[str, dict[str, str]] = {
         "KVTransferConfig": _NO_TRANSFER[REST],
         "LoRAConfig": Missing("enable_lora, max_loras, max_lora_rank, ... are arguments of LLM(...)"),
         "PassConfig": Missing("XLA has passes of its own"),
-        "SpeechToTextConfig": _NO_MEDIA[REST],
+        "SpeechToTextConfig": _NO_AUDIO[REST],
         "WeightTransferConfig": _IN_PLACE[REST],
     },
     "config.compilation": {**_COMPILATION, REST: Missing("XLA compiles every step, for the shapes of its buckets")},
     "config.kv_transfer": _NO_TRANSFER,
     "config.pooler": {"PoolerConfig": "jaxllm.api.pooler"},
-    "config.speech_to_text": _NO_MEDIA,
+    "config.speech_to_text": _NO_AUDIO,
     "distributed": {"cleanup_dist_env_and_memory": "jaxllm.aliases", **_ONE_PROCESS},
     "distributed.kv_transfer": _NO_TRANSFER,
     "distributed.weight_transfer": _IN_PLACE,
@@ -153,6 +159,8 @@ MODULES: dict[str, dict[str, str]] = {
     "model_executor": _OWN_MODELS,
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,
+    "multimodal.image": {"convert_image_mode": "jaxllm.multimodal.pictures", **_NO_MEDIA},
+    "multimodal.utils": {**_in("jaxllm.multimodal.access", "encode_image_url", "fetch_image"), **_NO_MEDIA},
     "outputs": {**_OUTPUTS, **_POOLING},
     "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
     "pooling_params": _in("jaxllm.api.pooling_params", "LateChunkingParams", "PoolingParams"),

@@ -44,6 +44,7 @@ def measure(model: Any, arguments: Mapping[str, Any], workload: Workload, *, wit
         ValidationError: there is no such engine.
     """
     with quiet(), LLM(model, **arguments) as llm:
+        llm.wait_until_ready()
         ids = _ordinary_ids(llm)
         prompts = [list(prompt) for prompt in prompts_of(workload, ids)]
         # the first request of an engine's life pays for what the others do not
@@ -53,7 +54,8 @@ def measure(model: Any, arguments: Mapping[str, Any], workload: Workload, *, wit
         found = _replay(LLMEngine(llm), prompts, workload)
         # without a model, steps of all sizes take no time
         has_steps = with_steps and llm.engine.args.load_format != "null"
-        return MeasuredRun(plan=llm.memory_plan, steps=run_steps(llm) if has_steps else None, **found)
+        steps = run_steps(llm, most_requests=len(workload)) if has_steps else None
+        return MeasuredRun(plan=llm.memory_plan, steps=steps, **found)
 
 
 def _replay(engine: LLMEngine, prompts: list[list[int]], workload: Workload) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.autotuning.goals import Goals, gain_text
 from jaxllm.autotuning.knob import Knob, Space
-from jaxllm.autotuning.trials import UNTRIED, Trial
+from jaxllm.autotuning.trials import UNTRIED, Journal, Trial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,17 @@ class Finalist:
     simulated: Mapping[str, float] | None
     #: of each round
     measured: tuple[Mapping[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, journal: Journal, arguments: Mapping[str, Any], rounds: range | None = None) -> Finalist:
+        """What a journal has of some arguments; of what was measured, only those rounds."""
+        simulated, measured = journal.simulated(arguments), journal.measured(arguments)
+        runs = (trial.numbers for trial in measured if rounds is None or trial.round in rounds)
+        return cls(
+            arguments=arguments,
+            simulated=None if simulated is None else simulated.numbers,
+            measured=tuple(run for run in runs if run is not None),
+        )
 
     @property
     def numbers(self) -> Mapping[str, float]:

@@ -14,8 +14,9 @@ from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.knob import Knob, Space
 from jaxllm.autotuning.trials import Journal, Trial
 
-#: values of a knob that are not worse than this share are as good: the default is taken
-AS_GOOD = 0.005
+#: values of a knob that are not worse than this share are as good: the default is taken. The second one is of devices
+#: that are not there, of which no simulation is as close as that
+AS_GOOD, AS_GOOD_ABSENT = 0.005, 0.02
 #: where a trial has no numbers
 _NO_SCORE, _NO_ENGINE = -1e9, 1e3
 
@@ -42,13 +43,22 @@ class Search:
     Args:
         attempt: simulates some arguments.
         told: hears of every trial that is new.
+        as_good: a share by which the best may be worse for the sake of a knob's default.
     """
 
     def __init__(
-        self, space: Space, goals: Goals, journal: Journal, attempt: Try, *, seed: int = 0, told: Tell = lambda _: None
+        self,
+        space: Space,
+        goals: Goals,
+        journal: Journal,
+        attempt: Try,
+        *,
+        seed: int = 0,
+        told: Tell = lambda _: None,
+        as_good: float = AS_GOOD,
     ) -> None:
         self.space, self.goals, self._journal = space, goals, journal
-        self._attempt, self._told, self._seed = attempt, told, seed
+        self._attempt, self._told, self._seed, self._as_good = attempt, told, seed, as_good
 
     def run(self, num_trials: int) -> Trial | None:
         """Try so many, the defaults first, and then what is beside the best; None where no engine was possible.
@@ -117,16 +127,17 @@ class Search:
                 return
 
     def _simplest(self, best: Trial) -> Trial:
-        """The best with every knob at its default that makes no difference."""
+        """The best with every knob at its default that makes no difference, all of them together."""
+        first = best
         for knob in self.space.knobs:
             values = self.space.values(best.arguments)
             if values[knob.name] == knob.default:
                 continue
             trial = self._trial(self.space.arguments(values | {knob.name: knob.default}))
-            if trial.numbers is None or best.numbers is None:
+            if trial.numbers is None or first.numbers is None:
                 continue
-            kept = self.goals.excess(trial.numbers) <= max(self.goals.excess(best.numbers), 0.0)
-            if kept and self.goals.gain(trial.numbers, best.numbers) >= -AS_GOOD:
+            kept = self.goals.excess(trial.numbers) <= max(self.goals.excess(first.numbers), 0.0)
+            if kept and self.goals.gain(trial.numbers, first.numbers) >= -self._as_good:
                 best = trial
         return best
 

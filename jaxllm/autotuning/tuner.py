@@ -5,35 +5,23 @@ value in turn to see what it brings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxllm.api.errors import JaxLLMError, ValidationError
+from jaxllm.api.errors import ValidationError
 from jaxllm.autotuning.capacity import Capacity, Planner
 from jaxllm.autotuning.forecast import Forecast, StepTimesOf
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_grid, needed_length
-from jaxllm.autotuning.measure import measure
-from jaxllm.autotuning.result import Effect, Finalist, TuningResult, arguments_text, medians
-from jaxllm.autotuning.search import AS_GOOD, Search, optuna
-from jaxllm.autotuning.trials import MEASURED, UNTRIED, Journal, Trial, key_of
-from jaxllm.engine.observe.progress import bar_class
-from jaxllm.runner.memory.fit import DoesNotFitError
-from jaxllm.tuning.simulation.fitted_steps import FittedSteps
+from jaxllm.autotuning.knob import DATA, STAGES, TENSOR, Knob, Space, fitting_grid
+from jaxllm.autotuning.machine import Machine, trial_bar
+from jaxllm.autotuning.question import SECRETS, base_arguments, check_question, question
+from jaxllm.autotuning.result import Effect, Finalist, TuningResult
+from jaxllm.autotuning.search import AS_GOOD, AS_GOOD_ABSENT, Search, optuna
+from jaxllm.autotuning.trials import UNTRIED, Journal, Trial, key_of
 from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
-from jaxllm.tuning.trace_file import read_trace
 
-#: arguments that are written nowhere
-SECRETS = ("hf_token",)
-#: what no search can hold fixed, and what to do
-_NOT_SIMULATED = {
-    "speculative_config": "Leave it out: drafts of n-grams are measured where the workload has real prompts.",
-    "pipeline_parallel_size": "Leave it out: on several devices it is measured with the best of the rest.",
-}
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
 
@@ -72,8 +60,10 @@ class Tuner:
             KeyboardInterrupt: nothing had been tried yet.
         """
         optuna()
-        self._check()
-        self._base = self._base_arguments()
+        check_question(self.planner, self.workload)
+        if self.num_trials < 1 or self.num_measured < 0 or self.rounds < 1:
+            raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
+        self._base = base_arguments(self.planner, self.workload)
         self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
         if self._base:
@@ -87,7 +77,11 @@ class Tuner:
                     f"{self.folder} cannot be made ({error.strerror or error}). Give another --output."
                 ) from None
         path = None if self.folder is None else self.folder / "trials.jsonl"
-        self.journal = Journal(path, self._question())
+        self.journal = Journal(path, question(self.planner, self.workload, self.goals, self.device))
+        self._machine = Machine(
+            planner=self.planner, workload=self.workload, goals=self.goals, journal=self.journal, folder=self.folder,
+            show=self.show,
+        )  # fmt: skip
         self._effects: tuple[Effect, ...] = ()
         self._finalists: list[Mapping[str, Any]] = []
         self._best: Trial | None = None
@@ -110,58 +104,7 @@ class Tuner:
         best = self._best or self._search().best()
         if best is None or self.step_times is not None or not self.journal.measured(best.arguments):
             return best
-        return self._fastest(_distinct([{}, *self._finalists, best.arguments]))
-
-    # What can be asked.
-
-    def _check(self) -> None:
-        fixed = self.planner.fixed
-        for name, instead in _NOT_SIMULATED.items():
-            if fixed.get(name) not in (None, 1, {}):
-                raise ValidationError(f"{name}={fixed[name]!r} is held fixed, and is not simulated. {instead}")
-        longest, most = self.workload.longest, self.planner.longest()
-        if longest > most:
-            raise ValidationError(
-                f"the workload has a request of {longest} tokens, and the model knows contexts of up to {most}. Take "
-                "the request out, or another model."
-            )
-        asked = self.planner.fixed.get("max_model_len")
-        if isinstance(asked, int) and 0 < asked < longest:
-            raise ValidationError(
-                f"max_model_len={asked} is held fixed, and the workload has a request of {longest} tokens. Set "
-                f"max_model_len to at least {longest}, or leave it out: it is searched then."
-            )
-        if not self.planner.generates():
-            raise ValidationError("jaxllm tune is for models that generate; this one pools.")
-        if self.num_trials < 1 or self.num_measured < 0 or self.rounds < 1:
-            raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
-
-    def _base_arguments(self) -> dict[str, Any]:
-        """What the fixed arguments lack for an engine to be possible: the model's own length may not fit.
-
-        Raises:
-            DoesNotFitError: no engine is.
-        """
-        try:
-            fitting_grid(self.planner, {})
-        except DoesNotFitError:
-            if self.planner.fixed.get("max_model_len") is not None:
-                raise
-            length = {"max_model_len": needed_length(self.planner, self.workload)}
-            fitting_grid(self.planner, length)
-            return length
-        return {}
-
-    def _question(self) -> dict[str, Any]:
-        """What trials are trials of."""
-        return {
-            "model": str(self.planner.model),
-            "device": self.device,
-            "objective": self.goals.objective,
-            "constraints": [str(each) for each in self.goals.constraints],
-            "arguments": {name: str(value) for name, value in self.planner.fixed.items() if name not in SECRETS},
-            "workload": f"{self.workload} {hash_of(self.workload)}",
-        }
+        return self._machine.fastest(_distinct([{}, *self._finalists, best.arguments]))
 
     # The simulator.
 
@@ -175,31 +118,11 @@ class Tuner:
             devices = capacity.args.tensor_parallel_size
             if devices not in found:
                 split = devices != (self.planner.fixed.get("tensor_parallel_size") or 1)
-                found[devices] = self._measured_steps({"tensor_parallel_size": devices} if split else {})
+                found[devices] = self._machine.step_times({"tensor_parallel_size": devices} if split else {})
             return found[devices]
 
         times(self.planner.capacity(fitting_grid(self.planner, {})))
         return times
-
-    def _measured_steps(self, arguments: Mapping[str, Any]) -> StepTimes:
-        name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
-        paths = [None if self.folder is None else self.folder / f"{name}.{kind}.json" for kind in ("trace", "steps")]
-        if self.journal.measured(arguments) and paths[0] is not None and paths[0].exists():
-            traces = [read_trace(path) for path in paths if path is not None and path.exists()]
-        else:
-            with self._bar(1, f"Measuring {arguments_text(arguments)}") as bar:
-                fixed = self.planner.fixed
-                found = measure(self.planner.model, {**fixed, **arguments}, self.workload, with_steps=True)
-                bar.update()
-            traces = [found.trace] if found.steps is None else [found.trace, found.steps]
-            for trace, path in zip(traces, paths, strict=False):
-                if path is not None:
-                    trace.save(path)
-            self._keep_measured(arguments, found, 1)
-        if traces[0].settings is not None:
-            self.planner.learn(traces[0].settings)
-        columns = [trace.arrays() for trace in traces]
-        return FittedSteps.of({name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 
     def _search(self, forecast: Callable[[Mapping[str, Any]], Trial] | None = None, bar: Any = None) -> Search:
         def told(trial: Trial) -> None:
@@ -211,12 +134,13 @@ class Tuner:
                 if best is not None and best.numbers is not None:
                     bar.set_postfix_str(self.goals.text(best.numbers), refresh=False)
 
-        search = Search(self.space, self.goals, self.journal, forecast or _nothing, told=told)
+        as_good = AS_GOOD if self.step_times is None else AS_GOOD_ABSENT
+        search = Search(self.space, self.goals, self.journal, forecast or _nothing, told=told, as_good=as_good)
         return search
 
     def _simulate(self, forecast: Forecast) -> None:
         total = min(self.num_trials, self.space.size)
-        with self._bar(total, "Simulating") as bar:
+        with trial_bar(self.show, total, "Simulating") as bar:
             self._best = self._search(forecast, bar).run(total)
         if self._best is None:
             problems = dict.fromkeys(trial.problem for trial in self.journal.trials if trial.problem)
@@ -277,9 +201,10 @@ class Tuner:
         wanted = _distinct([{}, *few])
         self._finalists = wanted
         rounds = range(1, self.rounds + 1)
-        self._in_turns(wanted, rounds, "Measuring the best")
+        self._machine.foretell(2 * len(wanted) * self.rounds)
+        self._machine.in_turns(wanted, rounds, "Measuring the best")
         # later rounds, which an earlier run may have left, do not change what is measured next
-        self._best = self._fastest(wanted, rounds)
+        self._best = self._machine.fastest(wanted, rounds)
         best = self._best.arguments
         possible = [
             without
@@ -289,9 +214,9 @@ class Tuner:
         known = set(map(key_of, wanted))
         if not known.issuperset(map(key_of, possible)):
             again = _distinct([best, *possible])
-            self._in_turns(again, range(self.rounds + 1, 2 * self.rounds + 1), "Measuring each value")
+            self._machine.in_turns(again, range(self.rounds + 1, 2 * self.rounds + 1), "Measuring each value")
             self._finalists = _distinct([*wanted, *again])
-            self._best = self._fastest(self._finalists)
+            self._best = self._machine.fastest(self._finalists)
             best = self._best.arguments
         self._effects = self._known_effects()
 
@@ -308,85 +233,21 @@ class Tuner:
                     found = {name: kept for name, kept in found.items() if name not in others}
                 yield found
 
-    def _in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
-        """Measure each in every round, one after the other; those that have been are not measured again."""
-        missing = [
-            (number, arguments)
-            for number in rounds
-            for arguments in wanted
-            if number not in {trial.round for trial in self.journal.measured(arguments)}
-        ]
-        with self._bar(len(missing), what) as bar:
-            for number, arguments in missing:
-                bar.set_postfix_str(arguments_text(arguments))
-                if not any(trial.problem for trial in self.journal.measured(arguments)):
-                    try:
-                        found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
-                    except (JaxLLMError, RuntimeError, MemoryError) as error:
-                        problem = str(error) or type(error).__name__
-                        self.journal.add(
-                            Trial(kind=MEASURED, arguments=dict(arguments), numbers=None, problem=problem, round=number)
-                        )
-                    else:
-                        self._keep_measured(arguments, found, number)
-                bar.update()
-
-    def _keep_measured(self, arguments: Mapping[str, Any], found: Any, number: int) -> None:
-        numbers = self.goals.numbers(found.run)
-        self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
-
-    def _fastest(self, wanted: Sequence[Mapping[str, Any]], rounds: range | None = None) -> Trial:
-        """Of those that were measured, the best by its medians of some rounds, or of all; of those as good, the one
-        with fewest values.
-        """
-        found = [(self._finalist(arguments, rounds), arguments) for arguments in wanted]
-        found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
-        if not found:
-            problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
-            raise ValidationError(f"no engine could be measured: {next(iter(problems), 'nothing was tried')}")
-        best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
-        for finalist, arguments in found:
-            kept = self.goals.excess(finalist.numbers) <= max(self.goals.excess(best.numbers), 0.0)
-            as_good = self.goals.gain(finalist.numbers, best.numbers) >= -AS_GOOD
-            if kept and as_good and len(arguments) < len(chosen):
-                best, chosen = finalist, arguments
-        return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
-
     def _known_effects(self) -> tuple[Effect, ...]:
         """Of the best: as they were measured, or else simulated; nothing more is tried for them."""
         assert self._best is not None
         best = self._best.arguments
         effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
-        return tuple(self._measured_effect(effect, without) for effect, (_, _, without) in effects)
-
-    def _measured_effect(self, effect: Effect, without: Mapping[str, Any]) -> Effect:
-        assert self._best is not None
-        best, rest = ({trial.round: trial.numbers for trial in self.journal.measured(each) if trial.numbers is not None}
-                      for each in (self._best.arguments, without))  # fmt: skip
-        common = sorted(best.keys() & rest.keys())
-        if not common:
-            return effect
-        ours, theirs = (medians([runs[number] for number in common]) for runs in (best, rest))
-        gain = self.goals.gain(ours, theirs)
-        return dataclasses.replace(effect, without=theirs, gain=gain, is_measured=True, problem="")
+        return tuple(self._machine.effect(effect, best, without) for effect, (_, _, without) in effects)
 
     # The result.
 
-    def _finalist(self, arguments: Mapping[str, Any], rounds: range | None = None) -> Finalist:
-        simulated, measured = self.journal.simulated(arguments), self.journal.measured(arguments)
-        runs = (trial.numbers for trial in measured if rounds is None or trial.round in rounds)
-        return Finalist(
-            arguments=arguments,
-            simulated=None if simulated is None else simulated.numbers,
-            measured=tuple(run for run in runs if run is not None),
-        )
-
     def _result(self, *, interrupted: bool) -> TuningResult:
         assert self._best is not None
-        finalists = tuple(map(self._finalist, self._finalists))
+        finalists = tuple(Finalist.of(self.journal, arguments) for arguments in self._finalists)
         fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
         base = {name: fixed.pop(name) for name in self._base}
-        best, defaults = self._finalist(self._best.arguments), self._finalist({})
+        best, defaults = (Finalist.of(self.journal, each) for each in (self._best.arguments, {}))
         if not best.measured and defaults.simulated is not None:
             # what was simulated is no better or worse than what was measured
             defaults = dataclasses.replace(defaults, measured=())
@@ -408,7 +269,7 @@ class Tuner:
 
     def _error(self) -> str:
         """How far the simulator was from what was measured here."""
-        pairs = [self._finalist(arguments) for arguments in _distinct([{}, *self._finalists])]
+        pairs = [Finalist.of(self.journal, arguments) for arguments in _distinct([{}, *self._finalists])]
         found = []
         for name, text in (("throughput", "throughput"), ("ttft_p50", "the median TTFT")):
             errors = [
@@ -444,10 +305,6 @@ class Tuner:
             "rely on a limit."
         )
 
-    def _bar(self, total: int, what: str) -> Any:
-        make = self.show if callable(self.show) else bar_class()
-        return make(total=total, desc=what, unit="trial", dynamic_ncols=True, disable=not self.show)
-
 
 def _nothing(arguments: Mapping[str, Any]) -> Trial:
     return Trial(kind="simulated", arguments=dict(arguments), numbers=None, problem=UNTRIED)
@@ -459,16 +316,3 @@ def _alike(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
 
 def _distinct(wanted: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({key_of(arguments): arguments for arguments in wanted}.values())
-
-
-def hash_of(workload: Workload) -> str:
-    """The same for equal requests, in any process."""
-    import hashlib
-
-    # pieces of another size share other tokens, and fewer requests at a time come otherwise
-    digest = hashlib.blake2b(f"{workload.piece_size} {workload.max_concurrency};".encode(), digest_size=8)
-    for each in workload.requests:
-        digest.update(
-            f"{each.arrival:.6f} {each.num_prompt_tokens} {each.num_output_tokens} {each.piece_ids!r};".encode()
-        )
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,6 +18,8 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.bench.pictures import with_pictures
 from jaxllm.command_options import engine_arguments
 from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.resolve import resolve
 
 if TYPE_CHECKING:
@@ -56,8 +59,13 @@ def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
     return load_tokenizer(path, given.get("tokenizer_mode") or "auto")
 
 
-def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[BenchRequest]:
+def read_dataset(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> list[BenchRequest]:
     """Return the requests that the options describe; the same options and seed give the same requests.
+
+    Args:
+        vocab_size: of the model, where it is known (`model_vocabulary`).
 
     Raises:
         ValidationError: the options do not go together, or the file is not what it should be.
@@ -76,7 +84,7 @@ def read_dataset(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         raise ValidationError(f"--dataset-name {name} has lengths of its own, not --input-len; see {instead}.")
     if path is not None:
         return (read_sharegpt if name == "sharegpt" else read_custom)(path, tokenizer, count, draw, output_len)
-    requests = _drawn(arguments, draw, ordinary_ids(tokenizer))
+    requests = _drawn(arguments, draw, ordinary_ids(tokenizer, vocab_size))
     if name != "random-mm":
         return requests
     return with_pictures(
@@ -139,9 +147,30 @@ def _drawn(arguments: argparse.Namespace, draw: random.Random, ids: list[int]) -
     )
 
 
-def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the vocabulary without special tokens."""
-    return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[int]:
+    """Return the vocabulary without special tokens.
+
+    Args:
+        vocab_size: of the model, where it is known: a tokenizer may have more tokens.
+    """
+    size = len(tokenizer) if vocab_size is None else min(len(tokenizer), vocab_size)
+    return sorted(set(range(size)) - set(tokenizer.all_special_ids))
+
+
+def model_vocabulary(arguments: argparse.Namespace) -> int | None:
+    """Return how many tokens the model of a benchmark has; None: its files do not say so."""
+    model, given = engine_arguments(arguments)
+    path = resolve(model, revision=given.get("revision"), token=given.get("hf_token"))
+    # what is wrong with them the engine tells, which a server's client has none of
+    with contextlib.suppress(ValidationError, WeightsError):
+        config = Checkpoint(path, given.get("load_format") or "auto", given.get("hf_overrides")).config
+        return (config.get("text_config") or config).get("vocab_size")
+    return None
+
+
+def bench_ids(arguments: argparse.Namespace) -> list[int]:
+    """Return the tokens that random prompts are drawn of: those that the tokenizer and the model both have."""
+    return ordinary_ids(bench_tokenizer(arguments), model_vocabulary(arguments))
 
 
 def random_lengths(

@@ -17,7 +17,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.bench import report
-from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
+from jaxllm.bench.datasets import bench_ids
 from jaxllm.bench.latency import make_batch
 from jaxllm.bench.measurements import turns
 from jaxllm.command_options import build_llm
@@ -28,7 +28,7 @@ Samples = dict[str, list[float]]
 
 def run(arguments: argparse.Namespace) -> int:
     """Time each in turns; print medians."""
-    batch = make_batch(arguments, ordinary_ids(bench_tokenizer(arguments)), arguments.batch_size, arguments.input_len)
+    batch = make_batch(arguments, bench_ids(arguments), arguments.batch_size, arguments.input_len)
     texts: list[Any] = [{"prompt_token_ids": ids} for ids, _ in batch]
     params = SamplingParams(max_tokens=arguments.output_len, temperature=0, ignore_eos=True, detokenize=False)
     found: Samples = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import plot, report
-from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
+from jaxllm.bench.datasets import bench_ids
 from jaxllm.bench.measurements import Samples, percentiles, summary, turns
 from jaxllm.bench.peers.protocol import Request, timed_round
 from jaxllm.bench.session import JaxLLMSession
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot and not sweeps:
         raise ValidationError("--plot draws a sweep: give --sweep-context or --sweep-blocks.")
     plot.require(arguments.plot)
-    ids = ordinary_ids(bench_tokenizer(arguments))
+    ids = bench_ids(arguments)
     results = (_sweep if sweeps else _batch)(arguments, ids)
     report.write(arguments.output_json, arguments, results)
     if arguments.plot:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from jaxllm import LLM, SamplingParams, TokensPrompt
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.bench import report
-from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
+from jaxllm.bench.datasets import bench_ids
 from jaxllm.bench.latency import make_batch
 from jaxllm.bench.measurements import turns
 from jaxllm.command_options import build_llm
@@ -25,7 +25,7 @@ from jaxllm.weights.peft import CONFIG, WEIGHTS
 
 def run(arguments: argparse.Namespace) -> int:
     """Time both in turns, by the clock and by the processor, which other programs disturb less; print medians."""
-    batch = make_batch(arguments, ordinary_ids(bench_tokenizer(arguments)), arguments.batch_size, arguments.input_len)
+    batch = make_batch(arguments, bench_ids(arguments), arguments.batch_size, arguments.input_len)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in batch]
     params = SamplingParams(max_tokens=arguments.output_len, temperature=0, ignore_eos=True, detokenize=False)
     arguments.enable_lora = True

@@ -13,6 +13,8 @@ from jaxllm.config.command_line import count, json_object
 
 #: (height, width, frames) -> its share; vLLM's default
 BUCKETS = "{(256, 256, 1): 0.5, (720, 1280, 1): 0.5}"
+#: kinds of workloads that are simulated and measured
+_SIMULATED = ("decode", "prefill", "mixed", "prefixes")
 DATASETS = ("random", "sharegpt", "sharegpt_like", "prefix_repetition", "custom", "random-mm")
 
 
@@ -70,11 +72,15 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
 
 def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     """Add what ``jaxllm bench simulate`` takes."""
-    _add(parser, "--num-prompts", 24, "requests of each workload")
+    _add(parser, "--num-prompts", 16, "requests of each workload")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=_SIMULATED, default=list(_SIMULATED), metavar="NAME",
+        help=f"of {', '.join(_SIMULATED)} (default: all)",
+    )  # fmt: skip
     _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
     _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
     _add(parser, "--num-iters", 2, "runs of each workload, in turns with steps that are timed")
-    _add_output_json(parser)
+    _add_output_json(parser, "; parts of the grid that it has are kept, so that others may follow")
     add_engine_options(parser)
 
 
@@ -289,6 +295,15 @@ def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, text in sweeps.items():
         parser.add_argument(name, type=lambda text: text.split(","), metavar="NAME,NAME,...", help=text)
+    text = "and the model, a .gguf file, in every form that can be written of it (AWQ, GPTQ, NF4, GGUF's types by "
+    text += "xllamacpp and gguf, ...): in this directory, where they stay"
+    parser.add_argument("--every-form", type=Path, metavar="DIR", help=text)
+    _add_switch(
+        parser,
+        "--weights-alone",
+        "by the model's function of whole sequences, in float32 unless --dtype says: no engine",
+    )
+    _add_switch(parser, "--resume", "measure only forms that the file of --output-json has not")
     _add_output_json(parser)
     add_engine_options(parser)
 
@@ -410,8 +425,8 @@ def _add_peer_python(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help=text)
 
 
-def _add_output_json(parser: argparse.ArgumentParser) -> None:
-    _add_file(parser, "--output-json", "write samples, medians, versions and machine there")
+def _add_output_json(parser: argparse.ArgumentParser, more: str = "") -> None:
+    _add_file(parser, "--output-json", f"write samples, medians, versions and machine there{more}")
 
 
 def _add_outputs(parser: argparse.ArgumentParser, *, plot: str | None = None) -> None:

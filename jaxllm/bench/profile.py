@@ -13,7 +13,7 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import op_times, report
-from jaxllm.bench.datasets import bench_tokenizer, ordinary_ids
+from jaxllm.bench.datasets import bench_ids
 from jaxllm.bench.latency import make_batch
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.command_options import build_llm
@@ -22,7 +22,7 @@ from jaxllm.llm import LLM
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a batch under JAX's profiler, print a table of each program, write the JSON file."""
-    ids = ordinary_ids(bench_tokenizer(arguments))
+    ids = bench_ids(arguments)
     results = []
     with build_llm(arguments, enable_prefix_caching=False) as llm:
         if any(device.platform != "cpu" for device in _programs(llm).sharding.device_set):

@@ -39,7 +39,7 @@ def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, A
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "jaxllm": jaxllm.__version__, **versions},
         "machine": _machine(),
-        "arguments": {name: _plain(value) for name, value in sorted(vars(arguments).items()) if name not in _PRIVATE},
+        "arguments": plain_arguments(arguments),
         "peak_rss_bytes": peak_rss_bytes(),
         **results,
     }
@@ -47,6 +47,11 @@ def write(path: Path | None, arguments: argparse.Namespace, results: dict[str, A
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise JaxLLMError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def plain_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As they are written down."""
+    return {name: _plain(value) for name, value in sorted(vars(arguments).items()) if name not in _PRIVATE}
 
 
 def show_drafts(drafts: dict[str, int] | None) -> None:

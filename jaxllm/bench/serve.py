@@ -16,9 +16,10 @@ from typing import Any
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.bench import plot, report, serve_results
-from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, read_dataset
+from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, model_vocabulary, read_dataset
 from jaxllm.bench.http_stream import lines
 from jaxllm.bench.serve_trace import METRICS, Answer, measure, table
+from jaxllm.command_options import engine_arguments
 
 #: of every request, where they are given
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -47,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     saved = serve_results.result_path(arguments)
     timelines = _timelines(arguments, saved)
     tokenizer = bench_tokenizer(arguments)
-    requests = read_dataset(arguments, tokenizer)
+    # with a tokenizer of its own, the model may be a mere name here
+    has_model = engine_arguments(arguments)[1].get("tokenizer") is None
+    requests = read_dataset(arguments, tokenizer, model_vocabulary(arguments) if has_model else None)
     texts = None
     if _is_chat(arguments):
         texts = [str(tokenizer.decode(list(request.prompt_token_ids))) for request in requests]

@@ -18,7 +18,7 @@ from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.bench import report
-from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, read_dataset
+from jaxllm.bench.datasets import BenchRequest, arrivals, bench_tokenizer, model_vocabulary, read_dataset
 from jaxllm.bench.measurements import summary
 from jaxllm.command_options import engine_arguments
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay, print vLLM's lines, write JSON. Raises `JaxLLMError` when every request failed."""
     if not (arguments.request_rate > 0 and 0 < arguments.burstiness < math.inf):
         raise ValidationError("--request-rate and --burstiness are above 0, and --burstiness is finite.")
-    requests = read_dataset(arguments, bench_tokenizer(arguments))
+    requests = read_dataset(arguments, bench_tokenizer(arguments), model_vocabulary(arguments))
     offsets = arrivals(arguments, requests)
     answers, seconds = asyncio.run(_replay(arguments, requests, offsets))
     failed = [answer.error for answer in answers if answer.error is not None]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
-from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, ordinary_ids, prefix_repetition, random_lengths
+from jaxllm.bench.datasets import BenchRequest, bench_ids, prefix_repetition, random_lengths
 from jaxllm.command_options import build_llm
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.llm import LLM
@@ -24,37 +27,99 @@ from jaxllm.tuning.simulation.workload import Workload
 
 #: what is compared, and under which name it is shown
 _NUMBERS = {"throughput": "tokens/s", "ttft_p50": "TTFT"}
+#: arguments that say which part of the grid is measured
+_PARTS = ("workloads", "num_seqs", "num_batched_tokens", "output_json")
+_CELL = ("workload", "max_num_seqs", "max_num_batched_tokens")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure each workload with each setting, and simulate it twice: with times of steps that were measured before and
-    after it, none of which is its own, and with those of the trace of the first setting.
+    after it, none of which is its own, and with those of the trace of the first setting. What the file has already, of
+    a run before, is kept and not measured again.
     """
-    ids = ordinary_ids(bench_tokenizer(arguments))
-    rows: list[dict[str, Any]] = []
+    if len(arguments.num_batched_tokens) not in (1, len(arguments.num_seqs)):
+        raise ValidationError(
+            f"--num-batched-tokens has {len(arguments.num_batched_tokens)} values and --num-seqs "
+            f"{len(arguments.num_seqs)}: give one each, or one for all."
+        )
+    rows = _rows_before(arguments)
+    known = {tuple(row[name] for name in _CELL) for row in rows}
+    workloads = _workloads(bench_ids(arguments), arguments.num_prompts)
     firsts: dict[str, Trace] = {}
     print(f"{'workload':9} {'max_num_seqs':>12} {'tokens':>7} {'measured tokens/s':>18} {'TTFT ms':>9}   errors")
+    for row in rows:
+        _show(row)
     for number, seqs in enumerate(arguments.num_seqs):
         budget = arguments.num_batched_tokens[number % len(arguments.num_batched_tokens)]
         changes = {"max_num_seqs": seqs, "max_num_batched_tokens": budget}
+        missing = [name for name in arguments.workloads if (name, seqs, budget) not in known]
+        if not missing:
+            continue
         with build_llm(arguments, **changes) as llm:
-            for name, requests in _workloads(ids, arguments.num_prompts).items():
-                traces, steps = _measured(llm, requests, arguments.num_iters)
+            for name in missing:
+                traces, steps = _measured(llm, workloads[name], arguments.num_iters)
                 first = firsts.setdefault(name, traces[0])
-                row = {"workload": name, **changes, **_errors(traces, steps, first, changes if number else {})}
+                row = {"workload": name, **changes, **_errors(traces, steps, first, changes)}
                 rows.append(row)
-                print(
-                    f"{name:9} {seqs:12} {budget:7} {row['measured']['throughput']:18.1f} "
-                    f"{1e3 * row['measured']['ttft_p50']:9.0f}   "
-                    + ", ".join(
-                        f"{short} {row['from steps'][long]:+.1%}"
-                        + (f" (from the first setting {row['from the first'][long]:+.1%})" if number else "")
-                        for long, short in _NUMBERS.items()
-                    ),
-                    flush=True,
-                )
-    report.write(arguments.output_json, arguments, {"rows": rows})
+                _show(row)
+                # a part that is finished stays, whatever ends the next one
+                report.write(arguments.output_json, arguments, {"rows": rows, "summary": _summary(rows)})
+    for name, short in _NUMBERS.items():
+        told = _summary(rows)[name]
+        print(
+            f"{short}: off by {told['median']:.1%} in the median, {told['worst']:.1%} at worst; {told['within_tenth']} "
+            f"of {len(rows)} within 10%"
+        )
     return 0
+
+
+def _rows_before(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those of the file.
+
+    Raises:
+        ValidationError: it is of other arguments, or of another benchmark.
+    """
+    path: Path | None = arguments.output_json
+    if path is None or not path.exists() or not path.stat().st_size:
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows, before = found["rows"], found["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValidationError(f"{path} is not what this benchmark has written: give another --output-json.") from None
+    own = report.plain_arguments(arguments)
+    other = [name for name in sorted({*own, *before} - {*_PARTS}) if own.get(name) != before.get(name)]
+    if other:
+        raise ValidationError(
+            f"{path} was measured with {other[0]}={before.get(other[0])!r}, and this is "
+            f"{other[0]}={own.get(other[0])!r}: give another --output-json."
+        )
+    return rows
+
+
+def _show(row: dict[str, Any]) -> None:
+    changed = "from the first" in row
+    print(
+        f"{row['workload']:9} {row['max_num_seqs']:12} {row['max_num_batched_tokens']:7} "
+        f"{row['measured']['throughput']:18.1f} {1e3 * row['measured']['ttft_p50']:9.0f}   "
+        + ", ".join(
+            f"{short} {row['from steps'][long]:+.1%}"
+            + (f" (from the first setting {row['from the first'][long]:+.1%})" if changed else "")
+            for long, short in _NUMBERS.items()
+        ),
+        flush=True,
+    )
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each number: how far the simulations of all rows are off, whichever way."""
+    found = {}
+    for name in _NUMBERS:
+        errors = np.abs([row["from steps"][name] for row in rows])
+        found[name] = {
+            "median": float(np.median(errors)), "worst": float(errors.max()), "within_tenth": int((errors <= 0.1).sum())
+        }  # fmt: skip
+    return found
 
 
 def _workloads(ids: list[int], count: int) -> dict[str, list[BenchRequest]]:
@@ -92,10 +157,11 @@ def _errors(traces: list[Trace], steps: dict[str, np.ndarray], first: Trace, cha
     settings = traces[0].settings
     assert settings is not None
     found = {"from steps": simulate(Workload.of_trace(traces[0]), settings, FittedSteps.of(steps))}
-    if changes:
+    if first is not traces[0]:
         found["from the first"] = replay(first, changes).simulated
     numbers = {name: each.to_dict() for name, each in found.items()}
     errors = {
         name: {each: (values[each] or 0.0) / truth[each] - 1 for each in _NUMBERS} for name, values in numbers.items()
     }
-    return {"measured": truth, **errors}
+    rounds = {name: [each[name] for each in runs] for name in _NUMBERS}
+    return {"measured": truth, "rounds": rounds, **errors}

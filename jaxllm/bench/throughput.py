@@ -9,7 +9,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import plot, report
 from jaxllm.bench.against import Variants
-from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, read_dataset
+from jaxllm.bench.datasets import BenchRequest, bench_tokenizer, model_vocabulary, read_dataset
 from jaxllm.bench.measurements import Samples, turns
 from jaxllm.bench.peers.protocol import Request, timed_round
 from jaxllm.bench.pictures import PictureSession
@@ -28,12 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.against and (arguments.compare is not None or arguments.dataset_name == "random-mm"):
         raise ValidationError("--against is for engines of this process and for tokens alone: leave it out here.")
     plot.require(arguments.plot)
-    tokenizer = bench_tokenizer(arguments)
+    tokenizer, vocab_size = bench_tokenizer(arguments), model_vocabulary(arguments)
     cases: list[list[BenchRequest]] = []
     for count in arguments.sweep_num_prompts or [arguments.num_prompts]:
         sized = copy.copy(arguments)
         sized.num_prompts = count
-        cases.append(read_dataset(sized, tokenizer))
+        cases.append(read_dataset(sized, tokenizer, vocab_size))
     measure = _against if arguments.against else _alone if arguments.compare is None else _compared
     results, samples = measure(arguments, cases)
     report.write(arguments.output_json, arguments, results)

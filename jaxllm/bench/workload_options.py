@@ -52,6 +52,14 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(num_prompts=None)
 
 
+def is_described(arguments: argparse.Namespace) -> bool:
+    """Whether anything says what the requests are: a file, or any option of a dataset."""
+    given = [arguments.workload, arguments.num_prompts]
+    return any(each is not None for each in given) or any(
+        getattr(arguments, name) != default for name, default in _OF_DATASETS.items()
+    )
+
+
 def workload_of(arguments: argparse.Namespace) -> Workload:
     """The workload that the options describe.
 
@@ -94,7 +102,7 @@ def check_workload_options(arguments: argparse.Namespace) -> None:
 
 
 def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
-    from jaxllm.bench.datasets import bench_tokenizer, read_dataset, shape_of_dataset
+    from jaxllm.bench.datasets import bench_tokenizer, model_vocabulary, read_dataset, shape_of_dataset
 
     name = arguments.dataset_name
     arguments.num_prompts = arguments.num_prompts or _NUM_PROMPTS
@@ -102,4 +110,4 @@ def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
         raise ValidationError("--dataset-name random-mm has pictures, which are not simulated.")
     if name in _SHAPES and arguments.dataset_path is None:
         return shape_of_dataset(arguments, random.Random(getattr(arguments, "seed", 0)))
-    return read_dataset(arguments, bench_tokenizer(arguments))
+    return read_dataset(arguments, bench_tokenizer(arguments), model_vocabulary(arguments))

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.bench.workload_options import add_workload_options, workload_of
+from jaxllm.api.errors import ValidationError
+from jaxllm.bench.workload_options import add_workload_options, is_described, workload_of
 from jaxllm.command_options import add_engine_options, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
 from jaxllm.engine.interrupt import whole_module
@@ -103,6 +104,11 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     """The file's, or the dataset's. Of tokens that were drawn only what they share means something: drafts of them
     would never be right, and are not to be tried.
     """
+    if not is_described(arguments):
+        raise ValidationError(
+            "the best settings are those of a workload: give --workload FILE (a trace, or lines of JSON), or a "
+            "dataset's shape, such as --dataset-name sharegpt_like --num-prompts 100 --request-rate 4."
+        )
     found = workload_of(arguments)
     if arguments.workload is not None or arguments.dataset_name in _WRITTEN:
         return found

@@ -14,7 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.models import llava
 from jaxllm.models.decoder import DecoderConfig
 
-#: where config.json has none, as transformers has them: height and width
+#: where config.json has none, or null, as transformers has them: height and width
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -42,7 +42,8 @@ def tile_grids(hf: Mapping[str, Any], tile_size: int) -> tuple[tuple[int, int], 
     Raises:
         ValidationError: there are none, or they are not made of whole tiles.
     """
-    pinpoints, found = hf.get("image_grid_pinpoints", _PINPOINTS), []
+    given, found = hf.get("image_grid_pinpoints"), []
+    pinpoints = _PINPOINTS if given is None else given
     for each in pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints]:
         sides = each if isinstance(each, list | tuple) and len(each) == 2 else (each, each)
         height, width = (checks.integer("image_grid_pinpoints", side) for side in sides)

@@ -21,18 +21,23 @@ FIELDS = ("qkv", "output", "gate_up", "up", "down", "query_up", "shared_gate_up"
 SMALL_FIELDS = ("router", "shared_gate")
 
 
-def matrices(specs: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+def matrices(specs: Any) -> Iterator[tuple[str, tuple[int, int], int]]:
     """The name in a checkpoint and the shape [out, in] of each matrix, also of a name that other checkpoints have in
-    its place; of experts that are stacked, the shape of one.
+    its place; of experts that are stacked, the shape of one, and how many they are (0: it is one matrix).
     """
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         if _field(path) not in FIELDS:
             continue
         for name, part in spec.tensors():
-            yield name, part.tensor_shape[:2]  # pyright: ignore[reportReturnType]
+            yield name, *_shape(spec, part)
             if part.alternative is not None:
                 for layer in spec.layers or (0,):
-                    yield part.alternative.name.format(layer=layer, expert=0), part.alternative.tensor_shape[:2]  # pyright: ignore
+                    yield part.alternative.name.format(layer=layer, expert=0), *_shape(spec, part.alternative)
+
+
+def _shape(spec: WeightSpec, part: Part) -> tuple[tuple[int, int], int]:
+    stacked = spec.experts.units if spec.experts is not None and spec.has_all_experts(part) else 0
+    return part.tensor_shape[:2], stacked  # pyright: ignore[reportReturnType]
 
 
 def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_layer: int = 0) -> Tree:
@@ -44,7 +49,8 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
         first_layer: the model's layer that is the first one of these.
 
     Raises:
-        ValidationError: experts of a layer lie in different forms; the text names the layer.
+        ValidationError: experts of a layer lie in different forms; the text names the layer. Or a matrix is [in, out]
+            in checkpoints, where quantized ones are [out, in].
     """
     tree: Any = specs
     if hasattr(tree, "body"):
@@ -67,7 +73,14 @@ def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_laye
 
     def forms(spec: WeightSpec, layer: int) -> tuple[Layout | None, ...]:
         experts = 1 if spec.experts is None else spec.experts.units
-        return tuple(of_part(part, layer, experts) for part in spec.parts)
+        found = tuple(of_part(part, layer, experts) for part in spec.parts)
+        for part, form in zip(spec.parts, found, strict=True):
+            if part.transposed and spec.experts is None and form is not None:
+                raise ValidationError(
+                    f"quantization of {part.name.format(layer=layer + first_layer)} is not supported: this family's "
+                    "checkpoints have its matrices as [in, out], and quantized ones are [out, in]. Leave it out."
+                )
+        return found
 
     def run(segment: Any, where: slice) -> Any:
         def one(path: Any, spec: WeightSpec) -> Any:

@@ -34,7 +34,8 @@ def without_media(
     """A prompt with `messages` whose parts have become `multi_modal_data` and `multi_modal_uuids`: {"type": "image"}
     stands in the place of each, or, where the chat template takes texts, `placeholders` in front of the message's text.
 
-    A part without a picture of its own stands for the next one of the prompt's own `multi_modal_data`.
+    A part without a picture of its own stands for the next one of the prompt's own `multi_modal_data`, or for the one
+    that was given under its `uuid` before.
 
     Args:
         check_count: raises for too many of a modality, before the first is read.
@@ -68,10 +69,11 @@ def without_media(
         label = f"message {index}, {part['type']}"
         given, uuid = _content(part, read, label, check_frames), part.get("uuid")
         if given is None:
-            if not own.get(modality):
+            if own.get(modality):
+                given = own[modality].pop(0)
+                uuid = names[modality].pop(0) if names.get(modality) else uuid
+            elif uuid is None:
                 raise ValidationError(f"{label} has nothing of its own, and multi_modal_data has none left for it")
-            given = own[modality].pop(0)
-            uuid = names[modality].pop(0) if names.get(modality) else uuid
         data.setdefault(modality, []).append(given)
         uuids.setdefault(modality, []).append(uuid)
         return {"type": modality}
@@ -102,7 +104,7 @@ def _content(
     given = part.get(part["type"], part.get("image_url", part.get("url")))
     if isinstance(given, Mapping):
         given = given.get("url")
-    if given is None and part["type"] in ("image_url", "input_image"):
+    if given is None and part.get("uuid") is None and part["type"] in ("image_url", "input_image"):
         raise ValidationError(f"{label} must have a URL: {{'url': 'data:image/png;base64,...'}}, got {part!r:.80}")
     if _KINDS[part["type"]] == VIDEO:
         if isinstance(given, str):

@@ -72,6 +72,11 @@ def read_picture(given: Any, name: str) -> Any:
     return _upright(_of_array(given, name), name)
 
 
+def convert_image_mode(image: Any, to_mode: str) -> Any:
+    """A picture of Pillow's in another mode, for scripts of vLLM's; in RGB, what is seen through it stands on white."""
+    return read_picture(image, "image") if to_mode == "RGB" else image.convert(to_mode)
+
+
 def size_of_file(given: Any) -> tuple[int, int] | None:
     """(width, height) that the head of a file's bytes tells, not turned; None: they are something else, or broken."""
     if not isinstance(given, bytes | bytearray | memoryview):
@@ -136,6 +141,11 @@ def _upright(picture: Any, name: str) -> Any:
             if picture.mode != "I" or numbers.max() > 255:
                 numbers >>= 8
             picture = pillow().fromarray(np.clip(numbers, 0, 255).astype(np.uint8))
+        if picture.mode == "F":
+            # floats are read as those of arrays are, where they are such; Pillow would make them black
+            numbers = np.asarray(picture)
+            if 0 <= numbers.min() and numbers.max() <= 1:
+                picture = pillow().fromarray(np.round(numbers * 255).astype(np.uint8))
         turned = ImageOps.exif_transpose(picture)
         if turned.mode == "RGB" and "transparency" not in turned.info:
             return turned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ from jaxllm.multimodal.items import Grid, Media, MediaItem, Room
 
 #: mean and deviation of each channel, where bytes are numbers from 0 to 1
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
+#: of a side of the largest picture
+_MOST_FORMS = 4096
 
 
 class Processor(Protocol):
@@ -36,6 +38,10 @@ class Processor(Protocol):
 
     def tokens_of(self, width: int, height: int) -> int:
         """Vectors that a picture of this size becomes. Raises ValidationError where it has a form that is not taken."""
+        ...
+
+    def tokens_within(self, width: int, height: int) -> int:
+        """The most vectors that a picture becomes which is no wider and no higher."""
         ...
 
     def patches_of(self, num_tokens: int) -> int:
@@ -63,6 +69,16 @@ class Processor(Protocol):
             ValidationError: it cannot be read, is too large, or has a form that the model does not take.
         """
         ...
+
+
+def forms_within(width: int, height: int) -> Iterator[tuple[int, int]]:
+    """Of each form the largest picture, (width, height), that is no wider and no higher: smaller ones of that form are
+    not made more of. Of sides that are longer than `_MOST_FORMS`, as many are taken.
+    """
+    for each in range(height, 0, -max(height // _MOST_FORMS, 1)):
+        yield width, each
+    for each in range(width, 0, -max(width // _MOST_FORMS, 1)):
+        yield each, height
 
 
 def item_of(

@@ -112,6 +112,8 @@ class MediaReader:
         left = self._max_model_len
         for modality, given in data.items():
             each = _videos(given) if modality == VIDEO else _images(given)
+            if given is None and is_given(uuids.get(modality)):
+                each = [None]
             if not each:
                 continue
             self._check_count(modality, len(each))
@@ -138,6 +140,11 @@ class MediaReader:
             found = self.cache.get(key)
             if found is not None and found.fits(room):
                 return found
+        if given is None:
+            raise ValidationError(
+                f"{label}: Cache miss for {modality} but data is not provided: None stands for what an earlier prompt "
+                "gave under the same name in multi_modal_uuids, while it is kept (mm_processor_cache_gb). Give it."
+            )
         made = getattr(processor, modality)(given, name=label, uuid=uuid, room=room)
         if self.cache is not None and key is not None:
             self.cache.put(key, made)
@@ -160,14 +167,31 @@ class MediaReader:
         for item, label in zip(each, labels, strict=True):
             if (size := size_of_file(item)) is None:
                 continue
-            processor.check_room(size, 1, label, Room(self._max_tokens, left))
-            left -= processor.tokens_of(*size)
+            left -= self._least_tokens(processor, size, label, left)
             pixels += size[0] * size[1]
             if pixels > MOST_DECODED:
                 raise ValidationError(
                     f"The images up to {label} have {pixels} pixels, and at most {MOST_DECODED} of a prompt are "
                     "decoded. Make them smaller first."
                 )
+
+    def _least_tokens(self, processor: Processor, size: tuple[int, int], label: str, left: int) -> int:
+        """Vectors of a picture that may have to be turned, which a head does not always tell.
+
+        Raises:
+            ValidationError: there is no room for it, turned or not.
+        """
+        counts: list[int] = []
+        refused: ValidationError | None = None
+        for form in (size, (size[1], size[0])):
+            try:
+                processor.check_room(form, 1, label, Room(self._max_tokens, left))
+                counts.append(processor.tokens_of(*form))
+            except ValidationError as error:
+                refused = refused or error
+        if refused is not None and not counts:
+            raise refused
+        return min(counts)
 
     def _check_frames(self, count: int, label: str) -> None:
         """Before frames are fetched; two of them are one vector at least."""
@@ -280,7 +304,7 @@ def _videos(given: Any) -> list[Any]:
 
 
 def _is_frame(given: Any) -> bool:
-    return not isinstance(given, list | tuple | str | bytes)
+    return given is not None and not isinstance(given, list | tuple | str | bytes)
 
 
 def _uuids(given: Any, modality: str, count: int, salt: str | None) -> list[str | None]:

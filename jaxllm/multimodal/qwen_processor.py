@@ -18,7 +18,7 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.items import IMAGE, VIDEO, Media, MediaItem, Room
 from jaxllm.multimodal.pictures import MOST_DECODED, MOST_PIXELS, pillow, read_picture
-from jaxllm.multimodal.processor import content_of, item_of, of_channels
+from jaxllm.multimodal.processor import content_of, forms_within, item_of, of_channels
 from jaxllm.multimodal.video_files import VideoFile, open_video
 
 #: CLIP's (Radford et al. 2021, arXiv:2103.00020)
@@ -125,6 +125,11 @@ class QwenProcessor:
         """Vectors that a picture of this size becomes."""
         rows, columns = self.size_of(width, height)
         return rows * columns // self.factor**2
+
+    def tokens_within(self, width: int, height: int) -> int:
+        """The most vectors that a picture becomes which is no wider and no higher."""
+        forms = (form for form in forms_within(width, height) if max(form) <= _MOST_RATIO * min(form))
+        return max((self.tokens_of(*form) for form in forms), default=self.most_tokens)
 
     def patches_of(self, num_tokens: int) -> int:
         """Patches of a picture that becomes so many vectors."""

@@ -141,6 +141,9 @@ class SquareProcessor:
             )
         return self.num_tokens
 
+    def tokens_within(self, width: int, height: int) -> int:
+        return self.num_tokens
+
     def patches_of(self, num_tokens: int) -> int:
         return self.num_patches
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.multimodal.items import IMAGE, Media, Room
 from jaxllm.multimodal.pictures import pillow, read_picture
-from jaxllm.multimodal.processor import Normal, content_of, item_of
+from jaxllm.multimodal.processor import Normal, content_of, forms_within, item_of
 from jaxllm.multimodal.square_processor import SquareProcessor
 
 #: in `MediaItem.order`, the vector that ends a row
@@ -57,7 +57,7 @@ class TileProcessor:
     ) -> TileProcessor:
         """
         Args:
-            largest: (width, height) that is planned for; None: any.
+            largest: (width, height) that no picture is wider or higher than; None: any.
 
         Raises:
             ValidationError: squares are cut out of larger ones.
@@ -68,7 +68,10 @@ class TileProcessor:
             )
         square = dataclasses.replace(square, shorter_side=None)
         found = cls(square=square, grids=grids, most_tiles=max(rows * columns for rows, columns in grids))
-        return found if largest is None else dataclasses.replace(found, most_tiles=math.prod(found._grid(*largest)))
+        if largest is None:
+            return found
+        most = max(math.prod(found._grid(*form)) for form in forms_within(*largest))
+        return dataclasses.replace(found, most_tiles=most)
 
     @property
     def normal(self) -> Normal:
@@ -91,6 +94,10 @@ class TileProcessor:
 
     def tokens_of(self, width: int, height: int) -> int:
         return self.side**2 + self._part(width, height).num_tokens
+
+    def tokens_within(self, width: int, height: int) -> int:
+        # a smaller picture of another form may fill more of as many tiles, which `largest` has bounded already
+        return self.most_tokens
 
     def patches_of(self, num_tokens: int) -> int:
         return (1 + self.most_tiles) * self.side**2

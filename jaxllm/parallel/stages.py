@@ -20,7 +20,7 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.models.segments import segment_sizes
 
 #: what the first stage has outside of layers
-FIRST = ("embedding", "vision")
+FIRST = ("embedding", "position_embedding", "embedding_norm", "embedding_norm_bias", "vision")
 
 Model = TypeVar("Model")
 #: `Params`, their shapes or their specs
@@ -115,7 +115,7 @@ def with_ends(params: Tree, stage: Stage, head: Any = None) -> Tree:
     ends = {field.name: None for field in dataclasses.fields(tree) if field.name not in (*FIRST, "layers", "head")}
     return dataclasses.replace(
         tree,
-        **{name: getattr(tree, name) if stage.is_first else None for name in FIRST},
+        **{name: getattr(tree, name) if stage.is_first else None for name in FIRST if hasattr(tree, name)},
         head=own if stage.is_last else None,
         **({} if stage.is_last else ends),
     )

@@ -71,7 +71,7 @@ class ModelLayers:
         """What `score` takes, in float32."""
         # where the model has no head of its own, its embedding is one
         head = ends.embedding if ends.head is None else ends.head
-        own: Any = dataclasses.replace(ends, embedding=None, head=head)  # pyright: ignore[reportArgumentType]
+        own: Any = dataclasses.replace(ends, embedding=None, position_embedding=None, head=head)  # pyright: ignore[reportArgumentType]
         return jax.tree.map(lambda array: jnp.asarray(np.asarray(array).astype(np.float32)), own)
 
     def _read(self, specs: Any, dtype: Any = jnp.float32) -> Any:
@@ -85,7 +85,15 @@ class ModelLayers:
 
     def begin(self, ends: Params, sequences: Sequence[Any]) -> list[jax.Array]:
         """What the first layer takes of each sequence of tokens: float32 [tokens, d]."""
-        table = Params(embedding=ends.embedding, layers=(), norm=None, norm_bias=None, head=None)
+        positions = None if ends.position_embedding is None else ends.position_embedding.astype(jnp.float32)
+        table = Params(
+            embedding=ends.embedding,
+            position_embedding=positions,
+            layers=(),
+            norm=None,
+            norm_bias=None,
+            head=None,
+        )
         return [_embedded(self.config, table, jnp.asarray(tokens, jnp.int32)) for tokens in sequences]
 
     def run(self, layer: int, weights: Layers, hidden: Sequence[jax.Array]) -> list[jax.Array]:

@@ -12,6 +12,9 @@ ROW_STEPS_CPU = (8, 64)
 ROW_STEPS_GPU = (8, 16, 32, 64, 128)
 #: logits of so many rows exist at once on a GPU, so that room for more of them costs no block of its own
 ROW_BLOCK = 256
+#: rows whose logits exist at once on a CPU, which goes on to the next block as long as there are rows. A block costs
+#: its size, so few rows take a small one; eight of them are computed together, so that serves a single row as well
+SAMPLE_ROWS_CPU = (8, 32)
 #: on a CPU there is room for contexts of so many tokens where the model has them, whatever `max_model_len` is
 SHARED_CONTEXT = 8192
 #: significant bits of the number of blocks that are of use, and what a CPU's pool has at least: so many blocks, if they

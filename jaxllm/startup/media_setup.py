@@ -93,10 +93,8 @@ class MediaSetup:
             limit = self.limits.get(modality, MediaLimit())
             processor = self.processors[modality]
             most = processor.most_tokens
-            # a smaller picture of another form may have more vectors of as many tiles, which are bounded already
-            is_tiled = isinstance(processor, TileProcessor)
-            if limit.width is not None and limit.height is not None and not is_tiled:
-                most = min(most, processor.tokens_of(limit.width, limit.height))
+            if limit.width is not None and limit.height is not None:
+                most = min(most, processor.tokens_within(limit.width, limit.height))
             sizes.append(most)
         return min(max(sizes), max_model_len)
 
@@ -213,7 +211,7 @@ def _tile_processor(
     square: SquareProcessor, own: Mapping[str, Any], hf: Mapping[str, Any], vision: ClipConfig, limit: MediaLimit
 ) -> TileProcessor:
     grids = tile_grids(hf, vision.image_size)
-    if "image_grid_pinpoints" in own and tile_grids(own, vision.image_size) != grids:
+    if own.get("image_grid_pinpoints") is not None and tile_grids(own, vision.image_size) != grids:
         raise ValidationError(
             "image_grid_pinpoints of preprocessor_config.json differ from those of config.json: a picture is put "
             "together as it was cut"

@@ -174,4 +174,7 @@ def _text(index: int, part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValidationError(f"message {index} has a content part of type {kind!r}, which is not read here: only text")
+    raise ValidationError(
+        f"message {index} has a content part of type {kind!r}, which is not read here: only text, and for models that "
+        "see images image_url, video_url, image and video."
+    )

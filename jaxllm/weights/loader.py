@@ -41,9 +41,9 @@ READ_PIECE = 2**20
 #: random elements that are drawn at once: on their way they take several times their memory
 PIECE = 2**21
 
-_LAYER = re.compile(r"\.layers?\.\d+\.")
-#: what old checkpoints of Llama and GPT-NeoX keep of the rotary embedding and of the mask; follows from the config
-_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_LAYER = re.compile(r"\.(?:layers?|h)\.\d+\.")
+#: what old checkpoints of Llama and of the GPTs keep of the rotary embedding and of the mask; follows from the config
+_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 #: a model's specs, or something else of each
@@ -214,7 +214,9 @@ def _fill(
     columns = [tuple(slice(axis.first, axis.first + axis.count) for axis in axes[1:]) for axes in own]
     piece = max(READ_PIECE // math.prod(part.shape[1:]), 1)
     # where rows are columns there, they lie in all of it
-    whole = reader.read(name, within=within).T if part.transposed else None
+    whole = None
+    if part.transposed or part.scalar:
+        whole = np.atleast_1d(reader.read(name, within=within)).T
     piece = piece if whole is None else rows.count
     for first in range(0, rows.count, piece):
         _raise_if(stop)

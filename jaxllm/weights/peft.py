@@ -31,7 +31,6 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "bias": ("none",),
     "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
     "layer_replication": (),
     "trainable_token_indices": (),
     "target_parameters": (),

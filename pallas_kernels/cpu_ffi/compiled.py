@@ -42,11 +42,11 @@ class Kernels:
 
     Args:
         module: the llvmlite module of a kernel, by its name; it has a function `kernel` (`work_sharing`).
-        sources: folders of the Python files that a kernel's code follows from, besides this one's.
+        sources: Python files, or folders of them, that a kernel's code follows from, besides this one's folder.
     """
 
     def __init__(self, module: Callable[[str], Any], sources: Iterable[Path]):
-        self._module, self._sources = module, (Path(__file__).parent, *sources)
+        self._module, self.sources = module, (Path(__file__).parent, *sources)
         self._lock = threading.Lock()
         #: those that XLA knows
         self._names: set[str] = set()
@@ -69,7 +69,7 @@ class Kernels:
                 return ""
             try:
                 if self._compiler is None:
-                    self._compiler = _Compiler(self._sources)
+                    self._compiler = _Compiler(self.sources)
                 for name in sorted(set(names) - self._names):
                     self._load(self._compiler, name, folder)
                     self._names.add(name)
@@ -137,8 +137,8 @@ class _Compiler:
             raise Unavailable(f"the processor lacks {', '.join(missing)}")
         self._features = features.flatten()
         digest = hashlib.sha256()
-        for folder in sources:
-            for path in sorted(folder.glob("*.py")):
+        for source in sources:
+            for path in sorted(source.glob("*.py")) if source.is_dir() else [source]:
                 digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         llvmlite = importlib.metadata.version("llvmlite")
         digest.update(f"llvmlite {llvmlite} {llvm.get_host_cpu_name()} {self._features}".encode())

@@ -20,16 +20,16 @@ from support.tiny_model import write_tiny_model
 import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.autotuning import machine as turns
 from jaxllm.autotuning import measure as measuring
-from jaxllm.autotuning import tuner
 from jaxllm.autotuning.capacity import Planner
 from jaxllm.autotuning.forecast import Forecast
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.knob import Space
 from jaxllm.autotuning.measure import MeasuredRun, measure, prompts_of
+from jaxllm.autotuning.question import hash_of
 from jaxllm.autotuning.search import Search
 from jaxllm.autotuning.trials import Journal
-from jaxllm.autotuning.tuner import hash_of
 from jaxllm.config.devices import gpu_named
 from jaxllm.config.files import load_config
 from jaxllm.entrypoints.cli import main
@@ -258,7 +258,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -
         calls.append(dict(arguments))
         return measure(model, arguments, workload, **options)
 
-    monkeypatch.setattr(tuner, "measure", counting)
+    monkeypatch.setattr(turns, "measure", counting)
     return calls
 
 
@@ -320,7 +320,7 @@ def test_the_same_question_again_has_the_same_answer(model: Path, tmp_path: Path
         run = dataclasses.replace(found.run, arrivals=none, firsts=none + seconds / 2, lasts=none + seconds)
         return dataclasses.replace(found, run=run)
 
-    monkeypatch.setattr(tuner, "measure", machine)
+    monkeypatch.setattr(turns, "measure", machine)
     prompts = Workload.of_prompts([[5, 6, 7] * 20] * 6, [40] * 6, source="prompts")
     options: dict[str, Any] = {"num_trials": 8, "num_measured": 1, "rounds": 1, "use_tqdm": False, **NULL}
     question: Any = {"constraints": "max e2e<1us", "output": tmp_path, **options}
@@ -386,6 +386,8 @@ def test_nothing_keeps_the_constraint(model: Path, tmp_path: Path, capsys: pytes
     assert config["max_model_len"] == 128 and "Nothing that was tried" in (tmp_path / "out" / "report.html").read_text()
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["feasible"] is False
+    assert main(["tune", str(model), "--max-model-len", "128"]) == 1
+    assert "the best settings are those of a workload: give --workload FILE" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

@@ -20,7 +20,7 @@ from jaxllm.models import whole_sequences
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.model import ModelConfig, base_prefix, body_specs
 from jaxllm.models.pooler import PoolingModel
-from jaxllm.models.registry import model_config, pooling_model_config
+from jaxllm.models.registry import POOLING_ARCHITECTURES, model_config, pooling_model_config
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import saved_model
@@ -62,6 +62,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "StableLmForCausalLM": {**DECODER, "hidden_size": 64, "qk_layernorm": True, "use_parallel_residual": True},
     "CohereForCausalLM": {**DECODER, "use_qk_norm": True},
     "Glm4ForCausalLM": {**DECODER, "head_dim": 24},
+    "OPTForCausalLM": DECODER,
+    "GPT2LMHeadModel": {**DECODER, "n_inner": 80},
+    "PhiForCausalLM": {**DECODER, "hidden_size": 64},
+    "FalconForCausalLM": {**DECODER, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80},
+    "ApertusForCausalLM": DECODER,
     "BertModel": {**DECODER, "type_vocab_size": 2},
     "LlamaModel": DECODER,
 }
@@ -71,7 +76,7 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def config_class(name: str) -> Any:
-    family = name.removesuffix("ForCausalLM").removesuffix("Model")
+    family = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel").removesuffix("Model")
     return getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
 
 
@@ -87,7 +92,7 @@ def random_model(model: Any) -> Any:
 def loaded(directory: Path) -> tuple[ModelConfig, Any, Any, dict[str, Any]]:
     """(model, specs, params, config) of a checkpoint, in float32."""
     checkpoint = Checkpoint(directory)
-    pools = checkpoint.config["architectures"][0].endswith("Model")
+    pools = checkpoint.config["architectures"][0] in POOLING_ARCHITECTURES
     model: Any = (pooling_model_config if pools else model_config)(checkpoint.config)
     specs = PoolingModel(body_specs(model), None) if pools else decoder_specs(model)
     params = checkpoint.load(specs, jnp.dtype(jnp.float32), DEVICE, prefix=base_prefix(model), seed=0, progress=False)

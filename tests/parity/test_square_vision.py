@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.pictures import encoded, reader_of
 from support.seeing_models import SQUARE, picture, write_seeing_model
 
 from jaxllm.api.errors import ValidationError
@@ -29,7 +31,7 @@ from jaxllm.weights.checkpoint import Checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 
 SIZES = ((100, 70), (33, 300), (20, 20), (7, 5))
 
@@ -154,6 +156,32 @@ def test_more_tiles_than_were_planned_for_are_refused():
         small.with_options({"max_pixels": 1})
     with pytest.raises(ValidationError, match="which is not made of tiles of 20 x 20 pixels"):
         tile_grids({"image_grid_pinpoints": [[20, 30]]}, 20)
+
+
+@pytest.mark.parametrize("largest", [(40, 20), (60, 30), (25, 50), (7, 5)])
+def test_tiles_are_those_of_any_smaller_picture(largest: tuple[int, int]):
+    """A square one may become more of them than the wide one that was said."""
+    sizes = ((width, height) for width in range(1, largest[0] + 1) for height in range(1, largest[1] + 1))
+    most = max(math.prod(tiles()._grid(*size)) for size in sizes)
+    assert tiles(largest).most_tiles == most == (2 if min(largest) <= 20 else 4)
+
+
+def test_pictures_are_turned_before_they_are_cut():
+    """A head has the sides of a picture that is not turned yet, of which there may be more tiles."""
+    own = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+    square = SquareProcessor.of(own, "LlavaNextImageProcessor", **SHAPE)
+    reader = reader_of({"image": TileProcessor.of(square, ((1, 4), (2, 1)), (20, 80))}, max_tokens=200)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(picture(80, 20), "JPEG", exif=exif)
+    (media,) = reader.read({"multi_modal_data": {"image": turned}})
+    assert media.items[0].grid.num_patches == 3 * 16
+    with pytest.raises(ValidationError, match="image of 80 x 20 pixels becomes 4 tiles, and the engine has planned"):
+        reader.read({"multi_modal_data": {"image": encoded(picture(80, 20), "JPEG")}})
+
+
+def test_forms_that_are_null_are_transformers():
+    assert tile_grids({"image_grid_pinpoints": None}, 336) == tile_grids({}, 336) == GRIDS
 
 
 def test_smaller_pictures_than_were_planned_for_have_room(tmp_path: Path):

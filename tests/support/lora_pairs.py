@@ -83,6 +83,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     ),
 }
+#: whose matrices PEFT finds as [in, out]
+LONG_FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "gpt2": ("GPT2", {"n_inner": 80}, ["c_attn", "c_proj", "c_fc"]),
+}
 #: by a name, a family that sees pictures
 PICTURES = {"pictures": "qwen2_5_vl", "pictures of Gemma 3": "gemma3", "pictures of LLaVA": "llava"}
 IMAGE_LIMIT = {"count": 1, "width": 84, "height": 84}
@@ -175,9 +179,9 @@ def of_pictures(folder: Path, family: str) -> dict[str, Any]:
 
 def of_family(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(1)
-    kind, sizes, modules = FAMILIES[name]
+    kind, sizes, modules = {**FAMILIES, **LONG_FAMILIES}[name]
     config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **sizes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for array in model.parameters():
             if array.ndim > 1:

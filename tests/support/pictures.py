@@ -12,27 +12,36 @@ from jaxllm.config.media import media_limits
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import MediaItem
 from jaxllm.multimodal.marks import QWEN
+from jaxllm.multimodal.processor_cache import ProcessorCache
 from jaxllm.multimodal.prompts import MediaReader
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 
 PROCESSOR = QwenProcessor.of(VISION["qwen2_5_vl"], {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64})
 
 
-def reader(max_model_len: int = 1000, **limits: Any) -> MediaReader:
-    return reader_of({"image": PROCESSOR, "video": PROCESSOR}, max_model_len, **limits)
+def reader(max_model_len: int = 1000, *, cache: ProcessorCache | None = None, **limits: Any) -> MediaReader:
+    return reader_of({"image": PROCESSOR, "video": PROCESSOR}, max_model_len, cache=cache, **limits)
 
 
-def reader_of(processors: dict[str, Any], max_model_len: int = 1000, **limits: Any) -> MediaReader:
+def reader_of(
+    processors: dict[str, Any],
+    max_model_len: int = 1000,
+    *,
+    max_tokens: int = 64,
+    cache: ProcessorCache | None = None,
+    **limits: Any,
+) -> MediaReader:
     """Of some modalities."""
     return MediaReader(
         processors,
         {name: token for name, token in (("image", IMAGE), ("video", VIDEO)) if name in processors},
         media_limits("limits", limits),
-        max_tokens=64,
+        max_tokens=max_tokens,
         max_model_len=max_model_len,
         access=MediaAccess(domains=["127.0.0.1"]),
         marks=QWEN,
         has_axes=True,
+        cache=cache,
     )
 
 

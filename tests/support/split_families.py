@@ -36,6 +36,11 @@ DEVICES = 4
 FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": {},
     "GPTNeoX": {},
+    # whose matrices are [in, out], and whose positions every device has
+    "GPT2": {"n_embd": 64, "n_inner": 128},
+    # KV heads in turn with their queries; a bias of the scores
+    "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+    "Phi": {},
     "Olmo2": {},
     "Cohere": {"use_qk_norm": True},
     "Mixtral spread": {"num_local_experts": 8, "intermediate_size": 21},
@@ -46,6 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "GptOss": {"num_local_experts": 6, "intermediate_size": 20},
+    "GraniteMoeShared": {"num_local_experts": 6, "intermediate_size": 20, "shared_intermediate_size": 20},
+    "Ernie4_5_Moe spread": {"moe_num_experts": 8, "moe_intermediate_size": 20},
     "DeepseekV2": {
         "kv_lora_rank": 24,
         "q_lora_rank": 20,
@@ -61,7 +68,8 @@ def main() -> None:
     for name, fields in FAMILIES.items():
         family, _, spread = name.partition(" ")
         with tempfile.TemporaryDirectory() as folder:
-            config = {**CONFIG, **fields, "architectures": [f"{family}ForCausalLM"]}
+            kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+            config = {**CONFIG, **fields, "architectures": [f"{family}{kind}"]}
             compare(Path(folder), config, spread=bool(spread))
         print(name)
 

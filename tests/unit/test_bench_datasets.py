@@ -40,6 +40,19 @@ def read(*argv: str) -> list[BenchRequest]:
     return datasets.read_dataset(parser.parse_args([*argv, "--num-prompts", "6"]), tokenizer)
 
 
+def test_tokens_are_those_of_the_model_and_of_the_tokenizer(tmp_path: Path):
+    tokenizer: Any = Words()
+    assert datasets.ordinary_ids(tokenizer) == [1, 2, 4, 5, 6, 7] == datasets.ordinary_ids(tokenizer, 100)
+    assert datasets.ordinary_ids(tokenizer, 6) == [1, 2, 4, 5]
+    arguments = argparse.Namespace(model=str(tmp_path), load_format="dummy", config=None)
+    for config in ({"vocab_size": 6}, {"text_config": {"vocab_size": 6}, "vocab_size": 7}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert datasets.model_vocabulary(arguments) == 6
+    arguments.load_format = "safetensors"
+    (tmp_path / "config.json").write_text("{")
+    assert datasets.model_vocabulary(arguments) is None
+
+
 def lengths(requests: list[BenchRequest]) -> list[tuple[int, int]]:
     return [(len(request.prompt_token_ids), request.output_len) for request in requests]
 

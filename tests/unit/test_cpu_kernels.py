@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -105,3 +107,18 @@ def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pyte
     (segment,) = params.layers
     assert all(isinstance(getattr(segment, name), StackedMatrix) for name in MATRICES)
     assert not isinstance(params.head, StackedMatrix)
+
+
+@pytest.mark.parametrize("operation", ["dense_matmul", "lora_matmul", "packed_matmul", "paged_attention"])
+def test_a_kernels_version_is_of_all_that_its_code_follows_from(operation: str):
+    """Whatever the files that write code read of this package, tables too; else an older kernel would be found."""
+    kernels = importlib.import_module(f"pallas_kernels.{operation}.cpu_ffi").KERNELS
+    files = [path for source in kernels.sources for path in ([source] if source.is_file() else source.glob("*.py"))]
+    read = set()
+    for path in files:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        if any(node.module == "llvmlite" for node in nodes):
+            read |= {node.module for node in nodes if (node.module or "").startswith("pallas_kernels.")}
+    assert read
+    for name in read:
+        assert Path(importlib.import_module(name).__file__ or "") in files, name

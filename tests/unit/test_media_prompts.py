@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from support.pictures import PROCESSOR, normal, reader, reader_of
-from support.seeing_models import IMAGE, VIDEO, VISION, picture
+from support.seeing_models import IMAGE, MARKS, VIDEO, VISION, picture
+from support.tiny_model import byte_tokenizer
+from tokenizers import AddedToken
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit, domains, media_limits
+from jaxllm.engine.io.pooling_inputs import PoolingReader, TextPair
 from jaxllm.engine.io.prompts import PreparedPrompt, PromptReader, holds_media
 from jaxllm.multimodal.items import Grid, Media
+from jaxllm.multimodal.processor_cache import ProcessorCache
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.tokenization.chat import ChatRenderer
 
@@ -152,6 +159,52 @@ def test_limits_have_vllms_forms():
     assert domains("hosts", ["Example.org"]) == ("Example.org",)
     with pytest.raises(ValidationError, match="names of hosts"):
         domains("hosts", ["http://example.org"])
+
+
+def test_smaller_pictures_than_the_limit_have_room():
+    """Of any form: also where pixels are bounded, and one as large as the limit loses more in rounding than others."""
+    bounded = PROCESSOR.with_options({"max_pixels": 28 * 28 * 61})
+    for width, height in ((260, 260), (60, 90)):
+        sizes = ((w, h) for w in range(1, width + 1, 3) for h in range(1, height + 1, 3) if max(w, h) < 100 * min(w, h))
+        most = max(bounded.tokens_of(*size) for size in sizes)
+        assert most <= bounded.tokens_within(width, height) <= bounded.most_tokens
+    assert bounded.tokens_of(260, 260) == 49 < bounded.tokens_within(260, 260)
+    assert PROCESSOR.tokens_within(112, 84) == PROCESSOR.tokens_of(112, 84) == 4 * 3
+    # which has fewer pixels than any is made of
+    assert PROCESSOR.tokens_within(60, 90) == PROCESSOR.tokens_of(1, 90) == 10
+    # of longer sides some forms are looked at, and here all of them are too narrow
+    assert PROCESSOR.tokens_within(10**9, 1) == PROCESSOR.most_tokens <= PROCESSOR.tokens_within(10**9, 10**9)
+
+
+def test_nothing_stands_for_what_was_named_before():
+    own = reader(cache=ProcessorCache(2**20))
+    named: dict[str, Any] = {"multi_modal_uuids": {"image": "it"}}
+    for none in (None, [None]):
+        with pytest.raises(ValidationError, match="image: Cache miss for image but data is not provided"):
+            own.read({"multi_modal_data": {"image": none}, **named})
+    (first,) = own.read({"multi_modal_data": {"image": picture(56, 56)}, **named})
+    for none in (None, [None]):
+        assert own.read({"multi_modal_data": {"image": none}, **named}) == [first]
+    film = {"multi_modal_data": {"video": [[picture(56, 56)] * 2]}, "multi_modal_uuids": {"video": ["a film"]}}
+    assert own.read(film) == own.read({**film, "multi_modal_data": {"video": [None]}})
+    parts = [{"type": "image_url", "image_url": None, "uuid": "it"}, {"type": "image", "uuid": "it"}]
+    asked = {"messages": [{"role": "user", "content": parts}]}
+    assert own.read(own.of_conversation(asked)) == [first, first]
+    for part in ({"type": "image_url", "image_url": None}, {"type": "image"}):
+        with pytest.raises(ValidationError, match="must have a URL|has nothing of its own"):
+            own.of_conversation({"messages": [{"role": "user", "content": [part]}]})
+
+
+def test_pairs_of_texts_have_no_places():
+    """A mark that nothing stands for is refused in a pair as in any other prompt."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS["qwen2_5_vl"]])
+    transformers = pytest.importorskip("transformers")
+    fast: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    prompts: Any = SimpleNamespace(media=reader(), read=lambda *_: [])
+    good, bad = PoolingReader(prompts, fast, False).read([TextPair("a", "b"), TextPair("a", "<|image_pad|>")])
+    assert isinstance(good, PreparedPrompt)
+    assert isinstance(bad, ValidationError) and "corresponding to 0 image items" in str(bad)
 
 
 def test_names_of_contents_are_of_their_salt():

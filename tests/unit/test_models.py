@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -133,6 +134,27 @@ def test_the_first_known_architecture_is_taken():
             {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
         ),
         (
+            "Olmo3ForCausalLM",
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            {
+                "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
+        (
+            "Exaone4ForCausalLM",
+            {"sliding_window": 8, "sliding_window_pattern": "LLG"},
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+        ),
+        (
+            "HunYuanDenseV1ForCausalLM",
+            {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "alpha": 10.0, "factor": 1.0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4 * 10.0 ** (16 / 14)}},
+        ),
+        (
             "SmolLM3ForCausalLM",
             {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8},
             {
@@ -172,12 +194,14 @@ def test_missing_fields_have_transformers_defaults():
     """As in config files that transformers itself wrote without them."""
     transformers = pytest.importorskip("transformers")
     fields = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_attention_heads")}
-    for name in [name for name in ARCHITECTURES if name.endswith("ForCausalLM")]:
+    for name in [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))]:
         if name.startswith("Deepseek"):
             continue  # a config of theirs without its sizes is refused: it would be some other model's
-        kind = {"Gemma3": "Gemma3Text"}.get(family := name.removesuffix("ForCausalLM"), family)
-        full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
-        ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
+        kind = {"Gemma3": "Gemma3Text"}.get(family := re.sub("ForCausalLM|LMHeadModel", "", name), family)
+        # its default is more than these heads have
+        own = {"rotary_dim": 8} if family == "GPTJ" else {}
+        full = getattr(transformers, f"{kind}Config")(**fields, **own, num_attention_heads=4).to_dict()
+        ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"), **own)
         del full["architectures"]
         assert ours == config(name, **full), name
         if family in ("Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4"):
@@ -190,12 +214,22 @@ def test_missing_fields_have_transformers_defaults():
     [
         ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
-        ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
+        ("LlamaForCausalLM", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ("LlamaForCausalLM", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
         ("LlamaForCausalLM", {"head_dim": 15}, "head_dim=15 is odd"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "no field 'factor', which LlamaFor"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("OPTForCausalLM", {"do_layer_norm_before": False}, "do_layer_norm_before=false of OPT"),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32 is not supported: it must be"),
+        ("OPTForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "learned positions, 512 of"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true of GPT-2"),
+        ("GPT2LMHeadModel", {"n_embd": "wide"}, "n_embd of config.json must be an integer, got 'wide'"),
+        ("PhiForCausalLM", {"qk_layernorm": True}, "qk_layernorm=true of Phi"),
+        ("GPTJForCausalLM", {}, "rotary_dim=64 is not supported: it must be even, and at most head_dim=16"),
+        ("FalconForCausalLM", {"alibi": True}, "alibi=true of Falcon is not supported"),
+        ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "with new_decoder_architecture=false"),
+        ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla=true of Hunyuan"),
         ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
     ],
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support.quantized_checkpoints import FORMATS, write
+from support.quantized_checkpoints import FORMATS, NF4, write
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm.api.errors import ValidationError
@@ -115,6 +116,23 @@ def test_a_checkpoint_is_quantized_while_it_is_read(tmp_path: Path, asked: str):
         largest = np.abs(want).max(axis=-1, keepdims=True)
         error = np.abs(np.asarray(dense(matrix, F32)) - want)
         assert (error <= step * 1.01 * largest).all() and error.max() > 0, field
+
+
+def test_sixteen_bits_become_bitsandbytes_nearest_numbers(tmp_path: Path):
+    """Of every 64 in a row the largest is kept, and of each number's share of it the nearest of NF4's (Dettmers et al.
+    2023, arXiv:2305.14314, appendix E).
+    """
+    plain = write_tiny_model(tmp_path)
+    ours, whole = load(plain, "bitsandbytes"), load(plain)
+    for field in FIELDS:
+        matrix, want = getattr(ours.layers[0], field), np.asarray(getattr(whole.layers[0], field))
+        groups = want.reshape(*want.shape[:-1], -1, math.gcd(want.shape[-1], 64))
+        largest = np.abs(groups).max(axis=-1, keepdims=True)
+        nearest = NF4[np.abs(groups[..., None] / largest[..., None] - NF4).argmin(axis=-1)]
+        np.testing.assert_allclose(
+            dense(matrix, F32), (nearest * largest).reshape(want.shape), rtol=1e-6, err_msg=field
+        )
+    np.testing.assert_array_equal(ours.head, whole.head)
 
 
 def test_one_matrix_may_be_left_out(tmp_path: Path):
@@ -461,7 +479,7 @@ def test_experts_of_a_layer_that_differ_are_refused():
         quantized(decoder_specs(model_config(model)), lambda name: form if "experts.0." in name else None)
 
 
-@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8"])
+@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8", "bitsandbytes"])
 def test_kept_matrices_are_asked_for_by_the_name_that_made_them(tmp_path: Path, asked: str):
     method = quantization_method(asked, None)
     assert method is not None

@@ -22,6 +22,7 @@ from jaxllm.engine.observe.trace import RequestRecord, Trace
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
 from jaxllm.tuning.simulation.forecasts import on_engine
+from jaxllm.tuning.simulation.measure import measure_steps
 from jaxllm.tuning.simulation.replay import replay
 from jaxllm.tuning.simulation.workload import Workload
 
@@ -149,12 +150,28 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert message in capsys.readouterr().err
 
 
-def test_a_running_engine_is_measured(model: Path):
-    """The error is of a run that the steps were not fitted to; how large it is, the machine decides, too."""
+def test_a_running_engine_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """What its steps take is found, of steps that it has run and of others; on a machine, the error is of a run that
+    the steps were not fitted to, and how large it is, the machine decides, too.
+    """
+
+    def law(shape: StepShape) -> float:
+        return 1e-3 + 2e-5 * shape.num_tokens + 2e-6 * shape.decode_context + 1e-6 * shape.chunk_pairs
+
     with LLM(model, **SMALL, num_gpu_blocks_override=64) as llm:
         (core,) = llm.engine.core.cores
         runner: Any = core._runner
-        execute = runner.execute
+        bucket, execute = llm.engine.runner.bucket, runner.execute
+
+        def of(step: SchedulerOutput) -> float:
+            return law(StepShape.of(step, bucket(step.num_tokens, len(step.rows))[0]))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "trace", VirtualTime(llm, of).trace)
+            steps = measure_steps(llm, rounds=1)
+        # decoding, reading, and both in one step
+        for shape in (StepShape(32, 4, 4, 400, 0), StepShape(32, 1, 0, 0, 900), StepShape(32, 3, 2, 60, 300)):
+            assert steps.device_seconds(shape) == pytest.approx(law(shape), rel=0.03)
 
         def slowly(step: SchedulerOutput) -> Any:
             time.sleep(2e-3 + 1e-4 * step.num_tokens)
@@ -165,3 +182,24 @@ def test_a_running_engine_is_measured(model: Path):
     assert found.simulated.num_requests == 20 and found.simulated.num_running.max() == 2
     assert set(found.errors) > {"throughput", "ttft_p50"} and "12 other requests, which were measured" in str(found)
     assert np.isfinite(list(found.errors.values())).all()
+
+
+def test_how_far_off_it_is_is_measured_in_parts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A part of the grid that the file has is kept, and not measured again."""
+    file = tmp_path / "errors.json"
+    words = ["bench", "simulate", "--model", str(model), "--num-prompts", "4", "--num-iters", "1", "--max-model-len",
+             "256", "--enforce-eager", "--block-size", "16", "--output-json", str(file)]  # fmt: skip
+    part = ["--workloads", "decode", "--num-seqs", "2", "--num-batched-tokens", "32"]
+    assert main([*words, *part]) == 0
+    first = json.loads(file.read_text())["rows"]
+    assert [row["workload"] for row in first] == ["decode"] and set(first[0]["measured"]) == {"throughput", "ttft_p50"}
+    assert main([*words, "--workloads", "decode", "prefill", "--num-seqs", "2", "--num-batched-tokens", "32"]) == 0
+    found = json.loads(file.read_text())
+    assert found["rows"][0] == first[0] and [row["workload"] for row in found["rows"]] == ["decode", "prefill"]
+    errors = [abs(row["from steps"]["throughput"]) for row in found["rows"]]
+    assert found["summary"]["throughput"]["worst"] == max(errors)
+    assert "of 2 within 10%" in capsys.readouterr().out
+    assert main([*words, *part, "--seed", "1"]) == 1
+    assert "was measured with seed=" in capsys.readouterr().err
+    assert main([*words, *part[:-1], "32", "64"]) == 1
+    assert "--num-batched-tokens has 2 values and --num-seqs 1" in capsys.readouterr().err

@@ -247,6 +247,11 @@ class PoolingReader:
         start = whole.type_ids.index(1) if 1 in whole.type_ids else None
         if not whole.ids:
             return ValidationError("The prompt cannot be empty")
+        if self._reader.media is not None:
+            try:
+                self._reader.media.check_no_places(whole.ids)
+            except ValidationError as error:
+                return error
         return PreparedPair(whole.ids, segment_start=start)
 
 

@@ -355,8 +355,8 @@ class SamplingHead(Head[Params, State]):
         programs = self.programs
         sample_size, trash = programs.sample_packing.size, programs.max_num_seqs
         replicas = programs.replicas
-        for bucket, packing in list(programs.packings.items())[: 1 if smallest else None]:
-            buffer = np.zeros(replicas * (packing.size + sample_size), np.int32)
+        for bucket in programs.buckets[: 1 if smallest else None]:
+            buffer = np.zeros(replicas * (programs.packings[bucket].size + sample_size), np.int32)
             state, hidden, sampling = self._forward(state, bucket, buffer)
             for full in (True, False):
                 state, _ = self._sample(state, hidden, sampling, None, bucket.seqs, full)

@@ -21,6 +21,7 @@ from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
@@ -35,7 +36,7 @@ from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
-from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, takes
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
@@ -44,11 +45,12 @@ from pallas_kernels.storage import STORAGE
 Form = Literal["plain", "one row", "few rows", "several rows"]
 PLAIN = Backend()
 
-#: rows whose logits exist at once; a block costs its size, so few rows take a small one (on a CPU, which computes eight
-#: of them together, the smallest serves a single row as well). For more rows than the largest a GPU has samplers of
-#: several blocks, a CPU goes on to the next block as long as there are rows
-SAMPLE_ROWS_CPU = (8, 32)
+#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
 SAMPLE_ROWS_GPU = (8, 64, 256)
+
+#: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
+#: largest
+FIRST_TOKENS = 32
 
 WRITER: Key = ("write tokens",)
 OUTPUT_WRITER: Key = ("write outputs",)
@@ -82,6 +84,7 @@ class SamplingPrograms(Programs):
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
         num_rows: int | None = None,
+        answers_early: bool = False,
     ):
         """
         Args:
@@ -92,6 +95,7 @@ class SamplingPrograms(Programs):
             num_draft_steps: most steps of a launch with drafts.
             num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
+            answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
@@ -108,6 +112,9 @@ class SamplingPrograms(Programs):
             self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
+        #: those of the samplers that are there
+        self._ready_rows = tuple(self._sample_rows)
+        self._answers_early = answers_early and platform == "cpu" and not eager
         pictures = media, encoder_buckets, pixel_normal
         several = num_decode_steps, num_draft_steps, *pictures, num_rows, self._sample_rows[-1]
         super().__init__(
@@ -180,7 +187,7 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense else "plain"
+        return "several rows" if backend.cpu_dense or takes(backend, bucket.tokens) else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
@@ -300,6 +307,20 @@ class SamplingPrograms(Programs):
         writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
         return [*several, *samplers, SCORER, *forwards, *writers]
 
+    def _replaceable(self) -> tuple[Key, ...]:
+        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
+        if not self._answers_early or special or self._mesh is not None or self._store is None:
+            return ()
+        some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
+        forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]
+        # what a few requests run in comes first
+        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows[:-1] for full in self._variants]
+        return (*forwards[:2], *samplers, *forwards[2:])
+
+    def _do_without(self, late: tuple[Key, ...]) -> None:
+        super()._do_without(late)
+        self._ready_rows = tuple(rows for rows in self._sample_rows if ("sample", rows, True) not in late)
+
     def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
@@ -339,7 +360,9 @@ class SamplingPrograms(Programs):
         token.
         """
         full = full or False not in self._variants
-        return self._get(("sample", self._sampler_rows(num_samples), full)), full
+        ready = self._ready_rows
+        rows = next((rows for rows in ready if rows >= num_samples), ready[-1])
+        return self._get(("sample", rows, full)), full
 
     def _sampler_rows(self, num_samples: int) -> int:
         return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])

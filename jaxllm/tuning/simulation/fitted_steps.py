@@ -2,12 +2,14 @@
 
 A step's time is a sum: what every step takes, what each token of the program does, rows of logits, and what is attended
 to. Programs are of few sizes, and are made differently for few tokens and for many, so each size that was measured may
-have a time of its own above that of the smaller ones.
+have a time of its own above that of the smaller ones. Logits are computed in blocks of rows, each of which costs its
+size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,12 +17,16 @@ from scipy.optimize import nnls
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.step_shape import StepShape
+from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 
 #: steps that are fitted, at least
 FEWEST_STEPS = 8
 #: how much likelier a line through all sizes is than a time of its own for each: the weight of a size's own time in the
 #: sum of squares, relative to a step's
 _OWN_TIME = 0.03
+#: rounds of reweighting; a share by which a step's time may differ before it counts less; and times of what a step
+#: takes, above which it is somebody else's doing
+_ROUNDS, _CLOSE, _MOST = 12, 0.02, 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class FittedSteps:
         own = sum([seconds for tokens, seconds in self.own if tokens <= size])
         return (
             shape.num_steps * (self.fixed + own + self.token * size)
-            + self.logit * shape.num_logits
+            + self.logit * shape.num_steps * _rows(shape.num_logits / shape.num_steps)
             + self.context * shape.decode_context
             + self.pair * shape.chunk_pairs
         )
@@ -61,7 +67,7 @@ class FittedSteps:
 
     @classmethod
     def of(cls, steps: Mapping[str, np.ndarray]) -> FittedSteps:
-        """The one with the least squares of relative errors over a trace's steps (Lawson and Hanson's NNLS).
+        """The one with the least relative errors over a trace's steps, in the sense of the median (`_least_errors`).
 
         Args:
             steps: `Trace.arrays`.
@@ -96,17 +102,19 @@ class FittedSteps:
         columns = [
             launches,
             sizes * launches,
-            steps["num_logits"],
+            launches * np.array([_rows(count) for count in steps["num_logits"] / launches]),
             steps["decode_context"],
             steps["chunk_pairs"],
             *(launches * (sizes >= size) for size in thresholds),
         ]
         typical = float(np.median(times))
         weights = [0.0] * 5 + [_OWN_TIME / typical] * len(thresholds)
-        found = _least_squares(times, columns, weights)
+        # where no step had more than one block of logits, what it takes is a part of what every step takes
+        weights[2] = _OWN_TIME * SAMPLE_ROWS_CPU[0] / typical
+        found = _least_errors(times, columns, weights)
         # a trace's `device_time` begins before the launch, and has its time
         work = sum(steps[f"{part}_time"] for part in ("schedule", "update", "output"))
-        host = _least_squares(np.maximum(work, 1e-9), [np.ones(len(times)), steps["num_seqs"]], [0.0, 0.0])
+        host = _least_errors(np.maximum(work, 1e-9), [np.ones(len(times)), steps["num_seqs"]], [0.0, 0.0])
         fixed, token, logit, context, pair = found[:5]
         return cls(
             fixed=fixed,
@@ -129,22 +137,34 @@ def _usable(steps: Mapping[str, np.ndarray]) -> np.ndarray:
     return (steps["device_time"] > 0) & (steps["num_drafted_tokens"] == 0)
 
 
-def _least_squares(times: np.ndarray, columns: Sequence[np.ndarray], weights: Sequence[float]) -> list[float]:
-    """Factors of the columns that make the times, a time's tenth being as bad wherever it is; and all of them together
-    as long as the times are, which have outliers on one side.
+def _rows(num_logits: float) -> int:
+    """Rows of the blocks in which so many logits are computed."""
+    few, many = SAMPLE_ROWS_CPU
+    if num_logits <= few:
+        return few if num_logits > 0 else 0
+    return many * math.ceil(num_logits / many)
+
+
+def _least_errors(times: np.ndarray, columns: Sequence[np.ndarray], weights: Sequence[float]) -> list[float]:
+    """Factors of the columns that make the times, none negative.
+
+    A machine that others use too has steps that take far too long, and slow minutes. So half of the steps are to take
+    longer than the factors say, and half less, relative to what they take: least squares (Lawson and Hanson's NNLS),
+    reweighted by the errors of the round before. Then all factors are raised by what steps take longer on average.
 
     Args:
         weights: by which each factor is held at 0, times the square root of the steps.
     """
-    # what is out of all proportion is somebody else's
-    kept = times <= 5 * np.median(times) if len(times) > 50 else np.ones(len(times), bool)
-    whole = np.stack([column.astype(float) for column in columns], axis=1)
-    matrix = whole[kept] / times[kept, None]
-    held = np.sqrt(kept.sum()) * np.diag(weights)
-    matrix = np.concatenate([matrix, held[np.any(held, axis=1)]])
-    target = np.concatenate([np.ones(kept.sum()), np.zeros(len(matrix) - kept.sum())])
-    scales = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-    found, _ = nnls(matrix / scales, target)
-    factors = found / scales
-    modelled = float((whole @ factors).sum())
-    return [float(value) for value in factors * (times.sum() / modelled if modelled else 1.0)]
+    matrix = np.stack([column.astype(float) for column in columns], axis=1)
+    trust, factors = np.ones(len(times)), np.zeros(matrix.shape[1])
+    longer = trust
+    for _ in range(_ROUNDS):
+        held = np.sqrt(trust.sum()) * np.diag(weights)
+        held = held[np.any(held, axis=1)]
+        rows = np.concatenate([matrix * (trust / times)[:, None], held])
+        scales = np.maximum(np.abs(rows).max(axis=0), 1e-300)
+        found, _ = nnls(rows / scales, np.concatenate([trust, np.zeros(len(held))]))
+        factors = found / scales
+        longer = times / np.maximum(matrix @ factors, 1e-12)
+        trust = 1 / np.sqrt(np.maximum(np.abs(np.log(longer)), _CLOSE))
+    return [float(value) for value in factors * np.minimum(longer, _MOST).mean()]

@@ -41,7 +41,7 @@ def on_engine(llm: LLM, workload: Workload, changes: Mapping[str, Any] | None = 
         raise ValidationError("a simulation is of one replica: leave data_parallel_size out.")
     others = changed(settings, changes or {})
     configs(others)
-    steps = measure_steps(llm)
+    steps = measure_steps(llm, most_requests=max(len(workload), _TRIED))
     trace = _tried(llm)
     measured = SimulatedRun.of_trace(trace)
     errors = relative_errors(simulate(Workload.of_trace(trace), settings, steps), measured)
