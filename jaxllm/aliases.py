@@ -159,6 +159,8 @@ MODULES: dict[str, dict[str, str]] = {
     "model_executor": _OWN_MODELS,
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,
+    "multimodal.image": {"convert_image_mode": "jaxllm.multimodal.pictures", **_NO_MEDIA},
+    "multimodal.utils": {**_in("jaxllm.multimodal.access", "encode_image_url", "fetch_image"), **_NO_MEDIA},
     "outputs": {**_OUTPUTS, **_POOLING},
     "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
     "pooling_params": _in("jaxllm.api.pooling_params", "LateChunkingParams", "PoolingParams"),

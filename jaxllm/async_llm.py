@@ -93,6 +93,10 @@ class AsyncLLM:
         """An engine from arguments that are checked already."""
         return cls(**engine_args.given())
 
+    async def wait_until_ready(self) -> None:
+        """As `LLM.wait_until_ready`."""
+        await asyncio.to_thread(self.engine.wait_until_ready)
+
     def __repr__(self) -> str:
         return self.engine.describe("AsyncLLM")
 

@@ -117,6 +117,16 @@ class LLM:
         """Seconds of each start-up phase."""
         return self.engine.startup_times
 
+    def wait_until_ready(self) -> None:
+        """Wait until all programs are there that steps do without at a first start: one text engine on one CPU answers
+        as soon as it has those for steps of up to 32 tokens and for the largest, and gets the others beside its steps,
+        which run in the smallest that is there. All other engines are ready when they have started.
+
+        Raises:
+            JaxLLMError: a program could not be compiled; steps go on in larger ones.
+        """
+        self.engine.wait_until_ready()
+
     def __repr__(self) -> str:
         return self.engine.describe("LLM")
 

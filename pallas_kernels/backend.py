@@ -39,6 +39,8 @@ class Backend:
     #: version of the kernels for CPUs that this process has loaded (`cpu_ffi.compiled`), which programs call by it; ""
     #: none
     cpu_kernels: str = ""
+    #: likewise of the kernels of experts, of products in which rows have matrices of their own
+    cpu_grouped: str = ""
     #: by which names programs call the kernels of attention that this process has loaded (`paged_attention.cpu_ffi`)
     cpu_attention: tuple[str, ...] = ()
     #: those of the kernels of dense products (`dense_matmul.cpu_ffi`)

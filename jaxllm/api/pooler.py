@@ -109,6 +109,19 @@ def one_of_two_names(use_activation: Any, normalize: Any) -> bool | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseModule:
+    """A layer that embeddings go through, a module of sentence-transformers."""
+
+    #: its folder in the model's directory
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool
+    #: "identity" or "tanh"
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pooler:
     """What a pooling engine computes. Hashable: a compiled step is made for one of these."""
 
@@ -117,8 +130,11 @@ class Pooler:
     tok_pooling_type: str = "ALL"
     #: of the classification head; 0: there is none, the results are embeddings
     num_labels: int = 0
-    #: whether a dense layer and tanh come before the classification head (BERT)
-    has_dense: bool = False
+    #: of a classification head with a dense layer in front of its last one (`models.names.ClassifierNames`)
+    dense_activation: str = "tanh"
+    norm_eps: float = 1e-5
+    #: what embeddings go through, in this order
+    dense_modules: tuple[DenseModule, ...] = ()
     #: what `use_activation` applies to class scores: "identity", "sigmoid" or "softmax"
     activation: str = "identity"
     logit_mean: float = 0.0

@@ -44,6 +44,7 @@ def measure(model: Any, arguments: Mapping[str, Any], workload: Workload, *, wit
         ValidationError: there is no such engine.
     """
     with quiet(), LLM(model, **arguments) as llm:
+        llm.wait_until_ready()
         ids = _ordinary_ids(llm)
         prompts = [list(prompt) for prompt in prompts_of(workload, ids)]
         # the first request of an engine's life pays for what the others do not

@@ -86,7 +86,8 @@ class Comparison:
         longest = max(len(request.prompt_token_ids) + request.output_len for case in self._cases for request in case)
         _say(f"{engine.name}: loading")
         # jaxllm is the first of the engines, and its limits are those of all
-        reply = engine.ask(self._setup.load_message(engine.name, self.facts.get(OWN, {}), longest))
+        message = self._setup.load_message(engine.name, self.facts.get(OWN, {}), longest)
+        reply = engine.ask({**message, "includes_startup": self._arguments.include_startup})
         self.facts[engine.name] = reply["facts"]
 
     def _round(self, engine: EngineProcess, file: str, index: int, output_len: int | None) -> float:

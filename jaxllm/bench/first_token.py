@@ -51,6 +51,9 @@ def main() -> None:
             "phases": phases,
             "compiler": {name: round(value, 3) for name, value in compiler.items()},
         }
+        # what compiles beside the first steps takes memory, too
+        llm.wait_until_ready()
+        result["ready_seconds"] = time.time() - job["started_at"]
         plan = llm.memory_plan
         # the largest step takes the activations that the plan counts
         longest = min(plan.max_num_batched_tokens, plan.max_model_len - 1)

@@ -295,6 +295,15 @@ def add_perplexity_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, text in sweeps.items():
         parser.add_argument(name, type=lambda text: text.split(","), metavar="NAME,NAME,...", help=text)
+    text = "and the model, a .gguf file, in every form that can be written of it (AWQ, GPTQ, NF4, GGUF's types by "
+    text += "xllamacpp and gguf, ...): in this directory, where they stay"
+    parser.add_argument("--every-form", type=Path, metavar="DIR", help=text)
+    _add_switch(
+        parser,
+        "--weights-alone",
+        "by the model's function of whole sequences, in float32 unless --dtype says: no engine",
+    )
+    _add_switch(parser, "--resume", "measure only forms that the file of --output-json has not")
     _add_output_json(parser)
     add_engine_options(parser)
 

@@ -23,9 +23,12 @@ class JaxLLMSession(Session):
 
     Args:
         detokenize: whether outputs become text, as they do for who uses the engine.
+        ready: wait for all of the engine's programs, which rounds are not to compete with.
     """
 
-    def __init__(self, llm: LLM, *, detokenize: bool):
+    def __init__(self, llm: LLM, *, detokenize: bool, ready: bool = True):
+        if ready:
+            llm.wait_until_ready()
         self.llm = llm
         self._detokenize = detokenize
         #: the newest round's
@@ -81,7 +84,8 @@ def load(message: dict[str, Any]) -> JaxLLMSession:
     """Return the session that the message "load" describes."""
     from jaxllm.llm import LLM
 
-    return JaxLLMSession(LLM(message["model"], **message["engine_args"]), detokenize=False)
+    llm = LLM(message["model"], **message["engine_args"])
+    return JaxLLMSession(llm, detokenize=False, ready=not message.get("includes_startup"))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def _summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
         "avg_startup_time": statistics.fmean(totals),
         "startup_times": totals,
         "startup_percentiles": percentiles(totals),
+        "ready_seconds": [start["ready_seconds"] for start in starts if "ready_seconds" in start],
         "median_phases": {name: statistics.median(each.get(name, 0.0) for each in phases) for name in phases[0]},
         "peak_rss_bytes": max(start["peak_rss_bytes"] for start in starts),
         "planned_bytes": starts[0].get("planned_bytes"),
@@ -94,6 +95,8 @@ def _show(summary: dict[str, Any]) -> None:
     print("Phases, medians:")
     for name, seconds in summary["median_phases"].items():
         print(f"  {name:<20} {seconds:7.2f} seconds")
+    if summary["ready_seconds"]:
+        print(f"All programs there, median: {statistics.median(summary['ready_seconds']):.2f} seconds")
     compiler = summary["starts"][-1]["compiler"]
     counted = ", ".join(f"{name} {value:g}" for name, value in compiler.items())
     print(f"Within these, summed over threads, of the last start: {counted}")

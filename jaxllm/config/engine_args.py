@@ -398,7 +398,18 @@ def _take_vllms_arguments(init: Callable[..., None]) -> Callable[..., None]:
     return construct
 
 
+def _assign(self: EngineArgs, name: str, value: Any) -> None:
+    """Set an argument, as vLLM's scripts do before they start an engine: it is checked as the constructor checks it.
+    An engine that has been started keeps those that it was started with.
+    """
+    _check_names("EngineArgs", [name])
+    made = engine_args(**{**self.given(), name: value})
+    for field in dataclasses.fields(self):
+        object.__setattr__(self, field.name, getattr(made, field.name))
+
+
 EngineArgs.__init__ = _take_vllms_arguments(EngineArgs.__init__)
+EngineArgs.__setattr__ = _assign
 
 
 def refuse_to_set(name: str, value: Any) -> None:

@@ -50,13 +50,13 @@ def media_limits(name: str, value: Any) -> dict[str, MediaLimit]:
         fields = given if isinstance(given, Mapping) else {"count": given}
         numbers: dict[str, int] = {}
         for key, number in fields.items():
+            if number is None:  # as those of `MediaLimit` that nobody has set
+                continue
             if key not in _KEYS[modality]:
                 raise ValidationError(
                     f"{name}[{modality!r}] has the key {key!r}, which does not exist; there are "
                     f"{', '.join(_KEYS[modality])}."
                 )
-            if number is None:
-                continue
             numbers[key] = checks.integer(f"{name}[{modality!r}][{key!r}]", number)
             if numbers[key] < (least := 0 if key == "count" else 1):
                 raise ValidationError(f"{name}[{modality!r}][{key!r}] must be at least {least}, got {number}.")

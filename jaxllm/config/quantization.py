@@ -78,8 +78,8 @@ class QuantizationConfig(Arguments):
     quantization: str | None = argument(
         None,
         weight_method,
-        "how weights are quantized; a checkpoint in 16 bits is quantized to int8, fp8 or int4 while it is read "
-        "(default: as config.json says)",
+        "how weights are quantized; a checkpoint in 16 bits is quantized to int8, fp8, int4 or NF4 (bitsandbytes) "
+        "while it is read (default: as config.json says)",
         group="model",
         short="-q",
     )

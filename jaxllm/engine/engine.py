@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.io.pooling_inputs import PoolingInputs
     from jaxllm.engine.observe.engine_settings import EngineSettings
     from jaxllm.engine.replicas import Replicas
+    from jaxllm.runner.compile.background import Background
     from jaxllm.runner.memory.plan import MemoryPlan
     from jaxllm.runner.null import NullRunner
     from jaxllm.runner.runner import Runner
@@ -60,6 +61,7 @@ class Engine:
         model_files: what the model was read from.
         agreement: with the other processes that run it; None: there are none.
         adapters: those that requests may have; None: there are none.
+        background: makes programs that steps do without until then; None: all are there.
     """
 
     #: those that are not shut down; whoever starts another one is told
@@ -81,10 +83,12 @@ class Engine:
         model_files: ModelFiles,
         agreement: Agreement | None = None,
         adapters: AdapterStore | None = None,
+        background: Background | None = None,
     ):
         self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
         self.client = EngineClient(core, agreement)
+        self._background = background
         #: None: requests have no adapters
         self.adapters_or_none = adapters
         self.inputs, self.default_params = inputs, default_params
@@ -105,7 +109,7 @@ class Engine:
         # Steps that other threads run end before the interpreter does, and no more begin: it ends a thread wherever it
         # is, and in the middle of XLA's code the whole process with it.
         at_exit = atexit.register(functools.partial(_end_steps, self.client.lock, core))
-        self._free = weakref.finalize(self, _free, core, self.pool, adapters, at_exit)
+        self._free = weakref.finalize(self, _free, core, self.pool, adapters, background, at_exit)
         # at the interpreter's end everything goes anyway, and half of what shutdown needs is gone already
         self._free.atexit = False
         Engine._running.add(self)
@@ -155,6 +159,11 @@ class Engine:
         if self.tokenizer is None:
             raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
         return self.tokenizer
+
+    def wait_until_ready(self) -> None:
+        """As `LLM.wait_until_ready`."""
+        if self._background is not None:
+            self._background.wait()
 
     def shutdown(self) -> None:
         """Free everything on the device; the engine cannot be used afterwards. Idempotent."""
@@ -329,9 +338,15 @@ def _end_steps(lock: Any, core: EngineCore | Replicas) -> None:
 
 
 def _free(
-    core: EngineCore | Replicas, pool: TokenizerPool, adapters: AdapterStore | None, at_exit: Callable[[], object]
+    core: EngineCore | Replicas,
+    pool: TokenizerPool,
+    adapters: AdapterStore | None,
+    background: Background | None,
+    at_exit: Callable[[], object],
 ) -> None:
     atexit.unregister(at_exit)
+    if background is not None:
+        background.stop()
     if adapters is not None:
         adapters.shutdown()
     pool.shutdown()

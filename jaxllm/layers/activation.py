@@ -24,6 +24,21 @@ ACTIVATIONS = {
 CLAMPED, CLAMPED_SLOPE, CLAMPED_AT = "clamped swiglu", 1.702, 7.0
 
 
+#: of Apertus, which only has it without a gate: it has numbers of its own (`xielu`)
+XIELU = "xielu"
+
+
+def xielu(x: jax.Array, numbers: jax.Array) -> jax.Array:
+    """x [...] in its dtype, of numbers [4]: alphas of positive and of negative x, before their softplus, the slope at
+    0, and the largest x whose exponential is taken (Huang and Schlag 2024, arXiv:2411.13010).
+    """
+    wide = x.astype(jnp.float32)
+    positive, negative, slope, largest = numbers.astype(jnp.float32)
+    above = jax.nn.softplus(positive) * wide * wide
+    below = (jnp.expm1(jnp.minimum(wide, largest)) - wide) * (slope + jax.nn.softplus(negative))
+    return (jnp.where(wide > 0, above, below) + slope * wide).astype(x.dtype)
+
+
 def activate(name: str, x: jax.Array) -> jax.Array:
     """x [...] in its dtype. Computed in float32 and rounded once, as torch does: XLA rounds after each operation."""
     return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)

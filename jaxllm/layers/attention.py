@@ -59,6 +59,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     causal: bool = True,
+    windows: bool = False,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every query token over its sequence's pages (this step's keys and values included).
@@ -68,6 +69,7 @@ def attention(
         scale: factor on the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         causal: a token sees itself and those before it; otherwise the whole sequence, which this step must complete.
+        windows: whether some layer's tokens see a window; if not `causal`, it reaches as far ahead as back.
         sinks: [heads], a score of each head that takes part in the softmax and has no value.
 
     Returns:
@@ -79,6 +81,9 @@ def attention(
             query, key, value, layout.window, batch.attention, scale=scale, softcap=softcap, causal=causal, sinks=sinks
         )
     attended = _for_kernels(context, batch)
+    if windows and not causal:
+        ahead = jnp.minimum(attended.positions + layout.window, attended.kv_lens[attended.token_seq])
+        attended, causal = dataclasses.replace(attended, seen_to=ahead), True
     pages, kv_scales = _apart(cache)
     return paged_attention(
         query, pages, layout, attended, scale=scale, softcap=softcap, causal=causal, sinks=sinks, kv_scales=kv_scales

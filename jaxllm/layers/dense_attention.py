@@ -50,7 +50,7 @@ def dense_attention(
     Args:
         query: [T, heads, head_dim].
         key, value: [T, kv_heads, head_dim]; values may have another number of numbers.
-        window: i32 [], positions that a token sees, itself included.
+        window: i32 [], positions that a token sees, itself included; if not `causal`, as many ahead.
         sinks: [heads], a score of each head that takes part in the softmax and has no value.
 
     Returns:
@@ -66,7 +66,7 @@ def dense_attention(
         scores = softcap * jnp.tanh(scores / softcap)
     position = jnp.arange(batch.length, dtype=jnp.int32)
     distance = position[:, None] - position[None, :]
-    seen = (distance < window) & (distance >= 0 if causal else True)
+    seen = (distance < window) & (distance >= 0 if causal else distance > -window)
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)

@@ -28,10 +28,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import gated
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.linear import linear, linear_f32
-from jaxllm.layers.routing import Routed, grouped_softmax_top_k, sigmoid_top_k, softmax_top_k, top_k_softmax
+from jaxllm.layers.routing import (
+    Routed,
+    corrected_softmax_top_k,
+    grouped_softmax_top_k,
+    sigmoid_top_k,
+    softmax_top_k,
+    top_k_softmax,
+)
 from jaxllm.layers.token_exchange import through_all_copies
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.quantized import Quantized
@@ -47,7 +55,7 @@ class MoEConfig:
     #: of each expert
     intermediate_size: int
     #: "softmax" and "sigmoid" of all scores, or a softmax of the chosen ones' (`layers.routing`)
-    routing: Literal["softmax", "sigmoid", "softmax of chosen"] = "softmax"
+    routing: Literal["softmax", "sigmoid", "corrected softmax", "softmax of chosen"] = "softmax"
     #: whether a token's weights are divided by their sum
     renormalise: bool = False
     #: experts are chosen in the best `top_groups` of so many groups
@@ -58,12 +66,25 @@ class MoEConfig:
     #: biases of the router and of the experts
     router_bias: bool = False
     expert_bias: bool = False
+    #: whether the router's weights are float32 in any engine
+    float32_router: bool = False
     #: of an MLP that all tokens go through, too; 0: there is none
     shared_size: int = 0
     #: whether that has a gate, the sigmoid of a score
     shared_gate: bool = False
     #: whether devices have experts as wholes, not a part of each
     expert_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ValidationError(
+                f"num_experts_per_tok={self.top_k} is more than the num_experts={self.num_experts} there are"
+            )
+
+    @property
+    def has_correction(self) -> bool:
+        """Whether a bias helps to choose experts, and does not count in their weights."""
+        return self.routing in ("sigmoid", "corrected softmax")
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +114,7 @@ class SparseMLP:
 
     router: jax.Array  # [L, E, d]
     router_bias: jax.Array | None  # [L, E]
-    #: float32 [L, E], what is added to the scores to choose (routing "sigmoid")
+    #: float32 [L, E] or [L, 1, E], what is added to the scores to choose (`MoEConfig.has_correction`)
     correction: jax.Array | None
     experts: Experts
     shared_gate_up: jax.Array | None  # [L, 2S, d]
@@ -120,7 +141,7 @@ def sparse_mlp(
     """
 
     def routed(rows: jax.Array) -> Routed:
-        scores = linear_f32(context, rows, w.router)
+        scores = linear_f32(context, rows.astype(jnp.float32) if config.float32_router else rows, w.router)
         if w.router_bias is not None:
             scores = scores + w.router_bias.astype(jnp.float32)
         return route(config, scores, w.correction)
@@ -159,6 +180,9 @@ def route(config: MoEConfig, scores: jax.Array, correction: jax.Array | None) ->
     if config.routing == "sigmoid":
         assert correction is not None
         weights, chosen = sigmoid_top_k(scores, correction, k, renormalise=config.renormalise, **groups)
+    elif config.routing == "corrected softmax":
+        assert correction is not None
+        weights, chosen = corrected_softmax_top_k(scores, correction, k)
     elif config.routing == "softmax of chosen":
         weights, chosen = top_k_softmax(scores, k)
     elif config.groups > 1:

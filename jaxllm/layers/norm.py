@@ -48,13 +48,16 @@ def joint_rms_norm(
     ]
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+def layer_norm(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float, *, offset: float = 0.0
+) -> jax.Array:
     """Layer norm over the last axis, computed in float32 (Ba et al. 2016, arXiv:1607.06450).
 
     Args:
         x: [..., d].
         weight, bias: [d], or what broadcasts to x; without a bias nothing is added.
         eps: added to the variance.
+        offset: added to the weight (Nemotron stores weight - 1).
 
     Returns:
         [..., d] in x's dtype.
@@ -62,5 +65,5 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: flo
     x32 = x.astype(jnp.float32)
     centred = x32 - row_sum(x32) / x.shape[-1]
     scale = lax.rsqrt(row_sum(centred * centred) / x.shape[-1] + eps)
-    normed = centred * scale * weight.astype(jnp.float32)
+    normed = centred * scale * (weight.astype(jnp.float32) + offset)
     return (normed if bias is None else normed + bias.astype(jnp.float32)).astype(x.dtype)

@@ -53,6 +53,19 @@ def sigmoid_top_k(
     return _renormalised(weights, experts, wanted=renormalise, least=1e-20)
 
 
+def corrected_softmax_top_k(scores: jax.Array, correction: jax.Array, k: int) -> Routed:
+    """ERNIE 4.5: as DeepSeek-V3, of a softmax and without groups; a token's weights are divided by their sum, which
+    counts as 1e-12 at least (`moe_norm_min`).
+
+    Args:
+        correction: float32 [E] or [1, E].
+    """
+    likely = _softmax(scores)
+    _, experts = lax.top_k(likely + correction.astype(jnp.float32), k)
+    weights = jnp.take_along_axis(likely, experts, axis=-1)
+    return weights / jnp.maximum(row_sum(weights), 1e-12), experts
+
+
 def _softmax(scores: jax.Array) -> jax.Array:
     powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / row_sum(powers)

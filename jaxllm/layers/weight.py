@@ -37,6 +37,8 @@ class Rows(NamedTuple):
     step: int
     #: of the whole tensor
     total: int
+    #: units that lie next to each other; `step` goes to the next ones
+    run: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Part:
     transposed: bool = False
     #: what checkpoints of another time have in its place
     alternative: Part | None = None
+    #: whether the tensor is one number, without the axis that it has here
+    scalar: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +66,8 @@ class Part:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of the tensor in which the part lies."""
+        if self.scalar:
+            return ()
         return self.shape if self.rows is None else (self.rows.total, *self.shape[1:])
 
     def in_tensor(self, first: int, last: int) -> tuple[slice, slice | np.ndarray]:
@@ -69,9 +75,11 @@ class Part:
         all, and which of these they are.
         """
         width = self.axes[0].width
-        start, step, _ = self.rows or Rows(0, width, self.shape[0])
-        if step == width:
-            return slice(start + first, start + last), slice(None)
+        start, step, _, run = self.rows or Rows(0, width, self.shape[0])
+        width *= run
+        if step == width or first // width == (last - 1) // width:
+            begin = start + first // width * step + first % width
+            return slice(begin, begin + last - first), slice(None)
         units, rest = np.divmod(np.arange(first, last), width)
         at = start + units * step + rest
         return slice(int(at[0]), int(at[-1]) + 1), at - at[0]

@@ -20,6 +20,7 @@ from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
 from jaxllm.models.decoder import attention_scale, layouts
+from jaxllm.models.names import ClassifierNames
 from jaxllm.models.segments import through_layers
 
 
@@ -37,11 +38,21 @@ class BertConfig:
     max_position_embeddings: int
     type_vocab_size: int
     activation: str
+    #: the row of `position_embedding` that a sequence's first token gets; those before it are nobody's
+    first_position: int = 0
+    #: what the checkpoint's tensors begin with
+    prefix: str = "bert."
+    classifier: ClassifierNames = ClassifierNames(dense="bert.pooler.dense", classifier="classifier")
     causal: bool = False
 
     @property
     def num_kv_heads(self) -> int:
         return self.num_heads
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether the second of two texts has a token type of its own."""
+        return self.type_vocab_size > 1
 
     @property
     def kv_specs(self) -> tuple[KVSpec, ...]:
@@ -75,8 +86,8 @@ class BertLayers:
 @dataclasses.dataclass(frozen=True)
 class BertParams:
     embedding: jax.Array  # [V, d]
-    position_embedding: jax.Array  # [P, d]
-    type_embedding: jax.Array  # [2, d]
+    position_embedding: jax.Array  # [first_position + P, d]
+    type_embedding: jax.Array  # [types, d]
     embedding_norm: jax.Array  # [d]
     embedding_norm_bias: jax.Array  # [d]
     layers: tuple[BertLayers, ...]  # segments
@@ -101,7 +112,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     if kind != "absolute":
         raise ValidationError(f"position_embedding_type {kind!r} is not supported; supported: absolute")
     if hf.get("is_decoder"):
-        raise ValidationError("is_decoder=true is not supported: BERT runs as an encoder")
+        raise ValidationError("is_decoder=true is not supported: such models run as encoders")
     if hf["hidden_size"] % hf["num_attention_heads"]:
         raise ValidationError(
             f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={hf['num_attention_heads']}"
@@ -136,7 +147,7 @@ def forward(
     if batch.segment_starts is not None:
         types = (positions >= batch.segment_starts[batch.attention.token_seq]).astype(jnp.int32)
     x = with_embeddings(embed(context, params.embedding, batch.tokens, params.dtype), batch)
-    x = x + params.type_embedding[types] + params.position_embedding[positions]
+    x = x + params.type_embedding[types] + params.position_embedding[positions + config.first_position]
     x = layer_norm(x, params.embedding_norm, params.embedding_norm_bias, config.norm_eps)
 
     def layer(carry, weights, layout):

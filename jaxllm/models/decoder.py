@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
-from jaxllm.layers.activation import activate, gated
+from jaxllm.layers.activation import activate, gated, xielu
 from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
@@ -29,7 +29,7 @@ from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_expert
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
 from jaxllm.layers.rope import Rotary, apply_rope, rope_tables, sectioned_rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
-from jaxllm.models.names import WeightNames
+from jaxllm.models.names import ClassifierNames, WeightNames
 from jaxllm.models.segments import through_layers
 from jaxllm.models.vision import VisionConfig, VisionParams
 
@@ -70,15 +70,23 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    #: of the scores of the vocabulary
+    head_bias: bool = False
     #: "rms", or "layer": LayerNorm
     norm: Literal["rms", "layer"] = "rms"
     #: whether the norms of hidden states have biases (of LayerNorm)
     norm_bias: bool = False
+    #: a norm behind the embeddings
+    embedding_norm: bool = False
+    #: whether the first layer has one in front of attention, where the others have
+    first_norm: bool = True
     #: norms of queries and keys
     qk_norm: bool = False
     #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
     #: heads as one vector
     qk_norm_of: Literal["shared", "own", "joint"] = "shared"
+    #: whether they stand behind the rotary embedding
+    qk_norm_behind_rope: bool = False
     #: queries, keys and values are clipped so, on both sides; None: they are not
     qkv_clip: float | None = None
     #: a score of each head, beside those of the tokens (`layers.attention`)
@@ -114,6 +122,8 @@ class DecoderConfig:
     default_length: int | None = None
     #: whether a token sees only those before it; False: an embedding model made of a decoder
     causal: bool = True
+    #: the head of an encoder that classifies; None: one matrix, ``score``
+    classifier: ClassifierNames | None = None
     #: of positions of three axes, the frequencies of each (`layers.rope.sectioned_rope_tables`); (): they have one
     rope_sections: tuple[int, ...] = ()
     #: the tower that sees pictures; None: there is none, or it is not loaded
@@ -161,6 +171,8 @@ class Layers:
     down: jax.Array | None  # [L, d, F]
     down_bias: jax.Array | None  # [L, d]
     post_mlp_norm: jax.Array | None  # [L, d]
+    #: [L, 4], the numbers of `layers.activation.xielu`; None: the activation has none
+    activation: jax.Array | None = None
     #: in place of gate_up and down; None: the layers have these
     sparse: SparseMLP | None = None
     #: in place of qkv; None: the layers have that
@@ -194,12 +206,17 @@ class Params:
     head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
     #: [P, d]; None: positions are not learned, or another pipeline stage has them
     position_embedding: jax.Array | None = None
+    #: [d], behind the embeddings; None: there is none, or another pipeline stage has it
+    embedding_norm: jax.Array | None = None
+    embedding_norm_bias: jax.Array | None = None
     #: of a smaller model that makes drafts, or of layers behind this one that do, in the runner alone
     draft: Params | None = None
     #: of such layers; None: the model reads tokens alone
     joint: Joint | None = None
     #: i32 [V], of a head over some tokens: what is added to a row's number; None: row i is token i
     token_offsets: jax.Array | None = None
+    #: [V], on every device; None: scores have none, or another pipeline stage has it
+    head_bias: jax.Array | None = None
     #: of the tower that sees pictures
     vision: VisionParams | None = None
     #: of adapters, in programs that have them
@@ -230,6 +247,7 @@ def draft_params(params: Params) -> Params | None:
         draft,
         embedding=params.embedding if draft.embedding is None else draft.embedding,
         head=head if draft.head is None else draft.head,
+        head_bias=params.head_bias if draft.head is None else draft.head_bias,
     )
 
 
@@ -356,11 +374,11 @@ def embedded(context: Context, config: DecoderConfig, params: Params, batch: Ste
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     x = with_embeddings(x, batch)
-    if params.position_embedding is None:
-        return x
-    # padding and drafts that will not be kept may lie behind the table's end
-    rows = batch.attention.positions + config.first_position
-    return x + params.position_embedding.at[rows].get(mode="clip")
+    if params.position_embedding is not None:
+        # padding and drafts that will not be kept may lie behind the table's end
+        rows = batch.attention.positions + config.first_position
+        x = x + params.position_embedding.at[rows].get(mode="clip")
+    return _norm(config, x, params.embedding_norm, params.embedding_norm_bias)
 
 
 def last_norm(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -389,6 +407,8 @@ def logits(
         scores = jnp.full((scores.shape[0], config.vocab_size), NEVER).at[:, token].set(scores)
     if params.tables is not None and slots is not None:
         scores = params.tables.scores(context, hidden, slots, scores)
+    if params.head_bias is not None:
+        scores = scores + params.head_bias.astype(jnp.float32)
     if config.logits_scale != 1.0:
         scores = scores * config.logits_scale
     cap = config.logits_softcap
@@ -430,12 +450,14 @@ def _attention_block(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     qkv = linear(context, x, w.qkv, w.qkv_bias).reshape(-1, heads + 2 * kv_heads, dim)
     query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
-    if w.query_norm is not None and w.key_norm is not None:
+    if not config.qk_norm_behind_rope:
         query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
     if config.qkv_clip is not None:
         query, key, value = (jnp.clip(x, -config.qkv_clip, config.qkv_clip) for x in (query, key, value))
     if config.turns:
         query, key = (apply_rope(x, cos, sin, interleaved=config.rope_interleaved) for x in (query, key))
+    if config.qk_norm_behind_rope:
+        query, key = _qk_norms(context, config, query, key, w.query_norm, w.key_norm)
     cache = write_kv(context, cache, key, value, layout, batch)
     attended = attention(
         context,
@@ -446,6 +468,7 @@ def _attention_block(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         causal=config.causal,
+        windows=any(config.layer_window),
         sinks=w.sinks,
     )
     y = linear(context, attended.reshape(-1, heads * dim), w.output, w.output_bias, over="heads")
@@ -453,7 +476,9 @@ def _attention_block(
 
 
 def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight, key_weight):
-    """Of query [T, heads, head_dim] and key [T, kv_heads, head_dim]."""
+    """Of query [T, heads, head_dim] and key [T, kv_heads, head_dim]; as they are where the family has none."""
+    if query_weight is None or key_weight is None:
+        return query, key
     if config.qk_norm_of == "joint":
         flat = [x.reshape(len(x), -1) for x in (query, key)]
         axis = context.mesh_axis("heads")
@@ -474,7 +499,10 @@ def _mlp_block(
         return _norm(config, y, w.post_mlp_norm), chosen
     assert w.gate_up is not None and w.down is not None
     y = linear(context, x, w.gate_up, w.gate_up_bias)
-    y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
+    if w.activation is not None:
+        y = xielu(y, w.activation)
+    else:
+        y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
     y = linear(context, y, w.down, w.down_bias, over="mlp")
     return _norm(config, y, w.post_mlp_norm), None
 
@@ -484,7 +512,7 @@ def _norm(config: DecoderConfig, x: jax.Array, weight: jax.Array | None, bias: j
     if weight is None:
         return x
     if config.norm == "layer":
-        return layer_norm(x, weight, bias, config.norm_eps)
+        return layer_norm(x, weight, bias, config.norm_eps, offset=config.norm_offset)
     return rms_norm(x, weight, config.norm_eps, offset=config.norm_offset)
 
 

@@ -30,33 +30,37 @@ _DIMS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """DeepSeek-V3's experts are chosen by sigmoids and a bias."""
-    _check(hf, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"})
+    check(hf, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"})
     hf = {**_V3, **hf}
-    experts = _experts(hf, groups=hf["n_group"], renormalise=bool(hf["norm_topk_prob"]), routing="sigmoid")
-    return DecoderConfig(**_fields(hf), **experts)
+    sparse = experts(hf, groups=hf["n_group"], renormalise=bool(hf["norm_topk_prob"]), routing="sigmoid")
+    return DecoderConfig(**_fields(hf), **sparse)
 
 
 def v2_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """DeepSeek-V2's experts are chosen by a softmax, in the best groups or among all."""
-    _check(hf, {"scoring_func": "softmax", "norm_topk_prob": False})
+    check(hf, {"scoring_func": "softmax", "norm_topk_prob": False})
     method = hf.get("topk_method") or "greedy"
     if method not in ("greedy", "group_limited_greedy"):
         raise ValidationError(f"topk_method {method!r} is not supported; supported: greedy, group_limited_greedy")
     groups = hf["n_group"] if method == "group_limited_greedy" else 1
-    return DecoderConfig(**_fields(hf), **_experts(hf, groups=groups, renormalise=False, routing="softmax"))
+    return DecoderConfig(**_fields(hf), **experts(hf, groups=groups, renormalise=False, routing="softmax"))
 
 
-def _check(hf: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+def check(hf: Mapping[str, Any], only: Mapping[str, Any]) -> None:
     """Refuse what no published model has, and implementations do not agree on."""
     for name, value in only.items():
         if hf.get(name, value) != value:
             raise ValidationError(f"{name}={hf[name]!r} is not supported; only {value!r} is.")
 
 
-def _experts(
+def experts(
     hf: Mapping[str, Any], *, groups: int, renormalise: bool, routing: Literal["softmax", "sigmoid"]
 ) -> dict[str, Any]:
-    """Constructor arguments of `DecoderConfig`: none where there are no experts."""
+    """Constructor arguments of `DecoderConfig`: none where there are no experts.
+
+    Args:
+        groups: of which the `topk_group` best ones have the experts of a token.
+    """
     first, step = hf.get("first_k_dense_replace") or 0, hf.get("moe_layer_freq") or 1
     layers = tuple(i >= first and i % step == 0 for i in range(hf["num_hidden_layers"]))
     number = hf.get("n_routed_experts")

@@ -45,7 +45,9 @@ def gemma_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         KeyError, ValidationError: as `common_fields`.
     """
     if hf.get("use_bidirectional_attention"):
-        raise ValidationError("use_bidirectional_attention=true is not supported: the decoder is causal")
+        raise ValidationError(
+            "use_bidirectional_attention=true is for Gemma3TextModel, to be pooled: what generates is causal"
+        )
     activation = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh"
     # Google's first configs say "gelu", and mean the tanh form
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation

@@ -42,6 +42,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def embedding_config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """EmbeddingGemma, whose tokens see those behind them too where `use_bidirectional_attention` says so; a window then
+    reaches half as far, in both directions (Schechter Vera et al. 2025, arXiv:2509.20354).
+    """
+    if not hf.get("use_bidirectional_attention"):
+        return config_from_hf(hf)
+    window = hf.get("sliding_window", 4096) // 2 + 1
+    model = config_from_hf({**hf, "use_bidirectional_attention": False, "sliding_window": window})
+    return dataclasses.replace(model, causal=False)
+
+
 #: what `text_config` leaves out when it is this, as Google's own checkpoints do
 _TEXT_DEFAULTS = {
     "vocab_size": 262208,

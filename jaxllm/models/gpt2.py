@@ -36,22 +36,30 @@ _SIZES = {
 }
 
 
+def common_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json in the spelling of GPT-2 and GPT-J says, in that of other families."""
+    sizes = {common: hf[own] if own in hf else hf[common] for common, own in _SIZES.items()}
+    return {
+        **sizes,
+        "intermediate_size": hf.get("n_inner") or 4 * sizes["hidden_size"],
+        "hidden_act": hf.get("activation_function", "gelu_new"),
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
+
+
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if hf.get(name):
             raise ValidationError(f"{name}=true of GPT-2 is not supported.")
-    sizes = {common: hf[own] if own in hf else hf[common] for common, own in _SIZES.items()}
+    sizes = common_sizes(hf)
     fields = common_fields(
         {
             "tie_word_embeddings": True,
             **hf,
             **sizes,
-            "intermediate_size": hf.get("n_inner") or 4 * sizes["hidden_size"],
-            "hidden_act": hf.get("activation_function", "gelu_new"),
             "attention_bias": True,
             "mlp_bias": True,
-            "num_key_value_heads": None,
-            "head_dim": None,
             "rope_scaling": None,
             "rope_parameters": None,
         }

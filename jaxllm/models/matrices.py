@@ -21,18 +21,23 @@ FIELDS = ("qkv", "output", "gate_up", "up", "down", "query_up", "shared_gate_up"
 SMALL_FIELDS = ("router", "shared_gate")
 
 
-def matrices(specs: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+def matrices(specs: Any) -> Iterator[tuple[str, tuple[int, int], int]]:
     """The name in a checkpoint and the shape [out, in] of each matrix, also of a name that other checkpoints have in
-    its place; of experts that are stacked, the shape of one.
+    its place; of experts that are stacked, the shape of one, and how many they are (0: it is one matrix).
     """
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         if _field(path) not in FIELDS:
             continue
         for name, part in spec.tensors():
-            yield name, part.tensor_shape[:2]  # pyright: ignore[reportReturnType]
+            yield name, *_shape(spec, part)
             if part.alternative is not None:
                 for layer in spec.layers or (0,):
-                    yield part.alternative.name.format(layer=layer, expert=0), part.alternative.tensor_shape[:2]  # pyright: ignore
+                    yield part.alternative.name.format(layer=layer, expert=0), *_shape(spec, part.alternative)
+
+
+def _shape(spec: WeightSpec, part: Part) -> tuple[tuple[int, int], int]:
+    stacked = spec.experts.units if spec.experts is not None and spec.has_all_experts(part) else 0
+    return part.tensor_shape[:2], stacked  # pyright: ignore[reportReturnType]
 
 
 def quantized(specs: Tree, layout: Callable[[str], Layout | None], *, first_layer: int = 0) -> Tree:

@@ -43,4 +43,4 @@ def body_specs(config: ModelConfig) -> ModelParams:
 
 def base_prefix(config: ModelConfig) -> str:
     """What the names of the body's tensors begin with; checkpoints of the bare model leave it out."""
-    return "bert." if isinstance(config, BertConfig) else config.names.prefix
+    return config.prefix if isinstance(config, BertConfig) else config.names.prefix

@@ -9,11 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.api.pooler import Pooler
+from jaxllm.api.pooler import DenseModule, Pooler
+from jaxllm.layers.activation import activate as activate_by_name
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.norm import layer_norm
 from jaxllm.layers.weight import Axis, Part, WeightSpec
-from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, ModelParams, body_specs
 
 
@@ -24,8 +25,19 @@ class Head:
 
     dense: jax.Array | None  # [d, d]
     dense_bias: jax.Array | None  # [d]
+    norm: jax.Array | None  # [d]
+    norm_bias: jax.Array | None  # [d]
     classifier: jax.Array  # [C, d]
     classifier_bias: jax.Array | None  # [C]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Weights of a `DenseModule`."""
+
+    matrix: jax.Array  # [out, in]
+    bias: jax.Array | None  # [out]
 
 
 @jax.tree_util.register_dataclass
@@ -34,40 +46,57 @@ class PoolingModel:
     """Weights of a pooling model."""
 
     body: ModelParams
-    head: Head | None  # None: embeddings
+    #: of classes; or what embeddings go through; None: embeddings that go through nothing
+    head: Head | tuple[Dense, ...] | None
 
 
 def pooling_specs(config: ModelConfig, pooler: Pooler) -> PoolingModel:
     """A `PoolingModel` tree of `WeightSpec`s, the layers in one segment."""
     body = body_specs(config)
     if not pooler.num_labels:
-        return PoolingModel(body=body, head=None)
+        return PoolingModel(body=body, head=tuple(map(_dense_spec, pooler.dense_modules)) or None)
     d, inner, labels = Axis("embed", config.hidden_size), Axis("pooled", config.hidden_size), pooler.num_labels
 
     def weight(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
         return WeightSpec(parts=(Part(name, axes),), init=init)
 
-    if not isinstance(config, BertConfig):
-        classifier = weight("score.weight", Axis("labels", labels), d)
-        return PoolingModel(body, Head(dense=None, dense_bias=None, classifier=classifier, classifier_bias=None))
+    names = config.classifier
+    if names is None:
+        score = weight("score.weight", Axis("labels", labels), d)
+        head = Head(dense=None, dense_bias=None, norm=None, norm_bias=None, classifier=score, classifier_bias=None)
+        return PoolingModel(body, head)
     head = Head(
-        dense=weight("bert.pooler.dense.weight", inner, d),
-        dense_bias=weight("bert.pooler.dense.bias", inner, init=0.0),
-        classifier=weight("classifier.weight", Axis("labels", labels), inner),
-        classifier_bias=weight("classifier.bias", Axis("labels", labels), init=0.0),
+        dense=weight(f"{names.dense}.weight", inner, d),
+        dense_bias=weight(f"{names.dense}.bias", inner, init=0.0) if names.dense_bias else None,
+        norm=weight(f"{names.norm}.weight", inner, init=1.0) if names.norm else None,
+        norm_bias=weight(f"{names.norm}.bias", inner, init=0.0) if names.norm and names.norm_bias else None,
+        classifier=weight(f"{names.classifier}.weight", Axis("labels", labels), inner),
+        classifier_bias=weight(f"{names.classifier}.bias", Axis("labels", labels), init=0.0),
     )
     return PoolingModel(body, head)
 
 
+def _dense_spec(module: DenseModule) -> Dense:
+    rows = Axis("dense outputs", module.out_features)
+    matrix = Part(f"{module.path}/linear.weight", (rows, Axis("dense inputs", module.in_features)))
+    bias = WeightSpec(parts=(Part(f"{module.path}/linear.bias", (rows,)),), init=0.0)
+    return Dense(matrix=WeightSpec(parts=(matrix,)), bias=bias if module.bias else None)
+
+
 def output_size(config: ModelConfig, pooler: Pooler) -> int:
     """Components of one result."""
-    return pooler.num_labels or config.hidden_size
+    return pooler.num_labels or embedding_size(config, pooler)
+
+
+def embedding_size(config: ModelConfig, pooler: Pooler) -> int:
+    """Components of an embedding, as whole as it comes."""
+    return pooler.dense_modules[-1].out_features if pooler.dense_modules else config.hidden_size
 
 
 def finish(
     context: Context,
     pooler: Pooler,
-    head: Head | None,
+    head: Head | tuple[Dense, ...] | None,
     pooled: jax.Array,
     dimensions: jax.Array,
     activate: jax.Array,
@@ -82,14 +111,20 @@ def finish(
     Returns:
         f32 [N, `output_size`].
     """
-    if head is None:
+    if not isinstance(head, Head):
+        for module, dense in zip(pooler.dense_modules, head or (), strict=True):
+            pooled = _linear(context, pooled, dense.matrix, dense.bias)
+            pooled = jnp.tanh(pooled) if module.activation == "tanh" else pooled
         component = jnp.arange(pooled.shape[1], dtype=jnp.int32)
         x = jnp.where(component < dimensions[:, None], pooled, 0.0)
         length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
         return jnp.where(activate[:, None], x / jnp.maximum(length, 1e-12), x)
     x = pooled
     if head.dense is not None:
-        x = jnp.tanh(_linear(context, x, head.dense, head.dense_bias))
+        x = _linear(context, x, head.dense, head.dense_bias)
+        x = jnp.tanh(x) if pooler.dense_activation == "tanh" else activate_by_name(pooler.dense_activation, x)
+    if head.norm is not None:
+        x = layer_norm(x, head.norm, head.norm_bias, pooler.norm_eps)
     x = (_linear(context, x, head.classifier, head.classifier_bias) - pooler.logit_mean) / pooler.logit_sigma
     return jnp.where(activate[:, None], _ACTIVATIONS[pooler.activation](x), x)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.pooler import Pooler, PoolerConfig
+from jaxllm.api.pooler import DenseModule, Pooler, PoolerConfig
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.models.model import ModelConfig
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, POOLING_ARCHITECTURES, is_encoder
 
 #: older `task` -> (runner, convert)
@@ -69,6 +70,7 @@ def make_pooler(
     convert: str,
     pooling_type: str | None,
     normalize: bool | None,
+    dense_modules: tuple[DenseModule, ...] = (),
 ) -> Pooler:
     """How a model pools.
 
@@ -76,19 +78,22 @@ def make_pooler(
         given: the user's wishes, which come first.
         convert: "embed" or "classify".
         pooling_type, normalize: what the model's sentence-transformers files say; None: nothing.
+        dense_modules: what they have embeddings go through.
 
     Without either, causal models pool their last token and BERT its first (CLS), and embeddings are normalised.
     """
-    encoder = is_encoder(hf)
     labels = num_labels(hf) if convert == "classify" else 0
+    usual = "CLS" if is_encoder(hf) else "LAST"
+    if labels and hf.get("classifier_pooling") == "mean":
+        usual = "MEAN"
     use_activation = given.use_activation
     if use_activation is None:
         use_activation = True if labels or normalize is None else normalize
     return Pooler(
-        seq_pooling_type=given.seq_pooling_type or pooling_type or ("CLS" if encoder else "LAST"),
+        seq_pooling_type=given.seq_pooling_type or pooling_type or usual,
         tok_pooling_type=given.tok_pooling_type or "ALL",
         num_labels=labels,
-        has_dense=encoder and labels > 0,
+        dense_modules=() if labels else dense_modules,
         activation=_activation(hf, labels) if labels else "identity",
         logit_mean=0.0 if given.logit_mean is None else given.logit_mean,
         logit_sigma=1.0 if given.logit_sigma is None else given.logit_sigma,
@@ -100,6 +105,17 @@ def make_pooler(
         is_matryoshka=bool(hf.get("is_matryoshka") or hf.get("matryoshka_dimensions")),
         matryoshka_dimensions=tuple(hf.get("matryoshka_dimensions") or ()),
     )
+
+
+def check_dense_modules(model: ModelConfig, pooler: Pooler) -> None:
+    """Raises ValidationError where one takes other vectors than those that come."""
+    size = model.hidden_size
+    for module in pooler.dense_modules:
+        if module.in_features != size:
+            raise ValidationError(
+                f"in_features of {module.path}/config.json is {module.in_features}, and vectors of {size} numbers come."
+            )
+        size = module.out_features
 
 
 def classifier_tokens(hf: Mapping[str, Any]) -> tuple[tuple[str, ...], bool] | None:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.api.errors import ValidationError
 from jaxllm.layers.moe import MoEConfig
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.llama import common_fields
@@ -35,8 +34,6 @@ def with_experts(model: DecoderConfig, hf: Mapping[str, Any], **fields: Any) -> 
     num_experts, top_k = hf["num_experts"], hf["num_experts_per_tok"]
     if not num_experts or not any(layers):
         return model
-    if top_k > num_experts:
-        raise ValidationError(f"num_experts_per_tok={top_k} is more than the num_experts={num_experts} there are")
     moe = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,

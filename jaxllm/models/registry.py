@@ -8,32 +8,52 @@ from typing import Any, TypeVar
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import (
+    apertus,
+    arcee,
     bert,
     cohere,
     deepseek,
+    dots1,
+    ernie4_5,
+    ernie4_5_moe,
+    exaone4,
+    falcon,
+    flex_olmo,
     gemma,
     gemma3,
     glm,
+    glm4_moe,
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     granite,
+    granite_moe,
+    hunyuan,
     llama,
     llava,
     llava_next,
+    minimax_m2,
     mistral,
     mixtral,
+    modernbert,
+    nemotron,
     olmo2,
+    olmo3,
     olmoe,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen2_moe,
     qwen2_vl,
     qwen3,
     qwen3_moe,
+    roberta,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
 )
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.decoder import DecoderConfig
@@ -58,6 +78,18 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "Phi3ForCausalLM": phi3.config_from_hf,
     "OPTForCausalLM": opt.config_from_hf,
     "GPT2LMHeadModel": gpt2.config_from_hf,
+    "Starcoder2ForCausalLM": starcoder2.config_from_hf,
+    "Olmo3ForCausalLM": olmo3.config_from_hf,
+    "Exaone4ForCausalLM": exaone4.config_from_hf,
+    "SeedOssForCausalLM": seed_oss.config_from_hf,
+    "Ernie4_5ForCausalLM": ernie4_5.config_from_hf,
+    "ArceeForCausalLM": arcee.config_from_hf,
+    "NemotronForCausalLM": nemotron.config_from_hf,
+    "PhiForCausalLM": phi.config_from_hf,
+    "GPTJForCausalLM": gptj.config_from_hf,
+    "FalconForCausalLM": falcon.config_from_hf,
+    "HunYuanDenseV1ForCausalLM": hunyuan.config_from_hf,
+    "ApertusForCausalLM": apertus.config_from_hf,
     "GraniteForCausalLM": granite.config_from_hf,
     "Olmo2ForCausalLM": olmo2.config_from_hf,
     "SmolLM3ForCausalLM": smollm3.config_from_hf,
@@ -69,11 +101,25 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "DeepseekV3ForCausalLM": deepseek.config_from_hf,
     "GlmForCausalLM": glm.config_from_hf,
     "Glm4ForCausalLM": glm.glm4_config_from_hf,
+    "Glm4MoeForCausalLM": glm4_moe.config_from_hf,
+    "Dots1ForCausalLM": dots1.config_from_hf,
+    "MiniMaxM2ForCausalLM": minimax_m2.config_from_hf,
+    "GraniteMoeForCausalLM": granite_moe.config_from_hf,
+    "GraniteMoeSharedForCausalLM": granite_moe.shared_config_from_hf,
+    "FlexOlmoForCausalLM": flex_olmo.config_from_hf,
+    "Ernie4_5_MoeForCausalLM": ernie4_5_moe.config_from_hf,
     "Qwen2VLForConditionalGeneration": qwen2_vl.config_from_hf,
     "Qwen2_5_VLForConditionalGeneration": qwen2_vl.qwen2_5_config_from_hf,
 }
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
+#: families whose tokens see those behind them too
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
+    "Bert": bert.config_from_hf,
+    "Roberta": roberta.config_from_hf,
+    "XLMRoberta": roberta.config_from_hf,
+    "ModernBert": modernbert.config_from_hf,
+}
 #: what can only be pooled: the bare models, and those with a classification head
 POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | BertConfig]] = {
     **{
@@ -81,7 +127,12 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
         for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
         for suffix in ("Model", CLASSIFIER_SUFFIX)
     },
-    **{f"Bert{suffix}": bert.config_from_hf for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)},
+    "Gemma3TextModel": gemma3.embedding_config_from_hf,
+    **{
+        f"{family}{suffix}": reading
+        for family, reading in ENCODERS.items()
+        for suffix in ("Model", "ForMaskedLM", CLASSIFIER_SUFFIX)
+    },
 }
 
 
@@ -90,10 +141,11 @@ POOLING_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig | B
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COUNTS = (
     *(*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    # OPT's and GPT-2's own
-    *("ffn_dim", "word_embed_proj_dim", "n_embd", "n_head", "n_inner", "n_layer", "n_positions"),
+    # some families' own
+    *("ffn_dim", "word_embed_proj_dim", "n_embd", "n_head", "n_inner", "n_layer", "n_positions", "rotary_dim"),
+    *("ffn_hidden_size", "num_kv_heads"),
 )
-_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")
@@ -102,7 +154,7 @@ _MAPPINGS = ("rope_scaling", "rope_parameters", "text_config", "vision_config")
 def is_encoder(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a model whose tokens see those behind them too."""
     names = hf.get("architectures") or ()
-    return any(POOLING_ARCHITECTURES.get(name) is bert.config_from_hf for name in names)
+    return any(POOLING_ARCHITECTURES.get(name) in ENCODERS.values() for name in names)
 
 
 def model_config(hf: Mapping[str, Any], max_model_len: int | None = None) -> DecoderConfig:

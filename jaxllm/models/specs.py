@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.layers.activation import XIELU
 from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
@@ -28,17 +29,25 @@ def decoder_specs(c: DecoderConfig) -> Params:
     names, d, vocab = c.names, Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size)
     last, one = f"{names.prefix}{names.norm}", ONE - c.norm_offset
     segments, first = [], 0
-    for sparse, run in itertools.groupby(c.layer_moe if c.moe else (False,) * c.num_layers):
+    kinds = enumerate(c.layer_moe if c.moe else (False,) * c.num_layers)
+    for (sparse, _), run in itertools.groupby(kinds, key=lambda kind: (kind[1], not c.first_norm and kind[0] == 0)):
         layers = range(first, first + len(list(run)))
         segments.append(_segment(c, layers, c.moe if sparse else None))
         first = layers.stop
+
+    def outer_norm(kind: str, init: float) -> WeightSpec:
+        return WeightSpec(parts=(Part(f"{names.prefix}{names.embedding_norm}.{kind}", (d,)),), init=init)
+
     return Params(
         embedding=WeightSpec(parts=(Part(f"{names.prefix}{names.embedding}.weight", (vocab, d)),)),
         position_embedding=_positions(c, d) if c.position_rows else None,
+        embedding_norm=outer_norm("weight", one) if c.embedding_norm else None,
+        embedding_norm_bias=outer_norm("bias", ZERO) if c.embedding_norm and c.norm_bias else None,
         layers=tuple(segments),
         norm=WeightSpec(parts=(Part(f"{last}.weight", (d,)),), init=one),
         norm_bias=WeightSpec(parts=(Part(f"{last}.bias", (d,)),), init=ZERO) if c.norm_bias else None,
         head=None if c.tie_word_embeddings else WeightSpec(parts=(Part(f"{names.head}.weight", (vocab, d)),)),
+        head_bias=_head_bias(c) if c.head_bias else None,
         vision=None if c.vision is None else vision_specs(c.vision),
     )
 
@@ -46,6 +55,11 @@ def decoder_specs(c: DecoderConfig) -> Params:
 def _positions(c: DecoderConfig, d: Axis) -> WeightSpec:
     name = f"{c.names.prefix}{c.names.position_embedding}.weight"
     return WeightSpec(parts=(Part(name, (Axis("positions", c.position_rows), d)),))
+
+
+def _head_bias(c: DecoderConfig) -> WeightSpec:
+    # small, and added to the scores of all tokens, so every device has it
+    return WeightSpec(parts=(Part(f"{c.names.head}.bias", (Axis("whole vocab", c.vocab_size),)),), init=ZERO)
 
 
 def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
@@ -89,7 +103,13 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         return norm(c.qk_norm, module, *axes)
 
     two_norms = c.pre_norms and not c.shared_norm
+    first_norm = c.pre_norms and (c.first_norm or layers[0] > 0)
     sinks = WeightSpec(parts=(Part(f"{prefix}{names.sinks}", (Axis("heads", c.num_heads),)),), layers=layers)
+    numbers = (
+        Part(f"{prefix}{names.activation}.{name}", (Axis("numbers", 1),), scalar=name in ("beta", "eps"))
+        for name in ("alpha_p", "alpha_n", "beta", "eps")
+    )
+    activation = WeightSpec(parts=tuple(numbers), layers=layers, init=0.5)
     latents, values = None, heads
     if c.latents is not None:
         values = Axis("heads", c.num_heads, c.latents.value_dim)
@@ -97,8 +117,8 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
             c.latents, prefix=prefix, layers=layers, hidden_size=c.hidden_size, num_heads=c.num_heads
         )
     return Layers(
-        attention_norm=norm(c.pre_norms, names.attention_norm),
-        attention_norm_bias=norm_bias(c.pre_norms, names.attention_norm),
+        attention_norm=norm(first_norm, names.attention_norm),
+        attention_norm_bias=norm_bias(first_norm, names.attention_norm),
         qkv=joined(names.qkv, qkv, d) if c.latents is None else None,
         qkv_bias=bias(c.qkv_bias, names.qkv, *qkv),
         query_norm=head_norm(names.query_norm, heads),
@@ -114,6 +134,7 @@ def _segment(c: DecoderConfig, layers: range, moe: MoEConfig | None) -> Layers:
         down=joined((names.down,), (d,), mlp) if moe is None else None,
         down_bias=bias(c.mlp_bias and moe is None, (names.down,), d),
         post_mlp_norm=norm(c.post_norms, names.post_mlp_norm),
+        activation=activation if c.activation == XIELU and moe is None else None,
         sparse=None if moe is None else sparse_specs(moe, names.moe, prefix, layers, d),
         latents=latents,
     )
@@ -129,14 +150,20 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
     experts = Axis("experts" if moe.expert_parallel else "whole experts", moe.num_experts)
     own = Axis("whole mlp" if moe.expert_parallel else "mlp", moe.intermediate_size)
     shared = Axis("mlp", moe.shared_size)
-    # transformers 5 calls the module so in every family
-    new = f"{prefix}{ExpertNames.module}."
+    new = f"{prefix}{names.new_module}."
 
     def spec(*parts: Part, experts: Axis | None = None, **fields: Any) -> WeightSpec:
         return WeightSpec(parts=parts, layers=layers, experts=experts, **fields)
 
     def plain(module: str, *axes: Axis) -> Part:
         return Part(f"{prefix}{names.module}.{module}.weight", axes)
+
+    def of_shared(module: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        return Part(f"{prefix}{names.shared_module or names.module}.{module}.weight", axes, rows)
+
+    def joined(tensor: str, stacked: str, *axes: Axis, rows: Rows | None = None) -> Part:
+        other = Part(f"{new}experts.{stacked}", axes, rows)
+        return Part(f"{prefix}{names.module}.{tensor}", axes, rows, alternative=other)
 
     def of_each(module: str, stacked: str, *axes: Axis, rows: Rows | None = None) -> Part:
         other = Part(f"{new}experts.{stacked}", axes, rows)
@@ -158,39 +185,57 @@ def sparse_specs(moe: MoEConfig, names: ExpertNames, prefix: str, layers: range,
             biases = (of_all("gate_up_proj_bias", f"{name}.bias", own, rows=rows) for name, rows in places)
             gate_up_bias = spec(*biases, experts=experts)
             down_bias = spec(of_all("down_proj_bias", f"{names.down}.bias", d), experts=experts)
+    elif names.joined is not None:
+        both, last = names.joined
+        places = _shared_rows((own, own), by_unit=False)
+        gate_up = spec(*(joined(both, "gate_up_proj", own, d, rows=rows) for rows in places), experts=experts)
+        down = spec(joined(last, "down_proj", d, own), experts=experts)
     else:
         places = zip(names.gate_up, _shared_rows((own, own), by_unit=False), strict=True)
         gate_up = spec(*(of_each(name, "gate_up_proj", own, d, rows=rows) for name, rows in places), experts=experts)
         down = spec(of_each(names.down, "down_proj", d, own), experts=experts)
     has_shared, scored = moe.shared_size > 0, Axis("whole experts", moe.num_experts)
     router = dataclasses.replace(
-        plain(names.router, scored, d), alternative=Part(f"{new}{ExpertNames.router}.weight", (scored, d))
+        plain(names.router, scored, d), alternative=Part(f"{new}{names.new_router}.weight", (scored, d))
     )
     router_bias = Part(f"{prefix}{names.module}.{names.router}.bias", (scored,))
-    correction = Part(f"{prefix}{names.module}.{names.correction}", (scored,))
+    row = (Axis("row", 1), scored) if names.correction_is_row else (scored,)
+    correction = Part(
+        f"{prefix}{names.module}.{names.correction}", row, alternative=Part(f"{new}{names.new_correction}", row)
+    )
+    shared_rows: Sequence[Rows | None] = (None, None)
+    shared_gate_up = names.shared_gate_up
+    if len(shared_gate_up) < len(shared_rows):
+        shared_rows, shared_gate_up = _shared_rows((shared, shared), by_unit=False), shared_gate_up * 2
+    shared_parts = (
+        of_shared(name, shared, d, rows=rows) for name, rows in zip(shared_gate_up, shared_rows, strict=True)
+    )
     return SparseMLP(
-        router=spec(router),
+        router=spec(router, dtype="float32" if moe.float32_router else None),
         router_bias=spec(router_bias) if moe.router_bias else None,
-        correction=spec(correction, init=ZERO, dtype="float32") if moe.routing == "sigmoid" else None,
+        correction=spec(correction, init=ZERO, dtype="float32") if moe.has_correction else None,
         experts=Experts(gate_up=gate_up, gate_up_bias=gate_up_bias, down=down, down_bias=down_bias),
-        shared_gate_up=spec(*(plain(name, shared, d) for name in names.shared_gate_up)) if has_shared else None,
-        shared_down=spec(plain(names.shared_down, d, shared)) if has_shared else None,
-        shared_gate=spec(plain(names.shared_gate, Axis("gate", 1), d)) if moe.shared_gate else None,
+        shared_gate_up=spec(*shared_parts) if has_shared else None,
+        shared_down=spec(of_shared(names.shared_down, d, shared)) if has_shared else None,
+        shared_gate=spec(of_shared(names.shared_gate, Axis("gate", 1), d)) if moe.shared_gate else None,
     )
 
 
 def _shared_rows(axes: Sequence[Axis], *, by_unit: bool) -> list[Rows]:
     """Where the parts of a tensor lie that has them one below the other; or, by unit, the first one's first unit, the
-    second one's first unit and so on, then all second units.
+    second one's first unit and so on, then all second units. Of parts with more units than another as many lie next to
+    each other as share one of that.
     """
-    total, step = sum(axis.size for axis in axes), sum(axis.width for axis in axes)
-    firsts = itertools.accumulate((axis.width if by_unit else axis.size for axis in axes), initial=0)
-    return [Rows(first, step if by_unit else axis.width, total) for first, axis in zip(firsts, axes, strict=False)]
+    total, groups = sum(axis.size for axis in axes), min(axis.units for axis in axes) if by_unit else 1
+    firsts = itertools.accumulate((axis.size // groups for axis in axes), initial=0)
+    return [
+        Rows(first, total // groups, total, axis.units // groups) for first, axis in zip(firsts, axes, strict=False)
+    ]
 
 
 def bert_specs(c: BertConfig) -> BertParams:
     """A `BertParams` tree of `WeightSpec`s, the layers in one segment."""
-    prefix, layers = "bert.encoder.layer.{layer}.", range(c.num_layers)
+    prefix, layers = f"{c.prefix}encoder.layer.{{layer}}.", range(c.num_layers)
     d, vocab, mlp = Axis("embed", c.hidden_size), Axis("vocab", c.vocab_size), Axis("mlp", c.intermediate_size)
     heads = Axis("heads", c.num_heads, c.head_dim)
 
@@ -206,7 +251,7 @@ def bert_specs(c: BertConfig) -> BertParams:
         return WeightSpec(parts=(Part(f"{prefix}{name}.weight", (d,)),), layers=layers, init=ONE)
 
     def outside(name: str, *axes: Axis, init: float | None = None) -> WeightSpec:
-        return WeightSpec(parts=(Part(f"bert.embeddings.{name}", axes),), init=init)
+        return WeightSpec(parts=(Part(f"{c.prefix}embeddings.{name}", axes),), init=init)
 
     attention = ("attention.self.query", "attention.self.key", "attention.self.value")
     segment = BertLayers(
@@ -223,9 +268,10 @@ def bert_specs(c: BertConfig) -> BertParams:
         mlp_norm=norm("output.LayerNorm"),
         mlp_norm_bias=bias(d, "output.LayerNorm"),
     )
+    positions = Axis("positions", c.first_position + c.max_position_embeddings)
     return BertParams(
         embedding=outside("word_embeddings.weight", vocab, d),
-        position_embedding=outside("position_embeddings.weight", Axis("positions", c.max_position_embeddings), d),
+        position_embedding=outside("position_embeddings.weight", positions, d),
         type_embedding=outside("token_type_embeddings.weight", Axis("types", c.type_vocab_size), d),
         embedding_norm=outside("LayerNorm.weight", d, init=ONE),
         embedding_norm_bias=outside("LayerNorm.bias", d, init=ZERO),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.multimodal.pictures import convert_image_mode, read_picture
 
 #: of a picture that is fetched
 MOST_BYTES = 256 * 2**20
@@ -161,6 +162,24 @@ class MediaAccess:
         # a URL that is none and an answer that ends early are exceptions of HTTP's own
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValidationError(f"{name}: {url!r:.200} cannot be fetched: {error}") from None
+
+
+def fetch_image(image_url: str) -> Any:
+    """The picture, one of Pillow's, at a URL, a data URI, or a file's URI or path, wherever it lies: for scripts of
+    vLLM's, whose owners name it themselves.
+
+    Raises:
+        ValidationError: it cannot be fetched, or is none.
+    """
+    host = urllib.parse.urlsplit(image_url).hostname if image_url.startswith(("http:", "https:")) else None
+    return read_picture(MediaAccess("/", [host] if host else []).read(image_url, "image_url"), "image_url")
+
+
+def encode_image_url(image: Any, *, image_mode: str | None = "RGB", format: str = "PNG") -> str:
+    """A data URI of a picture of Pillow's, for scripts of vLLM's."""
+    buffer = io.BytesIO()
+    (convert_image_mode(image, image_mode) if image_mode else image).save(buffer, format)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:

@@ -72,6 +72,11 @@ def read_picture(given: Any, name: str) -> Any:
     return _upright(_of_array(given, name), name)
 
 
+def convert_image_mode(image: Any, to_mode: str) -> Any:
+    """A picture of Pillow's in another mode, for scripts of vLLM's; in RGB, what is seen through it stands on white."""
+    return read_picture(image, "image") if to_mode == "RGB" else image.convert(to_mode)
+
+
 def size_of_file(given: Any) -> tuple[int, int] | None:
     """(width, height) that the head of a file's bytes tells, not turned; None: they are something else, or broken."""
     if not isinstance(given, bytes | bytearray | memoryview):

@@ -20,7 +20,7 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.models.segments import segment_sizes
 
 #: what the first stage has outside of layers
-FIRST = ("embedding", "position_embedding", "vision")
+FIRST = ("embedding", "position_embedding", "embedding_norm", "embedding_norm_bias", "vision")
 
 Model = TypeVar("Model")
 #: `Params`, their shapes or their specs

@@ -213,9 +213,12 @@ def _readable(checkpoint: Checkpoint) -> DecoderConfig:
             "quantize takes models of texts, and this one sees images: its tower would be lost. Take a checkpoint that "
             "is quantized already, or quantize while loading: LLM(model, quantization='fp8')."
         )
-    if config.moe is not None and config.names.moe.stacked:
+    if config.moe is not None and (config.names.moe.stacked or config.names.moe.joined):
+        remedy = (
+            "take its MXFP4 checkpoint" if config.names.moe.stacked else "quantize while loading, quantization='fp8'"
+        )
         raise ValidationError(
-            "The experts of this model are stacked tensors, which these formats do not have: take its MXFP4 checkpoint."
+            f"The experts of this model are stacked tensors, which these formats do not have: {remedy}."
         )
     specs = decoder_specs(config)
     checkpoint.quantize(None, matrices(specs), prefix=config.names.prefix)

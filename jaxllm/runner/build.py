@@ -57,6 +57,8 @@ class Built:
     scheduler: SchedulerConfig
     cache: CacheConfig
     plan: MemoryPlan
+    #: those that have some that steps do without until they are made; None: all are there
+    unfinished: Programs | None = None
 
 
 def build_runner(
@@ -124,7 +126,7 @@ def build_runner(
                 unwanted.set()
 
     try:
-        programs.compile_all()
+        programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")
         # on a CPU the cache is zeroed while they are read
@@ -139,7 +141,9 @@ def build_runner(
     clock.lap("load weights")
     runner.warm_up()
     clock.lap("warm up")
-    return Built(runner=runner, scheduler=config.scheduler, cache=config.cache_config(plan.num_blocks), plan=plan)
+    unfinished = programs if isinstance(programs, Programs) and programs.late else None
+    cache = config.cache_config(plan.num_blocks)
+    return Built(runner=runner, scheduler=config.scheduler, cache=cache, plan=plan, unfinished=unfinished)
 
 
 def _runner(
@@ -312,6 +316,8 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         encoder_buckets=_encoder_buckets(config),
         num_rows=config.row_capacity,
         pixel_normal=config.pixel_normal,
+        # a stage of a pipeline would wait for the others' programs
+        answers_early=config.answers_early and config.stage is None,
     )
 
 

@@ -106,6 +106,8 @@ class RunnerConfig:
     #: whether the tokens of each expert are counted
     expert_load: bool = False
     enforce_eager: bool
+    #: steps may run before all programs are there, where others can stand in for those
+    answers_early: bool = False
     #: reduce max_model_len to what fits, rather than fail
     fit_max_model_len: bool
     num_logprobs: int

@@ -24,7 +24,7 @@ from jaxllm.models.decoder import DecoderConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
 from jaxllm.models.pooler import pooling_specs
-from jaxllm.models.pooling_setup import classifier_tokens, make_pooler, runner_type
+from jaxllm.models.pooling_setup import check_dense_modules, classifier_tokens, make_pooler, runner_type
 from jaxllm.models.registry import CLASSIFIER_SUFFIX, model_config, pooling_model_config
 from jaxllm.parallel.rules import check_split, check_storage_split, expert_layers, spread_experts
 from jaxllm.parallel.stages import Stage, pipeline
@@ -122,8 +122,7 @@ class Setup:
         if self.pooler is None or not self.pooler.num_labels:
             return
         head = pooling_specs(self.model, self.pooler).head
-        assert head is not None
-        specs: Any = head.classifier
+        specs: Any = head.classifier  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         name = specs.parts[0].name
         if self.checkpoint.has(name, prefix=base_prefix(self.model)):
             return
@@ -258,6 +257,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         model, args, pooler = _for_pooling(args, checkpoint.config, pooling, convert)
         if pooler.num_labels:
             checkpoint.classifier = _classifier(args, checkpoint)
+        checkpoint.dense_modules = tuple(module.path for module in pooler.dense_modules)
     else:
         model = model_config(checkpoint.config, _asked_length(args))
     media = None
@@ -308,7 +308,12 @@ def _for_pooling(
         convert=convert,
         pooling_type=files.pooling_type if files else None,
         normalize=files.normalize if files else None,
+        dense_modules=files.dense_modules if files else (),
     )
+    check_dense_modules(model, pooler)
+    if model.classifier is not None:
+        names = model.classifier
+        pooler = dataclasses.replace(pooler, dense_activation=names.activation, norm_eps=model.norm_eps)
     logger.info("Pooling: %s", pooler)
     return model, args, pooler
 

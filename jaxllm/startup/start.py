@@ -32,10 +32,12 @@ from jaxllm.engine.joint_replicas import JointReplicas
 from jaxllm.engine.observe.metrics import EngineMetrics
 from jaxllm.engine.observe.stats_log import StatsLog, stats_interval
 from jaxllm.engine.replicas import Replicas
+from jaxllm.models.pooler import embedding_size
 from jaxllm.parallel.processes import differing
 from jaxllm.parallel.rules import expert_layers
 from jaxllm.runner.build import Built, build_replica, build_runner
 from jaxllm.runner.compile import identity as program_identity
+from jaxllm.runner.compile.background import Background
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target, target_here
 from jaxllm.runner.compile.workers import Workers
@@ -121,6 +123,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
+        config = dataclasses.replace(config, answers_early=True)
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
@@ -225,7 +228,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             tokenizer,
             pooler,
             model=str(args.model),
-            hidden_size=model.hidden_size,
+            hidden_size=embedding_size(model, pooler),
             max_model_len=plan.max_model_len,
             adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
@@ -244,6 +247,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         adapters=adapters,
         model_files=ModelFiles(checkpoint, config, setup.other_files),
         agreement=Agreement(differing) if target.num_processes > 1 else None,
+        # last: where the start fails, nothing more is compiled
+        background=Background(built.unfinished) if built.unfinished is not None else None,
     )
 
 

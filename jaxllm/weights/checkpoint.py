@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxllm.api.errors import ValidationError
 from jaxllm.weights import loader
 from jaxllm.weights.classifier_rows import ClassifierRows, WithClassifier
+from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
@@ -61,6 +62,8 @@ class Checkpoint:
             self.config.pop("rope_scaling", None)
         #: what a classification head is made of that the weights have not got; None: nothing
         self.classifier: ClassifierRows | None = None
+        #: folders of layers that embeddings go through (`dense_modules`)
+        self.dense_modules: tuple[str, ...] = ()
         #: None: the weights are read as they are
         self.quantization: Quantization | None = None
 
@@ -99,12 +102,12 @@ class Checkpoint:
         """A directory's generation_config.json; {} when it has none."""
         return read_json(Path(directory) / "generation_config.json") or {}
 
-    def quantize(self, asked: str | None, matrices: Iterable[tuple[str, tuple[int, int]]], *, prefix: str) -> None:
+    def quantize(self, asked: str | None, matrices: Iterable[tuple[str, tuple[int, int], int]], *, prefix: str) -> None:
         """Find out which matrices are quantized, or are to be while they are read.
 
         Args:
             asked: the engine's `quantization`.
-            matrices: the names and shapes of the model's.
+            matrices: the names and shapes of the model's, and how many each name stands for (`models.matrices`).
             prefix: see `naming.CommonNames`.
 
         Raises:
@@ -136,10 +139,10 @@ class Checkpoint:
                     f"{' or '.join(method.markers)}. If they are not, take quantization_config out of it."
                 )
         else:
-            for name, shape in matrices:
+            for name, shape, stacked in matrices:
                 layout = method.planned(name, shape)
                 if layout is not None:
-                    found[name] = Found(layout, shape)
+                    found[name] = Found(layout, shape, stacked)
         self.quantization = Quantization(method, found)
 
     @property
@@ -187,8 +190,9 @@ class Checkpoint:
             return orbax.load(self.path, specs, dtype, sharding)
         with self._reader() as reader:
             named = CommonNames(reader, prefix)
-            tensors = self._as_stored(named)
-            return loader.load(self._with_classifier(tensors), specs, dtype, sharding, progress=progress, stop=stop)
+            tensors = self._with_classifier(self._as_stored(named))
+            with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
+                return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
@@ -198,7 +202,9 @@ class Checkpoint:
         """
         if self.load_format in ("gguf", "safetensors"):
             with self._reader() as reader:
-                loader.check(self._with_classifier(self._as_stored(CommonNames(reader, prefix))), specs)
+                tensors = self._with_classifier(self._as_stored(CommonNames(reader, prefix)))
+                with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
+                    loader.check(tensors, specs)
 
     def _as_stored(self, named: CommonNames) -> CommonNames | QuantizedTensors:
         quantization = self.quantization

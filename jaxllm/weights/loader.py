@@ -214,7 +214,9 @@ def _fill(
     columns = [tuple(slice(axis.first, axis.first + axis.count) for axis in axes[1:]) for axes in own]
     piece = max(READ_PIECE // math.prod(part.shape[1:]), 1)
     # where rows are columns there, they lie in all of it
-    whole = reader.read(name, within=within).T if part.transposed else None
+    whole = None
+    if part.transposed or part.scalar:
+        whole = np.atleast_1d(reader.read(name, within=within)).T
     piece = piece if whole is None else rows.count
     for first in range(0, rows.count, piece):
         _raise_if(stop)

@@ -20,7 +20,7 @@ _HEADS = (
     "cls.",
 )
 #: TensorFlow's names of a norm's weights, in BERT's first checkpoints
-_OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
+_OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 #: the parts of a model that sees images, as older and newer checkpoints name them -> the text as it is by itself, the

@@ -14,6 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.models import gemma3, llava
 from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.pooler import Head
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.formats import hugging_face, orbax
 from jaxllm.weights.naming import among_parts
@@ -73,7 +74,7 @@ def save(
             written = dict(config)
         else:
             written = hugging_face_config(config, model, params)
-            found = list(hugging_face.tensors(specs, params))
+            found = _with_dense_modules_apart(folder, list(hugging_face.tensors(specs, params)))
             # the bare model's tensors have no prefix
             architecture: str = written["architectures"][0]
             is_bare = architecture.endswith("Model") and not architecture.endswith(_GENERATING)
@@ -88,6 +89,18 @@ def save(
                 written = saved.config(written)
                 saved.write(folder, found, name_of)
         write_files(folder, written, files, tokenizer)
+
+
+def _with_dense_modules_apart(folder: Path, found: list[hugging_face.Tensor]) -> list[hugging_face.Tensor]:
+    """The tensors of the model's own file; those of sentence-transformers' modules are written into their folders."""
+    modules: dict[str, list[hugging_face.Tensor]] = {}
+    for tensor in found:
+        path, _, name = tensor.name.rpartition("/")
+        modules.setdefault(path, []).append(dataclasses.replace(tensor, name=name))
+    for path in modules.keys() - {""}:
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        hugging_face.write(folder / path, modules[path])
+    return modules[""]
 
 
 def write_files(
@@ -117,7 +130,7 @@ def hugging_face_config(config: Mapping[str, Any], model: ModelConfig, params: A
     # of a model that sees there is one class, which pooling leaves without a head
     if not isinstance(params, Params) and not sees:
         family = next(architecture.removesuffix(end) for end in _SUFFIXES if architecture.endswith(end))
-        if params.head is not None:
+        if isinstance(params.head, Head):
             architecture = f"{family}{CLASSIFIER_SUFFIX}"
         elif not (architecture.endswith(_GENERATING) and getattr(model, "tie_word_embeddings", False)):
             architecture = f"{family}Model"

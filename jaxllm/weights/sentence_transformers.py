@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.pooler import DenseModule
 from jaxllm.weights.checkpoint import read_json
 
 #: what is read here, relative to the model's directory
@@ -23,6 +24,10 @@ _POOLING_MODES = {
 }
 
 
+#: torch's activation modules by their class's name
+_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceTransformersConfig:
     """How the model's authors pool, and how long its inputs were."""
@@ -33,6 +38,8 @@ class SentenceTransformersConfig:
     normalize: bool
     max_seq_length: int | None
     do_lower_case: bool
+    #: layers behind pooling, whose weights lie in folders of their own
+    dense_modules: tuple[DenseModule, ...]
     #: files to keep with the model, relative to its directory
     files: tuple[str, ...]
 
@@ -48,6 +55,7 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
     if modules is None:
         return None
     pooling_type, normalize, files = None, False, [MODULES]
+    dense: list[DenseModule] = []
     for module in modules:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
@@ -56,10 +64,14 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
             files.append(file)
         elif kind == "Normalize":
             normalize = True
+        elif kind == "Dense":
+            file = f"{module.get('path', '')}/config.json"
+            dense.append(_dense_module(str(module.get("path", "")), read_json(directory / file) or {}, file))
+            files.append(file)
         elif kind != "Transformer":
             raise ValidationError(
                 f"{directory / MODULES} asks for a module {kind!r}, which is not supported; supported: Transformer, "
-                "Pooling, Normalize."
+                "Pooling, Dense, Normalize."
             )
     transformer = read_json(directory / TRANSFORMER)
     if transformer is not None:
@@ -70,8 +82,23 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
         normalize=normalize,
         max_seq_length=transformer.get("max_seq_length"),
         do_lower_case=bool(transformer.get("do_lower_case")),
+        dense_modules=tuple(dense),
         files=tuple(files),
     )
+
+
+def _dense_module(path: str, config: dict[str, Any], file: str) -> DenseModule:
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS:
+        raise ValidationError(f"{file} asks for the activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
+    if not path or Path(path).name != path:
+        raise ValidationError(f"The path of a Dense module in {MODULES} must be a folder of the model's, got {path!r}.")
+    sizes = {}
+    for name in ("in_features", "out_features"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise ValidationError(f"{name} of {file} must be a number of features, got {config.get(name)!r}.")
+        sizes[name] = config[name]
+    return DenseModule(path=path, bias=bool(config.get("bias", True)), activation=_ACTIVATIONS[activation], **sizes)
 
 
 def _pooling_type(config: dict[str, Any], file: str) -> str:

@@ -131,6 +131,27 @@ class Code:
         bits = self.builder.zext(self.load(address, HALF_WORD, align=2), WORD)
         return self.builder.bitcast(self.shifted_up(bits, 16), FLOAT)
 
+    def numbers_of(self, address: Value, dtype: str) -> Value:
+        """The next `LANES` numbers of a dtype of 16 bits or float32, as float32."""
+        if dtype == "float32":
+            return self.floats(address)
+        bits = self.half_words(address)
+        if dtype == "float16":
+            halves = self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES))
+            return self.builder.fpext(halves, ir.VectorType(FLOAT, LANES))
+        wide = self.shifted_up(self.builder.zext(bits, ir.VectorType(WORD, LANES)), 16)
+        return self.builder.bitcast(wide, ir.VectorType(FLOAT, LANES))
+
+    def e4m3(self, address: Value) -> Value:
+        """The next 32 numbers of float8_e4m3fn, a 256th of each, <32 x half>: sign, exponent and fraction in their
+        places of a float16, whose exponents are 8 larger; all ones but for the sign is no number.
+        """
+        # the sign comes twice, of which the lower one is the exponent's highest bit
+        bits = self.masked(self.shifted_up(self.widened(self.bytes(address, 32), HALF_WORD), 7), 0xBFFF)
+        nothing = self.builder.icmp_unsigned("==", self.masked(bits, 0x3F80), self.all(0x3F80, bits))
+        bits = self.builder.select(nothing, self.all(0x7E00, bits), bits)
+        return self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), 32))
+
     def byte(self, address: Value) -> Value:
         """The byte there, i32 0..255."""
         return self.builder.zext(self.load(address, BYTE), WORD)
@@ -169,6 +190,20 @@ class Code:
         else:
             function = self._declared("llvm.aarch64.neon.tbl1.v16i8", kind, [kind, kind])
         return self.builder.call(function, [numbers, places])
+
+    def looked_up_floats(self, table: Value, places: Value) -> Value:
+        """Of a table, <16 x float>, the numbers at places 0..15, <16 x i8>: <16 x float>."""
+        builder, words = self.builder, ir.VectorType(WORD, 16)
+        index: Value = builder.zext(places, words)
+        if has_wide_pairs():
+            name = "llvm.x86.avx512.permvar.sf.512"
+            return builder.call(self._declared(name, table.type, [table.type, words]), [table, index])
+        # a tree of choices by one bit after the other
+        found: list[Value] = [self.splat(builder.extract_element(table, ir.Constant(WORD, i))) for i in range(16)]
+        for bit in range(4):
+            has = builder.icmp_unsigned("!=", self.masked(index, 1 << bit), self.all(0, index))
+            found = [builder.select(has, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
 
     def parts(self, vector: Value) -> list[Value]:
         """A vector in parts of `LANES`."""

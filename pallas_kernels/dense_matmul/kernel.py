@@ -107,8 +107,8 @@ def module(name: str) -> ir.Module:
     made, form = ir.Module(name=name), FORMS[name.removeprefix("dense_")]
     widens = isinstance(form, Floats) and form.weight_size == 2
     wide = FORMS[f"float32_{form.lanes}"] if widens else form
-    direct = {(m, n): _tile(made, form, m, n, f"tile_{m}_{n}") for m in form.rows for n in COLUMNS}
-    widened = {(m, n): _tile(made, wide, m, n, f"wide_{m}_{n}") for m in form.rows for n in COLUMNS} if widens else {}
+    direct = {(m, n): tile(made, form, m, n, f"tile_{m}_{n}") for m in form.rows for n in COLUMNS}
+    widened = {(m, n): tile(made, wide, m, n, f"wide_{m}_{n}") for m in form.rows for n in COLUMNS} if widens else {}
 
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     builder = code.builder
@@ -126,7 +126,7 @@ def module(name: str) -> ir.Module:
         """All rows of a block by n rows of the weight."""
         done, stop = rows
         for m in own.rows:
-            last = _whole(code, done, stop, m)
+            last = whole(code, done, stop, m)
             with code.loop(done, last, m) as loop:
                 of_x = code.at(x, code.times(loop.index, code.times(in_features, own.x_size)))
                 to = code.add(code.times(loop.index, out_features), columns)
@@ -141,7 +141,7 @@ def module(name: str) -> ir.Module:
         are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
         first: Value = begin
         for n in COLUMNS:
-            last = _whole(code, first, end, n)
+            last = whole(code, first, end, n)
             with code.loop(first, last, n) as columns:
                 here = code.at(weight, code.times(columns.index, row_bytes))
                 if room is None:
@@ -160,7 +160,7 @@ def module(name: str) -> ir.Module:
     return made
 
 
-def _whole(code: Code, first: Value, end: Value, size: int) -> Value:
+def whole(code: Code, first: Value, end: Value, size: int) -> Value:
     """Behind the last of the whole groups of so many."""
     return code.add(code.times(code.divided(code.subtract(end, first), size), size), first)
 
@@ -172,7 +172,7 @@ def _widen(code: Code, form: Form, weight: Value, to: Value, count: Value) -> No
         code.store(numbers, code.at(to, code.times(loop.index, 4)))
 
 
-def _tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
+def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
     """A function (rows of x, rows of the weight, their place in the result, in-features, out-features)."""
     code = Code(made, name, [POINTER, POINTER, POINTER, LONG, LONG])
     x, weight, result, in_features, out_features = code.arguments

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.case import KernelCase
+from pallas_kernels.grouped_matmul.cpu_ffi import grouped_matmul_cpu, has_grouped_kernel
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.grouped_matmul.tiles import tiles_for
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
@@ -40,13 +41,15 @@ def grouped_matmul(
     with ``layer``, an i32 scalar, a stack [L, E, N, K] of which that layer is meant. (A scan over layers that slices
     the weights itself makes XLA copy every layer's experts before a kernel, on every step.)
     group_sizes: i32 [E], not negative, their sum at most M.
-    A w that is quantized is read by the kernel as it is stored, where that knows the way (`quant_matmul.walk`); XLA
-    makes one group's matrix at a time. x is rounded as `RoundedInputs` say.
+    A w that is quantized is read by the kernel as it is stored, where that knows the way (`quant_matmul.walk`, on CPUs
+    `packed_matmul.formats`); XLA makes one group's matrix at a time. x is rounded as `RoundedInputs` say.
     Returns [M, N] in x's dtype, accumulated in float32; rows beyond the sum are zeros.
-    "reference" and "xla" are differentiable in x and w.
+    "reference" and "xla", without kernels for CPUs, are differentiable in x and w.
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(x, w, group_sizes, layer)
+    if has_grouped_kernel(backend, w, len(x)):
+        return grouped_matmul_cpu(x, w, group_sizes, layer=layer, version=backend.cpu_grouped)
     if not isinstance(w, jax.Array):
         return _of_quantized(x, w, group_sizes, backend=backend, layer=layer)
     if backend.implementation in ("triton", "mosaic"):
@@ -75,7 +78,8 @@ def _of_quantized(
         if isinstance(w, RoundedInputs):
             codes, scales = w.codes(x, layer=layer, dtype=jnp.dtype(jnp.float32))
             x, own = (codes * jnp.repeat(scales, x.shape[1] // scales.shape[1], axis=1)).astype(dtype), w.weight
-        if kernels and isinstance(own, Reordered):
+        inner = own.weight if isinstance(own, Reordered) else own
+        if isinstance(own, Reordered) and (kernels or has_grouped_kernel(backend, inner, len(x))):
             order = own.order if layer is None else index(own.order, layer)
             group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
             x, own = jnp.take_along_axis(x, order[jnp.minimum(group, len(order) - 1)], axis=1), own.weight

@@ -9,17 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.packed_matmul.cpu_ffi import kernel_of, packed_matmul_cpu
+from pallas_kernels.packed_matmul.cpu_ffi import kernel_of, packed_matmul_cpu, takes_many_rows
 from pallas_kernels.packed_matmul.reference import packed_matmul_reference
 from pallas_kernels.quantized import index
 
-#: most rows of x for which the kernels are the faster way; beyond, a widened matrix pays for itself
+#: most rows of x for which a weight's numbers are made in registers; beyond, they are widened for many rows at once
 MOST_ROWS = 32
+
+
+def takes(backend: Backend, rows: int) -> bool:
+    """Whether products of so many rows have kernels, if their weights do."""
+    return bool(backend.cpu_kernels) and (rows <= MOST_ROWS or takes_many_rows())
 
 
 def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
     """Whether a product of so many rows with a weight, or with a tree of its shapes, has a kernel."""
-    return bool(backend.cpu_kernels) and rows <= MOST_ROWS and kernel_of(weight) is not None
+    return takes(backend, rows) and kernel_of(weight) is not None
 
 
 def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
@@ -28,7 +33,8 @@ def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Arr
     x: [M, K], bf16, f16 or f32. weight: a `Quantized` [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which
     that layer is meant, and read where it lies.
     Returns float32 [M, N], of the very numbers that the weight stands for: by the weight's kernel where `has_kernel`,
-    which multiplies x of 16 bits in integers (`cpu_ffi.in_16_bits`), else by the reference, which is differentiable.
+    which multiplies up to `MOST_ROWS` rows of 16 bits in integers (`cpu_ffi.in_16_bits`) where the weight's numbers are
+    some, else by the reference, which is differentiable.
     Raises ValueError where shapes do not fit together.
     """
     stack = "" if layer is None else "L, "
@@ -39,4 +45,4 @@ def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Arr
     if layer is None:
         weight = jax.tree.map(lambda array: lax.expand_dims(array, [0]), weight)
     place = jnp.int32(0) if layer is None else layer
-    return packed_matmul_cpu(x, weight, place, version=backend.cpu_kernels)
+    return packed_matmul_cpu(x, weight, place, version=backend.cpu_kernels, many=x.shape[0] > MOST_ROWS)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import gguf_blocks
-from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
+from pallas_kernels import dense_matmul, gguf_blocks
+from pallas_kernels.cpu_ffi.compiled import Kernels, processor, target_name
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quantized import ScaledWeight
+from pallas_kernels.quantized import CodebookWeight, ScaledWeight
 
 #: what `formats` has; said here, too, since reading it takes llvmlite
 GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
@@ -29,21 +29,68 @@ def _module(name: str) -> Any:
     return module(name)
 
 
-KERNELS = Kernels(_module, [Path(__file__).parent, Path(gguf_blocks.__file__)])
+_SOURCES = [Path(__file__).parent, Path(dense_matmul.__file__).parent, Path(gguf_blocks.__file__)]
+KERNELS = Kernels(_module, _SOURCES)
 
 
 def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
     """Load the kernels of weights, or of their shapes, for x of a dtype (`Kernels.load`); "" where they have none."""
     forms = {name for weight in weights if (name := kernel_of(weight)) is not None}
-    names = {f"{'rounded' if rounds(dtype) else 'exact'}_{form}" for form in forms}
+    forms |= _of_parts(forms)
+    names = {f"{_inputs(form, dtype)}_{form}" for form in forms}
+    names |= {f"wide_{form}" for form in forms if takes_many_rows()}
     return KERNELS.load(names, folder) if names else ""
+
+
+def load_grouped(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
+    """`load` of weights [..., E, N, K] of which each row of x has its own; arrays, too."""
+    forms = {name for weight in weights if (name := grouped_kernel_of(weight)) is not None}
+    names = {f"grouped_{_inputs(form, dtype)}_{form}" for form in forms | _of_parts(forms)}
+    return KERNELS.load(names, folder) if names else ""
+
+
+def _of_parts(forms: set[str]) -> set[str]:
+    """Which forms parts of weights on several devices may have: of eight bits in groups, one group a row."""
+    return {form.split("_")[0] for form in forms if form.startswith(("int8_", "fp8_")) and not form.endswith("_zeros")}
+
+
+def takes_many_rows() -> bool:
+    """Whether more rows than the kernels for few take have a kernel, too: XLA multiplies them by Intel's AMX."""
+    return "amx-bf16" not in processor()[1]
+
+
+def _inputs(form: str, dtype: jnp.dtype) -> str:
+    """In which form a kernel takes x of a dtype: the beginning of its name."""
+    return "rounded" if rounds(dtype) and not _is_of_floats(form) else "exact"
+
+
+def _is_of_floats(form: str) -> bool:
+    """Whether it is one of `formats.FLOATS`."""
+    return form in SCALE_DTYPES or form.startswith(("fp8", "codebook"))
+
+
+def grouped_kernel_of(weight: Any) -> str | None:
+    """`kernel_of` of matrices that rows of x choose from, which may be dense."""
+    if isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
+        fits = weight.dtype.name in SCALE_DTYPES and weight.shape[-1] % GROUP == 0
+        return weight.dtype.name if fits else None
+    return kernel_of(weight)
 
 
 def kernel_of(weight: Any) -> str | None:
     """The name of the kernel that multiplies by a weight, which may be a tree of shapes; None: there is none."""
     if isinstance(weight, ScaledWeight):
-        fits = weight.one_scale_a_row and weight.values.dtype == jnp.int8 and weight.shape[-1] % GROUP == 0
-        return "int8" if fits else None
+        number = {"int8": "int8", "float8_e4m3fn": "fp8"}.get(weight.values.dtype.name)
+        if number is None or weight.shape[-1] % GROUP:
+            return None
+        if weight.one_scale_a_row:
+            return number
+        group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name
+        fits = group in GROUPS and dtype in SCALE_DTYPES and (weight.zeros is None or number == "int8")
+        return f"{number}_{group}_{dtype}{'' if weight.zeros is None else '_zeros'}" if fits else None
+    if isinstance(weight, CodebookWeight):
+        group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name
+        return f"codebook_{group}_{dtype}" if group in GROUPS and dtype in ("float32", "uint8") else None
     if isinstance(weight, Int4Weight):
         dtype = jnp.dtype(weight.scales.dtype).name
         fits = weight.group_size in GROUPS and dtype in SCALE_DTYPES
@@ -78,17 +125,27 @@ def in_16_bits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return integers.astype(jnp.int16).reshape(x.shape), scale[..., 0], sums
 
 
-def packed_matmul_cpu(x: jax.Array, weight: Any, layer: jax.Array, *, version: str) -> jax.Array:
+def packed_matmul_cpu(x: jax.Array, weight: Any, layer: jax.Array, *, version: str, many: bool = False) -> jax.Array:
     """`packed_matmul_reference` of a layer of a stack [L, N, K], which is read where it lies. A row of the result has
     the same bits whatever other rows there are.
+
+    Args:
+        layer: i32 []; or i32 [M], sorted, of each row its own matrix, -1: none, and the row is zeros.
+        many: whether there are so many rows that parts of the weight are better widened for them.
     """
-    form, n = kernel_of(weight), weight.shape[-2]
-    arrays = [weight.values] if isinstance(weight, ScaledWeight) else jax.tree.leaves(weight)
-    inputs = in_16_bits(x) if rounds(x.dtype) else (x,)
-    name = f"{'rounded' if rounds(x.dtype) else 'exact'}_{form}"
+    form, n = grouped_kernel_of(weight), weight.shape[-2]
+    assert form is not None
+    name = f"{'grouped_' if layer.ndim else ''}{'wide' if many else _inputs(form, x.dtype)}_{form}"
+    one_scale = isinstance(weight, ScaledWeight) and weight.one_scale_a_row
+    arrays: list[Any] = [weight.values] if one_scale else jax.tree.leaves(weight)
+    if isinstance(weight, CodebookWeight):
+        arrays.append(jnp.asarray(weight.table, jnp.float32))
+    inputs = in_16_bits(x) if "rounded" in name else (x.astype(jnp.float32),)
     call = jax.ffi.ffi_call(target_name(name, version), jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
     y = call(*inputs, layer, *arrays)
-    if isinstance(weight, ScaledWeight):
+    if one_scale and layer.ndim:
+        y = y * weight.scales[jnp.maximum(layer, 0), :, 0].astype(jnp.float32)
+    elif one_scale:
         scales = lax.dynamic_index_in_dim(weight.scales, layer, keepdims=False)
         y = y * scales[:, 0].astype(jnp.float32)
     return y

@@ -1,7 +1,8 @@
 """How the numbers of packed weights are read by a kernel for CPUs: a `Format` for each way in which they lie.
 
-A format says which numbers a row of a weight is, in runs of columns: small integers, exact in float32, and what they
-are multiplied with and raised by. How they lie is told in `quant_matmul.layout`, `quantized` and `gguf_blocks`.
+A format says which numbers a row of a weight is, in runs of columns: small integers, exact in float32, or float32
+numbers, and what they are multiplied with and raised by. How they lie is told in `quant_matmul.layout`, `quantized` and
+`gguf_blocks`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, LANES, Code, Value
+from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, HALF_WORD, LANES, POINTER, Code, Value
 from pallas_kernels.gguf_blocks import E2M1_DOUBLED, IQ4_TABLE
 
 
@@ -20,7 +21,7 @@ from pallas_kernels.gguf_blocks import E2M1_DOUBLED, IQ4_TABLE
 class Run:
     """Neighbouring columns that share a scale: ``w = scale * values + minimum``."""
 
-    #: vectors of `LANES` integers, i8
+    #: vectors of `LANES` integers, i8; of a format of `FLOATS` float32
     values: list[Value]
     #: float32; None: 1
     scale: Value | None = None
@@ -50,14 +51,116 @@ class Operand:
     dims: Value
 
 
-def _int8_row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
-    (values,) = weight
-    return code.at(values.data, code.times(_row_of(code, values, layer, row), columns))
+#: (code, address) -> the next 32 numbers there, in parts of `LANES`
+Numbers = Callable[[Code, Value], list[Value]]
 
 
-def _int8_runs(code: Code, start: Value, first: Value) -> list[Run]:
-    """int8 [L, N, K]; a row's scale is a factor of the result."""
-    return [Run(code.parts(code.bytes(code.at(start, first), 32)))]
+def operand(code: Code, table: Value, i: int) -> Operand:
+    """An array of a kernel's table (`cpu_ffi.work_sharing`)."""
+    return Operand(code.load(code.at(table, 16 * i), POINTER), code.load(code.at(table, 16 * i + 8), POINTER))
+
+
+def floats(code: Code, run: Run) -> list[Value]:
+    """A run's values as float32 vectors."""
+    return [part if part.type.element == FLOAT else code.signed(part) for part in run.values]
+
+
+def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
+    """Numbers of `size` bytes [L, N, K]. Where a row has one scale, that is a factor of the result.
+
+    Args:
+        numbers: of them.
+        factor: what they have to be multiplied by.
+    """
+
+    def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
+        (values,) = weight
+        return code.at(values.data, code.times(_row_of(code, values, layer, row), code.times(columns, size)))
+
+    def runs(code: Code, start: Value, first: Value) -> list[Run]:
+        values = numbers(code, code.at(start, code.times(first, size)))
+        return [Run(values, None if factor is None else ir.Constant(FLOAT, factor))]
+
+    return Format(columns=32, num_arrays=1, row=row, runs=runs)
+
+
+def _scaled(
+    numbers: Numbers, group: int, scale_dtype: str, *, has_zeros: bool = False, factor: float | None = None
+) -> Format:
+    """`ScaledWeight` in groups of `group`: bytes [L, N, K], scales and zeros int16 [L, N, K / g]. See `_plain`."""
+    size = 4 if scale_dtype == "float32" else 2
+
+    def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
+        values, scales, *zeros = weight
+        number = _row_of(code, values, layer, row)
+        first = code.times(number, code.divided(columns, group))
+        start = code.at(values.data, code.times(number, columns))
+        of_groups = code.at(scales.data, code.times(first, size))
+        return start, of_groups, [code.at(each.data, code.times(first, 2)) for each in zeros]
+
+    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+        start, scales, zeros = of_row
+        place = code.divided(first, group)
+        scale = code.number_of(code.at(scales, code.times(place, size)), scale_dtype)
+        if factor is not None:
+            scale = code.multiplied(scale, ir.Constant(FLOAT, factor))
+        here = code.at(start, first)
+        values = [part for at in range(0, group, 32) for part in numbers(code, code.at(here, at))]
+        if not zeros:
+            return [Run(values, scale)]
+        zero = code.signed(code.load(code.at(zeros[0], code.times(place, 2)), HALF_WORD, align=2))
+        return [Run(values, scale, code.negated(code.multiplied(zero, scale)))]
+
+    return Format(columns=group, num_arrays=2 + has_zeros, row=row, runs=runs)
+
+
+def _codebook(group: int, scale_dtype: str) -> Format:
+    """`CodebookWeight` in groups of `group`: packed uint8 [L, N, K / 2], scales float32, or uint8, the exponents of
+    powers of two, [L, N, K / g], and the table, float32 [16].
+    """
+    size = 4 if scale_dtype == "float32" else 1
+
+    def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
+        packed, scales, table = weight
+        number = _row_of(code, packed, layer, row)
+        return (
+            code.at(packed.data, code.times(number, code.divided(columns, 2))),
+            code.at(scales.data, code.times(code.times(number, code.divided(columns, group)), size)),
+            code.floats(table.data),
+        )
+
+    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+        packed, scales, table = of_row
+        at = code.at(scales, code.times(code.divided(first, group), size))
+        scale = code.load(at, FLOAT, align=4) if size == 4 else _power_of_two(code, code.byte(at))
+        start = code.at(packed, code.divided(first, 2))
+        codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
+        parts = [code.masked(part, 15) for part in codes] + [code.shifted_down(part, 4) for part in codes]
+        return [Run([code.looked_up_floats(table, part) for part in parts], scale)]
+
+    return Format(columns=group, num_arrays=3, row=row, runs=runs)
+
+
+def _power_of_two(code: Code, exponent: Value) -> Value:
+    """float32 2 ** (e - 127) of an i32 0..255: its bits, but for 0, which is subnormal."""
+    is_zero = code.builder.icmp_unsigned("==", exponent, code.all(0, exponent))
+    bits = code.builder.select(is_zero, code.all(1 << 22, exponent), code.shifted_up(exponent, 23))
+    return code.builder.bitcast(bits, FLOAT)
+
+
+def _bytes(code: Code, address: Value) -> list[Value]:
+    return code.parts(code.bytes(address, 32))
+
+
+def _e4m3(code: Code, address: Value) -> list[Value]:
+    """float32, a 256th of each number."""
+    kind = ir.VectorType(FLOAT, LANES)
+    return [code.builder.fpext(part, kind) for part in code.parts(code.e4m3(address))]
+
+
+def _numbers_of(dtype: str) -> Numbers:
+    size = 4 if dtype == "float32" else 2
+    return lambda code, address: [code.numbers_of(code.at(address, at), dtype) for at in (0, size * LANES)]
 
 
 def _int4(group: int, scale_dtype: str) -> Format:
@@ -254,10 +357,7 @@ def _iq4_xs(code: Code, block: Value) -> list[Run]:
 
 
 def _mxfp4(code: Code, block: Value) -> list[Run]:
-    exponent = code.byte(block)
-    is_zero = code.builder.icmp_unsigned("==", exponent, code.all(0, exponent))
-    bits = code.builder.select(is_zero, code.all(1 << 22, exponent), code.shifted_up(exponent, 23))
-    scale = code.multiplied(code.builder.bitcast(bits, FLOAT), ir.Constant(FLOAT, 0.5))
+    scale = code.multiplied(_power_of_two(code, code.byte(block)), ir.Constant(FLOAT, 0.5))
     return [Run(_of_table(code, E2M1_DOUBLED, code.at(block, 1)), scale)]
 
 
@@ -270,13 +370,28 @@ def _dim(code: Code, array: Operand, axis: int) -> Value:
     return code.load(code.at(array.dims, 8 * axis), code.number(0).type)
 
 
-#: groups of `Int4Weight` that have a kernel, and the types of their scales
+#: groups that have a kernel, and the types of their scales
 GROUPS = (32, 64, 128)
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
-#: by the name of a kernel
+#: by the name of a kernel: of float32 numbers, which are multiplied in float32 whatever x is
+FLOATS: dict[str, Format] = {
+    "fp8": _plain(1, _e4m3, 256.0),
+    **{
+        f"fp8_{group}_{dtype}": _scaled(_e4m3, group, dtype, factor=256.0) for group in GROUPS for dtype in SCALE_DTYPES
+    },
+    **{f"codebook_{group}_{dtype}": _codebook(group, dtype) for group in GROUPS for dtype in ("float32", "uint8")},
+    **{dtype: _plain(4 if dtype == "float32" else 2, _numbers_of(dtype)) for dtype in SCALE_DTYPES},
+}
 FORMATS: dict[str, Format] = {
-    "int8": Format(columns=32, num_arrays=1, row=_int8_row, runs=_int8_runs),
+    **FLOATS,
+    "int8": _plain(1, _bytes),
+    **{
+        f"int8_{group}_{dtype}{end}": _scaled(_bytes, group, dtype, has_zeros=bool(end))
+        for group in GROUPS
+        for dtype in SCALE_DTYPES
+        for end in ("", "_zeros")
+    },
     **{f"int4_{group}_{dtype}": _int4(group, dtype) for group in GROUPS for dtype in SCALE_DTYPES},
     "Q8_0": _blocks(32, 34, _q8_0),
     "Q4_0": _blocks(32, 18, _q4_0),

@@ -1,10 +1,11 @@
 """The kernels of a product of rows with a packed weight, as LLVM code; the same for every format (`formats`).
 
 Operands: x [M, K] in a form of `INPUTS`; layer i32 []; the weight's arrays, of all layers, read where they lie; the
-result, float32 [M, N]. A row of the weight is multiplied by some rows of x at a time: a run's numbers are made in
-registers, once for these rows, and multiplied and added up in lanes, which are added to each other in the end. What is
-added to what depends on the format alone, and not on how many rows there are, so a row's result has the same bits
-beside any others.
+result, float32 [M, N]. Where rows have matrices of their own ("grouped_") layer is i32 [M], -1 for none. A row of the
+weight is multiplied by some rows of x at a time: a run's numbers are made in registers, once for these rows, and
+multiplied and added up in lanes, which are added to each other in the end. What is added to what depends on the format
+alone, and not on how many rows there are, so a row's result has the same bits beside any others. What multiplies many
+rows is told in `widened`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
-from pallas_kernels.packed_matmul.formats import FORMATS, Format, Operand, Run
+from pallas_kernels.packed_matmul.formats import FORMATS, Format, Operand, Run, floats, operand
+from pallas_kernels.packed_matmul.widened import widened
 
 #: rows of x that are multiplied at once by one row of the weight, most first: what registers hold. Rows of the weight
 #: come one after the other, as they lie: four at a time took 1.5 times as long to read (int8, Zen 3)
 TILES = (4, 2, 1)
 #: columns of x that share a scale where they are rounded
 GROUP = 32
+#: the beginning of the names of kernels whose rows have matrices of their own
+GROUPED = "grouped_"
 
 
 class Inputs(abc.ABC):
@@ -65,20 +69,18 @@ class Exact(Inputs):
         return [_zeros(LANES)]
 
     def numbers(self, code: Code, run: Run) -> list[Value]:
-        return [code.signed(part) for part in run.values]
+        return floats(code, run)
 
     def add(
         self, code: Code, total: list[Value], row: Any, first: Value, run: Run, numbers: list[Value]
     ) -> list[Value]:
         (lanes,), start = total, code.at(row, code.times(first, 4))
         x = [code.floats(code.at(start, 4 * LANES * i)) for i in range(len(numbers))]
-        if run.scale is None:
-            for part, values in zip(x, numbers, strict=True):
-                lanes = code.multiply_add(part, values, lanes)
-            return [lanes]
         products = code.multiplied(x[0], numbers[0])
         for part, values in zip(x[1:], numbers[1:], strict=True):
             products = code.multiply_add(part, values, products)
+        if run.scale is None:
+            return [code.summed(lanes, products)]
         lanes = code.multiply_add(products, code.splat(run.scale), lanes)
         if run.minimum is not None:
             alone = x[0]
@@ -167,33 +169,88 @@ INPUTS: dict[str, Inputs] = {"exact": Exact(), "rounded": Rounded()}
 
 
 def module(name: str) -> ir.Module:
-    """A kernel, a function `kernel`: "exact_Q8_0", for example."""
-    prefix, _, form_name = name.partition("_")
-    made, inputs, form = ir.Module(name=name), INPUTS[prefix], FORMATS[form_name]
+    """A kernel, a function `kernel`: "exact_Q8_0", "grouped_rounded_int8" or "wide_Q8_0", for example."""
+    prefix, _, form_name = name.removeprefix(GROUPED).partition("_")
+    made, form = ir.Module(name=name), FORMATS[form_name]
+    if prefix == "wide":
+        widened(made, form)
+        return made
+    inputs = INPUTS[prefix]
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
-    table, begin, end = code.arguments
-    num_x = code.load(_operand(code, table, 0).dims, LONG)
-    done: Value = code.number(0)
-    for size in TILES:
-        tile = _tile(made, inputs, form, size)
-        behind = code.add(code.times(code.divided(code.subtract(num_x, done), size), size), done)
-        with code.loop(done, behind, size) as rows, code.loop(begin, end, 1) as columns:
-            code.builder.call(tile, [table, rows.index, columns.index])
-        done = behind
+    table = code.arguments[0]
+    num_x = code.load(operand(code, table, 0).dims, LONG)
+    tiles = {size: _tile(made, inputs, form, size, by_row=name.startswith(GROUPED)) for size in TILES}
+    if name.startswith(GROUPED):
+        _by_groups(
+            code,
+            tiles,
+            operand(code, table, inputs.arrays),
+            num_x,
+            operand(code, table, inputs.arrays + 1 + form.num_arrays),
+        )
+    else:
+        done: Value = code.number(0)
+        for size in TILES:
+            behind = code.add(code.times(code.divided(code.subtract(num_x, done), size), size), done)
+            with code.loop(done, behind, size) as rows:
+                _multiply(code, tiles[size], rows.index)
+            done = behind
     code.end()
     return made
 
 
-def _tile(made: ir.Module, inputs: Inputs, form: Format, size: int) -> ir.Function:
-    """A function (table, first row of x, row of the weight) that computes the products of some rows of x."""
+def _multiply(code: Code, tile: ir.Function, row: Value) -> None:
+    """The rows of x from one on by all rows of the weight that are asked for."""
+    table, begin, end = code.arguments
+    with code.loop(begin, end, 1) as columns:
+        code.builder.call(tile, [table, row, columns.index])
+
+
+def _by_groups(code: Code, tiles: dict[int, ir.Function], places: Operand, num_x: Value, result: Operand) -> None:
+    """Each row of x by the matrix at its own place, as many at once as have the same; rows without one give zeros."""
+    builder = code.builder
+    _, begin, end = code.arguments
+
+    def place(row: Value) -> Value:
+        return code.load(code.at(places.data, code.times(row, 4)), WORD)
+
+    # the rows in front of the carried number have been multiplied
+    with code.loop(code.number(0), num_x, 1, [code.number(0)]) as rows:
+        own = place(rows.index)
+        count: Value = code.number(1)
+        for size in TILES[-2::-1]:
+            behind = code.add(rows.index, size)
+            fits = builder.icmp_signed("<=", behind, num_x)
+            last = place(builder.select(fits, code.subtract(behind, 1), rows.index))
+            same = builder.and_(fits, builder.icmp_signed("==", own, last))
+            count = builder.select(same, code.number(size), count)
+        comes = builder.icmp_signed(">=", rows.index, rows.values[0])
+        rows.next[0] = builder.select(comes, code.add(rows.index, count), rows.values[0])
+        has_one = builder.icmp_signed(">=", own, code.all(0, own))
+        for size in TILES:
+            wanted = builder.and_(builder.and_(comes, has_one), builder.icmp_signed("==", count, code.number(size)))
+            with builder.if_then(wanted):
+                _multiply(code, tiles[size], rows.index)
+        with builder.if_then(builder.not_(has_one)), code.loop(begin, end, 1) as column:
+            to = code.add(code.times(rows.index, code.load(code.at(result.dims, 8), LONG)), column.index)
+            code.store(ir.Constant(FLOAT, 0.0), code.at(result.data, code.times(to, 4)))
+
+
+def _tile(made: ir.Module, inputs: Inputs, form: Format, size: int, *, by_row: bool) -> ir.Function:
+    """A function (table, first row of x, row of the weight) that computes the products of some rows of x.
+
+    Args:
+        by_row: whether each row of x has a number of a layer.
+    """
     code = Code(made, f"tile_{size}", [POINTER, LONG, LONG])
     table, first, row = code.arguments
-    x = [_operand(code, table, i) for i in range(inputs.arrays)]
-    number = _operand(code, table, inputs.arrays)
-    weight = [_operand(code, table, inputs.arrays + 1 + i) for i in range(form.num_arrays)]
-    result = _operand(code, table, inputs.arrays + 1 + form.num_arrays)
+    x = [operand(code, table, i) for i in range(inputs.arrays)]
+    number = operand(code, table, inputs.arrays)
+    weight = [operand(code, table, inputs.arrays + 1 + i) for i in range(form.num_arrays)]
+    result = operand(code, table, inputs.arrays + 1 + form.num_arrays)
     columns = code.load(code.at(x[0].dims, 8), LONG)
-    layer = code.builder.sext(code.load(number.data, WORD), LONG)
+    at = code.at(number.data, code.times(first, 4)) if by_row else number.data
+    layer = code.builder.sext(code.load(at, WORD), LONG)
     x_rows = [inputs.row(code, x, code.add(first, m), columns) for m in range(size)]
     of_row = form.row(code, weight, layer, row, columns)
     width = len(inputs.zero())
@@ -211,10 +268,6 @@ def _tile(made: ir.Module, inputs: Inputs, form: Format, size: int) -> ir.Functi
         code.store(inputs.result(code, loop.values[place]), code.at(result.data, code.times(at, 4)))
     code.end()
     return code.function
-
-
-def _operand(code: Code, table: Value, i: int) -> Operand:
-    return Operand(code.load(code.at(table, 16 * i), POINTER), code.load(code.at(table, 16 * i + 8), POINTER))
 
 
 def _zeros(count: int) -> Value:

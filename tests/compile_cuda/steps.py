@@ -273,5 +273,5 @@ def _quantization(model: Model, read: Any) -> Quantization | None:
     method = quantization_method(None, model.config.get("quantization_config"))
     if method is None:
         return None
-    layouts = ((name, shape, method.planned(name, shape)) for name, shape in matrices(model_specs(read, None)))
+    layouts = ((name, shape, method.planned(name, shape)) for name, shape, _ in matrices(model_specs(read, None)))
     return Quantization(method, {name: Found(layout, shape) for name, shape, layout in layouts if layout is not None})

@@ -11,14 +11,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
+from jaxllm.runner.compile.programs import Programs
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 
 
 @pytest.fixture(scope="module", autouse=True)
 def program_store() -> Iterator[None]:
     """Engines, and those of processes that a test starts, keep their programs as a user's do, and find them again
     without tracing them. JAX's own compile cache, which the other tests use, would have them traced at each start.
+    All programs are there before the first step: what a test compares does not depend on when one is.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplingPrograms, "_replaceable", Programs._replaceable)
         patch.delenv("JAX_COMPILATION_CACHE_DIR")
         folder = jax.config.values["jax_compilation_cache_dir"]
         jax.config.update("jax_compilation_cache_dir", None)

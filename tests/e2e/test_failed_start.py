@@ -107,12 +107,12 @@ def test_weights_are_read_no_further_when_a_start_fails(tiny_model: Path, monkey
             ended.set()
         raise CancelledError
 
-    def compile_all(self: Programs) -> None:
+    def compile_first(self: Programs) -> None:
         assert begun.wait(60)
         raise Failure
 
     monkeypatch.setattr(Checkpoint, "load", load)
-    monkeypatch.setattr(Programs, "compile_all", compile_all)
+    monkeypatch.setattr(Programs, "compile_first", compile_first)
     # as at a start that compiles nothing
     monkeypatch.setattr(Programs, "were_found", property(lambda self: True, lambda self, found: None), raising=False)
     with pytest.raises(Failure):

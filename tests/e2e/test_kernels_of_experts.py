@@ -1,4 +1,4 @@
-"""CPU kernels multiply by the dense matrices of a model with experts: on several devices, and after `update_weights`.
+"""CPU kernels multiply by the matrices and the experts of a model: on several devices, and after `update_weights`.
 
 The oracle is the same engine without these kernels, whose products XLA computes.
 """

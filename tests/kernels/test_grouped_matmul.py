@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from pallas_kernels.backend import Backend
 from pallas_kernels.grouped_matmul import triton
 from pallas_kernels.grouped_matmul.api import configurations, grouped_matmul
+from pallas_kernels.grouped_matmul.cpu_ffi import has_grouped_kernel
 from pallas_kernels.grouped_matmul.tiles import Tiles, max_tiles, tiles_for
 from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton
+from pallas_kernels.packed_matmul.cpu_ffi import load_grouped
 
 TILES = Tiles(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
 #: (rows, K, N, groups, dtype): sizes that tiles divide and that they do not, and fewer rows than groups. Few, because
@@ -43,7 +45,7 @@ def implementation(name: str, interpret: bool) -> Product:
     if name == "kernel":
         return jax.jit(functools.partial(grouped_matmul_triton, tiles=TILES, interpret=interpret))
     kind, _, stacked = name.partition(" ")
-    backend = Backend(implementation=kind, interpret=interpret)
+    backend = Backend(implementation=kind, interpret=interpret) if kind != "cpu_ffi" else with_cpu_kernels()
     if not stacked:
         return jax.jit(functools.partial(grouped_matmul, backend=backend))
 
@@ -55,7 +57,16 @@ def implementation(name: str, interpret: bool) -> Product:
     return of_stack
 
 
-NAMES = ("reference", "xla", "triton", "kernel", "triton stacked", "xla stacked")
+@functools.cache
+def with_cpu_kernels() -> Backend:
+    weights = [jax.ShapeDtypeStruct((1, 8, 32), dtype) for dtype in ("bfloat16", "float16", "float32")]
+    backend = Backend(cpu_grouped=load_grouped(weights, jnp.dtype(jnp.bfloat16), None))
+    assert [has_grouped_kernel(backend, w, 16) for w in weights] == [True] * 3
+    assert not has_grouped_kernel(backend, weights[0], 17)
+    return backend
+
+
+NAMES = ("reference", "xla", "triton", "kernel", "triton stacked", "xla stacked", "cpu_ffi", "cpu_ffi stacked")
 
 
 def group_of_rows(group_sizes: np.ndarray, rows: int) -> np.ndarray:
@@ -88,6 +99,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[int, int, int, int, str], list[int]
 @given(problem=problems())
 @example(problem=((70, 72, 40, 9, "bfloat16"), [0, 17, 0, 1, 16, 0, 0, 33, 0], 0, 1.0))
 @example(problem=((48, 64, 32, 4, "bfloat16"), [1, 1, 1, 1], 0, 1.0))
+@example(problem=((48, 64, 32, 4, "bfloat16"), [3, 9, 0, 30], 0, 1.0))
 def test_equals_the_formula(name: str, interpret: bool, problem: tuple):
     (rows, k, n, groups, dtype), sizes, seed, magnitude = problem
     draw = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,29 +22,58 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import call_frame
 from pallas_kernels.gguf_blocks import BLOCKS as GGUF_BLOCKS
 from pallas_kernels.gguf_blocks import BlockWeight
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, packed_matmul
-from pallas_kernels.packed_matmul.cpu_ffi import BLOCKS, GROUPS, SCALE_DTYPES, kernel_of, load
+from pallas_kernels.packed_matmul.cpu_ffi import (
+    BLOCKS,
+    GROUPS,
+    SCALE_DTYPES,
+    kernel_of,
+    load,
+    load_grouped,
+    takes_many_rows,
+)
 from pallas_kernels.quant_matmul.layout import int4_weight
-from pallas_kernels.quantized import ScaledWeight, dense, index
+from pallas_kernels.quantized import CodebookWeight, ScaledWeight, dense, index
 
 LAYERS, LAYER = 3, 1
 #: kernels, each with its weight's columns
 KERNELS = {
     "int8": 96,
+    "fp8": 96,
     **{f"int4_{group}_{dtype}": 3 * group for group, dtype in zip(GROUPS, SCALE_DTYPES, strict=True)},
+    "fp8_32_bfloat16": 96,
+    "fp8_128_float32": 384,
+    "int8_64_float16": 192,
+    "int8_128_float32_zeros": 384,
+    "codebook_64_float32": 192,
+    "codebook_32_uint8": 96,
     **{kind: 3 * GGUF_BLOCKS[kind][0] for kind in BLOCKS},
 }
-#: 4, 2 and 1 rows of x are multiplied at once
+#: 4, 2 and 1 rows of x are multiplied at once; a weight is widened for blocks of 32
 ROWS, NUM_OUT = (1, 2, 4, 7), 37
+MANY = (33, 71)
 
 
 def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
     """A stack of random weights [LAYERS, n, columns] that has this kernel."""
     draw, k = np.random.default_rng(seed), KERNELS[kernel]
-    if kernel == "int8":
+    number, _, rest = kernel.partition("_")
+    if number in ("int8", "fp8"):
+        group, dtype, *zeros = rest.split("_") if rest else (k, "bfloat16")
         values = draw.integers(-128, 128, (LAYERS, n, k)).astype(np.int8)
-        scales = jnp.asarray(draw.normal(size=(LAYERS, n, 1)), jnp.bfloat16)
-        return ScaledWeight(values=jnp.asarray(values), scales=scales)
+        if number == "fp8":  # all bits but those of NaN
+            values = np.where(values & 127 == 127, 8, values).view(ml_dtypes.float8_e4m3fn)
+        shape = LAYERS, n, k // int(group)
+        own = jnp.asarray(draw.integers(0, 256, shape), jnp.int16) if zeros else None
+        return ScaledWeight(values=jnp.asarray(values), scales=jnp.asarray(draw.normal(size=shape), dtype), zeros=own)
+    if number == "codebook":
+        group, dtype = rest.split("_")
+        packed = jnp.asarray(draw.integers(0, 256, (LAYERS, n, k // 2)), jnp.uint8)
+        shape = LAYERS, n, k // int(group)
+        scales = draw.normal(size=shape) if dtype == "float32" else draw.integers(110, 130, shape)
+        table = tuple(map(float, np.float32(draw.normal(size=16))))
+        return CodebookWeight(packed=packed, scales=jnp.asarray(scales, dtype), table=table)
     if kernel.startswith("int4"):
         _, group, dtype = kernel.split("_")
         groups = LAYERS, k // int(group), n
@@ -68,7 +99,9 @@ HALVES = {
     **{"IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": ()},
 }
 #: whose numbers are small differences of larger ones
-WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "int8_128_float32_zeros")
+#: whose numbers are no integers: x is never rounded
+OF_FLOATS = ("fp8", "codebook")
 
 
 @functools.cache
@@ -95,14 +128,14 @@ def test_equals_the_formula(kernel: str, implementation: str):
     assert kernel_of(weights) == kernel and has_kernel(own, weights) == (implementation == "cpu_ffi")
     w = np.asarray(dense(index(weights, jnp.int32(LAYER)), jnp.dtype(jnp.float32)), np.float64)
     size = np.abs(w) + (np.abs(w).max(axis=1, keepdims=True) if kernel in WITH_MINIMA else 0)
-    for count in ROWS:
+    for count in (*ROWS, *MANY):
         for dtype in DTYPES:
             x = rows_of(count, kernel, dtype)
             exact = np.asarray(x, np.float64)
             found = product(x, weights, jnp.int32(LAYER), backend=own)
             assert found.shape == (count, NUM_OUT) and found.dtype == jnp.float32
             bound = (w.shape[1] + 8) * 2.0**-24 * (np.abs(exact) @ size.T)
-            if dtype == "bfloat16" and implementation == "cpu_ffi":
+            if dtype == "bfloat16" and implementation == "cpu_ffi" and not kernel.startswith(OF_FLOATS):
                 largest = np.abs(exact).reshape(count, -1, 32).max(axis=-1).repeat(32, axis=1)
                 lost = np.where(np.abs(exact) < largest / 128, largest * 2.0**-16, 0)
                 bound += lost @ size.T
@@ -113,6 +146,9 @@ def test_equals_the_formula(kernel: str, implementation: str):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     weights, x = stack(kernel), rows_of(7, kernel, dtype)
+    many = rows_of(71, kernel, dtype)
+    of_many = np.asarray(product(many, weights, jnp.int32(LAYER), backend=backend()))
+    np.testing.assert_array_equal(of_many[:33], product(many[:33], weights, jnp.int32(LAYER), backend=backend()))
     whole = np.asarray(product(x, weights, jnp.int32(LAYER), backend=backend()))
     for count in ROWS:
         part = product(x[:count], weights, jnp.int32(LAYER), backend=backend())
@@ -120,6 +156,17 @@ def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     nan_beside = product(x.at[1].set(jnp.nan), weights, jnp.int32(LAYER), backend=backend())
     assert np.isnan(nan_beside[1]).all()
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+@pytest.mark.parametrize("count", [1, MOST_ROWS + 1])
+def test_fp8_that_is_no_number_makes_none(bits: int, count: int):
+    weights = stack("fp8")
+    values = np.asarray(weights.values).view(np.uint8).copy()
+    values[LAYER, 3, 40] = bits
+    weights = dataclasses.replace(weights, values=jnp.asarray(values.view(ml_dtypes.float8_e4m3fn)))
+    found = product(rows_of(count, "fp8"), weights, jnp.int32(LAYER), backend=backend())
+    assert (np.isnan(found) == (np.arange(NUM_OUT) == 3)).all()
 
 
 @pytest.mark.parametrize("n", [1, 3, 500])
@@ -132,10 +179,26 @@ def test_any_number_of_results(n: int):
 
 def test_many_rows_and_other_weights_take_the_reference():
     weights = stack("int8")
-    assert has_kernel(backend(), weights, rows=MOST_ROWS) and not has_kernel(backend(), weights, rows=MOST_ROWS + 1)
+    assert has_kernel(backend(), weights, rows=MOST_ROWS)
+    assert has_kernel(backend(), weights, rows=MOST_ROWS + 1) == takes_many_rows()
     assert not has_kernel(Backend(), weights)
     assert kernel_of(jnp.zeros((3, 32))) is None
     assert kernel_of(jax.tree.map(lambda array: array[..., :40], weights)) is None  # no multiple of 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["int8", "fp8", "int4_128_float32", "Q4_K", "codebook_32_uint8", "fp8_32_bfloat16"])
+def test_rows_with_matrices_of_their_own_have_the_bits_of_their_products(kernel: str, dtype: str):
+    """Of experts, six rows of nine are of three, four of them of one."""
+    weights, x, sizes = stack(kernel), rows_of(9, kernel, dtype), np.array([1, 4, 1])
+    grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, None))
+    stacked = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), weights)
+    poisoned = x.at[6:].set(jnp.nan)
+    found = grouped_matmul(poisoned, stacked, jnp.asarray(sizes, jnp.int32), backend=grouped, layer=jnp.int32(1))
+    for row, expert in enumerate(np.repeat(np.arange(3), sizes)):
+        alone = product(x[row : row + 1], weights, jnp.int32(expert), backend=backend())
+        np.testing.assert_array_equal(found[row], alone[0].astype(dtype))
+    np.testing.assert_array_equal(np.asarray(found[6:], np.float32), 0)
 
 
 def test_launches_at_once_do_not_meet():
@@ -188,7 +251,7 @@ def test_machine_code_is_kept(tmp_path: Path):
     assert "Compiling the kernel for exact_int8" in first.stderr and first.stdout.split()[1:] == ["None", "True"]
     assert "Compiling" not in second.stderr and second.stdout.split()[1:] == ["None", "False"]
     assert first.stdout.split()[0] == second.stdout.split()[0]
-    (kept,) = tmp_path.iterdir()
+    (kept,) = tmp_path.glob("exact_*")
     kept.write_bytes(kept.read_bytes()[:-1])
     assert "Compiling the kernel for exact_int8" in run(KEPT, str(tmp_path)).stderr
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from support.paged_model import PagedModel
 from test_families import DECODES, LENGTHS, MAX_LEN, Case, Family, hf_logits, load, mixed_chunks, random_model
 
@@ -67,9 +66,6 @@ FAMILIES = {
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     family = FAMILIES[request.param]
     model = random_model(family, seed=sum(request.param.encode()))
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
     directory: Path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
     config, params = load(directory, jnp.float32)

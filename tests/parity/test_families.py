@@ -276,8 +276,115 @@ VARIANTS = {
     "stablelm": Family(
         "StableLm", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "use_qkv_bias": True}
     ),
+    "starcoder2": Family("Starcoder2", {"hidden_size": 48, "num_attention_heads": 4, "sliding_window": 40}),
+    "olmo3": Family(
+        "Olmo3",
+        {
+            "hidden_size": 60,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "sliding_window": 40,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 256,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2000.0},
+            },
+        },
+    ),
+    "exaone4": Family(
+        "Exaone4",
+        {
+            "hidden_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": 40,
+        },
+    ),
+    "exaone4-without-windows": Family(
+        "Exaone4",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+        },
+    ),
+    "seed-oss": Family(
+        "SeedOss",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "attention_out_bias": True,
+        },
+    ),
+    "ernie4.5": Family(
+        "Ernie4_5",
+        {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "use_bias": True},
+    ),
+    "arcee": Family("Arcee", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "nemotron": Family("Nemotron", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "phi": Family("Phi", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "gptj": Family("GPTJ", {"n_embd": 72, "n_inner": 100, "num_attention_heads": 3, "rotary_dim": 14}),
+    "falcon": Family("Falcon", {"hidden_size": 72, "num_attention_heads": 3}),
+    "falcon-one-after-the-other": Family(
+        "Falcon",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "ffn_hidden_size": 100,
+        },
+    ),
+    "falcon-new": Family(
+        "Falcon",
+        {"hidden_size": 96, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    "falcon-new-one-norm": Family(
+        "Falcon",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+        },
+    ),
+    "hunyuan": Family(
+        "HunYuanDenseV1",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "apertus": Family(
+        "Apertus",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 16384,
+        },
+    ),
     "glm": Family("Glm", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}),
 }
+VARIANTS = {name: dataclasses.replace(family, bucket=64) for name, family in VARIANTS.items()}
+#: those that are paged, too, where there is time
+PAGED_VARIANTS = ("starcoder2", "olmo3", "exaone4", "ernie4.5", "phi", "gptj", "falcon-new", "hunyuan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +444,9 @@ def random_model(family: Family, seed: int) -> Any:
                 weight.copy_(draw(weight.shape, 0.5))
             else:
                 weight.copy_(draw(weight.shape, weight.shape[-1] ** -0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(draw(buffer.shape, 0.3))
     return model
 
 
@@ -389,7 +499,9 @@ def mixed_chunks(case: Case) -> Iterator[Step]:
         yield step
 
 
-@pytest.mark.parametrize("case", FAMILIES, indirect=True)
+@pytest.mark.parametrize(
+    "case", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.thorough) for name in PAGED_VARIANTS)], indirect=True
+)
 @pytest.mark.parametrize("schedule", [whole_prompts, mixed_chunks])
 def test_logits_equal_transformers(case: Case, schedule: Callable[[Case], Iterator[Step]], record_property):
     model = PagedModel(

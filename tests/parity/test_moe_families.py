@@ -39,6 +39,15 @@ transformers = pytest.importorskip("transformers")
 #: tokens, and most sequences, of a step
 BUCKET = 64
 COMMON: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+#: experts as DeepSeek-V3 has them
+CORRECTED: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 FAMILIES = {
     "qwen2-moe": Family(
         "Qwen2Moe",
@@ -102,11 +111,81 @@ FAMILIES = {
         bucket=BUCKET,
     ),
 }
+#: what sets these apart has nothing to do with pages
+VARIANTS = {
+    "glm4-moe": Family(
+        "Glm4Moe",
+        {
+            **COMMON,
+            **CORRECTED,
+            "head_dim": 24,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+        },
+        bucket=BUCKET,
+    ),
+    "dots1": Family(
+        "Dots1",
+        {**COMMON, **CORRECTED, "head_dim": 20, "sliding_window": 40, "max_window_layers": 1, "norm_topk_prob": True},
+        bucket=BUCKET,
+    ),
+    "minimax-m2": Family(
+        "MiniMaxM2",
+        {
+            **COMMON,
+            "intermediate_size": 20,
+            "head_dim": 24,
+            "rotary_dim": 12,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+        },
+        bucket=BUCKET,
+    ),
+    "granite-moe": Family(
+        "GraniteMoeShared",
+        {
+            **COMMON,
+            "intermediate_size": 20,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "shared_intermediate_size": 28,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 0.8,
+        },
+        bucket=BUCKET,
+    ),
+    "flex-olmo": Family(
+        "FlexOlmo",
+        {**COMMON, "intermediate_size": 20, "num_experts": 7, "num_experts_per_tok": 3},
+        bucket=BUCKET,
+    ),
+    "ernie4.5-moe": Family(
+        "Ernie4_5_Moe",
+        {
+            **COMMON,
+            "num_hidden_layers": 3,
+            "moe_num_experts": 12,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "moe_intermediate_size": 20,
+            "moe_layer_end_index": 1,
+        },
+        bucket=BUCKET,
+    ),
+}
+#: in pages, and by themselves
+PAGED = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.thorough) for name in VARIANTS)]
+ALL = [*FAMILIES, *VARIANTS]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Case, Any, Path]]:
-    family, name = FAMILIES[request.param], request.param
+    family, name = {**FAMILIES, **VARIANTS}[request.param], request.param
     model = random_model(family, seed=sum(name.encode()))
     directory = tmp_path_factory.mktemp(name)
     model.save_pretrained(directory)
@@ -126,6 +205,7 @@ def paged(case: Case) -> PagedModel:
     return PagedModel(case.config, case.params, block_size=16, max_len=MAX_LEN, buckets=(BUCKET,), num_seqs=BUCKET)
 
 
+@pytest.mark.parametrize("made", PAGED, indirect=True)
 @pytest.mark.parametrize("schedule", [whole_prompts, mixed_chunks])
 def test_logits_equal_transformers(made: tuple[Case, Any, Path], schedule: Callable[[Case], Iterator[Step]]):
     case, model = made[0], paged(made[0])
@@ -139,6 +219,7 @@ def test_logits_equal_transformers(made: tuple[Case, Any, Path], schedule: Calla
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("made", PAGED, indirect=True)
 @pytest.mark.parametrize("batch", [1, 5, BUCKET])
 def test_every_batch_equals_transformers(made: tuple[Case, Any, Path], batch: int):
     """Steps of a single token of each sequence."""
@@ -153,6 +234,7 @@ def test_every_batch_equals_transformers(made: tuple[Case, Any, Path], batch: in
         np.testing.assert_allclose(got, expected[:, i], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("made", ALL, indirect=True)
 def test_whole_sequences_equal_transformers(made: tuple[Case, Any, Path]):
     case = made[0]
     rows = np.array([case.tokens["300"]])
@@ -160,23 +242,25 @@ def test_whole_sequences_equal_transformers(made: tuple[Case, Any, Path]):
     np.testing.assert_allclose(scores[0], case.expected["300"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("made", ALL, indirect=True)
 def test_both_forms_of_experts_are_the_same_weights(made: tuple[Case, Any, Path], tmp_path: Path):
     """An expert's tensors by themselves, as the hub has them and transformers 4 writes them, or stacked."""
     case, model, directory = made
     model.save_pretrained(tmp_path, save_original_format=False)
     stacked, single = (set(load_file(folder / "model.safetensors")) for folder in (tmp_path, directory))
     assert any(name.endswith("experts.gate_up_proj") for name in stacked)
-    # gpt-oss has them stacked on the hub, too
-    assert any(".experts.0." in name for name in single) == (case.family.model != "GptOss")
+    # these have them stacked on the hub, too
+    assert any(".experts.0." in name for name in single) == (case.family.model not in ("GptOss", "GraniteMoeShared"))
     _, params = load(tmp_path, jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
 
+@pytest.mark.parametrize("made", ALL, indirect=True)
 def test_transformers_loads_what_is_saved(made: tuple[Case, Any, Path], tmp_path: Path):
     case, model, directory = made
     hugging_face.write(tmp_path, list(hugging_face.tensors(decoder_specs(case.config), case.params)))
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     again = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
-    for (name, ours), (_, theirs) in zip(again.named_parameters(), model.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(ours, theirs), name
     assert json.loads((directory / "config.json").read_text())["architectures"]

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.quick_compile import THOROUGH
 
 from jaxllm import LLM, LateChunkingParams, PoolingParams
 from jaxllm.runner.compile.programs import CPU_OPTIONS
 
+tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -133,7 +135,9 @@ PROMPTS = [np.random.default_rng(n).integers(3, 300, size=n).tolist() for n in (
 
 def save(folder: Path, name: str, seed: int = 0, **fields: Any) -> Any:
     """A random model of transformers' class `name`, saved into `folder`; norms and biases are drawn too."""
-    config = getattr(transformers, f"{name.split('For')[0].removesuffix('Model')}Config")(**fields, pad_token_id=0)
+    config = getattr(transformers, f"{name.split('For')[0].removesuffix('Model')}Config")(
+        **{"pad_token_id": 0, **fields}
+    )
     model = getattr(transformers, name)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -223,6 +227,56 @@ def test_bidirectional_decoders(tmp_path: Path) -> None:
         assert np.abs(embeddings(llm, PROMPTS) - normalized(expected)).max() < 1e-5
 
 
+def test_embedding_gemma(tmp_path: Path) -> None:
+    """Windows that reach both ways, and layers behind the mean, which lie in folders of their own."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    sizes = {**DECODER, "head_dim": 20, "query_pre_attn_scalar": 24}
+    model = save(tmp_path, "Gemma3TextModel", use_bidirectional_attention=True, **sizes, **layers)
+    kinds = {"0": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense", "4": "Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    draw, matrices = np.random.default_rng(0), []
+    for path, activation, (rows, columns) in (("2_Dense", "linear.Identity", (72, 48)), ("3_Dense", "Tanh", (40, 72))):
+        matrices.append(draw.normal(size=(rows, columns)).astype(np.float32) / 8)
+        (tmp_path / path).mkdir()
+        save_file({"linear.weight": matrices[-1]}, tmp_path / path / "model.safetensors")
+        config = {"in_features": columns, "out_features": rows, "bias": False, "activation_function": activation}
+        (tmp_path / path / "config.json").write_text(json.dumps(config))
+    means = np.stack([hidden.mean(0) for hidden in hidden_states(model, PROMPTS)])
+    expected = normalized(list(np.tanh(means @ matrices[0].T @ matrices[1].T)))
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True) as llm:
+        assert np.abs(embeddings(llm, PROMPTS) - expected).max() < 1e-5
+        llm.save(tmp_path / "saved")
+    for path, matrix in zip(("2_Dense", "3_Dense"), matrices, strict=True):
+        saved = load_file(tmp_path / "saved" / path / "model.safetensors")
+        np.testing.assert_array_equal(saved["linear.weight"], matrix)
+    again = hidden_states(transformers.AutoModel.from_pretrained(tmp_path / "saved"), PROMPTS[3:4])[0].mean(0)
+    np.testing.assert_allclose(again, means[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.thorough)])
+def test_modernbert_embeds_and_classifies(pooling: str, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    fields = {**sizes, "num_hidden_layers": 4, "local_attention": 16, "classifier_pooling": pooling, "num_labels": 3}
+    biases = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), pooling == "cls")
+    model = save(tmp_path, "ModernBertForSequenceClassification", **fields, **biases)
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([ids])).logits[0] for ids in PROMPTS]).softmax(-1).numpy()
+    with LLM(tmp_path, **SMALL, skip_tokenizer_init=True) as llm:
+        ours = [o.outputs.probs for o in llm.classify(PROMPTS, use_tqdm=False)]
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        llm.save(tmp_path / "saved")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    if pooling == "cls":
+        expected = normalized([hidden[0] for hidden in hidden_states(model.model, PROMPTS)])
+        with LLM(tmp_path, **SMALL, skip_tokenizer_init=True, convert="embed") as llm:
+            assert np.abs(embeddings(llm, PROMPTS) - expected).max() < 1e-5
+
+
 # BERT as a cross-encoder.
 
 BERT = {
@@ -268,6 +322,85 @@ def test_bert_reads_pairs_with_token_types(labels: int, minilm: Path, tmp_path: 
         expected = scores.sigmoid() if labels == 1 else scores.softmax(-1)
         ours = [o.outputs.probs for o in llm.classify(SENTENCES[:5], use_tqdm=False)]
         np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
+
+
+def roberta_tokenizer(minilm: Path, folder: Path) -> Any:
+    """MiniLM's words, and two separators between the texts of a pair, which have one token type."""
+    backend = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B [SEP]", special_tokens=ends
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        pad_token="[unused4]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.thorough
+def test_xlm_roberta_scores_pairs(minilm: Path, tmp_path: Path) -> None:
+    """Positions begin behind that of padding, of which the longest prompt reaches the last."""
+    tokenizer = roberta_tokenizer(minilm, tmp_path)
+    fields = {**BERT, "vocab_size": 30522, "type_vocab_size": 1, "pad_token_id": 5, "num_labels": 1}
+    model = save(tmp_path, "XLMRobertaForSequenceClassification", **fields)
+    query, texts = "How many people live in Berlin?", [*SENTENCES[:5], "word " * 100]
+    batch = tokenizer([(query, text) for text in texts], padding=True, truncation=True, max_length=58)
+    batch = {name: torch.tensor(values) for name, values in batch.items()}
+    single = tokenizer(SENTENCES[:5], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch).logits.sigmoid()[:, 0].numpy()
+        classes = model(**single).logits.sigmoid().numpy()
+    with LLM(tmp_path, **SMALL) as llm:
+        truncate = {"truncate_prompt_tokens": -1}
+        outputs = llm.score(query, texts, use_tqdm=False, tokenization_kwargs=truncate)
+        assert len(outputs[-1].prompt_token_ids) == 58
+        np.testing.assert_allclose([o.outputs.score for o in outputs], expected, atol=1e-5)
+        ours = [o.outputs.probs for o in llm.classify(SENTENCES[:5], use_tqdm=False)]
+        np.testing.assert_allclose(ours, classes, atol=1e-5)
+        with pytest.raises(ValueError, match="maximum model length of 58"):
+            llm.classify("word " * 57, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("XLMRobertaModel", "cls"),
+        pytest.param("RobertaForMaskedLM", "mean", marks=pytest.mark.thorough),
+    ],
+)
+def test_roberta_embeds_as_its_modules_say(name: str, mode: str, minilm: Path, tmp_path: Path) -> None:
+    """bge-m3 takes the first token, multilingual-e5 the mean of all."""
+    tokenizer = roberta_tokenizer(minilm, tmp_path)
+    model = save(tmp_path, name, vocab_size=30522, type_vocab_size=2, **{**BERT, "pad_token_id": 1})
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Pooling", "Normalize")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "Pooling").mkdir()
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+    (tmp_path / "Pooling/config.json").write_text(json.dumps({modes[mode]: True}))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 40}))
+    texts = [text for text in SENTENCES if len(text) < 100]
+    states = hidden_states(getattr(model, "roberta", model), [tokenizer(text).input_ids for text in texts])
+    expected = normalized([hidden[0] if mode == "cls" else hidden.mean(0) for hidden in states])
+    with LLM(tmp_path, **SMALL) as llm:
+        assert np.abs(embeddings(llm, texts) - expected).max() < 1e-5
+        with pytest.raises(ValueError, match="maximum model length of 40"):
+            llm.embed("word " * 41, use_tqdm=False)
+        if name.endswith("Model"):
+            llm.save(tmp_path / "saved")
+    if name.endswith("Model"):
+        again = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+        kept = dict(again.named_parameters())
+        for at, weight in model.named_parameters():
+            # no head of ours has it
+            assert at.startswith("pooler.") or torch.equal(weight, kept[at]), at
 
 
 @pytest.mark.thorough

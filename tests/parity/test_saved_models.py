@@ -64,6 +64,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "Glm4ForCausalLM": {**DECODER, "head_dim": 24},
     "OPTForCausalLM": DECODER,
     "GPT2LMHeadModel": {**DECODER, "n_inner": 80},
+    "PhiForCausalLM": {**DECODER, "hidden_size": 64},
+    "FalconForCausalLM": {**DECODER, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80},
+    "ApertusForCausalLM": DECODER,
     "BertModel": {**DECODER, "type_vocab_size": 2},
     "LlamaModel": DECODER,
 }

@@ -1,4 +1,4 @@
-"""Engines of a small model with experts whose dense matrices CPU kernels multiply by, on one and on two devices.
+"""Engines of a small model whose matrices and experts CPU kernels multiply by, on one and on two devices.
 
 ``python -m support.kernels_of_experts FOLDER`` prints one JSON object: by name, what each engine answered.
 """
@@ -33,7 +33,9 @@ def answers(llm: LLM) -> list[Any]:
 
 def has_kernels(llm: LLM) -> bool:
     runner: Any = llm.engine.runner
-    return bool(runner.head.programs.config.context.backend.cpu_kernels)
+    backend = runner.head.programs.config.context.backend
+    assert bool(backend.cpu_kernels) == bool(backend.cpu_grouped)
+    return bool(backend.cpu_grouped)
 
 
 def others(params: Any) -> Any:
@@ -58,7 +60,8 @@ def main() -> None:
         found["own weights"] = answers(llm)
     with LLM(model, tensor_parallel_size=2, enable_expert_parallel=True, **arguments) as llm:
         found["whole experts"] = answers(llm)
-    with mock.patch.object(cpu_ffi, "load", lambda *_: ""), LLM(model, **arguments) as llm:
+    no_kernels = mock.patch.multiple(cpu_ffi, load=lambda *_: "", load_grouped=lambda *_: "")
+    with no_kernels, LLM(model, **arguments) as llm:
         found["XLA"], found["XLA's kernels"] = answers(llm), has_kernels(llm)
         llm.update_weights(others(llm.apply_model(lambda params: params)[0]))
         found["other weights by XLA"] = answers(llm)

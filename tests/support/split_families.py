@@ -38,6 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     # whose matrices are [in, out], and whose positions every device has
     "GPT2": {"n_embd": 64, "n_inner": 128},
+    # KV heads in turn with their queries; a bias of the scores
+    "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+    "Phi": {},
     "Olmo2": {},
     "Cohere": {"use_qk_norm": True},
     "Mixtral spread": {"num_local_experts": 8, "intermediate_size": 21},
@@ -48,6 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "GptOss": {"num_local_experts": 6, "intermediate_size": 20},
+    "GraniteMoeShared": {"num_local_experts": 6, "intermediate_size": 20, "shared_intermediate_size": 20},
+    "Ernie4_5_Moe spread": {"moe_num_experts": 8, "moe_intermediate_size": 20},
     "DeepseekV2": {
         "kv_lora_rank": 24,
         "q_lora_rank": 20,

@@ -285,6 +285,24 @@ def test_one_line_for_all_of_them(caplog: pytest.LogCaptureFixture):
         assert part in record.getMessage()
 
 
+def test_arguments_are_changed_as_vllms_scripts_change_them():
+    """Set one after the other, or spread out of `asdict`, and checked as those of the constructor."""
+    drafts: Any = {"method": "ngram", "num_speculative_tokens": 2}
+    limits: Any = {"image": 1}
+    args: Any = EngineArgs(model="m", limit_mm_per_prompt=limits, max_model_len=400, speculative_config=drafts)
+    spread: dict[str, Any] = {**dataclasses.asdict(args), "seed": 3}
+    assert engine_args(**spread) == dataclasses.replace(args, seed=3)
+    limits = {"image": 0, "video": 0, "audio": 0} | dict(args.limit_mm_per_prompt or {})
+    args.limit_mm_per_prompt, args.max_model_len, args.seed = limits, "1k", None
+    expected: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_model_len": 1000, "seed": 0}
+    assert args == EngineArgs(model="m", speculative_config=drafts, **expected)
+    with pytest.raises(ValidationError, match="max_num_seqs must be at least 1, got 0"):
+        args.max_num_seqs = 0
+    with pytest.raises(TypeError, match="argument 'sed'. Did you mean 'seed'?"):
+        args.sed = 1
+    assert args == EngineArgs(model="m", speculative_config=drafts, **expected)
+
+
 def test_every_name_has_one_fate():
     groups = [FIELDS, *(set(names) for names in NOT_YET.values()), set(NEVER), set(NO_EFFECT)]
     assert sum(map(len, groups)) == len(set().union(*groups))

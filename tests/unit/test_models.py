@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.registry import ARCHITECTURES, model_config
+from jaxllm.models.registry import ARCHITECTURES, model_config, pooling_model_config
 
 BASE: dict[str, Any] = {
     "vocab_size": 300,
@@ -134,6 +134,27 @@ def test_the_first_known_architecture_is_taken():
             {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
         ),
         (
+            "Olmo3ForCausalLM",
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            {
+                "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
+        (
+            "Exaone4ForCausalLM",
+            {"sliding_window": 8, "sliding_window_pattern": "LLG"},
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+        ),
+        (
+            "HunYuanDenseV1ForCausalLM",
+            {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "alpha": 10.0, "factor": 1.0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4 * 10.0 ** (16 / 14)}},
+        ),
+        (
             "SmolLM3ForCausalLM",
             {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 8},
             {
@@ -177,8 +198,10 @@ def test_missing_fields_have_transformers_defaults():
         if name.startswith("Deepseek"):
             continue  # a config of theirs without its sizes is refused: it would be some other model's
         kind = {"Gemma3": "Gemma3Text"}.get(family := re.sub("ForCausalLM|LMHeadModel", "", name), family)
-        full = getattr(transformers, f"{kind}Config")(**fields, num_attention_heads=4).to_dict()
-        ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"))
+        # its default is more than these heads have
+        own = {"rotary_dim": 8} if family == "GPTJ" else {}
+        full = getattr(transformers, f"{kind}Config")(**fields, **own, num_attention_heads=4).to_dict()
+        ours = config(name, num_attention_heads=4, head_dim=full.get("head_dim"), **own)
         del full["architectures"]
         assert ours == config(name, **full), name
         if family in ("Qwen3", "Gemma", "Gemma2", "Gemma3", "Glm", "Glm4"):
@@ -202,12 +225,32 @@ def test_missing_fields_have_transformers_defaults():
         ("OPTForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "learned positions, 512 of"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true of GPT-2"),
         ("GPT2LMHeadModel", {"n_embd": "wide"}, "n_embd of config.json must be an integer, got 'wide'"),
+        ("PhiForCausalLM", {"qk_layernorm": True}, "qk_layernorm=true of Phi"),
+        ("GPTJForCausalLM", {}, "rotary_dim=64 is not supported: it must be even, and at most head_dim=16"),
+        ("FalconForCausalLM", {"alibi": True}, "alibi=true of Falcon is not supported"),
+        ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "with new_decoder_architecture=false"),
+        ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla=true of Hunyuan"),
+        ("Glm4MoeForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported; only 'sigmoid'"),
+        ("Dots1ForCausalLM", {"topk_method": "greedy"}, "topk_method='greedy' is not supported; only 'noaux_tc'"),
+        ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0]}, r"attn_type_list=\[1, 0\] of config.json asks for linear"),
+        ("MiniMaxM2ForCausalLM", {"use_qk_norm": False}, "use_qk_norm=False is not supported; only True"),
+        ("Ernie4_5_MoeForCausalLM", {"use_bias": True}, "use_bias=True is not supported; only False"),
+        ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": [64, 64]}, r"moe_num_experts=\[64, 64\] and moe_inter"),
+        ("FlexOlmoForCausalLM", {"num_experts": 4}, "num_experts_per_tok=5 is more than the num_experts=4"),
         ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(architecture: str, fields: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         config(architecture, **fields)
+
+
+def test_an_encoder_without_positions_is_refused():
+    fields = {**BASE, "architectures": ["XLMRobertaModel"], "max_position_embeddings": 2, "pad_token_id": 1}
+    with pytest.raises(ValidationError, match="the first 2 are not used, since pad_token_id=1"):
+        pooling_model_config(fields)
+    with pytest.raises(ValidationError, match="classifier_activation 'mish' is not supported"):
+        pooling_model_config({**BASE, "architectures": ["ModernBertModel"], "classifier_activation": "mish"})
 
 
 @pytest.mark.parametrize("field", [name for name in BASE if name not in ("head_dim", "num_key_value_heads")])

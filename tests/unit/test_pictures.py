@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support.pictures import broken, encoded
 from support.seeing_models import picture
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.multimodal.pictures import read_picture
+from jaxllm.multimodal.access import encode_image_url, fetch_image
+from jaxllm.multimodal.pictures import convert_image_mode, read_picture
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -109,3 +112,15 @@ def test_broken_files_are_refused_and_nothing_else_happens(form: str, count: int
             assert str(error).startswith("it")
             refused += 1
     assert refused
+
+
+def test_vllms_functions_for_scripts(tmp_path: Path):
+    given = picture(40, 30)
+    given.save(tmp_path / "it.png")
+    for url in (encode_image_url(given), f"file://{tmp_path}/it.png", str(tmp_path / "it.png")):
+        np.testing.assert_array_equal(np.asarray(fetch_image(url)), np.asarray(given))
+    with pytest.raises(ValidationError, match="'http://nowhere.invalid/it.png' cannot be fetched"):
+        fetch_image("http://nowhere.invalid/it.png")
+    seen_through = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert convert_image_mode(seen_through, "RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert convert_image_mode(seen_through, "L").mode == "L"

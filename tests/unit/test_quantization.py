@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support.quantized_checkpoints import FORMATS, write
+from support.quantized_checkpoints import FORMATS, NF4, write
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm.api.errors import ValidationError
@@ -43,6 +44,7 @@ from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
+from jaxllm.weights.quantization.saved import SavedQuantization
 from pallas_kernels.backend import Backend
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -105,6 +107,36 @@ def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
         assert 0.01 < numbers.std() < 0.04, (field, numbers.std())
 
 
+def test_stacked_experts_are_quantized_while_they_are_read(tmp_path: Path):
+    """Granite's, of which a layer's gates and ups are one tensor, each row of every expert with a scale of its own."""
+    config = {
+        **CONFIG,
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(0)
+    tensors = {
+        name: draw.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+        for spec in jax.tree.leaves(decoder_specs(model_config(config)), is_leaf=is_spec)
+        for name, part in spec.tensors()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    plain, ours = load(tmp_path).layers[0].sparse, load(tmp_path, "int8").layers[0].sparse
+    for name in ("gate_up", "down"):
+        whole, matrix = getattr(plain.experts, name), getattr(ours.experts, name)
+        assert matrix.values.dtype == jnp.int8 and matrix.shape == whole.shape
+        step = np.abs(whole).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(np.asarray(dense(matrix, F32)) - whole) <= 0.501 * step).all()
+    checkpoint, specs = specs_of(tmp_path, "int8")
+    assert checkpoint.quantization is not None
+    with pytest.raises(ValidationError, match=r"input_linear.weight has all experts of a layer.* format='orbax'"):
+        SavedQuantization(checkpoint.quantization, specs)
+
+
 @pytest.mark.parametrize("asked", ["int8", "fp8", "int4"])
 def test_a_checkpoint_is_quantized_while_it_is_read(tmp_path: Path, asked: str):
     plain = write_tiny_model(tmp_path)
@@ -115,6 +147,23 @@ def test_a_checkpoint_is_quantized_while_it_is_read(tmp_path: Path, asked: str):
         largest = np.abs(want).max(axis=-1, keepdims=True)
         error = np.abs(np.asarray(dense(matrix, F32)) - want)
         assert (error <= step * 1.01 * largest).all() and error.max() > 0, field
+
+
+def test_sixteen_bits_become_bitsandbytes_nearest_numbers(tmp_path: Path):
+    """Of every 64 in a row the largest is kept, and of each number's share of it the nearest of NF4's (Dettmers et al.
+    2023, arXiv:2305.14314, appendix E).
+    """
+    plain = write_tiny_model(tmp_path)
+    ours, whole = load(plain, "bitsandbytes"), load(plain)
+    for field in FIELDS:
+        matrix, want = getattr(ours.layers[0], field), np.asarray(getattr(whole.layers[0], field))
+        groups = want.reshape(*want.shape[:-1], -1, math.gcd(want.shape[-1], 64))
+        largest = np.abs(groups).max(axis=-1, keepdims=True)
+        nearest = NF4[np.abs(groups[..., None] / largest[..., None] - NF4).argmin(axis=-1)]
+        np.testing.assert_allclose(
+            dense(matrix, F32), (nearest * largest).reshape(want.shape), rtol=1e-6, err_msg=field
+        )
+    np.testing.assert_array_equal(ours.head, whole.head)
 
 
 def test_one_matrix_may_be_left_out(tmp_path: Path):
@@ -461,7 +510,7 @@ def test_experts_of_a_layer_that_differ_are_refused():
         quantized(decoder_specs(model_config(model)), lambda name: form if "experts.0." in name else None)
 
 
-@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8"])
+@pytest.mark.parametrize("asked", ["int8", "tpu_int8", "experts_int8", "int4", "fp8", "bitsandbytes"])
 def test_kept_matrices_are_asked_for_by_the_name_that_made_them(tmp_path: Path, asked: str):
     method = quantization_method(asked, None)
     assert method is not None

@@ -305,7 +305,7 @@ def test_what_is_left_out_stays_as_it_is(reports: dict[str, QuantizationReport],
         for name in same:
             np.testing.assert_array_equal(before.read(name), after.read(name))
     checkpoint, _ = read_specs(reports["gptq"].output)
-    planned = dict(matrices(decoder_specs(model_config(checkpoint.config))))
+    planned = {name: shape for name, shape, _ in matrices(decoder_specs(model_config(checkpoint.config)))}
     assert checkpoint.quantization is not None
     method = checkpoint.quantization.method
     assert {name for name, shape in planned.items() if method.planned(name, shape)} == {

@@ -66,6 +66,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(caplog: pytest.LogCaptu
         now = 100.0 + (LINE_INTERVAL + 1) * done / 2
         progress.programs(done, 8)
     assert said(caplog) == ["2 of 8 programs, 6 of about 31 s"]
+    now = 140.0
+    progress.programs(5, 8)
+    assert said(caplog) == ["5 of 8 programs, 40 s"]
 
 
 def test_a_terminal_shows_a_bar(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxllm.layers.moe import Experts
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
@@ -44,6 +45,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
             backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
         if config.quantization is not None:
             backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+        backend = dataclasses.replace(backend, cpu_grouped=_of_experts(config, folder))
     return dataclasses.replace(config, attention=backend)
 
 
@@ -74,3 +76,12 @@ def _of_weights(config: RunnerConfig, folder: Path) -> str:
     # experts, which have an axis more, are multiplied group by group
     weights = [leaf for leaf in leaves if isinstance(leaf, _WEIGHTS) and len(leaf.shape) <= 3]
     return cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
+
+
+def _of_experts(config: RunnerConfig, folder: Path) -> str:
+    """Load the kernels of the model's experts, quantized or not; their version."""
+    parts = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, Experts))
+    experts = [part for part in parts if isinstance(part, Experts)]
+    matrices = [(part.gate_up, part.down) for part in experts]
+    leaves = jax.tree.leaves(matrices, is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
+    return cpu_ffi.load_grouped([leaf for leaf in leaves if len(leaf.shape) == 4], jnp.dtype(config.dtype), folder)

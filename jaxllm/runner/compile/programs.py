@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +138,9 @@ class Programs(abc.ABC):
         self._vision: VisionParams | None = None
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
+        #: those of the keys that steps do without until they are made beside them
+        self.late: tuple[Key, ...] = ()
+        self._buckets = tuple(packings)
 
     def _with_encoder(self, params: Params, buckets: tuple[int, ...], normal: Normalization) -> Params:
         """Take the tower out of the weights' shapes, for programs of its own: few arguments make quick launches.
@@ -255,11 +258,14 @@ class Programs(abc.ABC):
             devices = list(self._mesh.devices.flat)
         return open_store(self._cache_dir, devices, self._options, self._source)
 
-    def _compile(self, keys: Iterable[Key]) -> None:
+    def _compile(self, keys: Iterable[Key], late: Collection[Key] = ()) -> None:
         """Tracing is serial (it holds the interpreter), compiling and loading run beside it in threads.
 
         On a CPU in one: XLA shares a compilation out by itself, and two at once take longer than one after the other,
         and twice the memory.
+
+        Args:
+            late: those that are loaded, and not compiled.
         """
         store, missing = self._store, [key for key in keys if key not in self._compiled]
         if not missing:
@@ -273,31 +279,34 @@ class Programs(abc.ABC):
             freed_memory.give_back()
             return program
 
-        def compiled(key: Key, program: jax.stages.Lowered) -> jax.stages.Compiled | None:
-            own = self._head_options if key[0] in HEAD_PROGRAMS else {}
-            if store is None:
-                result = program.compile({**self._options, **own})
-            else:
-                result = store.compile(key, program, own)
-            freed_memory.give_back()
-            return result
-
         with Workers(self._workers, "compile") as pool:
             if store is not None:
                 self._collect({pool.submit(found, key): key for key in missing}, total)
-            futures: dict[concurrent.futures.Future[jax.stages.Compiled | None], Key] = {}
+            futures: dict[concurrent.futures.Future[Any], Key] = {}
             for key in missing:
-                if key not in self._compiled:
+                if key not in self._compiled and key not in late:
                     self.were_found = False
                     self._progress.check()
-                    futures[pool.submit(compiled, key, self._lower(key))] = key
+                    futures[pool.submit(self._compile_lowered, key, self._lower(key))] = key
                     self._say(futures, total)
             self._collect(futures, total)
 
+    def _compile_lowered(self, key: Key, program: Any) -> jax.stages.Compiled:
+        """A program that was lowered (`jax.stages.Lowered`, or what does what that does)."""
+        own = self._head_options if key[0] in HEAD_PROGRAMS else {}
+        store = self._store
+        result = program.compile({**self._options, **own}) if store is None else store.compile(key, program, own)
+        freed_memory.give_back()
+        return result
+
     def counts(self) -> tuple[int, int | None]:
-        """How many programs there are, and how many of them no earlier start has kept; None: nobody knows."""
+        """How many programs a start waits for, and how many of them no earlier start has kept; None: nobody knows."""
         everything, store = {*self._all_keys(), ALLOCATOR}, self._store
-        return len(everything), None if store is None else sum(not store.has(key) for key in everything)
+        if store is None:
+            return len(everything), None
+        missing = {key for key in everything if not store.has(key)}
+        late = missing.intersection(self._replaceable())
+        return len(everything) - len(late), len(missing) - len(late)
 
     def kept(self) -> list[KeptProgram]:
         """All programs, once they are compiled, as they are kept for the next start; [] where JAX keeps them."""
@@ -336,6 +345,39 @@ class Programs(abc.ABC):
     def compile_all(self) -> None:
         """Compile what is missing."""
         self._compile(self._all_keys())
+
+    def compile_first(self) -> None:
+        """Load what an earlier start has kept, and compile what no other program can stand in for; `late` is the
+        rest.
+        """
+        replaceable = self._replaceable()
+        self._compile(self._all_keys(), replaceable)
+        self._do_without(tuple(key for key in replaceable if key not in self._compiled))
+
+    def compile_late(self, key: Key, beside: Callable[[jax.stages.Lowered], Any]) -> None:
+        """Make one of those that are late, in whatever thread, and let steps have it from here on.
+
+        Args:
+            beside: what is lowered -> the same, to be compiled at low priority.
+        """
+        self._compiled[key] = self._compile_lowered(key, beside(self._lower(key)))
+        self._do_without(tuple(other for other in self.late if other != key))
+
+    def _do_without(self, late: tuple[Key, ...]) -> None:
+        """Let steps run in programs that are not among these."""
+        self.late = late
+        self._buckets = tuple(bucket for bucket in self.packings if ("forward", bucket) not in late)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Those that steps run in at present, in ascending order."""
+        return self._buckets
+
+    def _replaceable(self) -> tuple[Key, ...]:
+        """Of the programs for which others do what they do, slower, in the order in which they are wanted; () where the
+        start waits for all.
+        """
+        return ()
 
     def step_texts(self, num_tokens: int, num_seqs: int) -> list[str]:
         """The programs that a step of this size runs, one after the other, as their compiler writes them. Those that
@@ -387,8 +429,8 @@ class Programs(abc.ABC):
         return jax.tree.map(lambda shape: shape.sharding, self._whole_params)
 
     def bucket(self, num_tokens: int, num_seqs: int, *, adapters: bool = False) -> Bucket:
-        """The one that a step of this size runs in, with adapters or without."""
-        return pick_bucket(tuple(self.packings), num_tokens, num_seqs, adapters=adapters)
+        """The one that a step of this size runs in at present, with adapters or without."""
+        return pick_bucket(self._buckets, num_tokens, num_seqs, adapters=adapters)
 
     @property
     def largest(self) -> Bucket:
@@ -402,6 +444,10 @@ class Programs(abc.ABC):
 
     def scatter_blocks(self, lot_size: int) -> jax.stages.Compiled:
         return self._get((SCATTER, lot_size))
+
+    def name(self, key: Key) -> str:
+        """Of a program, for people."""
+        return _key_text(key)
 
     def _get(self, key: Key) -> Any:
         """A `jax.stages.Compiled`, or what is called as one."""

@@ -78,18 +78,19 @@ class StartProgress:
         """So many programs are there."""
         if self._quiet:
             return
+        now = self._clock()
+        # a start that takes longer is none like the last one
+        is_like_last = self._seconds is not None and now - self._began <= self._seconds
+        expected = f" of about {self._seconds:.0f}" if is_like_last else ""
         if self.on_terminal:
+            form = "{n_fmt} of {total_fmt} programs |{bar}| {elapsed}" + (f"{expected} s" if expected else "")
             if self._bar is None:
-                expected = "" if self._seconds is None else f" of about {self._seconds:.0f} s"
-                form = "{n_fmt} of {total_fmt} programs |{bar}| {elapsed}" + expected
                 self._bar = tqdm(total=total, bar_format=form, leave=False)
-            self._bar.total, self._bar.n = total, done
+            self._bar.total, self._bar.n, self._bar.bar_format = total, done, form
             self._bar.refresh()
             return
-        now = self._clock()
         if now - self._said >= LINE_INTERVAL:
             self._said = now
-            expected = "" if self._seconds is None else f" of about {self._seconds:.0f}"
             logger.info("%d of %d programs, %.0f%s s", done, total, now - self._began, expected)
 
     def check(self) -> None:

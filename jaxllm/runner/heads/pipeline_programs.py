@@ -172,6 +172,9 @@ class PipelinePrograms:
         for stage in self.stages:
             stage.compile_all()
 
+    #: a start waits for all of them
+    compile_first = compile_all
+
     def kept(self) -> list[KeptProgram]:
         """As `Programs.kept`, of all stages."""
         return [

@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput, StepOutput
 from jaxllm.models.adapters import Stacks, with_adapters
-from jaxllm.models.pooler import PoolingModel
+from jaxllm.models.pooler import PoolingModel, embedding_size
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import put_whole
 from jaxllm.runner.buckets import Bucket
@@ -168,6 +168,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
     def __init__(self, programs: PoolingPrograms, max_num_seqs: int):
         self.programs: PoolingPrograms = programs
         self._embeddings, self._pictures = Embeddings(programs), Pictures(programs)
+        self._embedding_size = embedding_size(programs.config.model, programs.config.pooler)
         self._params: PoolingModel | None = None
         self._adapters: Stacks | None = None
         #: of all rows, the fields that `pooling_packing` has for each sequence
@@ -196,7 +197,7 @@ class PoolingHead(Head[PoolingModel, PoolingState]):
         # chunks are made of the tokens' states as they are, by the engine
         whole = params.late_chunking is not None
         own = None if whole else params.dimensions
-        self._fields["dimensions"][row] = own or self.programs.config.model.hidden_size
+        self._fields["dimensions"][row] = own or self._embedding_size
         self._fields["activate"][row] = bool(params.use_activation) and not whole
         self._fields["segment_starts"][row] = np.iinfo(np.int32).max if start is None else start
         self._wants_tokens[row] = params.wants_tokens

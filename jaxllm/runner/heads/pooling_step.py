@@ -16,7 +16,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
 from jaxllm.models.bert import BertConfig
 from jaxllm.models.model import ModelConfig, forward
-from jaxllm.models.pooler import Head, PoolingModel, finish
+from jaxllm.models.pooler import Dense, Head, PoolingModel, finish
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.packing import MediaFields, Packing, forward_fields, step_attention, with_pictures
 
@@ -82,12 +82,13 @@ def pooling_step(
     fields = packing.unpack(buffer)
     if bucket.adapters:
         params = with_slots(params, fields["adapter_slots"], config.context.backend)
+    has_segments = isinstance(config.model, BertConfig) and config.model.has_segments
     batch = StepBatch(
         tokens=fields["token_ids"],
         attention=step_attention(fields, bucket),
         embeddings=embeddings,
         embedded=None if embeddings is None else fields["token_ids"] == EMBEDDED,
-        segment_starts=fields["segment_starts"] if isinstance(config.model, BertConfig) else None,
+        segment_starts=fields["segment_starts"] if has_segments else None,
     )
     batch = with_pictures(batch, fields, state.encoded)
     cache, hidden = forward(config.context, config.model, config.groups, params.body, state.cache, batch)
@@ -97,7 +98,11 @@ def pooling_step(
 
 
 def token_step(
-    config: PoolingStepConfig, packing: Packing, head: Head | None, hidden: jax.Array, buffer: jax.Array
+    config: PoolingStepConfig,
+    packing: Packing,
+    head: Head | tuple[Dense, ...] | None,
+    hidden: jax.Array,
+    buffer: jax.Array,
 ) -> jax.Array:
     """Results of every token by itself, f32 [T, `output_size`], of the step's hidden [T, d]."""
     fields = packing.unpack(buffer)

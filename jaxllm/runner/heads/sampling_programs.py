@@ -32,11 +32,11 @@ from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, f
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
-from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
-from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel
+from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, takes
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
@@ -47,6 +47,10 @@ PLAIN = Backend()
 
 #: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
 SAMPLE_ROWS_GPU = (8, 64, 256)
+
+#: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
+#: largest
+FIRST_TOKENS = 32
 
 WRITER: Key = ("write tokens",)
 OUTPUT_WRITER: Key = ("write outputs",)
@@ -80,6 +84,7 @@ class SamplingPrograms(Programs):
         pixel_normal: Normalization = ((), ()),
         adapters: Stacks | None = None,
         num_rows: int | None = None,
+        answers_early: bool = False,
     ):
         """
         Args:
@@ -90,11 +95,15 @@ class SamplingPrograms(Programs):
             num_draft_steps: most steps of a launch with drafts.
             num_rows: of requests, that there is room for; None: as many as `state` has.
             eager: one sampler instead of one for each size of block.
+            answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
-        packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
+        model_drafts = isinstance(config.drafter, ModelDrafter)
+        packings = {
+            bucket: forward_packing(bucket, *numbers, media=media, model_drafts=model_drafts) for bucket in buckets
+        }
         if num_rows is None:
             num_rows = state.tokens.shape[0] - 1
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
@@ -103,6 +112,9 @@ class SamplingPrograms(Programs):
             self._sample_rows.append(min(2 * self._sample_rows[-1], num_rows))
         if eager:
             self._sample_rows = self._sample_rows[-1:]
+        #: those of the samplers that are there
+        self._ready_rows = tuple(self._sample_rows)
+        self._answers_early = answers_early and platform == "cpu" and not eager
         pictures = media, encoder_buckets, pixel_normal
         several = num_decode_steps, num_draft_steps, *pictures, num_rows, self._sample_rows[-1]
         super().__init__(
@@ -136,13 +148,17 @@ class SamplingPrograms(Programs):
         self.catch_up_packings = {
             bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
             for bucket in draft_buckets
-            if isinstance(self.drafter, ModelDrafter) and not bucket.adapters
+            if model_drafts and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
+        #: of a model that drafts, what reading costs
+        self.reading_costs = reading_costs(platform, _draft_cost(params)) if model_drafts else None
         for bucket in draft_buckets:
-            few_rows = [form == "few rows" for form in self.check_forms(bucket)]
-            self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows, draft_cost=_draft_cost(params))
+            few_rows, cost = [form != "plain" for form in self.check_forms(bucket)], _draft_cost(params)
+            self.check_costs[bucket.seqs] = check_costs(
+                platform, lengths, few_rows, num_seqs=bucket.seqs, draft_cost=cost
+            )
         #: tokens of ended requests that are kept for drafts, and the most requests
         self.num_kept_tokens = 0 if state.outputs is None else state.outputs.shape[1] - 1
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0
@@ -171,7 +187,7 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense else "plain"
+        return "several rows" if backend.cpu_dense or takes(backend, bucket.tokens) else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
@@ -291,6 +307,20 @@ class SamplingPrograms(Programs):
         writers = [WRITER] if self._state.outputs is None else [WRITER, OUTPUT_WRITER]
         return [*several, *samplers, SCORER, *forwards, *writers]
 
+    def _replaceable(self) -> tuple[Key, ...]:
+        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
+        if not self._answers_early or special or self._mesh is not None or self._store is None:
+            return ()
+        some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
+        forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]
+        # what a few requests run in comes first
+        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows[:-1] for full in self._variants]
+        return (*forwards[:2], *samplers, *forwards[2:])
+
+    def _do_without(self, late: tuple[Key, ...]) -> None:
+        super()._do_without(late)
+        self._ready_rows = tuple(rows for rows in self._sample_rows if ("sample", rows, True) not in late)
+
     def _step(self, bucket: Bucket, num_seqs: int) -> tuple[Key, ...]:
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
@@ -330,7 +360,9 @@ class SamplingPrograms(Programs):
         token.
         """
         full = full or False not in self._variants
-        return self._get(("sample", self._sampler_rows(num_samples), full)), full
+        ready = self._ready_rows
+        rows = next((rows for rows in ready if rows >= num_samples), ready[-1])
+        return self._get(("sample", rows, full)), full
 
     def _sampler_rows(self, num_samples: int) -> int:
         return next((rows for rows in self._sample_rows if rows >= num_samples), self._sample_rows[-1])

@@ -29,10 +29,11 @@ def give_back() -> None:
 
 
 def give_back_code() -> None:
-    """Unmap the pages of jaxlib's machine code, on Linux; elsewhere do nothing.
+    """Unmap the pages of jaxlib's machine code, and of llvmlite's, which makes kernels for CPUs, on Linux; elsewhere do
+    nothing.
 
-    Most of them are the compiler, which has done its work. They hold nothing that is not in the file, stay in the page
-    cache, and are mapped again where they run.
+    Most of them are the compilers, which have done their work. They hold nothing that is not in the files, stay in the
+    page cache, and are mapped again where they run.
     """
     if sys.platform != "linux":
         return
@@ -43,11 +44,16 @@ def give_back_code() -> None:
 
 
 def code_mappings() -> list[tuple[int, int]]:
-    """Addresses, and those behind them, at which jaxlib's files are mapped as code: executable and never written."""
+    """Addresses, and those behind them, at which files of jaxlib and of llvmlite are mapped as code: executable and
+    never written.
+    """
+    llvm = sys.modules.get("llvmlite")
+    files = [jaxlib.__file__, *([llvm.__file__] if llvm is not None and llvm.__file__ else [])]
+    packages = {Path(file).parent for file in files}
     found: list[tuple[int, int]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
-        if permissions == "r-xp" and path and Path(jaxlib.__file__).parent in Path(path[0]).parents:
+        if permissions == "r-xp" and path and packages & set(Path(path[0]).parents):
             start, stop = addresses.split("-")
             found.append((int(start, 16), int(stop, 16)))
     return found

@@ -43,7 +43,7 @@ class Tensor:
     def value(self) -> np.ndarray:
         """The numbers: the model's own memory on a CPU, a copy in the host's elsewhere and of parts that are joined."""
         if len(self.places) == 1 and not self.places[0][0].transposed:
-            return self._part(*self.places[0])
+            return self._part(*self.places[0]).reshape(self.shape)
         whole = np.empty(self.shape, self.array.dtype)
         for part, index in self.places:
             matrix = whole[index[-2]] if self.spec.has_all_experts(part) else whole

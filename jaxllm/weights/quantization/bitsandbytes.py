@@ -39,7 +39,8 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-_BLOCK = 64
+#: numbers that share a largest one
+BLOCK = 64
 _STATE = ".weight.quant_state.bitsandbytes__"
 
 
@@ -71,7 +72,7 @@ class BitsAndBytes(Method):
         if name.startswith("lm_head.") or any(skip in (module, module.rsplit(".", 1)[-1]) for skip in self._skipped):
             return None
         if self._four:
-            return CodebookLayout(table=NF4, group=math.gcd(shape[1], _BLOCK), scale_dtype="float32")
+            return CodebookLayout(table=NF4, group=math.gcd(shape[1], BLOCK), scale_dtype="float32")
         return ScaledLayout(dtype="int8", group=0, scale_dtype="float32")
 
     def look(self, tensors: StoredTensors, module: str) -> Found:

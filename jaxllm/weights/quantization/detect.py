@@ -43,6 +43,7 @@ ONLINE: Mapping[str, Callable[[], Method]] = {
     "int8": lambda: Online("int8"),
     "fp8": lambda: Online("fp8"),
     "int4": lambda: Online("int4"),
+    "bitsandbytes": lambda: Online("nf4"),
     "experts_int8": lambda: Online("int8", only_experts=True),
 }
 #: what vLLM has and jaxllm has not, and what to take

@@ -2,14 +2,18 @@
 has the matrix as it was.
 
 The largest number of a row, or of a group of its columns, becomes the largest that the format has. Matrices that cannot
-be cut into groups stay as they are, and so do stacked experts, embeddings, heads and routers.
+be cut into groups stay as they are, and so do embeddings, heads, routers, and stacked experts whose tensors are called
+otherwise than ``.weight``.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from jaxllm.layers.weight_storage import Int4Layout, Layout, RoundedInputsLayout, ScaledLayout
+from jaxllm.layers.weight_storage import CodebookLayout, Int4Layout, Layout, RoundedInputsLayout, ScaledLayout
+from jaxllm.weights.quantization.bitsandbytes import BLOCK, NF4
 from jaxllm.weights.quantization.fp8 import FLOAT8
 from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, packed_pairs
 
@@ -20,7 +24,8 @@ LARGEST = {"int8": 127.0, FLOAT8: 448.0}
 
 class Online(Method):
     """To "int8" with a scale a row; to "fp8" with one, and inputs in eight bits, too, with a scale a token; to "int4"
-    in groups of 128, or fewer where these do not divide a row, with zero points.
+    in groups of 128, or fewer where these do not divide a row, with zero points; to "nf4" as bitsandbytes does, in
+    groups of 64.
     """
 
     tensors = ()
@@ -29,7 +34,8 @@ class Online(Method):
     in_files = False
 
     def __init__(self, name: str, *, only_experts: bool = False):
-        self.name = f"experts_{name}" if only_experts else name  # pyright: ignore[reportAttributeAccessIssue]
+        own = "bitsandbytes" if name == "nf4" else name
+        self.name = f"experts_{name}" if only_experts else own  # pyright: ignore[reportAttributeAccessIssue]
         self._form, self._only_experts = name, only_experts
 
     def find(self, tensors: StoredTensors) -> dict[str, Found]:
@@ -47,6 +53,9 @@ class Online(Method):
         if self._form == "int4":
             group = next((group for group in INT4_GROUPS if shape[1] % group == 0), None)
             return None if group is None else Int4Layout(group=group, scale_dtype="float16")
+        if self._form == "nf4":
+            group = math.gcd(shape[1], BLOCK)
+            return None if group % 2 else CodebookLayout(table=NF4, group=group, scale_dtype="float32")
         if self._form == "int8":
             return ScaledLayout(dtype="int8", group=0, scale_dtype="float32")
         own = ScaledLayout(dtype=FLOAT8, group=0, scale_dtype="float32")
@@ -68,6 +77,8 @@ def rounded(matrix: np.ndarray, layout: Layout, kind: str) -> np.ndarray:
     layout = inner(layout)
     if isinstance(layout, Int4Layout):
         return _int4(matrix, layout.group, kind)
+    if isinstance(layout, CodebookLayout):
+        return _codebook(matrix, layout, kind)
     assert isinstance(layout, ScaledLayout)
     largest = LARGEST[layout.dtype]
     scales = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(largest)
@@ -91,3 +102,16 @@ def _int4(matrix: np.ndarray, group: int, kind: str) -> np.ndarray:
         return zeros.astype(np.uint8)
     codes = (np.rint(groups / steps[:, :, None]) + zeros[:, :, None]).clip(0, 15)
     return packed_pairs(codes.astype(np.uint8).reshape(rows, columns), group)
+
+
+def _codebook(matrix: np.ndarray, layout: CodebookLayout, kind: str) -> np.ndarray:
+    """The nearest of the table's numbers, which ascend, where the largest of a group is 1."""
+    rows, columns = matrix.shape
+    groups = matrix.reshape(rows, columns // layout.group, layout.group)
+    scales = np.abs(groups).max(axis=2)
+    if kind == "scales":
+        return scales
+    table = np.asarray(layout.table, np.float32)
+    shares = groups / np.where(scales == 0, np.float32(1), scales)[:, :, None]
+    codes = np.searchsorted((table[1:] + table[:-1]) / 2, shares)
+    return packed_pairs(codes.astype(np.uint8).reshape(rows, columns), layout.group)

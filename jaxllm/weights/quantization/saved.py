@@ -52,6 +52,12 @@ class SavedQuantization:
                 f"The weights are quantized as {self._method.name!r}, which no format that is written holds. ({error}) "
                 "Copy the checkpoint that they are from; or quantize the one in 16 bits: jaxllm quantize."
             ) from None
+        stacked = next((name for name in self._layouts if quantization.matrices[name].stacked), None)
+        if stacked is not None:
+            raise ValidationError(
+                f"{stacked} has all experts of a layer, which no format that is written holds as "
+                f"{self._method.name!r}: save with format='orbax'."
+            )
         self._method = compressed_tensors.CompressedTensors(self._config)
 
     def config(self, model: Mapping[str, Any]) -> dict[str, Any]:
