@@ -81,8 +81,8 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     #: "null" is `jaxllm.runner.null`
     load_format: str = argument(
         "auto",
-        check.one_of("auto", "safetensors", "gguf", "orbax", "dummy", "null"),
-        "what the weights are read from; dummy: random ones; null: no model, which measures the host",
+        check.one_of("auto", "safetensors", "pt", "gguf", "orbax", "dummy", "null"),
+        "the weights' form; pt: pytorch_model.bin; dummy: random ones; null: no model, which measures the host",
         group="model",
     )
     #: of the dummy weights, too

@@ -20,7 +20,7 @@ from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.safetensors import SafetensorsReader, has_pickled, is_pickled
 from jaxllm.weights.naming import CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept
@@ -33,14 +33,16 @@ logger = logging.getLogger("jaxllm")
 #: a model's weights, or something else of each
 Tree = TypeVar("Tree")
 
-FORMATS = ("gguf", "safetensors", "orbax", "dummy", "null")
+FORMATS = ("gguf", "safetensors", "pt", "orbax", "dummy", "null")
+#: whose tensors can be looked at one by one; pt: what torch.save wrote
+_WITH_TENSORS = ("gguf", "safetensors", "pt")
 #: these need only the config
 _WITHOUT_WEIGHTS = ("dummy", "null")
 _JSON_NAMES = {dict: "object", list: "list"}
 
 
 class Checkpoint:
-    """A .gguf file, or a directory with config.json and safetensors or an orbax tree.
+    """A .gguf file, or a directory with config.json and safetensors, what ``torch.save`` wrote, or an orbax tree.
 
     Args:
         path: the file or directory.
@@ -74,6 +76,8 @@ class Checkpoint:
             load_format = found
         elif load_format not in FORMATS:
             raise ValidationError(f"load_format must be auto, {', '.join(FORMATS)}; got {load_format!r}.")
+        elif load_format == "pt" and found == "safetensors" and has_pickled(self.path):
+            pass
         elif load_format not in _WITHOUT_WEIGHTS and load_format != found:
             raise ValidationError(f"load_format={load_format!r}, but {self.path} holds {found} weights.")
         self.load_format = load_format
@@ -81,7 +85,9 @@ class Checkpoint:
     def _found(self) -> str:
         if self.is_gguf:
             return "gguf"
-        return "orbax" if (self.path / orbax.FOLDER).is_dir() else "safetensors"
+        if (self.path / orbax.FOLDER).is_dir():
+            return "orbax"
+        return "pt" if is_pickled(self.path) else "safetensors"
 
     def _config(self) -> dict[str, Any]:
         if self.is_gguf:
@@ -129,8 +135,8 @@ class Checkpoint:
             )
         found: dict[str, Found] = {}
         # a plan needs the config alone
-        has_files = self.is_gguf or any(self.path.glob("*.safetensors"))
-        if method.in_files and has_files and self.load_format in ("safetensors", "gguf"):
+        has_files = self.is_gguf or any(self.path.glob("*.safetensors")) or has_pickled(self.path)
+        if method.in_files and has_files and self.load_format in _WITH_TENSORS:
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
             if method.markers and not found:
@@ -200,7 +206,7 @@ class Checkpoint:
         Raises:
             WeightsError: they differ, or the weights cannot be opened.
         """
-        if self.load_format in ("gguf", "safetensors"):
+        if self.load_format in _WITH_TENSORS:
             with self._reader() as reader:
                 tensors = self._with_classifier(self._as_stored(CommonNames(reader, prefix)))
                 with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
@@ -220,7 +226,7 @@ class Checkpoint:
 
         Raises WeightsError when the weights cannot be opened.
         """
-        if self.load_format not in ("gguf", "safetensors"):
+        if self.load_format not in _WITH_TENSORS:
             return True
         with self._reader() as reader:
             return name in self._with_classifier(CommonNames(reader, prefix)).names()
@@ -240,7 +246,11 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
-        with GGUFReader(self.path) if self.is_gguf else SafetensorsReader(self.path) as reader:
+        if self.is_gguf:
+            reader = GGUFReader(self.path)
+        else:
+            reader = SafetensorsReader(self.path, pickled=True if self.load_format == "pt" else None)
+        with reader:
             yield reader
 
 

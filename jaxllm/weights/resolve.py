@@ -14,6 +14,8 @@ from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
+#: where a hub model has no safetensors
+_HUB_PICKLED = ("pytorch_model*.bin",)
 _HUB_CONFIG = ("*.json",)
 _KINDS = "a named model, a local directory with config.json, a .gguf file, or a hub id like 'org/name'"
 
@@ -95,7 +97,10 @@ def _from_hub(model: str, files: Sequence[str], *, revision: str | None, token: 
             f"{model!r} is a hub id, and huggingface_hub is not installed: `pip install huggingface_hub`."
         ) from error
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
+        found = Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
+        if files is _HUB_FILES and not any(found.glob("*.safetensors")):
+            snapshot_download(model, revision=revision, token=token, allow_patterns=list(_HUB_PICKLED))
+        return found
     except errors.GatedRepoError as error:
         raise FetchError(
             f"The hub model {model!r} is gated: accept its terms on its page, then pass hf_token=... or set HF_TOKEN."

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import JaxLLMError
@@ -97,3 +98,23 @@ def test_dummy_weights_need_no_weight_file(tiny_model: Path, tmp_path: Path):
     with LLM(tmp_path, load_format="dummy", skip_tokenizer_init=True, **SMALL) as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
         assert len(output.outputs[0].token_ids) == 5
+
+
+@pytest.mark.parametrize("load_format", ["auto", "pt"])
+def test_a_model_of_pickled_weights_answers_as_one_of_safetensors(tiny_model: Path, tmp_path: Path, load_format: str):
+    torch = pytest.importorskip("torch")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    with LLM(model, dtype="float32", **SMALL) as llm:
+        wanted = answers(llm)
+    tensors = load_file(model / "model.safetensors")
+    if load_format == "auto":
+        (model / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, model / "pytorch_model.bin")
+    with LLM(model, dtype="float32", load_format=load_format, **SMALL) as llm:
+        assert answers(llm) == wanted
+
+
+def test_weights_in_another_form_than_asked_for_are_refused(tiny_model: Path):
+    with pytest.raises(JaxLLMError, match="load_format='pt', but .* holds safetensors weights"):
+        LLM(tiny_model, load_format="pt")

@@ -186,8 +186,11 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(tmp_path: Path, chan
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"there is no \.safetensors file$"):
         SafetensorsReader(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is pickled.*save_file\(torch\.load\('pytorch_model"):
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(
+        WeightsError, match=r"no \.safetensors file, nor pytorch_model\.bin, but consolidated\.00\.pth: a"
+    ):
         SafetensorsReader(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors directories as weights: one file, or shards with an index.
+"""Directories of safetensors, or of what ``torch.save`` wrote, as weights: one file, or shards with an index.
 
 The package opens each file, which checks all of it but the numbers; these are read here, by plain reads at the places
 that the checked header says. Read through the package, a checkpoint of 1.05 GB in bfloat16, in slices of 2**20 numbers
@@ -28,6 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats import torch_pickle
 from jaxllm.weights.formats.plain_file import PlainFile
 
 SINGLE = "model.safetensors"
@@ -59,40 +60,23 @@ class _Tensor:
 
 
 class SafetensorsReader:
-    """The safetensors of a directory, or of one file, under their own names. A context manager; the files stay open
-    while it is.
+    """The tensors of a directory, or of one file, under their own names. A context manager; the files stay open while
+    it is.
+
+    Args:
+        directory: with safetensors; with ``pytorch_model.bin`` or its shards, where there are none of these.
+        pickled: read the latter in any case.
 
     Raises ``WeightsError`` when a file is missing, truncated or corrupt, or when the index and the shards disagree.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, pickled: bool | None = None) -> None:
         self.path = directory
+        if pickled is None:
+            pickled = is_pickled(directory)
         with contextlib.ExitStack() as stack:
-            self._tensors = self._open_all(directory, stack)
+            self._tensors = _open_all(directory, pickled, stack)
             self._stack = stack.pop_all()
-
-    @staticmethod
-    def _open_all(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-        index = directory / INDEX
-        if index.is_file():
-            weight_map = _weight_map(index)
-            shards = {file: _open(directory / file, stack) for file in sorted(set(weight_map.values()))}
-            for name, file in weight_map.items():
-                if name not in shards[file]:
-                    raise WeightsError(f"{index}: tensor {name!r} should be in {file}, but is not there")
-            return {name: shards[file][name] for name, file in weight_map.items()}
-        files = [directory if directory.is_file() else directory / SINGLE]
-        if not files[0].is_file():
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(f"{directory}: there is no .safetensors file{_remedy(directory)}")
-        tensors: dict[str, _Tensor] = {}
-        for file in files:
-            found = _open(file, stack)
-            if twice := found.keys() & tensors.keys():
-                raise WeightsError(f"{file}: tensor {min(twice)!r} is in another file of the directory too")
-            tensors.update(found)
-        return tensors
 
     def __enter__(self) -> SafetensorsReader:
         return self
@@ -156,6 +140,49 @@ class SafetensorsReader:
         return self._tensors[name]
 
 
+def has_pickled(directory: Path) -> bool:
+    """Whether a directory has weights that ``torch.save`` wrote."""
+    return (directory / torch_pickle.SINGLE).is_file() or (directory / torch_pickle.INDEX).is_file()
+
+
+def is_pickled(directory: Path) -> bool:
+    """Whether it has these alone."""
+    has_others = any(directory.glob("*.safetensors")) or (directory / INDEX).is_file()
+    return not has_others and has_pickled(directory)
+
+
+def _open_all(directory: Path, pickled: bool, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    read = _open_pickled if pickled else _open
+    single, index = (torch_pickle.SINGLE, torch_pickle.INDEX) if pickled else (SINGLE, INDEX)
+    index = directory / index
+    if index.is_file():
+        weight_map = _weight_map(index)
+        shards = {file: read(directory / file, stack) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in shards[file]:
+                raise WeightsError(f"{index}: tensor {name!r} should be in {file}, but is not there")
+        return {name: shards[file][name] for name, file in weight_map.items()}
+    files = [directory if directory.is_file() else directory / single]
+    if not files[0].is_file():
+        files = [] if pickled else sorted(directory.glob("*.safetensors"))
+    if not files:
+        kind = single if pickled else ".safetensors file"
+        raise WeightsError(f"{directory}: there is no {kind}{'' if pickled else _remedy(directory)}")
+    tensors: dict[str, _Tensor] = {}
+    for file in files:
+        found = read(file, stack)
+        if twice := found.keys() & tensors.keys():
+            raise WeightsError(f"{file}: tensor {min(twice)!r} is in another file of the directory too")
+        tensors.update(found)
+    return tensors
+
+
+def _open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    file = stack.enter_context(contextlib.closing(PlainFile(path)))
+    found = torch_pickle.places(path)
+    return {name: _Tensor(file=file, **place._asdict()) for name, place in found.items()}
+
+
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     """The tensors of one file; the package checks that each has its shape's size, and that they fill the file."""
     file = stack.enter_context(contextlib.closing(PlainFile(path)))
@@ -196,10 +223,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _remedy(directory: Path) -> str:
     """What to do with a directory that has its weights in another form; "" where nothing is known."""
-    pickled = sorted(directory.glob("*.bin")) or sorted(directory.glob("*.pt*"))
-    if not pickled:
+    others = sorted(directory.glob("*.bin")) or sorted(directory.glob("*.pt*"))
+    if not others:
         return ""
     return (
-        f", and {pickled[0].name} is pickled: reading it could run anything. With PyTorch, where it is trusted: "
-        f"safetensors.torch.save_file(torch.load({pickled[0].name!r}, weights_only=True), {SINGLE!r})"
+        f", nor {torch_pickle.SINGLE}, but {others[0].name}: a state_dict of the whole model can be read under that "
+        "name, or its index's"
     )
