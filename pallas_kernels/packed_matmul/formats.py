@@ -51,6 +51,10 @@ class Operand:
     dims: Value
 
 
+#: (code, address) -> the next 32 numbers there, in parts of `LANES`
+Numbers = Callable[[Code, Value], list[Value]]
+
+
 def operand(code: Code, table: Value, i: int) -> Operand:
     """An array of a kernel's table (`cpu_ffi.work_sharing`)."""
     return Operand(code.load(code.at(table, 16 * i), POINTER), code.load(code.at(table, 16 * i + 8), POINTER))
@@ -61,11 +65,12 @@ def floats(code: Code, run: Run) -> list[Value]:
     return [part if part.type.element == FLOAT else code.signed(part) for part in run.values]
 
 
-def _plain(size: int, numbers: Callable[[Code, Value], Value]) -> Format:
+def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
     """Numbers of `size` bytes [L, N, K]. Where a row has one scale, that is a factor of the result.
 
     Args:
-        numbers: (code, address) -> the next `LANES` of them.
+        numbers: of them.
+        factor: what they have to be multiplied by.
     """
 
     def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
@@ -73,14 +78,16 @@ def _plain(size: int, numbers: Callable[[Code, Value], Value]) -> Format:
         return code.at(values.data, code.times(_row_of(code, values, layer, row), code.times(columns, size)))
 
     def runs(code: Code, start: Value, first: Value) -> list[Run]:
-        here = code.at(start, code.times(first, size))
-        return [Run([numbers(code, code.at(here, size * LANES * i)) for i in range(2)])]
+        values = numbers(code, code.at(start, code.times(first, size)))
+        return [Run(values, None if factor is None else ir.Constant(FLOAT, factor))]
 
     return Format(columns=32, num_arrays=1, row=row, runs=runs)
 
 
-def _scaled(numbers: Callable[[Code, Value], Value], group: int, scale_dtype: str, has_zeros: bool) -> Format:
-    """`ScaledWeight` in groups of `group`: bytes [L, N, K], scales and zeros int16 [L, N, K / g]."""
+def _scaled(
+    numbers: Numbers, group: int, scale_dtype: str, *, has_zeros: bool = False, factor: float | None = None
+) -> Format:
+    """`ScaledWeight` in groups of `group`: bytes [L, N, K], scales and zeros int16 [L, N, K / g]. See `_plain`."""
     size = 4 if scale_dtype == "float32" else 2
 
     def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
@@ -95,7 +102,10 @@ def _scaled(numbers: Callable[[Code, Value], Value], group: int, scale_dtype: st
         start, scales, zeros = of_row
         place = code.divided(first, group)
         scale = code.number_of(code.at(scales, code.times(place, size)), scale_dtype)
-        values = [numbers(code, code.at(code.at(start, first), at)) for at in range(0, group, LANES)]
+        if factor is not None:
+            scale = code.multiplied(scale, ir.Constant(FLOAT, factor))
+        here = code.at(start, first)
+        values = [part for at in range(0, group, 32) for part in numbers(code, code.at(here, at))]
         if not zeros:
             return [Run(values, scale)]
         zero = code.signed(code.load(code.at(zeros[0], code.times(place, 2)), HALF_WORD, align=2))
@@ -138,12 +148,19 @@ def _power_of_two(code: Code, exponent: Value) -> Value:
     return code.builder.bitcast(bits, FLOAT)
 
 
-def _bytes(code: Code, address: Value) -> Value:
-    return code.bytes(address, LANES)
+def _bytes(code: Code, address: Value) -> list[Value]:
+    return code.parts(code.bytes(address, 32))
 
 
-def _numbers_of(dtype: str) -> Callable[[Code, Value], Value]:
-    return lambda code, address: code.numbers_of(address, dtype)
+def _e4m3(code: Code, address: Value) -> list[Value]:
+    """float32, a 256th of each number."""
+    kind = ir.VectorType(FLOAT, LANES)
+    return [code.builder.fpext(part, kind) for part in code.parts(code.e4m3(address))]
+
+
+def _numbers_of(dtype: str) -> Numbers:
+    size = 4 if dtype == "float32" else 2
+    return lambda code, address: [code.numbers_of(code.at(address, at), dtype) for at in (0, size * LANES)]
 
 
 def _int4(group: int, scale_dtype: str) -> Format:
@@ -359,8 +376,10 @@ SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 #: by the name of a kernel: of float32 numbers, which are multiplied in float32 whatever x is
 FLOATS: dict[str, Format] = {
-    "fp8": _plain(1, Code.e4m3),
-    **{f"fp8_{group}_{dtype}": _scaled(Code.e4m3, group, dtype, False) for group in GROUPS for dtype in SCALE_DTYPES},
+    "fp8": _plain(1, _e4m3, 256.0),
+    **{
+        f"fp8_{group}_{dtype}": _scaled(_e4m3, group, dtype, factor=256.0) for group in GROUPS for dtype in SCALE_DTYPES
+    },
     **{f"codebook_{group}_{dtype}": _codebook(group, dtype) for group in GROUPS for dtype in ("float32", "uint8")},
     **{dtype: _plain(4 if dtype == "float32" else 2, _numbers_of(dtype)) for dtype in SCALE_DTYPES},
 }
@@ -368,7 +387,7 @@ FORMATS: dict[str, Format] = {
     **FLOATS,
     "int8": _plain(1, _bytes),
     **{
-        f"int8_{group}_{dtype}{end}": _scaled(_bytes, group, dtype, bool(end))
+        f"int8_{group}_{dtype}{end}": _scaled(_bytes, group, dtype, has_zeros=bool(end))
         for group in GROUPS
         for dtype in SCALE_DTYPES
         for end in ("", "_zeros")

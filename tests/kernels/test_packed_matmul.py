@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import subprocess
@@ -155,6 +156,17 @@ def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     nan_beside = product(x.at[1].set(jnp.nan), weights, jnp.int32(LAYER), backend=backend())
     assert np.isnan(nan_beside[1]).all()
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+@pytest.mark.parametrize("count", [1, MOST_ROWS + 1])
+def test_fp8_that_is_no_number_makes_none(bits: int, count: int):
+    weights = stack("fp8")
+    values = np.asarray(weights.values).view(np.uint8).copy()
+    values[LAYER, 3, 40] = bits
+    weights = dataclasses.replace(weights, values=jnp.asarray(values.view(ml_dtypes.float8_e4m3fn)))
+    found = product(rows_of(count, "fp8"), weights, jnp.int32(LAYER), backend=backend())
+    assert (np.isnan(found) == (np.arange(NUM_OUT) == 3)).all()
 
 
 @pytest.mark.parametrize("n", [1, 3, 500])
